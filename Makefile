@@ -1,0 +1,95 @@
+# Every target sets up what it needs: a machine with Python 3.11 or newer and access to a package index is enough.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.stamp
+UV     := .cache/uv
+# Passed on to the command, as in: make test ARGS="-k scope -x"
+ARGS   ?=
+
+SUITES := tests/unit tests/contract tests/policy tests/flows tests/integration tests/chaos tests/e2e
+
+define need_python
+@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with PYTHON=/path/to/python" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "$(PYTHON) is too old: Python 3.11 or newer is needed; name one with PYTHON=/path/to/python" >&2; exit 1; }
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help demo dev lint format test test-apache test-tools test-opa test-backends chaos schemas schemas-check bench wheel-check lock clean
+
+help: ## show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The lock decides every version, and nothing is built from source: that would fetch what no hash covers. The project
+# itself is installed as a link into services/.
+$(STAMP): pyproject.toml requirements.lock
+	$(need_python)
+	@echo "Setting up $(VENV) (once; about a minute)"
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: \
+		-r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP) ## the story in a minute: an agent's task, its credential, its end
+	@$(BIN)/ringfence demo $(ARGS)
+
+dev: $(STAMP) ## the whole stack on this machine, with an embedded broker; Ctrl-C ends it
+	@$(BIN)/ringfence dev $(ARGS)
+
+test: $(STAMP) ## all tests, on the embedded broker and a real Valkey
+	$(BIN)/python -m pytest $(SUITES) -m "not tools" $(ARGS)
+
+test-apache: $(STAMP) ## the integration tests on a real Apache Kafka (needs a JDK 17+ and Maven)
+	$(BIN)/python -m pytest tests/integration -m "not tools" --kafka apache $(ARGS)
+
+test-tools: $(STAMP) ## the tests with programs of others: kcat
+	$(BIN)/python -m pytest tests/integration -m tools $(ARGS)
+
+test-opa: $(STAMP) ## the policy tests on a real OPA as well (needs Go 1.21+; built once, in two minutes)
+	$(BIN)/python -m pytest tests/policy --opa build $(ARGS)
+
+test-backends: $(STAMP) ## every backend on its real server (needs PostgreSQL; fetches OpenBao once, 75 MB)
+	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/backends $(ARGS)
+
+chaos: $(STAMP) ## everything fails for SECONDS=60, as SEED=n has it, and no lease may be forgotten (JDK 17+, Maven)
+	$(BIN)/python -m tests.chaos.run --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+lint: $(STAMP) ## ruff, mypy, import-linter
+	@status=0; for check in "ruff check ." "ruff format --check ." mypy lint-imports; do \
+		echo "$(BIN)/$$check"; $(BIN)/$$check || status=1; \
+	done; exit $$status
+
+format: $(STAMP) ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schemas: $(STAMP) ## generate schemas/ from ringfence.messages
+	$(BIN)/python -m ringfence.messages.schemas schemas README.md
+
+schemas-check: $(STAMP) ## fail where schemas/ differs from what ringfence.messages generates
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
+	$(BIN)/python -m ringfence.messages.schemas "$$fresh" && \
+	{ diff -ru schemas "$$fresh" && echo "schemas/ is up to date" || \
+		{ echo "schemas/ differs from ringfence.messages: run 'make schemas' and commit the result" >&2; exit 1; }; }
+
+bench: $(STAMP) ## the benchmarks: each prints its numbers and the machine
+	$(BIN)/python -m bench $(ARGS)
+
+wheel-check: $(STAMP) ## build the wheel and use it alone, without the extras
+	@PYTHON="$(BIN)/python" .ci/wheel-check
+
+lock: ## renew requirements.lock (UPGRADE=1: to the newest versions)
+	$(need_python)
+	@$(PYTHON) -m venv $(UV)
+	@$(UV)/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.13,<0.14"
+	$(UV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --all-extras \
+		--python-version 3.11 --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) \
+		pyproject.toml -o requirements.lock
+
+clean: ## remove environments, caches and builds; the keys and data in .ringfence stay
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""Ringfence: a credential broker for AI agents."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ringfence.client.administrator import Administrator as Administrator
+    from ringfence.client.agent import Agent as Agent
+    from ringfence.client.grantor import Grantor as Grantor
+    from ringfence.client.grantor import Proposal as Proposal
+    from ringfence.client.replies import IssuedCredential as IssuedCredential
+    from ringfence.client.settings import ClientSettings as ClientSettings
+    from ringfence.client.sponsor import PendingApproval as PendingApproval
+    from ringfence.client.sponsor import Sponsor as Sponsor
+    from ringfence.client.verify import TokenVerifier as TokenVerifier
+    from ringfence.client.verify import VerifiedToken as VerifiedToken
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Administrator",
+    "Agent",
+    "ClientSettings",
+    "Grantor",
+    "IssuedCredential",
+    "PendingApproval",
+    "Proposal",
+    "Sponsor",
+    "TokenVerifier",
+    "VerifiedToken",
+]
+
+_MODULES = {
+    "Administrator": "ringfence.client.administrator",
+    "Agent": "ringfence.client.agent",
+    "ClientSettings": "ringfence.client.settings",
+    "Grantor": "ringfence.client.grantor",
+    "IssuedCredential": "ringfence.client.replies",
+    "PendingApproval": "ringfence.client.sponsor",
+    "Proposal": "ringfence.client.grantor",
+    "Sponsor": "ringfence.client.sponsor",
+    "TokenVerifier": "ringfence.client.verify",
+    "VerifiedToken": "ringfence.client.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The SDK's names, imported when asked for (PEP 562): a service that imports messages loads none of it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
