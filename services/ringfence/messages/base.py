@@ -1,0 +1,122 @@
+"""What every message is made of: the base classes, and `Topic`, which binds messages to a Kafka topic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_UUID = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
+_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+_TARGET_ID = r"^[a-z0-9][a-z0-9-]{0,62}$"
+_SPIFFE_ID = r"^spiffe://[a-z0-9._-]{1,255}/[A-Za-z0-9._/-]{1,255}$"
+
+WORDS_FOR_PATTERNS = {
+    _UUID: "must be an id as Ringfence prints it: a UUID in lower case",
+    _NAME: "must be a name: up to 63 of a-z, 0-9, '.', '_', '-', the first a letter or digit",
+    _TARGET_ID: "must be a target's name: up to 63 of a-z, 0-9, '-', the first a letter or digit",
+    _SPIFFE_ID: "must be a SPIFFE ID: spiffe://trust-domain/path",
+}
+"""What a pattern wants, for people."""
+
+NonEmpty = Annotated[str, Field(min_length=1, max_length=2048)]
+"""Text that must say something."""
+Sealed = Annotated[str, Field(min_length=1, max_length=1024 * 1024)]
+"""Text that holds a message or a credential whole."""
+Seconds = Annotated[int, Field(ge=0, lt=2**53)]
+"""A moment: whole seconds since 1970-01-01 UTC (NumericDate of RFC 7519)."""
+Millis = Annotated[int, Field(ge=0, lt=2**53)]
+"""A moment: milliseconds since 1970-01-01 UTC, as Kafka stamps records."""
+TtlSeconds = Annotated[int, Field(ge=1, le=86_400)]
+"""A duration in whole seconds."""
+Jws = Annotated[str, Field(pattern=r"^[\w-]+\.[\w-]+\.[\w-]+$")]
+"""A JWS in compact serialisation (RFC 7515)."""
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""A SHA-256 in lower-case hexadecimal."""
+Uuid = Annotated[str, Field(pattern=_UUID)]
+"""A UUID in its canonical form, lower case."""
+Name = Annotated[str, Field(pattern=_NAME)]
+"""The id of a user or an agent: the last path segment of its SPIFFE ID."""
+TargetId = Annotated[str, Field(pattern=_TARGET_ID)]
+"""The id of a target."""
+SpiffeId = Annotated[str, Field(pattern=_SPIFFE_ID)]
+"""A SPIFFE ID."""
+
+
+class Message(BaseModel):
+    """Immutable, strictly typed; unknown fields from newer writers are kept and written out again."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+
+class Claims(Message):
+    """The claims of a signed message. `typ` is the message's name; it stands in the JWS header (RFC 8725, 3.11)."""
+
+    typ: ClassVar[str]
+
+    iss: SpiffeId
+    aud: NonEmpty
+    iat: Seconds
+    jti: NonEmpty
+
+
+class ExpiringClaims(Claims):
+    """Claims that hold until `exp` only, judged against the broker's append time of the record."""
+
+    exp: Seconds
+
+
+M = TypeVar("M", bound=Message)
+Encoding = Literal["jws", "json", "jwe"]
+
+
+@dataclass(frozen=True, slots=True)
+class Topic(Generic[M]):
+    """One Kafka topic: which messages it carries and how it is kept. `name()` gives the name on the broker."""
+
+    what: str
+    models: tuple[type[M], ...]
+    key: str
+    encoding: Encoding
+    written_by: tuple[str, ...]
+    read_by: tuple[str, ...]
+    retention_s: int | None = None
+    """None: compacted, kept by key."""
+    by_agent: bool = False
+    """Keyed by agent id. All such topics have one partition count, so one consumer owns an agent in all of them."""
+    min_compaction_lag_s: int = 0
+    also_json: tuple[type[Message], ...] = ()
+    """Payloads inside a sealed (JWE) message, for the published schemas."""
+
+    def name(self, prefix: str) -> str:
+        """The topic's name under a prefix (`RINGFENCE_TOPIC_PREFIX`), e.g. `ringfence.lease.v1`."""
+        return _topic_name(prefix, self.what)
+
+    @property
+    def compacted(self) -> bool:
+        return self.retention_s is None
+
+    def configs(self) -> dict[str, str]:
+        """The topic configuration that Kafka must have: the append time is what expiry is judged by."""
+        configs = {"message.timestamp.type": "LogAppendTime"}
+        if self.retention_s is None:
+            configs["cleanup.policy"] = "compact"
+            if self.min_compaction_lag_s:
+                configs["min.compaction.lag.ms"] = str(self.min_compaction_lag_s * 1000)
+        else:
+            configs["cleanup.policy"] = "delete"
+            configs["retention.ms"] = str(self.retention_s * 1000)
+        return configs
+
+
+@lru_cache(maxsize=4096)
+def _topic_name(prefix: str, what: str) -> str:
+    return f"{prefix}.{what}.v1"
+
+
+@lru_cache(maxsize=256)
+def typ_header(model: type[Claims]) -> str:
+    """The `typ` header of a message: a media type without its `application/` (RFC 7515, 4.1.9)."""
+    return f"ringfence.{model.typ}+jwt"

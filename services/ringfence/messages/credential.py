@@ -1,0 +1,146 @@
+"""Requests for credentials, policy's decisions on them, and the sealed replies."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from ringfence.messages.base import (
+    Claims,
+    Digest,
+    ExpiringClaims,
+    Jws,
+    Message,
+    Millis,
+    NonEmpty,
+    Sealed,
+    Seconds,
+    TtlSeconds,
+    Uuid,
+)
+from ringfence.messages.keys import PublicJwk
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import ApprovalClass
+
+Delivery = Literal["agent", "gateway"]
+RequiredClass = ApprovalClass | Literal["break_glass"]
+"""What a decision can wait for: `break_glass` stands there twice, for each of the two operators."""
+Outcome = Literal["allowed", "denied", "approval_required"]
+
+
+class Coordinates(Message):
+    """Where a record stands on Kafka, and when the broker appended it."""
+
+    topic: NonEmpty
+    partition: Annotated[int, Field(ge=0)]
+    offset: Annotated[int, Field(ge=0)]
+    appended_at_ms: Millis
+
+
+class CredentialRequest(ExpiringClaims):
+    """An agent's wish for one credential, for one target, within one task.
+
+    The request's id is the UUIDv5 of (`iss`, `jti`); its digest the SHA-256 of its compact JWS.
+    """
+
+    typ: ClassVar[str] = "credential.request"
+
+    task_id: Uuid
+    scope: Annotated[tuple[Permission, ...], Field(min_length=1, max_length=64)]
+    ttl_s: TtlSeconds
+    delivery: Delivery = "agent"
+    reason: NonEmpty
+    reply_key: PublicJwk
+    """A fresh ECDH key (P-256 or X25519) that the reply is sealed to."""
+    break_glass: Literal[True] | None = None
+    """Set where two operators are asked to allow once what the bundle denies."""
+
+
+class Revisions(Message):
+    """The revisions of everything that a decision or an approval was made on."""
+
+    agent: int
+    user: int
+    task: int
+    target: int
+    policy: NonEmpty
+    """The revision of the policy bundle: the SHA-256 of its files."""
+
+
+class Reason(Message):
+    """Why something was denied or needs approval: a stable code, a sentence, and the permission and side if any."""
+
+    code: NonEmpty
+    message: NonEmpty
+    permission: Permission | None = None
+    side: str | None = None
+
+
+class CredentialDecision(Claims):
+    """Policy's answer to one request. `allowed` and `denied` are final: the first final one stands."""
+
+    typ: ClassVar[str] = "credential.decision"
+
+    request_id: Uuid
+    request: Jws
+    source: Coordinates
+    outcome: Outcome
+    reasons: tuple[Reason, ...] = ()
+    ttl_s: TtlSeconds | None = None
+    """The life of the lease if allowed; never longer than what was asked for."""
+    delivery: Delivery
+    required: tuple[RequiredClass, ...] = ()
+    """The approvals that policy, the target's floor and break glass ask for."""
+    approvals: tuple[Jws, ...] = ()
+    grants: tuple[Jws, ...] | None = None
+    """The grants that stand in for approvals; most decisions have none."""
+    revisions: Revisions | None = None
+    """None where a record was missing, so that there is nothing to hold on to."""
+    input: dict[str, Any] | None = None
+    """What the policy was given; None where it was not reached."""
+    input_digest: Digest | None = None
+    expires_at: Seconds | None = None
+    """Until when approvals are waited for (`approval_required` only)."""
+    retry_after_s: int | None = None
+    """Set on a denial where asking again with a new request may work."""
+
+
+class IssuerRefusal(Claims):
+    """The issuer's signed no: policy allowed, but the rule, a signature or a revision did not hold."""
+
+    typ: ClassVar[str] = "issuer.refusal"
+
+    request_id: Uuid
+    reasons: tuple[Reason, ...]
+    retry_after_s: int | None = None
+    """Set where asking again with a new request may work."""
+
+
+class Credential(Message):
+    """The credential itself. Only ever inside a sealed reply."""
+
+    kind: NonEmpty
+    """The backend that made it, e.g. `jwt`."""
+    value: Sealed
+    token_type: str | None = None
+    expires_at: Seconds
+
+
+class ReplyContent(Message):
+    """What is sealed to the request's `reply_key`. `lease` and `credential` come together, or `refusal`, or neither."""
+
+    request_id: Uuid
+    decision: Jws
+    lease: Jws | None = None
+    credential: Credential | None = None
+    refusal: Jws | None = None
+
+
+class SealedReply(Message):
+    """Stands for the topic's payload: a JWE in compact serialisation (RFC 7516), `kid` = request id.
+
+    The plaintext is `ReplyContent`.
+    """
+
+    jwe: Sealed

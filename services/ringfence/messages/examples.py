@@ -1,0 +1,335 @@
+"""One believable example of every message: the golden files in `schemas/`, and samples for tests.
+
+Signatures and keys in them are made up: the shapes are real, nothing verifies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ringfence.messages import audit, registry
+from ringfence.messages.approval import (
+    Approval,
+    ApprovalRequest,
+    BreakGlassReview,
+    Grant,
+    GrantWithdraw,
+)
+from ringfence.messages.base import Message
+from ringfence.messages.credential import (
+    Coordinates,
+    CredentialDecision,
+    CredentialRequest,
+    IssuerRefusal,
+    Reason,
+    ReplyContent,
+    Revisions,
+    SealedReply,
+)
+from ringfence.messages.keys import KeyRecord, PublicJwk
+from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, RevocationAck, RevocationRequest
+from ringfence.messages.operations import ActionDecided, DeadLetter, Heartbeat, PartitionDigest, ServiceEvent
+from ringfence.messages.permission import Permission
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
+
+TD = "acme.example"
+AT = 1_790_000_000
+AT_MS = AT * 1000 + 250
+_JWS = "eyJhbGciOiJFUzI1NiJ9.eyJleGFtcGxlIjp0cnVlfQ.c2lnbmF0dXJl"
+_DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+_REQUEST = "5b0a4d7e-6c0f-5d39-9b5e-0a4d7e6c0f5d"
+_LEASE = "0c6f2f2e-55a3-5f0e-8f4e-2f2e55a35f0e"
+_TASK = "c1a5e6f0-1b2c-5d3e-8f40-e6f01b2c5d3e"
+_TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+_MARIA, _SAM, _OLGA = (f"spiffe://{TD}/user/{name}" for name in ("maria", "sam", "olga"))
+_BOT = f"spiffe://{TD}/agent/deploy-bot"
+
+
+def _service(role: str) -> str:
+    return f"spiffe://{TD}/service/{role}"
+
+
+_JWK = PublicJwk(
+    kty="EC",
+    crv="P-256",
+    x="f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",
+    y="x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0",
+)
+_KEY = KeyRecord(
+    kid="oKIywvGUpTVTyxMQ3bwIIeQUudfr_CkLMjCE19ECD-U", jwk=_JWK, not_before=AT, not_after=AT + 31_536_000
+)
+_DEPLOY = Permission(target="staging", verbs=("deploy",), resources=("env/staging/*",))
+_PERMISSIONS = (_DEPLOY,)
+_ENTITLEMENTS = registry.Entitlements(scope=_PERMISSIONS, source="cli", as_of=AT)
+_TERMS = registry.TaskTerms(
+    agent_id="deploy-bot", purpose="deploy the staging build", scope=_PERMISSIONS, not_after=AT + 3600
+)
+_BACKEND = registry.BackendSettings(kind="jwt", audience="https://staging.acme.example")
+_VERBS = (registry.VerbFloor(verb="read"), registry.VerbFloor(verb="deploy", floor="sponsor"))
+_REQUESTS = (
+    registry.RequestRule(method="POST", path="/deploy/{env}", verb="deploy", resource="env/{env}/app"),
+)
+_REVISIONS = Revisions(agent=1, user=1, task=1, target=1, policy=_DIGEST)
+_REASON = Reason(
+    code="beyond_scope",
+    message="entitlements:maria does not allow deploy on env/production/* at production",
+    permission=Permission(target="production", verbs=("deploy",), resources=("env/production/*",)),
+    side="entitlements:maria",
+)
+
+
+def _coordinates(what: str) -> Coordinates:
+    return Coordinates(topic=f"ringfence.{what}.v1", partition=3, offset=1042, appended_at_ms=AT_MS)
+
+
+def _claims(iss: str, jti: str = "b7e0c5a4-8f21-4d7a-9c3e-1f2a3b4c5d6e", **more: Any) -> dict[str, Any]:
+    return {"iss": iss, "aud": TD, "iat": AT, "jti": jti, **more}
+
+
+def _command(iss: str, **more: Any) -> dict[str, Any]:
+    return _claims(iss, exp=AT + 300, **more)
+
+
+def _record(kind: str, id: str) -> dict[str, Any]:
+    command = registry.EmbeddedCommand(jws=_JWS, appended_at_ms=AT_MS)
+    return _claims(_service("registry"), sub=f"spiffe://{TD}/{kind}/{id}", revision=1, commands=(command,))
+
+
+_AGENT_STATE = registry.AgentState(
+    agent_id="deploy-bot",
+    sponsor="sam",
+    description="deploys builds to staging",
+    keys=(_KEY,),
+    ceiling=_PERMISSIONS,
+    status="active",
+)
+_TARGET_STATE = registry.TargetState(
+    target_id="staging",
+    description="the staging platform",
+    backend=_BACKEND,
+    verbs=_VERBS,
+    requests=_REQUESTS,
+    max_ttl_s=3600,
+    keys=(_KEY,),
+    status="active",
+)
+_USER_STATE = registry.UserState(
+    user_id="maria", name="Maria Ortiz", roles=(), keys=(_KEY,), entitlements=_ENTITLEMENTS, status="active"
+)
+_TASK_STATE = registry.TaskState(
+    task_id=_TASK,
+    agent_id="deploy-bot",
+    purpose="deploy the staging build",
+    scope=_PERMISSIONS,
+    not_after=AT + 3600,
+    on_behalf_of="maria",
+    assigned_by="maria",
+    status="active",
+)
+
+_ALL: tuple[Message, ...] = (
+    TrustBundle(
+        **_command(f"spiffe://{TD}/root"),
+        version=1,
+        services=(ServiceIdentity(id=_service("policy"), roles=("policy",), keys=(_KEY,)),),
+    ),
+    registry.UserSet(
+        **_command(_OLGA),
+        user_id="maria",
+        name="Maria Ortiz",
+        roles=(),
+        keys=(_KEY,),
+        entitlements=_ENTITLEMENTS,
+    ),
+    registry.UserDisable(**_command(_OLGA), user_id="maria", reason="left the company"),
+    registry.AgentRegister(
+        **_command(_SAM),
+        agent_id="deploy-bot",
+        sponsor="sam",
+        description="deploys builds to staging",
+        keys=(_KEY,),
+        ceiling=_PERMISSIONS,
+    ),
+    registry.AgentSetCeiling(**_command(_SAM), agent_id="deploy-bot", ceiling=_PERMISSIONS),
+    registry.AgentTransfer(**_command(_SAM), agent_id="deploy-bot", sponsor="petra"),
+    registry.AgentSuspend(**_command(_SAM), agent_id="deploy-bot", reason="odd requests overnight"),
+    registry.AgentResume(**_command(_SAM), agent_id="deploy-bot", reason="explained"),
+    registry.AgentDecommission(**_command(_SAM), agent_id="deploy-bot", reason="replaced"),
+    registry.TargetSet(
+        **_command(_OLGA),
+        target_id="staging",
+        description="the staging platform",
+        backend=_BACKEND,
+        verbs=_VERBS,
+        requests=_REQUESTS,
+        keys=(_KEY,),
+    ),
+    registry.TargetRemove(**_command(_OLGA), target_id="staging", reason="moved"),
+    registry.TaskAssign(**_command(_SAM), terms=_TERMS, on_behalf_of="maria", consent=_JWS),
+    registry.TaskEnd(**_command(_MARIA), task_id=_TASK, reason="done"),
+    registry.UserRecord(**_record("user", "maria"), state=_USER_STATE),
+    registry.AgentRecord(**_record("agent", "deploy-bot"), state=_AGENT_STATE),
+    registry.TargetRecord(**_record("target", "staging"), state=_TARGET_STATE),
+    registry.TaskRecord(**_record("task", _TASK), state=_TASK_STATE),
+    CredentialRequest(
+        **_command(_BOT),
+        task_id=_TASK,
+        scope=_PERMISSIONS,
+        ttl_s=300,
+        delivery="agent",
+        reason="deploy build 421",
+        reply_key=_JWK,
+    ),
+    CredentialDecision(
+        **_claims(_service("policy")),
+        request_id=_REQUEST,
+        request=_JWS,
+        source=_coordinates("credential.request"),
+        outcome="allowed",
+        ttl_s=300,
+        delivery="agent",
+        required=("sponsor",),
+        approvals=(_JWS,),
+        revisions=_REVISIONS,
+        input={"request": {"ttl_s": 300}},
+        input_digest=_DIGEST,
+    ),
+    ApprovalRequest(
+        request_id=_REQUEST,
+        request=_JWS,
+        source=_coordinates("credential.request"),
+        approver="sam",
+        required=("sponsor",),
+        ttl_s=300,
+        delivery="agent",
+        revisions=_REVISIONS,
+        reasons=(Reason(code="floor", message="staging wants a sponsor's approval for deploy"),),
+        expires_at=AT + 3600,
+    ),
+    Approval(
+        **_command(_SAM),
+        verdict="approved",
+        request=_JWS,
+        request_id=_REQUEST,
+        request_digest=_DIGEST,
+        ttl_s=300,
+        delivery="agent",
+        revisions=_REVISIONS,
+        comment="build 421 is the one we tested",
+    ),
+    Grant(
+        **_claims(_SAM, exp=AT + 7200),
+        agent_id="deploy-bot",
+        task_id=_TASK,
+        scope=_PERMISSIONS,
+        count=5,
+        ttl_s=300,
+        delivery="agent",
+        revisions=_REVISIONS,
+        comment="the deployments of release 41",
+    ),
+    GrantWithdraw(
+        **_command(_SAM), grant_id="4f9ad2c1-70b7-5c3f-8a55-d2c170b75c3f", reason="the release is off"
+    ),
+    BreakGlassReview(
+        **_claims(_OLGA),
+        request_id=_REQUEST,
+        decision_digest=_DIGEST,
+        agent_id="deploy-bot",
+        note="the site was down; the runbook was followed",
+    ),
+    SealedReply(jwe="eyJhbGciOiJFQ0RILUVTIn0..aXY.Y2lwaGVydGV4dA.dGFn"),
+    ReplyContent(request_id=_REQUEST, decision=_JWS, refusal=_JWS),
+    IssuerRefusal(**_claims(_service("issuer")), request_id=_REQUEST, reasons=(_REASON,)),
+    Lease(
+        **_claims(_service("revoker")),
+        lease_id=_LEASE,
+        seq=3,
+        status="released",
+        request_id=_REQUEST,
+        decision_id="d5f0d3a0-8d1e-5c33-9d2b-d3a08d1e5c33",
+        decision_digest=_DIGEST,
+        agent_id="deploy-bot",
+        act=("deploy-bot",),
+        sponsor="sam",
+        on_behalf_of="maria",
+        task_id=_TASK,
+        target_id="staging",
+        backend="jwt",
+        delivery="agent",
+        scope=_PERMISSIONS,
+        requested_at_ms=AT_MS,
+        deadline=AT + 300,
+        key_thumbprint=_KEY.kid,
+        cause=EndCause(kind="release", at_ms=AT_MS + 60_000, by=_BOT, ref="7d1c", reason="done"),
+        traceparent=_TRACE,
+    ),
+    LeaseEpoch(**_claims(_service("revoker")), epoch="7.5f0e8f4e", partition=0),
+    RevocationRequest(**_claims(_BOT), kind="release", lease_id=_LEASE, reason="done"),
+    RevocationAck(**_claims(f"spiffe://{TD}/service/gateway"), revocation_id="7d1c", cut_at_ms=AT_MS),
+    ServiceEvent(
+        **_claims(_service("registry")),
+        kind="refused",
+        subject="agent.register",
+        actor=_SAM,
+        ref="b7e0c5a4-8f21-4d7a-9c3e-1f2a3b4c5d6e",
+        source=_coordinates("registry.command"),
+        reasons=(
+            Reason(
+                code="name_taken", message="the name deploy-bot was given before and is never given again"
+            ),
+        ),
+        agent_id="deploy-bot",
+        at_ms=AT_MS,
+        traceparent=_TRACE,
+    ),
+    Heartbeat(
+        **_claims(_service("registry")),
+        at_ms=AT_MS,
+        tables=(PartitionDigest(topic="ringfence.agent.v1", partition=0, count=12, digest=_DIGEST),),
+    ),
+    DeadLetter(
+        source=_coordinates("credential.request"),
+        service="policy",
+        code="not_a_jws",
+        reason="not a JWS in compact serialisation",
+        at_ms=AT_MS,
+    ),
+    ActionDecided(
+        action_id="d9428888-122b-51e1-b85c-61cd3cbb3210",
+        agent_id="deploy-bot",
+        task_id=_TASK,
+        lease_id=_LEASE,
+        target_id="staging",
+        verb="deploy",
+        resource="env/staging/app",
+        allowed=True,
+        at_ms=AT_MS,
+    ),
+    audit.AuditEvent(
+        class_uid=3003,
+        category_uid=3,
+        activity_id=1,
+        type_uid=300301,
+        severity_id=1,
+        status_id=1,
+        time=AT_MS,
+        message="deploy-bot was issued a credential for staging: deploy on env/staging/*, on behalf of maria",
+        metadata={
+            "version": audit.OCSF_VERSION,
+            "product": {"name": "Ringfence", "vendor_name": "Ringfence"},
+            "uid": "9b2f8a57-0c2b-5a0e-8d6d-8a570c2b5a0e",
+        },
+        unmapped={
+            "agent": "deploy-bot",
+            "task": _TASK,
+            "sponsor": "sam",
+            "on_behalf_of": "maria",
+            "lease": _LEASE,
+        },
+    ),
+    audit.AuditCheckpoint(**_claims(_service("audit")), tree="0", size=1042, root=_DIGEST),
+)
+
+EXAMPLES: dict[type[Message], Message] = {type(example): example for example in _ALL}
+"""Every published message's class to its example."""

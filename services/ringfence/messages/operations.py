@@ -1,0 +1,98 @@
+"""What services say about themselves: events, heartbeats, dead letters."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ringfence.messages.base import Claims, Digest, Message, Millis, NonEmpty, SpiffeId
+from ringfence.messages.credential import Coordinates, Reason
+
+EventKind = Literal["started", "stopped", "accepted", "refused", "replayed", "finding"]
+
+
+class ServiceEvent(Claims):
+    """What a service did with something it was sent, or found out. `jti` is derived from what it reports.
+
+    `accepted` and `refused` answer a command; whoever gave it waits for the event whose `ref` is the command's `jti`
+    and whose `actor` is its `iss`.
+    """
+
+    typ: ClassVar[str] = "service.event"
+
+    kind: EventKind
+    subject: NonEmpty
+    """What it is about: the message's name, or the service."""
+    actor: SpiffeId | None = None
+    """Who caused it, where a signature says so."""
+    ref: str | None = None
+    """The `jti` of the message that it is about."""
+    source: Coordinates | None = None
+    reasons: tuple[Reason, ...] = ()
+    result: str | None = None
+    """The id of what came out of it, e.g. of the task."""
+    agent_id: str | None = None
+    request_id: str | None = None
+    lease_id: str | None = None
+    task_id: str | None = None
+    sponsor: str | None = None
+    """Who should be told, where a person has to know of it: the sponsor who is accountable for the agent."""
+    at_ms: Millis
+    traceparent: str | None = None
+
+
+class PartitionDigest(Message):
+    """What a compacted topic's partition holds: how many ids, and the XOR of SHA-256 over each `id@revision`."""
+
+    topic: NonEmpty
+    partition: Annotated[int, Field(ge=0)]
+    count: Annotated[int, Field(ge=0)]
+    digest: Digest
+
+
+class StreamDigest(Message):
+    """What stands in a part of a partition: the XOR of SHA-256 over each `offset@` with the record's bytes."""
+
+    topic: NonEmpty
+    partition: Annotated[int, Field(ge=0)]
+    start: Annotated[int, Field(ge=0)]
+    end: Annotated[int, Field(ge=0)]
+    """The offset after the last one. Nothing had come after it yet, as far as the signer knew."""
+    digest: Digest
+
+
+class Heartbeat(Claims):
+    """Once a second: this service is alive, and this is what a complete local table holds now, or what has come."""
+
+    typ: ClassVar[str] = "heartbeat"
+
+    at_ms: Millis
+    tables: tuple[PartitionDigest, ...] = ()
+    streams: tuple[StreamDigest, ...] = ()
+    """Of revokers, for `lease` and `revocation.request`: what has come since the heartbeat before."""
+
+
+class DeadLetter(Message):
+    """A record that could not be valid: where it stands and why. Never its payload."""
+
+    source: Coordinates
+    service: NonEmpty
+    code: NonEmpty
+    reason: NonEmpty
+    at_ms: Millis
+
+
+class ActionDecided(Message):
+    """One request of an agent through the gateway, and what was decided on it."""
+
+    action_id: NonEmpty
+    agent_id: NonEmpty
+    task_id: str | None = None
+    lease_id: str | None = None
+    target_id: str | None = None
+    verb: str | None = None
+    resource: str | None = None
+    allowed: bool
+    reasons: tuple[Reason, ...] = ()
+    at_ms: Millis

@@ -1,0 +1,347 @@
+"""Commands that change users, agents, targets and tasks, and the records that hold what they came to.
+
+A command is signed by the person who gives it. A record is signed by the registry and embeds every command that its
+state follows from, so that a reader can fold them again and believe the people, not the registry.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ringfence.messages.base import (
+    Claims,
+    ExpiringClaims,
+    Jws,
+    Message,
+    Millis,
+    Name,
+    NonEmpty,
+    Seconds,
+    SpiffeId,
+    TargetId,
+    TtlSeconds,
+    Uuid,
+)
+from ringfence.messages.keys import KeyRecord
+from ringfence.messages.permission import Scope, Verb
+
+Role = Literal["sponsor", "operator", "auditor"]
+ApprovalClass = Literal["none", "sponsor", "second_person", "operator"]
+"""What a target's floor, or a rule of the bundle, can ask for."""
+"""Who must approve: nobody; the agent's sponsor; a sponsor who is neither the agent's nor the user it acts for; an
+operator."""
+
+
+# --- users ------------------------------------------------------------------------------------------------------------
+
+
+class Entitlements(Message):
+    """What a human may do, where that is known from, and as of when. Too old counts for nothing."""
+
+    scope: Scope = ()
+    source: NonEmpty
+    as_of: Seconds
+
+
+class UserSet(ExpiringClaims):
+    """Create or replace a user. Signed by an operator, or by the root for the first one."""
+
+    typ: ClassVar[str] = "user.set"
+
+    user_id: Name
+    name: NonEmpty
+    roles: tuple[Role, ...] = ()
+    keys: Annotated[tuple[KeyRecord, ...], Field(max_length=16)]
+    entitlements: Entitlements
+
+
+class UserDisable(ExpiringClaims):
+    """The user may no longer act; their agents become orphans. Signed by an operator."""
+
+    typ: ClassVar[str] = "user.disable"
+
+    user_id: Name
+    reason: NonEmpty
+
+
+class UserState(Message):
+    """A user as of one revision. `keys` holds old keys too, each with its end."""
+
+    user_id: Name
+    name: NonEmpty
+    roles: tuple[Role, ...]
+    keys: tuple[KeyRecord, ...]
+    entitlements: Entitlements
+    status: Literal["active", "disabled"]
+
+
+# --- agents -----------------------------------------------------------------------------------------------------------
+
+
+class AgentRegister(ExpiringClaims):
+    """Register an agent. Signed by its sponsor, or by an operator who names the sponsor."""
+
+    typ: ClassVar[str] = "agent.register"
+
+    agent_id: Name
+    sponsor: Name
+    description: NonEmpty
+    keys: Annotated[tuple[KeyRecord, ...], Field(min_length=1, max_length=16)]
+    ceiling: Scope
+
+
+class AgentSetCeiling(ExpiringClaims):
+    """Replace the most the agent may ever hold. Signed by its sponsor or an operator."""
+
+    typ: ClassVar[str] = "agent.set-ceiling"
+
+    agent_id: Name
+    ceiling: Scope
+
+
+class AgentTransfer(ExpiringClaims):
+    """Make another sponsor accountable. Signed by the present sponsor or an operator."""
+
+    typ: ClassVar[str] = "agent.transfer"
+
+    agent_id: Name
+    sponsor: Name
+
+
+class AgentSuspend(ExpiringClaims):
+    """Stop the agent for now: nothing is issued, its leases end. Signed by its sponsor or an operator."""
+
+    typ: ClassVar[str] = "agent.suspend"
+
+    agent_id: Name
+    reason: NonEmpty
+
+
+class AgentResume(ExpiringClaims):
+    """Let a suspended agent go on. What an operator suspended only an operator resumes."""
+
+    typ: ClassVar[str] = "agent.resume"
+
+    agent_id: Name
+    reason: NonEmpty
+
+
+class AgentDecommission(ExpiringClaims):
+    """End the agent for good; its name is never given again. Signed by its sponsor or an operator."""
+
+    typ: ClassVar[str] = "agent.decommission"
+
+    agent_id: Name
+    reason: NonEmpty
+
+
+class AgentState(Message):
+    """An agent as of one revision."""
+
+    agent_id: Name
+    sponsor: Name
+    description: NonEmpty
+    keys: tuple[KeyRecord, ...]
+    ceiling: Scope
+    status: Literal["active", "suspended", "decommissioned"]
+    suspended_by_operator: bool = False
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+class VerbFloor(Message):
+    """One verb of a target, and the approval that no policy can go below."""
+
+    verb: Verb
+    floor: ApprovalClass = "none"
+
+
+class RequestRule(Message):
+    """Which requests are which verb; the first that matches counts."""
+
+    method: Annotated[str, Field(pattern=r"^[A-Z]{1,16}$")]
+    path: NonEmpty
+    """A path template: `{name}` captures one segment, `{name*}` the rest."""
+    verb: Verb
+    resource: NonEmpty
+    """The resource name, with the captures of `path` in braces."""
+
+
+class BackendSettings(Message):
+    """How credentials for a target are made. Further fields belong to the kind."""
+
+    kind: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+    audience: str | None = None
+    """The `aud` of its tokens; the target's SPIFFE ID where none is given."""
+
+
+class TargetSet(ExpiringClaims):
+    """Create or replace a target. Signed by an operator."""
+
+    typ: ClassVar[str] = "target.set"
+
+    target_id: TargetId
+    description: NonEmpty
+    backend: BackendSettings
+    verbs: Annotated[tuple[VerbFloor, ...], Field(min_length=1, max_length=256)]
+    requests: Annotated[tuple[RequestRule, ...], Field(max_length=1024)] = ()
+    max_ttl_s: TtlSeconds = 3600
+    keys: Annotated[tuple[KeyRecord, ...], Field(max_length=16)] = ()
+    """The resource server's own keys: with them it signs its calls to introspection."""
+
+
+class TargetRemove(ExpiringClaims):
+    """Nothing more is issued for the target, and its leases end. Signed by an operator."""
+
+    typ: ClassVar[str] = "target.remove"
+
+    target_id: TargetId
+    reason: NonEmpty
+
+
+class TargetState(Message):
+    """A target as of one revision."""
+
+    target_id: TargetId
+    description: NonEmpty
+    backend: BackendSettings
+    verbs: tuple[VerbFloor, ...]
+    requests: tuple[RequestRule, ...]
+    max_ttl_s: TtlSeconds
+    keys: tuple[KeyRecord, ...]
+    status: Literal["active", "removed"]
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+class TaskTerms(Message):
+    """What a task is about; the part that the user it is on behalf of agrees to."""
+
+    agent_id: Name
+    purpose: NonEmpty
+    scope: Scope
+    not_after: Seconds
+    """The end of the task, and the latest end of every lease in it."""
+
+
+class TaskConsent(ExpiringClaims):
+    """Signed by the user whom a task is on behalf of, where somebody else assigns it. Embedded, never on a topic."""
+
+    typ: ClassVar[str] = "task.consent"
+
+    terms: TaskTerms
+
+
+class TaskAssign(ExpiringClaims):
+    """Assign a task. Its id is the UUIDv5 of (`iss`, `jti`). On behalf of the signer, or of who signed `consent`."""
+
+    typ: ClassVar[str] = "task.assign"
+
+    terms: TaskTerms
+    on_behalf_of: Name
+    consent: Jws | None = None
+
+
+class TaskEnd(ExpiringClaims):
+    """End a task: its leases end. By its assigner, the user it is on behalf of, the sponsor, or an operator."""
+
+    typ: ClassVar[str] = "task.end"
+
+    task_id: Uuid
+    reason: NonEmpty
+
+
+class TaskState(Message):
+    """A task as of one revision."""
+
+    task_id: Uuid
+    agent_id: Name
+    purpose: NonEmpty
+    scope: Scope
+    not_after: Seconds
+    on_behalf_of: Name
+    assigned_by: Name
+    status: Literal["active", "ended"]
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+class EmbeddedCommand(Message):
+    """A command as it was received: its JWS, and the broker's append time that its `exp` was judged against."""
+
+    jws: Jws
+    appended_at_ms: Millis
+
+
+class Record(Claims):
+    """What a record has besides its state. `sub` is the SPIFFE ID of what it describes."""
+
+    sub: SpiffeId
+    revision: Annotated[int, Field(ge=1)]
+    commands: Annotated[tuple[EmbeddedCommand, ...], Field(min_length=1)]
+    """The commands that the state follows from, oldest first."""
+
+
+class UserRecord(Record):
+    """A user, on the topic `user`."""
+
+    typ: ClassVar[str] = "user"
+    state: UserState
+
+
+class AgentRecord(Record):
+    """An agent, on the topic `agent`."""
+
+    typ: ClassVar[str] = "agent"
+    state: AgentState
+
+
+class TargetRecord(Record):
+    """A target, on the topic `target`."""
+
+    typ: ClassVar[str] = "target"
+    state: TargetState
+
+
+class TaskRecord(Record):
+    """A task, on the topic `task`."""
+
+    typ: ClassVar[str] = "task"
+    state: TaskState
+
+
+Command = (
+    UserSet
+    | UserDisable
+    | AgentRegister
+    | AgentSetCeiling
+    | AgentTransfer
+    | AgentSuspend
+    | AgentResume
+    | AgentDecommission
+    | TargetSet
+    | TargetRemove
+    | TaskAssign
+    | TaskEnd
+)
+COMMANDS: tuple[type[ExpiringClaims], ...] = (
+    UserSet,
+    UserDisable,
+    AgentRegister,
+    AgentSetCeiling,
+    AgentTransfer,
+    AgentSuspend,
+    AgentResume,
+    AgentDecommission,
+    TargetSet,
+    TargetRemove,
+    TaskAssign,
+    TaskEnd,
+)
+AnyState = UserState | AgentState | TargetState | TaskState
+AnyRecord = UserRecord | AgentRecord | TargetRecord | TaskRecord

@@ -1,0 +1,171 @@
+"""Every topic of Ringfence, once. The names on the broker are `<prefix>.<what>.v1`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ringfence.messages.approval import Approval, ApprovalRequest, BreakGlassReview, Grant, GrantWithdraw
+from ringfence.messages.audit import AuditCheckpoint, AuditEvent
+from ringfence.messages.base import Topic
+from ringfence.messages.credential import (
+    CredentialDecision,
+    CredentialRequest,
+    IssuerRefusal,
+    ReplyContent,
+    SealedReply,
+)
+from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
+from ringfence.messages.operations import ActionDecided, DeadLetter, Heartbeat, ServiceEvent
+from ringfence.messages.registry import COMMANDS, AgentRecord, TargetRecord, TaskRecord, UserRecord
+from ringfence.messages.trust import TrustBundle
+
+_HOUR = 3600
+_DAY = 24 * _HOUR
+_EVERYONE = ("every service",)
+
+TRUST = Topic("trust", (TrustBundle,), "version", "jws", ("root (offline)",), _EVERYONE)
+REGISTRY_COMMAND: Topic[Any] = Topic(
+    "registry.command", COMMANDS, "subject id", "jws", ("users",), ("registry", "audit"), 7 * _DAY
+)
+"""One partition: commands about different subjects (two agents, one key) have one order."""
+USER = Topic("user", (UserRecord,), "user id", "jws", ("registry",), _EVERYONE)
+AGENT = Topic("agent", (AgentRecord,), "agent id", "jws", ("registry",), _EVERYONE)
+TARGET = Topic("target", (TargetRecord,), "target id", "jws", ("registry",), _EVERYONE)
+TASK = Topic("task", (TaskRecord,), "task id", "jws", ("registry",), _EVERYONE)
+CREDENTIAL_REQUEST = Topic(
+    "credential.request",
+    (CredentialRequest,),
+    "agent id",
+    "jws",
+    ("agents",),
+    ("policy", "audit"),
+    7 * _DAY,
+    True,
+)
+CREDENTIAL_DECISION = Topic(
+    "credential.decision",
+    (CredentialDecision,),
+    "agent id",
+    "jws",
+    ("policy",),
+    ("issuer", "policy", "audit"),
+    30 * _DAY,
+    True,
+)
+APPROVAL_REQUEST = Topic(
+    "approval.request",
+    (ApprovalRequest,),
+    "sponsor id",
+    "json",
+    ("policy",),
+    ("sponsors", "policy", "console", "audit"),
+    7 * _DAY,
+)
+APPROVAL_RESPONSE: Topic[Any] = Topic(
+    "approval.response",
+    (Approval, Grant, GrantWithdraw, BreakGlassReview),
+    "agent id",
+    "jws",
+    ("users",),
+    ("policy", "issuer (what was withdrawn)", "gateway", "audit"),
+    30 * _DAY,
+    True,
+)
+CREDENTIAL_REPLY = Topic(
+    "credential.reply",
+    (SealedReply,),
+    "agent id",
+    "jwe",
+    ("policy", "issuer"),
+    ("agents (only their own can be opened)",),
+    _DAY,
+    True,
+    also_json=(ReplyContent, IssuerRefusal),
+)
+LEASE = Topic(
+    "lease",
+    (Lease, LeaseEpoch),
+    "lease id; epoch",
+    "jws",
+    ("issuer", "revoker"),
+    ("gateway", "revoker", "issuer", "policy", "console", "audit"),
+    min_compaction_lag_s=_DAY,
+)
+REVOCATION_REQUEST = Topic(
+    "revocation.request",
+    (RevocationRequest,),
+    "agent id",
+    "jws",
+    ("agents (release)", "users", "services"),
+    ("revoker", "issuer", "gateway", "audit"),
+    30 * _DAY,
+    True,
+)
+REVOCATION_ACK = Topic(
+    "revocation.ack", (RevocationAck,), "gateway id", "jws", ("gateways",), ("revoker", "audit"), 7 * _DAY
+)
+ACTION = Topic(
+    "action",
+    (ActionDecided,),
+    "agent id",
+    "json",
+    ("gateway",),
+    ("policy", "audit", "console"),
+    30 * _DAY,
+    True,
+)
+SERVICE_EVENT = Topic(
+    "service.event",
+    (ServiceEvent,),
+    "service id",
+    "jws",
+    ("every service (signed)",),
+    ("policy", "audit"),
+    30 * _DAY,
+)
+AUDIT_INTAKE = Topic(
+    "audit.intake", (AuditEvent,), "agent id", "json", ("audit",), ("audit",), 7 * _DAY, True
+)
+AUDIT_CHECKPOINT = Topic("audit.checkpoint", (AuditCheckpoint,), "tree", "jws", ("audit",), ("anyone",))
+AUDIT = Topic("audit", (AuditEvent,), "agent id", "json", ("audit",), ("the SIEM",), 365 * _DAY, True)
+HEARTBEAT = Topic(
+    "heartbeat",
+    (Heartbeat,),
+    "service id",
+    "jws",
+    ("registry", "revoker", "gateways (signed)"),
+    _EVERYONE,
+    _HOUR,
+)
+DEAD_LETTER = Topic(
+    "dead-letter", (DeadLetter,), "source topic", "json", ("any",), ("operators", "audit"), 30 * _DAY
+)
+
+ALL: tuple[Topic[Any], ...] = (
+    TRUST,
+    REGISTRY_COMMAND,
+    USER,
+    AGENT,
+    TARGET,
+    TASK,
+    CREDENTIAL_REQUEST,
+    CREDENTIAL_DECISION,
+    APPROVAL_REQUEST,
+    APPROVAL_RESPONSE,
+    CREDENTIAL_REPLY,
+    LEASE,
+    REVOCATION_REQUEST,
+    REVOCATION_ACK,
+    ACTION,
+    SERVICE_EVENT,
+    AUDIT_INTAKE,
+    AUDIT,
+    AUDIT_CHECKPOINT,
+    HEARTBEAT,
+    DEAD_LETTER,
+)
+
+
+def by_name(prefix: str) -> dict[str, Topic[Any]]:
+    """All topics by their names under a prefix."""
+    return {topic.name(prefix): topic for topic in ALL}
