@@ -1,0 +1,1 @@
+"""What every part stands on and that has no word of the domain in it."""

@@ -1,0 +1,288 @@
+"""Consumer groups: batches in, effects, then the commit. At least once, and never past what failed.
+
+A batch that fails is tried again, for ever, with backoff; only what is *invalid* is dead-lettered. The consumer reads
+aiokafka directly (ADR 0001).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.abc import ConsumerRebalanceListener
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError, UnknownTopicOrPartitionError
+
+from ringfence.kernel import metrics
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.ids import derived_id
+from ringfence.kernel.kafka import Publisher, Received, fetch_options, received
+from ringfence.kernel.settings import ServiceSettings
+from ringfence.messages.base import Topic
+from ringfence.messages.operations import DeadLetter
+from ringfence.messages.topics import DEAD_LETTER
+
+log = logging.getLogger(__name__)
+
+BatchHandler = Callable[[Sequence[Received]], Awaitable[None]]
+"""Takes a batch to its durable effects. Raises only for what may work later; the same batch comes again then."""
+Handler = Callable[[Received], Awaitable[None]]
+"""Takes one record to its durable effects. InvalidMessageError sends it to the dead letters."""
+
+MAX_INVALID_SIGNED = 20
+"""So many invalid records with a valid *service* signature halt a consumer: a bad deploy must not divert everything."""
+
+
+class HaltedError(RingfenceError):
+    """A consumer stopped itself: too many invalid records from trusted signers. Needs a person."""
+
+    code = "consumer_halted"
+
+
+class DeadLetters:
+    """Where invalid records go: coordinates and the reason, never the payload."""
+
+    def __init__(self, publisher: Publisher, service: str, clock: Clock) -> None:
+        self._publisher = publisher
+        self._service = service
+        self._clock = clock
+        self._invalid_signed = 0
+
+    async def bury(self, record: Received, error: InvalidMessageError) -> None:
+        """Report one invalid record. Raises HaltedError at the limit of invalid records from trusted signers."""
+        if error.trusted_signer:
+            self._invalid_signed += 1
+            if self._invalid_signed > MAX_INVALID_SIGNED:
+                raise HaltedError(
+                    f"{self._invalid_signed} invalid records with valid service signatures, the last: {error}; "
+                    "consumption of this service is halted: look at its dead letters, then restart it"
+                )
+        log.warning(
+            "dead-lettered %s/%d@%d: %s (%s)",
+            record.topic_name,
+            record.partition,
+            record.offset,
+            error,
+            error.code,
+        )
+        metrics.RECORDS.labels(record.topic.what, "dead_lettered").inc()
+        letter = DeadLetter(
+            source=record.coordinates,
+            service=self._service,
+            code=error.code,
+            reason=str(error)[:2000],
+            at_ms=self._clock.now_ms(),
+        )
+        id = derived_id("dead-letter", self._service, record.topic_name, record.partition, record.offset)
+        await self._publisher.publish_plain(
+            DEAD_LETTER, record.topic_name, letter, id=id, traceparent=record.traceparent
+        )
+
+
+def one_by_one(handle: Handler, letters: DeadLetters) -> BatchHandler:
+    """A batch handler that takes records in order, each after the one before."""
+
+    async def handle_batch(batch: Sequence[Received]) -> None:
+        for record in batch:
+            try:
+                await handle(record)
+                metrics.RECORDS.labels(record.topic.what, "done").inc()
+            except InvalidMessageError as error:
+                await letters.bury(record, error)
+
+    return handle_batch
+
+
+def side_by_side(handle: Handler, letters: DeadLetters) -> BatchHandler:
+    """A batch handler that takes all records of a batch at once. For handlers to which order means nothing."""
+
+    async def settle(record: Received) -> bool:
+        try:
+            await handle(record)
+            return True
+        except InvalidMessageError as error:
+            await letters.bury(record, error)
+            return False
+
+    async def handle_batch(batch: Sequence[Received]) -> None:
+        done = await gather_all(settle(record) for record in batch)
+        metrics.RECORDS.labels(batch[0].topic.what, "done").inc(sum(done))
+
+    return handle_batch
+
+
+async def gather_all(work: Iterable[Awaitable[Any]]) -> list[Any]:
+    """Run all to their ends, then raise the first failure, if any: nothing is left running behind a raised error."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
+    """One member of a consumer group over some topics, each with its batch handler."""
+
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        group: str,
+        handlers: dict[Topic[Any], BatchHandler],
+        *,
+        max_records: int = 32,
+        linger_ms: int = 0,
+        on_assigned: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Args:
+            group: the name of the group, without the topic prefix.
+            handlers: topics of one partition count are assigned together (range assignor), so that whatever is keyed
+                alike comes to the same member. Of what came together, earlier topics are handled before later ones.
+            max_records: small batches keep latency even; 32 was the best of those measured.
+            linger_ms: let records gather for so long, where nobody waits for what comes of them: few large batches
+                take far less CPU than many small ones.
+            on_assigned: awaited before the first record after each assignment, e.g. until a local table is complete.
+        """  # fmt: skip
+        self.group = f"{settings.topic_prefix}.{group}"
+        self._settings = settings
+        self._handlers = {topic.name(settings.topic_prefix): handler for topic, handler in handlers.items()}
+        self._topics = {topic.name(settings.topic_prefix): topic for topic in handlers}
+        self._max_records = max_records
+        self._linger_ms = linger_ms
+        self._on_assigned = on_assigned
+        self._assigned_anew = True
+        self._consumer: AIOKafkaConsumer | None = None
+        self.halted: str | None = None
+        self.running = False
+
+    def owns(self, topic_name: str, partition: int) -> bool:
+        """Whether this member has this partition now: for background work that one member of the group does."""
+        if self._consumer is None:
+            return False
+        return TopicPartition(topic_name, partition) in self._consumer.assignment()
+
+    async def run(self) -> None:
+        """Consume until cancelled. Connection failures are retried inside."""
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self._settings.kafka,
+            group_id=self.group,
+            group_instance_id=self._settings.instance,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            **fetch_options(self._linger_ms),
+            session_timeout_ms=10_000,
+            heartbeat_interval_ms=1_000,
+            max_poll_interval_ms=600_000,
+            partition_assignment_strategy=(RangePartitionAssignor,),
+        )
+        if self._settings.embedded_broker:
+            adapt_to_embedded_broker(consumer, linger_ms=self._linger_ms or QUICK_MS)
+        consumer.subscribe(list(self._topics), listener=self)
+        await self._start(consumer)
+        try:
+            self._consumer = consumer
+            self.running = True
+            while True:
+                await self._step(consumer)
+        finally:
+            self.running = False
+            self._consumer = None
+            with contextlib.suppress(KafkaError):
+                await consumer.stop()
+
+    async def _start(self, consumer: AIOKafkaConsumer) -> None:
+        while True:
+            try:
+                await consumer.start()
+                return
+            except UnknownTopicOrPartitionError:
+                log.error("a topic of %s is missing; run: ringfence topics apply", list(self._topics))
+            except KafkaError as error:
+                log.error("Kafka at %s does not answer: %s", self._settings.kafka, error)
+            await asyncio.sleep(1)
+
+    async def _step(self, consumer: AIOKafkaConsumer) -> None:
+        try:
+            batches = await consumer.getmany(timeout_ms=1000, max_records=self._max_records)
+        except KafkaError as error:
+            log.warning("reading failed, trying again: %s", error)
+            await asyncio.sleep(0.5)
+            return
+        if not batches:
+            return
+        # What comes while a batch is handled gathers at the broker for the next one: read ahead, every handler would be
+        # given a batch of one or two.
+        held = consumer.assignment()
+        consumer.pause(*held)
+        try:
+            await self._handle(consumer, batches)
+        finally:
+            consumer.resume(*(held & consumer.assignment()))
+
+    async def _handle(self, consumer: AIOKafkaConsumer, batches: dict[TopicPartition, list[Any]]) -> None:
+        while self._assigned_anew and self._on_assigned is not None:
+            self._assigned_anew = False  # before it is awaited: meanwhile there may be yet another assignment
+            await self._on_assigned()
+        by_topic: dict[str, list[Received]] = {}
+        for partition, records in batches.items():
+            by_topic.setdefault(partition.topic, []).extend(
+                received(record, self._topics) for record in records
+            )
+        for name in self._handlers:
+            if name in by_topic:
+                await self._settle(consumer, name, by_topic[name])
+
+    async def _settle(self, consumer: AIOKafkaConsumer, name: str, batch: list[Received]) -> None:
+        """Handle a batch until it is done, then commit it. What was assigned away meanwhile is somebody else's."""
+        attempt = 0
+        while True:
+            mine = {p.partition for p in consumer.assignment() if p.topic == name}
+            batch = [record for record in batch if record.partition in mine]
+            if not batch:
+                return
+            try:
+                await self._handlers[name](batch)
+                break
+            except HaltedError as error:
+                self.halted = str(error)
+                metrics.HALTED.labels(self.group).set(1)
+                log.critical("%s", error)
+                await asyncio.Event().wait()  # until a person restarts the service
+            except Exception as error:
+                delay_s = min(5.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
+                attempt = min(attempt + 1, 10)
+                metrics.BATCH_RETRIES.labels(self.group).inc()
+                known = isinstance(error, RingfenceError | KafkaError | OSError)
+                why = str(error) or type(error).__name__
+                log.warning(
+                    "a batch of %d from %s failed, again in %.1f s: %s",
+                    len(batch),
+                    name,
+                    delay_s,
+                    why,
+                    exc_info=None if known else error,
+                )
+                await asyncio.sleep(delay_s)
+        ends: dict[TopicPartition, int] = {}
+        for record in batch:
+            partition = TopicPartition(name, record.partition)
+            ends[partition] = max(ends.get(partition, 0), record.offset + 1)
+        try:
+            await consumer.commit(ends)
+        except (CommitFailedError, IllegalStateError) as error:
+            log.info("the batch was done, its commit was not: it comes again (%s)", error)
+        except KafkaError as error:
+            log.warning("committing failed, the batch may come again: %s", error)
+
+    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        """Called by aiokafka before a rebalance: the batch under way goes on, and comes again if its commit fails."""
+
+    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        """Called by aiokafka after a rebalance."""
+        self._assigned_anew = True

@@ -1,0 +1,497 @@
+"""Kafka for everybody: the producer, and a follower that reads whole topics without a group.
+
+Consumer groups, which only services have, are in `ringfence.kernel.bus`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import orjson
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaError
+from aiokafka.partitioner import DefaultPartitioner
+
+from ringfence.kernel.clock import Clock, SystemClock
+from ringfence.kernel.embedded_broker import QUICK_MS, TABLE_MS, adapt_to_embedded_broker
+from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.jws import sign
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.settings import BusSettings
+from ringfence.kernel.trace import child_of, new_traceparent
+from ringfence.messages.base import Claims, Message, Topic
+from ringfence.messages.credential import Coordinates
+
+log = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=8192)
+def _partition_of(key: bytes, count: int) -> int:
+    """Where records with this key go. Remembered: the client counts it in Python, and few keys come again and again."""
+    return int(DefaultPartitioner()(key, range(count), ()))
+
+
+def _partitioner(key: bytes, every: Sequence[int], available: Sequence[int]) -> int:
+    return every[_partition_of(key, len(every))]
+
+
+@lru_cache(maxsize=256)
+def _ce_type(type: str) -> bytes:
+    return f"ringfence.{type}.v1".encode()
+
+
+@lru_cache(maxsize=64)
+def _to_the_second(now_s: int) -> str:
+    return datetime.fromtimestamp(now_s, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def _ce_time(now_ms: int) -> bytes:
+    return f"{_to_the_second(now_ms // 1000)}.{now_ms % 1000:03}Z".encode()
+
+
+_CONTENT_TYPES = {"jws": b"application/jose", "jwe": b"application/jose", "json": b"application/json"}
+
+
+class Received(NamedTuple):
+    """One Kafka record as it arrived, nothing of it verified."""
+
+    topic: Topic[Any]
+    topic_name: str
+    partition: int
+    offset: int
+    appended_at_ms: int
+    key: str | None
+    value: bytes
+    """Empty for a tombstone."""
+    raw_headers: Sequence[tuple[str, bytes | None]] = ()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers as text; what is not UTF-8 is replaced, as nothing is decided by it."""
+        return {
+            name: value.decode("utf-8", "replace") for name, value in self.raw_headers if value is not None
+        }
+
+    @property
+    def traceparent(self) -> str | None:
+        for name, value in self.raw_headers:
+            if name == "traceparent" and value is not None:
+                return value.decode("ascii", "replace")
+        return None
+
+    @property
+    def coordinates(self) -> Coordinates:
+        return Coordinates(
+            topic=self.topic_name,
+            partition=self.partition,
+            offset=self.offset,
+            appended_at_ms=self.appended_at_ms,
+        )
+
+
+class Outbound(NamedTuple):
+    """One of many messages for a topic: see `Publisher.send` for what they are."""
+
+    key: str
+    value: bytes
+    id: str
+    traceparent: str | None = None
+
+
+def received(record: Any, topics: dict[str, Topic[Any]]) -> Received:
+    """aiokafka's record as ours; a key that is not UTF-8 is replaced, as nothing is decided by it."""
+    return Received(
+        topics[record.topic],
+        record.topic,
+        record.partition,
+        record.offset,
+        record.timestamp,
+        record.key.decode("utf-8", "replace") if record.key is not None else None,
+        record.value or b"",
+        record.headers,
+    )
+
+
+class Publisher:
+    """Publishes messages: idempotent producer, acks=all, CloudEvents attributes and `traceparent` as headers."""
+
+    def __init__(self, settings: BusSettings, source: str, clock: Clock | None = None) -> None:
+        """`source` is the `ce_source`: the SPIFFE ID of who publishes."""
+        self._settings = settings
+        self._source = source.encode()
+        self._clock = clock or SystemClock()
+        self._producer: AIOKafkaProducer | None = None
+
+    async def start(self) -> None:
+        """Connect. Raises UnavailableError where the broker does not answer."""
+        producer = AIOKafkaProducer(
+            bootstrap_servers=self._settings.kafka,
+            enable_idempotence=True,
+            acks="all",
+            max_request_size=2 * 1024 * 1024,
+            # At the default of 16 KiB three decisions fill a batch, and every further sender is woken by every answer
+            # only to wait again.
+            max_batch_size=512 * 1024,
+            partitioner=_partitioner,
+            request_timeout_ms=15_000,
+        )
+        try:
+            await producer.start()
+        except KafkaError as error:
+            await producer.stop()
+            raise UnavailableError(
+                f"Kafka at {self._settings.kafka} does not answer ({type(error).__name__}); set RINGFENCE_KAFKA"
+            ) from None
+        self._producer = producer
+
+    async def stop(self) -> None:
+        """Send what is buffered, then disconnect."""
+        if self._producer is not None:
+            await self._producer.stop()
+            self._producer = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def send(
+        self,
+        topic: Topic[Any],
+        key: str,
+        value: str | bytes,
+        *,
+        id: str,
+        type: str,
+        traceparent: str | None = None,
+        partition: int | None = None,
+    ) -> Awaitable[Any]:
+        """Hand one record to the producer. Await what it returns for the broker's acknowledgement.
+
+        Args:
+            topic: where to; `key`: the Kafka key.
+            value: a compact JWS or JWE, or JSON. Empty writes a tombstone.
+            id: `ce_id`, derived from what the message says, so that a repeat has the same one.
+            type: the message's name, for `ce_type`.
+            traceparent: the trace to go on with; a new one where None.
+            partition: where to; where the key says where None.
+        """
+        payload = value.encode() if isinstance(value, str) else value
+        future: Awaitable[Any] = await self._connected().send(
+            topic.name(self._settings.topic_prefix),
+            payload or None,
+            partition=partition,
+            key=key.encode(),
+            headers=self._headers(topic, id, type, traceparent),
+        )
+        return future
+
+    async def send_many(
+        self, topic: Topic[Any], type: str, records: Iterable[Outbound]
+    ) -> list[Awaitable[None]]:
+        """Hand over many messages of one type. Await all that it returns: then all are acknowledged.
+
+        Those of a partition travel, and are acknowledged, together: half the CPU of sending each by itself.
+        """
+        every = await self.partitions(topic)
+        by_partition: dict[int, list[Outbound]] = {}
+        for record in records:
+            by_partition.setdefault(_partitioner(record.key.encode(), every, every), []).append(record)
+        return [self._sent(topic, type, partition, some) for partition, some in by_partition.items()]
+
+    async def _sent(self, topic: Topic[Any], type: str, partition: int, records: Sequence[Outbound]) -> None:
+        producer, name = self._connected(), topic.name(self._settings.topic_prefix)
+        batch = producer.create_batch()
+        for record in records:
+            message = {
+                "key": record.key.encode(),
+                "value": record.value or None,
+                "timestamp": None,
+                "headers": self._headers(topic, record.id, type, record.traceparent),
+            }
+            if batch.append(**message) is None:  # it is full; into an empty one goes a message of any size
+                await (await producer.send_batch(batch, name, partition=partition))
+                batch = producer.create_batch()
+                batch.append(**message)
+        batch.close()
+        await (await producer.send_batch(batch, name, partition=partition))
+
+    def _connected(self) -> AIOKafkaProducer:
+        if self._producer is None:
+            raise UnavailableError("the publisher is not started")
+        return self._producer
+
+    def _headers(
+        self, topic: Topic[Any], id: str, type: str, traceparent: str | None
+    ) -> list[tuple[str, bytes]]:
+        return [
+            ("ce_specversion", b"1.0"),
+            ("ce_id", id.encode()),
+            ("ce_type", _ce_type(type)),
+            ("ce_source", self._source),
+            ("ce_time", _ce_time(self._clock.now_ms())),
+            ("content-type", _CONTENT_TYPES[topic.encoding]),
+            ("traceparent", (child_of(traceparent) if traceparent else new_traceparent()).encode()),
+        ]
+
+    async def partitions(self, topic: Topic[Any]) -> list[int]:
+        """The partitions of a topic."""
+        return sorted(await self._connected().partitions_for(topic.name(self._settings.topic_prefix)))
+
+    async def send_signed(
+        self, topic: Topic[Any], key: str, claims: Claims, by: SigningKey, *, traceparent: str | None = None
+    ) -> tuple[str, Awaitable[Any]]:
+        """Sign a message and send it. Returns its compact JWS, and the acknowledgement to await."""
+        compact = sign(claims, by)
+        return compact, await self.send(
+            topic, key, compact, id=claims.jti, type=claims.typ, traceparent=traceparent
+        )
+
+    async def publish_signed(
+        self, topic: Topic[Any], key: str, claims: Claims, by: SigningKey, *, traceparent: str | None = None
+    ) -> str:
+        """`send_signed`, acknowledged by all replicas when it returns. Returns the compact JWS."""
+        compact, acknowledged = await self.send_signed(topic, key, claims, by, traceparent=traceparent)
+        await acknowledged
+        return compact
+
+    async def publish_plain(
+        self, topic: Topic[Any], key: str, message: Message, *, id: str, traceparent: str | None = None
+    ) -> None:
+        """Publish a message that is plain JSON; acknowledged when it returns."""
+        await (
+            await self.send(
+                topic,
+                key,
+                message.model_dump_json(exclude_none=True),
+                id=id,
+                type=topic.what,
+                traceparent=traceparent,
+            )
+        )
+
+
+def to_json(value: Any) -> bytes:
+    """Compact JSON with sorted keys: the same value always gives the same bytes."""
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+
+
+def fetch_options(linger_ms: int) -> dict[str, int]:
+    """How long a broker holds a fetch: until anything is there, or (`linger_ms`) until much is there or time is up."""
+    if linger_ms:
+        return {"fetch_min_bytes": 256 * 1024, "fetch_max_wait_ms": linger_ms}
+    return {"fetch_max_wait_ms": 500}
+
+
+class Follower:
+    """Reads whole topics, every partition, from a starting point on and for ever. No group, nothing committed."""
+
+    def __init__(
+        self,
+        settings: BusSettings,
+        topics: Sequence[Topic[Any]],
+        on_records: Callable[[Sequence[Received]], None],
+        *,
+        since_ms: int | None = 0,
+        linger_ms: int = 0,
+        key: str | None = None,
+    ) -> None:
+        """Args:
+            on_records: takes what came, in the order of each partition. Must not block, must not raise.
+            since_ms: where to start: 0 at the beginning, a time at the first record appended then or later, None at
+                the present end.
+            linger_ms: let records gather for so long, where nobody waits for them.
+            key: read only the partitions that records with this key go to (by Kafka's default partitioner).
+        """  # fmt: skip
+        self._key = key.encode() if key is not None else None
+        self._settings = settings
+        self._topics = {t.name(settings.topic_prefix): t for t in topics}
+        self._on_records = on_records
+        self._since_ms = since_ms
+        self._linger_ms = linger_ms
+        self._consumer: AIOKafkaConsumer | None = None
+        self._goal: dict[TopicPartition, int] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._asking: AIOKafkaConsumer | None = None
+        self._asking_lock = asyncio.Lock()
+        self._next_question: asyncio.Task[bool] | None = None
+        self._questions: set[asyncio.Task[bool]] = set()
+        self._advanced = asyncio.Event()
+        self.complete = asyncio.Event()
+        """Set once everything has been read that was there at the start."""
+
+    async def start(self) -> None:
+        """Connect, find the starting points, begin to read. Raises UnavailableError where topics are missing."""
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self._settings.kafka,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            **fetch_options(self._linger_ms),
+        )
+        if self._settings.embedded_broker:
+            adapt_to_embedded_broker(
+                consumer, linger_ms=self._linger_ms or (TABLE_MS if self._since_ms == 0 else QUICK_MS)
+            )
+        try:
+            await consumer.start()
+            # `consumer.partitions_for_topic` knows nothing yet: Apache Kafka, unlike the embedded broker, tells a
+            # client that has just started of no topics.
+            await consumer._client.set_topics(list(self._topics))
+            cluster = consumer._client.cluster
+            partitions = [
+                TopicPartition(name, number)
+                for name in self._topics
+                for number in self._wanted(cluster.partitions_for_topic(name) or ())
+            ]
+            missing = self._topics.keys() - {partition.topic for partition in partitions}
+            if missing:
+                raise UnavailableError(
+                    f"missing on Kafka: {', '.join(sorted(missing))}; run: ringfence topics apply"
+                )
+            consumer.assign(partitions)
+            self._goal = dict(await consumer.end_offsets(partitions))
+            await self._seek(consumer, partitions)
+        except KafkaError as error:
+            await consumer.stop()
+            raise UnavailableError(
+                f"Kafka at {self._settings.kafka} does not answer ({type(error).__name__}); set RINGFENCE_KAFKA"
+            ) from None
+        except BaseException:
+            await consumer.stop()
+            raise
+        self._consumer = consumer
+        self._task = asyncio.create_task(self._run(consumer), name="follower")
+
+    def _wanted(self, partitions: Iterable[int]) -> list[int]:
+        every = sorted(partitions)
+        return every if self._key is None or not every else [_partitioner(self._key, every, every)]
+
+    async def _seek(self, consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> None:
+        if self._since_ms is None:
+            for partition in partitions:
+                consumer.seek(partition, self._goal[partition])
+        elif self._since_ms == 0:
+            for partition, offset in (await consumer.beginning_offsets(partitions)).items():
+                consumer.seek(partition, offset)
+        else:
+            found = await consumer.offsets_for_times(dict.fromkeys(partitions, self._since_ms))
+            for partition in partitions:
+                at = found.get(partition)
+                consumer.seek(partition, at.offset if at else self._goal[partition])
+
+    async def _run(self, consumer: AIOKafkaConsumer) -> None:
+        behind = {p for p, end in self._goal.items() if await consumer.position(p) < end}
+        while True:
+            if not behind:
+                self.complete.set()
+            try:
+                batches = await consumer.getmany(timeout_ms=200 if behind else 1000, max_records=2000)
+            except KafkaError as error:
+                log.warning("reading failed, trying again: %s", error)
+                await asyncio.sleep(0.5)
+                continue
+            for records in batches.values():
+                self._on_records([received(record, self._topics) for record in records])
+            if batches:
+                advanced, self._advanced = self._advanced, asyncio.Event()
+                advanced.set()
+            if behind:
+                behind = {p for p in behind if await consumer.position(p) < self._goal[p]}
+
+    async def positions(self) -> dict[tuple[str, int], int]:
+        """By topic's name and partition: the offset after the last record that was handed on, or passed over."""
+        consumer = self._consumer
+        if consumer is None:
+            return {}
+        return {(at.topic, at.partition): await consumer.position(at) for at in consumer.assignment()}
+
+    async def caught_up(self, timeout_s: float) -> bool:
+        """Wait until everything is taken in that stood on the topics when this was called.
+
+        So that nobody is refused for what a table did not hold *yet*: whoever saw a record acknowledged and then sent a
+        message is judged with that record. Costs one round trip where nothing is outstanding. False where `timeout_s`
+        passed before, or Kafka did not answer.
+        """
+        if self._consumer is None:
+            return False
+        if self._next_question is None:
+            self._next_question = asyncio.create_task(self._read_to_the_end(self._consumer), name="caught up")
+            self._questions.add(self._next_question)
+            self._next_question.add_done_callback(self._questions.discard)
+        question = self._next_question
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(question)
+        log.warning("not known to be caught up with %s after %.1f s", ", ".join(self._topics), timeout_s)
+        return False
+
+    async def _read_to_the_end(self, consumer: AIOKafkaConsumer) -> bool:
+        """One question to Kafka answers all who asked before it was sent: a batch of refusals costs one."""
+        async with self._asking_lock:
+            self._next_question = None
+            try:
+                asking = await self._asking_consumer()
+                ends = await asking.end_offsets(list(consumer.assignment()))
+            except KafkaError as error:
+                log.warning("not known where %s end: %r", ", ".join(self._topics), error)
+                return False
+        while True:
+            advanced = self._advanced
+            if not [p for p, end in ends.items() if await consumer.position(p) < end]:
+                return True
+            await advanced.wait()
+
+    async def _asking_consumer(self) -> AIOKafkaConsumer:
+        """A connection of its own: on the reading one, a question waits behind the fetch that waits for records."""
+        if self._asking is None:
+            asking = AIOKafkaConsumer(bootstrap_servers=self._settings.kafka, enable_auto_commit=False)
+            try:
+                await asking.start()
+            except BaseException:
+                await asking.stop()
+                raise
+            self._asking = asking
+        return self._asking
+
+    async def stop(self) -> None:
+        """Stop reading and disconnect."""
+        for question in tuple(self._questions):
+            question.cancel()
+        if self._asking is not None:
+            await self._asking.stop()
+            self._asking = None
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        if self._consumer is not None:
+            await self._consumer.stop()
+            self._consumer = None
+
+    @property
+    def failed(self) -> str | None:
+        """Why reading has ended, or None while it goes on."""
+        if self._task is None or not self._task.done() or self._task.cancelled():
+            return None
+        return f"the follower ended: {self._task.exception()!r}"
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.stop()

@@ -1,0 +1,57 @@
+"""Every metric, once. Prometheus names; labels never hold ids of agents or leases (they would grow without bound)."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+RECORDS = Counter("ringfence_records_total", "Kafka records handled", ["topic", "outcome"])
+"""`outcome`: done, dead_lettered."""
+BATCH_RETRIES = Counter("ringfence_batch_retries_total", "Batches tried again after a failure", ["group"])
+HALTED = Gauge(
+    "ringfence_consumer_halted", "1 where a consumer stopped at too many invalid signed records", ["group"]
+)
+DECISIONS = Counter("ringfence_decisions_total", "Decisions by outcome", ["outcome"])
+BREAK_GLASS = Counter("ringfence_break_glass_total", "Break glass decisions by outcome", ["outcome"])
+BREAK_GLASS_UNREVIEWED = Gauge(
+    "ringfence_break_glass_unreviewed", "Uses of break glass that nobody has reviewed, by audit's index"
+)
+POLICY_FAILURES = Counter(
+    "ringfence_policy_failures_total", "Requests denied because the policy bundle gave no answer", ["code"]
+)
+"""`code`: policy_timeout, policy_unavailable, policy_invalid."""
+POLICY_BUNDLE_REFUSED = Gauge(
+    "ringfence_policy_bundle_refused",
+    "1 where the bundle on disk was changed and is not used: it does not compile or fails its tests",
+)
+NOTICES = Counter("ringfence_notices_total", "Webhooks that tell people of what waits for them", ["outcome"])
+"""`outcome`: delivered, failed, dropped (too many under way), skipped (answered meanwhile)."""
+LEASES_ISSUED = Counter("ringfence_leases_issued_total", "Leases activated", ["backend"])
+ISSUE_REFUSED = Counter("ringfence_issue_refused_total", "Allowed requests that the issuer refused", ["code"])
+LEASES_ENDED = Counter("ringfence_leases_ended_total", "Terminal lease records written", ["status"])
+EXPIRY_LAG = Histogram(
+    "ringfence_expiry_lag_seconds",
+    "From a lease's deadline to its terminal record on Kafka",
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60),
+)
+AUDIT_EVENTS = Counter("ringfence_audit_events_total", "OCSF events written", ["class_uid"])
+HTTP_REQUESTS = Counter("ringfence_http_requests_total", "HTTP requests answered", ["route", "status"])
+REVOCATIONS_OVERDUE = Gauge(
+    "ringfence_revocations_overdue",
+    "Leases that are cut and could not be undone at their targets for a while",
+)
+TIME_TO_CUT = Histogram(
+    "ringfence_time_to_cut_seconds",
+    "From a revocation's append to Kafka until Redis and every live gateway refuse what it covers",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
+CUTS_UNCONFIRMED = Counter(
+    "ringfence_cuts_unconfirmed_total", "Cuts that a live gateway did not confirm within the grace"
+)
+ORPHANS_UNDONE = Counter(
+    "ringfence_orphans_undone_total",
+    "Credentials found at targets without a lease, and taken back",
+    ["backend"],
+)
+TOMBSTONES = Counter(
+    "ringfence_lease_tombstones_total", "Leases deleted from the lease topic, long after their end"
+)

@@ -1,0 +1,51 @@
+"""From a built service to a running process: logs, signals, the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+import sys
+from collections.abc import Sequence
+
+import uvloop
+
+from ringfence.kernel import logging as ringfence_logging
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.settings import ServiceSettings
+
+
+def run(runtimes: Sequence[Runtime], settings: ServiceSettings) -> int:
+    """Run services in this process until SIGTERM or SIGINT, then drain. Returns the exit status."""
+    ringfence_logging.configure(
+        "+".join(runtime.role for runtime in runtimes), format=settings.log_format, level=settings.log_level
+    )
+    # What is loaded by now stays: never look at it again, and look less often. Messages are trees, which need no search
+    # for cycles.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    try:
+        uvloop.run(_until_signalled(runtimes))
+    except RingfenceError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+async def _until_signalled(runtimes: Sequence[Runtime]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    running = [asyncio.create_task(runtime.run(stop), name=runtime.role) for runtime in runtimes]
+    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    stop.set()
+    results = await asyncio.gather(*running, return_exceptions=True)
+    with contextlib.suppress(NotImplementedError):
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(signum)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result

@@ -1,0 +1,299 @@
+"""The life of a service process: start, work, drain, stop. What a service *does* is handed in by its `app.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from starlette.routing import BaseRoute
+
+from ringfence.kernel.bus import BatchHandler, Consumer, DeadLetters
+from ringfence.kernel.clock import Clock, SystemClock
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.http import HttpServer, ReadyCheck, application
+from ringfence.kernel.ids import derived_id
+from ringfence.kernel.kafka import Follower, Publisher, Received
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.skew import SkewCheck
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.api import PORTS
+from ringfence.messages.base import Topic
+from ringfence.messages.credential import Coordinates, Reason
+from ringfence.messages.operations import EventKind, ServiceEvent
+from ringfence.messages.topics import HEARTBEAT, SERVICE_EVENT, TRUST
+from ringfence.messages.trust import ServiceRole
+
+log = logging.getLogger(__name__)
+
+_CANCEL_AGAIN_S = 3.0
+_TRUST_MS = 200
+"""A new trust bundle comes once in months."""
+TableReader = Callable[[Sequence[Received]], None]
+
+
+class Runtime:
+    """One service in a process: identity, trust, publisher, tables, consumers, HTTP, background work."""
+
+    def __init__(self, role: ServiceRole, settings: ServiceSettings, clock: Clock | None = None) -> None:
+        """Reads the service's key. Raises KeyFileError, SettingsError."""
+        self.role: ServiceRole = role
+        self.settings = settings
+        self.clock: Clock = clock or SystemClock()
+        self.key = SigningKey.load(settings.key_file or settings.key_dir / f"{role}.json")
+        self.trust = TrustStore(settings.trust_domain, settings.trust_root)
+        self.publisher = Publisher(settings, self.key.id, self.clock)
+        self.letters = DeadLetters(self.publisher, role, self.clock)
+        self.routes: list[BaseRoute] = []
+        self._instance = secrets.token_hex(8)
+        self._tables: dict[Topic[Any], TableReader] = {}
+        self._table_follower: Follower | None = None
+        self._followers: list[Follower] = []
+        self._consumers: list[Consumer] = []
+        self._background: list[tuple[str, Callable[[], Awaitable[None]]]] = []
+        self._skew = SkewCheck("the broker")
+        self._checks: list[ReadyCheck] = [
+            self.trust.unready,
+            self._follower_check,
+            self._consumer_check,
+            self._skew.unready,
+        ]
+        self._denials: list[ReadyCheck] = []
+        self._opening: list[Callable[[], Awaitable[None]]] = []
+        self._closing: list[Callable[[], Awaitable[None]]] = []
+
+    # --- what `app.py` says before the start ---
+
+    def table(self, topics: Sequence[Topic[Any]], reader: TableReader) -> None:
+        """Read these topics whole, from their beginnings, and go on reading; complete before any work is taken."""
+        self._tables |= dict.fromkeys(topics, reader)
+
+    def history(
+        self, topics: Sequence[Topic[Any]], reader: TableReader, *, since_ms: int, linger_ms: int = 0
+    ) -> Follower:
+        """Read these topics from a moment on, and go on reading; complete before any work is taken."""
+        follower = Follower(self.settings, topics, reader, since_ms=since_ms, linger_ms=linger_ms)
+        self._followers.append(follower)
+        return follower
+
+    def consume(
+        self,
+        group: str,
+        handlers: dict[Topic[Any], BatchHandler],
+        *,
+        max_records: int = 32,
+        linger_ms: int = 0,
+        on_assigned: Callable[[], Awaitable[None]] | None = None,
+    ) -> Consumer:
+        """Take work from these topics as a member of a group. See `Consumer` for what it is given and what it tells."""
+        consumer = Consumer(
+            self.settings,
+            group,
+            handlers,
+            max_records=max_records,
+            linger_ms=linger_ms,
+            on_assigned=on_assigned,
+        )
+        self._consumers.append(consumer)
+        return consumer
+
+    def background(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Run this beside the consumers. When it ends or raises, the process ends with an error."""
+        self._background.append((name, work))
+
+    def ready_when(self, check: ReadyCheck) -> None:
+        """Add a reason why the service may not be ready."""
+        self._checks.append(check)
+
+    def denies_when(self, check: ReadyCheck) -> None:
+        """Add a reason why the service may deny what it is asked. `/readyz` says it, and the service stays ready: being
+        taken out of use would help nobody, and end what it still can do.
+        """
+        self._denials.append(check)
+
+    def on_start(self, opening: Callable[[], Awaitable[None]]) -> None:
+        """Await this before any work is taken, e.g. to connect to a store."""
+        self._opening.append(opening)
+
+    def on_stop(self, closing: Callable[[], Awaitable[None]]) -> None:
+        """Await this after all work has ended."""
+        self._closing.append(closing)
+
+    # --- what handlers use ---
+
+    async def tables_caught_up(self, timeout_s: float) -> bool:
+        """Wait until the tables hold what stood on their topics when this was called. See `Follower.caught_up`."""
+        return self._table_follower is not None and await self._table_follower.caught_up(timeout_s)
+
+    async def event(
+        self,
+        kind: EventKind,
+        subject: str,
+        *,
+        about: tuple[object, ...],
+        reasons: Sequence[Reason] = (),
+        source: Coordinates | None = None,
+        traceparent: str | None = None,
+        **fields: Any,
+    ) -> None:
+        """Publish a signed `service.event`, acknowledged when this returns.
+
+        `about` makes its id: the same event said twice has the same one.
+        """
+        now_ms = self.clock.now_ms()
+        event = ServiceEvent(
+            iss=self.key.id,
+            aud=self.settings.trust_domain,
+            iat=now_ms // 1000,
+            jti=derived_id("service.event", self.key.id, kind, subject, *map(str, about)),
+            kind=kind,
+            subject=subject,
+            reasons=tuple(reasons),
+            source=source,
+            at_ms=now_ms,
+            traceparent=traceparent,
+            **fields,
+        )
+        await self.publisher.publish_signed(
+            SERVICE_EVENT, self.role, event, self.key, traceparent=traceparent
+        )
+
+    # --- the life ---
+
+    def unready(self) -> list[str]:
+        """Why the service is not ready; empty where it is."""
+        return [reason for check in self._checks if (reason := check())]
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Run until `stop` is set, then drain: the batches under way end, nothing new is taken.
+
+        Raises RingfenceError where something needed cannot be had, or background work ended.
+        """
+        host, _, port = self.settings.http.partition(":")
+        server = HttpServer(
+            application(self.routes, self._checks, self._denials), host, int(port or PORTS[self.role])
+        )
+        work: list[asyncio.Task[None]] = [asyncio.create_task(server.run_until_stopped(), name="http")]
+        stopping = asyncio.create_task(stop.wait())
+        started = False
+        try:
+            started = await self._start(stop, work[0])
+            if started:
+                work += [asyncio.create_task(_forever(job), name=name) for name, job in self._background]
+                work += [asyncio.create_task(c.run(), name=c.group) for c in self._consumers]
+                log.info("%s ready", self.role)
+                await self.event("started", self.role, about=(self._instance,))
+                await asyncio.wait([stopping, *work], return_when=asyncio.FIRST_COMPLETED)
+                for task in work:
+                    if task.done():
+                        task.result()
+                        raise RingfenceError(f"{task.get_name()} of {self.role} ended by itself")
+        finally:
+            stopping.cancel()
+            await _end(work[1:])
+            if started:
+                with contextlib.suppress(Exception):
+                    await self.event("stopped", self.role, about=(self._instance,))
+            server.should_exit = True
+            await asyncio.gather(work[0], return_exceptions=True)
+            for follower in self._followers:
+                await follower.stop()
+            for closing in self._closing:
+                await closing()
+            await self.publisher.stop()
+
+    async def _start(self, stop: asyncio.Event, http: asyncio.Task[None]) -> bool:
+        """Start everything that is needed before work is taken; False where the service was stopped meanwhile."""
+        await _until_available(self.publisher.start, stop, http)
+        # Trust comes first: a record that arrived before the bundle would be refused as signed by nobody.
+        trust = Follower(self.settings, [TRUST], self._on_trust, linger_ms=_TRUST_MS)
+        if self._tables:
+            self._table_follower = Follower(self.settings, list(self._tables), self._on_tables)
+            self._followers.insert(0, self._table_follower)
+        tables, self._followers = self._followers, [trust]
+        await _until_available(trust.start, stop, http)
+        await _until(lambda: trust.complete.is_set() and self.trust.version is not None, stop, http)
+        for opening in self._opening:
+            await _until_available(opening, stop, http)
+        for follower in tables:
+            self._followers.append(follower)
+            await _until_available(follower.start, stop, http)
+        await _until(lambda: all(f.complete.is_set() for f in self._followers), stop, http)
+        return not stop.is_set()
+
+    def _on_tables(self, records: Sequence[Received]) -> None:
+        if not records:
+            return
+        self._tables[records[0].topic](records)
+        # While the tables are still being read, heartbeats are of any age.
+        if records[0].topic is HEARTBEAT and self._table_follower and self._table_follower.complete.is_set():
+            self._skew.heard(records[-1].appended_at_ms, self.clock.now_ms())
+
+    def _on_trust(self, records: Sequence[Received]) -> None:
+        for record in records:
+            try:
+                self.trust.load(record.value, self.clock.now_ms() / 1000)
+            except InvalidMessageError as error:
+                log.error("ignored a trust bundle at %s@%d: %s", record.topic_name, record.offset, error)
+
+    def _follower_check(self) -> str | None:
+        for follower in self._followers:
+            if follower.failed:
+                return follower.failed
+            if not follower.complete.is_set():
+                return "local tables are not complete yet"
+        return None
+
+    def _consumer_check(self) -> str | None:
+        for consumer in self._consumers:
+            if consumer.halted:
+                return consumer.halted
+            if not consumer.running:
+                return f"the consumer {consumer.group} has not started"
+        return None
+
+
+async def _until(ready: Callable[[], bool], stop: asyncio.Event, http: asyncio.Task[None]) -> None:
+    """Return once `ready()` or `stop`. Raises what ended the HTTP server, where it ended."""
+    while not (ready() or stop.is_set()):
+        if http.done():
+            http.result()
+        await asyncio.sleep(0.02)
+
+
+async def _forever(job: Callable[[], Awaitable[None]]) -> None:
+    await job()
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel tasks, and again where one goes on: `asyncio.wait_for` of Python 3.11, which redis and aiokafka use, loses
+    a cancellation that comes together with its result.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_S)
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _until_available(
+    start: Callable[[], Awaitable[None]], stop: asyncio.Event, http: asyncio.Task[None]
+) -> None:
+    """Try again each half second while a dependency is away: services may start in any order."""
+    said = ""
+    while not stop.is_set():
+        try:
+            await start()
+            return
+        except UnavailableError as error:
+            if str(error) != said:
+                said = str(error)
+                log.warning("waiting: %s", error)
+        if http.done():
+            http.result()
+        await asyncio.sleep(0.5)

@@ -1,0 +1,141 @@
+"""Settings: `RINGFENCE_*` in the environment, or `ringfence.toml`; the environment wins."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from ringfence.kernel.errors import SettingsError
+
+CONFIG_FILE_ENV = "RINGFENCE_CONFIG"
+"""Where the TOML file is; `os.devnull` reads none."""
+
+FOUND_BY_ITSELF = ".ringfence/ringfence.toml"
+"""Where `ringfence dev` writes one unless it is told otherwise."""
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+class RingfenceSettings(BaseSettings):
+    """Base of all settings classes: reads the environment, then the TOML file."""
+
+    model_config = SettingsConfigDict(env_prefix="RINGFENCE_", extra="ignore", frozen=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _TomlTable(settings_cls, config_file())
+
+
+def config_file() -> Path:
+    """The TOML file: `RINGFENCE_CONFIG`, or the first found of `ringfence.toml` and what `ringfence dev` wrote.
+
+    Raises SettingsError where the one that was named is not there: other settings than the wanted ones would count.
+    """
+    named = os.environ.get(CONFIG_FILE_ENV)
+    if named:
+        if not Path(named).exists():
+            raise SettingsError(
+                f"{CONFIG_FILE_ENV} names {named}, and there is no such file; correct or unset it"
+            )
+        return Path(named)
+    candidates = [Path("ringfence.toml"), Path(FOUND_BY_ITSELF)]
+    return next((file for file in candidates if file.is_file()), candidates[0])
+
+
+class _TomlTable(TomlConfigSettingsSource):
+    """The part of `ringfence.toml` that a settings class owns: the top level, or the table of its prefix.
+
+    `RINGFENCE_POLICY_BUNDLE` in the environment is `bundle` in the table `[policy]`.
+    """
+
+    def __init__(self, settings_cls: type[BaseSettings], file: Path) -> None:
+        # Before the base class, which reads the file while it is being made.
+        self._prefix = str(settings_cls.model_config.get("env_prefix") or "")
+        super().__init__(settings_cls, toml_file=file)
+
+    def _read_file(self, file_path: Path | Traversable) -> dict[str, Any]:
+        try:
+            data = super()._read_file(file_path)
+        except (OSError, ValueError) as error:
+            raise SettingsError(
+                f"cannot read {file_path}: {error}; correct it, or name another with {CONFIG_FILE_ENV}"
+            ) from None
+        for part in self._prefix.lower().removeprefix("ringfence_").strip("_").split("_"):
+            data = data.get(part, {}) if part else data
+        return data
+
+
+class BusSettings(RingfenceSettings):
+    """What anybody needs who talks to Ringfence, agents and sponsors included."""
+
+    kafka: str = "127.0.0.1:9092"
+    """Bootstrap servers, `host:port[,host:port]`."""
+    topic_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")] = "ringfence"
+    trust_domain: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = "ringfence.local"
+    trust_root: str = ""
+    """The root key's fingerprint (RFC 7638 thumbprint); `ringfence init` prints it."""
+    embedded_broker: bool = False
+    """Set for the embedded broker alone, whose manners differ (`ringfence.kernel.embedded_broker`)."""
+
+
+class ServiceSettings(BusSettings):
+    """What every service needs."""
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]+$")] = "rf"
+    redis_shards: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Into how many hash slots the leases are spread; the same for all services, never changed while leases live."""
+    key_file: Path | None = None
+    """The service's private key (JSON, mode 0600); `ringfence init` makes one for each service."""
+    key_dir: Path = Path(".ringfence/keys")
+    """Where `<service>.json` is looked for when `key_file` is not set."""
+    http: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+(:\d{1,5})?$")] = "127.0.0.1"
+    """`host` or `host:port` of the service's HTTP (health, metrics, API); each service has a port of its own."""
+    issuer_url: str = "http://127.0.0.1:8703"
+    """The `iss` of tokens: where the issuer's HTTP is reached from outside."""
+    policy_url: str = "http://127.0.0.1:8702"
+    """Where policy's HTTP is reached from outside: what AuthZEN calls the policy decision point."""
+    partitions: Annotated[int, Field(ge=1, le=1024)] = 6
+    """Partitions of the topics keyed by agent id."""
+    replication: Annotated[int, Field(ge=1, le=9)] = 1
+    instance: str | None = None
+    """A name for this replica that outlives its process (static group membership, KIP-345): after a crash it takes its
+    partitions up again at once, instead of after the session timeout. No two live replicas may share one."""
+    grace_s: Annotated[float, Field(gt=0)] = 5.0
+    """How old a view (of records, of revocations) may be before it denies."""
+    entitlements_max_age_s: Annotated[int, Field(ge=1)] = 30 * 24 * 3600
+    """Past this age a user's entitlements count for nothing."""
+    state_dir: Path | None = None
+    """Where indexes that can be rebuilt are kept; in memory where not set."""
+    log_format: Annotated[str, Field(pattern=r"^(json|console)$")] = "json"
+    log_level: Annotated[str, Field(pattern=r"^(debug|info|warning|error)$")] = "info"
+
+
+def load(cls: type[S], **overrides: Any) -> S:
+    """Read settings. Raises SettingsError that names everything that is wrong, all at once."""
+    try:
+        return cls(**overrides)
+    except ValidationError as error:
+        prefix = cls.model_config.get("env_prefix") or ""
+        lines = [
+            f"{prefix}{'_'.join(map(str, item['loc'])).upper()}: {item['msg']}"
+            for item in error.errors(include_url=False)
+        ]
+        raise SettingsError("settings are wrong:\n  " + "\n  ".join(lines)) from None

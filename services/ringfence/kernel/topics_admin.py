@@ -1,0 +1,116 @@
+"""Creating topics and checking that they are what the contract says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+
+from ringfence.kernel.errors import RingfenceError, UnavailableError
+from ringfence.kernel.settings import ServiceSettings
+from ringfence.messages.base import Topic
+from ringfence.messages.topics import ALL, LEASE
+
+
+class TopicError(RingfenceError):
+    """The broker refused to create a topic."""
+
+    code = "topic_refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One way in which a topic is not what the contract says."""
+
+    topic: str
+    what: str
+    expected: str
+    found: str
+
+
+def partitions_of(topic: Topic[Any], settings: ServiceSettings) -> int:
+    """How many partitions a topic has: one count for all that are keyed by agent (and for leases), else one."""
+    return settings.partitions if topic.by_agent or topic is LEASE else 1
+
+
+def _bounds(topic: Topic[Any], keep_bytes: int | None) -> dict[str, str]:
+    """Kafka deletes whole segments: four of them make the bound."""
+    if keep_bytes is None or topic.compacted:
+        return {}
+    return {"retention.bytes": str(keep_bytes), "segment.bytes": str(keep_bytes // 4)}
+
+
+class TopicsAdmin:
+    """Use as an async context manager."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self._settings = settings
+        self._client = AIOKafkaAdminClient(bootstrap_servers=settings.kafka)
+
+    async def __aenter__(self) -> TopicsAdmin:
+        try:
+            await self._client.start()
+        except KafkaError as error:
+            await self._client.close()
+            raise UnavailableError(
+                f"Kafka at {self._settings.kafka} does not answer ({type(error).__name__}); set RINGFENCE_KAFKA"
+            ) from None
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+
+    async def apply(self, *, keep_bytes: int | None = None) -> list[str]:
+        """Create every topic that is not there. Returns the names of those created. Raises TopicError.
+
+        `keep_bytes` bounds each partition of what is not compacted as well: for a broker that has all in memory.
+        """
+        present = set(await self._client.list_topics())
+        wanted = [t for t in ALL if t.name(self._settings.topic_prefix) not in present]
+        if not wanted:
+            return []
+        answer = await self._client.create_topics(
+            [
+                NewTopic(
+                    name=topic.name(self._settings.topic_prefix),
+                    num_partitions=partitions_of(topic, self._settings),
+                    replication_factor=self._settings.replication,
+                    topic_configs=topic.configs() | _bounds(topic, keep_bytes),
+                )
+                for topic in wanted
+            ]
+        )
+        for name, code, *rest in answer.topic_errors:
+            if code and for_code(code) is not TopicAlreadyExistsError:
+                raise TopicError(
+                    f"the broker refused topic {name}: {for_code(code).__name__} {rest[0] if rest else ''}"
+                )
+        return [topic.name(self._settings.topic_prefix) for topic in wanted]
+
+    async def check(self) -> list[Difference]:
+        """Compare the broker's topics with the contract. Empty where all is as it should be."""
+        found: list[Difference] = []
+        names = {topic.name(self._settings.topic_prefix): topic for topic in ALL}
+        present = set(await self._client.list_topics())
+        found += [Difference(name, "topic", "present", "missing") for name in names if name not in present]
+        there = [name for name in names if name in present]
+        if not there:  # asked for no topic, a broker describes all that it has
+            return found
+        for description in await self._client.describe_topics(there):
+            name = description["topic"]
+            expected = partitions_of(names[name], self._settings)
+            if len(description["partitions"]) != expected:
+                found.append(
+                    Difference(name, "partitions", str(expected), str(len(description["partitions"])))
+                )
+        resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in there]
+        for response in await self._client.describe_configs(resources):
+            for _, _, _, name, entries in response.resources:
+                actual = {entry[0]: entry[1] for entry in entries}
+                for key, value in names[name].configs().items():
+                    if actual.get(key) != value:
+                        found.append(Difference(name, key, value, str(actual.get(key))))
+        return found
