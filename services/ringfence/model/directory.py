@@ -1,0 +1,398 @@
+"""The local table of users, agents, targets and tasks that every service holds: complete, verified, fresh.
+
+A record is taken in when the registry's signature holds and its revision is not lower than the one known; its chain of
+commands is verified when it is first looked at, so that starting up costs one signature a record and records may
+arrive in any order. What does not verify is not there: asking for it says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
+
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.jws import open_signed, parse
+from ringfence.kernel.keys import PublicKey, valid_key
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.credential import Coordinates
+from ringfence.messages.operations import Heartbeat, PartitionDigest
+from ringfence.messages.registry import (
+    AgentRecord,
+    AgentState,
+    AnyRecord,
+    AnyState,
+    EmbeddedCommand,
+    TargetRecord,
+    TargetState,
+    TaskRecord,
+    TaskState,
+    UserRecord,
+    UserState,
+)
+from ringfence.messages.topics import AGENT, HEARTBEAT, TARGET, TASK, USER
+from ringfence.model.chains import ChainError, Chains, unverified_command
+from ringfence.model.identity import SubjectKind, subject_of
+from ringfence.model.lifecycle import may_be_dropped
+
+if TYPE_CHECKING:  # rules look things up here, and import nothing that does I/O
+    from ringfence.kernel.kafka import Received
+
+log = logging.getLogger(__name__)
+
+TABLES = (USER, AGENT, TARGET, TASK, HEARTBEAT)
+"""The topics that a directory is fed from."""
+
+S = TypeVar("S", bound=AnyState)
+_RECORDS: dict[SubjectKind, type[AnyRecord]] = {
+    "user": UserRecord,
+    "agent": AgentRecord,
+    "target": TargetRecord,
+    "task": TaskRecord,
+}
+_REMEMBERED_DIGESTS = 10_000
+_CLOCKS_DIFFER_MS = 60_000
+"""How far the registry's clock may be from the broker's before its heartbeats count as old ones, sent again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Generic[S]):
+    """A verified record: its state, revision, and the record as it was signed."""
+
+    state: S
+    revision: int
+    record: AnyRecord
+    compact: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Something on a record topic that an honest registry does not do."""
+
+    code: str
+    message: str
+    subject: str
+    """The SPIFFE ID of what the record is about, or the key that it stands under."""
+    source: Coordinates | None
+
+
+@dataclass(slots=True)
+class _Slot:
+    record: AnyRecord
+    compact: bytes
+    source: Coordinates | None = None
+    verified: bool = False
+    broken: ChainError | None = None
+    broken_as_of: int = -1
+    """How many user records had been taken in when it was found broken: a signer may have been still to come."""
+
+
+@dataclass(slots=True)
+class _Part:
+    """The digest over one partition, and those it had lately: a heartbeat may be a little older than the table."""
+
+    count: int = 0
+    value: int = 0
+    lately: deque[tuple[int, int]] = field(
+        default_factory=lambda: deque([(0, 0)], maxlen=_REMEMBERED_DIGESTS)
+    )
+    expected: tuple[int, int] | None = None
+    expected_at_ms: int = 0
+    confirmed_at_ms: int = 0
+
+    def change(self, added: int, removed: int) -> None:
+        self.value ^= added ^ removed
+        self.count += (added != 0) - (removed != 0)
+        self.lately.append((self.count, self.value))
+        if self.expected == (self.count, self.value):
+            self.confirmed_at_ms = max(self.confirmed_at_ms, self.expected_at_ms)
+
+    def compare(self, expected: tuple[int, int], at_ms: int) -> None:
+        self.expected, self.expected_at_ms = expected, at_ms
+        if expected in self.lately:
+            self.confirmed_at_ms = max(self.confirmed_at_ms, at_ms)
+
+
+class Directory:
+    """Users, agents, targets and tasks, as the registry's records and their chains say."""
+
+    def __init__(
+        self,
+        trust: TrustStore,
+        clock: Clock,
+        *,
+        grace_ms: int | None,
+        on_alarm: Callable[[Alarm], None] = lambda alarm: None,
+    ) -> None:
+        """`grace_ms` is how old the last matching heartbeat may be before the table denies; None never asks."""
+        self._trust = trust
+        self._clock = clock
+        self._grace_ms = grace_ms
+        self._on_alarm = on_alarm
+        self._slots: dict[SubjectKind, dict[str, _Slot]] = {"user": {}, "agent": {}, "target": {}, "task": {}}
+        self._parts: dict[tuple[str, int], _Part] = {}
+        self._listeners: list[Callable[[SubjectKind, str], None]] = []
+        self._users_taken_in = 0
+        self._displaced: set[tuple[SubjectKind, str]] = set()
+        self._last_beat_ms = 0
+        self._beat_heard_ms = 0
+        self.chains = Chains(trust, self._unverified_user)
+
+    # --- feeding ---
+
+    def on_records(self, records: Sequence[Received]) -> None:
+        """Take in what came from the topics in `TABLES`."""
+        for record in records:
+            if record.topic is HEARTBEAT:
+                self._on_heartbeat(record)
+            else:
+                self._on_record(record)
+
+    def on_change(self, listener: Callable[[SubjectKind, str], None]) -> None:
+        """Call `listener` with (kind, id) after each record that was taken in."""
+        self._listeners.append(listener)
+
+    def admit(
+        self,
+        kind: SubjectKind,
+        topic_name: str,
+        partition: int,
+        compact: bytes,
+        at_ms: int,
+        source: Coordinates | None = None,
+        key: str | None = None,
+    ) -> str | None:
+        """Take in one record. Returns why not, or None. A registry calls this with what it has just published.
+
+        `key` is the Kafka key, where it must be the id: compaction would else let the record stand in another's place.
+        """
+        try:
+            record: AnyRecord = open_signed(
+                parse(compact), _RECORDS[kind], self._trust.finder("registry", at_s=at_ms / 1000),
+                audience=self._trust.trust_domain,
+            ).claims  # fmt: skip
+        except InvalidMessageError as error:
+            return f"{error.code}: {error}"
+        id = subject_of(self._trust.trust_domain, record.sub, kind)
+        if id is None:
+            return f"wrong_subject: {record.sub} is no {kind}"
+        if key is not None and key != id:
+            return f"wrong_key: the record of {record.sub} stands under the key {key}"
+        known = self._slots[kind].get(id)
+        if known is not None:
+            if record == known.record:
+                return None  # the same record, perhaps signed once more
+            if record.revision <= known.record.revision:
+                return f"revision_fell: {record.sub} has revision {known.record.revision}, this says {record.revision}"
+            if problem := _left_out(known.record.commands, record.commands):
+                return f"history_changed: revision {record.revision} of {record.sub} {problem}"
+        self._slots[kind][id] = _Slot(record, compact, source)
+        if kind == "user":
+            self._users_taken_in += 1
+        part = self._parts.setdefault((topic_name, partition), _Part())
+        part.change(_mark(id, record.revision), _mark(id, known.record.revision) if known else 0)
+        for listener in self._listeners:
+            listener(kind, id)
+        return None
+
+    def _on_record(self, record: Received) -> None:
+        kind = cast(SubjectKind, record.topic.what)
+        problem = self._problem(kind, record)
+        key = record.key or ""
+        if problem is None:
+            self._displaced.discard((kind, key))
+            return
+        if key in self._slots[kind]:
+            self._displaced.add((kind, key))
+        code, _, message = problem.partition(": ")
+        log.error(
+            "refused a %s record at %d@%d: %s", record.topic.what, record.partition, record.offset, problem
+        )
+        subject = f"spiffe://{self._trust.trust_domain}/{kind}/{key}"
+        self._on_alarm(Alarm(code, message, subject, record.coordinates))
+
+    def _problem(self, kind: SubjectKind, record: Received) -> str | None:
+        if not record.value:
+            return "tombstone: a record was deleted, which no registry does"
+        key = record.key or ""
+        slot = self._slots[kind].get(key)
+        if slot is not None and slot.compact == record.value:
+            return None
+        return self.admit(
+            kind, record.topic_name, record.partition, record.value, record.appended_at_ms,
+            record.coordinates, key,
+        )  # fmt: skip
+
+    def _on_heartbeat(self, record: Received) -> None:
+        try:
+            heartbeat = open_signed(
+                parse(record.value), Heartbeat, self._trust.finder("registry", at_s=record.appended_at_ms / 1000),
+                audience=self._trust.trust_domain,
+            ).claims  # fmt: skip
+        except InvalidMessageError:
+            return  # other services' heartbeats are on the topic too
+        # One that was sent before, by whoever can write to the topic, must not make an old table young.
+        if heartbeat.at_ms <= self._last_beat_ms:
+            return
+        if abs(heartbeat.at_ms - record.appended_at_ms) > _CLOCKS_DIFFER_MS:
+            log.error("a heartbeat of the registry is not of now: repeated, or its clock is wrong")
+            return
+        self._last_beat_ms = heartbeat.at_ms
+        self._beat_heard_ms = record.appended_at_ms
+        for table in heartbeat.tables:
+            part = self._parts.setdefault((table.topic, table.partition), _Part())
+            part.compare((table.count, int(table.digest, 16)), record.appended_at_ms)
+
+    # --- asking ---
+
+    def entry(self, kind: SubjectKind, id: str) -> Entry[AnyState] | None:
+        """The verified record of one subject, or None where there is none. Raises ChainError."""
+        return self._entry(kind, id)
+
+    def user(self, user_id: str) -> Entry[UserState] | None:
+        """The verified record of a user, or None where there is none. Raises ChainError."""
+        return cast("Entry[UserState] | None", self._entry("user", user_id))
+
+    def agent(self, agent_id: str) -> Entry[AgentState] | None:
+        """The verified record of an agent, or None where there is none. Raises ChainError."""
+        return cast("Entry[AgentState] | None", self._entry("agent", agent_id))
+
+    def target(self, target_id: str) -> Entry[TargetState] | None:
+        """The verified record of a target, or None where there is none. Raises ChainError."""
+        return cast("Entry[TargetState] | None", self._entry("target", target_id))
+
+    def task(self, task_id: str) -> Entry[TaskState] | None:
+        """The verified record of a task, or None where there is none. Raises ChainError."""
+        return cast("Entry[TaskState] | None", self._entry("task", task_id))
+
+    def entries(self, kind: SubjectKind) -> Iterator[Entry[AnyState]]:
+        """All verified records of a kind, by id; those whose chain does not hold are left out."""
+        for id in sorted(self._slots[kind]):
+            try:
+                entry = self._entry(kind, id)
+            except ChainError:
+                continue
+            if entry is not None:
+                yield entry
+
+    def agent_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
+        """The key `kid` of the agent `iss` if it counts at `at_s`, whatever the agent's status."""
+        agent_id = subject_of(self._trust.trust_domain, iss, "agent")
+        entry = self.agent(agent_id) if agent_id else None
+        return valid_key(entry.state.keys, kid, at_s) if entry else None
+
+    def user_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
+        """The key `kid` of the active user `iss` if it counts at `at_s`, as of the present record."""
+        user_id = subject_of(self._trust.trust_domain, iss, "user")
+        entry = self.user(user_id) if user_id else None
+        return valid_key(entry.state.keys, kid, at_s) if entry and entry.state.status == "active" else None
+
+    def target_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
+        """The key `kid` of the resource server of target `iss` if it counts at `at_s`."""
+        target_id = subject_of(self._trust.trust_domain, iss, "target")
+        entry = self.target(target_id) if target_id else None
+        return valid_key(entry.state.keys, kid, at_s) if entry else None
+
+    def unverified(self, kind: SubjectKind, id: str) -> AnyRecord | None:
+        """A record whose chain was perhaps not verified yet: for indexes that can only refuse, never to allow."""
+        slot = self._slots[kind].get(id)
+        return slot.record if slot else None
+
+    def displaced(self) -> list[tuple[SubjectKind, str]]:
+        """Ids whose own record is not the last on its topic under its key, so that compaction would let it vanish."""
+        return sorted(self._displaced)
+
+    def unmatched(self) -> list[str]:
+        """Topics that do not hold what the last heartbeat said of them, with what was found instead."""
+        return [
+            f"{topic}/{partition} holds {part.count} ids, digest {part.value:064x}"
+            for (topic, partition), part in sorted(self._parts.items())
+            if part.expected is not None and part.confirmed_at_ms < part.expected_at_ms
+        ]
+
+    def stale(self) -> str | None:
+        """Why this table must deny, or None: no matching heartbeat of the registry within the grace."""
+        if self._grace_ms is None:
+            return None
+        if not self._last_beat_ms:
+            return "no heartbeat of the registry was seen yet"
+        confirmed = [(part.confirmed_at_ms, topic) for (topic, _), part in self._parts.items()]
+        # Before the first record of all, what is confirmed is that there is none.
+        oldest_ms, name = min(confirmed, default=(self._beat_heard_ms, "records"))
+        age_ms = self._clock.now_ms() - oldest_ms
+        if age_ms <= self._grace_ms:
+            return None
+        if not oldest_ms:
+            return f"the local table of {name} was never what the registry says that it is"
+        return f"the local table of {name} was last confirmed by the registry {age_ms} ms ago"
+
+    def require_fresh(self) -> None:
+        """Raises UnavailableError where the table is stale."""
+        reason = self.stale()
+        if reason:
+            raise UnavailableError(f"{reason}; denied until a heartbeat matches", code="stale_view")
+
+    def digests(self) -> tuple[PartitionDigest, ...]:
+        """What the registry's heartbeat says of its tables."""
+        return tuple(
+            PartitionDigest(topic=topic, partition=partition, count=part.count, digest=f"{part.value:064x}")
+            for (topic, partition), part in sorted(self._parts.items())
+        )
+
+    def _entry(self, kind: SubjectKind, id: str) -> Entry[AnyState] | None:
+        slot = self._slots[kind].get(id)
+        if slot is None:
+            return None
+        if not slot.verified:
+            self._verify(slot)
+        return Entry(slot.record.state, slot.record.revision, slot.record, slot.compact)
+
+    def _verify(self, slot: _Slot) -> None:
+        if slot.broken is not None and slot.broken_as_of == self._users_taken_in:
+            raise slot.broken
+        try:
+            self.chains.verify(slot.record)
+        except ChainError as error:
+            if slot.broken is None:
+                log.error("the record of %s counts for nothing: %s", slot.record.sub, error)
+                self._on_alarm(Alarm(error.code, str(error), slot.record.sub, slot.source))
+            slot.broken, slot.broken_as_of = error, self._users_taken_in
+            raise
+        slot.verified, slot.broken = True, None
+
+    def _unverified_user(self, user_id: str) -> UserRecord | None:
+        slot = self._slots["user"].get(user_id)
+        return cast(UserRecord, slot.record) if slot else None
+
+
+def _left_out(known: Sequence[EmbeddedCommand], new: Sequence[EmbeddedCommand]) -> str | None:
+    """Why commands of a newer record do not go on from those of the one before, or None.
+
+    A registry may drop what later commands made irrelevant (`still_needed`) and add to the end, nothing else: it cannot
+    leave out a suspension, register a name once more, or slip a command in between.
+    """
+    there = {(command.jws, command.appended_at_ms) for command in new}
+    kept: list[EmbeddedCommand] = []
+    try:
+        for command in known:
+            if (command.jws, command.appended_at_ms) in there:
+                kept.append(command)
+                continue
+            before = unverified_command(kept[-1]) if kept else None
+            after = [unverified_command(later) for later in new[len(kept) :]]
+            if not may_be_dropped(unverified_command(command), before, after):
+                return f"leaves out a command of {command.appended_at_ms} ms that still counts"
+    except InvalidMessageError as error:
+        return f"embeds what is no command: {error}"
+    added = new[len(kept) :]
+    if list(new[: len(kept)]) != kept or any(c.appended_at_ms < known[-1].appended_at_ms for c in added):
+        return "changes the order of its commands, or adds to their past"
+    return None
+
+
+def _mark(id: str, revision: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{id}@{revision}".encode()).digest())

@@ -1,0 +1,22 @@
+"""SPIFFE IDs of users, agents, targets and services: `spiffe://<trust-domain>/<kind>/<id>`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Kind = Literal["user", "agent", "target", "task", "service"]
+SubjectKind = Literal["user", "agent", "target", "task"]
+"""What the registry keeps records of."""
+SUBJECT_KINDS: tuple[Kind, ...] = ("user", "agent", "target", "task", "service")
+
+
+def spiffe_id(trust_domain: str, kind: Kind, id: str) -> str:
+    """The SPIFFE ID of one subject."""
+    return f"spiffe://{trust_domain}/{kind}/{id}"
+
+
+def subject_of(trust_domain: str, spiffe: str, kind: Kind) -> str | None:
+    """The id inside a SPIFFE ID of this kind and trust domain, or None where it is another one."""
+    prefix = f"spiffe://{trust_domain}/{kind}/"
+    id = spiffe.removeprefix(prefix)
+    return id if spiffe.startswith(prefix) and id and "/" not in id else None

@@ -1,0 +1,62 @@
+"""The living leases in Redis or Valkey (7 or newer), shared by all issuers and revokers.
+
+Leases are spread over shards, each with a hash tag of its own: every script touches one slot, so a cluster works. A
+script reads Redis's own clock, never the caller's. Everything here may be repeated: what was done already is told, and
+not done again.
+"""
+
+from __future__ import annotations
+
+from ringfence.model.lease_store.keys import (
+    CLOSING_TOKEN,
+    DAY_MS,
+    FENCE_KEEP_MS,
+    MIN_LEFT_MS,
+    RECORD_KEEP_MS,
+    SELECTOR_KEEP_MS,
+    outbox_field,
+)
+from ringfence.model.lease_store.link import FullError, LostError
+from ringfence.model.lease_store.packing import inflated, unverified_payload
+from ringfence.model.lease_store.restoring import Had, Held, Restoration
+from ringfence.model.lease_store.store import LeaseStore
+from ringfence.model.lease_store.values import (
+    Activation,
+    Claimed,
+    Looked,
+    Outgoing,
+    Place,
+    Preparation,
+    SignedLease,
+    Step,
+    Stepped,
+    StoredLease,
+)
+
+__all__ = [
+    "CLOSING_TOKEN",
+    "DAY_MS",
+    "FENCE_KEEP_MS",
+    "MIN_LEFT_MS",
+    "RECORD_KEEP_MS",
+    "SELECTOR_KEEP_MS",
+    "Activation",
+    "Claimed",
+    "FullError",
+    "Had",
+    "Held",
+    "LeaseStore",
+    "Looked",
+    "LostError",
+    "Outgoing",
+    "Place",
+    "Preparation",
+    "Restoration",
+    "SignedLease",
+    "Step",
+    "Stepped",
+    "StoredLease",
+    "inflated",
+    "outbox_field",
+    "unverified_payload",
+]

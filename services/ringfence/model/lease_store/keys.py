@@ -1,0 +1,98 @@
+"""Every Redis key of the lease store, and what stands in it."""
+
+from __future__ import annotations
+
+DAY_MS = 24 * 3600 * 1000
+RECORD_KEEP_MS = DAY_MS
+"""How long a lease's record stays after its end: its decision, delivered again, must find it."""
+FENCE_KEEP_MS = 8 * DAY_MS
+"""How long a fence stands: longer than a request is kept on Kafka, so nothing that it covers can still come."""
+SELECTOR_KEEP_MS = 31 * DAY_MS
+"""How long it is remembered where a selector was seen first: longer than it stays on Kafka."""
+GRANT_KEEP_MS = 13 * 3600 * 1000
+"""How long it is remembered which leases named a grant: longer than a grant lives, and less long than their records."""
+MIN_LEFT_MS = 300
+"""What ends sooner is not activated. A revoker may look for new deadlines this much less often than it meets them."""
+CLOSING_TOKEN = "!"  # noqa: S105 - names an attempt, opens nothing
+"""The token of revokers that abort a lease which is still minting: nobody can take it over from them."""
+
+ID_BYTES = 16
+ANEW = b"anew"
+"""In the place of an epoch: the shard is to be rebuilt, and every lease put where it belongs."""
+
+
+class Keys:
+    """Every key of one shard. The part in braces is the hash tag. Ids of leases stand in them as `packed`."""
+
+    def __init__(self, prefix: str, shard: int) -> None:
+        base = f"{prefix}:{{{shard}}}:"
+        self._base = base
+        self.shard = shard
+        self.epoch = base + "epoch"
+        """The `run_id` of the server that the shard was last rebuilt on, a dot, the epoch that began then. Without it
+        nothing works: whoever cannot know whether Redis has forgotten leases must not go on. `ANEW` where a person
+        wants it to be rebuilt."""
+        self.rebuilding = base + "rebuilding"
+        """The claim of who rebuilds the shard now, for as long as it gives signs of life."""
+        self.deadlines = base + "deadlines"
+        """Sorted set: active leases by their deadlines, in ms."""
+        self.claimed = base + "claimed"
+        """Sorted set: leases that an issuer is minting or a revoker is ending, by the time, in ms, from which a revoker
+        may take them over."""
+        self.outbox = base + "outbox"
+        """Hash: `<lease id>:<seq>` to a signed lease record that Kafka has not acknowledged yet."""
+        self.outbox_times = base + "outbox-times"
+        """Sorted set: the fields of the outbox by the time, in ms, when they were written or last taken."""
+        self.fences = base + "fences"
+        """Sorted set: marks (`task:<id>`, `all`) by `issued_before` in ms."""
+        self.live_prefix = f"{base}live:".encode()
+        """Before a lease id: an empty string that Redis expires at the deadline; gone from the cut on."""
+        self.record_prefix = f"{base}lease:".encode()
+        """Before a lease id: `<status> <seq> <deadline ms>`, while it is minting the token of who mints it, from the
+        cut on the epoch that the record bears, a line feed, the signed record."""
+        self.index_prefix = f"{base}by:"
+        """Before a mark: a set of the ids of the leases that bear it and have not ended."""
+
+    def live(self, id: bytes) -> bytes:
+        return self.live_prefix + id
+
+    def record(self, id: bytes) -> bytes:
+        return self.record_prefix + id
+
+    def index(self, mark: str) -> str:
+        """Set: the ids of the leases that bear a mark and have not ended."""
+        return self.index_prefix + mark
+
+    def grant(self, id: str) -> str:
+        """Set: the ids of the leases that name a grant. On the shard of the grant, `GRANT_KEEP_MS` past the last."""
+        return f"{self._base}grant:{id}"
+
+    def selector(self, id: str) -> str:
+        """Where on Kafka a selector was seen first: `<topic> <partition> <offset> <append time>`."""
+        return f"{self._base}selector:{id}"
+
+
+def shard_of(id: str, shards: int) -> int:
+    """The shard of a lease, or of any derived id: those are evenly spread."""
+    return int(id[:8], 16) % shards
+
+
+def packed(id: str) -> bytes:
+    """A UUID in 16 bytes instead of 36: it stands in a handful of places for each lease."""
+    return bytes.fromhex(id.replace("-", ""))
+
+
+def unpacked(id: bytes) -> str:
+    """A UUID that `packed` packed."""
+    text = id.hex()
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def outbox_field(lease_id: str, seq: int) -> bytes:
+    """The name of one record in the outbox."""
+    return b"%b:%d" % (packed(lease_id), seq)
+
+
+def lease_of_field(field: bytes) -> tuple[str, int]:
+    """The lease and the `seq` that a field of the outbox is about."""
+    return unpacked(field[:ID_BYTES]), int(field[ID_BYTES + 1 :])

@@ -1,0 +1,393 @@
+"""Redis or Valkey, alone or as a cluster, as the lease store talks to it: pipelines in, answers out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+from urllib.parse import unquote, urlsplit
+
+import hiredis
+from redis.asyncio import ConnectionPool, Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import AbstractConnection, Connection
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.crc import key_slot
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import (
+    NoScriptError,
+    OutOfMemoryError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from ringfence.kernel.errors import SettingsError, UnavailableError
+from ringfence.model.lease_store.scripts import LOST, Script
+
+log = logging.getLogger(__name__)
+
+Argument = str | bytes | int
+Command = tuple[Argument, ...]
+
+_PIPELINE = 500
+"""The most commands in one round trip: others must get their turn."""
+_ANSWERS_WITHIN_S = 5
+_CONNECTS_WITHIN_S = 2
+_CLUSTER_SCHEMES = {"redis+cluster": False, "rediss+cluster": True}
+"""Schemes of the URL of a cluster, and whether they speak TLS."""
+_TOLD_AHEAD = 50
+"""So many expired keys are read before anybody asks for them: who has heard enough of them stops listening."""
+_LOOK_FOR_NODES_S = 10.0
+
+
+class LostError(UnavailableError):
+    """Redis may have forgotten leases: it was restarted, wiped, restored or replaced, and is not rebuilt yet."""
+
+
+class FullError(UnavailableError):
+    """Redis has no memory left for more. What ends leases it does all the same."""
+
+    code = "overloaded"
+
+
+class _StrangerError(RedisError):
+    """A new connection reached another server than those that are known to hold the leases."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One run of a script."""
+
+    script: Script
+    keys: tuple[str | bytes, ...]
+    args: tuple[Argument, ...] = ()
+
+    def command(self) -> Command:
+        return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.args)
+
+
+class _Packing:
+    """A connection that writes pipelines in C: redis-py's own way takes longer than all the rest of a call."""
+
+    def pack_commands(self, commands: Iterable[Command]) -> list[bytes]:
+        return [b"".join([hiredis.pack_command(command) for command in commands])]  # type: ignore[arg-type]
+
+
+class Link:
+    """Connections to one Redis, or to all nodes of a cluster.
+
+    Each connection, when it is made, asks the server who it is (`run_id`), and is given up where `knows` says no: so
+    that nothing is read from, or written to, a server that came in the place of another.
+    """
+
+    def __init__(self, url: str, knows: Callable[[str], bool]) -> None:
+        """`url`: `redis://`, `rediss://`, `unix://`, or `redis+cluster://host:port,host:port`. Raises SettingsError."""
+        self._knows = knows
+        try:
+            self._address = _Address.parse(url)
+            self._client = self._address.client(self._greet)
+        except ValueError as error:
+            raise SettingsError(f"RINGFENCE_REDIS_URL: {error}") from None
+
+    # --- commands and scripts ---
+
+    async def pipeline(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands, many in each round trip, and return their answers.
+
+        Raises LostError where a script or a new connection says so, UnavailableError where Redis does not answer or
+        refuses.
+        """
+        answers = await self._send(commands)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                with self._answered():
+                    raise answer
+        return answers
+
+    async def scripts(self, calls: Sequence[Call], *, full: Any = None) -> list[Any]:
+        """`pipeline`, of scripts; what Redis does not know of them is loaded.
+
+        `full` stands for the answer of one for which there is no memory; FullError is raised where it is None.
+        """
+        commands = [call.command() for call in calls]
+        answers = await self._send(commands)
+        forgotten = [i for i, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
+        if forgotten:
+            await self.load({calls[i].script for i in forgotten})
+            again = await self._send([commands[i] for i in forgotten])
+            for i, answer in zip(forgotten, again, strict=True):
+                answers[i] = answer
+        if full is not None:
+            answers = [full if isinstance(answer, OutOfMemoryError) else answer for answer in answers]
+        for answer in answers:
+            if isinstance(answer, Exception):
+                with self._answered():
+                    raise answer
+        return answers
+
+    async def load(self, scripts: Iterable[Script]) -> None:
+        """Make every server know these scripts."""
+        with self._answered():
+            for script in scripts:
+                await self._client.script_load(script.text)
+
+    async def _send(self, commands: Sequence[Command]) -> list[Any]:
+        answers: list[Any] = []
+        for start in range(0, len(commands), _PIPELINE):
+            with self._answered():
+                pipeline = self._client.pipeline(transaction=False)
+                for command in commands[start : start + _PIPELINE]:
+                    pipeline.execute_command(*command)
+                answers += await pipeline.execute(raise_on_error=False)
+        return answers
+
+    # --- who is there ---
+
+    async def inspect(self, keys: Sequence[str]) -> list[tuple[str, bytes | None]]:
+        """For each key: the `run_id` of the server that holds it now, whoever that is, and its value."""
+        with self._answered():
+            client = self._address.client(None)
+            try:
+                return [one async for one in self._inspected(client, keys)]
+            finally:
+                await _close(client)
+
+    async def _inspected(
+        self, client: Redis | RedisCluster, keys: Sequence[str]
+    ) -> AsyncIterator[tuple[str, bytes | None]]:
+        run_ids: dict[str, str] = {}
+        for key in keys:
+            # First, so that in a cluster the node below is the one that answered.
+            value = await client.execute_command("GET", key)
+            node = _node_of(client, key)
+            name = node.name if node else ""
+            if name not in run_ids:
+                info = await client.execute_command(
+                    "INFO", "server", **({"target_nodes": node} if node else {})
+                )
+                run_ids[name] = str(info["run_id"])
+            yield run_ids[name], value
+
+    async def _greet(self, connection: AbstractConnection) -> None:
+        await connection.on_connect()
+        await connection.send_command("INFO", "server")
+        if not self._knows(_run_id(await connection.read_response(disable_decoding=True))):
+            raise _StrangerError
+
+    # --- what Redis tells by itself ---
+
+    async def expired_keys(self) -> AsyncGenerator[bytes, None]:
+        """Keys as they expire, as far as Redis tells of it (`notify-keyspace-events Ex`, on each node), for ever."""
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[bytes] = asyncio.Queue(_TOLD_AHEAD)
+        listening: dict[str, asyncio.Task[None]] = {}
+        try:
+            while True:
+                nodes = await self._nodes()
+                for name in listening.keys() - nodes.keys():
+                    listening.pop(name).cancel()
+                for name in nodes.keys() - listening.keys():
+                    listening[name] = asyncio.create_task(
+                        self._listen(nodes[name], told), name="expired events"
+                    )
+                look_again_at = loop.time() + _LOOK_FOR_NODES_S
+                while (left_s := look_again_at - loop.time()) > 0:
+                    try:
+                        key = await asyncio.wait_for(told.get(), left_s)
+                    except TimeoutError:
+                        break
+                    yield key
+        finally:
+            for task in listening.values():
+                task.cancel()
+            await asyncio.gather(*listening.values(), return_exceptions=True)
+
+    async def _listen(self, connect: Callable[[], Redis], told: asyncio.Queue[bytes]) -> None:
+        while True:
+            client = connect()
+            try:
+                async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                    await pubsub.subscribe(f"__keyevent@{self._address.db}__:expired")
+                    async for message in pubsub.listen():
+                        await told.put(message["data"])
+            except (RedisError, OSError) as error:
+                log.info("not told of expired keys for now (%s)", type(error).__name__)
+                await asyncio.sleep(1)
+            finally:
+                await client.aclose()
+
+    async def _nodes(self) -> dict[str, Callable[[], Redis]]:
+        """How to connect to each server that holds keys, by its name."""
+        if isinstance(self._client, Redis):
+            return {"": lambda: cast(Redis, self._address.client(None))}
+        with contextlib.suppress(RedisError, OSError):
+            await self._client.initialize()
+        return {
+            node.name: lambda node=node: self._address.node_client(node)  # type: ignore[misc]
+            for node in self._client.get_primaries()
+        }
+
+    # --- the rest ---
+
+    async def close(self) -> None:
+        """Disconnect."""
+        await _close(self._client)
+
+    @contextlib.contextmanager
+    def _answered(self) -> Any:
+        try:
+            yield
+        except _StrangerError:
+            raise LostError(f"Redis at {self._address} is not the server that it was") from None
+        except (RedisConnectionError, RedisTimeoutError, RedisClusterException, OSError) as error:
+            raise UnavailableError(
+                f"Redis at {self._address} does not answer ({type(error).__name__}); set RINGFENCE_REDIS_URL"
+            ) from None
+        except OutOfMemoryError:
+            raise FullError(
+                f"Redis at {self._address} is full: leases must end before others begin"
+            ) from None
+        except ResponseError as error:
+            if str(error).startswith(LOST):
+                raise LostError(f"Redis at {self._address} was emptied, or is being rebuilt") from None
+            raise UnavailableError(f"Redis at {self._address} refuses to work: {str(error)[:200]}") from error
+        except RedisError as error:
+            raise UnavailableError(f"Redis at {self._address} refuses to work: {str(error)[:200]}") from error
+
+
+Greeting = Callable[[AbstractConnection], Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """Where Redis is, and how clients are made for it. As text it holds no password."""
+
+    url: str = field(repr=False)
+    nodes: tuple[tuple[str, int], ...] = ()
+    """The nodes of a cluster that are asked for the others; empty where Redis stands alone."""
+    tls: bool = False
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def parse(cls, url: str) -> _Address:
+        """Raises ValueError."""
+        parts = urlsplit(url)
+        if parts.scheme not in _CLUSTER_SCHEMES:
+            return cls(url)
+        who, _, hosts = parts.netloc.rpartition("@")
+        username, _, password = who.partition(":")
+        if parts.path.strip("/") or parts.query:
+            raise ValueError(
+                "a cluster has one database and no options: redis+cluster://host:port[,host:port]"
+            )
+        return cls(
+            url,
+            tuple(_host_and_port(host) for host in hosts.split(",")),
+            _CLUSTER_SCHEMES[parts.scheme],
+            unquote(username) or None,
+            unquote(password) or None,
+        )
+
+    @property
+    def db(self) -> int:
+        if self.nodes:
+            return 0
+        return int(ConnectionPool.from_url(self.url).connection_kwargs.get("db") or 0)
+
+    def client(self, greet: Greeting) -> Redis | RedisCluster:
+        """A client; `greet` is awaited with each of its connections before that is used."""
+        return self._cluster(greet) if self.nodes else self._alone(greet)
+
+    def _alone(self, greet: Greeting) -> Redis:
+        pool = ConnectionPool.from_url(
+            self.url,
+            decode_responses=False,
+            socket_connect_timeout=_CONNECTS_WITHIN_S,
+            socket_timeout=_ANSWERS_WITHIN_S,
+            # Repeating is harmless here; waiting long is not: somebody asks whether a credential is still good.
+            retry=_retry(),
+            **({"redis_connect_func": greet} if greet else {}),
+        )
+        pool.connection_class = _packing(pool.connection_class)
+        return Redis.from_pool(pool)
+
+    def _cluster(self, greet: Greeting) -> RedisCluster:
+        client = RedisCluster(
+            startup_nodes=[ClusterNode(host, port) for host, port in self.nodes],
+            ssl=self.tls,
+            username=self.username,
+            password=self.password,
+            socket_connect_timeout=_CONNECTS_WITHIN_S,
+            socket_timeout=_ANSWERS_WITHIN_S,
+            retry=_retry(),
+            dynamic_startup_nodes=False,
+        )
+        # No parameters of it say this: what connections to the nodes that it finds are made with. Those that were named
+        # are only asked which there are.
+        kwargs = client.connection_kwargs
+        kwargs["connection_class"] = _packing(kwargs.get("connection_class", Connection))
+        if greet:
+            kwargs["redis_connect_func"] = greet
+        return client
+
+    def node_client(self, node: ClusterNode) -> Redis:
+        """A client of one node of a cluster."""
+        return Redis(
+            host=node.host,
+            port=int(node.port),
+            ssl=self.tls,
+            username=self.username,
+            password=self.password,
+            socket_connect_timeout=_CONNECTS_WITHIN_S,
+        )
+
+    def __str__(self) -> str:
+        if self.nodes:
+            return ",".join(f"{host}:{port}" for host, port in self.nodes)
+        where = ConnectionPool.from_url(self.url).connection_kwargs
+        return f"{where.get('host', where.get('path', 'localhost'))}:{where.get('port', '')}".rstrip(":")
+
+
+async def _close(client: Redis | RedisCluster) -> None:
+    """Disconnect, also from nodes that a cluster's client has forgotten about: one that failed to start closes none."""
+    await client.aclose()
+    if isinstance(client, RedisCluster):
+        manager = client.nodes_manager
+        for node in (*client.startup_nodes, *manager.startup_nodes.values(), *manager.nodes_cache.values()):
+            with contextlib.suppress(RedisError, OSError):
+                await node.disconnect()
+
+
+def _retry() -> Retry:
+    return Retry(ExponentialBackoff(cap=0.2, base=0.02), 2)
+
+
+def _packing(kind: type[AbstractConnection]) -> type[AbstractConnection]:
+    return type("PackingConnection", (_Packing, kind), {})
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit():
+        raise ValueError("the nodes of a cluster are written host:port[,host:port]")
+    return host.strip("[]"), int(port)
+
+
+def _node_of(client: Redis | RedisCluster, key: str) -> ClusterNode | None:
+    if isinstance(client, Redis):
+        return None
+    return client.nodes_manager.get_node_from_slot(key_slot(key.encode()))
+
+
+def _run_id(info: bytes) -> str:
+    for line in info.splitlines():
+        if line.startswith(b"run_id:"):
+            return line.partition(b":")[2].decode("ascii").strip()
+    return ""

@@ -1,0 +1,301 @@
+"""Redis while it is made complete again: by one at a time, and nobody else does anything until that is done."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from ringfence.kernel.settings import ServiceSettings
+from ringfence.messages.credential import Coordinates
+from ringfence.model.lease_store.keys import (
+    ANEW,
+    RECORD_KEEP_MS,
+    SELECTOR_KEEP_MS,
+    Keys,
+    lease_of_field,
+    outbox_field,
+    packed,
+    shard_of,
+    unpacked,
+)
+from ringfence.model.lease_store.link import Argument, Call, Command, Link
+from ringfence.model.lease_store.packing import deflated
+from ringfence.model.lease_store.scripts import (
+    COMPARE,
+    GIVE_UP,
+    QUEUE,
+    RECOUNT,
+    RESTORE,
+    RESUME,
+    Script,
+    always,
+)
+from ringfence.model.lease_store.store import (
+    NO_LIMIT,
+    epoch_name,
+    epoch_run_id,
+    fencing,
+    place_text,
+    restoring,
+    uses_of,
+    using,
+)
+from ringfence.model.lease_store.values import SignedLease, StoredLease
+
+CLAIM_MS = 15_000
+"""How long who rebuilds may give no sign of life before another may begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Had:
+    """Which record Redis has of a lease: none is 0. Of one epoch there is one record of each `seq`."""
+
+    seq: int = 0
+    epoch: str | None = None
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Had:
+        seq, _, epoch = packed.decode("ascii").partition(" ")
+        return cls(int(seq), epoch or None)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Everything that Redis holds of one lease."""
+
+    stored: StoredLease | None
+    live: bool
+    deadline_ms: int | None
+    """Its place among the deadlines."""
+    claimed: bool
+    marks: frozenset[str]
+    """Those that it is found by."""
+
+
+class Restoration:
+    """One rebuild of Redis.
+
+    Raises LostError where Redis was lost again meanwhile, or another has taken the rebuild over.
+    """
+
+    def __init__(self, settings: ServiceSettings, *, record_keep_ms: int = RECORD_KEEP_MS) -> None:
+        """Raises SettingsError where the URL is none of Redis."""
+        self._keys = [Keys(settings.redis_prefix, shard) for shard in range(settings.redis_shards)]
+        self._record_keep_ms = record_keep_ms
+        self._run_ids: list[str] = []
+        """The server of each shard."""
+        self._link = Link(settings.redis_url, lambda run_id: run_id in self._run_ids)
+        self._nonce = secrets.token_hex(8)
+        self.epochs: set[str] = set()
+        """Those that the shards had; known from `look`."""
+        self._claim = ""
+        """What stands for this rebuild while it lasts: the server of the first shard, and a nonce."""
+        self._complete = False
+        self.anew = False
+        """Whether all leases are to be written again, also those that Redis has; known from `begin`."""
+
+    async def close(self) -> None:
+        """Disconnect."""
+        await self._link.close()
+
+    # --- the rebuild ---
+
+    async def look(self) -> None:
+        """Take the servers for what they are now. Before anything else, where `begin` is not called."""
+        found = await self._link.inspect([at.epoch for at in self._keys])
+        self._run_ids = [run_id for run_id, _ in found]
+        self._claim = f"{self._run_ids[0]}.{self._nonce}"
+        self._complete = all(epoch is not None and epoch_run_id(epoch) == run_id for run_id, epoch in found)
+        self.anew = any(epoch == ANEW for _, epoch in found)
+        self.epochs = {epoch_name(epoch) for _, epoch in found if epoch and epoch != ANEW}
+
+    async def begin(self, *, anyway: bool = False) -> bool:
+        """Stop all use of Redis. False where another is at it, or Redis is complete: then nothing is done.
+
+        `anyway`: also where it is complete.
+        """
+        await self.look()
+        first, *others = self._keys
+        await self._void_claim(first)
+        lock = always("SET", first.rebuilding, self._claim, "NX", "PX", CLAIM_MS)
+        if not (await self._link.pipeline([lock]))[0]:
+            return False
+        await self.look()  # whoever had the claim before may have finished
+        if self._complete and not anyway:
+            await self._link.scripts([self._call(GIVE_UP, first, (), ())])
+            return False
+        await self._link.pipeline(
+            [
+                ("DEL", first.epoch),
+                *(always("SET", at.rebuilding, self._claim, "PX", CLAIM_MS) for at in others),
+                *(("DEL", at.epoch) for at in others),
+            ]
+        )
+        return True
+
+    async def _void_claim(self, first: Keys) -> None:
+        """Take away the claim of a rebuild that another server saw begin: this one only remembers it."""
+        (claim,) = await self._link.pipeline([("GET", first.rebuilding)])
+        if claim is not None and epoch_run_id(claim) != self._run_ids[0]:
+            await self._link.scripts([Call(GIVE_UP, (first.rebuilding,), (claim,))])
+
+    async def keep(self) -> None:
+        """Give a sign of life."""
+        await self.compare([])
+
+    def epoch(self, number: int) -> str:
+        """The epoch of this number that this rebuild would begin: nobody else would name it so."""
+        return f"{number}.{self._nonce[:8]}"
+
+    async def compare(self, lease_ids: Sequence[str]) -> dict[str, Had]:
+        """Which record Redis has of each lease."""
+        asked: dict[Keys, list[str]] = {at: [] for at in self._keys}
+        for lease_id in lease_ids:
+            asked[self._at(lease_id)].append(lease_id)
+        calls = [
+            self._call(COMPARE, at, (), (CLAIM_MS, at.record_prefix, *map(packed, ids)))
+            for at, ids in asked.items()
+        ]
+        answers = await self._link.scripts(calls)
+        return {
+            id: Had.unpack(packed)
+            for ids, had in zip(asked.values(), answers, strict=True)
+            for id, packed in zip(ids, had, strict=True)
+        }
+
+    async def restore(
+        self, leases: Sequence[SignedLease], over: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """Write these records, verified ones, where Redis has none or a lower one; with `anew`, or the same.
+
+        `over`: leases of which Redis has a record of up to this `seq` that counts for nothing. With it goes what was to
+        be published of them.
+        """
+        await self._link.scripts([self._restore(one, over.get(one.claims.lease_id, 0)) for one in leases])
+
+    async def count_grants(self, leases: Sequence[SignedLease]) -> None:
+        """Count these leases, verified ones, among those that name the grants that they name."""
+        calls = []
+        for grant_id, lease_id in (use for one in leases for use in uses_of(one.claims)):
+            at = self._at(grant_id)
+            calls.append(self._call(RECOUNT, at, *using(at, grant_id, lease_id, NO_LIMIT)))
+        if calls:
+            await self._link.scripts(calls)
+
+    def _restore(self, lease: SignedLease, over_seq: int) -> Call:
+        at = self._at(lease.claims.lease_id)
+        over_seq = max(over_seq, lease.claims.seq if self.anew else 0)
+        return self._call(RESTORE, at, *restoring(at, lease, self._record_keep_ms, over_seq=over_seq))
+
+    async def queue(self, leases: Sequence[SignedLease]) -> None:
+        """Have these records published that Redis has and Kafka has not. Those that wait for it already, wait."""
+        await self._link.scripts(
+            [
+                self._call(
+                    QUEUE,
+                    at := self._at(one.claims.lease_id),
+                    (at.outbox, at.outbox_times),
+                    (outbox_field(one.claims.lease_id, one.claims.seq), deflated(one.jws)),
+                )
+                for one in leases
+            ]
+        )
+
+    async def fence(self, fences: Mapping[str, int]) -> None:
+        """Put fences (mark: `issued_before` in ms) back; higher ones stay."""
+        await self._link.pipeline([command for at in self._keys for command in fencing(at, fences)])
+
+    async def first_seen(self, places: Mapping[str, Coordinates]) -> None:
+        """Put back where selectors (derived ids) were seen first."""
+        await self._link.pipeline(
+            [
+                always("SET", self._at(id).selector(id), place_text(at), "PX", SELECTOR_KEEP_MS)
+                for id, at in places.items()
+            ]
+        )
+
+    async def resume(self, epoch: str) -> None:
+        """All is there: let everybody go on, in this epoch."""
+        await self._link.scripts(
+            [
+                self._call(RESUME, at, (at.epoch,), (f"{run_id}.{epoch}",))
+                for at, run_id in zip(self._keys, self._run_ids, strict=True)
+            ]
+        )
+
+    async def give_up(self) -> None:
+        """Let another begin: this one failed."""
+        await self._link.scripts([self._call(GIVE_UP, at, (), ()) for at in self._keys])
+
+    async def declare_lost(self) -> None:
+        """Stop all use of Redis until a revoker has rebuilt it, from top to bottom."""
+        await self.look()
+        await self._link.pipeline([always("SET", at.epoch, ANEW) for at in self._keys])
+
+    async def is_under_way(self) -> bool:
+        """Whether somebody is rebuilding now."""
+        return bool((await self._link.pipeline([("EXISTS", self._keys[0].rebuilding)]))[0])
+
+    # --- what there is, as it is ---
+
+    async def ids(self) -> list[str]:
+        """All leases that Redis thinks have not ended."""
+        commands: list[Command] = []
+        for at in self._keys:
+            commands += [("ZRANGE", at.deadlines, 0, -1), ("ZRANGE", at.claimed, 0, -1)]
+        answers = await self._link.pipeline(commands)
+        return list(dict.fromkeys(unpacked(id) for ids in answers for id in ids))
+
+    async def records(self, lease_ids: Sequence[str]) -> dict[str, StoredLease]:
+        """The records of these leases, as far as there are any."""
+        answers = await self._link.pipeline([("GET", self._at(id).record(packed(id))) for id in lease_ids])
+        return {
+            id: StoredLease.unpack(record) for id, record in zip(lease_ids, answers, strict=True) if record
+        }
+
+    async def held(self, marks: Mapping[str, Sequence[str]]) -> dict[str, Held]:
+        """What Redis holds of leases; with each are given the marks that it should be found by."""
+        commands: list[Command] = []
+        for lease_id, some in marks.items():
+            at, id = self._at(lease_id), packed(lease_id)
+            commands += [
+                ("GET", at.record(id)),
+                ("EXISTS", at.live(id)),
+                ("ZSCORE", at.deadlines, id),
+                ("ZSCORE", at.claimed, id),
+                *(("SISMEMBER", at.index(mark), id) for mark in some),
+            ]
+        answers = iter(await self._link.pipeline(commands))
+        return {lease_id: _held(answers, some) for lease_id, some in marks.items()}
+
+    async def waiting(self) -> set[tuple[str, int]]:
+        """The records (lease id, `seq`) that Kafka has not acknowledged, as far as Redis knows."""
+        answers = await self._link.pipeline([("HKEYS", at.outbox) for at in self._keys])
+        return {lease_of_field(field) for fields in answers for field in fields}
+
+    async def fences(self) -> list[dict[str, int]]:
+        """The fences of each shard: mark and `issued_before` in ms."""
+        answers = await self._link.pipeline([("ZRANGE", at.fences, 0, -1, "WITHSCORES") for at in self._keys])
+        return [{mark.decode(): int(before) for mark, before in found} for found in answers]
+
+    def _at(self, id: str) -> Keys:
+        return self._keys[shard_of(id, len(self._keys))]
+
+    def _call(
+        self, script: Script, at: Keys, keys: tuple[str | bytes, ...], args: tuple[Argument, ...]
+    ) -> Call:
+        return Call(script, (*keys, at.rebuilding), (*args, self._claim))
+
+
+def _held(answers: Iterator[Any], marks: Sequence[str]) -> Held:
+    record, live, deadline, claimed = next(answers), next(answers), next(answers), next(answers)
+    return Held(
+        StoredLease.unpack(record) if record else None,
+        bool(live),
+        int(deadline) if deadline is not None else None,
+        claimed is not None,
+        frozenset(mark for mark in marks if next(answers)),
+    )

@@ -1,0 +1,177 @@
+"""The life of a lease: which record may follow which, what ends it, and what covers it. Pure."""
+
+from __future__ import annotations
+
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.ids import derived_id
+from ringfence.messages.base import SpiffeId
+from ringfence.messages.credential import Coordinates
+from ringfence.messages.lease import TERMINAL, EndCause, EndKind, Lease, LeaseStatus, Selector
+
+FOLLOWING: dict[LeaseStatus, frozenset[LeaseStatus]] = {
+    "minting": frozenset({"active", "aborted"}),
+    "active": frozenset({"ending", "expired"}),
+    "ending": frozenset({"released", "revoked", "expired"}),
+    "released": frozenset(),
+    "revoked": frozenset(),
+    "expired": frozenset(),
+    "aborted": frozenset(),
+}
+"""What may come after each status. Only a pure token, which leaves nothing behind at its target, expires straight away.
+"""
+
+ALL_MARK = "all"
+"""The mark that every lease bears."""
+
+
+class LeaseStateError(RingfenceError):
+    """A step that the life of a lease does not have."""
+
+    code = "lease_state"
+
+
+def origin_of(lease_id: str, decision: Coordinates) -> str:
+    """What a lease springs from: its id and the one record of the decision that it was issued on.
+
+    It begins the `jti` of each of its records, so that a stored lease tells a redelivery of its decision from the same
+    decision at another place of the topic, which is a replay.
+    """
+    return derived_id("lease", lease_id, decision.topic, decision.partition, decision.offset)
+
+
+def record_id(origin: str, seq: int) -> str:
+    """The `jti` of one record of a lease."""
+    return f"{origin}.{seq}"
+
+
+def springs_from(lease: Lease, origin: str) -> bool:
+    """Whether a lease's record, of whatever `seq`, has this origin."""
+    return lease.jti == record_id(origin, lease.seq)
+
+
+def end_status(kind: EndKind) -> LeaseStatus:
+    """The terminal status that a cause leads to."""
+    match kind:
+        case "deadline":
+            return "expired"
+        case "release":
+            return "released"
+        case "mint_failed":
+            return "aborted"
+        case _:
+            return "revoked"
+
+
+def follow(
+    lease: Lease, status: LeaseStatus, *, by: SpiffeId, cause: EndCause, epoch: str | None = None
+) -> Lease:
+    """The record after `lease`, unsigned: `seq` one higher, written by the service `by` in this epoch of Redis.
+
+    It bears the time of its cause, not of its writing: whoever writes it once more, having seen nothing of the first
+    time, writes the same. Raises LeaseStateError where `status` may not come next.
+    """
+    if status not in FOLLOWING[lease.status]:
+        raise LeaseStateError(f"lease {lease.lease_id} is {lease.status}: {status} does not follow")
+    origin = lease.jti.rpartition(".")[0]
+    return lease.model_copy(
+        update={
+            "iss": by,
+            "iat": max(lease.iat, cause.at_ms // 1000),
+            "jti": record_id(origin, lease.seq + 1),
+            "seq": lease.seq + 1,
+            "status": status,
+            "cause": cause,
+            "epoch": epoch,
+        }
+    )
+
+
+def restated(lease: Lease, *, by: SpiffeId, epoch: str) -> Lease:
+    """The same record by a revoker, unsigned, said once more in another epoch of Redis."""
+    return lease.model_copy(update={"iss": by, "epoch": epoch})
+
+
+def statement(lease: Lease) -> str:
+    """What a record says, whoever signed it in whichever epoch: two that are the same in this are one."""
+    return restated(lease, by="", epoch="").model_dump_json(exclude_none=True)
+
+
+def cut_before(end: Lease) -> Lease | None:
+    """The `ending` record that comes before a terminal one, as it must have been; None where none does."""
+    if end.status not in TERMINAL or end.status == "aborted" or end.seq < 3:
+        return None
+    return end.model_copy(
+        update={
+            "status": "ending",
+            "seq": end.seq - 1,
+            "jti": record_id(end.jti.rpartition(".")[0], end.seq - 1),
+        }
+    )
+
+
+def comes_after(before: Lease | None, after: Lease) -> bool:
+    """Whether `after` can be a later record of the life of which `before` is the latest one known."""
+    if before is None:
+        return True
+    if before.seq >= after.seq or before.status in TERMINAL:
+        return False
+    return before.status != "ending" or (after.status in TERMINAL and after.cause == before.cause)
+
+
+def before_minting(lease: Lease) -> Lease:
+    """The record that announces a lease whose credential will leave something at its target, unsigned."""
+    return lease.model_copy(update={"status": "minting"})
+
+
+def after_minting(minting: Lease) -> Lease:
+    """The record after that, unsigned: the credential is there. The same at every time, by every issuer."""
+    origin, seq = minting.jti.rpartition(".")[0], minting.seq + 1
+    return minting.model_copy(update={"status": "active", "seq": seq, "jti": record_id(origin, seq)})
+
+
+def is_over(lease: Lease) -> bool:
+    """Whether the lease has ended for good."""
+    return lease.status in TERMINAL
+
+
+def agent_mark(agent_id: str) -> str:
+    """What all leases of an agent bear."""
+    return f"agent:{agent_id}"
+
+
+def sponsor_mark(user_id: str) -> str:
+    """What all leases bear whose agent had this sponsor when they were issued."""
+    return f"sponsor:{user_id}"
+
+
+def marks_of(lease: Lease) -> tuple[str, ...]:
+    """What the lease is found by, and fenced by besides `ALL_MARK`: each as `<kind>:<id>`."""
+    return (
+        agent_mark(lease.agent_id),
+        f"task:{lease.task_id}",
+        sponsor_mark(lease.sponsor),
+        f"target:{lease.target_id}",
+        f"user:{lease.on_behalf_of}",
+    )
+
+
+def cut_mark(mark: str) -> str:
+    """The fence of a selector alone: what it covers is not only not issued any more, it is cut, found or not."""
+    return f"cut:{mark}"
+
+
+def mark_of(selector: Selector) -> str:
+    """The mark that all leases bear which the selector is about."""
+    named = {
+        "agent": selector.agent_id,
+        "task": selector.task_id,
+        "sponsor": selector.sponsor,
+        "target": selector.target_id,
+        "user": selector.user_id,
+    }
+    return next((f"{kind}:{id}" for kind, id in named.items() if id is not None), ALL_MARK)
+
+
+def is_covered(lease: Lease, issued_before_ms: int) -> bool:
+    """Whether a selector of which the first record was appended then covers a lease that bears its mark."""
+    return lease.requested_at_ms <= issued_before_ms

@@ -1,0 +1,182 @@
+"""One request held against the verified records: the rule of the design, as policy and issuer both check it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.ids import message_id
+from ringfence.kernel.jws import Signed
+from ringfence.messages.credential import CredentialRequest, Reason, Revisions
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import AgentState, ApprovalClass, TargetState, TaskState, UserState
+from ringfence.model.chains import ChainError
+from ringfence.model.directory import Directory, Entry
+from ringfence.model.identity import subject_of
+from ringfence.model.rule import Side, lacking, sides_of
+from ringfence.model.scope import ScopeError, validate_scope
+
+
+class DeniedError(RingfenceError):
+    """A request that cannot be weighed: something that it names is not there. `reason` says what."""
+
+    code = "denied"
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.message, code=reason.code)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """The verified records that a request, or a grant, is held against."""
+
+    agent: Entry[AgentState]
+    sponsor: Entry[UserState] | None
+    task: Entry[TaskState]
+    user: Entry[UserState]
+    target: Entry[TargetState]
+
+    def revisions(self, policy: str) -> Revisions:
+        """What an approval, or a decision, was made on."""
+        return Revisions(
+            agent=self.agent.revision,
+            user=self.user.revision,
+            task=self.task.revision,
+            target=self.target.revision,
+            policy=policy,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Facts(Ground):
+    """A request and the records that it is held against."""
+
+    request: Signed[CredentialRequest]
+    request_id: str
+
+    def sides(self, now_s: float, entitlements_max_age_s: int) -> tuple[Side, ...]:
+        """The sides that the request must be within. Entitlements past their age count for nothing."""
+        entitlements = self.user.state.entitlements
+        fresh = entitlements.as_of + entitlements_max_age_s > now_s
+        return sides_of(
+            self.task.state.scope,
+            [(self.agent.state.agent_id, self.agent.state.ceiling)],
+            self.user.state.user_id,
+            entitlements.scope if fresh else (),
+        )
+
+    @property
+    def break_glass(self) -> bool:
+        """Whether the agent asked for what policy denies, and for two operators to allow it once."""
+        return self.request.claims.break_glass is True
+
+    def floors(self) -> frozenset[ApprovalClass]:
+        """The approvals that the target wants for the requested verbs, whatever policy says."""
+        wanted = {verb for permission in self.request.claims.scope for verb in permission.verbs}
+        return frozenset(v.floor for v in self.target.state.verbs if v.verb in wanted and v.floor != "none")
+
+
+def gather(directory: Directory, request: Signed[CredentialRequest]) -> Facts:
+    """Look up what a verified request names.
+
+    Raises DeniedError where a record is missing or its chain is broken: there is nothing to weigh then.
+    """
+    claims = request.claims
+    targets = {permission.target for permission in claims.scope}
+    if len(targets) != 1:
+        raise DeniedError(
+            _reason("several_targets", "a request is for one target; ask for each with its own request")
+        )
+    agent_id = subject_of(claims.aud, claims.iss, "agent") or ""
+    (target_id,) = targets
+    ground = find_ground(directory, agent_id, claims.task_id, target_id)
+    return Facts(
+        ground.agent, ground.sponsor, ground.task, ground.user, ground.target,
+        request, message_id(claims.iss, claims.jti),
+    )  # fmt: skip
+
+
+def find_ground(directory: Directory, agent_id: str, task_id: str, target_id: str) -> Ground:
+    """Look up the records. Raises DeniedError where one is missing or its chain is broken."""
+    try:
+        agent = directory.agent(agent_id)
+        if agent is None:
+            raise DeniedError(_reason("agent_unknown", f"there is no agent {agent_id}"))
+        task = directory.task(task_id)
+        if task is None:
+            raise DeniedError(_reason("task_unknown", f"there is no task {task_id}; have one assigned"))
+        user = directory.user(task.state.on_behalf_of)
+        if user is None:
+            raise DeniedError(_reason("user_unknown", f"there is no user {task.state.on_behalf_of}"))
+        target = directory.target(target_id)
+        if target is None:
+            raise DeniedError(_reason("target_unknown", f"there is no target {target_id}"))
+        sponsor = directory.user(agent.state.sponsor)
+    except ChainError as error:
+        raise DeniedError(_reason("record_untrusted", str(error))) from None
+    return Ground(agent, sponsor, task, user, target)
+
+
+def violations(facts: Facts, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
+    """Everything that stands against the request, whatever policy says. Empty means that the rule holds.
+
+    `now_s` is a time on the broker's clock: an append time, so that a repeat gives the same answer.
+    """
+    return (*_standing(facts, now_s), *_reach(facts, now_s, entitlements_max_age_s))
+
+
+def _standing(facts: Facts, now_s: float) -> list[Reason]:
+    found: list[Reason] = []
+    agent, task, user, target = facts.agent.state, facts.task.state, facts.user.state, facts.target.state
+    sponsor = facts.sponsor.state if facts.sponsor else None
+    if agent.status != "active":
+        found.append(_reason(f"agent_{agent.status}", f"agent {agent.agent_id} is {agent.status}"))
+    if sponsor is None or sponsor.status != "active" or "sponsor" not in sponsor.roles:
+        found.append(
+            _reason(
+                "agent_orphaned",
+                f"the sponsor {agent.sponsor} is no active sponsor; transfer the agent first",
+            )
+        )
+    if task.agent_id != agent.agent_id:
+        found.append(_reason("task_other_agent", f"task {task.task_id} was assigned to another agent"))
+    if task.status != "active" or task.not_after <= now_s:
+        found.append(_reason("task_ended", f"task {task.task_id} has ended; have a new one assigned"))
+    if user.status != "active":
+        found.append(
+            _reason("user_disabled", f"user {user.user_id}, whom the task is on behalf of, is disabled")
+        )
+    if target.status != "active":
+        found.append(_reason("target_removed", f"target {target.target_id} was removed"))
+    known = {floor.verb for floor in target.verbs}
+    for permission in facts.request.claims.scope:
+        unknown = [verb for verb in permission.verbs if verb not in known]
+        if unknown:
+            message = (
+                f"{target.target_id} has no verb {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+            )
+            found.append(_reason("verb_unknown", message, permission, "target"))
+    return found
+
+
+def _reach(facts: Facts, now_s: float, entitlements_max_age_s: int) -> list[Reason]:
+    wanted = facts.request.claims.scope
+    try:
+        validate_scope(wanted)
+    except ScopeError as error:
+        return [_reason("scope_invalid", str(error))]
+    found: list[Reason] = []
+    for lack in lacking(wanted, facts.sides(now_s, entitlements_max_age_s)):
+        verbs, resources = ", ".join(lack.permission.verbs), ", ".join(lack.permission.resources)
+        names = f"{verbs} on {resources} at {lack.permission.target}"
+        found.append(
+            _reason("beyond_scope", f"{lack.side} does not allow {names}", lack.permission, lack.side)
+        )
+    return found
+
+
+def _reason(code: str, message: str, permission: Permission | None = None, side: str | None = None) -> Reason:
+    # A scope of many long globs is longer than a message may be; `permission` names it whole.
+    short = message if len(message) <= 1000 else f"{message[:997]}..."
+    return Reason(code=code, message=short, permission=permission, side=side)
