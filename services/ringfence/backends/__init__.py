@@ -1,0 +1,131 @@
+"""Kinds of credentials, one file each: the issuer makes them, the revoker undoes them at their target."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import ClassVar, Literal, Protocol
+
+from ringfence.backends.access import BackendSettings, TargetAccess
+from ringfence.backends.calling import Caller
+from ringfence.backends.errors import BackendError, TargetError, TargetRefusedError, TargetShutError
+from ringfence.backends.jwt import JwtBackend, TokenKey
+from ringfence.backends.postgres import PostgresBackend
+from ringfence.backends.redis import RedisBackend
+from ringfence.backends.secret_sources import AccessError, SecretSource
+from ringfence.messages.credential import Credential
+from ringfence.messages.lease import Lease
+from ringfence.messages.registry import TargetState
+
+log = logging.getLogger(__name__)
+
+ENTRY_POINTS = "ringfence.backends"
+"""The entry point group by which other packages bring backends: each is called with the `Material`."""
+Revocability = Literal["instant", "session", "ttl"]
+"""How far a credential can be recalled before its end. `instant`: the target asks introspection, or only the gateway
+can use it. `session`: live sessions are ended too. `ttl`: not at all."""
+
+OwnExpiry = Literal["all", "logins", "none"]
+"""What ends at the deadline by the target itself, were Ringfence gone. `all`: the credential is good for nothing more.
+`logins`: nobody can log in any more, and sessions last. `none`: nothing, until the lease is undone."""
+
+
+class Backend(Protocol):
+    """One kind of credential."""
+
+    kind: ClassVar[str]
+    """What `backend.kind` of a target says, and `kind` of the credential."""
+    revocability: ClassVar[Revocability]
+    own_expiry: ClassVar[OwnExpiry]
+    stateless: ClassVar[bool]
+    """A pure token: making it leaves nothing at the target, so nothing is there to undo when its time is over."""
+
+    def problem(self, lease: Lease, target: TargetState) -> str | None:
+        """Why a credential that allows exactly what the lease says cannot be made, or None. No I/O over a network."""
+        ...
+
+    async def mint(self, lease: Lease, target: TargetState) -> Credential:
+        """The credential of a lease. Again for the same lease: one that means the same, and the others stay good."""
+        ...
+
+    async def undo(self, lease_id: str, *, target_id: str) -> None:
+        """Take everything back that was made for a lease at its target, live sessions too, as far as it can be.
+
+        The two ids are all that it is given: a lease that nobody remembers must be undone as well. Undoing what is gone
+        is success; what fails is tried again.
+        """
+        ...
+
+    async def standing(self, target_id: str) -> frozenset[str]:
+        """The leases for which there is something at the target now, whoever made it and whenever."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What backends are made of. A revoker has no keys: it only undoes."""
+
+    trust_domain: str
+    issuer_url: str
+    token_key: TokenKey | None = None
+    access: TargetAccess = field(default_factory=lambda: TargetAccess({}))
+
+
+def built_in(material: Material) -> dict[str, Backend]:
+    """Those that come with Ringfence, by name."""
+    backends: tuple[Backend, ...] = (
+        JwtBackend(material.trust_domain, material.issuer_url, material.token_key),
+        PostgresBackend(material.trust_domain, material.access),
+        RedisBackend(material.trust_domain, material.access),
+    )
+    return {backend.kind: backend for backend in backends}
+
+
+def all_backends(material: Material) -> dict[str, Backend]:
+    """All kinds that there are, by name: the built-in ones, and those that other installed packages bring.
+
+    Raises BackendError for one that cannot be loaded, or has a name that is taken: what made credentials must be there
+    to undo them, so nothing starts without it.
+    """
+    backends = built_in(material)
+    for point in entry_points(group=ENTRY_POINTS):
+        where = f"backend {point.name} ({point.value})"
+        try:
+            backend: Backend = point.load()(material)
+        except Exception as error:
+            raise BackendError(
+                f"{where} cannot be loaded: {type(error).__name__}; repair or remove its package"
+            ) from error
+        if backend.kind != point.name or backend.kind in backends:
+            raise BackendError(f"{where} calls itself {backend.kind!a}, which is not its name or is taken")
+        backends[backend.kind] = backend
+        log.info("%s comes from another package", where)
+    return backends
+
+
+__all__ = [
+    "AccessError",
+    "Backend",
+    "BackendError",
+    "BackendSettings",
+    "Caller",
+    "JwtBackend",
+    "Material",
+    "OwnExpiry",
+    "PostgresBackend",
+    "RedisBackend",
+    "Revocability",
+    "SecretSource",
+    "TargetAccess",
+    "TargetError",
+    "TargetRefusedError",
+    "TargetShutError",
+    "TokenKey",
+    "all_backends",
+    "built_in",
+]

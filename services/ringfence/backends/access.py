@@ -1,0 +1,83 @@
+"""The broker's own rights at targets: where they are kept, and how they are read. Never on Kafka, never in Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from ringfence.backends.secret_sources import AccessError, LocalSource, SecretSource, VaultSource
+from ringfence.kernel.settings import RingfenceSettings
+
+SecretPlace = Annotated[str, Field(pattern=r"^(env|file|vault):.+$")]
+"""`env:NAME`, `file:PATH`, or `vault:MOUNT/data/PATH#FIELD`."""
+_LOCAL: Mapping[str, SecretSource] = {"env": LocalSource("env"), "file": LocalSource("file")}
+
+
+class BackendSettings(RingfenceSettings):
+    """Settings of issuer and revoker alike: `RINGFENCE_BACKENDS_*`, or the table `[backends]`."""
+
+    model_config = SettingsConfigDict(env_prefix="RINGFENCE_BACKENDS_", extra="ignore", frozen=True)
+
+    access: dict[str, SecretPlace] = Field(default_factory=dict)
+    """By target: where the URL stands with which Ringfence itself works there."""
+    vault_url: str | None = None
+    """Where Vault or OpenBao is, e.g. `https://vault.example:8200`."""
+    vault_token_file: Path | None = None
+    """A file of mode 0600 with the token; read each time, so that an agent of Vault's can renew it."""
+    vault_ca_file: Path | None = None
+    """The certificate of the authority that signed Vault's; the machine's own authorities if not set."""
+    vault_namespace: str | None = None
+    """The namespace, where there are any."""
+
+
+class TargetAccess:
+    """Reads what the settings name, when it is needed: a secret that was replaced counts without a restart."""
+
+    def __init__(self, places: Mapping[str, str], sources: Mapping[str, SecretSource] | None = None) -> None:
+        """`places` by target; `sources` by what stands before the colon: `env` and `file`, if not given."""
+        self._places = dict(places)
+        self._sources = sources or _LOCAL
+
+    @classmethod
+    def of(cls, settings: BackendSettings) -> TargetAccess:
+        """As the settings say. Raises AccessError where a place is in Vault, and no Vault is named."""
+        sources = dict(_LOCAL)
+        if settings.vault_url is not None and settings.vault_token_file is not None:
+            sources["vault"] = VaultSource(
+                settings.vault_url,
+                settings.vault_token_file,
+                ca_file=settings.vault_ca_file,
+                namespace=settings.vault_namespace,
+            )
+        access = cls(settings.access, sources)
+        for target_id in settings.access:
+            access.check(target_id)
+        return access
+
+    def check(self, target_id: str) -> None:
+        """Raises AccessError where no rights at this target are named, or none that can be read here. Reads nothing."""
+        if target_id not in self._places:
+            raise AccessError(
+                f"no rights at target {target_id} are named; name where they are in RINGFENCE_BACKENDS_ACCESS"
+            )
+        kind = self._places[target_id].partition(":")[0]
+        if kind not in self._sources:
+            raise AccessError(
+                f"the rights at target {target_id} are in {kind}; set RINGFENCE_BACKENDS_VAULT_URL and "
+                "RINGFENCE_BACKENDS_VAULT_TOKEN_FILE"
+            )
+
+    async def read(self, target_id: str) -> str:
+        """The URL for a target. Raises AccessError."""
+        self.check(target_id)
+        kind, _, where = self._places[target_id].partition(":")
+        return await self._sources[kind].read(where, f"the rights at target {target_id}")
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        for source in self._sources.values():
+            await source.close()

@@ -1,0 +1,110 @@
+"""Calls to targets, so that one that is dead or hangs delays no other: a bound, a deadline and a breaker for each."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from ringfence.backends.errors import TargetError, TargetRefusedError, TargetShutError
+
+T = TypeVar("T")
+
+FAILURES_TO_SHUT = 5
+"""So many failures one after the other shut a target."""
+FIRST_SHUT_S = 0.5
+_MOST_DOUBLINGS = 16
+
+
+@dataclass(slots=True)
+class _Target:
+    slots: asyncio.Semaphore
+    failures: int = 0
+    shut_until: float = 0.0
+    probing: bool = field(default=False)
+    """After it was shut, one call at a time finds out whether the target is there again."""
+
+
+class Caller:
+    """One process's calls to all targets."""
+
+    def __init__(
+        self,
+        *,
+        concurrency: int,
+        deadline_s: float,
+        longest_shut_s: float,
+        seconds: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Args:
+            concurrency: so many calls to one target at a time.
+            deadline_s: how long one call may take, its wait for a place not counted.
+            longest_shut_s: the longest time that a target is left alone.
+            seconds: a clock that only goes forward.
+        """  # fmt: skip
+        self._seconds = seconds
+        self.concurrency = concurrency
+        self._deadline_s = deadline_s
+        self._longest_shut_s = longest_shut_s
+        self._targets: dict[str, _Target] = {}
+
+    async def call(self, target_id: str, work: Callable[[], Awaitable[T]]) -> T:
+        """What `work` returns.
+
+        Raises TargetShutError at once while the target is left alone, TargetError past the deadline, and what `work`
+        raises.
+        """
+        target = self._of(target_id)
+        self._pass(target, target_id)
+        async with target.slots:
+            probe = self._pass(target, target_id)  # others may have failed while this one waited
+            target.probing = target.probing or probe
+            try:
+                async with asyncio.timeout(self._deadline_s):
+                    answer = await work()
+            except TargetRefusedError:
+                target.failures = 0
+                raise
+            except TimeoutError:
+                self._failed(target)
+                raise TargetError(
+                    f"target {target_id} did not answer within {self._deadline_s:g} s"
+                ) from None
+            except Exception:
+                self._failed(target)
+                raise
+            finally:
+                if probe:
+                    target.probing = False
+            target.failures = 0
+            return answer
+
+    def shut_ms(self, target_id: str) -> int:
+        """How long the target is still left alone; 0 where it is not."""
+        target = self._of(target_id)
+        return max(0, int((target.shut_until - self._seconds()) * 1000))
+
+    def _of(self, target_id: str) -> _Target:
+        if target_id not in self._targets:
+            self._targets[target_id] = _Target(asyncio.Semaphore(self.concurrency))
+        return self._targets[target_id]
+
+    def _pass(self, target: _Target, target_id: str) -> bool:
+        """Raises TargetShutError where the call must not go out; whether it is the one that tries again."""
+        if target.failures < FAILURES_TO_SHUT:
+            return False
+        left_s = target.shut_until - self._seconds()
+        if left_s > 0 or target.probing:
+            retry_ms = int(max(left_s, FIRST_SHUT_S) * 1000)
+            raise TargetShutError(f"target {target_id} failed {target.failures} times in a row", retry_ms)
+        return True
+
+    def _failed(self, target: _Target) -> None:
+        target.failures += 1
+        doublings = target.failures - FAILURES_TO_SHUT
+        if doublings >= 0:
+            shut_s = min(self._longest_shut_s, FIRST_SHUT_S * 2 ** min(doublings, _MOST_DOUBLINGS))
+            target.shut_until = self._seconds() + shut_s * random.uniform(0.5, 1.0)  # noqa: S311 - jitter

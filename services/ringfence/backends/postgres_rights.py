@@ -1,0 +1,272 @@
+"""What a scope means in PostgreSQL: which rights on which objects, exactly, or not at all. Pure; sends nothing.
+
+A resource is `database`, `database/schema`, `database/schema/table` or `database/schema/table/column`. Names are those
+of the catalogue, as they are, never folded and never cut. The database is named, and one for a whole lease: a
+credential logs in to one. Below it, wildcards stand for what is there when the credential is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple
+
+from ringfence.backends.errors import InexactError
+from ringfence.messages.permission import Permission
+from ringfence.model.scope import Glob, ScopeError, parse_glob
+
+Level = Literal["database", "schema", "table", "sequence", "column"]
+
+_READ_WRITE: Final[dict[str, dict[Level, tuple[str, ...]]]] = {
+    "read": {
+        "database": ("CONNECT",),
+        "schema": ("USAGE",),
+        "table": ("SELECT",),
+        "sequence": ("SELECT",),
+        "column": ("SELECT",),
+    },
+    "write": {
+        "table": ("INSERT", "UPDATE", "DELETE"),
+        "sequence": ("USAGE", "UPDATE"),
+        "column": ("INSERT", "UPDATE"),
+    },
+}
+RIGHTS: Final[dict[str, dict[Level, tuple[str, ...]]]] = {
+    **_READ_WRITE,
+    "select": {"table": ("SELECT",), "column": ("SELECT",)},
+    "insert": {"table": ("INSERT",), "column": ("INSERT",)},
+    "update": {"table": ("UPDATE",), "column": ("UPDATE",)},
+    "delete": {"table": ("DELETE",)},
+    "truncate": {"table": ("TRUNCATE",)},
+    "usage": {"sequence": ("USAGE",)},
+    "create": {"schema": ("CREATE",)},
+    "temporary": {"database": ("TEMPORARY",)},
+}
+"""By verb and kind of object: the target's own rights. What a newer server adds is in no verb."""
+
+MAX_NAME_BYTES: Final = 63
+"""PostgreSQL cuts what is longer, and would then speak of another object."""
+MAX_RIGHTS: Final = 5000
+"""The most rights of one lease."""
+_DEPTH: Final[dict[Level, int]] = {"database": 1, "schema": 2, "table": 3, "sequence": 3, "column": 4}
+
+
+class Relation(NamedTuple):
+    """A table, or what is used like one, or a sequence, as the catalogue has it."""
+
+    oid: int
+    schema: str
+    name: str
+    is_sequence: bool
+
+
+class Column(NamedTuple):
+    """One column of a relation."""
+
+    relation: Relation
+    number: int
+    name: str
+
+
+class Right(NamedTuple):
+    """One right on one object. `oid` and `column` name it for the server, the names are for GRANT."""
+
+    level: Level
+    oid: int
+    column: int
+    right: str
+    schema: str
+    table: str
+    column_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """One verb on one glob."""
+
+    verb: str
+    glob: Glob
+
+    def __str__(self) -> str:
+        return f"{self.verb} {self.glob.text!a}"
+
+    def rights(self, level: Level) -> tuple[str, ...]:
+        """The rights that its verb means on a kind of object."""
+        return RIGHTS[self.verb].get(level, ())
+
+    def covers(self, *names: str) -> bool:
+        """Whether the object of this path is meant."""
+        return self.glob.matches("/".join(names)) and not any("/" in name for name in names)
+
+    @property
+    def wants_columns(self) -> bool:
+        """Whether it can mean a column of a table that it does not mean as a whole."""
+        segments = self.glob.segments
+        if not self.rights("column") or not _reaches(self.glob, 4):
+            return False
+        return not (segments[-1] == "**" and len(segments) <= 4 and "**" not in segments[:-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A scope, understood: one database, and what is wanted there."""
+
+    database: str
+    wishes: tuple[Wish, ...]
+
+    @property
+    def schemas(self) -> list[str] | None:
+        """The schemas that can be meant; None where a wildcard stands in their place."""
+        return self._literal(1)
+
+    @property
+    def relations(self) -> list[str] | None:
+        """The tables and sequences that can be meant; None where a wildcard stands in their place."""
+        return self._literal(2)
+
+    def _literal(self, at: int) -> list[str] | None:
+        names = set()
+        for wish in self.wishes:
+            segments = wish.glob.segments
+            if any("*" in segment for segment in segments[: at + 1]):
+                return None
+            if len(segments) > at:
+                names.add(segments[at])
+        return sorted(names)
+
+
+def plan(scope: Iterable[Permission]) -> Plan:
+    """Understand a scope, without looking at a server. Raises InexactError."""
+    wishes = [
+        Wish(_known(verb), _named(resource))
+        for permission in scope
+        for resource in permission.resources
+        for verb in permission.verbs
+    ]
+    if not wishes:
+        raise InexactError("the scope is empty")
+    for wish in wishes:
+        if not any(_reaches(wish.glob, _DEPTH[level]) for level in RIGHTS[wish.verb]):
+            levels = " or ".join(sorted(set(RIGHTS[wish.verb])))
+            raise InexactError(f"{wish}: {wish.verb} is a right on a {levels}, which this cannot name")
+    databases = {wish.glob.segments[0] for wish in wishes}
+    if len(databases) > 1:
+        raise InexactError("a credential is for one database: ask for one for each")
+    return Plan(databases.pop(), tuple(dict.fromkeys(wishes)))
+
+
+def _known(verb: str) -> str:
+    if verb not in RIGHTS:
+        raise InexactError(f"the verb {verb!a} is none: write one of {', '.join(RIGHTS)}")
+    return verb
+
+
+def _named(text: str) -> Glob:
+    try:
+        glob = parse_glob(text)
+    except ScopeError as error:
+        raise InexactError(str(error)) from None
+    if "*" in glob.segments[0]:
+        raise InexactError(f"{text!a} names no database: write database/schema/table")
+    for segment in glob.segments:
+        if len(segment.encode()) > MAX_NAME_BYTES:
+            raise InexactError(
+                f"{text!a} has a name of more than {MAX_NAME_BYTES} bytes: PostgreSQL has none such"
+            )
+    return glob
+
+
+def _reaches(glob: Glob, depth: int) -> bool:
+    """Whether a glob can mean something of so many segments."""
+    loops = glob.segments.count("**")
+    fixed = len(glob.segments) - loops
+    return depth == fixed if not loops else depth >= fixed
+
+
+def rights(
+    wanted: Plan,
+    database_oid: int,
+    schemas: Sequence[tuple[int, str]],
+    relations: Sequence[Relation],
+    columns: Sequence[Column],
+) -> list[Right]:
+    """All rights that a plan means, with what is needed to get there: CONNECT, and USAGE of the schemas.
+
+    Raises InexactError for a wish that means nothing that is there, or means too much.
+    """
+    database = wanted.database
+    oids = {name: oid for oid, name in schemas}
+    found: dict[Right, None] = {}
+
+    def add(right: Right) -> None:
+        found[Right("database", database_oid, 0, "CONNECT", "", "", "")] = None
+        if right.schema:
+            found[Right("schema", oids[right.schema], 0, "USAGE", right.schema, "", "")] = None
+        found[right] = None
+        if len(found) > MAX_RIGHTS:
+            raise InexactError(f"the scope means more than {MAX_RIGHTS} rights: ask for less at a time")
+
+    for wish in wanted.wishes:
+        meant = list(_meant(wish, database, database_oid, schemas, relations, columns))
+        if not meant:
+            raise InexactError(f"{wish} means nothing that is in database {database!a} now")
+        for right in meant:
+            add(right)
+    return list(found)
+
+
+def _meant(
+    wish: Wish,
+    database: str,
+    database_oid: int,
+    schemas: Sequence[tuple[int, str]],
+    relations: Sequence[Relation],
+    columns: Sequence[Column],
+) -> Iterator[Right]:
+    if wish.covers(database):
+        for right in wish.rights("database"):
+            yield Right("database", database_oid, 0, right, "", "", "")
+    for oid, schema in schemas if wish.rights("schema") else ():
+        if wish.covers(database, schema):
+            for right in wish.rights("schema"):
+                yield Right("schema", oid, 0, right, schema, "", "")
+    whole: set[int] = set()
+    for one in relations:
+        level: Level = "sequence" if one.is_sequence else "table"
+        if wish.rights(level) and wish.covers(database, one.schema, one.name):
+            whole.add(one.oid)
+            for right in wish.rights(level):
+                yield Right(level, one.oid, 0, right, one.schema, one.name, "")
+    for column in columns if wish.wants_columns else ():
+        relation = column.relation
+        if relation.oid not in whole and wish.covers(database, relation.schema, relation.name, column.name):
+            for right in wish.rights("column"):
+                yield Right(
+                    "column", relation.oid, column.number, right, relation.schema, relation.name, column.name
+                )
+
+
+def quoted(name: str) -> str:
+    """A name as SQL writes it, whatever is in it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def grants(role: str, database: str, wanted: Iterable[Right]) -> Iterator[str]:
+    """The statements that give rights to a role."""
+    by_object: dict[tuple[str, str], list[str]] = {}
+    for right in wanted:
+        match right.level:
+            case "database":
+                where = quoted(database)
+            case "schema":
+                where = quoted(right.schema)
+            case _:
+                where = f"{quoted(right.schema)}.{quoted(right.table)}"
+        kind = "TABLE" if right.level == "column" else right.level.upper()
+        what = f"{right.right} ({quoted(right.column_name)})" if right.level == "column" else right.right
+        by_object.setdefault((kind, where), []).append(what)
+    by_right: dict[tuple[str, str], list[str]] = {}
+    for (kind, where), whats in by_object.items():
+        by_right.setdefault((kind, ", ".join(whats)), []).append(where)
+    for (kind, whats_text), wheres in by_right.items():
+        yield f"GRANT {whats_text} ON {kind} {', '.join(wheres)} TO {quoted(role)}"

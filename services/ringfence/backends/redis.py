@@ -1,0 +1,251 @@
+"""Users of a Valkey or Redis (7 or newer) server: one for each lease, gone with it, its live connections with it.
+
+The server's ACL says exactly what the lease's scope says, or the credential is not made:
+
+- Verbs: `read` is every command that only reads the keys that it names, with the right to read them (`%R~`); `write`
+  every command that changes keys that it names, with the right to write them (`%W~`), so that those of them that also
+  return what was there (GETDEL, INCR) need `read` in the same permission. A command of either list is also a verb of
+  its own. The lists are closed: what a newer server adds is in no lease.
+- Resources: a resource is a key. Redis's `*` also matches `/`, so the only wildcard that can be said is `**`: a whole
+  segment that stands for any number of segments. `*` inside a segment is refused.
+- Each permission becomes selectors of its own: they allow what any of them allows, and no more.
+
+Keys of which the name is none in Ringfence's grammar can be named by nobody; they lie below the `**` of their prefix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import secrets
+import unicodedata
+from collections.abc import Iterable
+from typing import Any, ClassVar, Final, Literal
+from urllib.parse import quote
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+
+from ringfence.backends.access import TargetAccess
+from ringfence.backends.errors import InexactError, TargetError, TargetRefusedError
+from ringfence.backends.secret_sources import AccessError
+from ringfence.backends.settings import TargetSettings, not_set_up, settings_of
+from ringfence.messages.credential import Credential
+from ringfence.messages.lease import Lease
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import TargetState
+from ringfence.model.scope import ScopeError, parse_glob
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+READ: Final = _words("""
+    bitcount bitfield_ro bitpos exists expiretime geodist geohash geopos georadius_ro georadiusbymember_ro
+    geosearch get getbit getrange hexists hget hgetall hkeys hlen hmget hrandfield hscan hstrlen hvals lcs
+    lindex llen lpos lrange mget pexpiretime pttl scard sdiff sinter sintercard sismember smembers
+    smismember srandmember sscan strlen sunion ttl type xlen xpending xrange xread xrevrange zcard zcount
+    zdiff zinter zintercard zlexcount zmscore zrandmember zrange zrank zrevrank zscan zscore zunion
+""")
+"""What `read` allows: commands that name all their keys and change nothing."""
+WRITE: Final = _words("""
+    append bitfield bitop decr decrby del expire expireat geoadd geosearchstore getdel getex getset hdel
+    hincrby hincrbyfloat hset hsetnx incr incrby incrbyfloat linsert lmove lmpop lpop lpush lpushx lrem lset
+    ltrim mset msetnx persist pexpire pexpireat pfadd pfmerge psetex rename renamenx rpop rpush rpushx sadd
+    sdiffstore set setbit setex setnx setrange sinterstore smove spop srem sunionstore unlink xack xadd
+    xautoclaim xclaim xdel xreadgroup xtrim zadd zdiffstore zincrby zinterstore zmpop zpopmax zpopmin
+    zrangestore zrem zremrangebylex zremrangebyrank zremrangebyscore zunionstore
+""")
+"""What `write` allows: commands that name all their keys and stay in their database."""
+_EVERYBODY: Final = ("ping", "hello", "quit", "multi", "exec", "discard", "client|setinfo")
+"""What clients need and what touches no key."""
+MAX_PATTERNS: Final = 256
+"""The most key patterns of one user."""
+
+# Signs, besides letters, digits and marks, that stand for themselves in Redis's globs and in the text of a selector.
+_PLAIN_SIGNS: Final = frozenset("/-_.:,=@+~!$&|<>")
+_UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_CONNECT_S: Final = 2.0
+_ANSWER_S: Final = 5.0
+_NOT_THIS_CREDENTIAL: Final = "Error in ACL SETUSER"
+
+
+def rules(scope: Iterable[Permission]) -> list[str]:
+    """The rules of `ACL SETUSER` that say what a scope says, no more. Raises InexactError."""
+    selectors: list[str] = []
+    for permission in scope:
+        keys = [pattern for glob in permission.resources for pattern in _patterns(glob)]
+        if len(keys) > MAX_PATTERNS:
+            raise InexactError(f"the resources make {len(keys)} key patterns: write fewer '**'")
+        for commands, access in _kinds(permission.verbs):
+            allowed = " ".join(f"+{command}" for command in sorted(commands))
+            named = " ".join(f"%{access}~{key}" for key in dict.fromkeys(keys))
+            selectors.append(f"({allowed} {named})")
+    if not selectors:
+        raise InexactError("the scope is empty")
+    return selectors
+
+
+def _kinds(verbs: Iterable[str]) -> list[tuple[frozenset[str], str]]:
+    """Which commands, each with what access to its keys."""
+    wanted = set(verbs)
+    found: list[tuple[frozenset[str], str]] = []
+    if {"read", "write"} <= wanted:
+        found.append((READ | WRITE, "RW"))
+    elif "read" in wanted:
+        found.append((READ, "R"))
+    elif "write" in wanted:
+        found.append((WRITE, "W"))
+    for verb in sorted(wanted - {"read", "write"}):
+        if verb in WRITE:
+            found.append((frozenset({verb}), "RW"))
+        elif verb in READ:
+            found.append((frozenset({verb}), "R"))
+        else:
+            raise InexactError(f"the verb {verb} is none: read, write, or one command that names its keys")
+    return found
+
+
+def _patterns(glob: str) -> list[str]:
+    """The Redis globs that together match the names of one of ours."""
+    try:
+        segments = parse_glob(glob).segments
+    except ScopeError as error:
+        raise InexactError(str(error)) from None
+    for segment in segments:
+        if segment != "**":
+            _check(glob, segment)
+    if segments == ("**",):
+        return ["*"]
+    ways = [("", "*") if segment == "**" else (segment,) for segment in segments]
+    if sum(segment == "**" for segment in segments) > MAX_PATTERNS.bit_length() - 1:
+        raise InexactError(f"{glob!a} has too many '**'")
+    return ["/".join(part for part in parts if part) for parts in itertools.product(*ways)]
+
+
+def _check(glob: str, segment: str) -> None:
+    for character in segment:
+        if character == "*":
+            raise InexactError(f"{glob!a}: Redis's '*' also matches '/': write '**', or the keys one by one")
+        if character not in _PLAIN_SIGNS and unicodedata.category(character)[0] not in "LMN":
+            raise InexactError(f"{glob!a}: {character!a} cannot be said exactly in an ACL of Redis")
+
+
+class RedisBackend:
+    """Makes ACL users of which the password is known to the agent alone: the server is sent its SHA-256."""
+
+    kind: ClassVar[str] = "redis"
+    revocability: ClassVar[Literal["instant", "session", "ttl"]] = "session"
+    own_expiry: ClassVar[Literal["all", "logins", "none"]] = "none"
+    stateless: ClassVar[bool] = False
+
+    def __init__(self, trust_domain: str, access: TargetAccess) -> None:
+        self._prefix = f"ringfence.{trust_domain}."
+        self._access = access
+        self._clients: dict[str, tuple[str, Redis]] = {}
+
+    def user_of(self, lease_id: str) -> str:
+        """The name of a lease's user. It tells one trust domain's users from another's at the same server."""
+        return self._prefix + lease_id
+
+    def problem(self, lease: Lease, target: TargetState) -> str | None:
+        """Why exactly this credential cannot be made, or None."""
+        try:
+            rules(lease.scope)
+        except InexactError as error:
+            return str(error)
+        return not_set_up(target, TargetSettings, self._access)
+
+    async def mint(self, lease: Lease, target: TargetState) -> Credential:
+        """A user with a new password. Again for the same lease: one more password for the same user.
+
+        Raises TargetError, TargetRefusedError, AccessError.
+        """
+        user, password = self.user_of(lease.lease_id), secrets.token_urlsafe(32)
+        address = await self._address(target)
+        try:
+            allowed = rules(lease.scope)
+        except InexactError as error:
+            raise TargetRefusedError(str(error)) from None
+        await self._run(
+            lease.target_id,
+            "ACL", "SETUSER", user, "on", "-@all", "resetkeys", "resetchannels", "clearselectors",
+            f"#{hashlib.sha256(password.encode()).hexdigest()}",
+            *(f"+{command}" for command in _EVERYBODY),
+            *allowed,
+        )  # fmt: skip
+        return Credential(
+            kind=self.kind,
+            value=f"{address[0]}://{quote(user, safe='')}:{password}@{address[1]}/0",
+            expires_at=lease.deadline,
+        )
+
+    async def undo(self, lease_id: str, *, target_id: str) -> None:
+        """Delete the user, which ends its connections. Raises TargetError, AccessError."""
+        await self._run(target_id, "ACL", "DELUSER", self.user_of(lease_id))
+
+    async def standing(self, target_id: str) -> frozenset[str]:
+        """The leases that have a user at the target. Raises TargetError, AccessError."""
+        users = await self._run(target_id, "ACL", "USERS")
+        names = (name.decode("utf-8", "replace") for name in users)
+        found = (name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix))
+        return frozenset(id for id in found if _UUID.fullmatch(id))
+
+    async def close(self) -> None:
+        """Disconnect from all targets."""
+        for _, client in self._clients.values():
+            await client.aclose()
+        self._clients.clear()
+
+    # --- the server ---
+
+    async def _address(self, target: TargetState) -> tuple[str, str]:
+        """Scheme, and `host:port` for agents: as the target's record says, else where Ringfence itself connects."""
+        where = (await self._client(target.target_id)).connection_pool.connection_kwargs
+        if where.get("db"):
+            raise AccessError(
+                f"target {target.target_id} names database {where['db']}: only 0 can be kept to"
+            )
+        given = settings_of(target, TargetSettings).address
+        scheme = "rediss" if "ssl_cert_reqs" in where else "redis"
+        return scheme, given or f"{where.get('host')}:{where.get('port', 6379)}"
+
+    async def _client(self, target_id: str) -> Redis:
+        url = await self._access.read(target_id)
+        known = self._clients.get(target_id)
+        if known is not None and known[0] == url:
+            return known[1]
+        try:
+            client: Redis = Redis.from_url(
+                url,
+                socket_connect_timeout=_CONNECT_S,
+                socket_timeout=_ANSWER_S,
+                retry=Retry(NoBackoff(), 1),  # a connection may have died since it was last used
+            )
+        except ValueError:
+            raise AccessError(f"the rights at target {target_id} are no redis:// URL") from None
+        self._clients[target_id] = (url, client)
+        return client
+
+    async def _run(self, target_id: str, *command: str) -> Any:
+        try:
+            client: Any = await self._client(target_id)
+            return await client.execute_command(*command)
+        except ResponseError as error:
+            # The text of an error can quote what was sent: only its kind goes on.
+            if str(error).startswith(_NOT_THIS_CREDENTIAL):
+                raise TargetRefusedError(
+                    f"target {target_id} does not know all commands of this scope: name them one by one"
+                ) from None
+            raise TargetError(f"target {target_id} refuses: {_kind(error)}") from None
+        except (RedisError, OSError) as error:
+            raise TargetError(f"target {target_id} does not answer ({type(error).__name__})") from None
+
+
+def _kind(error: ResponseError) -> str:
+    word = str(error).partition(" ")[0]
+    return word if re.fullmatch(r"[A-Z]{2,20}", word) else type(error).__name__

@@ -1,0 +1,123 @@
+"""Where secrets are read from: the environment, files, and the KV engine of Vault or OpenBao."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
+
+import httpx
+
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.places import PlaceError, read_place
+
+KEPT_S: Final = 10.0
+"""How long a secret of Vault's is kept: so late at most is a replaced one seen."""
+_ANSWER_S: Final = 3.0
+
+
+class AccessError(RingfenceError):
+    """The broker's own rights at a target are not named, or not where they are said to be. Never quotes them."""
+
+    code = "access_missing"
+
+
+class SecretSource(Protocol):
+    """One kind of place."""
+
+    async def read(self, where: str, what: str) -> str:
+        """The secret that is there now; `what` it is, for messages. Raises AccessError."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        ...
+
+
+class LocalSource:
+    """What is on this machine: the environment of this process, and files that nobody else can read."""
+
+    def __init__(self, kind: Literal["env", "file"]) -> None:
+        self._kind = kind
+
+    async def read(self, where: str, what: str) -> str:
+        """What the variable or the file of this name holds. Raises AccessError."""
+        try:
+            return read_place(f"{self._kind}:{where}", what)
+        except PlaceError as error:
+            raise AccessError(str(error)) from None
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+
+class VaultSource:
+    """The KV engine, version 2, of Vault or OpenBao. `where` is `MOUNT/data/PATH#FIELD`, the path as its API has it."""
+
+    def __init__(
+        self,
+        url: str,
+        token_file: Path,
+        *,
+        ca_file: Path | None = None,
+        namespace: str | None = None,
+        seconds: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`seconds`: a clock that only goes forward. Raises AccessError where the CA file cannot be read."""
+        self._token, self._token_file = LocalSource("file"), str(token_file)
+        self._seconds = seconds
+        self._headers = {"X-Vault-Request": "true"} | (
+            {"X-Vault-Namespace": namespace} if namespace is not None else {}
+        )
+        try:
+            verify = ssl.create_default_context(cafile=ca_file)
+        except OSError:
+            raise AccessError(f"cannot read {ca_file}, the certificate of Vault's authority") from None
+        self._client = httpx.AsyncClient(
+            base_url=url.rstrip("/") + "/v1/", verify=verify, timeout=_ANSWER_S, trust_env=False
+        )
+        self._kept: dict[str, tuple[float, str]] = {}
+
+    async def read(self, where: str, what: str) -> str:
+        """The field of the newest version. Raises AccessError."""
+        at, value = self._kept.get(where, (0.0, ""))
+        if value and self._seconds() - at < KEPT_S:
+            return value
+        value = await self._asked(where, await self._token.read(self._token_file, "Vault's token"))
+        self._kept[where] = (self._seconds(), value)
+        return value
+
+    async def close(self) -> None:
+        """Disconnect."""
+        self._kept.clear()
+        await self._client.aclose()
+
+    async def _asked(self, where: str, token: str) -> str:
+        path, _, field = where.partition("#")
+        headers = {**self._headers, "X-Vault-Token": token}
+        try:
+            answer = await self._client.get(httpx.URL(path=path), headers=headers)
+        except httpx.HTTPError as error:
+            raise AccessError(f"Vault does not answer ({type(error).__name__})") from None
+        match answer.status_code:
+            case 200:
+                return _field(answer, path, field)
+            case 403:
+                raise AccessError(f"Vault's token may not read {path}; give it a policy that says so")
+            case 404:
+                raise AccessError(f"Vault has nothing at {path}; a path is MOUNT/data/PATH#FIELD")
+            case status:
+                raise AccessError(f"Vault answered {status} for {path}")
+
+
+def _field(answer: httpx.Response, path: str, field: str) -> str:
+    try:
+        body: Any = answer.json()
+        value = body["data"]["data"][field]
+    except (ValueError, TypeError, KeyError):
+        value = None
+    if not isinstance(value, str) or not value.strip():
+        raise AccessError(f"Vault has no text as the field {field!a} at {path}")
+    return value.strip()
