@@ -1,0 +1,61 @@
+"""The registry's wiring."""
+
+from __future__ import annotations
+
+import sys
+
+from ringfence.kernel.bus import one_by_one
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.process import run
+from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
+from ringfence.model.alarms import report_alarms
+from ringfence.model.directory import TABLES, Directory
+from ringfence.registry.handlers import Registry
+from ringfence.registry.http import Api
+from ringfence.registry.settings import RegistrySettings
+from ringfence.registry.store import REMEMBERED_MS, Memory
+
+
+def build(
+    settings: ServiceSettings, own: RegistrySettings | None = None, clock: Clock | None = None
+) -> Runtime:
+    """A registry, ready to run. Raises SettingsError, KeyFileError."""
+    own = own or load(RegistrySettings)
+    runtime = Runtime("registry", settings, clock)
+    since_ms = max(1, runtime.clock.now_ms() - REMEMBERED_MS)
+    on_alarm = report_alarms(runtime)
+    # It is the one that says what is so: no heartbeat tells it that its table is old.
+    directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=on_alarm)
+    memory = Memory(directory, runtime.trust, since_ms)
+    registry = Registry(runtime, directory, memory, on_alarm)
+    runtime.table(TABLES, directory.on_records)
+    registry.history = runtime.history((SERVICE_EVENT,), registry.on_events, since_ms=since_ms)
+    commands = runtime.consume(
+        "registry",
+        {REGISTRY_COMMAND: one_by_one(registry.on_command, runtime.letters)},
+        on_assigned=registry.catch_up,
+    )
+    command_topic = REGISTRY_COMMAND.name(settings.topic_prefix)
+    runtime.background(
+        "heartbeat", lambda: registry.beat_while(lambda: commands.owns(command_topic, 0), own.heartbeat_s)
+    )
+    runtime.ready_when(registry.untrusted)
+    runtime.routes += Api(directory, settings.trust_domain, runtime.clock).routes()
+    return runtime
+
+
+def main() -> int:
+    """Run the registry until it is told to stop. Returns the exit status."""
+    try:
+        settings = load(ServiceSettings)
+        return run([build(settings)], settings)
+    except RingfenceError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""What the registry decides on a command: the lifecycle that every reader folds again, and what only the registry can
+see: other subjects, and the order of all commands. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+from ringfence.kernel.jws import MAX_JWS_BYTES
+from ringfence.messages.registry import (
+    AgentRegister,
+    AgentState,
+    AnyState,
+    Command,
+    EmbeddedCommand,
+    Role,
+    TargetSet,
+    TargetState,
+    TaskAssign,
+    UserSet,
+    UserState,
+)
+from ringfence.model.chains import Authorised
+from ringfence.model.identity import SubjectKind
+from ringfence.model.lifecycle import (
+    MAY_WIDEN,
+    CommandRefusedError,
+    Context,
+    apply,
+    command_subject,
+    still_needed,
+)
+
+Subject = tuple[SubjectKind, str]
+
+MAX_NARROWING_BYTES = 8 * 1024
+"""The longest command that only takes away."""
+MAX_RECORD_BYTES = MAX_JWS_BYTES * 3 // 4
+"""The longest record after a command that gives. The rest is kept free, so that what takes away always fits."""
+
+
+class Surroundings(Protocol):
+    """What a command is held against besides its own subject. All of it is as of the last command."""
+
+    @property
+    def latest_ms(self) -> int:
+        """The latest append time among all commands that records follow from."""
+        ...
+
+    def user(self, user_id: str) -> UserState | None:
+        """A user whose record holds."""
+        ...
+
+    def agent(self, agent_id: str) -> AgentState | None:
+        """An agent whose record holds."""
+        ...
+
+    def roles_at(self, user_id: str, at_ms: int) -> frozenset[Role]:
+        """The roles of a user just before a moment."""
+        ...
+
+    def changed_ms(self, user_id: str) -> int:
+        """The append time of the last command in a user's own record; 0 where there is none."""
+        ...
+
+    def holders(self, kid: str) -> Collection[tuple[str, str]]:
+        """(kind, id) of whose key that is, or was; services and the root are among them."""
+        ...
+
+    def task_of_consent(self, iss: str, jti: str) -> str | None:
+        """The task that a consent was used for."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A command that a record embeds, with its claims."""
+
+    claims: Command
+    embedded: EmbeddedCommand
+
+
+@dataclass(frozen=True, slots=True)
+class Current:
+    """The verified record of a subject as it is now."""
+
+    state: AnyState
+    revision: int
+    commands: tuple[Embedded, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The record that a command leads to."""
+
+    state: AnyState
+    revision: int
+    commands: tuple[EmbeddedCommand, ...]
+
+
+def decide(current: Current | None, given: Authorised, around: Surroundings) -> Change | None:
+    """What a command changes; None where it asks for what is so already.
+
+    Raises CommandRefusedError with the reason; a refused command changes nothing.
+    """
+    command, at_ms = given.claims, given.appended_at_ms
+    _check_time(given, around)
+    compact = given.signed.compact
+    if takes_away(command) and len(compact) > MAX_NARROWING_BYTES:
+        raise CommandRefusedError(
+            f"a {command.typ} of {len(compact)} bytes; the limit is {MAX_NARROWING_BYTES}", code="too_large"
+        )
+    context = Context(
+        actor=given.actor,
+        at_s=at_ms // 1000,
+        command_id=given.command_id,
+        roles_of=lambda user_id: around.roles_at(user_id, at_ms),
+        last_signed_s=max((e.claims.iat for e in current.commands), default=0) if current else 0,
+        consent_by=given.consent_by,
+        consent_problem=given.consent_problem,
+        sponsor_of=lambda agent_id: agent.sponsor if (agent := around.agent(agent_id)) else None,
+    )
+    state = apply(current.state if current else None, command, context)
+    _check_keys(command, command_subject(command, given.command_id), around)
+    if isinstance(command, TaskAssign):
+        _check_task(command, given, around)
+    embedded = EmbeddedCommand(jws=compact, appended_at_ms=at_ms)
+    if current is None:
+        return Change(state, 1, (embedded,))
+    if state == current.state:
+        return None
+    kept = still_needed([(e.claims, e.embedded) for e in current.commands], command)
+    return Change(state, current.revision + 1, (*kept, embedded))
+
+
+def takes_away(command: Command) -> bool:
+    """Whether a command can only leave less than there was: nothing may stand in its way."""
+    return not isinstance(command, (*MAY_WIDEN, AgentRegister, TaskAssign))
+
+
+def check_size(command: Command, size: int) -> None:
+    """Raises CommandRefusedError where a record of `size` bytes is too long for what `command` does."""
+    limit = MAX_JWS_BYTES if takes_away(command) else MAX_RECORD_BYTES
+    if size > limit:
+        raise CommandRefusedError(
+            f"the record would have {size} bytes, the limit is {limit}; say it shorter, or start a new subject",
+            code="record_too_large",
+        )
+
+
+def _check_time(given: Authorised, around: Surroundings) -> None:
+    """Every reader resolves a signer as of just before the append time: what came before must lie before it."""
+    if given.appended_at_ms < around.latest_ms:
+        raise CommandRefusedError(
+            f"appended {around.latest_ms - given.appended_at_ms} ms before a command that was accepted earlier: the "
+            "broker's clock went back; sign and send it again",
+            code="too_early",
+        )
+    signer = given.actor.user_id
+    if signer is not None and given.appended_at_ms <= around.changed_ms(signer):
+        raise CommandRefusedError(
+            f"appended in the same moment as a change of its signer, {signer}; sign and send it again",
+            code="too_early",
+        )
+
+
+def _check_keys(command: Command, subject: Subject, around: Surroundings) -> None:
+    if not isinstance(command, UserSet | AgentRegister | TargetSet):
+        return
+    for key in command.keys:
+        if others := [holder for holder in around.holders(key.kid) if holder != subject]:
+            kind, id = min(others)
+            raise CommandRefusedError(
+                f"key {key.kid} belongs to {kind} {id}; a key has one owner: make another", code="key_taken"
+            )
+
+
+def _check_task(command: TaskAssign, given: Authorised, around: Surroundings) -> None:
+    agent = around.agent(command.terms.agent_id)
+    if agent is None:
+        raise CommandRefusedError(f"there is no agent {command.terms.agent_id}", code="unknown_agent")
+    if agent.status != "active":
+        raise CommandRefusedError(f"agent {agent.agent_id} is {agent.status}", code=f"agent_{agent.status}")
+    user = around.user(command.on_behalf_of)
+    if user is None or user.status != "active":
+        raise CommandRefusedError(f"{command.on_behalf_of} is no active user", code="user_disabled")
+    if uses_consent(command, given.actor.user_id) and given.consent is not None:
+        consent = given.consent.claims
+        if task := around.task_of_consent(consent.iss, consent.jti):
+            raise CommandRefusedError(
+                f"this consent was used for task {task}; ask {command.on_behalf_of} for another",
+                code="consent_used",
+            )
+
+
+def uses_consent(command: TaskAssign, signer: str | None) -> bool:
+    """Whether the embedded consent is what a task rests on. Where the signer acts for themself it is not used up."""
+    return command.consent is not None and command.on_behalf_of != signer
+
+
+def keys_of(state: AnyState) -> frozenset[str]:
+    """The thumbprints of all keys that a subject has or had."""
+    if isinstance(state, UserState | AgentState | TargetState):
+        return frozenset(key.kid for key in state.keys)
+    return frozenset()

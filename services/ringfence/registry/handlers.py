@@ -1,0 +1,287 @@
+"""Commands in; records, events and heartbeats out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from aiokafka.errors import KafkaError
+
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.ids import derived_id
+from ringfence.kernel.jws import open_signed, parse, sign
+from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.runtime import Runtime
+from ringfence.messages.base import Topic
+from ringfence.messages.credential import Coordinates, Reason
+from ringfence.messages.operations import EventKind, Heartbeat, ServiceEvent
+from ringfence.messages.registry import (
+    AgentRecord,
+    AnyRecord,
+    TargetRecord,
+    TaskAssign,
+    TaskRecord,
+    TaskState,
+    UserRecord,
+)
+from ringfence.messages.topics import AGENT, HEARTBEAT, TARGET, TASK, USER
+from ringfence.model.chains import Authorised, ChainError, unverified_command
+from ringfence.model.directory import Alarm, Directory
+from ringfence.model.identity import SubjectKind
+from ringfence.model.lifecycle import CommandRefusedError, command_subject
+from ringfence.registry.domain import Change, Current, Embedded, Subject, check_size, decide
+from ringfence.registry.store import Memory
+
+log = logging.getLogger(__name__)
+
+TOPICS: dict[SubjectKind, Topic[Any]] = {"user": USER, "agent": AGENT, "target": TARGET, "task": TASK}
+RECORDS: dict[SubjectKind, Any] = {
+    "user": UserRecord,
+    "agent": AgentRecord,
+    "target": TargetRecord,
+    "task": TaskRecord,
+}
+_CATCH_UP_S = 5.0
+
+
+class Registry:
+    """Handles one command after the other. See `on_command`."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        memory: Memory,
+        on_alarm: Callable[[Alarm], None] = lambda alarm: None,
+    ) -> None:
+        self._runtime = runtime
+        self._directory = directory
+        self._memory = memory
+        self._on_alarm = on_alarm
+        self._compared = False
+        self.history: Follower | None = None
+        """What reads this registry's own events; set by the wiring."""
+
+    # --- commands ---
+
+    async def on_command(self, record: Received) -> None:
+        """Take one command to its end: a record where something changes, and the signed answer.
+
+        Raises InvalidMessageError where no known signer gave it.
+        """
+        self._require_own_key()
+        try:
+            given = self._directory.chains.authorise(parse(record.value), record.appended_at_ms)
+        except ChainError as error:
+            raise InvalidMessageError(f"its signer cannot be believed: {error}", code=error.code) from None
+        iss, jti = given.claims.iss, given.claims.jti
+        handled = self._memory.place(iss, jti)
+        if handled is not None:
+            if not _same_place(handled, record.coordinates):
+                await self._answer("replayed", given, record, _first_at(handled))
+            return
+        embedded = self._memory.embedded(iss, jti)
+        if embedded is not None:
+            if (embedded.jws, embedded.appended_at_ms) != (given.signed.compact, record.appended_at_ms):
+                await self._answer(
+                    "replayed", given, record, f"handled before, at {embedded.appended_at_ms} ms"
+                )
+                return
+            # The process ended after the record and before the answer.
+            await self._answer("accepted", given, record)
+        else:
+            await self._handle(given, record)
+        self._memory.remember(iss, jti, record.coordinates)
+
+    async def _handle(self, given: Authorised, record: Received) -> None:
+        subject = command_subject(given.claims, given.command_id)
+        try:
+            change = decide(self._current(subject), given, self._memory)
+            if change is not None:
+                await self._publish(subject, change, given, record.traceparent)
+        except (CommandRefusedError, ChainError) as error:
+            await self._answer("refused", given, record, str(error), error.code)
+            return
+        await self._answer("accepted", given, record)
+
+    def _current(self, subject: Subject) -> Current | None:
+        entry = self._directory.entry(*subject)
+        if entry is None:
+            return None
+        commands = tuple(Embedded(unverified_command(c), c) for c in entry.record.commands)
+        return Current(entry.state, entry.revision, commands)
+
+    async def _publish(
+        self, subject: Subject, change: Change, given: Authorised, traceparent: str | None
+    ) -> None:
+        """Publish a record and take it in at once: the next command is judged on it."""
+        kind, id = subject
+        key = self._runtime.key
+        claims: AnyRecord = RECORDS[kind](
+            iss=key.id,
+            aud=self._runtime.settings.trust_domain,
+            # Nothing of this process is in a record: whoever handles the command again writes the very same claims.
+            iat=given.appended_at_ms // 1000,
+            jti=derived_id(kind, id, change.revision),
+            sub=f"spiffe://{self._runtime.settings.trust_domain}/{kind}/{id}",
+            revision=change.revision,
+            commands=change.commands,
+            state=change.state,
+        )
+        compact = sign(claims, key)
+        check_size(given.claims, len(compact))
+        await self._append(kind, id, compact, claims.jti, traceparent)
+
+    async def _append(
+        self, kind: SubjectKind, id: str, compact: str, jti: str, traceparent: str | None = None
+    ) -> None:
+        topic = TOPICS[kind]
+        written = await (
+            await self._runtime.publisher.send(
+                topic, id, compact, id=jti, type=topic.what, traceparent=traceparent
+            )
+        )
+        problem = self._directory.admit(
+            kind, written.topic, written.partition, compact.encode(), written.timestamp
+        )
+        if problem:
+            raise RingfenceError(f"the record that was just published does not count: {problem}")
+
+    async def _answer(
+        self,
+        kind: EventKind,
+        given: Authorised,
+        record: Received,
+        message: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        """Say what became of a command, signed."""
+        command = given.claims
+        subject_kind, id = command_subject(command, given.command_id)
+        at = record.coordinates
+        about: tuple[object, ...] = (command.iss, command.jti)
+        if kind == "replayed":
+            about = (*about, at.topic, at.partition, at.offset)
+        reasons = (Reason(code=code or kind, message=message[:2048]),) if message else ()
+        await self._runtime.event(
+            kind,
+            command.typ,
+            about=about,
+            reasons=reasons,
+            source=at,
+            traceparent=record.traceparent,
+            actor=command.iss,
+            ref=command.jti,
+            result=id if kind == "accepted" else None,
+            agent_id=self._agent_id(given),
+            task_id=id if subject_kind == "task" else None,
+        )
+
+    def _agent_id(self, given: Authorised) -> str | None:
+        kind, id = command_subject(given.claims, given.command_id)
+        if kind == "agent":
+            return id
+        if isinstance(given.claims, TaskAssign):
+            return given.claims.terms.agent_id
+        task = self._directory.unverified("task", id) if kind == "task" else None
+        return task.state.agent_id if task and isinstance(task.state, TaskState) else None
+
+    def _require_own_key(self) -> None:
+        """A registry that the trust bundle does not know (yet) would write what nobody believes."""
+        if reason := self.untrusted():
+            raise UnavailableError(reason)
+
+    def untrusted(self) -> str | None:
+        """Why nobody would believe this registry, or None."""
+        key = self._runtime.key
+        now_s = self._runtime.clock.now_ms() / 1000
+        if self._runtime.trust.service_key(key.id, key.kid, ("registry",), now_s) is None:
+            return f"the trust bundle has no valid key {key.kid} of {key.id}; run: ringfence init --publish"
+        return None
+
+    # --- memory ---
+
+    def on_events(self, records: Sequence[Received]) -> None:
+        """Read back which commands were handled, by whichever replica."""
+        for record in records:
+            if record.key != self._runtime.role:
+                continue
+            try:
+                event = open_signed(
+                    parse(record.value),
+                    ServiceEvent,
+                    self._runtime.trust.finder("registry", at_s=record.appended_at_ms / 1000),
+                    audience=self._runtime.settings.trust_domain,
+                ).claims
+            except InvalidMessageError:
+                continue  # whoever wrote that is not the registry
+            if event.kind in ("accepted", "refused") and event.actor and event.ref and event.source:
+                self._memory.remember(event.actor, event.ref, event.source)
+
+    async def catch_up(self) -> None:
+        """Wait until tables and memory hold what the replica wrote that had the commands before."""
+        while not (
+            await self._runtime.tables_caught_up(_CATCH_UP_S)
+            and (self.history is None or await self.history.caught_up(_CATCH_UP_S))
+        ):
+            log.warning("not caught up with the records yet; no command is taken")
+            await asyncio.sleep(0.5)
+
+    # --- heartbeat ---
+
+    async def beat(self) -> None:
+        """Confirm what complete tables hold now. First write again what somebody wrote over."""
+        if not await self._runtime.tables_caught_up(1.0):
+            return
+        if not self._compared:
+            self._compared = True
+            self._compare()
+        for kind, id in self._directory.displaced():
+            await self._write_again(kind, id)
+        now_ms = self._runtime.clock.now_ms()
+        heartbeat = Heartbeat(
+            iss=self._runtime.key.id,
+            aud=self._runtime.settings.trust_domain,
+            iat=now_ms // 1000,
+            jti=derived_id("heartbeat", self._runtime.key.id, now_ms),
+            at_ms=now_ms,
+            tables=self._directory.digests(),
+        )
+        await self._runtime.publisher.publish_signed(
+            HEARTBEAT, self._runtime.role, heartbeat, self._runtime.key
+        )
+
+    def _compare(self) -> None:
+        """Before the first heartbeat of this process: do the topics still hold what the last one confirmed?"""
+        for found in self._directory.unmatched():
+            message = f"{found}, which is not what the last heartbeat confirmed: records may be gone"
+            log.error("%s", message)
+            self._on_alarm(Alarm("table_differs", message, found.partition(" ")[0], None))
+
+    async def _write_again(self, kind: SubjectKind, id: str) -> None:
+        """The last record under a key is what compaction keeps: it must be the one that counts."""
+        record = self._directory.unverified(kind, id)
+        if record is None:
+            return
+        log.error("writing the record of %s again: something else stands under its key", record.sub)
+        await self._append(kind, id, sign(record, self._runtime.key), record.jti)
+
+    async def beat_while(self, mine: Callable[[], bool], every_s: float) -> None:
+        """Send heartbeats for as long as `mine()` says that this replica has the commands. Does not end."""
+        while True:
+            if mine() and self.untrusted() is None:
+                try:
+                    await self.beat()
+                except (KafkaError, RingfenceError, OSError) as error:
+                    log.warning("no heartbeat this time: %s", str(error) or type(error).__name__)
+            await asyncio.sleep(every_s)
+
+
+def _same_place(a: Coordinates, b: Coordinates) -> bool:
+    return (a.topic, a.partition, a.offset) == (b.topic, b.partition, b.offset)
+
+
+def _first_at(at: Coordinates) -> str:
+    return f"handled before, at {at.topic}/{at.partition}@{at.offset}"

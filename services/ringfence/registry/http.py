@@ -1,0 +1,161 @@
+"""What people read of the registry: users, agents, targets, tasks, the inventory.
+
+Operators and auditors see all; sponsors their own agents and the tasks of those; everybody themself, the targets, and
+the tasks that they assigned or that are on behalf of them. `?records=1` adds the signed records, to be verified.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from ringfence.kernel.clock import Clock
+from ringfence.messages.registry import AgentState, AnyState, TaskState, UserState
+from ringfence.model.access import Caller, ForbiddenError, NotFoundError, authenticate_user
+from ringfence.model.chains import ChainError, unverified_command
+from ringfence.model.directory import Directory, Entry
+from ringfence.model.identity import SubjectKind
+from ringfence.model.lifecycle import subject_key
+
+_PAUSE_EVERY = 50
+"""So many entries are looked at before the rest of the process gets its turn: the first look verifies each chain."""
+
+Filter = Callable[[AnyState, Request], bool]
+
+
+class Api:
+    """The routes over one directory."""
+
+    def __init__(self, directory: Directory, trust_domain: str, clock: Clock) -> None:
+        self._directory = directory
+        self._trust_domain = trust_domain
+        self._clock = clock
+
+    def routes(self) -> list[BaseRoute]:
+        """To be added to those of the runtime."""
+        return [
+            *self._of("user"),
+            *self._of("agent"),
+            *self._of("target"),
+            *self._of("task", self._is_wanted_task),
+            Route("/v1/inventory", self._inventory),
+        ]
+
+    def _of(self, kind: SubjectKind, wanted: Filter = lambda state, request: True) -> list[BaseRoute]:
+        async def all_of_them(request: Request) -> Response:
+            caller = self._caller(request)
+            found = [
+                _json(entry, request)
+                async for entry in self._visible(kind, caller)
+                if wanted(entry.state, request)
+            ]
+            return JSONResponse({f"{kind}s": found})
+
+        async def one(request: Request) -> Response:
+            caller, id = self._caller(request), request.path_params["id"]
+            try:
+                entry = self._directory.entry(kind, id)
+            except ChainError as error:
+                raise NotFoundError(f"the record of {kind} {id} counts for nothing: {error}") from None
+            if entry is None:
+                raise NotFoundError(f"there is no {kind} {id}")
+            if not self._may_see(caller, entry.state):
+                raise ForbiddenError(f"{caller.user.user_id} may not see {kind} {id}")
+            return JSONResponse(_json(entry, request))
+
+        return [Route(f"/v1/{kind}s", all_of_them), Route(f"/v1/{kind}s/{{id}}", one)]
+
+    async def _inventory(self, request: Request) -> Response:
+        caller = self._caller(request)
+        agents = [self._inventory_of(entry) async for entry in self._visible("agent", caller)]
+        return JSONResponse({"agents": agents})
+
+    def _inventory_of(self, entry: Entry[Any]) -> dict[str, Any]:
+        agent: AgentState = entry.state
+        return {
+            "id": agent.agent_id,
+            "revision": entry.revision,
+            "description": agent.description,
+            "status": agent.status,
+            "sponsor": agent.sponsor,
+            "orphan": self._is_orphan(agent),
+            "targets": sorted({permission.target for permission in agent.ceiling}),
+            "ceiling": [permission.model_dump(mode="json") for permission in agent.ceiling],
+            "keys": [
+                {"kid": key.kid, "not_before": key.not_before, "not_after": key.not_after}
+                for key in agent.keys
+            ],
+            "authorised_by": [
+                {"command": claims.typ, "by": claims.iss, "at_ms": at_ms}
+                # The chain of an entry is verified, and so are these.
+                for claims, at_ms in (
+                    (unverified_command(c), c.appended_at_ms) for c in entry.record.commands
+                )
+            ],
+        }
+
+    # --- who sees what ---
+
+    def _caller(self, request: Request) -> Caller:
+        return authenticate_user(
+            request.headers.get("authorization"), self._directory, self._trust_domain, self._clock.now_ms()
+        )
+
+    async def _visible(self, kind: SubjectKind, caller: Caller) -> AsyncIterator[Entry[AnyState]]:
+        for seen, entry in enumerate(self._directory.entries(kind), start=1):
+            if self._may_see(caller, entry.state):
+                yield entry
+            if seen % _PAUSE_EVERY == 0:
+                await asyncio.sleep(0)
+
+    def _may_see(self, caller: Caller, state: AnyState) -> bool:
+        me = caller.user.user_id
+        if caller.sees_all:
+            return True
+        match state:
+            case UserState():
+                return state.user_id == me
+            case AgentState():
+                return caller.may_see_agent_of(state.sponsor)
+            case TaskState():
+                agent = self._state("agent", state.agent_id)
+                is_sponsor = isinstance(agent, AgentState) and caller.may_see_agent_of(agent.sponsor)
+                return is_sponsor or me in (state.assigned_by, state.on_behalf_of)
+            case _:
+                return True
+
+    def _is_wanted_task(self, task: AnyState, request: Request) -> bool:
+        """`?agent=` and `?status=`: a task past its end has ended, whether or not somebody said so."""
+        if not isinstance(task, TaskState):
+            return False
+        agent, status = request.query_params.get("agent"), request.query_params.get("status")
+        over = task.status == "ended" or task.not_after <= self._clock.now_ms() / 1000
+        return agent in (None, task.agent_id) and status in (None, "ended" if over else "active")
+
+    # --- looking up ---
+
+    def _state(self, kind: SubjectKind, id: str) -> AnyState | None:
+        try:
+            entry = self._directory.entry(kind, id)
+        except ChainError:
+            return None
+        return entry.state if entry else None
+
+    def _is_orphan(self, agent: AgentState) -> bool:
+        sponsor = self._state("user", agent.sponsor)
+        return not (
+            isinstance(sponsor, UserState) and sponsor.status == "active" and "sponsor" in sponsor.roles
+        )
+
+
+def _json(entry: Entry[Any], request: Request) -> dict[str, Any]:
+    _, id = subject_key(entry.state)
+    answer = {"id": id, "revision": entry.revision, "state": entry.state.model_dump(mode="json")}
+    if request.query_params.get("records") == "1":
+        answer["record"] = entry.compact.decode()
+    return answer

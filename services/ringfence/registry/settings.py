@@ -1,0 +1,19 @@
+"""Settings of the registry: `RINGFENCE_REGISTRY_*`, or the table `[registry]`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from ringfence.kernel.settings import RingfenceSettings
+
+
+class RegistrySettings(RingfenceSettings):
+    """What only the registry needs."""
+
+    model_config = SettingsConfigDict(env_prefix="RINGFENCE_REGISTRY_", extra="ignore", frozen=True)
+
+    heartbeat_s: Annotated[float, Field(gt=0, le=60)] = 1.0
+    """How often the tables are confirmed; well below `RINGFENCE_GRACE_S`, after which every other service denies."""

@@ -1,0 +1,152 @@
+"""What the registry remembers besides the records: all in memory, all rebuilt from Kafka at the start.
+
+Which commands were handled where (so that a redelivery is told from a replay), who owns which key, which consents are
+used up, and the latest append time of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.jws import LEEWAY_S, MAX_LIFE_S, parse
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.credential import Coordinates
+from ringfence.messages.registry import (
+    AgentState,
+    EmbeddedCommand,
+    Role,
+    TaskAssign,
+    TaskConsent,
+    UserState,
+)
+from ringfence.model.chains import ChainError, unverified_command
+from ringfence.model.directory import Directory
+from ringfence.model.identity import SubjectKind, subject_of
+from ringfence.registry.domain import Subject, keys_of, uses_consent
+
+REMEMBERED_MS = (MAX_LIFE_S + LEEWAY_S + 600) * 1000
+"""How long a command is remembered: as long as one can live, and a little. What is appended later has expired."""
+_SWEEP_MS = 3_600_000
+
+MessageKey = tuple[str, str]
+"""`iss` and `jti`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Consent:
+    task_id: str
+    at_ms: int
+
+
+class Memory:
+    """Answers what `domain.Surroundings` asks, as of the records that a directory holds."""
+
+    def __init__(self, directory: Directory, trust: TrustStore, since_ms: int) -> None:
+        """`since_ms`: what was appended earlier has expired by now and need not be remembered."""
+        self._directory = directory
+        self._trust = trust
+        self._horizon_ms = since_ms
+        self._places: dict[MessageKey, Coordinates] = {}
+        self._embedded: dict[MessageKey, EmbeddedCommand] = {}
+        self._consents: dict[MessageKey, _Consent] = {}
+        self._keys: dict[Subject, frozenset[str]] = {}
+        self._holders: dict[str, set[Subject]] = {}
+        self._latest_ms = 0
+        directory.on_change(self._on_change)
+
+    # --- commands that were handled ---
+
+    def remember(self, iss: str, jti: str, at: Coordinates) -> None:
+        """A command was handled to its end, here. The first place stands."""
+        if at.appended_at_ms >= self._horizon_ms:
+            self._places.setdefault((iss, jti), at)
+
+    def place(self, iss: str, jti: str) -> Coordinates | None:
+        """Where a command was handled."""
+        return self._places.get((iss, jti))
+
+    def embedded(self, iss: str, jti: str) -> EmbeddedCommand | None:
+        """How a record embeds, or once embedded, a command."""
+        return self._embedded.get((iss, jti))
+
+    # --- surroundings ---
+
+    @property
+    def latest_ms(self) -> int:
+        return self._latest_ms
+
+    def user(self, user_id: str) -> UserState | None:
+        try:
+            entry = self._directory.user(user_id)
+        except ChainError:
+            return None
+        return entry.state if entry else None
+
+    def agent(self, agent_id: str) -> AgentState | None:
+        try:
+            entry = self._directory.agent(agent_id)
+        except ChainError:
+            return None
+        return entry.state if entry else None
+
+    def roles_at(self, user_id: str, at_ms: int) -> frozenset[Role]:
+        return self._directory.chains.roles_at(user_id, at_ms)
+
+    def changed_ms(self, user_id: str) -> int:
+        record = self._directory.unverified("user", user_id)
+        return record.commands[-1].appended_at_ms if record else 0
+
+    def holders(self, kid: str) -> Collection[tuple[str, str]]:
+        found: set[tuple[str, str]] = set(self._holders.get(kid, ()))
+        if self._trust.root_key(self._trust.root_id, kid):
+            found.add(("root", self._trust.root_id))
+        for service in self._trust.require().services:
+            if any(key.kid == kid for key in service.keys):
+                found.add(("service", service.id))
+        return found
+
+    def task_of_consent(self, iss: str, jti: str) -> str | None:
+        consent = self._consents.get((iss, jti))
+        return consent.task_id if consent else None
+
+    # --- keeping up ---
+
+    def _on_change(self, kind: SubjectKind, id: str) -> None:
+        record = self._directory.unverified(kind, id)
+        if record is None:
+            return
+        subject = (kind, id)
+        keys = keys_of(record.state)
+        for kid in self._keys.get(subject, frozenset()) - keys:
+            self._holders[kid].discard(subject)
+        for kid in keys:
+            self._holders.setdefault(kid, set()).add(subject)
+        self._keys[subject] = keys
+        for embedded in record.commands:
+            if embedded.appended_at_ms >= self._horizon_ms:
+                self._on_embedded(embedded, id)
+        self._latest_ms = max(self._latest_ms, record.commands[-1].appended_at_ms)
+        self._sweep()
+
+    def _on_embedded(self, embedded: EmbeddedCommand, id: str) -> None:
+        try:
+            claims = unverified_command(embedded)
+            self._embedded.setdefault((claims.iss, claims.jti), embedded)
+            if not isinstance(claims, TaskAssign) or claims.consent is None:
+                return
+            if uses_consent(claims, subject_of(claims.aud, claims.iss, "user")):
+                consent = parse(claims.consent).unverified_claims(TaskConsent)
+                self._consents[consent.iss, consent.jti] = _Consent(id, embedded.appended_at_ms)
+        except InvalidMessageError:
+            return  # a record that embeds what is no command counts for nothing
+
+    def _sweep(self) -> None:
+        horizon_ms = self._latest_ms - REMEMBERED_MS
+        if horizon_ms < self._horizon_ms + _SWEEP_MS:
+            return
+        self._horizon_ms = horizon_ms
+        self._places = {k: v for k, v in self._places.items() if v.appended_at_ms >= horizon_ms}
+        self._embedded = {k: v for k, v in self._embedded.items() if v.appended_at_ms >= horizon_ms}
+        self._consents = {k: v for k, v in self._consents.items() if v.at_ms >= horizon_ms}
