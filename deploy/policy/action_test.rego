@@ -1,0 +1,54 @@
+package ringfence.action_test
+
+import data.ringfence.action
+import data.ringfence.fixture
+
+test_the_good_action_is_allowed if {
+	action.decision == {
+		"allow": true,
+		"deny": [],
+		"approvals": [],
+		"max_ttl_s": 5,
+	} with input as fixture.action
+}
+
+test_a_lease_that_ended if {
+	denied == {"lease_ended"} with input as changed("/lease/status", "ending")
+	denied == {"lease_ended"} with input as changed("/lease/deadline", 1000)
+}
+
+test_a_lease_of_another_agent if denied == {"lease_other_agent"} with input as changed("/lease/agent_id", "review-bot")
+
+test_another_target if denied == {"other_target"} with input as changed("/action/target_id", "database")
+
+test_a_lease_for_another_task if denied == {"task_other_agent"} with input as changed("/lease/task_id", "another")
+
+test_a_suspended_agent if denied == {"agent_suspended"} with input as changed("/agent/status", "suspended")
+
+test_what_the_rule_found_is_repeated_whole if {
+	lack := {"code": "beyond_scope", "message": "the lease does not allow deploy", "side": "lease"}
+	found := action.decision.deny with input as changed("/lacking", [lack])
+	found == [lack]
+}
+
+test_an_action_that_nobody_checked if {
+	unchecked := json.remove(fixture.action, ["lacking"])
+	denied == {"scope_unchecked"} with input as unchecked
+}
+
+test_not_beyond_the_lease if {
+	decision := action.decision with input as changed("/lease/deadline", 1002)
+	decision.max_ttl_s == 2
+}
+
+test_nothing_is_allowed_for_want_of_input if {
+	every part in ["now_s", "action", "lease", "agent", "sponsor", "task", "user", "target", "lacking"] {
+		missing := json.remove(fixture.action, [part])
+		not action.decision.allow with input as missing
+	}
+	not action.decision.allow with input as {}
+}
+
+changed(path, value) := json.patch(fixture.action, [{"op": "replace", "path": path, "value": value}])
+
+denied := fixture.codes(action.decision.deny)

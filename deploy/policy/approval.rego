@@ -1,0 +1,52 @@
+# Whose approval is needed, on top of the target's own floors (code adds those, and asks the people).
+# One of: "sponsor", "second_person" (another sponsor), "operator".
+package ringfence.approval
+
+# Changing production takes the agent's sponsor, however low the target's floor is.
+required contains "sponsor" if {
+	some permission in input.request.scope
+	changes_something(permission)
+	reaches_production(permission)
+}
+
+changes_something(permission) if {
+	some verb in permission.verbs
+	not reading(verb)
+}
+
+# Reading is `read`, `list` or `get`, and a verb of several words that begins so: `get-logs`, `list_users`, `read:all`.
+# Only whole words count: `readwrite` is not reading.
+reading(verb) if verb in {"read", "list", "get"}
+
+reading(verb) if strings.any_prefix_match(verb, reading_words)
+
+reading_words := [
+	"read-", "read_", "read.", "read:",
+	"list-", "list_", "list.", "list:",
+	"get-", "get_", "get.", "get:",
+]
+
+# A permission reaches production where its target is production, or one of its resources is in it.
+reaches_production(permission) if permission.target in production
+
+reaches_production(permission) if {
+	some resource in permission.resources
+	some segment in split(resource, "/")
+	segment in production
+}
+
+# A wildcard where the environment would be named covers production too: `**`, `*/web`, `env/*/web`.
+reaches_production(permission) if {
+	some resource in permission.resources
+	segments := split(resource, "/")
+	contains(segments[0], "*")
+}
+
+reaches_production(permission) if {
+	some resource in permission.resources
+	segments := split(resource, "/")
+	segments[0] in {"env", "environment"}
+	contains(segments[1], "*")
+}
+
+production := {"prod", "production"}

@@ -1,0 +1,185 @@
+"""The wiring of policy."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ringfence.kernel.bus import one_by_one, side_by_side
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import RingfenceError, UnavailableError
+from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.process import run
+from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.messages.base import Topic
+from ringfence.messages.credential import CredentialDecision, Reason
+from ringfence.messages.topics import (
+    APPROVAL_RESPONSE,
+    CREDENTIAL_DECISION,
+    CREDENTIAL_REQUEST,
+    LEASE,
+    SERVICE_EVENT,
+)
+from ringfence.model.alarms import report_alarms
+from ringfence.model.directory import TABLES, Directory
+from ringfence.model.grants import KEEP_MS as GRANTS_KEEP_MS
+from ringfence.model.grants import GrantTable, kind_of
+from ringfence.policy.answers import Answers
+from ringfence.policy.approvals import ApprovalHandler
+from ringfence.policy.authzen import AuthZen
+from ringfence.policy.bundle import load_bundle
+from ringfence.policy.embedded import EmbeddedEngine
+from ringfence.policy.engine import PolicyEngine
+from ringfence.policy.grants import GrantBook, GrantHandler
+from ringfence.policy.grants_http import GrantApi
+from ringfence.policy.handlers import RequestHandler
+from ringfence.policy.holdings import LEASES_SINCE_MS, REFUSALS_SINCE_MS, Holdings
+from ringfence.policy.http import Api
+from ringfence.policy.judge import Judge
+from ringfence.policy.limits import Doorkeeper, Gatekeeper, Limits, PendingLimits
+from ringfence.policy.notices import Notices
+from ringfence.policy.opa import OpaEngine
+from ringfence.policy.opening import Opener
+from ringfence.policy.reloading import BundleWatch
+from ringfence.policy.settings import OpaSettings, PolicySettings
+from ringfence.policy.store import HISTORY_MS, Approvers, DecisionsInMemory
+from ringfence.policy.usage_http import UsageApi
+
+log = logging.getLogger(__name__)
+
+_READ_BACK_MS = 100
+"""What policy has decided it knows: reading it back is for what others decided, and for a crash."""
+
+
+def build(
+    settings: ServiceSettings, own: PolicySettings | None = None, clock: Clock | None = None
+) -> Runtime:
+    """The service, ready to run. Raises BundleError, KeyFileError, SettingsError."""
+    own = own or load(PolicySettings)
+    engine = _engine(own, load(OpaSettings))
+    runtime = Runtime("policy", settings, clock)
+    directory = Directory(
+        runtime.trust,
+        runtime.clock,
+        grace_ms=int(settings.grace_s * 1000),
+        on_alarm=report_alarms(runtime),
+    )
+    holdings = Holdings(runtime.trust, runtime.clock)
+    grant_table = GrantTable(directory, settings.trust_domain)
+    grants = GrantBook(grant_table, directory)
+
+    def allowed(decision: CredentialDecision, agent_id: str, at_ms: int) -> None:
+        holdings.decided(decision, agent_id, at_ms)
+        grants.on_allowed(decision)
+
+    decisions = DecisionsInMemory(runtime.trust, allowed)
+
+    def read_back(topic: Topic[Any], reader: Callable[[Sequence[Received]], None], for_ms: int) -> Follower:
+        since_ms = max(runtime.clock.now_ms() - for_ms, 1)
+        return runtime.history([topic], reader, since_ms=since_ms, linger_ms=_READ_BACK_MS)
+
+    history = read_back(CREDENTIAL_DECISION, decisions.on_records, HISTORY_MS)
+    leases = read_back(LEASE, holdings.on_leases, LEASES_SINCE_MS)
+    refusals = read_back(SERVICE_EVENT, holdings.on_events, REFUSALS_SINCE_MS)
+    read_back(APPROVAL_RESPONSE, grant_table.on_records, GRANTS_KEEP_MS)
+
+    async def recall() -> None:
+        if not await history.caught_up(settings.grace_s):
+            raise UnavailableError("what was decided before cannot be read from Kafka")
+        await decisions.settle()
+
+    async def remember() -> None:
+        """What another replica decided before partitions came here must be known before the first record of them."""
+        while True:
+            try:
+                grant_table.settle()
+                return await recall()
+            except UnavailableError as error:
+                log.warning("no requests are taken yet: %s", error)
+                await asyncio.sleep(0.5)
+
+    notices = Notices(own.webhooks, directory, decisions, runtime.clock)
+    answers = Answers(runtime, directory, decisions, Approvers(directory), notices)
+    opener = Opener(runtime, directory)
+    judge = Judge(runtime, directory, engine, holdings, (leases, refusals), grants)
+    limits = Limits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
+    pending = PendingLimits(own.agent_pending_approvals, own.sponsor_pending_approvals)
+    requests = RequestHandler(
+        runtime,
+        opener,
+        Gatekeeper(directory, limits),
+        judge,
+        decisions,
+        answers,
+        Doorkeeper(directory, decisions, pending),
+        recall,
+        approval_timeout_s=own.approval_timeout_s,
+    )
+    approvals = ApprovalHandler(runtime, directory, opener, judge, decisions, answers, recall)
+    granting = GrantHandler(
+        runtime, directory, opener, grant_table,
+        lambda: judge.policy_revision, judge.caught_up, approvals.reconsider,
+    )  # fmt: skip
+
+    async def respond(record: Received) -> None:
+        await (approvals.handle if kind_of(record) is None else granting.handle)(record)
+
+    runtime.table(TABLES, directory.on_records)
+    consumer = runtime.consume(
+        "policy",
+        {
+            CREDENTIAL_REQUEST: side_by_side(requests.handle, runtime.letters),
+            APPROVAL_RESPONSE: one_by_one(respond, runtime.letters),
+        },
+        on_assigned=remember,
+    )
+
+    async def close_overdue() -> None:
+        await decisions.settle()
+        await approvals.close_overdue(consumer.owns)
+
+    async def bundle_refused(mark: str, why: str) -> None:
+        reason = Reason(code="bundle_refused", message=why[:2000])
+        await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
+
+    runtime.on_start(engine.start)
+    runtime.on_stop(engine.close)
+    runtime.on_start(notices.start)
+    runtime.on_stop(notices.close)
+    runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
+    runtime.background("overdue approvals", close_overdue)
+    runtime.ready_when(decisions.unready)
+    runtime.denies_when(directory.stale)
+    runtime.routes += Api(runtime, directory, decisions).routes()
+    runtime.routes += UsageApi(runtime, directory, holdings).routes()
+    runtime.routes += GrantApi(
+        runtime, directory, grant_table, grants, lambda: judge.policy_revision
+    ).routes()
+    runtime.routes += AuthZen(runtime, directory, judge).routes()
+    return runtime
+
+
+def _engine(own: PolicySettings, opa: OpaSettings) -> PolicyEngine:
+    """The engine that the settings ask for. Raises BundleError."""
+    bundle = load_bundle(own.bundle)
+    if opa.url is None:
+        return EmbeddedEngine(bundle, timeout_ms=own.evaluation_timeout_ms)
+    return OpaEngine(opa.url, bundle, timeout_ms=own.evaluation_timeout_ms, connections=opa.connections)
+
+
+def main() -> int:
+    """Run policy until it is told to stop. Returns the exit status."""
+    try:
+        settings = load(ServiceSettings)
+        return run([build(settings)], settings)
+    except RingfenceError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""Approvals of people in; decisions out. Also what becomes of those that never came."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from ringfence.kernel.ids import message_id
+from ringfence.kernel.jws import ExpiredError, Signed, parse
+from ringfence.kernel.kafka import Received
+from ringfence.kernel.runtime import Runtime
+from ringfence.messages.approval import Approval, Grant
+from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
+from ringfence.model.approvals import approval_problem
+from ringfence.model.directory import Directory
+from ringfence.model.requests import DeniedError, gather
+from ringfence.policy.answers import Answers
+from ringfence.policy.domain import Case, Judgement, Ruling, may_approve_any, signer
+from ringfence.policy.judge import Judge
+from ringfence.policy.opening import Opener, is_review
+from ringfence.policy.store import Decisions, Known, Place
+
+log = logging.getLogger(__name__)
+
+OVERDUE_MS = 2_000
+"""So long after their end, pending requests are closed: what was appended in time should have been read by then."""
+_CLOSE_EVERY_S = 0.5
+
+
+class ApprovalHandler:
+    """Takes in what people answer. One at a time: a yes and the end of its time must not both count."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        opener: Opener,
+        judge: Judge,
+        decisions: Decisions,
+        answers: Answers,
+        recall: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`recall` returns when every decision that stands on Kafka is known. Raises UnavailableError."""
+        self._runtime = runtime
+        self._directory = directory
+        self._opener = opener
+        self._judge = judge
+        self._decisions = decisions
+        self._answers = answers
+        self._recall = recall
+        self._one_at_a_time = asyncio.Lock()
+
+    async def handle(self, record: Received) -> None:
+        """Take in one answer. Raises InvalidMessageError where it is none, or nobody known signed it.
+
+        What is signed and does not count is refused by a `service.event`; the request goes on waiting.
+        """
+        if is_review(record):
+            return
+        approval, late = await self._opener.approval(record)
+        async with self._one_at_a_time:
+            # What was published before a failure counts, also where its acknowledgement was lost on the way.
+            await self._recall()
+            problem = await self._take(approval, late, record)
+        if problem is not None:
+            await self._refuse(approval, problem, record)
+
+    async def _take(
+        self, approval: Signed[Approval], late: ExpiredError | None, record: Received
+    ) -> Reason | None:
+        """Why an answer changes nothing; None where it did its work."""
+        claims, place = approval.claims, Place(record.partition, record.offset)
+        known = self._decisions.get(claims.request_id)
+        if known is None or known.outcome is None:
+            return _reason("request_unknown", "no request with this id waits for an approval")
+        if record.key != known.agent_id:
+            # The key leads an agent's requests and the answers to them to one replica.
+            return _reason(
+                "key_unexpected", f"the Kafka key of an approval is the agent's id, {known.agent_id}"
+            )
+        seen = known.approvals.get(message_id(claims.iss, claims.jti))
+        if seen is not None:
+            if seen[0] != approval.digest or seen[1] not in (None, place):
+                return _reason("approval_replayed", "this approval was given before; each counts once")
+            await self._finish(known)
+            return None
+        if known.pending is None:
+            return _reason("already_decided", f"the request is {known.outcome} already, and that stands")
+        if late is not None:
+            return _reason(late.code, str(late))
+        pending = known.pending
+        if record.appended_at_ms >= (pending.expires_at or 0) * 1000:
+            await self._close(known, pending, _over(pending))
+            return _reason("approval_expired", "the time in which approvals counted is over")
+        return await self._weigh(approval, place, record.appended_at_ms, known, pending)
+
+    async def _weigh(
+        self,
+        approval: Signed[Approval],
+        place: Place,
+        at_ms: int,
+        known: Known,
+        pending: CredentialDecision,
+    ) -> Reason | None:
+        claims, case, user_id = approval.claims, _case(known, pending), signer(approval)
+        if user_id is None:
+            return _reason("not_a_person", f"{claims.iss} is no user; only people approve")
+        if (claims.request, claims.request_digest) != (case.request.compact, case.request.digest):
+            return _reason("approval_other_request", "the approval is a signature over another request")
+        if stale := await self._judge.stale():
+            return _reason("stale_view", f"{stale}; then approve again")
+        await self._judge.caught_up()  # whoever approves may have seen records that are not here yet
+        try:
+            facts = gather(self._directory, case.request)
+        except DeniedError as error:
+            await self._close(known, pending, error.reason)
+            return None
+        if not may_approve_any(self._directory, user_id, pending.required, facts):
+            wanted = ", ".join(pending.required)
+            return _reason("not_approver", f"{user_id} cannot give what is asked for here: {wanted}")
+        if claims.verdict == "denied":
+            comment = (claims.comment or "no comment")[:500]
+            no = _reason("approval_denied", f"{user_id} denied it: {comment}")
+            await self._close(known, pending, no, approval, place)
+            return None
+        present = facts.revisions(self._judge.policy_revision)
+        if present != pending.revisions:
+            await self._close(known, pending, _stale())
+            return None
+        problem = approval_problem(
+            approval, facts, ttl_s=pending.ttl_s or 0, delivery=pending.delivery, revisions=present
+        )
+        if problem is not None:
+            return problem
+        given = [_collected(jws) for jws in pending.approvals]
+        if user_id in map(signer, given):
+            return _reason("approved_already", f"{user_id} approved this before; nobody counts twice")
+        await self._count(known, pending, case, given, approval, place, at_ms)
+        return None
+
+    async def _count(
+        self,
+        known: Known,
+        pending: CredentialDecision,
+        case: Case,
+        given: list[Signed[Approval]],
+        approval: Signed[Approval],
+        place: Place,
+        at_ms: int,
+    ) -> None:
+        """Judge again with one approval more: allowed, denied after all, or still waiting for somebody else."""
+        approvals = [*given, approval]
+        judgement = await self._judge.judge(case, at_ms, approvals)
+        outcome = judgement.ruling.outcome
+        if outcome != "denied" and judgement.ruling.ttl_s != pending.ttl_s:
+            await self._close(known, pending, _stale(), approval, place)
+            return
+        waiting = outcome == "approval_required"
+        known = await self._answers.decide(
+            case, judgement, approvals=approvals, expires_at=pending.expires_at if waiting else None
+        )
+        known.saw(approval, place)
+        if not waiting or judgement.ruling.required != pending.required:
+            await self._answers.follow_up(known, case)
+
+    async def _close(
+        self,
+        known: Known,
+        pending: CredentialDecision,
+        why: Reason,
+        approval: Signed[Approval] | None = None,
+        place: Place | None = None,
+    ) -> None:
+        """Deny a request that waited, on what it waited on, and for a person's answer if that is why."""
+        case = _case(known, pending)
+        judgement = Judgement(
+            Ruling("denied", (why,), None, pending.required),
+            revisions=pending.revisions,
+            input=pending.input,
+            input_digest=pending.input_digest,
+        )
+        approvals = [_collected(jws) for jws in pending.approvals]
+        known = await self._answers.decide(
+            case, judgement, approvals=[*approvals, approval] if approval else approvals
+        )
+        if approval is not None and place is not None:
+            known.saw(approval, place)
+        await self._answers.follow_up(known, case)
+
+    async def _finish(self, known: Known) -> None:
+        """An answer that was taken in comes again after a crash: the reply may not have gone out."""
+        if known.outcome == "denied" and known.jws is not None:
+            decision = parse(known.jws).unverified_claims(CredentialDecision)
+            await self._answers.follow_up(known, _case(known, decision))
+
+    async def _refuse(self, approval: Signed[Approval], why: Reason, record: Received) -> None:
+        known = self._decisions.get(approval.claims.request_id)
+        await self._runtime.event(
+            "refused",
+            Approval.typ,
+            about=(record.topic_name, record.partition, record.offset),
+            actor=approval.claims.iss,
+            ref=approval.claims.jti,
+            reasons=(why,),
+            source=record.coordinates,
+            traceparent=record.traceparent,
+            agent_id=known.agent_id if known else None,
+            request_id=approval.claims.request_id,
+        )
+
+    # --- what a grant answers that already waits ---
+
+    async def reconsider(self, grant: Grant, at_ms: int) -> None:
+        """Look again at what waits in the task of a grant that was appended at `at_ms`: what fits need not wait on."""
+        for known in list(self._decisions.pending()):
+            if known.agent_id != grant.agent_id:
+                continue
+            async with self._one_at_a_time:
+                await self._recall()
+                pending = known.pending
+                if pending is None or at_ms >= (pending.expires_at or 0) * 1000:
+                    continue
+                case, given = _case(known, pending), [_collected(jws) for jws in pending.approvals]
+                if case.request.claims.task_id != grant.task_id:
+                    continue
+                judgement = await self._judge.judge(case, at_ms, given)
+                same = (judgement.revisions, judgement.ruling.ttl_s) == (pending.revisions, pending.ttl_s)
+                if same and judgement.ruling.outcome == "allowed":
+                    await self._answers.decide(case, judgement, approvals=given)
+
+    # --- those that never came ---
+
+    async def close_overdue(self, owns: Callable[[str, int], bool]) -> None:
+        """For ever: deny what nobody approved in its time.
+
+        Args:
+            owns: whether this replica takes in the requests of a partition (topic name, number). Only it closes them,
+                so that its lock keeps a late approval and the end of the time apart; where two replicas both believe
+                to own it for a moment, the final decision that stands first on Kafka counts for every reader.
+        """
+        while True:
+            await asyncio.sleep(_CLOSE_EVERY_S)
+            overdue = [known for known in self._decisions.pending() if self._is_overdue(known, owns)]
+            try:
+                for known in overdue:
+                    await self._close_overdue(known, owns)
+            except Exception:
+                log.exception("what nobody approved could not be closed yet; it is tried again")
+
+    async def _close_overdue(self, known: Known, owns: Callable[[str, int], bool]) -> None:
+        async with self._one_at_a_time:
+            await self._recall()
+            if known.pending is not None and self._is_overdue(known, owns):
+                await self._close(known, known.pending, _over(known.pending))
+
+    def _is_overdue(self, known: Known, owns: Callable[[str, int], bool]) -> bool:
+        pending = known.pending
+        if pending is None or self._runtime.clock.now_ms() < (pending.expires_at or 0) * 1000 + OVERDUE_MS:
+            return False
+        return owns(pending.source.topic, pending.source.partition)
+
+
+def _case(known: Known, decision: CredentialDecision) -> Case:
+    """The case that a decision of this service is about; what it holds was verified before it was signed."""
+    request = Signed(parse(decision.request).unverified_claims(CredentialRequest), decision.request)
+    return Case(request, known.request_id, known.agent_id, decision.source, known.traceparent)
+
+
+def _collected(jws: str) -> Signed[Approval]:
+    """An approval out of a decision of this service, which verified it before it signed."""
+    return Signed(parse(jws).unverified_claims(Approval), jws)
+
+
+def _reason(code: str, message: str) -> Reason:
+    return Reason(code=code, message=message)
+
+
+def _over(pending: CredentialDecision) -> Reason:
+    wanted = ", ".join(pending.required)
+    return _reason("approval_expired", f"nobody gave the approval in time ({wanted}); ask anew")
+
+
+def _stale() -> Reason:
+    return _reason(
+        "approval_stale",
+        "agent, user, task, target or policy changed since the approval was asked for; ask anew",
+    )

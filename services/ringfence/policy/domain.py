@@ -1,0 +1,296 @@
+"""What is decided about a request: the rule first, then the bundle, then the target's floors. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+from ringfence.kernel.jws import Signed
+from ringfence.messages.approval import Approval, Grant
+from ringfence.messages.credential import (
+    Coordinates,
+    CredentialRequest,
+    Outcome,
+    Reason,
+    RequiredClass,
+    Revisions,
+)
+from ringfence.messages.registry import AgentRecord, AnyState, UserState
+from ringfence.model.approvals import BREAK_GLASS_TTL_S, may_approve, required_classes, unmet
+from ringfence.model.directory import Directory, Entry
+from ringfence.model.identity import subject_of
+from ringfence.model.requests import Facts
+from ringfence.policy.engine import PolicyResult
+
+MAX_ASKED = 20
+"""So many people are asked for one class of approval at most; the others may approve all the same."""
+MAX_REASONS = 50
+
+INPUT_FIELDS = frozenset({
+    "now_s", "request", "agent", "task", "user", "target", "floors", "lacking", "approvals", "held", "history",
+    "agent.registered_at_s",
+})  # fmt: skip
+"""What every input has, by the present version: its parts, and what was added to one of them later. A recorded input
+may be older; see `replaying`."""
+
+# What no rule needs: keys, names of people, and what only the gateway reads.
+_LEFT_OUT = {"keys", "name", "requests"}
+_OF_SPONSOR = {"user_id", "status", "roles"}
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """What is decided, and everything that speaks for or against it."""
+
+    outcome: Outcome
+    reasons: tuple[Reason, ...] = ()
+    ttl_s: int | None = None
+    required: tuple[RequiredClass, ...] = ()
+    retry_after_s: int | None = None
+    """Set where the same wish may be granted later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One verified request, and where it came from."""
+
+    request: Signed[CredentialRequest]
+    request_id: str
+    agent_id: str
+    source: Coordinates
+    traceparent: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A ruling, and what it was made on: nothing where there was nothing to hold the request against."""
+
+    ruling: Ruling
+    facts: Facts | None = None
+    revisions: Revisions | None = None
+    input: dict[str, Any] | None = None
+    input_digest: str | None = None
+    grants: tuple[Signed[Grant], ...] = ()
+    """Those that it rests on."""
+
+
+def denied(code: str, message: str, *, retry_after_s: int | None = None) -> Judgement:
+    """A denial that needs no records."""
+    return Judgement(Ruling("denied", (Reason(code=code, message=message),), retry_after_s=retry_after_s))
+
+
+class InputBuilder:
+    """Makes the input of the bundle out of a request and its records. Remembers the records that it has written out."""
+
+    def __init__(self) -> None:
+        self._written: dict[tuple[type[AnyState], str], tuple[Any, dict[str, Any]]] = {}
+
+    def build(
+        self,
+        facts: Facts,
+        against: Sequence[Reason],
+        approvals: Sequence[Mapping[str, Any]],
+        held: Sequence[Mapping[str, Any]],
+        history: Mapping[str, Any],
+        *,
+        requested_at_s: int,
+        now_s: int,
+    ) -> dict[str, Any]:
+        """The input, as `docs/policy.md` shows it.
+
+        Args:
+            facts: the request and the verified records that it is held against.
+            against: what the rule found, so that the bundle can explain it. It denies whatever the bundle says.
+            approvals: `approver` of each that counts.
+            held, history: what the agent holds now, and what it used lately (`Holdings`).
+            requested_at_s: the append time of the request.
+            now_s: the moment that is judged: the append time of the request, or of the approval that completes it.
+        """
+        claims = facts.request.claims
+        document: dict[str, Any] = {
+            "now_s": now_s,
+            "request": {
+                "id": facts.request_id,
+                "agent_id": facts.agent.state.agent_id,
+                "task_id": claims.task_id,
+                "scope": [permission.model_dump(mode="json") for permission in claims.scope],
+                "ttl_s": claims.ttl_s,
+                "delivery": claims.delivery,
+                "reason": claims.reason,
+                "requested_at_s": requested_at_s,
+            },
+            "agent": self._of(facts.agent, facts.agent.state.agent_id),
+            "task": self._of(facts.task, facts.task.state.task_id),
+            "user": self._of(facts.user, facts.user.state.user_id),
+            "target": self._of(facts.target, facts.target.state.target_id),
+            "floors": sorted(facts.floors()),
+            "lacking": [reason.model_dump(mode="json", exclude_none=True) for reason in against],
+            "approvals": list(approvals),
+            "held": held,
+            "history": history,
+        }
+        if facts.break_glass:
+            document["request"]["break_glass"] = True
+        if facts.sponsor is not None:
+            document["sponsor"] = facts.sponsor.state.model_dump(mode="json", include=_OF_SPONSOR)
+        return document
+
+    def _of(self, entry: Entry[Any], id: str) -> dict[str, Any]:
+        """The state of a record as JSON. Kept by record: agents ask again and again with the same ones."""
+        key = (type(entry.state), id)
+        kept = self._written.get(key)
+        if kept is not None and kept[0] is entry.record:
+            return kept[1]
+        document: dict[str, Any] = entry.state.model_dump(mode="json", exclude=_LEFT_OUT, exclude_none=True)
+        if isinstance(entry.record, AgentRecord):
+            # No command is dropped that registers an agent: it is the first for ever.
+            document["registered_at_s"] = entry.record.commands[0].appended_at_ms // 1000
+        self._written[key] = (entry.record, document)
+        return document
+
+
+def approver(user: UserState) -> dict[str, Any]:
+    """A person who approved, as the bundle sees them."""
+    return {"user_id": user.user_id, "roles": list(user.roles)}
+
+
+def rule(
+    facts: Facts,
+    against: Sequence[Reason],
+    result: PolicyResult,
+    approvals: Sequence[Signed[Approval] | Signed[Grant]],
+    directory: Directory,
+) -> Ruling:
+    """Decide, from what the rule found, what the bundle said, and the approvals and grants that stand.
+
+    The bundle can deny, ask for approvals and shorten; nothing that it says outweighs a finding of the rule. Break
+    glass outweighs its denials, and nothing else.
+    """
+    floors, asked_s = facts.floors(), facts.request.claims.ttl_s
+    verdict = weighed(
+        against, result, floors, asked_s, facts.target.state.max_ttl_s, break_glass=facts.break_glass
+    )
+    if verdict.ttl_s is None:
+        return Ruling("denied", verdict.denials, None, verdict.required)
+    if facts.break_glass and not verdict.outweighed and not approvals:
+        return Ruling("denied", (_NOT_NEEDED,), None, verdict.required)
+    notes = (*_outweighed(verdict), *result.notes[:MAX_REASONS], *_shortened(asked_s, verdict.ttl_s))
+    if unmet(verdict.required, approvals, directory, facts):
+        asked = _why_asked(facts, verdict.required, result)
+        return Ruling("approval_required", (*asked, *notes), verdict.ttl_s, verdict.required)
+    return Ruling("allowed", notes, verdict.ttl_s, verdict.required)
+
+
+class Verdict(NamedTuple):
+    """What a request comes to before anybody is asked."""
+
+    denials: tuple[Reason, ...]
+    ttl_s: int | None
+    """The life of the credential; None where it is denied."""
+    required: tuple[RequiredClass, ...]
+    outweighed: tuple[Reason, ...] = ()
+    """The denials of the bundle that break glass takes two operators for."""
+
+
+def weighed(
+    against: Sequence[Reason],
+    result: PolicyResult,
+    floors: Iterable[RequiredClass],
+    asked_s: int,
+    target_max_ttl_s: int,
+    *,
+    break_glass: bool = False,
+) -> Verdict:
+    """Put together what the rule found (`against`) and what the bundle said. Recorded values are enough for it."""
+    required = required_classes(floors, result.approvals, break_glass=break_glass)
+    denials = _distinct([*against, *result.deny])
+    if not result.allow and not denials:
+        denials = (Reason(code="policy_denied", message="policy does not allow it and gave no reason"),)
+    ttl_s = min(asked_s, result.max_ttl_s, target_max_ttl_s)
+    if not denials and ttl_s < 1:
+        message = f"policy allows it for {ttl_s} s, which is no time at all"
+        denials = (Reason(code="policy_invalid", message=message),)
+    if break_glass and not against:
+        # A bundle that denies may give no life at all; where it gives one, break glass is no way around that.
+        limits = [asked_s, target_max_ttl_s, BREAK_GLASS_TTL_S]
+        ttl_s = min([*limits, result.max_ttl_s] if result.max_ttl_s >= 1 else limits)
+        return Verdict((), ttl_s, required, denials)
+    return Verdict(denials, None if denials else ttl_s, required)
+
+
+_NOT_NEEDED = Reason(
+    code="break_glass_not_needed", message="policy does not deny it: ask without break glass"
+)
+
+
+def _outweighed(verdict: Verdict) -> tuple[Reason, ...]:
+    if not verdict.outweighed:
+        return ()
+    message = "break glass: it takes two operators, who allow once what policy denies"
+    return (Reason(code="break_glass", message=message), *verdict.outweighed)
+
+
+def _distinct(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
+    """Without those that say the same of the same thing: the bundle repeats what the rule found."""
+    found: dict[tuple[object, ...], Reason] = {}
+    for reason in reasons:
+        found.setdefault((reason.code, reason.side, reason.permission), reason)
+    return tuple(found.values())[:MAX_REASONS]
+
+
+def _shortened(asked_s: int, ttl_s: int) -> tuple[Reason, ...]:
+    if ttl_s == asked_s:
+        return ()
+    return (
+        Reason(code="ttl_shortened", message=f"{ttl_s} s instead of the {asked_s} s that were asked for"),
+    )
+
+
+def _why_asked(facts: Facts, required: Sequence[RequiredClass], result: PolicyResult) -> tuple[Reason, ...]:
+    target, wanted = facts.target.state, {v for p in facts.request.claims.scope for v in p.verbs}
+    found: list[Reason] = []
+    for wanted_class in required:
+        if wanted_class == "break_glass":
+            continue
+        verbs = sorted(v.verb for v in target.verbs if v.floor == wanted_class and v.verb in wanted)
+        if verbs:
+            message = f"{target.target_id} wants {_WHOSE[wanted_class]} for {', '.join(verbs)}"
+            found.append(Reason(code="floor", message=message[:1000]))
+        if wanted_class in result.approvals:
+            found.append(Reason(code="policy", message=f"policy wants {_WHOSE[wanted_class]}"))
+    return tuple(found)
+
+
+_WHOSE: dict[RequiredClass, str] = {
+    "sponsor": "the approval of the agent's sponsor",
+    "second_person": "the approval of a second sponsor",
+    "operator": "the approval of an operator",
+}
+
+
+def people_to_ask(
+    directory: Directory, facts: Facts, required: Sequence[RequiredClass], candidates: Sequence[str]
+) -> tuple[str, ...]:
+    """Who is asked: for each class those of the candidates who may give it, at most `MAX_ASKED`; where nobody may, the
+    agent's sponsor, who knows whom to turn to.
+    """
+    sponsor = facts.agent.state.sponsor
+    asked: dict[str, None] = {}
+    for wanted in required:
+        fitting = (id for id in candidates if may_approve(directory, id, wanted, facts))
+        asked |= dict.fromkeys(list(islice(fitting, MAX_ASKED)) or [sponsor])
+    return tuple(asked)
+
+
+def may_approve_any(
+    directory: Directory, user_id: str, classes: Iterable[RequiredClass], facts: Facts
+) -> tuple[RequiredClass, ...]:
+    """Those of the classes that the user could give an approval of."""
+    return tuple(c for c in classes if may_approve(directory, user_id, c, facts))
+
+
+def signer(approval: Signed[Approval] | Signed[Grant]) -> str | None:
+    """The id of the user who signed, or None where it was no user."""
+    return subject_of(approval.claims.aud, approval.claims.iss, "user")

@@ -1,0 +1,136 @@
+"""What every engine that evaluates the Rego bundle has in common: its shape, its errors, and how its answer is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol, cast, get_args
+
+import orjson
+from pydantic import ValidationError
+
+from ringfence.kernel.errors import RingfenceError
+from ringfence.messages.credential import Reason
+from ringfence.messages.registry import ApprovalClass
+from ringfence.policy.bundle import Bundle
+
+ISSUANCE = "data.ringfence.issuance.decision"
+"""The entry point that decides on requests for credentials."""
+ACTION = "data.ringfence.action.decision"
+"""The entry point that decides on one action of an agent."""
+
+_CLASSES = frozenset(get_args(ApprovalClass))
+
+
+class PolicyFailedError(RingfenceError):
+    """The bundle gave no answer, or one that cannot be understood. What asked for it is denied."""
+
+    code = "policy_invalid"
+
+
+class PolicyTimeoutError(PolicyFailedError):
+    """The answer did not come in time."""
+
+    code = "policy_timeout"
+
+
+class PolicyUnavailableError(PolicyFailedError):
+    """There is no engine that evaluates this bundle now."""
+
+    code = "policy_unavailable"
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyResult:
+    """What the bundle says. It can deny, ask for approvals and shorten; it can never widen."""
+
+    allow: bool
+    deny: tuple[Reason, ...]
+    approvals: tuple[ApprovalClass, ...]
+    max_ttl_s: int
+    notes: tuple[Reason, ...] = ()
+    """What people should know who approve; nothing follows from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the bundle says, and the revision of the bundle that said it."""
+
+    result: PolicyResult
+    revision: str
+
+
+class PolicyEngine(Protocol):
+    """Evaluates one bundle at a time."""
+
+    @property
+    def revision(self) -> str:
+        """The revision of the bundle in force."""
+        ...
+
+    async def start(self) -> None:
+        """Be ready to evaluate. Raises BundleError where the bundle does not compile or fails its tests."""
+        ...
+
+    async def use(self, bundle: Bundle) -> None:
+        """Put another bundle in force. Raises BundleError as `start` does; then the old one stays."""
+        ...
+
+    async def evaluate(self, input_json: bytes) -> Answer:
+        """The bundle's answer to an input (JSON). Raises PolicyFailedError where there is none: deny then."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of what it holds. Nothing is evaluated afterwards."""
+        ...
+
+
+@lru_cache(maxsize=1024)
+def read_result(answer: str | bytes) -> PolicyResult:
+    """An engine's answer (JSON), taken apart strictly. Raises PolicyFailedError for anything of another shape.
+
+    Nothing is filled in: an approval that got lost on the way must not be one that nobody asked for. Most answers have
+    been given before, and are remembered.
+    """
+    try:
+        value = orjson.loads(answer)
+    except ValueError:
+        raise PolicyFailedError("the policy bundle did not answer in JSON") from None
+    return result_of(value)
+
+
+def result_of(value: object) -> PolicyResult:
+    """`read_result` of what is parsed already."""
+    if not isinstance(value, dict):
+        raise PolicyFailedError(f"the policy bundle's decision is {_kind(value)}, not an object")
+    allow, deny, approvals, max_ttl_s = (value.get(k) for k in ("allow", "deny", "approvals", "max_ttl_s"))
+    if not isinstance(allow, bool):
+        raise PolicyFailedError(f"`allow` of the policy bundle's decision is {_kind(allow)}, not a boolean")
+    if not isinstance(approvals, list) or not all(isinstance(a, str) and a in _CLASSES for a in approvals):
+        raise PolicyFailedError(
+            f"`approvals` of the policy bundle's decision is no list of {', '.join(sorted(_CLASSES))}"
+        )
+    if not isinstance(max_ttl_s, int) or isinstance(max_ttl_s, bool):
+        raise PolicyFailedError(
+            f"`max_ttl_s` of the policy bundle's decision is {_kind(max_ttl_s)}, not a whole number"
+        )
+    classes = cast("tuple[ApprovalClass, ...]", tuple(approvals))
+    notes = _reasons("notes", value.get("notes", []))
+    return PolicyResult(allow, _reasons("deny", deny), classes, max_ttl_s, notes)
+
+
+def _reasons(name: str, entries: object) -> tuple[Reason, ...]:
+    if not isinstance(entries, list):
+        raise PolicyFailedError(f"`{name}` of the policy bundle's decision is {_kind(entries)}, not a list")
+    try:
+        return tuple(Reason.model_validate_json(orjson.dumps(entry)) for entry in entries)
+    except ValidationError:
+        raise PolicyFailedError(
+            f"an entry of `{name}` of the policy bundle's decision is no {{code, message, permission?, side?}}"
+        ) from None
+
+
+def _kind(value: object) -> str:
+    if value is None or value == "<undefined>":  # how regorus writes that no rule applied
+        return "undefined"
+    return type(value).__name__

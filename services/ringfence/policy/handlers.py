@@ -1,0 +1,98 @@
+"""Requests of agents in; decisions, questions and replies out."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from ringfence.kernel.jws import ExpiredError
+from ringfence.kernel.kafka import Received
+from ringfence.kernel.runtime import Runtime
+from ringfence.messages.credential import CredentialRequest, Reason
+from ringfence.policy.answers import Answers
+from ringfence.policy.domain import Case, Judgement, denied
+from ringfence.policy.judge import Judge
+from ringfence.policy.limits import Doorkeeper, Gatekeeper
+from ringfence.policy.opening import Opener
+from ringfence.policy.store import Decisions, Place
+
+
+class RequestHandler:
+    """Decides on requests. Those of one batch may run side by side: each is claimed before anything is awaited for."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        opener: Opener,
+        gatekeeper: Gatekeeper,
+        judge: Judge,
+        decisions: Decisions,
+        answers: Answers,
+        doorkeeper: Doorkeeper,
+        recall: Callable[[], Awaitable[None]],
+        *,
+        approval_timeout_s: int,
+    ) -> None:
+        """`recall` returns when every decision that stands on Kafka is known. Raises UnavailableError."""
+        self._runtime = runtime
+        self._opener = opener
+        self._gatekeeper = gatekeeper
+        self._judge = judge
+        self._decisions = decisions
+        self._answers = answers
+        self._doorkeeper = doorkeeper
+        self._recall = recall
+        self._approval_timeout_s = approval_timeout_s
+
+    async def handle(self, record: Received) -> None:
+        """Take one request to its decision. Raises InvalidMessageError where it is none, or not signed by an agent."""
+        case, late = await self._opener.request(record)
+        place = Place(record.partition, record.offset)
+        known = self._decisions.claim(
+            case.request_id, case.agent_id, place, at_ms=record.appended_at_ms, exp=case.request.claims.exp
+        )
+        if known.at == place and known.outcome is None and known.tried:
+            await self._recall()  # it failed before: perhaps only in hearing that its decision was published
+        if known.at != place:
+            await self._replayed(case)
+        elif known.outcome is None:
+            refused = self._refused(case, late, first=not known.tried)
+            known.tried = True
+            await self._decide(case, refused)
+        else:  # it comes again, after a crash or a failure: what is missing is finished
+            await self._answers.follow_up(known, case)
+
+    def _refused(self, case: Case, late: ExpiredError | None, *, first: bool) -> Judgement | None:
+        """Why a request is not even weighed, or None."""
+        if late is not None:
+            return denied(late.code, str(late))
+        return self._gatekeeper.refusal(case, self._runtime.clock.now_ms()) if first else None
+
+    async def _decide(self, case: Case, refused: Judgement | None) -> None:
+        at_ms, expires_at = case.source.appended_at_ms, None
+        judgement = refused or await self._judge.judge(case, at_ms)
+        if judgement.ruling.outcome == "approval_required" and judgement.facts is not None:
+            facts = judgement.facts
+            expires_at = min(at_ms // 1000 + self._approval_timeout_s, facts.task.state.not_after)
+            too_much = self._doorkeeper.refusal(case, facts.agent.state.sponsor)
+            if too_much is not None:
+                judgement, expires_at = replace(judgement, ruling=too_much.ruling), None
+        known = await self._answers.decide(case, judgement, expires_at=expires_at)
+        await self._answers.follow_up(known, case)
+
+    async def _replayed(self, case: Case) -> None:
+        claims, source = case.request.claims, case.source
+        message = f"request {case.request_id} was taken in before, elsewhere; a repeat changes nothing"
+        await self._runtime.event(
+            "replayed",
+            CredentialRequest.typ,
+            about=(source.topic, source.partition, source.offset),
+            actor=claims.iss,
+            ref=claims.jti,
+            reasons=(Reason(code="replayed", message=message),),
+            source=source,
+            traceparent=case.traceparent,
+            agent_id=case.agent_id,
+            request_id=case.request_id,
+            task_id=claims.task_id,
+        )

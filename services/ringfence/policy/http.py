@@ -1,0 +1,164 @@
+"""What people read of policy: what waits for an approval, and what was decided lately.
+
+Operators and auditors see all; sponsors what their own agents asked for; everybody what they could approve. What
+somebody may not see is not found: whether it is there is not for them to know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from ringfence.kernel.jws import Signed, parse
+from ringfence.kernel.runtime import Runtime
+from ringfence.messages.credential import CredentialDecision, CredentialRequest
+from ringfence.model.access import Caller, NotFoundError, authenticate_user
+from ringfence.model.chains import ChainError
+from ringfence.model.directory import Directory
+from ringfence.model.requests import DeniedError, Facts, gather
+from ringfence.policy.domain import may_approve_any
+from ringfence.policy.explaining import Explainer
+from ringfence.policy.store import Decisions, Known, Place
+
+
+class Api:
+    """The routes over the memory of this replica. Every replica remembers the decisions of all."""
+
+    def __init__(self, runtime: Runtime, directory: Directory, decisions: Decisions) -> None:
+        self._runtime = runtime
+        self._directory = directory
+        self._decisions = decisions
+        self._explainer = Explainer(runtime)
+
+    def routes(self) -> list[BaseRoute]:
+        """To be added to those of the runtime."""
+        return [
+            Route("/v1/approvals", self._approvals),
+            Route("/v1/approvals/{request_id}", self._approval),
+            Route("/v1/decisions/{request_id}", self._decision),
+            Route("/v1/decisions/{request_id}/explanation", self._explanation),
+        ]
+
+    async def _approvals(self, request: Request) -> Response:
+        caller = self._caller(request)
+        shown = [view for known in self._decisions.pending() if (view := self._waiting(known, caller))]
+        return JSONResponse({"approvals": sorted(shown, key=lambda view: int(view["expires_at"]))})
+
+    async def _approval(self, request: Request) -> Response:
+        caller = self._caller(request)
+        known = self._decisions.get(request.path_params["request_id"])
+        view = self._waiting(known, caller) if known else None
+        if view is None:
+            raise NotFoundError(
+                "no request with this id waits for an approval that you could see; it may be decided: "
+                "see /v1/decisions"
+            )
+        return JSONResponse(view)
+
+    async def _decision(self, request: Request) -> Response:
+        return JSONResponse(_decided(self._known(request)))
+
+    async def _explanation(self, request: Request) -> Response:
+        """Of a decision that is remembered; or of the one that stands at `partition` and `offset`, as audit tells."""
+        place = _place(request)
+        if place is None:
+            return JSONResponse(await self._explainer.explain(self._known(request)))
+        caller = self._caller(request)
+        told = await self._explainer.explain_recorded(request.path_params["request_id"], place)
+        if not self._may_see_agent(caller, told["agent_id"]):
+            raise NotFoundError(_NOT_SEEN)
+        return JSONResponse(told)
+
+    def _known(self, request: Request) -> Known:
+        caller = self._caller(request)
+        known = self._decisions.get(request.path_params["request_id"])
+        if known is None or known.outcome is None or not self._may_see(caller, known):
+            raise NotFoundError(_NOT_SEEN)
+        return known
+
+    def _caller(self, request: Request) -> Caller:
+        return authenticate_user(
+            request.headers.get("authorization"),
+            self._directory,
+            self._runtime.settings.trust_domain,
+            self._runtime.clock.now_ms(),
+        )
+
+    def _may_see(self, caller: Caller, known: Known) -> bool:
+        return self._may_see_agent(caller, known.agent_id)
+
+    def _may_see_agent(self, caller: Caller, agent_id: str) -> bool:
+        try:
+            agent = self._directory.agent(agent_id)
+        except ChainError:
+            agent = None
+        return caller.may_see_agent_of(agent.state.sponsor) if agent else caller.sees_all
+
+    def _waiting(self, known: Known, caller: Caller) -> dict[str, Any] | None:
+        """A pending request as the caller sees it; None where it is none, or they may neither see nor approve it."""
+        decision = known.pending
+        if decision is None:
+            return None
+        facts = self._facts(decision)
+        yours = (
+            may_approve_any(self._directory, caller.user.user_id, decision.required, facts) if facts else ()
+        )
+        if not yours and not self._may_see(caller, known):
+            return None
+        view = decision.model_dump(
+            mode="json",
+            include={
+                "request_id",
+                "request",
+                "source",
+                "required",
+                "ttl_s",
+                "delivery",
+                "revisions",
+                "reasons",
+                "expires_at",
+                "approvals",
+            },
+            exclude_none=True,
+        )
+        return {**view, "agent_id": known.agent_id, "you_can_give": list(yours)}
+
+    def _facts(self, decision: CredentialDecision) -> Facts | None:
+        # The request stands inside a decision of this service, which verified it before it signed.
+        request = parse(decision.request).unverified_claims(CredentialRequest)
+        try:
+            return gather(self._directory, Signed(request, decision.request))
+        except DeniedError:
+            return None
+
+
+_NOT_SEEN = "no decision with this request id that you could see is remembered here; audit keeps all of them"
+
+
+def _place(request: Request) -> Place | None:
+    """Where the caller says that the decision stands, if they do."""
+    numbers = [request.query_params.get(name, "") for name in ("partition", "offset")]
+    if not all(number.isdecimal() for number in numbers):
+        return None
+    return Place(int(numbers[0][:9]), int(numbers[1][:18]))
+
+
+def _decided(known: Known) -> dict[str, Any]:
+    view: dict[str, Any] = {
+        "request_id": known.request_id,
+        "agent_id": known.agent_id,
+        "decision_id": known.decision_id,
+        "outcome": known.outcome,
+        "ttl_s": known.ttl_s,
+        "source": known.at._asdict(),
+        "reasons": [],
+    }
+    if known.jws is not None:
+        decision = parse(known.jws).unverified_claims(CredentialDecision)
+        view |= decision.model_dump(
+            mode="json", include={"reasons", "required", "expires_at"}, exclude_none=True
+        )
+    return view

@@ -1,0 +1,332 @@
+"""What policy knows about requests that were decided, or are being decided: rebuilt from its own decisions.
+
+Nothing here is stored anywhere else. A decision names the place of its request, so that reading back a day of
+`credential.decision` tells a redelivery from a replay, and a pending approval from a final answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, cast
+
+import orjson
+
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.ids import digest, message_id
+from ringfence.kernel.jws import MAX_LIFE_S, Signed, open_signed, parse
+from ringfence.kernel.kafka import Received
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.approval import MAX_GRANT_LIFE_S, Approval
+from ringfence.messages.credential import CredentialDecision, CredentialRequest, Outcome
+from ringfence.messages.registry import UserState
+from ringfence.model.directory import Directory
+from ringfence.model.identity import SubjectKind, subject_of
+
+log = logging.getLogger(__name__)
+
+ANSWER_EXPIRED_WITHIN_MS = 5 * 60 * 1000
+"""A request that reached the broker so long after its `exp` is answered with a denial; later, it is dead-lettered."""
+KEEP_MS = 15 * 60 * 1000
+"""How long a final decision is remembered after its request has expired.
+
+Longer than `ANSWER_EXPIRED_WITHIN_MS`: what is forgotten is so old that it cannot be decided a second time.
+"""
+MAX_AGE_MS = MAX_LIFE_S * 1000
+"""The longest life of a request, and the longest that approvals are waited for."""
+HISTORY_MS = MAX_AGE_MS + 60 * 60 * 1000
+"""How far back decisions are read at the start."""
+
+
+class Place(NamedTuple):
+    """Where a record stands in its topic."""
+
+    partition: int
+    offset: int
+
+
+@dataclass(slots=True)
+class Known:
+    """What is known about one request."""
+
+    request_id: str
+    agent_id: str
+    at: Place
+    """Where the request stands. The same id elsewhere is a replay."""
+    exp: int
+    """The request's end, in seconds since 1970."""
+    outcome: Outcome | None = None
+    """None while it is being decided for the first time."""
+    tried: bool = False
+    """Whether this process has set out to decide on it: a decision may stand on Kafka without its being told."""
+    ttl_s: int | None = None
+    decision_id: str | None = None
+    decided_at: Place | None = None
+    jws: str | None = None
+    """The decision, where it may be needed again: while approvals are waited for, and of a denial."""
+    pending: CredentialDecision | None = None
+    """The decision that waits for approvals."""
+    traceparent: str | None = None
+    forget_at_ms: int = 0
+    approvals: dict[str, tuple[str, Place | None]] = field(default_factory=dict)
+    """The approvals in the decision by id: digest, and where it stands if this process has seen it."""
+
+    @property
+    def is_final(self) -> bool:
+        return self.outcome in ("allowed", "denied")
+
+    def saw(self, approval: Signed[Approval], at: Place) -> None:
+        """Remember where an approval stands that this process has taken in."""
+        id = message_id(approval.claims.iss, approval.claims.jti)
+        self.approvals[id] = (approval.digest, at)
+
+
+class Decisions(Protocol):
+    """The memory of policy."""
+
+    def claim(self, request_id: str, agent_id: str, at: Place, *, at_ms: int, exp: int) -> Known:
+        """What is known about a verified request; what was not known before is known from now on.
+
+        `at_ms` is its append time, `exp` its own, in seconds since 1970.
+        """
+        ...
+
+    def get(self, request_id: str) -> Known | None:
+        """What is known about a request, or None."""
+        ...
+
+    def keep(
+        self, decision: CredentialDecision, jws: str, at: Place, at_ms: int, traceparent: str | None
+    ) -> Known:
+        """Take in a decision of this service that stands at `at`, appended at `at_ms`. The first final one counts."""
+        ...
+
+    def pending(self) -> Iterator[Known]:
+        """All requests that wait for approvals."""
+        ...
+
+    def waiting(self) -> Mapping[str, int]:
+        """How many requests wait for approvals, by agent; not to be changed."""
+        ...
+
+
+class DecisionsInMemory:
+    """`Decisions` in this process, fed by what it publishes and by what it reads back.
+
+    Time goes by the append times of the decisions in each partition, not by the clock: whatever could come again after
+    a crash is then remembered however long the service was down.
+    """
+
+    def __init__(
+        self,
+        trust: TrustStore,
+        on_allowed: Callable[[CredentialDecision, str, int], None] = lambda decision, agent_id, at_ms: None,
+    ) -> None:
+        """`on_allowed` is told of every `allowed` decision that stands: with the agent's id and the append time."""
+        self._trust = trust
+        self._on_allowed = on_allowed
+        self._known: dict[str, Known] = {}
+        self._pending: dict[str, Known] = {}
+        self._waiting: Counter[str] = Counter()
+        self._ends: dict[int, list[tuple[int, str]]] = {}
+        self._published: set[Place] = set()
+        self._unread: dict[int, list[tuple[int, int, Received]]] | None = {}
+        self._settling = asyncio.Lock()
+
+    # --- Decisions ---
+
+    def claim(self, request_id: str, agent_id: str, at: Place, *, at_ms: int, exp: int) -> Known:
+        known = self._known.get(request_id)
+        if known is None:
+            known = self._known[request_id] = Known(request_id, agent_id, at, exp)
+            self._forget_at(at.partition, _end_ms(exp, at_ms), known)
+        return known
+
+    def get(self, request_id: str) -> Known | None:
+        return self._known.get(request_id)
+
+    def keep(
+        self, decision: CredentialDecision, jws: str, at: Place, at_ms: int, traceparent: str | None
+    ) -> Known:
+        before = self._known.get(decision.request_id)
+        if before is None or before.decided_at != at:  # else it was read back before it was acknowledged
+            self._published.add(at)
+        return self._take(decision, jws, at, at_ms, traceparent)
+
+    def pending(self) -> Iterator[Known]:
+        yield from list(self._pending.values())
+
+    def waiting(self) -> Mapping[str, int]:
+        return self._waiting
+
+    # --- reading back ---
+
+    def on_records(self, records: Sequence[Received]) -> None:
+        """Take in decisions from the topic, in the order of each partition."""
+        for record in records:
+            place = Place(record.partition, record.offset)
+            if place in self._published:
+                self._published.discard(place)
+                continue
+            if self._unread is None:
+                self._read(record)
+            else:
+                self._put_aside(record)
+
+    async def settle(self) -> None:
+        """Believe what was read back at the start: awaited before the first request is taken.
+
+        Until then only what could still matter is kept, and none of it verified: most of a day's decisions are over.
+        """
+        async with self._settling:
+            while self._unread:
+                aside, self._unread = self._unread, {}
+                for records in aside.values():
+                    for number, (_, _, record) in enumerate(sorted(records, key=lambda item: item[1])):
+                        self._read(record)
+                        if number % 50 == 49:
+                            await asyncio.sleep(0)
+            self._unread = None
+
+    def unready(self) -> str | None:
+        """Why nothing can be decided yet, or None."""
+        return None if self._unread is None else "what was decided before is not known yet"
+
+    def _put_aside(self, record: Received) -> None:
+        assert self._unread is not None
+        try:
+            unverified = orjson.loads(parse(record.value).payload)
+            request = orjson.loads(parse(unverified["request"]).payload)
+            # Only to let go, unverified, of what is over; nothing is believed by that.
+            end_ms = _end_ms(request["exp"], record.appended_at_ms)
+            if unverified["outcome"] == "approval_required":
+                end_ms = max(end_ms, unverified["expires_at"] * 1000 + MAX_AGE_MS)
+            elif unverified["outcome"] == "allowed":
+                end_ms = max(end_ms, record.appended_at_ms + (unverified.get("ttl_s") or 0) * 1000)
+            if unverified.get("grants"):
+                end_ms = max(end_ms, record.appended_at_ms + MAX_GRANT_LIFE_S * 1000)
+        except (InvalidMessageError, ValueError, TypeError, KeyError) as error:
+            log.warning("ignored a decision at %s@%d: %r", record.topic_name, record.offset, error)
+            return
+        kept = self._unread.setdefault(record.partition, [])
+        heapq.heappush(kept, (end_ms, record.offset, record))
+        while kept[0][0] < record.appended_at_ms:
+            heapq.heappop(kept)
+
+    def _read(self, record: Received) -> None:
+        try:
+            signed = open_signed(
+                parse(record.value), CredentialDecision,
+                self._trust.finder("policy", at_s=record.appended_at_ms / 1000), audience=self._trust.trust_domain,
+            )  # fmt: skip
+            place = Place(record.partition, record.offset)
+            self._take(signed.claims, signed.compact, place, record.appended_at_ms, record.traceparent)
+        except InvalidMessageError as error:
+            log.error("ignored a decision at %s@%d: %s", record.topic_name, record.offset, error)
+
+    # --- what both lead to ---
+
+    def _take(
+        self, decision: CredentialDecision, jws: str, at: Place, at_ms: int, traceparent: str | None
+    ) -> Known:
+        id, source = decision.request_id, Place(decision.source.partition, decision.source.offset)
+        known = self._known.get(id)
+        if known is None:
+            # The request stands inside a decision that this service signed: it was verified before that.
+            request = parse(decision.request).unverified_claims(CredentialRequest)
+            agent_id = subject_of(decision.aud, request.iss, "agent") or ""
+            known = self._known[id] = Known(id, agent_id, source, request.exp)
+        final = decision.outcome != "approval_required"
+        if known.decided_at is None or self._replaces(known, final, at):
+            known.at, known.outcome, known.ttl_s = source, decision.outcome, decision.ttl_s
+            known.decision_id, known.decided_at = decision.jti, at
+            known.traceparent = traceparent or known.traceparent
+            known.jws = None if decision.outcome == "allowed" else jws
+            known.pending = None if final else decision
+            known.approvals = {
+                id: (approval, known.approvals.get(id, (approval, None))[1])
+                for id, approval in _approvals_of(decision)
+            }
+            if final:
+                self._waits_no_more(id)
+                if decision.outcome == "allowed":
+                    self._on_allowed(decision, known.agent_id, at_ms)
+            else:
+                if id not in self._pending:
+                    self._waiting[known.agent_id] += 1
+                self._pending[id] = known
+        end_ms = _end_ms(known.exp, at_ms)
+        if decision.expires_at is not None:
+            end_ms = max(end_ms, decision.expires_at * 1000 + MAX_AGE_MS)
+        self._forget_at(at.partition, end_ms, known)
+        self._forget_until(at.partition, at_ms)
+        return known
+
+    def _replaces(self, known: Known, final: bool, at: Place) -> bool:
+        assert known.decided_at is not None
+        if known.is_final:
+            return final and at.offset < known.decided_at.offset
+        return final or at.offset > known.decided_at.offset
+
+    # --- forgetting ---
+
+    def _forget_at(self, partition: int, end_ms: int, known: Known) -> None:
+        if end_ms > known.forget_at_ms:
+            known.forget_at_ms = end_ms
+            heapq.heappush(self._ends.setdefault(partition, []), (end_ms, known.request_id))
+
+    def _forget_until(self, partition: int, at_ms: int) -> None:
+        ends = self._ends.get(partition, [])
+        while ends and ends[0][0] < at_ms:
+            _, id = heapq.heappop(ends)
+            known = self._known.get(id)
+            if known is not None and known.forget_at_ms < at_ms:
+                del self._known[id]
+                self._waits_no_more(id)
+
+    def _waits_no_more(self, id: str) -> None:
+        known = self._pending.pop(id, None)
+        if known is not None:
+            self._waiting[known.agent_id] -= 1
+            if not self._waiting[known.agent_id]:
+                del self._waiting[known.agent_id]
+
+
+class Approvers:
+    """The users who may approve something at all: those with the role sponsor or operator."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._ids: tuple[str, ...] | None = None
+        directory.on_change(self._on_change)
+
+    def ids(self) -> tuple[str, ...]:
+        """Their ids, sorted."""
+        if self._ids is None:
+            users = (cast(UserState, entry.state) for entry in self._directory.entries("user"))
+            self._ids = tuple(
+                user.user_id
+                for user in users
+                if user.status == "active" and not {"sponsor", "operator"}.isdisjoint(user.roles)
+            )
+        return self._ids
+
+    def _on_change(self, kind: SubjectKind, id: str) -> None:
+        if kind == "user":
+            self._ids = None
+
+
+def _end_ms(exp: int, at_ms: int) -> int:
+    """Until when a request is remembered that expires at `exp` (seconds) and was taken in or decided at `at_ms`."""
+    return max(min(exp * 1000, at_ms + MAX_AGE_MS), at_ms) + KEEP_MS
+
+
+def _approvals_of(decision: CredentialDecision) -> Iterator[tuple[str, str]]:
+    """(id, digest) of each approval in a decision of this service, which verified them before it signed."""
+    for jws in decision.approvals:
+        claims = parse(jws).unverified_claims(Approval)
+        yield message_id(claims.iss, claims.jti), digest(jws)

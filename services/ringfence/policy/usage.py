@@ -1,0 +1,145 @@
+"""What an agent used in the last 30 days, by the day: small enough to be kept for every agent. Pure.
+
+Days instead of times: taking in the same lease twice, or leases in another order, gives the same. So it does not matter
+in which order the partitions of `lease` are read at a start, and only the first lease of a day with a verb has to be
+verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ringfence.messages.permission import Permission
+
+WINDOW_DAYS = 30
+"""How far back a summary goes, today included."""
+DAY_S = 86_400
+MAX_VERBS = 512
+"""So many verbs at targets are remembered of one agent; beyond, those that were used longest ago are forgotten."""
+MAX_SHOWN = 32
+"""So many verbs of each kind stand in a summary at most; it has the numbers of all."""
+
+_MASK = (1 << WINDOW_DAYS) - 1
+
+Verb = tuple[str, str]
+"""(target, verb)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """One verb at one target, as far as it was used within the window. Times are the beginnings of days (UTC)."""
+
+    target: str
+    verb: str
+    first_s: int
+    last_s: int
+    days: int
+    """On how many different days."""
+
+
+class Usage:
+    """The days on which one agent was given which verbs."""
+
+    __slots__ = ("_days",)
+
+    def __init__(self) -> None:
+        # The last day and, below it, a bit for each day of the window that ends with it: one number a verb.
+        self._days: dict[Verb, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._days)
+
+    def knows(self, verbs: Iterable[Verb], day: int) -> bool:
+        """Whether taking these in as used on a day would change nothing."""
+        return all(self._with(verb, day) == self._days.get(verb) for verb in verbs)
+
+    def add(self, verbs: Iterable[Verb], day: int) -> None:
+        """Take in that these were used on a day (days since 1970)."""
+        for verb in verbs:
+            self._days[verb] = self._with(verb, day)
+        while len(self._days) > MAX_VERBS:
+            del self._days[min(self._days, key=lambda verb: self._days[verb])]
+
+    def forget(self, today: int) -> None:
+        """Let go of what was last used before the window that ends today."""
+        oldest = today - WINDOW_DAYS + 1
+        for verb in [verb for verb, packed in self._days.items() if packed >> WINDOW_DAYS < oldest]:
+            del self._days[verb]
+
+    def within(self, now_s: int) -> Iterator[Used]:
+        """What was used in the window that ends today."""
+        today = now_s // DAY_S
+        for (target, verb), packed in self._days.items():
+            last, mask = packed >> WINDOW_DAYS, packed & _MASK
+            # Whoever judges a request of yesterday does not see what came today.
+            mask = _moved(mask, today - last)
+            if mask:
+                newest, oldest = today - _lowest(mask), today - mask.bit_length() + 1
+                yield Used(target, verb, oldest * DAY_S, newest * DAY_S, mask.bit_count())
+
+    def _with(self, verb: Verb, day: int) -> int:
+        packed = self._days.get(verb)
+        if packed is None:
+            return (day << WINDOW_DAYS) | 1
+        last, mask = packed >> WINDOW_DAYS, packed & _MASK
+        if day > last:
+            return (day << WINDOW_DAYS) | _moved(mask, day - last) | 1
+        return packed | _moved(1, last - day)
+
+
+def _moved(mask: int, days: int) -> int:
+    """The days of a window as they stand in the window that ends so many days later (or earlier)."""
+    if abs(days) >= WINDOW_DAYS:
+        return 0
+    return (mask << days) & _MASK if days >= 0 else mask >> -days
+
+
+def _lowest(mask: int) -> int:
+    return (mask & -mask).bit_length() - 1
+
+
+def verbs_of(scope: Iterable[Permission]) -> set[Verb]:
+    """Every verb of a scope, with its target."""
+    return {(permission.target, verb) for permission in scope for verb in permission.verbs}
+
+
+def summary(
+    used: Sequence[Used], ceiling: Iterable[Permission], target_id: str, now_s: int
+) -> dict[str, Any]:
+    """The input `history` of the rules, as `docs/policy.md` shows it.
+
+    Args:
+        used: what was used within the window.
+        ceiling: the most that the agent may hold.
+        target_id: the target that is asked for: what is known of it is never left out.
+        now_s: the moment that is judged.
+    """
+    granted = verbs_of(ceiling)
+    unused = granted - {(one.target, one.verb) for one in used}
+    shown = sorted(used, key=lambda one: (one.target != target_id, -one.last_s, one.target, one.verb))
+    by_target: dict[str, dict[str, Any]] = {}
+    for one in shown[:MAX_SHOWN]:
+        times = {"first_s": one.first_s, "last_s": one.last_s, "days": one.days}
+        by_target.setdefault(one.target, {})[one.verb] = times
+    never: dict[str, list[str]] = {}
+    for target, verb in sorted(unused, key=lambda verb: (verb[0] != target_id, verb))[:MAX_SHOWN]:
+        never.setdefault(target, []).append(verb)
+    return {
+        "since_s": (now_s // DAY_S - WINDOW_DAYS + 1) * DAY_S,
+        "used": by_target,
+        "never_used": never,
+        "granted": len(granted),
+        "unused": len(unused),
+    }
+
+
+def narrower(ceiling: Sequence[Permission], kept: set[Verb]) -> tuple[Permission, ...]:
+    """The ceiling without the verbs that are not among those to be kept. Resources stay as they are."""
+    narrowed = []
+    for permission in ceiling:
+        verbs = tuple(verb for verb in permission.verbs if (permission.target, verb) in kept)
+        if verbs:
+            narrowed.append(permission.model_copy(update={"verbs": verbs}))
+    return tuple(narrowed)

@@ -1,0 +1,70 @@
+"""What people read of an agent: what it may hold, what it holds, what it used of it, and a ceiling that would do."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from ringfence.kernel.runtime import Runtime
+from ringfence.model.access import NotFoundError, authenticate_user
+from ringfence.model.chains import ChainError
+from ringfence.model.directory import Directory
+from ringfence.policy.holdings import Holdings
+from ringfence.policy.usage import DAY_S, WINDOW_DAYS, narrower, verbs_of
+
+
+class UsageApi:
+    """One route. Every replica knows the leases of all agents."""
+
+    def __init__(self, runtime: Runtime, directory: Directory, holdings: Holdings) -> None:
+        self._runtime = runtime
+        self._directory = directory
+        self._holdings = holdings
+
+    def routes(self) -> list[BaseRoute]:
+        """To be added to those of the runtime."""
+        return [Route("/v1/agents/{agent_id}/usage", self._usage)]
+
+    async def _usage(self, request: Request) -> Response:
+        now_ms = self._runtime.clock.now_ms()
+        caller = authenticate_user(
+            request.headers.get("authorization"),
+            self._directory,
+            self._runtime.settings.trust_domain,
+            now_ms,
+        )
+        try:
+            entry = self._directory.agent(request.path_params["agent_id"])
+        except ChainError:
+            entry = None
+        if entry is None or not caller.may_see_agent_of(entry.state.sponsor):
+            raise NotFoundError("no agent with this id that you could see")
+        agent, now_s = entry.state, now_ms // 1000
+        used = self._holdings.used(agent.agent_id, now_s)
+        held = self._holdings.held(agent.agent_id, now_s)
+        kept = {(one.target, one.verb) for one in used}
+        kept |= {(p["target"], verb) for lease in held for p in lease["scope"] for verb in p["verbs"]}
+        unused = sorted(verbs_of(agent.ceiling) - kept)
+        narrowed = narrower(agent.ceiling, kept)
+        return JSONResponse(
+            {
+                "agent_id": agent.agent_id,
+                "registered_at": entry.record.commands[0].appended_at_ms // 1000,
+                "since": (now_s // DAY_S - WINDOW_DAYS + 1) * DAY_S,
+                "ceiling": [permission.model_dump(mode="json") for permission in agent.ceiling],
+                "used": [
+                    {
+                        "target": one.target,
+                        "verb": one.verb,
+                        "first_used": one.first_s,
+                        "last_used": one.last_s,
+                        "days": one.days,
+                    }
+                    for one in sorted(used, key=lambda one: (one.target, one.verb))
+                ],
+                "never_used": [{"target": target, "verb": verb} for target, verb in unused],
+                "held": held,
+                "narrower": [p.model_dump(mode="json") for p in narrowed] if unused else None,
+            }
+        )

@@ -1,0 +1,139 @@
+"""One webhook: where it goes, what it says, and its signature (Standard Webhooks 1.0.0).
+
+https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md. The body is what incoming
+webhooks of Slack take, and of those that take the same (Mattermost, Rocket.Chat).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import ipaddress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from urllib.parse import urlsplit
+
+import orjson
+
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.text import visible, visible_name
+from ringfence.messages.approval import ApprovalRequest
+from ringfence.model.requests import Facts
+
+_MAX_TEXT = 300
+"""Of what an agent or a person wrote, so much is told; all of it is seen by who looks at the request."""
+_MAX_PERMISSIONS = 10
+_WHOM = {
+    "sponsor": "the agent's sponsor",
+    "second_person": "a second sponsor",
+    "operator": "an operator",
+    "break_glass": "two operators",
+}
+
+
+class WebhookError(RingfenceError):
+    """What is configured for a webhook is none. Never quotes it."""
+
+    code = "webhook_invalid"
+
+
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """Where a person is told that something waits. The URL is as secret as the keys: who has it can write there."""
+
+    url: str = field(repr=False)
+    keys: tuple[bytes, ...] = field(repr=False)
+    """Each signs: the present one, and one that is being replaced."""
+
+
+def parse_webhook(text: str) -> Webhook:
+    """A URL and one or more secrets (`whsec_...`), separated by blanks or lines. Raises WebhookError."""
+    url, *secrets = text.split()
+    if not _is_allowed(url):
+        raise WebhookError(
+            "the URL of a webhook is https://..., or http:// to this machine, and has no user in it"
+        )
+    if not secrets:
+        raise WebhookError(
+            "after the URL of a webhook stands its secret: whsec_ and at least 24 random bytes in base64 "
+            "(echo whsec_$(openssl rand -base64 32))"
+        )
+    return Webhook(url, tuple(map(_key, secrets)))
+
+
+def signed_headers(webhook: Webhook, id: str, at_s: int, body: bytes) -> dict[str, str]:
+    """The headers of one attempt, at a time in seconds since 1970."""
+    content = f"{id}.{at_s}.".encode() + body
+    signatures = (
+        base64.b64encode(hmac.digest(key, content, hashlib.sha256)).decode() for key in webhook.keys
+    )
+    return {
+        "content-type": "application/json",
+        "user-agent": "Ringfence",
+        "webhook-id": id,
+        "webhook-timestamp": str(at_s),
+        "webhook-signature": " ".join(f"v1,{signature}" for signature in signatures),
+    }
+
+
+def body_of(asked: ApprovalRequest, facts: Facts) -> bytes:
+    """What a person is told: from the request as the agent signed it and from verified records, as plain text.
+
+    What others wrote stands as code, where no chat makes links, mentions or headings of it.
+    """
+    request = facts.request.claims
+    wants = [
+        f"{p.target}:{','.join(p.verbs)}:{','.join(map(visible_name, p.resources))}"
+        for p in request.scope[:_MAX_PERMISSIONS]
+    ]
+    if len(request.scope) > _MAX_PERMISSIONS:
+        wants.append(f"and {len(request.scope) - _MAX_PERMISSIONS} permissions more")
+    until = datetime.fromtimestamp(asked.expires_at, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    whom = " and ".join(dict.fromkeys(_WHOM.get(one, one) for one in asked.required))
+    lines = [
+        *(["*Break glass*: policy denies this; it can be allowed once."] if facts.break_glass else []),
+        f"Agent {_code(facts.agent.state.agent_id)} asks for a credential; it needs {whom}.",
+        *(f"Wants: {_code(one)}" for one in wants),
+        f"For: {asked.ttl_s} s, on behalf of {_code(facts.task.state.on_behalf_of)}",
+        f"Task: {_code(facts.task.state.purpose)}",
+        f"Its reason: {_code(request.reason)}",
+        f"Until {until}. Look at it, and answer, with: {_code('ringfence approvals show ' + asked.request_id)}",
+    ]
+    return orjson.dumps({"text": "\n".join(lines), "unfurl_links": False, "unfurl_media": False})
+
+
+def _code(text: str) -> str:
+    """Text as code, with what Slack wants escaped. Backticks would end it."""
+    shown = visible(text).replace("`", "'")
+    shown = shown if len(shown) <= _MAX_TEXT else f"{shown[: _MAX_TEXT - 1]}…"
+    return f"`{shown.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')}`"
+
+
+def _is_allowed(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        parts.port  # noqa: B018 - raises where it is none
+    except ValueError:
+        return False
+    if not host or parts.username or parts.password:
+        return False
+    return parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(host))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _key(secret: str) -> bytes:
+    try:
+        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    except ValueError:
+        key = b""
+    if not secret.startswith("whsec_") or not 24 <= len(key) <= 64:
+        raise WebhookError("a webhook's secret is whsec_ and 24 to 64 random bytes in base64")
+    return key
