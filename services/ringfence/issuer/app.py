@@ -1,0 +1,96 @@
+"""The issuer, put together."""
+
+from __future__ import annotations
+
+from ringfence.backends import BackendSettings, Caller, Material, TargetAccess, TokenKey, all_backends
+from ringfence.issuer.domain import Terms
+from ringfence.issuer.grants import GrantKeeper
+from ringfence.issuer.handlers import DecisionHandler
+from ringfence.issuer.http import IssuerHttp
+from ringfence.issuer.limits import Gatekeeper, Limits
+from ringfence.issuer.minting import Minter
+from ringfence.issuer.settings import IssuerSettings
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.process import run
+from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION
+from ringfence.model.alarms import report_alarms
+from ringfence.model.directory import TABLES, Directory
+from ringfence.model.grants import KEEP_MS as GRANTS_KEEP_MS
+from ringfence.model.grants import GrantTable
+from ringfence.model.lease_store import LeaseStore
+
+TOKEN_KEY_FILE = "issuer-token.json"  # noqa: S105 - the name of a file
+"""In the folder of the services' keys."""
+_LONGEST_SHUT_S = 5.0
+"""Agents wait: a target that failed is soon tried again."""
+
+
+def build(
+    settings: ServiceSettings, own: IssuerSettings | None = None, clock: Clock | None = None
+) -> Runtime:
+    """Everything that the issuer is made of, started by `Runtime.run`."""
+    own = own or load(IssuerSettings)
+    runtime = Runtime("issuer", settings, clock)
+    token_key = TokenKey(SigningKey.load(own.token_key_file or settings.key_dir / TOKEN_KEY_FILE))
+    directory = Directory(
+        runtime.trust,
+        runtime.clock,
+        grace_ms=int(settings.grace_s * 1000),
+        on_alarm=report_alarms(runtime),
+    )
+    store = LeaseStore(settings, runtime.clock)
+    access = TargetAccess.of(load(BackendSettings))
+    backends = all_backends(Material(settings.trust_domain, settings.issuer_url, token_key, access))
+    caller = Caller(
+        concurrency=own.mint_concurrency, deadline_s=own.mint_deadline_s, longest_shut_s=_LONGEST_SHUT_S
+    )
+    minter = Minter(runtime, store, backends, caller, mint_ms=int(own.mint_within_s * 1000))
+    terms = Terms(
+        id=runtime.key.id,
+        trust_domain=settings.trust_domain,
+        entitlements_max_age_s=settings.entitlements_max_age_s,
+        backends=frozenset(backends),
+    )
+    gatekeeper = Gatekeeper(store, runtime.clock, Limits(own.agent_leases, own.sponsor_leases, own.wait_s))
+    granted = GrantTable(directory, settings.trust_domain)
+    responses = runtime.history(
+        [APPROVAL_RESPONSE], granted.on_records, since_ms=max(runtime.clock.now_ms() - GRANTS_KEEP_MS, 1)
+    )
+    grants = GrantKeeper(granted, store, responses.caught_up, own.patience_s)
+    handler = DecisionHandler(
+        runtime, directory, store, backends, minter, gatekeeper, grants, terms, patience_s=own.patience_s
+    )
+    runtime.table(TABLES, directory.on_records)
+    runtime.on_start(store.connect)
+    runtime.on_stop(store.close)
+    for backend in backends.values():
+        runtime.on_stop(backend.close)
+    runtime.on_stop(access.close)
+    runtime.ready_when(store.unready)
+    runtime.denies_when(directory.stale)
+    runtime.background("redis-watch", store.watch)
+    runtime.background("outbox-clearing", store.clear_outbox)
+
+    async def settle() -> None:
+        granted.settle()
+
+    runtime.consume("issuer", {CREDENTIAL_DECISION: handler}, on_assigned=settle)
+    runtime.routes += IssuerHttp(
+        issuer_url=settings.issuer_url,
+        trust_domain=settings.trust_domain,
+        key=token_key,
+        store=store,
+        directory=directory,
+        clock=runtime.clock,
+        jwks_max_age_s=own.jwks_max_age_s,
+    ).routes()
+    return runtime
+
+
+def main() -> int:
+    """The process `ringfence serve issuer`."""
+    settings = load(ServiceSettings)
+    return run([build(settings)], settings)

@@ -1,0 +1,387 @@
+"""Whether a decision may become a lease: the rule, checked again from what agent, policy and approvers signed. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, TypedDict, TypeVar
+
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.ids import lease_id, message_id
+from ringfence.kernel.jws import Signed, open_signed, parse
+from ringfence.kernel.keys import PublicKey
+from ringfence.kernel.seal import check_reply_key
+from ringfence.messages.approval import Approval, Grant
+from ringfence.messages.base import Jws
+from ringfence.messages.credential import (
+    Coordinates,
+    CredentialDecision,
+    CredentialRequest,
+    Delivery,
+    Reason,
+    Revisions,
+)
+from ringfence.messages.lease import Lease
+from ringfence.messages.registry import TargetState
+from ringfence.model.approvals import BREAK_GLASS_TTL_S, approval_problem, required_classes, unmet
+from ringfence.model.chains import ChainError
+from ringfence.model.directory import Directory, Entry
+from ringfence.model.grants import grant_problem, id_of
+from ringfence.model.identity import subject_of
+from ringfence.model.leases import origin_of, record_id
+from ringfence.model.requests import DeniedError, Facts, gather, violations
+from ringfence.model.rule import DeadlineError, deadline_ms
+
+A = TypeVar("A", Approval, Grant)
+
+RETRY_AFTER_S = 1
+"""When to ask again where this issuer's view was too old."""
+SKEW_MS = 1000
+"""How far the clocks of two brokers may be apart: each stamps the records of its own partitions."""
+DECISION_LIFE_S = 3600
+"""How long after it was signed a decision may reach Kafka. Less than a lease is remembered past its end, so that a
+decision that somebody appends again later finds its lease, or is too old."""
+REQUEST_LIFE_MS = 6 * 24 * 3600 * 1000
+"""How old a request may be when it is decided: less than a fence stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """A decision that holds: the lease, as yet unsigned, of which everything else is made."""
+
+    lease: Lease
+    origin: str
+    request: CredentialRequest
+    target: TargetState
+    grants: tuple[Grant, ...] = ()
+    """Those that it is issued on, verified but for what only others know: how often each was used, and if it still is.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A decision that does not hold."""
+
+    reasons: tuple[Reason, ...]
+    request: CredentialRequest | None = None
+    """The agent's request where its signature holds: then the agent is told."""
+    finding: bool = False
+    """No honest policy decides so: no change of records, and no passing of time, explains it."""
+    retry_after_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """This issuer's view is too old to weigh the decision: the records that it needs may still be on their way."""
+
+    reason: str
+    request: CredentialRequest | None = None
+
+    def refusal(self) -> Refusal:
+        """What comes of it when they do not arrive."""
+        return Refusal((_reason("stale_view", self.reason),), self.request, retry_after_s=RETRY_AFTER_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A decision whose signature by policy holds, and where it stands."""
+
+    signed: Signed[CredentialDecision]
+    at: Coordinates
+    traceparent: str | None = None
+
+    @property
+    def claims(self) -> CredentialDecision:
+        return self.signed.claims
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the issuer itself brings along."""
+
+    id: str
+    """Its SPIFFE ID."""
+    trust_domain: str
+    entitlements_max_age_s: int
+    backends: Collection[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request whose signature holds, and the key that made it."""
+
+    signed: Signed[CredentialRequest]
+    kid: str
+
+
+class _RefusedError(Exception):
+    def __init__(self, *reasons: Reason, finding: bool = False) -> None:
+        super().__init__(*(reason.code for reason in reasons))
+        self.reasons, self.finding = reasons, finding
+
+
+def weigh(decision: Decision, directory: Directory, terms: Terms) -> Issue | Refusal | Behind:
+    """Hold an `allowed` decision against everything. Recorded values only: a redelivery gives the same lease."""
+    stale = directory.stale()
+    asked: _Asked | None = None
+    try:
+        asked = _request(decision, directory, terms)
+        if stale is None:
+            return _issue(decision, asked, directory, terms)
+        refused = _RefusedError(_reason("stale_view", stale))
+    except _RefusedError as error:
+        refused = error
+    request = asked.signed.claims if asked else None
+    behind = stale or _behind(decision, directory)
+    if behind is not None:
+        return Behind(behind, request)
+    return Refusal(tuple(refused.reasons), request, finding=refused.finding)
+
+
+def _behind(decision: Decision, directory: Directory) -> str | None:
+    """Which record policy has seen, by what it says, and this table has not; or None.
+
+    What is read here of the request is not verified: it only says which records to wait for.
+    """
+    seen = decision.claims.revisions
+    if seen is None:
+        return None
+    try:
+        request = parse(decision.claims.request).unverified_claims(CredentialRequest)
+        agent_id = subject_of(request.aud, request.iss, "agent") or ""
+        task = directory.task(request.task_id)
+        wanted: tuple[tuple[str, Entry[Any] | None, int], ...] = (
+            (f"task {request.task_id}", task, seen.task),
+            (f"agent {agent_id}", directory.agent(agent_id), seen.agent),
+            (f"target {request.scope[0].target}", directory.target(request.scope[0].target), seen.target),
+            ("the user", directory.user(task.state.on_behalf_of) if task else None, seen.user),
+        )
+    except InvalidMessageError:
+        return None  # waiting makes it no better
+    except ChainError as error:
+        return str(error)  # what the record rests on may still be on its way
+    for name, entry, revision in wanted:
+        if entry is None or entry.revision < revision:
+            return f"policy saw revision {revision} of {name}, which has not arrived here"
+    return None
+
+
+def _request(decision: Decision, directory: Directory, terms: Terms) -> _Asked:
+    """The agent's own request, its signature as of when the broker took it."""
+    claims, source = decision.claims, decision.claims.source
+    if source.appended_at_ms > decision.at.appended_at_ms + SKEW_MS:
+        raise _RefusedError(_reason("source_later", "the request came after its decision"), finding=True)
+
+    def find(iss: str, kid: str) -> PublicKey | None:
+        return directory.agent_key(iss, kid, source.appended_at_ms / 1000)
+
+    try:
+        jws = parse(claims.request)
+        request = open_signed(
+            jws, CredentialRequest, find,
+            audience=terms.trust_domain, appended_at_ms=source.appended_at_ms,
+        )  # fmt: skip
+    except ChainError as error:
+        raise _RefusedError(_reason("record_untrusted", str(error))) from None
+    except InvalidMessageError as error:
+        message = f"the request that the decision embeds does not hold: {error}"
+        raise _RefusedError(_reason(error.code, message), finding=True) from None
+    if message_id(request.claims.iss, request.claims.jti) != claims.request_id:
+        raise _RefusedError(
+            _reason("request_mismatch", "the decision names another request than the one that it embeds"),
+            finding=True,
+        )
+    return _Asked(request, jws.header.kid)
+
+
+def _issue(decision: Decision, asked: _Asked, directory: Directory, terms: Terms) -> Issue:
+    claims, at_ms = decision.claims, decision.at.appended_at_ms
+    if at_ms / 1000 - claims.iat > DECISION_LIFE_S:
+        raise _RefusedError(
+            _reason("decision_too_old", "the decision reached Kafka long after it was signed; ask anew")
+        )
+    if at_ms - claims.source.appended_at_ms > REQUEST_LIFE_MS:
+        raise _RefusedError(_reason("request_too_old", "the request is days old; ask anew"))
+    try:
+        facts = gather(directory, asked.signed)
+    except DeniedError as error:
+        raise _RefusedError(error.reason) from None
+    if claims.revisions is None:
+        raise _RefusedError(
+            _reason("decision_incomplete", "the decision does not say which records it was made on"),
+            finding=True,
+        )
+    revisions = facts.revisions(claims.revisions.policy)
+    if _is_older(revisions, claims.revisions):
+        raise _RefusedError(_reason("stale_view", "policy saw later records"))
+    unchanged = revisions == claims.revisions
+    _check_rule(decision, facts, terms, unchanged=unchanged)
+    ttl_s = _check_terms(decision, facts, terms, unchanged=unchanged)
+    grants = _check_approvals(decision, facts, directory, ttl_s, revisions, unchanged=unchanged)
+    try:
+        end_ms = deadline_ms(at_ms, ttl_s, facts.task.state.not_after * 1000)
+    except DeadlineError as error:
+        raise _RefusedError(_reason(error.code, str(error))) from None
+    return _leased(decision, facts, asked.kid, terms, end_ms // 1000, grants)
+
+
+def _is_older(own: Revisions, seen: Revisions) -> bool:
+    return own.agent < seen.agent or own.user < seen.user or own.task < seen.task or own.target < seen.target
+
+
+def _check_rule(decision: Decision, facts: Facts, terms: Terms, *, unchanged: bool) -> None:
+    found = violations(facts, decision.at.appended_at_ms / 1000, terms.entitlements_max_age_s)
+    if not found:
+        return
+    # Policy decided a moment earlier: where the records are the same, only time may have made the difference.
+    before = violations(facts, decision.claims.source.appended_at_ms / 1000, terms.entitlements_max_age_s)
+    raise _RefusedError(*found, finding=unchanged and bool(before))
+
+
+def _check_terms(decision: Decision, facts: Facts, terms: Terms, *, unchanged: bool) -> int:
+    """The TTL of the lease. Delivery and TTL are what was asked for, or less."""
+    claims, request, target = decision.claims, facts.request.claims, facts.target.state
+    if claims.ttl_s is None:
+        raise _RefusedError(
+            _reason("decision_incomplete", "the decision allows and gives no TTL"), finding=True
+        )
+    if claims.ttl_s > request.ttl_s:
+        raise _RefusedError(
+            _reason("ttl_too_long", f"the decision gives {claims.ttl_s} s, asked were {request.ttl_s} s"),
+            finding=True,
+        )
+    if claims.ttl_s > target.max_ttl_s:
+        message = f"the decision gives {claims.ttl_s} s, {target.target_id} allows {target.max_ttl_s} s"
+        raise _RefusedError(_reason("ttl_too_long", message), finding=unchanged)
+    if facts.break_glass and claims.ttl_s > BREAK_GLASS_TTL_S:
+        message = f"the decision gives {claims.ttl_s} s, break glass {BREAK_GLASS_TTL_S} s at most"
+        raise _RefusedError(_reason("ttl_too_long", message), finding=True)
+    if claims.delivery != request.delivery:
+        message = f"asked was delivery to the {request.delivery}, decided was to the {claims.delivery}"
+        raise _RefusedError(_reason("delivery_changed", message), finding=True)
+    try:
+        check_reply_key(request.reply_key)
+    except InvalidMessageError as error:
+        raise _RefusedError(_reason(error.code, str(error))) from None
+    if request.delivery != "agent":
+        raise _RefusedError(
+            _reason("delivery_unsupported", "this issuer delivers to the agent only; ask for delivery agent")
+        )
+    if target.backend.kind not in terms.backends:
+        known = ", ".join(sorted(terms.backends))
+        message = (
+            f"{target.target_id} wants credentials of kind {target.backend.kind}; this issuer makes {known}"
+        )
+        raise _RefusedError(_reason("backend_unknown", message))
+    return claims.ttl_s
+
+
+def _check_approvals(
+    decision: Decision,
+    facts: Facts,
+    directory: Directory,
+    ttl_s: int,
+    revisions: Revisions,
+    *,
+    unchanged: bool,
+) -> tuple[Grant, ...]:
+    """The grants that stand in for approvals, all of which the decision needs to have."""
+    claims, at_ms = decision.claims, decision.at.appended_at_ms
+    approvals = [_answer(compact, Approval, decision, directory) for compact in claims.approvals]
+    grants = [_answer(compact, Grant, decision, directory) for compact in claims.grants or ()]
+    terms: _Terms = {"ttl_s": ttl_s, "delivery": claims.delivery, "revisions": revisions}
+    found = [approval_problem(approval, facts, **terms) for approval in approvals]
+    found += [grant_problem(grant.claims, facts, at_ms=at_ms, **terms) for grant in grants]
+    problems = [problem for problem in found if problem is not None]
+    if problems:
+        # Policy decided a moment earlier, so that the end of a grant may have come in between.
+        ended = all(problem.code == "grant_ended" for problem in problems)
+        raise _RefusedError(*problems, finding=unchanged and not ended)
+    required = required_classes(facts.floors(), claims.required, break_glass=facts.break_glass)
+    try:
+        lacking = unmet(required, [*approvals, *grants], directory, facts)
+    except ChainError as error:
+        raise _RefusedError(_reason("record_untrusted", str(error))) from None
+    if lacking:
+        message = f"approvals are lacking: {', '.join(lacking)}"
+        raise _RefusedError(_reason("approval_lacking", message), finding=unchanged)
+    return tuple(grant.claims for grant in grants)
+
+
+class _Terms(TypedDict):
+    ttl_s: int
+    delivery: Delivery
+    revisions: Revisions
+
+
+def _answer(compact: Jws, model: type[A], decision: Decision, directory: Directory) -> Signed[A]:
+    """One embedded approval or grant, signed by a user whose key counts now. When it may reach Kafka policy judged."""
+    at_s = decision.at.appended_at_ms / 1000
+    try:
+        return open_signed(
+            parse(compact),
+            model,
+            lambda iss, kid: directory.user_key(iss, kid, at_s),
+            audience=decision.claims.aud,
+        )
+    except ChainError as error:
+        raise _RefusedError(_reason("record_untrusted", str(error))) from None
+    except InvalidMessageError as error:
+        message = f"an embedded {model.typ} does not hold: {error}"
+        raise _RefusedError(_reason("approval_invalid", message), finding=True) from None
+
+
+def _leased(
+    decision: Decision, facts: Facts, kid: str, terms: Terms, deadline: int, grants: tuple[Grant, ...]
+) -> Issue:
+    request = facts.request.claims
+    agent_id = facts.agent.state.agent_id
+    id = lease_id(facts.request_id)
+    origin = origin_of(id, decision.at)
+    lease = Lease(
+        iss=terms.id,
+        aud=terms.trust_domain,
+        iat=decision.at.appended_at_ms // 1000,
+        jti=record_id(origin, 1),
+        lease_id=id,
+        seq=1,
+        status="active",
+        request_id=facts.request_id,
+        decision_id=decision.claims.jti,
+        decision_digest=decision.signed.digest,
+        agent_id=agent_id,
+        act=(agent_id,),
+        sponsor=facts.agent.state.sponsor,
+        on_behalf_of=facts.user.state.user_id,
+        task_id=facts.task.state.task_id,
+        target_id=facts.target.state.target_id,
+        backend=facts.target.state.backend.kind,
+        delivery=request.delivery,
+        scope=request.scope,
+        requested_at_ms=decision.claims.source.appended_at_ms,
+        deadline=deadline,
+        grants=tuple(map(id_of, grants)) or None,
+        key_thumbprint=kid,
+        break_glass=request.break_glass,
+        traceparent=decision.traceparent,
+    )
+    return Issue(lease, origin, request, facts.target.state, grants)
+
+
+def fenced(mark: str) -> tuple[Reason, ...]:
+    """Somebody revoked, before the lease was there, what it would have belonged to; or its record was changed."""
+    kind, _, id = mark.partition(":")
+    what = f"{kind} {id}".strip()
+    message = f"{what} was revoked or changed after the request was made; ask anew if it still holds"
+    return (_reason("fenced", message),)
+
+
+LATE = (Reason(code="deadline_passed", message="the credential's time was over before it was made"),)
+FULL = (Reason(code="overloaded", message="there is no room for another lease now; ask again later"),)
+FULL_RETRY_S = 5
+"""When to ask again: leases end all the time, and make room."""
+OVER = (Reason(code="lease_ended", message="the lease of this request was issued, and has ended"),)
+
+
+def _reason(code: str, message: str) -> Reason:
+    return Reason(code=code, message=message)

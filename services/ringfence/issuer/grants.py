@@ -1,0 +1,71 @@
+"""The last word on grants: whether one was taken back, and how many leases name it already.
+
+Asked only for what is issued on a grant. Redis counts, in one script on the shard of the grant, before the lease is
+there: of issuers that work at once none takes one too many. What was counted and then not issued stays counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from ringfence.issuer.domain import FULL, FULL_RETRY_S, RETRY_AFTER_S, Issue, Refusal
+from ringfence.messages.approval import Grant
+from ringfence.messages.credential import Reason
+from ringfence.model.grants import GrantTable, id_of
+from ringfence.model.lease_store import FullError, LeaseStore
+
+
+class GrantKeeper:
+    """Looks at what has been weighed and would be issued next."""
+
+    def __init__(
+        self,
+        table: GrantTable,
+        store: LeaseStore,
+        caught_up: Callable[[float], Awaitable[bool]],
+        patience_s: float,
+    ) -> None:
+        """Args:
+            caught_up: reads up to the present end of the topic, within so many seconds; whether it did.
+            patience_s: how long that may take.
+        """  # fmt: skip
+        self._table = table
+        self._store = store
+        self._caught_up = caught_up
+        self._patience_s = patience_s
+
+    async def admit(self, weighed: Sequence[Issue | Refusal]) -> list[Issue | Refusal]:
+        """The same, with refusals in place of what no grant covers any more. Raises UnavailableError."""
+        if not any(isinstance(one, Issue) and one.grants for one in weighed):
+            return list(weighed)
+        fresh = await self._caught_up(self._patience_s)
+        return list(await asyncio.gather(*(self._admit(one, fresh=fresh) for one in weighed)))
+
+    async def _admit(self, one: Issue | Refusal, *, fresh: bool) -> Issue | Refusal:
+        if isinstance(one, Refusal) or not one.grants:
+            return one
+        if not fresh:
+            message = "whether the grant was taken back cannot be read from Kafka now; ask again"
+            return _refusal("stale_view", message, one)
+        for grant in one.grants:
+            if self._table.is_withdrawn(
+                grant, sponsor=one.lease.sponsor, on_behalf_of=one.lease.on_behalf_of
+            ):
+                return _refusal("grant_withdrawn", f"grant {id_of(grant)} was taken back; ask anew", one)
+        for grant in one.grants:
+            try:
+                used = await self._use(grant, one)
+            except FullError:
+                return Refusal(FULL, one.request, retry_after_s=FULL_RETRY_S)
+            if not used:
+                message = f"grant {id_of(grant)} was for {grant.count} leases, and has them; ask anew"
+                return _refusal("grant_used_up", message, one)
+        return one
+
+    async def _use(self, grant: Grant, issue: Issue) -> bool:
+        return await self._store.use_grant(id_of(grant), issue.lease.lease_id, most=grant.count)
+
+
+def _refusal(code: str, message: str, issue: Issue) -> Refusal:
+    return Refusal((Reason(code=code, message=message),), issue.request, retry_after_s=RETRY_AFTER_S)

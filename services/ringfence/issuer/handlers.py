@@ -1,0 +1,378 @@
+"""Decisions in; leases, sealed replies and refusals out.
+
+A batch goes through its phases together, so that each costs one round trip: weigh, activate, lease records, replies.
+Credentials that leave something at their target take a longer way beside it (`minting.py`). Nobody gets a credential
+before Kafka has its lease; nothing is issued twice, however often a decision comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ringfence.backends import Backend
+from ringfence.issuer.domain import (
+    FULL,
+    FULL_RETRY_S,
+    LATE,
+    OVER,
+    Behind,
+    Decision,
+    Issue,
+    Refusal,
+    Terms,
+    fenced,
+    weigh,
+)
+from ringfence.issuer.grants import GrantKeeper
+from ringfence.issuer.limits import Gatekeeper
+from ringfence.issuer.minting import REPLAYED, Minted, Minter, Replayed
+from ringfence.kernel import metrics
+from ringfence.kernel.bus import gather_all
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.ids import derived_id, lease_id
+from ringfence.kernel.jws import open_signed, parse, sign
+from ringfence.kernel.kafka import Received
+from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.seal import seal
+from ringfence.messages.credential import (
+    CredentialDecision,
+    CredentialRequest,
+    IssuerRefusal,
+    Reason,
+    ReplyContent,
+)
+from ringfence.messages.lease import Lease
+from ringfence.messages.operations import EventKind
+from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
+from ringfence.model.chains import ChainError
+from ringfence.model.directory import Directory
+from ringfence.model.identity import subject_of
+from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, StoredLease
+from ringfence.model.leases import origin_of, springs_from
+
+log = logging.getLogger(__name__)
+
+_LOOK_AGAIN_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """A lease of a pure token that is active in Redis, and answers its decision."""
+
+    issue: Issue
+    jws: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """What goes back to the agent."""
+
+    agent_id: str
+    id: str
+    jwe: str
+    traceparent: str | None
+
+
+_Outcome = _Live | Minted | Refusal | Replayed
+
+
+class DecisionHandler:
+    """The batch handler of `credential.decision`."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        store: LeaseStore,
+        backends: Mapping[str, Backend],
+        minter: Minter,
+        gatekeeper: Gatekeeper,
+        grants: GrantKeeper,
+        terms: Terms,
+        *,
+        patience_s: float,
+    ) -> None:
+        """`patience_s`: how long a decision waits for records that policy has seen and this issuer has not."""
+        self._runtime = runtime
+        self._directory = directory
+        self._store = store
+        self._backends = backends
+        self._minter = minter
+        self._gatekeeper = gatekeeper
+        self._grants = grants
+        self._terms = terms
+        self._patience_s = patience_s
+
+    async def __call__(self, batch: Sequence[Received]) -> None:
+        """Take a batch of decisions to their durable effects."""
+        decisions = await self._open(batch)
+        lasting: dict[str, list[tuple[Decision, Issue]]] = {}
+        others: list[tuple[Decision, Issue | Refusal]] = []
+        admitted = await self._gatekeeper.admit(decisions, await self._weigh(decisions))
+        admitted = await self._grants.admit(admitted)
+        for decision, one in zip(decisions, admitted, strict=True):
+            if isinstance(one, Issue) and not self._backends[one.lease.backend].stateless:
+                lasting.setdefault(one.lease.target_id, []).append((decision, one))
+            else:
+                others.append((decision, one))
+        # No target holds up another's credentials, nor tokens, which need none.
+        await gather_all([self._issue(others), *map(self._mint, lasting.values())])
+        metrics.RECORDS.labels("credential.decision", "done").inc(len(decisions))
+
+    async def _issue(self, weighed: Sequence[tuple[Decision, Issue | Refusal]]) -> None:
+        decisions = [decision for decision, _ in weighed]
+        await self._answer(decisions, await self._activate(decisions, [one for _, one in weighed]))
+
+    async def _mint(self, issues: Sequence[tuple[Decision, Issue]]) -> None:
+        await self._answer(
+            [decision for decision, _ in issues], await self._minter.mint([issue for _, issue in issues])
+        )
+
+    async def _answer(self, decisions: Sequence[Decision], outcomes: Sequence[_Outcome]) -> None:
+        done = list(zip(decisions, outcomes, strict=True))
+        live = [(decision, one) for decision, one in done if isinstance(one, _Live | Minted)]
+        acknowledged = await self._publish([one for _, one in live])
+        replies = [
+            await self._credential(decision, one) for decision, one in live
+        ]  # while Kafka writes the leases
+        await gather_all(acknowledged)
+        self._store.published((one.issue.lease.lease_id, one.issue.lease.seq) for _, one in live)
+        sent = [await self._send(reply) for reply in replies]
+        no = [(decision, one) for decision, one in done if isinstance(one, Refusal | Replayed)]
+        await gather_all([*sent, *(self._say_no(decision, one) for decision, one in no)])
+
+    # --- 1: what policy said, and whether it holds ---
+
+    async def _open(self, batch: Sequence[Received]) -> list[Decision]:
+        """Those that policy signed and that allow; what nobody of authority signed goes to the dead letters."""
+        opened = []
+        for record in batch:
+            try:
+                signed = open_signed(
+                    parse(record.value),
+                    CredentialDecision,
+                    self._runtime.trust.finder("policy", at_s=record.appended_at_ms / 1000),
+                    audience=self._terms.trust_domain,
+                    appended_at_ms=record.appended_at_ms,
+                )
+            except InvalidMessageError as error:
+                await self._runtime.letters.bury(record, error)
+                continue
+            if signed.claims.outcome == "allowed":
+                opened.append(Decision(signed, record.coordinates, record.traceparent))
+        return opened
+
+    async def _weigh(self, decisions: Sequence[Decision]) -> list[Issue | Refusal]:
+        """Nothing is refused for records that policy has seen and that have not arrived here *yet*."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._patience_s
+        weighed = [weigh(decision, self._directory, self._terms) for decision in decisions]
+        if not all(isinstance(one, Issue) for one in weighed):
+            await self._runtime.tables_caught_up(self._patience_s)
+            self._again(decisions, weighed, (Refusal, Behind))
+        while any(isinstance(one, Behind) for one in weighed) and loop.time() < until:
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            self._again(decisions, weighed, (Behind,))
+        return [one.refusal() if isinstance(one, Behind) else one for one in weighed]
+
+    def _again(
+        self,
+        decisions: Sequence[Decision],
+        weighed: list[Issue | Refusal | Behind],
+        those: tuple[type[Refusal | Behind], ...],
+    ) -> None:
+        for i, one in enumerate(weighed):
+            if isinstance(one, those):
+                weighed[i] = weigh(decisions[i], self._directory, self._terms)
+
+    # --- 2: one lease for each request ---
+
+    async def _activate(
+        self, decisions: Sequence[Decision], weighed: Sequence[Issue | Refusal]
+    ) -> list[_Outcome]:
+        issues = [one for one in weighed if isinstance(one, Issue)]
+        signed = [SignedLease(one.lease, sign(one.lease, self._runtime.key)) for one in issues]
+        activations = iter(zip(issues, signed, await self._store.activate(signed), strict=True))
+        outcomes: list[_Outcome] = []
+        for decision, one in zip(decisions, weighed, strict=True):
+            if isinstance(one, Issue):
+                outcomes.append(self._outcome(*next(activations)))
+            else:
+                outcomes.append(await self._issued_before(decision, one) or one)
+        return outcomes
+
+    def _outcome(self, issue: Issue, signed: SignedLease, activation: Activation) -> _Outcome:
+        match activation.outcome:
+            case "activated":
+                metrics.LEASES_ISSUED.labels(issue.lease.backend).inc()
+                return _Live(issue, signed.jws)
+            case "fenced":
+                return Refusal(fenced(activation.mark or ""), issue.request)
+            case "late":
+                return Refusal(LATE, issue.request)
+            case "full":
+                return Refusal(FULL, issue.request, retry_after_s=FULL_RETRY_S)
+            case "known" | "lost":  # lost are only leases that were prepared
+                assert activation.stored is not None
+                return self._known(issue, activation.stored)
+
+    def _known(self, issue: Issue, stored: StoredLease) -> _Outcome:
+        # Its claims need no proof here: they only tell on which record it was issued.
+        lease = parse(stored.jws).unverified_claims(Lease)
+        if not springs_from(lease, issue.origin):
+            return REPLAYED
+        if stored.status == "active" and lease.backend == issue.lease.backend:
+            return _Live(issue, stored.jws.decode("ascii"))
+        return Refusal(OVER, issue.request)
+
+    async def _issued_before(self, decision: Decision, refusal: Refusal) -> _Outcome | None:
+        """The lease of a decision that would be refused now, but was served before: this process died in between.
+
+        Whatever changed since then is the revoker's to act on.
+        """
+        if refusal.request is None:
+            return None
+        id = lease_id(decision.claims.request_id)
+        stored = (await self._store.get([id])).get(id)
+        if stored is None or stored.status != "active":
+            return None
+        live = self._recovered(decision, refusal.request, stored)
+        if live is None or self._backends[live.issue.lease.backend].stateless:
+            return live
+        return await self._minter.again(live.issue, live.jws)
+
+    def _recovered(self, decision: Decision, request: CredentialRequest, stored: StoredLease) -> _Live | None:
+        try:
+            lease = open_signed(
+                parse(stored.jws),
+                Lease,
+                self._runtime.trust.finder("issuer", at_s=self._runtime.clock.now_ms() / 1000),
+                audience=self._terms.trust_domain,
+            ).claims
+            target = self._directory.target(lease.target_id)
+        except (InvalidMessageError, ChainError):
+            return None
+        origin = origin_of(lease.lease_id, decision.at)
+        if target is None or not springs_from(lease, origin) or lease.backend not in self._backends:
+            return None
+        return _Live(Issue(lease, origin, request, target.state), stored.jws.decode("ascii"))
+
+    # --- 3: Kafka has the lease ---
+
+    async def _publish(self, live: Sequence[_Live | Minted]) -> list[Awaitable[object]]:
+        return [
+            await self._runtime.publisher.send(
+                LEASE,
+                one.issue.lease.lease_id,
+                one.jws,
+                id=one.issue.lease.jti,
+                type=Lease.typ,
+                traceparent=one.issue.lease.traceparent,
+            )
+            for one in live
+        ]
+
+    # --- 4: the agent has its answer, and audit the reasons ---
+
+    async def _credential(self, decision: Decision, live: _Live | Minted) -> _Reply:
+        issue = live.issue
+        if isinstance(live, Minted):
+            credential = live.credential
+        else:
+            credential = await self._backends[issue.lease.backend].mint(issue.lease, issue.target)
+        content = ReplyContent(
+            request_id=issue.lease.request_id,
+            decision=decision.signed.compact,
+            lease=live.jws,
+            credential=credential,
+        )
+        return self._sealed(decision, content, issue.request)
+
+    async def _say_no(self, decision: Decision, outcome: Refusal | Replayed) -> None:
+        if isinstance(outcome, Refusal):
+            await self._refuse(decision, outcome)
+        else:
+            reason = Reason(code="replayed", message="the lease of this request was issued on another record")
+            await self._event("replayed", decision, (reason,))
+
+    async def _refuse(self, decision: Decision, refusal: Refusal) -> None:
+        metrics.ISSUE_REFUSED.labels(refusal.reasons[0].code).inc()
+        log.info("refused request %s: %s", decision.claims.request_id, refusal.reasons[0].message)
+        work: list[Awaitable[object]] = [self._event("refused", decision, refusal.reasons, refusal.request)]
+        if refusal.finding:
+            work.append(self._event("finding", decision, refusal.reasons, refusal.request))
+        if refusal.request is not None:
+            work.append(self._tell(decision, refusal, refusal.request))
+        await gather_all(work)
+
+    async def _tell(self, decision: Decision, refusal: Refusal, request: CredentialRequest) -> None:
+        """Seal the signed refusal to the agent."""
+        claims = IssuerRefusal(
+            iss=self._terms.id,
+            aud=self._terms.trust_domain,
+            iat=decision.at.appended_at_ms // 1000,
+            jti=derived_id("issuer.refusal", *_place(decision)),
+            request_id=decision.claims.request_id,
+            reasons=refusal.reasons,
+            retry_after_s=refusal.retry_after_s,
+        )
+        content = ReplyContent(
+            request_id=decision.claims.request_id,
+            decision=decision.signed.compact,
+            refusal=sign(claims, self._runtime.key),
+        )
+        try:
+            await (await self._send(self._sealed(decision, content, request)))
+        except InvalidMessageError as error:
+            log.warning("a refusal cannot be delivered: %s", error)  # the event says it anyway
+
+    def _sealed(self, decision: Decision, content: ReplyContent, request: CredentialRequest) -> _Reply:
+        """Raises InvalidMessageError where `reply_key` is no key; what is issued has been checked for that."""
+        sealed = seal(
+            content.model_dump_json(exclude_none=True).encode(), request.reply_key, kid=content.request_id
+        )
+        return _Reply(
+            agent_id=subject_of(self._terms.trust_domain, request.iss, "agent") or "",
+            id=derived_id("credential.reply", self._terms.id, *_place(decision)),
+            jwe=sealed,
+            traceparent=decision.traceparent,
+        )
+
+    async def _send(self, reply: _Reply) -> Awaitable[object]:
+        return await self._runtime.publisher.send(
+            CREDENTIAL_REPLY,
+            reply.agent_id,
+            reply.jwe,
+            id=reply.id,
+            type=CREDENTIAL_REPLY.what,
+            traceparent=reply.traceparent,
+        )
+
+    async def _event(
+        self,
+        kind: EventKind,
+        decision: Decision,
+        reasons: Sequence[Reason],
+        request: CredentialRequest | None = None,
+    ) -> None:
+        agent_id = subject_of(self._terms.trust_domain, request.iss, "agent") if request else None
+        await self._runtime.event(
+            kind,
+            CredentialDecision.typ,
+            about=_place(decision),
+            reasons=reasons,
+            source=decision.at,
+            traceparent=decision.traceparent,
+            actor=decision.claims.iss,
+            ref=decision.claims.jti,
+            agent_id=agent_id,
+            request_id=decision.claims.request_id,
+            task_id=request.task_id if request else None,
+        )
+
+
+def _place(decision: Decision) -> tuple[str, int, int]:
+    return decision.at.topic, decision.at.partition, decision.at.offset

@@ -1,0 +1,168 @@
+"""What resource servers ask: who issues (OIDC, RFC 8414), with which keys, is this token still good (RFC 7662)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import parse_qs
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from ringfence.backends import TokenKey
+from ringfence.kernel import metrics
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.jws import parse
+from ringfence.messages.lease import Lease
+from ringfence.messages.permission import PERMISSION_TYPE
+from ringfence.model.access import authenticate_target
+from ringfence.model.directory import Directory
+from ringfence.model.lease_store import LeaseStore, Looked
+from ringfence.model.leases import ALL_MARK, is_covered
+
+INTROSPECTION_PATH = "/oauth2/introspect"
+JWKS_PATH = "/.well-known/jwks.json"
+MAX_BODY_BYTES = 64 * 1024
+
+
+class IssuerHttp:
+    """The routes of the issuer."""
+
+    def __init__(
+        self,
+        *,
+        issuer_url: str,
+        trust_domain: str,
+        key: TokenKey,
+        store: LeaseStore,
+        directory: Directory,
+        clock: Clock,
+        jwks_max_age_s: int,
+    ) -> None:
+        self._issuer = issuer_url.rstrip("/")
+        self._trust_domain = trust_domain
+        self._key = key
+        self._store = store
+        self._directory = directory
+        self._clock = clock
+        self._caching = {"Cache-Control": f"public, max-age={jwks_max_age_s}"}
+
+    def routes(self) -> Sequence[BaseRoute]:
+        return [
+            Route("/.well-known/openid-configuration", self.openid_configuration),
+            Route("/.well-known/oauth-authorization-server", self.authorization_server),
+            Route(JWKS_PATH, self.jwks),
+            Route(INTROSPECTION_PATH, self.introspect, methods=["POST"]),
+        ]
+
+    async def openid_configuration(self, _: Request) -> Response:
+        """OpenID Connect Discovery 1.0, as far as it has a meaning here: there is nothing to log in to."""
+        return JSONResponse(
+            {
+                **self._metadata(),
+                "subject_types_supported": ["public"],
+                "id_token_signing_alg_values_supported": ["ES256"],
+                "claims_supported": [
+                    "iss", "sub", "aud", "exp", "iat", "nbf", "jti", "client_id", "act", "sponsor", "on_behalf_of",
+                    "task", "authorization_details", "cnf",
+                ],
+            },
+            headers=self._caching,
+        )  # fmt: skip
+
+    async def authorization_server(self, _: Request) -> Response:
+        """OAuth 2.0 Authorization Server Metadata (RFC 8414)."""
+        return JSONResponse(self._metadata(), headers=self._caching)
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "issuer": self._issuer,
+            "jwks_uri": self._issuer + JWKS_PATH,
+            "introspection_endpoint": self._issuer + INTROSPECTION_PATH,
+            # A bearer token that the caller signs for itself; none of the registered methods.
+            "introspection_endpoint_auth_methods_supported": ["urn:ringfence:signed-bearer"],
+            "introspection_endpoint_auth_signing_alg_values_supported": ["ES256", "EdDSA"],
+            # Credentials are asked for over Kafka: no authorization or token endpoint, hence no response type.
+            "response_types_supported": [],
+            "grant_types_supported": [],
+            "authorization_details_types_supported": [PERMISSION_TYPE],
+        }
+
+    async def jwks(self, _: Request) -> Response:
+        """The keys that verify tokens (RFC 7517)."""
+        return JSONResponse(self._key.jwks(), headers=self._caching)
+
+    async def introspect(self, request: Request) -> Response:
+        """Whether a token is good at this moment; asked by the resource server that it is for.
+
+        Whoever else asks learns nothing: to them no token is active.
+        """
+        target_id = authenticate_target(
+            request.headers.get("authorization"),
+            self._directory,
+            self._trust_domain,
+            self._clock.now_ms(),
+        )
+        token = await _token_of(request)
+        if token is None:
+            metrics.HTTP_REQUESTS.labels(INTROSPECTION_PATH, "400").inc()
+            return JSONResponse(
+                {
+                    "error": "invalid_request",
+                    "error_description": "send the token as the form field `token` (RFC 7662, 2.1)",
+                },
+                status_code=400,
+            )
+        answer = await self._answer(token, target_id)
+        metrics.HTTP_REQUESTS.labels(INTROSPECTION_PATH, "200").inc()
+        return JSONResponse(answer, headers={"Cache-Control": "no-store"})
+
+    async def _answer(self, token: str, target_id: str) -> dict[str, Any]:
+        claims = self._key.verified(token)
+        if claims is None or not _is_for(claims, target_id):
+            return {"active": False}
+        looked = await self._store.look(claims["jti"], _marks(claims))
+        if not looked.active or _is_cut(looked):
+            return {"active": False}
+        return {"active": True, "token_type": "Bearer", **claims}
+
+
+def _marks(claims: dict[str, Any]) -> tuple[str, ...]:
+    """What the lease of a token is found by, from the token itself."""
+    return (
+        f"agent:{claims['client_id']}",
+        f"task:{claims['task']}",
+        f"sponsor:{claims['sponsor'].rpartition('/')[2]}",
+        f"user:{claims['on_behalf_of'].rpartition('/')[2]}",
+        *(f"target:{detail['target']}" for detail in claims["authorization_details"]),
+        ALL_MARK,
+    )
+
+
+def _is_cut(looked: Looked) -> bool:
+    """Whether a selector covers the lease, be it that no revoker has found it yet."""
+    if looked.cut_before_ms < 0 or looked.stored is None:
+        return False
+    # Its claims need no proof here: they can only refuse what would be allowed.
+    lease = parse(looked.stored.jws).unverified_claims(Lease)
+    return is_covered(lease, looked.cut_before_ms)
+
+
+def _is_for(claims: dict[str, Any], target_id: str) -> bool:
+    """Whether a token, its signature verified, is for this target: its audience may be known by another name."""
+    return {detail["target"] for detail in claims["authorization_details"]} == {target_id}
+
+
+async def _token_of(request: Request) -> str | None:
+    """The form field `token`, given exactly once; None where there is none, or the body is unreasonably long."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            return None
+    try:
+        tokens = parse_qs(body.decode("ascii"), strict_parsing=True, max_num_fields=20).get("token", [])
+    except ValueError:
+        return None
+    return tokens[0] if len(tokens) == 1 else None

@@ -1,0 +1,274 @@
+"""Credentials that leave something at their target: announced on Kafka before they are made, alive only after that.
+
+`minting` record acknowledged -> made at the target -> activated, conditionally. Whatever happens in between, wherever
+this process dies, the announcement is there: who gets the decision again goes on with it, and a revoker that finds it
+unfinished takes back what there is. What is here is for one target at a time, so that none waits for another.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ringfence.backends import AccessError, Backend, Caller, TargetRefusedError, TargetShutError
+from ringfence.issuer.domain import FULL, FULL_RETRY_S, LATE, OVER, Issue, Refusal, fenced
+from ringfence.kernel import metrics
+from ringfence.kernel.bus import gather_all
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.jws import open_signed, parse, sign
+from ringfence.kernel.runtime import Runtime
+from ringfence.messages.credential import Credential, Reason
+from ringfence.messages.lease import TERMINAL, Lease
+from ringfence.messages.topics import LEASE
+from ringfence.model.lease_store import Activation, LeaseStore, Preparation, SignedLease, StoredLease
+from ringfence.model.leases import after_minting, before_minting, springs_from
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 5
+"""When to ask again where a target does not answer, and nothing else is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Minted:
+    """A credential that is there, and its active lease."""
+
+    issue: Issue
+    jws: str
+    credential: Credential
+
+
+class Replayed:
+    """The decision of a lease that was issued on another record."""
+
+
+REPLAYED = Replayed()
+Outcome = Minted | Refusal | Replayed
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One issue on its way. `outcome` is set once nothing more happens to it."""
+
+    issue: Issue
+    minting: SignedLease
+    active: SignedLease | None = None
+    credential: Credential | None = None
+    outcome: Outcome | None = None
+
+
+class Minter:
+    """Takes issues to their credentials and active leases."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        store: LeaseStore,
+        backends: Mapping[str, Backend],
+        caller: Caller,
+        *,
+        mint_ms: int,
+    ) -> None:
+        """`mint_ms`: how long after its announcement a revoker leaves a lease to this issuer."""
+        self._runtime = runtime
+        self._store = store
+        self._backends = backends
+        self._caller = caller
+        self._mint_ms = mint_ms
+
+    async def mint(self, issues: Sequence[Issue]) -> list[Outcome]:
+        """What came of issues for one target, in their order. Kafka has their `minting` records then.
+
+        Raises UnavailableError where Redis or Kafka does not answer, or another issuer took one over: then the same
+        decisions come again.
+        """
+        attempts = [self._attempt(issue) for issue in issues]
+        token = secrets.token_hex(8)
+        await self._announce([one for one in attempts if one.outcome is None], token)
+        await gather_all(self._make(one) for one in attempts if one.outcome is None)
+        await self._activate([one for one in attempts if one.outcome is None], token)
+        return [_settled(one) for one in attempts]
+
+    async def again(self, issue: Issue, jws: str) -> Minted | Refusal:
+        """The credential of a lease that is active: who had it first may have died before it was told.
+
+        The lease may end while this is at work; a revoker undoes only what it finds. So it is looked at after.
+        """
+        try:
+            credential = await self._called(issue)
+        except RingfenceError as error:
+            return Refusal((_reason(error),), issue.request, retry_after_s=_retry_after_s(error))
+        if (await self._store.look(issue.lease.lease_id)).active:
+            return Minted(issue, jws, credential)
+        await self._undo(issue)
+        return Refusal(OVER, issue.request)
+
+    # --- the steps ---
+
+    def _attempt(self, issue: Issue) -> _Attempt:
+        lease = before_minting(issue.lease)
+        problem = self._backends[lease.backend].problem(issue.lease, issue.target)
+        if problem is None:
+            return _Attempt(issue, SignedLease(lease, sign(lease, self._runtime.key)))
+        refusal = Refusal((Reason(code="backend_cannot", message=problem[:2048]),), issue.request)
+        return _Attempt(issue, SignedLease(lease, ""), outcome=refusal)
+
+    async def _announce(self, attempts: Sequence[_Attempt], token: str) -> None:
+        if not attempts:
+            return
+        announced = [one.minting for one in attempts]
+        preparations = await self._store.prepare(announced, token=token, mint_ms=self._mint_ms)
+        await gather_all(
+            self._prepared(one, preparation) for one, preparation in zip(attempts, preparations, strict=True)
+        )
+        prepared = [one.minting for one in attempts if one.outcome is None]
+        await gather_all([await self._send(one) for one in prepared])
+        self._store.published((one.claims.lease_id, one.claims.seq) for one in prepared)
+
+    async def _prepared(self, attempt: _Attempt, preparation: Preparation) -> None:
+        issue, stored = attempt.issue, preparation.stored
+        match preparation.outcome:
+            case "fenced":
+                attempt.outcome = Refusal(fenced(preparation.mark or ""), issue.request)
+            case "late":
+                attempt.outcome = Refusal(LATE, issue.request)
+            case "full":
+                attempt.outcome = Refusal(FULL, issue.request, retry_after_s=FULL_RETRY_S)
+            case "prepared" if stored is not None:
+                attempt.outcome = self._taken_over(attempt, stored)
+            case "known":
+                assert stored is not None
+                attempt.outcome = await self._known(issue, stored)
+
+    def _taken_over(self, attempt: _Attempt, stored: StoredLease) -> Outcome | None:
+        """Go on with what somebody announced and did not finish: the record that is there is the one that counts."""
+        lease = self._believed(attempt.issue, stored)
+        if lease is None:
+            return REPLAYED
+        attempt.minting = SignedLease(lease, stored.jws.decode("ascii"))
+        return None
+
+    async def _known(self, issue: Issue, stored: StoredLease) -> Outcome:
+        lease = self._believed(issue, stored)
+        if lease is None:
+            return REPLAYED
+        if stored.status != "active" or lease.backend != issue.lease.backend:
+            return Refusal(OVER, issue.request)
+        return await self.again(replace(issue, lease=lease), stored.jws.decode("ascii"))
+
+    async def _make(self, attempt: _Attempt) -> None:
+        try:
+            attempt.credential = await self._called(attempt.issue)
+        except RingfenceError as error:
+            log.warning("lease %s is not made: %s", attempt.issue.lease.lease_id, error)
+            await self._give_up(attempt)  # something may be there all the same: a revoker takes it back
+            attempt.outcome = Refusal(
+                (_reason(error),), attempt.issue.request, retry_after_s=_retry_after_s(error)
+            )
+
+    async def _activate(self, attempts: Sequence[_Attempt], token: str) -> None:
+        if not attempts:
+            return
+        records = []
+        for one in attempts:
+            claims = after_minting(one.minting.claims)
+            one.active = SignedLease(claims, sign(claims, self._runtime.key))
+            records.append(one.active)
+        activations = await self._store.activate(records, token=token)
+        await gather_all(
+            self._activated(one, activation) for one, activation in zip(attempts, activations, strict=True)
+        )
+
+    async def _activated(self, attempt: _Attempt, activation: Activation) -> None:
+        issue, stored = attempt.issue, activation.stored
+        assert attempt.active is not None
+        assert attempt.credential is not None
+        match activation.outcome:
+            case "activated":
+                metrics.LEASES_ISSUED.labels(issue.lease.backend).inc()
+                active = replace(issue, lease=attempt.active.claims)
+                attempt.outcome = Minted(active, attempt.active.jws, attempt.credential)
+            case "lost" | "known":
+                if stored is not None and stored.status not in TERMINAL:
+                    # Another issuer goes on with it, or a revoker aborts it: what is at the target is theirs.
+                    raise UnavailableError(f"lease {issue.lease.lease_id} was taken over by another process")
+                await self._undo(issue)
+                attempt.outcome = Refusal(TOO_SLOW, issue.request, retry_after_s=RETRY_AFTER_S)
+            case "full":
+                await self._undo(issue)
+                await self._give_up(attempt)
+                attempt.outcome = Refusal(FULL, issue.request, retry_after_s=FULL_RETRY_S)
+            case "fenced" | "late":
+                await self._undo(issue)
+                await self._give_up(attempt)
+                why = LATE if activation.outcome == "late" else fenced(activation.mark or "")
+                attempt.outcome = Refusal(why, issue.request)
+
+    # --- what they need ---
+
+    async def _called(self, issue: Issue) -> Credential:
+        lease, backend = issue.lease, self._backends[issue.lease.backend]
+        return await self._caller.call(lease.target_id, lambda: backend.mint(lease, issue.target))
+
+    async def _undo(self, issue: Issue) -> None:
+        """Take back what nobody was given. Where that fails a revoker does it, which finds it by itself."""
+        lease, backend = issue.lease, self._backends[issue.lease.backend]
+        try:
+            await self._caller.call(
+                lease.target_id, lambda: backend.undo(lease.lease_id, target_id=lease.target_id)
+            )
+        except RingfenceError as error:
+            log.warning("lease %s was refused and is not undone yet: %s", lease.lease_id, error)
+
+    async def _give_up(self, attempt: _Attempt) -> None:
+        """Let a revoker have the lease now, not when its time to be made is over."""
+        try:
+            await self._store.postpone({attempt.issue.lease.lease_id: 0})
+        except UnavailableError as error:
+            log.info("a revoker takes the lease later: %s", error)
+
+    async def _send(self, record: SignedLease) -> Awaitable[object]:
+        claims = record.claims
+        return await self._runtime.publisher.send(
+            LEASE, claims.lease_id, record.jws, id=claims.jti, type=Lease.typ, traceparent=claims.traceparent
+        )
+
+    def _believed(self, issue: Issue, stored: StoredLease) -> Lease | None:
+        """A stored record of this very issue, signed by an issuer or revoker; else None."""
+        try:
+            parsed = parse(stored.jws)
+            at_s = parsed.unverified_claims(Lease).iat
+            find = self._runtime.trust.finder("issuer", "revoker", at_s=at_s)
+            lease = open_signed(parsed, Lease, find, audience=self._runtime.settings.trust_domain).claims
+        except InvalidMessageError as error:
+            log.error("the record of lease %s in Redis does not hold: %s", issue.lease.lease_id, error)
+            return None
+        return lease if springs_from(lease, issue.origin) else None
+
+
+TOO_SLOW = (
+    Reason(
+        code="mint_too_slow", message="making the credential took too long, so it was taken back; ask again"
+    ),
+)
+
+
+def _settled(attempt: _Attempt) -> Outcome:
+    assert attempt.outcome is not None
+    return attempt.outcome
+
+
+def _reason(error: RingfenceError) -> Reason:
+    # What is wrong with the broker's own rights is for its operators, and in the log.
+    message = "Ringfence cannot work at the target now" if isinstance(error, AccessError) else str(error)
+    return Reason(code=error.code, message=message[:2048])
+
+
+def _retry_after_s(error: RingfenceError) -> int | None:
+    if isinstance(error, TargetRefusedError):
+        return None  # the same again is refused again
+    if isinstance(error, TargetShutError):
+        return max(RETRY_AFTER_S, error.retry_ms // 1000)
+    return RETRY_AFTER_S
