@@ -1,0 +1,1 @@
+"""revoker: ends leases when their time is over, or somebody entitled says so; never gives up, never ends one twice."""

@@ -1,0 +1,131 @@
+"""The revoker, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from ringfence.backends import BackendSettings, Caller, Material, TargetAccess, all_backends
+from ringfence.kernel.bus import one_by_one
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.kafka import Received
+from ringfence.kernel.process import run
+from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST
+from ringfence.model.alarms import report_alarms
+from ringfence.model.directory import TABLES, Directory
+from ringfence.model.lease_store import LeaseStore
+from ringfence.model.streams import Streams
+from ringfence.revoker.beating import Beating
+from ringfence.revoker.cuts import Cuts
+from ringfence.revoker.ending import Ender
+from ringfence.revoker.expiry import Expiry
+from ringfence.revoker.fencing import FenceHandler
+from ringfence.revoker.foresight import Lookout
+from ringfence.revoker.forgetting import Forgetter
+from ringfence.revoker.handlers import RECORD_TOPICS, RecordHandler, RevocationHandler
+from ringfence.revoker.http import LeasesApi
+from ringfence.revoker.orders import Orders
+from ringfence.revoker.overdue import Overdue
+from ringfence.revoker.rebuilding import Rebuilder
+from ringfence.revoker.settings import RevokerSettings
+from ringfence.revoker.sweeping import Sweeper
+from ringfence.revoker.undoing import Undoer
+from ringfence.revoker.watching import LINGER_MS, LeaseWatch
+
+_ACKS_BACK_MS = 10 * 60 * 1000
+"""How far back the word of gateways is read at the start: orders that waited for this revoker may have it already."""
+
+_FENCES_TOGETHER = 256
+"""Every shard is told of all of them at once."""
+
+
+def build(
+    settings: ServiceSettings, own: RevokerSettings | None = None, clock: Clock | None = None
+) -> Runtime:
+    """Everything that the revoker is made of, started by `Runtime.run`."""
+    own = own or load(RevokerSettings)
+    runtime = Runtime("revoker", settings, clock)
+    # It only ends and narrows: an old table is no reason to stop.
+    directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
+    store = LeaseStore(settings, runtime.clock, record_keep_ms=own.record_keep_s * 1000)
+    access = TargetAccess.of(load(BackendSettings))
+    backends = all_backends(Material(settings.trust_domain, settings.issuer_url, access=access))
+    longest_delay_ms = int(own.undo_longest_delay_s * 1000)
+    caller = Caller(
+        concurrency=own.undo_concurrency,
+        deadline_s=own.undo_deadline_s,
+        longest_shut_s=own.undo_longest_delay_s,
+    )
+    overdue = Overdue(
+        runtime, store, after_ms=int(own.overdue_after_s * 1000), forget_ms=3 * longest_delay_ms
+    )
+    undoer = Undoer(store, backends, caller, overdue, runtime.clock, longest_delay_ms=longest_delay_ms)
+    stateless = [kind for kind, backend in backends.items() if backend.stateless]
+    ender = Ender(runtime, store, stateless, undoer.take, visibility_ms=own.visibility_ms)
+    expiry = Expiry(store, ender, own, runtime.clock)
+    cuts = Cuts(runtime.trust, runtime.clock, grace_ms=int(settings.grace_s * 1000))
+    rebuilder = Rebuilder(runtime, store, directory)
+    orders = Orders(runtime, directory, patience_s=own.patience_s)
+    revocations = RevocationHandler(runtime, orders, store, ender, cuts)
+    records = RecordHandler(runtime, directory, store, ender, patience_s=own.patience_s)
+    watch = LeaseWatch(store, runtime.trust, ender, rebuilder, runtime.clock)
+
+    def on_heartbeats(records: Sequence[Received]) -> None:
+        directory.on_records(records)
+        cuts.on_heartbeats(records)
+
+    runtime.table(TABLES, directory.on_records)
+    runtime.table([HEARTBEAT], on_heartbeats)
+    runtime.history([REVOCATION_ACK], cuts.on_acks, since_ms=runtime.clock.now_ms() - _ACKS_BACK_MS)
+    streams, since_ms = Streams(), runtime.clock.now_ms()
+
+    def on_leases(records: Sequence[Received]) -> None:
+        streams.on_records(records)
+        watch.on_records(records)
+
+    leases = runtime.history([LEASE], on_leases, since_ms=since_ms, linger_ms=LINGER_MS)
+    given = runtime.history([REVOCATION_REQUEST], streams.on_records, since_ms=since_ms, linger_ms=LINGER_MS)
+    runtime.background("heartbeat", Beating(runtime, streams, (leases, given)).run)
+    runtime.on_start(rebuilder.connect)
+    runtime.on_stop(store.close)
+    for backend in backends.values():
+        runtime.on_stop(backend.close)
+    runtime.on_stop(access.close)
+    runtime.ready_when(store.unready)
+    runtime.background("redis-watch", store.watch)
+    runtime.background("rebuilding", rebuilder.run)
+    runtime.background("lease-watch", partial(watch.run, leases))
+    runtime.background("outbox-clearing", store.clear_outbox)
+    runtime.background("undoing", partial(undoer.run, ender.end_undone))
+    runtime.background("expiry", expiry.run)
+    runtime.background("foresight", Lookout(store, ender.foresee, expiry.is_busy).run)
+    runtime.background("expired-events", expiry.listen)
+    runtime.background("outbox", expiry.sweep)
+    consumer = runtime.consume("revoker", {REVOCATION_REQUEST: revocations})
+    fences = FenceHandler(orders, store, cuts)
+    runtime.consume("revoker-fences", {REVOCATION_REQUEST: fences}, max_records=_FENCES_TOGETHER)
+
+    def mine() -> bool:
+        """What one revoker of several does is done by the one that has the first partition of the orders."""
+        return consumer.owns(REVOCATION_REQUEST.name(settings.topic_prefix), 0)
+
+    sweeper = Sweeper(
+        runtime, store, directory, backends, caller, mine,
+        every_s=own.sweep_every_s, stranger_age_s=own.stranger_age_s,
+    )  # fmt: skip
+    forgetter = Forgetter(runtime, mine, after_s=own.forget_after_s, every_s=own.forget_every_s)
+    runtime.background("sweeping", sweeper.run)
+    runtime.background("forgetting", forgetter.run)
+    runtime.consume("revoker-records", dict.fromkeys(RECORD_TOPICS, one_by_one(records, runtime.letters)))
+    runtime.routes += LeasesApi(
+        store, ender, overdue, directory, runtime.clock, settings.trust_domain
+    ).routes()
+    return runtime
+
+
+def main() -> int:
+    """The process `ringfence serve revoker`."""
+    settings = load(ServiceSettings)
+    return run([build(settings)], settings)

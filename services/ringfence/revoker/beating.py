@@ -1,0 +1,55 @@
+"""Background work: confirms once a second what stands on `lease` and `revocation.request`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from aiokafka.errors import KafkaError
+
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.ids import derived_id
+from ringfence.kernel.kafka import Follower
+from ringfence.kernel.runtime import Runtime
+from ringfence.messages.operations import Heartbeat
+from ringfence.messages.topics import HEARTBEAT
+from ringfence.model.streams import Partition, Streams
+
+log = logging.getLogger(__name__)
+
+_EVERY_S = 1.0
+
+
+class Beating:
+    """Signs heartbeats over what `followers` brought to `streams`."""
+
+    def __init__(self, runtime: Runtime, streams: Streams, followers: Sequence[Follower]) -> None:
+        self._runtime = runtime
+        self._streams = streams
+        self._followers = followers
+
+    async def run(self) -> None:
+        """Beat, for ever."""
+        while True:
+            try:
+                await self.beat()
+            except (RingfenceError, KafkaError, OSError) as error:
+                log.warning("a heartbeat is left out: %s", error)
+            await asyncio.sleep(_EVERY_S)
+
+    async def beat(self) -> None:
+        """Say what has come since the last time."""
+        positions: dict[Partition, int] = {}
+        for follower in self._followers:
+            positions |= await follower.positions()
+        key, now_ms = self._runtime.key, self._runtime.clock.now_ms()
+        heartbeat = Heartbeat(
+            iss=key.id,
+            aud=self._runtime.settings.trust_domain,
+            iat=now_ms // 1000,
+            jti=derived_id("heartbeat", key.id, now_ms),
+            at_ms=now_ms,
+            streams=self._streams.digests(positions),
+        )
+        await self._runtime.publisher.publish_signed(HEARTBEAT, self._runtime.role, heartbeat, key)

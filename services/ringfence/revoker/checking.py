@@ -1,0 +1,230 @@
+"""Holds Redis against Kafka, and changes nothing: `ringfence rebuild --check`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.jws import parse
+from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.lease import TERMINAL, Lease
+from ringfence.messages.topics import TRUST
+from ringfence.model.directory import TABLES, Directory
+from ringfence.model.lease_epochs import number_of
+from ringfence.model.lease_store import FENCE_KEEP_MS, Held, Restoration
+from ringfence.model.leases import is_over, marks_of, statement
+from ringfence.revoker.truth import Fold, Record, peek, read_leases, read_revocations, verified, whole
+
+log = logging.getLogger(__name__)
+
+AGAIN_S = 1.0
+_AT_A_TIME = 500
+
+What = Literal["missing", "behind", "ahead", "differs", "unknown", "misplaced", "unfenced"]
+"""`missing`: Redis has no record of a lease. `behind`, `ahead`: it has another `seq`, or is of an older epoch.
+`differs`: its record of the same `seq` says something else. `unknown`: Kafka does not know the lease. `misplaced`: it
+is not where its status says. `unfenced`: a revocation does not stand in the way of what was asked for before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that Redis has otherwise than Kafka. `about` is a lease's id, a mark and a shard, or `epoch`."""
+
+    about: str
+    what: What
+    kafka: str
+    redis: str
+
+
+class Checker:
+    """Finds differences. Needs no key: it only reads."""
+
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        directory: Directory,
+        trust: TrustStore,
+        clock: Clock,
+        *,
+        record_keep_ms: int,
+    ) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._trust = trust
+        self._clock = clock
+        self._record_keep_ms = record_keep_ms
+
+    async def differences(self) -> list[Difference]:
+        """Those that last: what is under way at this moment is looked at twice. Raises UnavailableError."""
+        found = await self._look()
+        if found:
+            await asyncio.sleep(AGAIN_S)
+            before = {(one.about, one.what) for one in found}
+            found = [one for one in await self._look() if (one.about, one.what) in before]
+        return sorted(found, key=lambda one: (one.what, one.about))
+
+    async def _look(self) -> list[Difference]:
+        restoration = Restoration(self._settings)
+        try:
+            await restoration.look()
+            return [one async for one in self._compared(restoration)]
+        finally:
+            await restoration.close()
+
+    async def _compared(self, restoration: Restoration) -> AsyncIterator[Difference]:
+        now_ms = self._clock.now_ms()
+        ids = await restoration.ids()
+        waiting = await restoration.waiting()
+
+        fold_anew = partial(Fold, trust=self._trust, over_before_s=(now_ms - self._record_keep_ms) / 1000)
+        fold = fold_anew(held=frozenset(ids))
+        await read_leases(self._settings, fold)
+        for epoch in sorted(restoration.epochs):
+            if number_of(epoch) < fold.epochs.highest():
+                yield Difference("epoch", "behind", str(fold.epochs.highest()), epoch)
+        records = await self._believed(restoration, fold, fold_anew)
+        wanted = list(dict.fromkeys([*records, *ids]))
+        for start in range(0, len(wanted), _AT_A_TIME):
+            some = wanted[start : start + _AT_A_TIME]
+            marks = {id: _marks(records[id].jws) if id in records else () for id in some}
+            for id, held in (await restoration.held(marks)).items():
+                for one in _differences(
+                    id, records.get(id), held, marks[id], waiting, now_ms, self._record_keep_ms
+                ):
+                    yield one
+        revocations = await read_revocations(self._settings, self._directory, self._trust)
+        fences = revocations.fences(now_ms - FENCE_KEEP_MS)
+        for shard, known in enumerate(await restoration.fences()):
+            for mark, before_ms in fences.items():
+                if known.get(mark, 0) < before_ms:
+                    yield Difference(
+                        f"{mark} in shard {shard}", "unfenced", str(before_ms), str(known.get(mark, ""))
+                    )
+
+    async def _believed(
+        self, restoration: Restoration, fold: Fold, fold_anew: Callable[..., Fold]
+    ) -> dict[str, Record]:
+        """The highest records, but for those that nobody signed who may: what Redis has too is not looked at."""
+        unlike: dict[str, Record] = {}
+        ids = list(fold.highest)
+        for start in range(0, len(ids), _AT_A_TIME):
+            some = ids[start : start + _AT_A_TIME]
+            for id, held in (await restoration.held(dict.fromkeys(some, ()))).items():
+                if held.stored is None or held.stored.jws != fold.highest[id].jws:
+                    unlike[id] = fold.highest[id]
+        found = {id: record for id, record in fold.highest.items() if id not in unlike}
+        async for leases in verified(
+            self._settings, self._trust, self._clock, unlike, fold.contested, fold_anew
+        ):
+            for one in leases:
+                record = Record(one.claims.seq, one.claims.status, one.jws.encode())
+                found[one.claims.lease_id] = record
+        return found
+
+
+def _differences(
+    id: str,
+    record: Record | None,
+    held: Held,
+    marks: Sequence[str],
+    waiting: set[tuple[str, int]],
+    now_ms: int,
+    record_keep_ms: int,
+) -> Iterator[Difference]:
+    stored = held.stored
+    redis = f"{stored.status} {stored.seq}" if stored else ""
+    if record is None:
+        if stored is None or (id, stored.seq) not in waiting:
+            yield Difference(id, "unknown", "", redis)
+        return
+    kafka = _told(record)
+    if stored is None:
+        if not _is_long_over(record, now_ms - record_keep_ms):
+            yield Difference(id, "missing", kafka, "")
+        return
+    if stored.seq < record.seq:
+        yield Difference(id, "behind", kafka, redis)
+    elif stored.seq > record.seq:
+        if (id, stored.seq) not in waiting:
+            yield Difference(id, "ahead", kafka, redis)
+    elif stored.jws != record.jws and not _say_the_same(stored.jws, record.jws):
+        yield Difference(id, "differs", kafka, redis)
+    for place in _misplaced(held, marks, now_ms):
+        yield Difference(id, "misplaced", kafka, place)
+
+
+def _misplaced(held: Held, marks: Sequence[str], now_ms: int) -> Iterator[str]:
+    """Where a lease is and should not be, or the other way round, going by the record that Redis has of it."""
+    stored = held.stored
+    assert stored is not None
+    over = stored.status not in ("minting", "active", "ending")
+    is_due = held.deadline_ms is not None
+    if over and (is_due or held.claimed or held.live or held.marks):
+        yield "ended, and still to be ended"
+    elif not over and not (is_due or held.claimed):
+        yield "no revoker will come to it"
+    elif held.deadline_ms is not None and held.deadline_ms != stored.deadline_ms:
+        yield "due at another time than its deadline"
+    if not over and held.marks != frozenset(marks):
+        yield "not found by: " + ", ".join(sorted(set(marks) - held.marks))
+    if stored.status == "active" and not held.live and stored.deadline_ms > now_ms:
+        yield "active, and its credential is refused"
+
+
+def _marks(jws: bytes) -> tuple[str, ...]:
+    try:
+        return marks_of(parse(jws).unverified_claims(Lease))  # compared, not believed
+    except InvalidMessageError:
+        return ()
+
+
+def _say_the_same(one: bytes, other: bytes) -> bool:
+    """Whether two records differ only in who signed them, in which epoch."""
+    try:
+        first, second = (
+            parse(jws).unverified_claims(Lease) for jws in (one, other)
+        )  # compared, not believed
+    except InvalidMessageError:
+        return False
+    return statement(first) == statement(second)
+
+
+def _is_long_over(record: Record, before_ms: int) -> bool:
+    """Whether a lease has ended, and Redis need not hold its record any more."""
+    glance = peek(record.jws)
+    return glance is not None and glance.status in TERMINAL and glance.deadline * 1000 < before_ms
+
+
+def _told(record: Record) -> str:
+    lease = parse(record.jws).unverified_claims(Lease)  # shown to a person
+    return f"{lease.status} {lease.seq}" + (", over" if is_over(lease) else "")
+
+
+@contextlib.asynccontextmanager
+async def checking(settings: ServiceSettings, clock: Clock, *, record_keep_ms: int) -> AsyncIterator[Checker]:
+    """A checker, with what it trusts read from Kafka. Raises UnavailableError."""
+    trust = TrustStore(settings.trust_domain, settings.trust_root)
+
+    def on_trust(records: Sequence[Received]) -> None:
+        for record in records:
+            try:
+                trust.load(record.value, clock.now_ms() / 1000)
+            except InvalidMessageError as error:
+                log.error("ignored a trust bundle at %s@%d: %s", record.topic_name, record.offset, error)
+
+    directory = Directory(trust, clock, grace_ms=None, on_alarm=lambda alarm: None)
+    async with Follower(settings, [TRUST], on_trust) as bundles:
+        await whole(bundles)
+        trust.require()
+        async with Follower(settings, list(TABLES), directory.on_records) as tables:
+            await whole(tables)
+            yield Checker(settings, directory, trust, clock, record_keep_ms=record_keep_ms)

@@ -1,0 +1,147 @@
+"""When a cut is complete: Redis refuses, and every live gateway has said so, or must refuse by itself by now.
+
+A gateway is live while its heartbeats come. Its own view may be as old as the grace; then it denies. So the grace after
+the order stands for the word of a gateway that does not give it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ringfence.kernel import metrics
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.jws import open_signed, parse
+from ringfence.kernel.kafka import Received
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.lease import RevocationAck
+from ringfence.messages.operations import Heartbeat
+from ringfence.revoker.domain import Order
+
+log = logging.getLogger(__name__)
+
+_REMEMBERED_ACKS = 10_000
+_CLOCKS_DIFFER_MS = 60_000
+"""How far a gateway's clock may be from the broker's before its heartbeats count as old ones, sent again."""
+
+
+@dataclass(slots=True)
+class _Beat:
+    """The last heartbeat of a gateway: by its own clock, and by the broker's."""
+
+    said_at_ms: int
+    appended_at_ms: int
+
+
+@dataclass(slots=True)
+class _Cut:
+    """One order whose cut is not complete: Redis has it, and these gateways have not said so."""
+
+    ordered_at_ms: int
+    refused_at_ms: int
+    waiting: set[str]
+    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+
+class Cuts:
+    """Listens to gateways, and measures cuts."""
+
+    def __init__(self, trust: TrustStore, clock: Clock, *, grace_ms: int) -> None:
+        self._trust = trust
+        self._clock = clock
+        self._grace_ms = grace_ms
+        self._beats: dict[str, _Beat] = {}
+        self._acks: OrderedDict[str, dict[str, int]] = OrderedDict()
+        """By revocation: gateways, and when the broker had their word, in ms."""
+        self._open: dict[str, _Cut] = {}
+
+    # --- what gateways say ---
+
+    def on_heartbeats(self, records: Sequence[Received]) -> None:
+        """Take in what came on `heartbeat`; those of other services are passed over."""
+        for record in records:
+            try:
+                beat = open_signed(
+                    parse(record.value), Heartbeat,
+                    self._trust.finder("gateway", at_s=record.appended_at_ms / 1000), audience=self._trust.trust_domain,
+                ).claims  # fmt: skip
+            except InvalidMessageError:
+                continue
+            known = self._beats.get(beat.iss)
+            # One that was sent before must not make a dead gateway live.
+            repeated = known is not None and beat.at_ms <= known.said_at_ms
+            if not repeated and abs(beat.at_ms - record.appended_at_ms) <= _CLOCKS_DIFFER_MS:
+                self._beats[beat.iss] = _Beat(beat.at_ms, record.appended_at_ms)
+
+    def on_acks(self, records: Sequence[Received]) -> None:
+        """Take in what came on `revocation.ack`."""
+        for record in records:
+            try:
+                ack = open_signed(
+                    parse(record.value), RevocationAck,
+                    self._trust.finder("gateway", at_s=record.appended_at_ms / 1000), audience=self._trust.trust_domain,
+                ).claims  # fmt: skip
+            except InvalidMessageError as error:
+                log.warning(
+                    "not a gateway's word: %s/%d@%d: %s",
+                    record.topic_name,
+                    record.partition,
+                    record.offset,
+                    error.code,
+                )
+                continue
+            self._acks.setdefault(ack.revocation_id, {}).setdefault(ack.iss, record.appended_at_ms)
+            while len(self._acks) > _REMEMBERED_ACKS:
+                self._acks.popitem(last=False)
+            self._heard(ack.revocation_id, ack.iss)
+
+    def live(self) -> frozenset[str]:
+        """The gateways whose last heartbeat is no older than the grace."""
+        since_ms = self._clock.now_ms() - self._grace_ms
+        return frozenset(id for id, beat in self._beats.items() if beat.appended_at_ms >= since_ms)
+
+    # --- what is cut ---
+
+    def refused(self, order: Order) -> None:
+        """Redis refuses what the order covers from now on; the gateways may have been faster or not."""
+        now_ms = self._clock.now_ms()
+        waiting = self.live() - self._acks.get(order.id, {}).keys()
+        cut = _Cut(order.at.appended_at_ms, now_ms, set(waiting))
+        if order.id in self._open:
+            return
+        if not waiting:
+            self._complete(order.id, cut)
+            return
+        self._open[order.id] = cut
+        left_ms = max(0, order.at.appended_at_ms + self._grace_ms - now_ms)
+        cut.timer = asyncio.get_running_loop().call_later(left_ms / 1000, self._grace_over, order.id)
+
+    def _heard(self, id: str, gateway: str) -> None:
+        cut = self._open.get(id)
+        if cut is None:
+            return
+        cut.waiting.discard(gateway)
+        if not cut.waiting:
+            del self._open[id]
+            self._complete(id, cut)
+
+    def _grace_over(self, id: str) -> None:
+        cut = self._open.pop(id, None)
+        if cut is None:
+            return
+        metrics.CUTS_UNCONFIRMED.inc()
+        log.error(
+            "revocation %s was not confirmed within the grace by %s", id, ", ".join(sorted(cut.waiting))
+        )
+        self._complete(id, cut, at_least_ms=cut.ordered_at_ms + self._grace_ms)
+
+    def _complete(self, id: str, cut: _Cut, at_least_ms: int = 0) -> None:
+        if cut.timer is not None:
+            cut.timer.cancel()
+        acks = self._acks.get(id, {}).values()
+        complete_ms = max(cut.refused_at_ms, at_least_ms, *acks)
+        metrics.TIME_TO_CUT.observe(max(0, complete_ms - cut.ordered_at_ms) / 1000)

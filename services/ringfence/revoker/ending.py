@@ -1,0 +1,296 @@
+"""Ends leases, record by record: cut, then, where nothing is left at the target, terminal; first in Redis, then Kafka.
+
+What is left at a target is handed over between the two, and comes back when it is undone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from ringfence.kernel import metrics
+from ringfence.kernel.bus import gather_all
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.jws import parse
+from ringfence.kernel.kafka import Outbound
+from ringfence.kernel.runtime import Runtime
+from ringfence.messages.credential import Reason
+from ringfence.messages.lease import EndCause, Lease, LeaseStatus
+from ringfence.messages.topics import LEASE
+from ringfence.model.lease_store import (
+    CLOSING_TOKEN,
+    LeaseStore,
+    Outgoing,
+    SignedLease,
+    Step,
+    Stepped,
+    StoredLease,
+)
+from ringfence.model.leases import follow, is_over, restated
+from ringfence.revoker.domain import deadline_cause, next_status
+from ringfence.revoker.foresight import Foresight
+
+log = logging.getLogger(__name__)
+
+AT_A_TIME = 250
+"""So many leases go through their end together."""
+TOGETHER = 3
+"""So many such parts are on their way at a time: while Redis and Kafka take some, others are read and signed."""
+_PAUSE_EVERY = 25
+_ROUNDS = 8
+"""More records than a lease's end has: enough to meet others that end the same lease on the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A lease that is to end, and why. A lease whose end has begun keeps the cause that it has."""
+
+    lease: Lease
+    cause: EndCause
+
+
+class Ender:
+    """Ends leases. Safe to call for the same lease any number of times, from any number of processes."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        store: LeaseStore,
+        stateless: Collection[str],
+        hand_over: Callable[[Sequence[Wish]], None],
+        *,
+        visibility_ms: int,
+    ) -> None:
+        """Args:
+            stateless: the backends of which nothing is left at a target.
+            hand_over: takes leases that are to be undone, and does not wait for that.
+            visibility_ms: how long others leave a lease alone that this revoker has cut.
+        """  # fmt: skip
+        self._runtime = runtime
+        self._store = store
+        self._stateless = frozenset(stateless)
+        self._hand_over = hand_over
+        self._visibility_ms = visibility_ms
+        self._foresight = Foresight(runtime.trust, runtime.key, runtime.clock)
+
+    async def read(self, stored: Mapping[str, StoredLease | None]) -> dict[str, Lease]:
+        """The claims of stored records whose signatures hold. Others are reported, and left as they are."""
+        found: dict[str, Lease] = {}
+        for number, (lease_id, one) in enumerate(stored.items(), start=1):
+            if number % _PAUSE_EVERY == 0:
+                await asyncio.sleep(0)  # others get their turn
+            try:
+                lease = self._foresight.open(one.record) if one else None
+            except InvalidMessageError as error:
+                await self._report(lease_id, f"the record in Redis does not hold: {error}")
+                continue
+            if lease is None or lease.lease_id != lease_id:
+                await self._report(lease_id, "Redis holds the lease and not its record")
+            else:
+                found[lease_id] = lease
+        return found
+
+    async def bearing(
+        self, mark: str, statuses: Collection[LeaseStatus] | None = None
+    ) -> AsyncIterator[dict[str, Lease]]:
+        """The leases that bear a mark and have not ended, some at a time: the first can end before the last is read.
+
+        `statuses`: only these, as far as Redis says.
+        """
+        ids = await self._store.find(mark)
+        for start in range(0, len(ids), AT_A_TIME):
+            stored = await self._store.get(ids[start : start + AT_A_TIME])
+            yield await self.read(
+                {id: one for id, one in stored.items() if statuses is None or one.status in statuses}
+            )
+
+    async def end_bearing(self, mark: str, wish: Callable[[Lease], Wish | None]) -> list[Lease]:
+        """End those of the leases that bear a mark for which there is a wish. Returns each as it is then, as `end`."""
+        ids, turns = await self._store.find(mark), asyncio.Semaphore(TOGETHER)
+
+        async def part(some: Sequence[str]) -> list[Lease]:
+            async with turns:
+                leases = await self.read(dict(await self._store.get(some)))
+                wishes = [wished for lease in leases.values() if (wished := wish(lease)) is not None]
+                return list((await self.end(wishes)).values())
+
+        parts = await gather_all(
+            part(ids[start : start + AT_A_TIME]) for start in range(0, len(ids), AT_A_TIME)
+        )
+        return [lease for part in parts for lease in part]
+
+    async def end(self, wishes: Sequence[Wish]) -> dict[str, Lease]:
+        """End leases. Returns each as it is then: over, or cut, and its target's side on its way.
+
+        Raises what Redis or Kafka raise: then some are on their way, and calling again goes on with them.
+        """
+        known = {wish.lease.lease_id: wish.lease for wish in wishes}
+        causes = {wish.lease.lease_id: wish.cause for wish in reversed(wishes)}  # the first of several counts
+        ids = list(known)
+        for start in range(0, len(ids), AT_A_TIME):
+            await self._end_some(ids[start : start + AT_A_TIME], known, causes, undone=False)
+        return known
+
+    async def end_undone(self, wishes: Sequence[Wish]) -> None:
+        """Write the last records of leases that are undone at their targets."""
+        known = {wish.lease.lease_id: wish.lease for wish in wishes}
+        causes = {wish.lease.lease_id: wish.cause for wish in wishes}
+        await self._end_some(list(known), known, causes, undone=True)
+
+    async def _end_some(
+        self, ids: Sequence[str], known: dict[str, Lease], causes: Mapping[str, EndCause], *, undone: bool
+    ) -> None:
+        ending = [id for id in ids if not is_over(known[id])]
+        for round in range(_ROUNDS):
+            # What is undone is so as it was known at first: whatever it became since is looked at by itself.
+            if not (undone and round == 0):
+                ending = await self._close(ending, known, causes)
+                left = [id for id in ending if self._is_left_at_target(known[id])]
+                self._hand_over([Wish(known[id], causes[id]) for id in left])
+                ending = [id for id in ending if not self._is_left_at_target(known[id])]
+            if not ending:
+                return
+            steps = await self._steps([(known[id], causes[id]) for id in ending])
+            results = await self._store.step(steps, visibility_ms=self._visibility_ms)
+            done = [
+                step.lease for step, result in zip(steps, results, strict=True) if result.outcome == "done"
+            ]
+            await self._publish(done)
+            self._count([lease.claims for lease in done if is_over(lease.claims)])
+            known |= {lease.claims.lease_id: lease.claims for lease in done}
+            gone = set()
+            if len(done) < len(steps):
+                gone = await self._look_again(steps, results, known)
+            ending = [id for id in ending if not is_over(known[id]) and id not in gone]
+        if ending:
+            log.warning("%d leases did not end in %d rounds; they come again", len(ending), _ROUNDS)
+
+    async def _close(
+        self, ids: Sequence[str], known: dict[str, Lease], causes: Mapping[str, EndCause]
+    ) -> list[str]:
+        """Shut the issuer out of leases that are still minting, before anything is taken away. Returns what is to end.
+
+        Where the issuer was faster, the lease is active: then only an order still ends it. A fence, or the lease's own
+        deadline, shuts the issuer out as well.
+        """
+        minting = [id for id in ids if known[id].status == "minting"]
+        if not minting:
+            return list(ids)
+        stored = await self._store.get(minting)
+        there = [id for id in minting if id in stored and stored[id].status == "minting"]
+        answers = await self._store.prepare(
+            [SignedLease(known[id], stored[id].jws.decode("ascii")) for id in there],
+            token=CLOSING_TOKEN,
+            mint_ms=self._visibility_ms,
+        )
+        now: dict[str, StoredLease | None] = {id: stored[id] for id in stored if id not in there}
+        now |= {id: one.stored for id, one in zip(there, answers, strict=True) if one.outcome == "known"}
+        moved = await self.read(now)
+        known |= moved
+        left_alone = {id for id in moved if causes[id].kind == "mint_failed" or is_over(moved[id])}
+        left_alone |= now.keys() - moved.keys()  # and reported
+        left_alone |= set(minting) - stored.keys()
+        return [id for id in ids if id not in left_alone]
+
+    def _is_left_at_target(self, lease: Lease) -> bool:
+        """Whether something of it may be at its target, and nothing is between that and its end."""
+        return lease.status in ("minting", "ending") and lease.backend not in self._stateless
+
+    def foresee(self, record: bytes) -> None:
+        """Do now, for an active lease, most of what its end will cost when its deadline has come."""
+        self._foresight.remember(record, lambda lease: self._following(lease, deadline_cause(lease, 0)))
+
+    async def _steps(self, wishes: Sequence[tuple[Lease, EndCause]]) -> list[Step]:
+        """The next steps of leases, those of each one after the other, up to its end or to its undoing."""
+        steps: list[Step] = []
+        for number, (lease, cause) in enumerate(wishes, start=1):
+            if number % _PAUSE_EVERY == 0:
+                await asyncio.sleep(0)  # others get their turn
+            while True:
+                steps.append(self._step(lease, cause))
+                lease = steps[-1].lease.claims
+                if is_over(lease) or self._is_left_at_target(lease):
+                    break
+        return steps
+
+    def _step(self, lease: Lease, cause: EndCause) -> Step:
+        following = self._following(lease, cause)
+        return Step(SignedLease(following, self._foresight.sign(following)), lease)
+
+    def _following(self, lease: Lease, cause: EndCause) -> Lease:
+        status = next_status(lease, cause, self._stateless)
+        assert status is not None  # only what is not over comes here
+        return follow(
+            lease,
+            status,
+            by=self._runtime.key.id,
+            cause=(lease.cause if lease.status == "ending" else None) or cause,
+            epoch=self._store.epoch,
+        )
+
+    async def _look_again(
+        self, steps: Sequence[Step], results: Sequence[Stepped], known: dict[str, Lease]
+    ) -> set[str]:
+        """What leases have come to of which another record came first. Returns those of which Redis has none."""
+        tried = {step.lease.claims.lease_id: result for step, result in zip(steps, results, strict=True)}
+        gone = {id for id, result in tried.items() if result.outcome == "unknown"}
+        for id in gone:
+            await self._report(id, "Redis lost the record of a lease while it was ending")
+        known |= await self.read({id: one.stored for id, one in tried.items() if one.stored})
+        return gone
+
+    async def _publish(self, leases: Sequence[SignedLease]) -> None:
+        await self._send([_outbound(one.claims, one.jws.encode("ascii")) for one in leases])
+        self._store.published((one.claims.lease_id, one.claims.seq) for one in leases)
+
+    async def republish(self, records: Sequence[Outgoing]) -> None:
+        """Publish what somebody wrote to Redis and did not live to publish: the same bytes, where they still count.
+
+        What was written in another epoch is said once more in this one: so it has a place in Kafka's order.
+        """
+        sent = []
+        for one in records:
+            try:
+                claims, jws = self._current(one.jws)
+            except InvalidMessageError as error:
+                await self._report(one.lease_id, f"the outbox holds something else than a record: {error}")
+                continue
+            sent.append((one, _outbound(claims, jws)))
+        await self._send([record for _, record in sent])
+        self._store.published((one.lease_id, one.seq) for one, _ in sent)
+
+    def _current(self, jws: bytes) -> tuple[Lease, bytes]:
+        """A record as it counts now. Raises InvalidMessageError."""
+        claims = parse(jws).unverified_claims(Lease)  # readers verify it
+        if claims.epoch is None or claims.epoch == self._store.epoch:
+            return claims, jws
+        claims = restated(self._foresight.open(jws), by=self._runtime.key.id, epoch=self._store.epoch)
+        return claims, self._foresight.sign(claims).encode("ascii")
+
+    async def _send(self, records: Sequence[Outbound]) -> None:
+        await gather_all(await self._runtime.publisher.send_many(LEASE, Lease.typ, records))
+
+    def _count(self, ended: Sequence[Lease]) -> None:
+        for status, count in Counter(lease.status for lease in ended).items():
+            metrics.LEASES_ENDED.labels(status).inc(count)
+        now_s = self._runtime.clock.now_ms() / 1000
+        for lease in ended:
+            if lease.status == "expired":
+                metrics.EXPIRY_LAG.observe(max(0.0, now_s - lease.deadline))
+
+    async def _report(self, lease_id: str, message: str) -> None:
+        log.error("lease %s: %s", lease_id, message)
+        await self._runtime.event(
+            "finding",
+            Lease.typ,
+            about=("record", lease_id, message),
+            reasons=(Reason(code="lease_record_broken", message=message[:2048]),),
+            lease_id=lease_id,
+        )
+
+
+def _outbound(claims: Lease, jws: bytes) -> Outbound:
+    return Outbound(claims.lease_id, jws, claims.jti, claims.traceparent)

@@ -1,0 +1,118 @@
+"""What people read of the revoker: leases, those of their own agents, or all for operators and auditors."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from ringfence.kernel.clock import Clock
+from ringfence.messages.lease import Lease, LeaseStatus
+from ringfence.model.access import Caller, ForbiddenError, NotFoundError, authenticate_user
+from ringfence.model.chains import ChainError
+from ringfence.model.directory import Directory
+from ringfence.model.lease_store import LeaseStore
+from ringfence.model.leases import ALL_MARK
+from ringfence.revoker.ending import Ender
+from ringfence.revoker.overdue import Overdue
+
+MAX_LISTED = 1000
+_UNFINISHED: tuple[LeaseStatus, ...] = ("ending", "minting")
+_FILTERS = {"agent": "agent_id", "task": "task_id", "target": "target_id"}
+
+
+class LeasesApi:
+    """The routes over the lease store."""
+
+    def __init__(
+        self,
+        store: LeaseStore,
+        ender: Ender,
+        overdue: Overdue,
+        directory: Directory,
+        clock: Clock,
+        trust_domain: str,
+    ) -> None:
+        self._store = store
+        self._ender = ender
+        self._overdue = overdue
+        self._directory = directory
+        self._clock = clock
+        self._trust_domain = trust_domain
+
+    def routes(self) -> list[BaseRoute]:
+        """To be added to those of the runtime."""
+        return [Route("/v1/leases", self._list), Route("/v1/leases/{id}", self._one)]
+
+    async def _list(self, request: Request) -> Response:
+        """Leases that have not ended. `?agent=`, `?task=`, `?target=`, `?status=`; `?overdue=1`: cut, not undone."""
+        caller = self._caller(request)
+        wanted = {kind: value for kind in _FILTERS if (value := request.query_params.get(kind))}
+        status = request.query_params.get("status")
+        late = request.query_params.get("overdue") == "1"
+        statuses = _UNFINISHED if late else None
+        # Any of the filters' indexes will do: each holds all that can pass.
+        mark = next((f"{kind}:{value}" for kind, value in wanted.items()), ALL_MARK)
+        shown: list[Lease] = []
+        async for leases in self._ender.bearing(mark, statuses):
+            shown += [
+                lease
+                for lease in leases.values()
+                if all(getattr(lease, _FILTERS[kind]) == value for kind, value in wanted.items())
+                and status in (None, lease.status)
+                and not (late and self._overdue.since_ms(lease, self._clock.now_ms()) is None)
+                and self._may_see(caller, lease)
+            ]
+            if len(shown) > MAX_LISTED:
+                break
+            await asyncio.sleep(0)  # others get their turn
+        listed = sorted(shown[:MAX_LISTED], key=lambda lease: (lease.deadline, lease.lease_id))
+        return JSONResponse(
+            {"leases": [self._json(lease) for lease in listed], "more": len(shown) > MAX_LISTED}
+        )
+
+    async def _one(self, request: Request) -> Response:
+        """One lease, also a while past its end. `?records=1` adds the signed record."""
+        caller, id = self._caller(request), request.path_params["id"]
+        stored = await self._store.get([id]) if _is_uuid(id) else {}
+        lease = (await self._ender.read(stored)).get(id)
+        if lease is None:
+            raise NotFoundError(
+                f"there is no lease {id}, or it ended long ago; see: ringfence audit trace {id}"
+            )
+        if not self._may_see(caller, lease):
+            raise ForbiddenError(f"{caller.user.user_id} may not see lease {id}")
+        answer = self._json(lease)
+        if request.query_params.get("records") == "1":
+            answer["record"] = stored[id].jws.decode("ascii")
+        return JSONResponse(answer)
+
+    def _caller(self, request: Request) -> Caller:
+        return authenticate_user(
+            request.headers.get("authorization"), self._directory, self._trust_domain, self._clock.now_ms()
+        )
+
+    def _json(self, lease: Lease) -> dict[str, Any]:
+        claims = lease.model_dump(
+            mode="json", exclude_none=True, exclude={"lease_id", "aud", "iss", "jti", "iat"}
+        )
+        late_ms = self._overdue.since_ms(lease, self._clock.now_ms())
+        late = {} if late_ms is None else {"overdue_s": late_ms // 1000}
+        return {"id": lease.lease_id, "written_by": lease.iss, "written_at": lease.iat, **claims, **late}
+
+    def _may_see(self, caller: Caller, lease: Lease) -> bool:
+        """Operators, auditors, the agent's sponsor of today, and the user on whose behalf it is."""
+        if caller.sees_all or caller.user.user_id == lease.on_behalf_of:
+            return True
+        try:
+            agent = self._directory.agent(lease.agent_id)
+        except ChainError:
+            return False
+        return agent is not None and caller.may_see_agent_of(agent.state.sponsor)
+
+
+def _is_uuid(text: str) -> bool:
+    return len(text) == 36 and all(c in "0123456789abcdef-" for c in text) and "-" not in text[:8]

@@ -1,0 +1,55 @@
+"""Whose word a revocation is, and whether they have a say: for whoever follows it, and for whoever only fences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ringfence.kernel.errors import InvalidMessageError, SignatureError
+from ringfence.kernel.kafka import Received
+from ringfence.kernel.runtime import Runtime
+from ringfence.messages.credential import Reason
+from ringfence.messages.lease import Lease
+from ringfence.model.directory import Directory
+from ringfence.revoker.domain import Order, objection
+from ringfence.revoker.opening import open_order
+
+
+class Orders:
+    """Opens and judges revocations. Nobody is refused for a record that has not arrived here yet."""
+
+    def __init__(self, runtime: Runtime, directory: Directory, *, patience_s: float) -> None:
+        """`patience_s`: how long such records are waited for."""
+        self._runtime = runtime
+        self._directory = directory
+        self._patience_s = patience_s
+
+    async def open(
+        self, batch: Sequence[Received]
+    ) -> tuple[list[Order], list[tuple[Received, InvalidMessageError]]]:
+        """Those with a valid signature of somebody who may have a say, and the others."""
+        opened: dict[int, Order] = {}
+        failed: dict[int, InvalidMessageError] = {}
+        for caught_up in (False, True):
+            for i, record in enumerate(batch):
+                if caught_up and i not in failed:
+                    continue
+                try:
+                    opened[i] = open_order(record, self._directory, self._runtime.trust)
+                    failed.pop(i, None)
+                except InvalidMessageError as error:
+                    failed[i] = error
+            # The signer may have been registered a moment ago.
+            unknown = any(isinstance(problem, SignatureError) for problem in failed.values())
+            if caught_up or not unknown or not await self._runtime.tables_caught_up(self._patience_s):
+                break
+        return [opened[i] for i in sorted(opened)], [(batch[i], problem) for i, problem in failed.items()]
+
+    async def objections(self, orders: Sequence[Order], leases: Mapping[str, Lease]) -> list[Reason | None]:
+        """Why each is not followed, or None. `leases`: those that are named one by one, by their ids."""
+        found = [self._objection(order, leases) for order in orders]
+        if any(found) and await self._runtime.tables_caught_up(self._patience_s):
+            found = [one and self._objection(order, leases) for order, one in zip(orders, found, strict=True)]
+        return found
+
+    def _objection(self, order: Order, leases: Mapping[str, Lease]) -> Reason | None:
+        return objection(order, leases.get(order.claims.lease_id or ""), self._directory)

@@ -1,0 +1,115 @@
+"""Background work: holds what stands at targets against the leases, and takes back what has none.
+
+Nothing is made at a target before its lease is announced, so whatever stands there has a record, unless it was made
+after its end: by an issuer that died, or that woke late. It is taken back once it was seen like that for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+from ringfence.backends import Backend, Caller
+from ringfence.kernel import metrics
+from ringfence.kernel.bus import gather_all
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.runtime import Runtime
+from ringfence.messages.credential import Reason
+from ringfence.messages.lease import TERMINAL, Lease
+from ringfence.messages.registry import TargetState
+from ringfence.model.directory import Directory
+from ringfence.model.lease_store import LeaseStore
+
+log = logging.getLogger(__name__)
+
+
+class Sweeper:
+    """Sweeps all targets of all backends that leave something there."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        store: LeaseStore,
+        directory: Directory,
+        backends: Mapping[str, Backend],
+        caller: Caller,
+        mine: Callable[[], bool],
+        *,
+        every_s: float,
+        stranger_age_s: float,
+    ) -> None:
+        """Args:
+            mine: whether it is this revoker that does it now.
+            every_s: how often.
+            stranger_age_s: how long something must have been seen without a lease.
+        """  # fmt: skip
+        self._runtime = runtime
+        self._store = store
+        self._directory = directory
+        self._backends = {kind: backend for kind, backend in backends.items() if not backend.stateless}
+        self._caller = caller
+        self._mine = mine
+        self._every_s = every_s
+        self._stranger_age_s = stranger_age_s
+        self._seen_at: dict[tuple[str, str], dict[str, float]] = {}
+        """By backend and target: strangers, and when they were first seen."""
+
+    async def run(self) -> None:
+        """Sweep, for ever."""
+        while True:
+            if self._mine():
+                await gather_all(self._sweep_safely(kind, target_id) for kind, target_id in self._places())
+            await asyncio.sleep(self._every_s)
+
+    def _places(self) -> set[tuple[str, str]]:
+        """Targets that were removed too: something may be left there."""
+        states = (entry.state for entry in self._directory.entries("target"))
+        return {
+            (state.backend.kind, state.target_id)
+            for state in states
+            if isinstance(state, TargetState) and state.backend.kind in self._backends
+        }
+
+    async def _sweep_safely(self, kind: str, target_id: str) -> None:
+        try:
+            await self.sweep(kind, target_id)
+        except RingfenceError as error:
+            log.warning("target %s was not swept: %s", target_id, error)
+        except Exception:
+            log.exception("target %s was not swept", target_id)
+
+    async def sweep(self, kind: str, target_id: str) -> list[str]:
+        """Sweep one target now. Returns the leases of which something was taken back.
+
+        Raises what the target or Redis raise.
+        """
+        backend = self._backends[kind]
+        standing = await self._caller.call(target_id, lambda: backend.standing(target_id))
+        # Asked after: whatever stood there had a record by then.
+        stored = await self._store.get(sorted(standing))
+        strangers = [id for id in sorted(standing) if id not in stored or stored[id].status in TERMINAL]
+        now, before = time.monotonic(), self._seen_at.get((kind, target_id), {})
+        seen = self._seen_at[kind, target_id] = {id: before.get(id, now) for id in strangers}
+        old = [id for id, at in seen.items() if now - at >= self._stranger_age_s]
+        for id in old:
+            await self._take_back(backend, id, target_id)
+            del seen[id]
+        return old
+
+    async def _take_back(self, backend: Backend, lease_id: str, target_id: str) -> None:
+        await self._caller.call(target_id, lambda: backend.undo(lease_id, target_id=target_id))
+        metrics.ORPHANS_UNDONE.labels(backend.kind).inc()
+        message = (
+            f"something stood at target {target_id} for lease {lease_id}, which is over or unknown; "
+            "it was taken back"
+        )
+        log.error("%s", message)
+        await self._runtime.event(
+            "finding",
+            Lease.typ,
+            about=("orphan", lease_id, target_id, self._runtime.clock.now_ms()),
+            reasons=(Reason(code="orphan_undone", message=message),),
+            lease_id=lease_id,
+        )

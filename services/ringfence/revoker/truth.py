@@ -1,0 +1,288 @@
+"""What Kafka knows of leases and their revocations, read whole: what Redis is rebuilt from."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.keys import b64decode
+from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.base import Topic
+from ringfence.messages.lease import TERMINAL, Lease
+from ringfence.messages.topics import LEASE, REVOCATION_REQUEST
+from ringfence.model.directory import Directory
+from ringfence.model.lease_epochs import Epochs
+from ringfence.model.lease_store import SignedLease
+from ringfence.model.leases import ALL_MARK, cut_mark, is_covered, mark_of, marks_of
+from ringfence.revoker.domain import Order, objection
+from ringfence.revoker.opening import may_have_selector, open_lease, open_order
+
+log = logging.getLogger(__name__)
+
+_PAUSE_EVERY = 100
+MAX_SEQ = 100
+"""No lease has so many records: a number beyond is not its author's."""
+_EPOCH = re.compile(r"\d{1,9}\.[0-9a-f]{8}")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The highest record of a lease on Kafka, not verified yet."""
+
+    seq: int
+    status: str
+    jws: bytes
+    epoch: str | None = None
+    granted: bool = False
+    """Whether it says that it was issued on a grant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """What a record says of itself, nothing of it verified: enough to know whether it is needed."""
+
+    lease_id: str
+    seq: int
+    status: str
+    deadline: int
+    epoch: str | None = None
+    granted: bool = False
+
+
+def peek(jws: bytes) -> Glance | None:
+    """A look at a record; None where it is none of a lease, whoever wrote it."""
+    try:
+        claims = orjson.loads(b64decode(jws.split(b".")[1]))
+        lease_id, seq, status, deadline = (claims[name] for name in ("lease_id", "seq", "status", "deadline"))
+        uuid = bytes.fromhex(lease_id.replace("-", ""))
+        epoch, granted = claims.get("epoch"), claims.get("grants") is not None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    right = len(uuid) == 16 and type(seq) is int and 0 < seq < MAX_SEQ and type(deadline) is int
+    right = right and (epoch is None or (type(epoch) is str and _EPOCH.fullmatch(epoch) is not None))
+    return Glance(lease_id, seq, str(status), deadline, epoch, granted) if right else None
+
+
+def unverified(jws: bytes) -> Lease | None:
+    """The claims of a record, quickly: to find out whether a revocation may be about it, never to act."""
+    try:
+        claims = orjson.loads(b64decode(jws.split(b".")[1]))
+        names = [claims[name] for name in ("agent_id", "task_id", "sponsor", "target_id", "on_behalf_of")]
+        right = all(type(name) is str for name in names) and type(claims["requested_at_ms"]) is int
+    except (ValueError, LookupError, TypeError):
+        return None
+    return Lease.model_construct(**claims) if right else None
+
+
+class Fold:
+    """Folds the records of `lease` by the highest `seq`; of two that are equal, the first counts. Void ones do not.
+
+    What ended so long ago that Redis need not hold it is remembered by its id alone, unless Redis thinks it alive.
+    """
+
+    def __init__(
+        self,
+        *,
+        trust: TrustStore,
+        over_before_s: float,
+        held: Collection[str] = (),
+        counts: Callable[[str, bytes], bool] = lambda lease_id, jws: True,
+    ) -> None:
+        """Args:
+            trust: who may say that an epoch begins.
+            over_before_s: leases that have ended, and whose deadlines were before, are not needed any more.
+            held: leases that Redis thinks alive, or of which every record is wanted for another reason.
+            counts: whether a record of a lease counts at all.
+        """  # fmt: skip
+        self.highest: dict[str, Record] = {}
+        self.contested: set[str] = set()
+        """Leases whose end nobody has verified, and of which a record came after it that says otherwise."""
+        self.epochs = Epochs(trust)
+        self._over_before_s = over_before_s
+        self._held = held
+        self._counts = counts
+        self._over: set[bytes] = set()
+
+    def add(self, records: Iterable[Received]) -> None:
+        """Take records in, in any order."""
+        for record in records:
+            self._add(record)
+
+    def _add(self, record: Received) -> None:
+        if self.epochs.took(record):
+            return
+        glance = peek(record.value)
+        # Tombstones are passed over too: nobody signs them, and they follow upon what is over anyway.
+        if glance is None or glance.lease_id != record.key:
+            return
+        if self.epochs.is_void(record, glance.epoch):
+            return
+        lease_id = glance.lease_id
+        known = self.highest.get(lease_id)
+        if (known is not None and known.seq >= glance.seq) or not self._counts(lease_id, record.value):
+            return
+        ended = glance.status in TERMINAL
+        raw = bytes.fromhex(lease_id.replace("-", ""))
+        if raw in self._over:
+            if not ended:
+                self.contested.add(lease_id)
+        elif ended and known is None and glance.deadline < self._over_before_s and lease_id not in self._held:
+            self._over.add(raw)
+        else:
+            self.highest[lease_id] = Record(
+                glance.seq, glance.status, record.value, glance.epoch, glance.granted
+            )
+
+
+class Revocations:
+    """The selectors of those who may give them, each by its first record."""
+
+    def __init__(self, orders: Iterable[Order] = ()) -> None:
+        self.orders: dict[str, Order] = {}
+        """By their ids."""
+        for order in orders:
+            first = self.orders.get(order.id)
+            if first is None or order.at.appended_at_ms < first.at.appended_at_ms:
+                self.orders[order.id] = order
+        self._by_mark: dict[str, list[Order]] = {}
+        for order in sorted(self.orders.values(), key=lambda order: order.at.appended_at_ms):
+            if order.claims.selector is not None:
+                self._by_mark.setdefault(mark_of(order.claims.selector), []).append(order)
+
+    def fences(self, since_ms: int) -> dict[str, int]:
+        """Marks by `issued_before` in ms, of the selectors that were first seen since a moment."""
+        last = {mark: orders[-1].at.appended_at_ms for mark, orders in self._by_mark.items()}
+        fences = {mark: before_ms for mark, before_ms in last.items() if before_ms >= since_ms}
+        return fences | {cut_mark(mark): before_ms for mark, before_ms in fences.items()}
+
+    def covering(self, lease: Lease) -> Order | None:
+        """The order that ends a lease, the first of several, or None."""
+        found = [
+            order
+            for mark in (*marks_of(lease), ALL_MARK)
+            for order in self._by_mark.get(mark, ())
+            if is_covered(lease, order.at.appended_at_ms)
+        ]
+        return min(found, key=lambda order: order.at.appended_at_ms, default=None)
+
+
+async def read_leases(
+    settings: ServiceSettings, fold: Fold, then: Callable[[Follower], Awaitable[None]] | None = None
+) -> None:
+    """Read `lease` from its beginning to its present end, and what comes while `then` goes on with its follower.
+
+    Raises UnavailableError.
+    """
+    async with Follower(settings, [LEASE], fold.add) as follower:
+        await whole(follower)
+        if then is not None:
+            await then(follower)
+
+
+async def read_revocations(settings: ServiceSettings, directory: Directory, trust: TrustStore) -> Revocations:
+    """The selectors that count, from all of `revocation.request`. Raises UnavailableError."""
+    selectors: list[Received] = []
+    await _read(
+        settings, REVOCATION_REQUEST, lambda records: selectors.extend(filter(may_have_selector, records))
+    )
+    orders = []
+    for number, record in enumerate(selectors):
+        if number % _PAUSE_EVERY == 0:
+            await asyncio.sleep(0)
+        try:
+            order = open_order(record, directory, trust)
+        except InvalidMessageError:
+            continue  # its handler buries it
+        if order.claims.selector is not None and objection(order, None, directory) is None:
+            orders.append(order)
+    return Revocations(orders)
+
+
+async def verified(
+    settings: ServiceSettings,
+    trust: TrustStore,
+    clock: Clock,
+    records: Mapping[str, Record],
+    contested: Collection[str],
+    fold_anew: Callable[..., Fold],
+) -> AsyncIterator[list[SignedLease]]:
+    """These leases with their records verified, some at a time.
+
+    Where a record does not hold, whoever wrote it, and where a lease is contested, the topic is read once more for the
+    highest record of that lease that does.
+    """
+    wanted = set(contested)
+    async for leases, broken in _verified(trust, clock, records):
+        wanted |= broken
+        yield leases
+    if not wanted:
+        return
+    log.error(
+        "%d leases have records on their topic that are signed by nobody who may: those do not count",
+        len(wanted),
+    )
+    fold = fold_anew(
+        held=wanted, counts=lambda lease_id, jws: lease_id in wanted and _holds(lease_id, jws, trust, clock)
+    )
+    await read_leases(settings, fold)
+    async for leases, _ in _verified(trust, clock, fold.highest):
+        yield leases
+
+
+async def _verified(
+    trust: TrustStore, clock: Clock, records: Mapping[str, Record]
+) -> AsyncIterator[tuple[list[SignedLease], set[str]]]:
+    """What holds, and the ids of what does not, some at a time: others get their turn in between."""
+    ids = list(records)
+    for start in range(0, len(ids), _PAUSE_EVERY):
+        leases: list[SignedLease] = []
+        broken: set[str] = set()
+        for lease_id in ids[start : start + _PAUSE_EVERY]:
+            jws = records[lease_id].jws
+            if (lease := _opened(lease_id, jws, trust, clock)) is not None:
+                leases.append(SignedLease(lease, jws.decode("ascii")))
+            else:
+                broken.add(lease_id)
+        await asyncio.sleep(0)
+        yield leases, broken
+
+
+def _holds(lease_id: str, jws: bytes, trust: TrustStore, clock: Clock) -> bool:
+    return _opened(lease_id, jws, trust, clock) is not None
+
+
+def _opened(lease_id: str, jws: bytes, trust: TrustStore, clock: Clock) -> Lease | None:
+    try:
+        lease = open_lease(jws, trust, clock)
+    except InvalidMessageError:
+        return None
+    return lease if lease.lease_id == lease_id else None
+
+
+async def _read(
+    settings: ServiceSettings, topic: Topic[Any], on_records: Callable[[Sequence[Received]], None]
+) -> None:
+    async with Follower(settings, [topic], on_records) as follower:
+        await whole(follower)
+
+
+async def whole(follower: Follower) -> None:
+    """Wait until a follower has read what there was when it started. Raises UnavailableError where it cannot."""
+    complete = asyncio.create_task(follower.complete.wait())
+    try:
+        while not complete.done():
+            await asyncio.wait([complete], timeout=0.2)
+            if follower.failed:
+                raise UnavailableError(follower.failed)
+    finally:
+        complete.cancel()

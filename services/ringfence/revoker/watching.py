@@ -1,0 +1,206 @@
+"""Background work: holds Redis against what comes on the `lease` topic.
+
+A record comes from Redis to Kafka, so Redis has it, and none that is higher lies before it on the topic. Two things can
+break that, both by a process that was paused, or cut off, at the wrong moment:
+
+- an issuer publishes what it wrote to a Redis that has been lost and rebuilt meanwhile: then Redis is given the record;
+- it publishes what others have gone beyond, or a revoker what is void by now: then what counts is published again.
+
+And Redis may be the one that is behind: where Kafka has a marker of a newer epoch, it is rebuilt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.lease import Lease
+from ringfence.model.lease_epochs import Epochs, number_of
+from ringfence.model.lease_store import LeaseStore, LostError, Outgoing, SignedLease, StoredLease
+from ringfence.model.leases import comes_after
+from ringfence.revoker.ending import Ender
+from ringfence.revoker.opening import open_lease
+from ringfence.revoker.rebuilding import Rebuilder
+from ringfence.revoker.truth import Glance, peek
+
+log = logging.getLogger(__name__)
+
+LINGER_MS = 250
+"""Records are looked at together: nobody waits for what comes of them."""
+_CAUGHT_UP_WITHIN_S = 5.0
+_FAILED_S = 1.0
+_AT_A_TIME = 500
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """A record of a lease, under its own key; nothing of it is verified."""
+
+    glance: Glance
+    jws: bytes
+    void: bool
+    known: bool
+    """Whether a marker was seen before it. Otherwise the epoch of Redis tells, which at most heals too much."""
+
+    @property
+    def id(self) -> str:
+        return self.glance.lease_id
+
+
+class LeaseWatch:
+    """Takes the records of `lease` as they come; each revoker looks at all of them."""
+
+    def __init__(
+        self, store: LeaseStore, trust: TrustStore, ender: Ender, rebuilder: Rebuilder, clock: Clock
+    ) -> None:
+        self._store = store
+        self._trust = trust
+        self._ender = ender
+        self._rebuilder = rebuilder
+        self._clock = clock
+        self._epochs = Epochs(trust)
+        self._arrived: list[_Arrived] = []
+        self._news = asyncio.Event()
+
+    def on_records(self, records: Sequence[Received]) -> None:
+        """What came. Never blocks, never raises."""
+        for record in records:
+            if self._epochs.took(record):
+                continue
+            glance = peek(record.value)
+            if glance is not None and glance.lease_id == record.key:
+                void = self._epochs.is_void(record, glance.epoch)
+                known = self._epochs.of(record.partition) is not None
+                self._arrived.append(_Arrived(glance, record.value, void, known))
+        self._news.set()
+
+    async def run(self, follower: Follower) -> None:
+        """Look at what `follower` brings, for ever."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            records, self._arrived = self._arrived, []
+            try:
+                await self._heed_epochs()
+                records = self._judged(records)
+                await self._look(records, follower)
+            except UnavailableError as error:
+                log.info("records of leases are looked at later: %s", error)
+                self._arrived = records + self._arrived
+                self._news.set()
+                await asyncio.sleep(_FAILED_S)
+
+    async def _heed_epochs(self) -> None:
+        """Have Redis rebuilt where Kafka is in a newer epoch: what is written in the old one is void.
+
+        Raises LostError where that is so.
+        """
+        if self._epochs.highest() <= number_of(self._store.epoch):
+            return
+        log.warning("Kafka is in a newer epoch than Redis, which is rebuilt once more")
+        await self._store.disown()
+        raise LostError("Redis is of an older epoch than Kafka")
+
+    def _judged(self, records: Sequence[_Arrived]) -> list[_Arrived]:
+        epoch = number_of(self._store.epoch)
+        return [
+            replace(one, void=one.glance.epoch is not None and number_of(one.glance.epoch) < epoch)
+            if not one.known else one
+            for one in records
+        ]  # fmt: skip
+
+    async def _look(self, records: list[_Arrived], follower: Follower) -> None:
+        seqs = _highest(records)
+        behind, ahead = await self._compare(seqs)
+        # What waits in the outbox is on its way; what does not was acknowledged before now.
+        waiting = await self._store.is_waiting(list(ahead.items()))
+        acknowledged = {id for id, waits in zip(ahead, waiting, strict=True) if not waits}
+        if not (behind or acknowledged or _outdated(records)):
+            return
+        if not await follower.caught_up(_CAUGHT_UP_WITHIN_S):
+            raise UnavailableError("Kafka does not say what else there is")
+        records += self._judged(self._arrived)
+        self._arrived = []
+        outdated, later = _outdated(records), _highest(records)
+        behind, ahead = await self._compare({id: later[id] for id in {*behind, *acknowledged}})
+        await self._restore([one for one in records if one.id in behind and not one.void])
+        await self._heal(outdated | (ahead.keys() & acknowledged), records)
+
+    async def _compare(self, seqs: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+        """Of leases by their highest `seq` on Kafka: those of which Redis has a lower one, and those of which it has a
+        higher one, with that.
+        """
+        held: dict[str, int] = {}
+        ids = list(seqs)
+        for start in range(0, len(ids), _AT_A_TIME):
+            held |= await self._store.seqs(ids[start : start + _AT_A_TIME])
+        behind = {id: seq for id, seq in held.items() if seq < seqs[id]}
+        return behind, {id: seq for id, seq in held.items() if seq > seqs[id]}
+
+    async def _restore(self, records: Iterable[_Arrived]) -> None:
+        """Give Redis what issuers published late. What revokers wrote, Redis has, or it is not of its epoch."""
+        epoch = self._store.epoch
+        leases: dict[str, SignedLease] = {}
+        for record in records:
+            lease = self._opened(record)
+            if lease is None or lease.epoch not in (None, epoch):
+                continue
+            known = leases.get(lease.lease_id)
+            if known is None or lease.seq > known.claims.seq:
+                leases[lease.lease_id] = SignedLease(lease, record.jws.decode("ascii"))
+        if leases:
+            log.warning("restoring %d leases that were published after Redis had been rebuilt", len(leases))
+            revocations = await self._rebuilder.revocations()
+            await self._store.restore(
+                await self._rebuilder.cut_revoked(list(leases.values()), revocations, epoch)
+            )
+
+    async def _heal(self, ids: Collection[str], records: Sequence[_Arrived]) -> None:
+        """Publish again what Redis has of these leases, where it was their authors who published something older."""
+        last = {one.id: one for one in records if one.id in ids}
+        old = [id for id, one in last.items() if self._opened(one) is not None]
+        if not old:
+            return
+        log.warning("publishing the latest records of %d leases again: older ones came after them", len(old))
+        stored = await self._store.get(old)
+        cuts = [one for one in records if one.void and one.id in stored and one.glance.status == "ending"]
+        again = {(one.id, one.glance.seq): one.jws for one in cuts if self._leads_to(one, stored[one.id])}
+        again |= {(id, one.seq): one.jws for id, one in stored.items()}
+        await self._ender.republish([Outgoing(id, seq, jws) for (id, seq), jws in sorted(again.items())])
+
+    def _leads_to(self, cut: _Arrived, stored: StoredLease) -> bool:
+        """Whether a void cut is the one before the end that Redis has: then it has to stand before that."""
+        if stored.seq <= cut.glance.seq:
+            return False
+        before, after = self._opened(cut), self._opened(stored)
+        return before is not None and after is not None and comes_after(before, after)
+
+    def _opened(self, record: _Arrived | StoredLease) -> Lease | None:
+        """The claims of a record that holds; nobody acts on another."""
+        try:
+            lease = open_lease(record.jws, self._trust, self._clock)
+        except InvalidMessageError:
+            return None
+        return lease if isinstance(record, StoredLease) or lease.lease_id == record.id else None
+
+
+def _highest(records: Iterable[_Arrived]) -> dict[str, int]:
+    """The highest `seq` of each lease, by the word of whoever wrote the records. Void ones do not count."""
+    highest: dict[str, int] = {}
+    for one in records:
+        if not one.void:
+            highest[one.id] = max(highest.get(one.id, 0), one.glance.seq)
+    return highest
+
+
+def _outdated(records: Iterable[_Arrived]) -> set[str]:
+    """Leases of which the last record is void, or not the highest."""
+    last = {one.id: one for one in records}
+    highest = _highest(records)
+    return {id for id, one in last.items() if one.void or one.glance.seq < highest[id]}
