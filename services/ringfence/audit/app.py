@@ -1,0 +1,52 @@
+"""The audit service, put together."""
+
+from __future__ import annotations
+
+from ringfence.audit.believing import Believer
+from ringfence.audit.handlers import AuditHandlers
+from ringfence.audit.http import AuditApi
+from ringfence.audit.settings import AuditSettings
+from ringfence.audit.store import SqliteIndex
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.process import run
+from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.messages.topics import AUDIT
+from ringfence.model.alarms import report_alarms
+from ringfence.model.directory import TABLES, Directory
+
+
+def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Clock | None = None) -> Runtime:
+    """Everything that audit is made of, started by `Runtime.run`."""
+    own = own or load(AuditSettings)
+    runtime = Runtime("audit", settings, clock)
+    # Audit denies nothing, so a table that is behind is no reason to stop: what it cannot verify it says so.
+    directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
+    believer = Believer(runtime.trust, directory, own)
+    index = SqliteIndex(settings.state_dir / own.index_file if settings.state_dir is not None else None)
+    handlers = AuditHandlers(
+        runtime.publisher,
+        believer,
+        runtime.clock,
+        runtime.trust,
+        index.use_of_break_glass,
+        settle_ms=own.settle_ms,
+    )
+    directory.on_change(handlers.on_change)
+    runtime.table(TABLES, directory.on_records)
+    # Nobody waits for an event, so records gather first: a fetch and a commit cost as much for one as for hundreds.
+    runtime.history([AUDIT], index.add, since_ms=0, linger_ms=own.linger_ms)
+    runtime.consume("audit", handlers.batches(), max_records=500, linger_ms=own.linger_ms)
+    runtime.routes += AuditApi(index, directory, runtime.clock, settings.trust_domain).routes()
+
+    async def close() -> None:
+        index.close()
+
+    runtime.on_stop(close)
+    return runtime
+
+
+def main() -> int:
+    """The process `ringfence serve audit`."""
+    settings = load(ServiceSettings)
+    return run([build(settings)], settings)

@@ -1,0 +1,470 @@
+"""Records in, OCSF events out. Nothing stops it: what cannot be believed, or not even read, is an event as well."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import orjson
+
+from ringfence.audit import (
+    break_glass_events,
+    credential_events,
+    grant_events,
+    registry_events,
+    service_events,
+)
+from ringfence.audit.believing import Believed, Believer, OutdatedError
+from ringfence.audit.break_glass_events import review_problem
+from ringfence.audit.domain import RequestFacts
+from ringfence.audit.ocsf import MAX_EVENT_BYTES, Event, shortened
+from ringfence.kernel import metrics
+from ringfence.kernel.bus import BatchHandler, gather_all
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.ids import digest, message_id
+from ringfence.kernel.jws import parse
+from ringfence.kernel.kafka import Publisher, Received
+from ringfence.kernel.seal import unverified_kid
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.approval import Approval, ApprovalRequest, BreakGlassReview, Grant, GrantWithdraw
+from ringfence.messages.base import Topic, typ_header
+from ringfence.messages.credential import CredentialDecision, CredentialRequest
+from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
+from ringfence.messages.operations import DeadLetter, ServiceEvent
+from ringfence.messages.registry import AgentRecord, AnyRecord, TargetRecord, TaskRecord, UserRecord
+from ringfence.messages.topics import (
+    AGENT,
+    APPROVAL_REQUEST,
+    APPROVAL_RESPONSE,
+    AUDIT,
+    CREDENTIAL_DECISION,
+    CREDENTIAL_REPLY,
+    CREDENTIAL_REQUEST,
+    DEAD_LETTER,
+    LEASE,
+    REGISTRY_COMMAND,
+    REVOCATION_ACK,
+    REVOCATION_REQUEST,
+    SERVICE_EVENT,
+    TARGET,
+    TASK,
+    USER,
+)
+from ringfence.model.chains import ChainError
+from ringfence.model.grants import kind_of
+from ringfence.model.identity import subject_of
+from ringfence.model.lease_epochs import Epochs
+
+log = logging.getLogger(__name__)
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_UNSETTLED = frozenset({"key_unknown", "chain_broken", "not_reviewer", "break_glass_unknown"})
+"""What may only mean that the local tables, or the index, are a moment behind."""
+
+
+class _Ready(NamedTuple):
+    """An event as it goes out. `unsettled`: a little later the local tables may know more."""
+
+    key: str
+    uid: str
+    body: bytes
+    class_uid: int
+    unsettled: bool
+
+
+class AuditHandlers:
+    """Turns each record of each topic into one event on `audit`."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        believer: Believer,
+        clock: Clock,
+        trust: TrustStore,
+        use_of: Callable[[str], Mapping[str, Any] | None],
+        *,
+        settle_ms: int,
+    ) -> None:
+        """Args:
+            use_of: the words of the event about a use of break glass, by the id of its request, if it is indexed.
+            settle_ms: how old a record may get while its signer, agent or task is not in the local tables yet.
+        """  # fmt: skip
+        self._use_of = use_of
+        self._publisher = publisher
+        self._believer = believer
+        self._clock = clock
+        self._trust_domain = trust.trust_domain
+        self._settle_ms = settle_ms
+        self._tables_changed = asyncio.Event()
+        self._epochs = Epochs(trust)
+        # In the order in which one thing follows from another: later events name what earlier ones told.
+        self._by_topic: dict[Topic[Any], Callable[[Received], tuple[Event, bool]]] = {
+            REGISTRY_COMMAND: self._command,
+            USER: self._record_of(UserRecord),
+            AGENT: self._record_of(AgentRecord),
+            TARGET: self._record_of(TargetRecord),
+            TASK: self._record_of(TaskRecord),
+            CREDENTIAL_REQUEST: self._request,
+            APPROVAL_REQUEST: self._approval_request,
+            APPROVAL_RESPONSE: self._response,
+            CREDENTIAL_DECISION: self._decision,
+            LEASE: self._lease,
+            CREDENTIAL_REPLY: self._reply,
+            REVOCATION_REQUEST: self._revocation,
+            REVOCATION_ACK: self._ack,
+            SERVICE_EVENT: self._service_event,
+            DEAD_LETTER: self._dead_letter,
+        }
+
+    def batches(self) -> dict[Topic[Any], BatchHandler]:
+        """The batch handler of every topic that audit reads."""
+        return {topic: self._batch_of(read) for topic, read in self._by_topic.items()}
+
+    def on_change(self, kind: str, id: str) -> None:
+        """Told by the local tables: whoever was not known may be known now."""
+        self._tables_changed.set()
+
+    def _batch_of(self, read: Callable[[Received], tuple[Event, bool]]) -> BatchHandler:
+        async def handle(batch: Sequence[Received]) -> None:
+            ready = [self._attempt(read, record) for record in batch]
+            if any(one.unsettled for one in ready):
+                await self._settle(read, batch, ready)
+            await self._publish(batch, ready)
+
+        return handle
+
+    async def _settle(
+        self, read: Callable[[Received], tuple[Event, bool]], batch: Sequence[Received], ready: list[_Ready]
+    ) -> None:
+        """Wait for the local tables where a record is so young that they may be behind it.
+
+        A record that is older is taken as it is, so what nobody ever signs delays what comes after it only while
+        audit is less than `settle_ms` behind.
+        """
+        waited_from_ms = self._clock.now_ms()
+        while True:
+            now_ms = self._clock.now_ms()
+            open_ones = [i for i, one in enumerate(ready) if one.unsettled]
+            youngest_ms = max((batch[i].appended_at_ms for i in open_ones), default=0)
+            left_ms = min(youngest_ms, waited_from_ms) + self._settle_ms - now_ms
+            if not open_ones or left_ms <= 0:
+                return
+            self._tables_changed.clear()
+            try:
+                await asyncio.wait_for(self._tables_changed.wait(), left_ms / 1000)
+            except TimeoutError:
+                return
+            for i in open_ones:
+                ready[i] = self._attempt(read, batch[i])
+
+    def _attempt(self, read: Callable[[Received], tuple[Event, bool]], record: Received) -> _Ready:
+        unsettled = False
+        try:
+            event, unsettled = read(record)
+            return _ready(event, unsettled)
+        except OutdatedError as error:
+            return _ready(self._expired(record, error), False)
+        except (InvalidMessageError, ChainError) as error:
+            code, unsettled = error.code, error.code in _UNSETTLED
+        except Exception:
+            # One record that audit cannot describe must not hide all those that follow it.
+            where = (record.topic_name, record.partition, record.offset)
+            log.exception("no event could be made of %s/%d@%d", *where)
+            code = "unreadable"
+        return _ready(service_events.not_believed(record, code), unsettled)
+
+    async def _publish(self, batch: Sequence[Received], ready: Sequence[_Ready]) -> None:
+        acknowledged: list[Awaitable[Any]] = []
+        try:
+            for record, one in zip(batch, ready, strict=True):
+                acknowledged.append(
+                    await self._publisher.send(
+                        AUDIT, one.key, one.body, id=one.uid, type="audit", traceparent=record.traceparent
+                    )
+                )
+        finally:
+            await gather_all(acknowledged)
+        for class_uid, count in Counter(one.class_uid for one in ready).items():
+            metrics.AUDIT_EVENTS.labels(str(class_uid)).inc(count)
+        metrics.RECORDS.labels(batch[0].topic.what, "done").inc(len(batch))
+
+    # --- one method a topic: the event, and whether the local tables may know more a little later ---
+
+    def _command(self, record: Received) -> tuple[Event, bool]:
+        signed, consent_by = self._believer.command(record)
+        kind, _, words = registry_events.subject_of_command(signed.claims)
+        replay = self._replay(record, signed, lambda: words)
+        if replay is not None:
+            return replay, False
+        task = self._believer.task_of(words["task"]) if kind == "task" else None
+        agent = words.get("agent") or (task.agent_id if task is not None else None)
+        event = registry_events.commanded(
+            record,
+            signed.claims,
+            signed.verified(*(("task.consent",) if consent_by else ())),
+            sponsor=self._believer.sponsor_of(agent) if agent else None,
+            consent_by=consent_by,
+            task=task,
+        )
+        return event, _lacks_sponsor(event)
+
+    def _record_of(self, model: type[AnyRecord]) -> Callable[[Received], tuple[Event, bool]]:
+        def read(record: Received) -> tuple[Event, bool]:
+            if not record.value:
+                raise InvalidMessageError("a record is never deleted", code="tombstone")
+            signed, last = self._believer.record(record, model)
+            claims = signed.claims
+            agent = getattr(claims.state, "agent_id", None)
+            verified = signed.verified(last.typ)
+            known = self._believer.fell_below(record, claims)
+            if known is not None:
+                return registry_events.revision_fell(record, claims, known, verified), False
+            replay = self._replay(record, signed, lambda: {"agent": agent} if agent else {})
+            if replay is not None:
+                return replay, False
+            sponsor = self._believer.sponsor_of(agent) if agent else None
+            event = registry_events.recorded(record, claims, last, verified, sponsor=sponsor)
+            return event, _lacks_sponsor(event)
+
+        return read
+
+    def _request(self, record: Received) -> tuple[Event, bool]:
+        signed = self._believer.request(record)
+        replay = self._replay(record, signed, lambda: self._agent_words(signed))
+        if replay is not None:
+            return replay, False
+        facts = self._believer.remember_request(signed, record.traceparent)
+        return credential_events.requested(record, facts, signed.verified()), _incomplete(facts)
+
+    def _decision(self, record: Received) -> tuple[Event, bool]:
+        signed = self._believer.by_service(record, CredentialDecision, "policy")
+        claims = signed.claims
+        facts = self._believer.embedded_request(
+            claims.request, claims.request_id, claims.source.appended_at_ms
+        )
+        words = {"agent": facts.agent} if facts is not None else {}
+        replay = self._replay(record, signed, lambda: {**words, "request": claims.request_id})
+        if replay is not None:
+            return replay, False
+        approvers = [self._believer.approver(one, record.appended_at_ms) for one in claims.approvals]
+        grantors = [self._believer.grantor(one, record.appended_at_ms) for one in claims.grants or ()]
+        embedded = ["approval"] * sum(one is not None for one in approvers)
+        embedded += ["grant"] * sum(one is not None for one in grantors)
+        if facts is not None:
+            embedded.append("credential.request")
+            facts.decision = claims.jti
+            facts.policy_revision = claims.revisions.policy if claims.revisions is not None else None
+            facts.approvers = tuple(one for one in [*approvers, *grantors] if one is not None)
+        event = credential_events.decided(
+            record, claims, digest(signed.compact), facts, signed.verified(*embedded)
+        )
+        return event, facts is None or _incomplete(facts)
+
+    def _approval_request(self, record: Received) -> tuple[Event, bool]:
+        claims = self._believer.plain(record, ApprovalRequest)
+        facts = self._believer.embedded_request(
+            claims.request, claims.request_id, claims.source.appended_at_ms
+        )
+        if facts is None:
+            raise InvalidMessageError("the embedded request does not hold", code="key_unknown")
+        verified = {"by": None, "embedded": ["credential.request"]}
+        return credential_events.approval_asked(record, claims, facts, verified), _incomplete(facts)
+
+    def _response(self, record: Received) -> tuple[Event, bool]:
+        """What a person answered, said ahead, or took back."""
+        match kind_of(record):
+            case Grant.typ:
+                return self._grant(record)
+            case GrantWithdraw.typ:
+                return self._withdrawal(record)
+            case _:
+                return self._approval(record)
+
+    def _grant(self, record: Received) -> tuple[Event, bool]:
+        signed = self._believer.by_user(record, Grant)
+        claims = signed.claims
+        words = self._believer.remember_grant(claims)
+        replay = self._replay(record, signed, lambda: words)
+        if replay is not None:
+            return replay, False
+        event = grant_events.given(record, claims, words, signed.verified())
+        return event, _lacks_sponsor(event)
+
+    def _withdrawal(self, record: Received) -> tuple[Event, bool]:
+        signed = self._believer.by_user(record, GrantWithdraw)
+        words = self._believer.grant(signed.claims.grant_id)
+        replay = self._replay(record, signed, lambda: words)
+        if replay is not None:
+            return replay, False
+        return grant_events.withdrawn(record, signed.claims, words, signed.verified()), False
+
+    def _approval(self, record: Received) -> tuple[Event, bool]:
+        if parse(record.value).header.typ == typ_header(BreakGlassReview):
+            return self._review(record)
+        signed = self._believer.by_user(record, Approval)
+        claims = signed.claims
+        facts = self._believer.embedded_request(claims.request, claims.request_id, record.appended_at_ms)
+        words = {"agent": facts.agent} if facts is not None else {}
+        replay = self._replay(record, signed, lambda: {**words, "request": claims.request_id})
+        if replay is not None:
+            return replay, False
+        self._believer.remember_approval(signed.compact, claims)
+        embedded = ("credential.request",) if facts is not None else ()
+        event = credential_events.approval_given(record, claims, facts, signed.verified(*embedded))
+        return event, facts is None or _incomplete(facts)
+
+    def _review(self, record: Received) -> tuple[Event, bool]:
+        signed = self._believer.by_user(record, BreakGlassReview)
+        claims = signed.claims
+        replay = self._replay(
+            record, signed, lambda: {"agent": claims.agent_id, "request": claims.request_id}
+        )
+        if replay is not None:
+            return replay, False
+        reviewer = subject_of(claims.aud, claims.iss, "user") or ""
+        use = self._use_of(claims.request_id)
+        why_not = review_problem(claims, reviewer, self._believer.roles_of(reviewer), use)
+        event = break_glass_events.reviewed(record, claims, use, why_not, signed.verified())
+        return event, why_not is not None and why_not.code in _UNSETTLED
+
+    def _reply(self, record: Received) -> tuple[Event, bool]:
+        request_id = unverified_kid(record.value) if record.value.count(b".") == 4 else None
+        if request_id is None or not _UUID.fullmatch(request_id):
+            raise InvalidMessageError("not a sealed reply", code="not_a_jwe")
+        return credential_events.replied(record, request_id, self._believer.facts(request_id)), False
+
+    def _lease(self, record: Received) -> tuple[Event, bool]:
+        if not record.value:
+            lease_id = record.key if record.key and _UUID.fullmatch(record.key) else "unknown"
+            return credential_events.lease_forgotten(record, lease_id, self._believer.lease(lease_id)), False
+        if self._epochs.took(record):
+            marker = self._believer.by_service(record, LeaseEpoch, "revoker")
+            return service_events.epoch_began(record, marker.claims, marker.verified()), False
+        signed = self._believer.by_service(record, Lease, "issuer", "revoker")
+        claims = signed.claims
+        if self._epochs.is_void(record, claims.epoch):
+            void = self._believer.remember_lease(claims)
+            return credential_events.lease_void(record, claims, void, signed.verified()), False
+        if claims.epoch is not None:
+            self._epochs.begin(record, claims.epoch)  # its marker may stand before where this reader began
+        replay = self._replay(record, signed, lambda: {
+            "agent": claims.agent_id, "task": claims.task_id, "lease": claims.lease_id, "sponsor": claims.sponsor,
+            "on_behalf_of": claims.on_behalf_of, "request": claims.request_id,
+        })  # fmt: skip
+        if replay is not None:
+            return replay, False
+        lease = self._believer.remember_lease(claims)
+        facts = self._believer.facts(claims.request_id)
+        return credential_events.leased(record, claims, lease, facts, signed.verified()), False
+
+    def _revocation(self, record: Received) -> tuple[Event, bool]:
+        signed = self._believer.by_anyone(record, RevocationRequest)
+        claims = signed.claims
+        agent = subject_of(self._trust_domain, claims.iss, "agent")
+        lease = self._believer.lease(claims.lease_id) if claims.lease_id is not None else None
+        words: dict[str, Any] = {"agent": agent} if agent else {}
+        if claims.selector is not None and claims.selector.agent_id is not None:
+            words["agent"] = claims.selector.agent_id
+        if claims.selector is not None and claims.selector.task_id is not None:
+            task = self._believer.task_of(claims.selector.task_id)
+            if task is not None:
+                words |= {"agent": task.agent_id, "on_behalf_of": task.on_behalf_of}
+        if "agent" in words:
+            words["sponsor"] = self._believer.sponsor_of(words["agent"])
+        replay = self._replay(record, signed, lambda: words)
+        if replay is not None:
+            return replay, False
+        event = credential_events.revocation_asked(record, claims, lease, words, signed.verified())
+        self._believer.remember_order(claims, event.body["unmapped"])
+        return event, _lacks_sponsor(event)
+
+    def _ack(self, record: Received) -> tuple[Event, bool]:
+        signed = self._believer.by_service(record, RevocationAck, "gateway")
+        order = self._believer.order(signed.claims.revocation_id)
+        replay = self._replay(record, signed, lambda: dict(order))
+        if replay is not None:
+            return replay, False
+        return credential_events.cut_confirmed(record, signed.claims, order, signed.verified()), False
+
+    def _service_event(self, record: Received) -> tuple[Event, bool]:
+        signed = self._believer.by_service(record, ServiceEvent)
+        claims = signed.claims
+        lease = self._believer.lease(claims.lease_id) if claims.lease_id is not None else None
+        request_id = claims.request_id or (lease.request_id if lease is not None else None)
+        facts = self._believer.facts(request_id) if request_id is not None else None
+        known = lease or facts
+        words: dict[str, Any] = {"agent": claims.agent_id} if claims.agent_id else {}
+        if known is not None:
+            words = {
+                "agent": known.agent, "task": known.task, "sponsor": known.sponsor,
+                "on_behalf_of": known.on_behalf_of, "request": known.request_id, "target": known.target,
+            }  # fmt: skip
+        elif claims.agent_id is not None:
+            words["sponsor"] = self._believer.sponsor_of(claims.agent_id)
+        replay = self._replay(record, signed, lambda: words)
+        if replay is not None:
+            return replay, False
+        if claims.kind in ("accepted", "refused") and claims.subject in registry_events.command_typs():
+            event = registry_events.answered(record, claims, words, signed.verified())
+        else:
+            trace = known.traceparent if known is not None else None
+            event = service_events.reported(record, claims, words, signed.verified(), trace)
+        return event, _lacks_sponsor(event)
+
+    def _dead_letter(self, record: Received) -> tuple[Event, bool]:
+        return service_events.dead_lettered(record, self._believer.plain(record, DeadLetter)), False
+
+    # --- what several of them need ---
+
+    def _replay(
+        self, record: Received, signed: Believed[Any], about: Callable[[], dict[str, Any]]
+    ) -> Event | None:
+        """The event of a message that was seen elsewhere before, or None; `about` tells what it is about."""
+        first = self._believer.seen_before(record, signed)
+        if first is None:
+            return None
+        where, same = first
+        words = about()
+        if words.get("agent") and "sponsor" not in words:
+            words = {**words, "sponsor": self._believer.sponsor_of(words["agent"])}
+        return service_events.replayed(
+            record, signed.claims.iss, where, same=same, words=words, verified=signed.verified()
+        )
+
+    def _expired(self, record: Received, error: OutdatedError) -> Event:
+        signed = error.believed
+        words = self._agent_words(signed)
+        if words:
+            words["sponsor"] = self._believer.sponsor_of(words["agent"])
+        return service_events.expired(record, signed.claims.iss, error.code, words, signed.verified())
+
+    def _agent_words(self, signed: Believed[Any]) -> dict[str, Any]:
+        claims = signed.claims
+        agent = subject_of(self._trust_domain, claims.iss, "agent")
+        if agent is None:
+            return {}
+        words = {"agent": agent}
+        if type(claims) is CredentialRequest:
+            words |= {"task": claims.task_id, "request": message_id(claims.iss, claims.jti)}
+        return words
+
+
+def _ready(event: Event, unsettled: bool) -> _Ready:
+    body = orjson.dumps(event.body)
+    if len(body) > MAX_EVENT_BYTES:
+        body = orjson.dumps(shortened(event).body)
+    return _Ready(event.key, event.uid, body, int(event.body["class_uid"]), unsettled)
+
+
+def _lacks_sponsor(event: Event) -> bool:
+    words = event.body["unmapped"]
+    return "agent" in words and "sponsor" not in words
+
+
+def _incomplete(facts: RequestFacts) -> bool:
+    return facts.sponsor is None or facts.on_behalf_of is None

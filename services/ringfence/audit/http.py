@@ -1,0 +1,116 @@
+"""HTTP of audit: traces and events, each caller sees their own.
+
+Operators and auditors see everything; a sponsor what concerns their agents; a user what is on their behalf. What a
+caller may not see is not there.
+"""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ringfence.audit.break_glass_events import uses
+from ringfence.audit.store import STORY_KINDS, EventIndex, Viewer
+from ringfence.audit.trace import tree
+from ringfence.kernel import metrics
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import RingfenceError
+from ringfence.messages.registry import AgentState
+from ringfence.model.access import authenticate_user
+from ringfence.model.directory import Directory
+
+_MAX_EVENTS = 1000
+_MAX_REQUESTS = 500
+
+
+class NotFoundError(RingfenceError):
+    """There is nothing with this id that the caller may see."""
+
+    code = "not_found"
+
+
+class WrongQueryError(RingfenceError):
+    """A parameter of the query makes no sense."""
+
+    code = "query_invalid"
+
+
+class AuditApi:
+    """`GET /v1/trace/{id}`, `GET /v1/events`, `GET /v1/break-glass`."""
+
+    def __init__(self, index: EventIndex, directory: Directory, clock: Clock, trust_domain: str) -> None:
+        self._index = index
+        self._directory = directory
+        self._clock = clock
+        self._trust_domain = trust_domain
+
+    def routes(self) -> list[Route]:
+        """What the service adds to its HTTP."""
+        return [
+            Route("/v1/trace/{id}", self._trace, methods=["GET"]),
+            Route("/v1/events", self._events, methods=["GET"]),
+            Route("/v1/break-glass", self._break_glass, methods=["GET"]),
+        ]
+
+    async def _trace(self, request: Request) -> Response:
+        viewer = self._viewer(request)
+        id = request.path_params["id"]
+        kind = request.query_params.get("kind")
+        if kind is not None and kind not in STORY_KINDS:
+            raise WrongQueryError(f"kind is one of {', '.join(STORY_KINDS)}")
+        story = self._index.story(id, kind, viewer, _limit(request, 50, _MAX_REQUESTS))
+        if story is None:
+            raise NotFoundError(
+                f"no lease, request, task, agent or user {id[:80]} that you may see was audited"
+            )
+        metrics.HTTP_REQUESTS.labels("/v1/trace", "200").inc()
+        return JSONResponse({
+            "id": story.id,
+            "kind": story.kind,
+            "truncated": story.truncated,
+            "roots": tree(story.events),
+        })  # fmt: skip
+
+    async def _events(self, request: Request) -> Response:
+        viewer = self._viewer(request)
+        query = request.query_params
+        class_uid = query.get("class")
+        if class_uid is not None and not class_uid.isdecimal():
+            raise WrongQueryError("class is the number of an OCSF class, such as 3003")
+        page = self._index.page(
+            viewer,
+            query.get("after"),
+            _limit(request, 100, _MAX_EVENTS),
+            agent=query.get("agent"),
+            task=query.get("task"),
+            request=query.get("request"),
+            lease=query.get("lease"),
+            class_uid=int(class_uid[:6]) if class_uid else None,
+        )
+        metrics.HTTP_REQUESTS.labels("/v1/events", "200").inc()
+        return JSONResponse({"events": page.events, "after": page.cursor})
+
+    async def _break_glass(self, request: Request) -> Response:
+        found = uses(self._index.findings(self._viewer(request)))
+        if request.query_params.get("unreviewed"):
+            found = [use for use in found if use["review"] is None]
+        metrics.HTTP_REQUESTS.labels("/v1/break-glass", "200").inc()
+        return JSONResponse({"uses": found})
+
+    def _viewer(self, request: Request) -> Viewer | None:
+        caller = authenticate_user(
+            request.headers.get("authorization"), self._directory, self._trust_domain, self._clock.now_ms()
+        )
+        if caller.sees_all:
+            return None
+        me = caller.user.user_id
+        agents = (entry.state for entry in self._directory.entries("agent"))
+        return Viewer(me, tuple(a.agent_id for a in agents if isinstance(a, AgentState) and a.sponsor == me))
+
+
+def _limit(request: Request, default: int, most: int) -> int:
+    text = request.query_params.get("limit", str(default))
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= most:
+        raise WrongQueryError(f"limit is a number from 1 to {most}")
+    return int(text)

@@ -1,0 +1,294 @@
+"""What every OCSF event has (https://schema.ocsf.io), and the objects that stand in several of them.
+
+Four classes are used: Entity Management, Authorize Session, Authentication, and Detection Finding for break glass.
+Events are plain dicts: they are written once, by the hundred a second, and the tests hold each kind against the schema
+and `AuditEvent`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import orjson
+
+from ringfence import __version__
+from ringfence.kernel.ids import derived_id
+from ringfence.kernel.trace import trace_id
+from ringfence.messages.audit import OCSF_VERSION
+from ringfence.messages.credential import Reason
+from ringfence.messages.permission import Permission
+
+if TYPE_CHECKING:
+    from ringfence.kernel.kafka import Received
+
+_CATEGORIES = {2: "Findings", 3: "Identity & Access Management"}
+DETECTION_FINDING, AUTHENTICATION, AUTHORIZE_SESSION, ENTITY_MANAGEMENT = 2004, 3002, 3003, 3004
+_CLASS_NAMES = {
+    DETECTION_FINDING: "Detection Finding",
+    AUTHENTICATION: "Authentication",
+    AUTHORIZE_SESSION: "Authorize Session",
+    ENTITY_MANAGEMENT: "Entity Management",
+}
+_ACTIVITIES: dict[int, dict[int, str]] = {
+    DETECTION_FINDING: {1: "Create", 2: "Update", 3: "Close"},
+    AUTHENTICATION: {1: "Logon", 2: "Logoff"},
+    AUTHORIZE_SESSION: {1: "Assign Privileges"},
+    ENTITY_MANAGEMENT: {
+        1: "Create", 3: "Update", 4: "Delete", 9: "Disable", 11: "Deactivate", 12: "Suspend", 13: "Resume",
+    },
+}  # fmt: skip
+_SEVERITIES = {1: "Informational", 2: "Low", 3: "Medium", 4: "High", 5: "Critical"}
+INFORMATIONAL, LOW, MEDIUM, HIGH, CRITICAL = _SEVERITIES
+_STATUSES = {1: "Success", 2: "Failure"}
+SUCCESS, FAILURE = _STATUSES
+_FINDING_STATUSES = {1: "New", 4: "Resolved"}
+NEW, RESOLVED = _FINDING_STATUSES
+"""The status of a finding; other classes have the two above."""
+_ACTIONS = {1: "Allowed", 2: "Denied", 3: "Observed"}
+ALLOWED, DENIED, OBSERVED = _ACTIONS
+_OTHER = 99
+_PRODUCT = {"name": "Ringfence", "vendor_name": "Ringfence", "version": __version__}
+_PEOPLE = ("agent", "sponsor", "on_behalf_of")
+
+MAX_EVENT_BYTES = 256 * 1024
+"""Larger events are `shortened`: whoever may sign a large message must not be able to make one that Kafka refuses."""
+_MAX_WORD_BYTES = 4096
+_MAX_PRIVILEGES = 256
+_MAX_MESSAGE = 2000
+_MAX_TEXT = 500
+_MAX_LOOKED_AT = 2048
+_LAST_WORD = re.compile(r"[\w.-]+$")
+_TOKEN = re.compile(r"[\w-]{8,}\.[\w-]*\.[\w-]{8,}(?:\.[\w-]+){0,2}")
+
+
+class Event(NamedTuple):
+    """An OCSF event, and the Kafka key that it goes out under."""
+
+    key: str
+    body: dict[str, Any]
+
+    @property
+    def uid(self) -> str:
+        return str(self.body["metadata"]["uid"])
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all events of one kind have in common."""
+
+    code: str
+    attributes: dict[str, Any]
+    metadata: dict[str, Any]
+
+    @property
+    def class_uid(self) -> int:
+        return int(self.attributes["class_uid"])
+
+
+def step(
+    code: str,
+    class_uid: int,
+    activity: int | str,
+    *,
+    severity: int = INFORMATIONAL,
+    status: int | str = SUCCESS,
+    action: int | None = None,
+    alert: bool = False,
+) -> Step:
+    """Declare one kind of event.
+
+    Args:
+        code: Ringfence's own name of the step, in `metadata.event_code`.
+        class_uid: the OCSF class.
+        activity: the class's activity; a name of our own where the class has none that fits (`activity_id` 99).
+        severity: as in OCSF.
+        status: `SUCCESS`, `FAILURE`, for a finding `NEW`, `RESOLVED`; or a name of our own (`status_id` 99) for
+            what has only been asked for.
+        action: what the control did (profile `security_control`).
+        alert: a person should look at it.
+    """
+    activity_id = activity if isinstance(activity, int) else _OTHER
+    activity_name = activity if isinstance(activity, str) else _ACTIVITIES[class_uid][activity]
+    status_id = status if isinstance(status, int) else _OTHER
+    statuses = _FINDING_STATUSES if class_uid == DETECTION_FINDING else _STATUSES
+    attributes: dict[str, Any] = {
+        "class_uid": class_uid,
+        "class_name": _CLASS_NAMES[class_uid],
+        "category_uid": class_uid // 1000,
+        "category_name": _CATEGORIES[class_uid // 1000],
+        "activity_id": activity_id,
+        "activity_name": activity_name,
+        "type_uid": class_uid * 100 + activity_id,
+        "type_name": f"{_CLASS_NAMES[class_uid]}: {activity_name}",
+        "severity_id": severity,
+        "severity": _SEVERITIES[severity],
+        "status_id": status_id,
+        "status": status if isinstance(status, str) else statuses[status],
+    }
+    metadata: dict[str, Any] = {"version": OCSF_VERSION, "product": _PRODUCT, "event_code": code}
+    if action is not None:
+        attributes |= {"action_id": action, "action": _ACTIONS[action]}
+    if alert:
+        attributes["is_alert"] = True
+    if action is not None or alert:
+        metadata["profiles"] = ["security_control"]
+    return Step(code, attributes, metadata)
+
+
+def event_uid(topic_name: str, partition: int, offset: int) -> str:
+    """The uid of the event about the record at these coordinates: a repeat of the work makes the same event."""
+    return derived_id(topic_name, partition, offset)
+
+
+def event(
+    record: Received,
+    kind: Step,
+    message: str,
+    own: dict[str, Any],
+    unmapped: dict[str, Any],
+    *,
+    key: str,
+    correlation: str | None = None,
+    reasons: Sequence[Reason] = (),
+    traceparent: str | None = None,
+) -> Event:
+    """Put one event together.
+
+    Args:
+        record: what it is about; its append time is the event's, its coordinates make its uid.
+        kind: what all events of its kind have in common.
+        message: one sentence for a person.
+        own: the attributes of the class.
+        unmapped: Ringfence's own words; those that are None are left out.
+        key: the Kafka key: the agent's id, or the subject's where there is no agent.
+        correlation: the id of the request or task that events with the same one belong to.
+        reasons: why it came to that.
+        traceparent: the trace that it belongs to, where that is known better than from the record's header.
+    """
+    metadata = {
+        **kind.metadata,
+        "uid": event_uid(record.topic_name, record.partition, record.offset),
+        "log_name": record.topic.what,
+    }
+    if correlation is not None:
+        metadata["correlation_uid"] = correlation
+    body: dict[str, Any] = {**kind.attributes, "time": record.appended_at_ms}
+    body["message"] = _cut(message, _MAX_MESSAGE)
+    body["metadata"] = metadata
+    body.update(own)
+    words = {name: value for name, value in unmapped.items() if value is not None}
+    if reasons:
+        body["status_code"] = reasons[0].code
+        body["status_detail"] = _cut("; ".join(scrubbed(reason.message) for reason in reasons), _MAX_MESSAGE)
+        words["reasons"] = [_reason(reason) for reason in reasons]
+    trace = trace_id(traceparent) or trace_id(record.traceparent)
+    if trace is not None:
+        words["trace_id"] = trace
+    words["source"] = {"topic": record.topic_name, "partition": record.partition, "offset": record.offset}
+    people = [_observable(role, words[role]) for role in _PEOPLE if role in words]
+    if people:
+        body["observables"] = people
+    body["unmapped"] = words
+    return Event(key, body)
+
+
+def shortened(told: Event) -> Event:
+    """The event without whatever makes it large; `unmapped.left_out` says what. No event may be too large to publish.
+
+    What is left out stands in the record at `unmapped.source`, and its digest, where there is one, still here.
+    """
+    body = {**told.body, "unmapped": {**told.body["unmapped"]}}
+    words: dict[str, Any] = body["unmapped"]
+    left_out = [name for name, value in words.items() if len(orjson.dumps(value)) > _MAX_WORD_BYTES]
+    for name in left_out:
+        del words[name]
+    if "data" in body.get("entity_result", {}):
+        body["entity_result"] = {n: v for n, v in body["entity_result"].items() if n != "data"}
+        left_out.append("entity_result.data")
+    if body.get("privileges"):
+        body["privileges"] = []
+        left_out.append("privileges")
+    words["left_out"] = left_out
+    return Event(told.key, body)
+
+
+@lru_cache(maxsize=65_536)
+def _observable(role: str, name: str) -> dict[str, Any]:
+    return {"name": f"unmapped.{role}", "type": "User Name", "type_id": 4, "value": name}
+
+
+def _reason(reason: Reason) -> dict[str, Any]:
+    said: dict[str, Any] = {"code": reason.code, "message": scrubbed(reason.message)}
+    if reason.permission is not None:
+        said["permission"] = permission(reason.permission)
+    if reason.side is not None:
+        said["side"] = reason.side
+    return said
+
+
+# --- objects ----------------------------------------------------------------------------------------------------------
+
+UNKNOWN_USER = {"name": "unknown", "type_id": 0, "type": "Unknown"}
+"""OCSF asks for a user where nobody is known, or nobody is believed."""
+_USER_TYPES = {
+    "user": {"type_id": 1, "type": "User"},
+    "agent": {"type_id": _OTHER, "type": "Agent"},
+    "service": {"type_id": 3, "type": "System"},
+    "target": {"type_id": _OTHER, "type": "Target"},
+    "root": {"type_id": 2, "type": "Admin"},
+}
+
+
+@lru_cache(maxsize=65_536)
+def user_of(spiffe: str) -> dict[str, Any]:
+    """The OCSF `user` behind a SPIFFE ID: people, agents, services, the root. It is shared: do not change it."""
+    path = spiffe.removeprefix("spiffe://").partition("/")[2]
+    kind, _, name = path.partition("/")
+    return {"uid": spiffe, "name": name or kind, **_USER_TYPES.get(kind, {"type_id": 0, "type": "Unknown"})}
+
+
+def permission(one: Permission) -> dict[str, Any]:
+    """A permission as plain JSON."""
+    return {"target": one.target, "verbs": list(one.verbs), "resources": list(one.resources)}
+
+
+def privileges(scope: Iterable[Permission]) -> list[str]:
+    """OCSF `privileges`: `target:verb:resource` for each verb on each resource, the first 256 of them."""
+    each = (
+        f"{one.target}:{verb}:{resource}" for one in scope for verb in one.verbs for resource in one.resources
+    )
+    return list(islice(each, _MAX_PRIVILEGES))
+
+
+def in_words(scope: Iterable[Permission]) -> str:
+    """A scope for people: `staging: deploy on env/staging/*; …`."""
+    said = [f"{one.target}: {', '.join(one.verbs)} on {', '.join(one.resources)}" for one in scope]
+    return _cut("; ".join(said) or "nothing", _MAX_TEXT)
+
+
+@lru_cache(maxsize=4096)
+def moment(at_ms: int) -> str:
+    """A moment for people: `2026-09-21T14:13:20Z`."""
+    try:
+        return datetime.fromtimestamp(at_ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError):
+        return "the end of time"  # a task may say so
+
+
+def scrubbed(text: str) -> str:
+    """What people and agents wrote, without anything that looks like a token, and not too long."""
+    if len(text) > _MAX_LOOKED_AT:
+        text = _LAST_WORD.sub("…", text[:_MAX_LOOKED_AT])  # what is cut there may be half a token
+    if text.count(".") >= 2:
+        text = _TOKEN.sub("[redacted]", text)
+    return _cut(text, _MAX_TEXT)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -1,0 +1,286 @@
+"""The index over the `audit` topic that traces are built from. It can be lost: the topic has everything."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import orjson
+
+from ringfence.audit.break_glass_events import USED, take_in
+from ringfence.audit.ocsf import DETECTION_FINDING
+from ringfence.kernel import metrics
+from ringfence.kernel.kafka import Received
+
+log = logging.getLogger(__name__)
+
+StoryKind = Literal["lease", "request", "task", "agent", "user"]
+STORY_KINDS: tuple[StoryKind, ...] = get_args(StoryKind)
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """Whose eyes a query is for: those of a person, and of the sponsor of these agents. None sees everything."""
+
+    user_id: str
+    agents: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """The events that belong to something, oldest first. `truncated`: there is more than was asked for."""
+
+    kind: StoryKind
+    id: str
+    events: list[dict[str, Any]]
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some events, oldest first, and the cursor to go on from."""
+
+    events: list[dict[str, Any]]
+    cursor: str
+
+
+class EventIndex(Protocol):
+    """Finds audit events again."""
+
+    def add(self, records: Sequence[Received]) -> None:
+        """Take in what came from the `audit` topic. The same event twice counts once; what is no event is skipped."""
+        ...
+
+    def story(self, id: str, kind: StoryKind | None, viewer: Viewer | None, limit: int) -> Story | None:
+        """The events of what has this id; at most `limit` requests, the latest. None where there is nothing to see."""
+        ...
+
+    def page(self, viewer: Viewer | None, after: str | None, limit: int, **filters: str | int | None) -> Page:
+        """Events after a cursor, or the latest ones. `filters`: agent, task, request, lease, class_uid."""
+        ...
+
+    def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
+        """All Detection Findings, oldest first: uses of break glass, and their reviews."""
+        ...
+
+    def use_of_break_glass(self, request_id: str) -> Mapping[str, Any] | None:
+        """The words of the event about a use of break glass, or None where there is none."""
+        ...
+
+
+_SCHEMA = """
+CREATE TABLE event (
+    seq INTEGER PRIMARY KEY, uid TEXT NOT NULL UNIQUE, time INTEGER NOT NULL, class_uid INTEGER NOT NULL,
+    request TEXT, lease TEXT, task TEXT, agent TEXT, target TEXT, sponsor TEXT, on_behalf_of TEXT, revocation TEXT,
+    message TEXT NOT NULL, json BLOB NOT NULL
+);
+CREATE INDEX event_request ON event (request) WHERE request IS NOT NULL;
+CREATE INDEX event_lease ON event (lease) WHERE lease IS NOT NULL;
+CREATE INDEX event_task ON event (task) WHERE task IS NOT NULL;
+CREATE INDEX event_agent ON event (agent) WHERE agent IS NOT NULL;
+CREATE INDEX event_on_behalf_of ON event (on_behalf_of) WHERE on_behalf_of IS NOT NULL;
+CREATE INDEX event_revocation ON event (revocation) WHERE revocation IS NOT NULL;
+CREATE INDEX event_finding ON event (seq) WHERE class_uid = 2004;
+"""
+_INSERT = """
+INSERT OR IGNORE INTO event (
+    seq, uid, time, class_uid, request, lease, task, agent, target, sponsor, on_behalf_of, revocation, message, json
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+_IDS = ("request", "lease", "task", "agent", "target", "sponsor", "on_behalf_of", "revocation")
+_CLASS_UID, _JSON = 3, -1
+_MOST_ROWS = 20_000
+_FILTERS = ("agent", "task", "request", "lease", "class_uid")
+_SEEN = (
+    "(sponsor = :viewer OR on_behalf_of = :viewer OR "
+    "agent IN (SELECT value FROM json_each(:agents)))"
+)  # fmt: skip
+
+
+class SqliteIndex:
+    """`EventIndex` in SQLite: in memory, or in a file so that it need not fit there. Built anew at each start."""
+
+    def __init__(self, file: Path | None) -> None:
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for leftover in (file, file.with_name(f"{file.name}-journal")):
+                leftover.unlink(missing_ok=True)
+        self._db = sqlite3.connect(file if file is not None else ":memory:", isolation_level=None)
+        # Durability is the topic's business: a torn file is thrown away at the next start anyway.
+        self._db.executescript(f"PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF; {_SCHEMA}")
+        self._epoch = secrets.token_hex(4)
+        self._seq = 0
+        self._uses: dict[str, dict[str, Any]] = {}
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()
+
+    # --- feeding ---
+
+    def add(self, records: Sequence[Received]) -> None:
+        """See `EventIndex`."""
+        rows: list[tuple[Any, ...]] = []
+        for record in records:
+            row = _row(record.value, self._seq + 1)
+            if row is None:
+                log.warning("no event at %s/%d@%d", record.topic_name, record.partition, record.offset)
+                continue
+            self._seq += 1
+            rows.append(row)
+        self._db.execute("BEGIN")
+        try:
+            self._db.executemany(_INSERT, rows)
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+        findings = [orjson.loads(row[_JSON]) for row in rows if row[_CLASS_UID] == DETECTION_FINDING]
+        if findings:
+            take_in(self._uses, findings)
+            unreviewed = sum(use["review"] is None for use in self._uses.values())
+            metrics.BREAK_GLASS_UNREVIEWED.set(unreviewed)
+
+    # --- asking ---
+
+    def story(self, id: str, kind: StoryKind | None, viewer: Viewer | None, limit: int) -> Story | None:
+        """See `EventIndex`."""
+        for candidate in (kind,) if kind is not None else STORY_KINDS:
+            story = self._story_of(candidate, id, viewer, limit)
+            if story is not None:
+                return story
+        return None
+
+    def page(self, viewer: Viewer | None, after: str | None, limit: int, **filters: str | int | None) -> Page:
+        """See `EventIndex`."""
+        where, values = self._visible(viewer)
+        for name in _FILTERS:
+            if filters.get(name) is not None:
+                where.append(f"{name} = :{name}")
+                values[name] = filters[name]
+        start, values_of_start = self._start(after)
+        if start:
+            where.append(start)
+            values |= values_of_start
+        condition = f"WHERE {' AND '.join(where)}" if where else ""
+        order = "ASC" if start else "DESC"
+        rows = self._db.execute(
+            f"SELECT seq, time, json FROM event {condition} ORDER BY seq {order} LIMIT :limit",  # noqa: S608 - own names
+            {**values, "limit": limit},
+        ).fetchall()
+        if not start:
+            rows.reverse()
+        cursor = f"{self._epoch}.{rows[-1][0]}.{rows[-1][1]}" if rows else after or f"{self._epoch}.0.0"
+        return Page([orjson.loads(row[2]) for row in rows], cursor)
+
+    def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
+        """See `EventIndex`."""
+        where, values = self._visible(viewer)
+        condition = " AND ".join(("class_uid = 2004", *where))
+        query = f"SELECT json FROM event WHERE {condition} ORDER BY seq"  # noqa: S608 - own names
+        return [orjson.loads(row[0]) for row in self._db.execute(query, values)]
+
+    def use_of_break_glass(self, request_id: str) -> Mapping[str, Any] | None:
+        """See `EventIndex`."""
+        query = "SELECT json FROM event WHERE request = ? AND class_uid = 2004 ORDER BY seq"
+        for row in self._db.execute(query, (request_id,)):
+            event: dict[str, Any] = orjson.loads(row[0])
+            if event["metadata"].get("event_code") == USED.code:
+                words: dict[str, Any] = event["unmapped"]
+                return words
+        return None
+
+    def _start(self, after: str | None) -> tuple[str, dict[str, Any]]:
+        """Where a cursor points to. One from before a restart is taken by its time: some events may come again."""
+        if after is None:
+            return "", {}
+        epoch, seq, time = [*after.split("."), "", ""][:3]
+        if epoch == self._epoch and seq.isdecimal():
+            return "seq > :seq", {"seq": int(seq)}
+        return "time >= :time", {"time": int(time) if time.isdecimal() else 0}
+
+    def _story_of(self, kind: StoryKind, id: str, viewer: Viewer | None, limit: int) -> Story | None:
+        # A person is the root of what was done on their behalf.
+        column = "on_behalf_of" if kind == "user" else kind
+        where, values = self._visible(viewer)
+        where.append(f"{column} = :id")
+        values |= {"id": id, "more": limit + 1}
+        condition = " AND ".join(where)
+        requests = self._latest("request", condition, values)
+        tasks = self._latest("task", condition, values)
+        # Neither: something that no request came of yet, such as an agent that was only registered.
+        if not requests and not tasks and not self._any(condition, values):
+            return None
+        truncated = len(requests) > limit or len(tasks) > limit
+        requests, tasks = requests[:limit], tasks[:limit]
+        found: dict[str, tuple[int, bytes]] = {}
+        self._collect(found, "request", requests)
+        tasks = sorted({*tasks, *self._values("task", "request", requests)})
+        self._collect(found, "task", tasks, "request IS NULL")
+        leases = self._values("lease", "request", requests)
+        self._collect(found, "lease", leases, "request IS NULL")
+        self._collect(found, "revocation", self._values("revocation", "request", requests))
+        if kind == "agent":
+            seen, seen_values = self._visible(viewer)
+            self._collect(found, "agent", [id], "request IS NULL", "task IS NULL", *seen, **seen_values)
+        rows = sorted(found.items(), key=lambda item: item[1][0])
+        return Story(kind, id, [orjson.loads(row[1][1]) for row in rows], truncated)
+
+    # Columns and conditions in the queries below are this file's own words; values are parameters.
+
+    def _latest(self, column: str, condition: str, values: dict[str, Any]) -> list[str]:
+        query = (
+            f"SELECT {column}, max(seq) FROM event WHERE {condition} AND {column} IS NOT NULL "  # noqa: S608
+            f"GROUP BY {column} ORDER BY 2 DESC LIMIT :more"
+        )
+        return [row[0] for row in self._db.execute(query, values)]
+
+    def _any(self, condition: str, values: dict[str, Any]) -> bool:
+        query = f"SELECT 1 FROM event WHERE {condition} LIMIT 1"  # noqa: S608
+        return self._db.execute(query, values).fetchone() is not None
+
+    def _collect(
+        self, found: dict[str, tuple[int, bytes]], column: str, ids: Iterable[str], *more: str, **values: Any
+    ) -> None:
+        condition = " AND ".join((f"{column} IN (SELECT value FROM json_each(:ids))", *more))  # noqa: S608
+        query = f"SELECT uid, time, json FROM event WHERE {condition} ORDER BY seq LIMIT {_MOST_ROWS}"  # noqa: S608
+        rows = self._db.execute(query, {**values, "ids": orjson.dumps(list(ids)).decode()})
+        found.update({uid: (time, json) for uid, time, json in rows})
+
+    def _values(self, wanted: str, column: str, ids: Iterable[str]) -> list[str]:
+        query = (
+            f"SELECT DISTINCT {wanted} FROM event WHERE {column} IN (SELECT value FROM json_each(:ids)) "  # noqa: S608
+            f"AND {wanted} IS NOT NULL"
+        )
+        return [row[0] for row in self._db.execute(query, {"ids": orjson.dumps(list(ids)).decode()})]
+
+    @staticmethod
+    def _visible(viewer: Viewer | None) -> tuple[list[str], dict[str, Any]]:
+        if viewer is None:
+            return [], {}
+        return [_SEEN], {"viewer": viewer.user_id, "agents": orjson.dumps(viewer.agents).decode()}
+
+
+def _row(value: bytes, seq: int) -> tuple[Any, ...] | None:
+    """The columns of an event, or None where the record is no event."""
+    try:
+        event = orjson.loads(value)
+        words = event["unmapped"]
+        texts = (event["metadata"]["uid"], event["message"])
+        ids = [words.get(name) for name in _IDS]
+        numbers = (event["time"], event["class_uid"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    strings = all(type(text) is str for text in texts) and all(id is None or type(id) is str for id in ids)
+    if not (strings and all(map(_is_int64, numbers))):
+        return None
+    return (seq, texts[0], *numbers, *ids, texts[1], value)
+
+
+def _is_int64(number: Any) -> bool:
+    return isinstance(number, int) and -(2**63) <= number < 2**63

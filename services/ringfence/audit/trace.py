@@ -1,0 +1,315 @@
+"""The story of a credential as a tree back to the human. Pure: events in, nodes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Node = dict[str, Any]
+"""`id`, `kind`, `title`, `at_ms`, `duration_ms` since the step before, `actor`, `detail`, `children`."""
+
+_NOT_STEPS = frozenset({"message.repeated", "message.replayed", "message.expired"})
+_KINDS: Mapping[str, str] = {
+    "request.allowed": "decision",
+    "request.refused": "decision",
+    "approval.required": "decision",
+    "break_glass.asked": "decision",
+    "break_glass.used": "decision",
+    "break_glass.reviewed": "approval",
+    "break_glass.review_refused": "approval",
+    "credential.refused": "decision",
+    "approval.requested": "approval",
+    "approval.given": "approval",
+    "approval.denied": "approval",
+    "grant.given": "approval",
+    "grant.withdrawn": "approval",
+    "reply.sent": "delivery",
+    "credential.minting": "lease",
+    "credential.issued": "lease",
+    "release.requested": "revocation",
+    "revocation.requested": "revocation",
+    "lease.ending": "cut",
+    "credential.released": "end",
+    "credential.revoked": "end",
+    "lease.expired": "end",
+    "credential.aborted": "end",
+    "task.ended": "end",
+}
+# Steps of one millisecond are told in the order in which one makes the other.
+_ORDER = {
+    code: rank
+    for rank, code in enumerate(
+        (
+            "task.assign", "command.accepted", "task.assigned", "grant.given", "grant.withdrawn",
+            "credential.requested", "approval.required", "break_glass.asked",
+            "approval.requested", "approval.given", "approval.denied", "request.allowed", "break_glass.used",
+            "request.refused",
+            "credential.refused", "credential.minting", "credential.issued", "message.accepted", "message.refused",
+            "reply.sent", "release.requested", "revocation.requested", "lease.ending", "credential.released",
+            "credential.revoked", "lease.expired", "credential.aborted", "task.end", "task.ended", "lease.forgotten",
+        )
+    )
+}  # fmt: skip
+_IN_LEASE = frozenset({"lease", "cut", "end", "revocation"})
+
+
+def tree(events: Iterable[dict[str, Any]]) -> list[Node]:
+    """People, on whose behalf; under each the tasks; under each the requests; under each what came of it.
+
+    Args:
+        events: OCSF events of audit, in any order.
+
+    Returns:
+        One root for each person, and one for each agent whose events belong to no task.
+    """
+    ordered = sorted(
+        (event for event in events if _can_be_told(event)),
+        key=lambda event: (event["time"], _ORDER.get(_code(event), 50), event["metadata"]["uid"]),
+    )
+    requests: dict[str, list[dict[str, Any]]] = {}
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    rest: dict[str, list[dict[str, Any]]] = {}
+    request_of_lease = {
+        words["lease"]: words["request"]
+        for event in ordered
+        if (words := event["unmapped"]).get("lease") and words.get("request")
+    }
+    task_of_request: dict[str, str] = {}
+    users: dict[str, str] = {}
+    for event in ordered:
+        words = event["unmapped"]
+        request = words.get("request") or request_of_lease.get(words.get("lease"))
+        task = words.get("task")
+        if request:
+            requests.setdefault(request, []).append(event)
+            if task:
+                task_of_request.setdefault(request, task)
+        elif task:
+            tasks.setdefault(task, []).append(event)
+        else:
+            rest.setdefault(words.get("agent") or "?", []).append(event)
+        if task:
+            tasks.setdefault(task, [])
+            if words.get("on_behalf_of"):
+                users.setdefault(task, words["on_behalf_of"])
+    children: dict[str, list[Node]] = {task: [] for task in tasks}
+    lost: list[Node] = []
+    for request, steps in requests.items():
+        children.get(task_of_request.get(request, ""), lost).append(_request(request, steps))
+    roots: dict[str, Node] = {}
+    for task, steps in tasks.items():
+        node = _task(task, steps, children[task])
+        _under_user(roots, users.get(task), node)
+    for node in lost:
+        _under_user(roots, None, node)
+    for agent, steps in rest.items():
+        if roots and agent == "?":  # what the selector of a revocation has no better place for
+            next(iter(roots.values()))["children"] += [_leaf(event, None) for event in steps]
+        else:
+            roots[f"agent {agent}"] = _node(
+                agent,
+                "agent",
+                f"agent {agent}" if agent != "?" else "what belongs to no agent",
+                at_ms=steps[0]["time"],
+                children=_in_line(steps, None),
+            )
+    for root in roots.values():
+        _number(root)
+    return list(roots.values())
+
+
+def _under_user(roots: dict[str, Node], user: str | None, node: Node) -> None:
+    name = user or "nobody known"
+    root = roots.setdefault(name, _node(name, "user", f"{name}, on whose behalf it was done"))
+    root["children"].append(node)
+
+
+def _task(task: str, steps: Sequence[dict[str, Any]], requests: list[Node]) -> Node:
+    assigned = next((e for e in steps if _code(e) == "task.assigned"), None)
+    first = assigned or next((e for e in steps if _code(e) == "task.assign"), None)
+    node = _node(task, "task", f"task {task}", at_ms=first["time"] if first else None)
+    if first is not None:
+        words = first["unmapped"]
+        asked = "" if assigned is not None else "asked for: "
+        node["title"] = f"{asked}task for agent {words.get('agent')}{_purpose(first)}"
+        node |= {"actor": _actor(first), "detail": first["message"], "event": _uid(first)}
+    others = [e for e in steps if e is not first and _code(e) not in ("task.assign", "command.accepted")]
+    node["children"] = sorted(
+        [*requests, *(_leaf(event, None) for event in others)], key=lambda child: child["at_ms"] or 0
+    )
+    return node
+
+
+def _request(request: str, steps: Sequence[dict[str, Any]]) -> Node:
+    asked = next((e for e in steps if _code(e) == "credential.requested"), None)
+    words = (asked or steps[0])["unmapped"]
+    node = _node(
+        request,
+        "request",
+        f"{words.get('agent', 'somebody')} asked for {_scope(words)}",
+        at_ms=asked["time"] if asked else None,
+    )
+    if asked is not None:
+        node |= {"actor": _actor(asked), "detail": asked["message"], "event": _uid(asked)}
+    lease: Node | None = None
+    previous = node["at_ms"]
+    for event in steps:
+        if event is asked:
+            continue
+        kind = _KINDS.get(_code(event), "event")
+        leaf = _leaf(event, previous)
+        previous = event["time"]
+        if kind == "lease" and lease is None:
+            lease = {**leaf, "id": event["unmapped"]["lease"]}
+            node["children"].append(lease)
+        elif kind == "lease" and lease is not None and lease["at_ms"] is not None:
+            # Prepared first, then active: one lease, told as issued.
+            lease["children"].insert(0, {**leaf, "kind": "event"})
+        elif lease is not None and (kind in _IN_LEASE or kind == "delivery"):
+            lease["children"].append(leaf)
+        elif kind in _IN_LEASE and event["unmapped"].get("lease"):
+            lease = _node(event["unmapped"]["lease"], "lease", f"lease {event['unmapped']['lease']}")
+            lease["children"].append(leaf)
+            node["children"].append(lease)
+        else:
+            node["children"].append(leaf)
+    return node
+
+
+def _in_line(steps: Sequence[dict[str, Any]], previous: int | None) -> list[Node]:
+    nodes = []
+    for event in steps:
+        nodes.append(_leaf(event, previous))
+        previous = event["time"]
+    return nodes
+
+
+def _leaf(event: dict[str, Any], previous_ms: int | None) -> Node:
+    code = _code(event)
+    node = _node(_uid(event), _KINDS.get(code, "event"), _title(code, event), at_ms=event["time"])
+    node |= {"actor": _actor(event), "detail": event["message"], "event": _uid(event)}
+    if previous_ms is not None:
+        node["duration_ms"] = max(0, event["time"] - previous_ms)
+    return node
+
+
+def _node(
+    id: str, kind: str, title: str, *, at_ms: int | None = None, children: list[Node] | None = None
+) -> Node:
+    return {
+        "id": id,
+        "kind": kind,
+        "title": title,
+        "at_ms": at_ms,
+        "duration_ms": None,
+        "actor": None,
+        "detail": None,
+        "children": children if children is not None else [],
+    }
+
+
+def _number(node: Node) -> None:
+    """Fill in the durations that are still open: since the step before, or since what the step is part of."""
+    previous = node["at_ms"]
+    for child in node["children"]:
+        if child["duration_ms"] is None and child["at_ms"] is not None and previous is not None:
+            child["duration_ms"] = max(0, child["at_ms"] - previous)
+        if child["at_ms"] is not None:
+            previous = child["at_ms"]
+        _number(child)
+
+
+def _title(code: str, event: Mapping[str, Any]) -> str:
+    words = event["unmapped"]
+    actor = _actor(event) or "somebody"
+    match code:
+        case "request.allowed":
+            return f"policy allowed it, for {words.get('ttl_s')} s"
+        case "request.refused":
+            return f"policy refused it: {event.get('status_detail', 'no reason was given')}"
+        case "credential.refused":
+            return f"{actor} refused it: {event.get('status_detail', 'no reason was given')}"
+        case "approval.required":
+            return f"policy wants approval: {', '.join(words.get('required', ()))}"
+        case "break_glass.asked":
+            return "policy denies it; break glass takes two operators"
+        case "break_glass.used":
+            who = " and ".join(words.get("approvers", ()))
+            return f"BREAK GLASS: {who} allowed it against policy, for {words.get('ttl_s')} s"
+        case "break_glass.reviewed":
+            return f"break glass reviewed by {words.get('reviewer')}: {words.get('comment')}"
+        case "break_glass.review_refused":
+            return f"a review by {words.get('reviewer')} does not count: {event.get('status_detail')}"
+        case "approval.requested":
+            return f"{words.get('asked')} was asked to approve"
+        case "approval.given":
+            return f"{actor} approved" + (f": {words['comment']}" if words.get("comment") else "")
+        case "grant.given":
+            return f"{actor} approved {words.get('count')} credentials ahead: {_scope(words)}"
+        case "grant.withdrawn":
+            return f"{actor} took back grant {words.get('grant')}: {words.get('comment')}"
+        case "approval.denied":
+            return f"{actor} denied" + (f": {words['comment']}" if words.get("comment") else "")
+        case "credential.minting":
+            return "the credential is being made"
+        case "credential.issued":
+            return f"credential issued for {_scope(words)}"
+        case "reply.sent":
+            return "sealed reply sent"
+        case "release.requested":
+            return f"{actor} released it"
+        case "revocation.requested":
+            return f"{actor} asked to revoke: {words.get('comment')}"
+        case "lease.ending":
+            return f"cut ({words.get('cause', 'unknown cause')})"
+        case "credential.released":
+            return f"released by {actor}"
+        case "credential.revoked":
+            return f"revoked ({words.get('cause', 'unknown cause')}) by {actor}"
+        case "lease.expired":
+            return "expired at its deadline"
+        case "credential.aborted":
+            return "making it failed"
+        case "task.ended":
+            return f"task ended by {actor}"
+        case _:
+            return str(event.get("message") or code)
+
+
+def _can_be_told(event: Mapping[str, Any]) -> bool:
+    """False for what is no step, and for what audit did not write: the topic is only as good as its ACL."""
+    try:
+        _title(_code(event), event)
+        _scope(event["unmapped"])
+        _purpose(event)
+    except (TypeError, KeyError, AttributeError):
+        return False
+    return _code(event) not in _NOT_STEPS
+
+
+def _purpose(event: Mapping[str, Any]) -> str:
+    purpose = event.get("entity_result", {}).get("data", {}).get("purpose")
+    return f": {purpose}" if purpose else ""
+
+
+def _scope(words: Mapping[str, Any]) -> str:
+    said = [
+        f"{one['target']}: {', '.join(one['verbs'])} on {', '.join(one['resources'])}"
+        for one in words.get("permissions", ())
+    ]
+    return "; ".join(said) or "something unknown"
+
+
+def _actor(event: Mapping[str, Any]) -> str | None:
+    # A finding has its actor among its evidences.
+    holder = event if "actor" in event else next(iter(event.get("evidences", ())), {})
+    name = holder.get("actor", {}).get("user", {}).get("name")
+    return str(name) if name else None
+
+
+def _code(event: Mapping[str, Any]) -> str:
+    return str(event["metadata"].get("event_code", ""))
+
+
+def _uid(event: Mapping[str, Any]) -> str:
+    return str(event["metadata"]["uid"])
