@@ -1,0 +1,391 @@
+"""Signed commands of people: what sponsors, operators and those who assign tasks do to records and leases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from ringfence.client.connection import Connection, subject
+from ringfence.client.errors import IdentityError, InvalidCallError, checked
+from ringfence.client.lifetime import Lifetime
+from ringfence.client.outcomes import Accepted, Outcomes
+from ringfence.client.preview import Preview, preview
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.ids import message_id
+from ringfence.kernel.jws import MAX_LIFE_S, sign
+from ringfence.kernel.keys import SigningKey, thumbprint
+from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.keys import KeyRecord, PublicJwk
+from ringfence.messages.lease import RevocationRequest, Selector
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import (
+    AgentDecommission,
+    AgentRegister,
+    AgentResume,
+    AgentSetCeiling,
+    AgentSuspend,
+    AgentTransfer,
+    BackendSettings,
+    Entitlements,
+    RequestRule,
+    Role,
+    TargetRemove,
+    TargetSet,
+    TaskAssign,
+    TaskConsent,
+    TaskEnd,
+    TaskTerms,
+    UserDisable,
+    UserSet,
+    VerbFloor,
+)
+from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
+from ringfence.model.directory import Directory
+from ringfence.model.scope import validate_scope
+
+COMMAND_LIFE_S = 120
+"""`exp` of a command: how long it may take to reach the broker, clocks that differ included."""
+KEY_LIFE_S = 365 * 24 * 3600
+"""How long a key is valid where nothing else is said."""
+TIMEOUT_S = 15.0
+
+AnyKey = SigningKey | PublicJwk | KeyRecord
+
+
+class Administrator(Lifetime):
+    """A person (or the root) who gives commands, connected. Each method waits for the service's signed answer.
+
+    ```python
+    async with Administrator.connect(key="maria.json") as maria:
+        await maria.register_agent("deploy-bot", description="deploys", keys=[bot_key], ceiling=ceiling)
+        task_id = await maria.assign_task("deploy-bot", purpose="release 41", scope=scope, ends_in_s=3600)
+    ```
+
+    Every command raises RefusedError (with the reasons), NotAnsweredError (nobody answered within `timeout_s`),
+    InvalidCallError or ScopeError (nothing was sent), UnavailableError (Kafka did not take it).
+    """
+
+    def __init__(self, connection: Connection, *, timeout_s: float = TIMEOUT_S) -> None:
+        """Use `connect`. Raises IdentityError where the connection's key is no user's and not the root's."""
+        self.is_root = connection.key.id == connection.trust.root_id
+        self.id = "root" if self.is_root else subject(connection.key, "user", connection.settings)
+        self.connection = connection
+        self.timeout_s = timeout_s
+        self._outcomes = Outcomes(connection)
+
+    @classmethod
+    def connect(
+        cls,
+        key: SigningKey | Path | str | None = None,
+        settings: ClientSettings | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        clock: Clock | None = None,
+    ) -> Self:
+        """To be used as an async context manager. `timeout_s`: how long each answer is waited for.
+
+        See `Agent.connect`.
+        """
+        return cls(Connection(key, settings, clock), timeout_s=timeout_s)
+
+    async def start(self) -> None:
+        """Connect. `async with` does it."""
+        await self.connection.start()
+
+    async def close(self) -> None:
+        """Disconnect. `async with` does it."""
+        await self.connection.close()
+
+    async def directory(self) -> Directory:
+        """The verified records of users, agents, targets and tasks; kept up to date while connected."""
+        return await self.connection.directory()
+
+    # --- users ---
+
+    async def set_user(
+        self,
+        user_id: str,
+        *,
+        name: str,
+        roles: Sequence[Role] = (),
+        keys: Sequence[AnyKey] = (),
+        entitlements: Sequence[Permission] = (),
+        source: str = "operator",
+        as_of: int | None = None,
+    ) -> Accepted:
+        """Create or replace a user; keys that are not listed end now.
+
+        Args:
+            entitlements: what the human may do; `source`: where that is known from; `as_of`: since when, in seconds
+                since 1970 (now where None).
+        """
+        validate_scope(tuple(entitlements), allow_empty=True)
+        stamp = self.connection.stamp(COMMAND_LIFE_S)
+        with checked("the user"):
+            command = UserSet(
+                **stamp,
+                user_id=user_id,
+                name=name,
+                roles=tuple(roles),
+                keys=self.key_records(keys),
+                entitlements=Entitlements(
+                    scope=tuple(entitlements), source=source, as_of=stamp["iat"] if as_of is None else as_of
+                ),
+            )
+        return await self._command(command, user_id)
+
+    async def disable_user(self, user_id: str, *, reason: str) -> Accepted:
+        """The user may no longer act; their agents become orphans."""
+        with checked("the command"):
+            command = UserDisable(**self.connection.stamp(COMMAND_LIFE_S), user_id=user_id, reason=reason)
+        return await self._command(command, user_id)
+
+    # --- agents ---
+
+    async def register_agent(
+        self,
+        agent_id: str,
+        *,
+        description: str,
+        keys: Sequence[AnyKey],
+        ceiling: Sequence[Permission],
+        sponsor: str | None = None,
+    ) -> Accepted:
+        """Register an agent. `sponsor` is whoever signs where None; an operator may name another."""
+        validate_scope(tuple(ceiling), allow_empty=True)
+        with checked("the agent"):
+            command = AgentRegister(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                agent_id=agent_id,
+                sponsor=sponsor or self._user_id("name the sponsor"),
+                description=description,
+                keys=self.key_records(keys),
+                ceiling=tuple(ceiling),
+            )
+        return await self._command(command, agent_id)
+
+    async def set_ceiling(self, agent_id: str, ceiling: Sequence[Permission]) -> Accepted:
+        """Replace the most that the agent may ever hold. Leases that no longer fit end."""
+        validate_scope(tuple(ceiling), allow_empty=True)
+        with checked("the ceiling"):
+            command = AgentSetCeiling(
+                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, ceiling=tuple(ceiling)
+            )
+        return await self._command(command, agent_id)
+
+    async def transfer_agent(self, agent_id: str, *, sponsor: str) -> Accepted:
+        """Make another sponsor accountable."""
+        with checked("the command"):
+            command = AgentTransfer(
+                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, sponsor=sponsor
+            )
+        return await self._command(command, agent_id)
+
+    async def suspend_agent(self, agent_id: str, *, reason: str) -> Accepted:
+        """Stop the agent for now; its leases end."""
+        with checked("the command"):
+            command = AgentSuspend(**self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, reason=reason)
+        return await self._command(command, agent_id)
+
+    async def resume_agent(self, agent_id: str, *, reason: str) -> Accepted:
+        """Let a suspended agent go on."""
+        with checked("the command"):
+            command = AgentResume(**self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, reason=reason)
+        return await self._command(command, agent_id)
+
+    async def decommission_agent(self, agent_id: str, *, reason: str) -> Accepted:
+        """End the agent for good; its name is never given again."""
+        with checked("the command"):
+            command = AgentDecommission(
+                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, reason=reason
+            )
+        return await self._command(command, agent_id)
+
+    # --- targets ---
+
+    async def set_target(
+        self,
+        target_id: str,
+        *,
+        description: str,
+        verbs: Sequence[VerbFloor],
+        backend: BackendSettings,
+        requests: Sequence[RequestRule] = (),
+        max_ttl_s: int = 3600,
+        keys: Sequence[AnyKey] = (),
+    ) -> Accepted:
+        """Create or replace a target. `keys`: those of its resource server, with which it calls introspection."""
+        with checked("the target"):
+            command = TargetSet(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                target_id=target_id,
+                description=description,
+                backend=backend,
+                verbs=tuple(verbs),
+                requests=tuple(requests),
+                max_ttl_s=max_ttl_s,
+                keys=self.key_records(keys),
+            )
+        return await self._command(command, target_id)
+
+    async def remove_target(self, target_id: str, *, reason: str) -> Accepted:
+        """Nothing more is issued for the target, and its leases end."""
+        with checked("the command"):
+            command = TargetRemove(
+                **self.connection.stamp(COMMAND_LIFE_S), target_id=target_id, reason=reason
+            )
+        return await self._command(command, target_id)
+
+    # --- tasks ---
+
+    def terms(
+        self,
+        agent_id: str,
+        *,
+        purpose: str,
+        scope: Sequence[Permission],
+        ends_in_s: int | None = None,
+        not_after: int | None = None,
+    ) -> TaskTerms:
+        """The terms of a task, ending in `ends_in_s` seconds or at `not_after` (seconds since 1970): give one."""
+        validate_scope(tuple(scope))
+        if (ends_in_s is None) == (not_after is None):
+            raise InvalidCallError("a task needs its end: give either ends_in_s or not_after")
+        end = (
+            not_after if not_after is not None else self.connection.clock.now_ms() // 1000 + (ends_in_s or 0)
+        )
+        with checked("the task"):
+            return TaskTerms(agent_id=agent_id, purpose=purpose, scope=tuple(scope), not_after=end)
+
+    async def preview(self, terms: TaskTerms, *, on_behalf_of: str | None = None) -> Preview:
+        """What a task would allow, and what each side cuts from it. See `ringfence.client.preview`."""
+        return preview(
+            await self.directory(),
+            terms,
+            on_behalf_of or self._user_id("say on behalf of whom"),
+            now_s=self.connection.clock.now_ms() / 1000,
+            entitlements_max_age_s=self.connection.settings.entitlements_max_age_s,
+        )
+
+    def sign_consent(self, terms: TaskTerms, *, life_s: int = 3600) -> str:
+        """This user's signature over the terms of a task that somebody else assigns on their behalf.
+
+        The one who assigns it embeds it, within `life_s` seconds.
+        """
+        self._user_id("the root consents to no tasks")
+        with checked("the consent"):
+            return sign(
+                TaskConsent(**self.connection.stamp(min(life_s, MAX_LIFE_S)), terms=terms),
+                self.connection.key,
+            )
+
+    async def assign_task(
+        self,
+        agent_id: str,
+        *,
+        purpose: str,
+        scope: Sequence[Permission],
+        ends_in_s: int | None = None,
+        not_after: int | None = None,
+        on_behalf_of: str | None = None,
+        consent: str | None = None,
+    ) -> str:
+        """Assign a task; returns its id.
+
+        `on_behalf_of` is whoever signs where None. For another user, `consent` is their `sign_consent` over the very
+        same terms (use `assign_terms`, so that they are).
+        """
+        terms = self.terms(agent_id, purpose=purpose, scope=scope, ends_in_s=ends_in_s, not_after=not_after)
+        return await self.assign_terms(terms, on_behalf_of=on_behalf_of, consent=consent)
+
+    async def assign_terms(
+        self, terms: TaskTerms, *, on_behalf_of: str | None = None, consent: str | None = None
+    ) -> str:
+        """Assign a task of these terms; returns its id. See `assign_task`."""
+        with checked("the task"):
+            command = TaskAssign(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                terms=terms,
+                on_behalf_of=on_behalf_of or self._user_id("the root assigns no tasks"),
+                consent=consent,
+            )
+        task_id = message_id(command.iss, command.jti)
+        await self._command(command, task_id)
+        return task_id
+
+    async def end_task(self, task_id: str, *, reason: str) -> Accepted:
+        """End a task; its leases end."""
+        with checked("the command"):
+            command = TaskEnd(**self.connection.stamp(COMMAND_LIFE_S), task_id=task_id, reason=reason)
+        return await self._command(command, task_id)
+
+    # --- leases ---
+
+    async def revoke(
+        self,
+        *,
+        reason: str,
+        lease_id: str | None = None,
+        agent_id: str | None = None,
+        task_id: str | None = None,
+        sponsor: str | None = None,
+        target_id: str | None = None,
+        user_id: str | None = None,
+        all: bool = False,
+    ) -> Accepted:
+        """Revoke one lease, or all that one condition covers: give exactly one, or `all`.
+
+        `lease_id` may come with the `agent_id` of who holds it. `user_id` is the user on whose behalf. A condition
+        covers every lease whose request was made before.
+        """
+        selector = None
+        with checked("the revocation"):
+            if lease_id is None:
+                selector = Selector(
+                    agent_id=agent_id,
+                    task_id=task_id,
+                    sponsor=sponsor,
+                    target_id=target_id,
+                    user_id=user_id,
+                    all=all,
+                )
+            elif task_id or sponsor or target_id or user_id or all:
+                raise InvalidCallError("the revocation: name a lease or a condition, and not both")
+            claims = RevocationRequest(
+                **self.connection.stamp(life_s=0),
+                kind="revocation",
+                lease_id=lease_id,
+                selector=selector,
+                reason=reason,
+            )
+        key = agent_id or lease_id or task_id or sponsor or target_id or user_id or "all"
+        return await self._outcomes.send(
+            REVOCATION_REQUEST, key, claims, by="revoker", timeout_s=self.timeout_s
+        )
+
+    # --- ---
+
+    def key_records(self, keys: Sequence[AnyKey]) -> tuple[KeyRecord, ...]:
+        """Keys as they stand in commands; those without an end get one in a year."""
+        end = self.connection.clock.now_ms() // 1000 + KEY_LIFE_S
+        return tuple(_record(key, end) for key in keys)
+
+    async def _command(self, command: ExpiringClaims, subject_id: str) -> Accepted:
+        return await self._outcomes.send(
+            REGISTRY_COMMAND, subject_id, command, by="registry", timeout_s=self.timeout_s
+        )
+
+    def _user_id(self, remedy: str) -> str:
+        if self.is_root:
+            raise IdentityError(f"the root is no user: {remedy}")
+        return self.id
+
+
+def _record(key: AnyKey, end: int) -> KeyRecord:
+    if isinstance(key, KeyRecord):
+        return key
+    if isinstance(key, SigningKey):
+        return key.record(end)
+    return KeyRecord(kid=thumbprint(key), jwk=key, not_after=end)

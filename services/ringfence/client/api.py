@@ -1,0 +1,175 @@
+"""The read APIs of registry, policy, revoker and audit: what `list`, `show`, `inventory` and `trace` print."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import httpx
+
+from ringfence.client.connection import load_key
+from ringfence.client.errors import ApiError
+from ringfence.client.lifetime import Lifetime
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.clock import Clock, SystemClock
+from ringfence.kernel.jws import sign
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.settings import load
+from ringfence.messages.api import MAX_API_TOKEN_S, ApiToken
+from ringfence.model.identity import SubjectKind
+
+Service = Literal["registry", "policy", "issuer", "revoker", "audit"]
+
+
+class ReadApi(Lifetime):
+    """One user's view: operators and auditors see all, sponsors their own agents. Each call bears its own token."""
+
+    def __init__(
+        self,
+        key: SigningKey | Path | str | None = None,
+        settings: ClientSettings | None = None,
+        *,
+        clock: Clock | None = None,
+        timeout_s: float = 10.0,
+    ) -> None:
+        """See `Agent.connect`; the URLs are in the settings. Raises IdentityError, KeyFileError, SettingsError."""
+        self.settings = settings or load(ClientSettings)
+        self.key = load_key(key, self.settings)
+        self._clock: Clock = clock or SystemClock()
+        self._http = httpx.AsyncClient(timeout=timeout_s)
+
+    async def close(self) -> None:
+        """Disconnect. `async with` does it."""
+        await self._http.aclose()
+
+    async def get(self, service: Service, *path: str, **query: str | int | None) -> Any:
+        """GET `/v1/<path>` of a service, as parsed JSON. Queries that are None are left out.
+
+        Raises ApiError with the service's own message; its `status` is None where the service did not answer.
+        """
+        base = str(getattr(self.settings, f"{service}_url")).rstrip("/")
+        url = "/".join([base, "v1", *(quote(part, safe="") for part in path)])
+        params = {name: value for name, value in query.items() if value is not None}
+        try:
+            response = await self._http.get(
+                url, params=params, headers={"Authorization": f"Bearer {self._token()}"}
+            )
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ApiError(
+                f"the {service} at {base} does not answer ({type(error).__name__}); is it running? "
+                f"Its address is RINGFENCE_{service.upper()}_URL"
+            ) from None
+        try:
+            answer = response.json()
+        except ValueError:
+            raise ApiError(
+                f"{url} answered {response.status_code} and no JSON; is this the {service}? "
+                f"Its address is RINGFENCE_{service.upper()}_URL",
+                status=response.status_code,
+            ) from None
+        if response.is_error:
+            said = answer.get("message") if isinstance(answer, dict) else None
+            code = answer.get("error") if isinstance(answer, dict) else None
+            raise ApiError(
+                said or f"{url} answered {response.status_code}", code=code, status=response.status_code
+            )
+        return answer
+
+    # --- registry ---
+
+    async def records(self, kind: SubjectKind, **query: str | None) -> list[Any]:
+        """All users, agents, targets or tasks that the caller may see: `[{id, revision, state}]`."""
+        found: list[Any] = (await self.get("registry", f"{kind}s", **query))[f"{kind}s"]
+        return found
+
+    async def record(self, kind: SubjectKind, id: str) -> Any:
+        """One user, agent, target or task: `{id, revision, state}`. Raises ApiError (404) where there is none."""
+        return await self.get("registry", f"{kind}s", id)
+
+    async def inventory(self) -> list[Any]:
+        """All agents that the caller may see, with what they may reach and who authorised it."""
+        found: list[Any] = (await self.get("registry", "inventory"))["agents"]
+        return found
+
+    # --- policy ---
+
+    async def usage(self, agent_id: str) -> Any:
+        """What an agent holds now and used in 30 days, against its ceiling. Raises ApiError (404) where there is none.
+
+        `{agent_id, registered_at, since, ceiling, used: [{target, verb, first_used, last_used, days}], never_used,
+        held, narrower}`; `narrower` is a ceiling that would have done, or None where all was used.
+        """
+        return await self.get("policy", "agents", agent_id, "usage")
+
+    # --- revoker ---
+
+    async def leases(
+        self,
+        *,
+        agent: str | None = None,
+        task: str | None = None,
+        target: str | None = None,
+        status: str | None = None,
+        overdue: bool = False,
+    ) -> Any:
+        """Leases that have not ended, by deadline: `{leases: [...], more}`; `more` where there are over 1000.
+
+        `overdue`: only those that are revoked and that their targets have not taken back for a while.
+        """
+        return await self.get(
+            "revoker",
+            "leases",
+            agent=agent,
+            task=task,
+            target=target,
+            status=status,
+            overdue=1 if overdue else None,
+        )
+
+    async def lease(self, lease_id: str) -> Any:
+        """One lease, also a while past its end. Raises ApiError (404) where there is none."""
+        return await self.get("revoker", "leases", lease_id)
+
+    # --- audit ---
+
+    async def trace(self, id: str, kind: str | None = None) -> Any:
+        """The story of a lease, request, task, agent or user: `{id, kind, truncated, roots: [node]}`.
+
+        A node is `{id, kind, title, at_ms, duration_ms, actor, detail, children: [node]}`.
+        """
+        return await self.get("audit", "trace", id, kind=kind)
+
+    async def break_glass(self, *, unreviewed: bool = False) -> list[Any]:
+        """The uses of break glass, oldest first, each with its `review` or None."""
+        found: list[Any] = (await self.get("audit", "break-glass", unreviewed=1 if unreviewed else None))[
+            "uses"
+        ]
+        return found
+
+    async def events(
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 100,
+        agent: str | None = None,
+        task: str | None = None,
+        request: str | None = None,
+        lease: str | None = None,
+    ) -> Any:
+        """`{events, after}`: the latest OCSF events, oldest first; or with `after`, those since."""
+        return await self.get(
+            "audit", "events", after=after, limit=limit, agent=agent, task=task, request=request, lease=lease
+        )
+
+    def _token(self) -> str:
+        now_s = self._clock.now_ms() // 1000
+        claims = ApiToken(
+            iss=self.key.id,
+            aud=self.settings.trust_domain,
+            iat=now_s,
+            exp=now_s + MAX_API_TOKEN_S,
+            jti=str(uuid.uuid4()),
+        )
+        return sign(claims, self.key)

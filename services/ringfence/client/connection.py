@@ -1,0 +1,237 @@
+"""What every part of the SDK stands on: an identity, a publisher, followers, the trust bundle, local tables."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from aiokafka.errors import KafkaError
+from pydantic import ValidationError
+
+from ringfence.client.errors import IdentityError
+from ringfence.client.lifetime import Lifetime
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.clock import Clock, SystemClock
+from ringfence.kernel.errors import InvalidMessageError, SettingsError, UnavailableError
+from ringfence.kernel.jws import sign
+from ringfence.kernel.kafka import Follower, Publisher, Received
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.settings import load
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.base import Claims, Topic
+from ringfence.messages.operations import DeadLetter
+from ringfence.messages.topics import AGENT, TARGET, TASK, TRUST, USER
+from ringfence.model.directory import Directory
+from ringfence.model.identity import Kind, subject_of
+
+log = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 30.0
+"""How long a topic may take to be read up to its present end."""
+_REMEMBERED_LETTERS = 1000
+
+Coordinate = tuple[str, int, int]
+"""Topic name, partition, offset."""
+
+
+def load_settings(settings: ClientSettings | None = None) -> ClientSettings:
+    """The given settings, or those of the environment. Raises SettingsError where the trust root is not pinned."""
+    settings = settings or load(ClientSettings)
+    if not settings.trust_root:
+        raise SettingsError(
+            "RINGFENCE_TRUST_ROOT is not set: without the fingerprint of the trust root nobody can be believed; "
+            "set it to what 'ringfence init' printed"
+        )
+    return settings
+
+
+def load_key(key: SigningKey | Path | str | None, settings: ClientSettings) -> SigningKey:
+    """The key that was given, named by its file, or that the settings name. Raises IdentityError, KeyFileError."""
+    if isinstance(key, SigningKey):
+        return key
+    path = key or settings.identity
+    if path is None:
+        raise IdentityError(
+            "nobody said who is calling: name a key file with --identity or RINGFENCE_IDENTITY "
+            "(make one with: ringfence key new)"
+        )
+    return SigningKey.load(Path(path))
+
+
+def subject(key: SigningKey, kind: Kind, settings: ClientSettings) -> str:
+    """The id of the user or agent that the key speaks for. Raises IdentityError where it is of another kind."""
+    id = subject_of(settings.trust_domain, key.id, kind)
+    if id is None:
+        raise IdentityError(
+            f"the key speaks for {key.id}; this needs a key of spiffe://{settings.trust_domain}/{kind}/..."
+        )
+    return id
+
+
+class DeadLetters:
+    """The dead letters since the connection was made: why something that was sent counted for nothing.
+
+    They bear no signature: what one says may be shown to a person, and nothing is decided by it.
+    """
+
+    def __init__(self) -> None:
+        self._reasons: OrderedDict[Coordinate, str] = OrderedDict()
+        self._waiting: dict[Coordinate, asyncio.Event] = {}
+
+    def on_records(self, records: Sequence[Received]) -> None:
+        for record in records:
+            try:
+                letter = DeadLetter.model_validate_json(record.value)
+            except ValidationError:
+                continue
+            at = (letter.source.topic, letter.source.partition, letter.source.offset)
+            self._reasons[at] = f"the {letter.service} could not accept it ({letter.code}: {letter.reason})"
+            while len(self._reasons) > _REMEMBERED_LETTERS:
+                self._reasons.popitem(last=False)
+            if event := self._waiting.get(at):
+                event.set()
+
+    def reason(self, at: Coordinate | None) -> str | None:
+        """Why the record at these coordinates was dead-lettered, if it was."""
+        return self._reasons.get(at) if at else None
+
+    async def about(self, at: Coordinate) -> str:
+        """Wait until the record at these coordinates is dead-lettered; the reason."""
+        if at not in self._reasons:
+            event = self._waiting.setdefault(at, asyncio.Event())
+            try:
+                await event.wait()
+            finally:
+                self._waiting.pop(at, None)
+        return self._reasons[at]
+
+
+class Connection(Lifetime):
+    """One identity's connection to Ringfence. Use it as an async context manager, or `start` and `close`."""
+
+    def __init__(
+        self,
+        key: SigningKey | Path | str | None = None,
+        settings: ClientSettings | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """Args:
+            key: the identity, as a key or the path of its file; the settings' where None.
+            settings: where to connect to; read from the environment and `ringfence.toml` where None.
+
+        Raises:
+            SettingsError, IdentityError, KeyFileError
+        """  # fmt: skip
+        self.settings = load_settings(settings)
+        self.key = load_key(key, self.settings)
+        self.clock: Clock = clock or SystemClock()
+        self.trust = TrustStore(self.settings.trust_domain, self.settings.trust_root)
+        self.letters = DeadLetters()
+        self._publisher = Publisher(self.settings, self.key.id, self.clock)
+        self._followers: list[Follower] = []
+        self._directory: Directory | None = None
+        self._directory_lock = asyncio.Lock()
+
+    # --- life ---
+
+    async def start(self) -> None:
+        """Connect, and read the trust bundle. Raises UnavailableError where Kafka or the bundle is not there."""
+        try:
+            await self._publisher.start()
+            await self.follow([TRUST], self._on_trust)
+            self.trust.require()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Send what is buffered and disconnect. May be called again."""
+        followers, self._followers = self._followers, []
+        self._directory = None
+        await asyncio.gather(*(follower.stop() for follower in followers))
+        await self._publisher.stop()
+
+    # --- reading ---
+
+    async def follow(
+        self,
+        topics: Sequence[Topic[Any]],
+        on_records: Callable[[Sequence[Received]], None],
+        *,
+        since_ms: int | None = 0,
+        key: str | None = None,
+    ) -> None:
+        """Read topics until `close`; returns when everything that was there has been read. See `Follower`.
+
+        Raises UnavailableError where a topic is missing, or reading takes too long.
+        """
+        follower = Follower(self.settings, topics, on_records, since_ms=since_ms, key=key)
+        await follower.start()
+        self._followers.append(follower)
+        names = ", ".join(topic.name(self.settings.topic_prefix) for topic in topics)
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await follower.complete.wait()
+        except TimeoutError:
+            why = follower.failed or f"not read to the end within {READY_TIMEOUT_S:g} s"
+            raise UnavailableError(f"{names}: {why}") from None
+
+    async def directory(self) -> Directory:
+        """The local table of users, agents, targets and tasks, each verified up to the root. Read when first needed."""
+        async with self._directory_lock:
+            if self._directory is None:
+                directory = Directory(self.trust, self.clock, grace_ms=None)
+                await self.follow([USER, AGENT, TARGET, TASK], directory.on_records)
+                self._directory = directory
+        return self._directory
+
+    # --- writing ---
+
+    def stamp(self, life_s: int) -> dict[str, Any]:
+        """The claims that every message has: `iss`, `aud`, `iat`, `jti`; `exp` too where `life_s` is not 0."""
+        now_s = self.clock.now_ms() // 1000
+        claims: dict[str, Any] = {
+            "iss": self.key.id,
+            "aud": self.settings.trust_domain,
+            "iat": now_s,
+            "jti": str(uuid.uuid4()),
+        }
+        return {**claims, "exp": now_s + life_s} if life_s else claims
+
+    async def publish(
+        self,
+        topic: Topic[Any],
+        key: str,
+        claims: Claims,
+        *,
+        compact: str | None = None,
+        traceparent: str | None = None,
+    ) -> Coordinate:
+        """Sign and publish; returns where the record stands once all replicas have it. Raises UnavailableError.
+
+        `compact` is the signed message where the caller signed it before.
+        """
+        compact = compact or sign(claims, self.key)
+        try:
+            sent: Awaitable[Any] = await self._publisher.send(
+                topic, key, compact, id=claims.jti, type=claims.typ, traceparent=traceparent
+            )
+            at = await sent
+        except KafkaError as error:
+            raise UnavailableError(
+                f"Kafka at {self.settings.kafka} did not take the {claims.typ} ({type(error).__name__}); "
+                f"is the broker up, and does the topic {topic.name(self.settings.topic_prefix)} exist?"
+            ) from None
+        return at.topic, at.partition, at.offset
+
+    def _on_trust(self, records: Sequence[Received]) -> None:
+        for record in records:
+            try:
+                self.trust.load(record.value, self.clock.now_ms() / 1000)
+            except InvalidMessageError as error:
+                log.error("ignored a trust bundle at %s@%d: %s", record.topic_name, record.offset, error)

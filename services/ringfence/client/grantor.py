@@ -1,0 +1,194 @@
+"""Approving ahead: so many credentials of an agent, within one task, at one target, until a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from ringfence.client.administrator import TIMEOUT_S
+from ringfence.client.api import ReadApi
+from ringfence.client.connection import Connection, subject
+from ringfence.client.errors import InvalidCallError, StaleApprovalError, checked
+from ringfence.client.lifetime import Lifetime
+from ringfence.client.outcomes import Accepted, Outcomes
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.keys import SigningKey
+from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
+from ringfence.messages.credential import Delivery
+from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.registry import ApprovalClass
+from ringfence.messages.topics import APPROVAL_RESPONSE
+from ringfence.model.approvals import may_approve
+from ringfence.model.requests import DeniedError, find_ground
+from ringfence.model.rule import Side, effective, sides_of
+from ringfence.model.scope import validate_scope
+
+_WITHDRAWAL_LIFE_S = 120
+_CLASSES: tuple[ApprovalClass, ...] = ("sponsor", "second_person", "operator")
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A grant as it would be signed, and what it comes to, from verified records."""
+
+    grant: Grant
+    agent_description: str
+    purpose: str
+    """What the task is for."""
+    on_behalf_of: str
+    target_description: str
+    effective: Scope
+    """What of its scope task, ceiling and entitlements allow now. Nothing beyond is ever issued."""
+    mine: tuple[ApprovalClass, ...]
+    """The classes of approval that its signer can give here. Empty: it would count for nothing."""
+
+
+class Grantor(Lifetime):
+    """A person who approves ahead, connected.
+
+    ```python
+    async with Grantor.connect(key="sam.json") as sam:
+        proposal = await sam.propose(task_id, scope, count=5, lasts_s=7200)
+        accepted = await sam.give(proposal)
+        await sam.withdraw(accepted.result, reason="the release is off")
+    ```
+    """
+
+    def __init__(self, connection: Connection, *, timeout_s: float = TIMEOUT_S) -> None:
+        """Use `connect`. Raises IdentityError where the connection's key is no user's."""
+        self.id = subject(connection.key, "user", connection.settings)
+        self.connection = connection
+        self._timeout_s = timeout_s
+        self._outcomes = Outcomes(connection)
+        self._api = ReadApi(connection.key, connection.settings, clock=connection.clock)
+
+    @classmethod
+    def connect(
+        cls,
+        key: SigningKey | Path | str | None = None,
+        settings: ClientSettings | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        clock: Clock | None = None,
+    ) -> Self:
+        """To be used as an async context manager. `timeout_s`: how long policy's answers are waited for."""
+        return cls(Connection(key, settings, clock), timeout_s=timeout_s)
+
+    async def start(self) -> None:
+        """Connect. `async with` does it."""
+        await self.connection.start()
+
+    async def close(self) -> None:
+        """Disconnect. `async with` does it."""
+        await self._api.close()
+        await self.connection.close()
+
+    async def propose(
+        self,
+        task_id: str,
+        scope: Sequence[Permission],
+        *,
+        count: int,
+        lasts_s: int,
+        ttl_s: int | None = None,
+        delivery: Delivery = "agent",
+        comment: str | None = None,
+    ) -> Proposal:
+        """What `give` would sign, for being looked at. Nothing is sent.
+
+        Args:
+            scope: what each credential may be for, all at one target.
+            count: for how many credentials.
+            lasts_s: until when, from now; never past the end of the task.
+            ttl_s: how long each may live; the target's longest life where None.
+
+        Raises InvalidCallError, ScopeError; ApiError where policy does not say which bundle is in force.
+        """
+        validate_scope(tuple(scope))
+        targets = {permission.target for permission in scope}
+        if len(targets) != 1:
+            raise InvalidCallError("a grant is for one target; give one for each")
+        if lasts_s > MAX_GRANT_LIFE_S:
+            raise InvalidCallError(
+                f"a grant lasts {MAX_GRANT_LIFE_S // 3600} h at most; give another one then"
+            )
+        directory = await self.connection.directory()
+        task = directory.task(task_id)
+        if task is None:
+            raise InvalidCallError(f"there is no task {task_id}; see: ringfence task list")
+        try:
+            ground = find_ground(directory, task.state.agent_id, task_id, targets.pop())
+        except DeniedError as error:
+            raise InvalidCallError(str(error)) from None
+        revision = (await self._api.get("policy", "bundle"))["revision"]
+        stamp = self.connection.stamp(lasts_s)
+        with checked("the grant"):
+            grant = Grant(
+                **{**stamp, "exp": min(stamp["exp"], task.state.not_after)},
+                agent_id=task.state.agent_id,
+                task_id=task_id,
+                scope=tuple(scope),
+                count=count,
+                ttl_s=ttl_s or ground.target.state.max_ttl_s,
+                delivery=delivery,
+                revisions=ground.revisions(revision),
+                comment=comment,
+            )
+        if grant.exp <= grant.iat:
+            raise InvalidCallError(f"task {task_id} has ended; nothing is issued in it any more")
+        entitlements = ground.user.state.entitlements
+        fresh = entitlements.as_of + self.connection.settings.entitlements_max_age_s > grant.iat
+        ceiling = (grant.agent_id, ground.agent.state.ceiling)
+        held = entitlements.scope if fresh else ()
+        sides = sides_of(task.state.scope, [ceiling], task.state.on_behalf_of, held)
+        return Proposal(
+            grant=grant,
+            agent_description=ground.agent.state.description,
+            purpose=task.state.purpose,
+            on_behalf_of=task.state.on_behalf_of,
+            target_description=ground.target.state.description,
+            effective=effective((Side("grant", grant.scope), *sides)),
+            mine=tuple(one for one in _CLASSES if may_approve(directory, self.id, one, ground)),
+        )
+
+    async def give(self, proposal: Proposal) -> Accepted:
+        """Sign and send a grant as it was proposed; `result` of what comes back is its id.
+
+        Raises RefusedError with policy's reasons, NotAnsweredError; StaleApprovalError where records changed since.
+        """
+        grant = proposal.grant
+        directory = await self.connection.directory()
+        try:
+            ground = find_ground(directory, grant.agent_id, grant.task_id, grant.scope[0].target)
+        except DeniedError as error:
+            raise StaleApprovalError(str(error)) from None
+        if ground.revisions(grant.revisions.policy) != grant.revisions:
+            raise StaleApprovalError(
+                "agent, user, task or target changed since this was shown; look at it again"
+            )
+        return await self._send(grant.agent_id, grant)
+
+    async def withdraw(self, grant_id: str, *, reason: str) -> Accepted:
+        """Take a grant back: nothing more is issued on it. What was issued goes on; `revoke` ends it.
+
+        Raises RefusedError, NotAnsweredError; ApiError where policy knows no such grant that one could see.
+        """
+        grant: dict[str, Any] = await self._api.get("policy", "grants", grant_id)
+        with checked("the withdrawal"):
+            claims = GrantWithdraw(
+                **self.connection.stamp(_WITHDRAWAL_LIFE_S), grant_id=grant["grant_id"], reason=reason
+            )
+        return await self._send(grant["agent_id"], claims)
+
+    async def grants(self) -> list[dict[str, Any]]:
+        """All grants that one may see, as policy knows them, the one that ends first first."""
+        found: list[dict[str, Any]] = (await self._api.get("policy", "grants"))["grants"]
+        return found
+
+    async def _send(self, agent_id: str, claims: Grant | GrantWithdraw) -> Accepted:
+        return await self._outcomes.send(
+            APPROVAL_RESPONSE, agent_id, claims, by="policy", timeout_s=self._timeout_s
+        )

@@ -1,0 +1,84 @@
+"""What a task will allow, shown before anything runs. Informs; policy and issuer decide for themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ringfence.client.errors import InvalidCallError
+from ringfence.messages.permission import Scope
+from ringfence.messages.registry import TaskTerms
+from ringfence.model.directory import Directory
+from ringfence.model.rule import Lack, effective, lacking, sides_of
+from ringfence.model.scope import validate_scope
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """The scope that task, ceiling and entitlements allow together, and what each side cuts from the task's."""
+
+    effective: Scope
+    cuts: tuple[Lack, ...]
+    """By side: the permissions, or parts of them, that the task names and this side does not hold."""
+    warnings: tuple[str, ...]
+    """Why requests would be denied for other reasons, as the records stand now."""
+
+
+def preview(
+    directory: Directory, terms: TaskTerms, on_behalf_of: str, *, now_s: float, entitlements_max_age_s: int
+) -> Preview:
+    """Hold a task that is not assigned yet against the verified records.
+
+    Raises InvalidCallError where agent or user are unknown, ScopeError where the scope is malformed, ChainError where
+    a record does not hold.
+    """
+    validate_scope(terms.scope)
+    agent, user = directory.agent(terms.agent_id), directory.user(on_behalf_of)
+    if agent is None:
+        raise InvalidCallError(
+            f"there is no agent {terms.agent_id}; register it with: ringfence agent register"
+        )
+    if user is None:
+        raise InvalidCallError(
+            f"there is no user {on_behalf_of}; an operator adds one with: ringfence user add"
+        )
+    entitlements = user.state.entitlements
+    fresh = entitlements.as_of + entitlements_max_age_s > now_s
+    warnings = []
+    if agent.state.status != "active":
+        warnings.append(f"agent {terms.agent_id} is {agent.state.status}")
+    if user.state.status != "active":
+        warnings.append(f"user {on_behalf_of} is {user.state.status}")
+    if not fresh:
+        warnings.append(
+            f"the entitlements of {on_behalf_of} are too old and count for nothing until they are set anew"
+        )
+    if terms.not_after <= now_s:
+        warnings.append("the task ends in the past")
+    warnings += _unknown_names(directory, terms.scope)
+    sides = sides_of(
+        terms.scope,
+        [(terms.agent_id, agent.state.ceiling)],
+        on_behalf_of,
+        entitlements.scope if fresh else (),
+    )
+    return Preview(effective(sides), lacking(terms.scope, sides), tuple(warnings))
+
+
+def _unknown_names(directory: Directory, scope: Scope) -> list[str]:
+    found = []
+    for permission in scope:
+        target = directory.target(permission.target)
+        if target is None or target.state.status != "active":
+            found.append(
+                f"there is no target {permission.target}"
+                if target is None
+                else f"target {permission.target} was removed"
+            )
+            continue
+        known = {floor.verb for floor in target.state.verbs}
+        unknown = [verb for verb in permission.verbs if verb not in known]
+        if unknown:
+            found.append(
+                f"{permission.target} has no verb {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+            )
+    return found

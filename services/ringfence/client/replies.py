@@ -1,0 +1,210 @@
+"""What a sealed reply says once it is opened and every signature in it holds. Pure.
+
+Anybody may write to the topic and seal to a `reply_key` that they saw: a reply that does not prove itself is ignored,
+never acted on and never an answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import ValidationError
+
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.ids import digest, lease_id, message_id
+from ringfence.kernel.jws import explain, open_signed, parse
+from ringfence.kernel.seal import ReplyKey
+from ringfence.kernel.trace import trace_id
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.base import Jws
+from ringfence.messages.credential import (
+    CredentialDecision,
+    CredentialRequest,
+    Delivery,
+    IssuerRefusal,
+    Reason,
+    ReplyContent,
+    RequiredClass,
+)
+from ringfence.messages.lease import Lease
+from ringfence.messages.permission import Scope
+from ringfence.model.identity import subject_of
+
+_WHO: dict[RequiredClass, str] = {
+    "none": "nobody",
+    "sponsor": "the agent's sponsor",
+    "second_person": "a second person (a sponsor who is neither the agent's nor the user it acts for)",
+    "operator": "an operator",
+    "break_glass": "two operators (neither the agent's sponsor nor the user it acts for)",
+}
+
+
+def who(required: tuple[RequiredClass, ...]) -> str:
+    """Whose approvals are meant, in words."""
+    return " and ".join(_WHO[c] for c in dict.fromkeys(required)) or "a person"
+
+
+@dataclass(frozen=True, slots=True)
+class PendingRequest:
+    """Policy asked for approvals; they are waited for until `expires_at`."""
+
+    request_id: str
+    required: tuple[RequiredClass, ...]
+    reasons: tuple[Reason, ...]
+    expires_at: int | None
+    """Seconds since 1970, UTC."""
+
+    def __str__(self) -> str:
+        return f"waiting for the approval of {who(self.required)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """The final no: policy's, or the issuer's."""
+
+    request_id: str
+    by: Literal["policy", "issuer"]
+    reasons: tuple[Reason, ...]
+    retry_after_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """Policy allowed it; the issuer's answer is still to come."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedCredential:
+    """A credential that policy allowed and the issuer made. Its value is not shown by `repr`."""
+
+    lease_id: str
+    request_id: str
+    kind: str
+    """The backend that made it, e.g. `jwt`."""
+    value: str = field(repr=False)
+    token_type: str | None
+    expires_at: int
+    """Seconds since 1970, UTC: from then on nobody accepts it."""
+    target: str
+    scope: Scope
+    task_id: str
+    agent_id: str
+    sponsor: str
+    on_behalf_of: str
+    delivery: Delivery
+    trace_id: str | None = None
+    """The W3C trace that request, decision, issue and end belong to."""
+
+    def headers(self) -> dict[str, str]:
+        """The HTTP header that presents it: `Authorization` (RFC 6750)."""
+        return {"Authorization": f"{self.token_type or 'Bearer'} {self.value}"}
+
+
+Answer = PendingRequest | Denied | Allowed | IssuedCredential
+
+
+@dataclass(frozen=True, slots=True)
+class SentRequest:
+    """A request that an answer is waited for."""
+
+    claims: CredentialRequest
+    compact: str
+    reply_key: ReplyKey = field(repr=False)
+    traceparent: str
+
+    @property
+    def request_id(self) -> str:
+        return message_id(self.claims.iss, self.claims.jti)
+
+
+def read_reply(value: bytes, sent: SentRequest, trust: TrustStore, at_ms: int) -> Answer:
+    """Open a reply and verify what is in it.
+
+    Args:
+        value: the JWE.
+        sent: the request that it claims to answer (by its `kid`).
+        trust: who may speak as policy and as issuer.
+        at_ms: the append time of the reply.
+
+    Raises:
+        InvalidMessageError: it is not sealed to the request's key, or is no answer of policy and issuer to just this
+            request.
+    """
+    try:
+        content = ReplyContent.model_validate_json(sent.reply_key.open(value))
+    except ValidationError as error:
+        raise InvalidMessageError(
+            f"not the content of a reply: {explain(error)}", code="claims_invalid"
+        ) from None
+    decision = open_signed(
+        parse(content.decision), CredentialDecision, trust.finder("policy", at_s=at_ms / 1000),
+        audience=trust.trust_domain,
+    ).claims  # fmt: skip
+    if decision.request != sent.compact or decision.request_id != sent.request_id:
+        raise _wrong("the decision is about another request")
+    if content.refusal is not None:
+        return _refused(content.refusal, sent, trust, at_ms)
+    if decision.outcome == "denied":
+        return Denied(sent.request_id, "policy", decision.reasons, decision.retry_after_s)
+    if decision.outcome == "approval_required":
+        return PendingRequest(sent.request_id, decision.required, decision.reasons, decision.expires_at)
+    if content.lease is None:
+        return Allowed(sent.request_id)
+    return _issued(content, content.lease, sent, trust, at_ms)
+
+
+def _refused(compact: Jws, sent: SentRequest, trust: TrustStore, at_ms: int) -> Denied:
+    refusal = open_signed(
+        parse(compact), IssuerRefusal, trust.finder("issuer", at_s=at_ms / 1000), audience=trust.trust_domain
+    ).claims
+    if refusal.request_id != sent.request_id:
+        raise _wrong("the issuer's refusal is about another request")
+    return Denied(sent.request_id, "issuer", refusal.reasons, refusal.retry_after_s)
+
+
+def _issued(
+    content: ReplyContent, compact: Jws, sent: SentRequest, trust: TrustStore, at_ms: int
+) -> IssuedCredential:
+    lease = open_signed(
+        parse(compact), Lease, trust.finder("issuer", at_s=at_ms / 1000), audience=trust.trust_domain
+    ).claims
+    wanted = sent.claims
+    agent_id = subject_of(wanted.aud, wanted.iss, "agent")
+    if (lease.request_id, lease.lease_id) != (sent.request_id, lease_id(sent.request_id)):
+        raise _wrong("the lease belongs to another request")
+    if lease.decision_digest != digest(content.decision):
+        raise _wrong("the lease was given on another decision")
+    if (lease.agent_id, lease.task_id, lease.delivery) != (agent_id, wanted.task_id, wanted.delivery):
+        raise _wrong("the lease is for another agent, task or delivery")
+    if lease.scope != wanted.scope:
+        raise _wrong("the lease has another scope than what was asked for")
+    if lease.status != "active":
+        raise _wrong(f"the lease is {lease.status}")
+    credential = content.credential
+    if credential is None:
+        raise _wrong("the reply holds a lease and no credential")
+    if credential.expires_at > lease.deadline:
+        raise _wrong("the credential claims to outlive its lease")
+    return IssuedCredential(
+        lease_id=lease.lease_id,
+        request_id=sent.request_id,
+        kind=credential.kind,
+        value=credential.value,
+        token_type=credential.token_type,
+        expires_at=credential.expires_at,
+        target=lease.target_id,
+        scope=lease.scope,
+        task_id=lease.task_id,
+        agent_id=lease.agent_id,
+        sponsor=lease.sponsor,
+        on_behalf_of=lease.on_behalf_of,
+        delivery=lease.delivery,
+        trace_id=trace_id(sent.traceparent),
+    )
+
+
+def _wrong(message: str) -> InvalidMessageError:
+    return InvalidMessageError(message, code="reply_unfit")

@@ -1,0 +1,30 @@
+"""What the SDK and the command line are told: `RINGFENCE_*` in the environment, or `ringfence.toml`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from ringfence.kernel.settings import BusSettings
+from ringfence.messages.api import PORTS
+
+
+def _path_of(value: Any) -> Any:
+    """`identity = "FILE"`, or a table `[identity]` with `path = "FILE"`."""
+    return value.get("path") if isinstance(value, dict) else value
+
+
+class ClientSettings(BusSettings):
+    """Settings of whoever talks to Ringfence from outside: where Kafka is, who they are, where to ask."""
+
+    identity: Annotated[Path | None, BeforeValidator(_path_of)] = None
+    """The key file (JSON, mode 0600) that says who is calling; `RINGFENCE_IDENTITY`."""
+    entitlements_max_age_s: Annotated[int, Field(ge=1)] = 30 * 24 * 3600
+    """As the services have it: past this age a user's entitlements count for nothing."""
+    registry_url: str = f"http://127.0.0.1:{PORTS['registry']}"
+    policy_url: str = f"http://127.0.0.1:{PORTS['policy']}"
+    issuer_url: str = f"http://127.0.0.1:{PORTS['issuer']}"
+    revoker_url: str = f"http://127.0.0.1:{PORTS['revoker']}"
+    audit_url: str = f"http://127.0.0.1:{PORTS['audit']}"
