@@ -1,0 +1,202 @@
+"""`ringfence agent`: agents from registration to their end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ringfence.cli.options import (
+    AllowOption,
+    IdentityOption,
+    JsonOption,
+    KeyDaysOption,
+    NewKeyOption,
+    PublicKeyOption,
+    ReasonOption,
+    YesOption,
+    confirm,
+    identity,
+    kept_if_accepted,
+    key_records,
+    run,
+    settings,
+    wants_json,
+)
+from ringfence.cli.outcome import print_accepted
+from ringfence.cli.output import note, print_json
+from ringfence.cli.records import list_records, print_record
+from ringfence.cli.scopes import parse_scope
+from ringfence.cli.usage import print_usage, set_ceiling_command
+from ringfence.client.administrator import Administrator
+from ringfence.client.api import ReadApi
+from ringfence.client.errors import ApiError
+from ringfence.client.outcomes import Accepted
+from ringfence.model.identity import spiffe_id
+
+app = typer.Typer(help="Agents: register, ceiling, sponsor, suspend, decommission.", no_args_is_help=True)
+
+AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.")]
+SponsorOption = Annotated[str | None, typer.Option("--sponsor", metavar="USER", help="Who is accountable.")]
+
+
+@app.command()
+def register(
+    agent: AgentArgument,
+    description: Annotated[str, typer.Option("--description", help="What it is for.")],
+    allow: AllowOption = None,
+    allow_nothing: Annotated[
+        bool, typer.Option("--allow-nothing", help="An empty ceiling, to be raised later.")
+    ] = False,
+    sponsor: SponsorOption = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option("--key-file", metavar="FILE", help="The agent's key file; its public half is read."),
+    ] = None,
+    public_key: PublicKeyOption = None,
+    new_key: NewKeyOption = None,
+    key_days: KeyDaysOption = 365,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Register an agent. `--allow` is its ceiling, the most it may ever hold.
+
+    As its sponsor; or as an operator, who names the sponsor.
+    """
+    if not allow and not allow_nothing:
+        raise typer.BadParameter("say the ceiling with --allow, or --allow-nothing", param_hint="--allow")
+    if key_file and (public_key or new_key):
+        raise typer.BadParameter("name one key: --key-file, --public-key or --new-key")
+    ceiling = parse_scope(allow, may_be_empty=True)
+    id = spiffe_id(settings().trust_domain, "agent", agent)
+    keys = key_records(key_file or public_key, new_key, id, key_days)
+    if not keys:
+        raise typer.BadParameter("name the agent's key: --key-file, --public-key or --new-key")
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.register_agent(
+                agent, description=description, keys=keys, ceiling=ceiling, sponsor=sponsor
+            )
+
+    with kept_if_accepted(new_key):
+        accepted = run(work())
+    made = {"key_file": str(new_key)} if new_key else {}
+    print_accepted(accepted, f"agent {agent} registered", wants_json(as_json), **made)
+
+
+@app.command(name="set-ceiling")
+def set_ceiling(
+    agent: AgentArgument,
+    allow: AllowOption = None,
+    allow_nothing: Annotated[bool, typer.Option("--allow-nothing", help="An empty ceiling.")] = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Replace the most the agent may ever hold; leases that no longer fit end. As its sponsor or an operator."""
+    if bool(allow) == allow_nothing:
+        raise typer.BadParameter(
+            "say the whole new ceiling with --allow, or --allow-nothing", param_hint="--allow"
+        )
+    ceiling = parse_scope(allow, may_be_empty=True)
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.set_ceiling(agent, ceiling)
+
+    print_accepted(run(work()), f"ceiling of {agent} set", wants_json(as_json))
+
+
+@app.command()
+def transfer(
+    agent: AgentArgument,
+    to: Annotated[str, typer.Option("--to", metavar="USER", help="The new sponsor.")],
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make another sponsor accountable. As the present sponsor or an operator."""
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.transfer_agent(agent, sponsor=to)
+
+    print_accepted(run(work()), f"{to} is accountable for {agent}", wants_json(as_json))
+
+
+@app.command()
+def suspend(
+    agent: AgentArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
+) -> None:
+    """Stop the agent for now: nothing is issued, its leases end. As its sponsor or an operator."""
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.suspend_agent(agent, reason=reason)
+
+    print_accepted(run(work()), f"agent {agent} suspended; its leases end", wants_json(as_json))
+
+
+@app.command()
+def resume(
+    agent: AgentArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
+) -> None:
+    """Let a suspended agent go on. What an operator suspended only an operator resumes."""
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.resume_agent(agent, reason=reason)
+
+    print_accepted(run(work()), f"agent {agent} is active again", wants_json(as_json))
+
+
+@app.command()
+def decommission(
+    agent: AgentArgument,
+    reason: ReasonOption,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """End the agent for good: its leases end, and its name is never given again. As its sponsor or an operator."""
+    confirm(f"End agent {agent} for good?", yes)
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.decommission_agent(agent, reason=reason)
+
+    print_accepted(run(work()), f"agent {agent} decommissioned", wants_json(as_json))
+
+
+@app.command(name="list")
+def list_agents(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """List agents: a sponsor's own; all for operators and auditors."""
+    list_records("agent", identity(me), wants_json(as_json))
+
+
+@app.command()
+def show(agent: AgentArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """Show one agent: what it may hold, what it used of that in 30 days, and a narrower ceiling that would do.
+
+    A verb is used on a day on which a credential for it was issued. The command that is proposed keeps what was used or
+    is held now, and can be pasted as it is.
+    """
+
+    async def work() -> tuple[Any, Any, str | None]:
+        async with ReadApi(identity(me)) as api:
+            record = await api.record("agent", agent)
+            try:
+                return record, await api.usage(agent), None
+            except ApiError as error:
+                return record, None, str(error)
+
+    record, usage, gap = run(work())
+    command = set_ceiling_command(agent, usage["narrower"], identity(me)) if usage else None
+    if wants_json(as_json):
+        print_json({**record, "usage": usage, "set_ceiling": command})
+    else:
+        print_record("agent", record)
+        if usage:
+            print_usage(usage, command)
+    if gap:
+        note(f"incomplete: what it used is not known: {gap}", "yellow")

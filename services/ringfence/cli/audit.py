@@ -1,0 +1,136 @@
+"""`ringfence audit`: follow the trail; trace one credential back to the human."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.text import Text
+from rich.tree import Tree
+
+from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
+from ringfence.cli.output import console, note, print_json, print_json_line, visible
+from ringfence.client.api import ReadApi
+
+app = typer.Typer(help="Follow the trail; trace one credential back to the human.", no_args_is_help=True)
+
+_POLL_S = 0.5
+_STYLES = {"user": "bold", "task": "bold", "lease": "green", "decision": "cyan", "approval": "magenta"}
+_ENDS = {"cut": "yellow", "end": "yellow", "revocation": "yellow"}
+_FAILED = "red"
+
+
+@app.command()
+def tail(
+    lines: Annotated[
+        int, typer.Option("--lines", "-n", min=1, max=1000, help="How many to begin with.")
+    ] = 10,
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Go on as events come, until Ctrl-C.")
+    ] = True,
+    agent: Annotated[str | None, typer.Option("--agent", metavar="AGENT", help="Only this agent.")] = None,
+    task: Annotated[str | None, typer.Option("--task", metavar="TASK", help="Only this task.")] = None,
+    lease: Annotated[str | None, typer.Option("--lease", metavar="LEASE", help="Only this lease.")] = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what was audited, as OCSF events, one a line with --json.
+
+    Operators and auditors see all, sponsors what concerns their agents, others what is on their behalf.
+    """
+
+    async def work() -> None:
+        async with ReadApi(identity(me)) as api:
+            page = await api.events(limit=lines, agent=agent, task=task, lease=lease)
+            while True:
+                for event in page["events"]:
+                    if wants_json(as_json):
+                        print_json_line(event)
+                    else:
+                        console().print(event_line(event), soft_wrap=True)
+                if not follow:
+                    return
+                await asyncio.sleep(_POLL_S if not page["events"] else 0)
+                page = await api.events(after=page["after"], limit=1000, agent=agent, task=task, lease=lease)
+
+    run(work())
+
+
+@app.command()
+def trace(
+    id: Annotated[str, typer.Argument(metavar="ID", help="The id of a lease, request, task, agent or user.")],
+    kind: Annotated[
+        Literal["lease", "request", "task", "agent", "user"] | None,
+        typer.Option("--kind", help="What the id is of, where it could be several."),
+    ] = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the story of one credential (or of all of a task, agent, user) back to the human, as a tree with times."""
+
+    async def work() -> Any:
+        async with ReadApi(identity(me)) as api:
+            return await api.trace(id, kind)
+
+    story = run(work())
+    if wants_json(as_json):
+        print_json(story)
+        return
+    console().print(trace_tree(story))
+    if story.get("truncated"):
+        note("only the latest are shown; trace one of them by its own id", "yellow")
+
+
+def trace_tree(story: Mapping[str, Any]) -> Tree:
+    """The answer of `GET /v1/trace/{id}` as a tree for people: who, for whom, why, and when each step was."""
+    trunk = Tree(Text(visible(f"{story['kind']} {story['id']}"), style="bold"), guide_style="dim")
+    for root in story["roots"]:
+        _grow(trunk, root, None)
+    return trunk
+
+
+def event_line(event: Mapping[str, Any]) -> Text:
+    """One OCSF event on one line."""
+    line = Text(_clock(event.get("time"), date=True), style="dim")
+    failed = event.get("status_id") == 2
+    code = str(event.get("metadata", {}).get("event_code", event.get("class_uid", "")))
+    line.append(f"  {visible(code):22}", style=_FAILED if failed else "cyan")
+    line.append(f"  {visible(str(event.get('message', '')))}", style="")
+    return line
+
+
+def _grow(parent: Tree, node: Mapping[str, Any], day: str | None) -> None:
+    at_ms = node.get("at_ms")
+    here = _clock(at_ms, date=True)[:10] if at_ms is not None else day
+    label = Text()
+    if at_ms is not None:
+        # The date stands where it changes: within a story it rarely does.
+        label.append(f"{_clock(at_ms, date=here != day)} ", style="dim")
+    title = visible(str(node["title"]))
+    refused = node["kind"] == "decision" and "refused" in title
+    label.append(
+        title, style=_FAILED if refused else _STYLES.get(node["kind"]) or _ENDS.get(node["kind"], "")
+    )
+    if node.get("duration_ms") is not None:
+        label.append(f"  +{_after(node['duration_ms'])}", style="dim")
+    if node["kind"] in ("task", "request", "lease"):
+        label.append(f"  {node['kind']} {visible(str(node['id']))}", style="dim")
+    branch = parent.add(label)
+    for child in node["children"]:
+        _grow(branch, child, here)
+
+
+def _clock(at_ms: int | None, *, date: bool) -> str:
+    if at_ms is None:
+        return ""
+    at = datetime.fromtimestamp(at_ms / 1000, UTC)
+    return at.strftime("%Y-%m-%d %H:%M:%S.%f" if date else "%H:%M:%S.%f")[:-3] + "Z"
+
+
+def _after(ms: int) -> str:
+    if ms < 1000:
+        return f"{ms} ms"
+    return f"{ms / 1000:.1f} s" if ms < 60_000 else f"{ms // 60_000} min {ms // 1000 % 60} s"

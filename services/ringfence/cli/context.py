@@ -1,0 +1,30 @@
+"""What was said before the command: who is calling, and how to print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(slots=True)
+class _Said:
+    identity: Path | None = None
+    json: bool = False
+
+
+_said = _Said()
+
+
+def remember(identity: Path | None, as_json: bool) -> None:
+    """Keep the options that stood before the command."""
+    _said.identity, _said.json = identity, as_json
+
+
+def identity(of_command: Path | None) -> Path | None:
+    """The key file that was named, after the command or before it."""
+    return of_command or _said.identity
+
+
+def wants_json(of_command: bool) -> bool:
+    """Whether JSON was asked for, after the command or before it."""
+    return of_command or _said.json

@@ -1,0 +1,116 @@
+"""`ringfence dev`: everything on this machine, from one command."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ringfence.kernel.settings import FOUND_BY_ITSELF
+
+if TYPE_CHECKING:
+    from ringfence.client.settings import ClientSettings
+
+_LOOK_AGAIN_S = 0.5
+
+
+def dev(
+    state: Annotated[Path, typer.Option(help="Where keys, data and logs are kept.")] = Path(".ringfence"),
+    free_ports: Annotated[
+        bool, typer.Option("--free-ports", help="Take free ports instead of the usual ones.")
+    ] = False,
+    seed: Annotated[bool, typer.Option(help="Make a small organisation: people, a target, agents.")] = True,
+) -> None:
+    """Run all services with an embedded broker and Valkey. Ctrl-C ends everything.
+
+    Each start is a fresh one: the broker's data of the last are gone, the keys are kept.
+    """
+    from ringfence.dev.organisation import PEOPLE
+    from ringfence.dev.organisation import seed as make_organisation
+    from ringfence.dev.stack import Stack, StackOptions
+
+    out = Console()
+    options = StackOptions(
+        state.resolve(),
+        fixed_ports=not free_ports,
+        kafka_port=0 if free_ports else 9092,
+        redis_port=0 if free_ports else 6379,
+    )
+    with ended_by_signals(), Stack(options, say=lambda text: out.print(f"[dim]{text} ...[/]")) as stack:
+        config = write_config(stack.environment(), options.state / "ringfence.toml")
+        if seed:
+            out.print("[dim]making the organisation ...[/]")
+            asyncio.run(
+                make_organisation(stack.trust, client_settings(stack.environment()), options.operator)
+            )
+        out.print(f"\n[bold green]Ringfence is up.[/]  Kafka {stack.kafka}   Redis {stack.redis_url}")
+        for role in options.services:
+            out.print(f"  {role:9} {stack.url(role)}", highlight=False)
+        if config.resolve() == Path(FOUND_BY_ITSELF).resolve():
+            out.print(f"\nSettings are in {config}; commands started in {Path.cwd()} find them.")
+        else:
+            out.print("\nCommands find the settings by:")
+            out.print(f"  export RINGFENCE_CONFIG={config.resolve()}", soft_wrap=True, highlight=False)
+        if seed:
+            people = ", ".join(["olga", *(person.id for person in PEOPLE)])
+            out.print(f"People: {people}. Agents: deploy-bot (sponsor sam), review-bot (sponsor petra).")
+            out.print("\nTry, in another terminal:")
+            out.print(
+                f"  ringfence --identity {state}/users/olga.json inventory", soft_wrap=True, highlight=False
+            )
+        try:
+            out.print("\nCtrl-C ends everything.")
+            while not (ended := stack.ended()):
+                time.sleep(_LOOK_AGAIN_S)
+        except KeyboardInterrupt:
+            out.print("\n[dim]ending everything ...[/]")
+            return
+        out.print(ended, style="red", markup=False)
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP do what Ctrl-C does: raise KeyboardInterrupt, which ends everything in good order.
+
+    SIGINT too, which shells ignore for what they run in the background.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.default_int_handler) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def write_config(environment: dict[str, str], path: Path) -> Path:
+    """Write `RINGFENCE_*` as a TOML file that settings are read from. No secret is in it."""
+    lines = [
+        f"{name.removeprefix('RINGFENCE_').lower()} = {_toml(value)}"
+        for name, value in sorted(environment.items())
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return Path(os.path.relpath(path))
+
+
+def _toml(value: str) -> str:
+    if value in ("True", "False"):
+        return value.lower()
+    return value if value.isdigit() else f'"{value}"'
+
+
+def client_settings(environment: dict[str, str]) -> ClientSettings:
+    """The settings of a client of the stack whose `RINGFENCE_*` these are."""
+    from ringfence.client.settings import ClientSettings
+
+    named = {name.removeprefix("RINGFENCE_").lower(): value for name, value in environment.items()}
+    return ClientSettings(**{name: named[name] for name in ClientSettings.model_fields if name in named})  # type: ignore[arg-type]

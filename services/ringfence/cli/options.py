@@ -1,0 +1,178 @@
+"""Options that many commands share, and what they are parsed to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sys
+import time
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from pydantic import ValidationError
+
+from ringfence.cli import context
+from ringfence.cli.scopes import SYNTAX
+from ringfence.client.errors import NotAnsweredError
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.keys import KeyFileError, SigningKey, public_key, thumbprint
+from ringfence.kernel.settings import load
+from ringfence.messages.keys import KeyRecord, PublicJwk
+
+T = TypeVar("T")
+
+COMMON = "Common options"
+"""The heading of what every command has."""
+
+IdentityOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--identity", metavar="FILE", help="The key file of who is calling.", rich_help_panel=COMMON
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=COMMON)]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow",
+        metavar="PERMISSION",
+        help=f"{SYNTAX}, a JSON object, or @FILE with a JSON list. Repeatable.",
+    ),
+]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it stands in the trail.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+PublicKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--public-key",
+        metavar="FILE",
+        help="A public key: a JWK, or the output of: ringfence key show --json.",
+    ),
+]
+NewKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--new-key", metavar="FILE", help="Make a key, and write its private half to this new file."
+    ),
+]
+KeyDaysOption = Annotated[
+    int, typer.Option("--key-days", min=1, max=3650, help="How many days the key is valid.")
+]
+
+_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", re.ASCII)
+
+
+def settings() -> ClientSettings:
+    """The settings of this call."""
+    return load(ClientSettings)
+
+
+def identity(option: Path | None) -> Path | None:
+    """The key file of who is calling; None leaves it to the settings."""
+    return context.identity(option)
+
+
+def wants_json(option: bool) -> bool:
+    """Whether JSON is wanted."""
+    return context.wants_json(option)
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a command's work to its end. Ctrl-C cancels it, and everything is closed before the program ends."""
+    return asyncio.run(work)
+
+
+def duration_s(text: str) -> int:
+    """`90`, `90s`, `15m`, `1h30m`, `2d` in seconds. Raises typer.BadParameter."""
+    match = _DURATION.fullmatch(text)
+    if not text or match is None:
+        raise typer.BadParameter(f"{text!r} is no duration; write for example 90s, 15m, 1h30m or 2d")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total < 1:
+        raise typer.BadParameter(f"{text!r} is no time at all; write for example 15m")
+    return total
+
+
+def moment_s(text: str) -> int:
+    """A moment with its time zone (ISO 8601), in seconds since 1970. Raises typer.BadParameter."""
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no moment; write for example 2030-01-31T18:00:00Z") from None
+    if at.tzinfo is None:
+        raise typer.BadParameter(f"{text!r} has no time zone; write for example {text}Z for UTC")
+    return int(at.timestamp())
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask a person to say yes. Raises RingfenceError where they do not, or where there is nobody to ask."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise RingfenceError(f"{question} Nobody is there to answer: add --yes to do it")
+    if not typer.confirm(question, err=True):
+        raise RingfenceError("nothing was done")
+
+
+def read_public_key(path: Path) -> PublicJwk:
+    """The public half in a file: a JWK, or a key file of Ringfence (whose private half is not looked at).
+
+    Raises KeyFileError.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise KeyFileError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise KeyFileError(f"{path} is not JSON; a public key is a JWK (RFC 7517)") from None
+    fields = data.get("jwk", data) if isinstance(data, dict) else {}
+    try:
+        jwk = PublicJwk.model_validate(
+            {name: fields[name] for name in ("kty", "crv", "x", "y") if name in fields}
+        )
+        public_key(jwk)
+    except (ValidationError, ValueError):
+        raise KeyFileError(
+            f"{path} holds no public key that signs: a JWK of EC P-256 or OKP Ed25519 (ringfence key show FILE)"
+        ) from None
+    return jwk
+
+
+@contextmanager
+def kept_if_accepted(made: Path | None) -> Iterator[None]:
+    """Delete the key file that was made for a command where the command is refused: it would stand in the way of the
+    next try. Where nobody answered it stays, as the command may still be carried out.
+    """
+    try:
+        yield
+    except NotAnsweredError:
+        raise
+    except RingfenceError:
+        if made is not None:
+            made.unlink(missing_ok=True)
+        raise
+
+
+def key_records(public: Path | None, new: Path | None, id: str, days: int) -> tuple[KeyRecord, ...]:
+    """The key that `--public-key` names, or that `--new-key` makes for `id`; none where neither is given.
+
+    Raises KeyFileError; typer.BadParameter where both are given.
+    """
+    if public and new:
+        raise typer.BadParameter("give --public-key or --new-key, and not both")
+    not_after = int(time.time()) + days * 86_400
+    if new:
+        key = SigningKey.generate(id)
+        key.save(new)
+        return (key.record(not_after),)
+    if public:
+        jwk = read_public_key(public)
+        return (KeyRecord(kid=thumbprint(jwk), jwk=jwk, not_after=not_after),)
+    return ()

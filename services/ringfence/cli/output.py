@@ -1,0 +1,112 @@
+"""Printing: tables and sentences for people, JSON for programs.
+
+Much of what is printed was written by agents and strangers, and a person decides by what they see: control characters
+never reach the terminal, nothing is read as markup, and what looks like something else is made visible.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+from rich import box
+from rich.console import Console, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ringfence.kernel.text import visible, visible_name
+
+__all__ = [
+    "console", "moment", "note", "print_fields", "print_json", "print_json_line", "print_table", "say", "span", "until",
+    "visible", "visible_name",
+]  # fmt: skip
+_PIPE_WIDTH = 200
+"""Columns where nobody looks at a terminal: lines that programs cut apart should not be folded."""
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Where people read. No markup, no emoji, no guessing at colours for values."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _PIPE_WIDTH
+    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(orjson.dumps(document, option=orjson.OPT_INDENT_2, default=_plain).decode() + "\n")
+
+
+def print_json_line(document: Any) -> None:
+    """One JSON object on a line of its own, at once: for what goes on and on."""
+    sys.stdout.write(orjson.dumps(document, default=_plain).decode() + "\n")
+    sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json", exclude_none=True)
+    raise TypeError(f"not JSON: {type(value).__name__}")
+
+
+def say(text: str, style: str = "") -> None:
+    """One sentence for people on stdout."""
+    console().print(Text(text, style=style), soft_wrap=True)
+
+
+def note(text: str, style: str = "") -> None:
+    """One sentence for people on stderr: beside the result, not part of it."""
+    console(stderr=True).print(Text(text, style=style), soft_wrap=True)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
+    """A table for people, or `empty` where it has no rows. Columns that begin with `!` are never folded."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column.removeprefix("!"), no_wrap=column.startswith("!"), overflow="fold")
+    count = 0
+    for row in rows:
+        table.add_row(*(Text("\n".join(visible(line) for line in cell.split("\n"))) for cell in row))
+        count += 1
+    if count:
+        console().print(table)
+    else:
+        say(empty)
+
+
+def print_fields(fields: Mapping[str, str], *, title: str | None = None) -> None:
+    """Names and values of one thing, for people."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in fields.items():
+        grid.add_row(Text(name), Text("\n".join(visible(line) for line in value.split("\n"))))
+    content: RenderableType = Panel.fit(grid, title=Text(title), title_align="left") if title else grid
+    console().print(content)
+
+
+def moment(seconds: float | None) -> str:
+    """A time of day, UTC, to the second."""
+    if seconds is None:
+        return ""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def span(seconds: float) -> str:
+    """A duration in words: `45 s`, `4 min 10 s`, `3 h 5 min`, `2 d 4 h`."""
+    left = int(abs(seconds))
+    parts = []
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
+def until(seconds: float, now_s: float) -> str:
+    """A time of day, and how far away it is."""
+    away = seconds - now_s
+    return f"{moment(seconds)} ({'in ' + span(away) if away >= 0 else span(away) + ' ago'})"

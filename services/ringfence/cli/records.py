@@ -1,0 +1,177 @@
+"""`list` and `show` of users, agents, targets and tasks: what the registry's API lets the caller see."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ringfence.cli.options import run
+from ringfence.cli.output import moment, print_fields, print_json, print_table, until
+from ringfence.cli.scopes import show_scope
+from ringfence.client.api import ReadApi
+from ringfence.messages.keys import KeyRecord
+from ringfence.messages.registry import (
+    AgentState,
+    AnyState,
+    TargetState,
+    TaskState,
+    UserState,
+)
+from ringfence.model.identity import SubjectKind
+
+_STATES: Mapping[SubjectKind, type[AnyState]] = {
+    "user": UserState,
+    "agent": AgentState,
+    "target": TargetState,
+    "task": TaskState,
+}
+
+
+def list_records(kind: SubjectKind, key: Path | None, as_json: bool, **query: str | None) -> None:
+    """Print all records of a kind that the caller may see."""
+
+    async def work() -> Any:
+        async with ReadApi(key) as api:
+            return await api.records(kind, **query)
+
+    found = run(work())
+    if as_json:
+        print_json(found)
+        return
+    columns, row = _ROWS[kind]
+    print_table(columns, (row(_state(kind, item)) for item in found), empty=f"no {kind} that you may see")
+
+
+def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> None:
+    """Print one record."""
+
+    async def work() -> Any:
+        async with ReadApi(key) as api:
+            return await api.record(kind, id)
+
+    found = run(work())
+    if as_json:
+        print_json(found)
+    else:
+        print_record(kind, found)
+
+
+def print_record(kind: SubjectKind, found: Mapping[str, Any]) -> None:
+    """Print one record, `{id, revision, state}`, for people."""
+    state = _state(kind, found)
+    title = f"{kind} {found['id']}, revision {found['revision']}"
+    print_fields({name: value for name, value in _FIELDS[kind](state).items() if value}, title=title)
+
+
+def _state(kind: SubjectKind, item: Mapping[str, Any]) -> Any:
+    # Not strict: JSON has no tuples. It is shown, and nothing is decided by it.
+    return _STATES[kind].model_validate(item["state"], strict=False)
+
+
+def _user_row(user: UserState) -> Sequence[str]:
+    roles = ", ".join(user.roles)
+    return user.user_id, user.name, roles, user.status, show_scope(user.entitlements.scope)
+
+
+def _agent_row(agent: AgentState) -> Sequence[str]:
+    return agent.agent_id, agent.sponsor, _status(agent), agent.description, show_scope(agent.ceiling)
+
+
+def _target_row(target: TargetState) -> Sequence[str]:
+    return target.target_id, target.backend.kind, target.status, _verbs(target), target.description
+
+
+def _task_row(task: TaskState) -> Sequence[str]:
+    return (
+        task.task_id,
+        task.agent_id,
+        task.on_behalf_of,
+        _task_status(task),
+        task.purpose,
+        show_scope(task.scope),
+    )
+
+
+_ROWS: Mapping[SubjectKind, tuple[Sequence[str], Callable[[Any], Sequence[str]]]] = {
+    "user": (("!user", "name", "roles", "status", "entitled to"), _user_row),
+    "agent": (("!agent", "sponsor", "status", "for", "ceiling"), _agent_row),
+    "target": (("!target", "backend", "status", "verbs", "what it is"), _target_row),
+    "task": (("!task", "agent", "for", "status", "purpose", "scope"), _task_row),
+}
+
+
+def _user_fields(user: UserState) -> dict[str, str]:
+    entitlements = user.entitlements
+    return {
+        "name": user.name,
+        "status": user.status,
+        "roles": ", ".join(user.roles) or "none",
+        "entitled to": show_scope(entitlements.scope),
+        "known from": f"{entitlements.source}, as of {moment(entitlements.as_of)}",
+        "keys": _keys(user.keys),
+    }
+
+
+def _agent_fields(agent: AgentState) -> dict[str, str]:
+    return {
+        "for": agent.description,
+        "status": _status(agent),
+        "sponsor": agent.sponsor,
+        "ceiling": show_scope(agent.ceiling),
+        "keys": _keys(agent.keys),
+    }
+
+
+def _target_fields(target: TargetState) -> dict[str, str]:
+    requests = [f"{r.method} {r.path} is {r.verb} on {r.resource}" for r in target.requests]
+    return {
+        "what it is": target.description,
+        "status": target.status,
+        "backend": target.backend.kind,
+        "audience": target.backend.audience or "",
+        "verbs": _verbs(target),
+        "requests": "\n".join(requests),
+        "longest life": f"{target.max_ttl_s} s",
+        "keys": _keys(target.keys),
+    }
+
+
+def _task_fields(task: TaskState) -> dict[str, str]:
+    return {
+        "purpose": task.purpose,
+        "status": _task_status(task),
+        "agent": task.agent_id,
+        "on behalf of": task.on_behalf_of,
+        "assigned by": task.assigned_by,
+        "scope": show_scope(task.scope),
+        "ends": until(task.not_after, time.time()),
+    }
+
+
+_FIELDS: Mapping[SubjectKind, Callable[[Any], dict[str, str]]] = {
+    "user": _user_fields,
+    "agent": _agent_fields,
+    "target": _target_fields,
+    "task": _task_fields,
+}
+
+
+def _status(agent: AgentState) -> str:
+    return f"{agent.status} (by an operator)" if agent.suspended_by_operator else agent.status
+
+
+def _task_status(task: TaskState) -> str:
+    return "over" if task.status == "active" and task.not_after <= time.time() else task.status
+
+
+def _verbs(target: TargetState) -> str:
+    return ", ".join(v.verb if v.floor == "none" else f"{v.verb} ({v.floor})" for v in target.verbs)
+
+
+def _keys(keys: Sequence[KeyRecord]) -> str:
+    now_s = time.time()
+    return "\n".join(
+        f"{key.kid}  {'until' if key.not_after > now_s else 'ended'} {moment(key.not_after)}" for key in keys
+    )

@@ -1,0 +1,37 @@
+"""`ringfence release`: as an agent, give a credential back."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
+from ringfence.cli.output import print_json, say
+from ringfence.client.administrator import TIMEOUT_S
+from ringfence.client.agent import Agent
+
+
+def release(
+    lease: Annotated[str, typer.Argument(metavar="LEASE", help="The lease's id.")],
+    reason: Annotated[
+        str, typer.Option("--reason", help="Why; it stands in the trail.")
+    ] = "no longer needed",
+    no_wait: Annotated[
+        bool,
+        typer.Option("--no-wait", help="Return once Kafka holds the release, before the revoker's answer."),
+    ] = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a credential back before its time. As the agent that holds it."""
+
+    async def work() -> None:
+        async with Agent.connect(identity(me)) as agent:
+            await agent.release(lease, reason=reason, timeout_s=None if no_wait else TIMEOUT_S)
+
+    run(work())
+    if wants_json(as_json):
+        print_json({"lease_id": lease, "released": True, "confirmed": not no_wait})
+    else:
+        say(f"lease {lease} released")

@@ -1,0 +1,135 @@
+"""`ringfence request`: as an agent, ask for a credential."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+
+from ringfence.cli.options import (
+    AllowOption,
+    IdentityOption,
+    JsonOption,
+    duration_s,
+    identity,
+    run,
+    wants_json,
+)
+from ringfence.cli.output import note, print_json, until
+from ringfence.cli.scopes import parse_scope, show_scope
+from ringfence.client.agent import Agent
+from ringfence.client.applying import environment
+from ringfence.client.replies import IssuedCredential, PendingRequest
+
+
+def request(
+    task: Annotated[str, typer.Option("--task", metavar="TASK", help="The id of the task that this is for.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why, in a sentence that an approver reads.")],
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- COMMAND...]", help="With --exec: what to run.", show_default=False),
+    ] = None,
+    execute: Annotated[
+        bool,
+        typer.Option(
+            "--exec",
+            help="Run COMMAND with the credential in its environment, and release it after. It is printed nowhere.",
+        ),
+    ] = False,
+    allow: AllowOption = None,
+    ttl: Annotated[str, typer.Option("--ttl", metavar="DURATION", help="How long it is needed.")] = "5m",
+    timeout: Annotated[
+        str, typer.Option("--timeout", metavar="DURATION", help="How long to wait, approvals included.")
+    ] = "1m",
+    break_glass: Annotated[
+        bool,
+        typer.Option(
+            "--break-glass",
+            help="Policy denies it: ask two operators to allow it once, for 15 minutes at most. Alarms.",
+        ),
+    ] = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask for a credential. It alone goes to stdout, everything else to stderr: TOKEN=$(ringfence request ...).
+
+    With --exec it goes to one command, and to nothing else: PGPASSWORD and the others that libpq reads for postgres,
+    REDIS_URL for redis, else RINGFENCE_CREDENTIAL. The exit status is then the command's.
+    """
+    if not allow:
+        raise typer.BadParameter("say what is needed", param_hint="--allow")
+    if execute != bool(command):
+        raise typer.BadParameter("write --exec and the command: --exec ... -- COMMAND", param_hint="--exec")
+    if command and shutil.which(command[0]) is None:
+        raise typer.BadParameter(f"there is no program {command[0]}", param_hint="COMMAND")
+    scope, ttl_s, timeout_s = parse_scope(allow), duration_s(ttl), duration_s(timeout)
+
+    def pending(what: PendingRequest) -> None:
+        note(f"{what} ...", "yellow")
+
+    async def ask(agent: Agent) -> IssuedCredential:
+        return await agent.request_scope(
+            task=task,
+            scope=scope,
+            reason=reason,
+            ttl_s=ttl_s,
+            timeout_s=timeout_s,
+            on_pending=pending,
+            break_glass=break_glass,
+        )
+
+    async def work() -> IssuedCredential:
+        async with Agent.connect(identity(me)) as agent:
+            return await ask(agent)
+
+    async def work_and_run(argv: list[str]) -> int:
+        async with Agent.connect(identity(me)) as agent:
+            credential = await ask(agent)
+            note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "bold")
+            try:
+                return await _executed(argv, os.environ | environment(credential))
+            finally:
+                await agent.release(credential, reason="the command has ended")
+
+    if command:
+        raise typer.Exit(run(work_and_run(command)))
+    credential = run(work())
+    if wants_json(as_json):
+        print_json(
+            {
+                "lease_id": credential.lease_id,
+                "request_id": credential.request_id,
+                "kind": credential.kind,
+                "token_type": credential.token_type,
+                "value": credential.value,
+                "expires_at": credential.expires_at,
+                "target": credential.target,
+                "scope": list(credential.scope),
+                "task_id": credential.task_id,
+                "sponsor": credential.sponsor,
+                "on_behalf_of": credential.on_behalf_of,
+                "trace_id": credential.trace_id,
+            }
+        )
+        return
+    note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "bold")
+    note(show_scope(credential.scope))
+    sys.stdout.write(credential.value + "\n")
+
+
+async def _executed(argv: list[str], variables: Mapping[str, str]) -> int:
+    """Run a command to its end; its exit status, 128 and more for a signal, as shells have it."""
+    process = await asyncio.create_subprocess_exec(*argv, env=dict(variables))
+    try:
+        status = await process.wait()
+    except asyncio.CancelledError:
+        process.terminate()
+        await process.wait()
+        raise
+    return 128 - status if status < 0 else status

@@ -1,0 +1,63 @@
+"""Settings that nobody reads: what is mistyped counts for nothing, in silence, until `ringfence doctor` looks."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from ringfence.kernel.settings import CONFIG_FILE_ENV, RingfenceSettings
+
+_PREFIX = "RINGFENCE_"
+_DECLARED_IN = (
+    "ringfence.client.settings",
+    "ringfence.backends.access",
+    "ringfence.policy.settings",
+    "ringfence.issuer.settings",
+    "ringfence.revoker.settings",
+    "ringfence.registry.settings",
+    "ringfence.audit.settings",
+)
+_MEANT_ELSEWHERE = ("RINGFENCE_TEST_", "RINGFENCE_UID", "RINGFENCE_GID", "RINGFENCE_KEYS")
+"""What tests and docker-compose.yml read."""
+
+
+def known_settings() -> frozenset[str]:
+    """The names of all settings, as in the environment. Raises ModuleNotFoundError without the extra `server`."""
+    for module in _DECLARED_IN:
+        importlib.import_module(module)
+    return frozenset({CONFIG_FILE_ENV, *_names(RingfenceSettings)})
+
+
+def mistyped(environment: Iterable[str], config: Mapping[str, Any]) -> list[str]:
+    """A sentence for each name in the environment or in a settings file that looks like a setting and is none."""
+    known = known_settings()
+    found = [
+        _sentence(name, name, known)
+        for name in sorted(environment)
+        if name.startswith(_PREFIX) and name not in known and not name.startswith(_MEANT_ELSEWHERE)
+    ]
+    return found + [_sentence(said, name, known) for said, name in _flat(config, known) if name not in known]
+
+
+def _names(cls: type[RingfenceSettings]) -> Iterator[str]:
+    prefix = str(cls.model_config.get("env_prefix") or "")
+    yield from (f"{prefix}{field}".upper() for field in cls.model_fields)
+    for narrower in cls.__subclasses__():
+        yield from _names(narrower)
+
+
+def _flat(config: Mapping[str, Any], known: frozenset[str]) -> Iterator[tuple[str, str]]:
+    """Each name in the file as it is written there, and as it would be in the environment."""
+    for name, value in config.items():
+        variable = f"{_PREFIX}{name}".upper()
+        if isinstance(value, Mapping) and variable not in known:
+            yield from ((f"{name}.{inner}", f"{variable}_{inner}".upper()) for inner in value)
+        else:
+            yield name, variable
+
+
+def _sentence(said: str, name: str, known: frozenset[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
+    return f"{said} is no setting, and counts for nothing" + (f"; did you mean {near[0]}?" if near else "")

@@ -1,0 +1,213 @@
+"""`ringfence target`: systems that agents act on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, get_args
+
+import typer
+from pydantic import ValidationError
+
+from ringfence.cli.options import (
+    IdentityOption,
+    JsonOption,
+    KeyDaysOption,
+    NewKeyOption,
+    PublicKeyOption,
+    ReasonOption,
+    YesOption,
+    confirm,
+    duration_s,
+    identity,
+    kept_if_accepted,
+    key_records,
+    run,
+    settings,
+    wants_json,
+)
+from ringfence.cli.outcome import print_accepted
+from ringfence.cli.records import list_records, show_record
+from ringfence.cli.target_templates import TEMPLATES, Template
+from ringfence.client.administrator import Administrator
+from ringfence.client.outcomes import Accepted
+from ringfence.kernel.jws import explain
+from ringfence.messages.registry import ApprovalClass, BackendSettings, RequestRule, VerbFloor
+from ringfence.model.identity import spiffe_id
+
+app = typer.Typer(help="Systems that agents act on: verbs and approval floors.", no_args_is_help=True)
+
+TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help="The target's id.")]
+_FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
+_REQUEST = re.compile(r"(\S+) (\S+) (\S+) (\S+)")
+
+
+@app.command()
+def add(
+    target: TargetArgument,
+    description: Annotated[str, typer.Option("--description", help="What it is.")],
+    verb: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--verb",
+            metavar="VERB[=FLOOR]",
+            help=f"A verb, and the approval that no policy goes below: {', '.join(_FLOORS)}. Repeatable; with a "
+            "template, more verbs or other floors.",
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option("--template", help=f"Backend and verbs as they usually are: {', '.join(TEMPLATES)}."),
+    ] = None,
+    request: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--request",
+            metavar="'METHOD PATH VERB RESOURCE'",
+            help="Which requests are which verb, e.g. 'GET /envs/{name} read env/{name}'. Repeatable; the first "
+            "that matches counts.",
+        ),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend",
+            help="How its credentials are made: jwt, postgres or redis; as the template says, or jwt.",
+        ),
+    ] = None,
+    audience: Annotated[
+        str | None, typer.Option("--audience", help="The aud of its tokens; its SPIFFE ID where not given.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="HOST:PORT",
+            help="Where agents reach it; where Ringfence does, if not given.",
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--setting",
+            metavar="NAME=VALUE",
+            help="What else its backend is told, as docs/targets/ has it. Repeatable.",
+        ),
+    ] = None,
+    max_ttl: Annotated[str, typer.Option("--max-ttl", help="The longest life of a credential.")] = "1h",
+    public_key: PublicKeyOption = None,
+    new_key: NewKeyOption = None,
+    key_days: KeyDaysOption = 365,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Add a target, or replace it. Its key is what its resource server calls introspection with. As an operator."""
+    id = spiffe_id(settings().trust_domain, "target", target)
+    base = _template(template)
+    verbs = _verbs(base, verb or ())
+    requests = [_request(text) for text in request or ()]
+    kind = backend or (base.backend if base else "jwt")
+    own = _settings(setting or ()) | ({} if address is None else {"address": address})
+    max_ttl_s = duration_s(max_ttl)
+    keys = key_records(public_key, new_key, id, key_days)
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.set_target(
+                target,
+                description=description,
+                verbs=verbs,
+                backend=_backend(kind, audience, own),
+                requests=requests,
+                max_ttl_s=max_ttl_s,
+                keys=keys,
+            )
+
+    with kept_if_accepted(new_key):
+        accepted = run(work())
+    made = {"key_file": str(new_key)} if new_key else {}
+    print_accepted(accepted, f"target {target} set", wants_json(as_json), **made)
+
+
+@app.command()
+def remove(
+    target: TargetArgument,
+    reason: ReasonOption,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Issue nothing more for a target, and end its leases. As an operator."""
+    confirm(f"Remove target {target} and end all its leases?", yes)
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.remove_target(target, reason=reason)
+
+    print_accepted(run(work()), f"target {target} removed; its leases end", wants_json(as_json))
+
+
+@app.command(name="list")
+def list_targets(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """List targets."""
+    list_records("target", identity(me), wants_json(as_json))
+
+
+@app.command()
+def show(target: TargetArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """Show one target."""
+    show_record("target", target, identity(me), wants_json(as_json))
+
+
+def _verb(text: str) -> VerbFloor:
+    verb, _, floor = text.partition("=")
+    if floor and floor not in _FLOORS:
+        raise typer.BadParameter(f"{text!r}: {floor!r} is no floor; write one of {', '.join(_FLOORS)}")
+    try:
+        return VerbFloor(verb=verb, floor=floor or "none")
+    except ValidationError as error:
+        raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
+
+
+def _request(text: str) -> RequestRule:
+    match = _REQUEST.fullmatch(text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r}: write four words, 'METHOD PATH VERB RESOURCE'")
+    method, path, verb, resource = match.groups()
+    try:
+        return RequestRule(method=method, path=path, verb=verb, resource=resource)
+    except ValidationError as error:
+        raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
+
+
+def _template(name: str | None) -> Template | None:
+    if name is not None and name not in TEMPLATES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(TEMPLATES)}", param_hint="--template")
+    return TEMPLATES[name] if name is not None else None
+
+
+def _verbs(template: Template | None, given: Iterable[str]) -> list[VerbFloor]:
+    """Those of the template, and those given, which count instead."""
+    usual = template.verbs if template else {}
+    verbs = {verb: VerbFloor(verb=verb, floor=floor) for verb, floor in usual.items()}
+    verbs |= {floor.verb: floor for floor in map(_verb, given)}
+    if not verbs:
+        raise typer.BadParameter("name at least one verb, or a template", param_hint="--verb")
+    return list(verbs.values())
+
+
+def _settings(given: Iterable[str]) -> dict[str, str | int]:
+    settings: dict[str, str | int] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or name in BackendSettings.model_fields:
+            raise typer.BadParameter(f"{text!r}: write NAME=VALUE", param_hint="--setting")
+        settings[name] = int(value) if value.isdecimal() else value
+    return settings
+
+
+def _backend(kind: str, audience: str | None, own: dict[str, str | int]) -> BackendSettings:
+    try:  # further fields belong to the kind
+        return BackendSettings.model_validate({"kind": kind, "audience": audience, **own})
+    except ValidationError as error:
+        raise typer.BadParameter(f"{kind!r}: {explain(error)}", param_hint="--backend") from None

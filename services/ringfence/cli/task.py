@@ -1,0 +1,197 @@
+"""`ringfence task`: assign, with what all sides allow shown before anything runs; end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ringfence.cli.options import (
+    AllowOption,
+    IdentityOption,
+    JsonOption,
+    ReasonOption,
+    duration_s,
+    identity,
+    moment_s,
+    run,
+    wants_json,
+)
+from ringfence.cli.outcome import print_accepted
+from ringfence.cli.output import moment, note, print_json, say
+from ringfence.cli.records import list_records, show_record
+from ringfence.cli.scopes import parse_scope, show_permission, show_scope
+from ringfence.client.administrator import Administrator
+from ringfence.client.errors import InvalidCallError
+from ringfence.client.outcomes import Accepted
+from ringfence.client.preview import Preview
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.jws import parse
+from ringfence.messages.registry import TaskConsent, TaskTerms
+
+app = typer.Typer(help="Tasks: assign, with what all sides allow; end.", no_args_is_help=True)
+
+AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.")]
+TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="The task's id.")]
+PurposeOption = Annotated[str | None, typer.Option("--purpose", help="What it is for.")]
+ForOption = Annotated[
+    str | None, typer.Option("--for", metavar="DURATION", help="How long: 90s, 15m, 1h30m, 2d.")
+]
+UntilOption = Annotated[
+    str | None, typer.Option("--until", metavar="MOMENT", help="Or until when: 2030-01-31T18:00:00Z.")
+]
+
+
+@app.command()
+def assign(
+    agent: AgentArgument,
+    purpose: PurposeOption = None,
+    allow: AllowOption = None,
+    lasts: ForOption = None,
+    until: UntilOption = None,
+    consent: Annotated[
+        Path | None,
+        typer.Option(
+            "--consent",
+            metavar="FILE",
+            help="On behalf of another user: their consent (ringfence task consent), which holds all the terms.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what it would allow.")] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Assign it even where it allows nothing now.")
+    ] = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Assign a task to an agent, on your behalf. First shows what task, ceiling and entitlements allow together."""
+    given = None if consent is None else _read_consent(consent)
+    if given is not None and (purpose or allow or lasts or until):
+        raise typer.BadParameter("the terms are in the consent; give none beside it", param_hint="--consent")
+    wanted = _wanted(purpose, allow, lasts, until) if given is None else {}
+
+    async def work() -> tuple[TaskTerms, str, Preview, str | None]:
+        async with Administrator.connect(identity(me)) as administrator:
+            if given is None:
+                terms, whose, signed = administrator.terms(agent, **wanted), None, None
+            else:
+                terms, whose, signed = given
+                if terms.agent_id != agent:
+                    raise InvalidCallError(f"the consent is for agent {terms.agent_id}, not {agent}")
+            shown = await administrator.preview(terms, on_behalf_of=whose)
+            if not wants_json(as_json):
+                _show_preview(shown)
+            if dry_run:
+                return terms, whose or administrator.id, shown, None
+            if not shown.effective and not anyway:
+                raise RingfenceError(
+                    "the task was not assigned: it would allow nothing. Change task, ceiling or entitlements, or add "
+                    "--anyway"
+                )
+            task_id = await administrator.assign_terms(terms, on_behalf_of=whose, consent=signed)
+            return terms, whose or administrator.id, shown, task_id
+
+    terms, whose, shown, task_id = run(work())
+    if wants_json(as_json):
+        print_json(_as_json(terms, whose, shown, task_id))
+    elif task_id:
+        say(f"task {task_id} assigned to {agent} on behalf of {whose}, until {moment(terms.not_after)}")
+
+
+@app.command()
+def consent(
+    agent: AgentArgument,
+    purpose: PurposeOption = None,
+    allow: AllowOption = None,
+    lasts: ForOption = None,
+    until: UntilOption = None,
+    valid: Annotated[
+        str, typer.Option("--valid", metavar="DURATION", help="Until when it may be used.")
+    ] = "1h",
+    me: IdentityOption = None,
+) -> None:
+    """Sign the terms of a task that somebody else will assign on your behalf; prints the consent."""
+    wanted, life_s = _wanted(purpose, allow, lasts, until), duration_s(valid)
+
+    async def work() -> str:
+        async with Administrator.connect(identity(me)) as administrator:
+            terms = administrator.terms(agent, **wanted)
+            _show_preview(await administrator.preview(terms))
+            return administrator.sign_consent(terms, life_s=life_s)
+
+    typer.echo(run(work()))
+
+
+@app.command()
+def end(
+    task: TaskArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
+) -> None:
+    """End a task and its leases. As who assigned it, who it is on behalf of, the agent's sponsor, or an operator."""
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.end_task(task, reason=reason)
+
+    print_accepted(run(work()), f"task {task} ended; its leases end", wants_json(as_json))
+
+
+@app.command(name="list")
+def list_tasks(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """List tasks."""
+    list_records("task", identity(me), wants_json(as_json))
+
+
+@app.command()
+def show(task: TaskArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """Show one task."""
+    show_record("task", task, identity(me), wants_json(as_json))
+
+
+def _wanted(
+    purpose: str | None, allow: list[str] | None, lasts: str | None, until: str | None
+) -> dict[str, Any]:
+    """The terms as they were given, all checked. Raises typer.BadParameter."""
+    if not purpose:
+        raise typer.BadParameter("say what the task is for", param_hint="--purpose")
+    if not allow:
+        raise typer.BadParameter("say what the task may do", param_hint="--allow")
+    if (lasts is None) == (until is None):
+        raise typer.BadParameter("say when the task ends: --for or --until", param_hint="--for")
+    return {
+        "purpose": purpose,
+        "scope": parse_scope(allow),
+        "ends_in_s": duration_s(lasts) if lasts else None,
+        "not_after": moment_s(until) if until else None,
+    }
+
+
+def _read_consent(file: Path) -> tuple[TaskTerms, str, str]:
+    """Terms, user and text of a consent. Unverified: the registry verifies it, and nothing is decided here."""
+    try:
+        text = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidCallError(f"cannot read the consent {file}: {error}") from None
+    claims = parse(text).unverified_claims(TaskConsent)
+    return claims.terms, claims.iss.rpartition("/")[2], text
+
+
+def _show_preview(shown: Preview) -> None:
+    note("What all sides allow together:", "bold")
+    note(show_scope(shown.effective))
+    for cut in shown.cuts:
+        note(f"cut: {show_permission(cut.permission)} ({cut.side} does not allow it)", "yellow")
+    for warning in shown.warnings:
+        note(f"warning: {warning}", "yellow")
+
+
+def _as_json(terms: TaskTerms, whose: str, shown: Preview, task_id: str | None) -> dict[str, Any]:
+    return {
+        "task_id": task_id,
+        "agent_id": terms.agent_id,
+        "on_behalf_of": whose,
+        "not_after": terms.not_after,
+        "effective": list(shown.effective),
+        "cuts": [{"permission": cut.permission, "side": cut.side} for cut in shown.cuts],
+        "warnings": list(shown.warnings),
+    }

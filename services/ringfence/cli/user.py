@@ -1,0 +1,191 @@
+"""`ringfence user`: people, their roles, keys and entitlements."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from ringfence.cli.options import (
+    AllowOption,
+    IdentityOption,
+    JsonOption,
+    KeyDaysOption,
+    NewKeyOption,
+    PublicKeyOption,
+    ReasonOption,
+    identity,
+    kept_if_accepted,
+    key_records,
+    run,
+    settings,
+    wants_json,
+)
+from ringfence.cli.outcome import print_accepted
+from ringfence.cli.records import list_records, show_record
+from ringfence.cli.scopes import parse_scope
+from ringfence.client.administrator import Administrator
+from ringfence.client.errors import InvalidCallError
+from ringfence.client.outcomes import Accepted
+from ringfence.messages.keys import KeyRecord
+from ringfence.messages.permission import Scope
+from ringfence.messages.registry import Role, UserState
+from ringfence.model.identity import spiffe_id
+
+app = typer.Typer(help="People: roles, keys, entitlements.", no_args_is_help=True)
+
+_ROLES: tuple[Role, ...] = get_args(Role)
+
+UserArgument = Annotated[str, typer.Argument(metavar="USER", help="The user's id.")]
+RoleOption = Annotated[
+    list[str] | None, typer.Option("--role", metavar="ROLE", help="sponsor, operator or auditor. Repeatable.")
+]
+SourceOption = Annotated[str, typer.Option("--source", help="Where the entitlements are known from.")]
+
+
+@app.command()
+def add(
+    user: UserArgument,
+    name: Annotated[str, typer.Option("--name", help="The person's name.")],
+    role: RoleOption = None,
+    allow: AllowOption = None,
+    source: SourceOption = "operator",
+    public_key: PublicKeyOption = None,
+    new_key: NewKeyOption = None,
+    key_days: KeyDaysOption = 365,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Add a person. `--allow` is what they are entitled to: no task on their behalf reaches further.
+
+    As an operator.
+    """
+    roles, scope = _roles(role), parse_scope(allow, may_be_empty=True)
+    keys = key_records(public_key, new_key, spiffe_id(settings().trust_domain, "user", user), key_days)
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            if not administrator.is_root and (await administrator.directory()).user(user) is not None:
+                raise InvalidCallError(f"user {user} exists; change them with: ringfence user set {user}")
+            return await administrator.set_user(
+                user, name=name, roles=roles, keys=keys, entitlements=scope, source=source
+            )
+
+    with kept_if_accepted(new_key):
+        accepted = run(work())
+    print_accepted(accepted, f"user {user} added", wants_json(as_json), **_made(new_key))
+
+
+@app.command(name="set")
+def change(
+    user: UserArgument,
+    name: Annotated[str | None, typer.Option("--name", help="Another name.")] = None,
+    role: RoleOption = None,
+    no_roles: Annotated[bool, typer.Option("--no-roles", help="Take all roles away.")] = False,
+    allow: AllowOption = None,
+    allow_nothing: Annotated[
+        bool, typer.Option("--allow-nothing", help="Take all entitlements away.")
+    ] = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Confirm the entitlements as they are, as of now.")
+    ] = False,
+    source: Annotated[
+        str | None, typer.Option("--source", help="Where the entitlements are known from.")
+    ] = None,
+    public_key: PublicKeyOption = None,
+    new_key: NewKeyOption = None,
+    key_days: KeyDaysOption = 365,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Change what is named and keep the rest. A new key ends the old ones. A disabled user is active again.
+
+    As an operator; nobody widens their own roles or entitlements.
+    """
+    scope = parse_scope(allow, may_be_empty=True) if allow or allow_nothing else None
+    if (allow and allow_nothing) or (role and no_roles):
+        raise typer.BadParameter("an option and its opposite were given")
+    keys = key_records(public_key, new_key, spiffe_id(settings().trust_domain, "user", user), key_days)
+    roles = _roles(role) if role else () if no_roles else None
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            entry = (await administrator.directory()).user(user)
+            if entry is None:
+                raise InvalidCallError(f"there is no user {user}; add them with: ringfence user add {user}")
+            return await administrator.set_user(
+                user,
+                **_changed(entry.state, name, roles, scope, source, refresh),
+                keys=keys or _current(entry.state),
+            )
+
+    with kept_if_accepted(new_key):
+        accepted = run(work())
+    print_accepted(accepted, f"user {user} set", wants_json(as_json), **_made(new_key))
+
+
+@app.command()
+def disable(
+    user: UserArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
+) -> None:
+    """Let a person act no more: what runs on their behalf ends, and their agents become orphans. As an operator."""
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.disable_user(user, reason=reason)
+
+    print_accepted(run(work()), f"user {user} disabled", wants_json(as_json))
+
+
+@app.command(name="list")
+def list_users(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """List people."""
+    list_records("user", identity(me), wants_json(as_json))
+
+
+@app.command()
+def show(user: UserArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """Show one person."""
+    show_record("user", user, identity(me), wants_json(as_json))
+
+
+def _roles(texts: list[str] | None) -> tuple[Role, ...]:
+    found: list[Role] = []
+    for text in texts or ():
+        role = next((known for known in _ROLES if known == text), None)
+        if role is None:
+            raise typer.BadParameter(
+                f"{text!r} is no role; write one of {', '.join(_ROLES)}", param_hint="--role"
+            )
+        found.append(role)
+    return tuple(dict.fromkeys(found))
+
+
+def _changed(
+    state: UserState,
+    name: str | None,
+    roles: tuple[Role, ...] | None,
+    scope: Scope | None,
+    source: str | None,
+    refresh: bool,
+) -> dict[str, Any]:
+    # What is not touched keeps its date too: a new date would say that somebody has looked at it again.
+    fresh = scope is not None or refresh
+    return {
+        "name": name or state.name,
+        "roles": state.roles if roles is None else roles,
+        "entitlements": state.entitlements.scope if scope is None else scope,
+        "source": source or state.entitlements.source,
+        "as_of": None if fresh else state.entitlements.as_of,
+    }
+
+
+def _current(state: UserState) -> tuple[KeyRecord, ...]:
+    now_s = time.time()
+    return tuple(key for key in state.keys if key.not_after > now_s)
+
+
+def _made(new_key: Path | None) -> dict[str, str]:
+    return {"key_file": str(new_key)} if new_key else {}
