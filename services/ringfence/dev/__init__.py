@@ -1,0 +1,1 @@
+"""The embedded stack: a Kafka broker and a Valkey server from wheels, all services as processes."""

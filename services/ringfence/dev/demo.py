@@ -1,0 +1,405 @@
+"""The story of Ringfence in a minute, on real parts: what agents can do today, and the same with Ringfence.
+
+Each step is told as it happens, by a `Narrator`; a step that does not go as it should raises `StoryError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import httpx
+
+from ringfence.client.administrator import Administrator
+from ringfence.client.agent import Agent
+from ringfence.client.api import ReadApi
+from ringfence.client.errors import ApiError, RequestDeniedError
+from ringfence.client.replies import IssuedCredential
+from ringfence.client.settings import ClientSettings
+from ringfence.client.sponsor import PendingApproval, Sponsor
+from ringfence.dev.organisation import DEPLOY_STAGING, PLATFORM, READ_ALL, key_of
+from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
+from ringfence.dev.stack import Stack
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.jws import open_signed, parse
+from ringfence.kernel.kafka import Follower, Received
+from ringfence.messages.lease import Lease
+from ringfence.messages.topics import LEASE
+
+PATIENCE_S = 30.0
+SHORT_TTL_S = 5
+
+
+class StoryError(RingfenceError):
+    """A step of the demo did not go as it should."""
+
+    code = "story_broken"
+
+
+class Narrator(Protocol):
+    """Whoever tells the story."""
+
+    def act(self, title: str) -> None:
+        """A new act begins."""
+        ...
+
+    def step(self, step: str, text: str, **ids: Any) -> None:
+        """Something happened. `step` is a stable name; `ids` are what it is about."""
+        ...
+
+    def waiting(self, text: str) -> None:
+        """Something is waited for; called again and again, the last text counts."""
+        ...
+
+
+@dataclass(slots=True)
+class Story:
+    """Everybody who takes part, connected."""
+
+    stack: Stack
+    settings: ClientSettings
+    narrator: Narrator
+    ask: Callable[[PendingApproval], Awaitable[None]] | None
+    """Interactive: returns when a person at the keyboard said yes."""
+
+    async def tell(self) -> None:
+        """Act 0 and act 1. Raises StoryError, or the error of the part that failed."""
+        folder, settings, domain = self.stack.trust, self.settings, self.settings.trust_domain
+        legacy_token = secrets.token_urlsafe(24)
+        server = self._start_platform(legacy_token)
+        try:
+            async with AsyncExitStack() as stack:
+                http = await stack.enter_async_context(
+                    httpx.AsyncClient(base_url=self._platform_url, timeout=10)
+                )
+                await self._bypass(http, legacy_token)
+                maria = await stack.enter_async_context(
+                    Administrator.connect(key_of(folder, domain, "user", "maria"), settings)
+                )
+                sam = await stack.enter_async_context(
+                    Sponsor.connect(key_of(folder, domain, "user", "sam"), settings)
+                )
+                bot = await stack.enter_async_context(
+                    Agent.connect(key_of(folder, domain, "agent", "deploy-bot"), settings)
+                )
+                ends = await stack.enter_async_context(_Ends(settings, bot))
+                await self._task(http, maria, sam, bot, ends)
+        finally:
+            server.stop()
+
+    # --- the platform: a resource server in a process of its own ---
+
+    def _start_platform(self, legacy_token: str) -> Child:
+        state, domain = self.stack.options.state, self.settings.trust_domain
+        key_of(self.stack.trust, domain, "target", PLATFORM)
+        token_file = state / "legacy-admin-token"
+        token_file.touch(mode=0o600)
+        token_file.write_text(legacy_token)
+        port = free_port()
+        self._platform_url = f"http://{LOOPBACK}:{port}"
+        argv = [sys.executable, "-m", "ringfence.dev.platform", "--port", str(port)]
+        argv += ["--issuer-url", self.stack.url("issuer"), "--audience", "https://platform.example"]
+        argv += [
+            "--key-file",
+            str(state / "targets" / f"{PLATFORM}.json"),
+            "--legacy-token-file",
+            str(token_file),
+        ]
+        child = spawn("platform", argv, log_path=state / "logs" / "platform.log")
+        child.wait_until(lambda: _answers(f"{self._platform_url}/healthz"), PATIENCE_S, "answers")
+        return child
+
+    _platform_url: str = ""
+
+    # --- act 0 ---
+
+    async def _bypass(self, http: httpx.AsyncClient, legacy_token: str) -> None:
+        tell = self.narrator
+        tell.act("Act 0: how it works today. The agent inherited the platform's admin token.")
+        before = await _deployed(http, "production")
+        tell.step(
+            "bypass.asked",
+            "Maria may only read production. She tells the agent: put build-421 on production.",
+            user="maria",
+            build=before,
+        )
+        answer = await http.put(
+            "/env/production/web",
+            json={"build": "build-421"},
+            headers={"Authorization": f"Bearer {legacy_token}"},
+        )
+        after = await _deployed(http, "production")
+        if after != "build-421":
+            raise StoryError(
+                f"the inherited token should have changed production; the platform said {answer.text}"
+            )
+        tell.step(
+            "bypass.succeeded",
+            f"Production runs {after}, was {before}. The platform's log says: by {answer.json()['by']}. "
+            "Nobody can say which agent it was, or for whom.",
+            build=after,
+            by=answer.json()["by"],
+        )
+        withdrawn = await http.delete("/legacy-token", headers={"Authorization": f"Bearer {legacy_token}"})
+        if withdrawn.status_code != 200:
+            raise StoryError("the inherited token could not be withdrawn")
+        tell.step("bypass.closed", "The inherited token is withdrawn. From here on the agent holds nothing.")
+
+    # --- act 1 ---
+
+    async def _task(
+        self, http: httpx.AsyncClient, maria: Administrator, sam: Sponsor, bot: Agent, ends: _Ends
+    ) -> None:
+        tell = self.narrator
+        tell.act("Act 1: deploy the staging build, with Ringfence.")
+        task = await maria.assign_task(
+            "deploy-bot",
+            purpose="deploy build-421 to staging",
+            scope=[DEPLOY_STAGING, READ_ALL],
+            ends_in_s=900,
+        )
+        tell.step(
+            "task.assigned",
+            "Maria assigns deploy-bot a task, on her behalf: deploy and read on staging, for 15 minutes.",
+            task=task,
+            agent="deploy-bot",
+            user="maria",
+        )
+        credential = await self._with_approval(task, sam, bot)
+        await self._use(http, credential)
+        await self._reach_for_production(task, bot)
+        await self._give_back(http, bot, ends, credential)
+        await self._let_expire(http, task, bot, ends)
+        await self._trace(credential)
+
+    async def _with_approval(self, task: str, sam: Sponsor, bot: Agent) -> IssuedCredential:
+        tell = self.narrator
+        tell.step(
+            "credential.requested",
+            "deploy-bot signs a request: deploy on env/staging/web, for 300 s, reason 'roll out build-421'.",
+            task=task,
+            agent="deploy-bot",
+        )
+        asked = asyncio.create_task(
+            bot.request(
+                task=task,
+                target=PLATFORM,
+                verbs=["deploy"],
+                resources=["env/staging/web"],
+                reason="roll out build-421",
+                ttl_s=300,
+                timeout_s=None if self.ask else PATIENCE_S,
+            )
+        )
+        try:
+            pending = await self._first_pending(sam, asked)
+            tell.step(
+                "approval.requested",
+                f"The platform wants the sponsor for 'deploy'. Sam sees what the agent signed: {pending.agent} for "
+                f"{pending.on_behalf_of}, '{pending.reason}', digest {pending.digest[:16]}...",
+                request=pending.request_id,
+                digest=pending.digest,
+                sponsor="sam",
+            )
+            if self.ask is not None:
+                await self.ask(pending)
+            await sam.approve(pending, comment="build-421 passed its tests")
+            tell.step(
+                "approval.given",
+                "Sam signs over the digest of exactly this request.",
+                request=pending.request_id,
+                sponsor="sam",
+            )
+            credential = await asked
+        finally:
+            asked.cancel()
+        tell.step(
+            "credential.issued",
+            f"The issuer checked every signature and the rule itself. Lease {credential.lease_id}, sealed to the "
+            "agent's one-time key.",
+            lease=credential.lease_id,
+            request=credential.request_id,
+            expires_at=credential.expires_at,
+        )
+        return credential
+
+    async def _first_pending(self, sam: Sponsor, asked: asyncio.Task[IssuedCredential]) -> PendingApproval:
+        async def first() -> PendingApproval:
+            async for pending in sam.watch():
+                return pending
+            raise StoryError("the sponsor saw no request")
+
+        seen = asyncio.create_task(first())
+        await asyncio.wait({seen, asked}, return_when=asyncio.FIRST_COMPLETED, timeout=PATIENCE_S)
+        if not seen.done():
+            seen.cancel()
+            if asked.done():
+                await asked
+            raise StoryError("no approval was asked for")
+        return await seen
+
+    async def _use(self, http: httpx.AsyncClient, credential: IssuedCredential) -> None:
+        answer = await http.put("/env/staging/web", json={"build": "build-421"}, headers=credential.headers())
+        deployed = await _deployed(http, "staging")
+        if answer.status_code != 200 or deployed != "build-421":
+            raise StoryError(f"the platform should have accepted the credential; it said {answer.text}")
+        body = answer.json()
+        self.narrator.step(
+            "credential.verified",
+            f"The platform verified the token by itself (JWKS, introspection) and runs {deployed} on staging. Its log "
+            f"says: by {body['by']}, on behalf of {body['on_behalf_of']}, lease {body['lease']}.",
+            lease=credential.lease_id,
+            build=deployed,
+        )
+
+    async def _reach_for_production(self, task: str, bot: Agent) -> None:
+        try:
+            await bot.request(
+                task=task,
+                target=PLATFORM,
+                verbs=["deploy"],
+                resources=["env/production/web"],
+                reason="production too, while we are at it",
+                timeout_s=PATIENCE_S,
+            )
+        except RequestDeniedError as denied:
+            sides = [reason.side for reason in denied.reasons if reason.side]
+            self.narrator.step(
+                "request.refused",
+                "The same reach for production: denied. "
+                + "; ".join(r.message for r in denied.reasons)
+                + ".",
+                request=denied.request_id,
+                sides=sides,
+                reasons=[reason.code for reason in denied.reasons],
+            )
+            return
+        raise StoryError("the reach for production should have been denied")
+
+    async def _give_back(
+        self, http: httpx.AsyncClient, bot: Agent, ends: _Ends, credential: IssuedCredential
+    ) -> None:
+        await bot.release(credential, reason="deployed")
+        end = await ends.of(credential.lease_id)
+        again = await http.put("/env/staging/web", json={"build": "build-1"}, headers=credential.headers())
+        if end.claims.status != "released" or again.status_code != 401:
+            raise StoryError(f"the released credential should be refused; the platform said {again.text}")
+        self.narrator.step(
+            "credential.released",
+            "deploy-bot gives it back. The token is not old, yet the platform refuses it at once.",
+            lease=credential.lease_id,
+        )
+
+    async def _let_expire(self, http: httpx.AsyncClient, task: str, bot: Agent, ends: _Ends) -> None:
+        credential = await bot.request(
+            task=task,
+            target=PLATFORM,
+            verbs=["read"],
+            resources=["env/staging/*"],
+            reason="check the roll-out",
+            ttl_s=SHORT_TTL_S,
+            timeout_s=PATIENCE_S,
+        )
+        while (left_s := credential.expires_at - time.time()) > 0:
+            self.narrator.waiting(
+                f"a second lease, {SHORT_TTL_S} s, nobody gives it back: {left_s:.1f} s left"
+            )
+            await asyncio.sleep(min(0.1, left_s))
+        end = await ends.of(credential.lease_id)
+        late_ms = end.appended_at_ms - end.claims.deadline * 1000
+        if end.claims.status != "expired":
+            raise StoryError(f"the lease should have expired; it is {end.claims.status}")
+        self.narrator.step(
+            "lease.expired",
+            f"A second lease of {SHORT_TTL_S} s ran out: revoked by itself {late_ms} ms after its deadline.",
+            lease=credential.lease_id,
+            late_ms=late_ms,
+        )
+
+    async def _trace(self, credential: IssuedCredential) -> None:
+        ali = key_of(self.stack.trust, self.settings.trust_domain, "user", "ali")
+        async with ReadApi(ali, self.settings) as api:
+            deadline = time.monotonic() + PATIENCE_S
+            while "released" not in str(tree := await _trace_of(api, credential.lease_id)):
+                if time.monotonic() > deadline:
+                    raise StoryError("the audit trail does not show the release")
+                await asyncio.sleep(0.1)
+        self.narrator.step(
+            "audit.traced",
+            "Ali, the auditor, reads the story of the first credential back to the human.",
+            lease=credential.lease_id,
+            trace=tree,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    claims: Lease
+    appended_at_ms: int
+
+
+class _Ends:
+    """Terminal lease records as they come, verified."""
+
+    def __init__(self, settings: ClientSettings, bot: Agent) -> None:
+        self._trust = bot.connection.trust
+        self._domain = settings.trust_domain
+        self._ends: dict[str, _End] = {}
+        self._changed = asyncio.Event()
+        self._follower = Follower(settings, [LEASE], self._on_records, since_ms=None)
+
+    async def __aenter__(self) -> _Ends:
+        await self._follower.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._follower.stop()
+
+    async def of(self, lease_id: str) -> _End:
+        """The terminal record of a lease. Raises StoryError where none comes."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while lease_id not in self._ends:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise StoryError(f"lease {lease_id} did not end") from None
+        return self._ends[lease_id]
+
+    def _on_records(self, records: Sequence[Received]) -> None:
+        for record in records:
+            try:
+                find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
+                claims = open_signed(parse(record.value), Lease, find, audience=self._domain).claims
+            except InvalidMessageError:
+                continue  # the issuer's records, which are no ends
+            if claims.status in ("released", "revoked", "expired"):
+                self._ends[claims.lease_id] = _End(claims, record.appended_at_ms)
+                self._changed.set()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=1).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+async def _trace_of(api: ReadApi, lease_id: str) -> Any:
+    """The trail of a lease so far; None where audit has not come to it yet."""
+    try:
+        return await api.get("audit", "trace", lease_id)
+    except ApiError as error:
+        if error.status == 404:
+            return None
+        raise
+
+
+async def _deployed(http: httpx.AsyncClient, env: str) -> str:
+    return str((await http.get(f"/env/{env}/web")).json()["build"])

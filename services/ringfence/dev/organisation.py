@@ -1,0 +1,93 @@
+"""A believable small organisation, for `ringfence dev` and `ringfence demo`.
+
+olga    operator     sets up users and targets
+sam     sponsor      accountable for deploy-bot
+petra   sponsor      accountable for review-bot
+maria   developer    may read everywhere and deploy to staging; not to production
+ali     auditor      reads the trail
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ringfence.client.administrator import Administrator
+from ringfence.client.ceremony import TrustFolder
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.keys import SigningKey
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import BackendSettings, RequestRule, Role, VerbFloor
+from ringfence.model.identity import Kind, spiffe_id
+
+PLATFORM = "platform"
+"""The target: the deployment platform of `ringfence.dev.platform`."""
+
+READ_ALL = Permission(target=PLATFORM, verbs=("read",), resources=("env/**",))
+DEPLOY_STAGING = Permission(target=PLATFORM, verbs=("deploy",), resources=("env/staging/*",))
+DEPLOY_ALL = Permission(target=PLATFORM, verbs=("deploy",), resources=("env/**",))
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """Somebody of the organisation."""
+
+    id: str
+    name: str
+    roles: tuple[Role, ...] = ()
+    entitlements: tuple[Permission, ...] = ()
+
+
+PEOPLE = (
+    Person("sam", "Sam Field", ("sponsor",), (READ_ALL, DEPLOY_ALL)),
+    Person("petra", "Petra Lind", ("sponsor",), (READ_ALL,)),
+    Person("maria", "Maria Ortiz", (), (READ_ALL, DEPLOY_STAGING)),
+    Person("ali", "Ali Demir", ("auditor",)),
+)
+
+
+def key_of(folder: TrustFolder, trust_domain: str, kind: Kind, id: str) -> SigningKey:
+    """The key of a user, agent or target of the organisation; made where it is not there yet."""
+    path: Path = folder.path / f"{kind}s" / f"{id}.json"
+    if not path.exists():
+        SigningKey.generate(spiffe_id(trust_domain, kind, id)).save(path)
+    return SigningKey.load(path)
+
+
+async def seed(folder: TrustFolder, settings: ClientSettings, operator: str = "olga") -> None:
+    """Make people, target and agents by signed commands. Raises RefusedError, UnavailableError."""
+    domain = settings.trust_domain
+    async with Administrator.connect(folder.user_key(operator), settings) as olga:
+        for person in PEOPLE:
+            await olga.set_user(
+                person.id,
+                name=person.name,
+                roles=person.roles,
+                keys=[key_of(folder, domain, "user", person.id)],
+                entitlements=person.entitlements,
+            )
+        await olga.set_target(
+            PLATFORM,
+            description="deploys builds to staging and production",
+            backend=BackendSettings(kind="jwt", audience="https://platform.example"),
+            verbs=[VerbFloor(verb="read"), VerbFloor(verb="deploy", floor="sponsor")],
+            requests=[
+                RequestRule(method="GET", path="/env/{env}/{app}", verb="read", resource="env/{env}/{app}"),
+                RequestRule(method="PUT", path="/env/{env}/{app}", verb="deploy", resource="env/{env}/{app}"),
+            ],
+            keys=[key_of(folder, domain, "target", PLATFORM)],
+        )
+    async with Administrator.connect(folder.user_key("sam"), settings) as sam:
+        await sam.register_agent(
+            "deploy-bot",
+            description="deploys builds",
+            keys=[key_of(folder, domain, "agent", "deploy-bot")],
+            ceiling=[READ_ALL, DEPLOY_ALL],
+        )
+    async with Administrator.connect(folder.user_key("petra"), settings) as petra:
+        await petra.register_agent(
+            "review-bot",
+            description="reads what is deployed, for reviews",
+            keys=[key_of(folder, domain, "agent", "review-bot")],
+            ceiling=[READ_ALL],
+        )

