@@ -1,0 +1,52 @@
+"""The real servers of the suite: a Valkey, a PostgreSQL. What cannot start fails the run."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.backends.kinds import (
+    ODD_TABLES,
+    TABLES,
+    TARGET,
+    JwtKind,
+    Kind,
+    PostgresKind,
+    RedisKind,
+    Stateful,
+)
+from tests.postgres import PostgresServer, PostgresTarget
+from tests.targets import valkey_target
+
+
+@pytest.fixture(scope="package")
+async def redis_kind(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RedisKind]:
+    async with valkey_target(TARGET, tmp_path_factory.mktemp("valkey")) as target:
+        yield RedisKind(target)
+
+
+@pytest.fixture(scope="package")
+async def postgres_kind(
+    postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> PostgresKind:
+    target = PostgresTarget(TARGET, postgres_server, tmp_path_factory.mktemp("postgres"), "shop")
+    quoted = [name.replace('"', '""') for name in ODD_TABLES]
+    await target.make([*TABLES, *(f'CREATE TABLE shop."{name}" (id int)' for name in quoted)])
+    return PostgresKind(target)
+
+
+@pytest.fixture(scope="package", params=["jwt", "redis", "postgres"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Every kind there is."""
+    if request.param == "jwt":
+        return JwtKind()
+    made: Kind = request.getfixturevalue(f"{request.param}_kind")
+    return made
+
+
+@pytest.fixture(scope="package", params=["redis", "postgres"])
+def stateful(request: pytest.FixtureRequest) -> Stateful:
+    """Every kind that leaves something at its target."""
+    made: Stateful = request.getfixturevalue(f"{request.param}_kind")
+    return made

@@ -1,0 +1,453 @@
+"""What the conformance suite has to know of each kind of backend: its real server, and what can be done there.
+
+A permission of the suite is about one of a few things: `a`, which is read, `b`, which is read and written, and
+whatever else there is at the target, which no lease allows. What is done with them is an act, in the target's words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, cast
+from urllib.parse import quote, urlsplit
+
+import asyncpg
+import jwt
+from redis.asyncio import Redis
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+
+from ringfence.backends import (
+    Backend,
+    JwtBackend,
+    PostgresBackend,
+    RedisBackend,
+    TargetAccess,
+    TokenKey,
+)
+from ringfence.kernel.keys import SigningKey
+from ringfence.messages.examples import EXAMPLES
+from ringfence.messages.lease import Lease
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
+from ringfence.model.scope import parse_glob
+from tests import postgres
+from tests.postgres import PostgresTarget
+from tests.targets import ValkeyTarget
+
+TARGET = "thing"
+Act = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Odd:
+    """A name that somebody may hope to inject something with: what it is, as a resource, and what reads it alone."""
+
+    resource: str
+    read: Act
+
+
+class Kind(Protocol):
+    """One kind of backend, with a real server."""
+
+    name: ClassVar[str]
+    read_a: Act
+    write_a: Act
+    read_b: Act
+    write_b: Act
+    beyond: Sequence[Act]
+    """What a lease that reads `a`, and reads and writes `b`, does not allow."""
+    odd: Sequence[Odd]
+    unsayable: Sequence[str]
+    """Resources that are refused before anything is made."""
+
+    def backend(self, trust_domain: str = "test.example", access: TargetAccess | None = None) -> Backend:
+        """A backend as issuer and revoker have it, with Ringfence's own rights."""
+        ...
+
+    def resource(self, thing: str) -> str:
+        """The resource that `a` or `b` is."""
+        ...
+
+    async def may(self, value: str, act: Act) -> bool:
+        """What the target itself says. Whatever is neither yes nor a refusal fails the test."""
+        ...
+
+    def session(self, value: str) -> Any:
+        """A context with an open session, which `lives` tells of."""
+        ...
+
+    async def names(self) -> set[str]:
+        """All that stands at the target for any lease, as the target's own administrator sees it."""
+        ...
+
+    def secret_of(self, value: str) -> str:
+        """The part of a credential that nobody else may know."""
+        ...
+
+    def said(self) -> bytes:
+        """Everything that the server wrote down of what it was told."""
+        ...
+
+
+def allow(verbs: str | tuple[str, ...], *resources: str) -> Permission:
+    """A permission at the target of the suite."""
+    verbs = (verbs,) if isinstance(verbs, str) else verbs
+    return Permission(target=TARGET, verbs=verbs, resources=resources)
+
+
+def lease(kind: str, *scope: Permission, **fields: Any) -> Lease:
+    """A lease of its own, good for ten minutes unless told otherwise."""
+    now = int(time.time())
+    given = {
+        "lease_id": str(uuid.uuid4()),
+        "target_id": TARGET,
+        "backend": kind,
+        "scope": scope,
+        "iat": now,
+        "deadline": now + 600,
+    }
+    return cast(Lease, EXAMPLES[Lease]).model_copy(update=given | fields)
+
+
+def state(kind: str, **settings: Any) -> TargetState:
+    """The record of the suite's target."""
+    example = cast(TargetRecord, EXAMPLES[TargetRecord]).state
+    backend = BackendSettings.model_validate({"kind": kind, **settings})
+    return example.model_copy(update={"target_id": TARGET, "backend": backend})
+
+
+class Stateful(Kind, Protocol):
+    """A kind that leaves something at its target, where Ringfence has rights of its own."""
+
+    def write_secret(self, address: str | None = None) -> None:
+        """Name the server, or another address, as the place where Ringfence works."""
+        ...
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def secret_file(self) -> Path: ...
+
+    def wrong_secrets(self) -> dict[str, str]:
+        """URLs with `wrong-secret` in them, by what is wrong."""
+        ...
+
+    forgets: ClassVar[bool]
+    """Whether a restart of the server ends credentials."""
+
+    async def restart(self) -> None:
+        """End the server and start it again, with what it has."""
+        ...
+
+
+# --- jwt --------------------------------------------------------------------------------------------------------------
+
+
+class JwtKind:
+    """The target is a resource server that knows the issuer's key, and asks nobody."""
+
+    name: ClassVar[str] = "jwt"
+    read_a: Act = ("read", "a")
+    write_a: Act = ("write", "a")
+    read_b: Act = ("read", "b")
+    write_b: Act = ("write", "b")
+    beyond: Sequence[Act] = (("read", "c"), ("read", "a/b"), ("deploy", "a"), ("read", "*"))
+    odd: Sequence[Odd] = tuple(
+        Odd(name, ("read", name)) for name in ('a"b', "o'brien", "é", "日本", "$1", "a b", "n" * 200)
+    )
+    unsayable: Sequence[str] = ()
+
+    def __init__(self) -> None:
+        self._key = TokenKey(SigningKey.generate("spiffe://test.example/service/issuer"))
+        self._public = jwt.PyJWK.from_dict(self._key.jwks()["keys"][0])
+
+    def backend(self, trust_domain: str = "test.example", access: TargetAccess | None = None) -> Backend:
+        return JwtBackend(trust_domain, "https://issuer.test.example", self._key)
+
+    def resource(self, thing: str) -> str:
+        return thing
+
+    async def may(self, value: str, act: Act) -> bool:
+        audience = f"spiffe://test.example/target/{TARGET}"
+        try:
+            claims = jwt.decode(value, self._public, algorithms=["ES256"], audience=audience)
+        except jwt.ExpiredSignatureError:
+            return False
+        verb, resource = act
+        return any(
+            verb in detail["verbs"]
+            and any(parse_glob(glob).matches(resource) for glob in detail["resources"])
+            for detail in claims["authorization_details"]
+        )
+
+    @asynccontextmanager
+    async def session(self, value: str) -> AsyncIterator[Any]:
+        yield value
+
+    async def names(self) -> set[str]:
+        return set()
+
+    def secret_of(self, value: str) -> str:
+        return value
+
+    def said(self) -> bytes:
+        return b""
+
+
+# --- redis ------------------------------------------------------------------------------------------------------------
+
+
+class RedisKind:
+    """A Valkey server."""
+
+    name: ClassVar[str] = "redis"
+    forgets: ClassVar[bool] = True
+    read_a: Act = ("GET", "a")
+    write_a: Act = ("SET", "a", "x")
+    read_b: Act = ("GET", "b")
+    write_b: Act = ("SET", "b", "x")
+    beyond: Sequence[Act] = (
+        ("GET", "other"), ("GET", "ab"), ("KEYS", "*"), ("SCAN", "0"), ("DBSIZE",), ("RANDOMKEY",),
+        ("SELECT", "1"), ("MOVE", "b", "1"), ("COPY", "b", "b2", "DB", "1"), ("SORT", "b", "GET", "other"),
+        ("EVAL", "return 1", "0"), ("FLUSHDB",), ("CONFIG", "GET", "*"), ("ACL", "WHOAMI"), ("CLIENT", "LIST"),
+        ("PUBLISH", "b", "x"), ("SUBSCRIBE", "b"), ("RENAME", "b", "other"), ("MGET", "b", "other"),
+    )  # fmt: skip
+    odd: Sequence[Odd] = tuple(
+        Odd(name, ("GET", name)) for name in ("é", "日本", "$1", "~x", "&x", "+@all", "n" * 300)
+    )
+    unsayable: Sequence[str] = (
+        "a b",
+        "a'b",
+        'a"b',
+        "a) +@all (~x",
+        "a ~* +@all",
+        "a\nb",
+        "a\r\nACL SETUSER x on",
+        "a*",
+    )
+
+    def __init__(self, target: ValkeyTarget) -> None:
+        self.target = target
+        self._opened: list[str] = []
+
+    def backend(self, trust_domain: str = "test.example", access: TargetAccess | None = None) -> Backend:
+        return RedisBackend(trust_domain, access or self.target.access())
+
+    def resource(self, thing: str) -> str:
+        return thing
+
+    async def may(self, value: str, act: Act) -> bool:
+        client: Any = Redis.from_url(value)
+        try:
+            await client.execute_command(*act)
+        except (NoPermissionError, AuthenticationError):
+            return False
+        finally:
+            await client.aclose()
+        return True
+
+    @asynccontextmanager
+    async def session(self, value: str) -> AsyncIterator[Any]:
+        client: Any = Redis.from_url(value, single_connection_client=True)
+        await client.execute_command("PING")
+
+        async def lives() -> bool:
+            try:
+                await client.execute_command("PING")
+            except (RedisError, OSError):
+                return False
+            return True
+
+        try:
+            yield lives
+        finally:
+            await client.aclose()
+
+    async def names(self) -> set[str]:
+        return await self.target.users()
+
+    def secret_of(self, value: str) -> str:
+        return str(urlsplit(value).password)
+
+    def said(self) -> bytes:
+        return b"".join(path.read_bytes() for path in self.target.folder.rglob("*.log"))
+
+    def write_secret(self, address: str | None = None) -> None:
+        self.target.write_secret(address)
+
+    @property
+    def address(self) -> str:
+        return self.target.address
+
+    @property
+    def secret_file(self) -> Path:
+        return self.target.secret_file
+
+    def wrong_secrets(self) -> dict[str, str]:
+        return {
+            "password": f"redis://broker:wrong-secret@{self.address}/0",
+            "address": "redis://broker:wrong-secret@127.0.0.1:1/0",
+            "no url": "wrong-secret",
+            "another database": f"redis://broker:wrong-secret@{self.address}/3",
+        }
+
+    async def restart(self) -> None:
+        """Its users are gone then: it has no file for them."""
+        await asyncio.to_thread(self.target.server.restart)
+        await self.target.allow_broker()
+
+
+# --- postgres ---------------------------------------------------------------------------------------------------------
+
+TABLES = (
+    "CREATE SCHEMA shop",
+    "CREATE TABLE shop.a (id int, note text)",
+    "CREATE TABLE shop.b (id int, note text)",
+    "CREATE TABLE shop.secrets (id int, note text)",
+    "CREATE TABLE shop.people (id int, name text, salary int)",
+    "CREATE SEQUENCE shop.numbers",
+    "CREATE VIEW shop.names AS SELECT name FROM shop.people",
+    "INSERT INTO shop.a VALUES (1, 'one')",
+    "INSERT INTO shop.b VALUES (1, 'one')",
+    "INSERT INTO shop.secrets VALUES (1, 'canary')",
+    "INSERT INTO shop.people VALUES (1, 'maria', 1000)",
+    "CREATE SCHEMA vault",
+    "CREATE TABLE vault.a (id int)",
+)
+ODD_TABLES = (
+    'we"ird', 'a" TO PUBLIC --', 'a", shop."secrets', "o'brien", "é", "日本", "UPPER", "a b", "$1", "select", "x.y",
+    "pg_temp", "a, shop.secrets", "PUBLIC", "n" * 63, "é" * 31,
+)  # fmt: skip
+
+
+def _select(table: str) -> Act:
+    quoted = table.replace('"', '""')
+    return (f'SELECT * FROM shop."{quoted}"',)
+
+
+_BEYOND = (
+    "SELECT * FROM shop.secrets",
+    "SELECT * FROM vault.a",
+    "SELECT * FROM shop.a, shop.secrets",
+    "TABLE shop.people",
+    "SELECT * FROM shop.names",
+    "SELECT nextval('shop.numbers')",
+    "UPDATE shop.a SET note = 'y'",
+    "DELETE FROM shop.a",
+    "TRUNCATE shop.b",
+    "DROP TABLE shop.b",
+    "ALTER TABLE shop.b ADD COLUMN x int",
+    "CREATE TABLE shop.c (id int)",
+    "CREATE TABLE public.c (id int)",
+    "CREATE TEMPORARY TABLE c (id int)",
+    "CREATE SCHEMA c",
+    "CREATE DATABASE c",
+    "CREATE ROLE c",
+    "CREATE EXTENSION dblink",
+    "CREATE INDEX ON shop.b (id)",
+    "CREATE POLICY p ON shop.b USING (true)",
+    "ALTER SYSTEM SET log_statement = 'none'",
+    "ALTER ROLE CURRENT_USER VALID UNTIL 'infinity'",
+    "ALTER ROLE CURRENT_USER CONNECTION LIMIT 100",
+    "ALTER ROLE CURRENT_USER CREATEROLE",
+    "SET ROLE ringfence_broker",
+    "SET ROLE postgres",
+    "SET SESSION AUTHORIZATION postgres",
+    "GRANT ringfence_broker TO CURRENT_USER",
+    "GRANT SELECT ON shop.secrets TO CURRENT_USER",
+    "COPY shop.a TO PROGRAM 'cat'",
+    "COPY shop.a FROM '/etc/passwd'",
+    "SELECT pg_read_file('/etc/passwd')",
+    "SELECT pg_ls_dir('/')",
+    "SELECT * FROM pg_authid",
+    "SELECT lo_import('/etc/passwd')",
+    "SELECT pg_reload_conf()",
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'postgres'",
+)
+
+
+class PostgresKind:
+    """A PostgreSQL server, in one database of it."""
+
+    name: ClassVar[str] = "postgres"
+    forgets: ClassVar[bool] = False
+    read_a: Act = ("SELECT id FROM shop.a",)
+    write_a: Act = ("INSERT INTO shop.a VALUES (2, 'x')",)
+    read_b: Act = ("SELECT * FROM shop.b",)
+    write_b: Act = (
+        "INSERT INTO shop.b VALUES (2, 'x')",
+        "UPDATE shop.b SET note = 'y' WHERE id = 2",
+        "DELETE FROM shop.b WHERE id = 2",
+    )
+    beyond: Sequence[Act] = (
+        *((statement,) for statement in _BEYOND),
+        ("BEGIN", "LOCK TABLE shop.secrets"),
+        ("BEGIN", "LOCK TABLE shop.a IN EXCLUSIVE MODE"),
+    )
+    odd: Sequence[Odd] = tuple(Odd(f"shop/shop/{name}", _select(name)) for name in ODD_TABLES)
+    unsayable: Sequence[str] = (
+        "**", "*/shop/a", 'shop/shop/a"; DROP TABLE shop.b', "shop/shop/a\nb", "shop/shop/a\x00b",
+        "shop/shop/" + "n" * 64, "shop/shop/" + "é" * 32, "shop/shop/a/b/c", "s" * 64 + "/shop/a",
+    )  # fmt: skip
+
+    def __init__(self, target: PostgresTarget) -> None:
+        self.target = target
+
+    def backend(self, trust_domain: str = "test.example", access: TargetAccess | None = None) -> Backend:
+        return PostgresBackend(trust_domain, access or self.target.access())
+
+    def resource(self, thing: str) -> str:
+        return f"shop/shop/{thing}"
+
+    async def may(self, value: str, act: Act) -> bool:
+        return await postgres.may(value, *act)
+
+    @asynccontextmanager
+    async def session(self, value: str) -> AsyncIterator[Any]:
+        connection = await asyncpg.connect(value, timeout=10)
+        try:
+            yield lambda: postgres.lives(connection)
+        finally:
+            connection.terminate()
+
+    async def names(self) -> set[str]:
+        return await self.target.roles()
+
+    def secret_of(self, value: str) -> str:
+        return str(urlsplit(value).password)
+
+    def said(self) -> bytes:
+        return self.target.server.log.read_bytes()
+
+    def write_secret(self, address: str | None = None) -> None:
+        self.target.write_secret(address)
+
+    @property
+    def address(self) -> str:
+        return self.target.address
+
+    @property
+    def secret_file(self) -> Path:
+        return self.target.secret_file
+
+    def wrong_secrets(self) -> dict[str, str]:
+        login = f"postgresql://{quote(postgres.BROKER)}:wrong-secret"
+        return {
+            "password": f"{login}@{self.address}/shop",
+            "address": f"{login}@127.0.0.1:1/shop",
+            "no url": "wrong-secret",
+            "another database": f"{login}@{self.address}/nowhere",
+            "an option": f"{login}@{self.address}/shop?options=wrong-secret",
+            "a certificate": f"{login}@{self.address}/shop?sslmode=verify-full&sslrootcert=/nowhere",
+        }
+
+    async def restart(self) -> None:
+        server = self.target.server
+        await asyncio.to_thread(server.halt)
+        await asyncio.to_thread(server.launch)

@@ -1,0 +1,218 @@
+"""End to end, with every service a process: an agent asks for one table, its sponsor approves, and it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from ringfence import Agent
+from ringfence.cli.dev import client_settings
+from ringfence.cli.target_templates import TEMPLATES
+from ringfence.client.applying import environment
+from ringfence.client.errors import RequestDeniedError
+from ringfence.client.replies import IssuedCredential
+from ringfence.dev.stack import Stack, StackOptions
+from ringfence.messages.lease import Lease
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import BackendSettings, VerbFloor
+from ringfence.messages.topics import LEASE
+from tests import canary
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
+from tests.postgres import PostgresServer, PostgresTarget
+from tests.stack import WITHIN_S, Realm, first_pending
+
+TARGET = "books"
+MADE = (
+    "CREATE SCHEMA shop",
+    "CREATE TABLE shop.orders (id int, note text)",
+    "INSERT INTO shop.orders VALUES (421, 'three chairs')",
+    "CREATE TABLE shop.salaries (id int)",
+)
+
+
+@dataclass
+class Office:
+    """A running stack with one database, and who has to do with it."""
+
+    realm: Realm
+    target: PostgresTarget
+    state: Path
+    psql: Path
+
+    async def run(self, credential: IssuedCredential, statement: str) -> tuple[int, str]:
+        """What psql says, as the agent."""
+        process = await self.start(credential, statement)
+        said, _ = await asyncio.wait_for(process.communicate(), 30)
+        assert process.returncode is not None
+        return process.returncode, said.decode()
+
+    async def start(self, credential: IssuedCredential, statement: str) -> asyncio.subprocess.Process:
+        # In the environment of that one process: what stands on a command line, everybody can read.
+        return await asyncio.create_subprocess_exec(
+            *self.argv(statement), env=environment(credential), stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+
+    def argv(self, statement: str) -> list[str]:
+        return [str(self.psql), "--no-psqlrc", "--tuples-only", "--no-align", "--command", statement]
+
+
+@pytest.fixture(scope="module")
+async def office(
+    kafka: Kafka,
+    redis_server: RedisServer,
+    postgres_server: PostgresServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Office]:
+    target = PostgresTarget(TARGET, postgres_server, tmp_path_factory.mktemp("books"), "books")
+    await target.make(MADE)
+    with tempfile.TemporaryDirectory(prefix="ringfence-story-") as folder:
+        options = StackOptions(
+            Path(folder) / "state",
+            trust_domain="acme.example",
+            kafka=kafka.bootstrap,
+            embedded_broker=kafka.kind == "embedded",
+            redis_url=redis_server.url,
+            topic_prefix="story",
+            redis_prefix="story",
+            environment={
+                "RINGFENCE_BACKENDS_ACCESS": json.dumps(target.places()),
+                "RINGFENCE_LOG_LEVEL": "debug",
+            },
+        )
+        stack = Stack(options)
+        await asyncio.to_thread(stack.start)
+        try:
+            realm = Realm(stack, client_settings(stack.environment()))
+            await _people(realm)
+            yield Office(realm, target, Path(folder), postgres_server.programs / "psql")
+        finally:
+            await asyncio.to_thread(stack.stop)
+
+
+async def _people(realm: Realm) -> None:
+    everything = [Permission(target=TARGET, verbs=("read", "select", "write"), resources=("books/**",))]
+    template = TEMPLATES["postgres"]
+    async with realm.as_operator() as olga:
+        for who in ("sam", "maria"):
+            await olga.set_user(
+                realm.name(who), name=who.title(), roles=["sponsor"] if who == "sam" else [],
+                keys=[realm.key("user", realm.name(who))], entitlements=everything,
+            )  # fmt: skip
+        floors = template.verbs | {"read": "sponsor"}
+        await olga.set_target(
+            TARGET, description="the books", backend=BackendSettings(kind=template.backend),
+            verbs=[VerbFloor(verb=verb, floor=floor) for verb, floor in floors.items()],
+        )  # fmt: skip
+    async with realm.administrator("sam") as sam:
+        key = realm.key("agent", realm.agent)
+        await sam.register_agent(realm.agent, description="a bot", keys=[key], ceiling=everything)
+    async with realm.administrator("maria") as maria:
+        realm.task = await maria.assign_task(realm.agent, purpose="a test", scope=everything, ends_in_s=3600)
+
+
+async def _approved(realm: Realm, agent: Agent, resource: str, ttl_s: int) -> IssuedCredential:
+    asked = asyncio.create_task(
+        agent.request(
+            task=realm.task, target=TARGET, verbs=["read"], resources=[resource], reason="to count", ttl_s=ttl_s,
+            timeout_s=WITHIN_S,
+        )
+    )  # fmt: skip
+    async with realm.sponsor() as sam:
+        await sam.approve(await first_pending(sam))
+    return await asked
+
+
+async def test_one_table_for_as_long_as_the_lease(office: Office) -> None:
+    realm = office.realm
+    async with realm.as_agent() as agent, realm.seen(LEASE) as seen:
+        credential = await _approved(realm, agent, "books/shop/orders", ttl_s=15)
+        assert credential.kind == "postgres"
+        assert await office.run(credential, "SELECT note FROM shop.orders") == (0, "three chairs\n")
+        for beyond in ("SELECT * FROM shop.salaries", "DELETE FROM shop.orders"):
+            status, said = await office.run(credential, beyond)
+            assert status != 0
+            assert "permission denied" in said
+        session = await office.start(credential, "SELECT pg_sleep(300)")
+        ended, _ = await asyncio.wait_for(session.communicate(), 60)
+        assert time.time() >= credential.expires_at
+        assert session.returncode != 0
+        assert b"terminating connection" in ended
+        end = await realm.end_of(agent, seen, credential.lease_id)
+        assert (end.status, end.cause and end.cause.kind) == ("expired", "deadline")
+        hex_id = credential.lease_id.replace("-", "")
+        assert not [role for role in await office.target.roles() if hex_id in role]
+        status, said = await office.run(credential, "SELECT 1")
+        assert status != 0
+        assert [lease.status for lease in _life(realm, agent, seen, credential)] == [
+            "minting", "active", "ending", "expired",
+        ]  # fmt: skip
+
+
+def _life(realm: Realm, agent: Agent, seen: object, credential: IssuedCredential) -> list[Lease]:
+    by_seq = {lease.seq: lease for lease in realm.leases(agent, seen, credential.lease_id)}  # type: ignore[arg-type]
+    return [by_seq[seq] for seq in sorted(by_seq)]
+
+
+async def test_what_cannot_be_said_is_refused_in_words(office: Office) -> None:
+    realm = office.realm
+    async with realm.as_agent() as agent:
+        with pytest.raises(RequestDeniedError) as denied:
+            await _approved(realm, agent, "books/shop/nothing", ttl_s=60)
+        assert "means nothing that is in database" in str(denied.value)
+
+
+async def test_one_command_has_it_and_it_is_released_after(office: Office, tmp_path: Path) -> None:
+    realm = office.realm
+    identity = tmp_path / "bot.json"
+    realm.key("agent", realm.agent).save(identity)
+    argv = [
+        sys.executable, "-m", "ringfence.cli.main", "--identity", str(identity), "request", "--task", realm.task,
+        "--allow", f"{TARGET}:select:books/shop/orders", "--reason", "to count", "--exec", "--",
+        *office.argv("SELECT note, current_user FROM shop.orders"),
+    ]  # fmt: skip
+    async with realm.as_agent() as agent, realm.seen(LEASE) as seen:
+        process = await asyncio.create_subprocess_exec(
+            *argv, env=os.environ | realm.stack.environment(), stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        said, told = await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode == 0, told
+        note, role = said.decode().strip().split("|")
+        assert note == "three chairs"
+        lease_id = str(uuid.UUID(role.split("_")[2]))
+        assert lease_id.encode() in told
+        assert (await realm.end_of(agent, seen, lease_id)).status == "released"
+    assert role not in await office.target.roles()
+
+
+async def test_no_secret_is_anywhere_but_with_the_agent(office: Office) -> None:
+    realm = office.realm
+    async with realm.as_agent() as agent:
+        credentials = [await _approved(realm, agent, "books/shop/orders", ttl_s=600) for _ in range(2)]
+        for credential in credentials:
+            assert (await office.run(credential, "SELECT 1"))[0] == 0
+        await agent.release(credentials[0])
+    secrets = [str(urlsplit(credential.value).password) for credential in credentials]
+    secrets += ["broker-secret", credentials[0].value]
+    assert all(len(secret) > 8 for secret in secrets)
+    assert await canary.on_topics(realm.settings, secrets) == []
+    assert await canary.in_redis(realm.stack.redis_url, secrets) == []
+    folders = [office.state, office.target.server.folder]
+    assert canary.in_files(folders, secrets) == []
+    # A scan that finds nothing must be able to find something.
+    assert "credential.decision" in await canary.on_topics(realm.settings, ["to count"])
+    assert await canary.in_redis(realm.stack.redis_url, [f'"lease_id":"{credentials[1].lease_id}"'])
+    assert canary.in_files(folders, [credentials[0].lease_id.replace("-", "")])

@@ -1,0 +1,180 @@
+"""The real Apache Kafka, from the jars that Maven resolves: one node, KRaft, on loopback only."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from pathlib import Path
+
+from ringfence.dev.kafka import kafka_answers
+from ringfence.dev.processes import LOOPBACK, Child, StackError, claim_port, free_port, spawn
+
+POM = Path(__file__).with_name("apache-jars") / "pom.xml"
+
+_START_TIMEOUT_S = 60.0
+_GRACE_S = 30.0
+_CLUSTER_ID = "cmluZ2ZlbmNlLXRlc3RzLQ"  # any 16 bytes in base64url; the cluster lives in a folder of its own
+
+
+class ApacheKafka:
+    """One broker that is its own controller. `start` and `stop` block; both may be called again.
+
+    Its data are in a folder of its own inside `data_dir`, deleted at `stop`. `port` 0 takes a free one, once.
+    `more` are further ports to listen on, each with the address that clients which come there are told to come back to.
+    """
+
+    def __init__(self, data_dir: Path, port: int = 0, *, more: Mapping[int, str] | None = None) -> None:
+        self.port = port
+        self._more = more or {}
+        self.child: Child | None = None
+        self._controller_port = 0
+        self._store = data_dir / "apache-kafka"
+        self._log_path = data_dir / "apache-kafka.log"
+
+    @property
+    def bootstrap(self) -> str:
+        return f"{LOOPBACK}:{self.port}"
+
+    def start(self) -> None:
+        """Format an empty data folder and return once the broker answers.
+
+        Raises StackError where Java or Maven is missing, the jars do not resolve or the broker does not come
+        up.
+        """
+        if self.child is not None and self.child.alive:
+            return
+        jars = kafka_jars()
+        shutil.rmtree(self._store, ignore_errors=True)
+        self._store.mkdir(parents=True)
+        self.port = claim_port(self.port, "Apache Kafka", "its port setting")
+        self._controller_port = free_port()
+        properties = server_properties(self.bootstrap, f"{LOOPBACK}:{self._controller_port}")
+        properties["log.dirs"] = str(self._store / "data")
+        for name, listeners in _more_listeners(self._more).items():
+            properties[name] += listeners
+        text = "".join(f"{name}={value}\n" for name, value in properties.items())
+        self._properties.write_text(text)
+        java = _java(jars, "-XX:TieredStopAtLevel=1")
+        argv = [*java, "kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, "-c", str(self._properties)]
+        formatting = spawn("kafka.tools.StorageTool", argv, log_path=self._log_path)
+        if formatting.wait(_START_TIMEOUT_S) != 0:
+            formatting.kill()
+            raise StackError(f"Apache Kafka could not format its storage:\n{formatting.log_tail()}")
+        self._launch()
+
+    def stop(self) -> None:
+        """End the broker and delete its data."""
+        if self.child is not None:
+            self.child.kill()  # nothing is kept, so nothing needs to be written in good order
+            self.child = None
+        shutil.rmtree(self._store, ignore_errors=True)
+
+    def restart(self) -> None:
+        """End the broker in good order and start it again on the same port with what it held."""
+        if self.child is not None:
+            self.child.stop(_GRACE_S)
+        self._launch()
+
+    @property
+    def _properties(self) -> Path:
+        return self._store / "server.properties"
+
+    def _launch(self) -> None:
+        argv = [*_java(kafka_jars(), "-Xmx512m"), "kafka.Kafka", str(self._properties)]
+        self.child = spawn("Apache Kafka", argv, log_path=self._log_path)
+        try:
+            self.child.wait_until(
+                lambda: kafka_answers(self.port), _START_TIMEOUT_S, f"answers requests on {self.bootstrap}"
+            )
+        except BaseException:
+            self.child.kill()
+            self.child = None
+            raise
+
+
+def server_properties(
+    client_address: str, controller_address: str, listen_host: str = LOOPBACK
+) -> dict[str, str]:
+    """The settings of a one-node cluster; clients reach it at `client_address`. `log.dirs` is the
+    caller's."""
+    port = client_address.rpartition(":")[2]
+    return {
+        "process.roles": "broker,controller",
+        "node.id": "1",
+        "listeners": f"PLAINTEXT://{listen_host}:{port},CONTROLLER://{controller_address}",
+        "advertised.listeners": f"PLAINTEXT://{client_address}",
+        "controller.listener.names": "CONTROLLER",
+        "controller.quorum.voters": f"1@{controller_address}",
+        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "inter.broker.listener.name": "PLAINTEXT",
+        "log.message.timestamp.type": "LogAppendTime",
+        "auto.create.topics.enable": "false",
+        "group.initial.rebalance.delay.ms": "0",
+        # So that a test of a member that died need not wait the usual six seconds at least.
+        "group.min.session.timeout.ms": "1000",
+        # A broker that was killed comes back under its name only when its former session is over.
+        "broker.session.timeout.ms": "3000",
+        "broker.heartbeat.interval.ms": "500",
+        # One node, and few partitions: fifty of each would be made before the first commit is answered.
+        "offsets.topic.replication.factor": "1",
+        "offsets.topic.num.partitions": "4",
+        "transaction.state.log.replication.factor": "1",
+        "transaction.state.log.min.isr": "1",
+        "transaction.state.log.num.partitions": "4",
+        "share.coordinator.state.topic.replication.factor": "1",
+        "share.coordinator.state.topic.min.isr": "1",
+    }
+
+
+def _more_listeners(addresses: Mapping[int, str]) -> dict[str, str]:
+    """What is appended to the properties that name listeners."""
+    return {
+        "listeners": "".join(f",L{port}://{LOOPBACK}:{port}" for port in addresses),
+        "advertised.listeners": "".join(f",L{port}://{address}" for port, address in addresses.items()),
+        "listener.security.protocol.map": "".join(f",L{port}:PLAINTEXT" for port in addresses),
+    }
+
+
+def kafka_jars() -> Path:
+    """The folder with Kafka's jars, resolved by Maven the first time, outside the clone."""
+    namespace = {"m": "http://maven.apache.org/POM/4.0.0"}
+    version = ET.parse(POM).findtext("m:properties/m:kafka.version", namespaces=namespace)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ringfence"
+    jars = cache / f"kafka-{version}"
+    if jars.is_dir():
+        return jars
+    maven = shutil.which("mvn")
+    if maven is None:
+        raise StackError(
+            "Apache Kafka's jars are resolved by Maven, and there is no mvn on PATH: install Maven."
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    # Moved into place when complete: what was broken off, or runs twice, leaves no half a cache.
+    with tempfile.TemporaryDirectory(dir=cache) as half:
+        command = [maven, "-q", "-B", "-f", str(POM), "dependency:copy-dependencies"]
+        done = subprocess.run(
+            [*command, f"-DoutputDirectory={half}/jars"], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise StackError(
+                f"Maven could not resolve Apache Kafka {version}; see whether it reaches its repository:\n"
+                + "\n".join((done.stdout + done.stderr).splitlines()[-10:])
+            )
+        try:
+            Path(half, "jars").rename(jars)
+        except OSError:
+            if not jars.is_dir():
+                raise
+    return jars
+
+
+def _java(jars: Path, *options: str) -> list[str]:
+    home = os.environ.get("JAVA_HOME")
+    java = shutil.which(str(Path(home, "bin", "java"))) if home else shutil.which("java")
+    if java is None:
+        raise StackError("Apache Kafka needs Java 17 or newer: install a JDK, or correct JAVA_HOME.")
+    return [java, *options, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{jars}/*"]

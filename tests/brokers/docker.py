@@ -1,0 +1,76 @@
+"""Apache Kafka and Valkey in containers, for machines with a Docker engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from docker.errors import DockerException  # type: ignore[import-untyped,unused-ignore]
+from testcontainers.core.container import DockerContainer
+from testcontainers.core.wait_strategies import LogMessageWaitStrategy
+
+from ringfence.dev.processes import LOOPBACK, StackError, free_port
+from tests.brokers.apache import server_properties
+
+KAFKA_IMAGE = "apache/kafka:4.3.1"
+VALKEY_IMAGE = "valkey/valkey:9.1"
+
+_VALKEY_OPTIONS = "--appendonly yes --notify-keyspace-events Ex --maxmemory-policy noeviction"
+
+
+class _Container:
+    """One container whose port has the same number inside and outside, so that it can name itself to
+    clients."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self._container: Any = None
+
+    def start(self) -> None:
+        """Raises StackError where there is no Docker engine, or the image cannot be had."""
+        try:
+            self._container = self._build()
+            self._container.start()
+        except DockerException as error:
+            raise StackError(
+                f"No container could be started ({error}): start Docker, or choose embedded instead of docker."
+            ) from error
+
+    def stop(self) -> None:
+        if self._container is not None:
+            self._container.stop()
+
+    def restart(self) -> None:
+        self._container.get_wrapped_container().restart()
+
+    def _build(self) -> Any:
+        raise NotImplementedError
+
+
+class DockerKafka(_Container):
+    @property
+    def bootstrap(self) -> str:
+        return f"{LOOPBACK}:{self.port}"
+
+    def _build(self) -> Any:
+        properties = server_properties(self.bootstrap, "localhost:19093", listen_host="0.0.0.0")
+        environment = {f"KAFKA_{name.upper().replace('.', '_')}": value for name, value in properties.items()}
+        return (
+            DockerContainer(KAFKA_IMAGE)
+            .with_envs(**environment)
+            .with_bind_ports(self.port, self.port)
+            .waiting_for(LogMessageWaitStrategy("Kafka Server started"))
+        )
+
+
+class DockerValkey(_Container):
+    @property
+    def url(self) -> str:
+        return f"redis://{LOOPBACK}:{self.port}/0"
+
+    def _build(self) -> Any:
+        return (
+            DockerContainer(VALKEY_IMAGE)
+            .with_command(f"valkey-server --port {self.port} {_VALKEY_OPTIONS}")
+            .with_bind_ports(self.port, self.port)
+            .waiting_for(LogMessageWaitStrategy("Ready to accept connections"))
+        )

@@ -1,0 +1,352 @@
+"""What must hold over a whole run, whatever failed in it. Pure: a history in, everything that is wrong with it out.
+
+Moments on Kafka are the broker's append times, those of probes the prober's clock; both are of one machine. A deadline
+is in whole seconds. No other tolerance is granted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from ringfence.kernel.ids import derived_id
+from ringfence.messages.lease import TERMINAL, Lease
+from ringfence.model.identity import spiffe_id
+from ringfence.model.leases import ALL_MARK, FOLLOWING, is_covered, mark_of, marks_of
+from tests.chaos.history import History, LeaseRecord, Order
+
+Kind = Literal[
+    "lost",
+    "double",
+    "early",
+    "leaked",
+    "worked",
+    "escaped",
+    "forwarded",
+    "uncaused",
+    "revived",
+    "broken",
+    "unanswered",
+    "unaudited",
+]
+KINDS: dict[Kind, str] = {
+    "lost": "a lease without an end, or one that an agent holds and Kafka does not know of",
+    "double": "two different ends of a lease, or two issues",
+    "early": "ended, or refused at its target, before its time and unasked",
+    "leaked": "something is left at a target",
+    "worked": "a credential was accepted after its cut",
+    "escaped": "a lease ran on that an order covers which was followed",
+    "forwarded": "a gateway forwarded what it had said that it would not",
+    "uncaused": "an end that has neither a deadline nor a signed request as its cause",
+    "revived": "the last record of a lease on the topic is not its end: compaction would bring it back",
+    "broken": "records of a lease that do not follow each other",
+    "unanswered": "a request to which nobody ever replied",
+    "unaudited": "a step that audit does not tell",
+}
+
+_SAME = (
+    "request_id", "decision_digest", "agent_id", "act", "sponsor", "on_behalf_of", "task_id", "target_id", "backend",
+    "delivery", "scope", "requested_at_ms", "deadline",
+)  # fmt: skip
+"""What no record of a lease says otherwise than its first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that should not be."""
+
+    kind: Kind
+    lease_id: str | None
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {f'lease {self.lease_id}: ' if self.lease_id else ''}{self.what}"
+
+
+def check(history: History) -> list[Problem]:
+    """Everything that is wrong with a run that has settled."""
+    lives = lives_of(history)
+    orders = _Orders(history.orders)
+    return [
+        *_ends(history, lives),
+        *_issues(lives),
+        *_records(history, lives),
+        *_causes(lives, orders),
+        *_early_records(lives),
+        *_early_refusals(history, lives, orders),
+        *_worked(history, lives),
+        *_escaped(history, lives, orders),
+        *_forwarded(history, lives, orders),
+        *(Problem("leaked", left.lease_id, f"{left.target_id}: {left.what}") for left in history.leftovers),
+        *_unanswered(history),
+        *_unaudited(history),
+    ]
+
+
+def tally(problems: Sequence[Problem]) -> dict[Kind, int]:
+    """How many leases have each kind of problem; what is about no lease counts by itself."""
+    found: Counter[Kind] = Counter()
+    for kind, _ in {(p.kind, p.lease_id or p.what) for p in problems}:
+        found[kind] += 1
+    return {kind: found[kind] for kind in KINDS}
+
+
+def lives_of(history: History) -> dict[str, list[LeaseRecord]]:
+    """The records of each lease that count, in the order of the topic."""
+    lives: dict[str, list[LeaseRecord]] = defaultdict(list)
+    for record in history.leases:
+        if not record.void:
+            lives[record.claims.lease_id].append(record)
+    return dict(lives)
+
+
+# --- records against each other ---------------------------------------------------------------------------------------
+
+
+def _ends(history: History, lives: dict[str, list[LeaseRecord]]) -> Iterator[Problem]:
+    """Every lease has exactly one distinct terminal record, and whoever holds a credential holds a known lease."""
+    for lease_id, life in lives.items():
+        ends = {record.digest: record for record in life if record.claims.status in TERMINAL}
+        if not ends:
+            yield Problem("lost", lease_id, f"no end; its records: {_told(life)}")
+        elif len(ends) > 1:
+            yield Problem("double", lease_id, f"{len(ends)} different ends: {_told(list(ends.values()))}")
+    for lease_id in sorted(history.received):
+        if not any(record.claims.status == "active" for record in lives.get(lease_id, ())):
+            yield Problem("lost", lease_id, "an agent was given its credential, and Kafka has no issue of it")
+
+
+def _issues(lives: dict[str, list[LeaseRecord]]) -> Iterator[Problem]:
+    by_request: dict[str, set[str]] = defaultdict(set)
+    for lease_id, life in lives.items():
+        issues = {record.digest: record for record in life if record.claims.status == "active"}
+        if len(issues) > 1:
+            yield Problem("double", lease_id, f"issued {len(issues)} times: {_told(list(issues.values()))}")
+        by_request[life[0].claims.request_id].add(lease_id)
+    for request_id, ids in by_request.items():
+        for lease_id in sorted(ids)[1:]:
+            yield Problem("double", lease_id, f"another lease of request {request_id}")
+
+
+def _records(history: History, lives: dict[str, list[LeaseRecord]]) -> Iterator[Problem]:
+    for where in history.forged:
+        yield Problem("broken", None, where)
+    last = {record.claims.lease_id: record for record in history.leases}
+    for lease_id, life in lives.items():
+        by_seq = {record.claims.seq: record for record in reversed(life)}
+        digests = {(record.claims.seq, record.digest) for record in life}
+        if len(digests) > len(by_seq):
+            yield Problem("broken", lease_id, f"different records with one seq: {_told(life)}")
+        if sorted(by_seq) != list(range(1, len(by_seq) + 1)):
+            yield Problem("broken", lease_id, f"a seq is missing: {_told(life)}")
+        folded = [by_seq[seq] for seq in sorted(by_seq)]
+        for before, after in pairwise(folded):
+            if after.claims.status not in FOLLOWING[before.claims.status]:
+                yield Problem("broken", lease_id, f"{after.claims.status} after {before.claims.status}")
+            changed = [name for name in _SAME if getattr(before.claims, name) != getattr(after.claims, name)]
+            if changed:
+                yield Problem("broken", lease_id, f"seq {after.claims.seq} changes {', '.join(changed)}")
+        if last[lease_id].void or last[lease_id].claims.seq != max(by_seq):
+            every = [record for record in history.leases if record.claims.lease_id == lease_id]
+            yield Problem(
+                "revived", lease_id, f"the last record on the topic is not the latest: {_told(every)}"
+            )
+
+
+# --- records against what caused them ---------------------------------------------------------------------------------
+
+
+class _Orders:
+    """Orders by what they are about. Said again, an order covers what it covered the first time."""
+
+    def __init__(self, orders: Sequence[Order]) -> None:
+        self._first: dict[tuple[str, str], Order] = {}
+        for order in sorted(orders, key=lambda order: order.at.appended_at_ms):
+            self._first.setdefault((order.claims.iss, order.claims.jti), order)
+        self._by_lease: dict[str, list[Order]] = defaultdict(list)
+        self._by_mark: dict[str, list[Order]] = defaultdict(list)
+        for order in self._first.values():
+            if order.claims.lease_id is not None:
+                self._by_lease[order.claims.lease_id].append(order)
+            elif order.claims.selector is not None:
+                self._by_mark[mark_of(order.claims.selector)].append(order)
+
+    def find(self, by: str | None, ref: str | None) -> Order | None:
+        return self._first.get((by or "", ref or ""))
+
+    def covering(self, lease: Lease) -> list[Order]:
+        """All that somebody entitled could have meant this lease with, the first first."""
+        found = [order for order in self._by_lease.get(lease.lease_id, ()) if _may(order, lease)]
+        for mark in (*marks_of(lease), ALL_MARK):
+            found += [
+                order for order in self._by_mark.get(mark, ()) if is_covered(lease, order.at.appended_at_ms)
+            ]
+        return sorted(found, key=lambda order: order.at.appended_at_ms)
+
+
+def _may(order: Order, lease: Lease) -> bool:
+    """Agents give back their own leases only. What else is refused, users may not ask for here."""
+    if order.claims.kind != "release":
+        return True
+    return order.claims.iss == spiffe_id(lease.aud, "agent", lease.agent_id)
+
+
+def _causes(lives: dict[str, list[LeaseRecord]], orders: _Orders) -> Iterator[Problem]:
+    """Every end has a deadline or a signed request as its cause."""
+    for lease_id, life in lives.items():
+        for record in life:
+            lease = record.claims
+            if lease.status in ("minting", "active"):
+                continue
+            if (why := _uncaused(record, orders)) is not None:
+                yield Problem("uncaused", lease_id, f"{lease.status} at {record.at.appended_at_ms}: {why}")
+
+
+def _uncaused(record: LeaseRecord, orders: _Orders) -> str | None:
+    lease, cause = record.claims, record.claims.cause
+    if cause is None:
+        return "no cause"
+    if cause.kind == "mint_failed":
+        return None if lease.status == "aborted" else "its minting failed, and yet it was issued"
+    if cause.kind == "deadline":
+        return None if cause.at_ms >= lease.deadline * 1000 else "the cause is older than the deadline"
+    order = orders.find(cause.by, cause.ref)
+    if order is None:
+        return f"nobody signed the {cause.kind} {cause.ref} by {cause.by}"
+    if order.claims.kind != cause.kind:
+        return f"{cause.ref} asks for {order.claims.kind}, not for {cause.kind}"
+    if order.at.appended_at_ms > record.at.appended_at_ms:
+        return f"{cause.ref} was asked for later, at {order.at.appended_at_ms}"
+    if order not in orders.covering(lease):
+        return f"{cause.ref} does not cover it"
+    return None
+
+
+def _early_records(lives: dict[str, list[LeaseRecord]]) -> Iterator[Problem]:
+    for lease_id, life in lives.items():
+        for record in life:
+            lease = record.claims
+            of_time = lease.cause is not None and lease.cause.kind == "deadline"
+            if of_time and lease.status != "aborted" and record.at.appended_at_ms < lease.deadline * 1000:
+                early_ms = lease.deadline * 1000 - record.at.appended_at_ms
+                yield Problem("early", lease_id, f"{lease.status} {early_ms} ms before its deadline")
+
+
+# --- records against what was seen at targets -------------------------------------------------------------------------
+
+
+def _early_refusals(
+    history: History, lives: dict[str, list[LeaseRecord]], orders: _Orders
+) -> Iterator[Problem]:
+    """A credential is good until its deadline, or until somebody asks for its end."""
+    good_until: dict[str, int] = {}
+    for lease_id, life in lives.items():
+        lease = life[0].claims
+        asked = [order.at.appended_at_ms for order in orders.covering(lease)[:1]]
+        good_until[lease_id] = min([lease.deadline * 1000, *asked])
+    for probe in history.probes:
+        until_ms = good_until.get(probe.lease_id)
+        if until_ms is not None and not probe.worked and probe.ended_ms < until_ms:
+            yield Problem(
+                "early", probe.lease_id, f"refused at {probe.ended_ms}, {until_ms - probe.ended_ms} ms early"
+            )
+
+
+def cut_at_ms(life: Sequence[LeaseRecord], history: History) -> int | None:
+    """From when on a credential must not work. None while nothing has ended it.
+
+    `instant`: its cut is on Kafka. `session`: its end is. `ttl`: its deadline, which holds for all.
+    """
+    lease = life[0].claims
+    kind = history.revocability.get(lease.backend, "instant")
+    ends = {
+        "instant": TERMINAL | {"ending"},
+        "session": TERMINAL,
+        "ttl": frozenset[str](),
+    }[kind]
+    cuts = [record.at.appended_at_ms for record in life if record.claims.status in ends]
+    if kind != "session":
+        cuts.append(lease.deadline * 1000)
+    return min(cuts, default=None)
+
+
+def _worked(history: History, lives: dict[str, list[LeaseRecord]]) -> Iterator[Problem]:
+    cuts = {lease_id: cut_at_ms(life, history) for lease_id, life in lives.items()}
+    for probe in history.probes:
+        cut_ms = cuts.get(probe.lease_id)
+        if probe.worked and cut_ms is not None and probe.began_ms > cut_ms:
+            late_ms = probe.began_ms - cut_ms
+            yield Problem("worked", probe.lease_id, f"worked at {probe.began_ms}, {late_ms} ms after its cut")
+
+
+def _escaped(history: History, lives: dict[str, list[LeaseRecord]], orders: _Orders) -> Iterator[Problem]:
+    """Once a revoker says that an order was followed, nothing that it covers works any more or runs to its deadline."""
+    followed_ms: dict[tuple[str, str], int] = {}
+    for one in history.followed:
+        name = (one.actor, one.ref)
+        followed_ms[name] = min(one.at_ms, followed_ms.get(name, one.at_ms))
+    worked = defaultdict(list)
+    for probe in history.probes:
+        if probe.worked:
+            worked[probe.lease_id].append(probe.began_ms)
+    for lease_id, life in lives.items():
+        lease = life[0].claims
+        session = history.revocability.get(lease.backend) == "session"  # it works on until its target answers
+        for order in orders.covering(lease):
+            over_ms = followed_ms.get((order.claims.iss, order.claims.jti))
+            if over_ms is None:
+                continue
+            late = [began_ms for began_ms in worked[lease_id] if began_ms > over_ms]
+            if late and not session:
+                what = f"worked at {late[0]}, after {order.claims.jti} was followed at {over_ms}"
+                yield Problem("escaped", lease_id, what)
+            ran_out = any(r.claims.cause is not None and r.claims.cause.kind == "deadline" for r in life)
+            if ran_out and over_ms < lease.deadline * 1000:
+                what = f"ran to its deadline, though {order.claims.jti} was followed at {over_ms}"
+                yield Problem("escaped", lease_id, what)
+
+
+def _forwarded(history: History, lives: dict[str, list[LeaseRecord]], orders: _Orders) -> Iterator[Problem]:
+    """Once a gateway has given its word on an order, it forwards nothing more of what that covers."""
+    given_ms: dict[tuple[str, str], int] = {}
+    for ack in history.acks:
+        word = (ack.gateway, ack.order_id)
+        given_ms[word] = min(ack.at_ms, given_ms.get(word, ack.at_ms))
+    for gateway, probes in history.forwarded.items():
+        last_ms: dict[str, int] = {}
+        for probe in probes:
+            if probe.worked:
+                last_ms[probe.lease_id] = max(probe.began_ms, last_ms.get(probe.lease_id, 0))
+        for lease_id, at_ms in last_ms.items():
+            life = lives.get(lease_id)
+            for order in orders.covering(life[0].claims) if life else ():
+                id = derived_id("revocation", order.claims.iss, order.claims.jti)
+                word_ms = given_ms.get((gateway, id))
+                if word_ms is not None and at_ms > word_ms:
+                    what = f"{gateway} forwarded at {at_ms}, its word on {order.claims.jti} is of {word_ms}"
+                    yield Problem("forwarded", lease_id, what)
+
+
+def _unanswered(history: History) -> Iterator[Problem]:
+    for request_id, at_ms in history.requests.items():
+        if request_id not in history.answered:
+            yield Problem("unanswered", None, f"request {request_id}, appended at {at_ms}")
+
+
+def _unaudited(history: History) -> Iterator[Problem]:
+    for at in history.steps:
+        if (at.topic, at.partition, at.offset) not in history.audited:
+            what = f"{at.topic}/{at.partition}@{at.offset}, appended at {at.appended_at_ms}, has no event"
+            yield Problem("unaudited", None, what)
+
+
+def _told(records: Sequence[LeaseRecord]) -> str:
+    return ", ".join(
+        f"{r.claims.seq} {r.claims.status} by {r.claims.iss.rpartition('/')[2]} in {r.claims.epoch}"
+        f"{' (void)' if r.void else ''} "
+        f"@{r.at.partition}:{r.at.offset} at {r.at.appended_at_ms}"
+        for r in records
+    )

@@ -1,0 +1,150 @@
+"""Reads a whole run from Kafka, verifying each signature, into a `History`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.ids import digest, message_id
+from ringfence.kernel.jws import open_signed, parse
+from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.keys import PublicKey
+from ringfence.kernel.seal import unverified_kid
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
+from ringfence.messages.operations import ServiceEvent
+from ringfence.messages.topics import (
+    AGENT,
+    AUDIT,
+    CREDENTIAL_DECISION,
+    CREDENTIAL_REPLY,
+    CREDENTIAL_REQUEST,
+    LEASE,
+    REVOCATION_ACK,
+    REVOCATION_REQUEST,
+    SERVICE_EVENT,
+    TARGET,
+    TASK,
+    TRUST,
+    USER,
+)
+from ringfence.model.chains import ChainError
+from ringfence.model.directory import Directory
+from ringfence.model.lease_epochs import Epochs
+from ringfence.model.leases import statement
+from tests.chaos.history import Ack, Followed, History, LeaseRecord, Order
+
+TABLES = (USER, AGENT, TARGET, TASK)
+TOLD = (CREDENTIAL_REQUEST, CREDENTIAL_DECISION, LEASE, REVOCATION_REQUEST, REVOCATION_ACK)
+"""Each record here is a step that audit has to tell."""
+TOPICS = (TRUST, *TABLES, *TOLD, CREDENTIAL_REPLY, SERVICE_EVENT, AUDIT)
+_READ_WITHIN_S = 120.0
+
+
+async def read(settings: ClientSettings) -> History:
+    """Everything that stands on the topics now. Raises UnavailableError where Kafka does not give it."""
+    records: list[Received] = []
+    async with Follower(settings, TOPICS, records.extend) as follower:
+        try:
+            async with asyncio.timeout(_READ_WITHIN_S):
+                await follower.complete.wait()
+        except TimeoutError:
+            raise UnavailableError("the topics could not be read to their ends") from None
+    return await asyncio.to_thread(_History(settings, records).build)
+
+
+class _History:
+    """Puts a history together from raw records."""
+
+    def __init__(self, settings: ClientSettings, records: Sequence[Received]) -> None:
+        self._domain = settings.trust_domain
+        self._records = records
+        self._trust = TrustStore(settings.trust_domain, settings.trust_root)
+        self._directory = Directory(self._trust, SystemClock(), grace_ms=None)
+        self._epochs = Epochs(self._trust)
+
+    def build(self) -> History:
+        for record in self._of(TRUST):
+            self._trust.load(record.value, record.appended_at_ms / 1000)
+        for table in TABLES:
+            self._directory.on_records(self._of(table))
+        history = History()
+        for record in self._of(LEASE):
+            self._lease(record, history)
+        for record in self._of(REVOCATION_REQUEST):
+            with contextlib.suppress(InvalidMessageError):  # nobody's word: it may not cause anything either
+                order = open_signed(
+                    parse(record.value), RevocationRequest, self._signer(record), audience=self._domain
+                )
+                history.orders.append(Order(order.claims, record.coordinates))
+        for record in self._of(SERVICE_EVENT):
+            self._event(record, history)
+        for record in self._of(REVOCATION_ACK):
+            self._ack(record, history)
+        for record in self._of(CREDENTIAL_REQUEST):
+            with contextlib.suppress(InvalidMessageError):
+                request = open_signed(
+                    parse(record.value), CredentialRequest, self._signer(record), audience=self._domain
+                ).claims
+                history.requests.setdefault(message_id(request.iss, request.jti), record.appended_at_ms)
+        # Sealed: only its agent can tell what a reply says, but whom it is for stands outside.
+        history.answered = {unverified_kid(record.value) or "" for record in self._of(CREDENTIAL_REPLY)}
+        history.steps = [record.coordinates for record in self._records if record.topic in TOLD]
+        for record in self._of(AUDIT):
+            source = orjson.loads(record.value)["unmapped"]["source"]
+            history.audited.add((source["topic"], source["partition"], source["offset"]))
+        return history
+
+    def _of(self, topic: Any) -> list[Received]:
+        return [record for record in self._records if record.topic is topic]
+
+    def _lease(self, record: Received, history: History) -> None:
+        if self._epochs.took(record):
+            return
+        find = self._trust.finder("issuer", "revoker", at_s=record.appended_at_ms / 1000)
+        try:
+            claims = open_signed(parse(record.value), Lease, find, audience=self._domain).claims
+        except InvalidMessageError as error:
+            history.forged.append(f"lease/{record.partition}@{record.offset}: {error}")
+            return
+        void = self._epochs.is_void(record, claims.epoch)
+        history.leases.append(LeaseRecord(claims, digest(statement(claims)), record.coordinates, void))
+
+    def _ack(self, record: Received, history: History) -> None:
+        find = self._trust.finder("gateway", at_s=record.appended_at_ms / 1000)
+        with contextlib.suppress(InvalidMessageError):
+            ack = open_signed(parse(record.value), RevocationAck, find, audience=self._domain).claims
+            history.acks.append(Ack(ack.iss, ack.revocation_id, record.appended_at_ms))
+
+    def _event(self, record: Received, history: History) -> None:
+        find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
+        try:
+            event = open_signed(parse(record.value), ServiceEvent, find, audience=self._domain).claims
+        except InvalidMessageError:
+            return  # another service's
+        if event.kind == "accepted" and event.subject == RevocationRequest.typ and event.actor and event.ref:
+            history.followed.append(Followed(event.actor, event.ref, record.appended_at_ms))
+
+    def _signer(self, record: Received) -> Any:
+        """As the revoker has it: agents, users, and the services that order."""
+        at_s = record.appended_at_ms / 1000
+
+        def find(iss: str, kid: str) -> PublicKey | None:
+            try:
+                return (
+                    self._directory.agent_key(iss, kid, at_s)
+                    or self._directory.user_key(iss, kid, at_s)
+                    or self._trust.service_key(iss, kid, ("revoker", "registry"), at_s)
+                )
+            except ChainError:
+                return None
+
+        return find

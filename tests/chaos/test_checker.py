@@ -1,0 +1,455 @@
+"""The checker against clean histories, which pass, and histories with one planted fault, which it finds."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ringfence.kernel.ids import derived_id, digest
+from ringfence.messages.credential import Coordinates
+from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, RevocationRequest, Selector
+from ringfence.messages.permission import Permission
+from ringfence.model.leases import end_status, record_id, restated, statement
+from tests.chaos.checker import KINDS, check, tally
+from tests.chaos.history import Ack, Followed, History, LeaseRecord, Leftover, Order, Probe
+
+TD = "acme.example"
+T0_S = 1_800_000_000
+T0 = T0_S * 1000
+TTL_S = 20
+DEADLINE = (T0_S + TTL_S) * 1000
+SAM, REVOKER = f"spiffe://{TD}/user/sam", f"spiffe://{TD}/service/revoker"
+GATEWAY = f"spiffe://{TD}/service/gateway-1"
+ISSUER = f"spiffe://{TD}/service/issuer"
+
+
+class Past:
+    """Writes a history as the parts would: one lease after another, each on its way to its end.
+
+    Every lease has an agent, a task and a sponsor of its own, unless `like` another.
+    """
+
+    def __init__(self) -> None:
+        self.history = History(revocability={"jwt": "instant", "redis": "session", "ssh": "ttl"})
+        self._offset = 0
+        self._number = 0
+
+    def at(self, topic: str, ms: int) -> Coordinates:
+        self._offset += 1
+        at = Coordinates(topic=topic, partition=0, offset=self._offset, appended_at_ms=ms)
+        self.history.steps.append(at)
+        self.history.audited.add((topic, 0, self._offset))
+        return at
+
+    def issue(
+        self,
+        ms: int = T0 + 100,
+        backend: str = "jwt",
+        status: LeaseStatus = "active",
+        like: Lease | None = None,
+    ) -> Lease:
+        """A lease, active, received by its agent and used at once."""
+        self._number += 1
+        id, n = str(uuid.uuid4()), like.agent_id.partition("-")[2] if like else str(self._number)
+        lease = Lease(
+            iss=ISSUER, aud=TD, iat=ms // 1000, jti=record_id(id, 1), lease_id=id, seq=1, status=status,
+            request_id=str(uuid.uuid4()), decision_id="d", decision_digest="0" * 64, agent_id=f"bot-{n}",
+            act=(f"bot-{n}",), sponsor=f"sam-{n}", on_behalf_of="maria",
+            task_id=f"00000000-0000-0000-0000-{n:0>12}", target_id="shop", backend=backend, delivery="agent",
+            scope=(Permission(target="shop", verbs=("read",), resources=("env/a",)),),
+            requested_at_ms=T0, deadline=T0_S + TTL_S,
+        )  # fmt: skip
+        self.history.requests[lease.request_id] = T0
+        self.history.answered.add(lease.request_id)
+        self.record(lease, ms)
+        if status == "active":
+            self.received(lease, ms)
+        return lease
+
+    def received(self, lease: Lease, ms: int) -> None:
+        self.history.received.add(lease.lease_id)
+        self.probe(lease, ms + 1, worked=True)
+
+    def record(self, lease: Lease, ms: int, *, void: bool = False) -> None:
+        self.history.leases.append(LeaseRecord(lease, digest(statement(lease)), self.at("lease", ms), void))
+
+    def next(
+        self,
+        lease: Lease,
+        status: LeaseStatus,
+        ms: int,
+        cause: EndCause | None = None,
+        *,
+        void: bool = False,
+        epoch: str = "1.aaaaaaaa",
+    ) -> Lease:
+        following = lease.model_copy(
+            update={
+                "iss": REVOKER, "iat": ms // 1000, "seq": lease.seq + 1, "status": status,
+                "jti": record_id(lease.lease_id, lease.seq + 1), "cause": cause or lease.cause, "epoch": epoch,
+            }
+        )  # fmt: skip
+        self.record(following, ms, void=void)
+        return following
+
+    def order(
+        self,
+        ms: int,
+        lease: Lease | None = None,
+        *,
+        kind: EndKind = "revocation",
+        by: str = SAM,
+        **selector: Any,
+    ) -> EndCause:
+        claims = RevocationRequest(
+            iss=by, aud=TD, iat=ms // 1000, jti=str(uuid.uuid4()), kind=kind, reason="x",
+            lease_id=lease.lease_id if lease else None, selector=Selector(**selector) if selector else None,
+        )  # fmt: skip
+        self.history.orders.append(Order(claims, self.at("revocation.request", ms)))
+        return EndCause(kind=kind, at_ms=ms, by=by, ref=claims.jti, reason="x")
+
+    def release(self, ms: int, lease: Lease) -> EndCause:
+        return self.order(ms, lease, kind="release", by=f"spiffe://{TD}/agent/{lease.agent_id}")
+
+    def follow(self, cause: EndCause, ms: int) -> None:
+        self.history.followed.append(Followed(cause.by or "", cause.ref or "", ms))
+
+    def give_word(self, cause: EndCause, ms: int) -> None:
+        """The gateway says that it forwards nothing more of what an order covers."""
+        id = derived_id("revocation", cause.by or "", cause.ref or "")
+        self.history.acks.append(Ack(GATEWAY, id, ms))
+
+    def at_gateway(self, lease: Lease, ms: int, *, forwards: bool) -> None:
+        probes = self.history.forwarded.setdefault(GATEWAY, [])
+        probes.append(Probe(lease.lease_id, ms, ms + 3, forwards))
+
+    def end(self, lease: Lease, cause: EndCause, ms: int) -> Lease:
+        """Cut, undone, over: and refused from then on."""
+        ending = self.next(lease, "ending", ms, cause)
+        self.probe(lease, ms + 1, worked=False)
+        return self.next(ending, end_status(cause.kind), ms + 2)
+
+    def expire(self, lease: Lease, ms: int = DEADLINE + 30) -> Lease:
+        cause = EndCause(kind="deadline", at_ms=DEADLINE)
+        self.probe(lease, DEADLINE + 1, worked=False)
+        return self.next(lease, "expired", ms, cause)
+
+    def probe(self, lease: Lease, ms: int, *, worked: bool) -> None:
+        self.history.probes.append(Probe(lease.lease_id, ms, ms + 3, worked))
+
+
+def clean() -> Past:
+    """A run in which every kind of end is there, and nothing is wrong."""
+    past = Past()
+    past.expire(past.issue())
+    released = past.issue()
+    past.end(released, past.release(T0 + 500, released), T0 + 510)
+    revoked = past.issue()
+    past.probe(revoked, T0 + 690, worked=True)
+    past.end(revoked, past.order(T0 + 700, revoked), T0 + 720)
+    switched = past.issue()
+    cause = past.order(T0 + 900, agent_id=switched.agent_id)
+    for lease in (switched, past.issue(like=switched)):
+        past.end(lease, cause, T0 + 930)
+    past.follow(cause, T0 + 940)
+    # A gateway forwards until it has given its word, also what is cut elsewhere already.
+    past.give_word(cause, T0 + 960)
+    past.at_gateway(switched, T0 + 950, forwards=True)
+    past.at_gateway(switched, T0 + 961, forwards=False)
+    past.give_word(past.order(T0 + 901, task_id="00000000-0000-0000-0000-000000000099"), T0 + 902)
+    aborted = past.issue(backend="redis", status="minting")
+    past.next(aborted, "aborted", T0 + 400, EndCause(kind="mint_failed", at_ms=T0 + 400))
+    # A session works until its target has let go of it.
+    session = past.issue(backend="redis", status="minting", like=switched)
+    active = past.next(session, "active", T0 + 300)
+    past.received(session, T0 + 300)
+    ending = past.next(active, "ending", T0 + 931, cause)
+    past.probe(session, T0 + 1_500, worked=True)
+    past.next(ending, "revoked", T0 + 2_000)
+    past.probe(session, T0 + 2_001, worked=False)
+    # What is delivered twice is the same, and the last word stands.
+    twice = past.issue()
+    past.record(twice, T0 + 150)
+    past.expire(twice)
+    # An end that came after the marker of a newer epoch is none, and the one that counts is said once more after it.
+    late = past.issue()
+    order = past.order(DEADLINE - 20, late)
+    end = past.expire(late)
+    past.next(late, "ending", DEADLINE + 50, order, void=True)
+    past.record(restated(end, by=REVOKER, epoch="2.bbbbbbbb"), DEADLINE + 60)
+    return past
+
+
+def test_a_clean_history_passes() -> None:
+    assert check(clean().history) == []
+    assert check(History()) == []
+
+
+Plant = Callable[[Past], object]
+
+
+def no_end(past: Past) -> None:
+    past.issue()
+
+
+def cut_and_never_undone(past: Past) -> None:
+    lease = past.issue()
+    past.next(lease, "ending", T0 + 600, past.order(T0 + 500, lease))
+
+
+def minted_and_forgotten(past: Past) -> None:
+    past.issue(backend="redis", status="minting")
+
+
+def replied_before_kafka_had_it(past: Past) -> None:
+    past.history.received.add(str(uuid.uuid4()))
+
+
+def two_ends(past: Past) -> None:
+    lease = past.issue()
+    past.expire(lease)
+    past.end(lease, past.order(DEADLINE - 20, lease), DEADLINE + 40)
+
+
+def the_same_end_of_another_moment(past: Past) -> None:
+    end = past.expire(past.issue())
+    past.record(
+        end.model_copy(update={"cause": EndCause(kind="deadline", at_ms=DEADLINE + 1)}), DEADLINE + 60
+    )
+
+
+def a_second_end_of_an_older_epoch_that_came_in_time(past: Past) -> None:
+    """Nothing but its place makes a record void."""
+    lease = past.issue()
+    past.next(lease, "expired", DEADLINE + 30, EndCause(kind="deadline", at_ms=DEADLINE), epoch="1.aaaaaaaa")
+    past.next(
+        lease, "expired", DEADLINE + 40, EndCause(kind="deadline", at_ms=DEADLINE + 1), epoch="2.bbbbbbbb"
+    )
+
+
+def issued_twice(past: Past) -> None:
+    lease = past.issue()
+    past.record(lease.model_copy(update={"iat": lease.iat + 1}), T0 + 200)
+    past.expire(lease)
+
+
+def two_leases_of_one_request(past: Past) -> None:
+    lease, other = past.issue(), past.issue()
+    past.history.leases[-1] = replace(
+        past.history.leases[-1], claims=other.model_copy(update={"request_id": lease.request_id})
+    )
+    past.expire(lease)
+    past.expire(other.model_copy(update={"request_id": lease.request_id}))
+
+
+def expired_early(past: Past) -> None:
+    past.expire(past.issue(), DEADLINE - 1)
+
+
+def cut_early(past: Past) -> None:
+    lease = past.issue(backend="redis")
+    ending = past.next(lease, "ending", DEADLINE - 400, EndCause(kind="deadline", at_ms=DEADLINE))
+    past.next(ending, "expired", DEADLINE + 10)
+
+
+def refused_unasked(past: Past) -> None:
+    lease = past.issue()
+    past.probe(lease, T0 + 5_000, worked=False)
+    past.expire(lease)
+
+
+def refused_before_it_was_asked(past: Past) -> None:
+    lease = past.issue()
+    past.probe(lease, T0 + 480, worked=False)
+    past.end(lease, past.order(T0 + 500, lease), T0 + 510)
+
+
+def left_at_its_target(past: Past) -> None:
+    lease = past.expire(past.issue(backend="redis"))
+    past.history.leftovers.append(Leftover("cache", lease.lease_id, "an ACL user"))
+
+
+def accepted_after_its_cut(past: Past) -> None:
+    lease = past.issue()
+    past.end(lease, past.order(T0 + 500, lease), T0 + 510)
+    past.probe(lease, T0 + 511, worked=True)
+
+
+def accepted_after_its_deadline(past: Past) -> None:
+    lease = past.issue()
+    past.probe(lease, DEADLINE + 1, worked=True)
+    past.expire(lease)
+
+
+def session_alive_after_its_end(past: Past) -> None:
+    lease = past.issue(backend="redis")
+    past.end(lease, past.order(T0 + 500, lease), T0 + 510)
+    past.probe(lease, T0 + 600, worked=True)
+
+
+def behind_a_kill_switch(past: Past) -> None:
+    lease = past.issue()
+    cause = past.order(T0 + 500, sponsor=lease.sponsor)
+    past.follow(cause, T0 + 600)
+    past.probe(lease, T0 + 650, worked=True)
+    past.end(lease, cause, T0 + 700)
+
+
+def missed_by_a_kill_switch(past: Past) -> None:
+    lease = past.issue()
+    past.follow(past.order(T0 + 500, task_id=lease.task_id), T0 + 600)
+    past.expire(lease)
+
+
+def ended_for_no_reason(past: Past) -> None:
+    lease = past.issue()
+    past.end(lease, EndCause(kind="revocation", at_ms=T0 + 500, by=SAM, ref="none"), T0 + 510)
+
+
+def ended_by_what_came_later(past: Past) -> None:
+    lease = past.issue()
+    cause = past.order(T0 + 600, lease)
+    past.end(lease, cause, T0 + 590)
+
+
+def ended_by_an_order_about_others(past: Past) -> None:
+    lease = past.issue()
+    past.end(lease, past.order(T0 + 500, agent_id="another"), T0 + 510)
+
+
+def ended_by_an_order_from_before_its_request(past: Past) -> None:
+    lease = past.issue()
+    past.end(lease, past.order(T0 - 1, agent_id=lease.agent_id), T0 + 510)
+
+
+def released_by_another_agent(past: Past) -> None:
+    lease = past.issue()
+    cause = past.order(T0 + 500, lease, kind="release", by=f"spiffe://{TD}/agent/other")
+    past.end(lease, cause, T0 + 510)
+
+
+def of_another_kind_than_asked(past: Past) -> None:
+    lease = past.issue()
+    cause = past.order(T0 + 500, lease).model_copy(update={"kind": "task_ended"})
+    past.end(lease, cause, T0 + 510)
+
+
+def woken_late_and_published(past: Past) -> None:
+    lease = past.issue()
+    past.expire(lease)
+    past.record(lease, DEADLINE + 900)
+
+
+def a_seq_is_missing(past: Past) -> None:
+    lease = past.issue()
+    cause = past.order(T0 + 500, lease)
+    past.next(lease.model_copy(update={"seq": 2}), "revoked", T0 + 510, cause)
+
+
+def active_after_its_cut(past: Past) -> None:
+    lease = past.issue(backend="redis")
+    ending = past.next(lease, "ending", DEADLINE + 10, EndCause(kind="deadline", at_ms=DEADLINE))
+    again = past.next(ending, "active", DEADLINE + 20)
+    past.expire(again, DEADLINE + 30)
+
+
+def two_records_with_one_seq(past: Past) -> None:
+    lease = past.issue(backend="redis")
+    cause = past.order(T0 + 500, lease)
+    past.next(lease, "ending", T0 + 505, past.order(T0 + 501, lease))
+    past.end(lease, cause, T0 + 510)
+
+
+def its_deadline_moved(past: Past) -> None:
+    past.expire(past.issue().model_copy(update={"deadline": T0_S + TTL_S - 5}))
+
+
+def forged(past: Past) -> None:
+    past.history.forged.append("lease/0@7: signed by nobody of authority")
+
+
+def never_replied_to(past: Past) -> None:
+    past.history.requests[str(uuid.uuid4())] = T0
+
+
+def not_told_by_audit(past: Past) -> None:
+    past.history.audited.discard(next(iter(past.history.audited)))
+
+
+def forwarded_behind_a_gateways_word(past: Past) -> None:
+    lease = past.issue()
+    cause = past.order(T0 + 500, lease)
+    past.end(lease, cause, T0 + 510)
+    past.give_word(cause, T0 + 505)
+    past.at_gateway(lease, T0 + 506, forwards=True)
+
+
+def its_only_end_is_void(past: Past) -> None:
+    lease = past.issue()
+    past.next(lease, "expired", DEADLINE + 30, EndCause(kind="deadline", at_ms=DEADLINE), void=True)
+    past.record(lease, DEADLINE + 40)
+
+
+def a_void_record_is_the_last(past: Past) -> None:
+    lease = past.issue()
+    past.expire(lease)
+    past.next(lease, "ending", DEADLINE + 60, past.order(DEADLINE - 20, lease), void=True)
+
+
+PLANTED: list[tuple[str, Plant]] = [
+    ("lost", no_end),
+    ("lost", cut_and_never_undone),
+    ("lost", minted_and_forgotten),
+    ("lost", its_only_end_is_void),
+    ("lost", replied_before_kafka_had_it),
+    ("double", two_ends),
+    ("double", the_same_end_of_another_moment),
+    ("double", a_second_end_of_an_older_epoch_that_came_in_time),
+    ("double", issued_twice),
+    ("double", two_leases_of_one_request),
+    ("early", expired_early),
+    ("early", cut_early),
+    ("early", refused_unasked),
+    ("early", refused_before_it_was_asked),
+    ("leaked", left_at_its_target),
+    ("worked", accepted_after_its_cut),
+    ("worked", accepted_after_its_deadline),
+    ("worked", session_alive_after_its_end),
+    ("escaped", behind_a_kill_switch),
+    ("escaped", missed_by_a_kill_switch),
+    ("forwarded", forwarded_behind_a_gateways_word),
+    ("uncaused", ended_for_no_reason),
+    ("uncaused", ended_by_what_came_later),
+    ("uncaused", ended_by_an_order_about_others),
+    ("uncaused", ended_by_an_order_from_before_its_request),
+    ("uncaused", released_by_another_agent),
+    ("uncaused", of_another_kind_than_asked),
+    ("revived", woken_late_and_published),
+    ("revived", a_void_record_is_the_last),
+    ("broken", a_seq_is_missing),
+    ("broken", active_after_its_cut),
+    ("broken", two_records_with_one_seq),
+    ("broken", its_deadline_moved),
+    ("broken", forged),
+    ("unanswered", never_replied_to),
+    ("unaudited", not_told_by_audit),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "plant"), PLANTED, ids=lambda one: one if isinstance(one, str) else one.__name__
+)
+def test_a_planted_fault_is_found(kind: str, plant: Plant) -> None:
+    past = clean()
+    plant(past)
+    problems = check(past.history)
+    assert kind in {problem.kind for problem in problems}
+    assert tally(problems)[kind] == 1
+
+
+def test_every_kind_of_problem_is_planted() -> None:
+    assert {kind for kind, _ in PLANTED} == set(KINDS)

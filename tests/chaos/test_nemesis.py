@@ -1,0 +1,33 @@
+"""The plan of faults: the same from the same seed, and nobody struck while still down."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos.faults import KINDS, faults_of
+from tests.chaos.nemesis import SPARED_S, plan
+
+FAULTS = faults_of(apache=True, cluster=False)
+
+
+def test_the_same_seed_gives_the_same_plan_and_another_another() -> None:
+    assert plan(7, 600, FAULTS) == plan(7, 600, FAULTS)
+    assert plan(7, 600, FAULTS) != plan(8, 600, FAULTS)
+
+
+def test_every_kind_of_fault_comes_in_ten_minutes() -> None:
+    assert {blow.kind for blow in plan(1, 600, FAULTS)} == set(KINDS)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_subject_is_struck_once_at_a_time_and_faults_end_with_the_run(seed: int) -> None:
+    spared_until: dict[str, float] = {}
+    for blow in plan(seed, 300, FAULTS):
+        assert blow.at_s >= spared_until.get(blow.subject, 0.0) - 0.02, "to a hundredth of a second"
+        assert blow.at_s + blow.for_s <= 300.02
+        spared_until[blow.subject] = blow.at_s + blow.for_s + SPARED_S
+
+
+def test_a_fault_strikes_only_whom_it_may() -> None:
+    allowed = {(fault.kind, subject) for fault in FAULTS for subject in fault.subjects}
+    assert {(blow.kind, blow.subject) for blow in plan(3, 3600, FAULTS)} <= allowed

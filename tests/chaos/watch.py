@@ -1,0 +1,84 @@
+"""Follows a run while it goes on: tells the prober what has just ended, and knows when nothing is open any more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import orjson
+
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.jws import parse
+from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.base import typ_header
+from ringfence.messages.lease import TERMINAL, Lease, LeaseEpoch
+from ringfence.messages.topics import AUDIT, LEASE
+from ringfence.model.lease_epochs import Epochs
+from tests.chaos.reading import TOLD
+
+
+class Watch:
+    """Nothing is verified here, and nothing is judged by it."""
+
+    def __init__(self, settings: ClientSettings, nudge: Callable[[str], None]) -> None:
+        self._follower = Follower(settings, (*TOLD, AUDIT), self._take, since_ms=None)
+        self._nudge = nudge
+        self._epochs = Epochs(TrustStore(settings.trust_domain, settings.trust_root))
+        self._open: set[str] = set()
+        self._over: set[str] = set()
+        self._untold: set[tuple[str, int, int]] = set()
+        self._told: set[tuple[str, int, int]] = set()
+
+    async def __aenter__(self) -> Watch:
+        await self._follower.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._follower.stop()
+
+    async def settled(self, within_s: float) -> str | None:
+        """Return when every lease is over and audit has told everything; what is missing where that takes too long."""
+        try:
+            async with asyncio.timeout(within_s):
+                while self._open or self._untold:
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            return f"{len(self._open)} leases have not ended, {len(self._untold)} records have no audit event"
+        return None
+
+    def _take(self, records: Sequence[Received]) -> None:
+        for record in records:
+            if record.topic is AUDIT:
+                source = orjson.loads(record.value)["unmapped"]["source"]
+                self._tell((source["topic"], source["partition"], source["offset"]))
+                continue
+            at = (record.topic_name, record.partition, record.offset)
+            if at not in self._told:
+                self._untold.add(at)
+            if record.topic is LEASE:
+                self._lease(record)
+
+    def _tell(self, at: tuple[str, int, int]) -> None:
+        self._told.add(at)
+        self._untold.discard(at)
+
+    def _lease(self, record: Received) -> None:
+        try:
+            unverified = parse(record.value)
+            if unverified.header.typ == typ_header(LeaseEpoch):
+                self._epochs.begin(record, unverified.unverified_claims(LeaseEpoch).epoch)
+                return
+            lease = unverified.unverified_claims(Lease)
+        except InvalidMessageError:
+            return
+        if self._epochs.is_void(record, lease.epoch):
+            return
+        if lease.status in TERMINAL:
+            self._over.add(lease.lease_id)
+            self._open.discard(lease.lease_id)
+        elif lease.lease_id not in self._over:
+            self._open.add(lease.lease_id)
+        if lease.status != "active":
+            self._nudge(lease.lease_id)

@@ -1,0 +1,104 @@
+"""Which Kafka and which Redis the tests run against. What was asked for and cannot start fails the run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ringfence.dev.processes import StackError
+from tests.brokers import KafkaServer, RedisServer, start_kafka, start_redis
+from tests.postgres import PostgresServer, server_programs
+from tests.world import World
+
+KINDS = ("embedded", "apache", "docker")
+
+
+@dataclass(frozen=True)
+class Kafka:
+    """The broker of this run. `kind` is embedded (pace its consumers), apache, docker or address."""
+
+    kind: str
+    server: KafkaServer
+
+    @property
+    def bootstrap(self) -> str:
+        return self.server.bootstrap
+
+    def restart(self) -> None:
+        """Raises StackError for a broker that was given by its address."""
+        self.server.restart()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ringfence")
+    group.addoption(
+        "--kafka",
+        default=os.environ.get("RINGFENCE_TEST_KAFKA") or "embedded",
+        help="embedded (default), apache, docker or HOST:PORT; also RINGFENCE_TEST_KAFKA",
+    )
+    group.addoption(
+        "--redis",
+        default=os.environ.get("RINGFENCE_TEST_REDIS") or "embedded",
+        help="embedded (default), docker or a redis:// URL; also RINGFENCE_TEST_REDIS",
+    )
+    group.addoption(
+        "--opa",
+        default=os.environ.get("RINGFENCE_TEST_OPA") or "",
+        help="with a real OPA: build (the pinned one, once) or the path of an opa; also RINGFENCE_TEST_OPA",
+    )
+    group.addoption(
+        "--postgres",
+        default=os.environ.get("RINGFENCE_TEST_POSTGRES") or "",
+        help="the folder with another PostgreSQL's programs than Debian's newest; also RINGFENCE_TEST_POSTGRES",
+    )
+
+
+@pytest.fixture(scope="session")
+def kafka(request: pytest.FixtureRequest) -> Iterator[Kafka]:
+    """One broker for the whole run; give topics and groups names of their own. Restarting it disturbs
+    others."""
+    choice = request.config.getoption("--kafka")
+    with tempfile.TemporaryDirectory(prefix="ringfence-kafka-") as folder:
+        try:
+            server = start_kafka(choice, Path(folder))
+        except StackError as error:
+            pytest.exit(error.message, returncode=1)
+        yield Kafka(choice if choice in KINDS else "address", server)
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    """One Redis for the whole run; give keys a namespace of their own. Restarting it disturbs others."""
+    choice = request.config.getoption("--redis")
+    with tempfile.TemporaryDirectory(prefix="ringfence-redis-") as folder:
+        try:
+            server = start_redis(choice, Path(folder))
+        except StackError as error:
+            pytest.exit(error.message, returncode=1)
+        yield server
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres_server(request: pytest.FixtureRequest) -> Iterator[PostgresServer]:
+    """One PostgreSQL for the whole run; take databases of your own, and let PUBLIC connect to none of them."""
+    try:
+        server = PostgresServer(server_programs(request.config.getoption("--postgres")))
+        server.start()
+    except StackError as error:
+        pytest.exit(error.message, returncode=1)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def world(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[World]:
+    """An organisation of its own for one test: root, trust, topics, an operator. No service runs yet."""
+    async with World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world:
+        yield world

@@ -1,0 +1,61 @@
+"""`docs/cli.md` says what the commands say, and the README uses commands and options that there are."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringfence.cli.main import COMMANDS, load
+from ringfence.cli.reference import reference
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def test_the_reference_is_up_to_date() -> None:
+    assert (ROOT / "docs/cli.md").read_text() == reference(), (
+        "docs/cli.md differs from the commands: python -m ringfence.cli.reference docs/cli.md"
+    )
+
+
+def commands_in(page: Path) -> list[str]:
+    """The command lines in the code blocks of a page."""
+    blocks = re.findall(
+        r"^```(?:console|sh|bash|shell)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
+    )
+    lines = [
+        line.strip().removeprefix("$ ")
+        for block in blocks
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    return [line for line in lines if re.match(r"(\.venv/bin/)?ringfence ", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_pages_use_commands_and_options_that_exist(page: Path) -> None:
+    for line in commands_in(page):
+        words = iter(shlex.split(line.split(" #")[0].split(" &")[0].split(" |")[0].split(" >")[0])[1:])
+        before: list[str] = []
+        for word in words:
+            if word == "--identity":
+                next(words)
+            elif word not in ("--json", "--help"):
+                before.append(word)
+                break
+        if not before:
+            continue
+        name = before[0]
+        assert name in COMMANDS, line
+        command: Any = load(name, COMMANDS[name])
+        if getattr(command, "commands", None):
+            word = next(words, "--help")
+            if word == "--help":
+                continue
+            assert word in command.commands, line
+            command = command.commands[word]
+        known = {opt for param in command.params for opt in [*param.opts, *param.secondary_opts]} | {"--help"}
+        assert {word for word in words if word.startswith("--")} <= known, line

@@ -1,0 +1,110 @@
+"""docker-compose.yml and deploy/Dockerfile: valid, complete, and open to nobody but this machine."""
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema.validators import validator_for
+
+from ringfence.messages.api import PORTS
+
+ROOT = Path(__file__).parents[2]
+SERVICES = ("registry", "policy", "issuer", "revoker", "audit")
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return loaded
+
+
+def test_it_follows_the_compose_specification(compose: dict[str, Any]) -> None:
+    # check-jsonschema ships the schema that the Compose project publishes.
+    schema = json.loads((files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json").read_text())
+    errors = validator_for(schema)(schema).iter_errors(compose)
+    assert [f"{error.json_path}: {error.message}" for error in errors] == []
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_each_service_runs_by_its_own_command(compose: dict[str, Any], name: str) -> None:
+    service = compose["services"][name]
+    assert service["command"] == ["serve", name]
+    assert set(service["environment"]) >= {
+        "RINGFENCE_HTTP",
+        "RINGFENCE_ISSUER_URL",
+        "RINGFENCE_KAFKA",
+        "RINGFENCE_KEY_FILE",
+        "RINGFENCE_REDIS_URL",
+        "RINGFENCE_TRUST_DOMAIN",
+        "RINGFENCE_TRUST_ROOT",
+    }
+    assert service["ports"] == [f"127.0.0.1:{PORTS[name]}:8080"]
+    assert "/readyz" in service["healthcheck"]["test"][-1]
+    assert service["depends_on"]["topics"] == {"condition": "service_completed_successfully"}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_each_service_gets_its_own_key_and_no_other(compose: dict[str, Any], name: str) -> None:
+    service = compose["services"][name]
+    # The issuer's tokens are signed by a key of their own.
+    own = {"RINGFENCE_KEY_FILE": name}
+    if name == "issuer":
+        own["RINGFENCE_ISSUER_TOKEN_KEY_FILE"] = "issuer-token"
+    assert service["secrets"] == [f"{key}-key" for key in own.values()]
+    for setting, key in own.items():
+        assert service["environment"][setting] == f"/run/secrets/{key}-key"
+        assert compose["secrets"][f"{key}-key"]["file"].endswith(f"/{key}.json")
+
+
+def test_no_service_is_forgotten(compose: dict[str, Any]) -> None:
+    assert set(compose["services"]) == {*SERVICES, "kafka", "valkey", "topics"}
+    assert compose["services"]["topics"]["command"] == ["topics", "apply"]
+
+
+def test_the_broker_keeps_the_promises_of_the_design(compose: dict[str, Any]) -> None:
+    kafka = compose["services"]["kafka"]["environment"]
+    assert kafka["KAFKA_LOG_MESSAGE_TIMESTAMP_TYPE"] == "LogAppendTime"
+    assert kafka["KAFKA_AUTO_CREATE_TOPICS_ENABLE"] == "false"
+    valkey = " ".join(compose["services"]["valkey"]["command"])
+    assert "--appendonly yes" in valkey
+    assert "--notify-keyspace-events Ex" in valkey
+    assert "--maxmemory-policy noeviction" in valkey
+
+
+def test_nothing_is_reachable_from_outside_this_machine(compose: dict[str, Any]) -> None:
+    ports = [port for service in compose["services"].values() for port in service.get("ports", [])]
+    assert ports
+    assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
+    assert len({port.split(":")[1] for port in ports}) == len(ports), "two services publish one port"
+
+
+def test_every_image_is_pinned(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        assert re.fullmatch(r"[a-z/]+:\d+\.\d+\.\d+", service["image"]), f"{name}: {service['image']}"
+
+
+def test_the_image_is_built_once_and_before_who_uses_it(compose: dict[str, Any]) -> None:
+    (builder,) = (name for name, service in compose["services"].items() if "build" in service)
+    image = compose["services"][builder]["image"]
+    for name in SERVICES:
+        assert compose["services"][name]["image"] == image
+        assert builder in compose["services"][name]["depends_on"]
+
+
+def test_the_image_installs_what_the_lock_verified_and_is_not_root() -> None:
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    assert "--require-hashes --requirement requirements.lock" in dockerfile
+    final_stage = dockerfile[dockerfile.rindex("\nFROM ") :]
+    assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", final_stage, re.MULTILINE)
+    assert 'ENTRYPOINT ["ringfence"]' in final_stage
+
+
+def test_the_image_is_built_from_nothing_that_is_missing() -> None:
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    for sources in re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile, re.MULTILINE):
+        for source in sources.split():
+            assert (ROOT / source).exists(), source

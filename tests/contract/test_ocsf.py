@@ -1,0 +1,171 @@
+"""Every kind of event that audit writes is valid OCSF, and has no attribute that OCSF does not know."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema.validators import Draft202012Validator
+from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
+
+from ringfence.audit import (
+    break_glass_events,
+    credential_events,
+    grant_events,
+    ocsf,
+    registry_events,
+    service_events,
+)
+from ringfence.kernel.kafka import Received
+from ringfence.messages.audit import OCSF_VERSION, AuditEvent
+from ringfence.messages.registry import COMMANDS
+from ringfence.messages.topics import ALL
+from tests.audit_office import Office, every_record, steps
+
+# What SIEMs are likely to have besides; an event must mean the same to them.
+LATER_VERSION = "1.8.0"
+AUDITED = {
+    "registry.command", "user", "agent", "target", "task", "credential.request", "credential.decision",
+    "approval.request", "approval.response", "credential.reply", "lease", "revocation.request", "revocation.ack",
+    "service.event", "dead-letter",
+}  # fmt: skip
+
+
+@cache
+def schema_of(version: str) -> OcsfJsonSchemaEmbedded:
+    return OcsfJsonSchemaEmbedded(get_ocsf_schema(version=version))
+
+
+@cache
+def validator(version: str, class_uid: int, profiles: tuple[str, ...]) -> Draft202012Validator:
+    schema = schema_of(version)
+    name = schema.lookup_class_name_from_uid(class_uid)
+    return Draft202012Validator(schema.get_class_schema(name, list(profiles)))
+
+
+def problems(event: dict[str, Any], version: str = OCSF_VERSION) -> list[str]:
+    profiles = tuple(event["metadata"].get("profiles", ()))
+    found = validator(version, event["class_uid"], profiles).iter_errors(event)
+    return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in found]
+
+
+@pytest.fixture(scope="module")
+async def told() -> dict[str, tuple[Received, dict[str, Any]]]:
+    """One record of everything, and the event that it became."""
+    office = Office()
+    records = every_record(office)
+    return {name: (record, await office.event(record)) for name, record in records.items()}
+
+
+@pytest.mark.parametrize("version", [OCSF_VERSION, LATER_VERSION])
+async def test_every_event_is_valid_and_has_no_unknown_attribute(told, version) -> None:
+    wrong = {name: found for name, (_, event) in told.items() if (found := problems(event, version))}
+    assert not wrong, json.dumps(wrong, indent=1)
+
+
+async def test_the_schema_is_strict(told) -> None:
+    """The test above can fail: unknown, missing and mistyped attributes are each a problem."""
+    _, event = told["released 0 credential.request"]
+    assert problems({**event, "lease": "x"})
+    assert problems({name: value for name, value in event.items() if name != "user"})
+    assert problems({**event, "severity_id": 7})
+    assert problems({**event, "actor": {"user": {"name": "x", "nickname": "y"}}})
+    assert problems({**event, "metadata": {**event["metadata"], "profiles": []}}), (
+        "action_id needs its profile"
+    )
+
+
+async def test_every_event_is_what_the_contract_says(told) -> None:
+    for name, (record, event) in told.items():
+        AuditEvent.model_validate_json(json.dumps(event))
+        assert event["time"] == record.appended_at_ms, name
+        assert event["metadata"]["uid"] == ocsf.event_uid(record.topic_name, record.partition, record.offset)
+        assert event["metadata"]["version"] == OCSF_VERSION
+        assert event["type_uid"] == event["class_uid"] * 100 + event["activity_id"]
+        assert event["unmapped"]["source"] == {
+            "topic": record.topic_name, "partition": record.partition, "offset": record.offset,
+        }  # fmt: skip
+        assert "verified" in event["unmapped"], name
+        assert event["message"].strip(), name
+
+
+async def test_names_and_numbers_agree_with_the_schema(told) -> None:
+    """Captions (activity_name, severity, ...) are those of the schema, wherever it has one for the number."""
+    schema = get_ocsf_schema(version=OCSF_VERSION)
+    classes = {cls["uid"]: cls for cls in schema["classes"].values()}
+    for name, (_, event) in told.items():
+        cls = classes[event["class_uid"]]
+        assert (event["class_name"], event["category_name"]) == (cls["caption"], cls["category_name"])
+        assert event["category_uid"] == cls["category_uid"]
+        for number, caption in (
+            ("activity_id", "activity_name"), ("severity_id", "severity"), ("status_id", "status"),
+            ("action_id", "action"),
+        ):  # fmt: skip
+            if number in event and event[number] != 99:
+                known = cls["attributes"][number]["enum"][str(event[number])]["caption"]
+                assert event[caption] == known, (name, number)
+
+
+async def test_every_topic_and_every_kind_of_event_is_covered(told) -> None:
+    assert {record.topic.what for record, _ in told.values()} == AUDITED
+    later = {"action", "audit.intake"}
+    assert {topic.what for topic in ALL if "audit" in topic.read_by} - later <= AUDITED
+    declared = {
+        one.code
+        for module in (break_glass_events, credential_events, grant_events, registry_events, service_events)
+        for value in vars(module).values()
+        for one in (value.values() if isinstance(value, dict) else [value])
+        if isinstance(one, ocsf.Step)
+    }
+    made = set(steps([event for _, event in told.values()]))
+    assert made == declared
+    assert {command.typ for command in COMMANDS} <= made
+
+
+def strings(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [s for item in value.values() for s in strings(item)]
+    if isinstance(value, list):
+        return [s for item in value for s in strings(item)]
+    return [value] if isinstance(value, str) else []
+
+
+async def test_no_signature_token_or_sealed_text_is_in_any_event(told) -> None:
+    for name, (record, event) in told.items():
+        text = json.dumps(event)
+        assert "eyJ" not in text, name
+        parts = record.value.decode("ascii", "replace").split(".")
+        for part in parts:
+            assert len(part) < 20 or part not in text, name
+        assert not [s for s in strings(event) if s.count(".") >= 2 and len(s) > 120 and " " not in s], name
+
+
+async def test_the_page_lists_every_step_as_it_is(told) -> None:
+    """docs/audit.md is what a SIEM's rules are written from."""
+    page = (Path(__file__).parents[2] / "docs" / "audit.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if "` | 300" in line or "` | 2004" in line
+    ]
+    listed: dict[str, list[list[str]]] = {}
+    for _, code, *rest in rows:
+        listed.setdefault(code.strip("`"), []).append(rest)
+    for name, (_, event) in told.items():
+        code = event["metadata"]["event_code"]
+        said = [
+            row
+            for row in listed.get(code, [])
+            if row[0] == str(event["class_uid"])
+            and (event["activity_name"] in row[1] or "that of the command" in row[1])
+            and event["status"] == row[2]
+            and event["severity"] + ("*" if event.get("is_alert") else "") in row[3]
+        ]
+        assert said, f"{name}: {code} is not listed as it is"
+    assert set(listed) == set(steps([event for _, event in told.values()]))
+    words = {word for _, event in told.values() for word in event["unmapped"]}
+    described = page.partition("## Ringfence's own words")[2].partition("## The steps")[0]
+    assert not {word for word in words if f"`{word}`" not in described}

@@ -1,0 +1,52 @@
+"""What is published in schemas/: sound by itself, and true for the examples beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema.validators import Draft202012Validator
+
+from ringfence.messages.schemas import models, renew_table
+from ringfence.messages.topics import ALL
+
+ROOT = Path(__file__).parents[2]
+SCHEMAS = ROOT / "schemas"
+
+
+def read(name: str) -> Any:
+    return json.loads((SCHEMAS / name).read_text())
+
+
+@pytest.mark.parametrize("name", sorted(models()))
+def test_an_example_is_what_its_schema_describes(name: str) -> None:
+    schema = read(f"{name}.schema.json")
+    Draft202012Validator.check_schema(schema)
+    example = read(f"{name}.example.json")
+    validator = Draft202012Validator(schema)
+    assert [error.message for error in validator.iter_errors(example)] == []
+    for field in schema["required"]:
+        without = {key: value for key, value in example.items() if key != field}
+        assert not validator.is_valid(without), f"{field} is required"
+
+
+def test_asyncapi_names_every_topic_and_every_message() -> None:
+    document = yaml.safe_load((SCHEMAS / "asyncapi.yaml").read_text())
+    assert {c["address"] for c in document["channels"].values()} == {topic.name("ringfence") for topic in ALL}
+    messages = document["components"]["messages"]
+    assert set(messages) == set(models())
+    for message in messages.values():
+        assert (SCHEMAS / message["payload"]["$ref"]).is_file()
+    for channel in document["channels"].values():
+        for reference in channel["messages"].values():
+            assert reference["$ref"].removeprefix("#/components/messages/") in messages
+    for operation in document["operations"].values():
+        assert operation["channel"]["$ref"].removeprefix("#/channels/") in document["channels"]
+
+
+def test_the_table_in_the_readme_is_that_of_the_topics() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert renew_table(readme) == readme, "run: make schemas"

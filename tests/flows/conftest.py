@@ -1,0 +1,37 @@
+"""What several of the flows start from."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from ringfence.dev.processes import free_port
+from tests.chaos.proxy import Link
+from tests.chaos.valkey import ChaosValkey
+from tests.conftest import Kafka
+from tests.flows.desk import another, opened_desks
+from tests.flows.place import Place
+from tests.world import World
+
+
+@pytest.fixture
+async def place(kafka: Kafka, tmp_path: Path) -> AsyncIterator[Place]:
+    """Registry, issuer and revoker on a Redis of the test's own, behind a proxy."""
+    redis = ChaosValkey(tmp_path, "redis")
+    redis.start()
+    try:
+        async with Link("redis", free_port()) as link:
+            redis.lead([link])
+            url = f"redis://127.0.0.1:{link.port}/0"
+            async with (
+                World.open(kafka.bootstrap, url, paced=kafka.kind == "embedded") as world,
+                opened_desks(world) as first,
+                world.running("issuer", "revoker"),
+            ):
+                place = Place(await another(first), redis)
+                yield place
+                await place.close()
+    finally:
+        redis.stop()

@@ -1,0 +1,196 @@
+"""Ways to have something issued that nobody approved, tried at policy and, with a policy that lies, at the issuer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from ringfence.client.sponsor import Sponsor
+from ringfence.kernel.ids import digest
+from ringfence.messages.approval import ApprovalRequest
+from ringfence.messages.registry import AgentTransfer
+from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
+from tests.flows.desk import Asked, Desk, another, opened_desks
+from tests.flows.sdk import client
+from tests.flows.test_policy import DEPLOY, Office, codes
+from tests.world import DAY_S, Party, World, scope
+
+WIPE = scope("platform", ["wipe"], ["env/production/web"])
+"""Wants the sponsor, by the bundle, and an operator, by the floor."""
+
+
+@pytest.fixture(scope="module")
+async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+    async with (
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        opened_desks(world) as desk,
+        world.running("issuer"),
+    ):
+        yield desk
+
+
+@pytest.fixture
+async def desk(office: Desk) -> Desk:
+    return await another(office)
+
+
+async def refused(desk: Desk, asked: Asked) -> list[str]:
+    return [reason.code for reason in (await desk.refused(asked)).reasons]
+
+
+# --- at the issuer, which believes no policy ---
+
+
+async def test_an_approval_of_another_request_opens_nothing(desk: Desk) -> None:
+    """sam approved the one; policy says that it was the other: the same again, and a wider one."""
+    shown = await desk.ask("deploy")
+    approval = desk.approval(shown, desk.sam)
+    wider = await desk.ask(scope=desk.scope("deploy", resource="env/**"))
+    for asked in (await desk.ask("deploy"), wider):
+        await desk.decide(asked, approvals=(approval,), required=("sponsor",))
+        assert await refused(desk, asked) == ["approval_other_request"]
+        assert await desk.is_finding(asked)
+    # Nor where the signature itself names the one and has the digest of the other.
+    for fields in (
+        {"request": shown.compact, "request_digest": digest(wider.compact)},
+        {"request": wider.compact, "request_digest": digest(shown.compact)},
+    ):
+        asked = await desk.ask("deploy")
+        await desk.decide(asked, approvals=(desk.approval(asked, desk.sam, **fields),), required=("sponsor",))
+        assert await refused(desk, asked) == ["approval_other_request"]
+
+
+async def test_an_approval_opens_its_own_request_once(desk: Desk) -> None:
+    asked = await desk.ask("deploy")
+    approval = desk.approval(asked, desk.sam)
+    await desk.decide(asked, approvals=(approval,), required=("sponsor",))
+    assert (await desk.answer(asked)).credential is not None
+    await desk.decide(asked, approvals=(approval,), required=("sponsor",))
+    await desk.event("replayed", asked)
+    assert len([one for one in await desk.records(asked.lease_id) if one.claims.status == "active"]) == 1
+
+
+@pytest.mark.parametrize("verb", ["deploy", "wipe"])
+async def test_allowed_by_a_policy_that_asked_nobody(desk: Desk, verb: str) -> None:
+    for fields in ({}, {"required": ()}, {"required": ("sponsor",)}):
+        asked = await desk.ask(verb)
+        await desk.decide(asked, **fields)
+        assert await refused(desk, asked) == ["approval_lacking"]
+        assert await desk.is_finding(asked)
+
+
+async def test_a_sponsor_that_changed_between_approval_and_issue(desk: Desk) -> None:
+    asked = await desk.ask("deploy")
+    approval = desk.approval(asked, desk.sam)
+    transfer = desk.world.claims(AgentTransfer, desk.sam, agent_id=desk.bot.name, sponsor="sue")
+    await desk.world.accepted(transfer, desk.sam)
+    assert await desk.world.runtimes["issuer"].tables_caught_up(30)
+    await desk.decide(asked, approvals=(approval,), required=("sponsor",))
+    assert await refused(desk, asked) == ["approval_stale"]
+    # Nor does it help to say that the approval was given on what there is now: sam is not the sponsor any more.
+    again = await desk.ask("deploy")
+    now = desk.revisions.model_copy(update={"agent": 2})
+    await desk.decide(
+        again,
+        approvals=(desk.approval(again, desk.sam, revisions=now),),
+        required=("sponsor",),
+        revisions=now,
+    )
+    assert await refused(desk, again) == ["approval_lacking"]
+
+
+async def test_two_keys_of_one_person_are_one_person(desk: Desk) -> None:
+    second = await second_key(desk.world, "rita", roles=("sponsor", "operator"))
+    asked = await desk.ask("deploy")
+    approvals = tuple(desk.approval(asked, party) for party in second)
+    await desk.decide(asked, approvals=approvals, required=("second_person", "operator"))
+    assert await refused(desk, asked) == ["approval_lacking"]
+    alone = await desk.ask("deploy")
+    given = (desk.approval(alone, desk.sam), desk.approval(alone, second[1]))
+    await desk.decide(alone, approvals=given, required=("sponsor", "operator"))
+    assert (await desk.answer(alone)).credential is not None  # each key counts by itself
+
+
+async def second_key(world: World, name: str, roles: Any) -> tuple[Party, Party]:
+    """A user with two keys that both count."""
+    one, two = world.party("user", name), world.party("user", name)
+    keys = tuple(party.key.record(int(time.time()) + DAY_S) for party in (one, two))
+    await world.accepted(world.user_set(world.operator, one, roles, keys=keys), world.operator)
+    return one, two
+
+
+# --- at policy ---
+
+
+async def test_two_keys_of_one_person_answer_once(world: World) -> None:
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        one, two = await second_key(world, "rita", roles=("sponsor", "operator"))
+        transfer = world.claims(AgentTransfer, office.sam, agent_id="deploy-bot", sponsor="rita")
+        await world.accepted(transfer, office.sam)
+        await office.records_read()
+        asked = await office.ask(WIPE)  # rita could be the sponsor, and the operator
+        question = await office.question(asked, one)
+        await office.approve(question, one)
+        assert await office.refused(await office.approve(question, two)) == "approved_already"
+        assert "allowed" not in await office.outcomes(asked)
+        await office.approve(question, world.operator)
+        assert (await office.final(asked)).outcome == "allowed"
+
+
+async def test_an_approval_that_was_given_before_a_denial_and_comes_after_it(world: World) -> None:
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        asked = await office.ask(WIPE)
+        question = await office.question(asked, office.sam)
+        kept = office.approval(question, office.sam)  # signed, and held back by somebody
+        first = await office.approve(question, office.sam)
+        await office.approve(question, world.operator, verdict="denied")
+        assert codes(await office.final(asked)) == {"approval_denied"}
+        for replayed in (first, kept):
+            await office.send(APPROVAL_RESPONSE, replayed)
+        assert await office.refused(kept) == "already_decided"
+        assert await office.refused(first) == "approval_replayed"
+        # Asked anew it is another request, for which neither counts.
+        anew = await office.question(await office.ask(WIPE), office.sam)
+        old = office.approval(
+            anew, office.sam, request=question.request, request_digest=question_digest(question)
+        )
+        await office.send(APPROVAL_RESPONSE, old)
+        assert await office.refused(old) == "approval_other_request"
+        assert (await office.outcomes(asked))["allowed"] == 0
+
+
+def question_digest(question: ApprovalRequest) -> str:
+    return digest(question.request)
+
+
+# --- at the person ---
+
+
+async def test_one_request_shown_under_the_name_of_another(world: World) -> None:
+    """Who can write to `approval.request` asks with the harmless request, under the id of the harmful one."""
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        harmful = await office.question(await office.ask(WIPE), office.sam)
+        harmless = await office.question(await office.ask(DEPLOY), office.sam)
+        forged = harmless.model_copy(update={"request_id": harmful.request_id})
+        async with Sponsor.connect(office.sam.key, client(world)) as sam:
+            await world.send(APPROVAL_REQUEST, "sam", forged.model_dump_json(exclude_none=True))
+            marker = await office.question(await office.ask(DEPLOY), office.sam)
+            async for pending in sam.watch():
+                if pending.request_id == marker.request_id:
+                    break
+            assert harmful.request_id in sam.unshowable
+            shown = {one.request_id: one for one in sam.pending()}
+            # What is signed is the digest of what is shown, whatever was asked beside it.
+            await sam.approve(shown[harmless.request_id])
+        decision = await office.final(harmless.request_id)
+        assert decision.outcome == "allowed"
+        decisions = [office.opened(r) for r in await world.records(CREDENTIAL_DECISION)]
+        assert not [one for one in decisions if one.request_id == harmful.request_id and one.approvals]

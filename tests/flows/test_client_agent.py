@@ -1,0 +1,224 @@
+"""An agent and what comes back to it. Policy, issuer and revoker are played: each may say, and forge, anything."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from ringfence.client.agent import Agent
+from ringfence.client.errors import (
+    InvalidCallError,
+    NotAnsweredError,
+    RefusedError,
+    RequestDeniedError,
+    RequestTimeoutError,
+)
+from ringfence.client.replies import IssuedCredential, PendingRequest
+from ringfence.kernel.jws import parse, sign
+from ringfence.kernel.kafka import Received
+from ringfence.messages.credential import Reason
+from ringfence.messages.lease import RevocationRequest
+from ringfence.messages.operations import DeadLetter, ServiceEvent
+from ringfence.messages.permission import Permission
+from ringfence.messages.topics import CREDENTIAL_REQUEST, DEAD_LETTER, REVOCATION_REQUEST, SERVICE_EVENT
+from ringfence.model.scope import ScopeError
+from tests.flows.sdk import Played, client
+from tests.world import WITHIN_S, Party, World
+
+TASK = str(uuid.uuid4())
+
+
+@pytest.fixture
+async def agent(world: World) -> AsyncIterator[Agent]:
+    async with Agent.connect(world.party("agent", "bot").key, client(world)) as connected:
+        yield connected
+
+
+def ask(agent: Agent, **options: Any) -> asyncio.Task[IssuedCredential]:
+    given = {
+        "task": TASK,
+        "target": "staging",
+        "verbs": ["deploy"],
+        "resources": ["env/staging/web"],
+        "reason": "release 41",
+        "timeout_s": WITHIN_S,
+    }
+    return asyncio.create_task(agent.request(**{**given, **options}))
+
+
+async def arrived(world: World, holds: Callable[[Played], bool] = lambda played: True) -> Played:
+    """The first request on the topic for which `holds`."""
+    return Played(world, await world.consume_until(CREDENTIAL_REQUEST, lambda r: holds(Played(world, r))))
+
+
+def revocation(record: Received) -> RevocationRequest:
+    return parse(record.value).unverified_claims(RevocationRequest)
+
+
+async def test_a_request_says_exactly_what_was_asked_and_gets_its_credential(
+    world: World, agent: Agent
+) -> None:
+    asked = ask(agent, ttl_s=90)
+    played = await arrived(world)
+    assert played.claims.iss == agent.connection.key.id
+    assert played.claims.scope == (
+        Permission(target="staging", verbs=("deploy",), resources=("env/staging/web",)),
+    )
+    assert (played.claims.ttl_s, played.claims.reason, played.claims.task_id) == (90, "release 41", TASK)
+    assert played.record.key == "bot"
+    lease_id = await played.issue("s3cret")
+    credential = await asked
+    assert (credential.lease_id, credential.value) == (lease_id, "s3cret")
+    assert played.record.traceparent is not None
+    assert credential.trace_id == played.record.traceparent.split("-")[1]
+
+
+async def test_what_forgers_reply_is_ignored(world: World, agent: Agent) -> None:
+    asked = ask(agent)
+    played = await arrived(world)
+    no = (Reason(code="no", message="no"),)
+    await played.reply(played.decision("denied", by=world.key("issuer"), reasons=no))
+    await played.reply(played.decision("denied", by=world.party("service", "policy").key, reasons=no))
+    await played.issue("stolen", scope=(Permission(target="staging", verbs=("read",), resources=("**",)),))
+    await played.issue("good")
+    assert (await asked).value == "good"
+
+
+async def test_requests_side_by_side_get_their_own_answers(world: World, agent: Agent) -> None:
+    asked = {name: ask(agent, reason=name) for name in ("one", "two", "three", "four")}
+    for name in ("four", "two", "three"):
+        await (await arrived(world, lambda p, name=name: p.claims.reason == name)).issue(f"for {name}")  # type: ignore[misc]
+    denied = await arrived(world, lambda p: p.claims.reason == "one")
+    await denied.reply(denied.decision("denied", reasons=(Reason(code="no", message="not this one"),)))
+    for name in ("two", "three", "four"):
+        assert (await asked[name]).value == f"for {name}"
+    with pytest.raises(RequestDeniedError, match="not this one"):
+        await asked["one"]
+
+
+async def test_approvals_are_told_once_and_then_the_credential_comes(world: World, agent: Agent) -> None:
+    told: list[PendingRequest] = []
+    asked = ask(agent, on_pending=told.append)
+    played = await arrived(world)
+    waits = played.decision("approval_required", required=("sponsor",))
+    await played.reply(waits)
+    await played.reply(waits)  # at least once
+    await played.issue()
+    await asked
+    assert [str(pending) for pending in told] == ["waiting for the approval of the agent's sponsor"]
+
+
+async def test_on_pending_may_be_a_coroutine_and_its_failure_is_the_callers(
+    world: World, agent: Agent
+) -> None:
+    async def fail(pending: PendingRequest) -> None:
+        raise TimeoutError("the caller's own")
+
+    asked = ask(agent, on_pending=fail)
+    played = await arrived(world)
+    await played.reply(played.decision("approval_required", required=("sponsor",)))
+    with pytest.raises(TimeoutError, match="the caller's own"):
+        await asked
+
+
+async def test_a_timeout_says_what_was_waited_for(world: World, agent: Agent) -> None:
+    with pytest.raises(RequestTimeoutError, match="still waiting for policy's decision") as silent:
+        await ask(agent, timeout_s=0.3)
+    assert silent.value.waiting_for == "policy's decision"
+
+    asked = ask(agent, timeout_s=2.0, reason="second")
+    played = await arrived(world, lambda p: p.claims.reason == "second")
+    await played.reply(played.decision("approval_required", required=("sponsor", "operator")))
+    with pytest.raises(RequestTimeoutError, match="the approval of the agent's sponsor and an operator"):
+        await asked
+
+    asked = ask(agent, timeout_s=2.0, reason="third")
+    played = await arrived(world, lambda p: p.claims.reason == "third")
+    await played.reply(played.decision())
+    with pytest.raises(RequestTimeoutError, match="the issuer, after policy allowed it"):
+        await asked
+
+
+async def test_a_timeout_says_why_the_request_counted_for_nothing(world: World, agent: Agent) -> None:
+    asked = ask(agent, timeout_s=2.0)
+    played = await arrived(world)
+    letter = DeadLetter(
+        source=played.record.coordinates,
+        service="policy",
+        code="key_unknown",
+        reason="no such agent",
+        at_ms=1,
+    )
+    await world.send(DEAD_LETTER, "t", letter.model_dump_json())
+    with pytest.raises(
+        RequestTimeoutError, match=r"the policy could not accept it \(key_unknown: no such agent\)"
+    ):
+        await asked
+
+
+async def test_a_credential_that_comes_too_late_is_given_back(world: World, agent: Agent) -> None:
+    with pytest.raises(RequestTimeoutError):
+        await ask(agent, timeout_s=0.2)
+    lease_id = await (await arrived(world)).issue()
+    released = revocation(await world.consume_until(REVOCATION_REQUEST, lambda r: True))
+    assert (released.kind, released.lease_id, released.iss) == ("release", lease_id, agent.connection.key.id)
+
+
+async def test_the_block_releases_however_it_ends(world: World, agent: Agent) -> None:
+    async def play() -> str:
+        return await (await arrived(world)).issue()
+
+    playing = asyncio.create_task(play())
+    with pytest.raises(ZeroDivisionError):
+        async with agent.credential(
+            task=TASK,
+            target="staging",
+            verbs=["deploy"],
+            resources=["env/staging/web"],
+            reason="x",
+            timeout_s=WITHIN_S,
+        ) as credential:
+            assert credential.lease_id == await playing
+            raise ZeroDivisionError
+    released = revocation(await world.consume_until(REVOCATION_REQUEST, lambda r: True))
+    assert (released.kind, released.lease_id) == ("release", credential.lease_id)
+
+
+@pytest.mark.parametrize("kind", ["accepted", "refused"])
+async def test_a_release_may_wait_for_the_revokers_word(world: World, agent: Agent, kind: str) -> None:
+    lease_id = str(uuid.uuid4())
+    releasing = asyncio.create_task(agent.release(lease_id, timeout_s=WITHIN_S))
+    record = await world.consume_until(REVOCATION_REQUEST, lambda r: revocation(r).lease_id == lease_id)
+    revoker = world.key("revoker")
+    event = world.claims(
+        ServiceEvent, Party("revoker", revoker), kind=kind, subject="revocation.request", actor=revocation(record).iss,
+        ref=revocation(record).jti, reasons=(Reason(code="not_yours", message="not yours"),), at_ms=1,
+    )  # fmt: skip
+    await world.send(SERVICE_EVENT, "revoker", sign(event, revoker))
+    if kind == "accepted":
+        await releasing
+    else:
+        with pytest.raises(RefusedError, match="not yours"):
+            await releasing
+
+
+async def test_a_release_that_nobody_answers(world: World, agent: Agent) -> None:
+    with pytest.raises(NotAnsweredError, match="the revoker did not answer"):
+        await agent.release(str(uuid.uuid4()), timeout_s=0.3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"task": "not-a-uuid"}, {"ttl_s": 0}, {"reason": ""}, {"verbs": []}, {"target": "No Target"}],
+    ids=str,
+)
+async def test_what_makes_no_request_is_not_sent(world: World, agent: Agent, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidCallError):
+        await ask(agent, **wrong)
+    with pytest.raises(ScopeError):
+        await ask(agent, resources=["../prod"])
+    assert list(await world.records(CREDENTIAL_REQUEST)) == []

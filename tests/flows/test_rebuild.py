@@ -1,0 +1,360 @@
+"""Redis lost in all the ways that it can be: each lease is there again, none has come to life, each ends once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from ringfence.cli.main import main
+from ringfence.kernel.jws import sign
+from ringfence.messages.lease import TERMINAL, EndCause, Selector
+from ringfence.messages.topics import LEASE
+from ringfence.model.grants import id_of
+from ringfence.model.lease_store import LeaseStore, Restoration, SignedLease, Step, StoredLease
+from ringfence.model.lease_store.keys import packed
+from ringfence.model.leases import ALL_MARK, follow
+from tests.flows.granting import claims_of, grant, granted
+from tests.flows.place import Place, late, publish
+
+
+@pytest.mark.parametrize("how", ["flushed", "empty", "restarted", "promoted"])
+async def test_a_lost_redis_is_rebuilt_with_what_is_alive_and_what_has_ended(place: Place, how: str) -> None:
+    desk = place.desk
+    (kept, _), (gone, _), (soon, _) = await asyncio.gather(
+        desk.issued("read"), desk.issued("read"), desk.issued("read", ttl_s=15)
+    )
+    await place.release(gone)
+    assert await place.life(gone) == ["active", "ending", "released"]
+    await place.lose(how)
+    await place.active(kept, soon)
+    ended = (await place.store.get([gone.lease_id]))[gone.lease_id]
+    assert (ended.status, ended.seq) == ("released", 3)
+    assert not (await place.store.look(gone.lease_id)).active
+    assert gone.lease_id not in await place.store.find(ALL_MARK)
+    # And life goes on: what is issued, released, and due.
+    later, _ = await desk.issued("read")
+    await place.release(kept)
+    assert await place.life(kept) == ["active", "ending", "released"]
+    assert await place.life(soon) == ["active", "expired"]
+    assert (await place.store.look(later.lease_id)).active
+    assert await place.life(gone) == ["active", "ending", "released"]
+
+
+async def test_how_often_a_grant_was_used_is_known_again(place: Place) -> None:
+    desk = place.desk
+    compact = grant(desk, count=3)
+    id = id_of(claims_of(compact))
+    kept, gone = await granted(desk, compact), await granted(desk, compact)
+    for asked in (kept, gone):
+        assert (await desk.answer(asked)).credential is not None
+    await place.release(gone)
+    assert await place.life(gone) == ["active", "ending", "released"]
+    await place.lose("flushed")
+    assert await place.uses(id) == 2  # also the one that has ended
+    assert (await desk.answer(await granted(desk, compact))).credential is not None
+    before, at = await place.epochs(), place.store.at(id)
+    await place.store.link.pipeline([("DEL", at.grant(id)), ("DEL", at.epoch)])  # one shard of several
+    await place.rebuilt(before)
+    assert await place.uses(id) == 3
+    refusal = await desk.refused(await granted(desk, compact))
+    assert [reason.code for reason in refusal.reasons] == ["grant_used_up"]
+    # Also one that Redis has, and Kafka does not have yet.
+    id = str(uuid.uuid4())
+    assert [one.outcome for one in await place.store.activate([await late(place, grants=(id,))])] == [
+        "activated"
+    ]
+    before, at = await place.epochs(), place.store.at(id)
+    await place.store.link.pipeline([("DEL", at.epoch)])
+    await place.rebuilt(before)
+    assert await place.uses(id) == 1
+
+
+async def test_what_is_asked_for_while_redis_is_lost_is_issued_once_when_it_is_back(place: Place) -> None:
+    desk = place.desk
+    issuing = [asyncio.create_task(desk.issued("read", ttl_s=60)) for _ in range(4)]
+    for how in ("flushed", "empty", "flushed"):
+        issuing += [asyncio.create_task(desk.issued("read", ttl_s=60)) for _ in range(4)]
+        await asyncio.sleep(0)  # they are on their way
+        await place.lose(how)
+    leases = [asked for asked, _ in await asyncio.gather(*issuing)]
+    async with asyncio.timeout(30):
+        while not all([(await place.store.look(asked.lease_id)).active for asked in leases]):
+            await asyncio.sleep(0.05)
+    await place.active(*leases)
+    await asyncio.gather(*(place.release(asked) for asked in leases))
+    for asked in leases:
+        assert await place.life(asked) == ["active", "ending", "released"]
+
+
+async def test_an_old_snapshot_revives_nothing_and_has_forgotten_nothing(
+    place: Place, tmp_path: Path
+) -> None:
+    desk = place.desk
+    (kept, _), (released, _), (due, _) = await asyncio.gather(
+        desk.issued("read"), desk.issued("read"), desk.issued("read", ttl_s=12)
+    )
+    before = await place.epochs()
+    setting_back = asyncio.create_task(place.redis.set_back(age_s=15))
+    while not list(tmp_path.glob("*.rdb")):
+        await asyncio.sleep(0.01)
+    await place.release(released)
+    assert await place.life(released) == ["active", "ending", "released"]
+    assert await place.life(due) == ["active", "expired"]
+    newer, _ = await desk.issued("read")
+    await setting_back
+    await place.rebuilt(before)
+    await place.active(kept, newer)
+    stored = await place.store.get([released.lease_id, due.lease_id])
+    assert [stored[asked.lease_id].status for asked in (released, due)] == ["released", "expired"]
+    assert sorted(await place.store.find(f"agent:{desk.bot.name}")) == sorted([kept.lease_id, newer.lease_id])
+    # What the outbox of then holds of leases that have gone on since is not published any more.
+    waiting = {one.lease_id for one in await place.store.unpublished(older_than_ms=0)}
+    assert waiting.isdisjoint({released.lease_id, due.lease_id})
+    later, _ = await desk.issued("read")
+    await place.release(later)
+    assert await place.life(released) == ["active", "ending", "released"]
+    assert await place.life(due) == ["active", "expired"]
+
+
+async def test_a_deadline_that_was_missed_meanwhile_ends_its_lease_at_once(place: Place) -> None:
+    asked, _ = await place.desk.issued("read", ttl_s=10)
+    lease = await place.desk.lease(asked.lease_id, "active")
+    place.redis._server.kill()
+    while time.time() < lease.deadline:
+        await asyncio.sleep(0.1)
+    await place.redis.lost(0)
+    assert await place.life(asked) == ["active", "expired"]
+
+
+async def test_a_kill_switch_stands_after_a_rebuild(place: Place) -> None:
+    desk = place.desk
+    before = await desk.ask("read")
+    claims, _ = await desk.revoke(
+        desk.sam, selector=Selector(agent_id=desk.bot.name), reason="something is wrong"
+    )
+    assert (await desk.verdict(claims)).kind == "accepted"
+    await place.lose("empty")
+    await desk.decide(before)
+    assert (await desk.refused(before)).reasons[0].code == "fenced"
+    after, _ = await desk.issued("read")
+    await place.active(after)
+
+
+async def test_what_strangers_write_to_the_topic_hides_no_lease_and_makes_none(place: Place) -> None:
+    desk, world = place.desk, place.world
+    asked, _ = await desk.issued("read")
+    lease = await desk.lease(asked.lease_id, "active")
+    cause = EndCause(kind="deadline", at_ms=1)
+    ended = follow(lease, "expired", by=world.key("revoker").id, cause=cause)
+    forged = sign(ended, desk.bot.key)
+    invented = lease.model_copy(update={"lease_id": str(uuid.uuid4())})
+    await world.send(LEASE, asked.lease_id, forged)
+    await world.send(LEASE, asked.lease_id, "not.a.record")
+    await world.send(LEASE, invented.lease_id, sign(invented, desk.bot.key))
+    await place.lose("empty")
+    assert (await place.store.look(asked.lease_id)).active
+    assert await place.store.find(ALL_MARK) == [asked.lease_id]
+    assert await place.store.get([invented.lease_id]) == {}
+    await place.release(asked)
+    stored = await place.store.get([asked.lease_id])
+    assert (stored[asked.lease_id].status, stored[asked.lease_id].seq) == ("released", 3)
+
+
+# --- records that come late -------------------------------------------------------------------------------------------
+
+
+async def test_a_lease_that_is_published_after_the_rebuild_is_given_to_redis(place: Place) -> None:
+    one = await late(place)
+    await publish(place, one)
+    async with asyncio.timeout(30):
+        while not (await place.store.look(one.claims.lease_id)).active:
+            await asyncio.sleep(0.05)
+    claims, _ = await place.desk.revoke(place.desk.bot, "release", lease_id=one.claims.lease_id)
+    assert (await place.desk.verdict(claims)).result == "1"
+
+
+async def test_a_lease_that_is_published_after_it_was_revoked_ends(place: Place) -> None:
+    desk = place.desk
+    one = await late(place)
+    order, _ = await desk.revoke(desk.sam, selector=Selector(agent_id=desk.bot.name), reason="enough")
+    await desk.verdict(order)
+    await publish(place, one)
+    end = await desk.lease(one.claims.lease_id, *TERMINAL)
+    assert end.cause is not None
+    assert (end.status, end.cause.ref) == ("revoked", order.jti)
+
+
+async def test_a_lease_that_redis_did_not_have_when_it_was_revoked_is_ended_by_the_rebuild(
+    place: Place,
+) -> None:
+    desk = place.desk
+    one, other = await late(place), await late(place, agent_id="somebody-else")
+    order, _ = await desk.revoke(desk.sam, selector=Selector(agent_id=desk.bot.name), reason="enough")
+    await desk.verdict(order)
+    before = await place.epochs()
+    await asyncio.gather(place.redis.lost(2), publish(place, one, other))
+    await place.rebuilt(before)
+    assert not (await place.store.look(one.claims.lease_id)).active
+    assert (await place.store.look(other.claims.lease_id)).active
+    end = await desk.lease(one.claims.lease_id, *TERMINAL)
+    assert end.cause is not None
+    assert (end.status, end.cause.ref) == ("revoked", order.jti)
+    assert len({record.compact for record in await desk.records(one.claims.lease_id)}) == 3
+
+
+async def test_what_redis_has_and_kafka_does_not_have_yet_is_left_as_it_is(place: Place) -> None:
+    desk, store = place.desk, place.store
+    one = await late(place)
+    order, _ = await desk.revoke(desk.sam, selector=Selector(agent_id=desk.bot.name), reason="enough")
+    await desk.verdict(order)
+    await store.restore([one])
+    await publish(place, one)
+    key = place.world.key("revoker")
+    cause = EndCause(kind="release", at_ms=1, by=desk.bot.id, ref="x", reason="done")
+    ending = follow(one.claims, "ending", by=key.id, cause=cause)
+    cut = SignedLease(ending, sign(ending, key))
+    await store.step(
+        [Step(cut, one.claims)], visibility_ms=60_000
+    )  # by a revoker that died before it was on Kafka
+    before = await place.epochs()
+    restoration = Restoration(place.world.settings("revoker"))
+    await restoration.declare_lost()
+    await restoration.close()
+    await place.rebuilt(before)
+    await desk.lease(one.claims.lease_id, "ending")
+    records = {record.compact for record in await desk.records(one.claims.lease_id)}
+    assert records == {one.jws, cut.jws}
+
+
+async def test_an_old_record_that_comes_after_a_newer_one_is_followed_by_the_newer(place: Place) -> None:
+    desk = place.desk
+    asked, _ = await desk.issued("read")
+    first = (await desk.issued_records(asked.lease_id))[0]
+    await place.release(asked)
+    assert await place.life(asked) == ["active", "ending", "released"]
+    await publish(place, SignedLease(first.claims, first.compact))
+    async with asyncio.timeout(30):
+        while len(records := await desk.records(asked.lease_id)) < 5:
+            await asyncio.sleep(0.05)
+    assert [one.claims.seq for one in records] == [1, 2, 3, 1, 3]
+    assert records[-1].compact == records[2].compact
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+class Command:
+    """`ringfence rebuild`, with the settings of a service."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self._capture = capture
+
+    async def __call__(self, *args: str, status: int = 0) -> Any:
+        """The JSON that it printed."""
+        self._capture.readouterr()
+        ended = await asyncio.to_thread(main, ["--json", "rebuild", *args])
+        told = self._capture.readouterr()
+        assert ended == status, told.err or told.out
+        return json.loads(told.out)
+
+    async def differences(self) -> set[tuple[str, str]]:
+        """What `--check` finds, without what it says of it."""
+        found = await self("--check", status=1)
+        return {(one["what"], one["about"]) for one in found["differences"]}
+
+
+@pytest.fixture
+def command(place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    settings = place.world.settings("revoker")
+    for name in [name for name in os.environ if name.startswith("RINGFENCE_")]:
+        monkeypatch.delenv(name)
+    for name in (
+        "kafka", "topic_prefix", "trust_domain", "trust_root", "embedded_broker", "redis_url", "redis_prefix",
+        "redis_shards",
+    ):  # fmt: skip
+        monkeypatch.setenv(f"RINGFENCE_{name.upper()}", str(getattr(settings, name)))
+    return Command(capsys)
+
+
+async def test_the_check_finds_nothing_where_all_is_well(place: Place, command: Command) -> None:
+    desk = place.desk
+    assert await command("--check") == {"differences": []}
+    kept, _ = await desk.issued("read")
+    gone, _ = await desk.issued("read")
+    await place.release(gone)
+    order, _ = await desk.revoke(desk.sam, selector=Selector(agent_id=desk.bot.name), reason="enough")
+    await desk.verdict(order)
+    assert statuses(await place.store.get([kept.lease_id, gone.lease_id])) == ["revoked", "released"]
+    await desk.issued("read")
+    await place.life(kept)
+    assert await command("--check") == {"differences": []}
+
+
+def statuses(stored: dict[str, StoredLease]) -> list[str]:
+    return [one.status for one in stored.values()]
+
+
+async def test_each_difference_is_listed_and_a_rebuild_mends_it(
+    place: Place, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk, store = place.desk, place.store
+
+    async def nothing(self: LeaseStore, leases: Sequence[SignedLease]) -> int:
+        return 0
+
+    # The revoker may not have looked yet at the last records that came, and would mend what is broken here.
+    monkeypatch.setattr(LeaseStore, "restore", nothing)
+    order, _ = await desk.revoke(desk.maria, selector=Selector(user_id="maria"), reason="enough")
+    assert (await desk.verdict(order)).kind == "accepted"
+    leases = [(await desk.issued("read"))[0].lease_id for _ in range(5)]
+    missing, unindexed, dead, undue, behind = leases
+    first = await desk.issued_records(behind)
+    claims, _ = await desk.revoke(desk.bot, "release", lease_id=behind)
+    await desk.verdict(claims)
+    await desk.lease(behind, "released")
+    unknown = await late(place)
+
+    def at(id: str) -> tuple[Any, bytes]:
+        return store.at(id), packed(id)
+
+    async with Redis.from_url(place.world.settings("revoker").redis_url) as redis:
+        keys, id = at(missing)
+        await redis.delete(keys.record(id), keys.live(id))
+        await redis.zrem(keys.deadlines, id)
+        keys, id = at(unindexed)
+        await redis.srem(keys.index(f"agent:{desk.bot.name}"), id)
+        keys, id = at(dead)
+        await redis.delete(keys.live(id))
+        keys, id = at(undue)
+        await redis.zrem(keys.deadlines, id)
+        keys, id = at(behind)
+        await redis.set(keys.record(id), f"active 1 {first[0].claims.deadline * 1000}\n{first[0].compact}")
+        keys, id = at(unknown.claims.lease_id)
+        await store.activate([unknown])
+        await store.flush_outbox()
+        await redis.delete(keys.outbox, keys.outbox_times)
+        await redis.delete(store.keys[1].fences)
+    found = await command.differences()
+    assert found == {
+        ("missing", missing), ("misplaced", unindexed), ("misplaced", dead), ("misplaced", undue),
+        ("behind", behind), ("misplaced", behind), ("unknown", unknown.claims.lease_id),
+        ("unfenced", "user:maria in shard 1"), ("unfenced", "cut:user:maria in shard 1"),
+    }  # fmt: skip
+    assert await command.differences() == found, "it changes nothing"
+    before = await place.epochs()
+    assert (await command())["rebuilt"] is True
+    await place.rebuilt(before)
+    assert await command.differences() == {("unknown", unknown.claims.lease_id)}
+    assert (await store.get([behind]))[behind].status == "released"
+    for lease_id in (missing, unindexed, dead, undue):
+        assert (await store.look(lease_id)).active
+        assert lease_id in await store.find(f"agent:{desk.bot.name}")

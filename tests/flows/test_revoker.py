@@ -1,0 +1,600 @@
+"""The revoker on a real broker and a real Redis, next to the issuer: every lease ends, once, and only by who may."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+
+from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.ids import digest
+from ringfence.kernel.jws import Signed, sign
+from ringfence.kernel.kafka import Outbound
+from ringfence.kernel.keys import b64encode
+from ringfence.messages.base import Topic
+from ringfence.messages.credential import Coordinates
+from ringfence.messages.lease import TERMINAL, EndCause, Lease, LeaseStatus, RevocationRequest, Selector
+from ringfence.messages.operations import ServiceEvent
+from ringfence.messages.registry import (
+    AgentDecommission,
+    AgentSetCeiling,
+    AgentSuspend,
+    AgentTransfer,
+    TargetRemove,
+    TaskEnd,
+    UserDisable,
+)
+from ringfence.messages.topics import AGENT, DEAD_LETTER, LEASE, REVOCATION_REQUEST
+from ringfence.messages.trust import ServiceRole
+from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, Step
+from ringfence.model.leases import follow, origin_of, record_id
+from ringfence.revoker.ending import Ender
+from ringfence.revoker.settings import RevokerSettings
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
+from tests.flows.desk import Asked, Desk, another, opened_desks
+from tests.world import Party, World, scope
+
+QUICK: dict[ServiceRole, Any] = {"revoker": RevokerSettings(visibility_ms=300, outbox_age_ms=200)}
+
+
+@pytest.fixture(scope="module")
+async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+    """Registry, issuer and revoker, once for all tests here."""
+    async with (
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        opened_desks(world) as desk,
+        world.running("issuer", "revoker", own=QUICK),
+    ):
+        yield desk
+
+
+@pytest.fixture
+async def desk(office: Desk) -> Desk:
+    """An agent and a task of the test's own."""
+    return await another(office)
+
+
+@pytest.fixture
+async def store(office: Desk) -> AsyncIterator[LeaseStore]:
+    store = LeaseStore(office.world.settings("issuer"))
+    yield store
+    await store.close()
+
+
+async def ended(desk: Desk, asked: Asked) -> list[Signed[Lease]]:
+    """All records of a lease once it is over, each once, by `seq`; checked to be one life with one end."""
+    await desk.lease(asked.lease_id, *TERMINAL)
+    records = {record.compact: record for record in await desk.records(asked.lease_id)}
+    life = sorted(records.values(), key=lambda record: record.claims.seq)
+    assert [record.claims.seq for record in life] == list(range(1, len(life) + 1))
+    assert [record.claims.status in TERMINAL for record in life] == [False] * (len(life) - 1) + [True]
+    assert {record.claims.model_copy(update=_CHANGING).model_dump_json() for record in life[1:]} == {
+        life[0].claims.model_copy(update=_CHANGING).model_dump_json()
+    }
+    return life
+
+
+_CHANGING = {"iss": "", "iat": 0, "jti": "", "seq": 1, "status": "active", "cause": None, "epoch": None}
+
+
+def statuses(life: list[Signed[Lease]]) -> list[LeaseStatus]:
+    return [record.claims.status for record in life]
+
+
+async def lives(desk: Desk, store: LeaseStore, *leases: Asked) -> None:
+    """Fails unless all of these are active and nothing was written about them but that they are."""
+    for asked in leases:
+        assert (await store.look(asked.lease_id)).active
+        assert {record.claims.status for record in await desk.issued_records(asked.lease_id)} == {"active"}
+
+
+async def accepted(desk: Desk, by: Party, **fields: Any) -> ServiceEvent:
+    claims, _ = await desk.revoke(by, **fields)
+    event = await desk.verdict(claims)
+    assert event.kind == "accepted", event.reasons
+    return event
+
+
+async def refused(desk: Desk, by: Party, **fields: Any) -> str:
+    claims, _ = await desk.revoke(by, **fields)
+    event = await desk.verdict(claims)
+    assert (event.kind, event.subject) == ("refused", "revocation.request")
+    return event.reasons[0].code
+
+
+async def redeliver(desk: Desk, topic: Topic[Any], at: Coordinates) -> None:
+    """Hand a record that was handled once to the revoker again, as a broker does after a crash before the commit."""
+    name = topic.name(desk.world.prefix)
+    (record,) = [
+        r for r in await desk.world.records(topic) if (r.partition, r.offset) == (at.partition, at.offset)
+    ]
+    for consumer in desk.world.runtimes["revoker"]._consumers:
+        if name in consumer._handlers:
+            await consumer._handlers[name]([record])
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_lease_expires_by_itself_once_and_not_before_its_deadline(
+    desk: Desk, store: LeaseStore
+) -> None:
+    asked, _ = await desk.issued("read", ttl_s=6)
+    life = await ended(desk, asked)
+    assert statuses(life) == ["active", "expired"]
+    end = life[-1].claims
+    assert end.iss == desk.world.key("revoker").id
+    assert end.cause == EndCause(kind="deadline", at_ms=end.deadline * 1000)
+    record = await desk.world.consume_until(
+        LEASE, lambda r: r.key == asked.lease_id and r.value.decode() == life[-1].compact
+    )
+    assert record.appended_at_ms >= end.deadline * 1000 - 20  # two clocks of one machine
+    assert (await store.get([asked.lease_id]))[asked.lease_id].jws.decode() == life[-1].compact
+    assert asked.lease_id not in await store.find(f"agent:{desk.bot.name}")
+
+
+async def test_two_revokers_share_the_work_and_each_lease_ends_once(world: World) -> None:
+    async with opened_desks(world) as first, world.running("issuer", "revoker", own=QUICK):
+        desk = await another(first)
+        async with world.running("revoker", own=QUICK):
+            leases = await asyncio.gather(*(desk.issued("read", ttl_s=10) for _ in range(24)))
+            for asked, _ in leases:
+                assert statuses(await ended(desk, asked)) == ["active", "expired"]
+
+
+async def test_a_lease_that_a_dead_revoker_cut_is_ended_by_another_for_the_same_reason(
+    desk: Desk, store: LeaseStore
+) -> None:
+    asked, _ = await desk.issued("read")
+    lease = await desk.lease(asked.lease_id, "active")
+    key = desk.world.key("revoker")
+    cause = EndCause(kind="release", at_ms=1, by=desk.bot.id, ref="x", reason="done")
+    ending = follow(lease, "ending", by=key.id, cause=cause)
+    cut = SignedLease(ending, sign(ending, key))
+    await store.step([Step(cut, lease)], visibility_ms=100)  # and nothing of it on Kafka
+    life = await ended_after_sweep(desk, asked)
+    assert statuses(life) == ["active", "ending", "released"]
+    assert life[1].compact == cut.jws
+    assert life[2].claims.cause == cause
+
+
+async def ended_after_sweep(desk: Desk, asked: Asked) -> list[Signed[Lease]]:
+    """`ended`, once also what lay in the outbox is on Kafka."""
+    await desk.lease(asked.lease_id, "active")
+    await desk.lease(asked.lease_id, "ending")
+    return await ended(desk, asked)
+
+
+async def test_a_record_that_a_dead_issuer_left_in_the_outbox_is_published_as_it_was(
+    desk: Desk, store: LeaseStore
+) -> None:
+    asked, _ = await desk.issued("read")
+    lease = await desk.lease(asked.lease_id, "active")
+    key, id = desk.world.key("issuer"), str(uuid.uuid4())
+    origin = origin_of(id, Coordinates(topic="t", partition=0, offset=0, appended_at_ms=0))
+    orphan = lease.model_copy(update={"lease_id": id, "jti": record_id(origin, 1)})
+    signed = SignedLease(orphan, sign(orphan, key))
+    assert await store.activate([signed]) == [Activation("activated")]
+    record = await desk.world.consume_until(LEASE, lambda r: r.key == id)
+    assert record.value.decode() == signed.jws
+    assert record.headers["ce_id"] == orphan.jti
+
+    async with asyncio.timeout(20):
+        while any(one.lease_id == id for one in await store.unpublished(older_than_ms=0)):
+            await asyncio.sleep(0.1)
+
+
+async def test_an_end_that_kafka_did_not_take_is_published_later_as_it_was(
+    desk: Desk, store: LeaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = desk.world.runtimes["revoker"].publisher
+    send, lost = publisher.send_many, list[str]()
+
+    async def failing(topic: Topic[Any], type: str, records: Sequence[Outbound]) -> Any:
+        if topic is LEASE and len(lost) < 2:
+            lost.extend(record.value.decode() for record in records)
+            raise UnavailableError("the broker went away")
+        return await send(topic, type, records)
+
+    asked, _ = await desk.issued("read")
+    monkeypatch.setattr(publisher, "send_many", failing)
+    event = await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
+    life = await ended_after_sweep(desk, asked)
+    assert statuses(life) == ["active", "ending", "released"]
+    assert len(lost) == 2
+    assert set(lost) <= {record.compact for record in life}
+    assert event.result == "1"
+
+
+# --- release ----------------------------------------------------------------------------------------------------------
+
+
+async def test_an_agent_gives_its_credential_back(desk: Desk, store: LeaseStore) -> None:
+    asked, _ = await desk.issued("read")
+    claims, at = await desk.revoke(desk.bot, "release", lease_id=asked.lease_id, reason="deployed")
+    event = await desk.verdict(claims)
+    assert (event.kind, event.result, event.lease_id) == ("accepted", "1", asked.lease_id)
+    assert event.source == at
+    life = await ended(desk, asked)
+    assert statuses(life) == ["active", "ending", "released"]
+    cause = EndCause(
+        kind="release", at_ms=at.appended_at_ms, by=desk.bot.id, ref=claims.jti, reason="deployed"
+    )
+    assert [record.claims.cause for record in life[1:]] == [cause, cause]
+    assert not (await store.look(asked.lease_id)).active
+
+
+async def test_giving_back_twice_is_fine_and_ends_nothing_twice(desk: Desk) -> None:
+    asked, _ = await desk.issued("read")
+    await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
+    again = await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
+    assert again.result == "0"
+    assert len(await ended(desk, asked)) == 3
+
+
+async def test_a_redelivered_release_ends_nothing_twice(desk: Desk) -> None:
+    asked, _ = await desk.issued("read")
+    claims, at = await desk.revoke(desk.bot, "release", lease_id=asked.lease_id)
+    await desk.verdict(claims)
+    await redeliver(desk, REVOCATION_REQUEST, at)
+    assert len(await ended(desk, asked)) == 3
+
+
+async def test_an_agent_ends_nothing_but_its_own(desk: Desk, office: Desk, store: LeaseStore) -> None:
+    other = await another(office)
+    asked, _ = await desk.issued("read")
+    release = {"kind": "release", "lease_id": asked.lease_id}
+    assert await refused(desk, other.bot, **release) == "not_entitled"
+    own = Selector(agent_id=desk.bot.name)
+    assert await refused(desk, desk.bot, kind="release", selector=own) == "not_entitled"
+    assert await refused(desk, desk.bot, kind="revocation", lease_id=asked.lease_id) == "kind_unexpected"
+    assert await refused(desk, desk.bot, kind="task_ended", lease_id=asked.lease_id) == "kind_unexpected"
+    await lives(desk, store, asked)
+
+
+async def test_a_lease_that_nobody_knows(desk: Desk) -> None:
+    assert await refused(desk, desk.bot, kind="release", lease_id=str(uuid.uuid4())) == "lease_unknown"
+
+
+# --- revocation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", ["sam", "maria", "operator"])
+async def test_who_answers_for_a_lease_revokes_it(desk: Desk, who: str) -> None:
+    by = desk.world.operator if who == "operator" else getattr(desk, who)
+    asked, _ = await desk.issued("read")
+    event = await accepted(desk, by, lease_id=asked.lease_id)
+    life = await ended(desk, asked)
+    assert statuses(life) == ["active", "ending", "revoked"]
+    assert life[-1].claims.cause is not None
+    assert (life[-1].claims.cause.by, life[-1].claims.cause.ref) == (by.id, event.ref)
+
+
+async def test_nobody_else_revokes(desk: Desk, office: Desk, store: LeaseStore) -> None:
+    asked, _ = await desk.issued("read")
+    ada = await office.world.user("ada", roles=("auditor",))
+    for stranger in (desk.sue, ada):
+        assert await refused(desk, stranger, lease_id=asked.lease_id) == "not_entitled"
+    assert await refused(desk, desk.sam, kind="agent_suspended", lease_id=asked.lease_id) == "kind_unexpected"
+    for by, selector in (
+        (desk.sam, Selector(all=True)),
+        (desk.sam, Selector(target_id="staging")),
+        (desk.sam, Selector(user_id="maria")),
+        (desk.maria, Selector(agent_id=desk.bot.name)),
+        (desk.maria, Selector(sponsor="sam")),
+        (desk.sue, Selector(task_id=desk.task)),
+        (desk.sue, Selector(agent_id=desk.bot.name)),
+    ):
+        assert await refused(desk, by, selector=selector) == "not_entitled", selector
+    await lives(desk, store, asked)
+
+
+async def test_a_former_sponsor_revokes_no_more(desk: Desk, store: LeaseStore) -> None:
+    asked, _ = await desk.issued("read")
+    transfer = desk.world.claims(AgentTransfer, desk.sam, agent_id=desk.bot.name, sponsor="sue")
+    await desk.world.accepted(transfer, desk.sam)
+    # An order that comes within the moment in which word of the transfer is on its way is judged as before it.
+    assert await desk.world.runtimes["revoker"].tables_caught_up(30)
+    assert await refused(desk, desk.sam, lease_id=asked.lease_id) == "not_entitled"
+    await lives(desk, store, asked)
+    await accepted(desk, desk.sue, lease_id=asked.lease_id)
+    assert statuses(await ended(desk, asked))[-1] == "revoked"
+
+
+@pytest.mark.parametrize("forger", ["a stranger", "a service of another role", "policy"])
+async def test_an_order_that_nobody_of_authority_signed_is_dead_lettered(
+    desk: Desk, store: LeaseStore, forger: str
+) -> None:
+    asked, _ = await desk.issued("read")
+    by = {
+        "a stranger": desk.world.party("user", "olga"),
+        "a service of another role": Party("audit", desk.world.key("audit")),
+        "policy": Party("policy", desk.world.key("policy")),
+    }[forger]
+    _, at = await desk.revoke(by, lease_id=asked.lease_id)
+    letter = await desk.world.consume_until(
+        DEAD_LETTER, lambda r: f'"offset":{at.offset},'.encode() in r.value and at.topic.encode() in r.value
+    )
+    assert b"key_unknown" in letter.value
+    await lives(desk, store, asked)
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\x00\xff", b"a.b.c", b"{}"])
+async def test_garbage_is_dead_lettered_and_stops_nobody(desk: Desk, garbage: bytes) -> None:
+    at = await desk.world.send(REVOCATION_REQUEST, desk.bot.name, garbage)
+    await desk.world.consume_until(
+        DEAD_LETTER, lambda r: f'"offset":{at.offset},'.encode() in r.value and at.topic.encode() in r.value
+    )
+    asked, _ = await desk.issued("read")
+    await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
+
+
+# --- selectors: the kill switch ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["agent by its sponsor", "task by its assigner", "task by the sponsor"])
+async def test_a_selector_ends_all_that_it_covers_and_nothing_else(
+    desk: Desk, office: Desk, store: LeaseStore, kind: str
+) -> None:
+    other = await another(office)
+    mine = await asyncio.gather(*(desk.issued("read") for _ in range(5)))
+    theirs, _ = await other.issued("read")
+    selector = Selector(agent_id=desk.bot.name) if kind.startswith("agent") else Selector(task_id=desk.task)
+    event = await accepted(desk, desk.maria if "assigner" in kind else desk.sam, selector=selector)
+    assert event.result == "5"
+    for asked, _ in mine:
+        assert statuses(await ended(desk, asked)) == ["active", "ending", "revoked"]
+    await lives(desk, store, theirs)
+
+
+async def test_what_was_asked_for_before_a_selector_is_not_issued_after_it(desk: Desk) -> None:
+    before = await desk.ask("read")
+    await accepted(desk, desk.sam, selector=Selector(agent_id=desk.bot.name))
+    after = await desk.ask("read")
+    await desk.decide(before)
+    await desk.decide(after)
+    refusal = await desk.refused(before)
+    assert [reason.code for reason in refusal.reasons] == ["fenced"]
+    assert (await desk.answer(after)).credential is not None
+
+
+async def test_a_replayed_selector_ends_nothing_more(desk: Desk, store: LeaseStore) -> None:
+    old, _ = await desk.issued("read")
+    claims, _ = await desk.revoke(desk.sam, selector=Selector(agent_id=desk.bot.name))
+    await desk.verdict(claims)
+    await ended(desk, old)
+    new, _ = await desk.issued("read")
+    again = await desk.world.send(REVOCATION_REQUEST, desk.bot.name, sign(claims, desk.sam.key))
+    event = await desk.world.event_where(lambda e: e.kind == "replayed" and e.ref == claims.jti)
+    assert event.source == again
+    await lives(desk, store, new)
+
+
+async def test_a_redelivered_selector_ends_what_its_first_time_left(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It died after the fence: the same record at the same place is no replay."""
+    leases = [(await desk.issued("read"))[0] for _ in range(3)]
+    end_bearing, failures = Ender.end_bearing, list[str]()
+
+    async def failing(self: Ender, mark: str, wish: Any) -> list[Lease]:
+        if not failures:
+            failures.append(mark)
+            raise UnavailableError("Redis went away")
+        return await end_bearing(self, mark, wish)
+
+    monkeypatch.setattr(Ender, "end_bearing", failing)
+    event = await accepted(desk, desk.sam, selector=Selector(agent_id=desk.bot.name))
+    assert failures == [f"agent:{desk.bot.name}"]
+    assert event.result == "3"
+    for asked in leases:
+        assert statuses(await ended(desk, asked))[-1] == "revoked"
+
+
+async def test_the_operator_stops_everything(kafka: Kafka, redis_server: RedisServer) -> None:
+    async with (
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        opened_desks(world) as first,
+        world.running("issuer", "revoker"),
+    ):
+        one, two = await another(first), await another(first)
+        leases = [(desk, (await desk.issued("read"))[0]) for desk in (one, two, one)]
+        pending = await two.ask("read")
+        event = await accepted(one, world.operator, selector=Selector(all=True), reason="stop")
+        assert event.result == "3"
+        for desk, asked in leases:
+            assert statuses(await ended(desk, asked))[-1] == "revoked"
+        await two.decide(pending)
+        assert [reason.code for reason in (await two.refused(pending)).reasons] == ["fenced"]
+
+
+# --- records that change ----------------------------------------------------------------------------------------------
+
+
+async def cause_of(desk: Desk, asked: Asked) -> EndCause:
+    life = await ended(desk, asked)
+    assert statuses(life) == ["active", "ending", "revoked"]
+    cause = life[-1].claims.cause
+    assert cause is not None
+    assert cause.by == desk.world.key("revoker").id
+    return cause
+
+
+async def test_the_end_of_a_task_ends_its_leases(desk: Desk, office: Desk, store: LeaseStore) -> None:
+    other = await another(office)
+    asked, _ = await desk.issued("read")
+    theirs, _ = await other.issued("read")
+    end = desk.world.claims(TaskEnd, desk.maria, task_id=desk.task, reason="done")
+    await desk.world.accepted(end, desk.maria)
+    assert (await cause_of(desk, asked)).kind == "task_ended"
+    await lives(desk, store, theirs)
+
+
+@pytest.mark.parametrize("command", [AgentSuspend, AgentDecommission])
+async def test_the_end_of_an_agent_ends_its_leases(
+    desk: Desk, command: type[AgentSuspend | AgentDecommission]
+) -> None:
+    leases = [(await desk.issued("read"))[0] for _ in range(2)]
+    claims = desk.world.claims(command, desk.sam, agent_id=desk.bot.name, reason="odd")
+    await desk.world.accepted(claims, desk.sam)
+    kind = "agent_suspended" if command is AgentSuspend else "agent_decommissioned"
+    for asked in leases:
+        assert (await cause_of(desk, asked)).kind == kind
+
+
+@pytest.mark.parametrize("role", ["on behalf of", "sponsor"])
+async def test_disabling_a_user_ends_what_is_on_their_behalf_and_what_their_agents_hold(
+    office: Desk, store: LeaseStore, role: str
+) -> None:
+    world, name = office.world, f"u{uuid.uuid4().hex[:8]}"
+    everything = scope("staging", ("read", "deploy", "wipe"), ("**",))
+    user = await world.user(name, roles=("sponsor",), entitlements=everything)
+    other = await another(office)
+    theirs, _ = await other.issued("read")
+    people = {"sam": office.sam, "maria": office.maria, "sue": office.sue}
+    people["sam" if role == "sponsor" else "maria"] = user
+    desk = await Desk(world, people, office.target).staff()
+    asked, _ = await desk.issued("read")
+    await world.accepted(
+        world.claims(UserDisable, world.operator, user_id=name, reason="left"), world.operator
+    )
+    assert (await cause_of(desk, asked)).kind == "user_disabled"
+    await lives(other, store, theirs)
+
+
+async def test_removing_a_target_ends_the_leases_for_it(office: Desk, store: LeaseStore) -> None:
+    world, name = office.world, f"t{uuid.uuid4().hex[:8]}"
+    target = await world.target(name)
+    user = await world.user(f"u-{name}", entitlements=scope(name, ("read",), ("**",)))
+    desk = Desk(world, {"sam": office.sam, "maria": user, "sue": office.sue}, target)
+    await desk.staff(ceiling=scope(name, ("read",), ("**",)), task_scope=scope(name, ("read",), ("**",)))
+    other = await another(office)
+    asked, theirs = (await desk.issued("read"))[0], (await other.issued("read"))[0]
+    remove = world.claims(TargetRemove, world.operator, target_id=name, reason="gone")
+    await world.accepted(remove, world.operator)
+    assert (await cause_of(desk, asked)).kind == "target_removed"
+    await lives(other, store, theirs)
+
+
+async def test_a_narrower_ceiling_ends_what_no_longer_fits_and_only_that(
+    desk: Desk, store: LeaseStore
+) -> None:
+    fits, _ = await desk.issued(scope=desk.scope("read", resource="env/staging/web"))
+    beyond, _ = await desk.issued(scope=desk.scope("read", resource="env/production/web"))
+    under_way = await desk.ask(scope=desk.scope("read", resource="env/production/web"))
+    narrower = desk.scope("read", resource="env/staging/*")
+    claims = desk.world.claims(AgentSetCeiling, desk.sam, agent_id=desk.bot.name, ceiling=narrower)
+    await desk.world.accepted(claims, desk.sam)
+    cause = await cause_of(desk, beyond)
+    assert cause.kind == "scope_narrowed"
+    assert desk.bot.name in (cause.reason or "")
+    await lives(desk, store, fits)
+    # What was decided on the wider ceiling and comes to Redis only now stays outside, whatever the issuer knows.
+    lease = await desk.lease(fits.lease_id, "active")
+    id = str(uuid.uuid4())
+    late = lease.model_copy(update={"lease_id": id, "requested_at_ms": under_way.source.appended_at_ms})
+    (answer,) = await store.activate([SignedLease(late, "not.published.ever")])
+    assert answer == Activation("fenced", mark=f"agent:{desk.bot.name}")
+
+
+async def test_narrower_entitlements_end_what_no_longer_fits(office: Desk, store: LeaseStore) -> None:
+    world, name = office.world, f"u{uuid.uuid4().hex[:8]}"
+    user = await world.user(name, entitlements=scope("staging", ("read",), ("**",)))
+    desk = await Desk(world, {"sam": office.sam, "maria": user, "sue": office.sue}, office.target).staff()
+    fits, _ = await desk.issued(scope=desk.scope("read", resource="env/staging/web"))
+    beyond, _ = await desk.issued(scope=desk.scope("read", resource="env/production/web"))
+    narrower = world.user_set(
+        world.operator, user, entitlements=scope("staging", ("read",), ("env/staging/*",))
+    )
+    await world.accepted(narrower, world.operator)
+    assert (await cause_of(desk, beyond)).kind == "scope_narrowed"
+    await lives(desk, store, fits)
+
+
+async def test_a_record_that_comes_again_orders_the_same_again_and_ends_nothing_more(
+    desk: Desk, store: LeaseStore
+) -> None:
+    asked, _ = await desk.issued("read")
+    suspend = desk.world.claims(AgentSuspend, desk.sam, agent_id=desk.bot.name, reason="odd")
+    await desk.world.accepted(suspend, desk.sam)
+    cause = await cause_of(desk, asked)
+    record = [r for r in await desk.world.records(AGENT) if r.key == desk.bot.name][-1]
+    await redeliver(desk, AGENT, record.coordinates)
+
+    def orders() -> list[RevocationRequest]:
+        found = [r for r in seen if r.key == desk.bot.name]
+        return [desk.world.opened(r, RevocationRequest, "revoker") for r in found]
+
+    seen = await desk.world.records(REVOCATION_REQUEST)
+    async with asyncio.timeout(20):
+        while len(orders()) < 2:
+            await asyncio.sleep(0.05)
+    assert {order.jti for order in orders()} == {cause.ref}
+    assert len(await ended(desk, asked)) == 3
+
+
+async def test_a_record_that_the_registry_did_not_sign_ends_nothing(desk: Desk, store: LeaseStore) -> None:
+    asked, _ = await desk.issued("read")
+    record = [r for r in await desk.world.records(AGENT) if r.key == desk.bot.name][-1]
+    head, body, _ = record.value.decode().split(".")
+    signature = desk.world.party("service", "registry").key.sign(f"{head}.{body}".encode())
+    at = await desk.world.send(AGENT, desk.bot.name, f"{head}.{body}.{b64encode(signature)}")
+    await desk.world.consume_until(
+        DEAD_LETTER, lambda r: f'"offset":{at.offset},'.encode() in r.value and at.topic.encode() in r.value
+    )
+    await lives(desk, store, asked)
+
+
+# --- what people see --------------------------------------------------------------------------------------------------
+
+
+async def test_leases_are_listed_to_who_may_see_them(desk: Desk, office: Desk) -> None:
+    world = desk.world
+    asked, _ = await desk.issued("read")
+    second, _ = await desk.issued("read")
+    other = await another(office)
+    theirs, _ = await other.issued("read")
+
+    async def listed(who: Party, **params: str) -> set[str]:
+        answer = await world.get("revoker", "/v1/leases", who, **params)
+        assert answer.status_code == 200
+        assert answer.json()["more"] is False
+        return {lease["id"] for lease in answer.json()["leases"]}
+
+    ours = {asked.lease_id, second.lease_id}
+    for who in (world.operator, desk.sam, desk.maria):
+        assert await listed(who, agent=desk.bot.name) == ours
+        assert {*ours, theirs.lease_id} <= await listed(who)
+    assert await listed(desk.sam, task=desk.task, target="staging", status="active") == ours
+    assert await listed(desk.sam, task=desk.task, agent=other.bot.name) == set()
+    assert await listed(desk.sam, agent=desk.bot.name, status="ending") == set()
+    assert await listed(desk.sue) == set()
+    await accepted(desk, desk.bot, kind="release", lease_id=second.lease_id)
+    assert await listed(desk.sam, agent=desk.bot.name) == {asked.lease_id}
+    assert (await world.get("revoker", "/v1/leases")).status_code == 401
+
+
+async def test_one_lease_is_shown_also_past_its_end(desk: Desk) -> None:
+    asked, _ = await desk.issued("read")
+    path = f"/v1/leases/{asked.lease_id}"
+    shown = (await desk.world.get("revoker", path, desk.sam)).json()
+    assert (shown["id"], shown["status"], shown["agent_id"]) == (asked.lease_id, "active", desk.bot.name)
+    await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
+    answer = await desk.world.get("revoker", path, desk.maria, records="1")
+    assert answer.json()["status"] == "released"
+    assert digest(answer.json()["record"]) == (await ended(desk, asked))[-1].digest
+    assert (await desk.world.get("revoker", path, desk.sue)).status_code == 403
+    for unknown in (str(uuid.uuid4()), "nothing", "\u0661" * 36):
+        assert (await desk.world.get("revoker", f"/v1/leases/{unknown}", desk.sam)).status_code == 404
+
+
+async def test_the_revoker_measures_how_late_it_is(desk: Desk) -> None:
+    asked, _ = await desk.issued("read", ttl_s=6)
+    await ended(desk, asked)
+    text = (await desk.world.get("revoker", "/metrics")).text
+    assert 'ringfence_leases_ended_total{status="expired"}' in text
+    assert "ringfence_expiry_lag_seconds_bucket" in text

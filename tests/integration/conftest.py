@@ -1,0 +1,38 @@
+"""The whole stack for the integration tests, started once, on the broker of this run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from ringfence.dev.stack import Stack, StackOptions
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
+from tests.stack import Realm, realm_in
+
+
+@pytest.fixture(scope="session")
+def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
+    """All services as processes. Tests share it: use names of your own (`realm`)."""
+    with tempfile.TemporaryDirectory(prefix="ringfence-stack-") as folder:
+        options = StackOptions(
+            Path(folder) / "state",
+            trust_domain="acme.example",
+            kafka=kafka.bootstrap,
+            embedded_broker=kafka.kind == "embedded",
+            redis_url=redis_server.url,
+            topic_prefix="stack",
+            redis_prefix="stack",
+        )
+        with Stack(options) as running:
+            yield running
+
+
+@pytest.fixture
+async def realm(stack: Stack) -> AsyncIterator[Realm]:
+    """A small organisation of this test's own."""
+    async with realm_in(stack) as made:
+        yield made

@@ -1,0 +1,488 @@
+"""Attacks by people with write access to every topic, and by agents and users against each other.
+
+Each is refused, each is told to the audit topic, and the services stay up.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ringfence.client.agent import Agent
+from ringfence.client.errors import RefusedError
+from ringfence.kernel.ids import digest, lease_id, message_id
+from ringfence.kernel.jws import sign
+from ringfence.kernel.kafka import Publisher, Received
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.seal import ReplyKey
+from ringfence.messages.approval import Approval, ApprovalRequest
+from ringfence.messages.base import Topic
+from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Revisions
+from ringfence.messages.lease import RevocationRequest, Selector
+from ringfence.messages.registry import AgentRecord, TaskTerms
+from ringfence.messages.topics import (
+    AGENT,
+    APPROVAL_REQUEST,
+    APPROVAL_RESPONSE,
+    AUDIT,
+    CREDENTIAL_DECISION,
+    CREDENTIAL_REQUEST,
+    DEAD_LETTER,
+    LEASE,
+    REGISTRY_COMMAND,
+    REVOCATION_REQUEST,
+    SERVICE_EVENT,
+    TARGET,
+    TASK,
+    TRUST,
+    USER,
+)
+from tests.stack import Realm, Seen, now_s
+
+WATCHED = (LEASE, AUDIT, SERVICE_EVENT, CREDENTIAL_DECISION, DEAD_LETTER, APPROVAL_REQUEST)
+
+
+def stamp(realm: Realm, by: SigningKey, life_s: int = 120) -> dict[str, Any]:
+    now = now_s()
+    return {
+        "iss": by.id,
+        "aud": realm.settings.trust_domain,
+        "iat": now,
+        "exp": now + life_s,
+        "jti": str(uuid.uuid4()),
+    }
+
+
+def make_request(
+    realm: Realm, verb: str = "read", resource: str = "env/staging/web", **more: Any
+) -> CredentialRequest:
+    return CredentialRequest(
+        **{
+            **stamp(realm, realm.key("agent", realm.agent)),
+            "task_id": realm.task,
+            "scope": (realm.permission([verb], resource),),
+            "ttl_s": 300,
+            "reason": "an attack",
+            "reply_key": ReplyKey().public,
+            **more,
+        }
+    )
+
+
+async def put(
+    publisher: Publisher, topic: Topic[Any], key: str, value: str | bytes, partition_of: str = ""
+) -> Coordinates:
+    sent = await (
+        await publisher.send(topic, partition_of or key, value, id=str(uuid.uuid4()), type=topic.what)
+    )
+    return Coordinates(
+        topic=sent.topic, partition=sent.partition, offset=sent.offset, appended_at_ms=sent.timestamp
+    )
+
+
+async def decided(
+    realm: Realm, agent: Agent, seen: Seen, request_id: str, outcome: str
+) -> CredentialDecision:
+    def found() -> list[CredentialDecision]:
+        decisions = [
+            realm.verified(agent, r, CredentialDecision, "policy") for r in seen.of(CREDENTIAL_DECISION)
+        ]
+        return [d for d in decisions if d and d.request_id == request_id and d.outcome == outcome]
+
+    return (await seen.until(found, f"{outcome} for {request_id}"))[0]
+
+
+async def audited(seen: Seen, holds: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+    """The audit event about something, awaited."""
+
+    def found() -> list[dict[str, Any]]:
+        return [event for r in seen.of(AUDIT) if holds(event := json.loads(r.value))]
+
+    return (await seen.until(found, f"the audit event of {what}"))[0]
+
+
+def at(source: Coordinates) -> Callable[[dict[str, Any]], bool]:
+    """An audit event about the record at these coordinates."""
+
+    def holds(event: dict[str, Any]) -> bool:
+        said = event["unmapped"].get("source") or {}
+        return (said.get("topic"), said.get("partition"), said.get("offset")) == (
+            source.topic, source.partition, source.offset,
+        )  # fmt: skip
+
+    return holds
+
+
+async def buried(seen: Seen, source: Coordinates) -> dict[str, Any]:
+    """The dead letter about the record at these coordinates, awaited."""
+
+    def found() -> list[dict[str, Any]]:
+        letters = [json.loads(r.value) for r in seen.of(DEAD_LETTER)]
+        return [
+            x
+            for x in letters
+            if all(x["source"][k] == getattr(source, k) for k in ("topic", "partition", "offset"))
+        ]
+
+    return (await seen.until(found, f"the dead letter of {source}"))[0]
+
+
+def no_lease(seen: Seen, request_id: str) -> bool:
+    return not [r for r in seen.of(LEASE) if r.key == lease_id(request_id)]
+
+
+async def test_a_decision_forged_by_someone_with_write_access_issues_nothing(realm: Realm) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        thief = SigningKey.generate(f"spiffe://{realm.settings.trust_domain}/service/policy")
+        request = make_request(realm, "write", "env/production/web")
+        compact = sign(request, realm.key("agent", realm.agent))
+        source = Coordinates(
+            topic="stack.credential.request.v1", partition=0, offset=0, appended_at_ms=now_s() * 1000
+        )
+        decision = CredentialDecision(
+            iss=thief.id, aud=request.aud, iat=now_s(), jti=str(uuid.uuid4()),
+            request_id=message_id(request.iss, request.jti), request=compact, source=source, outcome="allowed",
+            ttl_s=300, delivery="agent", revisions=Revisions(agent=1, user=1, task=1, target=1, policy="x"),
+        )  # fmt: skip
+        where = await put(publisher, CREDENTIAL_DECISION, realm.agent, sign(decision, thief))
+        letter = await buried(seen, where)
+        assert letter["service"] == "issuer"
+        await audited(seen, at(where), "the forged decision")
+        await seen.up_to_now()
+        assert no_lease(seen, decision.request_id)
+        await realm.read(agent)
+
+
+async def test_a_replay_elsewhere_changes_nothing_and_is_told(realm: Realm) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        request = make_request(realm)
+        compact = sign(request, realm.key("agent", realm.agent))
+        request_id = message_id(request.iss, request.jti)
+        await put(publisher, CREDENTIAL_REQUEST, realm.agent, compact)
+        await decided(realm, agent, seen, request_id, "allowed")
+        again = await put(publisher, CREDENTIAL_REQUEST, realm.agent, compact)
+        event = await realm.event_where(
+            agent, seen, lambda e: e.kind == "replayed" and e.source is not None and e.source.offset == again.offset
+            and e.request_id == request_id, "the replay",
+        )  # fmt: skip
+        assert event.iss.endswith("/service/policy")
+        await audited(
+            seen, lambda e: "replay" in json.dumps(e).lower() and request_id in json.dumps(e), "the replay"
+        )
+        await realm.read(agent)
+        decisions = [
+            realm.verified(agent, r, CredentialDecision, "policy") for r in seen.of(CREDENTIAL_DECISION)
+        ]
+        assert len([d for d in decisions if d and d.request_id == request_id]) == 1
+        await seen.up_to_now()
+        assert len([r for r in seen.of(LEASE) if r.key == lease_id(request_id)]) == 1
+
+
+async def test_a_scope_one_permission_too_wide_is_denied_whole(realm: Realm) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        wide = (
+            realm.permission(["read"], "env/staging/web"),
+            realm.permission(["write"], "env/production/web"),
+        )
+        request = make_request(realm, scope=wide)
+        request_id = message_id(request.iss, request.jti)
+        where = await put(
+            publisher, CREDENTIAL_REQUEST, realm.agent, sign(request, realm.key("agent", realm.agent))
+        )
+        decision = await decided(realm, agent, seen, request_id, "denied")
+        assert [(r.code, r.side) for r in decision.reasons if r.code == "beyond_scope"] == [
+            ("beyond_scope", f"entitlements:{realm.name('maria')}")
+        ]
+        await audited(seen, at(where), "the request")
+        await seen.up_to_now()
+        assert no_lease(seen, request_id)
+
+
+async def test_a_request_signed_by_another_agent_is_dead_lettered(realm: Realm, stack) -> None:
+    other = await Realm(stack, realm.settings).make()
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        request = make_request(realm)
+        where = await put(
+            publisher, CREDENTIAL_REQUEST, realm.agent, sign(request, other.key("agent", other.agent))
+        )
+        assert (await buried(seen, where))["service"] == "policy"
+        await audited(seen, at(where), "the impersonation")
+        await realm.read(agent)
+
+
+async def test_an_agent_cannot_use_the_task_of_another(realm: Realm, stack) -> None:
+    other = await Realm(stack, realm.settings).make()
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        request = make_request(realm, task_id=other.task)
+        await put(publisher, CREDENTIAL_REQUEST, realm.agent, sign(request, realm.key("agent", realm.agent)))
+        decision = await decided(realm, agent, seen, message_id(request.iss, request.jti), "denied")
+        assert "task_other_agent" in {reason.code for reason in decision.reasons}
+
+
+async def pending_write(
+    realm: Realm, publisher: Publisher, seen: Seen
+) -> tuple[CredentialRequest, ApprovalRequest]:
+    """A request that waits for sam's approval."""
+    request = make_request(realm, "write")
+    request_id = message_id(request.iss, request.jti)
+    await put(publisher, CREDENTIAL_REQUEST, realm.agent, sign(request, realm.key("agent", realm.agent)))
+
+    def found() -> list[ApprovalRequest]:
+        asked = [ApprovalRequest.model_validate_json(r.value) for r in seen.of(APPROVAL_REQUEST)]
+        return [a for a in asked if a.request_id == request_id]
+
+    return request, (await seen.until(found, "the approval request"))[0]
+
+
+def make_approval(realm: Realm, asked: ApprovalRequest, by: SigningKey, **more: Any) -> str:
+    claims = Approval(
+        **{
+            **stamp(realm, by),
+            "verdict": "approved",
+            "request": asked.request,
+            "request_id": asked.request_id,
+            "request_digest": digest(asked.request),
+            "ttl_s": asked.ttl_s,
+            "delivery": asked.delivery,
+            "revisions": asked.revisions,
+            **more,
+        }
+    )
+    return sign(claims, by)
+
+
+@pytest.mark.parametrize(
+    "who", ["a non-sponsor", "the agent itself", "the sponsor, for another digest", "an unknown key"]
+)
+async def test_an_approval_that_does_not_count(realm: Realm, who: str) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        _, asked = await pending_write(realm, publisher, seen)
+        sam, maria = realm.key("user", realm.name("sam")), realm.key("user", realm.name("maria"))
+        approval = {
+            "a non-sponsor": lambda: make_approval(realm, asked, maria),
+            "the agent itself": lambda: make_approval(realm, asked, realm.key("agent", realm.agent)),
+            "the sponsor, for another digest": lambda: make_approval(
+                realm, asked, sam, request_digest="0" * 64
+            ),
+            "an unknown key": lambda: make_approval(realm, asked, SigningKey.generate(sam.id)),
+        }[who]()
+        where = await put(publisher, APPROVAL_RESPONSE, realm.agent, approval)
+        await audited(seen, at(where), "the approval")
+        # The true approval still counts: the false one neither issued nor spoiled anything.
+        await put(publisher, APPROVAL_RESPONSE, realm.agent, make_approval(realm, asked, sam))
+        decision = await decided(realm, agent, seen, asked.request_id, "allowed")
+        (embedded,) = decision.approvals
+        assert embedded != approval
+        await seen.until(lambda: not no_lease(seen, asked.request_id), "the lease")
+
+
+async def test_a_key_that_was_replaced_approves_nothing(realm: Realm) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        _, asked = await pending_write(realm, publisher, seen)
+        old, new = (
+            realm.key("user", realm.name("sam")),
+            SigningKey.generate(realm.key("user", realm.name("sam")).id),
+        )
+        async with realm.as_operator() as olga:
+            await olga.set_user(
+                realm.name("sam"), name="Sam", roles=["sponsor"], keys=[new],
+                entitlements=[realm.permission(["read", "write"], "env/**")],
+            )  # fmt: skip
+        where = await put(publisher, APPROVAL_RESPONSE, realm.agent, make_approval(realm, asked, old))
+        assert (await buried(seen, where))["code"] == "key_unknown"
+        await audited(seen, at(where), "the approval by the old key")
+        await put(publisher, APPROVAL_RESPONSE, realm.agent, make_approval(realm, asked, new))
+        await decided(realm, agent, seen, asked.request_id, "allowed")
+
+
+async def test_a_key_counts_in_its_time_alone(realm: Realm) -> None:
+    bot = f"new-{realm.mark}"
+    now = realm.key("agent", bot)
+    later = SigningKey.generate(now.id)
+    async with realm.administrator("sam") as sam:
+        await sam.register_agent(
+            bot, description="two keys", ceiling=[realm.permission(["read"], "env/**")],
+            keys=[now.record(now_s() + 3600), later.record(now_s() + 7200, now_s() + 3600)],
+        )  # fmt: skip
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        request = make_request(realm, **stamp(realm, now))
+        where = await put(publisher, CREDENTIAL_REQUEST, bot, sign(request, later))
+        assert (await buried(seen, where))["code"] == "key_unknown"
+        await audited(seen, at(where), "the request by a key of later")
+        await put(publisher, CREDENTIAL_REQUEST, bot, sign(request, now))
+        decision = await decided(realm, agent, seen, message_id(request.iss, request.jti), "denied")
+        assert "task_other_agent" in {reason.code for reason in decision.reasons}, (
+            "believed, and denied for its task"
+        )
+
+
+async def test_an_approval_of_what_has_changed_meanwhile_is_stale(realm: Realm) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        _, asked = await pending_write(realm, publisher, seen)
+        async with realm.administrator("sam") as sam:
+            await sam.set_ceiling(realm.agent, [realm.permission(["read", "write"], "env/staging/*")])
+        await put(
+            publisher,
+            APPROVAL_RESPONSE,
+            realm.agent,
+            make_approval(realm, asked, realm.key("user", realm.name("sam"))),
+        )
+        decision = await decided(realm, agent, seen, asked.request_id, "denied")
+        assert "approval_stale" in {reason.code for reason in decision.reasons}
+        await seen.up_to_now()
+        assert no_lease(seen, asked.request_id)
+
+
+async def test_a_task_on_behalf_of_someone_who_did_not_sign(realm: Realm) -> None:
+    async with realm.administrator("maria") as maria:
+        terms = TaskTerms(
+            agent_id=realm.agent, purpose="more than I may", not_after=now_s() + 600,
+            scope=(realm.permission(["write"], "env/production/*"),),
+        )  # fmt: skip
+        with pytest.raises(RefusedError, match="on behalf of"):
+            await maria.assign_terms(terms, on_behalf_of=realm.name("sam"))
+        forged = maria.sign_consent(terms)
+        with pytest.raises(RefusedError, match="on behalf of"):
+            await maria.assign_terms(terms, on_behalf_of=realm.name("sam"), consent=forged)
+
+
+async def test_a_consent_covers_the_terms_that_were_signed_and_no_others(realm: Realm) -> None:
+    async with realm.administrator("maria") as maria, realm.administrator("sam") as sam:
+        terms = TaskTerms(
+            agent_id=realm.agent, purpose="read", not_after=now_s() + 600,
+            scope=(realm.permission(["read"], "env/production/*"),),
+        )  # fmt: skip
+        consent = sam.sign_consent(terms)
+        wider = terms.model_copy(update={"scope": (realm.permission(["write"], "env/production/*"),)})
+        with pytest.raises(RefusedError):
+            await maria.assign_terms(wider, on_behalf_of=realm.name("sam"), consent=consent)
+        assert await maria.assign_terms(terms, on_behalf_of=realm.name("sam"), consent=consent)
+
+
+async def test_a_forged_lease_record_changes_nothing(realm: Realm) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        credential = await realm.read(agent)
+        real = (await seen.until(lambda: realm.leases(agent, seen, credential.lease_id), "the lease"))[0]
+        thief = SigningKey.generate(f"spiffe://{realm.settings.trust_domain}/service/revoker")
+        forged = real.model_copy(update={"iss": thief.id, "seq": 99, "status": "revoked"})
+        where = await put(publisher, LEASE, credential.lease_id, sign(forged, thief))
+        event = await audited(seen, at(where), "the forged lease")
+        assert event["status_id"] == 2, "seen, not believed"
+        await agent.release(credential)
+        end = await realm.end_of(agent, seen, credential.lease_id)
+        assert end.status == "released"
+
+
+async def test_a_registry_record_with_a_lower_revision_is_refused_and_alarmed(realm: Realm) -> None:
+    def newest(seen: Seen) -> list[Received]:
+        return [r for r in seen.of(AGENT) if r.key == realm.agent]
+
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED, AGENT) as seen:
+        async with realm.administrator("sam") as sam:
+            await sam.suspend_agent(realm.agent, reason="odd")
+            await seen.until(lambda: newest(seen), "the suspended record")
+            await sam.resume_agent(realm.agent, reason="a mistake")
+            await seen.until(lambda: len(newest(seen)) == 2, "the resumed record")
+        # Somebody with write access appends the old, truly signed record again: suspended would come back.
+        old = newest(seen)[0]
+        where = await put(publisher, AGENT, realm.agent, old.value)
+        await audited(
+            seen,
+            lambda e: "revision" in json.dumps(e) and str(where.offset) in json.dumps(e),
+            "the old revision",
+        )
+        await realm.read(agent)
+
+
+async def test_a_record_that_the_registry_did_not_sign_counts_for_nothing(realm: Realm) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED, AGENT) as seen:
+        async with realm.administrator("sam") as sam:
+            await sam.suspend_agent(realm.agent, reason="odd")
+        await seen.until(lambda: [r for r in seen.of(AGENT) if r.key == realm.agent], "the record")
+        mine = [r for r in seen.of(AGENT) if r.key == realm.agent][-1]
+        record = realm.verified(agent, mine, AgentRecord, "registry")
+        assert record is not None
+        thief = SigningKey.generate(record.iss)
+        awake = record.model_copy(
+            update={"revision": 99, "state": record.state.model_copy(update={"status": "active"})}
+        )
+        where = await put(publisher, AGENT, realm.agent, sign(awake, thief))
+        await audited(seen, at(where), "the forged record")
+        request = make_request(realm)
+        await put(publisher, CREDENTIAL_REQUEST, realm.agent, sign(request, realm.key("agent", realm.agent)))
+        decision = await decided(realm, agent, seen, message_id(request.iss, request.jti), "denied")
+        assert "agent_suspended" in {reason.code for reason in decision.reasons}
+
+
+async def test_an_expired_request_is_denied(realm: Realm) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        request = make_request(realm, iat=now_s() - 300, exp=now_s() - 200)
+        where = await put(
+            publisher, CREDENTIAL_REQUEST, realm.agent, sign(request, realm.key("agent", realm.agent))
+        )
+        await audited(seen, at(where), "the expired request")
+        await realm.read(agent)
+        await seen.up_to_now()
+        assert no_lease(seen, message_id(request.iss, request.jti))
+
+
+async def test_an_agent_releases_only_its_own(realm: Realm, stack) -> None:
+    other = await Realm(stack, realm.settings).make()
+    async with realm.as_agent() as agent, other.as_agent() as thief, realm.seen(*WATCHED) as seen:
+        credential = await realm.read(agent)
+        with pytest.raises(RefusedError):
+            await thief.release(credential.lease_id, timeout_s=20)
+        await seen.up_to_now()
+        assert [lease.status for lease in realm.leases(agent, seen, credential.lease_id)] == ["active"]
+
+
+async def test_an_agent_gives_no_orders(realm: Realm) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        credential = await realm.read(agent)
+        key = realm.key("agent", realm.agent)
+        fields = {k: v for k, v in stamp(realm, key).items() if k != "exp"}
+        everything = RevocationRequest(
+            **fields, kind="revocation", selector=Selector(all=True), reason="chaos"
+        )
+        where = await put(publisher, REVOCATION_REQUEST, realm.agent, sign(everything, key))
+        await audited(seen, at(where), "the order")
+        await realm.event_where(
+            agent, seen, lambda e: e.kind == "refused" and e.ref == everything.jti, "the refusal"
+        )
+        await seen.up_to_now()
+        assert [lease.status for lease in realm.leases(agent, seen, credential.lease_id)] == ["active"]
+
+
+GARBAGE = [
+    b"",
+    b"\x00\xff",
+    b"{}",
+    b"a.b.c",
+    b"[" * 5000,
+    "ü".encode() * 100,
+    b"eyJhbGciOiJub25lIn0.e30.",
+    b"x" * 600_000,
+]
+EVERYWHERE = [
+    REGISTRY_COMMAND, USER, AGENT, TARGET, TASK, CREDENTIAL_REQUEST, CREDENTIAL_DECISION, APPROVAL_REQUEST,
+    APPROVAL_RESPONSE, LEASE, REVOCATION_REQUEST, SERVICE_EVENT, DEAD_LETTER, TRUST,
+]  # fmt: skip
+CONSUMED = {REGISTRY_COMMAND, CREDENTIAL_REQUEST, CREDENTIAL_DECISION, APPROVAL_RESPONSE, REVOCATION_REQUEST}
+
+
+@pytest.mark.parametrize("topic", EVERYWHERE, ids=lambda topic: topic.what)
+async def test_garbage_on_any_topic_stops_nobody(realm: Realm, topic: Topic[Any]) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        places = [await put(publisher, topic, realm.agent, garbage) for garbage in GARBAGE]
+        if topic in CONSUMED:
+            for where in places:
+                letter = await buried(seen, where)
+                assert letter["code"]
+                assert letter["reason"]
+        await realm.read(agent)
+        assert realm.stack.ended() is None
+        realm.stack.wait_ready()

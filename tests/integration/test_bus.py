@@ -1,0 +1,274 @@
+"""The bus on a real broker: nothing is lost, nothing invalid stops it, topics are what the contract says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from ringfence.kernel.bus import MAX_INVALID_SIGNED, Consumer, DeadLetters, one_by_one, side_by_side
+from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.kafka import Follower, Publisher, Received
+from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.topics_admin import TopicsAdmin
+from ringfence.messages.operations import DeadLetter
+from ringfence.messages.topics import ALL, CREDENTIAL_REQUEST, DEAD_LETTER, LEASE
+from tests.conftest import Kafka
+
+WITHIN_S = 30
+
+
+@pytest.fixture
+async def settings(kafka: Kafka) -> ServiceSettings:
+    made = ServiceSettings(
+        kafka=kafka.bootstrap,
+        topic_prefix=f"bus-{uuid.uuid4().hex[:8]}",
+        partitions=2,
+        embedded_broker=kafka.kind == "embedded",
+    )
+    async with TopicsAdmin(made) as admin:
+        assert len(await admin.apply()) == len(ALL)
+    return made
+
+
+@pytest.fixture
+async def publisher(settings: ServiceSettings) -> AsyncIterator[Publisher]:
+    async with Publisher(settings, "spiffe://acme.example/service/test") as made:
+        yield made
+
+
+async def send(publisher: Publisher, *values: str, key: str = "bot") -> None:
+    for value in values:
+        await (await publisher.send(CREDENTIAL_REQUEST, key, value, id=value, type="test"))
+
+
+class Seen:
+    """What handlers saw, and a way to wait until they saw enough."""
+
+    def __init__(self) -> None:
+        self.records: list[Received] = []
+        self._changed = asyncio.Condition()
+
+    async def add(self, record: Received) -> None:
+        async with self._changed:
+            self.records.append(record)
+            self._changed.notify_all()
+
+    async def until(self, count: int) -> None:
+        async with asyncio.timeout(WITHIN_S), self._changed:
+            await self._changed.wait_for(lambda: len(self.records) >= count)
+
+    @property
+    def values(self) -> list[str]:
+        return [record.value.decode() for record in self.records]
+
+
+@contextlib.asynccontextmanager
+async def consuming(consumer: Consumer) -> AsyncIterator[None]:
+    task = asyncio.create_task(consumer.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+@contextlib.asynccontextmanager
+async def following(settings: ServiceSettings, topic: object) -> AsyncIterator[Seen]:
+    seen = Seen()
+
+    def take(records: Sequence[Received]) -> None:
+        tasks.extend(asyncio.ensure_future(seen.add(record)) for record in records)
+
+    tasks: list[asyncio.Future[None]] = []
+    async with Follower(settings, [topic], take):  # type: ignore[list-item]
+        yield seen
+
+
+def letters(publisher: Publisher) -> DeadLetters:
+    return DeadLetters(publisher, "test", SystemClock())
+
+
+async def test_topics_are_what_the_contract_says(settings: ServiceSettings) -> None:
+    async with TopicsAdmin(settings) as admin:
+        assert await admin.check() == []
+        assert await admin.apply() == [], "applying again changes nothing"
+
+
+async def test_topics_of_another_prefix_are_all_missing(settings: ServiceSettings) -> None:
+    elsewhere = settings.model_copy(update={"topic_prefix": "nobody-made-this"})
+    async with TopicsAdmin(elsewhere) as admin:
+        found = await admin.check()
+    assert {difference.found for difference in found} == {"missing"}
+    assert [difference.topic for difference in found] == [topic.name("nobody-made-this") for topic in ALL]
+
+
+async def test_a_missing_topic_is_named_with_its_remedy(settings: ServiceSettings) -> None:
+    elsewhere = settings.model_copy(update={"topic_prefix": "nobody-made-this"})
+    with pytest.raises(UnavailableError, match="ringfence topics apply"):
+        await Follower(elsewhere, [LEASE], lambda records: None).start()
+
+
+async def test_records_carry_cloudevents_headers_and_the_append_time(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    parent = f"00-{'a' * 32}-{'b' * 16}-01"
+    await (
+        await publisher.send(
+            CREDENTIAL_REQUEST, "bot", "x", id="42", type="credential.request", traceparent=parent
+        )
+    )
+    async with following(settings, CREDENTIAL_REQUEST) as seen:
+        await seen.until(1)
+    record = seen.records[0]
+    assert record.headers["ce_specversion"] == "1.0"
+    assert record.headers["ce_id"] == "42"
+    assert record.headers["ce_type"] == "ringfence.credential.request.v1"
+    assert record.headers["ce_source"] == "spiffe://acme.example/service/test"
+    assert record.headers["ce_time"].endswith("Z")
+    assert record.headers["content-type"] == "application/jose"
+    assert record.headers["traceparent"].startswith(f"00-{'a' * 32}-"), "the same trace"
+    assert record.headers["traceparent"] != parent, "another span"
+    assert record.appended_at_ms > 1_700_000_000_000
+
+
+async def test_a_batch_that_failed_comes_again_and_is_not_lost(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    done, failures = Seen(), 0
+
+    async def handle(record: Received) -> None:
+        nonlocal failures
+        if record.value == b"b" and failures < 3:
+            failures += 1
+            raise UnavailableError("Redis is away")
+        await done.add(record)
+
+    await send(publisher, "a", "b", "c")
+    async with consuming(
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(handle, letters(publisher))})
+    ):
+        await done.until(6)
+    assert failures == 3
+    assert done.values[-3:] == ["a", "b", "c"], "the whole batch in its order"
+
+
+async def test_what_was_committed_does_not_come_again(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    first, second = Seen(), Seen()
+    await send(publisher, "a", "b")
+    async with consuming(
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(first.add, letters(publisher))})
+    ):
+        await first.until(2)
+    await send(publisher, "c")
+    async with consuming(
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(second.add, letters(publisher))})
+    ):
+        await second.until(1)
+    assert second.values[-1] == "c"
+    assert "a" not in second.values or first.values == ["a", "b"], "at least once, never less"
+
+
+async def test_what_was_not_finished_comes_to_the_next_member(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    reached, second = asyncio.Event(), Seen()
+
+    async def hang(record: Received) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    await send(publisher, "a")
+    async with consuming(Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(hang, letters(publisher))})):
+        await asyncio.wait_for(reached.wait(), WITHIN_S)
+    async with consuming(
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(second.add, letters(publisher))})
+    ):
+        await second.until(1)
+    assert second.values == ["a"]
+
+
+@pytest.mark.parametrize("order", [one_by_one, side_by_side])
+async def test_invalid_records_are_dead_lettered_and_stop_nobody(
+    settings: ServiceSettings, publisher: Publisher, order: type[object]
+) -> None:
+    done = Seen()
+
+    async def handle(record: Received) -> None:
+        if record.value.startswith(b"bad"):
+            raise InvalidMessageError("not a JWS", code="not_a_jws")
+        await done.add(record)
+
+    bad = [f"bad secret {n}" for n in range(MAX_INVALID_SIGNED + 10)]
+    await send(publisher, *bad, "good")
+    async with (
+        consuming(Consumer(settings, "g", {CREDENTIAL_REQUEST: order(handle, letters(publisher))})),  # type: ignore[call-arg,dict-item]
+        following(settings, DEAD_LETTER) as dead,
+    ):
+        await done.until(1)
+        await dead.until(len(bad))
+    letter = DeadLetter.model_validate_json(dead.records[0].value)
+    assert letter.code == "not_a_jws"
+    assert letter.source.topic == CREDENTIAL_REQUEST.name(settings.topic_prefix)
+    assert "secret" not in dead.values[0], "coordinates and reason, never the payload"
+
+
+async def test_too_many_invalid_records_of_trusted_signers_halt_the_consumer(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    async def handle(record: Received) -> None:
+        raise InvalidMessageError("a field is missing", trusted_signer=True)
+
+    await send(publisher, *[str(n) for n in range(MAX_INVALID_SIGNED + 5)])
+    consumer = Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(handle, letters(publisher))})
+    async with consuming(consumer), asyncio.timeout(WITHIN_S):
+        while consumer.halted is None:
+            await asyncio.sleep(0.02)
+    assert "halted" in consumer.halted
+
+
+async def test_a_follower_is_complete_once_it_has_read_what_was_there(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    await send(publisher, *[str(n) for n in range(50)])
+    seen: list[Received] = []
+    async with Follower(settings, [CREDENTIAL_REQUEST, LEASE], seen.extend) as follower:
+        await asyncio.wait_for(follower.complete.wait(), WITHIN_S)
+        assert len(seen) == 50
+
+
+async def test_a_follower_that_starts_at_the_end_sees_only_what_comes(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    await send(publisher, "old")
+    seen: list[Received] = []
+    came = asyncio.Event()
+
+    def take(records: Sequence[Received]) -> None:
+        seen.extend(records)
+        came.set()
+
+    async with Follower(settings, [CREDENTIAL_REQUEST], take, since_ms=None):
+        await send(publisher, "new")
+        await asyncio.wait_for(came.wait(), WITHIN_S)
+    assert [record.value for record in seen] == [b"new"]
+
+
+async def test_two_members_share_the_partitions(settings: ServiceSettings, publisher: Publisher) -> None:
+    done = Seen()
+    members = [
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(done.add, letters(publisher))})
+        for _ in range(2)
+    ]
+    async with consuming(members[0]), consuming(members[1]):
+        await send(publisher, *[f"a{n}" for n in range(20)], key="a")
+        await send(publisher, *[f"b{n}" for n in range(20)], key="b")
+        await done.until(40)
+    assert set(done.values) == {f"{k}{n}" for k in "ab" for n in range(20)}

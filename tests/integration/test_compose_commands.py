@@ -1,0 +1,99 @@
+"""Each service starts by the very command, and under the very names of settings, that docker-compose.yml gives it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from ringfence.client.ceremony import SERVICE_ROLES
+from ringfence.dev.processes import free_port, spawn
+from ringfence.dev.stack import Stack, StackOptions
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
+from tests.lost_redis import declare_complete
+
+ROOT = Path(__file__).parents[2]
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+READY_WITHIN_S = 60
+
+
+def interpolated(value: str, environment: dict[str, str]) -> str:
+    """`${NAME:-default}` and `${NAME:?message}` as Compose reads them."""
+
+    def put(match: re.Match[str]) -> str:
+        name, default = match["name"], match["default"]
+        found = environment.get(name, default)
+        assert found is not None, f"{name} is required"
+        return found
+
+    return re.sub(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*)|:\?[^}]*)?\}", put, value)
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    kafka: Kafka, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stack]:
+    """Topics and trust, but no services. Redis is complete: each starts alone, with no revoker to see to it."""
+    mark = f"compose{uuid.uuid4().hex[:6]}"
+    options = StackOptions(
+        tmp_path_factory.mktemp("compose"),
+        kafka=kafka.bootstrap,
+        embedded_broker=kafka.kind == "embedded",
+        redis_url=redis_server.url,
+        topic_prefix=mark,
+        redis_prefix=mark,
+        services=(),
+    )
+    with Stack(options) as stack:
+        asyncio.run(declare_complete(stack.settings()))
+        yield stack
+
+
+@pytest.mark.parametrize("name", SERVICE_ROLES)
+def test_a_service_starts_by_the_command_of_compose(prepared: Stack, name: str) -> None:
+    service = COMPOSE["services"][name]
+    given = {
+        key: interpolated(str(value), {"RINGFENCE_TRUST_ROOT": prepared.trust.fingerprint()})
+        for key, value in service["environment"].items()
+    }
+    port = free_port()
+    assert given.keys() >= {"RINGFENCE_KAFKA", "RINGFENCE_REDIS_URL", "RINGFENCE_HTTP", "RINGFENCE_KEY_FILE"}
+    # Only what names a place inside the containers is replaced by the same thing here.
+    places = {
+        **prepared.environment(),
+        "RINGFENCE_HTTP": f"127.0.0.1:{port}",
+        **{
+            key: str(prepared.trust.service_key(value.rpartition("/")[2].removesuffix("-key")))
+            for key, value in given.items()
+            if value.startswith("/run/secrets/")
+        },
+    }
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("RINGFENCE_")}
+    child = spawn(
+        name,
+        [sys.executable, "-m", "ringfence.cli.main", *service["command"]],
+        env={**plain, **given, **places},
+        cwd=prepared.options.state,
+        log_path=prepared.options.state / "logs" / f"{name}.log",
+    )
+
+    def ready() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    try:
+        child.wait_until(ready, READY_WITHIN_S, "was ready")
+    finally:
+        assert child.stop() == 0, f"{name} did not drain in good order: {child.log_tail()}"

@@ -1,0 +1,209 @@
+"""The lease store on a real Valkey cluster of three nodes: each script touches one slot, all nodes share the shards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from ringfence.dev.processes import free_port
+from ringfence.kernel.errors import SettingsError, UnavailableError
+from ringfence.kernel.settings import ServiceSettings
+from ringfence.model.lease_store import Activation, LeaseStore, LostError, Preparation
+from ringfence.model.leases import ALL_MARK, marks_of
+from tests.chaos.proxy import Link
+from tests.chaos.valkey import ChaosValkey, join
+from tests.conftest import Kafka
+from tests.flows.desk import another, opened_desks
+from tests.leases import VISIBLE_MS, lease, minted, minting, step, until
+from tests.lost_redis import declare_complete
+from tests.world import World
+
+
+@pytest.fixture(scope="module")
+async def nodes(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[list[ChaosValkey]]:
+    """The nodes of one cluster."""
+    async with contextlib.AsyncExitStack() as cleanup:
+        nodes = []
+        for number in range(3):
+            link = await cleanup.enter_async_context(Link(f"node-{number}", free_port()))
+            node = ChaosValkey(
+                tmp_path_factory.mktemp(f"node-{number}"), f"node-{number}", announced=link.port
+            )
+            node.start()
+            cleanup.callback(node.stop)
+            node.lead([link])
+            nodes.append(node)
+        await join(nodes)
+        yield nodes
+
+
+@pytest.fixture
+async def settings(nodes: list[ChaosValkey]) -> ServiceSettings:
+    hosts = ",".join(f"127.0.0.1:{node.port}" for node in nodes)
+    settings = ServiceSettings(redis_url=f"redis+cluster://{hosts}", redis_prefix=f"t{uuid.uuid4().hex[:8]}")
+    await declare_complete(settings)
+    return settings
+
+
+@pytest.fixture
+async def store(settings: ServiceSettings) -> AsyncIterator[LeaseStore]:
+    store = LeaseStore(settings)
+    await store.connect()
+    yield store
+    await store.close()
+
+
+async def test_the_shards_lie_on_all_nodes(store: LeaseStore, nodes: list[ChaosValkey]) -> None:
+    found = await store.link.inspect([at.epoch for at in store.keys])
+    assert len({run_id for run_id, _ in found}) == len(nodes)
+
+
+async def test_leases_live_and_end_on_all_nodes(store: LeaseStore) -> None:
+    deadline = int(time.time()) + 4
+    leases = [lease(deadline=deadline, agent_id="bot") for _ in range(64)]
+    other = lease(agent_id="bot")
+    assert await store.activate([*leases, other]) == [Activation("activated")] * 65
+    assert [a.outcome for a in await store.activate(leases)] == ["known"] * 64
+    ids = [one.claims.lease_id for one in leases]
+    assert sorted(await store.find("agent:bot")) == sorted([*ids, other.claims.lease_id])
+    assert sorted(await store.find(ALL_MARK)) == sorted([*ids, other.claims.lease_id])
+    assert (await store.look(ids[0])).active
+    stored = await store.get(ids)
+    assert [stored[one.claims.lease_id].jws.decode() for one in leases] == [one.jws for one in leases]
+    found: dict[str, Any] = {}
+
+    async def all_due() -> bool:
+        for one in await store.claim(store.shards, limit=10, visibility_ms=VISIBLE_MS):
+            found.update(one.leases)
+        return len(found) == 64
+
+    await until(all_due)
+    assert sorted(found) == sorted(ids)
+    steps = [step(one, "expired") for one in leases]
+    assert {s.outcome for s in await store.step(steps, visibility_ms=VISIBLE_MS)} == {"done"}
+    assert await store.find(ALL_MARK) == [other.claims.lease_id]
+    store.published((one.claims.lease_id, seq) for one in leases for seq in (1, 2))
+    await store.flush_outbox()
+    assert [one.lease_id for one in await store.unpublished(older_than_ms=0)] == [other.claims.lease_id]
+
+
+async def test_grants_are_counted_on_all_nodes(store: LeaseStore) -> None:
+    grants, leases = [str(uuid.uuid4()) for _ in range(32)], [str(uuid.uuid4()) for _ in range(4)]
+    for grant in grants:  # each on a shard of its own, whatever the shards of the leases
+        counted = await asyncio.gather(*(store.use_grant(grant, lease_id, most=3) for lease_id in leases))
+        assert sum(counted) == 3
+
+
+async def test_issuing_in_two_steps_fences_and_counts(store: LeaseStore) -> None:
+    leases = [minting(sponsor="sam", requested_at_ms=5000) for _ in range(32)]
+    assert await store.prepare(leases, token="a", mint_ms=VISIBLE_MS) == [Preparation("prepared")] * 32
+    done = await store.activate([minted(one) for one in leases[:16]], token="a")
+    assert done == [Activation("activated")] * 16
+    await store.fence({"sponsor:sam": 5000})
+    done = await store.activate([minted(one) for one in leases[16:]], token="a")
+    assert done == [Activation("fenced", mark="sponsor:sam")] * 16
+    assert await store.count(["sponsor:sam", "sponsor:sue"]) == {"sponsor:sam": 32, "sponsor:sue": 0}
+    await store.postpone({one.claims.lease_id: 0 for one in leases[16:]})
+    claimed = await store.claim(store.shards, limit=100, visibility_ms=VISIBLE_MS)
+    assert sum(len(one.leases) for one in claimed) == 16
+
+
+async def test_scripts_that_a_node_forgot_are_loaded_again(
+    store: LeaseStore, nodes: list[ChaosValkey]
+) -> None:
+    for node in nodes:
+        node.call("SCRIPT", "FLUSH")
+    assert await store.activate([lease() for _ in range(32)]) == [Activation("activated")] * 32
+
+
+async def test_every_node_tells_of_expired_keys(store: LeaseStore) -> None:
+    found = await store.link.inspect([at.epoch for at in store.keys])
+    node_of_shard = [run_id for run_id, _ in found]
+    told: set[str] = set()
+
+    async def listen() -> None:
+        async for shard in store.expirations():
+            told.add(node_of_shard[shard])
+            if len(told) == 3:
+                return
+
+    listening = asyncio.create_task(listen())
+    while not listening.done():
+        await store.activate([lease(deadline=int(time.time()) + 2) for _ in range(48)])
+        await asyncio.wait([listening], timeout=5)
+    await listening
+    assert told == set(node_of_shard)
+
+
+async def test_a_node_that_was_restarted_holds_up_everything_until_it_is_rebuilt(
+    store: LeaseStore, settings: ServiceSettings, nodes: list[ChaosValkey]
+) -> None:
+    leases = [lease() for _ in range(48)]
+    await store.activate(leases)
+    await nodes[1].killed(0)
+
+    async def refused() -> str:
+        """Why nothing is told any more, once the cluster is whole again."""
+        try:
+            await store.get([one.claims.lease_id for one in leases])
+        except LostError as error:
+            return str(error)
+        except UnavailableError:
+            return ""
+        raise AssertionError("nobody noticed")
+
+    async def known_to_be_lost() -> bool:
+        return "not known to be complete" in await refused()
+
+    await until(known_to_be_lost)
+    with pytest.raises(LostError):
+        await store.activate([leases[0]])
+    await declare_complete(settings)
+    assert [a.outcome for a in await store.activate(leases)] == ["known"] * 48
+    for mark in marks_of(leases[0].claims):
+        assert await store.find(mark) == [leases[0].claims.lease_id]
+
+
+async def test_services_on_a_cluster_rebuild_the_node_that_was_lost(
+    kafka: Kafka, nodes: list[ChaosValkey], settings: ServiceSettings
+) -> None:
+    more: Any = {"redis_shards": 16}
+    async with (
+        World.open(kafka.bootstrap, settings.redis_url, paced=kafka.kind == "embedded") as world,
+        opened_desks(world) as first,
+        world.running("issuer", "revoker", **more),
+    ):
+        desk = await another(first)
+        store = LeaseStore(world.settings("issuer", **more))
+        leases = [asked for asked, _ in await asyncio.gather(*(desk.issued("read") for _ in range(24)))]
+        before = {epoch for _, epoch in await store.link.inspect([at.epoch for at in store.keys])}
+        await nodes[2].lost(0)
+
+        async def is_rebuilt() -> bool:
+            try:
+                now = {epoch for _, epoch in await store.link.inspect([at.epoch for at in store.keys])}
+                await store.connect()
+            except UnavailableError:
+                return False
+            return (before | {None}).isdisjoint(now)
+
+        await until(is_rebuilt)
+        for asked in leases:
+            assert (await store.look(asked.lease_id)).active
+        later, content = await desk.issued("read")
+        assert content.credential is not None
+        assert (await store.look(later.lease_id)).active
+        await store.close()
+
+
+@pytest.mark.parametrize("url", ["redis+cluster://nowhere", "redis+cluster://h:1,", "redis+cluster://h:1/3"])
+async def test_an_address_that_is_none_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(SettingsError, match="RINGFENCE_REDIS_URL") as raised:
+        LeaseStore(ServiceSettings(redis_url=url.replace("//", "//sam:hunter2secret@")))
+    assert "hunter2secret" not in str(raised.value)

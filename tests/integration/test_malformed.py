@@ -1,0 +1,225 @@
+"""What anybody with write access may put onto a topic besides garbage: records without value or key, broken headers,
+and messages that are truly signed and still not what they should be. Nothing stops anybody."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaProducer
+
+from ringfence.kernel.ids import message_id
+from ringfence.kernel.jws import sign
+from ringfence.kernel.keys import SigningKey, b64encode
+from ringfence.messages.base import Topic
+from ringfence.messages.credential import Coordinates
+from ringfence.messages.topics import (
+    ALL,
+    APPROVAL_RESPONSE,
+    CREDENTIAL_DECISION,
+    CREDENTIAL_REQUEST,
+    LEASE,
+    REGISTRY_COMMAND,
+    REVOCATION_REQUEST,
+)
+from tests.integration.test_attacks import (
+    CONSUMED,
+    WATCHED,
+    at,
+    audited,
+    buried,
+    decided,
+    make_request,
+    no_lease,
+    put,
+)
+from tests.stack import Realm
+
+AUDITED = CONSUMED | {LEASE}
+
+HEADERS: list[list[tuple[str, bytes]]] = [
+    [],
+    [("traceparent", b"\xff\xfe"), ("ce_id", b""), ("ce_time", b"yesterday")],
+    [("traceparent", b"00-" + b"0" * 32 + b"-" + b"0" * 16 + b"-01")],
+    [("traceparent", b"x" * 20_000), ("traceparent", b"y"), ("", b"no name")],
+]
+
+
+@pytest.fixture
+async def raw(realm: Realm) -> AsyncIterator[AIOKafkaProducer]:
+    """A producer that sets nothing by itself."""
+    producer = AIOKafkaProducer(bootstrap_servers=realm.settings.kafka)
+    await producer.start()
+    try:
+        yield producer
+    finally:
+        await producer.stop()
+
+
+async def throw(
+    raw: AIOKafkaProducer, realm: Realm, topic: Topic[Any], value: bytes | None, key: bytes | None,
+    headers: list[tuple[str, bytes]],
+) -> Coordinates:  # fmt: skip
+    sent = await raw.send_and_wait(topic.name(realm.settings.topic_prefix), value, key=key, headers=headers)
+    return Coordinates(
+        topic=sent.topic, partition=sent.partition, offset=sent.offset, appended_at_ms=sent.timestamp
+    )
+
+
+@pytest.mark.parametrize("topic", ALL, ids=lambda topic: topic.what)
+async def test_records_without_value_key_or_sound_headers_stop_nobody(
+    realm: Realm, raw: AIOKafkaProducer, topic: Topic[Any]
+) -> None:
+    async with realm.as_agent() as agent, realm.seen(*WATCHED) as seen:
+        places = [
+            await throw(raw, realm, topic, value, key, headers)
+            for value in (None, b"{}", b"a.b.c")
+            for key in (None, b"\xff", b"k" * 5000, realm.agent.encode())
+            for headers in HEADERS
+            if (key or value)
+            and (key or not topic.compacted)  # a broker takes no record without a key into a compacted topic
+        ]
+        if topic in CONSUMED:
+            for where in places:
+                assert (await buried(seen, where))["code"]
+        if topic in AUDITED:
+            for where in places:
+                await audited(seen, at(where), str(where))
+        await realm.read(agent)
+        assert realm.stack.ended() is None
+        realm.stack.wait_ready()
+
+
+def signed(key: SigningKey, payload: str, **header: Any) -> str:
+    """A JWS over any text as `credential.request`, truly signed."""
+    head = b64encode(
+        json.dumps(
+            {"alg": key.alg, "kid": key.kid, "typ": "ringfence.credential.request+jwt", **header}
+        ).encode()
+    )
+    signing_input = f"{head}.{b64encode(payload.encode('utf-8', 'surrogatepass'))}"
+    return f"{signing_input}.{b64encode(key.sign(signing_input.encode()))}"
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+REQUESTS = {
+    "nested deeply": lambda text: text[:-1] + f', "new": {nested(5000)}}}',
+    "half a character": lambda text: text.replace("an attack", "\\ud800"),
+    "no number": lambda text: text.replace('"ttl_s":300', '"ttl_s":NaN'),
+    "a number without end": lambda text: text.replace('"ttl_s":300', '"ttl_s":1e999'),
+    "a number as text": lambda text: text.replace('"ttl_s":300', '"ttl_s":"300"'),
+    "a truth as number": lambda text: text.replace('"ttl_s":300', '"ttl_s":true'),
+    "no time at all": lambda text: text.replace('"ttl_s":300', '"ttl_s":0'),
+    "time that runs back": lambda text: text.replace('"ttl_s":300', '"ttl_s":-1'),
+    "several audiences": lambda text: text.replace(
+        '"aud":"acme.example"', '"aud":["acme.example","other.example"]'
+    ),
+    "another domain": lambda text: text.replace('"aud":"acme.example"', '"aud":"other.example"'),
+    "an empty scope": lambda text: text[:-1] + ', "scope": []}',
+    "text behind it": lambda text: text + "x",
+    "a list": lambda text: f"[{text}]",
+    "half of it": lambda text: text[: len(text) // 2],
+    "an id that is none": lambda text: text.replace('"task_id":"', '"task_id":"A'),
+}
+
+
+def failure_at(where: Coordinates) -> Callable[[dict[str, Any]], bool]:
+    """An audit event about the record at these coordinates that says no."""
+    about = at(where)
+    return lambda event: event["status"] == "Failure" and about(event)
+
+
+async def test_truly_signed_requests_that_are_none_are_buried(realm: Realm) -> None:
+    key = realm.key("agent", realm.agent)
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        places = {}
+        for what, change in REQUESTS.items():
+            text = make_request(realm).model_dump_json(exclude_none=True)
+            changed = change(text)
+            assert changed != text, what
+            places[what] = await put(publisher, CREDENTIAL_REQUEST, realm.agent, signed(key, changed))
+        for what, where in places.items():
+            assert (await buried(seen, where))["service"] == "policy"
+            await audited(seen, failure_at(where), what)
+        await realm.read(agent)
+        assert realm.stack.ended() is None
+
+
+SAID_OTHERWISE: list[dict[str, Any]] = [
+    {"alg": "none"}, {"alg": "HS256"}, {"alg": "EdDSA"}, {"typ": "JWT"}, {"typ": "ringfence.approval+jwt"},
+    {"typ": "application/ringfence.credential.request+jwt"}, {"crit": ["exp"]}, {"kid": "0" * 43}, {"kid": None},
+    {"b64": False},
+]  # fmt: skip
+
+
+async def test_headers_that_say_something_else(realm: Realm) -> None:
+    key = realm.key("agent", realm.agent)
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        text = make_request(realm).model_dump_json(exclude_none=True)
+        places = [
+            await put(publisher, CREDENTIAL_REQUEST, realm.agent, signed(key, text, **header))
+            for header in SAID_OTHERWISE
+        ]
+        for where, header in zip(places, SAID_OTHERWISE, strict=True):
+            await buried(seen, where)
+            await audited(seen, at(where), str(header))
+        await realm.read(agent)
+
+
+async def test_a_key_in_the_header_is_nobodys(realm: Realm) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        mine, thief = realm.key("agent", realm.agent), SigningKey.generate(realm.key("agent", realm.agent).id)
+        text = make_request(realm).model_dump_json(exclude_none=True)
+        jwk = thief.public.model_dump(exclude_none=True)
+        for kid in (mine.kid, thief.kid):
+            forged = signed(thief, text, jwk=jwk, kid=kid)
+            where = await put(publisher, CREDENTIAL_REQUEST, realm.agent, forged)
+            assert (await buried(seen, where))["code"] in ("key_unknown", "signature_invalid")
+            await audited(seen, at(where), "the forged request")
+        await realm.read(agent)
+
+
+async def test_what_a_newer_writer_adds_is_kept_in_what_embeds_it(realm: Realm) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        request = make_request(realm, colour={"of": ["the", "sky"]})
+        compact = sign(request, realm.key("agent", realm.agent))
+        await put(publisher, CREDENTIAL_REQUEST, realm.agent, compact)
+        decision = await decided(realm, agent, seen, message_id(request.iss, request.jti), "allowed")
+        assert decision.request == compact
+        await seen.until(lambda: not no_lease(seen, decision.request_id), "the lease")
+
+
+OTHERS = {
+    REGISTRY_COMMAND: "registry",
+    CREDENTIAL_DECISION: "issuer",
+    APPROVAL_RESPONSE: "policy",
+    REVOCATION_REQUEST: "revoker",
+}
+
+
+@pytest.mark.parametrize("topic", OTHERS, ids=lambda topic: topic.what)
+async def test_a_sound_message_on_another_topic_is_none_there(realm: Realm, topic: Topic[Any]) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        request = make_request(realm)
+        where = await put(publisher, topic, realm.agent, sign(request, realm.key("agent", realm.agent)))
+        letter = await buried(seen, where)
+        assert (letter["service"], letter["code"]) == (OTHERS[topic], "typ_unexpected")
+        await audited(seen, at(where), "the request")
+        await realm.read(agent)
+        await seen.up_to_now()
+        assert no_lease(seen, message_id(request.iss, request.jti))
+
+
+async def test_a_request_that_is_too_large_is_buried(realm: Realm) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        request = make_request(realm, new="x" * 100_000)
+        where = await put(
+            publisher, CREDENTIAL_REQUEST, realm.agent, sign(request, realm.key("agent", realm.agent))
+        )
+        assert (await buried(seen, where))["code"] == "too_large"
+        await realm.read(agent)

@@ -1,0 +1,146 @@
+"""Tools that know nothing of our code: a request by hand, kcat, plain consumers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from aiokafka import AIOKafkaConsumer
+from jsonschema.validators import Draft202012Validator
+
+from ringfence.messages.topics import ALL
+from tests.stack import Realm, first_pending
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "docs/examples/request_by_hand.py"
+
+
+async def run(*argv: str, env: dict[str, str]) -> tuple[int, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        *argv, env={**os.environ, **env}, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), 90)
+    finally:
+        if process.returncode is None:
+            process.kill()
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+async def ask_by_hand(realm: Realm, folder: Path, verb: str, resource: str) -> dict[str, object]:
+    key_file = folder / "bot.json"
+    if not key_file.exists():
+        realm.key("agent", realm.agent).save(key_file)
+    status, out, err = await run(
+        sys.executable, str(EXAMPLE), str(key_file), realm.task, realm.target, verb, resource,
+        env=realm.stack.environment(),
+    )  # fmt: skip
+    assert status == 0, err
+    answer: dict[str, object] = json.loads(out)
+    return answer
+
+
+async def test_a_request_written_by_hand_is_served(realm: Realm, tmp_path: Path) -> None:
+    answer = await ask_by_hand(realm, tmp_path, "read", "env/staging/web")
+    assert answer["outcome"] == "allowed"
+    credential = answer["credential"]
+    assert isinstance(credential, dict)
+    assert credential["kind"] == "jwt"
+
+
+async def test_a_request_by_hand_beyond_the_rule_is_told_why(realm: Realm, tmp_path: Path) -> None:
+    answer = await ask_by_hand(realm, tmp_path, "write", "env/production/web")
+    assert answer["outcome"] == "denied"
+    assert answer["credential"] is None
+    assert any(reason["code"] == "beyond_scope" for reason in answer["reasons"])  # type: ignore[attr-defined]
+
+
+CHANNELS: dict[str, Any] = yaml.safe_load((ROOT / "schemas/asyncapi.yaml").read_text())["channels"]
+
+
+def published_schema(topic: str, value: bytes) -> tuple[str, Any]:
+    """The name of the schema that a record must follow, and what must follow it: a JWS says so in its `typ`."""
+    if value.startswith(b"{"):
+        (name,) = CHANNELS[topic]["messages"]
+        return name, json.loads(value)
+    head, payload, _ = (base64.urlsafe_b64decode(part + b"==") for part in value.split(b"."))
+    return json.loads(head)["typ"].removeprefix("ringfence.").removesuffix("+jwt"), json.loads(payload)
+
+
+async def test_a_plain_consumer_finds_every_message_as_the_schemas_say(realm: Realm) -> None:
+    prefix, ours = realm.settings.topic_prefix, f"spiffe://{realm.settings.trust_domain}/".encode()
+    async with realm.as_agent() as agent, realm.sponsor() as sam:
+        asked = asyncio.create_task(
+            agent.request(
+                task=realm.task, target=realm.target, verbs=["write"], resources=["env/staging/web"], reason="to write",
+                timeout_s=30,
+            )
+        )  # fmt: skip
+        await sam.approve(await first_pending(sam))
+        credential = await asked
+        await agent.release(credential)
+    schemas = {
+        file.name.removesuffix(".schema.json"): Draft202012Validator(json.loads(file.read_text()))
+        for file in (ROOT / "schemas").glob("*.schema.json")
+    }
+    topics = [f"{prefix}.{topic.what}.v1" for topic in ALL if topic.encoding != "jwe"]
+    consumer = AIOKafkaConsumer(
+        *topics,
+        bootstrap_servers=realm.settings.kafka,
+        auto_offset_reset="earliest",
+        enable_auto_commit=False,
+    )
+    seen: set[str] = set()
+    await consumer.start()
+    try:
+        async with asyncio.timeout(60):
+            async for record in consumer:
+                headers = dict(record.headers)
+                # Other tests attack the same topics: what they put there is not ours.
+                if not headers.get("ce_source", b"").startswith(ours) or not record.value:
+                    continue
+                name, body = published_schema(
+                    record.topic.removeprefix(f"{prefix}.").removesuffix(".v1"), record.value
+                )
+                schemas[name].validate(body)
+                assert headers["content-type"] == b"application/" + (
+                    b"json" if record.value[:1] == b"{" else b"jose"
+                )
+                if name != "audit-event" or body["unmapped"].get("lease") == credential.lease_id:
+                    seen.add(name)
+                if seen >= EVERY_FLOW:
+                    break
+    finally:
+        await consumer.stop()
+
+
+EVERY_FLOW = {
+    "trust.bundle", "user.set", "agent.register", "target.set", "task.assign", "user", "agent", "target", "task",
+    "credential.request", "credential.decision", "approval-request", "approval", "lease", "revocation.request",
+    "service.event", "heartbeat", "audit-event",
+}  # fmt: skip
+"""What a credential that was approved and given back leaves on the topics."""
+
+
+@pytest.mark.tools
+async def test_kcat_reads_the_audit_topic(realm: Realm) -> None:
+    kcat = shutil.which("kcat")
+    assert kcat, "kcat is not installed; on Debian: apt-get install kcat"
+    async with realm.as_agent() as agent:
+        await realm.read(agent)
+    topic = f"{realm.settings.topic_prefix}.audit.v1"
+    status, out, err = await run(
+        kcat, "-C", "-b", realm.settings.kafka, "-t", topic, "-o", "beginning", "-c", "3", "-e", "-q", env={}
+    )
+    assert status == 0, err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert len(lines) == 3
+    assert all(line["metadata"]["product"]["name"] == "Ringfence" for line in lines)

@@ -1,0 +1,80 @@
+"""Leases as the lease store takes them, for its tests: their JWS are no JWS, the store only keeps them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, cast
+
+from ringfence.messages.credential import Coordinates
+from ringfence.messages.examples import EXAMPLES
+from ringfence.messages.lease import EndCause, Lease, LeaseStatus
+from ringfence.model.lease_store import LeaseStore, SignedLease, Step
+from ringfence.model.leases import follow, origin_of, record_id
+
+EXAMPLE = EXAMPLES[Lease]
+assert isinstance(EXAMPLE, Lease)
+VISIBLE_MS = 60_000
+CAUSE = EndCause(kind="revocation", at_ms=1, by="spiffe://acme.example/user/olga", ref="r1", reason="a test")
+REVOKER = "spiffe://acme.example/service/revoker"
+
+
+def lease(**fields: Any) -> SignedLease:
+    """A new active lease, of an agent of its own unless told otherwise. Its JWS is no JWS: the store only keeps it."""
+    name = uuid.uuid4().hex[:8]
+    id = str(uuid.uuid4())
+    origin = origin_of(id, Coordinates(topic="t", partition=0, offset=1, appended_at_ms=1))
+    given = {
+        "lease_id": id,
+        "jti": record_id(origin, 1),
+        "agent_id": f"bot-{name}",
+        "task_id": str(uuid.uuid4()),
+        "sponsor": f"sam-{name}",
+        "target_id": f"target-{name}",
+        "on_behalf_of": f"maria-{name}",
+        "deadline": int(time.time()) + 600,
+        "status": "active",
+        "seq": 1,
+        **fields,
+    }
+    claims = cast(Lease, EXAMPLE.model_copy(update=given))
+    return SignedLease(claims, f"signed.{id}.1")
+
+
+def step(before: SignedLease, *statuses: LeaseStatus, cause: EndCause = CAUSE) -> Step:
+    """The step to the last of these statuses, from the one before it."""
+    claims = after = before.claims
+    for status in statuses:
+        after, claims = claims, follow(claims, status, by=REVOKER, cause=cause)
+    return Step(SignedLease(claims, f"signed.{claims.lease_id}.{claims.seq}"), after)
+
+
+async def until(found: Callable[[], Any]) -> Any:
+    """What `found()` gives once it is true."""
+    async with asyncio.timeout(20):
+        while not (answer := await found()):
+            await asyncio.sleep(0.02)
+    return answer
+
+
+async def claimed(store: LeaseStore, visibility_ms: int = VISIBLE_MS) -> dict[str, Any]:
+    """What is due now in all shards."""
+    found: dict[str, Any] = {}
+    for one in await store.claim(store.shards, limit=10, visibility_ms=visibility_ms):
+        found |= one.leases
+    return found
+
+
+def minting(**fields: Any) -> SignedLease:
+    """A lease that is being minted."""
+    return lease(**{"status": "minting", **fields})
+
+
+def minted(before: SignedLease) -> SignedLease:
+    """The `active` record after a `minting` one."""
+    claims = before.claims
+    origin = claims.jti.rpartition(".")[0]
+    active = claims.model_copy(update={"status": "active", "seq": 2, "jti": record_id(origin, 2)})
+    return SignedLease(active, f"signed.{claims.lease_id}.2")

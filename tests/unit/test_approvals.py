@@ -1,0 +1,110 @@
+"""Who may stand for which approval, so that as much as can be is met and nobody counts twice."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringfence.messages.credential import RequiredClass
+from ringfence.model.approvals import may_approve, required_classes, unmet
+from ringfence.model.directory import Directory
+from ringfence.model.requests import Facts
+
+ROLES = {
+    "sam": ("sponsor", "operator"), "maria": ("operator",), "petra": ("sponsor",), "olga": ("operator",),
+    "otto": ("operator", "sponsor"), "uma": ("auditor",), "gone": ("operator", "sponsor"),
+}  # fmt: skip
+
+
+class People:
+    """A directory of them all; the agent's sponsor is sam, and it acts for maria."""
+
+    def user(self, user_id: str) -> Any:
+        status = "disabled" if user_id == "gone" else "active"
+        state = SimpleNamespace(roles=ROLES[user_id], status=status)
+        return SimpleNamespace(state=state) if user_id in ROLES else None
+
+
+DIRECTORY = cast(Directory, People())
+FACTS = cast(
+    Facts,
+    SimpleNamespace(
+        agent=SimpleNamespace(state=SimpleNamespace(sponsor="sam")),
+        task=SimpleNamespace(state=SimpleNamespace(on_behalf_of="maria")),
+    ),
+)
+
+
+def signed(*people: str) -> Any:
+    return [SimpleNamespace(claims=SimpleNamespace(aud="td", iss=f"spiffe://td/user/{p}")) for p in people]
+
+
+def lacking(required: tuple[RequiredClass, ...], *people: str) -> tuple[RequiredClass, ...]:
+    return unmet(required, signed(*people), DIRECTORY, FACTS)
+
+
+TWO: tuple[RequiredClass, ...] = ("break_glass", "break_glass")
+
+
+@pytest.mark.parametrize(
+    ("required", "people", "left"),
+    [
+        ((), (), 0),
+        (TWO, (), 2),
+        (TWO, ("olga",), 1),
+        (TWO, ("olga", "olga"), 1),
+        (TWO, ("olga", "otto"), 0),
+        (TWO, ("olga", "sam", "maria", "petra", "uma", "gone"), 1),
+        (("operator", *TWO), ("olga", "otto"), 1),
+        (("operator", *TWO), ("olga", "otto", "maria"), 0),  # whom it is for may be the floor's operator
+        (("sponsor", *TWO), ("olga", "otto"), 1),
+        (("sponsor", "second_person"), ("sam", "otto"), 0),
+        (("second_person", "operator"), ("otto",), 1),
+        (("second_person", "operator"), ("otto", "petra"), 0),
+    ],
+)
+def test_what_is_still_missing(required: tuple[RequiredClass, ...], people: tuple[str, ...], left: int):
+    assert len(lacking(required, *people)) == left
+
+
+classes = st.lists(st.sampled_from(["sponsor", "second_person", "operator", "break_glass"]), max_size=5)
+
+
+@given(classes.map(tuple), st.lists(st.sampled_from(sorted(ROLES)), max_size=5))
+def test_it_is_as_few_as_any_assignment_of_people_leaves(
+    required: tuple[RequiredClass, ...], people: list[str]
+):
+    padded: list[str | None] = [*sorted(set(people)), *[None] * len(required)]
+
+    def left(chosen: tuple[str | None, ...]) -> int:
+        fits = [
+            p is not None and may_approve(DIRECTORY, p, wanted, FACTS)
+            for p, wanted in zip(chosen, required, strict=True)
+        ]
+        return fits.count(False)
+
+    fewest = min(left(chosen) for chosen in set(permutations(padded, len(required))))
+    assert len(lacking(required, *people)) == fewest
+
+
+def test_no_crowd_takes_long():
+    many = [f"user-{n}" for n in range(400)]
+    ROLES.update(dict.fromkeys(many, ("operator",)))
+    try:
+        assert lacking(("sponsor", "second_person", "operator", *TWO), *many) == ("sponsor", "second_person")
+    finally:
+        for name in many:
+            del ROLES[name]
+
+
+def test_break_glass_is_asked_for_by_the_request_alone():
+    assert required_classes(("operator",), ("sponsor", "break_glass"), break_glass=False) == (
+        "sponsor", "operator",
+    )  # fmt: skip
+    assert required_classes((), (), break_glass=True) == TWO
+    assert required_classes(("none",), TWO, break_glass=True) == TWO

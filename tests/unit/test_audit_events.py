@@ -1,0 +1,672 @@
+"""What audit says of each step: who, for whom, why; and of what nobody is believed to have said."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from typing import Any
+
+import pytest
+
+from ringfence.audit import credential_events
+from ringfence.audit.believing import Believer
+from ringfence.audit.handlers import AuditHandlers
+from ringfence.audit.ocsf import event_uid, moment, privileges, scrubbed
+from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.ids import derived_id, digest, message_id
+from ringfence.kernel.jws import sign
+from ringfence.kernel.keys import SigningKey
+from ringfence.messages.approval import Approval
+from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.credential import CredentialRequest, Reason
+from ringfence.messages.lease import EndCause, RevocationAck, RevocationRequest, Selector
+from ringfence.messages.operations import ServiceEvent
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import (
+    AgentDecommission,
+    AgentResume,
+    AgentSetCeiling,
+    AgentSuspend,
+    AgentTransfer,
+    TargetRemove,
+    TargetSet,
+    TargetState,
+    TaskAssign,
+    TaskConsent,
+    TaskEnd,
+    TaskTerms,
+    UserDisable,
+)
+from ringfence.messages.topics import (
+    AGENT,
+    APPROVAL_RESPONSE,
+    CREDENTIAL_REPLY,
+    CREDENTIAL_REQUEST,
+    LEASE,
+    REGISTRY_COMMAND,
+    REVOCATION_ACK,
+    REVOCATION_REQUEST,
+    SERVICE_EVENT,
+    TARGET,
+    TASK,
+    USER,
+)
+from tests.audit_office import TRACE_ID, Office, steps, unbelievable
+
+
+@pytest.fixture
+def office() -> Office:
+    office = Office()
+    office.staff()
+    return office
+
+
+async def test_one_credential_is_one_event_a_step_and_each_names_everybody(office: Office) -> None:
+    story = office.credential("released")
+    events = await office.audit(*story.all)
+    assert steps(events) == [
+        "credential.requested", "approval.required", "approval.requested", "approval.given", "request.allowed",
+        "credential.issued", "reply.sent", "release.requested", "credential.released",
+    ]  # fmt: skip
+    for event in events:
+        words = event["unmapped"]
+        assert (words["agent"], words["task"], words["sponsor"], words["on_behalf_of"]) == (
+            "deploy-bot", office.task, "sam", "maria",
+        )  # fmt: skip
+        assert words["request"] == story.request_id
+        assert words["trace_id"] == TRACE_ID
+        assert event["metadata"]["correlation_uid"] == story.request_id
+        assert event["class_uid"] == 3003
+        assert event["privileges"] == ["staging:deploy:env/staging/*"]
+    assert set(office.published.keys) == {"deploy-bot"}
+    assert len(set(office.published.ids)) == len(events)
+
+
+async def test_the_issue_says_it_in_one_sentence(office: Office) -> None:
+    story = office.credential("expired")
+    events = {event["metadata"]["event_code"]: event for event in await office.audit(*story.all)}
+    issued = events["credential.issued"]
+    until = moment(issued["session"]["expiration_time"])
+    assert issued["message"] == (
+        f"agent deploy-bot was issued credential lease {story.lease_id} for staging: deploy on env/staging/*, "
+        f"until {until}, on behalf of maria, approved by sam"
+    )
+    assert issued["session"]["uid"] == story.lease_id
+    assert (issued["activity_id"], issued["status"], issued["action"]) == (1, "Success", "Allowed")
+    assert issued["unmapped"]["approvers"] == ["sam"]
+    assert issued["unmapped"]["policy_revision"] == issued["policy"]["uid"]
+    assert issued["unmapped"]["request_digest"]
+    assert events["lease.expired"]["session"]["expiration_reason"] == "deadline"
+
+
+async def test_only_issued_credentials_count_as_privileges_assigned(office: Office) -> None:
+    """What a SIEM counts: activity 1 with status Success, once for each credential."""
+    events = await office.audit(*office.credential("revoked").all, *office.credential(approved=False).all)
+    assigned = [event for event in events if (event["activity_id"], event["status_id"]) == (1, 1)]
+    assert steps(assigned) == ["credential.issued"] * 2
+
+
+async def test_a_refusal_names_each_reason_with_permission_and_side(office: Office) -> None:
+    story = office.credential(approved=False)
+    reason = Reason(
+        code="beyond_scope", message="entitlements:maria lacks it", permission=office.scope[0],
+        side="entitlements:maria",
+    )  # fmt: skip
+    await office.audit(story.request)
+    event = await office.event(story.decision("denied", ttl_s=None, reasons=(reason,)))
+    assert (event["activity_id"], event["status"], event["action"]) == (1, "Failure", "Denied")
+    assert event["status_code"] == "beyond_scope"
+    (said,) = event["unmapped"]["reasons"]
+    assert said["side"] == "entitlements:maria"
+    assert said["permission"] == {"target": "staging", "verbs": ["deploy"], "resources": ["env/staging/*"]}
+
+
+async def test_a_redelivery_makes_the_same_event(office: Office) -> None:
+    story = office.credential()
+    first = await office.audit(*story.all)
+    again = await office.audit(*story.all)
+    assert again == first
+
+
+async def test_a_batch_that_could_not_be_published_comes_again_and_makes_the_same_events(
+    office: Office,
+) -> None:
+    story = office.credential()
+    replay = office.received(CREDENTIAL_REQUEST, story.request_jws)
+    batch = [story.request, replay]
+    office.published.fail_next = 1
+    with pytest.raises(OSError, match="went away"):
+        await office.batches[CREDENTIAL_REQUEST](batch)
+    await office.batches[CREDENTIAL_REQUEST](batch)
+    assert steps(office.published.events) == ["credential.requested", "message.replayed"]
+
+
+async def test_a_restarted_audit_says_the_same_of_a_decision_without_the_request(office: Office) -> None:
+    """Nothing rests on the memory: what a decision embeds is verified anew."""
+    story = office.credential()
+    *_, expected = await office.audit(
+        story.request, *[r for r in story.all if "decision" in r.topic.what or "approval" in r.topic.what]
+    )
+    believer = Believer(office.trust, office.directory, office.own)
+    handlers = AuditHandlers(
+        office.published, believer, SystemClock(), office.trust, office.uses.get, settle_ms=0
+    )
+    await handlers.batches()[story.allowed.topic]([story.allowed])
+    assert office.published.events[-1] == expected
+    assert expected["unmapped"]["approvers"] == ["sam"]
+    assert "credential.request" in expected["unmapped"]["verified"]["embedded"]
+
+
+# --- seen, not believed ---
+
+
+async def test_what_is_not_believed_is_attributed_to_its_coordinates_and_nobody_else(office: Office) -> None:
+    records = unbelievable(office)
+    named = ("deploy-bot", "sam", "maria", "registry/", "service/", "agent/", "user/")
+    for name, record in records.items():
+        if name.startswith(("garbage", "forged", "record of", "deleted")):
+            event = await office.event(record)
+            assert steps([event]) == ["record.not_believed"], name
+            assert (event["class_uid"], event["status"]) == (3002, "Failure")
+            assert event["severity_id"] >= 3, name
+            assert event["user"]["name"] == "unknown"
+            assert "actor" not in event
+            assert event["unmapped"]["verified"] == {"by": None}
+            assert not [word for word in named if word in json.dumps(event)], name
+
+
+async def test_forgeries_are_alerts_and_noise_is_not(office: Office) -> None:
+    records = unbelievable(office)
+    forged = await office.event(records["forged request"])
+    noise = await office.event(records["garbage on credential.request"])
+    assert (forged["severity"], forged["is_alert"]) == ("High", True)
+    assert (noise["severity"], noise.get("is_alert")) == ("Medium", None)
+    lie = await office.event(records["record of a lying registry"])
+    assert (lie["severity"], lie["status_code"]) == ("High", "chain_broken")
+
+
+async def test_an_event_quotes_nothing_of_what_a_stranger_wrote(office: Office) -> None:
+    """A secret pasted into a header or a key must not end in the SIEM."""
+    secret = "hunter2-hunter2-hunter2"
+    header = base64.urlsafe_b64encode(
+        json.dumps({"alg": "ES256", "kid": secret, "typ": secret}).encode()
+    ).rstrip(b"=")
+    record = office.received(CREDENTIAL_REQUEST, header + b".e30.e30", key=secret)
+    event = await office.event(record)
+    assert steps([event]) == ["record.not_believed"]
+    assert secret not in json.dumps(event)
+    assert secret not in office.published.keys[-1]
+
+
+async def test_an_expired_request_is_its_signers_and_counts_for_nothing(office: Office) -> None:
+    old = office.request(iat=office.now_ms // 1000 - 900, exp=office.now_ms // 1000 - 600)
+    bot = office.key("agent", "deploy-bot")
+    event = await office.event(office.signed(CREDENTIAL_REQUEST, old, bot))
+    assert steps([event]) == ["message.expired"]
+    assert (event["user"]["name"], event["status"], event["status_code"]) == (
+        "deploy-bot",
+        "Failure",
+        "expired",
+    )
+    assert event["unmapped"]["sponsor"] == "sam"
+    assert event["unmapped"]["request"] == message_id(bot.id, old.jti)
+
+
+async def test_a_replay_is_told_and_blamed_on_nobody(office: Office) -> None:
+    story = office.credential()
+    first, again = await office.audit(
+        story.request, office.received(CREDENTIAL_REQUEST, story.request_jws, partition=1)
+    )
+    assert steps([first, again]) == ["credential.requested", "message.replayed"]
+    assert again["user"]["name"] == "unknown"
+    assert "actor" not in again
+    assert again["unmapped"]["first_seen"] == {"partition": 0, "offset": story.request.offset}
+    assert (again["unmapped"]["agent"], again["unmapped"]["request"]) == ("deploy-bot", story.request_id)
+    assert again["unmapped"]["verified"]["by"] == office.key("agent", "deploy-bot").id
+
+
+async def test_another_request_with_the_same_jti_is_a_replay_and_takes_nobodys_place(office: Office) -> None:
+    bot = office.key("agent", "deploy-bot")
+    story = office.credential()
+    wider = story.request_claims.model_copy(
+        update={"scope": (Permission(target="staging", verbs=("read",), resources=("**",)),)}
+    )
+    _, other, allowed = await office.audit(
+        story.request, office.signed(CREDENTIAL_REQUEST, wider, bot), story.allowed
+    )
+    assert steps([other]) == ["message.replayed"]
+    assert allowed["privileges"] == ["staging:deploy:env/staging/*"]
+
+
+async def test_a_record_that_a_service_published_twice_is_no_alarm(office: Office) -> None:
+    story = office.credential()
+    await office.audit(*story.all)
+    again = await office.event(office.received(LEASE, story.ended.value, key=story.lease_id))
+    assert (steps([again]), again["severity"], again["status"]) == (
+        ["message.repeated"],
+        "Informational",
+        "Success",
+    )
+
+
+async def test_another_record_of_a_service_with_the_same_jti_is_an_alarm(office: Office) -> None:
+    story = office.credential()
+    await office.audit(*story.all)
+    issuer = office.key("service", "issuer")
+    one = story.lease("active", 1, issuer, jti="same")
+    two = story.lease("expired", 9, issuer, jti="same")
+    assert steps(await office.audit(one, two)) == ["credential.issued", "message.replayed"]
+
+
+async def test_the_word_of_a_gateway_says_what_it_is_about_where_the_order_was_seen(office: Office) -> None:
+    sam, gateway = office.key("user", "sam"), office.key("service", "gateway")
+    ask = office.claims(
+        RevocationRequest, sam, kind="revocation", selector=Selector(agent_id="deploy-bot"), reason="x"
+    )
+    id = derived_id("revocation", ask.iss, ask.jti)
+    ack = office.claims(RevocationAck, gateway, revocation_id=id, cut_at_ms=office.now_ms)
+    word = office.signed(REVOCATION_ACK, ack, gateway)
+    early, _, known = await office.audit(
+        office.signed(REVOCATION_ACK, ack.model_copy(update={"jti": "other"}), gateway),
+        office.signed(REVOCATION_REQUEST, ask, sam),
+        word,
+    )
+    assert steps([early, known]) == ["cut.confirmed", "cut.confirmed"]
+    assert "agent" not in early["unmapped"]
+    said = {word: known["unmapped"][word] for word in ("agent", "revocation", "confirmed_by", "cut_at_ms")}
+    assert said == {
+        "agent": "deploy-bot", "revocation": ask.jti, "confirmed_by": gateway.id, "cut_at_ms": ack.cut_at_ms,
+    }  # fmt: skip
+    assert known["user"]["name"] == "deploy-bot"
+
+
+async def test_only_a_gateway_gives_the_word_of_a_gateway(office: Office) -> None:
+    revoker = office.key("service", "revoker")
+    ack = office.claims(RevocationAck, revoker, revocation_id="x", cut_at_ms=1)
+    assert steps(await office.audit(office.signed(REVOCATION_ACK, ack, revoker))) == ["record.not_believed"]
+
+
+async def test_an_end_that_came_too_late_is_told_as_void_and_the_one_that_counts_as_the_end(
+    office: Office,
+) -> None:
+    story = office.credential()
+    await office.audit(*story.all[:-1])
+    revoker = office.key("service", "revoker")
+    deadline = EndCause(kind="deadline", at_ms=office.now_ms)
+    marker = office.epoch("2.bbbbbbbb")
+    one = story.lease("ending", 2, revoker, jti="a.2", epoch="1.aaaaaaaa")
+    two = story.lease("expired", 2, revoker, jti="a.2", epoch="2.bbbbbbbb", cause=deadline)
+    begun, void, end = await office.audit(marker, one, two)
+    assert steps([begun, void, end]) == ["lease.epoch", "lease.void", "lease.expired"]
+    assert void["unmapped"]["epoch"] == "1.aaaaaaaa"
+    # A batch that comes again tells the same.
+    assert await office.audit(one) == [void]
+
+
+async def test_an_end_that_is_said_again_in_a_later_epoch_is_no_other(office: Office) -> None:
+    story = office.credential()
+    await office.audit(*story.all[:-1])
+    revoker = office.key("service", "revoker")
+    fields = {"jti": "a.2", "iat": 1, "cause": EndCause(kind="deadline", at_ms=office.now_ms)}
+    told = await office.audit(
+        office.epoch("1.aaaaaaaa"),
+        story.lease("expired", 2, revoker, epoch="1.aaaaaaaa", **fields),
+        office.epoch("2.bbbbbbbb"),
+        story.lease("expired", 2, revoker, epoch="2.bbbbbbbb", **fields),
+    )
+    assert steps(told) == ["lease.epoch", "lease.expired", "lease.epoch", "message.repeated"]
+
+
+async def test_a_decision_over_a_request_that_does_not_verify_names_no_agent(office: Office) -> None:
+    thief = SigningKey.generate(office.key("agent", "deploy-bot").id)
+    story = office.credential()
+    forged = sign(story.request_claims, thief)
+    _, event = await office.audit(story.request, story.decision("allowed", request=forged))
+    assert steps([event]) == ["request.allowed"]
+    assert "agent" not in event["unmapped"]
+    assert event["user"]["name"] == "unknown"
+    assert "embedded" not in event["unmapped"]["verified"]
+
+
+async def test_an_approval_request_says_that_only_the_request_in_it_is_signed(office: Office) -> None:
+    story = office.credential()
+    event = await office.event(story.asked)
+    assert event["unmapped"]["verified"] == {"by": None, "embedded": ["credential.request"]}
+    assert "actor" not in event
+    assert event["unmapped"]["asked"] == "sam"
+
+
+async def test_a_reply_is_told_by_its_request_and_never_opened(office: Office) -> None:
+    story = office.credential()
+    await office.audit(story.request)
+    event = await office.event(story.reply)
+    assert event["unmapped"]["request"] == story.request_id
+    assert event["unmapped"]["verified"] == {"by": None}
+    for junk in (b"a.b.c.d.e", b"eyJraWQiOiJ4In0.b.c.d.e", b"eyJraWQiOlsxXX0.b.c.d.e"):
+        event = await office.event(office.received(CREDENTIAL_REPLY, junk))
+        assert steps([event]) == ["record.not_believed"]
+
+
+async def test_a_record_that_audit_itself_cannot_describe_is_told_and_passed(
+    office: Office, monkeypatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    story = office.credential()
+    with monkeypatch.context() as patch:
+        patch.setattr(credential_events, "requested", broken)
+        event = await office.event(story.request)
+    assert (steps([event]), event["status_code"]) == (["record.not_believed"], "unreadable")
+    assert steps(await office.audit(story.allowed)) == ["request.allowed"]
+
+
+# --- whoever may sign a message must not be able to stop audit with a large one ---
+
+
+def wide(permissions: int, verbs: int, resources: int) -> tuple[Permission, ...]:
+    """A scope of many words, as large as the messages allow."""
+    return tuple(
+        Permission(
+            target=f"t{n}",
+            verbs=tuple(f"v{i}" for i in range(verbs)),
+            resources=tuple(f"r{i}/{'x' * 90}" for i in range(resources)),
+        )
+        for n in range(permissions)
+    )
+
+
+async def test_the_largest_request_there_can_be_is_an_event_that_kafka_takes(office: Office) -> None:
+    bot = office.key("agent", "deploy-bot")
+    record = office.signed(CREDENTIAL_REQUEST, office.request(scope=wide(45, 64, 64)), bot)
+    assert len(record.value) > 350_000
+    event = await office.event(record)
+    assert steps([event]) == ["credential.requested"]
+    assert len(json.dumps(event)) < 16 * 1024
+    assert set(event["unmapped"]["left_out"]) == {"permissions", "privileges"}
+    assert event["unmapped"]["request_digest"] == digest(record.value)
+    assert (event["unmapped"]["agent"], event["unmapped"]["on_behalf_of"]) == ("deploy-bot", "maria")
+
+
+async def test_a_refusal_of_very_many_permissions_is_an_event_that_kafka_takes(office: Office) -> None:
+    story = office.credential(scope=wide(19, 64, 64), approved=False)
+    scope = story.request_claims.scope
+    reasons = tuple(Reason(code="beyond_scope", message="x" * 2000, permission=p) for p in scope)
+    _, event = await office.audit(story.request, story.decision("denied", ttl_s=None, reasons=reasons))
+    assert steps([event]) == ["request.refused"]
+    assert "reasons" in event["unmapped"]["left_out"]
+    assert event["status_code"] == "beyond_scope"
+    assert len(event["status_detail"]) <= 2000
+
+
+async def test_a_scope_of_many_combinations_does_not_multiply(office: Office) -> None:
+    request = office.request(scope=wide(20, 64, 64))
+    event = await office.event(office.signed(CREDENTIAL_REQUEST, request, office.key("agent", "deploy-bot")))
+    assert len(event["privileges"]) <= 256
+
+
+async def test_long_texts_are_cut_and_cost_no_time(office: Office) -> None:
+    sam = office.key("user", "sam")
+    story = office.credential()
+    comment = "a" * 100_000 + ".." + "b" * 100_000
+    yes = office.claims(
+        Approval, sam, verdict="approved", request=story.request_jws, request_id=story.request_id,
+        request_digest="0" * 64, ttl_s=300, delivery="agent", revisions=story.revisions, comment=comment,
+    )  # fmt: skip
+    event = await office.event(office.signed(APPROVAL_RESPONSE, yes, sam))
+    assert len(event["unmapped"]["comment"]) <= 500
+
+
+async def test_what_newer_writers_add_does_not_swell_an_event(office: Office) -> None:
+    olga = office.key("user", "olga")
+    selector = Selector.model_validate({"agent_id": "deploy-bot", "note": "x" * 300_000})
+    order = office.claims(RevocationRequest, olga, kind="revocation", selector=selector, reason="x")
+    event = await office.event(office.signed(REVOCATION_REQUEST, order, olga))
+    assert event["unmapped"]["left_out"] == ["selector"]
+    assert event["unmapped"]["agent"] == "deploy-bot"
+
+
+# --- tables that are a moment behind ---
+
+
+class HandClock:
+    """A clock that stands where it is put."""
+
+    def __init__(self) -> None:
+        self.at_ms = 0
+
+    def now_ms(self) -> int:
+        return self.at_ms
+
+
+async def test_a_signer_who_is_known_a_moment_later_is_believed() -> None:
+    clock = HandClock()
+    office = Office(clock, settle_ms=20_000)
+    office.staff()
+    key = office.key("agent", "late-bot")
+    request = office.claims(
+        CredentialRequest, key, task_id=office.task, scope=office.scope, ttl_s=60, reason="x",
+        reply_key=office.request().reply_key,
+    )  # fmt: skip
+    record = office.signed(CREDENTIAL_REQUEST, request, key)
+    clock.at_ms = record.appended_at_ms
+    waiting = asyncio.create_task(office.audit(record))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    office.user("somebody-else")
+    await asyncio.sleep(0)
+    assert not waiting.done(), "a change that does not help"
+    office.agent("late-bot")
+    (event,) = await asyncio.wait_for(waiting, 20)
+    assert steps([event]) == ["credential.requested"]
+    assert event["unmapped"]["sponsor"] == "sam"
+
+
+async def test_an_agent_that_is_known_a_moment_later_has_its_sponsor_in_the_event() -> None:
+    clock = HandClock()
+    office = Office(clock, settle_ms=20_000)
+    office.staff()
+    sam = office.key("user", "sam")
+    suspend = office.claims(AgentSuspend, sam, agent_id="late-bot", reason="odd")
+    record = office.signed(REGISTRY_COMMAND, suspend, sam)
+    clock.at_ms = record.appended_at_ms
+    waiting = asyncio.create_task(office.audit(record))
+    await asyncio.sleep(0)
+    office.agent("late-bot")
+    (event,) = await asyncio.wait_for(waiting, 20)
+    assert (event["unmapped"]["agent"], event["unmapped"]["sponsor"]) == ("late-bot", "sam")
+
+
+async def test_an_old_record_of_nobody_is_not_waited_for() -> None:
+    clock = HandClock()
+    office = Office(clock, settle_ms=20_000)
+    office.staff()
+    record = office.signed(
+        CREDENTIAL_REQUEST, office.request(), SigningKey.generate(office.key("agent", "deploy-bot").id)
+    )
+    clock.at_ms = record.appended_at_ms + 20_001
+    (event,) = await asyncio.wait_for(office.audit(record), 15)
+    assert steps([event]) == ["record.not_believed"]
+
+
+# --- users, agents, targets, tasks ---
+
+
+async def test_every_change_of_an_agent_has_an_event_of_its_own(office: Office) -> None:
+    office.user("petra", "sponsor")
+    sam, bot = office.key("user", "sam"), {"agent_id": "deploy-bot"}
+    wider = (Permission(target="staging", verbs=("read", "deploy"), resources=("**",)),)
+    changes: list[tuple[type[ExpiringClaims], dict[str, Any], str, int]] = [
+        (AgentSuspend, {"reason": "odd"}, "agent.suspended", 12),
+        (AgentResume, {"reason": "explained"}, "agent.resumed", 13),
+        (AgentSetCeiling, {"ceiling": wider}, "agent.ceiling_set", 3),
+        (AgentTransfer, {"sponsor": "petra"}, "agent.transferred", 3),
+    ]  # fmt: skip
+    for model, fields, code, activity in changes:
+        claims = office.claims(model, sam, **bot, **fields)
+        event = await office.event(office.carry_out(AGENT, "deploy-bot", claims, sam))
+        assert steps([event]) == [code]
+        assert (event["class_uid"], event["activity_id"], event["status"]) == (3004, activity, "Success")
+        assert event["actor"]["user"]["name"] == "sam"
+        assert event["entity"]["name"] == "deploy-bot"
+        assert event["unmapped"]["command"] == claims.jti
+    last = office.published.events[-1]
+    assert last["unmapped"]["sponsor"] == "petra"
+    assert last["entity_result"]["version"] == "5"
+    olga = office.key("user", "olga")
+    gone = office.claims(AgentDecommission, olga, **bot, reason="replaced")
+    event = await office.event(office.carry_out(AGENT, "deploy-bot", gone, olga))
+    assert (steps([event]), event["activity_id"], event["comment"]) == (
+        ["agent.decommissioned"],
+        4,
+        "replaced",
+    )
+
+
+async def test_users_targets_and_tasks_end_in_events_too(office: Office) -> None:
+    olga, maria = office.key("user", "olga"), office.key("user", "maria")
+    state = office.states[TARGET, "staging"][1]
+    assert isinstance(state, TargetState)
+    again = office.claims(
+        TargetSet, olga, target_id="staging", description="x", backend=state.backend, verbs=state.verbs
+    )
+    records = [
+        office.carry_out(TASK, office.task, office.claims(TaskEnd, maria, task_id=office.task, reason="done"), maria),
+        office.carry_out(TARGET, "staging", again, olga),
+        office.carry_out(TARGET, "staging", office.claims(TargetRemove, olga, target_id="staging", reason="x"), olga),
+        office.user("maria", "sponsor"),
+        office.carry_out(USER, "maria", office.claims(UserDisable, olga, user_id="maria", reason="left"), olga),
+    ]  # fmt: skip
+    events = await office.audit(*records)
+    assert steps(events) == [
+        "task.ended",
+        "target.changed",
+        "target.removed",
+        "user.changed",
+        "user.disabled",
+    ]
+    ended = events[0]["unmapped"]
+    assert (ended["agent"], ended["on_behalf_of"], ended["sponsor"], ended["task"]) == (
+        "deploy-bot", "maria", "sam", office.task,
+    )  # fmt: skip
+    assert events[3]["entity_result"]["data"]["roles"] == ["sponsor"]
+
+
+async def test_a_lower_revision_after_a_higher_is_an_alarm(office: Office) -> None:
+    sam = office.key("user", "sam")
+    first = office.record_of(AGENT, "deploy-bot")
+    suspend = office.claims(AgentSuspend, sam, agent_id="deploy-bot", reason="odd")
+    second = office.carry_out(AGENT, "deploy-bot", suspend, sam)
+    old_again = office.received(AGENT, first.value, key="deploy-bot")
+    events = await office.audit(first, second, old_again)
+    assert steps(events) == ["agent.registered", "agent.suspended", "record.revision_fell"]
+    assert (events[2]["severity"], events[2]["is_alert"]) == ("High", True)
+    assert (events[2]["unmapped"]["revision"], events[2]["unmapped"]["known_revision"]) == (1, 2)
+    assert steps(await office.audit(first, second)) == ["agent.registered", "agent.suspended"], "a redelivery"
+
+
+async def test_a_consent_counts_only_where_its_signature_holds(office: Office) -> None:
+    sam, maria = office.key("user", "sam"), office.key("user", "maria")
+    terms = TaskTerms(
+        agent_id="deploy-bot", purpose="x", scope=office.scope, not_after=office.now_ms // 1000 + 60
+    )
+    thief = SigningKey.generate(maria.id)
+    said = []
+    for signer in (maria, thief):
+        consent = sign(office.claims(TaskConsent, maria, terms=terms), signer)
+        claims = office.claims(TaskAssign, sam, terms=terms, on_behalf_of="maria", consent=consent)
+        said.append(await office.event(office.signed(REGISTRY_COMMAND, claims, sam)))
+    assert [event["unmapped"].get("consent_by") for event in said] == ["maria", None]
+    assert [event["actor"]["user"]["name"] for event in said] == ["sam", "sam"]
+
+
+# --- revocations ---
+
+
+async def test_a_revocation_of_a_lease_names_what_it_ends(office: Office) -> None:
+    story = office.credential("revoked")
+    events = await office.audit(*story.all)
+    asked, ended = events[-2:]
+    assert asked["unmapped"]["lease"] == story.lease_id
+    assert asked["session"]["uid"] == story.lease_id
+    assert ended["unmapped"]["revocation"] == asked["unmapped"]["revocation"]
+    assert (ended["actor"]["user"]["name"], ended["unmapped"]["cause"]) == ("sam", "revocation")
+
+
+async def test_a_stranger_revokes_in_nobodys_name(office: Office) -> None:
+    thief = SigningKey.generate(office.key("user", "sam").id)
+    ask = office.claims(RevocationRequest, thief, kind="revocation", lease_id=office.task, reason="mischief")
+    event = await office.event(office.signed(REVOCATION_REQUEST, ask, thief))
+    assert steps([event]) == ["record.not_believed"]
+    assert "sam" not in json.dumps(event)
+
+
+# --- what services say ---
+
+
+async def test_a_refusal_by_the_issuer_is_a_credential_refused_to_the_agent(office: Office) -> None:
+    story = office.credential()
+    await office.audit(story.request, story.allowed)
+    why = Reason(code="task_ended", message="the task has ended")
+    event = await office.event(
+        office.service_event(
+            "refused", "credential.decision", "issuer", request_id=story.request_id, reasons=(why,),
+            actor=office.key("service", "policy").id,
+        )
+    )  # fmt: skip
+    assert steps([event]) == ["credential.refused"]
+    assert (event["user"]["name"], event["actor"]["user"]["name"]) == ("deploy-bot", "issuer")
+    assert (event["activity_id"], event["status"], event["status_code"]) == (1, "Failure", "task_ended")
+    assert (event["unmapped"]["agent"], event["unmapped"]["on_behalf_of"]) == ("deploy-bot", "maria")
+
+
+async def test_what_a_service_says_of_a_lease_names_everybody_and_keeps_its_trace(office: Office) -> None:
+    story = office.credential()
+    await office.audit(*story.all)
+    claims = office.claims(
+        ServiceEvent, office.key("service", "revoker"), kind="accepted", subject="revocation.request",
+        lease_id=story.lease_id, at_ms=office.now_ms,
+    )  # fmt: skip
+    event = await office.event(
+        office.signed(SERVICE_EVENT, claims, office.key("service", "revoker"), trace=None)
+    )
+    words = event["unmapped"]
+    assert (words["agent"], words["sponsor"], words["on_behalf_of"], words["trace_id"]) == (
+        "deploy-bot", "sam", "maria", TRACE_ID,
+    )  # fmt: skip
+    assert event["session"]["uid"] == story.lease_id
+
+
+async def test_only_services_speak_as_services(office: Office) -> None:
+    sam = office.key("user", "sam")
+    claims = office.claims(ServiceEvent, sam, kind="stopped", subject="policy", at_ms=office.now_ms)
+    assert steps([await office.event(office.signed(SERVICE_EVENT, claims, sam))]) == ["record.not_believed"]
+
+
+# --- words ---
+
+
+def test_uids_depend_on_topic_partition_and_offset() -> None:
+    places = [("a", 0, 1), ("a", 1, 0), ("a", 1, 1), ("b", 0, 1), ("a", 0, 11), ("a", 10, 1), ("a", 11, 1)]
+    assert len({event_uid(*place) for place in places}) == len(set(places))
+
+
+def test_privileges_are_one_word_for_each_verb_on_each_resource() -> None:
+    scope = (Permission(target="t", verbs=("read", "write"), resources=("a", "b/*")),)
+    assert privileges(scope) == ["t:read:a", "t:read:b/*", "t:write:a", "t:write:b/*"]
+
+
+def test_text_that_looks_like_a_token_is_scrubbed() -> None:
+    key = SigningKey.generate("spiffe://a/user/b")
+    claims = Office().claims(UserDisable, key, user_id="b", reason="x")
+    jws = sign(claims, key)
+    assert scrubbed(f"see {jws} please") == "see [redacted] please"
+    assert scrubbed("version 1.2.3 of the build.") == "version 1.2.3 of the build."
+    assert len(scrubbed("x y " * 9000)) == 500
+    assert "eyJ" not in scrubbed("a " * 900 + jws * 3)
+
+
+def test_a_moment_beyond_all_calendars_is_no_error() -> None:
+    assert moment(2**53 * 1000) == "the end of time"
+    assert moment(1_790_000_000_000) == "2026-09-21T14:13:20Z"

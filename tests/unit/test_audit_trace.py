@@ -1,0 +1,363 @@
+"""The story of a credential, from the human down to its end, and who may read it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from ringfence.audit.break_glass_events import uses
+from ringfence.audit.store import SqliteIndex, Viewer
+from ringfence.audit.trace import tree
+from ringfence.kernel.kafka import Received
+from ringfence.messages.credential import Reason
+from ringfence.messages.lease import EndCause, RevocationRequest, Selector
+from ringfence.messages.registry import TaskEnd
+from ringfence.messages.topics import AUDIT, CREDENTIAL_REQUEST, REVOCATION_REQUEST, TASK
+from tests.audit_office import Office, Story
+
+SAM = Viewer("sam", ("deploy-bot",))
+MARIA = Viewer("maria", ())
+STRANGER = Viewer("petra", ("other-bot",))
+
+
+class Desk:
+    """An office and the index of what its audit wrote."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.office = Office()
+        self.index = SqliteIndex(file)
+        self.staff = self.office.staff()
+        self._taken = 0
+
+    async def file(self, *records: Received) -> list[dict[str, Any]]:
+        """Audit records and index the events."""
+        events = await self.office.audit(*records)
+        self.index.add(as_records(events, self._taken))
+        self._taken += len(events)
+        return events
+
+    async def credential(self, end: str = "released", **how: Any) -> Story:
+        """One credential, all of it filed."""
+        story = self.office.credential(end, **how)
+        await self.file(*story.all)
+        return story
+
+    def roots(self, id: str, viewer: Viewer | None = None, kind: Any = None) -> list[dict[str, Any]]:
+        """The tree of what has this id."""
+        story = self.index.story(id, kind, viewer, 50)
+        assert story is not None, id
+        return tree(story.events)
+
+
+def as_records(events: Iterable[dict[str, Any]], offset: int = 0) -> list[Received]:
+    return [
+        Received(AUDIT, "ringfence.audit.v1", 0, offset + i, event["time"], "k", orjson.dumps(event))
+        for i, event in enumerate(events)
+    ]
+
+
+@pytest.fixture
+async def desk() -> Desk:
+    desk = Desk()
+    await desk.file(*desk.staff)
+    return desk
+
+
+async def test_every_step_is_told_in_words(desk: Desk) -> None:
+    story = await desk.credential()
+    told = [node["title"] for id in ("deploy-bot", story.lease_id) for node in flat(desk.roots(id))]
+    assert told
+    assert [title for title in told if " " not in title] == []
+
+
+def kinds(nodes: Iterable[dict[str, Any]]) -> list[str]:
+    return [node["kind"] for node in nodes]
+
+
+def flat(nodes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one for node in nodes for one in (node, *flat(node["children"]))]
+
+
+async def test_the_tree_leads_from_the_human_to_the_end(desk: Desk) -> None:
+    story = await desk.credential("released")
+    (user,) = desk.roots(story.lease_id)
+    assert (user["kind"], user["id"]) == ("user", "maria")
+    (task,) = user["children"]
+    assert (task["kind"], task["id"], task["actor"]) == ("task", desk.office.task, "maria")
+    assert "deploy the staging build" in task["title"]
+    (request,) = task["children"]
+    assert (request["kind"], request["id"], request["actor"]) == ("request", story.request_id, "deploy-bot")
+    assert kinds(request["children"]) == ["decision", "approval", "approval", "decision", "lease"]
+    asked, approved = request["children"][1:3]
+    assert asked["title"] == "sam was asked to approve"
+    assert approved["title"].startswith("sam approved")
+    lease = request["children"][-1]
+    assert lease["id"] == story.lease_id
+    assert kinds(lease["children"]) == ["delivery", "revocation", "end"]
+    assert lease["children"][-1]["title"] == "released by deploy-bot"
+
+
+async def test_every_step_says_when_and_how_long_after_the_step_before(desk: Desk) -> None:
+    story = await desk.credential("revoked")
+    (user,) = desk.roots(story.lease_id)
+    (task,) = user["children"]
+    (request,) = task["children"]
+    assert request["duration_ms"] == request["at_ms"] - task["at_ms"]
+    previous = request["at_ms"]
+    for step in request["children"]:
+        assert step["duration_ms"] == step["at_ms"] - previous
+        previous = step["at_ms"]
+    for step in request["children"][-1]["children"]:
+        assert step["duration_ms"] == step["at_ms"] - previous
+        previous = step["at_ms"]
+    assert story.ended.appended_at_ms == previous
+
+
+async def test_the_order_of_arrival_does_not_matter(desk: Desk) -> None:
+    story = desk.office.credential("expired")
+    events = await desk.office.audit(*desk.staff, *story.all)
+    expected = tree(events)
+    random.Random(7).shuffle(events)
+    assert tree(events) == expected
+
+
+async def test_steps_of_the_same_millisecond_are_told_in_the_order_of_cause(desk: Desk) -> None:
+    story = desk.office.credential("released")
+    events = await desk.office.audit(*desk.staff, *story.all)
+    for event in events:
+        event["time"] = 1_790_000_000_000
+    events.sort(key=lambda event: event["metadata"]["uid"])
+    (request,) = tree(events)[0]["children"][0]["children"]
+    assert kinds(request["children"]) == ["decision", "approval", "approval", "decision", "lease"]
+    assert kinds(request["children"][-1]["children"]) == ["delivery", "revocation", "end"]
+
+
+async def test_a_lease_that_was_prepared_and_cut_first_is_one_lease(desk: Desk) -> None:
+    office = desk.office
+    story = office.credential("expired", approved=False)
+    issuer, revoker = office.key("service", "issuer"), office.key("service", "revoker")
+    cause = EndCause(kind="deadline", at_ms=office.now_ms)
+    records = [
+        story.lease("minting", 1, issuer),
+        story.lease("active", 2, issuer),
+        story.lease("ending", 3, revoker, cause=cause),
+        story.lease("expired", 4, revoker, cause=cause),
+    ]
+    await desk.file(story.request, story.allowed, *records)
+    (request,) = [node for node in flat(desk.roots(story.lease_id)) if node["kind"] == "request"]
+    (lease,) = [node for node in flat(request["children"]) if node["id"] == story.lease_id]
+    assert kinds(lease["children"]) == ["event", "cut", "end"]
+
+
+async def test_a_refused_request_ends_with_the_reasons(desk: Desk) -> None:
+    office = desk.office
+    story = office.credential(approved=False)
+    reason = Reason(code="beyond_scope", message="entitlements:maria does not allow it")
+    await desk.file(story.request, story.decision("denied", ttl_s=None, reasons=(reason,)))
+    (request,) = [node for node in flat(desk.roots(story.request_id)) if node["kind"] == "request"]
+    (decision,) = request["children"]
+    assert decision["title"] == "policy refused it: entitlements:maria does not allow it"
+
+
+async def test_replays_and_repeats_are_no_steps(desk: Desk) -> None:
+    office = desk.office
+    story = await desk.credential("released")
+    before = desk.roots(story.lease_id)
+    await desk.file(
+        office.received(CREDENTIAL_REQUEST, story.request_jws, partition=1),
+        office.received(story.ended.topic, story.ended.value),
+    )
+    assert desk.roots(story.lease_id) == before
+
+
+async def test_the_switch_that_ended_a_lease_is_in_its_story(desk: Desk) -> None:
+    office = desk.office
+    olga, revoker = office.key("user", "olga"), office.key("service", "revoker")
+    story = office.credential("expired", approved=False)
+    order = office.claims(
+        RevocationRequest, olga, kind="revocation", selector=Selector(target_id="staging"), reason="break-in"
+    )
+    cause = EndCause(kind="revocation", at_ms=office.now_ms, by=olga.id, ref=order.jti)
+    await desk.file(story.request, story.allowed, story.active, story.reply)
+    await desk.file(office.signed(REVOCATION_REQUEST, order, olga))
+    await desk.file(story.lease("revoked", 2, revoker, cause=cause))
+    titles = [node["title"] for node in flat(desk.roots(story.lease_id))]
+    assert "olga asked to revoke: break-in" in titles
+    assert "revoked (revocation) by olga" in titles
+
+
+async def test_a_task_tells_of_all_its_requests_and_its_end(desk: Desk) -> None:
+    office = desk.office
+    first, second = await desk.credential("released"), await desk.credential("expired")
+    maria = office.key("user", "maria")
+    end = office.claims(TaskEnd, maria, task_id=office.task, reason="done")
+    await desk.file(office.carry_out(TASK, office.task, end, maria))
+    (user,) = desk.roots(office.task)
+    (task,) = user["children"]
+    assert [child["id"] for child in task["children"][:2]] == [first.request_id, second.request_id]
+    assert (task["children"][2]["kind"], task["children"][2]["title"]) == ("end", "task ended by maria")
+
+
+async def test_an_agent_and_a_person_are_stories_too(desk: Desk) -> None:
+    story = await desk.credential("released")
+    by_agent = flat(desk.roots("deploy-bot"))
+    assert story.request_id in [node["id"] for node in by_agent]
+    assert any("registered" in (node["detail"] or "") for node in by_agent)
+    (maria,) = desk.roots("maria")
+    assert maria["kind"] == "user"
+    assert story.lease_id in [node["id"] for node in flat([maria])]
+
+
+async def test_the_latest_requests_come_first_where_there_are_too_many(desk: Desk) -> None:
+    stories = [await desk.credential("expired", approved=False) for _ in range(4)]
+    found = desk.index.story("deploy-bot", "agent", None, 2)
+    assert found is not None
+    assert found.truncated
+    told = {node["id"] for node in flat(tree(found.events)) if node["kind"] == "request"}
+    assert told == {story.request_id for story in stories[2:]}
+
+
+# --- who may read it ---
+
+
+async def test_sponsors_and_those_on_whose_behalf_read_their_stories_and_no_others(desk: Desk) -> None:
+    story = await desk.credential("released")
+    for id in (story.lease_id, story.request_id, desk.office.task):
+        assert desk.index.story(id, None, SAM, 50) is not None
+        assert desk.index.story(id, None, MARIA, 50) is not None
+        assert desk.index.story(id, None, STRANGER, 50) is None
+    assert desk.index.story("deploy-bot", None, STRANGER, 50) is None
+    assert desk.index.story("no-such-thing", None, None, 50) is None
+
+
+async def test_a_person_sees_of_an_agent_only_what_was_on_their_behalf(desk: Desk) -> None:
+    mine = await desk.credential("released")
+    other_task, assigned = desk.office.assign(by="olga")
+    await desk.file(assigned)
+    theirs = await desk.credential("released", task_id=other_task)
+    story = desk.index.story("deploy-bot", "agent", MARIA, 50)
+    assert story is not None
+    text = orjson.dumps(story.events).decode()
+    assert mine.request_id in text
+    assert other_task not in text
+    assert "agent.registered" not in text
+    assert theirs.request_id in orjson.dumps(desk.index.story("deploy-bot", "agent", SAM, 50).events).decode()  # type: ignore[union-attr]
+
+
+async def test_a_page_has_only_what_the_viewer_may_see(desk: Desk) -> None:
+    await desk.credential("released")
+    await desk.file(desk.office.received(CREDENTIAL_REQUEST, b"garbage"))
+    everything = desk.index.page(None, None, 1000).events
+    assert any(event["metadata"]["event_code"] == "record.not_believed" for event in everything)
+    for viewer in (SAM, MARIA):
+        page = desk.index.page(viewer, None, 1000).events
+        assert 0 < len(page) < len(everything)
+        assert all(
+            viewer.user_id in (event["unmapped"].get("sponsor"), event["unmapped"].get("on_behalf_of"))
+            for event in page
+        )
+    assert desk.index.page(STRANGER, None, 1000).events == []
+
+
+# --- the index itself ---
+
+
+async def test_pages_follow_each_other_without_gap_or_overlap(desk: Desk) -> None:
+    story = await desk.credential("released")
+    everything = [event["metadata"]["uid"] for event in desk.index.page(None, None, 1000).events]
+    page = desk.index.page(None, f"{desk.index.page(None, None, 1).cursor.partition('.')[0]}.0.0", 4)
+    seen: list[str] = []
+    while page.events:
+        seen += [event["metadata"]["uid"] for event in page.events]
+        page = desk.index.page(None, page.cursor, 4)
+    assert seen == everything
+    (last,) = await desk.file(desk.office.received(CREDENTIAL_REQUEST, b"x"))
+    assert [e["metadata"]["uid"] for e in desk.index.page(None, page.cursor, 9).events] == [
+        last["metadata"]["uid"]
+    ]
+    only = desk.index.page(None, None, 1000, lease=story.lease_id, class_uid=3003).events
+    codes = ["credential.issued", "release.requested", "credential.released"]
+    assert [event["metadata"]["event_code"] for event in only] == codes
+
+
+async def test_a_cursor_from_before_a_restart_goes_on_by_time_and_misses_nothing(desk: Desk) -> None:
+    story = desk.office.credential("released")
+    events = await desk.file(*story.all)
+    cursor = desk.index.page(None, None, 1000).cursor
+    rebuilt = SqliteIndex(None)
+    late = await desk.office.audit(desk.office.received(CREDENTIAL_REQUEST, b"x"))
+    rebuilt.add(as_records([*late, *events]))
+    uids = [event["metadata"]["uid"] for event in rebuilt.page(None, cursor, 1000).events]
+    assert late[0]["metadata"]["uid"] in uids
+    assert len(uids) <= 2
+    assert rebuilt.page(None, "nonsense", 1000).events
+
+
+async def test_the_same_event_twice_counts_once(desk: Desk) -> None:
+    story = desk.office.credential("released")
+    events = await desk.file(*story.all)
+    before = desk.roots(story.lease_id)
+    desk.index.add(as_records([*events, *({**event, "message": "another"} for event in events)]))
+    assert desk.roots(story.lease_id) == before, "the first stands"
+    found = desk.index.page(None, None, 1000, lease=story.lease_id).events
+    assert len(found) == len({event["metadata"]["uid"] for event in found})
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"", b"\xff", b"[]", b"{}", b'{"unmapped":{},"metadata":{"uid":1},"time":1,"class_uid":1,"message":"x"}',
+        b'{"unmapped":{"agent":["x"]},"metadata":{"uid":"u"},"time":1,"class_uid":1,"message":"x"}',
+        b'{"unmapped":{},"metadata":{"uid":"u"},"time":18446744073709551615,"class_uid":1,"message":"x"}',
+        b'{"unmapped":{},"metadata":{"uid":"u"},"time":"now","class_uid":1,"message":"x"}',
+    ],
+)  # fmt: skip
+async def test_what_is_no_event_is_passed_over(desk: Desk, junk: bytes) -> None:
+    before = len(desk.index.page(None, None, 1000).events)
+    (good,) = await desk.office.audit(desk.office.received(CREDENTIAL_REQUEST, b"x"))
+    (record,) = as_records([good])
+    desk.index.add([Received(AUDIT, "a", 0, 1, 1, None, junk), record])
+    assert len(desk.index.page(None, None, 1000).events) == before + 1
+    tree(desk.index.page(None, None, 1000).events)
+
+
+async def test_events_of_another_shape_do_not_break_a_trace(desk: Desk) -> None:
+    """The topic is only as good as its ACL: whoever can write to it must not be able to silence a trace."""
+    story = await desk.credential("released")
+    before = desk.roots(story.lease_id)
+    mine = {"request": story.request_id, "lease": story.lease_id}
+    shapes: list[dict[str, Any]] = [
+        {"unmapped": {**mine, "permissions": 7}}, {"unmapped": {**mine, "permissions": [{}]}},
+        {"unmapped": {**mine, "required": 7}, "code": "approval.required"}, {"unmapped": mine, "actor": 7},
+        {"unmapped": mine, "actor": {"user": [1]}}, {"unmapped": mine, "entity_result": {"data": 7}},
+        {"unmapped": mine, "evidences": 7}, {"unmapped": mine, "evidences": [7]},
+        *({"unmapped": {"request": "odd", **words}, "code": f"break_glass.{code}"} for code, words in (
+            ("used", {"approvers": 7}), ("used", {"reasons": [{}]}), ("reviewed", {}), ("review_refused", {}),
+        )),
+    ]  # fmt: skip
+    for number, odd in enumerate(shapes):
+        code = odd.pop("code", "credential.issued")
+        about = {
+            "metadata": {"uid": f"odd {number}", "event_code": code},
+            "time": 1,
+            "class_uid": 2004 if code.startswith("break_glass") else 1,
+            "message": "x",
+        }
+        desk.index.add(as_records([{**about, **odd}]))
+    assert desk.roots(story.lease_id) == before
+    assert uses(desk.index.findings(None)) == []
+
+
+async def test_an_index_in_a_file_is_built_anew(tmp_path: Path) -> None:
+    file = tmp_path / "state" / "audit.sqlite"
+    desk = Desk(file)
+    await desk.credential("released")
+    assert file.exists()
+    desk.index.close()
+    again = SqliteIndex(file)
+    assert again.page(None, None, 10).events == []

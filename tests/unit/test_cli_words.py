@@ -1,0 +1,169 @@
+"""How permissions, durations and moments are written, and what is shown of what strangers wrote."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from pydantic import TypeAdapter
+
+from ringfence.cli.options import duration_s, moment_s
+from ringfence.cli.output import span, visible, visible_name
+from ringfence.cli.scopes import (
+    parse_permission,
+    parse_scope,
+    show_permission,
+    show_scope,
+    write_permission,
+)
+from ringfence.cli.usage import set_ceiling_command
+from ringfence.client.errors import InvalidCallError, checked
+from ringfence.messages.base import Name, SpiffeId, TargetId, Uuid
+from ringfence.messages.permission import Permission
+
+
+def test_a_permission_in_its_short_form() -> None:
+    permission = parse_permission("staging:deploy,read:env/staging/*,env/test/web")
+    assert permission == Permission(
+        target="staging", verbs=("deploy", "read"), resources=("env/staging/*", "env/test/web")
+    )
+    assert show_permission(permission) == "staging:deploy,read:env/staging/*,env/test/web"
+
+
+def test_json_where_names_have_colons_or_commas(tmp_path: Path) -> None:
+    wanted = {"target": "images", "verbs": ["push"], "resources": ["web:v1", "a,b"]}
+    assert parse_permission(json.dumps(wanted)).resources == ("web:v1", "a,b")
+    file = tmp_path / "scope.json"
+    file.write_text(json.dumps([wanted, {**wanted, "verbs": ["pull"]}]))
+    assert [p.verbs for p in parse_scope(["images:list:**", f"@{file}"])] == [("list",), ("push",), ("pull",)]
+
+
+@pytest.mark.parametrize(
+    ("verbs", "resources"),
+    [
+        (("read",), ("env/**",)),
+        (("read", "deploy"), ("env/staging/*", "a'b\"c", "$(x) `y`")),
+        (("read:all",), ("env/*",)),
+        (("read",), ("a,b", "web:v1")),
+        (("read",), ("two words",)),
+        (("read",), ("wéb/ж",)),
+        (("read",), ("~", "-x", "@file", "*")),
+    ],
+)
+def test_a_proposed_ceiling_comes_back_as_it_was(verbs: tuple[str, ...], resources: tuple[str, ...]) -> None:
+    """What `agent show` prints goes through a shell and `--allow`."""
+    permission = Permission(target="staging", verbs=verbs, resources=resources)
+    assert parse_permission(write_permission(permission)) == permission
+    command = set_ceiling_command("bot", [permission.model_dump(mode="json")], Path("my keys/sam.json"))
+    assert command is not None
+    assert command.isascii()
+    *words, allowed = shlex.split(command)
+    assert words == [
+        "ringfence", "--identity", "my keys/sam.json", "agent", "set-ceiling", "bot", "--allow",
+    ]  # fmt: skip
+    assert parse_permission(allowed) == permission
+
+
+def test_a_ceiling_of_which_nothing_or_all_was_used() -> None:
+    assert set_ceiling_command("bot", [], None) == "ringfence agent set-ceiling bot --allow-nothing"
+    assert set_ceiling_command("bot", None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("staging", "a colon is missing"),
+        ("staging:deploy", "a colon is missing"),
+        ("images:push:web:v1", "more than two colons"),
+        ("staging::env/*", "a verb is empty"),
+        ("staging:deploy:", "a resource is empty"),
+        (":deploy:env/*", "a target is empty"),
+        ("staging:deploy, read:env/*", "spaces"),
+        ("staging:deploy:env/a,,env/b", "a resource is empty"),
+        ("staging,prod:deploy:env/*", "one target"),
+        ("Staging:deploy:env/*", "target"),
+        ("staging:Deploy:env/*", "verbs"),
+        ("staging:*:env/*", "verbs"),
+        ("staging:deploy:/env", "leading"),
+        ("staging:deploy:env/../prod", "'..'"),
+        ("staging:deploy:env/%2e%2e", "'%'"),
+        ("staging:deploy:env/[ab]", "'['"),
+        ('{"target": "staging", "verbs": ["deploy"]}', "resources"),
+        ('{"target": "staging", "verbs": ["deploy"], "resources": ["a"], "if": "sunny"}', "unknown field"),
+        ("{", "JSON"),
+        ("@/nowhere/scope.json", "No such file"),
+    ],
+)
+def test_a_permission_that_is_written_wrong_says_where(text: str, says: str) -> None:
+    with pytest.raises(typer.BadParameter) as refused:
+        parse_scope([text])
+    assert says in str(refused.value)
+
+
+def test_an_empty_scope_only_where_it_may_be_one() -> None:
+    assert parse_scope([], may_be_empty=True) == ()
+    with pytest.raises(typer.BadParameter):
+        parse_scope(None)
+    assert show_scope(()) == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("15m", 900), ("1h", 3600), ("1h30m", 5400), ("2d", 172_800)],
+)
+def test_durations(text: str, seconds: int) -> None:
+    assert duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "0s", "-5", "1.5h", "h", "30m1h", "1 h", "1w", "٣m"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        duration_s(text)
+
+
+def test_a_moment_needs_its_zone() -> None:
+    assert moment_s("2030-01-31T18:00:00Z") == moment_s("2030-01-31T19:00:00+01:00") == 1896112800
+    for text in ("2030-01-31T18:00:00", "tomorrow", "1896112800"):
+        with pytest.raises(typer.BadParameter):
+            moment_s(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "0 s"), (59, "59 s"), (61, "1 min 1 s"), (3600, "1 h"), (90061, "1 d 1 h")]
+)
+def test_spans(seconds: int, words: str) -> None:
+    assert span(seconds) == words
+
+
+def test_nothing_invisible_reaches_the_terminal() -> None:
+    told = visible("ok\x1b[2J\r\u202egnp.exe\u200b \x07 straße")
+    assert told == "ok‹U+001B›[2J‹U+000D›‹U+202E›gnp.exe‹U+200B› ‹U+0007› straße"
+
+
+def test_a_name_that_looks_like_another_shows_that_it_is_not() -> None:
+    assert visible_name("env/prod") == "env/prod"
+    assert visible_name("env/prоd") == "env/prо‹U+043E›d"
+    shown = show_permission(Permission(target="staging", verbs=("read",), resources=("env/prоd",)))
+    assert "‹U+043E›" in shown
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        (Uuid, "an id as Ringfence prints it"),
+        (Name, "a name"),
+        (TargetId, "a target's name"),
+        (SpiffeId, "a SPIFFE ID"),
+    ],
+)
+def test_what_has_another_shape_is_told_in_words(wanted: Any, says: str) -> None:
+    with (
+        pytest.raises(InvalidCallError, match=f"^the call: it: must be {says}") as refused,
+        checked("the call"),
+    ):
+        TypeAdapter(wanted).validate_python("NOT SO")
+    assert "pattern" not in str(refused.value)

@@ -1,0 +1,188 @@
+"""When a cut counts as complete: by signed words of live gateways, or by the grace, and by nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import count
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+
+from ringfence.kernel.jws import Signed, sign
+from ringfence.kernel.kafka import Received
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.base import Topic
+from ringfence.messages.credential import Coordinates
+from ringfence.messages.lease import RevocationAck, RevocationRequest, Selector
+from ringfence.messages.operations import Heartbeat
+from ringfence.messages.topics import HEARTBEAT, REVOCATION_ACK
+from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
+from ringfence.revoker.cuts import Cuts
+from ringfence.revoker.domain import Order
+from tests.ledger import START_MS, TD, FixedClock
+
+GRACE_MS = 5000
+ROOT = SigningKey.generate(f"spiffe://{TD}/root")
+ONE, TWO = (SigningKey.generate(f"spiffe://{TD}/service/gateway-{name}") for name in ("one", "two"))
+POLICY = SigningKey.generate(f"spiffe://{TD}/service/policy")
+_numbers = count()
+
+
+@pytest.fixture
+def clock() -> FixedClock:
+    return FixedClock()
+
+
+@pytest.fixture
+def cuts(clock: FixedClock) -> Cuts:
+    now_s = START_MS // 1000
+    year_s = 365 * 86_400
+
+    def identity(key: SigningKey, role: ServiceRole) -> ServiceIdentity:
+        return ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(now_s + year_s),))
+
+    services = (identity(ONE, "gateway"), identity(TWO, "gateway"), identity(POLICY, "policy"))
+    bundle = TrustBundle(
+        iss=ROOT.id, aud=TD, iat=now_s, exp=now_s + year_s, jti="b", version=1, services=services
+    )
+    trust = TrustStore(TD, ROOT.kid)
+    trust.load(sign(bundle, ROOT, header_jwk=True), now_s)
+    return Cuts(trust, clock, grace_ms=GRACE_MS)
+
+
+class Measured:
+    """The cuts that were measured since the test began."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def _now(self) -> tuple[float, float, float]:
+        names = ("time_to_cut_seconds_count", "time_to_cut_seconds_sum", "cuts_unconfirmed_total")
+        found = [REGISTRY.get_sample_value(f"ringfence_{name}") or 0.0 for name in names]
+        return found[0], found[1], found[2]
+
+    def __call__(self) -> tuple[int, int, int]:
+        """How many, how long together in ms, and how many that a gateway did not confirm."""
+        counts = [now - before for now, before in zip(self._now(), self._before, strict=True)]
+        return round(counts[0]), round(counts[1] * 1000), round(counts[2])
+
+
+@pytest.fixture
+def measured() -> Measured:
+    return Measured()
+
+
+def record(topic: Topic[Any], claims: Any, key: SigningKey, at_ms: int) -> Received:
+    value = sign(claims, key).encode()
+    return Received(topic, topic.name("ringfence"), 0, next(_numbers), at_ms, key.id, value)
+
+
+def beat(key: SigningKey, at_ms: int, said_ms: int | None = None) -> Received:
+    said_ms = at_ms if said_ms is None else said_ms
+    claims = Heartbeat(iss=key.id, aud=TD, iat=said_ms // 1000, jti=f"beat-{said_ms}", at_ms=said_ms)
+    return record(HEARTBEAT, claims, key, at_ms)
+
+
+def order() -> Order:
+    number = next(_numbers)
+    claims = RevocationRequest(
+        iss=f"spiffe://{TD}/user/olga",
+        aud=TD,
+        iat=START_MS // 1000,
+        jti=f"order-{number}",
+        kind="revocation",
+        selector=Selector(all=True),
+        reason="a test",
+    )
+    at = Coordinates(topic="t", partition=0, offset=number, appended_at_ms=START_MS)
+    return Order(Signed(claims, "a.b.c"), at)
+
+
+def ack(key: SigningKey, about: Order, at_ms: int) -> Received:
+    claims = RevocationAck(
+        iss=key.id, aud=TD, iat=at_ms // 1000, jti=f"ack-{about.id}", revocation_id=about.id, cut_at_ms=at_ms
+    )
+    return record(REVOCATION_ACK, claims, key, at_ms)
+
+
+async def test_without_gateways_a_cut_is_complete_when_redis_refuses(
+    cuts: Cuts, clock: FixedClock, measured: Measured
+) -> None:
+    clock.ms = START_MS + 40
+    cuts.refused(order())
+    assert measured() == (1, 40, 0)
+
+
+async def test_a_cut_waits_for_the_last_live_gateway(
+    cuts: Cuts, clock: FixedClock, measured: Measured
+) -> None:
+    one = order()
+    cuts.on_heartbeats([beat(ONE, START_MS - 900), beat(TWO, START_MS - 100)])
+    assert cuts.live() == {ONE.id, TWO.id}
+    clock.ms = START_MS + 10
+    cuts.refused(one)
+    cuts.on_acks([ack(ONE, one, START_MS + 15)])
+    assert measured() == (0, 0, 0)
+    cuts.on_acks([ack(TWO, one, START_MS + 70)])
+    assert measured() == (1, 70, 0)
+    cuts.on_acks([ack(TWO, one, START_MS + 90)])
+    assert measured() == (1, 70, 0)
+
+
+async def test_a_gateway_may_be_faster_than_redis(cuts: Cuts, clock: FixedClock, measured: Measured) -> None:
+    one = order()
+    cuts.on_heartbeats([beat(ONE, START_MS)])
+    cuts.on_acks([ack(ONE, one, START_MS + 5)])
+    clock.ms = START_MS + 30
+    cuts.refused(one)
+    assert measured() == (1, 30, 0)
+
+
+async def test_a_gateway_that_was_not_heard_within_the_grace_denies_by_itself(
+    cuts: Cuts, clock: FixedClock, measured: Measured
+) -> None:
+    cuts.on_heartbeats([beat(ONE, START_MS - GRACE_MS - 1)])
+    cuts.refused(order())
+    assert measured() == (1, 0, 0)
+
+
+async def test_the_grace_stands_for_the_word_of_a_gateway_that_gives_none(
+    cuts: Cuts, clock: FixedClock, measured: Measured
+) -> None:
+    cuts.on_heartbeats([beat(ONE, START_MS), beat(TWO, START_MS)])
+    one = order()
+    clock.ms = START_MS + GRACE_MS - 20  # so that the test waits for 20 ms
+    cuts.on_heartbeats([beat(ONE, clock.ms), beat(TWO, clock.ms)])
+    cuts.on_acks([ack(ONE, one, START_MS + 5)])
+    cuts.refused(one)
+    assert measured() == (0, 0, 0)
+    async with asyncio.timeout(10):
+        while measured()[0] == 0:
+            await asyncio.sleep(0.01)
+    assert measured() == (1, GRACE_MS, 1)
+
+
+async def test_words_that_no_gateway_signed_count_for_nothing(
+    cuts: Cuts, clock: FixedClock, measured: Measured
+) -> None:
+    one = order()
+    cuts.on_heartbeats([beat(ONE, START_MS), beat(POLICY, START_MS)])
+    assert cuts.live() == {ONE.id}
+    cuts.refused(one)
+    forged = ack(SigningKey.generate(ONE.id), one, START_MS + 1)
+    garbage = Received(REVOCATION_ACK, "ringfence.revocation.ack.v1", 0, 1, START_MS, None, b"\x00")
+    cuts.on_acks([ack(POLICY, one, START_MS + 1), forged, garbage, ack(TWO, one, START_MS + 1)])
+    cuts.on_acks([ack(ONE, order(), START_MS + 1)])  # about another
+    assert measured() == (0, 0, 0)
+
+
+async def test_a_heartbeat_that_is_sent_again_makes_no_dead_gateway_live(
+    cuts: Cuts, clock: FixedClock
+) -> None:
+    old = START_MS - 3 * GRACE_MS
+    cuts.on_heartbeats([beat(ONE, old)])
+    cuts.on_heartbeats([beat(ONE, START_MS, said_ms=old)])
+    cuts.on_heartbeats([beat(TWO, START_MS, said_ms=START_MS - 3_600_000)])
+    assert cuts.live() == frozenset()

@@ -1,0 +1,72 @@
+"""The table of grants: what is over goes, and nobody fills it."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any, cast
+
+import pytest
+
+from ringfence.kernel.ids import message_id
+from ringfence.kernel.jws import Signed
+from ringfence.messages.approval import Grant
+from ringfence.messages.examples import EXAMPLES
+from ringfence.model import grants
+from ringfence.model.grants import KEEP_MS, GrantTable
+
+EXAMPLE = cast(Grant, EXAMPLES[Grant])
+AT_MS = EXAMPLE.iat * 1000
+
+
+def signed(name: str = "sam", **fields: Any) -> Signed[Grant]:
+    given = {"iss": f"spiffe://acme.example/user/{name}", "jti": str(uuid.uuid4()), **fields}
+    return Signed(EXAMPLE.model_copy(update=given), "a.b.c")
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> GrantTable:
+    monkeypatch.setattr(grants, "MOST_OF_ONE", 3)
+    return GrantTable(cast(Any, None), "acme.example")
+
+
+def test_the_first_record_of_a_grant_stands(table: GrantTable) -> None:
+    grant = signed()
+    first = table.keep(grant, 1, 7)
+    assert first is not None
+    assert table.keep(grant, 1, 9) is first
+    assert table.of_task(EXAMPLE.task_id) == [grant]
+
+
+def test_one_person_fills_nobodys_memory(table: GrantTable) -> None:
+    given = [table.keep(signed(), 0, n) for n in range(5)]
+    assert [one is not None for one in given] == [True, True, True, False, False]
+    assert table.keep(signed("petra"), 0, 9) is not None
+    ids = [str(uuid.uuid4()) for _ in range(5)]
+    for id in ids:
+        table.take_back(id, "sam", AT_MS)
+    table.take_back(ids[4], "petra", AT_MS)
+    taken = [len(table._withdrawn.get(id, (0, ()))[1]) for id in ids]
+    assert taken == [1, 1, 1, 0, 1]
+
+
+def test_what_is_over_goes_and_makes_room(table: GrantTable) -> None:
+    old, later = signed(exp=EXAMPLE.iat + 60), signed(exp=EXAMPLE.iat + 7200, task_id=str(uuid.uuid4()))
+    for grant in (old, later, signed(exp=EXAMPLE.iat + 61)):
+        table.keep(grant, 0, 0)
+    table.take_back("x", "sam", AT_MS)
+    assert table.keep(signed(), 0, 0) is None
+    table._forget(AT_MS + 100_000 + KEEP_MS)
+    assert [one.claims for one in table.all()] == [later.claims]
+    assert table.of_task(EXAMPLE.task_id) == []
+    assert table._withdrawn == {}
+    assert table.keep(signed(), 0, 0) is not None
+
+
+def test_those_who_may_take_a_grant_back(table: GrantTable) -> None:
+    grant = signed().claims
+    id = message_id(grant.iss, grant.jti)
+    for user, counts in (("olga", False), ("maria", True), ("petra", True), ("sam", True)):
+        table._withdrawn.clear()
+        table.take_back(id, user, AT_MS)
+        assert table.is_withdrawn(grant, sponsor="petra", on_behalf_of="maria") is counts
+        assert not table.is_withdrawn(signed().claims, sponsor="petra", on_behalf_of="maria")

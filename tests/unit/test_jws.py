@@ -1,0 +1,173 @@
+"""Signed messages: what verifies, and everything that must not. Held against PyJWT as an independent reading."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringfence.kernel.errors import InvalidMessageError, SignatureError
+from ringfence.kernel.jws import MAX_LIFE_S, ExpiredError, open_signed, parse, sign
+from ringfence.kernel.keys import PublicKey, SigningKey, b64decode, b64encode, public_key
+from ringfence.messages.lease import RevocationRequest
+from ringfence.messages.registry import UserDisable
+
+TD = "acme.example"
+NOW_S = 1_790_000_000
+LEASE = "0c6f2f2e-55a3-5f0e-8f4e-2f2e55a35f0e"
+
+
+def command(key: SigningKey, **changed: Any) -> UserDisable:
+    fields: dict[str, Any] = {
+        "iss": key.id, "aud": TD, "iat": NOW_S, "exp": NOW_S + 60, "jti": "j1", "user_id": "maria", "reason": "left",
+    }  # fmt: skip
+    return UserDisable(**(fields | changed))
+
+
+def open_as(
+    compact: str | bytes, key: SigningKey, model: type[Any] = UserDisable, at_s: float | None = NOW_S + 1
+) -> Any:
+    def find(iss: str, kid: str) -> PublicKey | None:
+        return public_key(key.public) if (iss, kid) == (key.id, key.kid) else None
+
+    at_ms = None if at_s is None else int(at_s * 1000)
+    return open_signed(parse(compact), model, find, audience=TD, appended_at_ms=at_ms)
+
+
+@pytest.fixture(params=["ES256", "EdDSA"])
+def key(request: pytest.FixtureRequest) -> SigningKey:
+    return SigningKey.generate(f"spiffe://{TD}/user/olga", request.param)
+
+
+def pyjwk(key: SigningKey) -> Any:
+    return jwt.PyJWK({**key.public.model_dump(exclude_none=True), "alg": key.alg})
+
+
+def test_what_we_sign_pyjwt_verifies(key: SigningKey) -> None:
+    compact = sign(command(key), key)
+    options: Any = {"verify_exp": False, "verify_iat": False}
+    decoded = jwt.decode_complete(compact, pyjwk(key), algorithms=[key.alg], audience=TD, options=options)
+    assert decoded["header"] == {"alg": key.alg, "kid": key.kid, "typ": "ringfence.user.disable+jwt"}
+    assert decoded["payload"] == command(key).model_dump()
+
+
+def test_what_pyjwt_signs_we_verify() -> None:
+    private = ec.generate_private_key(ec.SECP256R1())
+    key = SigningKey._of(f"spiffe://{TD}/user/olga", private)
+    headers = {"kid": key.kid, "typ": "ringfence.user.disable+jwt"}
+    compact = jwt.encode(command(key).model_dump(), private, algorithm="ES256", headers=headers)
+    assert open_as(compact, key).claims == command(key)
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")
+def test_unknown_fields_are_kept_and_known_ones_are_typed_strictly(key: SigningKey) -> None:
+    signed = open_as(sign(command(key, colour="blue"), key), key)
+    assert signed.claims.model_dump()["colour"] == "blue"
+    wrong = command(key).model_copy(update={"iat": str(NOW_S)})
+    with pytest.raises(InvalidMessageError, match="iat"):
+        open_as(sign(wrong, key), key)
+
+
+def test_one_message_is_never_taken_for_another(key: SigningKey) -> None:
+    with pytest.raises(InvalidMessageError, match="typ") as refused:
+        open_as(sign(command(key), key), key, RevocationRequest)
+    assert refused.value.code == "typ_unexpected"
+
+
+def test_another_trust_domain_is_refused(key: SigningKey) -> None:
+    with pytest.raises(InvalidMessageError, match="trust domain"):
+        open_as(sign(command(key, aud="other.example"), key), key)
+
+
+def test_another_key_under_the_same_kid_is_refused(key: SigningKey) -> None:
+    thief = SigningKey.generate(key.id, key.alg)
+    head, body, _ = sign(command(key), key).split(".")
+    forged = f"{head}.{body}.{b64encode(thief.sign(f'{head}.{body}'.encode()))}"
+    with pytest.raises(SignatureError, match="does not verify"):
+        open_as(forged, key)
+
+
+def test_a_key_that_nobody_knows_is_refused(key: SigningKey) -> None:
+    thief = SigningKey.generate(key.id, key.alg)
+    with pytest.raises(SignatureError, match="no valid key"):
+        open_as(sign(command(thief), thief), key)
+
+
+@pytest.mark.parametrize("alg", ["none", "HS256", "RS256", "ES384"])
+def test_the_header_does_not_choose_the_algorithm(key: SigningKey, alg: str) -> None:
+    _, body, tail = sign(command(key), key).split(".")
+    head = b64encode(json.dumps({"alg": alg, "kid": key.kid, "typ": "ringfence.user.disable+jwt"}).encode())
+    with pytest.raises(SignatureError, match="alg"):
+        open_as(f"{head}.{body}.{tail}", key)
+
+
+def test_a_header_with_demands_that_we_do_not_know_is_refused(key: SigningKey) -> None:
+    _, body, tail = sign(command(key), key).split(".")
+    fields = {"alg": key.alg, "kid": key.kid, "typ": "ringfence.user.disable+jwt", "crit": ["exp"]}
+    with pytest.raises(InvalidMessageError, match="not a JWS"):
+        parse(f"{b64encode(json.dumps(fields).encode())}.{body}.{tail}")
+
+
+def test_expiry_is_judged_by_the_append_time(key: SigningKey) -> None:
+    compact = sign(command(key), key)
+    assert open_as(compact, key, at_s=NOW_S + 59.999)
+    with pytest.raises(ExpiredError, match="after its exp"):
+        open_as(compact, key, at_s=NOW_S + 60)
+    assert open_as(compact, key, at_s=None), "without an append time nothing expires"
+
+
+def test_a_life_without_end_is_refused(key: SigningKey) -> None:
+    with pytest.raises(ExpiredError, match="sign it shorter"):
+        open_as(sign(command(key, exp=NOW_S + MAX_LIFE_S + 1), key), key)
+
+
+def test_a_clock_far_ahead_is_refused(key: SigningKey) -> None:
+    with pytest.raises(ExpiredError, match="set the clock"):
+        open_as(sign(command(key, iat=NOW_S + 3600, exp=NOW_S + 3660), key), key)
+
+
+@pytest.mark.parametrize(
+    "text", ["", ".", "..", "a.b", "a.b.c.d", "é.a.b", "YQ.YQ.YQ", "bnVsbA.YQ.YQ", "eyJ9.e30.YQ", "[" * 5000]
+)
+def test_garbage_is_no_jws(text: str) -> None:
+    with pytest.raises(InvalidMessageError):
+        parse(text)
+
+
+def test_deeply_nested_json_in_the_header_is_refused() -> None:
+    with pytest.raises(InvalidMessageError):
+        parse(f"{b64encode(b'[' * 100_000)}.e30.YQ")
+
+
+def test_a_huge_message_is_refused_before_it_is_read() -> None:
+    with pytest.raises(InvalidMessageError, match="limit"):
+        parse(b"a" * 600_000)
+
+
+@given(st.binary(max_size=80))
+def test_base64url_has_one_spelling(data: bytes) -> None:
+    assert b64decode(b64encode(data)) == data
+
+
+@pytest.mark.parametrize("text", ["YR", "YQ=", "YQ==", " YQ", "Y Q", "YQ\n", "a", "_/", "+A"])
+def test_other_spellings_of_base64url_are_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        b64decode(text)
+
+
+@given(st.integers(min_value=0), st.integers(min_value=0, max_value=7))
+def test_no_flipped_bit_verifies(position: int, bit: int) -> None:
+    key = FLIPPED_KEY
+    raw = bytearray(FLIPPED.encode())
+    raw[position % len(raw)] ^= 1 << bit
+    with pytest.raises(InvalidMessageError):
+        open_as(bytes(raw), key)
+
+
+FLIPPED_KEY = SigningKey.generate(f"spiffe://{TD}/user/olga")
+FLIPPED = sign(command(FLIPPED_KEY), FLIPPED_KEY)

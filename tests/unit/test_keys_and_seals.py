@@ -1,0 +1,200 @@
+"""Private keys stay private, replies are for one reader, and only the pinned root makes services."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from joserfc import jwe
+from joserfc.jwk import ECKey, OKPKey
+
+from ringfence.client.ceremony import CeremonyError, TrustFolder, first_operator, make_trust
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError, SignatureError, UnavailableError
+from ringfence.kernel.jws import parse, sign
+from ringfence.kernel.keys import KeyFileError, SigningKey
+from ringfence.kernel.seal import ReplyKey, seal, unverified_kid
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.keys import PublicJwk
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
+
+TD = "acme.example"
+NOW_S = 1_790_000_000
+
+
+@pytest.mark.parametrize("alg", ["ES256", "EdDSA"])
+def test_a_key_survives_its_file(tmp_path: Path, alg: str) -> None:
+    key = SigningKey.generate(f"spiffe://{TD}/agent/bot", alg)
+    key.save(tmp_path / "k" / "bot.json")
+    assert SigningKey.load(tmp_path / "k" / "bot.json").kid == key.kid
+    assert (tmp_path / "k" / "bot.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bot.json"
+    SigningKey.generate(f"spiffe://{TD}/agent/bot").save(path)
+    path.chmod(0o640)
+    with pytest.raises(KeyFileError, match="chmod 600"):
+        SigningKey.load(path)
+
+
+def test_a_key_file_is_never_overwritten(tmp_path: Path) -> None:
+    SigningKey.generate(f"spiffe://{TD}/agent/bot").save(tmp_path / "bot.json")
+    with pytest.raises(KeyFileError, match="exists already"):
+        SigningKey.generate(f"spiffe://{TD}/agent/bot").save(tmp_path / "bot.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[]", b'{"id":"x","jwk":{"crv":"P-256","d":"AAAA"}}', b'{"id":1,"jwk":[]}', b"\xa0\xff"],
+)
+def test_a_broken_key_file_is_named_and_not_quoted(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bot.json"
+    path.touch(0o600)
+    path.write_bytes(content)
+    with pytest.raises(KeyFileError, match="does not hold a private key") as refused:
+        SigningKey.load(path)
+    assert "AAAA" not in str(refused.value)
+
+
+def test_a_private_key_is_not_in_its_repr() -> None:
+    key = SigningKey.generate(f"spiffe://{TD}/agent/bot")
+    assert "PrivateKey" not in repr(key)
+
+
+def test_a_reply_opens_with_its_own_key_alone() -> None:
+    mine, other = ReplyKey(), ReplyKey()
+    sealed = seal(b"secret", mine.public, kid="request-1")
+    assert b"secret" not in sealed.encode()
+    assert unverified_kid(sealed.encode()) == "request-1"
+    assert mine.open(sealed) == b"secret"
+    with pytest.raises(InvalidMessageError):
+        other.open(sealed)
+    with pytest.raises(InvalidMessageError):
+        mine.open(sealed[:-4] + "AAAA")
+
+
+@pytest.mark.parametrize("key", [ECKey.generate_key("P-256"), OKPKey.generate_key("X25519")])
+def test_strangers_keys_of_both_kinds_are_sealed_to(key: ECKey | OKPKey) -> None:
+    fields = {
+        name: value for name, value in key.as_dict(private=False).items() if name in ("kty", "crv", "x", "y")
+    }
+    sealed = seal(b"secret", PublicJwk.model_validate(fields), kid="r")
+    assert jwe.decrypt_compact(sealed, key, algorithms=["ECDH-ES", "A256GCM"]).plaintext == b"secret"
+
+
+@pytest.mark.parametrize(
+    "jwk",
+    [
+        PublicJwk(kty="EC", crv="P-256", x="AAAA", y="AAAA"),
+        PublicJwk(kty="EC", crv="P-256", x="f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU"),
+        PublicJwk(kty="OKP", crv="X25519", x="not base64!"),
+        PublicJwk(kty="EC", crv="X25519", x="f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU"),
+    ],
+)
+def test_a_reply_key_off_the_curve_is_refused(jwk: PublicJwk) -> None:
+    with pytest.raises(InvalidMessageError, match="reply_key"):
+        seal(b"secret", jwk, kid="r")
+
+
+def bundle(version: int, root: SigningKey, service: SigningKey, **changed: object) -> str:
+    identity = ServiceIdentity(id=service.id, roles=("policy",), keys=(service.record(NOW_S + 100, NOW_S),))
+    claims = TrustBundle(
+        iss=f"spiffe://{TD}/root", aud=TD, iat=NOW_S, exp=NOW_S + 1000, jti=str(version), version=version,
+        services=(identity,),
+    )  # fmt: skip
+    return sign(claims.model_copy(update=changed), root, header_jwk=True)
+
+
+@pytest.fixture
+def root() -> SigningKey:
+    return SigningKey.generate(f"spiffe://{TD}/root")
+
+
+@pytest.fixture
+def service() -> SigningKey:
+    return SigningKey.generate(f"spiffe://{TD}/service/policy")
+
+
+def test_a_bundle_of_the_pinned_root_says_who_is_who(root: SigningKey, service: SigningKey) -> None:
+    store = TrustStore(TD, root.kid)
+    assert store.unready()
+    assert store.load(bundle(1, root, service), NOW_S)
+    assert store.service_key(service.id, service.kid, ("policy",), NOW_S + 1) is not None
+    assert store.service_key(service.id, service.kid, ("issuer",), NOW_S + 1) is None, "another role"
+    assert store.service_key(service.id, service.kid, ("policy",), NOW_S + 100) is None, "past the key's end"
+    assert store.service_key(service.id, service.kid, ("policy",), NOW_S - 1) is None, (
+        "before the key's start"
+    )
+    assert store.service_key(f"spiffe://{TD}/service/other", service.kid, ("policy",), NOW_S + 1) is None
+
+
+def test_a_bundle_of_another_root_is_refused(root: SigningKey, service: SigningKey) -> None:
+    store = TrustStore(TD, root.kid)
+    other = SigningKey.generate(f"spiffe://{TD}/root")
+    with pytest.raises(SignatureError, match="pinned"):
+        store.load(bundle(9, other, service), NOW_S)
+    assert store.unready()
+
+
+def test_a_bundle_is_not_rolled_back(root: SigningKey, service: SigningKey) -> None:
+    store = TrustStore(TD, root.kid)
+    store.load(bundle(2, root, service), NOW_S)
+    assert not store.load(bundle(1, root, service), NOW_S)
+    assert store.version == 2
+
+
+def test_a_bundle_that_was_tampered_with_is_refused(root: SigningKey, service: SigningKey) -> None:
+    head, body, tail = bundle(1, root, service).split(".")
+    other_body = bundle(2, root, service).split(".")[1]
+    with pytest.raises(SignatureError):
+        TrustStore(TD, root.kid).load(f"{head}.{other_body}.{tail}", NOW_S)
+    assert body
+
+
+def test_an_expired_bundle_is_refused(root: SigningKey, service: SigningKey) -> None:
+    with pytest.raises(InvalidMessageError, match="expired"):
+        TrustStore(TD, root.kid).load(bundle(1, root, service), NOW_S + 1000)
+
+
+def test_the_ceremony_makes_one_root_and_pins_it(tmp_path: Path) -> None:
+    folder = TrustFolder(tmp_path)
+    fingerprint = make_trust(folder, TD, "olga")
+    store = TrustStore(TD, fingerprint)
+    store.load(folder.bundle.read_text().strip(), _iat(folder))
+    issuer = SigningKey.load(folder.service_key("issuer"))
+    assert store.service_key(issuer.id, issuer.kid, ("issuer",), _iat(folder)) is not None
+    with pytest.raises(CeremonyError, match="exists already"):
+        make_trust(folder, TD, "olga")
+
+
+@pytest.mark.parametrize(
+    ("operator", "gateways", "says"),
+    [("Olga Ops", [], "'Olga Ops': it: must be a name"), ("olga", ["../gw"], "must be a name"),
+     ("olga", ["registry"], "is the name of a service"), ("olga", ["issuer-token"], "is the name of a service")],
+)  # fmt: skip
+def test_a_ceremony_with_a_wrong_name_leaves_nothing(
+    tmp_path: Path, operator: str, gateways: list[str], says: str
+) -> None:
+    with pytest.raises(RingfenceError, match=says):
+        make_trust(TrustFolder(tmp_path / "new"), TD, operator, gateways=gateways)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_operator_is_the_one_that_the_root_was_made_with(tmp_path: Path) -> None:
+    make_trust(TrustFolder(tmp_path), TD, "operator")
+    with pytest.raises(CeremonyError, match="made with another operator"):
+        first_operator(TrustFolder(tmp_path), TD, "olga", "Olga")
+
+
+def test_a_bundle_of_another_root_is_told_with_both_fingerprints(
+    root: SigningKey, service: SigningKey
+) -> None:
+    store = TrustStore(TD, "A" * 43)
+    with pytest.raises(SignatureError):
+        store.load(bundle(1, root, service), NOW_S)
+    with pytest.raises(UnavailableError, match=f"{root.kid}.*RINGFENCE_TRUST_ROOT pins {'A' * 43}"):
+        store.require()
+
+
+def _iat(folder: TrustFolder) -> int:
+    return parse(folder.bundle.read_text().strip()).unverified_claims(TrustBundle).iat

@@ -1,0 +1,292 @@
+"""The life of a lease, as records: which may follow which, what they are found by, and what tokens are made of them."""
+
+from __future__ import annotations
+
+from typing import Any, cast, get_args
+
+import jwt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringfence.backends import JwtBackend, Material, TokenKey, built_in
+from ringfence.backends.jwt import TokenKeyError
+from ringfence.kernel.keys import SigningKey
+from ringfence.messages.credential import Coordinates
+from ringfence.messages.examples import EXAMPLES
+from ringfence.messages.lease import TERMINAL, EndCause, EndKind, Lease, LeaseStatus, Selector
+from ringfence.messages.registry import TargetRecord, TargetState
+from ringfence.model.leases import (
+    ALL_MARK,
+    FOLLOWING,
+    LeaseStateError,
+    comes_after,
+    cut_before,
+    end_status,
+    follow,
+    is_covered,
+    is_over,
+    mark_of,
+    marks_of,
+    origin_of,
+    record_id,
+    restated,
+    springs_from,
+    statement,
+)
+from ringfence.revoker.domain import deadline_cause, next_status
+
+STATUSES: tuple[LeaseStatus, ...] = get_args(LeaseStatus)
+KINDS: tuple[EndKind, ...] = get_args(EndKind)
+REVOKER = "spiffe://acme.example/service/revoker"
+AT = Coordinates(
+    topic="ringfence.credential.decision.v1", partition=2, offset=41, appended_at_ms=1_790_000_000_123
+)
+CAUSE = EndCause(
+    kind="release", at_ms=1_790_000_001_000, by="spiffe://acme.example/agent/deploy-bot", ref="r"
+)
+
+
+def lease(status: LeaseStatus = "active", seq: int = 1, **fields: Any) -> Lease:
+    claims = cast(Lease, EXAMPLES[Lease])
+    origin = origin_of(claims.lease_id, AT)
+    return claims.model_copy(
+        update={"status": status, "seq": seq, "jti": record_id(origin, seq), "cause": None, **fields}
+    )
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_only_a_terminal_lease_has_nothing_to_follow(status: LeaseStatus) -> None:
+    assert (not FOLLOWING[status]) == (status in TERMINAL) == is_over(lease(status))
+
+
+@given(st.lists(st.sampled_from(STATUSES), max_size=8))
+def test_a_life_never_goes_back_and_ends_once(wanted: list[LeaseStatus]) -> None:
+    one = lease("minting")
+    life = [one]
+    for status in wanted:
+        try:
+            one = follow(one, status, by=REVOKER, cause=CAUSE)
+        except LeaseStateError:
+            assert status not in FOLLOWING[one.status]
+            continue
+        life.append(one)
+    assert [record.seq for record in life] == list(range(1, len(life) + 1))
+    assert len({record.jti for record in life}) == len(life)
+    assert len({record.status for record in life}) == len(life)
+    assert sum(is_over(record) for record in life) <= 1
+    assert not any(is_over(record) for record in life[:-1])
+
+
+def test_a_following_record_keeps_everything_but_its_step() -> None:
+    before = lease(from_a_newer_writer={"kept": True})
+    after = follow(before, "ending", by=REVOKER, cause=CAUSE)
+    assert (after.iss, after.iat, after.seq, after.status, after.cause) == (
+        REVOKER, 1_790_000_001, 2, "ending", CAUSE,
+    )  # fmt: skip
+    same = {
+        "iss": before.iss,
+        "iat": before.iat,
+        "jti": before.jti,
+        "seq": 1,
+        "status": "active",
+        "cause": None,
+    }
+    assert after.model_copy(update=same) == before
+    assert after.model_extra == {"from_a_newer_writer": {"kept": True}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_cause_leads_an_active_lease_to_one_end_by_legal_steps(kind: EndKind) -> None:
+    cause = EndCause(kind=kind, at_ms=1)
+    one = lease("minting" if kind == "mint_failed" else "active")
+    steps = []
+    while (status := next_status(one, cause, frozenset({"jwt"}))) is not None:
+        one = follow(one, status, by=REVOKER, cause=cause)
+        steps.append(status)
+    assert is_over(one)
+    assert one.status == end_status(kind)
+    # Only a pure token whose time is over needs no cut: nobody accepts it any more.
+    assert ("ending" in steps) == (kind not in ("deadline", "mint_failed"))
+
+
+def test_what_lives_at_its_target_is_cut_and_undone_also_at_its_deadline() -> None:
+    assert next_status(lease(), deadline_cause(lease(), 0), frozenset()) == "ending"
+
+
+def test_an_end_that_has_begun_keeps_its_cause() -> None:
+    released = follow(lease(), "ending", by=REVOKER, cause=CAUSE)
+    assert next_status(released, deadline_cause(released, 0), frozenset({"jwt"})) == "released"
+
+
+# --- what it springs from ---------------------------------------------------------------------------------------------
+
+
+def test_a_redelivery_is_told_from_a_replay_by_any_record_of_the_lease() -> None:
+    one = lease()
+    ended = follow(follow(one, "ending", by=REVOKER, cause=CAUSE), "released", by=REVOKER, cause=CAUSE)
+    again = origin_of(one.lease_id, AT.model_copy(update={"appended_at_ms": 1}))  # the place is what counts
+    assert springs_from(one, again)
+    assert springs_from(ended, again)
+    for elsewhere in ({"offset": 42}, {"partition": 3}, {"topic": "other"}):
+        origin = origin_of(one.lease_id, AT.model_copy(update=elsewhere))
+        assert not springs_from(one, origin)
+        assert not springs_from(ended, origin)
+    assert not springs_from(one, origin_of("0c6f2f2e-55a3-5f0e-8f4e-2f2e55a35f0f", AT))
+
+
+# --- what covers it ---------------------------------------------------------------------------------------------------
+
+
+def test_every_selector_names_a_mark_that_its_leases_bear() -> None:
+    one = lease()
+    by_selector = {
+        mark_of(Selector(agent_id=one.agent_id)),
+        mark_of(Selector(task_id=one.task_id)),
+        mark_of(Selector(sponsor=one.sponsor)),
+        mark_of(Selector(target_id=one.target_id)),
+        mark_of(Selector(user_id=one.on_behalf_of)),
+    }
+    assert by_selector == set(marks_of(one))
+    assert mark_of(Selector(all=True)) == ALL_MARK
+    # A user who sponsors is not covered as one on whose behalf, and no id can be taken for another kind's.
+    assert mark_of(Selector(sponsor="x")) != mark_of(Selector(user_id="x")) != mark_of(Selector(agent_id="x"))
+
+
+def test_a_selector_covers_what_was_asked_for_by_then() -> None:
+    one = lease(requested_at_ms=1000)
+    assert [is_covered(one, at_ms) for at_ms in (999, 1000, 1001)] == [False, True, True]
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def target(audience: str | None = None) -> TargetState:
+    state = cast(TargetRecord, EXAMPLES[TargetRecord]).state
+    return state.model_copy(update={"backend": state.backend.model_copy(update={"audience": audience})})
+
+
+KEY = SigningKey.generate("spiffe://acme.example/service/issuer")
+
+
+def backend(key: SigningKey | None = KEY) -> JwtBackend:
+    made = built_in(Material("acme.example", "https://issuer.acme.example/", TokenKey(key) if key else None))[
+        "jwt"
+    ]
+    assert isinstance(made, JwtBackend)
+    return made
+
+
+async def test_a_token_is_what_pyjwt_takes_for_one() -> None:
+    one = lease()
+    credential = await backend().mint(one, target("https://staging.acme.example"))
+    public = jwt.PyJWK(TokenKey(KEY).jwks()["keys"][0])
+    options: Any = {"verify_exp": False, "verify_iat": False, "verify_nbf": False}
+    claims = jwt.decode(
+        credential.value, public, algorithms=["ES256"], audience="https://staging.acme.example",
+        issuer="https://issuer.acme.example", options=options,
+    )  # fmt: skip
+    assert jwt.get_unverified_header(credential.value) == {"alg": "ES256", "kid": KEY.kid, "typ": "at+jwt"}
+    assert claims == backend().claims(one, target("https://staging.acme.example")) | {
+        "authorization_details": [
+            {
+                "type": "urn:ringfence:permission",
+                "target": p.target,
+                "verbs": list(p.verbs),
+                "resources": list(p.resources),
+            }
+            for p in one.scope
+        ]
+    }
+    assert (credential.kind, credential.token_type, credential.expires_at) == ("jwt", "Bearer", one.deadline)
+
+
+def test_without_an_audience_a_token_is_for_the_targets_spiffe_id() -> None:
+    assert backend().claims(lease(), target())["aud"] == "spiffe://acme.example/target/staging"
+
+
+def test_a_chain_of_agents_is_nested_with_the_holder_outermost() -> None:
+    claims = backend().claims(lease(act=("leaf", "middle", "root-bot")), target())
+    prefix = "spiffe://acme.example/agent/"
+    assert claims["act"] == {
+        "sub": f"{prefix}leaf",
+        "act": {"sub": f"{prefix}middle", "act": {"sub": f"{prefix}root-bot"}},
+    }
+
+
+def test_a_token_without_a_bound_key_names_none() -> None:
+    assert "cnf" not in backend().claims(lease(key_thumbprint=None), target())
+
+
+async def test_a_token_key_knows_its_own_tokens_and_no_others() -> None:
+    credential = await backend().mint(lease(), target())
+    key, other = TokenKey(KEY), TokenKey(SigningKey.generate(KEY.id))
+    claims = key.verified(credential.value)
+    assert claims is not None
+    assert claims["jti"] == lease().lease_id
+    assert other.verified(credential.value) is None
+    head, body, tail = credential.value.split(".")
+    forged = SigningKey.generate(KEY.id).sign(f"{head}.{body}".encode()).hex()
+    for broken in ("", "a.b.c", f"{head}.{body}.", f"{head}.{body[:-2]}.{tail}", f"{head}.{body}.{forged}"):
+        assert key.verified(broken) is None
+
+
+def test_tokens_are_signed_with_es256_alone() -> None:
+    with pytest.raises(TokenKeyError, match="ES256"):
+        TokenKey(SigningKey.generate(KEY.id, "EdDSA"))
+
+
+async def test_a_revoker_has_no_key_and_undoes_all_the_same() -> None:
+    keyless = backend(None)
+    await keyless.undo(lease("ending").lease_id, target_id="staging")
+    with pytest.raises(TokenKeyError):
+        await keyless.mint(lease(), target())
+
+
+# --- epochs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_said_again_in_another_epoch_says_the_same() -> None:
+    ending = follow(lease(), "ending", by=REVOKER, cause=CAUSE, epoch="1.aaaaaaaa")
+    again = restated(ending, by="spiffe://acme.example/service/revoker-2", epoch="2.bbbbbbbb")
+    assert (ending.epoch, again.epoch) == ("1.aaaaaaaa", "2.bbbbbbbb")
+    assert statement(ending) == statement(again)
+    assert springs_from(again, again.jti.rpartition(".")[0])
+    other = CAUSE.model_copy(update={"ref": "another"})
+    assert statement(ending) != statement(follow(lease(), "ending", by=REVOKER, cause=other))
+
+
+def test_the_next_record_bears_its_own_epoch_and_not_that_of_the_one_before() -> None:
+    ending = follow(lease(), "ending", by=REVOKER, cause=CAUSE, epoch="1.aaaaaaaa")
+    assert follow(ending, "revoked", by=REVOKER, cause=CAUSE).epoch is None
+
+
+def test_the_cut_before_an_end_is_the_one_that_was_written() -> None:
+    ending = follow(lease(), "ending", by=REVOKER, cause=CAUSE, epoch="1.aaaaaaaa")
+    revoked = follow(ending, "revoked", by=REVOKER, cause=CAUSE, epoch="1.aaaaaaaa")
+    assert cut_before(revoked) == ending
+    assert cut_before(ending) is None
+    expired = follow(lease(), "expired", by=REVOKER, cause=CAUSE)
+    assert cut_before(expired) is None
+    aborted = follow(lease("minting"), "aborted", by=REVOKER, cause=CAUSE)
+    assert cut_before(aborted) is None
+
+
+def test_what_redis_has_goes_on_from_what_kafka_has_or_it_does_not() -> None:
+    active = lease()
+    ending = follow(active, "ending", by=REVOKER, cause=CAUSE, epoch="1.aaaaaaaa")
+    revoked = follow(ending, "revoked", by=REVOKER, cause=CAUSE)
+    expired = follow(active, "expired", by=REVOKER, cause=CAUSE)
+    assert comes_after(None, revoked)
+    assert comes_after(active, ending)
+    assert comes_after(active, revoked)
+    assert comes_after(ending, revoked)
+    assert not comes_after(revoked, ending)
+    assert not comes_after(ending, ending)
+    assert not comes_after(expired, revoked), "it has ended"
+    elsewise = EndCause(kind="deadline", at_ms=2)
+    cut = follow(active, "ending", by=REVOKER, cause=elsewise)
+    assert not comes_after(cut, revoked), "it was cut for another cause, and ends for that"

@@ -1,0 +1,200 @@
+"""The memory of policy: what it believes of its own decisions, in which order, and when it forgets."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+import pytest
+
+from ringfence.kernel.ids import digest, message_id
+from ringfence.kernel.jws import sign
+from ringfence.kernel.kafka import Received
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.approval import Approval
+from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Outcome
+from ringfence.messages.examples import EXAMPLES
+from ringfence.messages.topics import CREDENTIAL_DECISION
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
+from ringfence.policy.store import KEEP_MS, MAX_AGE_MS, DecisionsInMemory, Place
+
+TD = "test.example"
+NOW = int(time.time())
+NOW_MS = NOW * 1000
+ROOT = SigningKey.generate(f"spiffe://{TD}/root")
+POLICY = SigningKey.generate(f"spiffe://{TD}/service/policy")
+ISSUER = SigningKey.generate(f"spiffe://{TD}/service/issuer")
+BOT = SigningKey.generate(f"spiffe://{TD}/agent/deploy-bot")
+SAM = SigningKey.generate(f"spiffe://{TD}/user/sam")
+
+
+def claims(iss: SigningKey, jti: str = "x", **more: Any) -> dict[str, Any]:
+    return {"iss": iss.id, "aud": TD, "iat": NOW, "jti": jti, **more}
+
+
+@pytest.fixture
+def memory() -> DecisionsInMemory:
+    trust = TrustStore(TD, ROOT.kid)
+    services = tuple(
+        ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(NOW + 10**6),))  # type: ignore[arg-type]
+        for key, role in ((POLICY, "policy"), (ISSUER, "issuer"))
+    )
+    bundle = TrustBundle(**claims(ROOT, exp=NOW + 10**6), version=1, services=services)
+    trust.load(sign(bundle, ROOT, header_jwk=True), NOW)
+    return DecisionsInMemory(trust)
+
+
+def request(jti: str = "one", exp: int = NOW + 60) -> CredentialRequest:
+    example = cast(CredentialRequest, EXAMPLES[CredentialRequest])
+    return example.model_copy(update=claims(BOT, jti, exp=exp))
+
+
+def approval(jti: str = "yes") -> str:
+    return sign(cast(Approval, EXAMPLES[Approval]).model_copy(update=claims(SAM, jti, exp=NOW + 60)), SAM)
+
+
+def decision(of: CredentialRequest, outcome: Outcome, offset: int = 7, **more: Any) -> CredentialDecision:
+    fields: dict[str, Any] = {
+        "request_id": message_id(of.iss, of.jti),
+        "request": sign(of, BOT),
+        "source": Coordinates(topic="t", partition=1, offset=offset, appended_at_ms=NOW_MS),
+        "outcome": outcome,
+        "delivery": "agent",
+    }
+    if outcome == "approval_required":
+        fields["expires_at"] = NOW + 3600
+    return CredentialDecision(**claims(POLICY, f"{outcome} {offset}"), **{**fields, **more})
+
+
+def record(of: CredentialDecision, offset: int, by: SigningKey = POLICY, at_ms: int = NOW_MS) -> Received:
+    headers = (("traceparent", b"tp"),)
+    return Received(
+        CREDENTIAL_DECISION, "decisions", 1, offset, at_ms, "deploy-bot", sign(of, by).encode(), headers
+    )
+
+
+async def test_what_was_decided_is_known_after_a_restart(memory: DecisionsInMemory):
+    one, two, three = request("one"), request("two"), request("three")
+    given = approval()
+    waiting = decision(two, "approval_required", 8, approvals=(given,))
+    memory.on_records([record(decision(one, "allowed"), 0), record(waiting, 1)])
+    memory.on_records([record(decision(three, "denied", 9), 2)])
+    assert memory.unready()
+    await memory.settle()
+    assert memory.unready() is None
+    allowed = memory.get(message_id(BOT.id, "one"))
+    assert allowed is not None
+    assert (allowed.outcome, allowed.at, allowed.agent_id, allowed.jws) == (
+        "allowed",
+        (1, 7),
+        "deploy-bot",
+        None,
+    )
+    pending = memory.get(message_id(BOT.id, "two"))
+    assert pending is not None
+    assert (pending.pending, pending.traceparent) == (waiting, "tp")
+    assert pending.approvals == {message_id(SAM.id, "yes"): (digest(given), None)}
+    assert list(memory.pending()) == [pending]
+    assert memory.waiting() == {pending.agent_id: 1}
+    denied = memory.get(message_id(BOT.id, "three"))
+    assert denied is not None
+    assert denied.jws is not None  # its reply may have to be sent again
+
+
+async def test_a_redelivery_is_where_it_was_and_a_replay_elsewhere(memory: DecisionsInMemory):
+    await memory.settle()
+    one = request()
+    id = message_id(one.iss, one.jti)
+    first = memory.claim(id, "deploy-bot", Place(1, 7), at_ms=NOW_MS, exp=one.exp)
+    assert (first.at, first.outcome) == ((1, 7), None)
+    again = memory.claim(id, "deploy-bot", Place(1, 9), at_ms=NOW_MS, exp=one.exp)
+    assert again is first
+    # Another replica decided on the record at 9: what it published says which one counts.
+    memory.on_records([record(decision(one, "allowed", 9), 0)])
+    assert first.at == (1, 9)
+
+
+async def test_the_first_final_decision_stands_whoever_is_heard_first(memory: DecisionsInMemory):
+    await memory.settle()
+    one = request()
+    id = message_id(one.iss, one.jti)
+    memory.on_records([record(decision(one, "approval_required"), 2)])
+    mine = decision(one, "allowed")
+    assert memory.keep(mine, sign(mine, POLICY), Place(1, 5), NOW_MS, None).outcome == "allowed"
+    memory.on_records([record(decision(one, "approval_required"), 3)])  # late news: it waited
+    assert [*memory.pending()] == []
+    assert not memory.waiting()
+    memory.on_records([record(decision(one, "denied"), 4)])  # another replica was quicker by one offset
+    memory.on_records([record(mine, 5), record(decision(one, "allowed"), 6)])
+    known = memory.get(id)
+    assert known is not None
+    assert (known.outcome, known.decided_at) == ("denied", (1, 4))
+
+
+async def test_only_policy_is_believed(memory: DecisionsInMemory):
+    await memory.settle()
+    one = request()
+    memory.on_records([record(decision(one, "allowed"), 0, by=ISSUER)])
+    junk = Received(CREDENTIAL_DECISION, "decisions", 1, 1, NOW_MS, None, b"\x00junk", ())
+    memory.on_records([junk, record(decision(one, "denied"), 2, by=BOT)])
+    assert memory.get(message_id(one.iss, one.jti)) is None
+
+
+async def test_junk_at_the_start_is_not_believed_either(memory: DecisionsInMemory):
+    one, two = request("one"), request("two")
+    junk = Received(CREDENTIAL_DECISION, "decisions", 1, 0, NOW_MS, None, b"\x00junk", ())
+    memory.on_records(
+        [junk, record(decision(one, "allowed"), 1, by=ISSUER), record(decision(two, "allowed"), 2)]
+    )
+    await memory.settle()
+    assert memory.get(message_id(one.iss, one.jti)) is None
+    assert memory.get(message_id(two.iss, two.jti)) is not None
+
+
+async def test_it_forgets_by_the_time_of_the_topic_not_of_the_clock(memory: DecisionsInMemory):
+    """Whatever the last batch before a crash decided is known after it, however long the service was down."""
+    await memory.settle()
+    long_ago = NOW_MS - 20 * 3600 * 1000
+    old, later = request("old", exp=long_ago // 1000 + 60), request("later", exp=long_ago // 1000 + 120)
+    memory.on_records([record(decision(old, "allowed"), 0, at_ms=long_ago)])
+    memory.on_records([record(decision(later, "allowed", 8), 1, at_ms=long_ago + 1000)])
+    assert memory.get(message_id(BOT.id, "old")) is not None
+    after = request("after")
+    memory.on_records([record(decision(after, "allowed", 9), 2, at_ms=long_ago + 60_000 + KEEP_MS + 1)])
+    assert memory.get(message_id(BOT.id, "old")) is None
+    assert memory.get(message_id(BOT.id, "later")) is not None
+
+
+async def test_what_waits_is_not_forgotten_before_its_time(memory: DecisionsInMemory):
+    await memory.settle()
+    one = request("one", exp=NOW + 60)
+    memory.on_records([record(decision(one, "approval_required", expires_at=NOW + 80_000), 0)])
+    memory.on_records([record(decision(request("two"), "allowed", 8), 1, at_ms=NOW_MS + 70_000_000)])
+    assert len([*memory.pending()]) == 1
+    assert list(memory.waiting().values()) == [1]
+    late = NOW_MS + 80_000_000 + MAX_AGE_MS + KEEP_MS + 1
+    memory.on_records([record(decision(request("three"), "allowed", 9), 2, at_ms=late)])
+    assert [*memory.pending()] == []
+    assert not memory.waiting()
+
+
+async def test_what_is_over_at_the_start_is_let_go_unverified(
+    memory: DecisionsInMemory, monkeypatch: pytest.MonkeyPatch
+):
+    verified: list[float] = []
+    find = TrustStore.finder
+
+    def counted(self: TrustStore, *roles: Any, at_s: float) -> Any:
+        verified.append(at_s)
+        return find(self, *roles, at_s=at_s)
+
+    monkeypatch.setattr(TrustStore, "finder", counted)
+    early = NOW_MS - 3 * 3600 * 1000
+    old = request("old", exp=early // 1000)
+    memory.on_records([record(decision(old, "allowed"), 0, at_ms=early)])
+    memory.on_records([record(decision(request("new"), "allowed", 8), 1)])
+    await memory.settle()
+    assert memory.get(message_id(BOT.id, "old")) is None
+    assert memory.get(message_id(BOT.id, "new")) is not None
+    assert len(verified) == 1

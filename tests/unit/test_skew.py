@@ -1,0 +1,41 @@
+"""A clock that is off says so; a network that is slow is not a clock that is off."""
+
+from __future__ import annotations
+
+import pytest
+
+from ringfence.kernel.skew import MAX_SKEW_MS, SkewCheck
+
+NOW = 1_800_000_000_000
+
+
+def check(*ahead_ms: int) -> SkewCheck:
+    skew = SkewCheck("the broker")
+    for ahead in ahead_ms:
+        skew.heard(NOW, NOW + ahead)
+    return skew
+
+
+def test_nothing_heard_is_nothing_wrong():
+    assert check().unready() is None
+
+
+@pytest.mark.parametrize("ahead_ms", [MAX_SKEW_MS, -MAX_SKEW_MS, 0])
+def test_within_the_bound(ahead_ms: int):
+    assert check(ahead_ms).unready() is None
+
+
+@pytest.mark.parametrize(("ahead_ms", "said"), [(7000, "7.0 s ahead of"), (-1001, "1.0 s behind")])
+def test_beyond_it_says_which_way_and_how_far(ahead_ms: int, said: str):
+    reason = check(ahead_ms).unready()
+    assert reason is not None
+    assert said in reason
+    assert "the broker" in reason
+
+
+def test_what_was_long_under_way_does_not_make_a_clock_wrong():
+    assert check(5000, 20, 9000).unready() is None
+
+
+def test_a_clock_that_was_set_right_is_right_again():
+    assert check(*[-8000] * 10, *[5] * 10).unready() is None
