@@ -1,0 +1,36 @@
+"""`python -m bench [NAME...] [--kafka embedded|apache]`; all of them where none is named."""
+
+from __future__ import annotations
+
+import argparse
+
+from bench import backends, bus, credentials, ends, idle, killswitch, leases, policy, rebuild
+from bench.machine import describe
+
+BENCHMARKS = {
+    "credentials": credentials.run,
+    "idle": idle.run,
+    "bus": bus.run,
+    "leases": leases.run,
+    "ends": ends.run,
+    "killswitch": killswitch.run,
+    "rebuild": rebuild.run,
+    "policy": policy.run,
+    "backends": backends.run,
+}
+
+
+def main() -> None:
+    """Run the named benchmarks, or all."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], default=[], metavar="NAME")
+    parser.add_argument("--kafka", choices=["embedded", "apache"], default="embedded")
+    options = parser.parse_args()
+    print(f"machine: {describe()}")
+    for name in options.names or BENCHMARKS:
+        print(f"\n{name} (Kafka: {options.kafka})")
+        BENCHMARKS[name](options.kafka)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The main line under load: credentials a second at saturation, latency at 100/s, CPU a credential by process.
+
+A credential counts when its request was signed and verified, decided, leased in Redis, on Kafka, sealed, opened and
+verified by the agent; the rate at saturation counts until the audit topic has the issue of the last one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from bench.machine import cpu_s, percentile
+from bench.stack import running
+from ringfence.client.administrator import Administrator
+from ringfence.client.agent import Agent
+from ringfence.client.settings import ClientSettings
+from ringfence.dev.organisation import PLATFORM, READ_ALL, key_of, seed
+from ringfence.dev.stack import Stack
+from ringfence.kernel.kafka import Follower, Received
+from ringfence.messages.topics import AUDIT
+
+Agents = list[tuple[Agent, str]]
+"""With the task of each."""
+_ISSUED = b'"event_code":"credential.issued"'
+AGENTS = 2
+IN_FLIGHT = 192
+SATURATION_S = 15
+RATE = 100
+RATE_S = 20
+
+
+class _Audited:
+    """Counts the issues that the audit topic has told of."""
+
+    def __init__(self, settings: ClientSettings) -> None:
+        self.count = 0
+        self._follower = Follower(settings, [AUDIT], self._on_records, since_ms=None)
+
+    async def __aenter__(self) -> _Audited:
+        await self._follower.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._follower.stop()
+
+    def _on_records(self, records: Sequence[Received]) -> None:
+        self.count += sum(_ISSUED in record.value for record in records)
+
+    async def until(self, count: int) -> None:
+        while self.count < count:
+            await asyncio.sleep(0.01)
+
+
+async def request(agent: Agent, task: str) -> float:
+    """Ask for a credential and have it. Returns how long that took, in ms."""
+    start = time.perf_counter()
+    await agent.request(
+        task=task, target=PLATFORM, verbs=["read"], resources=["env/staging/web"], reason="bench", ttl_s=3600
+    )
+    return (time.perf_counter() - start) * 1000
+
+
+@contextlib.asynccontextmanager
+async def agents_of(stack: Stack, settings: ClientSettings) -> AsyncIterator[Agents]:
+    """Agents that may ask for credentials, each with its task."""
+    await seed(stack.trust, settings, stack.options.operator)
+    domain = settings.trust_domain
+    agents: Agents = []
+    async with Administrator.connect(key_of(stack.trust, domain, "user", "sam"), settings) as sam:
+        for number in range(AGENTS):
+            key = key_of(stack.trust, domain, "agent", f"bench-{number}")
+            await sam.register_agent(f"bench-{number}", description="load", keys=[key], ceiling=[READ_ALL])
+            task = await sam.assign_task(
+                f"bench-{number}", purpose="load", scope=[READ_ALL], ends_in_s=80_000
+            )
+            agent = Agent.connect(key, settings)
+            await agent.start()
+            agents.append((agent, task))
+    try:
+        await asyncio.gather(*(request(*agents[n % AGENTS]) for n in range(200)))  # warm up
+        yield agents
+    finally:
+        for agent, _ in agents:
+            await agent.close()
+
+
+async def _measure(stack: Stack, settings: ClientSettings, pids: dict[str, int]) -> None:
+    async with agents_of(stack, settings) as agents, _Audited(settings) as audited:
+        await _saturate(agents, audited, pids | {"client": os.getpid()})
+        await _at_a_rate(agents)
+
+
+async def _saturate(agents: Agents, audited: _Audited, pids: dict[str, int]) -> None:
+    stop_at = time.perf_counter() + SATURATION_S
+    count = 0
+
+    async def worker(number: int) -> None:
+        nonlocal count
+        while time.perf_counter() < stop_at:
+            await request(*agents[number % AGENTS])
+            count += 1
+
+    before, start = cpu_s(pids), time.perf_counter()
+    await asyncio.gather(*(worker(number) for number in range(IN_FLIGHT)))
+    issued_s = time.perf_counter() - start
+    await audited.until(count)
+    audited_s = time.perf_counter() - start
+    after = cpu_s(pids)
+    print(f"saturation, {IN_FLIGHT} in flight: {count} credentials, {count / issued_s:.0f}/s issued, "
+          f"{count / audited_s:.0f}/s issued and audited")  # fmt: skip
+    each = {name: (after[name] - before[name]) / count * 1e6 for name in pids}
+    print("CPU µs a credential: " + ", ".join(f"{name} {each[name]:.0f}" for name in each))
+    print(f"  policy + issuer + audit: {each['policy'] + each['issuer'] + each['audit']:.0f} µs")
+
+
+async def _at_a_rate(agents: Agents) -> None:
+    latencies: list[float] = []
+    pending: set[asyncio.Task[None]] = set()
+
+    async def one(number: int) -> None:
+        latencies.append(await request(*agents[number % AGENTS]))
+
+    start = time.perf_counter()
+    for number in itertools.count():
+        due = start + number / RATE
+        if due > start + RATE_S:
+            break
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        task = asyncio.create_task(one(number))
+        pending.add(task)
+        task.add_done_callback(pending.discard)
+    await asyncio.gather(*pending)
+    print(
+        f"at {RATE}/s, request to opened credential: p50 {percentile(latencies, 0.5):.1f} ms, "
+        f"p99 {percentile(latencies, 0.99):.1f} ms, max {max(latencies):.1f} ms ({len(latencies)} requests)"
+    )
+
+
+def run(kafka: str) -> None:
+    """Print the numbers on this broker: `embedded` or `apache`."""
+    import uvloop
+
+    with running(kafka) as (stack, settings, pids):
+        uvloop.run(_measure(stack, settings, pids))

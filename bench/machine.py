@@ -1,0 +1,55 @@
+"""What the numbers were measured on, and what processes used."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def describe() -> str:
+    """One line on this machine."""
+    model = "unknown processor"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    load = os.getloadavg()[0]
+    return (
+        f"{len(os.sched_getaffinity(0))} cores, {model}, {memory_gib:.0f} GiB, {platform.system()} "
+        f"{platform.release()}, Python {platform.python_version()}, load before: {load:.2f}"
+    )
+
+
+def cpu_s(pids: Mapping[str, int]) -> dict[str, float]:
+    """CPU seconds (user and system) that each process and those that it started have used so far, ended ones included.
+
+    This process stands for itself alone: what it started is measured by its own name.
+    """
+    return {
+        name: sum(map(_used_s, [pid] if pid == os.getpid() else [pid, *_started_by(pid)]))
+        for name, pid in pids.items()
+    }
+
+
+def _started_by(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+def _used_s(pid: int) -> float:
+    own, ended = (13, 14), (15, 16)  # proc(5), counted from 1: utime, stime, cutime, cstime
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    counted = own if pid == os.getpid() else own + ended
+    return sum(int(fields[number - 3]) for number in counted) / _TICKS
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value below which `share` (0 to 1) of the values lie."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
