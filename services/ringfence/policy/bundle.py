@@ -14,8 +14,10 @@ from pathlib import Path
 from ringfence.kernel.errors import RingfenceError
 
 TEST_SUFFIX = "_test.rego"
-OWN_BUNDLE = Path(__file__).parent / "bundle"
-"""The bundle that comes with Ringfence; in a clone a link to `deploy/policy`."""
+_INSTALLED = Path(__file__).parent / "bundle"
+_IN_CLONE = Path(__file__).parents[3] / "deploy" / "policy"
+OWN_BUNDLE = _INSTALLED if _INSTALLED.is_dir() else _IN_CLONE
+"""The bundle that comes with Ringfence: beside this file in a wheel, `deploy/policy` in a clone."""
 
 Module = tuple[str, str]
 """File name and text."""
