@@ -21,6 +21,7 @@ from ringfence.dev.stack import Stack
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.kafka_connection import connection
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.messages.lease import TERMINAL, Lease
@@ -91,7 +92,7 @@ async def _drain(stack: Stack, pids: dict[str, int]) -> tuple[float, float]:
     leases = await asyncio.to_thread(made, DUE, due_s)
     ids = {one.claims.lease_id for one in leases}
     name = LEASE.name(settings.topic_prefix)
-    consumer = AIOKafkaConsumer(bootstrap_servers=settings.kafka, enable_auto_commit=False)
+    consumer = AIOKafkaConsumer(**connection(settings), enable_auto_commit=False)
     await consumer.start()
     try:
         await consumer._client.set_topics([name])

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ringfence.dev.kafka import kafka_answers
@@ -25,11 +25,22 @@ class ApacheKafka:
 
     Its data are in a folder of its own inside `data_dir`, deleted at `stop`. `port` 0 takes a free one, once.
     `more` are further ports to listen on, each with the address that clients which come there are told to come back to.
+    `adapt` changes the server's properties before its storage is formatted, with `format_options` besides.
     """
 
-    def __init__(self, data_dir: Path, port: int = 0, *, more: Mapping[int, str] | None = None) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        port: int = 0,
+        *,
+        more: Mapping[int, str] | None = None,
+        adapt: Callable[[dict[str, str]], None] | None = None,
+        format_options: Sequence[str] = (),
+    ) -> None:
         self.port = port
         self._more = more or {}
+        self._adapt = adapt
+        self._format_options = format_options
         self.child: Child | None = None
         self._controller_port = 0
         self._store = data_dir / "apache-kafka"
@@ -56,10 +67,13 @@ class ApacheKafka:
         properties["log.dirs"] = str(self._store / "data")
         for name, listeners in _more_listeners(self._more).items():
             properties[name] += listeners
+        if self._adapt is not None:
+            self._adapt(properties)
         text = "".join(f"{name}={value}\n" for name, value in properties.items())
         self._properties.write_text(text)
         java = _java(jars, "-XX:TieredStopAtLevel=1")
         argv = [*java, "kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, "-c", str(self._properties)]
+        argv += self._format_options
         formatting = spawn("kafka.tools.StorageTool", argv, log_path=self._log_path)
         if formatting.wait(_START_TIMEOUT_S) != 0:
             formatting.kill()

@@ -14,6 +14,16 @@ from tests.conftest import Kafka
 from tests.stack import Realm, realm_in
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without `--kafka apache`, what needs its TLS and its ACLs is deselected, and counted as such."""
+    if config.getoption("--kafka") == "apache":
+        return
+    without = [item for item in items if item.get_closest_marker("secured")]
+    if without:
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if not item.get_closest_marker("secured")]
+
+
 @pytest.fixture(scope="session")
 def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
     """All services as processes. Tests share it: use names of your own (`realm`)."""

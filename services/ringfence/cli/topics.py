@@ -1,62 +1,114 @@
-"""`ringfence topics`: create them, and check that they are what the contract says."""
+"""`ringfence topics`: create them, check that they are what the contract says, and who needs which rights to them."""
 
 from __future__ import annotations
 
-import asyncio
-import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from ringfence.cli.context import wants_json
+from ringfence.cli.options import JsonOption, run, wants_json
+from ringfence.cli.output import print_json, print_table, say
+from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.kernel.topics_acls import PARTIES, Acl, Party, acls, commands
+from ringfence.kernel.topics_admin import Difference, TopicsAdmin
 
-app = typer.Typer(help="Create the topics, and check them.", no_args_is_help=True)
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+app = typer.Typer(help="Create the topics, check them, and say who may use them.", no_args_is_help=True)
 
 
 @app.command()
 def apply(as_json: JsonOption = False) -> None:
     """Create every topic that is not there yet."""
-    from ringfence.kernel.settings import ServiceSettings, load
-    from ringfence.kernel.topics_admin import TopicsAdmin
 
     async def work() -> list[str]:
         async with TopicsAdmin(load(ServiceSettings)) as admin:
             return await admin.apply()
 
-    created = asyncio.run(work())
-    out = Console()
+    created = run(work())
     if wants_json(as_json):
-        out.print_json(json.dumps({"created": created}))
+        print_json({"created": created})
     else:
-        out.print("\n".join(f"created {name}" for name in created) or "all topics are there")
+        say("\n".join(f"created {name}" for name in created) or "all topics are there")
 
 
 @app.command()
 def check(as_json: JsonOption = False) -> None:
     """Compare the topics with the contract; exit 1 where one differs."""
-    from ringfence.kernel.settings import ServiceSettings, load
-    from ringfence.kernel.topics_admin import TopicsAdmin
 
-    async def work() -> list[dict[str, str]]:
+    async def work() -> list[Difference]:
         async with TopicsAdmin(load(ServiceSettings)) as admin:
-            return [
-                {"topic": d.topic, "what": d.what, "expected": d.expected, "found": d.found}
-                for d in await admin.check()
-            ]
+            return await admin.check()
 
-    differences = asyncio.run(work())
-    out = Console()
+    differences = run(work())
     if wants_json(as_json):
-        out.print_json(json.dumps({"differences": differences}))
-    elif differences:
-        table = Table("topic", "what", "expected", "found")
-        for difference in differences:
-            table.add_row(*difference.values())
-        out.print(table)
+        print_json({"differences": [asdict(one) for one in differences]})
     else:
-        out.print("all topics are as the contract says")
+        print_table(
+            ["topic", "what", "expected", "found"],
+            ((one.topic, one.what, one.expected, one.found) for one in differences),
+            empty="all topics are as the contract says",
+        )
     if differences:
         raise typer.Exit(1)
+
+
+@app.command("acls")
+def show_acls(
+    principal: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--principal",
+            metavar="PARTY=PRINCIPAL",
+            help="Who a party is to Kafka, e.g. 'policy=User:CN=policy'; else User:PREFIX-PARTY. Repeatable.",
+        ),
+    ] = None,
+    grant: Annotated[bool, typer.Option("--apply", help="Create them on the broker.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the ACLs that each party needs on Kafka, as commands of kafka-acls.sh; --apply creates them.
+
+    Parties are the services, and agents, users, operators and the siem. They need these rights and no more. Signatures
+    decide what counts, whoever may write.
+    """
+    settings = load(ServiceSettings)
+    wanted = acls(settings.topic_prefix)
+    principals = _principals(principal or [], settings.topic_prefix)
+    if grant:
+
+        async def work() -> int:
+            async with TopicsAdmin(settings) as admin:
+                return await admin.grant(wanted, principals)
+
+        count = run(work())
+        if not wants_json(as_json):
+            say(f"{count} ACLs are there")
+            return
+    if wants_json(as_json):
+        print_json({"acls": [_acl(one, principals) for one in wanted]})
+    else:
+        for command in commands(wanted, principals):
+            say(command)
+
+
+def _principals(named: list[str], prefix: str) -> dict[Party, str]:
+    found: dict[Party, str] = {party: f"User:{prefix}-{party}" for party in PARTIES}
+    for one in named:
+        name, _, principal = one.partition("=")
+        party = next((party for party in PARTIES if party == name), None)
+        if party is None or ":" not in principal:
+            raise typer.BadParameter(
+                f"{one!r}: say PARTY=PRINCIPAL, the party one of {', '.join(PARTIES)}, the principal as in User:alice"
+            )
+        found[party] = principal
+    return found
+
+
+def _acl(acl: Acl, principals: dict[Party, str]) -> dict[str, str]:
+    return {
+        "party": acl.party,
+        "principal": principals[acl.party],
+        "operation": acl.operation.name,
+        "resource_type": acl.resource_type.name,
+        "name": acl.name,
+        "pattern_type": acl.pattern.name,
+    }

@@ -24,6 +24,7 @@ from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.kafka import Publisher, Received, fetch_options, received
+from ringfence.kernel.kafka_connection import connection
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.messages.base import Topic
 from ringfence.messages.operations import DeadLetter
@@ -170,7 +171,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     async def run(self) -> None:
         """Consume until cancelled. Connection failures are retried inside."""
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._settings.kafka,
+            **connection(self._settings),
             group_id=self.group,
             group_instance_id=self._settings.instance,
             enable_auto_commit=False,

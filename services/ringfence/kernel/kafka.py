@@ -23,6 +23,7 @@ from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.embedded_broker import QUICK_MS, TABLE_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.jws import sign
+from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.settings import BusSettings
 from ringfence.kernel.trace import child_of, new_traceparent
@@ -132,7 +133,7 @@ class Publisher:
     async def start(self) -> None:
         """Connect. Raises UnavailableError where the broker does not answer."""
         producer = AIOKafkaProducer(
-            bootstrap_servers=self._settings.kafka,
+            **connection(self._settings),
             enable_idempotence=True,
             acks="all",
             max_request_size=2 * 1024 * 1024,
@@ -146,9 +147,7 @@ class Publisher:
             await producer.start()
         except KafkaError as error:
             await producer.stop()
-            raise UnavailableError(
-                f"Kafka at {self._settings.kafka} does not answer ({type(error).__name__}); set RINGFENCE_KAFKA"
-            ) from None
+            raise no_answer(self._settings, error) from None
         self._producer = producer
 
     async def stop(self) -> None:
@@ -334,7 +333,7 @@ class Follower:
     async def start(self) -> None:
         """Connect, find the starting points, begin to read. Raises UnavailableError where topics are missing."""
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._settings.kafka,
+            **connection(self._settings),
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             **fetch_options(self._linger_ms),
@@ -364,9 +363,7 @@ class Follower:
             await self._seek(consumer, partitions)
         except KafkaError as error:
             await consumer.stop()
-            raise UnavailableError(
-                f"Kafka at {self._settings.kafka} does not answer ({type(error).__name__}); set RINGFENCE_KAFKA"
-            ) from None
+            raise no_answer(self._settings, error) from None
         except BaseException:
             await consumer.stop()
             raise
@@ -455,7 +452,7 @@ class Follower:
     async def _asking_consumer(self) -> AIOKafkaConsumer:
         """A connection of its own: on the reading one, a question waits behind the fetch that waits for records."""
         if self._asking is None:
-            asking = AIOKafkaConsumer(bootstrap_servers=self._settings.kafka, enable_auto_commit=False)
+            asking = AIOKafkaConsumer(**connection(self._settings), enable_auto_commit=False)
             try:
                 await asking.start()
             except BaseException:

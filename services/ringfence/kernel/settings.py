@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -16,6 +16,7 @@ from pydantic_settings import (
 )
 
 from ringfence.kernel.errors import SettingsError
+from ringfence.kernel.places import Place
 
 CONFIG_FILE_ENV = "RINGFENCE_CONFIG"
 """Where the TOML file is; `os.devnull` reads none."""
@@ -87,12 +88,42 @@ class BusSettings(RingfenceSettings):
 
     kafka: str = "127.0.0.1:9092"
     """Bootstrap servers, `host:port[,host:port]`."""
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    """`security.protocol`, in Kafka's own words."""
+    kafka_ssl_ca_file: Path | None = None
+    """The authority (PEM) that the brokers' certificates are verified by; the machine's own where not set."""
+    kafka_ssl_cert_file: Path | None = None
+    """The certificate (PEM) that this client shows the brokers (mutual TLS)."""
+    kafka_ssl_key_file: Path | None = None
+    """Its private key (PEM); in the file of the certificate where not set."""
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    kafka_sasl_username: str = ""
+    kafka_sasl_password: Place | None = None
+    """Where the password is read from: `env:NAME`, or `file:PATH` of mode 0600."""
     topic_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")] = "ringfence"
     trust_domain: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = "ringfence.local"
     trust_root: str = ""
     """The root key's fingerprint (RFC 7638 thumbprint); `ringfence init` prints it."""
     embedded_broker: bool = False
     """Set for the embedded broker alone, whose manners differ (`ringfence.kernel.embedded_broker`)."""
+
+    @model_validator(mode="after")
+    def _names_itself_to_kafka(self) -> Self:
+        if self.kafka_security_protocol.startswith("SASL"):
+            if not (self.kafka_sasl_username and self.kafka_sasl_password):
+                raise ValueError(
+                    f"RINGFENCE_KAFKA_SECURITY_PROTOCOL: {self.kafka_security_protocol} needs "
+                    "RINGFENCE_KAFKA_SASL_USERNAME and RINGFENCE_KAFKA_SASL_PASSWORD (env:NAME or file:PATH)"
+                )
+            if self.kafka_sasl_mechanism == "PLAIN" and self.kafka_security_protocol != "SASL_SSL":
+                raise ValueError(
+                    "RINGFENCE_KAFKA_SASL_MECHANISM: PLAIN sends the password as it is; use it with SASL_SSL alone"
+                )
+        if self.kafka_ssl_key_file is not None and self.kafka_ssl_cert_file is None:
+            raise ValueError(
+                "RINGFENCE_KAFKA_SSL_KEY_FILE: a key without its certificate; set RINGFENCE_KAFKA_SSL_CERT_FILE"
+            )
+        return self
 
 
 class ServiceSettings(BusSettings):
@@ -136,6 +167,8 @@ def load(cls: type[S], **overrides: Any) -> S:
         prefix = cls.model_config.get("env_prefix") or ""
         lines = [
             f"{prefix}{'_'.join(map(str, item['loc'])).upper()}: {item['msg']}"
+            if item["loc"]
+            else item["msg"].removeprefix("Value error, ")  # it is about several, and names them
             for item in error.errors(include_url=False)
         ]
         raise SettingsError("settings are wrong:\n  " + "\n  ".join(lines)) from None

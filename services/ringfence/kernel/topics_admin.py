@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.protocol.admin import CreateAclsRequest
 
-from ringfence.kernel.errors import RingfenceError, UnavailableError
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.topics_acls import Acl, Party
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import ALL, LEASE
 
+_ANY_HOST, _ALLOW = "*", 3
+"""In Kafka's protocol: ACLs hold from everywhere, and allow (`AclPermissionType`)."""
+
 
 class TopicError(RingfenceError):
-    """The broker refused to create a topic."""
+    """The broker refused to create a topic, or an ACL."""
 
     code = "topic_refused"
 
@@ -48,16 +55,14 @@ class TopicsAdmin:
 
     def __init__(self, settings: ServiceSettings) -> None:
         self._settings = settings
-        self._client = AIOKafkaAdminClient(bootstrap_servers=settings.kafka)
+        self._client = AIOKafkaAdminClient(**connection(settings))
 
     async def __aenter__(self) -> TopicsAdmin:
         try:
             await self._client.start()
         except KafkaError as error:
             await self._client.close()
-            raise UnavailableError(
-                f"Kafka at {self._settings.kafka} does not answer ({type(error).__name__}); set RINGFENCE_KAFKA"
-            ) from None
+            raise no_answer(self._settings, error) from None
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -89,6 +94,29 @@ class TopicsAdmin:
                     f"the broker refused topic {name}: {for_code(code).__name__} {rest[0] if rest else ''}"
                 )
         return [topic.name(self._settings.topic_prefix) for topic in wanted]
+
+    async def grant(self, wanted: Iterable[Acl], principals: Mapping[Party, str]) -> int:
+        """Create these ACLs; those that are there already stay as they are. Returns how many. Raises TopicError."""
+        count = 0
+        for acl in wanted:
+            request = CreateAclsRequest(
+                acl.resource_type,
+                acl.name,
+                acl.pattern,
+                principals[acl.party],
+                _ANY_HOST,
+                acl.operation,
+                _ALLOW,
+            )
+            answer = await self._client._send_to_controller(request)
+            for code, message in answer.creation_responses:
+                if code:
+                    raise TopicError(
+                        f"the broker refused ACLs: {for_code(code).__name__} {message or ''}; it needs an authorizer, "
+                        "and whoever asks needs Alter on the cluster"
+                    )
+            count += 1
+        return count
 
     async def check(self) -> list[Difference]:
         """Compare the broker's topics with the contract. Empty where all is as it should be."""

@@ -21,17 +21,19 @@ from ringfence.messages.trust import TrustBundle
 
 _HOUR = 3600
 _DAY = 24 * _HOUR
-_EVERYONE = ("every service",)
+_SERVICES = ("every service",)
+_VERIFIERS = ("every service", "agents", "users")
+"""Whoever believes what is signed needs the records, up to the root."""
 
-TRUST = Topic("trust", (TrustBundle,), "version", "jws", ("root (offline)",), _EVERYONE)
+TRUST = Topic("trust", (TrustBundle,), "version", "jws", ("root (offline)",), _VERIFIERS)
 REGISTRY_COMMAND: Topic[Any] = Topic(
     "registry.command", COMMANDS, "subject id", "jws", ("users",), ("registry", "audit"), 7 * _DAY
 )
 """One partition: commands about different subjects (two agents, one key) have one order."""
-USER = Topic("user", (UserRecord,), "user id", "jws", ("registry",), _EVERYONE)
-AGENT = Topic("agent", (AgentRecord,), "agent id", "jws", ("registry",), _EVERYONE)
-TARGET = Topic("target", (TargetRecord,), "target id", "jws", ("registry",), _EVERYONE)
-TASK = Topic("task", (TaskRecord,), "task id", "jws", ("registry",), _EVERYONE)
+USER = Topic("user", (UserRecord,), "user id", "jws", ("registry",), _VERIFIERS)
+AGENT = Topic("agent", (AgentRecord,), "agent id", "jws", ("registry",), _VERIFIERS)
+TARGET = Topic("target", (TargetRecord,), "target id", "jws", ("registry",), _VERIFIERS)
+TASK = Topic("task", (TaskRecord,), "task id", "jws", ("registry",), _VERIFIERS)
 CREDENTIAL_REQUEST = Topic(
     "credential.request",
     (CredentialRequest,),
@@ -48,7 +50,7 @@ CREDENTIAL_DECISION = Topic(
     "agent id",
     "jws",
     ("policy",),
-    ("issuer", "policy", "audit"),
+    ("issuer", "policy", "sponsors", "audit"),
     30 * _DAY,
     True,
 )
@@ -67,7 +69,7 @@ APPROVAL_RESPONSE: Topic[Any] = Topic(
     "agent id",
     "jws",
     ("users",),
-    ("policy", "issuer (what was withdrawn)", "gateway", "audit"),
+    ("policy", "issuer (what was withdrawn)", "gateway", "sponsors", "audit"),
     30 * _DAY,
     True,
 )
@@ -77,7 +79,7 @@ CREDENTIAL_REPLY = Topic(
     "agent id",
     "jwe",
     ("policy", "issuer"),
-    ("agents (only their own can be opened)",),
+    ("agents (only their own can be opened)", "audit"),
     _DAY,
     True,
     also_json=(ReplyContent, IssuerRefusal),
@@ -120,25 +122,31 @@ SERVICE_EVENT = Topic(
     "service id",
     "jws",
     ("every service (signed)",),
-    ("policy", "audit"),
+    ("users (what came of their commands)", "registry", "policy", "audit"),
     30 * _DAY,
 )
 AUDIT_INTAKE = Topic(
     "audit.intake", (AuditEvent,), "agent id", "json", ("audit",), ("audit",), 7 * _DAY, True
 )
 AUDIT_CHECKPOINT = Topic("audit.checkpoint", (AuditCheckpoint,), "tree", "jws", ("audit",), ("anyone",))
-AUDIT = Topic("audit", (AuditEvent,), "agent id", "json", ("audit",), ("the SIEM",), 365 * _DAY, True)
+AUDIT = Topic("audit", (AuditEvent,), "agent id", "json", ("audit",), ("the SIEM", "audit"), 365 * _DAY, True)
 HEARTBEAT = Topic(
     "heartbeat",
     (Heartbeat,),
     "service id",
     "jws",
     ("registry", "revoker", "gateways (signed)"),
-    _EVERYONE,
+    _SERVICES,
     _HOUR,
 )
 DEAD_LETTER = Topic(
-    "dead-letter", (DeadLetter,), "source topic", "json", ("any",), ("operators", "audit"), 30 * _DAY
+    "dead-letter",
+    (DeadLetter,),
+    "source topic",
+    "json",
+    ("any",),
+    ("operators", "agents", "users", "audit"),
+    30 * _DAY,
 )
 
 ALL: tuple[Topic[Any], ...] = (

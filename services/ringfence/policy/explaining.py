@@ -11,6 +11,7 @@ from aiokafka.errors import KafkaError
 from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.jws import open_signed, parse
+from ringfence.kernel.kafka_connection import connection
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.approval import Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
@@ -74,7 +75,7 @@ class Explainer:
         """The one record at a place of `credential.decision`."""
         settings = self._runtime.settings
         partition = TopicPartition(CREDENTIAL_DECISION.name(settings.topic_prefix), at.partition)
-        consumer = AIOKafkaConsumer(bootstrap_servers=settings.kafka, enable_auto_commit=False)
+        consumer = AIOKafkaConsumer(**connection(settings), enable_auto_commit=False)
         if settings.embedded_broker:
             adapt_to_embedded_broker(consumer, linger_ms=QUICK_MS)
         async with self._one_at_a_time:

@@ -12,6 +12,7 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.kafka import Follower, Received, received
+from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.settings import BusSettings
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.topics import CREDENTIAL_DECISION, TRUST
@@ -50,7 +51,7 @@ async def recorded_decisions(settings: BusSettings, since_ms: int) -> AsyncItera
     """
     name = CREDENTIAL_DECISION.name(settings.topic_prefix)
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=settings.kafka, enable_auto_commit=False, auto_offset_reset="earliest"
+        **connection(settings), enable_auto_commit=False, auto_offset_reset="earliest"
     )
     if settings.embedded_broker:
         adapt_to_embedded_broker(consumer, linger_ms=QUICK_MS)
@@ -71,9 +72,7 @@ async def recorded_decisions(settings: BusSettings, since_ms: int) -> AsyncItera
             consumer.seek(partition, offset)
         yield Recorded(consumer, name, start, end)
     except KafkaError as error:
-        raise UnavailableError(
-            f"Kafka at {settings.kafka} does not answer ({type(error).__name__}); set RINGFENCE_KAFKA"
-        ) from None
+        raise no_answer(settings, error) from None
     finally:
         await consumer.stop()
 

@@ -18,6 +18,7 @@ from ringfence.kernel.bus import gather_all
 from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.kafka import Received, fetch_options, received
+from ringfence.kernel.kafka_connection import connection
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
@@ -63,7 +64,7 @@ class Forgetter:
         """Delete what is old enough now. Returns how many leases. Raises KafkaError, UnavailableError."""
         settings = self._runtime.settings
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=settings.kafka, enable_auto_commit=False, auto_offset_reset="earliest",
+            **connection(settings), enable_auto_commit=False, auto_offset_reset="earliest",
             **fetch_options(0),
         )  # fmt: skip
         if settings.embedded_broker:
