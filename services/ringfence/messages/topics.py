@@ -129,7 +129,16 @@ AUDIT_INTAKE = Topic(
     "audit.intake", (AuditEvent,), "agent id", "json", ("audit",), ("audit",), 7 * _DAY, True
 )
 AUDIT_CHECKPOINT = Topic("audit.checkpoint", (AuditCheckpoint,), "tree", "jws", ("audit",), ("anyone",))
-AUDIT = Topic("audit", (AuditEvent,), "agent id", "json", ("audit",), ("the SIEM", "audit"), 365 * _DAY, True)
+AUDIT = Topic(
+    "audit",
+    (AuditEvent,),
+    "agent id",
+    "json",
+    ("audit",),
+    ("the SIEM", "audit (for its index)"),
+    365 * _DAY,
+    True,
+)
 HEARTBEAT = Topic(
     "heartbeat",
     (Heartbeat,),
