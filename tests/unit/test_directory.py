@@ -433,6 +433,18 @@ def test_it_denies_where_a_whole_topic_is_missing(ledger: Ledger, guarded: Reade
     assert guarded.directory.stale()
 
 
+def test_the_first_record_of_a_topic_need_not_wait_for_its_heartbeat(ledger: Ledger, guarded: Reader):
+    """Like every later one: it is known before the registry confirms it, and must be confirmed within the grace."""
+    guarded.beats()
+    ledger.give(ledger.target_set("olga", "staging"), passing_ms=GRACE_MS)
+    guarded.reads(record(ledger, "target", "staging"))
+    assert guarded.directory.stale() is None
+    ledger.clock.ms += 1
+    assert guarded.directory.stale()
+    guarded.beats()
+    assert guarded.directory.stale() is None
+
+
 def test_it_denies_where_it_holds_what_the_registry_does_not(ledger: Ledger, guarded: Reader):
     guarded.beats()
     ledger.clock.ms += GRACE_MS + 1

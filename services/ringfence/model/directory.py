@@ -193,7 +193,8 @@ class Directory:
         self._slots[kind][id] = _Slot(record, compact, source)
         if kind == "user":
             self._users_taken_in += 1
-        part = self._parts.setdefault((topic_name, partition), _Part())
+        # The first record of all here: that there was none is what the last heartbeat confirmed, by not naming it.
+        part = self._parts.setdefault((topic_name, partition), _Part(confirmed_at_ms=self._beat_heard_ms))
         part.change(_mark(id, record.revision), _mark(id, known.record.revision) if known else 0)
         for listener in self._listeners:
             listener(kind, id)
