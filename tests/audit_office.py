@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar, get_args
 
 import orjson
@@ -18,7 +18,7 @@ from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.ids import derived_id, digest, lease_id, message_id
 from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Publisher, Received
+from ringfence.kernel.kafka import Outbound, Publisher, Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.seal import ReplyKey, seal
 from ringfence.kernel.trust import TrustStore
@@ -114,18 +114,17 @@ class KeptEvents(Publisher):
         self.ids: list[str] = []
         self.fail_next = 0
 
-    async def send(self, topic: Topic[Any], key: str, value: str | bytes, **headers: Any) -> Any:
+    async def send_many(
+        self, topic: Topic[Any], type: str, records: Iterable[Outbound]
+    ) -> list[Awaitable[None]]:
         if self.fail_next:
             self.fail_next -= 1
             raise OSError("the broker went away")
-        self.events.append(orjson.loads(value))
-        self.keys.append(key)
-        self.ids.append(headers["id"])
-
-        async def acknowledged() -> None:
-            return None
-
-        return acknowledged()
+        for record in records:
+            self.events.append(orjson.loads(record.value))
+            self.keys.append(record.key)
+            self.ids.append(record.id)
+        return []
 
 
 class Office:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -28,7 +28,7 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import digest, message_id
 from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Publisher, Received
+from ringfence.kernel.kafka import Outbound, Publisher, Received
 from ringfence.kernel.seal import unverified_kid
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.approval import Approval, ApprovalRequest, BreakGlassReview, Grant, GrantWithdraw
@@ -179,16 +179,11 @@ class AuditHandlers:
         return _ready(service_events.not_believed(record, code), unsettled)
 
     async def _publish(self, batch: Sequence[Received], ready: Sequence[_Ready]) -> None:
-        acknowledged: list[Awaitable[Any]] = []
-        try:
-            for record, one in zip(batch, ready, strict=True):
-                acknowledged.append(
-                    await self._publisher.send(
-                        AUDIT, one.key, one.body, id=one.uid, type="audit", traceparent=record.traceparent
-                    )
-                )
-        finally:
-            await gather_all(acknowledged)
+        events = (
+            Outbound(one.key, one.body, one.uid, record.traceparent)
+            for record, one in zip(batch, ready, strict=True)
+        )
+        await gather_all(await self._publisher.send_many(AUDIT, "audit", events))
         for class_uid, count in Counter(one.class_uid for one in ready).items():
             metrics.AUDIT_EVENTS.labels(str(class_uid)).inc(count)
         metrics.RECORDS.labels(batch[0].topic.what, "done").inc(len(batch))
