@@ -29,6 +29,7 @@ _ISSUED = b'"event_code":"credential.issued"'
 AGENTS = 2
 IN_FLIGHT = 192
 SATURATION_S = 15
+SILENCE_S = 30
 RATE = 100
 RATE_S = 20
 
@@ -51,8 +52,14 @@ class _Audited:
         self.count += sum(_ISSUED in record.value for record in records)
 
     async def until(self, count: int) -> None:
+        """Return when it has told of so many. A broker that keeps little may have dropped what was not read in time."""
+        heard, seen = time.perf_counter(), self.count
         while self.count < count:
             await asyncio.sleep(0.01)
+            if self.count > seen:
+                heard, seen = time.perf_counter(), self.count
+            elif time.perf_counter() - heard > SILENCE_S:
+                raise SystemExit(f"audit told of {seen} of {count} issues and then of none for {SILENCE_S} s")
 
 
 async def request(agent: Agent, task: str) -> float:
