@@ -161,39 +161,55 @@ async def test_a_restarted_broker_still_has_its_records_and_continues_behind_the
     assert [(record.offset, record.value) for record in records] == [(0, b"before"), (1, b"after")]
 
 
-async def test_an_idle_consumer_of_the_embedded_broker_fetches_rarely_and_still_commits(
-    tmp_path: Path,
-) -> None:
+@asynccontextmanager
+async def noting_fetches(
+    tmp_path: Path, **pace: Any
+) -> AsyncIterator[tuple[Any, list[float], asyncio.Event]]:
+    """A paced consumer of a topic on which nothing happens, when it fetched, and that this has changed."""
     broker = EmbeddedKafka(tmp_path)
     broker.start()
-    kafka = Kafka("embedded", broker)
-    await create_topics(kafka, "quiet")
-    consumer = AIOKafkaConsumer(
-        "quiet", bootstrap_servers=kafka.bootstrap, group_id="g", enable_auto_commit=False
-    )
-    fetched: list[float] = []
-    seldom = asyncio.Event()
-    send = consumer._client.send
-
-    async def counting_send(node_id: int, request: Any, **options: Any) -> Any:
-        if request.API_KEY == 1:
-            fetched.append(time.monotonic())
-            if len(fetched) > 1 and fetched[-1] - fetched[-2] > 0.09:
-                seldom.set()
-        return await send(node_id, request, **options)
-
-    consumer._client.send = counting_send
-    # Pauses of a sixteenth of the silence, of 4 ms at least: 100 ms after some seventy fetches.
-    adapt_to_embedded_broker(consumer, ceiling_ms=100)
-    await consumer.start()
     try:
-        await asyncio.wait_for(seldom.wait(), WITHIN_S)
-        assert len(fetched) < 150
-        async with asyncio.timeout(0.09):  # a commit is not held up by a pause that has just begun
-            await consumer.commit({TopicPartition("quiet", 0): 0})
+        kafka = Kafka("embedded", broker)
+        await create_topics(kafka, "quiet")
+        consumer = AIOKafkaConsumer(
+            "quiet", bootstrap_servers=kafka.bootstrap, group_id="g", enable_auto_commit=False
+        )
+        fetched, news = list[float](), asyncio.Event()
+        send = consumer._client.send
+
+        async def noting_send(node_id: int, request: Any, **options: Any) -> Any:
+            response = await send(node_id, request, **options)
+            if request.API_KEY == 1:
+                fetched.append(time.monotonic())
+                news.set()
+            return response
+
+        consumer._client.send = noting_send
+        adapt_to_embedded_broker(consumer, **pace)
+        await consumer.start()
+        try:
+            yield consumer, fetched, news
+        finally:
+            await consumer.stop()
     finally:
-        await consumer.stop()
         broker.stop()
+
+
+async def test_an_idle_consumer_of_the_embedded_broker_fetches_rarely(tmp_path: Path) -> None:
+    # Pauses of a sixteenth of the silence, of 4 ms at least: 100 ms after some seventy fetches.
+    async with noting_fetches(tmp_path, ceiling_ms=100) as (_, fetched, news), asyncio.timeout(WITHIN_S):
+        while len(fetched) < 2 or fetched[-1] - fetched[-2] < 0.09:
+            news.clear()
+            await news.wait()
+        assert len(fetched) < 150
+
+
+async def test_a_commit_passes_by_the_pause_of_an_idle_consumer(tmp_path: Path) -> None:
+    async with noting_fetches(tmp_path, linger_ms=600_000) as (consumer, fetched, news):
+        async with asyncio.timeout(WITHIN_S):
+            await news.wait()  # it pauses for ten minutes now
+            await consumer.commit({TopicPartition("quiet", 0): 0})
+        assert len(fetched) == 1
 
 
 async def test_redis_tells_that_a_key_expired(redis_server: Any) -> None:
@@ -246,7 +262,7 @@ def test_nothing_of_the_stack_outlives_a_parent_that_was_killed(tmp_path: Path) 
             assert len(pidfds) == 2
             assert not ended_within(pidfds, 0)
             parent.kill()
-            assert ended_within(pidfds, 10)
+            assert ended_within(pidfds, WITHIN_S)
         finally:
             for pidfd in pidfds:
                 os.close(pidfd)
@@ -262,7 +278,7 @@ def test_a_child_outlives_the_thread_that_started_it_and_stops_when_told(tmp_pat
     starter.join()
     (child,) = children
 
-    child.wait_until(lambda: child.log_tail() == "up", 10, "says that it is up")
+    child.wait_until(lambda: child.log_tail() == "up", WITHIN_S, "says that it is up")
     assert child.wait(0.2) is None
     assert os.getsid(child.pid) == child.pid, "Ctrl-C in the terminal would reach it"
     assert child.stop() == -signal.SIGTERM
@@ -277,11 +293,11 @@ def test_a_child_that_ignores_its_end_is_killed_with_what_it_started(tmp_path: P
         time.sleep(600)
     """
     child = spawn("stubborn", [sys.executable, "-c", textwrap.dedent(program)], log_path=tmp_path / "log")
-    child.wait_until(lambda: child.log_tail() != "", 10, "names its own child")
+    child.wait_until(lambda: child.log_tail() != "", WITHIN_S, "names its own child")
     grandchild = os.pidfd_open(int(child.log_tail()))
     try:
         assert child.stop(grace_s=0.1) == -signal.SIGKILL
-        assert ended_within([grandchild], 10)
+        assert ended_within([grandchild], WITHIN_S)
     finally:
         os.close(grandchild)
 
@@ -290,7 +306,12 @@ def test_a_child_that_fails_shows_the_end_of_its_log(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", "raise SystemExit('no such setting: colour')"]
     child = spawn("picky", argv, log_path=tmp_path / "log")
     with pytest.raises(StackError, match=r"picky ended with status 1(?s:.*)no such setting: colour"):
-        child.wait_until(lambda: False, 10, "is ready")
+        child.wait_until(lambda: False, WITHIN_S, "is ready")
+
+
+def test_a_port_that_was_given_is_given_to_nobody_else_before_its_server_listens() -> None:
+    ports = [free_port() for _ in range(1000)]
+    assert len(set(ports)) == len(ports)
 
 
 @pytest.mark.parametrize("server", [EmbeddedKafka, EmbeddedRedis])
@@ -313,8 +334,8 @@ def test_stopping_leaves_no_data_unless_they_are_kept(server: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        (f"--kafka={LOOPBACK}:{free_port()}", "no Kafka broker answers there"),
-        (f"--redis=redis://{LOOPBACK}:{free_port()}", "Connection refused"),
+        (f"--kafka={LOOPBACK}:1", "no Kafka broker answers there"),
+        (f"--redis=redis://{LOOPBACK}:1", "Connection refused"),
         ("--kafka=rabbit", "say embedded, apache, docker or HOST:PORT"),
     ],
 )

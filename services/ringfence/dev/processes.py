@@ -7,6 +7,7 @@ the parent dies. Elsewhere a parent ended by SIGKILL leaves its children behind.
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import random
@@ -24,6 +25,8 @@ from pathlib import Path
 from ringfence.kernel.errors import RingfenceError
 
 LOOPBACK = "127.0.0.1"
+_LOWEST_PORT, _PORTS = 20_000, 12_000
+_next_port = itertools.count(random.randrange(_PORTS))  # noqa: S311 - so that processes do not begin with the same
 
 # How long a condition is left alone between two looks. The pause itself waits for the end of the child.
 _LOOK_AGAIN_S = 0.01
@@ -227,13 +230,16 @@ def free_port() -> int:
 
     Taken from below the range that systems give to outgoing connections (32768 and up on Linux): there, a
     client that keeps trying to reach a server which is just restarting may be given the server's own port and
-    take it.
+    take it. One after the other: who was given one before may not listen on it yet.
     """
     for _ in range(100):
-        port = random.randint(20_000, 32_000)  # noqa: S311 - any port will do
+        port = _LOWEST_PORT + next(_next_port) % _PORTS
         if port_is_free(port):
             return port
-    raise StackError(f"No free port between 20000 and 32000 on {LOOPBACK}: end some servers and try again.")
+    raise StackError(
+        f"No free port between {_LOWEST_PORT} and {_LOWEST_PORT + _PORTS} on {LOOPBACK}: "
+        "end some servers and try again."
+    )
 
 
 def claim_port(port: int, server: str, option: str) -> int:
