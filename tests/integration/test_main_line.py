@@ -93,7 +93,7 @@ async def test_the_token_says_what_the_contract_says(realm: Realm) -> None:
 
 async def test_a_lease_ends_by_itself_at_its_deadline(realm: Realm) -> None:
     async with realm.as_agent() as agent, realm.seen(LEASE) as seen, verifier(realm) as server:
-        credential = await realm.read(agent, ttl_s=8)
+        credential = await realm.read(agent, ttl_s=15)
         await server.verify(credential.value)
         end = await realm.end_of(agent, seen, credential.lease_id)
         assert (end.status, end.cause and end.cause.kind) == ("expired", "deadline")
@@ -254,7 +254,7 @@ async def test_introspection_tells_nothing_to_others(realm: Realm, stack) -> Non
     async with realm.as_agent() as agent:
         credential = await realm.read(agent)
     url = f"{realm.settings.issuer_url}/oauth2/introspect"
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=WITHIN_S) as http:
         assert (await http.post(url, data={"token": credential.value})).status_code == 401
     stranger = TokenVerifier(
         realm.settings.issuer_url, audience(realm), introspection_key=other.key("target", other.target)
@@ -280,7 +280,7 @@ async def test_the_lease_record_has_what_later_readers_need(realm: Realm) -> Non
 
 @pytest.mark.parametrize("role", ["registry", "policy", "issuer", "revoker", "audit"])
 async def test_every_service_tells_how_it_is(stack, role) -> None:
-    async with httpx.AsyncClient(base_url=stack.url(role)) as http:
+    async with httpx.AsyncClient(base_url=stack.url(role), timeout=WITHIN_S) as http:
         assert (await http.get("/healthz")).json() == {"status": "ok"}
         assert (await http.get("/readyz")).json() == {"status": "ready", "reasons": [], "denies": []}
         assert "ringfence_records_total" in (await http.get("/metrics")).text
