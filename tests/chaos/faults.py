@@ -134,7 +134,9 @@ async def _redis_flush(system: System, blow: Blow) -> None:
 
 
 async def _redis_set_back(system: System, blow: Blow) -> None:
-    await system.redis[blow.subject].set_back(blow.for_s)
+    snapshot = await system.redis[blow.subject].saved()
+    await asyncio.sleep(blow.for_s)
+    await system.redis[blow.subject].set_back(snapshot)
 
 
 async def _redis_promote(system: System, blow: Blow) -> None:

@@ -22,8 +22,9 @@ class Link:
         self.upstream = upstream
         self._mode: Mode = "open"
         self._delay_s = 0.0
-        self._passable = asyncio.Event()
-        self._passable.set()
+        self._there, self._back = asyncio.Event(), asyncio.Event()
+        self._there.set()
+        self._back.set()
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -45,7 +46,12 @@ class Link:
     def hold(self) -> None:
         """Let nothing through in either direction until `heal`; then it arrives, late."""
         self._mode = "held"
-        self._passable.clear()
+        self._there.clear()
+        self._back.clear()
+
+    def hold_answers(self) -> None:
+        """Let through what goes there, and nothing that comes back, until `heal`."""
+        self._back.clear()
 
     def slow(self, delay_s: float) -> None:
         """Let everything through so much later, until `heal`."""
@@ -54,7 +60,8 @@ class Link:
     def heal(self) -> None:
         """As if nothing had been."""
         self._mode, self._delay_s = "open", 0.0
-        self._passable.set()
+        self._there.set()
+        self._back.set()
 
     def sever(self) -> None:
         """End every connection at once; new ones are welcome."""
@@ -82,8 +89,8 @@ class Link:
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(LOOPBACK, self.upstream)
         pumps = [
-            asyncio.create_task(self._pump(reader, back)),
-            asyncio.create_task(self._pump(there, writer)),
+            asyncio.create_task(self._pump(reader, back, self._there)),
+            asyncio.create_task(self._pump(there, writer, self._back)),
         ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -93,11 +100,13 @@ class Link:
             back.transport.abort()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, passable: asyncio.Event
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(_CHUNK):
                 if self._delay_s:
                     await asyncio.sleep(self._delay_s)
-                await self._passable.wait()
+                await passable.wait()
                 writer.write(data)
                 await writer.drain()

@@ -79,6 +79,26 @@ async def test_what_is_held_arrives_when_it_is_healed() -> None:
         assert await answer == b"late\n"
 
 
+async def test_where_answers_are_held_what_was_said_arrives_at_once() -> None:
+    heard = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(await reader.readline())
+        heard.set()
+        writer.close()
+
+    async with await asyncio.start_server(serve, LOOPBACK, 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with Link("x", free_port(), port) as link, Client(link.port) as client:
+            link.hold_answers()
+            answer = asyncio.create_task(client.ask())
+            await asyncio.wait_for(heard.wait(), 30)
+            await asyncio.wait({answer}, timeout=0.2)
+            assert not answer.done()
+            link.heal()
+            assert await answer == b"hello\n"
+
+
 async def test_a_slow_link_takes_its_time() -> None:
     async with echo() as port, Link("x", free_port(), port) as link, Client(link.port) as client:
         link.slow(0.1)

@@ -134,11 +134,14 @@ class ChaosValkey:
         """FLUSHALL, in mid-run, on the connections that there are."""
         await asyncio.to_thread(self._server.call, "FLUSHALL")
 
-    async def set_back(self, age_s: float) -> None:
-        """Restored from a snapshot that is `age_s` old."""
+    async def saved(self) -> Path:
+        """A snapshot of what it has now."""
         snapshot = self._folder / f"{self.name}.rdb"
         await asyncio.to_thread(self._server.save, snapshot)
-        await asyncio.sleep(age_s)
+        return snapshot
+
+    async def set_back(self, snapshot: Path) -> None:
+        """Killed, and restored from a snapshot."""
         self._server.kill()
         await asyncio.to_thread(self._server.launch_from, snapshot)
 

@@ -65,7 +65,7 @@ async def test_the_shards_lie_on_all_nodes(store: LeaseStore, nodes: list[ChaosV
 
 
 async def test_leases_live_and_end_on_all_nodes(store: LeaseStore) -> None:
-    deadline = int(time.time()) + 4
+    deadline = int(time.time()) + 6
     leases = [lease(deadline=deadline, agent_id="bot") for _ in range(64)]
     other = lease(agent_id="bot")
     assert await store.activate([*leases, other]) == [Activation("activated")] * 65

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from ringfence.kernel.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import CLOSING_TOKEN, FullError, LeaseStore, Restoration
 from ringfence.model.leases import ALL_MARK
-from tests.leases import VISIBLE_MS, claimed, lease, minted, minting, step, until
+from tests.leases import VISIBLE_MS, claimed, lease, minted, minting, soon, step, until
 from tests.lost_redis import declare_complete
 
 AT = Coordinates(topic="t", partition=0, offset=0, appended_at_ms=1)
@@ -71,7 +70,7 @@ async def test_what_is_known_is_told_though_it_is_full(store: LeaseStore, settin
 
 
 async def test_leases_end_and_revocations_stand(store: LeaseStore, settings: ServiceSettings) -> None:
-    due, revoked, started = lease(deadline=int(time.time()) + 3), lease(), minting()
+    due, revoked, started = lease(deadline=soon()), lease(), minting()
     assert [a.outcome for a in await store.activate([due, revoked])] == ["activated"] * 2
     await store.prepare([started], token="a", mint_ms=VISIBLE_MS)
     await fill(settings)

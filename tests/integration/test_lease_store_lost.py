@@ -118,16 +118,16 @@ async def test_an_answer_that_comes_late_is_not_believed_where_redis_was_lost_me
             at_server = settings.model_copy(update={"redis_url": f"redis://127.0.0.1:{server.port}/0"})
             store, direct = LeaseStore(settings), LeaseStore(at_server)
             await store.connect()
-            link.slow(1.0)  # each way
+            link.hold_answers()
             activating = asyncio.create_task(store.activate([SOME]))
             async with asyncio.timeout(30):
                 while not (await direct.look(SOME.claims.lease_id)).active:
                     await asyncio.sleep(0.01)
             await server.flushed()
             await declare_complete(at_server)
+            link.heal()
             with pytest.raises(LostError):
                 await activating
-            link.heal()
             assert [a.outcome for a in await store.activate([SOME])] == ["activated"]
             await store.close()
             await direct.close()
