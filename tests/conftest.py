@@ -17,6 +17,10 @@ from tests.world import World
 
 KINDS = ("embedded", "apache", "docker")
 
+# A second is much for an evaluation and little for a machine under load, and no test is about that second: those of
+# a bundle that hangs say how long. For services in this process and for those that it starts.
+os.environ.setdefault("RINGFENCE_POLICY_EVALUATION_TIMEOUT_MS", "30000")
+
 
 @dataclass(frozen=True)
 class Kafka:

@@ -303,14 +303,14 @@ def _named(statement: str, database: str) -> str:
 
 async def query(url: str, *statements: str, root: Path | None = None) -> list[Any]:
     """What the last of these statements gives to the holder of a credential. Raises what the server says."""
-    connection = await asyncpg.connect(url, timeout=10)
+    connection = await asyncpg.connect(url, timeout=30)
     try:
         rows: list[Any] = []
         for statement in statements or ("SELECT 1",):
             rows = [tuple(row) for row in await connection.fetch(statement)]
         return rows
     finally:
-        await connection.close(timeout=5)
+        await connection.close(timeout=30)
 
 
 async def may(url: str, *statements: str) -> bool:
@@ -329,7 +329,7 @@ async def may(url: str, *statements: str) -> bool:
 async def lives(connection: Any) -> bool:
     """Whether an open session is still there."""
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await connection.fetchval("SELECT 1")
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
         return False

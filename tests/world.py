@@ -374,6 +374,10 @@ class World:
 
         return await self.until(find, f"a record on {topic.what}", within_s)
 
+    async def record_at(self, topic: Topic[Any], at: Coordinates) -> Received:
+        """The record that stands there, once it has been read."""
+        return await self.consume_until(topic, lambda r: (r.partition, r.offset) == (at.partition, at.offset))
+
     def event(self, record: Received) -> ServiceEvent:
         """The verified `service.event` in a record, whoever's it is. Raises InvalidMessageError."""
         return self.opened(record, ServiceEvent, *get_args(ServiceRole))

@@ -410,7 +410,7 @@ class PostgresKind:
 
     @asynccontextmanager
     async def session(self, value: str) -> AsyncIterator[Any]:
-        connection = await asyncpg.connect(value, timeout=10)
+        connection = await asyncpg.connect(value, timeout=30)
         try:
             yield lambda: postgres.lives(connection)
         finally:

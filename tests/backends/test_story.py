@@ -54,7 +54,7 @@ class Office:
     async def run(self, credential: IssuedCredential, statement: str) -> tuple[int, str]:
         """What psql says, as the agent."""
         process = await self.start(credential, statement)
-        said, _ = await asyncio.wait_for(process.communicate(), 30)
+        said, _ = await asyncio.wait_for(process.communicate(), 60)
         assert process.returncode is not None
         return process.returncode, said.decode()
 

@@ -357,6 +357,7 @@ async def test_what_no_pair_of_operators_outweighs(world: World, tmp_path: Path)
         await world.accepted(
             world.claims(AgentSuspend, office.sam, agent_id="deploy-bot", reason="odd"), office.sam
         )
+        await office.records_read()
         assert "agent_suspended" in codes(await office.final(await office.shatter()))
 
 

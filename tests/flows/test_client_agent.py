@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -125,44 +125,53 @@ async def test_on_pending_may_be_a_coroutine_and_its_failure_is_the_callers(
         await asked
 
 
+async def timed_out(
+    world: World, agent: Agent, says: str, play: Callable[[Played], Awaitable[None]]
+) -> RequestTimeoutError:
+    """The end of a request's time after something was played to it, with more time where that came too late."""
+    for timeout_s in (1.0, 5.0, 25.0):
+        asked = ask(agent, timeout_s=timeout_s, reason=f"{says} {timeout_s}")
+        await play(await arrived(world, lambda p, t=timeout_s: p.claims.reason == f"{says} {t}"))  # type: ignore[misc]
+        with pytest.raises(RequestTimeoutError) as late:
+            await asked
+        if says in str(late.value):
+            return late.value
+    raise late.value
+
+
 async def test_a_timeout_says_what_was_waited_for(world: World, agent: Agent) -> None:
     with pytest.raises(RequestTimeoutError, match="still waiting for policy's decision") as silent:
         await ask(agent, timeout_s=0.3)
     assert silent.value.waiting_for == "policy's decision"
 
-    asked = ask(agent, timeout_s=2.0, reason="second")
-    played = await arrived(world, lambda p: p.claims.reason == "second")
-    await played.reply(played.decision("approval_required", required=("sponsor", "operator")))
-    with pytest.raises(RequestTimeoutError, match="the approval of the agent's sponsor and an operator"):
-        await asked
+    async def ask_people(played: Played) -> None:
+        await played.reply(played.decision("approval_required", required=("sponsor", "operator")))
 
-    asked = ask(agent, timeout_s=2.0, reason="third")
-    played = await arrived(world, lambda p: p.claims.reason == "third")
-    await played.reply(played.decision())
-    with pytest.raises(RequestTimeoutError, match="the issuer, after policy allowed it"):
-        await asked
+    await timed_out(world, agent, "the approval of the agent's sponsor and an operator", ask_people)
+
+    async def allow(played: Played) -> None:
+        await played.reply(played.decision())
+
+    await timed_out(world, agent, "the issuer, after policy allowed it", allow)
 
 
 async def test_a_timeout_says_why_the_request_counted_for_nothing(world: World, agent: Agent) -> None:
-    asked = ask(agent, timeout_s=2.0)
-    played = await arrived(world)
-    letter = DeadLetter(
-        source=played.record.coordinates,
-        service="policy",
-        code="key_unknown",
-        reason="no such agent",
-        at_ms=1,
-    )
-    await world.send(DEAD_LETTER, "t", letter.model_dump_json())
-    with pytest.raises(
-        RequestTimeoutError, match=r"the policy could not accept it \(key_unknown: no such agent\)"
-    ):
-        await asked
+    async def bury(played: Played) -> None:
+        letter = DeadLetter(
+            source=played.record.coordinates,
+            service="policy",
+            code="key_unknown",
+            reason="no such agent",
+            at_ms=1,
+        )
+        await world.send(DEAD_LETTER, "t", letter.model_dump_json())
+
+    await timed_out(world, agent, "the policy could not accept it (key_unknown: no such agent)", bury)
 
 
 async def test_a_credential_that_comes_too_late_is_given_back(world: World, agent: Agent) -> None:
     with pytest.raises(RequestTimeoutError):
-        await ask(agent, timeout_s=0.2)
+        await ask(agent, timeout_s=2.0)
     lease_id = await (await arrived(world)).issue()
     released = revocation(await world.consume_until(REVOCATION_REQUEST, lambda r: True))
     assert (released.kind, released.lease_id, released.iss) == ("release", lease_id, agent.connection.key.id)

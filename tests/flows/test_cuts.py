@@ -27,7 +27,7 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.cut_listener import CutListener
 from tests.flows.desk import Desk, another, opened_desks
-from tests.world import World
+from tests.world import WITHIN_S, World
 
 
 @asynccontextmanager
@@ -253,7 +253,8 @@ async def test_a_selector_cuts_while_another_one_is_still_ending_leases(
 
 async def introspected(desk: Desk, token: str) -> bool:
     """Whether the target is told that a token is good."""
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{desk.world.ports['issuer']}") as http:
+    url = f"http://127.0.0.1:{desk.world.ports['issuer']}"
+    async with httpx.AsyncClient(base_url=url, timeout=WITHIN_S) as http:
         answer = await http.post(
             "/oauth2/introspect", data={"token": token}, headers=desk.world.bearer(desk.target)
         )

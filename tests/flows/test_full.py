@@ -12,7 +12,7 @@ async def test_who_asks_while_redis_is_full_is_told_to_come_again(place: Place) 
     desk = place.desk
     released, _ = await desk.issued("read")
     revoked, _ = await desk.issued("read")
-    expiring, _ = await desk.issued("read", ttl_s=15)
+    expiring, _ = await desk.issued("read", ttl_s=60)
     async with Redis.from_url(place.world.settings("issuer").redis_url) as client:
         await client.config_set("maxmemory", "1")
         asked = await desk.ask("read")

@@ -22,6 +22,7 @@ from ringfence.kernel.ids import digest
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Received
 from ringfence.messages.base import Topic
+from ringfence.messages.credential import Coordinates
 from ringfence.messages.keys import PublicJwk
 from ringfence.messages.lease import EndCause
 from ringfence.messages.registry import AgentSetCeiling, AgentSuspend, BackendSettings, TaskEnd
@@ -32,7 +33,7 @@ from ringfence.model.leases import follow
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Desk, another, opened_desks
-from tests.world import Party, World, scope
+from tests.world import WITHIN_S, Party, World, scope
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +66,10 @@ def url(desk: Desk) -> str:
 
 
 async def redeliver(
-    desk: Desk, *offsets: Any, role: str = "issuer", topic: Topic[Any] = CREDENTIAL_DECISION
+    desk: Desk, *places: Coordinates, role: str = "issuer", topic: Topic[Any] = CREDENTIAL_DECISION
 ) -> None:
     """Hand records that were handled once to the service again, as a broker does after a crash before the commit."""
-    records = [
-        record
-        for record in await desk.world.records(topic)
-        if any((record.partition, record.offset) == (at.partition, at.offset) for at in offsets)
-    ]
-    assert len(records) == len(offsets)
+    records = [await desk.world.record_at(topic, at) for at in places]
     # The consumer's own way in: what stands before it is Kafka's, and tested elsewhere.
     (handler,) = [
         consumer._handlers[topic.name(desk.world.prefix)]
@@ -90,7 +86,7 @@ async def arrived(desk: Desk) -> None:
 
 async def token_claims(desk: Desk, token: str) -> dict[str, Any]:
     """The claims, verified by a stranger's tools: discovery, JWKS, PyJWT."""
-    async with httpx.AsyncClient(base_url=url(desk)) as http:
+    async with httpx.AsyncClient(base_url=url(desk), timeout=WITHIN_S) as http:
         discovery = (await http.get("/.well-known/openid-configuration")).json()
         keys = jwt.PyJWKSet.from_dict((await http.get(discovery["jwks_uri"])).json())
     header = jwt.get_unverified_header(token)
@@ -103,7 +99,7 @@ async def token_claims(desk: Desk, token: str) -> dict[str, Any]:
 
 async def introspect(desk: Desk, token: str, by: Party | None = None) -> httpx.Response:
     headers = desk.world.bearer(by) if by else {}
-    async with httpx.AsyncClient(base_url=url(desk)) as http:
+    async with httpx.AsyncClient(base_url=url(desk), timeout=WITHIN_S) as http:
         return await http.post("/oauth2/introspect", data={"token": token}, headers=headers)
 
 
@@ -482,7 +478,7 @@ async def test_what_fails_between_redis_and_kafka_is_finished_with_the_same_leas
     stored = (await store.get([asked.lease_id]))[asked.lease_id]
     assert {record.compact for record in await desk.issued_records(asked.lease_id)} == {stored.jws.decode()}
     assert content.lease == stored.jws.decode()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(WITHIN_S):
         while any(one.lease_id == asked.lease_id for one in await store.unpublished(older_than_ms=0)):
             await asyncio.sleep(0.05)
 
@@ -531,9 +527,8 @@ async def test_without_the_registry_nothing_is_issued_after_the_grace(world: Wor
         refusal = await desk.refused(asked)
         assert [reason.code for reason in refusal.reasons] == ["stale_view"]
         assert refusal.retry_after_s == 1
-        assert (await world.get("issuer", "/readyz")).json()["denies"] == [
-            "no heartbeat of the registry was seen yet"
-        ]
+        (why,) = (await world.get("issuer", "/readyz")).json()["denies"]
+        assert "registry" in why
 
 
 # --- how much is taken ------------------------------------------------------------------------------------------------
@@ -606,7 +601,7 @@ async def test_introspection_is_inactive_from_the_cut_on(desk: Desk, store: Leas
 async def test_introspection_is_inactive_from_the_deadline_on(desk: Desk) -> None:
     _, content = await desk.issued("read", ttl_s=8)
     assert content.credential is not None
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(WITHIN_S):
         while (await introspect(desk, content.credential.value, desk.target)).json()["active"]:
             await asyncio.sleep(0.05)
     assert time.time() >= content.credential.expires_at - 0.5
@@ -636,7 +631,9 @@ async def test_introspection_of_what_this_issuer_did_not_sign(desk: Desk) -> Non
 
 
 async def test_introspection_wants_a_token(desk: Desk) -> None:
-    async with httpx.AsyncClient(base_url=url(desk), headers=desk.world.bearer(desk.target)) as http:
+    async with httpx.AsyncClient(
+        base_url=url(desk), headers=desk.world.bearer(desk.target), timeout=WITHIN_S
+    ) as http:
         for body in ("", "tok=x", "token=a&token=b", "token=" + "x" * 70_000, "\xff"):
             response = await http.post("/oauth2/introspect", content=body)
             assert (response.status_code, response.json()["error"]) == (400, "invalid_request")
@@ -645,7 +642,7 @@ async def test_introspection_wants_a_token(desk: Desk) -> None:
 
 
 async def test_discovery_names_everything(desk: Desk) -> None:
-    async with httpx.AsyncClient(base_url=url(desk)) as http:
+    async with httpx.AsyncClient(base_url=url(desk), timeout=WITHIN_S) as http:
         openid = await http.get("/.well-known/openid-configuration")
         oauth = await http.get("/.well-known/oauth-authorization-server")
         keys = await http.get("/.well-known/jwks.json")

@@ -12,7 +12,7 @@ import pytest
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.ids import digest
 from ringfence.kernel.jws import Signed, sign
-from ringfence.kernel.kafka import Outbound
+from ringfence.kernel.kafka import Outbound, Received
 from ringfence.kernel.keys import b64encode
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates
@@ -20,6 +20,7 @@ from ringfence.messages.lease import TERMINAL, EndCause, Lease, LeaseStatus, Rev
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import (
     AgentDecommission,
+    AgentRecord,
     AgentSetCeiling,
     AgentSuspend,
     AgentTransfer,
@@ -36,7 +37,7 @@ from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_desks
-from tests.world import Party, World, scope
+from tests.world import WITHIN_S, Party, World, scope
 
 QUICK: dict[ServiceRole, Any] = {"revoker": RevokerSettings(visibility_ms=300, outbox_age_ms=200)}
 
@@ -109,9 +110,7 @@ async def refused(desk: Desk, by: Party, **fields: Any) -> str:
 async def redeliver(desk: Desk, topic: Topic[Any], at: Coordinates) -> None:
     """Hand a record that was handled once to the revoker again, as a broker does after a crash before the commit."""
     name = topic.name(desk.world.prefix)
-    (record,) = [
-        r for r in await desk.world.records(topic) if (r.partition, r.offset) == (at.partition, at.offset)
-    ]
+    record = await desk.world.record_at(topic, at)
     for consumer in desk.world.runtimes["revoker"]._consumers:
         if name in consumer._handlers:
             await consumer._handlers[name]([record])
@@ -123,7 +122,7 @@ async def redeliver(desk: Desk, topic: Topic[Any], at: Coordinates) -> None:
 async def test_a_lease_expires_by_itself_once_and_not_before_its_deadline(
     desk: Desk, store: LeaseStore
 ) -> None:
-    asked, _ = await desk.issued("read", ttl_s=6)
+    asked, _ = await desk.issued("read", ttl_s=8)
     life = await ended(desk, asked)
     assert statuses(life) == ["active", "expired"]
     end = life[-1].claims
@@ -141,7 +140,7 @@ async def test_two_revokers_share_the_work_and_each_lease_ends_once(world: World
     async with opened_desks(world) as first, world.running("issuer", "revoker", own=QUICK):
         desk = await another(first)
         async with world.running("revoker", own=QUICK):
-            leases = await asyncio.gather(*(desk.issued("read", ttl_s=10) for _ in range(24)))
+            leases = await asyncio.gather(*(desk.issued("read", ttl_s=15) for _ in range(24)))
             for asked, _ in leases:
                 assert statuses(await ended(desk, asked)) == ["active", "expired"]
 
@@ -183,7 +182,7 @@ async def test_a_record_that_a_dead_issuer_left_in_the_outbox_is_published_as_it
     assert record.value.decode() == signed.jws
     assert record.headers["ce_id"] == orphan.jti
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(WITHIN_S):
         while any(one.lease_id == id for one in await store.unpublished(older_than_ms=0)):
             await asyncio.sleep(0.1)
 
@@ -515,6 +514,16 @@ async def test_narrower_entitlements_end_what_no_longer_fits(office: Desk, store
     await lives(desk, store, fits)
 
 
+async def record_of(desk: Desk, revision: int) -> Received:
+    """The record of the desk's agent at a revision."""
+    return await desk.world.consume_until(
+        AGENT,
+        lambda r: (
+            r.key == desk.bot.name and desk.world.opened(r, AgentRecord, "registry").revision == revision
+        ),
+    )
+
+
 async def test_a_record_that_comes_again_orders_the_same_again_and_ends_nothing_more(
     desk: Desk, store: LeaseStore
 ) -> None:
@@ -522,7 +531,7 @@ async def test_a_record_that_comes_again_orders_the_same_again_and_ends_nothing_
     suspend = desk.world.claims(AgentSuspend, desk.sam, agent_id=desk.bot.name, reason="odd")
     await desk.world.accepted(suspend, desk.sam)
     cause = await cause_of(desk, asked)
-    record = [r for r in await desk.world.records(AGENT) if r.key == desk.bot.name][-1]
+    record = await record_of(desk, 2)
     await redeliver(desk, AGENT, record.coordinates)
 
     def orders() -> list[RevocationRequest]:
@@ -530,7 +539,7 @@ async def test_a_record_that_comes_again_orders_the_same_again_and_ends_nothing_
         return [desk.world.opened(r, RevocationRequest, "revoker") for r in found]
 
     seen = await desk.world.records(REVOCATION_REQUEST)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(WITHIN_S):
         while len(orders()) < 2:
             await asyncio.sleep(0.05)
     assert {order.jti for order in orders()} == {cause.ref}
@@ -539,7 +548,7 @@ async def test_a_record_that_comes_again_orders_the_same_again_and_ends_nothing_
 
 async def test_a_record_that_the_registry_did_not_sign_ends_nothing(desk: Desk, store: LeaseStore) -> None:
     asked, _ = await desk.issued("read")
-    record = [r for r in await desk.world.records(AGENT) if r.key == desk.bot.name][-1]
+    record = await record_of(desk, 1)
     head, body, _ = record.value.decode().split(".")
     signature = desk.world.party("service", "registry").key.sign(f"{head}.{body}".encode())
     at = await desk.world.send(AGENT, desk.bot.name, f"{head}.{body}.{b64encode(signature)}")
@@ -593,7 +602,7 @@ async def test_one_lease_is_shown_also_past_its_end(desk: Desk) -> None:
 
 
 async def test_the_revoker_measures_how_late_it_is(desk: Desk) -> None:
-    asked, _ = await desk.issued("read", ttl_s=6)
+    asked, _ = await desk.issued("read", ttl_s=8)
     await ended(desk, asked)
     text = (await desk.world.get("revoker", "/metrics")).text
     assert 'ringfence_leases_ended_total{status="expired"}' in text

@@ -210,7 +210,7 @@ async def test_released_it_is_cut_taken_back_and_only_then_over(desk: Desk, yard
 
 
 async def test_its_time_over_it_is_taken_back_too(desk: Desk, yard: Yard) -> None:
-    asked, content = await desk.issued(scope=desk.scope("read"), ttl_s=6)
+    asked, content = await desk.issued(scope=desk.scope("read"), ttl_s=10)
     assert await works(url(content))
     life = await ended(desk, asked)
     assert statuses(life) == ["minting", "active", "ending", "expired"]

@@ -174,7 +174,8 @@ async def test_a_bundle_whose_tests_end_the_process_does_not_take_over(
     engine: EmbeddedEngine, tmp_path: Path
 ):
     test = 'test_it if issuance.decision.max_ttl_s > 0 with input as {"explode": "memory"}\n'
-    with pytest.raises(BundleError, match="crashed the process"):
+    # Where memory is slow to take, the time is over first.
+    with pytest.raises(BundleError, match=r"crashed the process|took longer than"):
         await engine.use(made(tmp_path / "other", EXPLODES, test))
     assert (await engine.evaluate(HARMLESS)).result.allow
 

@@ -286,7 +286,7 @@ async def test_opa_with_another_bundle_denies(opa: Path, opa_url: str, bundle: B
 @pytest.mark.opa
 async def test_opa_without_a_bundle_denies(opa: Path, bundle: Bundle, tmp_path: Path):
     with running_opa(opa, tmp_path) as url:
-        async with httpx.AsyncClient(trust_env=False) as http:
+        async with httpx.AsyncClient(timeout=30, trust_env=False) as http:
             for name, text in bundle.modules:
                 assert (await http.put(f"{url}/v1/policies/{name}", content=text)).is_success
         error = await failure(url, bundle)
@@ -297,7 +297,7 @@ async def test_opa_without_a_bundle_denies(opa: Path, bundle: Bundle, tmp_path: 
 @pytest.mark.opa
 async def test_nobody_adds_rules_to_the_bundle_of_opa(opa_url: str, bundle: Bundle):
     more = "package ringfence.identity\n\nagent_active if true\n"
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(timeout=30, trust_env=False) as http:
         refused = await http.put(f"{opa_url}/v1/policies/more", content=more)
     assert refused.status_code == 400
     assert "bundle" in refused.text

@@ -192,7 +192,7 @@ async def test_what_cannot_be_compared_is_said_and_not_guessed(world: World, she
 async def test_a_bundle_that_explodes_denies_and_the_replay_goes_on(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("RINGFENCE_POLICY_EVALUATION_TIMEOUT_MS", "1000")
+    monkeypatch.setenv("RINGFENCE_POLICY_EVALUATION_TIMEOUT_MS", "3000")
     rules = ALLOWS.replace("\n", ' if input.request.reason != "time"\n\n') + (
         'decision := {"allow": true, "deny": [], "approvals": [], "max_ttl_s": count(slow)} if {\n'
         '\tinput.request.reason == "time"\n'
