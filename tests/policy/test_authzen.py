@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import pytest
 
 from ringfence.messages.registry import AgentSuspend, VerbFloor
+from ringfence.policy.judge import Judge
 from tests.world import WITHIN_S, Party, World, scope
 
 
@@ -166,6 +168,22 @@ async def test_who_may_ask_and_what_is_no_question(world: World):
         assert (refused.status_code, refused.headers["X-Request-ID"]) == (403, "r-1")
         assert "platform" not in refused.text
         assert "X-Request-ID" not in (await desk.post("evaluation", good)).headers
+
+
+async def test_what_breaks_is_no_yes_and_is_told_under_the_id_of_the_request(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    async def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a secret of the inside")
+
+    async with world.running("registry", "policy"):
+        desk = await Desk.open(world)
+        monkeypatch.setattr(Judge, "judge", broken)
+        for path in ("evaluation", "evaluations"):
+            question = desk.question(evaluations=[{}])
+            answered = await desk.post(path, question, headers={"X-Request-ID": "r-2"})
+            assert (answered.status_code, answered.headers["X-Request-ID"]) == (500, "r-2")
+            assert "secret" not in answered.text
 
 
 async def test_where_to_ask(world: World):

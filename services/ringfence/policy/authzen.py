@@ -12,6 +12,7 @@ have to approve, it is no: nobody's approval stands behind a question. Nothing i
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, TypeVar
@@ -32,6 +33,8 @@ from ringfence.model.access import ForbiddenError, authenticate_target
 from ringfence.model.directory import Directory
 from ringfence.policy.domain import Case, Judgement
 from ringfence.policy.judge import Judge
+
+log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -207,6 +210,10 @@ def _answering(
             if (status := _status(error)) == 401:
                 headers["WWW-Authenticate"] = "Bearer"
             return PlainTextResponse(str(error), status_code=status, headers=headers)
+        except Exception:
+            log.exception("a question could not be answered")
+            message = "the question could not be answered, which is no yes"
+            return PlainTextResponse(message, status_code=500, headers=headers)
 
     return answer
 
