@@ -136,7 +136,7 @@ async def timed_out(
             await asked
         if says in str(late.value):
             return late.value
-    raise late.value
+    raise AssertionError(f"never waited for: {says}")
 
 
 async def test_a_timeout_says_what_was_waited_for(world: World, agent: Agent) -> None:
