@@ -35,18 +35,32 @@ reaches_production(permission) if {
 	segment in production
 }
 
-# A wildcard where the environment would be named covers production too: `**`, `*/web`, `env/*/web`.
+# A wildcard covers production too, unless what stands before it names another environment: `env/qa/*`, `staging/**`.
 reaches_production(permission) if {
 	some resource in permission.resources
 	segments := split(resource, "/")
-	contains(segments[0], "*")
+	some place, segment in segments
+	some name in production
+	may_stand_for(segment, name)
+	not elsewhere([earlier | some at, earlier in segments; at < place])
 }
 
-reaches_production(permission) if {
-	some resource in permission.resources
-	segments := split(resource, "/")
-	segments[0] in {"env", "environment"}
-	contains(segments[1], "*")
+# `**`, `*`, `prod*`, `*tion`.
+may_stand_for(segment, name) if {
+	parts := split(segment, "*")
+	count(parts) > 1
+	startswith(name, parts[0])
+	endswith(name, parts[count(parts) - 1])
+}
+
+elsewhere(before) if {
+	before[0] in {"env", "environment"}
+	before[1]
+}
+
+elsewhere(before) if {
+	some name in before
+	name in {"dev", "qa", "stage", "staging", "test"}
 }
 
 production := {"prod", "production"}

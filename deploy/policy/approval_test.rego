@@ -21,8 +21,14 @@ test_changing_production_takes_the_sponsor if {
 }
 
 test_a_wildcard_over_production_counts_as_production if {
-	every resource in ["**", "*/web", "env/*/web", "env/**", "env/prod*/web"] {
+	every resource in ["**", "*/web", "env/*/web", "env/**", "env/prod*/web", "apps/*/web", "apps/prod*/web", "eu/**"] {
 		approval.required == {"sponsor"} with input as fixture.wanting(["deploy"], [resource])
+	}
+}
+
+test_a_wildcard_elsewhere_does_not if {
+	every resource in ["env/qa/*/web", "environment/x/**", "eu/staging/*", "apps/web-*"] {
+		approval.required == set() with input as fixture.wanting(["deploy"], [resource])
 	}
 }
 

@@ -223,11 +223,14 @@ _CHANGING = (
 )  # fmt: skip
 _PRODUCTION = (
     "env/production/web", "prod/web", "production", "eu/prod/web/1", "env/prod", "web/production", "**", "*",
-    "*/web", "env/*/web", "env/**", "env/prod*/web", "environment/*", "e*/x", "environment/p*/x/y",
+    "*/web", "env/*/web", "env/**", "env/prod*/web", "environment/*", "e*/*", "environment/p*/x/y", "apps/*/web",
+    "apps/prod*/web", "apps/*tion/web", "apps/p*d", "eu/**", "eu/*", "web/env/*", "environ/x/*",
 )  # fmt: skip
 _ELSEWHERE = (
     "env/staging/web", "staging/web", "env/staging/*", "env/staging/**", "products/web", "production2/web",
-    "reproduction", "env/stage/prod-like", "staging/*", "web", "", "env", "env/dev/*/x", "Production",
+    "reproduction", "env/stage/prod-like", "web", "", "env", "env/dev/*/x", "Production", "e*/x", "apps/pre*/web",
+    "apps/*x/web", "p", "eu/staging/*/web", "environment/x/**", "env/eu/*", "dev/*", "qa/*", "stage/*", "staging/*",
+    "test/*",
 )  # fmt: skip
 
 
