@@ -13,6 +13,7 @@ from ringfence.kernel.ids import digest
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.registry import AgentTransfer
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
+from ringfence.model.approvals import APPROVAL_SLACK_MS
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_desks
@@ -73,6 +74,19 @@ async def test_an_approval_opens_its_own_request_once(desk: Desk) -> None:
     await desk.decide(asked, approvals=(approval,), required=("sponsor",))
     await desk.event("replayed", asked)
     assert len([one for one in await desk.records(asked.lease_id) if one.claims.status == "active"]) == 1
+
+
+async def test_an_approval_past_its_end_opens_nothing(desk: Desk) -> None:
+    now = int(time.time())
+    for past_s, opens in ((APPROVAL_SLACK_MS // 1000 + 5, False), (5, True)):
+        asked = await desk.ask("deploy")
+        approval = desk.approval(asked, desk.sam, iat=now - 600, exp=now - past_s)
+        await desk.decide(asked, approvals=(approval,), required=("sponsor",))
+        if opens:  # policy took it in while it stood, and said so a little later
+            assert (await desk.answer(asked)).credential is not None
+        else:
+            assert await refused(desk, asked) == ["approval_expired"]
+            assert not await desk.is_finding(asked)
 
 
 @pytest.mark.parametrize("verb", ["deploy", "wipe"])

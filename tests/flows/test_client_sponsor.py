@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ringfence.client.errors import StaleApprovalError
-from ringfence.client.sponsor import PendingApproval, Sponsor
+from ringfence.client.sponsor import APPROVAL_LIFE_S, PendingApproval, Sponsor
 from ringfence.kernel.ids import digest, message_id
 from ringfence.kernel.jws import open_signed, parse, sign
 from ringfence.kernel.keys import SigningKey, public_key
@@ -134,6 +134,26 @@ async def test_an_approval_is_over_exactly_what_was_shown_and_ends_with_the_ques
     assert (approval.request, approval.request_digest) == (pending.request, digest(pending.request))
     assert (approval.ttl_s, approval.delivery, approval.revisions) == (200, "agent", org.revisions())
     assert approval.exp == expires_at
+
+
+async def test_one_approval_of_several_stands_as_long_as_the_question_and_a_single_one_for_minutes(
+    org: Organisation,
+) -> None:
+    ends_at = int(time.time()) + 3000
+    async with org.sponsor() as sam:
+        single = await org.ask(org.request(), expires_at=ends_at)
+        several = await org.ask(org.request(), expires_at=ends_at, required=("sponsor", "operator"))
+        for id in (single, several):
+            await sam.approve(await shown(sam, id))
+
+    async def approval(id: str) -> Approval:
+        record = await org.world.consume_until(
+            APPROVAL_RESPONSE, lambda r: parse(r.value).unverified_claims(Approval).request_id == id
+        )
+        return parse(record.value).unverified_claims(Approval)
+
+    one, other = await approval(single), await approval(several)
+    assert (one.exp - one.iat, other.exp) == (APPROVAL_LIFE_S, ends_at)
 
 
 async def test_a_denial_is_signed_too(org: Organisation) -> None:

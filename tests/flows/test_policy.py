@@ -567,7 +567,7 @@ async def test_a_replay_elsewhere_changes_nothing_and_is_told(world: World):
         # Also the one that a restarted policy finds out about from its own decisions alone.
     async with world.running("registry", "policy"):
         replayed = await office.send(CREDENTIAL_REQUEST, asked.jws)
-        await world.event_where(lambda e: e.source is not None and e.source.offset == replayed.offset)
+        await world.event_where(lambda e: e.kind == "replayed" and e.source == replayed)
         assert await office.outcomes(asked) == {"allowed": 1}
 
 
@@ -767,6 +767,20 @@ async def test_what_nobody_approves_ends_by_time(world: World):
         late = await office.approve(question, office.sam)
         assert await office.refused(late) == "already_decided"
         assert await office.outcomes(asked) == {"approval_required": 1, "denied": 1}
+
+
+async def test_an_approval_that_waits_for_others_ends_by_time_too(world: World):
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        asked = await office.ask(scope("platform", ["wipe"], ["env/production/web"]))
+        question = await office.question(asked, office.sam)
+        exp = int(time.time()) + 4
+        first = await office.approve(question, office.sam, exp=exp)
+        await world.consume_until(CREDENTIAL_DECISION, lambda r: office.opened(r).approvals == (first,))
+        await world.until(lambda: time.time() > exp or None, "the end of the first approval")
+        second = await office.approve(await office.question(asked, world.operator), world.operator)
+        assert codes(await office.final(asked)) == {"approval_expired"}
+        assert await office.refused(second) == "approval_expired"
 
 
 async def test_a_view_that_nobody_confirms_denies(world: World):

@@ -20,7 +20,7 @@ from ringfence.client.usual import DAYS, Usual
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import explain, open_signed, parse
+from ringfence.kernel.jws import MAX_LIFE_S, explain, open_signed, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.approval import Approval, ApprovalRequest
@@ -43,7 +43,8 @@ from ringfence.model.requests import DeniedError, Facts, gather
 log = logging.getLogger(__name__)
 
 APPROVAL_LIFE_S = 600
-"""`exp` of an answer: how long it may take to be used."""
+"""`exp` of an answer: how long it may take to be used. One of several may wait for the others: as long as the question.
+"""
 LOOK_BACK_S = 24 * 3600
 """How far back approvals that are still open are looked for."""
 
@@ -256,7 +257,7 @@ class Sponsor(Lifetime):
         self, pending: PendingApproval, verdict: Literal["approved", "denied"], comment: str | None
     ) -> str:
         self._check(pending)
-        claims = self.connection.stamp(APPROVAL_LIFE_S)
+        claims = self.connection.stamp(APPROVAL_LIFE_S if len(pending.required) == 1 else MAX_LIFE_S)
         with checked("the approval"):
             approval = Approval(
                 **{**claims, "exp": min(claims["exp"], pending.expires_at)},

@@ -289,13 +289,13 @@ def _check_approvals(
     claims, at_ms = decision.claims, decision.at.appended_at_ms
     approvals = [_answer(compact, Approval, decision, directory) for compact in claims.approvals]
     grants = [_answer(compact, Grant, decision, directory) for compact in claims.grants or ()]
-    terms: _Terms = {"ttl_s": ttl_s, "delivery": claims.delivery, "revisions": revisions}
+    terms: _Terms = {"at_ms": at_ms, "ttl_s": ttl_s, "delivery": claims.delivery, "revisions": revisions}
     found = [approval_problem(approval, facts, **terms) for approval in approvals]
-    found += [grant_problem(grant.claims, facts, at_ms=at_ms, **terms) for grant in grants]
+    found += [grant_problem(grant.claims, facts, **terms) for grant in grants]
     problems = [problem for problem in found if problem is not None]
     if problems:
-        # Policy decided a moment earlier, so that the end of a grant may have come in between.
-        ended = all(problem.code == "grant_ended" for problem in problems)
+        # Policy decided earlier, so that the end of an approval or a grant may have come in between.
+        ended = all(problem.code in ("approval_expired", "grant_ended") for problem in problems)
         raise _RefusedError(*problems, finding=unchanged and not ended)
     required = required_classes(facts.floors(), claims.required, break_glass=facts.break_glass)
     try:
@@ -309,13 +309,14 @@ def _check_approvals(
 
 
 class _Terms(TypedDict):
+    at_ms: int
     ttl_s: int
     delivery: Delivery
     revisions: Revisions
 
 
 def _answer(compact: Jws, model: type[A], decision: Decision, directory: Directory) -> Signed[A]:
-    """One embedded approval or grant, signed by a user whose key counts now. When it may reach Kafka policy judged."""
+    """One embedded approval or grant, signed by a user whose key counts now. Its end is looked at with its terms."""
     at_s = decision.at.appended_at_ms / 1000
     try:
         return open_signed(

@@ -15,6 +15,9 @@ from ringfence.model.requests import Facts, Ground
 _ORDER: tuple[RequiredClass, ...] = ("sponsor", "second_person", "operator")
 BREAK_GLASS_TTL_S = 15 * 60
 """The longest life of a credential that break glass gives."""
+APPROVAL_SLACK_MS = 60_000
+"""So long after an approval's end a decision that rests on it may reach Kafka: policy goes by when the approval did.
+"""
 _TWO_OPERATORS: tuple[RequiredClass, ...] = ("break_glass", "break_glass")
 
 
@@ -56,9 +59,15 @@ def may_approve(directory: Directory, user_id: str, approval_class: RequiredClas
 
 
 def approval_problem(
-    approval: Signed[Approval], facts: Facts, *, ttl_s: int, delivery: Delivery, revisions: Revisions
+    approval: Signed[Approval],
+    facts: Facts,
+    *,
+    at_ms: int,
+    ttl_s: int,
+    delivery: Delivery,
+    revisions: Revisions,
 ) -> Reason | None:
-    """Why one verified approval does not stand for this request as it would be issued now, or None."""
+    """Why one verified approval does not stand for this request as it would be issued at `at_ms`, or None."""
     claims = approval.claims
     if claims.request_digest != facts.request.digest or claims.request != facts.request.compact:
         return Reason(
@@ -73,6 +82,8 @@ def approval_problem(
         return Reason(
             code="approval_other_terms", message="the approval was given for another TTL or delivery"
         )
+    if at_ms > claims.exp * 1000 + APPROVAL_SLACK_MS:
+        return Reason(code="approval_expired", message="the time of the approval is over; ask anew")
     if claims.revisions != revisions:
         return Reason(
             code="approval_stale",

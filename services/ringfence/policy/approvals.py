@@ -129,11 +129,15 @@ class ApprovalHandler:
             await self._close(known, pending, _stale())
             return None
         problem = approval_problem(
-            approval, facts, ttl_s=pending.ttl_s or 0, delivery=pending.delivery, revisions=present
-        )
+            approval, facts,
+            at_ms=at_ms, ttl_s=pending.ttl_s or 0, delivery=pending.delivery, revisions=present,
+        )  # fmt: skip
         if problem is not None:
             return problem
         given = [_collected(jws) for jws in pending.approvals]
+        if any(at_ms >= one.claims.exp * 1000 for one in given):
+            await self._close(known, pending, _over(pending))
+            return _reason("approval_expired", "the time of an approval that was given before is over")
         if user_id in map(signer, given):
             return _reason("approved_already", f"{user_id} approved this before; nobody counts twice")
         await self._count(known, pending, case, given, approval, place, at_ms)
