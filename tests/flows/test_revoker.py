@@ -546,6 +546,25 @@ async def test_a_record_that_comes_again_orders_the_same_again_and_ends_nothing_
     assert len(await ended(desk, asked)) == 3
 
 
+async def test_a_record_that_stands_there_again_fences_off_nothing_that_was_asked_for_since(
+    desk: Desk,
+) -> None:
+    """Somebody wrote an old one, and the registry the last one over that: in between an agent asked."""
+    for resource in ("env/*/*", "env/staging/*"):
+        ceiling = desk.scope("read", resource=resource)
+        claims = desk.world.claims(AgentSetCeiling, desk.sam, agent_id=desk.bot.name, ceiling=ceiling)
+        await desk.world.accepted(claims, desk.sam)
+    records = [await record_of(desk, revision) for revision in (1, 2, 3)]
+    for record in records:
+        await redeliver(desk, AGENT, record.coordinates)
+    asked = await desk.ask("read")
+    for record in records:
+        await redeliver(desk, AGENT, await desk.world.send(AGENT, desk.bot.name, record.value))
+    await desk.decide(asked, revisions=desk.revisions.model_copy(update={"agent": 3}))
+    content = await desk.answer(asked)
+    assert content.credential is not None, desk.refusal(content)
+
+
 async def test_a_record_that_the_registry_did_not_sign_ends_nothing(desk: Desk, store: LeaseStore) -> None:
     asked, _ = await desk.issued("read")
     record = await record_of(desk, 1)

@@ -10,6 +10,7 @@ from typing import Any, cast
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import gather_all
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.ids import derived_id
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.runtime import Runtime
@@ -212,8 +213,10 @@ class RecordHandler:
             self._runtime.trust.finder("registry", at_s=received.appended_at_ms / 1000),
             audience=self._td,
         ).claims
-        # From the table, which verifies the chain of commands; it may hold a later revision already.
+        # From the table, which verifies the chain of commands.
         entry = await self._entry(cast(SubjectKind, received.topic.what), record)
+        if entry.revision > record.revision:
+            return  # the later record comes, or has come: what both mean is its to say
         for consequence in consequences(
             entry.state,
             entry.revision,
@@ -223,7 +226,8 @@ class RecordHandler:
             if isinstance(consequence, Ending):
                 await self._order_all(consequence, record.sub, entry)
             else:
-                await self._order_unfit(consequence, record.sub, entry, received.appended_at_ms)
+                await self._fence(consequence, record, received)
+                await self._order_unfit(consequence, record.sub, entry)
 
     async def _entry(self, kind: SubjectKind, record: AnyRecord) -> Entry[AnyState]:
         id = subject_of(self._td, record.sub, kind) or ""
@@ -256,11 +260,17 @@ class RecordHandler:
         key = agent_id or selector.user_id or selector.sponsor or selector.target_id or ""
         await self._runtime.publisher.publish_signed(REVOCATION_REQUEST, key, order, self._runtime.key)
 
-    async def _order_unfit(
-        self, narrowing: Narrowing, sub: str, entry: Entry[AnyState], appended_at_ms: int
-    ) -> None:
-        """What is being issued at this moment may rest on the former record: it is fenced off, and asked for anew."""
-        await self._store.fence({narrowing.mark: appended_at_ms})
+    async def _fence(self, narrowing: Narrowing, record: AnyRecord, received: Received) -> None:
+        """What is being issued at this moment may rest on the former record: it is fenced off, and asked for anew.
+
+        Where the record stands on its topic once more, as one does that the registry writes over a forged one, it
+        covers what it covered the first time.
+        """
+        id = derived_id("record", record.sub, record.revision)
+        first = await self._store.first_seen(id, received.coordinates, keep_ms=RECORD_AGE_MS)
+        await self._store.fence({narrowing.mark: first.appended_at_ms})
+
+    async def _order_unfit(self, narrowing: Narrowing, sub: str, entry: Entry[AnyState]) -> None:
         acknowledged = []
         unfit = [
             lease
