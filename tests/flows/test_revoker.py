@@ -21,6 +21,7 @@ from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import (
     AgentDecommission,
     AgentRecord,
+    AgentResume,
     AgentSetCeiling,
     AgentSuspend,
     AgentTransfer,
@@ -563,6 +564,27 @@ async def test_a_record_that_stands_there_again_fences_off_nothing_that_was_aske
     await desk.decide(asked, revisions=desk.revisions.model_copy(update={"agent": 3}))
     content = await desk.answer(asked)
     assert content.credential is not None, desk.refusal(content)
+
+
+async def test_a_suspension_counts_though_the_agent_was_resumed_before_a_revoker_heard_of_it(
+    kafka: Kafka, redis_server: RedisServer
+) -> None:
+    async with (
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        opened_desks(world) as first,
+        world.running("issuer"),
+    ):
+        desk = await another(first)
+        asked, _ = await desk.issued("read")
+        for model in (AgentSuspend, AgentResume):
+            claims = world.claims(model, desk.sam, agent_id=desk.bot.name, reason="odd")
+            await world.accepted(claims, desk.sam)
+        async with world.running("revoker", own=QUICK):
+            assert (await cause_of(desk, asked)).kind == "agent_suspended"
+            later = await desk.ask("read")
+            await desk.decide(later, revisions=desk.revisions.model_copy(update={"agent": 3}))
+            content = await desk.answer(later)
+            assert content.credential is not None, desk.refusal(content)
 
 
 async def test_a_record_that_the_registry_did_not_sign_ends_nothing(desk: Desk, store: LeaseStore) -> None:

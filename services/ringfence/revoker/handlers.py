@@ -215,19 +215,29 @@ class RecordHandler:
         ).claims
         # From the table, which verifies the chain of commands.
         entry = await self._entry(cast(SubjectKind, received.topic.what), record)
-        if entry.revision > record.revision:
-            return  # the later record comes, or has come: what both mean is its to say
+        overtaken = entry.revision > record.revision
+        if overtaken and not self._was_in_force(record, now_ms):
+            return
         for consequence in consequences(
-            entry.state,
-            entry.revision,
-            now_ms / 1000,
-            self._runtime.settings.entitlements_max_age_s,
+            record.state, record.revision, now_ms / 1000, self._runtime.settings.entitlements_max_age_s
         ):
             if isinstance(consequence, Ending):
-                await self._order_all(consequence, record.sub, entry)
-            else:
+                # What was suspended and is active again was to lose its leases all the same.
+                await self._order_all(consequence, record)
+            elif not overtaken:  # else the later record says what still fits
                 await self._fence(consequence, record, received)
                 await self._order_unfit(consequence, record.sub, entry)
+
+    def _was_in_force(self, record: AnyRecord, now_ms: int) -> bool:
+        """Whether a record that a later one has overtaken counted, and lately: it is no old one, put there again."""
+        if record.commands[-1].appended_at_ms < now_ms - RECORD_AGE_MS:
+            return False
+        try:
+            self._directory.chains.verify(record)
+        except ChainError as error:
+            log.error("an earlier record of %s counts for nothing: %s", record.sub, error)
+            return False
+        return True
 
     async def _entry(self, kind: SubjectKind, record: AnyRecord) -> Entry[AnyState]:
         id = subject_of(self._td, record.sub, kind) or ""
@@ -245,18 +255,18 @@ class RecordHandler:
             f"the record of {record.sub} counts for nothing: {reason}", code="record_untrusted"
         )
 
-    async def _order_all(self, ending: Ending, sub: str, entry: Entry[AnyState]) -> None:
+    async def _order_all(self, ending: Ending, record: AnyRecord) -> None:
         order = derived_order(
             ending.kind,
             ending.reason,
             by=self._runtime.key.id,
             trust_domain=self._td,
             at_ms=self._runtime.clock.now_ms(),
-            record=(sub, entry.revision),
+            record=(record.sub, record.revision),
             selector=ending.selector,
         )
         selector = ending.selector
-        agent_id = entry.state.agent_id if isinstance(entry.state, TaskState) else selector.agent_id
+        agent_id = record.state.agent_id if isinstance(record.state, TaskState) else selector.agent_id
         key = agent_id or selector.user_id or selector.sponsor or selector.target_id or ""
         await self._runtime.publisher.publish_signed(REVOCATION_REQUEST, key, order, self._runtime.key)
 
