@@ -102,7 +102,7 @@ class Wish:
     def wants_columns(self) -> bool:
         """Whether it can mean a column of a table that it does not mean as a whole."""
         segments = self.glob.segments
-        if not self.rights("column") or not _reaches(self.glob, 4):
+        if not self.rights("column") or not self.glob.reaches(4):
             return False
         return not (segments[-1] == "**" and len(segments) <= 4 and "**" not in segments[:-1])
 
@@ -146,7 +146,7 @@ def plan(scope: Iterable[Permission]) -> Plan:
     if not wishes:
         raise InexactError("the scope is empty")
     for wish in wishes:
-        if not any(_reaches(wish.glob, _DEPTH[level]) for level in RIGHTS[wish.verb]):
+        if not any(wish.glob.reaches(_DEPTH[level]) for level in RIGHTS[wish.verb]):
             levels = " or ".join(sorted(set(RIGHTS[wish.verb])))
             raise InexactError(f"{wish}: {wish.verb} is a right on a {levels}, which this cannot name")
     databases = {wish.glob.segments[0] for wish in wishes}
@@ -174,13 +174,6 @@ def _named(text: str) -> Glob:
                 f"{text!a} has a name of more than {MAX_NAME_BYTES} bytes: PostgreSQL has none such"
             )
     return glob
-
-
-def _reaches(glob: Glob, depth: int) -> bool:
-    """Whether a glob can mean something of so many segments."""
-    loops = glob.segments.count("**")
-    fixed = len(glob.segments) - loops
-    return depth == fixed if not loops else depth >= fixed
 
 
 def rights(

@@ -120,6 +120,12 @@ class Glob:
         """True if it has no wildcard, and so stands for one name: itself."""
         return "*" not in self.text
 
+    def reaches(self, depth: int) -> bool:
+        """Whether it can stand for a name of so many segments."""
+        loops = self.segments.count("**")
+        fixed = len(self.segments) - loops
+        return depth == fixed if not loops else depth >= fixed
+
     def matches(self, name: str) -> bool:
         """Whether `name` is one of the names that this glob stands for. What is not a legal name never is."""
         try:
