@@ -14,6 +14,7 @@ from ringfence.backends.jwt import JwtBackend, TokenKey
 from ringfence.backends.postgres import PostgresBackend
 from ringfence.backends.redis import RedisBackend
 from ringfence.backends.secret_sources import AccessError, SecretSource
+from ringfence.backends.ssh import SshBackend
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
@@ -82,6 +83,7 @@ def built_in(material: Material) -> dict[str, Backend]:
         JwtBackend(material.trust_domain, material.issuer_url, material.token_key),
         PostgresBackend(material.trust_domain, material.access),
         RedisBackend(material.trust_domain, material.access),
+        SshBackend(material.trust_domain, material.access),
     )
     return {backend.kind: backend for backend in backends}
 
@@ -121,6 +123,7 @@ __all__ = [
     "RedisBackend",
     "Revocability",
     "SecretSource",
+    "SshBackend",
     "TargetAccess",
     "TargetError",
     "TargetRefusedError",

@@ -20,6 +20,7 @@ from ringfence.kernel.errors import RingfenceError
 
 EXTRAS = {
     "asyncpg": "server",
+    "asyncssh": "server",
     "hiredis": "server",
     "httptools": "server",
     "prometheus_client": "server",
