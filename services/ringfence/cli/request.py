@@ -24,7 +24,7 @@ from ringfence.cli.options import (
 from ringfence.cli.output import note, print_json, until
 from ringfence.cli.scopes import parse_scope, show_scope
 from ringfence.client.agent import Agent
-from ringfence.client.applying import environment
+from ringfence.client.applying import applied
 from ringfence.client.replies import IssuedCredential, PendingRequest
 
 
@@ -60,7 +60,8 @@ def request(
     """Ask for a credential. It alone goes to stdout, everything else to stderr: TOKEN=$(ringfence request ...).
 
     With --exec it goes to one command, and to nothing else: PGPASSWORD and the others that libpq reads for postgres,
-    REDIS_URL for redis, else RINGFENCE_CREDENTIAL. The exit status is then the command's.
+    REDIS_URL for redis, RINGFENCE_SSH_CONFIG (a file for ssh -F) for ssh, else RINGFENCE_CREDENTIAL. The exit status
+    is then the command's.
     """
     if not allow:
         raise typer.BadParameter("say what is needed", param_hint="--allow")
@@ -93,7 +94,8 @@ def request(
             credential = await ask(agent)
             note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "bold")
             try:
-                return await _executed(argv, os.environ | environment(credential))
+                with applied(credential) as variables:
+                    return await _executed(argv, os.environ | variables)
             finally:
                 await agent.release(credential, reason="the command has ended")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
+from importlib.resources import files
 from typing import Annotated, get_args
 
 import typer
@@ -72,7 +74,7 @@ def add(
         str | None,
         typer.Option(
             "--backend",
-            help="How its credentials are made: jwt, postgres or redis; as the template says, or jwt.",
+            help="How its credentials are made: jwt, postgres, redis or ssh; as the template says, or jwt.",
         ),
     ] = None,
     audience: Annotated[
@@ -157,6 +159,13 @@ def list_targets(me: IdentityOption = None, as_json: JsonOption = False) -> None
 def show(target: TargetArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """Show one target."""
     show_record("target", target, identity(me), wants_json(as_json))
+
+
+@app.command(name="ssh-helper")
+def ssh_helper() -> None:
+    """Print the program for hosts that agents reach by ssh. docs/targets/ssh.md says where it goes."""
+    # Not imported: what runs on such a host needs nothing of Ringfence's, nor does it need what services need.
+    sys.stdout.write(files("ringfence").joinpath("backends", "ssh_helper.py").read_text())
 
 
 def _verb(text: str) -> VerbFloor:

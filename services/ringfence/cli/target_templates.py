@@ -34,5 +34,15 @@ TEMPLATES: dict[str, Template] = {
         },
     ),
     "redis": Template("redis", {"read": "none", "write": "sponsor"}),
+    "ssh": Template(
+        "ssh",
+        {
+            "read": "none",
+            "write": "sponsor",
+            "terminal": "sponsor",
+            "shell": "operator",
+            "forward": "operator",
+        },
+    ),
 }
 """By name. `docs/targets/` has a page for each."""
