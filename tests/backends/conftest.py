@@ -1,22 +1,26 @@
-"""The real servers of the suite: a Valkey, a PostgreSQL. What cannot start fails the run."""
+"""The real servers of the suite: a Valkey, a PostgreSQL, an sshd. What cannot start fails the run."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from ringfence.dev.processes import StackError
 from tests.backends.kinds import (
     ODD_TABLES,
+    SSH_USERS,
     TABLES,
     TARGET,
     JwtKind,
     Kind,
     PostgresKind,
     RedisKind,
+    SshKind,
     Stateful,
 )
 from tests.postgres import PostgresServer, PostgresTarget
+from tests.ssh import SshServer, SshTarget
 from tests.targets import valkey_target
 
 
@@ -36,7 +40,26 @@ async def postgres_kind(
     return PostgresKind(target)
 
 
-@pytest.fixture(scope="package", params=["jwt", "redis", "postgres"])
+@pytest.fixture(scope="package")
+def ssh_server() -> Iterator[SshServer]:
+    """One sshd for all tests of backends."""
+    try:
+        server = SshServer(SSH_USERS)
+        server.start()
+    except StackError as error:
+        pytest.exit(error.message, returncode=1)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="package")
+def ssh_kind(ssh_server: SshServer, tmp_path_factory: pytest.TempPathFactory) -> SshKind:
+    target = SshTarget(TARGET, ssh_server, tmp_path_factory.mktemp("ssh"))
+    target.write_secret()
+    return SshKind(target)
+
+
+@pytest.fixture(scope="package", params=["jwt", "redis", "postgres", "ssh"])
 def kind(request: pytest.FixtureRequest) -> Kind:
     """Every kind there is."""
     if request.param == "jwt":
@@ -45,7 +68,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return made
 
 
-@pytest.fixture(scope="package", params=["redis", "postgres"])
+@pytest.fixture(scope="package", params=["redis", "postgres", "ssh"])
 def stateful(request: pytest.FixtureRequest) -> Stateful:
     """Every kind that leaves something at its target."""
     made: Stateful = request.getfixturevalue(f"{request.param}_kind")

@@ -7,6 +7,7 @@ whatever else there is at the target, which no lease allows. What is done with t
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -18,6 +19,7 @@ from urllib.parse import quote, urlsplit
 
 import asyncpg
 import jwt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
@@ -26,17 +28,20 @@ from ringfence.backends import (
     JwtBackend,
     PostgresBackend,
     RedisBackend,
+    SshBackend,
     TargetAccess,
     TokenKey,
 )
+from ringfence.backends.ssh_certificates import private_text, public_text
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from ringfence.model.scope import parse_glob
-from tests import postgres
+from tests import postgres, ssh
 from tests.postgres import PostgresTarget
+from tests.ssh import SshTarget
 from tests.targets import ValkeyTarget
 
 TARGET = "thing"
@@ -451,3 +456,115 @@ class PostgresKind:
         server = self.target.server
         await asyncio.to_thread(server.halt)
         await asyncio.to_thread(server.launch)
+
+
+# --- ssh --------------------------------------------------------------------------------------------------------------
+
+ODD_COMMANDS = ("A", "a.b", "a-", "read", "n" * 64)
+_CAT = ["/bin/cat"]
+SSH_USERS: dict[str, Any] = {
+    "deploy": {
+        "read": dict.fromkeys(("a", "b", "secrets", *ODD_COMMANDS), _CAT),
+        "write": dict.fromkeys(("a", "b", "secrets"), _CAT),
+        "may": ["shell", "terminal", "forward"],
+    },
+    "other": {"read": {"a": _CAT}},
+}
+"""Commands that say what they are told: what they do is none of the suite's business, only whether they run."""
+
+
+class SshKind:
+    """An OpenSSH server. An act is options for its client, and what the client asks for."""
+
+    name: ClassVar[str] = "ssh"
+    forgets: ClassVar[bool] = False
+    read_a: Act = ("read a",)
+    write_a: Act = ("write a",)
+    read_b: Act = ("read b",)
+    write_b: Act = ("write b",)
+    beyond: Sequence[Act] = (
+        ("read secrets",), ("write secrets",), ("read nothing",), ("read ab",), ("read",), ("a",), ("read  a",),
+        ("read a; cat",), ("read a\ncat",), ("$(cat)",), ("/bin/cat",), ("cat",), ("",), ("-s", "sftp"),
+        ("-tt", "read a"), ("-W", "127.0.0.1:1", ""), ("-oExitOnForwardFailure=yes", "-R", "0:127.0.0.1:1", "read a"),
+        ("-l", "other", "read a"), ("-l", "ringfence-broker", "serve"), ("-l", "root", "read a"),
+    )  # fmt: skip
+    odd: Sequence[Odd] = tuple(Odd(f"deploy/{name}", (f"read {name}",)) for name in ODD_COMMANDS)
+    unsayable: Sequence[str] = (
+        "**", "*/a", "deploy", "deploy/a/b", "deploy/a b", "deploy/a;cat", "deploy/$1", "deploy/a'b", 'deploy/a"b',
+        "deploy/a\nb", "deploy/é", "deploy/-a", "deploy/a,b", "deploy/a:b", "deploy/" + "n" * 65, "Deploy/a",
+        "de ploy/a", "deploy,root/a", "ringfence:deploy/a", "dé/a", "n" * 33 + "/a", "-l/a",
+    )  # fmt: skip
+
+    def __init__(self, target: SshTarget) -> None:
+        self.target = target
+
+    def backend(self, trust_domain: str = "test.example", access: TargetAccess | None = None) -> Backend:
+        return SshBackend(trust_domain, access or self.target.access())
+
+    def resource(self, thing: str) -> str:
+        return f"deploy/{thing}"
+
+    async def may(self, value: str, act: Act) -> bool:
+        return await ssh.may(value, *act)
+
+    @asynccontextmanager
+    async def session(self, value: str) -> AsyncIterator[Any]:
+        async with ssh.client(value) as client, client.open(command="read a") as session:
+            assert await ssh.lives(session), "it could not be opened"
+            yield lambda: ssh.lives(session)
+
+    async def names(self) -> set[str]:
+        return self.target.names()
+
+    def secret_of(self, value: str) -> str:
+        """The line of the key that has most of it; those before are the same in every key, or public."""
+        return str(json.loads(value)["private_key"]).splitlines()[4]
+
+    def said(self) -> bytes:
+        files = (path for path in self.target.server.folder.rglob("*") if path.is_file())
+        return b"".join(path.read_bytes() for path in files)
+
+    def write_secret(self, address: str | None = None) -> None:
+        self.target.write_secret(address)
+
+    @property
+    def address(self) -> str:
+        return self.target.address
+
+    @property
+    def secret_file(self) -> Path:
+        return self.target.secret_file
+
+    def wrong_secrets(self) -> dict[str, str]:
+        server = self.target.server
+        there, key, signs = (
+            f"ssh://{ssh.BROKER}@{self.address}",
+            f"{server.host_key}-wrong-secret",
+            server.authority,
+        )
+        other = SshCa()
+        return {
+            "password": f"{there}\n{key}\n{other.private}",
+            "address": f"ssh://{ssh.BROKER}@127.0.0.1:1\n{key}\n{signs}",
+            "another host": f"{there}\n{other.public} wrong-secret\n{signs}",
+            "another user": f"ssh://deploy@{self.address}\n{key}\n{signs}",
+            "no url": "wrong-secret",
+            "no port": f"{there}wrong-secret\n{key}\n{signs}",
+            "more in it": f"ssh://{ssh.BROKER}:wrong-secret@{self.address}\n{key}\n{signs}",
+            "no host key": f"{there}\n{signs}",
+            "no key there": f"{there}\nssh-ed25519 wrong-secret\n{signs}",
+            "no authority": f"{there}\n{key}\n-----BEGIN wrong-secret",
+        }
+
+    async def restart(self) -> None:
+        server = self.target.server
+        await asyncio.to_thread(server.halt)
+        await asyncio.to_thread(server.launch)
+
+
+class SshCa:
+    """Somebody else's key."""
+
+    def __init__(self) -> None:
+        key = Ed25519PrivateKey.generate()
+        self.private, self.public = private_text(key), public_text(key.public_key())

@@ -1,0 +1,196 @@
+"""End to end by ssh, with every service a process: an agent asks for one command, its sponsor approves, and it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ringfence import Agent
+from ringfence.cli.dev import client_settings
+from ringfence.cli.target_templates import TEMPLATES
+from ringfence.client.applying import applied
+from ringfence.client.errors import RequestDeniedError
+from ringfence.client.replies import IssuedCredential
+from ringfence.dev.stack import Stack, StackOptions
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import BackendSettings, VerbFloor
+from ringfence.messages.topics import LEASE
+from tests import canary
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
+from tests.ssh import Client, SshServer, SshTarget, lives
+from tests.stack import WITHIN_S, Realm, first_pending
+
+TARGET = "files"
+PING = b"ping\n"
+
+
+@dataclass
+class Office:
+    """A running stack with one host, and who has to do with it."""
+
+    realm: Realm
+    target: SshTarget
+    state: Path
+
+
+def client(variables: dict[str, str]) -> Client:
+    """OpenSSH's client, as the agent."""
+    return Client(Path(variables["RINGFENCE_SSH_CONFIG"]), TARGET)
+
+
+@pytest.fixture(scope="module")
+async def office(
+    kafka: Kafka, redis_server: RedisServer, ssh_server: SshServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Office]:
+    target = SshTarget(TARGET, ssh_server, tmp_path_factory.mktemp("files"))
+    target.write_secret()
+    with tempfile.TemporaryDirectory(prefix="ringfence-ssh-story-") as folder:
+        options = StackOptions(
+            Path(folder) / "state",
+            trust_domain="acme.example",
+            kafka=kafka.bootstrap,
+            embedded_broker=kafka.kind == "embedded",
+            redis_url=redis_server.url,
+            topic_prefix="ssh-story",
+            redis_prefix="ssh-story",
+            environment={
+                "RINGFENCE_BACKENDS_ACCESS": json.dumps(target.places()),
+                "RINGFENCE_LOG_LEVEL": "debug",
+            },
+        )
+        stack = Stack(options)
+        await asyncio.to_thread(stack.start)
+        try:
+            realm = Realm(stack, client_settings(stack.environment()))
+            await _people(realm)
+            yield Office(realm, target, Path(folder))
+        finally:
+            await asyncio.to_thread(stack.stop)
+
+
+async def _people(realm: Realm) -> None:
+    everything = [Permission(target=TARGET, verbs=("read", "write", "shell"), resources=("deploy/**",))]
+    template = TEMPLATES["ssh"]
+    async with realm.as_operator() as olga:
+        for who in ("sam", "maria"):
+            await olga.set_user(
+                realm.name(who), name=who.title(), roles=["sponsor"] if who == "sam" else [],
+                keys=[realm.key("user", realm.name(who))], entitlements=everything,
+            )  # fmt: skip
+        floors = template.verbs | {"read": "sponsor"}
+        await olga.set_target(
+            TARGET, description="the files", backend=BackendSettings(kind=template.backend),
+            verbs=[VerbFloor(verb=verb, floor=floor) for verb, floor in floors.items()],
+        )  # fmt: skip
+    async with realm.administrator("sam") as sam:
+        key = realm.key("agent", realm.agent)
+        await sam.register_agent(realm.agent, description="a bot", keys=[key], ceiling=everything)
+    async with realm.administrator("maria") as maria:
+        realm.task = await maria.assign_task(realm.agent, purpose="a test", scope=everything, ends_in_s=3600)
+
+
+async def _approved(realm: Realm, agent: Agent, resource: str, ttl_s: int) -> IssuedCredential:
+    asked = asyncio.create_task(
+        agent.request(
+            task=realm.task, target=TARGET, verbs=["read"], resources=[resource], reason="to look", ttl_s=ttl_s,
+            timeout_s=WITHIN_S,
+        )
+    )  # fmt: skip
+    async with realm.sponsor() as sam:
+        await sam.approve(await first_pending(sam))
+    return await asked
+
+
+async def test_one_command_for_as_long_as_the_lease(office: Office) -> None:
+    realm = office.realm
+    async with realm.as_agent() as agent, realm.seen(LEASE) as seen:
+        credential = await _approved(realm, agent, "deploy/a", ttl_s=20)
+        assert credential.kind == "ssh"
+        with applied(credential) as variables:
+            ssh = client(variables)
+            assert (await ssh.run(given=PING))[:2] == (0, PING)
+            for beyond in ("read b", "write a", "/bin/sh -c id"):
+                status, said, told = await ssh.run(command=beyond, given=PING)
+                assert (status, said) == (126, b"")
+                assert "this credential runs: read a" in told
+            async with ssh.open() as session:
+                assert await lives(session)
+                await asyncio.wait_for(session.wait(), 60)
+                assert time.time() >= credential.expires_at
+                assert session.returncode == 255
+            end = await realm.end_of(agent, seen, credential.lease_id)
+            assert (end.status, end.cause and end.cause.kind) == ("expired", "deadline")
+            assert f"acme.example.{credential.lease_id}" not in office.target.names()
+            status, _, told = await ssh.run()
+            assert (status, "Permission denied (publickey)" in told) == (255, True)
+
+
+async def test_what_the_host_does_not_have_is_refused_in_words(office: Office) -> None:
+    realm = office.realm
+    async with realm.as_agent() as agent:
+        with pytest.raises(RequestDeniedError, match="means no command that the host has now"):
+            await _approved(realm, agent, "deploy/nothing", ttl_s=60)
+
+
+async def test_one_command_has_it_and_it_is_released_after(office: Office, tmp_path: Path) -> None:
+    realm = office.realm
+    identity = tmp_path / "bot.json"
+    realm.key("agent", realm.agent).save(identity)
+    script = (
+        'ls -l "$(dirname "$RINGFENCE_SSH_CONFIG")"; echo "$RINGFENCE_SSH_CONFIG"; '
+        f'echo ping | ssh -F "$RINGFENCE_SSH_CONFIG" {TARGET}; echo ping | $GIT_SSH_COMMAND {TARGET}'
+    )
+    argv = [
+        sys.executable, "-m", "ringfence.cli.main", "--identity", str(identity), "request", "--task", realm.task,
+        "--allow", f"{TARGET}:read:deploy/a", "--reason", "to look", "--exec", "--", "sh", "-c", script,
+    ]  # fmt: skip
+    async with realm.as_agent() as agent, realm.seen(LEASE) as seen:
+        process = await asyncio.create_subprocess_exec(
+            *argv, env=os.environ | realm.stack.environment(), stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        async with realm.sponsor() as sam:
+            await sam.approve(await first_pending(sam))
+        said, told = await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode == 0, told
+        _, *files, config, one, other = said.decode().splitlines()
+        assert [line.split()[0].rstrip(".") for line in files] == ["-rw-------"] * 4
+        assert (one, other) == ("ping", "ping")
+        assert not Path(config).parent.exists()
+        lease_id = told.decode().partition("lease ")[2].partition(",")[0]
+        assert (await realm.end_of(agent, seen, lease_id)).status == "released"
+    assert f"acme.example.{lease_id}" not in office.target.names()
+
+
+async def test_no_secret_is_anywhere_but_with_the_agent(office: Office) -> None:
+    realm = office.realm
+    async with realm.as_agent() as agent:
+        credentials = [await _approved(realm, agent, "deploy/a", ttl_s=600) for _ in range(2)]
+        for credential in credentials:
+            with applied(credential) as variables:
+                assert (await client(variables).run(given=PING))[0] == 0
+        await agent.release(credentials[0])
+    keys = [json.loads(credential.value)["private_key"] for credential in credentials]
+    # The line that holds the secret half: those before and after it are public, or the same in every key.
+    secrets = [key.splitlines()[4] for key in [*keys, office.target.server.authority]]
+    assert len(set(secrets)) == 3
+    assert await canary.on_topics(realm.settings, secrets) == []
+    assert await canary.in_redis(realm.stack.redis_url, secrets) == []
+    folders = [office.state, office.target.server.folder]
+    authority = str(office.target.server.folder / "authority")  # where the test made it
+    assert [path for path in canary.in_files(folders, secrets) if path != authority] == []
+    # A scan that finds nothing must be able to find something.
+    assert "credential.decision" in await canary.on_topics(realm.settings, ["to look"])
+    assert await canary.in_redis(realm.stack.redis_url, [f'"lease_id":"{credentials[1].lease_id}"'])
+    assert canary.in_files(folders, [credentials[0].lease_id])
+    assert authority in canary.in_files(folders, secrets)
