@@ -1,4 +1,4 @@
-"""What one credential takes at a real Valkey and a real PostgreSQL: made, and taken back with a live session.
+"""What one credential takes at a real Valkey, PostgreSQL and sshd: made, and taken back with a live session.
 
 One by one, from this process to the server on loopback, with TLS where the server has it. PostgreSQL is asked among so
 many live leases on the same table: all grants on one object are in one row. `first` is with a connection to be made.
@@ -25,6 +25,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, TargetRecord
 from tests.postgres import PostgresServer, PostgresTarget, server_programs
+from tests.ssh import SshServer, SshTarget, client, lives
 from tests.targets import valkey_target
 
 TARGET = "bench"
@@ -110,10 +111,33 @@ async def _postgres(folder: Path) -> None:
         server.stop()
 
 
+async def _ssh(folder: Path) -> None:
+    @asynccontextmanager
+    async def session(value: str) -> AsyncIterator[None]:
+        async with client(value) as ssh, ssh.open() as process:
+            assert await lives(process)
+            yield
+
+    server = SshServer({"deploy": {"read": {"say": ["/bin/cat"]}}})
+    server.start()
+    try:
+        target = SshTarget(TARGET, server, folder)
+        target.write_secret()
+        backend, there = target.backend(), 0
+        for among in AMONG:
+            await _fill(backend, "deploy/say", among - there)
+            there = among
+            await _measure(f"ssh, among {among:,} leases", backend, "deploy/say", session)
+        await backend.close()
+    finally:
+        server.stop()
+
+
 async def _all() -> None:
     with tempfile.TemporaryDirectory(prefix="ringfence-bench-") as folder:
         await _redis(Path(folder))
         await _postgres(Path(folder))
+        await _ssh(Path(folder))
 
 
 def run(kafka: str) -> None:
