@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from ringfence.dev.processes import StackError
@@ -16,6 +17,12 @@ from tests.postgres import PostgresServer, server_programs
 from tests.world import World
 
 KINDS = ("embedded", "apache", "docker")
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile(
+    "ringfence", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("ringfence")
 
 # A second is much for an evaluation and little for a machine under load, and no test is about that second: those of
 # a bundle that hangs say how long. For services in this process and for those that it starts.

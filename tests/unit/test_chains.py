@@ -500,7 +500,7 @@ def act(ledger: Ledger, action: tuple[Any, ...]) -> Any:
     raise AssertionError(action)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     actions=st.lists(
         st.tuples(ACTIONS, st.sampled_from([0, 1, 1, 1000]), st.sampled_from([0, 0, -20, 20])),

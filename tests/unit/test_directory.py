@@ -488,7 +488,7 @@ def test_it_says_which_tables_are_not_what_was_confirmed(ledger: Ledger, guarded
     assert [found.split("/")[0] for found in guarded.directory.unmatched()] == [AGENT.name("ringfence")]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), steps=st.integers(1, 12))
 def test_digests_do_not_depend_on_the_order_or_on_repeats(seed: int, steps: int):
     ledger = Ledger()

@@ -531,4 +531,4 @@ class AgentLife(RuleBasedStateMachine):
 
 
 TestAgentLife = AgentLife.TestCase
-TestAgentLife.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestAgentLife.settings = settings(max_examples=25, stateful_step_count=20)

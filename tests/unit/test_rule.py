@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.messages.permission import Permission, Scope
@@ -88,7 +88,6 @@ def named(scopes: Iterable[Scope]) -> tuple[Side, ...]:
     return tuple(Side(f"side {number}", scope) for number, scope in enumerate(scopes))
 
 
-@settings(deadline=None)
 @given(scopes, st.lists(scopes, min_size=1, max_size=3))
 def test_a_wish_is_allowed_exactly_within_every_side(wanted: Scope, scopes: list[Scope]) -> None:
     lacks = lacking(wanted, named(scopes))
@@ -104,7 +103,6 @@ def test_a_wish_is_allowed_exactly_within_every_side(wanted: Scope, scopes: list
                 assert not allowed((permission(verb, text, target=p.target),)) <= allowed(side.scope)
 
 
-@settings(deadline=None)
 @given(scopes, st.lists(scopes, max_size=3), scopes)
 def test_another_side_never_widens(wanted: Scope, scopes: list[Scope], more: Scope) -> None:
     without, withal = lacking(wanted, named(scopes)), lacking(wanted, named([*scopes, more]))
@@ -118,7 +116,6 @@ def test_another_side_never_widens(wanted: Scope, scopes: list[Scope], more: Sco
     assert allowed(effective(named([*scopes, more]))) <= allowed(more)
 
 
-@settings(deadline=None)
 @given(st.lists(scopes, min_size=1, max_size=3))
 def test_effective_is_what_all_sides_allow(scopes: list[Scope]) -> None:
     shown = effective(named(scopes))

@@ -321,13 +321,11 @@ def test_text_outside_the_grammar_is_refused_with_a_remedy(text: str, why: str) 
     assert not parse_glob("**").matches(text)
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", ".", "/", "*", "**"]), min_size=1, max_size=8).map("".join))
 def test_the_grammar_takes_what_it_says(text: str) -> None:
     assert module._is_glob(text) == well_formed(text)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=12))
 def test_any_text_is_taken_as_it_is_or_refused(text: str) -> None:
     if module._is_glob(text):
@@ -374,7 +372,6 @@ def test_matching(glob: str, names: list[str], not_names: list[str]) -> None:
     assert [name for name in not_names if parse_glob(glob).matches(name)] == []
 
 
-@settings(deadline=None)
 @given(globs, st.text("abA.x/" + E_NFC, min_size=1, max_size=8))
 def test_matching_agrees_with_re(glob: str, name: str) -> None:
     assert parse_glob(glob).matches(name) == (legal(name) and bool(pattern(glob).fullmatch(name + "/")))
@@ -467,13 +464,13 @@ def test_every_pair_of_short_globs_agrees_with_enumeration() -> None:
     assert len(SHORT) > 200
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(short_globs, st.lists(short_globs, max_size=6))
 def test_unions_of_short_globs_agree_with_enumeration(left: str, right: list[str]) -> None:
     assert within(left, *right) == (not names_of(left) & ~union_of(right))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(globs, st.lists(globs, max_size=4))
 @example("**", ["*", "*/*/**"])
 @example("**/a", ["a", "*/a", "*/*/**/a"])
@@ -487,7 +484,7 @@ def test_inclusion_agrees_with_the_automaton_and_never_widens(left: str, right: 
         assert not names_of(left) & ~union_of(right)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(starry_globs, st.lists(starry_globs, min_size=1, max_size=3))
 def test_inclusion_of_segments_with_many_wildcards(left: str, right: list[str]) -> None:
     assert within(left, *right) == (separated(left, tuple(right)) is None)
@@ -518,7 +515,7 @@ def nearly_covered(draw: st.DrawFn) -> tuple[str, tuple[str, ...]]:
     return left, tuple(text for text in right if text and well_formed(text))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(nearly_covered())
 def test_unions_that_cover_a_glob_but_for_a_gap(pair: tuple[str, tuple[str, ...]]) -> None:
     left, right = pair
@@ -544,7 +541,6 @@ def narrowed(draw: st.DrawFn) -> tuple[str, str]:
     return wide, text
 
 
-@settings(deadline=None)
 @given(narrowed(), st.lists(globs, max_size=2))
 def test_a_filled_glob_is_within_the_glob_that_it_was_made_from(
     pair: tuple[str, str], more: list[str]
@@ -554,7 +550,6 @@ def test_a_filled_glob_is_within_the_glob_that_it_was_made_from(
     assert separated(narrow, (wide,)) is None
 
 
-@settings(deadline=None)
 @given(narrowed())
 def test_inclusion_both_ways_means_the_same_names(pair: tuple[str, str]) -> None:
     wide, narrow = pair
@@ -639,7 +634,7 @@ def triples(scope: Scope) -> set[tuple[str, str, str]]:
     return {(p.target, verb, text) for p in scope for verb in p.verbs for text in p.resources}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(scopes, scopes)
 def test_missing_is_exactly_what_is_not_within(wanted: Scope, allowed: Scope) -> None:
     lack = missing(wanted, allowed)
@@ -655,7 +650,6 @@ def test_missing_is_exactly_what_is_not_within(wanted: Scope, allowed: Scope) ->
     assert missing(lack, allowed) == lack
 
 
-@settings(deadline=None)
 @given(scopes)
 def test_a_scope_lacks_nothing_of_itself_and_nothing_allows_nothing(scope: Scope) -> None:
     assert missing(scope, scope) == ()
@@ -793,13 +787,12 @@ def test_every_pair_of_short_globs_meets_exactly() -> None:
     assert wrong == []
 
 
-@settings(deadline=None)
 @given(short_globs, short_globs)
 def test_a_meeting_of_short_globs_is_exact(left: str, right: str) -> None:
     assert union_of(module._meet(left, right)) == names_of(left) & names_of(right)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(globs, globs)
 def test_a_meeting_is_within_both(left: str, right: str) -> None:
     for text in module._meet(left, right):
@@ -807,7 +800,7 @@ def test_a_meeting_is_within_both(left: str, right: str) -> None:
         assert separated(text, (right,)) is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(scopes, scopes)
 def test_intersect_is_what_both_allow(a: Scope, b: Scope) -> None:
     both = intersect(a, b)
