@@ -31,6 +31,7 @@ from ringfence.backends import (
     SshBackend,
     TargetAccess,
     TokenKey,
+    TokenKeys,
 )
 from ringfence.backends.ssh_certificates import private_text, public_text
 from ringfence.kernel.keys import SigningKey
@@ -169,11 +170,12 @@ class JwtKind:
     unsayable: Sequence[str] = ()
 
     def __init__(self) -> None:
-        self._key = TokenKey(SigningKey.generate("spiffe://test.example/service/issuer"))
-        self._public = jwt.PyJWK.from_dict(self._key.jwks()["keys"][0])
+        key = TokenKey(SigningKey.generate("spiffe://test.example/service/issuer"))
+        self._keys = TokenKeys([key])
+        self._public = jwt.PyJWK.from_dict(key.jwk())
 
     def backend(self, trust_domain: str = "test.example", access: TargetAccess | None = None) -> Backend:
-        return JwtBackend(trust_domain, "https://issuer.test.example", self._key)
+        return JwtBackend(trust_domain, "https://issuer.test.example", self._keys)
 
     def resource(self, thing: str) -> str:
         return thing

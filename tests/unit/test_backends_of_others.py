@@ -5,18 +5,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from ringfence.backends import BackendError, Material, all_backends, built_in
+from ringfence.messages.examples import EXAMPLES
+from ringfence.messages.registry import TargetRecord
 
 MATERIAL = Material("acme.example", "https://issuer.acme.example")
+TARGET = cast(TargetRecord, EXAMPLES[TargetRecord]).state
 MODULE = """
 class Paper:
-    kind, revocability, own_expiry, stateless = "paper", "ttl", "none", False
+    kind, own_expiry, stateless = "paper", "none", False
 
     def __init__(self, material):
         self.trust_domain = material.trust_domain
+
+    def revocability(self, target):
+        return "ttl"
 """
 
 
@@ -41,7 +48,7 @@ def test_an_installed_package_brings_a_backend(folder: Path) -> None:
     install(folder, MODULE, "paper = paper_backend:Paper")
     backends = all_backends(MATERIAL)
     assert backends.keys() == {*built_in(MATERIAL), "paper"}
-    assert backends["paper"].revocability == "ttl"
+    assert backends["paper"].revocability(TARGET) == "ttl"
     assert vars(backends["paper"]) == {"trust_domain": "acme.example"}
 
 

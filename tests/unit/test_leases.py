@@ -1,21 +1,16 @@
-"""The life of a lease, as records: which may follow which, what they are found by, and what tokens are made of them."""
+"""The life of a lease, as records: which may follow which, and what they are found by."""
 
 from __future__ import annotations
 
 from typing import Any, cast, get_args
 
-import jwt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.backends import JwtBackend, Material, TokenKey, built_in
-from ringfence.backends.jwt import TokenKeyError
-from ringfence.kernel.keys import SigningKey
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import TERMINAL, EndCause, EndKind, Lease, LeaseStatus, Selector
-from ringfence.messages.registry import TargetRecord, TargetState
 from ringfence.model.leases import (
     ALL_MARK,
     FOLLOWING,
@@ -159,91 +154,6 @@ def test_every_selector_names_a_mark_that_its_leases_bear() -> None:
 def test_a_selector_covers_what_was_asked_for_by_then() -> None:
     one = lease(requested_at_ms=1000)
     assert [is_covered(one, at_ms) for at_ms in (999, 1000, 1001)] == [False, True, True]
-
-
-# --- tokens -----------------------------------------------------------------------------------------------------------
-
-
-def target(audience: str | None = None) -> TargetState:
-    state = cast(TargetRecord, EXAMPLES[TargetRecord]).state
-    return state.model_copy(update={"backend": state.backend.model_copy(update={"audience": audience})})
-
-
-KEY = SigningKey.generate("spiffe://acme.example/service/issuer")
-
-
-def backend(key: SigningKey | None = KEY) -> JwtBackend:
-    made = built_in(Material("acme.example", "https://issuer.acme.example/", TokenKey(key) if key else None))[
-        "jwt"
-    ]
-    assert isinstance(made, JwtBackend)
-    return made
-
-
-async def test_a_token_is_what_pyjwt_takes_for_one() -> None:
-    one = lease()
-    credential = await backend().mint(one, target("https://staging.acme.example"))
-    public = jwt.PyJWK(TokenKey(KEY).jwks()["keys"][0])
-    options: Any = {"verify_exp": False, "verify_iat": False, "verify_nbf": False}
-    claims = jwt.decode(
-        credential.value, public, algorithms=["ES256"], audience="https://staging.acme.example",
-        issuer="https://issuer.acme.example", options=options,
-    )  # fmt: skip
-    assert jwt.get_unverified_header(credential.value) == {"alg": "ES256", "kid": KEY.kid, "typ": "at+jwt"}
-    assert claims == backend().claims(one, target("https://staging.acme.example")) | {
-        "authorization_details": [
-            {
-                "type": "urn:ringfence:permission",
-                "target": p.target,
-                "verbs": list(p.verbs),
-                "resources": list(p.resources),
-            }
-            for p in one.scope
-        ]
-    }
-    assert (credential.kind, credential.token_type, credential.expires_at) == ("jwt", "Bearer", one.deadline)
-
-
-def test_without_an_audience_a_token_is_for_the_targets_spiffe_id() -> None:
-    assert backend().claims(lease(), target())["aud"] == "spiffe://acme.example/target/staging"
-
-
-def test_a_chain_of_agents_is_nested_with_the_holder_outermost() -> None:
-    claims = backend().claims(lease(act=("leaf", "middle", "root-bot")), target())
-    prefix = "spiffe://acme.example/agent/"
-    assert claims["act"] == {
-        "sub": f"{prefix}leaf",
-        "act": {"sub": f"{prefix}middle", "act": {"sub": f"{prefix}root-bot"}},
-    }
-
-
-def test_a_token_without_a_bound_key_names_none() -> None:
-    assert "cnf" not in backend().claims(lease(key_thumbprint=None), target())
-
-
-async def test_a_token_key_knows_its_own_tokens_and_no_others() -> None:
-    credential = await backend().mint(lease(), target())
-    key, other = TokenKey(KEY), TokenKey(SigningKey.generate(KEY.id))
-    claims = key.verified(credential.value)
-    assert claims is not None
-    assert claims["jti"] == lease().lease_id
-    assert other.verified(credential.value) is None
-    head, body, tail = credential.value.split(".")
-    forged = SigningKey.generate(KEY.id).sign(f"{head}.{body}".encode()).hex()
-    for broken in ("", "a.b.c", f"{head}.{body}.", f"{head}.{body[:-2]}.{tail}", f"{head}.{body}.{forged}"):
-        assert key.verified(broken) is None
-
-
-def test_tokens_are_signed_with_es256_alone() -> None:
-    with pytest.raises(TokenKeyError, match="ES256"):
-        TokenKey(SigningKey.generate(KEY.id, "EdDSA"))
-
-
-async def test_a_revoker_has_no_key_and_undoes_all_the_same() -> None:
-    keyless = backend(None)
-    await keyless.undo(lease("ending").lease_id, target_id="staging")
-    with pytest.raises(TokenKeyError):
-        await keyless.mint(lease(), target())
 
 
 # --- epochs -----------------------------------------------------------------------------------------------------------

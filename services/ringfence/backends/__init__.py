@@ -10,11 +10,12 @@ from typing import ClassVar, Literal, Protocol
 from ringfence.backends.access import BackendSettings, TargetAccess
 from ringfence.backends.calling import Caller
 from ringfence.backends.errors import BackendError, TargetError, TargetRefusedError, TargetShutError
-from ringfence.backends.jwt import JwtBackend, TokenKey
+from ringfence.backends.jwt import JwtBackend
 from ringfence.backends.postgres import PostgresBackend
 from ringfence.backends.redis import RedisBackend
 from ringfence.backends.secret_sources import AccessError, SecretSource
 from ringfence.backends.ssh import SshBackend
+from ringfence.backends.token_keys import TokenAlgorithm, TokenKey, TokenKeyError, TokenKeys
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
@@ -37,10 +38,13 @@ class Backend(Protocol):
 
     kind: ClassVar[str]
     """What `backend.kind` of a target says, and `kind` of the credential."""
-    revocability: ClassVar[Revocability]
     own_expiry: ClassVar[OwnExpiry]
     stateless: ClassVar[bool]
     """A pure token: making it leaves nothing at the target, so nothing is there to undo when its time is over."""
+
+    def revocability(self, target: TargetState) -> Revocability:
+        """How far a credential for this target can be recalled: policy is told, and decides who may hold it."""
+        ...
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
         """Why a credential that allows exactly what the lease says cannot be made, or None. No I/O over a network."""
@@ -69,18 +73,18 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What backends are made of. A revoker has no keys: it only undoes."""
+    """What backends are made of. Only the issuer has keys: a revoker undoes, and policy asks what can be recalled."""
 
     trust_domain: str
     issuer_url: str
-    token_key: TokenKey | None = None
+    token_keys: TokenKeys | None = None
     access: TargetAccess = field(default_factory=lambda: TargetAccess({}))
 
 
 def built_in(material: Material) -> dict[str, Backend]:
     """Those that come with Ringfence, by name."""
     backends: tuple[Backend, ...] = (
-        JwtBackend(material.trust_domain, material.issuer_url, material.token_key),
+        JwtBackend(material.trust_domain, material.issuer_url, material.token_keys),
         PostgresBackend(material.trust_domain, material.access),
         RedisBackend(material.trust_domain, material.access),
         SshBackend(material.trust_domain, material.access),
@@ -128,7 +132,10 @@ __all__ = [
     "TargetError",
     "TargetRefusedError",
     "TargetShutError",
+    "TokenAlgorithm",
     "TokenKey",
+    "TokenKeyError",
+    "TokenKeys",
     "all_backends",
     "built_in",
 ]

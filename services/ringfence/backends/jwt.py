@@ -2,92 +2,73 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Final, Literal
+import logging
+from typing import Any, ClassVar, Literal
 
-import orjson
-
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.jws import parse
-from ringfence.kernel.keys import PublicKey, SigningKey, b64encode, public_key
+from ringfence.backends.settings import TargetSettings, TargetSettingsError, settings_of
+from ringfence.backends.token_keys import TokenAlgorithm, TokenKeyError, TokenKeys
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import PERMISSION_TYPE
 from ringfence.messages.registry import TargetState
 from ringfence.model.identity import spiffe_id
 
-TOKEN_TYPE: Final = "at+jwt"  # noqa: S105 - a media type
-"""The `typ` of an access token (RFC 9068, 2.1)."""
+log = logging.getLogger(__name__)
 
 
-class TokenKeyError(RingfenceError):
-    """The key for tokens cannot be used: tokens are signed with ES256, and only the issuer can sign them."""
+class JwtSettings(TargetSettings):
+    """What the record of a target can say about its tokens, besides their audience."""
 
-    code = "token_key_invalid"
-
-
-class TokenKey:
-    """The key that signs tokens. It is none of the keys that sign messages: whoever verifies tokens knows it alone."""
-
-    def __init__(self, key: SigningKey) -> None:
-        """Raises TokenKeyError where it is not an ES256 key."""
-        if key.alg != "ES256":
-            raise TokenKeyError(f"tokens are signed with ES256, the key is for {key.alg}; make another")
-        self._key = key
-        self._public: PublicKey = public_key(key.public)
-        header = {"alg": key.alg, "kid": key.kid, "typ": TOKEN_TYPE}
-        self._head = b64encode(orjson.dumps(header)).encode() + b"."
-
-    def jwks(self) -> dict[str, Any]:
-        """The public half as a JWK set (RFC 7517)."""
-        jwk = self._key.public.model_dump(exclude_none=True)
-        return {"keys": [{**jwk, "kid": self._key.kid, "use": "sig", "alg": self._key.alg}]}
-
-    def sign(self, claims: dict[str, Any]) -> str:
-        """A token with these claims."""
-        signing_input = self._head + b64encode(orjson.dumps(claims)).encode()
-        return f"{signing_input.decode()}.{b64encode(self._key.sign(signing_input, repeatable=False))}"
-
-    def verified(self, token: str) -> dict[str, Any] | None:
-        """The claims of a token that this key signed, whatever its time; None for anything else."""
-        try:
-            jws = parse(token)
-            claims = orjson.loads(jws.payload)
-        except (InvalidMessageError, ValueError):
-            return None
-        header = jws.header
-        if (header.typ, header.kid, header.alg) != (TOKEN_TYPE, self._key.kid, self._key.alg):
-            return None
-        if not isinstance(claims, dict) or not self._public.verifies(jws.signature, jws.signing_input):
-            return None
-        return claims
+    dpop: Literal["off", "required"] = "off"
+    """`required`: tokens are bound to the agent's key, and good only with a proof of it (RFC 9449)."""
+    alg: TokenAlgorithm = "ES256"
+    """What they are signed with: `RS256` for a target that verifies nothing else."""
 
 
 class JwtBackend:
     """Tokens of which `jti` is the lease: refused from the cut on by whoever asks introspection."""
 
     kind: ClassVar[str] = "jwt"
-    revocability: ClassVar[Literal["instant", "session", "ttl"]] = "instant"
     own_expiry: ClassVar[Literal["all", "logins", "none"]] = "all"
     stateless: ClassVar[bool] = True
 
-    def __init__(self, trust_domain: str, issuer_url: str, key: TokenKey | None) -> None:
+    def __init__(self, trust_domain: str, issuer_url: str, keys: TokenKeys | None) -> None:
         self._trust_domain = trust_domain
         self._issuer = issuer_url.rstrip("/")
-        self._key = key
+        self._keys = keys
+
+    def revocability(self, target: TargetState) -> Literal["instant", "session", "ttl"]:
+        """`instant` where the target has a key of its own, with which it asks introspection; else nobody tells it."""
+        return "instant" if target.keys else "ttl"
 
     async def mint(self, lease: Lease, target: TargetState) -> Credential:
-        """A token that says what the lease says. Raises TokenKeyError where this process has no key for it."""
-        if self._key is None:
+        """A token that says what the lease says.
+
+        Raises TokenKeyError where this process has no key for it, TargetSettingsError.
+        """
+        if self._keys is None:
             raise TokenKeyError("this process has no key for tokens: only the issuer makes them")
+        settings = settings_of(target, JwtSettings)
         return Credential(
             kind=self.kind,
-            value=self._key.sign(self.claims(lease, target)),
-            token_type="Bearer",  # noqa: S106 - RFC 6750
+            value=self._keys.signer(settings.alg).sign(self.claims(lease, target)),
+            token_type="DPoP" if settings.dpop == "required" else "Bearer",
             expires_at=lease.deadline,
         )
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
-        """Nothing: a token can say every scope."""
+        """A token can say every scope; the target's record may say what there is no key for."""
+        try:
+            settings = settings_of(target, JwtSettings)
+            if self._keys is not None:
+                self._keys.signer(settings.alg)
+        except (TargetSettingsError, TokenKeyError) as error:
+            log.error("no tokens for target %s: %s", lease.target_id, error)
+            return f"Ringfence is not set up to make tokens for target {lease.target_id}; ask an operator"
+        if settings.dpop == "required" and lease.key_thumbprint is None:
+            return (
+                f"tokens for target {lease.target_id} are bound to the agent's key, and the lease names none"
+            )
         return None
 
     async def undo(self, lease_id: str, *, target_id: str) -> None:
@@ -125,7 +106,8 @@ class JwtBackend:
                 for permission in lease.scope
             ],
         }
-        if lease.key_thumbprint is not None:
+        # Only where a proof is demanded: whoever knows RFC 9449 refuses a token with it that comes as a bearer token.
+        if settings_of(target, JwtSettings).dpop == "required":
             claims["cnf"] = {"jkt": lease.key_thumbprint}
         return claims
 

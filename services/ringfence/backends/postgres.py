@@ -70,7 +70,6 @@ class PostgresBackend:
     """Makes roles of which the password is known to the agent alone: the server is sent its SCRAM verifier."""
 
     kind: ClassVar[str] = "postgres"
-    revocability: ClassVar[Literal["instant", "session", "ttl"]] = "session"
     own_expiry: ClassVar[Literal["all", "logins", "none"]] = "logins"
     stateless: ClassVar[bool] = False
 
@@ -83,6 +82,10 @@ class PostgresBackend:
     def roles_of(self, lease_id: str) -> str:
         """How the names of all roles of a lease begin. They tell one trust domain's from another's at one server."""
         return f"{self._prefix}{UUID(lease_id).hex}_"
+
+    def revocability(self, target: TargetState) -> Literal["instant", "session", "ttl"]:
+        """Sessions that are open are ended too."""
+        return "session"
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
         """Why exactly this credential cannot be made, or None, as far as that can be said without the server."""

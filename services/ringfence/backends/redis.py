@@ -139,7 +139,6 @@ class RedisBackend:
     """Makes ACL users of which the password is known to the agent alone: the server is sent its SHA-256."""
 
     kind: ClassVar[str] = "redis"
-    revocability: ClassVar[Literal["instant", "session", "ttl"]] = "session"
     own_expiry: ClassVar[Literal["all", "logins", "none"]] = "none"
     stateless: ClassVar[bool] = False
 
@@ -151,6 +150,10 @@ class RedisBackend:
     def user_of(self, lease_id: str) -> str:
         """The name of a lease's user. It tells one trust domain's users from another's at the same server."""
         return self._prefix + lease_id
+
+    def revocability(self, target: TargetState) -> Literal["instant", "session", "ttl"]:
+        """Sessions that are open are ended too."""
+        return "session"
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
         """Why exactly this credential cannot be made, or None."""

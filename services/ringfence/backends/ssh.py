@@ -45,7 +45,6 @@ class SshBackend:
     """Makes certificates for keys that are known to the agent alone: the host is told the lease, and its user."""
 
     kind: ClassVar[str] = "ssh"
-    revocability: ClassVar[Literal["instant", "session", "ttl"]] = "session"
     own_expiry: ClassVar[Literal["all", "logins", "none"]] = "logins"
     stateless: ClassVar[bool] = False
 
@@ -57,6 +56,10 @@ class SshBackend:
     def name_of(self, lease_id: str) -> str:
         """A lease's name at hosts. It tells one trust domain's leases from another's at the same host."""
         return f"{self._domain}.{lease_id}"
+
+    def revocability(self, target: TargetState) -> Literal["instant", "session", "ttl"]:
+        """Sessions that are open are ended too."""
+        return "session"
 
     def problem(self, lease: Lease, target: TargetState) -> str | None:
         """Why exactly this credential cannot be made, or None, as far as that can be said without the host."""

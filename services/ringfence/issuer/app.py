@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from ringfence.backends import BackendSettings, Caller, Material, TargetAccess, TokenKey, all_backends
+from ringfence.backends import (
+    BackendSettings,
+    Caller,
+    Material,
+    TargetAccess,
+    TokenKey,
+    TokenKeys,
+    all_backends,
+)
 from ringfence.issuer.domain import Terms
 from ringfence.issuer.grants import GrantKeeper
 from ringfence.issuer.handlers import DecisionHandler
@@ -11,7 +19,6 @@ from ringfence.issuer.limits import Gatekeeper, Limits
 from ringfence.issuer.minting import Minter
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.kernel.clock import Clock
-from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
@@ -34,7 +41,7 @@ def build(
     """Everything that the issuer is made of, started by `Runtime.run`."""
     own = own or load(IssuerSettings)
     runtime = Runtime("issuer", settings, clock)
-    token_key = TokenKey(SigningKey.load(own.token_key_file or settings.key_dir / TOKEN_KEY_FILE))
+    token_keys = _token_keys(settings, own)
     directory = Directory(
         runtime.trust,
         runtime.clock,
@@ -43,7 +50,7 @@ def build(
     )
     store = LeaseStore(settings, runtime.clock)
     access = TargetAccess.of(load(BackendSettings))
-    backends = all_backends(Material(settings.trust_domain, settings.issuer_url, token_key, access))
+    backends = all_backends(Material(settings.trust_domain, settings.issuer_url, token_keys, access))
     caller = Caller(
         concurrency=own.mint_concurrency, deadline_s=own.mint_deadline_s, longest_shut_s=_LONGEST_SHUT_S
     )
@@ -81,13 +88,22 @@ def build(
     runtime.routes += IssuerHttp(
         issuer_url=settings.issuer_url,
         trust_domain=settings.trust_domain,
-        key=token_key,
+        keys=token_keys,
         store=store,
         directory=directory,
         clock=runtime.clock,
         jwks_max_age_s=own.jwks_max_age_s,
     ).routes()
     return runtime
+
+
+def _token_keys(settings: ServiceSettings, own: IssuerSettings) -> TokenKeys:
+    """Raises TokenKeyError, KeyFileError."""
+    signing = [own.token_key_file or settings.key_dir / TOKEN_KEY_FILE, own.rs256_token_key_file]
+    return TokenKeys(
+        [TokenKey.load(file) for file in signing if file is not None],
+        [TokenKey.load(file) for file in own.published_token_key_files],
+    )
 
 
 def main() -> int:

@@ -377,6 +377,11 @@ def fenced(mark: str) -> tuple[Reason, ...]:
     return (_reason("fenced", message),)
 
 
+def cannot(problem: str, request: CredentialRequest) -> Refusal:
+    """The target's backend cannot make exactly what was decided."""
+    return Refusal((_reason("backend_cannot", problem[:2048]),), request)
+
+
 LATE = (Reason(code="deadline_passed", message="the credential's time was over before it was made"),)
 FULL = (Reason(code="overloaded", message="there is no room for another lease now; ask again later"),)
 FULL_RETRY_S = 5

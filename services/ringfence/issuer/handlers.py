@@ -23,6 +23,7 @@ from ringfence.issuer.domain import (
     Issue,
     Refusal,
     Terms,
+    cannot,
     fenced,
     weigh,
 )
@@ -114,6 +115,7 @@ class DecisionHandler:
         admitted = await self._gatekeeper.admit(decisions, await self._weigh(decisions))
         admitted = await self._grants.admit(admitted)
         for decision, one in zip(decisions, admitted, strict=True):
+            one = self._sayable(one)
             if isinstance(one, Issue) and not self._backends[one.lease.backend].stateless:
                 lasting.setdefault(one.lease.target_id, []).append((decision, one))
             else:
@@ -125,6 +127,13 @@ class DecisionHandler:
     async def _issue(self, weighed: Sequence[tuple[Decision, Issue | Refusal]]) -> None:
         decisions = [decision for decision, _ in weighed]
         await self._answer(decisions, await self._activate(decisions, [one for _, one in weighed]))
+
+    def _sayable(self, one: Issue | Refusal) -> Issue | Refusal:
+        """A pure token is made when its lease is there already, so what stands against it is asked before."""
+        if isinstance(one, Refusal) or not self._backends[one.lease.backend].stateless:
+            return one
+        problem = self._backends[one.lease.backend].problem(one.lease, one.target)
+        return one if problem is None else cannot(problem, one.request)
 
     async def _mint(self, issues: Sequence[tuple[Decision, Issue]]) -> None:
         await self._answer(
@@ -258,7 +267,10 @@ class DecisionHandler:
         origin = origin_of(lease.lease_id, decision.at)
         if target is None or not springs_from(lease, origin) or lease.backend not in self._backends:
             return None
-        return _Live(Issue(lease, origin, request, target.state), stored.jws.decode("ascii"))
+        issue = Issue(lease, origin, request, target.state)
+        if isinstance(self._sayable(issue), Refusal):
+            return None
+        return _Live(issue, stored.jws.decode("ascii"))
 
     # --- 3: Kafka has the lease ---
 

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.backends import TokenKey
+from ringfence.backends import TokenKeys
 from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.jws import parse
@@ -34,7 +34,7 @@ class IssuerHttp:
         *,
         issuer_url: str,
         trust_domain: str,
-        key: TokenKey,
+        keys: TokenKeys,
         store: LeaseStore,
         directory: Directory,
         clock: Clock,
@@ -42,7 +42,7 @@ class IssuerHttp:
     ) -> None:
         self._issuer = issuer_url.rstrip("/")
         self._trust_domain = trust_domain
-        self._key = key
+        self._keys = keys
         self._store = store
         self._directory = directory
         self._clock = clock
@@ -61,8 +61,10 @@ class IssuerHttp:
         return JSONResponse(
             {
                 **self._metadata(),
+                # Required, and others look for them; of ID tokens there are none.
+                "response_types_supported": ["id_token"],
                 "subject_types_supported": ["public"],
-                "id_token_signing_alg_values_supported": ["ES256"],
+                "id_token_signing_alg_values_supported": list(self._keys.algorithms),
                 "claims_supported": [
                     "iss", "sub", "aud", "exp", "iat", "nbf", "jti", "client_id", "act", "sponsor", "on_behalf_of",
                     "task", "authorization_details", "cnf",
@@ -73,7 +75,7 @@ class IssuerHttp:
 
     async def authorization_server(self, _: Request) -> Response:
         """OAuth 2.0 Authorization Server Metadata (RFC 8414)."""
-        return JSONResponse(self._metadata(), headers=self._caching)
+        return JSONResponse({**self._metadata(), "response_types_supported": ["none"]}, headers=self._caching)
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -83,15 +85,15 @@ class IssuerHttp:
             # A bearer token that the caller signs for itself; none of the registered methods.
             "introspection_endpoint_auth_methods_supported": ["urn:ringfence:signed-bearer"],
             "introspection_endpoint_auth_signing_alg_values_supported": ["ES256", "EdDSA"],
-            # Credentials are asked for over Kafka: no authorization or token endpoint, hence no response type.
-            "response_types_supported": [],
-            "grant_types_supported": [],
+            # Credentials are asked for over Kafka: there is no token endpoint, and an empty list may not stand here.
+            "grant_types_supported": ["urn:ringfence:request"],
             "authorization_details_types_supported": [PERMISSION_TYPE],
+            "dpop_signing_alg_values_supported": ["ES256", "EdDSA"],
         }
 
     async def jwks(self, _: Request) -> Response:
         """The keys that verify tokens (RFC 7517)."""
-        return JSONResponse(self._key.jwks(), headers=self._caching)
+        return JSONResponse(self._keys.jwks(), headers=self._caching)
 
     async def introspect(self, request: Request) -> Response:
         """Whether a token is good at this moment; asked by the resource server that it is for.
@@ -119,13 +121,13 @@ class IssuerHttp:
         return JSONResponse(answer, headers={"Cache-Control": "no-store"})
 
     async def _answer(self, token: str, target_id: str) -> dict[str, Any]:
-        claims = self._key.verified(token)
+        claims = self._keys.verified(token)
         if claims is None or not _is_for(claims, target_id):
             return {"active": False}
         looked = await self._store.look(claims["jti"], _marks(claims))
         if not looked.active or _is_cut(looked):
             return {"active": False}
-        return {"active": True, "token_type": "Bearer", **claims}
+        return {"active": True, "token_type": "DPoP" if "cnf" in claims else "Bearer", **claims}
 
 
 def _marks(claims: dict[str, Any]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ringfence.backends import AccessError, Backend, Caller, TargetRefusedError, TargetShutError
-from ringfence.issuer.domain import FULL, FULL_RETRY_S, LATE, OVER, Issue, Refusal, fenced
+from ringfence.issuer.domain import FULL, FULL_RETRY_S, LATE, OVER, Issue, Refusal, cannot, fenced
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import gather_all
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
@@ -112,8 +112,7 @@ class Minter:
         problem = self._backends[lease.backend].problem(issue.lease, issue.target)
         if problem is None:
             return _Attempt(issue, SignedLease(lease, sign(lease, self._runtime.key)))
-        refusal = Refusal((Reason(code="backend_cannot", message=problem[:2048]),), issue.request)
-        return _Attempt(issue, SignedLease(lease, ""), outcome=refusal)
+        return _Attempt(issue, SignedLease(lease, ""), outcome=cannot(problem, issue.request))
 
     async def _announce(self, attempts: Sequence[_Attempt], token: str) -> None:
         if not attempts:

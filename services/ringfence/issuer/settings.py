@@ -18,6 +18,10 @@ class IssuerSettings(RingfenceSettings):
 
     token_key_file: Path | None = None
     """The private key that signs tokens (ES256); `issuer-token.json` in `RINGFENCE_KEY_DIR` where not set."""
+    rs256_token_key_file: Path | None = None
+    """The RSA key (PEM) that signs tokens for targets with `alg=RS256`; without one there are no such tokens."""
+    published_token_key_files: tuple[Path, ...] = ()
+    """Keys that sign nothing and are published all the same: the next, and the previous while its tokens live."""
     patience_s: Annotated[float, Field(ge=0, le=60)] = 2.0
     """How long a decision waits for records that policy has seen and this issuer has not, before it is refused."""
     jwks_max_age_s: Annotated[int, Field(ge=0, le=86_400)] = 300

@@ -1,0 +1,197 @@
+"""The keys that sign tokens, and how one follows the other: all are published, one of each algorithm signs.
+
+They are none of the keys that sign messages: whoever verifies tokens knows these alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol, get_args
+
+import orjson
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.jws import parse
+from ringfence.kernel.keys import SigningKey, b64encode, public_key
+from ringfence.kernel.places import PlaceError, read_place
+
+TOKEN_TYPE: Final = "at+jwt"  # noqa: S105 - a media type
+"""The `typ` of an access token (RFC 9068, 2.1)."""
+TokenAlgorithm = Literal["ES256", "RS256"]
+"""What tokens are signed with. ES256, but for targets that verify nothing else than RS256."""
+SMALLEST_RSA_BITS: Final = 2048
+"""RFC 7518, 3.3."""
+
+
+class TokenKeyError(RingfenceError):
+    """A key for tokens is missing or cannot be used, or this process has none: only the issuer signs them."""
+
+    code = "token_key_invalid"
+
+
+class _Pair(Protocol):
+    """A private key with the one algorithm that it signs with."""
+
+    alg: TokenAlgorithm
+    kid: str
+
+    def jwk(self) -> dict[str, Any]: ...
+
+    def sign(self, data: bytes) -> bytes: ...
+
+    def verifies(self, signature: bytes, data: bytes) -> bool: ...
+
+
+class _EcPair:
+    alg: TokenAlgorithm = "ES256"
+
+    def __init__(self, key: SigningKey) -> None:
+        self._key, self._public = key, public_key(key.public)
+        self.kid = key.kid
+
+    def jwk(self) -> dict[str, Any]:
+        return self._key.public.model_dump(exclude_none=True)
+
+    def sign(self, data: bytes) -> bytes:
+        return self._key.sign(data, repeatable=False)
+
+    def verifies(self, signature: bytes, data: bytes) -> bool:
+        return self._public.verifies(signature, data)
+
+
+class _RsaPair:
+    alg: TokenAlgorithm = "RS256"
+
+    def __init__(self, key: rsa.RSAPrivateKey) -> None:
+        self._key, self._public = key, key.public_key()
+        numbers = self._public.public_numbers()
+        self._jwk = {"e": _number(numbers.e), "kty": "RSA", "n": _number(numbers.n)}
+        # RFC 7638: these members, in this order, and nothing between them.
+        self.kid = b64encode(hashlib.sha256(orjson.dumps(self._jwk)).digest())
+
+    def jwk(self) -> dict[str, Any]:
+        return dict(self._jwk)
+
+    def sign(self, data: bytes) -> bytes:
+        return self._key.sign(data, padding.PKCS1v15(), hashes.SHA256())
+
+    def verifies(self, signature: bytes, data: bytes) -> bool:
+        try:
+            self._public.verify(signature, data, padding.PKCS1v15(), hashes.SHA256())
+        except InvalidSignature:
+            return False
+        return True
+
+
+class TokenKey:
+    """One key that signs tokens."""
+
+    def __init__(self, key: SigningKey | rsa.RSAPrivateKey) -> None:
+        """Raises TokenKeyError where it is neither an ES256 key nor an RSA key of 2048 bits or more."""
+        self._pair: _Pair
+        if isinstance(key, SigningKey):
+            if key.alg != "ES256":
+                raise TokenKeyError(
+                    f"tokens are signed with ES256 or RS256, the key is for {key.alg}; make another"
+                )
+            self._pair = _EcPair(key)
+        else:
+            if key.key_size < SMALLEST_RSA_BITS:
+                raise TokenKeyError(
+                    f"an RSA key of {key.key_size} bits is too short; make one of {SMALLEST_RSA_BITS} or more"
+                )
+            self._pair = _RsaPair(key)
+        self.kid, self.alg = self._pair.kid, self._pair.alg
+        header = {"alg": self.alg, "kid": self.kid, "typ": TOKEN_TYPE}
+        self._head = b64encode(orjson.dumps(header)).encode() + b"."
+
+    @classmethod
+    def load(cls, path: Path) -> TokenKey:
+        """The key in a file of mode 0600: one of `ringfence key new` or `ringfence init` (ES256), or an RSA key as PEM.
+
+        Raises TokenKeyError, KeyFileError.
+        """
+        try:
+            text = read_place(f"file:{path}", "the key that signs tokens")
+        except PlaceError as error:
+            raise TokenKeyError(str(error)) from None
+        if not text.startswith("-----BEGIN"):
+            return cls(SigningKey.load(path))
+        try:
+            key = load_pem_private_key(text.encode(), password=None)
+        except (ValueError, TypeError):  # the original could quote the key
+            raise TokenKeyError(f"{path} holds no private key in PEM form without a password") from None
+        if not isinstance(key, rsa.RSAPrivateKey):
+            raise TokenKeyError(f"{path} holds no RSA key; an ES256 key is made with: ringfence key new")
+        return cls(key)
+
+    def jwk(self) -> dict[str, Any]:
+        """The public half (RFC 7517)."""
+        return {**self._pair.jwk(), "kid": self.kid, "use": "sig", "alg": self.alg}
+
+    def sign(self, claims: dict[str, Any]) -> str:
+        """A token with these claims."""
+        signing_input = self._head + b64encode(orjson.dumps(claims)).encode()
+        return f"{signing_input.decode()}.{b64encode(self._pair.sign(signing_input))}"
+
+    def verifies(self, signature: bytes, data: bytes) -> bool:
+        """Whether a signature over this is the key's."""
+        return self._pair.verifies(signature, data)
+
+
+class TokenKeys:
+    """All keys for tokens that the issuer knows: those that sign, and those that are published beside them."""
+
+    def __init__(self, signing: Sequence[TokenKey], published: Sequence[TokenKey] = ()) -> None:
+        """`signing`: one for each algorithm. `published`: the next, so that everybody knows it before it signs, and the
+        previous, until its last token has expired.
+
+        Raises TokenKeyError where two would sign with the same algorithm, or one key is named twice.
+        """
+        self._signing = {key.alg: key for key in signing}
+        if len(self._signing) != len(signing):
+            raise TokenKeyError("two keys for tokens are of one algorithm, and only one of them can sign")
+        self._known = {key.kid: key for key in (*signing, *published)}
+        if len(self._known) != len(signing) + len(published):
+            raise TokenKeyError("a key for tokens is named twice; each stands in one setting, once")
+
+    @property
+    def algorithms(self) -> tuple[TokenAlgorithm, ...]:
+        """What tokens can be signed with."""
+        return tuple(alg for alg in get_args(TokenAlgorithm) if alg in self._signing)
+
+    def signer(self, alg: TokenAlgorithm) -> TokenKey:
+        """The key that signs with this algorithm. Raises TokenKeyError where there is none."""
+        if alg not in self._signing:
+            raise TokenKeyError(f"there is no key that signs tokens with {alg}")
+        return self._signing[alg]
+
+    def jwks(self) -> dict[str, Any]:
+        """The public halves as a JWK set (RFC 7517)."""
+        return {"keys": [key.jwk() for key in self._known.values()]}
+
+    def verified(self, token: str) -> dict[str, Any] | None:
+        """The claims of a token that one of these keys signed, whatever its time; None for anything else."""
+        try:
+            jws = parse(token)
+            claims = orjson.loads(jws.payload)
+        except (InvalidMessageError, ValueError):
+            return None
+        header = jws.header
+        key = self._known.get(header.kid)
+        if key is None or (header.typ, header.alg) != (TOKEN_TYPE, key.alg):
+            return None
+        if not isinstance(claims, dict) or not key.verifies(jws.signature, jws.signing_input):
+            return None
+        return claims
+
+
+def _number(value: int) -> str:
+    """RFC 7518, 2: Base64urlUInt."""
+    return b64encode(value.to_bytes((value.bit_length() + 7) // 8))
