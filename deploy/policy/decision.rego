@@ -8,6 +8,7 @@ package ringfence.issuance
 
 import data.ringfence.approval
 import data.ringfence.combinations
+import data.ringfence.delivery
 import data.ringfence.history
 import data.ringfence.identity
 import data.ringfence.limits
@@ -29,4 +30,4 @@ decision := {
 	"notes": sort(history.notes),
 }
 
-denials := (((identity.deny | scope.deny) | limits.deny) | combinations.deny) | history.deny
+denials := ((((identity.deny | scope.deny) | limits.deny) | combinations.deny) | history.deny) | delivery.deny

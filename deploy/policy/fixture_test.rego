@@ -23,7 +23,7 @@ good := {
 		"not_after": 9000,
 	},
 	"user": {"user_id": "maria", "status": "active", "roles": []},
-	"target": {"target_id": "platform", "status": "active", "max_ttl_s": 3600},
+	"target": {"target_id": "platform", "status": "active", "max_ttl_s": 3600, "revocability": "instant"},
 	"floors": [],
 	"lacking": [],
 	"approvals": [],

@@ -36,7 +36,12 @@ GOOD: dict[str, Any] = {
         "not_after": 9000,
     },
     "user": {"user_id": "maria", "status": "active", "roles": []},
-    "target": {"target_id": "platform", "status": "active", "max_ttl_s": 3600},
+    "target": {
+        "target_id": "platform",
+        "status": "active",
+        "max_ttl_s": 3600,
+        "revocability": "instant",
+    },
     "floors": [],
     "lacking": [],
     "approvals": [],
@@ -423,6 +428,49 @@ def _history() -> Iterator[Case]:
             yield _case(f"{path} is {name}", {path: value}, "history_unknown", says=says)
 
 
+def _delivery() -> Iterator[Case]:
+    says = "nobody can take back a credential for platform before its end, so an agent holds one for 300 s at most"
+    denied: dict[str, Any] = {"says": says}
+    yield _case("instant for an hour", _lasting("instant", 3600))
+    yield _case("session for an hour", _lasting("session", 3600))
+    for kind in ("ttl", "at will", "", None, ["instant"], GONE):
+        name = "nobody knows how" if kind is GONE else repr(kind)
+        yield _case(f"recalled {name} for 300 s", _lasting(kind, 300))
+        yield _case(f"recalled {name} for 301 s", _lasting(kind, 301), "not_recallable", **denied)
+    unlasting = _lasting("ttl", 3600)
+    nameless = {**unlasting, "target.target_id": GONE}
+    yield _case(
+        "recalled nobody knows where",
+        nameless,
+        "not_recallable",
+        "several_targets",
+        says="for unknown before",
+    )
+    yield _case("used by a gateway", {**unlasting, "request.delivery": "gateway"})
+    for delivery in ("agent", "both", GONE):
+        yield _case(
+            f"in the hands of {'nobody' if delivery is GONE else delivery}",
+            {**unlasting, "request.delivery": delivery},
+            "not_recallable",
+            **denied,
+        )
+    for max_s, codes in ((300, ()), (301, ("not_recallable",))):
+        yield _case(
+            f"the target allows {max_s} s", {**unlasting, "target.max_ttl_s": max_s}, *codes, max_ttl_s=max_s
+        )
+    for max_s, codes in ((300, ()), (301, ("not_recallable",))):
+        changes = {**unlasting, "task.not_after": 1000 + max_s}
+        yield _case(f"the task ends after {max_s} s", changes, *codes, max_ttl_s=max_s)
+    for ttl_s in (None, "300", GONE):
+        given = "missing" if ttl_s is GONE else repr(ttl_s)
+        changes = {**unlasting, "request.ttl_s": ttl_s}
+        yield _case(f"asked is for {given}", changes, "not_recallable", "ttl_too_long", **denied)
+
+
+def _lasting(revocability: Any, ttl_s: int) -> dict[str, Any]:
+    return {"target.revocability": revocability, "request.ttl_s": ttl_s}
+
+
 def _past(used: Any = None, **changes: Any) -> dict[str, Any]:
     """An agent that has been there for long."""
     return {"agent.registered_at_s": 1000 - 10**7, "history.used": used or {}, **changes}
@@ -497,6 +545,7 @@ CASES: tuple[Case, ...] = (
     *_limits(),
     *_combinations(),
     *_history(),
+    *_delivery(),
     *_actions(),
     *_nothing(),
 )

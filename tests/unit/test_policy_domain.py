@@ -179,7 +179,7 @@ def test_why_somebody_is_asked_is_told():
 
 
 def test_the_input_holds_records_and_no_keys():
-    builder = InputBuilder()
+    builder = InputBuilder(lambda target: "session")
     document = builder.build(facts(), (LACK,), [], [], {}, requested_at_s=90, now_s=100)
     text = to_json(document).decode()
     assert "thumbprint" not in text
@@ -190,11 +190,12 @@ def test_the_input_holds_records_and_no_keys():
     assert document["sponsor"] == {"user_id": "sam", "roles": ["sponsor"], "status": "active"}
     assert (document["request"]["requested_at_s"], document["now_s"]) == (90, 100)
     assert document["task"]["not_after"] == facts().task.state.not_after
+    assert document["target"]["revocability"] == "session"
     assert to_json(builder.build(facts(), (LACK,), [], [], {}, requested_at_s=90, now_s=100)).decode() == text
 
 
 def test_the_input_follows_the_records():
-    builder, first = InputBuilder(), facts()
+    builder, first = InputBuilder(lambda target: "session"), facts()
     builder.build(first, (), [], [], {}, requested_at_s=1, now_s=1)
     suspended = replace(first, agent=entry(AgentRecord, status="suspended"))
     assert (

@@ -19,7 +19,17 @@ from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.identity import SubjectKind
 from ringfence.model.requests import DeniedError, gather, violations
-from ringfence.policy.domain import Case, InputBuilder, Judgement, Ruling, approver, denied, rule, signer
+from ringfence.policy.domain import (
+    Case,
+    InputBuilder,
+    Judgement,
+    RevocabilityOf,
+    Ruling,
+    approver,
+    denied,
+    rule,
+    signer,
+)
 from ringfence.policy.engine import PolicyEngine, PolicyFailedError, PolicyResult
 from ringfence.policy.grants import GrantBook
 from ringfence.policy.holdings import MAX_HELD, Holdings
@@ -48,6 +58,7 @@ class Judge:
         holdings: Holdings,
         feeds: Sequence[Follower],
         grants: GrantBook,
+        revocability: RevocabilityOf,
     ) -> None:
         """`feeds`: what the holdings learn from that something is held no more."""
         self._runtime = runtime
@@ -56,7 +67,7 @@ class Judge:
         self._grants = grants
         self._directory = directory
         self._engine = engine
-        self._inputs = InputBuilder()
+        self._inputs = InputBuilder(revocability)
         self._changes = 0
         directory.on_change(self._on_change)
 
