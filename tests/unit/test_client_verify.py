@@ -103,7 +103,6 @@ class Issuer:
             "task": "5d3c4c1e-9b0a-5f0e-8a49-0e7d6a1c2b3a",
             "sponsor": "sam",
             "on_behalf_of": "maria",
-            "cnf": {"jkt": "thumb"},
             "authorization_details": [
                 {
                     "type": "urn:ringfence:permission",
@@ -144,7 +143,7 @@ async def test_a_good_token_says_who_for_whom_and_what(
 ) -> None:
     token = await verifier.verify_header(f"Bearer {issuer.token(clock)}")
     assert token.agent == "spiffe://acme.example/agent/deploy-bot"
-    assert (token.sponsor, token.on_behalf_of, token.key_thumbprint) == ("sam", "maria", "thumb")
+    assert (token.sponsor, token.on_behalf_of, token.key_thumbprint) == ("sam", "maria", None)
     assert token.allows("deploy", "env/staging/web")
     for verb, resource in [
         ("read", "env/staging/web"),
@@ -198,6 +197,9 @@ async def test_permissions_of_another_type_allow_nothing(
         {"sponsor": None},
         {"authorization_details": [{"type": "urn:ringfence:permission", "target": "staging"}]},
         {"authorization_details": ["all"]},
+        {"cnf": {"jkt": "bound-to-a-key"}},
+        {"cnf": {"x5t#S256": "bound-to-a-certificate"}},
+        {"cnf": None},
     ],
     ids=str,
 )

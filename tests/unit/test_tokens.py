@@ -116,9 +116,10 @@ async def test_a_token_is_bound_to_the_agents_key_where_the_target_demands_a_pro
     assert made.claims(lease(key_thumbprint="thumb"), target(dpop="required"))["cnf"] == {"jkt": "thumb"}
     # RFC 9449, 7.2: with `cnf.jkt` it would be refused as a bearer token by whoever knows both kinds.
     assert "cnf" not in made.claims(lease(key_thumbprint="thumb"), target())
-    problem = made.problem(lease(key_thumbprint=None), target(dpop="required"))
-    assert problem is not None
-    assert "bound to the agent's key" in problem
+    for unfit in (lease(key_thumbprint=None), lease(delivery="gateway")):
+        problem = made.problem(unfit, target(dpop="required"))
+        assert problem is not None
+        assert "only it can use one" in problem
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,9 @@ class JwtBackend:
         except (TargetSettingsError, TokenKeyError) as error:
             log.error("no tokens for target %s: %s", lease.target_id, error)
             return f"Ringfence is not set up to make tokens for target {lease.target_id}; ask an operator"
-        if settings.dpop == "required" and lease.key_thumbprint is None:
+        if settings.dpop == "required" and (lease.key_thumbprint is None or lease.delivery != "agent"):
             return (
-                f"tokens for target {lease.target_id} are bound to the agent's key, and the lease names none"
+                f"tokens for target {lease.target_id} are bound to the agent's own key: only it can use one"
             )
         return None
 

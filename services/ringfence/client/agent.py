@@ -293,7 +293,8 @@ class Agent(Lifetime):
                 reply_key=reply_key.public,
                 break_glass=True if break_glass else None,
             )
-        return _Waiting(SentRequest(claims, sign(claims, self.connection.key), reply_key, new_traceparent()))
+        key = self.connection.key
+        return _Waiting(SentRequest(claims, sign(claims, key), reply_key, new_traceparent(), key))
 
     def _abandon(self, waiting: _Waiting) -> None:
         waiting.abandoned = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -94,9 +95,12 @@ class ApiError(RingfenceError):
 
 
 class TokenRejectedError(RingfenceError):
-    """A token that a resource server must not accept."""
+    """A token that a resource server must not accept, or a request that has none."""
 
     code = "token_rejected"
+
+    scheme: Literal["Bearer", "DPoP"] | None = None
+    """How the token was presented, where one was: in words of the same scheme the request is refused."""
 
 
 @contextmanager

@@ -9,11 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import httpx
 from pydantic import ValidationError
 
+from ringfence.client.dpop import BearerAuth, DpopAuth, proof
+from ringfence.client.errors import InvalidCallError
+from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import digest, lease_id, message_id
 from ringfence.kernel.jws import explain, open_signed, parse
+from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.seal import ReplyKey
 from ringfence.kernel.trace import trace_id
 from ringfence.kernel.trust import TrustStore
@@ -97,10 +102,39 @@ class IssuedCredential:
     delivery: Delivery
     trace_id: str | None = None
     """The W3C trace that request, decision, issue and end belong to."""
+    key: SigningKey | None = field(default=None, repr=False)
+    """The agent's own: a credential that is bound to it (`token_type` is DPoP) is good only with proofs of it."""
 
-    def headers(self) -> dict[str, str]:
-        """The HTTP header that presents it: `Authorization` (RFC 6750)."""
-        return {"Authorization": f"{self.token_type or 'Bearer'} {self.value}"}
+    def headers(self, method: str | None = None, url: str | None = None) -> dict[str, str]:
+        """The HTTP headers that present it: `Authorization` (RFC 6750), and with a bound one `DPoP` (RFC 9449).
+
+        A proof is for one request: `method` and `url` say which. Where the server demands nonces, use `auth`.
+
+        Raises InvalidCallError where they are missing and a proof is needed.
+        """
+        headers = {"Authorization": f"{self.token_type or 'Bearer'} {self.value}"}
+        if self.token_type == "DPoP":  # noqa: S105 - RFC 9449
+            if method is None or url is None:
+                raise InvalidCallError(
+                    f"the credential for {self.target} is bound to the agent's key: name method and URL of the "
+                    "request, as in headers('GET', url), or use auth()"
+                )
+            headers["DPoP"] = proof(
+                self._bound_to(), method, url,
+                access_token=self.value, now_s=SystemClock().now_ms() // 1000,
+            )  # fmt: skip
+        return headers
+
+    def auth(self) -> httpx.Auth:
+        """For httpx: `client.put(url, auth=credential.auth())`. Keep it for all requests: it remembers nonces."""
+        if self.token_type == "DPoP":  # noqa: S105 - RFC 9449
+            return DpopAuth(self.value, self._bound_to())
+        return BearerAuth(self.value)
+
+    def _bound_to(self) -> SigningKey:
+        if self.key is None:
+            raise InvalidCallError("the key that the credential is bound to is not known here")
+        return self.key
 
 
 Answer = PendingRequest | Denied | Allowed | IssuedCredential
@@ -114,6 +148,8 @@ class SentRequest:
     compact: str
     reply_key: ReplyKey = field(repr=False)
     traceparent: str
+    key: SigningKey | None = field(default=None, repr=False)
+    """The agent's, with which the request was signed."""
 
     @property
     def request_id(self) -> str:
@@ -203,6 +239,7 @@ def _issued(
         on_behalf_of=lease.on_behalf_of,
         delivery=lease.delivery,
         trace_id=trace_id(sent.traceparent),
+        key=sent.key,
     )
 
 

@@ -1,9 +1,7 @@
-"""For resource servers: is this bearer token good, whose is it, and what does it allow?"""
+"""For resource servers: is the token of this request good, whose is it, and what does it allow?"""
 
 from __future__ import annotations
 
-import asyncio
-import uuid
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -11,23 +9,20 @@ import httpx
 import jwt
 from pydantic import TypeAdapter, ValidationError
 
+from ringfence.client.challenges import Headers, HttpRefusal, Presented, presented, refusal
 from ringfence.client.errors import TokenRejectedError
+from ringfence.client.issuer import ALGORITHMS, TokenIssuer
 from ringfence.client.lifetime import Lifetime
+from ringfence.client.proofs import Nonces, ProofChecker, ProofError, ProofMemory
 from ringfence.kernel.clock import Clock, SystemClock
-from ringfence.kernel.errors import RingfenceError, UnavailableError
-from ringfence.kernel.jws import LEEWAY_S, sign
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.jws import LEEWAY_S
 from ringfence.kernel.keys import SigningKey
-from ringfence.messages.api import MAX_API_TOKEN_S, ApiToken
 from ringfence.messages.permission import PERMISSION_TYPE, Permission, Scope
 from ringfence.model.scope import ScopeError, missing, parse_name
 
 TOKEN_TYPE: Final = "at+jwt"  # noqa: S105 - a media type
 """The `typ` of an access token (RFC 9068, 2.1)."""
-ALGORITHM: Final = "ES256"
-KEYS_LIFE_S: Final = 300
-"""How old the issuer's keys may be before they are fetched again."""
-KEYS_RETRY_S: Final = 10
-"""How often an unknown `kid` may make them be fetched again."""
 
 _PERMISSIONS: Final = TypeAdapter(tuple[Permission, ...])
 
@@ -75,7 +70,8 @@ class VerifiedToken:
 class TokenVerifier(Lifetime):
     """Verifies tokens of one issuer for one audience: by its published keys, and by introspection where a key is given.
 
-    Without introspection a token is good until its `exp`; with it, from the cut on it is refused.
+    Without introspection a token is good until its `exp`; with it, from the cut on it is refused. A token that is bound
+    to the agent's key (RFC 9449) counts with a proof of that key alone, so only in `verify_request`.
     """
 
     def __init__(
@@ -84,6 +80,9 @@ class TokenVerifier(Lifetime):
         audience: str,
         introspection_key: SigningKey | None = None,
         *,
+        require_proof: bool = False,
+        nonces: Nonces | None = None,
+        proof_memory: ProofMemory | None = None,
         http: httpx.AsyncClient | None = None,
         clock: Clock | None = None,
         timeout_s: float = 5.0,
@@ -92,39 +91,73 @@ class TokenVerifier(Lifetime):
             issuer_url: the `iss` of tokens; its OIDC discovery document names everything else.
             audience: who this resource server is (`aud`), by default its target's SPIFFE ID.
             introspection_key: the key that the target was registered with; each token is then also asked about.
+            require_proof: take no tokens but those that are bound to a key.
+            nonces: demand one of them in each proof.
+            proof_memory: where it is remembered which proofs came; in this process where None.
             http: a client to use; one of its own where None.
         """  # fmt: skip
-        self._issuer = issuer_url.rstrip("/")
         self._audience = audience
         self._introspection_key = introspection_key
+        self.require_proof = require_proof
         self._clock: Clock = clock or SystemClock()
         self._own_http = http is None
         self._http = http or httpx.AsyncClient(timeout=timeout_s)
-        self._discovery: dict[str, Any] = {}
-        self._keys: dict[str, jwt.PyJWK] = {}
-        self._fetched_at_ms: int | None = None
-        self._lock = asyncio.Lock()
+        self._issuer = TokenIssuer(issuer_url, self._http, self._clock)
+        self._proofs = ProofChecker(memory=proof_memory, nonces=nonces, clock=self._clock)
 
     async def close(self) -> None:
         """Close the HTTP client if it is its own. `async with` does it."""
         if self._own_http:
             await self._http.aclose()
 
+    async def verify_request(
+        self,
+        method: str,
+        url: str,
+        headers: Headers,
+        *,
+        verb: str | None = None,
+        resource: str | None = None,
+    ) -> VerifiedToken:
+        """All that a resource server has to ask of one request.
+
+        Its token: signature, issuer, audience, time; the proof of the agent's key, where the token is bound to one;
+        what introspection says, where a key for it was given; and whether it allows `verb` on `resource`, where they
+        are given.
+
+        Args:
+            method, url: of the request, the URL as the agent wrote it: what a proxy made of it is no longer that.
+            headers: all of them; pairs, where a name can come twice.
+
+        Raises:
+            TokenRejectedError: the request must be refused. `code` is `token_missing`, `invalid_request`,
+                `invalid_token`, `inactive`, `invalid_dpop_proof`, `use_dpop_nonce` or `insufficient_scope`;
+                `refusal` makes the answer of it.
+            UnavailableError: the issuer does not answer: nothing can be accepted now.
+        """
+        shown = presented(headers)
+        try:
+            verified = await self._verified(shown.token)
+            await self._check_binding(verified, shown, method, url)
+            await self._check_active(verified, shown.token)
+            if verb is not None or resource is not None:
+                verified.require(verb or "", resource or "")
+        except TokenRejectedError as error:
+            error.scheme = shown.scheme
+            raise
+        return verified
+
     async def verify(self, token: str) -> VerifiedToken:
-        """Verify a token.
+        """Verify a bearer token.
 
         Raises:
             TokenRejectedError: the token must not be accepted; `code` is `invalid_token`, or `inactive` where
                 introspection said so.
             UnavailableError: the issuer does not answer: nothing can be accepted now.
         """
-        claims = await self._verified_claims(token)
-        verified = self._read(claims)
-        if self._introspection_key is not None and not await self._is_active(token, self._introspection_key):
-            raise TokenRejectedError(
-                f"lease {verified.lease_id} has ended (introspection says inactive); ask for a new credential",
-                code="inactive",
-            )
+        verified = await self._verified(token)
+        self._check_bearer(verified)
+        await self._check_active(verified, token)
         return verified
 
     async def verify_header(self, authorization: str | None) -> VerifiedToken:
@@ -134,18 +167,63 @@ class TokenVerifier(Lifetime):
             raise _rejected("send Authorization: Bearer with a token of Ringfence")
         return await self.verify(token.strip())
 
+    def refusal(self, error: RingfenceError) -> HttpRefusal:
+        """The answer to a request that `verify_request` raised this for."""
+        return refusal(error, require_proof=self.require_proof, nonce=self.nonce())
+
+    def nonce(self) -> str | None:
+        """What belongs into the `DPoP-Nonce` of every answer; None where no nonces are demanded."""
+        return self._proofs.nonce()
+
+    async def _verified(self, token: str) -> VerifiedToken:
+        return self._read(await self._verified_claims(token))
+
+    def _check_bearer(self, verified: VerifiedToken) -> None:
+        if verified.key_thumbprint is not None:
+            raise _rejected("the token is bound to the agent's key: send Authorization: DPoP, and a proof")
+        if self.require_proof:
+            raise _rejected(
+                "only tokens that are bound to the agent's key are taken here (the target's dpop)"
+            )
+
+    async def _check_binding(self, verified: VerifiedToken, shown: Presented, method: str, url: str) -> None:
+        if shown.scheme == "Bearer":
+            self._check_bearer(verified)
+            return
+        if verified.key_thumbprint is None:
+            raise _rejected("the token is bound to no key: send Authorization: Bearer")
+        if len(shown.proofs) != 1:
+            raise ProofError(f"send one DPoP header with a proof; {len(shown.proofs)} came")
+        await self._proofs.check(
+            shown.proofs[0], method=method, url=url,
+            access_token=shown.token, thumbprint=verified.key_thumbprint,
+        )  # fmt: skip
+
+    async def _check_active(self, verified: VerifiedToken, token: str) -> None:
+        key = self._introspection_key
+        if key is not None and not await self._issuer.is_active(token, key):
+            raise TokenRejectedError(
+                f"lease {verified.lease_id} has ended (introspection says inactive); ask for a new credential",
+                code="inactive",
+            )
+
     async def _verified_claims(self, token: str) -> dict[str, Any]:
         try:
             header = jwt.get_unverified_header(token)  # to find the key; what it says is checked below
         except jwt.InvalidTokenError:
             raise _rejected("not a JWT") from None
-        if header.get("typ") != TOKEN_TYPE or header.get("alg") != ALGORITHM:
-            raise _rejected(f"not an access token: typ must be {TOKEN_TYPE} and alg {ALGORITHM}")
-        key = await self._key(str(header.get("kid")))
+        if header.get("typ") != TOKEN_TYPE or header.get("alg") not in ALGORITHMS:
+            raise _rejected(
+                f"not an access token: typ must be {TOKEN_TYPE} and alg {' or '.join(ALGORITHMS)}"
+            )
+        kid = str(header.get("kid"))
+        key = await self._issuer.key(kid)
+        if key is None:
+            raise _rejected(f"{self._issuer.url} publishes no key {kid[:43]!r}")
         try:
             # Times are judged below: PyJWT would read the machine's clock.
             claims: dict[str, Any] = jwt.decode(
-                token, key, algorithms=[ALGORITHM], audience=self._audience, issuer=self._issuer,
+                token, key, algorithms=[key.algorithm_name], audience=self._audience, issuer=self._issuer.url,
                 options={
                     "require": ["iss", "aud", "sub", "jti", "exp", "iat"],
                     "verify_exp": False, "verify_iat": False, "verify_nbf": False,
@@ -154,9 +232,13 @@ class TokenVerifier(Lifetime):
         except jwt.InvalidAudienceError:
             raise _rejected(f"the token is for another audience than {self._audience}") from None
         except jwt.InvalidIssuerError:
-            raise _rejected(f"the token is of another issuer than {self._issuer}") from None
+            raise _rejected(f"the token is of another issuer than {self._issuer.url}") from None
         except jwt.InvalidTokenError as error:
             raise _rejected(f"the token does not verify ({type(error).__name__})") from None
+        self._check_times(claims)
+        return claims
+
+    def _check_times(self, claims: dict[str, Any]) -> None:
         now_s = self._clock.now_ms() / 1000
         times = [claims["exp"], claims["iat"], claims.get("nbf", 0)]
         if not all(isinstance(time, int) for time in times):
@@ -165,7 +247,6 @@ class TokenVerifier(Lifetime):
             raise _rejected(f"the token expired {now_s - claims['exp']:.0f} s ago")
         if max(claims["iat"], claims.get("nbf", 0)) > now_s + LEEWAY_S:
             raise _rejected("the token is not valid yet; is the clock right?")
-        return claims
 
     def _read(self, claims: dict[str, Any]) -> VerifiedToken:
         details = claims.get("authorization_details")
@@ -189,79 +270,13 @@ class TokenVerifier(Lifetime):
                 lease_id=_text(claims, "jti"),
                 permissions=permissions,
                 expires_at=claims["exp"],
-                key_thumbprint=(claims.get("cnf") or {}).get("jkt"),
+                key_thumbprint=_text(claims["cnf"], "jkt") if "cnf" in claims else None,
                 claims=claims,
             )
         except (ValidationError, KeyError, TypeError, AttributeError):
             raise _rejected(
                 "the token lacks what a token of Ringfence says, or says it in another form"
             ) from None
-
-    # --- the issuer ---
-
-    async def _key(self, kid: str) -> jwt.PyJWK:
-        async with self._lock:
-            age_s = self._age_s()
-            if age_s is None or age_s > KEYS_LIFE_S or (kid not in self._keys and age_s > KEYS_RETRY_S):
-                await self._fetch_keys()
-        if kid not in self._keys:
-            raise _rejected(f"{self._issuer} publishes no key {kid[:43]!r}")
-        return self._keys[kid]
-
-    def _age_s(self) -> float | None:
-        return None if self._fetched_at_ms is None else (self._clock.now_ms() - self._fetched_at_ms) / 1000
-
-    async def _fetch_keys(self) -> None:
-        discovery = await self._get_json(f"{self._issuer}/.well-known/openid-configuration")
-        if discovery.get("issuer") != self._issuer:
-            raise UnavailableError(
-                f"the discovery document at {self._issuer} is of issuer {discovery.get('issuer')!r}; "
-                "set the issuer's URL as its tokens have it (RINGFENCE_ISSUER_URL)"
-            )
-        keys = await self._get_json(str(discovery.get("jwks_uri")))
-        found = {}
-        for fields in keys.get("keys", []):
-            try:
-                key = jwt.PyJWK(fields, algorithm=ALGORITHM)
-            except jwt.PyJWTError:
-                continue  # a key of another kind is none of ours
-            if key.key_id:
-                found[key.key_id] = key
-        self._discovery, self._keys, self._fetched_at_ms = discovery, found, self._clock.now_ms()
-
-    async def _is_active(self, token: str, key: SigningKey) -> bool:
-        now_s = self._clock.now_ms() // 1000
-        # The audience of API tokens is the trust domain, which the key's own id names.
-        trust_domain = key.id.removeprefix("spiffe://").partition("/")[0]
-        own = sign(
-            ApiToken(
-                iss=key.id, aud=trust_domain, iat=now_s, exp=now_s + MAX_API_TOKEN_S, jti=str(uuid.uuid4())
-            ),
-            key,
-        )
-        url = str(self._discovery.get("introspection_endpoint"))
-        try:
-            response = await self._http.post(
-                url, data={"token": token}, headers={"Authorization": f"Bearer {own}"}
-            )
-            answer = response.json()
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            raise _no_answer(url, error) from None
-        if response.status_code != httpx.codes.OK or not isinstance(answer, dict):
-            said = answer.get("message") if isinstance(answer, dict) else ""
-            raise UnavailableError(f"introspection at {url} answered {response.status_code}: {said}")
-        return answer.get("active") is True
-
-    async def _get_json(self, url: str) -> dict[str, Any]:
-        try:
-            response = await self._http.get(url)
-            response.raise_for_status()
-            answer = response.json()
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            raise _no_answer(url, error) from None
-        if not isinstance(answer, dict):
-            raise UnavailableError(f"{url} answered no JSON object; is this the issuer?")
-        return answer
 
 
 def _text(claims: dict[str, Any], name: str) -> str:
@@ -273,7 +288,3 @@ def _text(claims: dict[str, Any], name: str) -> str:
 
 def _rejected(message: str) -> TokenRejectedError:
     return TokenRejectedError(message, code="invalid_token")
-
-
-def _no_answer(url: str, error: Exception) -> RingfenceError:
-    return UnavailableError(f"{url} does not answer ({type(error).__name__}); is the issuer up?")

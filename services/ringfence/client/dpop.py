@@ -1,0 +1,135 @@
+"""The agent's side of RFC 9449 (DPoP): each request carries a proof that its sender has the key of the token.
+
+Whoever finds the token alone, in a log or a cache, can do nothing with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import string
+import uuid
+from collections.abc import Generator
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import httpx
+import orjson
+
+from ringfence.kernel.clock import Clock, SystemClock
+from ringfence.kernel.keys import SigningKey, b64encode
+
+PROOF_TYPE: Final = "dpop+jwt"
+"""The `typ` of a proof (RFC 9449, 4.2)."""
+NONCE_HEADER: Final = "DPoP-Nonce"
+_PORTS: Final = {"http": 80, "https": 443}
+_UNRESERVED: Final = frozenset(string.ascii_letters + string.digits + "-._~")
+_ESCAPE: Final = re.compile(r"%([0-9A-Fa-f]{2})")
+
+
+def access_token_hash(token: str) -> str:
+    """`ath` (RFC 9449, 4.2)."""
+    return b64encode(hashlib.sha256(token.encode()).digest())
+
+
+def target_uri(url: str) -> str:
+    """`htu`: a URL without query and fragment, in the one form that all its spellings have (RFC 3986, 6.2.2 and 6.2.3).
+
+    Raises ValueError where it is no absolute http(s) URL, or goes by way of `.` or `..`.
+    """
+    parts = urlsplit(url)
+    scheme, host, port = parts.scheme.lower(), parts.hostname, parts.port
+    if scheme not in _PORTS or not host or parts.username is not None or parts.password is not None:
+        raise ValueError("not an absolute http or https URL")
+    path = _ESCAPE.sub(_unescaped, parts.path) or "/"
+    if {".", ".."} & set(path.split("/")):
+        raise ValueError("a path that goes by way of . or ..")
+    host = f"[{host}]" if ":" in host else host
+    authority = host if port in (None, _PORTS[scheme]) else f"{host}:{port}"
+    return f"{scheme}://{authority}{path}"
+
+
+def proof(
+    key: SigningKey, method: str, url: str, *, access_token: str, now_s: int, nonce: str | None = None
+) -> str:
+    """The `DPoP` header of one request. Each has an id of its own, and counts once.
+
+    Args:
+        key: the agent's, to which the token is bound.
+        method, url: of the request.
+        access_token: what the request presents.
+        now_s: seconds since 1970, UTC.
+        nonce: what the resource server gave last, where it gave any.
+
+    Raises ValueError where the URL is none that a proof can be for.
+    """
+    jwk = key.public.model_dump(exclude_none=True)
+    claims: dict[str, Any] = {
+        "jti": str(uuid.uuid4()),
+        "htm": method.upper(),
+        "htu": target_uri(url),
+        "iat": now_s,
+        "ath": access_token_hash(access_token),
+    }
+    if nonce is not None:
+        claims["nonce"] = nonce
+    head = b64encode(orjson.dumps({"typ": PROOF_TYPE, "alg": key.alg, "jwk": jwk}))
+    signing_input = f"{head}.{b64encode(orjson.dumps(claims))}"
+    return f"{signing_input}.{b64encode(key.sign(signing_input.encode(), repeatable=False))}"
+
+
+class DpopAuth(httpx.Auth):
+    """Presents a bound token with httpx: `httpx.AsyncClient(auth=DpopAuth(token, key))`, also without async.
+
+    Makes a proof for each request, and for each anew that the server wants a nonce in. The body of a request is read
+    whole, since it may have to be sent again.
+    """
+
+    requires_request_body = True
+
+    def __init__(self, token: str, key: SigningKey, *, clock: Clock | None = None) -> None:
+        self._token, self._key = token, key
+        self._clock: Clock = clock or SystemClock()
+        self._nonces: dict[str, str] = {}
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """What httpx calls for each request."""
+        origin = f"{request.url.scheme}://{request.url.netloc.decode()}"
+        request.headers["Authorization"] = f"DPoP {self._token}"
+        request.headers["DPoP"] = self._proof(request, origin)
+        response = yield request
+        nonce = response.headers.get(NONCE_HEADER)
+        if nonce is None:
+            return
+        self._nonces[origin] = nonce
+        if response.status_code == httpx.codes.UNAUTHORIZED and _wants_nonce(response):
+            request.headers["DPoP"] = self._proof(request, origin)
+            response = yield request
+            self._nonces[origin] = response.headers.get(NONCE_HEADER, nonce)
+
+    def _proof(self, request: httpx.Request, origin: str) -> str:
+        return proof(
+            self._key, request.method, str(request.url),
+            access_token=self._token, now_s=self._clock.now_ms() // 1000, nonce=self._nonces.get(origin),
+        )  # fmt: skip
+
+
+class BearerAuth(httpx.Auth):
+    """Presents a bearer token with httpx (RFC 6750)."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """What httpx calls for each request."""
+        request.headers["Authorization"] = f"Bearer {self._token}"
+        yield request
+
+
+def _wants_nonce(response: httpx.Response) -> bool:
+    return 'error="use_dpop_nonce"' in response.headers.get("WWW-Authenticate", "")
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    character = chr(int(match[1], 16))
+    return character if character in _UNRESERVED else match[0].upper()

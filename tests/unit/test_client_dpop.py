@@ -1,0 +1,291 @@
+"""Proofs of possession (RFC 9449): what an agent makes, and which a resource server takes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringfence.client.dpop import BearerAuth, DpopAuth, access_token_hash, proof, target_uri
+from ringfence.client.proofs import (
+    MAX_PROOF_BYTES,
+    NONCE_LIFE_S,
+    PROOF_LIFE_S,
+    Nonces,
+    ProofChecker,
+    ProofError,
+    ProofsInMemory,
+)
+from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.jws import LEEWAY_S
+from ringfence.kernel.keys import SigningKey, b64encode
+from tests.unit.test_client_verify import Clock
+
+KEY = SigningKey.generate("spiffe://acme.example/agent/deploy-bot")
+URL = "https://shop.example/env/staging/web"
+TOKEN = "the.access.token"
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def made(clock: Clock, *, key: SigningKey = KEY, header: dict[str, Any] | None = None, **claims: Any) -> str:
+    """A proof that holds, but for what is changed."""
+    jwk = key.public.model_dump(exclude_none=True)
+    head = {"typ": "dpop+jwt", "alg": key.alg, "jwk": jwk, **(header or {})}
+    body = {
+        "jti": "1", "htm": "PUT", "htu": URL, "iat": clock.now, "ath": access_token_hash(TOKEN), **claims,
+    }  # fmt: skip
+    body = {name: value for name, value in body.items() if value is not ...}
+    text = f"{b64encode(json.dumps(head).encode())}.{b64encode(json.dumps(body).encode())}"
+    return f"{text}.{b64encode(key.sign(text.encode()))}"
+
+
+async def check(
+    checker: ProofChecker, proof: str, *, method: str = "PUT", url: str = URL, token: str = TOKEN,
+    thumbprint: str = KEY.kid,
+) -> None:  # fmt: skip
+    await checker.check(proof, method=method, url=url, access_token=token, thumbprint=thumbprint)
+
+
+# --- proofs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alg", ["ES256", "EdDSA"])
+async def test_a_proof_is_what_the_rfc_says_and_counts_once(clock: Clock, alg: str) -> None:
+    key = SigningKey.generate(KEY.id, alg)
+    one = proof(key, "put", f"{URL}?build=1#top", access_token=TOKEN, now_s=clock.now)
+    header = jwt.get_unverified_header(one)
+    claims = jwt.decode(one, jwt.PyJWK(header["jwk"]), algorithms=[alg])
+    assert (header["typ"], header["alg"], set(header["jwk"]) & {"d"}) == ("dpop+jwt", alg, set())
+    assert (claims["htm"], claims["htu"], claims["iat"]) == ("PUT", URL, clock.now)
+    assert claims["ath"] == access_token_hash(TOKEN)
+    assert "nonce" not in claims
+    checker = ProofChecker(clock=clock)
+    await check(checker, one, url=f"{URL}?build=1", thumbprint=key.kid)
+    with pytest.raises(ProofError, match="came before"):
+        await check(checker, one, thumbprint=key.kid)
+    await check(checker, proof(key, "PUT", URL, access_token=TOKEN, now_s=clock.now), thumbprint=key.kid)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"htm": "GET"},
+        {"htm": "put"},
+        {"htm": ...},
+        {"htu": "https://shop.example/env/staging"},
+        {"htu": "https://shop.example/env/staging/web/"},
+        {"htu": "http://shop.example/env/staging/web"},
+        {"htu": "https://shop.example:8443/env/staging/web"},
+        {"htu": "https://evil.example/env/staging/web"},
+        {"htu": "https://shop.example@evil.example/env/staging/web"},
+        {"htu": "/env/staging/web"},
+        {"htu": ...},
+        {"ath": access_token_hash("another.access.token")},
+        {"ath": ...},
+        {"iat": ...},
+        {"iat": "now"},
+        {"iat": True},
+        {"iat": 1.5},
+        {"jti": ...},
+        {"jti": ""},
+        {"jti": 1},
+        {"jti": "x" * 257},
+        {"header": {"typ": "JWT"}},
+        {"header": {"typ": "at+jwt"}},
+        {"header": {"typ": None}},
+        {"header": {"alg": "none"}},
+        {"header": {"alg": "HS256"}},
+        {"header": {"alg": "EdDSA"}},
+        {"header": {"crit": ["b64"]}},
+        {"header": {"jwk": None}},
+        {"header": {"jwk": {}}},
+        {"header": {"jwk": {"kty": "oct", "k": "c2VjcmV0"}}},
+        {"header": {"jwk": {**KEY.public.model_dump(exclude_none=True), "d": "AAAA"}}},
+        {"header": {"jwk": {"kty": "EC", "crv": "P-256", "x": "AAAA", "y": "AAAA"}}},
+        {"header": {"jwk": SigningKey.generate(KEY.id).public.model_dump(exclude_none=True)}},
+    ],
+    ids=str,
+)
+async def test_what_is_not_exactly_a_proof_of_this_request_is_refused(
+    clock: Clock, changed: dict[str, Any]
+) -> None:
+    checker = ProofChecker(clock=clock)
+    with pytest.raises(ProofError) as refused:
+        await check(checker, made(clock, **changed))
+    assert refused.value.code == "invalid_dpop_proof"
+    await check(checker, made(clock))  # and it used up nothing
+
+
+async def test_a_proof_is_for_one_token_by_its_own_key(clock: Clock) -> None:
+    checker = ProofChecker(clock=clock)
+    with pytest.raises(ProofError, match="another token"):
+        await check(checker, made(clock), token="another.access.token")
+    with pytest.raises(ProofError, match="another key"):
+        await check(checker, made(clock, key=SigningKey.generate(KEY.id)))
+    for garbage in ("", "a.b", "a.b.c", "a.b.c.d", made(clock)[:-4] + "AAAA", "é.é.é", "." * 3):
+        with pytest.raises(ProofError):
+            await check(checker, garbage)
+    with pytest.raises(ProofError, match="longer"):
+        await check(checker, "x" * (MAX_PROOF_BYTES + 1))
+
+
+async def test_a_proof_is_of_the_last_minute(clock: Clock) -> None:
+    checker = ProofChecker(clock=clock)
+    for n, age_s in enumerate((PROOF_LIFE_S - 1, 0, -LEEWAY_S)):
+        await check(checker, made(clock, iat=clock.now - age_s, jti=f"good-{n}"))
+    for n, age_s in enumerate((PROOF_LIFE_S, 10**9, -LEEWAY_S - 1)):
+        with pytest.raises(ProofError, match="clock"):
+            await check(checker, made(clock, iat=clock.now - age_s, jti=f"bad-{n}"))
+
+
+async def test_a_proof_does_not_come_again_as_long_as_its_time_counts(clock: Clock) -> None:
+    checker = ProofChecker(clock=clock)
+    early = made(clock, iat=clock.now + LEEWAY_S)
+    await check(checker, early)
+    for _ in range(PROOF_LIFE_S + LEEWAY_S + 5):
+        clock.now += 1
+        with pytest.raises(ProofError):
+            await check(checker, early)
+
+
+async def test_a_memory_that_is_full_takes_no_more_and_forgets_what_is_over(clock: Clock) -> None:
+    checker = ProofChecker(memory=ProofsInMemory(limit=3), clock=clock)
+    for n in range(3):
+        await check(checker, made(clock, jti=str(n)))
+    with pytest.raises(UnavailableError):
+        await check(checker, made(clock, jti="3"))
+    with pytest.raises(ProofError, match="came before"):
+        await check(checker, made(clock, jti="0"))
+    clock.now += PROOF_LIFE_S
+    await check(checker, made(clock, jti="0"))
+
+
+# --- nonces -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_nonce_counts_for_a_while_where_it_was_made(clock: Clock) -> None:
+    nonces = Nonces()
+    checker = ProofChecker(nonces=nonces, clock=clock)
+    own = checker.nonce()
+    for wrong in (..., None, 1, "", "x", "AAAA", Nonces().fresh(clock.now), f"{own}A"):
+        with pytest.raises(ProofError) as refused:
+            await check(checker, made(clock, nonce=wrong))
+        assert refused.value.code == "use_dpop_nonce"
+    clock.now += NONCE_LIFE_S - 1
+    await check(checker, made(clock, nonce=own))
+    clock.now += 1
+    with pytest.raises(ProofError):
+        await check(checker, made(clock, nonce=own, jti="2"))
+    assert ProofChecker(clock=clock).nonce() is None
+
+
+def test_servers_with_one_secret_take_each_others_nonces() -> None:
+    secret = b"s" * 32
+    assert Nonces(secret).counts(Nonces(secret).fresh(1000), 1000)
+    assert not Nonces(b"t" * 32).counts(Nonces(secret).fresh(1000), 1000)
+
+
+# --- URLs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "https://shop.example/env/staging/web?q=1",
+        "https://shop.example/env/staging/web#x",
+        "HTTPS://SHOP.example:443/env/staging/web",
+        "https://shop.example/%65nv/staging/we%62",
+    ],
+)
+def test_spellings_of_one_url(spelling: str) -> None:
+    assert target_uri(spelling) == URL
+
+
+def test_urls_that_differ() -> None:
+    assert target_uri("http://shop.example") == "http://shop.example/"
+    assert target_uri("http://[::1]:8080/x") == "http://[::1]:8080/x"
+    assert target_uri("https://shop.example/a%2fb") == "https://shop.example/a%2Fb"
+    assert target_uri("https://shop.example/A") != target_uri("https://shop.example/a")
+    for wrong in (
+        "", "/x", "shop.example/x", "ftp://shop.example/x", "https://", "https://a:b@shop.example/", "https://shop:x/",
+        "https://shop.example/a/../b", "https://shop.example/a/%2e%2E/b", "https://shop.example/./b",
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            target_uri(wrong)
+
+
+@given(st.text(alphabet="aZ09-._~%/é日 ", max_size=30))
+def test_the_one_form_of_a_url_is_its_own(path: str) -> None:
+    try:
+        uri = target_uri(f"https://shop.example/{path}")
+    except ValueError:
+        return
+    assert target_uri(uri) == uri
+
+
+# --- httpx ------------------------------------------------------------------------------------------------------------
+
+
+async def test_each_request_has_a_proof_of_its_own_and_the_nonce_that_was_given_last(clock: Clock) -> None:
+    """Against a server that wants nonces, and changes them."""
+    nonces = Nonces()
+    checker = ProofChecker(nonces=nonces, clock=clock)
+    seen: list[str] = []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers["DPoP"])
+        headers = {"DPoP-Nonce": str(checker.nonce())}
+        try:
+            await check(checker, seen[-1], method=request.method, url=str(request.url))
+        except ProofError as error:
+            challenge = f'DPoP error="{error.code}", algs="ES256"'
+            return httpx.Response(401, headers={**headers, "WWW-Authenticate": challenge})
+        assert request.headers["Authorization"] == f"DPoP {TOKEN}"
+        return httpx.Response(200, headers=headers, content=request.content)
+
+    auth = DpopAuth(TOKEN, KEY, clock=clock)
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), auth=auth) as http:
+        for tries in (2, 1, 1):  # the first learns that a nonce is wanted
+            seen.clear()
+            response = await http.put(f"{URL}?x=1", content=b"body")
+            assert (response.status_code, response.content, len(seen)) == (200, b"body", tries)
+        clock.now += NONCE_LIFE_S
+        seen.clear()
+        assert (await http.get(URL)).status_code == 200
+        assert len(set(seen)) == 2
+
+
+async def test_a_refusal_that_asks_for_no_nonce_is_not_tried_again() -> None:
+    tries: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        tries.append(request.headers["Authorization"])
+        challenge = 'DPoP error="invalid_token"'
+        return httpx.Response(401, headers={"DPoP-Nonce": "x", "WWW-Authenticate": challenge})
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as http:
+        assert (await http.get(URL, auth=DpopAuth(TOKEN, KEY))).status_code == 401
+        assert (await http.get(URL, auth=BearerAuth(TOKEN))).status_code == 401
+    assert tries == [f"DPoP {TOKEN}", f"Bearer {TOKEN}"]
+
+
+def test_a_p256_key_of_somebody_else_proves_nothing() -> None:
+    """The thumbprint is of the key that signed, not of one that the header names beside it."""
+    other = ec.generate_private_key(ec.SECP256R1())
+    forged = jwt.encode(
+        {"htm": "PUT"}, other, algorithm="ES256",
+        headers={"typ": "dpop+jwt", "jwk": KEY.public.model_dump(exclude_none=True)},
+    )  # fmt: skip
+    checker = ProofChecker()
+    with pytest.raises(ProofError, match="does not verify"):
+        checker._signed_by(forged, KEY.kid)
