@@ -11,18 +11,17 @@ import argparse
 import asyncio
 import secrets
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ringfence.client.errors import TokenRejectedError
-from ringfence.client.verify import TokenVerifier
+from ringfence.client.asgi import TOKEN, App, Needs, Scope, TokenGuard
+from ringfence.client.verify import TokenVerifier, VerifiedToken
 from ringfence.dev.processes import LOOPBACK
-from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.keys import SigningKey
 
 ENVIRONMENTS = ("staging", "production")
@@ -31,14 +30,13 @@ ENVIRONMENTS = ("staging", "production")
 class Platform:
     """What is deployed where, and who may change it."""
 
-    def __init__(self, legacy_token: str, verifier: TokenVerifier) -> None:
+    def __init__(self, legacy_token: str) -> None:
         self._builds = dict.fromkeys(ENVIRONMENTS, "build-420")
         self._legacy_token: str | None = legacy_token
-        self._verifier = verifier
 
-    def application(self) -> Starlette:
+    def application(self, verifier: TokenVerifier, base_url: str) -> App:
         """`GET` and `PUT /env/{env}/web`, `DELETE /legacy-token`, `GET /healthz`."""
-        return Starlette(
+        routes = Starlette(
             routes=[
                 Route("/healthz", self._healthz),
                 Route("/env/{env}/web", self._show, methods=["GET"]),
@@ -46,6 +44,7 @@ class Platform:
                 Route("/legacy-token", self._withdraw, methods=["DELETE"]),
             ]
         )
+        return TokenGuard(routes, verifier, base_url=base_url, needs=self._needs)
 
     async def _healthz(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -61,43 +60,43 @@ class Platform:
         env = request.path_params["env"]
         if env not in self._builds:
             return JSONResponse({"error": f"no environment {env}"}, status_code=404)
-        by = await self._entitled(request, "deploy", f"env/{env}/web")
-        if isinstance(by, Response):
-            return by
         self._builds[env] = str((await request.json())["build"])
-        return JSONResponse({"environment": env, "build": self._builds[env], **by})
-
-    async def _entitled(self, request: Request, verb: str, resource: str) -> dict[str, Any] | Response:
-        token = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self._legacy_token is not None and secrets.compare_digest(
-            token.encode(), self._legacy_token.encode()
-        ):
-            return {"by": "admin", "on_behalf_of": None}
-        try:
-            verified = await self._verifier.verify(token)
-            verified.require(verb, resource)
-        except (TokenRejectedError, UnavailableError) as error:
-            status = 403 if error.code == "insufficient_scope" else 401
-            return JSONResponse({"error": error.code, "message": str(error)}, status_code=status)
-        return {"by": verified.agent, "on_behalf_of": verified.on_behalf_of, "lease": verified.lease_id}
+        return JSONResponse({"environment": env, "build": self._builds[env], **_by(request)})
 
     async def _withdraw(self, request: Request) -> Response:
-        token = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self._legacy_token is None or not secrets.compare_digest(
-            token.encode(), self._legacy_token.encode()
-        ):
+        if not self._is_legacy(Headers(scope=request.scope)):
             return JSONResponse({"error": "invalid_token"}, status_code=401)
         self._legacy_token = None
         return JSONResponse({"withdrawn": True})
+
+    def _needs(self, scope: Scope) -> tuple[str, str] | Needs:
+        """Whoever changes a deployment needs a token of Ringfence for it, or the admin token while there is one."""
+        if scope.get("method") != "PUT" or self._is_legacy(Headers(scope=scope)):
+            return Needs.NO_TOKEN
+        return "deploy", scope["path"].removeprefix("/")
+
+    def _is_legacy(self, headers: Headers) -> bool:
+        token = headers.get("authorization", "").removeprefix("Bearer ")
+        return self._legacy_token is not None and secrets.compare_digest(
+            token.encode(), self._legacy_token.encode()
+        )
+
+
+def _by(request: Request) -> dict[str, str | None]:
+    """Who changes it, as far as anybody can say."""
+    token: VerifiedToken | None = request.scope.get(TOKEN)
+    if token is None:
+        return {"by": "admin", "on_behalf_of": None}
+    return {"by": token.agent, "on_behalf_of": token.on_behalf_of, "lease": token.lease_id}
 
 
 async def _serve(options: argparse.Namespace) -> None:
     async with TokenVerifier(
         options.issuer_url, options.audience, introspection_key=SigningKey.load(options.key_file)
     ) as verifier:
-        platform = Platform(options.legacy_token_file.read_text().strip(), verifier)
+        platform = Platform(options.legacy_token_file.read_text().strip())
         config = uvicorn.Config(
-            platform.application(),
+            platform.application(verifier, f"http://{LOOPBACK}:{options.port}"),
             host=LOOPBACK,
             port=options.port,
             access_log=False,
