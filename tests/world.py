@@ -444,7 +444,7 @@ class World:
         tasks: list[asyncio.Task[None]] = []
         runtimes: list[Runtime] = []
         try:
-            if "issuer" in roles and "revoker" not in roles:
+            if "issuer" in roles and "revoker" not in roles and not self._uses_redis():
                 await declare_complete(self.settings("issuer", **overrides))
             for role in roles:
                 settings = self.settings(role, **overrides)
@@ -463,6 +463,11 @@ class World:
             self._tasks = [task for task in self._tasks if task not in tasks]
             stop.set()
             await asyncio.gather(*tasks)
+
+    def _uses_redis(self) -> bool:
+        """Whether a service runs that would be told that its Redis is another now."""
+        names = {task.get_name() for task in self._tasks}
+        return bool(names & {f"{role} of {self.prefix}" for role in ("issuer", "revoker")})
 
     def _fail_of_dead_services(self) -> None:
         for task in self._tasks:

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
+
 from ringfence.client.administrator import Administrator
 from ringfence.client.settings import ClientSettings
 from ringfence.client.sponsor import PendingApproval, Sponsor
@@ -54,6 +56,19 @@ async def first(sponsor: Sponsor) -> PendingApproval:
         async for pending in sponsor.watch():
             return pending
     raise AssertionError("the watch ended")
+
+
+class Elsewhere(httpx.AsyncHTTPTransport):
+    """Reaches the issuer, whose name in tokens is one address, at the one where this test runs it."""
+
+    def __init__(self, named: str, actual: str) -> None:
+        super().__init__()
+        self._named, self._actual = httpx.URL(named), httpx.URL(actual)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if (request.url.host, request.url.port) == (self._named.host, self._named.port):
+            request.url = request.url.copy_with(host=self._actual.host, port=self._actual.port)
+        return await super().handle_async_request(request)
 
 
 class Played:

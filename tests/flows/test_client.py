@@ -30,7 +30,7 @@ from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
 from ringfence.model.scope import ScopeError
-from tests.flows.sdk import READ, WRITE, administrator, client, first
+from tests.flows.sdk import READ, WRITE, Elsewhere, administrator, client, first
 from tests.world import WITHIN_S, World, scope
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -343,16 +343,3 @@ async def test_from_request_to_release_with_every_service_running(world: World) 
             assert ended.result == "1"
             with pytest.raises(TokenRejectedError):
                 await verifier.verify(second.value)
-
-
-class Elsewhere(httpx.AsyncHTTPTransport):
-    """Reaches the issuer, whose name in tokens is one address, at the one where this test runs it."""
-
-    def __init__(self, named: str, actual: str) -> None:
-        super().__init__()
-        self._named, self._actual = httpx.URL(named), httpx.URL(actual)
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        if (request.url.host, request.url.port) == (self._named.host, self._named.port):
-            request.url = request.url.copy_with(port=self._actual.port)
-        return await super().handle_async_request(request)
