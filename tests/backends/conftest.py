@@ -1,4 +1,4 @@
-"""The real servers of the suite: a Valkey, a PostgreSQL, an sshd. What cannot start fails the run."""
+"""The real servers of the suite: a Valkey, a PostgreSQL, an sshd, an OpenBao. What cannot start fails the run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tests.backends.kinds import (
 from tests.postgres import PostgresServer, PostgresTarget
 from tests.ssh import SshServer, SshTarget
 from tests.targets import valkey_target
+from tests.vault import Vault, running_vault
 
 
 @pytest.fixture(scope="package")
@@ -57,6 +58,15 @@ def ssh_kind(ssh_server: SshServer, tmp_path_factory: pytest.TempPathFactory) ->
     target = SshTarget(TARGET, ssh_server, tmp_path_factory.mktemp("ssh"))
     target.write_secret()
     return SshKind(target)
+
+
+@pytest.fixture(scope="package")
+def vault(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vault]:
+    try:
+        with running_vault(tmp_path_factory.mktemp("bao")) as vault:
+            yield vault
+    except StackError as error:
+        pytest.exit(error.message, returncode=1)
 
 
 @pytest.fixture(scope="package", params=["jwt", "redis", "postgres", "ssh"])

@@ -2,78 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from ringfence.backends import AccessError, BackendSettings, RedisBackend, TargetAccess
 from ringfence.backends.secret_sources import KEPT_S, VaultSource
-from ringfence.dev.processes import LOOPBACK, StackError, free_port, spawn
+from ringfence.dev.processes import LOOPBACK
 from tests.backends.kinds import RedisKind, allow, lease, state
+from tests.vault import Vault
 
-FETCH = Path(__file__).parents[2] / ".ci" / "bao"
-ROOT_TOKEN = "root-of-the-test"
 PLACE = "secret/data/ringfence/thing#url"
 
 
-@dataclass
-class Vault:
-    """An OpenBao in development mode, with KV version 2 at `secret/`."""
-
-    url: str
-
-    def call(self, method: str, path: str, body: Any = None) -> Any:
-        """As root."""
-        answer = httpx.request(
-            method, f"{self.url}/v1/{path}", json=body, headers={"X-Vault-Token": ROOT_TOKEN}, trust_env=False
-        )
-        answer.raise_for_status()
-        return answer.json() if answer.content else None
-
-    def put(self, **fields: str) -> None:
-        self.call("POST", PLACE.partition("#")[0], {"data": fields})
-
-    def token(self, path: str) -> str:
-        """A token that may read one path."""
-        self.call(
-            "PUT", "sys/policies/acl/reader", {"policy": f'path "{path}" {{ capabilities = ["read"] }}'}
-        )
-        made = self.call("POST", "auth/token/create", {"policies": ["reader"], "no_default_policy": True})
-        return str(made["auth"]["client_token"])
-
-
-@pytest.fixture(scope="module")
-def vault(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vault]:
-    fetched = subprocess.run([FETCH], capture_output=True, text=True, check=False)
-    if fetched.returncode:
-        pytest.exit(f"OpenBao is not to be had: {fetched.stderr}", returncode=1)
-    folder, port = tmp_path_factory.mktemp("bao"), free_port()
-    argv = [
-        fetched.stdout.strip(), "server", "-dev", "-dev-no-store-token", f"-dev-root-token-id={ROOT_TOKEN}",
-        f"-dev-listen-address={LOOPBACK}:{port}",
-    ]  # fmt: skip
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
-    child = spawn("bao", argv, log_path=folder / "bao.log", env=environment)
-
-    def answers() -> bool:
-        try:
-            return httpx.get(f"http://{LOOPBACK}:{port}/v1/sys/health", trust_env=False).status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    try:
-        child.wait_until(answers, 30, "answers as initialised and unsealed")
-        yield Vault(f"http://{LOOPBACK}:{port}")
-    except StackError as error:
-        pytest.exit(error.message, returncode=1)
-    finally:
-        child.kill()
+def put(vault: Vault, **fields: str) -> None:
+    vault.call("POST", PLACE.partition("#")[0], {"data": fields})
 
 
 @pytest.fixture
@@ -87,7 +30,7 @@ def token_file(vault: Vault, tmp_path: Path) -> Path:
 async def test_a_backend_works_with_rights_out_of_vault(
     vault: Vault, token_file: Path, redis_kind: RedisKind
 ) -> None:
-    vault.put(url=redis_kind.secret_file.read_text())
+    put(vault, url=redis_kind.secret_file.read_text())
     settings = BackendSettings(
         access={"thing": f"vault:{PLACE}"}, vault_url=vault.url, vault_token_file=token_file
     )
@@ -105,9 +48,9 @@ async def test_a_backend_works_with_rights_out_of_vault(
 async def test_a_replaced_secret_is_seen_before_long(vault: Vault, token_file: Path) -> None:
     now = [100.0]
     source = VaultSource(vault.url, token_file, seconds=lambda: now[0])
-    vault.put(url="one")
+    put(vault, url="one")
     assert await source.read(PLACE, "it") == "one"
-    vault.put(url="two")
+    put(vault, url="two")
     assert await source.read(PLACE, "it") == "one"
     now[0] += KEPT_S
     assert await source.read(PLACE, "it") == "two"
@@ -115,7 +58,7 @@ async def test_a_replaced_secret_is_seen_before_long(vault: Vault, token_file: P
 
 
 async def test_what_vault_does_not_give_is_said_without_the_token(vault: Vault, token_file: Path) -> None:
-    vault.put(url="hush", other="x")
+    put(vault, url="hush", other="x")
     vault.call("POST", "secret/data/ringfence/gone", {"data": {"url": "x"}})
     vault.call("DELETE", "secret/data/ringfence/gone")
     for where, says in {

@@ -16,8 +16,6 @@ import httpx
 import jwt
 import pytest
 import uvicorn
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 
 from ringfence.client.agent import Agent
 from ringfence.client.asgi import TOKEN, TokenGuard
@@ -36,21 +34,10 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.sdk import READ, Elsewhere, client
+from tests.token_keys import rsa_key_file
 from tests.world import WITHIN_S, Party, World
 
 FREE = (VerbFloor(verb="read"),)
-
-
-def rsa_key_file(folder: Path) -> Path:
-    """As `openssl genpkey` writes it."""
-    file = folder / "issuer-token-rs256.pem"
-    file.touch(mode=0o600)
-    file.write_bytes(
-        rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
-    return file
 
 
 @dataclass(frozen=True)
