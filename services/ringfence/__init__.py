@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ringfence.client.administrator import Administrator as Administrator
     from ringfence.client.agent import Agent as Agent
+    from ringfence.client.asgi import Needs as Needs
+    from ringfence.client.asgi import TokenGuard as TokenGuard
     from ringfence.client.grantor import Grantor as Grantor
     from ringfence.client.grantor import Proposal as Proposal
+    from ringfence.client.proofs import Nonces as Nonces
     from ringfence.client.replies import IssuedCredential as IssuedCredential
     from ringfence.client.settings import ClientSettings as ClientSettings
     from ringfence.client.sponsor import PendingApproval as PendingApproval
@@ -25,9 +28,12 @@ __all__ = [
     "ClientSettings",
     "Grantor",
     "IssuedCredential",
+    "Needs",
+    "Nonces",
     "PendingApproval",
     "Proposal",
     "Sponsor",
+    "TokenGuard",
     "TokenVerifier",
     "VerifiedToken",
 ]
@@ -38,9 +44,12 @@ _MODULES = {
     "ClientSettings": "ringfence.client.settings",
     "Grantor": "ringfence.client.grantor",
     "IssuedCredential": "ringfence.client.replies",
+    "Needs": "ringfence.client.asgi",
+    "Nonces": "ringfence.client.proofs",
     "PendingApproval": "ringfence.client.sponsor",
     "Proposal": "ringfence.client.grantor",
     "Sponsor": "ringfence.client.sponsor",
+    "TokenGuard": "ringfence.client.asgi",
     "TokenVerifier": "ringfence.client.verify",
     "VerifiedToken": "ringfence.client.verify",
 }

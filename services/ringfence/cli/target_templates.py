@@ -44,5 +44,7 @@ TEMPLATES: dict[str, Template] = {
             "forward": "operator",
         },
     ),
+    # What is entered with a token: a role in a cloud, a cluster. Who may, may all that the role can.
+    "federation": Template("jwt", {"assume": "sponsor"}),
 }
 """By name. `docs/targets/` has a page for each."""
