@@ -52,7 +52,7 @@ test-tools: $(STAMP) ## the tests with programs of others: kcat
 test-opa: $(STAMP) ## the policy tests on a real OPA as well (needs Go 1.21+; built once, in two minutes)
 	$(BIN)/python -m pytest tests/policy --opa build $(ARGS)
 
-test-backends: $(STAMP) ## every backend on its real server (PostgreSQL, OpenSSH; fetches OpenBao once, 75 MB)
+test-backends: $(STAMP) ## every backend on its real server (PostgreSQL, OpenSSH, Go 1.21+; fetches OpenBao once, 75 MB)
 	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/backends $(ARGS)
 
 chaos: $(STAMP) ## everything fails for SECONDS=60, as SEED=n has it, and no lease may be forgotten (JDK 17+, Maven)

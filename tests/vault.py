@@ -45,15 +45,20 @@ class Vault:
         return str(made["auth"]["client_token"])
 
 
-@contextlib.contextmanager
-def running_vault(folder: Path) -> Iterator[Vault]:
-    """Raises StackError where OpenBao is not to be had, or does not start."""
+def bao_program() -> Path:
+    """Server and command line in one. Raises StackError where it is not to be had."""
     fetched = subprocess.run([FETCH], capture_output=True, text=True, check=False)
     if fetched.returncode:
         raise StackError(f"OpenBao is not to be had: {fetched.stderr}")
+    return Path(fetched.stdout.strip())
+
+
+@contextlib.contextmanager
+def running_vault(folder: Path) -> Iterator[Vault]:
+    """Raises StackError where OpenBao is not to be had, or does not start."""
     port = free_port()
     argv = [
-        fetched.stdout.strip(), "server", "-dev", "-dev-no-store-token", f"-dev-root-token-id={ROOT_TOKEN}",
+        str(bao_program()), "server", "-dev", "-dev-no-store-token", f"-dev-root-token-id={ROOT_TOKEN}",
         f"-dev-listen-address={LOOPBACK}:{port}",
     ]  # fmt: skip
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}

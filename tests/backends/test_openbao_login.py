@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,14 +17,15 @@ import pytest
 
 from ringfence.dev.processes import free_port
 from ringfence.issuer.settings import IssuerSettings
-from ringfence.messages.registry import BackendSettings
+from ringfence.messages.registry import BackendSettings, VerbFloor
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Desk, another, opened_desks
 from tests.token_keys import rsa_key_file
-from tests.vault import ROOT_TOKEN, Vault
-from tests.world import World
+from tests.vault import ROOT_TOKEN, Vault, bao_program
+from tests.world import World, scope
 
+PAGE = Path(__file__).parents[2] / "docs" / "targets" / "federation.md"
 AUDIENCE = "https://vault.test.example"
 ROLE_LIFE_S = 300
 
@@ -31,17 +36,19 @@ class Federation:
 
     vault: Vault
     desk: Desk
+    issuer: str
 
     async def call(self, method: str, path: str, body: Any = None, *, token: str = ROOT_TOKEN) -> Any:
         """Beside this thread: OpenBao asks the issuer, which runs in it."""
         return await asyncio.to_thread(self.vault.call, method, path, body, token=token)
 
-    async def token(self, **backend: Any) -> str:
+    async def token(self, verb: str = "read", **backend: Any) -> str:
         """A token for the target as it is registered then."""
         settings = BackendSettings.model_validate({"kind": "jwt", "audience": AUDIENCE, **backend})
-        await self.desk.world.target(self.desk.target.name, backend=settings, keys=())
+        verbs = (VerbFloor(verb="read"), VerbFloor(verb="assume"))
+        await self.desk.world.target(self.desk.target.name, verbs, backend=settings, keys=())
         assert await self.desk.world.runtimes["issuer"].tables_caught_up(30)
-        _, content = await self.desk.issued("read")
+        _, content = await self.desk.issued(verb)
         assert content.credential is not None
         return content.credential.value
 
@@ -57,11 +64,11 @@ class Federation:
             "token_no_default_policy": True,
             "token_explicit_max_ttl": ROLE_LIFE_S,
         }
-        await self.call("POST", f"auth/jwt/role/{name}", {**given, **changed})
+        await self.call("POST", f"auth/agents/role/{name}", {**given, **changed})
 
     async def login(self, role: str, token: str) -> dict[str, Any]:
         """What OpenBao says of who logged in. Raises HTTPStatusError where it refuses."""
-        login = await self.call("POST", "auth/jwt/login", {"role": role, "jwt": token}, token="")
+        login = await self.call("POST", "auth/agents/login", {"role": role, "jwt": token}, token="")
         auth: dict[str, Any] = login["auth"]
         return auth
 
@@ -86,11 +93,13 @@ async def federation(
         world.running("revoker"),
         world.running("issuer", own={"issuer": own}, http=f"127.0.0.1:{port}", issuer_url=issuer),
     ):
-        there = Federation(vault, await another(office))
+        scope_there = scope(office.target.name, ("read", "assume"), ("**",))
+        office.maria = await world.user("mara", entitlements=scope_there)
+        there = Federation(vault, await another(office, ceiling=scope_there, task_scope=scope_there), issuer)
         vault.policy("one-secret", "secret/data/agents/one")
         await there.call("POST", "secret/data/agents/one", {"data": {"word": "swordfish"}})
-        await there.call("POST", "sys/auth/jwt", {"type": "jwt"})
-        await there.call("POST", "auth/jwt/config", {"oidc_discovery_url": issuer, "bound_issuer": issuer})
+        await there.call("POST", "sys/auth/agents", {"type": "jwt"})
+        await there.call("POST", "auth/agents/config", {"oidc_discovery_url": issuer, "bound_issuer": issuer})
         yield there
 
 
@@ -112,11 +121,11 @@ async def test_an_agent_logs_in_and_reads_its_one_secret(federation: Federation,
 
 async def test_the_scope_can_be_part_of_a_role(federation: Federation) -> None:
     said = "/authorization_details/0"
-    scope = {f"{said}/verbs/0": "read", f"{said}/resources/0": "env/staging/web"}
+    allowed = {f"{said}/verbs/0": "read", f"{said}/resources/0": "env/staging/web"}
     token = await federation.token()
-    await federation.role("reader", bound_claims=scope)
+    await federation.role("reader", bound_claims=allowed)
     assert (await federation.login("reader", token))["client_token"]
-    await federation.role("writer", bound_claims={**scope, f"{said}/verbs/0": "write"})
+    await federation.role("writer", bound_claims={**allowed, f"{said}/verbs/0": "write"})
     assert "does not match" in await federation.refuses("writer", token)
 
 
@@ -144,3 +153,49 @@ async def test_a_token_that_was_given_back_still_logs_in_until_it_expires(federa
     assert (await federation.desk.verdict(claims)).kind == "accepted"
     await federation.desk.lease(lease_id, "released")
     assert (await federation.login("bot", token))["client_token"]
+
+
+async def test_the_commands_of_the_page_can_be_pasted(federation: Federation) -> None:
+    (block,) = re.findall(r"^```console\n(\$ bao .*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    script = re.sub(r"^\$ ", "", block, flags=re.MULTILINE)
+    for said, meant in (
+        ("https://issuer.example", federation.issuer),
+        ("spiffe://acme.example/agent/deploy-bot", federation.desk.bot.id),
+        ("https://vault.example", AUDIENCE),
+        ("shop-secrets", "one-secret"),
+    ):
+        assert said in script
+        script = script.replace(said, meant)
+    environment = {
+        "PATH": f"{bao_program().parent}:{os.environ['PATH']}",
+        "BAO_ADDR": federation.vault.url,
+        "BAO_TOKEN": ROOT_TOKEN,
+        "TOKEN": await federation.token("assume"),
+    }
+
+    async def run(command: str, **more: str) -> subprocess.CompletedProcess[str]:
+        argv = ["bash", "-euo", "pipefail", "-c", command]
+        return await asyncio.to_thread(
+            subprocess.run,
+            argv,
+            env=environment | more,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    ended = await run(script)
+    assert ended.returncode == 0, ended.stderr
+    assert re.search(r'token_policies +\["one-secret"\]', ended.stdout)
+    assert re.search(rf"token_meta_task +{federation.desk.task}", ended.stdout)
+    login = 'bao write -field=token auth/jwt/login role=deploy-bot jwt="$TOKEN"'
+    assert "does not match" in (await run(login, TOKEN=await federation.token("read"))).stderr
+
+    own = (await run(login)).stdout
+    read = "bao read secret/data/agents/one"
+    assert "swordfish" in (await run(read, BAO_TOKEN=own)).stdout
+    assert (await run("bao lease revoke -sync -prefix auth/jwt")).returncode == 0
+    assert (await run(read, BAO_TOKEN=own)).returncode != 0
+    assert (await run("bao auth disable jwt")).returncode == 0
+    assert (await run(login)).returncode != 0

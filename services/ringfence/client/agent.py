@@ -69,7 +69,7 @@ class Agent(Lifetime):
         async with agent.credential(
             task=task_id, target="staging", verbs=["deploy"], resources=["env/staging/web"], reason="release 41"
         ) as credential:
-            await http.post(url, headers=credential.headers())
+            await http.post(url, auth=credential.auth())
     ```
     """
 
