@@ -76,9 +76,19 @@ class Cluster:
         return ended.stderr
 
     async def _authenticate(self, token: str) -> subprocess.CompletedProcess[str]:
-        argv = [str(self.program), str(self.configuration), str(self.authority)]
+        argv, environment = (
+            [str(self.program), str(self.configuration)],
+            {"SSL_CERT_FILE": str(self.authority)},
+        )
         return await asyncio.to_thread(
-            subprocess.run, argv, input=token, capture_output=True, text=True, check=False, timeout=90
+            subprocess.run,
+            argv,
+            env=environment,
+            input=token,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=90,
         )
 
 

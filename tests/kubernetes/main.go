@@ -1,6 +1,7 @@
 // Authenticates one token as an API server of Kubernetes does: by its own code, and its own configuration file.
 //
-// Usage: kubernetes-authenticator CONFIGURATION CA-CERTIFICATE < TOKEN. Prints the user as JSON, or why there is none.
+// Usage: kubernetes-authenticator CONFIGURATION < TOKEN. Prints the user as JSON, or why there is none. Who signed the
+// issuer's certificate stands in the file that SSL_CERT_FILE names.
 package main
 
 import (
@@ -21,22 +22,18 @@ import (
 )
 
 func main() {
-	if len(os.Args) != 3 {
-		fmt.Fprintln(os.Stderr, "usage: kubernetes-authenticator CONFIGURATION CA-CERTIFICATE < TOKEN")
+	if len(os.Args) != 2 {
+		fmt.Fprintln(os.Stderr, "usage: kubernetes-authenticator CONFIGURATION < TOKEN")
 		os.Exit(2)
 	}
-	if err := run(os.Args[1], os.Args[2]); err != nil {
+	if err := run(os.Args[1]); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
 }
 
-func run(configFile, caFile string) error {
+func run(configFile string) error {
 	config, err := configuration(configFile)
-	if err != nil {
-		return err
-	}
-	ca, err := os.ReadFile(caFile)
 	if err != nil {
 		return err
 	}
@@ -46,10 +43,8 @@ func run(configFile, caFile string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 	defer cancel()
-	jwt := config.JWT[0]
-	jwt.Issuer.CertificateAuthority = string(ca)
 	authenticator, err := oidc.New(ctx, oidc.Options{
-		JWTAuthenticator:     jwt,
+		JWTAuthenticator:     config.JWT[0],
 		SupportedSigningAlgs: oidc.AllValidSigningAlgorithms(),
 	})
 	if err != nil {
