@@ -79,7 +79,7 @@ async def organisation(shell: Shell) -> str:
     await shell("olga", "user", "add", "maria", "--name", "Maria Ortiz", *allow, *key)
     await shell(
         "olga", "target", "add", "platform", "--description", "deploys", "--verb", "read", "--verb", "deploy=sponsor",
-        "--request", "GET /env/{name*} read env/{name*}",
+        "--request", "GET /env/{name*} read env/{name*}", "--new-key", str(folder / "platform.json"),
     )  # fmt: skip
     await shell("olga", "key", "new", str(folder / "bot.json"), "--id", "agent/bot")
     await shell(
