@@ -12,6 +12,7 @@ from urllib.parse import parse_qs
 import httpx
 import jwt
 import pytest
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -22,7 +23,7 @@ from ringfence.client.errors import TokenRejectedError
 from ringfence.client.verify import TokenVerifier
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.keys import SigningKey, public_key
+from ringfence.kernel.keys import SigningKey, b64encode, public_key
 from ringfence.messages.api import ApiToken
 
 ISSUER = "http://issuer.example"
@@ -232,6 +233,23 @@ async def test_the_algorithm_is_not_the_tokens_to_choose(
     )  # fmt: skip
     with pytest.raises(TokenRejectedError):
         await verifier.verify(forged)
+
+
+async def test_a_token_names_the_algorithm_of_its_key(
+    verifier: TokenVerifier, issuer: Issuer, clock: Clock
+) -> None:
+    """One that the right key signed, and whose header says otherwise."""
+    body = issuer.token(clock).split(".")[1]
+    for alg, good in (("ES256", True), ("RS256", False)):
+        header = {"typ": "at+jwt", "alg": alg, "kid": "k1"}
+        text = f"{b64encode(json.dumps(header).encode())}.{body}"
+        signature = jwt.algorithms.ECAlgorithm(hashes.SHA256).sign(text.encode(), issuer.keys["k1"])
+        token = f"{text}.{b64encode(signature)}"
+        if good:
+            await verifier.verify(token)
+        else:
+            with pytest.raises(TokenRejectedError):
+                await verifier.verify(token)
 
 
 async def test_a_changed_token_is_rejected(verifier: TokenVerifier, issuer: Issuer, clock: Clock) -> None:

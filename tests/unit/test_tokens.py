@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from ringfence.backends import (
     TokenKeys,
     built_in,
 )
-from ringfence.kernel.keys import KeyFileError, SigningKey
+from ringfence.kernel.keys import KeyFileError, SigningKey, b64encode
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
@@ -175,6 +176,16 @@ def test_the_algorithm_is_the_keys() -> None:
             algorithm=alg, headers={"typ": "at+jwt", "kid": key.kid},
         )  # fmt: skip
         assert keys.verified(token) is None
+
+
+def test_a_token_names_the_algorithm_of_its_key() -> None:
+    """One that the right key signed, and whose header says otherwise."""
+    keys = TokenKeys([KEY])
+    for alg, known in (("ES256", True), ("RS256", False), ("none", False)):
+        header = {"typ": "at+jwt", "alg": alg, "kid": KEY.kid}
+        text = f"{b64encode(json.dumps(header).encode())}.{b64encode(b'{}')}"
+        signature = b64encode(KEY._pair.sign(text.encode()))
+        assert (keys.verified(f"{text}.{signature}") is not None) is known
 
 
 def test_one_key_of_each_algorithm_signs_and_all_are_published() -> None:
