@@ -570,9 +570,10 @@ async def test_the_first_record_of_a_selector_is_remembered(store: LeaseStore) -
         topic="t.revocation.request.v1", partition=3, offset=42, appended_at_ms=1_790_000_000_123
     )
     replayed = first.model_copy(update={"offset": 43, "appended_at_ms": 1_790_000_100_000})
-    assert await store.first_seen(id, first, keep_ms=60_000) == first
-    assert await store.first_seen(id, replayed, keep_ms=60_000) == first
-    assert await store.first_seen(str(uuid.uuid4()), replayed, keep_ms=60_000) == replayed
+    assert await store.first_seen({id: first}, keep_ms=60_000) == {id: first}
+    other = str(uuid.uuid4())
+    seen = await store.first_seen({id: replayed, other: replayed}, keep_ms=60_000)
+    assert seen == {id: first, other: replayed}
 
 
 # --- Redis itself -----------------------------------------------------------------------------------------------------

@@ -78,8 +78,9 @@ async def test_leases_end_and_revocations_stand(store: LeaseStore, settings: Ser
     await store.fence({mark: revoked.claims.requested_at_ms}, cut=True)
     assert (await store.look(revoked.claims.lease_id, [mark])).cut_before_ms > 0
     id = str(uuid.uuid4())
-    assert await store.first_seen(id, AT, keep_ms=60_000) == AT
-    assert await store.first_seen(id, AT.model_copy(update={"offset": 7}), keep_ms=60_000) == AT
+    assert await store.first_seen({id: AT}, keep_ms=60_000) == {id: AT}
+    later = AT.model_copy(update={"offset": 7})
+    assert await store.first_seen({id: later}, keep_ms=60_000) == {id: AT}
     steps = [step(revoked, "ending"), step(revoked, "ending", "revoked")]
     assert [one.outcome for one in await store.step(steps, visibility_ms=VISIBLE_MS)] == ["done", "done"]
     assert set(await until(lambda: claimed(store))) == {due.claims.lease_id}

@@ -37,7 +37,7 @@ CALLS: dict[str, Callable[[LeaseStore], Awaitable[Any]]] = {
     "find": lambda store: store.find(ALL_MARK),
     "count": lambda store: store.count(["agent:bot"]),
     "fence": lambda store: store.fence({ALL_MARK: 1}),
-    "first seen": lambda store: store.first_seen(str(uuid.uuid4()), AT, keep_ms=1),
+    "first seen": lambda store: store.first_seen({str(uuid.uuid4()): AT}, keep_ms=1),
     "unpublished": lambda store: store.unpublished(older_than_ms=0),
     "seqs": lambda store: store.seqs([SOME.claims.lease_id]),
     "restore": lambda store: store.restore([lease()]),
@@ -243,7 +243,7 @@ async def test_fences_and_first_sightings_are_put_back(restoration: Restoration,
     )
     assert [a.outcome for a in answers] == ["fenced", "activated", *["fenced"] * 8]
     replayed = AT.model_copy(update={"offset": 7, "appended_at_ms": 9})
-    assert await store.first_seen(id, replayed, keep_ms=60_000) == AT
+    assert await store.first_seen({id: replayed}, keep_ms=60_000) == {id: AT}
 
 
 async def test_what_another_has_just_rebuilt_is_not_rebuilt_once_more(settings: ServiceSettings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from itertools import count
 from typing import Any
 
@@ -107,22 +108,16 @@ def ack(key: SigningKey, about: Order, at_ms: int) -> Received:
     return record(REVOCATION_ACK, claims, key, at_ms)
 
 
-async def test_without_gateways_a_cut_is_complete_when_redis_refuses(
-    cuts: Cuts, clock: FixedClock, measured: Measured
-) -> None:
-    clock.ms = START_MS + 40
-    cuts.refused(order())
+async def test_without_gateways_a_cut_is_complete_when_redis_refuses(cuts: Cuts, measured: Measured) -> None:
+    cuts.refused(order(), START_MS + 40)
     assert measured() == (1, 40, 0)
 
 
-async def test_a_cut_waits_for_the_last_live_gateway(
-    cuts: Cuts, clock: FixedClock, measured: Measured
-) -> None:
+async def test_a_cut_waits_for_the_last_live_gateway(cuts: Cuts, measured: Measured) -> None:
     one = order()
     cuts.on_heartbeats([beat(ONE, START_MS - 900), beat(TWO, START_MS - 100)])
     assert cuts.live() == {ONE.id, TWO.id}
-    clock.ms = START_MS + 10
-    cuts.refused(one)
+    cuts.refused(one, START_MS + 10)
     cuts.on_acks([ack(ONE, one, START_MS + 15)])
     assert measured() == (0, 0, 0)
     cuts.on_acks([ack(TWO, one, START_MS + 70)])
@@ -131,12 +126,11 @@ async def test_a_cut_waits_for_the_last_live_gateway(
     assert measured() == (1, 70, 0)
 
 
-async def test_a_gateway_may_be_faster_than_redis(cuts: Cuts, clock: FixedClock, measured: Measured) -> None:
+async def test_a_gateway_may_be_faster_than_redis(cuts: Cuts, measured: Measured) -> None:
     one = order()
     cuts.on_heartbeats([beat(ONE, START_MS)])
     cuts.on_acks([ack(ONE, one, START_MS + 5)])
-    clock.ms = START_MS + 30
-    cuts.refused(one)
+    cuts.refused(one, START_MS + 30)
     assert measured() == (1, 30, 0)
 
 
@@ -144,24 +138,92 @@ async def test_a_gateway_that_was_not_heard_within_the_grace_denies_by_itself(
     cuts: Cuts, clock: FixedClock, measured: Measured
 ) -> None:
     cuts.on_heartbeats([beat(ONE, START_MS - GRACE_MS - 1)])
-    cuts.refused(order())
+    cuts.refused(order(), START_MS)
     assert measured() == (1, 0, 0)
 
 
-async def test_the_grace_stands_for_the_word_of_a_gateway_that_gives_none(
-    cuts: Cuts, clock: FixedClock, measured: Measured
-) -> None:
-    cuts.on_heartbeats([beat(ONE, START_MS), beat(TWO, START_MS)])
-    one = order()
-    clock.ms = START_MS + GRACE_MS - 20  # so that the test waits for 20 ms
-    cuts.on_heartbeats([beat(ONE, clock.ms), beat(TWO, clock.ms)])
-    cuts.on_acks([ack(ONE, one, START_MS + 5)])
-    cuts.refused(one)
-    assert measured() == (0, 0, 0)
+class Judging:
+    """Judges cuts; what stands on Kafka is read only when it is asked for."""
+
+    def __init__(self, cuts: Cuts) -> None:
+        self.unread: list[Received] = []
+        self._cuts = cuts
+        self._run = asyncio.create_task(cuts.run(self._caught_up))
+
+    async def _caught_up(self, timeout_s: float) -> bool:
+        unread, self.unread = self.unread, []
+        self._cuts.on_acks(unread)
+        return True
+
+    async def stop(self) -> None:
+        self._run.cancel()
+        await asyncio.gather(self._run, return_exceptions=True)
+
+
+@pytest.fixture
+async def judging(cuts: Cuts) -> AsyncIterator[Judging]:
+    judging = Judging(cuts)
+    yield judging
+    await judging.stop()
+
+
+async def judged(measured: Measured) -> tuple[int, int, int]:
     async with asyncio.timeout(10):
         while measured()[0] == 0:
             await asyncio.sleep(0.01)
-    assert measured() == (1, GRACE_MS, 1)
+    return measured()
+
+
+def nearly_over(cuts: Cuts, clock: FixedClock) -> None:
+    """Both gateways live, and the grace of what was ordered at the start over in 20 ms."""
+    cuts.on_heartbeats([beat(ONE, START_MS), beat(TWO, START_MS)])
+    clock.ms = START_MS + GRACE_MS - 20
+    cuts.on_heartbeats([beat(ONE, clock.ms), beat(TWO, clock.ms)])
+
+
+async def test_the_grace_stands_for_the_word_of_a_gateway_that_gives_none(
+    cuts: Cuts, clock: FixedClock, measured: Measured, judging: Judging
+) -> None:
+    one = order()
+    nearly_over(cuts, clock)
+    cuts.on_acks([ack(ONE, one, START_MS + 5)])
+    cuts.refused(one, START_MS)
+    assert measured() == (0, 0, 0)
+    assert await judged(measured) == (1, GRACE_MS, 1)
+
+
+async def test_a_word_that_is_read_late_counts_from_when_it_stood_on_kafka(
+    cuts: Cuts, clock: FixedClock, measured: Measured, judging: Judging
+) -> None:
+    one = order()
+    nearly_over(cuts, clock)
+    judging.unread = [ack(ONE, one, START_MS + 5), ack(TWO, one, START_MS + 60)]
+    cuts.refused(one, START_MS + 20)
+    assert measured() == (0, 0, 0)
+    assert await judged(measured) == (1, 60, 0)
+
+
+async def test_a_word_that_is_given_after_the_grace_confirms_nothing(
+    cuts: Cuts, clock: FixedClock, measured: Measured, judging: Judging
+) -> None:
+    one = order()
+    nearly_over(cuts, clock)
+    judging.unread = [ack(TWO, one, START_MS + GRACE_MS + 1)]
+    cuts.on_acks([ack(ONE, one, START_MS + 5)])
+    cuts.refused(one, START_MS)
+    assert await judged(measured) == (1, GRACE_MS, 1)
+
+
+async def test_an_order_that_is_followed_late_still_waits_for_who_was_live_when_it_was_given(
+    cuts: Cuts, clock: FixedClock, measured: Measured
+) -> None:
+    one = order()
+    cuts.on_heartbeats([beat(ONE, START_MS)])
+    clock.ms = START_MS + 2 * GRACE_MS
+    assert cuts.live() == frozenset()
+    cuts.refused(one, START_MS + 10)
+    cuts.on_acks([ack(ONE, one, START_MS + 30)])
+    assert measured() == (1, 30, 0)
 
 
 async def test_words_that_no_gateway_signed_count_for_nothing(
@@ -170,7 +232,7 @@ async def test_words_that_no_gateway_signed_count_for_nothing(
     one = order()
     cuts.on_heartbeats([beat(ONE, START_MS), beat(POLICY, START_MS)])
     assert cuts.live() == {ONE.id}
-    cuts.refused(one)
+    cuts.refused(one, START_MS)
     forged = ack(SigningKey.generate(ONE.id), one, START_MS + 1)
     garbage = Received(REVOCATION_ACK, "ringfence.revocation.ack.v1", 0, 1, START_MS, None, b"\x00")
     cuts.on_acks([ack(POLICY, one, START_MS + 1), forged, garbage, ack(TWO, one, START_MS + 1)])

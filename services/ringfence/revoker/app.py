@@ -78,7 +78,7 @@ def build(
 
     runtime.table(TABLES, directory.on_records)
     runtime.table([HEARTBEAT], on_heartbeats)
-    runtime.history([REVOCATION_ACK], cuts.on_acks, since_ms=runtime.clock.now_ms() - _ACKS_BACK_MS)
+    acks = runtime.history([REVOCATION_ACK], cuts.on_acks, since_ms=runtime.clock.now_ms() - _ACKS_BACK_MS)
     streams, since_ms = Streams(), runtime.clock.now_ms()
 
     def on_leases(records: Sequence[Received]) -> None:
@@ -97,6 +97,7 @@ def build(
     runtime.background("redis-watch", store.watch)
     runtime.background("rebuilding", rebuilder.run)
     runtime.background("lease-watch", partial(watch.run, leases))
+    runtime.background("cuts", partial(cuts.run, acks.caught_up))
     runtime.background("outbox-clearing", store.clear_outbox)
     runtime.background("undoing", partial(undoer.run, ender.end_undone))
     runtime.background("expiry", expiry.run)

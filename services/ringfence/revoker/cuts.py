@@ -2,6 +2,9 @@
 
 A gateway is live while its heartbeats come. Its own view may be as old as the grace; then it denies. So the grace after
 the order stands for the word of a gateway that does not give it.
+
+What counts is when words stood on Kafka, and when Redis refused, not when this process came to read of it: it may be
+busy with the ends of what was cut.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from ringfence.kernel import metrics
@@ -25,6 +28,8 @@ from ringfence.revoker.domain import Order
 log = logging.getLogger(__name__)
 
 _REMEMBERED_ACKS = 10_000
+_CAUGHT_UP_WITHIN_S = 30.0
+"""So long words that stand on Kafka are waited for; what is not read by then counts as not said."""
 _CLOCKS_DIFFER_MS = 60_000
 """How far a gateway's clock may be from the broker's before its heartbeats count as old ones, sent again."""
 
@@ -39,11 +44,11 @@ class _Beat:
 
 @dataclass(slots=True)
 class _Cut:
-    """One order whose cut is not complete: Redis has it, and these gateways have not said so."""
+    """One order whose cut is not complete: Redis has it, and not all of these gateways have said so."""
 
     ordered_at_ms: int
     refused_at_ms: int
-    waiting: set[str]
+    gateways: frozenset[str]
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
@@ -58,6 +63,9 @@ class Cuts:
         self._acks: OrderedDict[str, dict[str, int]] = OrderedDict()
         """By revocation: gateways, and when the broker had their word, in ms."""
         self._open: dict[str, _Cut] = {}
+        self._over: list[str] = []
+        """Those of which the grace is over, and not every word may be read that was given within it."""
+        self._to_judge = asyncio.Event()
 
     # --- what gateways say ---
 
@@ -97,51 +105,77 @@ class Cuts:
             self._acks.setdefault(ack.revocation_id, {}).setdefault(ack.iss, record.appended_at_ms)
             while len(self._acks) > _REMEMBERED_ACKS:
                 self._acks.popitem(last=False)
-            self._heard(ack.revocation_id, ack.iss)
+            self._heard(ack.revocation_id)
 
-    def live(self) -> frozenset[str]:
-        """The gateways whose last heartbeat is no older than the grace."""
+    def live(self, ordered_at_ms: int | None = None) -> frozenset[str]:
+        """The gateways whose last heartbeat is no older than the grace; or was not when the grace of an order began."""
         since_ms = self._clock.now_ms() - self._grace_ms
+        if ordered_at_ms is not None:
+            since_ms = min(since_ms, ordered_at_ms)
         return frozenset(id for id, beat in self._beats.items() if beat.appended_at_ms >= since_ms)
 
     # --- what is cut ---
 
-    def refused(self, order: Order) -> None:
-        """Redis refuses what the order covers from now on; the gateways may have been faster or not."""
-        now_ms = self._clock.now_ms()
-        waiting = self.live() - self._acks.get(order.id, {}).keys()
-        cut = _Cut(order.at.appended_at_ms, now_ms, set(waiting))
+    def refused(self, order: Order, at_ms: int) -> None:
+        """Redis refuses what the order covers since `at_ms`; the gateways may have been faster or not."""
         if order.id in self._open:
             return
-        if not waiting:
+        ordered_at_ms = order.at.appended_at_ms
+        cut = _Cut(ordered_at_ms, at_ms, self.live(ordered_at_ms))
+        if not self._unheard(order.id, cut):
             self._complete(order.id, cut)
             return
         self._open[order.id] = cut
-        left_ms = max(0, order.at.appended_at_ms + self._grace_ms - now_ms)
+        left_ms = max(0, ordered_at_ms + self._grace_ms - self._clock.now_ms())
         cut.timer = asyncio.get_running_loop().call_later(left_ms / 1000, self._grace_over, order.id)
 
-    def _heard(self, id: str, gateway: str) -> None:
+    async def run(self, caught_up: Callable[[float], Awaitable[bool]]) -> None:
+        """Judge cuts whose grace is over, for ever.
+
+        Args:
+            caught_up: waits so many seconds until all is read that stands on `revocation.ack`.
+        """  # fmt: skip
+        while True:
+            await self._to_judge.wait()
+            self._to_judge.clear()
+            over, self._over = self._over, []
+            await caught_up(_CAUGHT_UP_WITHIN_S)
+            for id in over:
+                self._judge(id)
+
+    def _unheard(self, id: str, cut: _Cut) -> frozenset[str]:
+        """The gateways whose word did not stand on Kafka within the grace, as far as that is read."""
+        return cut.gateways - self._words(id, cut).keys()
+
+    def _words(self, id: str, cut: _Cut) -> dict[str, int]:
+        """The gateways whose word did, and since when."""
+        until_ms = cut.ordered_at_ms + self._grace_ms
+        return {gateway: at_ms for gateway, at_ms in self._acks.get(id, {}).items() if at_ms <= until_ms}
+
+    def _heard(self, id: str) -> None:
         cut = self._open.get(id)
-        if cut is None:
-            return
-        cut.waiting.discard(gateway)
-        if not cut.waiting:
+        if cut is not None and not self._unheard(id, cut):
             del self._open[id]
             self._complete(id, cut)
 
     def _grace_over(self, id: str) -> None:
+        self._over.append(id)
+        self._to_judge.set()
+
+    def _judge(self, id: str) -> None:
         cut = self._open.pop(id, None)
         if cut is None:
-            return
+            return  # all had given their word
         metrics.CUTS_UNCONFIRMED.inc()
         log.error(
-            "revocation %s was not confirmed within the grace by %s", id, ", ".join(sorted(cut.waiting))
+            "revocation %s was not confirmed within the grace by %s",
+            id,
+            ", ".join(sorted(self._unheard(id, cut))),
         )
         self._complete(id, cut, at_least_ms=cut.ordered_at_ms + self._grace_ms)
 
     def _complete(self, id: str, cut: _Cut, at_least_ms: int = 0) -> None:
         if cut.timer is not None:
             cut.timer.cancel()
-        acks = self._acks.get(id, {}).values()
-        complete_ms = max(cut.refused_at_ms, at_least_ms, *acks)
+        complete_ms = max(cut.refused_at_ms, at_least_ms, *self._words(id, cut).values())
         metrics.TIME_TO_CUT.observe(max(0, complete_ms - cut.ordered_at_ms) / 1000)

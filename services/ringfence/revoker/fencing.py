@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ringfence.kernel.bus import gather_all
 from ringfence.kernel.kafka import Received
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import SELECTOR_KEEP_MS, LeaseStore
@@ -19,21 +18,20 @@ from ringfence.revoker.opening import may_have_selector
 from ringfence.revoker.orders import Orders
 
 
-async def fence(store: LeaseStore, orders: Sequence[Order]) -> list[Coordinates]:
-    """Fence off, and cut, what selectors cover. Returns where each order was seen first.
+async def fence(store: LeaseStore, orders: Sequence[Order]) -> tuple[list[Coordinates], int]:
+    """Fence off, and cut, what selectors cover. Returns where each order was seen first, and since when Redis refuses.
 
     Said again, by somebody else or by a revoker that died in between, it covers what it covered the first time.
     """
-    first = await gather_all(
-        store.first_seen(order.id, order.at, keep_ms=SELECTOR_KEEP_MS) for order in orders
-    )
+    places = {order.id: order.at for order in reversed(orders)}  # of one that is said twice, the first
+    seen = await store.first_seen(places, keep_ms=SELECTOR_KEEP_MS)
+    first = [seen[order.id] for order in orders]
     marks: dict[str, int] = {}
     for order, at in zip(orders, first, strict=True):
         assert order.claims.selector is not None
         mark = mark_of(order.claims.selector)
         marks[mark] = max(marks.get(mark, 0), at.appended_at_ms)
-    await store.fence(marks, cut=True)
-    return first
+    return first, await store.fence(marks, cut=True)
 
 
 class FenceHandler:
@@ -52,6 +50,7 @@ class FenceHandler:
             return
         objections = await self._orders.objections(selecting, {})
         followed = [order for order, no in zip(selecting, objections, strict=True) if no is None]
-        for order, first in zip(followed, await fence(self._store, followed), strict=True):
+        seen, at_ms = await fence(self._store, followed)
+        for order, first in zip(followed, seen, strict=True):
             if order.at == first:
-                self._cuts.refused(order)
+                self._cuts.refused(order, at_ms)

@@ -130,14 +130,15 @@ class RevocationHandler:
         ended = await self._ender.end(
             [Wish(leases[case.order.claims.lease_id or ""], case.order.cause()) for case in cases]
         )
+        now_ms = self._runtime.clock.now_ms()
         for case in cases:
             case.ended = _count([ended[case.order.claims.lease_id or ""]], case.order)
-            self._cuts.refused(case.order)
+            self._cuts.refused(case.order, now_ms)
 
     async def _end_selected(self, case: _Case, selector: Selector) -> None:
         """Fence first, then look: whatever is activated later was asked for after the order."""
         order = case.order
-        (first,) = await fence(self._store, [order])
+        (first,), _ = await fence(self._store, [order])
         case.replayed = first != order.at
 
         def covered(lease: Lease) -> Wish | None:
@@ -277,8 +278,8 @@ class RecordHandler:
         covers what it covered the first time.
         """
         id = derived_id("record", record.sub, record.revision)
-        first = await self._store.first_seen(id, received.coordinates, keep_ms=RECORD_AGE_MS)
-        await self._store.fence({narrowing.mark: first.appended_at_ms})
+        first = await self._store.first_seen({id: received.coordinates}, keep_ms=RECORD_AGE_MS)
+        await self._store.fence({narrowing.mark: first[id].appended_at_ms})
 
     async def _order_unfit(self, narrowing: Narrowing, sub: str, entry: Entry[AnyState]) -> None:
         acknowledged = []

@@ -67,7 +67,7 @@ class Overdue:
         here = Coordinates(topic=SERVICE_EVENT.what, partition=0, offset=0, appended_at_ms=now_ms)
         try:
             id = derived_id("overdue", lease.lease_id)
-            if await self._store.first_seen(id, here, keep_ms=SELECTOR_KEEP_MS) == here:
+            if (await self._store.first_seen({id: here}, keep_ms=SELECTOR_KEEP_MS))[id] == here:
                 self._telling.add(lease.lease_id)
             if lease.lease_id in self._telling:
                 await self._event(lease)

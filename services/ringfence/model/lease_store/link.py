@@ -28,12 +28,9 @@ from redis.exceptions import (
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ringfence.kernel.errors import SettingsError, UnavailableError
-from ringfence.model.lease_store.scripts import LOST, Script
+from ringfence.model.lease_store.scripts import LOST, Argument, Command, Script
 
 log = logging.getLogger(__name__)
-
-Argument = str | bytes | int
-Command = tuple[Argument, ...]
 
 _PIPELINE = 500
 """The most commands in one round trip: others must get their turn."""

@@ -12,6 +12,7 @@ from ringfence.kernel.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store.keys import (
     ANEW,
+    FENCE_KEEP_MS,
     RECORD_KEEP_MS,
     SELECTOR_KEEP_MS,
     Keys,
@@ -21,7 +22,7 @@ from ringfence.model.lease_store.keys import (
     shard_of,
     unpacked,
 )
-from ringfence.model.lease_store.link import Argument, Call, Command, Link
+from ringfence.model.lease_store.link import Call, Link
 from ringfence.model.lease_store.packing import deflated
 from ringfence.model.lease_store.scripts import (
     COMPARE,
@@ -30,14 +31,16 @@ from ringfence.model.lease_store.scripts import (
     RECOUNT,
     RESTORE,
     RESUME,
+    Argument,
+    Command,
     Script,
     always,
+    fencing,
 )
 from ringfence.model.lease_store.store import (
     NO_LIMIT,
     epoch_name,
     epoch_run_id,
-    fencing,
     place_text,
     restoring,
     uses_of,
@@ -206,7 +209,9 @@ class Restoration:
 
     async def fence(self, fences: Mapping[str, int]) -> None:
         """Put fences (mark: `issued_before` in ms) back; higher ones stay."""
-        await self._link.pipeline([command for at in self._keys for command in fencing(at, fences)])
+        await self._link.pipeline(
+            [one for at in self._keys for one in fencing(at.fences, fences, FENCE_KEEP_MS)]
+        )
 
     async def first_seen(self, places: Mapping[str, Coordinates]) -> None:
         """Put back where selectors (derived ids) were seen first."""

@@ -7,6 +7,10 @@ or may have, nothing is done. In the scripts of a rebuild it is the claim of who
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+
+Argument = str | bytes | int
+Command = tuple[Argument, ...]
 
 LOST = "LOST"
 """How the error begins that a script answers with where the epoch is another."""
@@ -35,9 +39,27 @@ class Script:
         self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
 
-def always(name: str, key: str | bytes, *args: str | bytes | int) -> tuple[str | bytes | int, ...]:
+def always(name: str, key: str | bytes, *args: Argument) -> Command:
     """A command on one key that Redis carries out even where it is full."""
     return ("EVAL", _COMMAND, 1, key, name, *args)
+
+
+_FENCE = f"""{_ALWAYS}{_NOW}
+redis.call('ZADD', KEYS[1], 'GT', unpack(ARGV, 2))
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[1])
+return now
+"""
+
+
+def fencing(fences: str, marks: Mapping[str, int], keep_ms: int) -> list[Command]:
+    """What puts fences (mark: `issued_before` in ms) into a shard, even where Redis is full. It answers when, in ms.
+
+    Those that can cover nothing more, `keep_ms` older than the newest, go.
+    """
+    if not marks:
+        return []
+    scored = [part for mark, before_ms in marks.items() for part in (before_ms, mark)]
+    return [("EVAL", _FENCE, 1, fences, max(marks.values()) - keep_ms, *scored)]
 
 
 # --- issuing ----------------------------------------------------------------------------------------------------------

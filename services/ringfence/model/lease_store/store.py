@@ -29,7 +29,7 @@ from ringfence.model.lease_store.keys import (
     shard_of,
     unpacked,
 )
-from ringfence.model.lease_store.link import Argument, Call, Command, Link, LostError
+from ringfence.model.lease_store.link import Call, Link, LostError
 from ringfence.model.lease_store.packing import deflated, inflated
 from ringfence.model.lease_store.scripts import (
     ACTIVATE,
@@ -48,8 +48,11 @@ from ringfence.model.lease_store.scripts import (
     STALE,
     TRANSITION,
     USE_GRANT,
+    Argument,
+    Command,
     Script,
     always,
+    fencing,
 )
 from ringfence.model.lease_store.values import (
     Activation,
@@ -516,10 +519,11 @@ class LeaseStore:
 
     # --- fences and selectors ---
 
-    async def fence(self, marks: Mapping[str, int], *, cut: bool = False) -> None:
+    async def fence(self, marks: Mapping[str, int], *, cut: bool = False) -> int:
         """From the return of this on, nothing is activated that bears one of the marks and was requested by its time.
 
-        With `cut`, nothing that there is counts as active either: `look` says so before a revoker has found it.
+        With `cut`, nothing that there is counts as active either: `look` says so before a revoker has found it. Returns
+        since when all shards have it, by Redis's clock, in ms.
 
         Args:
             marks: with the times, in ms, up to which requests are covered.
@@ -527,17 +531,17 @@ class LeaseStore:
         fences = dict(marks)
         if cut:
             fences |= {cut_mark(mark): before_ms for mark, before_ms in marks.items()}
-        await self._guarded([command for at in self.keys for command in fencing(at, fences)], self.keys)
+        commands = [one for at in self.keys for one in fencing(at.fences, fences, FENCE_KEEP_MS)]
+        return max(await self._guarded(commands, self.keys), default=0)
 
-    async def first_seen(self, id: str, at: Coordinates, *, keep_ms: int) -> Coordinates:
-        """Where the selector `id` (a derived id) was seen first: at `at`, unless it was seen before."""
-        keys = self.at(id)
-        key = keys.selector(id)
-        commands: list[Command] = [
-            always("SET", key, place_text(at), "NX", "PX", keep_ms),
-            ("GET", key),
-        ]
-        return place_of_text((await self._guarded(commands, [keys]))[1])
+    async def first_seen(self, places: Mapping[str, Coordinates], *, keep_ms: int) -> dict[str, Coordinates]:
+        """Where selectors (derived ids) were seen first: at these places, unless they were seen before."""
+        commands: list[Command] = []
+        for id, place in places.items():
+            key = self.at(id).selector(id)
+            commands += [always("SET", key, place_text(place), "NX", "PX", keep_ms), ("GET", key)]
+        answers = await self._guarded(commands, map(self.at, places))
+        return {id: place_of_text(text) for id, text in zip(places, answers[1::2], strict=True)}
 
     # --- asking ---
 
@@ -604,17 +608,6 @@ def epoch_run_id(epoch: bytes) -> str:
 def epoch_name(epoch: bytes) -> str:
     """The epoch of a shard as records bear it."""
     return epoch.partition(b".")[2].decode("ascii", "replace")
-
-
-def fencing(at: Keys, fences: Mapping[str, int]) -> list[Command]:
-    """What puts fences (mark: `issued_before` in ms) into one shard. Those that can cover nothing more go."""
-    if not fences:
-        return []
-    scored = [part for mark, before_ms in fences.items() for part in (before_ms, mark)]
-    return [
-        always("ZADD", at.fences, "GT", *scored),
-        ("ZREMRANGEBYSCORE", at.fences, "-inf", max(fences.values()) - FENCE_KEEP_MS),
-    ]
 
 
 def place_text(at: Coordinates) -> str:
