@@ -12,6 +12,7 @@ from typing import Any, cast
 import hiredis
 from redis import Redis
 
+from ringfence.kernel.ids import derived_id, lease_id
 from ringfence.kernel.jws import sign
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.settings import ServiceSettings
@@ -20,7 +21,7 @@ from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import SignedLease
 from ringfence.model.lease_store.keys import Keys, packed, shard_of
-from ringfence.model.lease_store.packing import deflated
+from ringfence.model.lease_store.packing import condensed
 from ringfence.model.leases import marks_of, origin_of, record_id
 
 PER_AGENT, PER_TASK = 100, 20
@@ -63,7 +64,7 @@ class Valkey:
 
     def fill(self, to: int, jws: str) -> str:
         """Live leases up to a number. Returns the id of one."""
-        now_s, id, record = int(time.time()), "", deflated(jws)
+        now_s, id, record = int(time.time()), "", condensed(jws)
 
         def commands() -> Iterator[tuple[Any, ...]]:
             nonlocal id
@@ -101,7 +102,7 @@ class Valkey:
             command
             for one in leases
             for command in self._activation(
-                one.claims.lease_id, one.claims, one.claims.deadline, deflated(one.jws)
+                one.claims.lease_id, one.claims, one.claims.deadline, condensed(one.jws)
             )
         )
 
@@ -131,7 +132,8 @@ def signed_leases(
     example, now_s = cast(Lease, EXAMPLES[Lease]), int(time.time())
     leases = []
     for number in range(count):
-        id = str(uuid.uuid4())
+        request_id = str(uuid.uuid4())
+        id = lease_id(request_id)
         origin = origin_of(id, Coordinates(topic="bench", partition=0, offset=number, appended_at_ms=0))
         lease = example.model_copy(
             update={
@@ -142,7 +144,10 @@ def signed_leases(
                 "lease_id": id,
                 "seq": 1,
                 "status": "active",
+                "request_id": request_id,
+                "decision_id": derived_id("decision", request_id, "allowed"),
                 "agent_id": agent_id(number),
+                "act": (agent_id(number),),
                 "deadline": deadline_s(number),
                 "cause": None,
             }

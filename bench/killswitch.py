@@ -198,10 +198,9 @@ async def _measure(stack: Stack, pids: dict[str, int]) -> None:
         selectors = {agent_id: Selector(agent_id=agent_id) for agent_id in agents}
         cut_ms = await bench.throw(await bench.leases(), selectors)
         _describe(f"{AGENTS} switches at once, each for an agent", cut_ms)
-        late = sum((heard.cut_ms(id) or 0) > settings.grace_s * 1000 for id in heard.ordered_at_ms)
-        print(
-            f"  of {len(heard.ordered_at_ms)} orders {late} were not confirmed within the grace; the revoker says:"
-        )
+        cuts = [heard.cut_ms(id) for id in heard.ordered_at_ms]
+        late = sum(one is None or one > settings.grace_s * 1000 for one in cuts)
+        print(f"  of {len(cuts)} orders {late} were not confirmed within the grace; the revoker says:")
         text = await asyncio.to_thread(lambda: httpx.get(f"{stack.url('revoker')}/metrics").text)
         for line in text.splitlines():
             if line.startswith(("ringfence_time_to_cut_seconds", "ringfence_cuts_unconfirmed_total ")):

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.kafka import Follower, Received
 from ringfence.messages.topics import ALL
-from ringfence.model.lease_store.packing import inflated
+from ringfence.model.lease_store.packing import expanded
 from tests.stack import WITHIN_S
 
 _BASE64 = re.compile(rb"[A-Za-z0-9_-]{24,}")
@@ -77,7 +77,7 @@ async def _pieces(client: Any, key: bytes) -> list[bytes]:
             assert kind == b"none", kind
             pieces = []
     starts = [start for piece in pieces for start in (piece, piece.partition(b"\n")[2])]
-    return pieces + [record for start in starts if (record := inflated(start)) is not start]
+    return pieces + [record for start in starts if (record := expanded(start)) is not start]
 
 
 def in_files(folders: Iterable[Path], secrets: Sequence[str]) -> list[str]:

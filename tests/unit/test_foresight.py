@@ -14,7 +14,7 @@ from ringfence.kernel.keys import PublicKey, SigningKey
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.lease import EndCause, Lease
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.model.lease_store.packing import inflated
+from ringfence.model.lease_store.packing import expanded
 from ringfence.model.leases import follow
 from ringfence.revoker.foresight import Foresight
 from tests.leases import lease
@@ -76,7 +76,7 @@ def test_what_was_foreseen_is_the_same_and_costs_nothing_more(
     trust: TrustStore, counted: dict[str, int], as_redis_has_it: bool
 ) -> None:
     record, foresight = issued(), Foresight(trust, REVOKER, SystemClock())
-    record = record if as_redis_has_it else inflated(record)
+    record = record if as_redis_has_it else expanded(record)
     plainly = Foresight(trust, REVOKER, SystemClock())
     as_ever = plainly.sign(end(plainly.open(record)))
     foresight.remember(record, end)

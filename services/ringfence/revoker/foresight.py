@@ -18,7 +18,7 @@ from ringfence.kernel.jws import compact_jws, parse, signing_input
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.lease import Lease
-from ringfence.model.lease_store import LeaseStore, Place, inflated, unverified_payload
+from ringfence.model.lease_store import LeaseStore, Place, expanded, unverified_payload
 from ringfence.model.opening import open_lease
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Foresight:
                 if payload is None:
                     return parse(record).unverified_claims(Lease)
                 return Lease.model_validate_json(payload)
-        return open_lease(inflated(record), self._trust, self._clock)
+        return open_lease(expanded(record), self._trust, self._clock)
 
     def sign(self, claims: Lease) -> str:
         """The compact JWS of a record by this process."""
@@ -71,7 +71,7 @@ class Foresight:
     def remember(self, record: bytes, end: Callable[[Lease], Lease]) -> None:
         """Remember that a record holds, and the signature of its `end`. What does not hold is found out later."""
         try:
-            lease = open_lease(inflated(record), self._trust, self._clock)
+            lease = open_lease(expanded(record), self._trust, self._clock)
         except InvalidMessageError:
             return
         self._trusts_as_before()

@@ -23,7 +23,7 @@ from ringfence.model.lease_store.keys import (
     unpacked,
 )
 from ringfence.model.lease_store.link import Call, Link
-from ringfence.model.lease_store.packing import deflated
+from ringfence.model.lease_store.packing import condensed
 from ringfence.model.lease_store.scripts import (
     COMPARE,
     GIVE_UP,
@@ -201,7 +201,7 @@ class Restoration:
                     QUEUE,
                     at := self._at(one.claims.lease_id),
                     (at.outbox, at.outbox_times),
-                    (outbox_field(one.claims.lease_id, one.claims.seq), deflated(one.jws)),
+                    (outbox_field(one.claims.lease_id, one.claims.seq), condensed(one.jws)),
                 )
                 for one in leases
             ]

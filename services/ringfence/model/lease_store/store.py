@@ -30,7 +30,7 @@ from ringfence.model.lease_store.keys import (
     unpacked,
 )
 from ringfence.model.lease_store.link import Call, Link, LostError
-from ringfence.model.lease_store.packing import deflated, inflated
+from ringfence.model.lease_store.packing import condensed, expanded
 from ringfence.model.lease_store.scripts import (
     ACTIVATE,
     CLAIM,
@@ -355,7 +355,7 @@ class LeaseStore:
                 packed(claims.lease_id),
                 f"{step.after.status} {step.after.seq} {step.after.epoch or ''}",
                 head_of(claims),
-                deflated(step.lease.jws),
+                condensed(step.lease.jws),
                 outbox_field(claims.lease_id, claims.seq),
                 claims.deadline * 1000 if over else "",
                 len(marks),
@@ -468,7 +468,7 @@ class LeaseStore:
         """Records that have been in the outbox for so long, `limit` of each shard. They count as new from now on."""
         calls = [_Call(STALE, at, (at.outbox, at.outbox_times), (older_than_ms, limit)) for at in self.keys]
         return [
-            Outgoing(*lease_of_field(field), inflated(record))
+            Outgoing(*lease_of_field(field), expanded(record))
             for flat in await self._run(calls)
             for field, record in zip(flat[::2], flat[1::2], strict=True)
         ]
@@ -646,7 +646,7 @@ def restoring(
             claims.status,
             claims.deadline * 1000,
             head,
-            deflated(lease.jws),
+            condensed(lease.jws),
             record_keep_ms if claims.status in TERMINAL else "",
             MINTING_MS if claims.status == "minting" else 0,
             max(claims.seq, over_seq + 1),
@@ -681,7 +681,7 @@ def _issue(id: bytes, lease: SignedLease) -> tuple[Argument, ...]:
         claims.deadline * 1000,
         claims.requested_at_ms,
         head_of(claims),
-        deflated(lease.jws),
+        condensed(lease.jws),
         outbox_field(claims.lease_id, claims.seq),
         MIN_LEFT_MS,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from ringfence.messages.lease import Lease, LeaseStatus
-from ringfence.model.lease_store.packing import inflated
+from ringfence.model.lease_store.packing import expanded
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class StoredLease:
     @property
     def jws(self) -> bytes:
         """The signed record."""
-        return inflated(self.record)
+        return expanded(self.record)
 
 
 @dataclass(frozen=True, slots=True)
