@@ -22,7 +22,7 @@ from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import SignedLease
 from ringfence.model.lease_store.keys import Keys, packed, shard_of
 from ringfence.model.lease_store.packing import condensed
-from ringfence.model.leases import marks_of, origin_of, record_id
+from ringfence.model.leases import origin_of, record_id
 
 PER_AGENT, PER_TASK = 100, 20
 SPONSORS, USERS, TARGETS = 500, 1_000, 50
@@ -93,8 +93,10 @@ class Valkey:
         yield "SET", at.record(raw), b"active 1 %d\n%b" % (ms, record)
         yield "SET", at.live(raw), "", "PXAT", ms
         yield "ZADD", at.deadlines, ms, raw
-        for mark in marks_of(names):
-            yield "SADD", at.index(mark), raw
+        leases, *agents = at.indexes(names)
+        yield "SADD", leases, raw
+        for key in agents:
+            yield "HINCRBY", key, names.agent_id, 1
 
     def put(self, leases: Iterable[SignedLease]) -> None:
         """Real leases, active."""

@@ -1,4 +1,4 @@
-"""Leases as the lease store takes them, for its tests: their JWS are no JWS, the store only keeps them."""
+"""Leases as the lease store takes them, for its tests: signed by somebody whom nobody need believe."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Callable
 from typing import Any, cast
 
+from ringfence.kernel.jws import sign
+from ringfence.kernel.keys import SigningKey
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import EndCause, Lease, LeaseStatus
@@ -19,10 +21,16 @@ assert isinstance(EXAMPLE, Lease)
 VISIBLE_MS = 60_000
 CAUSE = EndCause(kind="revocation", at_ms=1, by="spiffe://acme.example/user/olga", ref="r1", reason="a test")
 REVOKER = "spiffe://acme.example/service/revoker"
+_KEY = SigningKey.generate(REVOKER)
+
+
+def signed(claims: Lease) -> SignedLease:
+    """A lease and its record."""
+    return SignedLease(claims, sign(claims, _KEY))
 
 
 def lease(**fields: Any) -> SignedLease:
-    """A new active lease, of an agent of its own unless told otherwise. Its JWS is no JWS: the store only keeps it."""
+    """A new active lease, of an agent of its own unless told otherwise."""
     name = uuid.uuid4().hex[:8]
     id = str(uuid.uuid4())
     origin = origin_of(id, Coordinates(topic="t", partition=0, offset=1, appended_at_ms=1))
@@ -40,7 +48,7 @@ def lease(**fields: Any) -> SignedLease:
         **fields,
     }
     claims = cast(Lease, EXAMPLE.model_copy(update=given))
-    return SignedLease(claims, f"signed.{id}.1")
+    return signed(claims)
 
 
 def step(before: SignedLease, *statuses: LeaseStatus, cause: EndCause = CAUSE) -> Step:
@@ -48,7 +56,14 @@ def step(before: SignedLease, *statuses: LeaseStatus, cause: EndCause = CAUSE) -
     claims = after = before.claims
     for status in statuses:
         after, claims = claims, follow(claims, status, by=REVOKER, cause=cause)
-    return Step(SignedLease(claims, f"signed.{claims.lease_id}.{claims.seq}"), after)
+    return Step(signed(claims), after)
+
+
+async def bearing(store: LeaseStore, mark: str, agent_id: str | None = None) -> list[str]:
+    """The ids of the leases that bear a mark, as those come to them who act on it."""
+    ids = await store.find(mark, agent_id=agent_id)
+    stored = await store.get(ids)
+    return [id for id in ids if stored[id].may_bear(mark)]
 
 
 async def until(found: Callable[[], Any]) -> Any:
@@ -82,4 +97,4 @@ def minted(before: SignedLease) -> SignedLease:
     claims = before.claims
     origin = claims.jti.rpartition(".")[0]
     active = claims.model_copy(update={"status": "active", "seq": 2, "jti": record_id(origin, 2)})
-    return SignedLease(active, f"signed.{claims.lease_id}.2")
+    return signed(active)

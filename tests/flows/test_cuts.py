@@ -202,9 +202,9 @@ async def test_introspection_refuses_what_a_selector_covers_before_any_lease_is_
     found = asyncio.Event()
     end_bearing = Ender.end_bearing
 
-    async def finding_nothing_yet(self: Ender, mark: str, wish: Any) -> list[Lease]:
+    async def finding_nothing_yet(self: Ender, mark: str, wish: Any, **more: Any) -> list[Lease]:
         await found.wait()
-        return await end_bearing(self, mark, wish)
+        return await end_bearing(self, mark, wish, **more)
 
     monkeypatch.setattr(Ender, "end_bearing", finding_nothing_yet)
     cuts = await metric(world, "ringfence_time_to_cut_seconds_count")
@@ -233,10 +233,10 @@ async def test_a_selector_cuts_while_another_one_is_still_ending_leases(
     ending, go_on = asyncio.Event(), asyncio.Event()
     end_bearing = Ender.end_bearing
 
-    async def slowly(self: Ender, mark: str, wish: Any) -> list[Lease]:
+    async def slowly(self: Ender, mark: str, wish: Any, **more: Any) -> list[Lease]:
         ending.set()
         await go_on.wait()
-        return await end_bearing(self, mark, wish)
+        return await end_bearing(self, mark, wish, **more)
 
     monkeypatch.setattr(Ender, "end_bearing", slowly)
     await one.revoke(world.operator, selector=Selector(agent_id=one.bot.name))

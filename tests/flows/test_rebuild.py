@@ -328,7 +328,7 @@ async def test_each_difference_is_listed_and_a_rebuild_mends_it(
         await redis.delete(keys.record(id), keys.live(id))
         await redis.zrem(keys.deadlines, id)
         keys, id = at(unindexed)
-        await redis.srem(keys.index(f"agent:{desk.bot.name}"), id)
+        await redis.srem(keys.index(desk.bot.name), id)
         keys, id = at(dead)
         await redis.delete(keys.live(id))
         keys, id = at(undue)

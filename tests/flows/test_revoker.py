@@ -381,11 +381,11 @@ async def test_a_redelivered_selector_ends_what_its_first_time_left(
     leases = [(await desk.issued("read"))[0] for _ in range(3)]
     end_bearing, failures = Ender.end_bearing, list[str]()
 
-    async def failing(self: Ender, mark: str, wish: Any) -> list[Lease]:
+    async def failing(self: Ender, mark: str, wish: Any, **more: Any) -> list[Lease]:
         if not failures:
             failures.append(mark)
             raise UnavailableError("Redis went away")
-        return await end_bearing(self, mark, wish)
+        return await end_bearing(self, mark, wish, **more)
 
     monkeypatch.setattr(Ender, "end_bearing", failing)
     event = await accepted(desk, desk.sam, selector=Selector(agent_id=desk.bot.name))

@@ -26,11 +26,12 @@ from ringfence.model.lease_store import (
     Place,
     Preparation,
     SignedLease,
+    expanded,
     outbox_field,
 )
-from ringfence.model.leases import ALL_MARK, marks_of
+from ringfence.model.leases import ALL_MARK, marks_of, wide_marks_of
 from tests.brokers import RedisServer
-from tests.leases import VISIBLE_MS, claimed, lease, minted, minting, soon, step, until
+from tests.leases import VISIBLE_MS, bearing, claimed, lease, minted, minting, soon, step, until
 from tests.lost_redis import declare_complete
 
 
@@ -173,7 +174,7 @@ async def test_a_prepared_lease_is_found_and_not_active_until_it_is_activated(st
     assert looked.stored is not None
     assert (looked.stored.status, looked.stored.seq, looked.stored.jws) == ("minting", 1, one.jws.encode())
     for mark in (*marks_of(one.claims), ALL_MARK):
-        assert id in await store.find(mark)
+        assert id in await bearing(store, mark)
     assert await claimed(store) == {}
     assert [(o.lease_id, o.seq) for o in await store.unpublished(older_than_ms=0)] == [(id, 1)]
     assert await store.activate([minted(one)], token="a") == [Activation("activated")]
@@ -288,7 +289,7 @@ async def test_what_is_due_soon_is_gone_through_once_by_its_deadlines_and_not_ta
         place, records = Place(), list[bytes]()
         while True:
             place, some = await store.due_after(shard, place, within_ms=600_000, limit=2)
-            records += some
+            records += map(expanded, some)
             if len(some) < 2:
                 break
         assert (await store.due_after(shard, place, within_ms=600_000, limit=2))[1] == []
@@ -401,7 +402,7 @@ async def test_from_the_cut_on_a_lease_is_inactive_and_still_found(store: LeaseS
     assert looked.stored is not None
     assert looked.stored.status == "ending"
     for mark in marks_of(one.claims):
-        assert await store.find(mark) == [one.claims.lease_id]
+        assert await bearing(store, mark) == [one.claims.lease_id]
 
 
 async def test_a_lease_that_was_cut_by_a_revoker_that_died_is_claimed_by_another(store: LeaseStore) -> None:
@@ -471,7 +472,7 @@ async def test_an_ended_lease_leaves_the_indexes_and_keeps_its_record_for_a_whil
         await by.step([step(which, "ending")], visibility_ms=VISIBLE_MS)
         await by.step([step(which, "ending", "revoked")], visibility_ms=VISIBLE_MS)
         for mark in marks_of(which.claims):
-            assert await kept.find(mark) == []
+            assert await bearing(kept, mark) == []
     assert await kept.find(ALL_MARK) == []
 
     async def gone() -> bool:
@@ -491,9 +492,39 @@ async def test_leases_are_found_by_each_of_their_marks_across_shards(store: Leas
     mine = [lease(task_id=task, agent_id="bot") for _ in range(20)]
     other = lease(agent_id="bot")
     await store.activate([*mine, other])
-    assert sorted(await store.find(f"task:{task}")) == sorted(one.claims.lease_id for one in mine)
+    for agent_id in (None, "bot"):
+        assert sorted(await bearing(store, f"task:{task}", agent_id)) == sorted(
+            one.claims.lease_id for one in mine
+        )
+    assert await bearing(store, f"task:{task}", "another") == []
     assert len(await store.find("agent:bot")) == 21
     assert len(await store.find(ALL_MARK)) == 21
+
+
+async def test_those_of_several_agents_are_found_and_counted_as_long_as_there_are_any(
+    store: LeaseStore,
+) -> None:
+    sam = {"sponsor": "sam", "target_id": "wiki", "on_behalf_of": "maria"}
+    mine = [lease(**sam, agent_id=f"bot-{n % 3}") for n in range(30)]
+    others = [lease(**{**sam, name: "another"}, agent_id=f"bot-{n}") for n, name in enumerate(sam)]
+    await store.activate([*mine, *mine[:5], *others])
+    for mark in wide_marks_of(mine[0].claims):
+        kind = mark.partition(":")[0]
+        ids = {one.claims.lease_id for one in (*mine, *others) if mark in marks_of(one.claims)}
+        assert len(ids) == 32, kind
+        assert set(await bearing(store, mark)) == ids
+        assert await store.count([mark, f"{kind}:another", f"{kind}:nobody"]) == {
+            mark: 32,
+            f"{kind}:another": 1,
+            f"{kind}:nobody": 0,
+        }
+    ends = [step(one, *statuses) for one in mine for statuses in (("ending",), ("ending", "revoked"))]
+    await store.step(ends, visibility_ms=VISIBLE_MS)
+    await store.step(ends, visibility_ms=VISIBLE_MS)
+    for mark in wide_marks_of(mine[0].claims):
+        assert await store.count([mark]) == {mark: 2}
+        assert len(await store.find(mark)) == 2
+    assert await store.count(["agent:bot-0"]) == {"agent:bot-0": 1}
 
 
 # --- the outbox -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from tests.chaos.proxy import Link
 from tests.chaos.valkey import ChaosValkey, join
 from tests.conftest import Kafka
 from tests.flows.desk import another, opened_desks
-from tests.leases import VISIBLE_MS, lease, minted, minting, step, until
+from tests.leases import VISIBLE_MS, bearing, lease, minted, minting, step, until
 from tests.lost_redis import declare_complete
 from tests.world import World
 
@@ -167,7 +167,7 @@ async def test_a_node_that_was_restarted_holds_up_everything_until_it_is_rebuilt
     await declare_complete(settings)
     assert [a.outcome for a in await store.activate(leases)] == ["known"] * 48
     for mark in marks_of(leases[0].claims):
-        assert await store.find(mark) == [leases[0].claims.lease_id]
+        assert await bearing(store, mark) == [leases[0].claims.lease_id]
 
 
 async def test_services_on_a_cluster_rebuild_the_node_that_was_lost(

@@ -146,13 +146,21 @@ def sponsor_mark(user_id: str) -> str:
 
 def marks_of(lease: Lease) -> tuple[str, ...]:
     """What the lease is found by, and fenced by besides `ALL_MARK`: each as `<kind>:<id>`."""
+    return (agent_mark(lease.agent_id), f"task:{lease.task_id}", *wide_marks_of(lease))
+
+
+def wide_marks_of(lease: Lease) -> tuple[str, ...]:
+    """Those of its marks that leases of many agents may bear: sponsor, target, user."""
     return (
-        agent_mark(lease.agent_id),
-        f"task:{lease.task_id}",
         sponsor_mark(lease.sponsor),
         f"target:{lease.target_id}",
         f"user:{lease.on_behalf_of}",
     )
+
+
+def bears(lease: Lease, mark: str) -> bool:
+    """Whether the lease bears a mark."""
+    return mark == ALL_MARK or mark in marks_of(lease)
 
 
 def cut_mark(mark: str) -> str:

@@ -122,6 +122,18 @@ def _answers_for(user_id: str, directory: Directory, *, agent_id: str | None, ta
     return agent is not None and agent.state.sponsor == user_id
 
 
+def agent_of_task(task_id: str, directory: Directory) -> str | None:
+    """The only agent that has leases of a task; None where it is not known.
+
+    A task is assigned to one agent for good, and no other is issued a credential for it.
+    """
+    try:
+        task = directory.task(task_id)
+    except ChainError:
+        return None
+    return task.state.agent_id if task is not None else None
+
+
 # --- records ----------------------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ from ringfence.model.lease_store import (
     Stepped,
     StoredLease,
 )
-from ringfence.model.leases import follow, is_over, restated
+from ringfence.model.leases import bears, follow, is_over, restated
 from ringfence.revoker.domain import deadline_cause, next_status
 from ringfence.revoker.foresight import Foresight
 
@@ -94,26 +94,39 @@ class Ender:
         return found
 
     async def bearing(
-        self, mark: str, statuses: Collection[LeaseStatus] | None = None
+        self, mark: str, statuses: Collection[LeaseStatus] | None = None, *, agent_id: str | None = None
     ) -> AsyncIterator[dict[str, Lease]]:
         """The leases that bear a mark and have not ended, some at a time: the first can end before the last is read.
 
-        `statuses`: only these, as far as Redis says.
+        `statuses`: only these, as far as Redis says. `agent_id`: the only agent whose leases can bear it, where known.
         """
-        ids = await self._store.find(mark)
+        ids = await self._store.find(mark, agent_id=agent_id)
         for start in range(0, len(ids), AT_A_TIME):
-            stored = await self._store.get(ids[start : start + AT_A_TIME])
-            yield await self.read(
-                {id: one for id, one in stored.items() if statuses is None or one.status in statuses}
-            )
+            yield await self._read_bearing(mark, ids[start : start + AT_A_TIME], statuses)
 
-    async def end_bearing(self, mark: str, wish: Callable[[Lease], Wish | None]) -> list[Lease]:
-        """End those of the leases that bear a mark for which there is a wish. Returns each as it is then, as `end`."""
-        ids, turns = await self._store.find(mark), asyncio.Semaphore(TOGETHER)
+    async def _read_bearing(
+        self, mark: str, ids: Sequence[str], statuses: Collection[LeaseStatus] | None = None
+    ) -> dict[str, Lease]:
+        """Those of these leases that bear a mark. What bears another, as it says itself, is not even verified."""
+        stored = {
+            id: one
+            for id, one in (await self._store.get(ids)).items()
+            if (statuses is None or one.status in statuses) and one.may_bear(mark)
+        }
+        return {id: lease for id, lease in (await self.read(stored)).items() if bears(lease, mark)}
+
+    async def end_bearing(
+        self, mark: str, wish: Callable[[Lease], Wish | None], *, agent_id: str | None = None
+    ) -> list[Lease]:
+        """End those of the leases that bear a mark for which there is a wish. Returns each as it is then, as `end`.
+
+        `agent_id`: the only agent whose leases can bear it, where that is known.
+        """
+        ids, turns = await self._store.find(mark, agent_id=agent_id), asyncio.Semaphore(TOGETHER)
 
         async def part(some: Sequence[str]) -> list[Lease]:
             async with turns:
-                leases = await self.read(dict(await self._store.get(some)))
+                leases = await self._read_bearing(mark, some)
                 wishes = [wished for lease in leases.values() if (wished := wish(lease)) is not None]
                 return list((await self.end(wishes)).values())
 

@@ -144,7 +144,10 @@ class RevocationHandler:
         def covered(lease: Lease) -> Wish | None:
             return Wish(lease, order.cause()) if is_covered(lease, first.appended_at_ms) else None
 
-        case.ended = _count(await self._ender.end_bearing(mark_of(selector), covered), order)
+        ended = await self._ender.end_bearing(
+            mark_of(selector), covered, agent_id=self._orders.agent_of(selector)
+        )
+        case.ended = _count(ended, order)
 
     def _is_own(self, order: Order) -> bool:
         return order.claims.iss == self._runtime.key.id

@@ -16,6 +16,7 @@ from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases import ALL_MARK
+from ringfence.revoker.domain import agent_of_task
 from ringfence.revoker.ending import Ender
 from ringfence.revoker.overdue import Overdue
 
@@ -54,10 +55,11 @@ class LeasesApi:
         status = request.query_params.get("status")
         late = request.query_params.get("overdue") == "1"
         statuses = _UNFINISHED if late else None
-        # Any of the filters' indexes will do: each holds all that can pass.
+        # Any of the filters will do: all that can pass bears its mark.
         mark = next((f"{kind}:{value}" for kind, value in wanted.items()), ALL_MARK)
+        agent_id = agent_of_task(wanted["task"], self._directory) if "task" in wanted else None
         shown: list[Lease] = []
-        async for leases in self._ender.bearing(mark, statuses):
+        async for leases in self._ender.bearing(mark, statuses, agent_id=agent_id):
             shown += [
                 lease
                 for lease in leases.values()

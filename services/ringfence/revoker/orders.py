@@ -8,9 +8,9 @@ from ringfence.kernel.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.credential import Reason
-from ringfence.messages.lease import Lease
+from ringfence.messages.lease import Lease, Selector
 from ringfence.model.directory import Directory
-from ringfence.revoker.domain import Order, objection
+from ringfence.revoker.domain import Order, agent_of_task, objection
 from ringfence.revoker.opening import open_order
 
 
@@ -50,6 +50,12 @@ class Orders:
         if any(found) and await self._runtime.tables_caught_up(self._patience_s):
             found = [one and self._objection(order, leases) for order, one in zip(orders, found, strict=True)]
         return found
+
+    def agent_of(self, selector: Selector) -> str | None:
+        """The only agent whose leases a selector can cover; None where there may be others, or that is not known."""
+        if selector.task_id is not None:
+            return agent_of_task(selector.task_id, self._directory)
+        return selector.agent_id
 
     def _objection(self, order: Order, leases: Mapping[str, Lease]) -> Reason | None:
         return objection(order, leases.get(order.claims.lease_id or ""), self._directory)

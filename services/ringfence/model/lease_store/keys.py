@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from ringfence.messages.lease import Lease
+from ringfence.model.leases import wide_marks_of
+
 DAY_MS = 24 * 3600 * 1000
 RECORD_KEEP_MS = DAY_MS
 """How long a lease's record stays after its end: its decision, delivered again, must find it."""
@@ -50,8 +53,11 @@ class Keys:
         self.record_prefix = f"{base}lease:".encode()
         """Before a lease id: `<status> <seq> <deadline ms>`, while it is minting the token of who mints it, from the
         cut on the epoch that the record bears, a line feed, the signed record."""
-        self.index_prefix = f"{base}by:"
-        """Before a mark: a set of the ids of the leases that bear it and have not ended."""
+        self.index_prefix = f"{base}by:agent:"
+        """Before the id of an agent: a set of the ids of its leases that have not ended."""
+        self.agents_prefix = f"{base}agents:"
+        """Before the mark of a sponsor, target or user: a hash of the agents that have such leases, and how many each.
+        A task is one agent's: there is none of it."""
 
     def live(self, id: bytes) -> bytes:
         return self.live_prefix + id
@@ -59,9 +65,17 @@ class Keys:
     def record(self, id: bytes) -> bytes:
         return self.record_prefix + id
 
-    def index(self, mark: str) -> str:
-        """Set: the ids of the leases that bear a mark and have not ended."""
-        return self.index_prefix + mark
+    def index(self, agent_id: str) -> str:
+        """Set: the ids of the leases of an agent that have not ended."""
+        return self.index_prefix + agent_id
+
+    def agents(self, mark: str) -> str:
+        """Hash: the agents of the leases that bear a wide mark and have not ended, and how many each has."""
+        return self.agents_prefix + mark
+
+    def indexes(self, lease: Lease) -> tuple[str, ...]:
+        """Where a lease is found that has not ended."""
+        return (self.index(lease.agent_id), *map(self.agents, wide_marks_of(lease)))
 
     def grant(self, id: str) -> str:
         """Set: the ids of the leases that name a grant. On the shard of the grant, `GRANT_KEEP_MS` past the last."""

@@ -47,9 +47,9 @@ _DICTIONARY = (
 )
 _FRESH = zlib.compressobj(_LEVEL, zlib.DEFLATED, _WINDOW, _MEMORY, zlib.Z_DEFAULT_STRATEGY, _DICTIONARY)
 
-_FIXED = struct.Struct(">BBBIQI32s16s16s32s16sH")
-"""Flags, status, `seq`, `iat`, `requested_at_ms`, `deadline`, `kid`, ids of origin and request, digest of the decision,
-id of the task, length of the texts."""
+_FIXED = struct.Struct(">BBBIIHI32s16s16s32s16sH")
+"""Flags, status, `seq`, `iat`, `requested_at_ms` in s and ms, `deadline`, `kid`, ids of origin and request, digest of
+the decision, id of the task, length of the texts."""
 _BETWEEN, _WITHIN = "\0", "\1"
 """Between texts, and between the verbs, or the resources, of one permission. JSON would write both in another way."""
 _STATUSES = ("minting", "active", "ending", "released", "revoked", "expired", "aborted")
@@ -136,7 +136,7 @@ def _taken_apart(alg: int, kid: bytes, claims: Any) -> bytes:
             _STATUSES.index(claims["status"]),
             claims["seq"],
             claims["iat"],
-            claims["requested_at_ms"],
+            *divmod(claims["requested_at_ms"], 1000),
             deadline,
             kid,
             packed(claims["jti"].partition(".")[0]),
@@ -174,7 +174,7 @@ def _texts(claims: Any) -> Iterator[str]:
 def _put_together(apart: bytes) -> tuple[bytes, bytes]:
     """Header and payload."""
     (
-        flags, status, seq, iat, requested_at_ms, deadline, kid, origin, request, digest, task, length,
+        flags, status, seq, iat, requested_s, requested_ms, deadline, kid, origin, request, digest, task, length,
     ) = _FIXED.unpack_from(apart)  # fmt: skip
     at = _FIXED.size + length
     aud, service, agent_id, sponsor, user, target_id, backend, *scope = (
@@ -211,7 +211,8 @@ def _put_together(apart: bytes) -> tuple[bytes, bytes]:
         f'"agent_id":"{agent_id}","act":["{agent_id}"],"sponsor":"{sponsor}","on_behalf_of":"{user}",'
         f'"task_id":"{unpacked(task)}","target_id":"{target_id}","backend":"{backend}",'
         f'"delivery":"{_DELIVERIES[bool(flags & _GATEWAY)]}","scope":[{permissions}],'
-        f'"requested_at_ms":{requested_at_ms},"deadline":{deadline}{grants}{thumbprint}{break_glass}{cause}{epoch}{trace}}}'
+        f'"requested_at_ms":{requested_s * 1000 + requested_ms},"deadline":{deadline}'
+        f"{grants}{thumbprint}{break_glass}{cause}{epoch}{trace}}}"
     )
     return _header(flags & _EDDSA, kid), payload.encode()
 

@@ -262,7 +262,7 @@ class Restoration:
         }
 
     async def held(self, marks: Mapping[str, Sequence[str]]) -> dict[str, Held]:
-        """What Redis holds of leases; with each are given the marks that it should be found by."""
+        """What Redis holds of leases; with each are given the marks that it should be found by, its agent's first."""
         commands: list[Command] = []
         for lease_id, some in marks.items():
             at, id = self._at(lease_id), packed(lease_id)
@@ -271,7 +271,7 @@ class Restoration:
                 ("EXISTS", at.live(id)),
                 ("ZSCORE", at.deadlines, id),
                 ("ZSCORE", at.claimed, id),
-                *(("SISMEMBER", at.index(mark), id) for mark in some),
+                *(_found_by(at, id, mark, some[0]) for mark in some),
             ]
         answers = iter(await self._link.pipeline(commands))
         return {lease_id: _held(answers, some) for lease_id, some in marks.items()}
@@ -302,5 +302,18 @@ def _held(answers: Iterator[Any], marks: Sequence[str]) -> Held:
         bool(live),
         int(deadline) if deadline is not None else None,
         claimed is not None,
-        frozenset(mark for mark in marks if next(answers)),
+        _marks(marks, [bool(next(answers)) for _ in marks]),
     )
+
+
+def _found_by(at: Keys, id: bytes, mark: str, agent: str) -> Command:
+    """What asks whether a lease is found by a mark, provided that it is by its agent's."""
+    agent_id = agent.partition(":")[2]
+    if mark.startswith(("agent:", "task:")):
+        return ("SISMEMBER", at.index(agent_id), id)
+    return ("HEXISTS", at.agents(mark), agent_id)
+
+
+def _marks(marks: Sequence[str], found: Sequence[bool]) -> frozenset[str]:
+    """Those that a lease is found by: none where it does not stand among the leases of its agent."""
+    return frozenset(mark for mark, is_found in zip(marks, found, strict=True) if is_found and found[0])

@@ -26,6 +26,21 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 
+# A lease among those of its agent (keys[1], a set), and its agent among those of its sponsor, target and user (the
+# other keys, hashes), by the number of its leases there.
+_INDEXES = """
+local function enter(keys, id, agent)
+    if redis.call('SADD', keys[1], id) == 0 then return end
+    for i = 2, #keys do redis.call('HINCRBY', keys[i], agent, 1) end
+end
+local function leave(keys, id, agent)
+    if redis.call('SREM', keys[1], id) == 0 then return end
+    for i = 2, #keys do
+        if redis.call('HINCRBY', keys[i], agent, -1) <= 0 then redis.call('HDEL', keys[i], agent) end
+    end
+end
+"""
+
 
 class Script:
     """One script, and the name that Redis knows it by.
@@ -65,10 +80,10 @@ def fencing(fences: str, marks: Mapping[str, int], keep_ms: int) -> list[Command
 # --- issuing ----------------------------------------------------------------------------------------------------------
 
 # Whether fences or time forbid to issue what the script is about. Of ARGV: 2 deadline, 3 requested at,
-# 7 least time left, 10... marks.
+# 7 least time left, 11... marks.
 _FORBIDDEN = """
 local function forbidden(fences)
-    local marks = {unpack(ARGV, 10)}
+    local marks = {unpack(ARGV, 11)}
     for i, before in ipairs(redis.call('ZMSCORE', fences, unpack(marks))) do
         if before and tonumber(before) >= tonumber(ARGV[3]) then return {'fenced', marks[i]} end
     end
@@ -78,9 +93,10 @@ end
 
 # KEYS: record, claimed, outbox, outbox times, fences, index...
 # ARGV: id, deadline, requested at, head of the record, record, outbox field, least time left, token, time to mint,
-#       mark...
+#       agent, mark...
 _PREPARE = (
-    _FORBIDDEN
+    _INDEXES
+    + _FORBIDDEN
     + """
 local known = redis.call('GET', KEYS[1])
 local head, token, signed = string.match(known or '', '^(minting %d+ %d+) (%S+)\\n(.*)')
@@ -96,7 +112,7 @@ end
 redis.call('SET', KEYS[1], ARGV[4] .. ' ' .. ARGV[8] .. '\\n' .. ARGV[5])
 redis.call('HSET', KEYS[3], ARGV[6], ARGV[5])
 redis.call('ZADD', KEYS[4], now, ARGV[6])
-for i = 6, #KEYS do redis.call('SADD', KEYS[i], ARGV[1]) end
+enter({unpack(KEYS, 6)}, ARGV[1], ARGV[10])
 return {'prepared'}
 """
 )
@@ -106,9 +122,10 @@ CLOSE = Script(_PREPARE, always=True)
 
 # KEYS: record, live, deadlines, claimed, outbox, outbox times, fences, index...
 # ARGV: id, deadline, requested at, head of the record, record, outbox field, least time left,
-#       token that the `minting` record must bear, else '', seq of that, mark...
+#       token that the `minting` record must bear, else '', seq of that, agent, mark...
 ACTIVATE = Script(
-    _FORBIDDEN
+    _INDEXES
+    + _FORBIDDEN
     + """
 local known, record = redis.call('GET', KEYS[1]), ARGV[4] .. '\\n' .. ARGV[5]
 if ARGV[8] ~= '' then
@@ -127,7 +144,7 @@ redis.call('ZADD', KEYS[3], ARGV[2], ARGV[1])
 redis.call('ZREM', KEYS[4], ARGV[1])
 redis.call('HSET', KEYS[5], ARGV[6], ARGV[5])
 redis.call('ZADD', KEYS[6], now, ARGV[6])
-for i = 8, #KEYS do redis.call('SADD', KEYS[i], ARGV[1]) end
+enter({unpack(KEYS, 8)}, ARGV[1], ARGV[10])
 return {'activated'}
 """
 )
@@ -216,17 +233,18 @@ return {}
 
 # The next records of many leases of a shard. Where one of a lease does not follow, none that come after it do.
 # KEYS: deadlines, claimed, outbox, outbox times.
-# ARGV: prefixes of records, live keys and indexes (same slot), how long a lease that has not ended is claimed, how long
-#       the record of one that has is kept,
+# ARGV: prefixes of records, live keys, leases of agents and agents of marks (same slot), how long a lease that has not
+#       ended is claimed, how long the record of one that has is kept,
 #       (id, status, seq and epoch of the record that is expected there, head of the record, record, outbox field,
-#       deadline if terminal, else '', how many marks it has, mark...)...
+#       deadline, agent and three marks if terminal, else '' and nothing more)...
 TRANSITION = Script(
-    """
+    _INDEXES
+    + """
 local answers, done, over, claimed, live = {}, {}, {}, {}, {}
-local records, times, marked, moved = {}, {}, {}, {}
-local i = 6
+local records, times, moved = {}, {}, {}
+local i = 7
 while i <= #ARGV do
-    local id, deadline, marks = ARGV[i], ARGV[i + 5], tonumber(ARGV[i + 6])
+    local id, deadline = ARGV[i], ARGV[i + 5]
     local key = ARGV[1] .. id
     local head = redis.call('GETRANGE', key, 0, 63)
     local status, seq, epoch = string.match(head, '^(%a+) (%d+) %d+ ?([^\\n]*)')
@@ -243,15 +261,13 @@ while i <= #ARGV do
         local record = ARGV[i + 2] .. '\\n' .. ARGV[i + 3]
         if deadline ~= '' then
             over[#over + 1] = id
-            redis.call('SET', key, record, 'PXAT', math.max(now, tonumber(deadline)) + ARGV[5])
-            for n = i + 7, i + 6 + marks do
-                local ids = marked[ARGV[n]] or {}
-                ids[#ids + 1] = id
-                marked[ARGV[n]] = ids
-            end
+            redis.call('SET', key, record, 'PXAT', math.max(now, tonumber(deadline)) + ARGV[6])
+            local keys = {ARGV[3] .. ARGV[i + 6]}
+            for n = 7, 9 do keys[#keys + 1] = ARGV[4] .. ARGV[i + n] end
+            leave(keys, id, ARGV[i + 6])
         else
             redis.call('SET', key, record)
-            claimed[#claimed + 1] = now + ARGV[4]
+            claimed[#claimed + 1] = now + ARGV[5]
             claimed[#claimed + 1] = id
         end
         records[#records + 1] = ARGV[i + 4]
@@ -259,14 +275,13 @@ while i <= #ARGV do
         times[#times + 1] = now
         times[#times + 1] = ARGV[i + 4]
     end
-    i = i + 7 + marks
+    i = i + (deadline == '' and 6 or 10)
 end
 if #done > 0 then
     redis.call('UNLINK', unpack(live))
     redis.call('ZREM', KEYS[1], unpack(done))
     if #claimed > 0 then redis.call('ZADD', KEYS[2], unpack(claimed)) end
     if #over > 0 then redis.call('ZREM', KEYS[2], unpack(over)) end
-    for mark, ids in pairs(marked) do redis.call('SREM', ARGV[3] .. mark, unpack(ids)) end
     redis.call('HSET', KEYS[3], unpack(records))
     redis.call('ZADD', KEYS[4], unpack(times))
 end
@@ -349,9 +364,10 @@ return held
 # What lies in the outbox up to `done` is on Kafka, or counts for nothing.
 # KEYS: record, live, deadlines, claimed, outbox, outbox times, index...
 # ARGV: id, done, status, deadline, head of the record, record, how long a terminal record is kept, else '',
-#       when a claimed one is due, from now, the seq from which on what is there stays as it is
+#       when a claimed one is due, from now, the seq from which on what is there stays as it is, agent
 RESTORE = Script(
-    """
+    _INDEXES
+    + """
 local known = redis.call('GET', KEYS[1])
 if known and tonumber(string.match(known, '^%a+ (%d+) ')) >= tonumber(ARGV[9]) then return 0 end
 for seq = 1, ARGV[2] do
@@ -365,10 +381,10 @@ if ARGV[7] ~= '' then
     redis.call('DEL', KEYS[2])
     redis.call('ZREM', KEYS[3], ARGV[1])
     redis.call('ZREM', KEYS[4], ARGV[1])
-    for i = 7, #KEYS do redis.call('SREM', KEYS[i], ARGV[1]) end
+    leave({unpack(KEYS, 7)}, ARGV[1], ARGV[10])
     return 1
 end
-for i = 7, #KEYS do redis.call('SADD', KEYS[i], ARGV[1]) end
+enter({unpack(KEYS, 7)}, ARGV[1], ARGV[10])
 if ARGV[3] == 'active' then
     if deadline > now then redis.call('SET', KEYS[2], '', 'PXAT', deadline) end
     redis.call('ZADD', KEYS[3], deadline, ARGV[1])

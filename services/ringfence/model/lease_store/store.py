@@ -66,7 +66,7 @@ from ringfence.model.lease_store.values import (
     Stepped,
     StoredLease,
 )
-from ringfence.model.leases import ALL_MARK, cut_mark, marks_of
+from ringfence.model.leases import ALL_MARK, cut_mark, marks_of, wide_marks_of
 
 log = logging.getLogger(__name__)
 
@@ -264,12 +264,12 @@ class LeaseStore:
         return [_preparation(*answer) for answer in await self._run(calls, full=_FULL)]
 
     def _prepare(self, lease: SignedLease, token: str, mint_ms: int) -> _Call:
-        at, id, marks = self.at(lease.claims.lease_id), packed(lease.claims.lease_id), marks_of(lease.claims)
+        claims, at, id = lease.claims, self.at(lease.claims.lease_id), packed(lease.claims.lease_id)
         return _Call(
             CLOSE if token == CLOSING_TOKEN else PREPARE,
             at,
-            (at.record(id), at.claimed, at.outbox, at.outbox_times, at.fences, *map(at.index, marks)),
-            (*_issue(id, lease), token, mint_ms, *marks, ALL_MARK),
+            (at.record(id), at.claimed, at.outbox, at.outbox_times, at.fences, *at.indexes(claims)),
+            (*_issue(id, lease), token, mint_ms, claims.agent_id, *marks_of(claims), ALL_MARK),
         )
 
     async def activate(self, leases: Sequence[SignedLease], *, token: str | None = None) -> list[Activation]:
@@ -282,7 +282,6 @@ class LeaseStore:
 
     def _activate(self, lease: SignedLease, token: str | None) -> _Call:
         claims, at, id = lease.claims, self.at(lease.claims.lease_id), packed(lease.claims.lease_id)
-        marks = marks_of(claims)
         return _Call(
             ACTIVATE,
             at,
@@ -294,9 +293,16 @@ class LeaseStore:
                 at.outbox,
                 at.outbox_times,
                 at.fences,
-                *map(at.index, marks),
+                *at.indexes(claims),
             ),
-            (*_issue(id, lease), token or "", claims.seq - 1, *marks, ALL_MARK),
+            (
+                *_issue(id, lease),
+                token or "",
+                claims.seq - 1,
+                claims.agent_id,
+                *marks_of(claims),
+                ALL_MARK,
+            ),
         )
 
     async def use_grant(self, grant_id: str, lease_id: str, *, most: int) -> bool:
@@ -344,23 +350,23 @@ class LeaseStore:
             at.record_prefix,
             at.live_prefix,
             at.index_prefix,
+            at.agents_prefix,
             visibility_ms,
             self.record_keep_ms,
         ]
         for step in steps:
             claims = step.lease.claims
-            over = claims.status in TERMINAL
-            marks = marks_of(claims) if over else ()
             args += (
                 packed(claims.lease_id),
                 f"{step.after.status} {step.after.seq} {step.after.epoch or ''}",
                 head_of(claims),
                 condensed(step.lease.jws),
                 outbox_field(claims.lease_id, claims.seq),
-                claims.deadline * 1000 if over else "",
-                len(marks),
-                *marks,
             )
+            if claims.status in TERMINAL:
+                args += (claims.deadline * 1000, claims.agent_id, *wide_marks_of(claims))
+            else:
+                args.append("")
         keys = (at.deadlines, at.claimed, at.outbox, at.outbox_times)
         return _Call(TRANSITION, at, keys, tuple(args), epoch)
 
@@ -566,23 +572,46 @@ class LeaseStore:
         }
         return {id: StoredLease.unpack(record) for n, id in enumerate(lease_ids) if (record := records[n])}
 
-    async def find(self, mark: str) -> list[str]:
-        """The ids of all leases that bear a mark and have not ended, whatever their shard."""
+    async def find(self, mark: str, *, agent_id: str | None = None) -> list[str]:
+        """The ids of all leases that bear a mark and have not ended, whatever their shard, and maybe those of others.
+
+        Which do, their records say (`StoredLease.may_bear`). `agent_id`: the only agent whose leases can bear the mark,
+        where that is known. Of a task it should be: otherwise those that are found are all that there are.
+        """
+        agents = await self._agents(mark, agent_id)
         commands: list[Command] = []
-        for at in self.keys:
-            if mark == ALL_MARK:
+        for n, at in enumerate(self.keys):
+            if agents is None:
                 commands += [("ZRANGE", at.deadlines, 0, -1), ("ZRANGE", at.claimed, 0, -1)]
             else:
-                commands.append(("SMEMBERS", at.index(mark)))
+                commands += [("SMEMBERS", at.index(one)) for one in agents[n]]
         answers = await self._guarded(commands, self.keys)
         return list(dict.fromkeys(unpacked(id) for ids in answers for id in ids))
 
+    async def _agents(self, mark: str, agent_id: str | None) -> list[list[str]] | None:
+        """Of each shard: the agents that have leases with a mark there. None where that would be all."""
+        kind, _, id = mark.partition(":")
+        if kind == "agent":
+            agent_id = id
+        if agent_id is not None:
+            return [[agent_id]] * len(self.keys)
+        if kind in ("task", ALL_MARK):
+            return None
+        answers = await self._guarded([("HKEYS", at.agents(mark)) for at in self.keys], self.keys)
+        return [list(map(_text, agents)) for agents in answers]
+
     async def count(self, marks: Sequence[str]) -> dict[str, int]:
-        """How many leases bear each mark and have not ended."""
-        commands = [("SCARD", at.index(mark)) for mark in marks for at in self.keys]
+        """How many leases of each of these agents and sponsors have not ended."""
+        commands: list[Command] = []
+        for mark in marks:
+            kind, _, id = mark.partition(":")
+            commands += [
+                ("SCARD", at.index(id)) if kind == "agent" else ("HVALS", at.agents(mark)) for at in self.keys
+            ]
         answers = await self._guarded(commands, self.keys)
+        counts = [found if isinstance(found, int) else sum(map(int, found)) for found in answers]
         size = len(self.keys)
-        return {mark: sum(answers[i * size : (i + 1) * size]) for i, mark in enumerate(marks)}
+        return {mark: sum(counts[i * size : (i + 1) * size]) for i, mark in enumerate(marks)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -638,7 +667,7 @@ def restoring(
             at.claimed,
             at.outbox,
             at.outbox_times,
-            *map(at.index, marks_of(claims)),
+            *at.indexes(claims),
         ),
         (
             id,
@@ -650,6 +679,7 @@ def restoring(
             record_keep_ms if claims.status in TERMINAL else "",
             MINTING_MS if claims.status == "minting" else 0,
             max(claims.seq, over_seq + 1),
+            claims.agent_id,
         ),
     )
 

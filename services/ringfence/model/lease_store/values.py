@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, cast
 
+import orjson
+
 from ringfence.messages.lease import Lease, LeaseStatus
-from ringfence.model.lease_store.packing import expanded
+from ringfence.model.lease_store.packing import expanded, unverified_payload
+from ringfence.model.leases import ALL_MARK, marks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,16 @@ class StoredLease:
     def jws(self) -> bytes:
         """The signed record."""
         return expanded(self.record)
+
+    def may_bear(self, mark: str) -> bool:
+        """Whether the record says, verified or not, that the lease bears a mark. True where it says nothing at all."""
+        if mark == ALL_MARK:
+            return True
+        try:
+            claims = orjson.loads(unverified_payload(self.record) or b"")
+            return mark in marks_of(Lease.model_construct(**claims))
+        except (ValueError, TypeError, AttributeError):
+            return True
 
 
 @dataclass(frozen=True, slots=True)
