@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from ringfence.backends.jwt import JwtBackend
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Outbound, Publisher
@@ -18,6 +19,7 @@ from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, LeaseStatus
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_epochs import marker_key, number_of
 from ringfence.model.lease_store import Restoration, SignedLease, Step, outbox_field
+from ringfence.model.lease_store import store as lease_store
 from ringfence.model.lease_store.keys import packed
 from ringfence.model.leases import follow, statement
 from ringfence.revoker.watching import LeaseWatch
@@ -49,6 +51,35 @@ async def held_end(
 
     with monkeypatch.context() as patch:
         patch.setattr(Publisher, "send_many", holding)
+        try:
+            yield is_held, goes_on
+        finally:
+            goes_on.set()
+
+
+@pytest.fixture
+def lasting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is issued counts as something that stays at its target; revokers soon abort what is not finished."""
+    monkeypatch.setattr(JwtBackend, "stateless", False)
+    monkeypatch.setattr(lease_store, "MINTING_MS", 200)
+
+
+@contextlib.asynccontextmanager
+async def held_activation(
+    monkeypatch: pytest.MonkeyPatch, lease_id: str
+) -> AsyncIterator[tuple[asyncio.Event, asyncio.Event]]:
+    """Who activates a lease is held up on the way to Kafka, once. Yields: it is; let it go on."""
+    is_held, goes_on, send = asyncio.Event(), asyncio.Event(), Publisher.send
+
+    async def holding(self: Publisher, topic: Topic[Any], key: str, value: str, **more: Any) -> Any:
+        its = topic is LEASE and key == lease_id and not is_held.is_set()
+        if its and parse(value).unverified_claims(Lease).status == "active":
+            is_held.set()
+            await goes_on.wait()
+        return await send(self, topic, key, value, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Publisher, "send", holding)
         try:
             yield is_held, goes_on
         finally:
@@ -105,6 +136,45 @@ async def test_an_end_that_was_held_up_is_void_where_the_lease_ended_otherwise_m
         await place.lose("empty")
         assert (await place.store.get([asked.lease_id]))[asked.lease_id].status == "expired"
         assert await counted(place, asked.lease_id) == ["active", "expired"]
+
+
+async def test_an_activation_that_was_held_up_is_void_where_the_lease_was_aborted_meanwhile(
+    lasting: None, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = place.desk
+    asked = await desk.ask(scope=desk.scope("read"))
+    async with held_activation(monkeypatch, asked.lease_id) as (is_held, goes_on):
+        await desk.decide(asked)
+        await asyncio.wait_for(is_held.wait(), 30)
+        assert (await place.store.look(asked.lease_id)).active
+        await place.lose("empty")
+        await desk.lease(asked.lease_id, "aborted")
+        goes_on.set()
+        await is_healed(place, asked.lease_id)
+    assert (await desk.answer(asked)).credential is None
+    late = [one.claims for one, void in await place.judged(asked.lease_id) if void]
+    assert [(lease.status, lease.seq) for lease in late] == [("active", 2)]
+    assert await counted(place, asked.lease_id) == ["minting", "aborted"]
+    await place.lose("empty")
+    assert (await place.store.get([asked.lease_id]))[asked.lease_id].status == "aborted"
+
+
+async def test_an_activation_that_was_held_up_while_redis_was_rebuilt_with_it_is_said_in_the_new_epoch(
+    lasting: None, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = place.desk
+    asked = await desk.ask(scope=desk.scope("read"), ttl_s=20)
+    async with held_activation(monkeypatch, asked.lease_id) as (is_held, goes_on):
+        await desk.decide(asked)
+        await asyncio.wait_for(is_held.wait(), 30)
+        await place.lose("restarted")
+        assert (await place.store.look(asked.lease_id)).active
+        goes_on.set()
+        assert (await desk.answer(asked)).credential is not None
+    assert await counted(place, asked.lease_id) == ["minting", "active"]
+    await place.lose("empty")
+    assert (await place.store.look(asked.lease_id)).active
+    assert await place.life(asked) == ["minting", "active", "ending", "expired"]
 
 
 async def test_a_held_end_of_a_lease_that_lives_again_is_void_and_is_given_once_more(

@@ -108,7 +108,11 @@ class DecisionHandler:
         self._patience_s = patience_s
 
     async def __call__(self, batch: Sequence[Received]) -> None:
-        """Take a batch of decisions to their durable effects."""
+        """Take a batch of decisions to their durable effects.
+
+        Raises LostError where Redis was rebuilt before Kafka had what was made at a target: that may be void there, and
+        a revoker may have aborted it. The same decisions come again.
+        """
         decisions = await self._open(batch)
         lasting: dict[str, list[tuple[Decision, Issue]]] = {}
         others: list[tuple[Decision, Issue | Refusal]] = []
@@ -149,6 +153,8 @@ class DecisionHandler:
         ]  # while Kafka writes the leases
         await gather_all(acknowledged)
         self._store.published((one.issue.lease.lease_id, one.issue.lease.seq) for _, one in live)
+        for epoch in {lease.epoch for _, one in live if (lease := one.issue.lease).epoch is not None}:
+            await self._store.confirm(epoch)
         sent = [await self._send(reply) for reply in replies]
         no = [(decision, one) for decision, one in done if isinstance(one, Refusal | Replayed)]
         await gather_all([*sent, *(self._say_no(decision, one) for decision, one in no)])
@@ -258,7 +264,7 @@ class DecisionHandler:
             lease = open_signed(
                 parse(stored.jws),
                 Lease,
-                self._runtime.trust.finder("issuer", at_s=self._runtime.clock.now_ms() / 1000),
+                self._runtime.trust.finder("issuer", "revoker", at_s=self._runtime.clock.now_ms() / 1000),
                 audience=self._terms.trust_domain,
             ).claims
             target = self._directory.target(lease.target_id)

@@ -23,7 +23,7 @@ from ringfence.messages.credential import Credential, Reason
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import Activation, LeaseStore, Preparation, SignedLease, StoredLease
-from ringfence.model.leases import after_minting, before_minting, springs_from
+from ringfence.model.leases import after_minting, before_minting, restated, springs_from
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +101,17 @@ class Minter:
         except RingfenceError as error:
             return Refusal((_reason(error),), issue.request, retry_after_s=_retry_after_s(error))
         if (await self._store.look(issue.lease.lease_id)).active:
-            return Minted(issue, jws, credential)
+            return self._current(issue, jws, credential)
         await self._undo(issue)
         return Refusal(OVER, issue.request)
+
+    def _current(self, issue: Issue, jws: str, credential: Credential) -> Minted:
+        """What Kafka is told, and was perhaps told before: in this epoch of Redis, as it may be void in another."""
+        key, lease = self._runtime.key, issue.lease
+        if lease.epoch in (None, self._store.epoch):
+            return Minted(issue, jws, credential)
+        lease = restated(lease, by=key.id, epoch=self._store.epoch)
+        return Minted(replace(issue, lease=lease), sign(lease, key), credential)
 
     # --- the steps ---
 
@@ -172,7 +180,7 @@ class Minter:
             return
         records = []
         for one in attempts:
-            claims = after_minting(one.minting.claims)
+            claims = after_minting(one.minting.claims, epoch=self._store.epoch)
             one.active = SignedLease(claims, sign(claims, self._runtime.key))
             records.append(one.active)
         activations = await self._store.activate(records, token=token)

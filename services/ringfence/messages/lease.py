@@ -88,7 +88,8 @@ class Lease(Claims):
     """Set where two operators allowed what the bundle denied."""
     cause: EndCause | None = None
     epoch: Epoch | None = None
-    """Set by revokers: the epoch of the Redis that the record was written to first."""
+    """The epoch of the Redis that the record was written to first. Set by revokers, and by issuers after `minting`:
+    where two may write one `seq`."""
     traceparent: str | None = None
 
 

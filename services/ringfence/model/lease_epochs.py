@@ -1,7 +1,7 @@
 """Which records of leases count. The order of Kafka decides it, so every reader of `lease` comes to the same.
 
 Whoever rebuilds Redis writes a marker with a new epoch into every partition, and then reads what stands before it. A
-record that a revoker wrote to the Redis before, and that arrives only after the marker, is void (ADR 0006).
+record that bears the epoch of the Redis before, and that arrives only after the marker, is void (ADR 0006).
 """
 
 from __future__ import annotations

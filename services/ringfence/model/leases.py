@@ -87,7 +87,7 @@ def follow(
 
 
 def restated(lease: Lease, *, by: SpiffeId, epoch: str) -> Lease:
-    """The same record by a revoker, unsigned, said once more in another epoch of Redis."""
+    """The same record, unsigned, said once more in another epoch of Redis."""
     return lease.model_copy(update={"iss": by, "epoch": epoch})
 
 
@@ -123,10 +123,15 @@ def before_minting(lease: Lease) -> Lease:
     return lease.model_copy(update={"status": "minting"})
 
 
-def after_minting(minting: Lease) -> Lease:
-    """The record after that, unsigned: the credential is there. The same at every time, by every issuer."""
+def after_minting(minting: Lease, *, epoch: str | None = None) -> Lease:
+    """The record after that, unsigned: the credential is there. The same at every time, by every issuer of an epoch.
+
+    It competes with the record of a revoker that aborts the lease, so it bears the `epoch` of Redis as that one does.
+    """
     origin, seq = minting.jti.rpartition(".")[0], minting.seq + 1
-    return minting.model_copy(update={"status": "active", "seq": seq, "jti": record_id(origin, seq)})
+    return minting.model_copy(
+        update={"status": "active", "seq": seq, "jti": record_id(origin, seq), "epoch": epoch}
+    )
 
 
 def is_over(lease: Lease) -> bool:

@@ -303,6 +303,7 @@ class LeaseStore:
                 *marks_of(claims),
                 ALL_MARK,
             ),
+            claims.epoch,
         )
 
     async def use_grant(self, grant_id: str, lease_id: str, *, most: int) -> bool:

@@ -30,7 +30,7 @@ class StoredLease:
     record: bytes
     """The signed record as it stands in Redis."""
     epoch: str | None = None
-    """The one that the record bears: those of revokers do."""
+    """The one that the record bears, if any."""
 
     @classmethod
     def unpack(cls, packed: bytes) -> StoredLease:
