@@ -18,8 +18,7 @@ from ringfence.messages.base import Topic
 from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, LeaseStatus
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_epochs import marker_key, number_of
-from ringfence.model.lease_store import Restoration, SignedLease, Step, outbox_field
-from ringfence.model.lease_store import store as lease_store
+from ringfence.model.lease_store import Restoration, SignedLease, Step, arguments, outbox_field
 from ringfence.model.lease_store.keys import packed
 from ringfence.model.leases import follow, statement
 from ringfence.revoker.watching import LeaseWatch
@@ -61,7 +60,7 @@ async def held_end(
 def lasting(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is issued counts as something that stays at its target; revokers soon abort what is not finished."""
     monkeypatch.setattr(JwtBackend, "stateless", False)
-    monkeypatch.setattr(lease_store, "MINTING_MS", 200)
+    monkeypatch.setattr(arguments, "MINTING_MS", 200)
 
 
 @contextlib.asynccontextmanager

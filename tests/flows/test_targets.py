@@ -187,8 +187,9 @@ async def test_it_is_announced_made_and_active_before_the_agent_has_it(desk: Des
     assert [record.claims.seq for record in records] == [1, 2]
     assert content.lease == records[1].compact
     announced, active = (record.claims for record in records)
-    same = {"seq": 1, "status": "minting", "jti": announced.jti}
+    same = {"seq": 1, "status": "minting", "jti": announced.jti, "epoch": None}
     assert active.model_copy(update=same) == announced
+    assert active.epoch is not None, "a revoker that aborts it writes the same seq"
     assert active.backend == "redis"
     assert await works(url(content), "SET", "jobs/1", "x")
     assert not await works(url(content), "SET", "other", "x")

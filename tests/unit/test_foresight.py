@@ -81,7 +81,9 @@ def test_what_was_foreseen_is_the_same_and_costs_nothing_more(
     as_ever = plainly.sign(end(plainly.open(record)))
     foresight.remember(record, end)
     counted.update(verified=0, signed=0)
-    assert foresight.sign(end(foresight.open(record))) == as_ever
+    foreseen = foresight.sign(end(foresight.open(record)))
+    assert foreseen == as_ever
+    assert foreseen.stored == as_ever.record
     assert counted == {"verified": 0, "signed": 0}
 
 

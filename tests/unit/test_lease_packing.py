@@ -16,8 +16,8 @@ from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.keys import SigningKey, b64encode
 from ringfence.messages.lease import EndCause, Lease, LeaseStatus
 from ringfence.messages.permission import Permission
-from ringfence.model.lease_store.packing import condensed, expanded, unverified_payload
-from ringfence.model.leases import follow
+from ringfence.model.lease_store.packing import condensed, expanded, unverified_name, unverified_payload
+from ringfence.model.leases import follow, marks_of
 from tests.leases import lease
 
 ISSUER, REVOKER = "spiffe://acme.example/service/issuer", "spiffe://acme.example/service/revoker"
@@ -80,6 +80,16 @@ OTHERWISE = {
 }
 
 
+def names_of(claims: Lease) -> set[str]:
+    return set(marks_of(claims))
+
+
+def names_in(stored: bytes) -> set[str]:
+    return {
+        f"{kind}:{unverified_name(stored, kind)}" for kind in ("agent", "task", "target", "sponsor", "user")
+    }
+
+
 @pytest.mark.parametrize("alg", ["ES256", "EdDSA"])
 @pytest.mark.parametrize("what", AS_WRITTEN)
 def test_a_record_is_a_third_of_its_size_and_byte_for_byte_what_it_was(what: str, alg: str) -> None:
@@ -88,6 +98,7 @@ def test_a_record_is_a_third_of_its_size_and_byte_for_byte_what_it_was(what: str
     assert len(stored) < 0.34 * len(record)
     assert expanded(stored) == record.encode()
     assert unverified_payload(stored) == parse(record).payload
+    assert names_in(stored) == names_of(AS_WRITTEN[what])
 
 
 @pytest.mark.parametrize("what", OTHERWISE)
@@ -97,6 +108,7 @@ def test_what_is_said_in_another_way_takes_more_and_is_what_it_was_as_well(what:
     assert len(stored) < 0.45 * len(record)
     assert expanded(stored) == record.encode()
     assert unverified_payload(stored) == parse(record).payload
+    assert names_in(stored) == names_of(OTHERWISE[what])
 
 
 @given(st.binary(), st.binary(), st.binary(min_size=64, max_size=64) | st.binary())

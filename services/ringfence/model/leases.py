@@ -151,16 +151,17 @@ def sponsor_mark(user_id: str) -> str:
 
 def marks_of(lease: Lease) -> tuple[str, ...]:
     """What the lease is found by, and fenced by besides `ALL_MARK`: each as `<kind>:<id>`."""
-    return (agent_mark(lease.agent_id), f"task:{lease.task_id}", *wide_marks_of(lease))
+    return (
+        agent_mark(lease.agent_id),
+        f"task:{lease.task_id}",
+        f"target:{lease.target_id}",
+        *wide_marks_of(lease),
+    )
 
 
 def wide_marks_of(lease: Lease) -> tuple[str, ...]:
-    """Those of its marks that leases of many agents may bear: sponsor, target, user."""
-    return (
-        sponsor_mark(lease.sponsor),
-        f"target:{lease.target_id}",
-        f"user:{lease.on_behalf_of}",
-    )
+    """Those of its marks that the leases of several agents bear, and that they are found by: sponsor and user."""
+    return (sponsor_mark(lease.sponsor), f"user:{lease.on_behalf_of}")
 
 
 def bears(lease: Lease, mark: str) -> bool:

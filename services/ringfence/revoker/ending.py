@@ -230,8 +230,7 @@ class Ender:
         return steps
 
     def _step(self, lease: Lease, cause: EndCause) -> Step:
-        following = self._following(lease, cause)
-        return Step(SignedLease(following, self._foresight.sign(following)), lease)
+        return Step(self._foresight.sign(self._following(lease, cause)), lease)
 
     def _following(self, lease: Lease, cause: EndCause) -> Lease:
         status = next_status(lease, cause, self._stateless)
@@ -281,7 +280,7 @@ class Ender:
         if claims.epoch is None or claims.epoch == self._store.epoch:
             return claims, jws
         claims = restated(self._foresight.open(jws), by=self._runtime.key.id, epoch=self._store.epoch)
-        return claims, self._foresight.sign(claims).encode("ascii")
+        return claims, self._foresight.sign(claims).jws.encode("ascii")
 
     async def _send(self, records: Sequence[Outbound]) -> None:
         await gather_all(await self._runtime.publisher.send_many(LEASE, Lease.typ, records))

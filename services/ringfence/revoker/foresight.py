@@ -1,6 +1,7 @@
 """Background work: where very many leases are due soon, most of what their ends cost is done ahead.
 
-That is to find out whose word their records are, and to sign their ends, which say the same whenever they are signed.
+That is to find out whose word their records are, and to sign their ends, which say the same whenever they are signed,
+and to make them small for Redis.
 Nothing rests on it: what was not foreseen is verified and signed when it is needed.
 """
 
@@ -18,7 +19,15 @@ from ringfence.kernel.jws import compact_jws, parse, signing_input
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.lease import Lease
-from ringfence.model.lease_store import LeaseStore, Place, expanded, unverified_payload
+from ringfence.model.lease_store import (
+    LeaseStore,
+    Place,
+    SignedLease,
+    condensed,
+    expanded,
+    signature_of,
+    unverified_payload,
+)
 from ringfence.model.opening import open_lease
 
 log = logging.getLogger(__name__)
@@ -27,7 +36,7 @@ WITHIN_MS = 30_000
 MANY = 3_000
 """So many leases that are due within that time are worth it: fewer end as quickly by themselves."""
 MOST = 100_000
-"""So many are remembered: about 300 bytes each."""
+"""So many are remembered: about 600 bytes each."""
 _AT_A_TIME = 20
 _LOOK_EVERY_S = 1.0
 _BUSY_S = 0.02
@@ -44,8 +53,8 @@ class Foresight:
         self._version = trust.version
         self._verified: OrderedDict[bytes, None] = OrderedDict()
         """Digests of records that this process has verified."""
-        self._signatures: OrderedDict[bytes, bytes] = OrderedDict()
-        """Signatures of this process, by the digests of what was signed."""
+        self._ends: OrderedDict[bytes, bytes] = OrderedDict()
+        """Records of this process as Redis will hold them, by the digests of what was signed."""
 
     def open(self, record: bytes) -> Lease:
         """The claims of a record that an issuer or a revoker signed: a JWS, or what Redis holds of it.
@@ -62,14 +71,15 @@ class Foresight:
                 return Lease.model_validate_json(payload)
         return open_lease(expanded(record), self._trust, self._clock)
 
-    def sign(self, claims: Lease) -> str:
-        """The compact JWS of a record by this process."""
+    def sign(self, claims: Lease) -> SignedLease:
+        """A record by this process."""
         text = signing_input(claims, self._key)
-        signature = self._signatures.pop(hashlib.sha256(text).digest(), None) if self._signatures else None
-        return compact_jws(text, signature or self._key.sign(text))
+        stored = self._ends.pop(hashlib.sha256(text).digest(), None) if self._ends else None
+        signature = signature_of(stored) if stored is not None else self._key.sign(text)
+        return SignedLease(claims, compact_jws(text, signature), stored)
 
     def remember(self, record: bytes, end: Callable[[Lease], Lease]) -> None:
-        """Remember that a record holds, and the signature of its `end`. What does not hold is found out later."""
+        """Remember that a record holds, and the record of its `end`. What does not hold is found out later."""
         try:
             lease = open_lease(expanded(record), self._trust, self._clock)
         except InvalidMessageError:
@@ -77,8 +87,8 @@ class Foresight:
         self._trusts_as_before()
         text = signing_input(end(lease), self._key)
         self._verified[hashlib.sha256(record).digest()] = None
-        self._signatures[hashlib.sha256(text).digest()] = self._key.sign(text)
-        for remembered in (self._verified, self._signatures):
+        self._ends[hashlib.sha256(text).digest()] = condensed(compact_jws(text, self._key.sign(text)))
+        for remembered in (self._verified, self._ends):
             while len(remembered) > self._most:
                 remembered.popitem(last=False)
 

@@ -17,7 +17,7 @@ from ringfence.model.lease_store.keys import (
     outbox_field,
 )
 from ringfence.model.lease_store.link import FullError, LostError
-from ringfence.model.lease_store.packing import expanded, unverified_payload
+from ringfence.model.lease_store.packing import condensed, expanded, signature_of, unverified_payload
 from ringfence.model.lease_store.restoring import Had, Held, Restoration
 from ringfence.model.lease_store.store import LeaseStore
 from ringfence.model.lease_store.values import (
@@ -56,7 +56,9 @@ __all__ = [
     "Step",
     "Stepped",
     "StoredLease",
+    "condensed",
     "expanded",
     "outbox_field",
+    "signature_of",
     "unverified_payload",
 ]

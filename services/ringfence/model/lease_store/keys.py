@@ -56,8 +56,9 @@ class Keys:
         self.index_prefix = f"{base}by:agent:"
         """Before the id of an agent: a set of the ids of its leases that have not ended."""
         self.agents_prefix = f"{base}agents:"
-        """Before the mark of a sponsor, target or user: a hash of the agents that have such leases, and how many each.
-        A task is one agent's: there is none of it."""
+        """Before the mark of a sponsor or user: a hash of the agents that have such leases, and how many each. There is
+        none of a task, which is one agent's, and none of a target: that many agents use many targets would make it as
+        large as a set of leases, and it is seldom asked for."""
 
     def live(self, id: bytes) -> bytes:
         return self.live_prefix + id

@@ -56,6 +56,9 @@ _STATUSES = ("minting", "active", "ending", "released", "revoked", "expired", "a
 _ALGORITHMS = ("ES256", "EdDSA")
 _DELIVERIES = ("agent", "gateway")
 _NAMES = ("agent_id", "sponsor", "on_behalf_of", "target_id", "backend")
+_KINDS = {
+    "agent": "agent_id", "task": "task_id", "sponsor": "sponsor", "user": "on_behalf_of", "target": "target_id"
+}  # fmt: skip
 _EDDSA, _GATEWAY, _BOUND, _AT_DEADLINE, _IN_EPOCH, _TRACED, _MORE = (1 << n for n in range(7))
 _THUMBPRINT_BYTES = 32
 _EPOCH = struct.Struct(">I4s")
@@ -90,10 +93,28 @@ def expanded(stored: bytes) -> bytes:
     return ".".join(map(b64encode, (header, payload, stored[1:_START]))).encode()
 
 
+def signature_of(stored: bytes) -> bytes:
+    """The signature in what `condensed` wrote of a JWS."""
+    return stored[1:_START]
+
+
 def unverified_payload(stored: bytes) -> bytes | None:
     """The claims in what `condensed` wrote, as JSON. For records that were verified before; None for anything else."""
     parts = _parts(stored)
     return parts[1] if parts is not None else None
+
+
+def unverified_name(stored: bytes, kind: str) -> str | None:
+    """The agent, task, sponsor, user or target of a lease, by what `condensed` wrote; None where that does not say."""
+    try:
+        if not stored.startswith(_APART):
+            return str(orjson.loads(unverified_payload(stored) or b"")[_KINDS[kind]])
+        *_, task, length = _FIXED.unpack_from(stored, _START)
+        at = _START + _FIXED.size
+        names = dict(zip(_NAMES, stored[at : at + length].decode().split(_BETWEEN)[2:], strict=False))
+        return unpacked(task) if kind == "task" else names[_KINDS[kind]]
+    except _UNFIT:
+        return None
 
 
 def _parts(stored: bytes) -> tuple[bytes, bytes] | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
+from ringfence.model.lease_store.arguments import NO_LIMIT, place_text, restoring, uses_of, using
 from ringfence.model.lease_store.keys import (
     ANEW,
     FENCE_KEEP_MS,
@@ -23,7 +24,6 @@ from ringfence.model.lease_store.keys import (
     unpacked,
 )
 from ringfence.model.lease_store.link import Call, Link
-from ringfence.model.lease_store.packing import condensed
 from ringfence.model.lease_store.scripts import (
     COMPARE,
     GIVE_UP,
@@ -37,15 +37,7 @@ from ringfence.model.lease_store.scripts import (
     always,
     fencing,
 )
-from ringfence.model.lease_store.store import (
-    NO_LIMIT,
-    epoch_name,
-    epoch_run_id,
-    place_text,
-    restoring,
-    uses_of,
-    using,
-)
+from ringfence.model.lease_store.shards import epoch_name, epoch_run_id
 from ringfence.model.lease_store.values import SignedLease, StoredLease
 
 CLAIM_MS = 15_000
@@ -201,7 +193,7 @@ class Restoration:
                     QUEUE,
                     at := self._at(one.claims.lease_id),
                     (at.outbox, at.outbox_times),
-                    (outbox_field(one.claims.lease_id, one.claims.seq), condensed(one.jws)),
+                    (outbox_field(one.claims.lease_id, one.claims.seq), one.record),
                 )
                 for one in leases
             ]
@@ -309,7 +301,7 @@ def _held(answers: Iterator[Any], marks: Sequence[str]) -> Held:
 def _found_by(at: Keys, id: bytes, mark: str, agent: str) -> Command:
     """What asks whether a lease is found by a mark, provided that it is by its agent's."""
     agent_id = agent.partition(":")[2]
-    if mark.startswith(("agent:", "task:")):
+    if mark.startswith(("agent:", "task:", "target:")):
         return ("SISMEMBER", at.index(agent_id), id)
     return ("HEXISTS", at.agents(mark), agent_id)
 

@@ -26,8 +26,8 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 
-# A lease among those of its agent (keys[1], a set), and its agent among those of its sponsor, target and user (the
-# other keys, hashes), by the number of its leases there.
+# A lease among those of its agent (keys[1], a set), and its agent among those of its sponsor and user (the other keys,
+# hashes), by the number of its leases there.
 _INDEXES = """
 local function enter(keys, id, agent)
     if redis.call('SADD', keys[1], id) == 0 then return end
@@ -236,7 +236,7 @@ return {}
 # ARGV: prefixes of records, live keys, leases of agents and agents of marks (same slot), how long a lease that has not
 #       ended is claimed, how long the record of one that has is kept,
 #       (id, status, seq and epoch of the record that is expected there, head of the record, record, outbox field,
-#       deadline, agent and three marks if terminal, else '' and nothing more)...
+#       deadline, agent and two marks if terminal, else '' and nothing more)...
 TRANSITION = Script(
     _INDEXES
     + """
@@ -263,7 +263,7 @@ while i <= #ARGV do
             over[#over + 1] = id
             redis.call('SET', key, record, 'PXAT', math.max(now, tonumber(deadline)) + ARGV[6])
             local keys = {ARGV[3] .. ARGV[i + 6]}
-            for n = 7, 9 do keys[#keys + 1] = ARGV[4] .. ARGV[i + n] end
+            for n = 7, 8 do keys[#keys + 1] = ARGV[4] .. ARGV[i + n] end
             leave(keys, id, ARGV[i + 6])
         else
             redis.call('SET', key, record)
@@ -275,7 +275,7 @@ while i <= #ARGV do
         times[#times + 1] = now
         times[#times + 1] = ARGV[i + 4]
     end
-    i = i + (deadline == '' and 6 or 10)
+    i = i + (deadline == '' and 6 or 9)
 end
 if #done > 0 then
     redis.call('UNLINK', unpack(live))
