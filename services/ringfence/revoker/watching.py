@@ -109,11 +109,12 @@ class LeaseWatch:
 
     def _judged(self, records: Sequence[_Arrived]) -> list[_Arrived]:
         epoch = number_of(self._store.epoch)
-        return [
-            replace(one, void=one.glance.epoch is not None and number_of(one.glance.epoch) < epoch)
-            if not one.known else one
-            for one in records
-        ]  # fmt: skip
+
+        def judged(one: _Arrived) -> _Arrived:
+            void = one.glance.epoch is not None and number_of(one.glance.epoch) < epoch
+            return one if one.known or one.void == void else replace(one, void=void)
+
+        return list(map(judged, records))
 
     async def _look(self, records: list[_Arrived], follower: Follower) -> None:
         seqs = _highest(records)
