@@ -111,7 +111,7 @@ def _weigh(valkey: Valkey, before: int, id: str) -> None:
     each = (valkey.used() - before) / valkey.count
     print(
         f"  {each:.0f} B a lease, of which {record} B for its signed record of {len(_jws(valkey, key))} B; "
-        f"{each - record:.0f} B without: its state, live key, deadline and five indexes"
+        f"{each - record:.0f} B without: its state, live key, deadline and indexes"
     )
 
 
