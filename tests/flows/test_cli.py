@@ -121,6 +121,8 @@ async def test_the_story_by_commands_alone(shell: Shell) -> None:
         pending["digest"],
     ):
         assert part in shown
+    told = await shell("maria", "approvals", "approve", pending["request_id"], "--yes", status=1)
+    assert "needs the agent's sponsor, and maria can give nothing of that" in told
     answered = await shell.json("sam", "approvals", "approve", pending["request_id"], "--yes")
     assert (answered["verdict"], answered["digest"]) == ("approved", pending["digest"])
     out, err = await asyncio.wait_for(process.communicate(), WITHIN_S)

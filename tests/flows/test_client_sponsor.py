@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.client.errors import StaleApprovalError
+from ringfence.client.errors import NotYoursError, StaleApprovalError
 from ringfence.client.sponsor import APPROVAL_LIFE_S, PendingApproval, Sponsor
 from ringfence.kernel.ids import digest, message_id
 from ringfence.kernel.jws import open_signed, parse, sign
@@ -292,6 +292,19 @@ async def test_each_of_several_people_who_were_asked_sees_the_question(org: Orga
     for who in (org.sam, org.maria, org.petra):
         async with org.sponsor(who) as sponsor:
             assert {p.request_id for p in sponsor.pending()} == ids
+
+
+async def test_what_is_others_to_answer_is_not_signed(org: Organisation) -> None:
+    id = await org.ask(org.request(), required=("operator",))
+    for who in (org.sam, org.petra, org.maria):
+        async with org.sponsor(who) as sponsor:
+            pending = await shown(sponsor, id, everyone=True)
+            for answer in (sponsor.approve, sponsor.deny):
+                with pytest.raises(
+                    NotYoursError, match=f"needs an operator, and {who.name} can give nothing"
+                ):
+                    await answer(pending)
+    assert list(await org.world.records(APPROVAL_RESPONSE)) == []
 
 
 async def test_a_change_after_the_look_makes_the_answer_stale(org: Organisation) -> None:

@@ -81,7 +81,10 @@ def approve(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sign a yes to exactly this request, as it is shown, and one to each that is shown as alike."""
+    """Sign a yes to exactly this request, as it is shown, and one to each that is shown as alike.
+
+    What is not yours to give is not signed.
+    """
     _answer(request, "approve", one, comment, yes, me, as_json)
 
 

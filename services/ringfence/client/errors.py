@@ -84,6 +84,12 @@ class StaleApprovalError(RingfenceError):
     code = "approval_stale"
 
 
+class NotYoursError(RingfenceError):
+    """Somebody would answer what they have no say in. Nothing was signed."""
+
+    code = "not_approver"
+
+
 class ApiError(RingfenceError):
     """A read API refused the call, or did not answer."""
 

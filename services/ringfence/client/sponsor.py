@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from ringfence.client.alike import Alike, alike, key_of
 from ringfence.client.connection import Connection, subject
-from ringfence.client.errors import StaleApprovalError, checked
+from ringfence.client.errors import NotYoursError, StaleApprovalError, checked
 from ringfence.client.lifetime import Lifetime
+from ringfence.client.replies import who
 from ringfence.client.settings import ClientSettings
 from ringfence.client.usual import DAYS, Usual
 from ringfence.kernel.clock import Clock
@@ -227,7 +228,8 @@ class Sponsor(Lifetime):
     async def approve(self, pending: PendingApproval, comment: str | None = None) -> str:
         """Sign a yes to exactly this request, on these terms. Returns the approval's id once Kafka holds it.
 
-        Raises StaleApprovalError where records changed since `pending` was shown, or it is no longer open.
+        Raises StaleApprovalError where records changed since `pending` was shown, or it is no longer open, and
+        NotYoursError where what it needs is others' to give.
         """
         return await self._answer(pending, "approved", comment)
 
@@ -238,7 +240,7 @@ class Sponsor(Lifetime):
     async def approve_all(self, group: Alike, comment: str | None = None) -> list[str]:
         """Sign a yes to each request of a group as it was shown, and to no other. Returns the approvals' ids.
 
-        Raises StaleApprovalError, before anything is sent, where one of them is not as it was shown.
+        Raises StaleApprovalError or NotYoursError, before anything is sent, where one of them is not as it was shown.
         """
         return await self._answer_all(group, "approved", comment)
 
@@ -276,7 +278,7 @@ class Sponsor(Lifetime):
         return message_id(approval.iss, approval.jti)
 
     def _check(self, pending: PendingApproval) -> None:
-        """Raises StaleApprovalError where a request is not open any more, or not as it was shown."""
+        """Raises StaleApprovalError where a request is not open any more, or not as it was shown, and NotYoursError."""
         asked = self._asked.get(pending.request_id)
         over = asked is None or asked.message.expires_at <= self.connection.clock.now_ms() // 1000
         if asked is None or over or pending.request_id in self._answered:
@@ -291,6 +293,10 @@ class Sponsor(Lifetime):
         if (now.revisions, now.ttl_s, now.delivery) != (pending.revisions, pending.ttl_s, pending.delivery):
             raise StaleApprovalError(
                 "agent, user, task, target, policy or terms changed since this was shown; look at it again"
+            )
+        if not now.mine:
+            raise NotYoursError(
+                f"request {pending.request_id} needs {who(now.required)}, and {self.id} can give nothing of that"
             )
 
     # --- what is open, and what may be shown of it ---
