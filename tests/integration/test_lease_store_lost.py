@@ -13,6 +13,7 @@ import pytest
 from redis.asyncio import Redis
 
 from ringfence.dev.processes import free_port
+from ringfence.kernel.clock import suspend_aware_ms
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import Had, LeaseStore, LostError, Restoration
@@ -123,8 +124,11 @@ async def test_an_answer_that_comes_late_is_not_believed_where_redis_was_lost_me
             async with asyncio.timeout(30):
                 while not (await direct.look(SOME.claims.lease_id)).active:
                     await asyncio.sleep(0.01)
+            is_late_ms = suspend_aware_ms() + 1000  # what comes sooner is believed
             await server.flushed()
             await declare_complete(at_server)
+            while suspend_aware_ms() <= is_late_ms:
+                await asyncio.sleep(0.01)
             link.heal()
             with pytest.raises(LostError):
                 await activating

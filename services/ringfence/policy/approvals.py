@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import ExpiredError, Signed, parse
@@ -135,7 +135,7 @@ class ApprovalHandler:
         if problem is not None:
             return problem
         given = [_collected(jws) for jws in pending.approvals]
-        if any(at_ms >= one.claims.exp * 1000 for one in given):
+        if not _all_stand(given, at_ms):
             await self._close(known, pending, _over(pending))
             return _reason("approval_expired", "the time of an approval that was given before is over")
         if user_id in map(signer, given):
@@ -226,7 +226,7 @@ class ApprovalHandler:
                 if pending is None or at_ms >= (pending.expires_at or 0) * 1000:
                     continue
                 case, given = _case(known, pending), [_collected(jws) for jws in pending.approvals]
-                if case.request.claims.task_id != grant.task_id:
+                if case.request.claims.task_id != grant.task_id or not _all_stand(given, at_ms):
                     continue
                 judgement = await self._judge.judge(case, at_ms, given)
                 same = (judgement.revisions, judgement.ruling.ttl_s) == (pending.revisions, pending.ttl_s)
@@ -274,6 +274,11 @@ def _case(known: Known, decision: CredentialDecision) -> Case:
 def _collected(jws: str) -> Signed[Approval]:
     """An approval out of a decision of this service, which verified it before it signed."""
     return Signed(parse(jws).unverified_claims(Approval), jws)
+
+
+def _all_stand(approvals: Iterable[Signed[Approval]], at_ms: int) -> bool:
+    """Whether none of these has come to its end by the append time `at_ms`: the issuer would refuse it."""
+    return all(at_ms < approval.claims.exp * 1000 for approval in approvals)
 
 
 def _reason(code: str, message: str) -> Reason:
