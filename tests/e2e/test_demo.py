@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("RINGFENCE_")}
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_the_demo_tells_the_whole_story(tmp_path: Path) -> None:
     done = subprocess.run(
         [*RINGFENCE, "demo", "--json"],
@@ -84,11 +84,11 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=20)
+    _, alive = psutil.wait_procs(processes, timeout=WITHIN_S)
     return not alive
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_dev_leaves_no_process_behind(tmp_path: Path, how: signal.Signals) -> None:
     process = start_dev(tmp_path)
@@ -104,7 +104,7 @@ def test_dev_leaves_no_process_behind(tmp_path: Path, how: signal.Signals) -> No
         assert listed.returncode == 0, listed.stderr
         assert "deploy-bot" in listed.stdout
         process.send_signal(how)
-        process.wait(30)
+        process.wait(WITHIN_S)
         assert gone(children)
     finally:
         process.kill()
@@ -125,7 +125,7 @@ def test_one_stack_a_folder_and_the_next_start_has_the_same_keys(tmp_path: Path)
         assert first.poll() is None
     finally:
         first.kill()
-    first.wait(30)
+    first.wait(WITHIN_S)
 
     again = start_dev(tmp_path, "--no-seed")
     try:
@@ -133,12 +133,12 @@ def test_one_stack_a_folder_and_the_next_start_has_the_same_keys(tmp_path: Path)
         root = next(line for line in settings.splitlines() if line.startswith("trust_root"))
         assert root in (tmp_path / ".ringfence/ringfence.toml").read_text()
         again.terminate()
-        assert again.wait(30) == 0, "ending it is its usual end"
+        assert again.wait(WITHIN_S) == 0, "ending it is its usual end"
     finally:
         again.kill()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("part", ["noida-db", "valkey-server"])
 def test_dev_ends_and_says_so_where_a_part_of_it_ends(tmp_path: Path, part: str) -> None:
     process = start_dev(tmp_path, "--no-seed")
@@ -147,7 +147,7 @@ def test_dev_ends_and_says_so_where_a_part_of_it_ends(tmp_path: Path, part: str)
         children = descendants(process.pid)
         (server,) = (child for child in children if part in child.name())
         server.kill()
-        said, _ = process.communicate(timeout=30)
+        said, _ = process.communicate(timeout=WITHIN_S)
         assert process.returncode == 1
         assert f"({part}) ended with status -9" in said
         assert gone(children)
@@ -155,7 +155,7 @@ def test_dev_ends_and_says_so_where_a_part_of_it_ends(tmp_path: Path, part: str)
         process.kill()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_dev_can_be_interrupted_while_it_starts(tmp_path: Path) -> None:
     process = start_dev(tmp_path, "--state", "elsewhere")
     try:
@@ -166,14 +166,14 @@ def test_dev_can_be_interrupted_while_it_starts(tmp_path: Path) -> None:
         children = descendants(process.pid)
         assert children, "the broker at least"
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(WITHIN_S) == 130
         assert "Ringfence is up" not in process.stdout.read()
         assert gone(children)
     finally:
         process.kill()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_busy_port_has_a_one_line_remedy(tmp_path: Path) -> None:
     import socket
 
@@ -185,7 +185,12 @@ def test_a_busy_port_has_a_one_line_remedy(tmp_path: Path) -> None:
         except OSError:
             pass  # somebody else has it: as good for this test
         done = subprocess.run(
-            [*RINGFENCE, "dev"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+            [*RINGFENCE, "dev"],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=WITHIN_S,
         )
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()

@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from ringfence.messages.api import PORTS
 from ringfence.messages.trust import ServiceRole
 
 READY_WITHIN_S = 60.0
+_GRACE_S = 5.0
+"""What all services together are given to end in good order: without a broker none of them does."""
 
 
 @dataclass
@@ -175,8 +178,9 @@ class Stack:
         """End all, services first. Safe to call more than once."""
         for child in self._children.values():
             child.terminate()
+        ends_at = time.monotonic() + _GRACE_S
         for child in self._children.values():
-            child.stop()
+            child.stop(max(0.0, ends_at - time.monotonic()))
         self._children.clear()
         if self._valkey is not None:
             self._valkey.stop()
