@@ -17,7 +17,7 @@ from ringfence.messages.credential import CredentialDecision, Revisions
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentResume, AgentSetCeiling, AgentSuspend, AgentTransfer
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
-from tests.flows.test_policy import DEPLOY, EVERYTHING, READ, Asked, Office, codes
+from tests.flows.test_policy import DEPLOY, EVERYTHING, READ, Asked, HeldUp, Office, codes
 from tests.world import Party, World, scope
 
 STAGING = scope("platform", ["read", "deploy"], ["env/staging/**"])
@@ -262,6 +262,17 @@ async def test_who_may_take_a_grant_back_does_so_at_once(grants: Grants) -> None
     unknown = grants.grant()
     event = await grants.withdraw(unknown, office.sam)
     assert (event.kind, event.reasons[0].code) == ("refused", "grant_unknown")
+
+
+async def test_who_has_become_the_sponsor_a_moment_ago_takes_a_grant_back(grants: Grants) -> None:
+    office, world = grants.office, grants.world
+    grant = await grants.given()
+    reading = HeldUp(world)
+    transfer = world.claims(AgentTransfer, office.sam, agent_id="deploy-bot", sponsor="petra")
+    await world.accepted(transfer, office.sam)
+    event = await grants.withdraw(grant, office.petra)
+    assert (event.kind, event.result) == ("accepted", message_id(grant.iss, grant.jti))
+    assert reading.asked_for
 
 
 async def test_a_withdrawal_outlives_a_restart(world: World) -> None:

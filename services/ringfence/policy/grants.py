@@ -184,6 +184,8 @@ class GrantHandler:
     async def _withdraw(self, record: Received) -> None:
         signed, late = await self._opener.withdrawal(record)
         claims = signed.claims
+        if late is None and self._no_say(claims) is not None:
+            await self._caught_up()  # nobody is refused for what has not arrived here yet
         why = _reason(late.code, str(late)) if late else self._no_say(claims)
         if why is None:
             user_id = subject_of(claims.aud, claims.iss, "user") or ""
