@@ -42,7 +42,7 @@ reaches_production(permission) if {
 	some place, segment in segments
 	some name in production
 	may_stand_for(segment, name)
-	not elsewhere([earlier | some at, earlier in segments; at < place])
+	not elsewhere(segment, [earlier | some at, earlier in segments; at < place])
 }
 
 # `**`, `*`, `prod*`, `*tion`.
@@ -53,14 +53,19 @@ may_stand_for(segment, name) if {
 	endswith(name, parts[count(parts) - 1])
 }
 
-elsewhere(before) if {
+elsewhere(segment, before) if {
+	anything(segment)
 	before[0] in {"env", "environment"}
 	before[1]
 }
 
-elsewhere(before) if {
+elsewhere(segment, before) if {
+	anything(segment)
 	some name in before
 	name in {"dev", "qa", "stage", "staging", "test"}
 }
+
+# Whoever asks for `env/staging/prod*` means what is called so.
+anything(segment) if segment in {"*", "**"}
 
 production := {"prod", "production"}

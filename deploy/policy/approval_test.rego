@@ -21,7 +21,7 @@ test_changing_production_takes_the_sponsor if {
 }
 
 test_a_wildcard_over_production_counts_as_production if {
-	every resource in ["**", "*/web", "env/*/web", "env/**", "env/prod*/web", "apps/*/web", "apps/prod*/web", "eu/**"] {
+	every resource in ["**", "*/web", "env/*/web", "env/**", "env/prod*/web", "apps/*/web", "apps/prod*/web", "eu/**", "env/qa/prod*"] {
 		approval.required == {"sponsor"} with input as fixture.wanting(["deploy"], [resource])
 	}
 }

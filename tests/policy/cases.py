@@ -230,6 +230,7 @@ _PRODUCTION = (
     "env/production/web", "prod/web", "production", "eu/prod/web/1", "env/prod", "web/production", "**", "*",
     "*/web", "env/*/web", "env/**", "env/prod*/web", "environment/*", "e*/*", "environment/p*/x/y", "apps/*/web",
     "apps/prod*/web", "apps/*tion/web", "apps/p*d", "eu/**", "eu/*", "web/env/*", "environ/x/*",
+    "env/eu/prod*", "dev/*rod/x",
 )  # fmt: skip
 _ELSEWHERE = (
     "env/staging/web", "staging/web", "env/staging/*", "env/staging/**", "products/web", "production2/web",
