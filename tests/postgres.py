@@ -329,7 +329,7 @@ async def may(url: str, *statements: str) -> bool:
 async def lives(connection: Any) -> bool:
     """Whether an open session is still there."""
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await connection.fetchval("SELECT 1")
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
         return False

@@ -29,7 +29,7 @@ from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, DEAD_LETTER, L
 from ringfence.messages.trust import ServiceRole
 from ringfence.model.identity import Kind, spiffe_id
 
-WITHIN_S = 30.0
+WITHIN_S = 60.0
 C = TypeVar("C", bound=Claims)
 
 
@@ -53,7 +53,7 @@ class Seen:
         await self._follower.stop()
 
     async def until(self, found: Callable[[], Any], what: str) -> Any:
-        """What `found` returns once it is true. Fails the test after 30 s."""
+        """What `found` returns once it is true. Fails the test after a minute."""
         try:
             async with asyncio.timeout(WITHIN_S):
                 while not (result := found()):

@@ -48,11 +48,11 @@ async def minted(backend: Backend, one: Lease) -> str:
 
 async def until(true: Callable[[], Awaitable[bool]], what: str) -> None:
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not await true():
                 await asyncio.sleep(0.05)
     except TimeoutError:
-        raise AssertionError(f"not within 30 s: {what}") from None
+        raise AssertionError(f"not within 60 s: {what}") from None
 
 
 # --- the scope --------------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ async def test_a_database_that_ringfence_may_not_log_in_to_is_no_fault_of_the_se
     async with postgres_server.admin() as admin:
         await admin.execute("SELECT pg_reload_conf()")
         one = wanting(allow("read", "template1/shop/a"))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (
                 True
             ):  # until the server has read it: before, Ringfence's role has no right to connect there
@@ -349,7 +349,7 @@ async def test_the_undo_waits_for_what_is_being_made(
     await issuer.fetch(queries.HERE, LOCK)
     await issuer.execute(f'CREATE ROLE "{backend.roles_of(one.lease_id)}abcdef_d" LOGIN')
     undoing = asyncio.create_task(backend.undo(one.lease_id, target_id=TARGET))
-    async with target.admin() as admin, asyncio.timeout(20):
+    async with target.admin() as admin, asyncio.timeout(60):
         waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
         while not undoing.done() and not await admin.fetchval(waits):
             await asyncio.sleep(0.01)

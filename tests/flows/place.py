@@ -38,7 +38,7 @@ class Place:
     async def rebuilt(self, before: set[bytes | None]) -> None:
         """Return once Redis has been rebuilt, and issuer and revoker know."""
         runtimes = [self.world.runtimes[role] for role in ("issuer", "revoker")]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not await self._is_rebuilt(before) or any(runtime.unready() for runtime in runtimes):
                 await asyncio.sleep(0.05)
 

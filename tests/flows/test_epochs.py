@@ -95,7 +95,7 @@ async def counted(place: Place, lease_id: str) -> list[LeaseStatus]:
 
 async def settled(place: Place, lease_id: str, holds: Callable[[Sequence[tuple[Lease, bool]]], bool]) -> None:
     """Return once the records of a lease are like this."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not holds([(one.claims, void) for one, void in await place.judged(lease_id)]):
             await asyncio.sleep(0.05)
 
@@ -120,7 +120,7 @@ async def test_an_end_that_was_held_up_is_void_where_the_lease_ended_otherwise_m
         asked, _ = await desk.issued("read", ttl_s=20)
         async with held_end(monkeypatch, place, asked.lease_id) as (is_held, goes_on):
             order, _ = await desk.revoke(desk.bot, "release", lease_id=asked.lease_id)
-            await asyncio.wait_for(is_held.wait(), 30)
+            await asyncio.wait_for(is_held.wait(), 60)
             assert (await place.store.get([asked.lease_id]))[asked.lease_id].status == "released"
             await place.lose("empty")
             assert (await place.store.look(asked.lease_id)).active, "Kafka knows nothing else"
@@ -183,7 +183,7 @@ async def test_a_held_end_of_a_lease_that_lives_again_is_void_and_is_given_once_
     asked, _ = await desk.issued("read")
     async with held_end(monkeypatch, place, asked.lease_id) as (is_held, goes_on):
         order, _ = await desk.revoke(desk.bot, "release", lease_id=asked.lease_id)
-        await asyncio.wait_for(is_held.wait(), 30)
+        await asyncio.wait_for(is_held.wait(), 60)
         await place.lose("flushed")
         await place.active(asked)
         goes_on.set()

@@ -60,7 +60,7 @@ class Reader:
 
     async def __aenter__(self) -> Reader:
         await self._follower.start()
-        await asyncio.wait_for(self._follower.complete.wait(), 30)
+        await asyncio.wait_for(self._follower.complete.wait(), 60)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -33,7 +33,7 @@ from ringfence.kernel.embedded_broker import adapt_to_embedded_broker
 from tests.brokers import start_kafka
 from tests.conftest import Kafka
 
-WITHIN_S = 30.0
+WITHIN_S = 60.0
 
 
 @pytest.fixture

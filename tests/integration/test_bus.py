@@ -19,7 +19,7 @@ from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import ALL, CREDENTIAL_REQUEST, DEAD_LETTER, LEASE
 from tests.conftest import Kafka
 
-WITHIN_S = 30
+WITHIN_S = 60
 
 
 @pytest.fixture

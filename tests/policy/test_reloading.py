@@ -45,7 +45,7 @@ async def watched(folder: Path, told: Callable[[str, str], Awaitable[None]]) -> 
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -106,7 +106,7 @@ async def test_that_nobody_can_be_told_stops_nothing(tmp_path: Path):
     async with watched(write(tmp_path, ALLOWS), broken) as engine:
         before = engine.revision
         write(tmp_path, "decision := {\n")
-        await asyncio.wait_for(tried.wait(), 30)
+        await asyncio.wait_for(tried.wait(), 60)
         write(tmp_path, DENIES)
         await until(lambda: engine.revision != before)
 
