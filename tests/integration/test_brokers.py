@@ -214,12 +214,12 @@ async def test_a_commit_passes_by_the_pause_of_an_idle_consumer(tmp_path: Path) 
 
 async def test_redis_tells_that_a_key_expired(redis_server: Any) -> None:
     key = f"test:{uuid.uuid4()}"
-    connection = redis.asyncio.from_url(redis_server.url, decode_responses=True)
+    connection = redis.asyncio.from_url(redis_server.url)
     async with asyncio.timeout(WITHIN_S), connection as client, client.pubsub() as events:
         await events.psubscribe("__keyevent@*__:expired")
         await client.set(key, "1", px=20)
         async for event in events.listen():
-            if event["type"] == "pmessage" and event["data"] == key:
+            if event["type"] == "pmessage" and event["data"] == key.encode():
                 break
 
 
