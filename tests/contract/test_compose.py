@@ -50,10 +50,11 @@ def test_each_service_runs_by_its_own_command(compose: dict[str, Any], name: str
 @pytest.mark.parametrize("name", SERVICES)
 def test_each_service_gets_its_own_key_and_no_other(compose: dict[str, Any], name: str) -> None:
     service = compose["services"][name]
-    # The issuer's tokens are signed by a key of their own.
+    # The issuer's tokens are signed by a key of their own, and what it keeps for gateways is sealed to another.
     own = {"RINGFENCE_KEY_FILE": name}
     if name == "issuer":
         own["RINGFENCE_ISSUER_TOKEN_KEY_FILE"] = "issuer-token"
+        own["RINGFENCE_ISSUER_SEAL_KEY_FILE"] = "issuer-seal"
     assert service["secrets"] == [f"{key}-key" for key in own.values()]
     for setting, key in own.items():
         assert service["environment"][setting] == f"/run/secrets/{key}-key"

@@ -8,14 +8,15 @@ import pytest
 from joserfc import jwe
 from joserfc.jwk import ECKey, OKPKey
 
-from ringfence.client.ceremony import CeremonyError, TrustFolder, first_operator, make_trust
+from ringfence.client.ceremony import CeremonyError, TrustFolder, add_gateways, first_operator, make_trust
+from ringfence.kernel.envelope import EncryptionKey, enclose
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, SignatureError, UnavailableError
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.keys import KeyFileError, SigningKey
 from ringfence.kernel.seal import ReplyKey, seal, unverified_kid
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.keys import PublicJwk
-from ringfence.messages.trust import ServiceIdentity, TrustBundle
+from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
 
 TD = "acme.example"
 NOW_S = 1_790_000_000
@@ -167,10 +168,74 @@ def test_the_ceremony_makes_one_root_and_pins_it(tmp_path: Path) -> None:
         make_trust(folder, TD, "olga")
 
 
+def test_credentials_are_sealed_to_gateways_and_the_issuer(tmp_path: Path) -> None:
+    folder = TrustFolder(tmp_path)
+    store = TrustStore(TD, make_trust(folder, TD, "olga", gateways=["gw-1", "gw-2"]))
+    store.load(folder.bundle.read_text().strip(), at_s := _iat(folder))
+    sealed_to: dict[ServiceRole, list[str]] = {"gateway": ["gw-1", "gw-2"], "issuer": ["issuer"]}
+    for role, names in sealed_to.items():
+        keys = store.encryption_keys(role, at_s)
+        files = [EncryptionKey.load(folder.encryption_key(name)) for name in names]
+        assert [key.kid for key in keys] == [file.kid for file in files]
+        for file in files:
+            assert file.open(enclose(b"x", keys, about="x")) == b"x"
+            assert [key.kid for key in store.encryption_keys(role, at_s, of=file.id)] == [file.kid]
+    assert store.encryption_keys("policy", at_s) == ()
+    assert store.encryption_keys("gateway", at_s, of="spiffe://acme.example/service/issuer") == ()
+    assert store.encryption_keys("gateway", at_s + 10**9) == (), "past the end of the bundle"
+
+
+def test_one_more_gateway_changes_nothing_for_the_others(tmp_path: Path) -> None:
+    folder = TrustFolder(tmp_path)
+    store = TrustStore(TD, make_trust(folder, TD, "olga", gateways=["gw-1"]))
+    store.load(folder.bundle.read_text().strip(), at_s := _iat(folder))
+    before = store.require()
+    with pytest.raises(CeremonyError, match="in the trust bundle already"):
+        add_gateways(folder, ["gw-1"])
+    with pytest.raises(CeremonyError, match="name of a service"):
+        add_gateways(folder, ["issuer"])
+    add_gateways(folder, ["gw-2", "gw-3"])
+    assert store.load(folder.bundle.read_text().strip(), at_s + 1)
+    after = store.require()
+    assert (after.version, after.exp) == (2, before.exp)
+    assert after.services[: len(before.services)] == before.services
+    added = EncryptionKey.load(folder.encryption_key("gw-3"))
+    assert added.kid in {key.kid for key in store.encryption_keys("gateway", at_s + 1)}
+    signing = SigningKey.load(folder.service_key("gw-2"))
+    assert store.service_key(signing.id, signing.kid, ("gateway",), at_s + 1) is not None
+
+
+def test_an_installation_of_before_gets_the_keys_that_are_sealed_to(tmp_path: Path) -> None:
+    folder = TrustFolder(tmp_path)
+    make_trust(folder, TD, "olga", gateways=["gw-1"])
+    root = SigningKey.load(folder.root_key)
+    bundle = parse(folder.bundle.read_text().strip()).unverified_claims(TrustBundle)
+    old = [service.model_copy(update={"encryption_keys": ()}) for service in bundle.services]
+    written = sign(bundle.model_copy(update={"services": tuple(old)}), root, header_jwk=True)
+    folder.bundle.write_text(written)
+    for name in ("gw-1", "issuer"):
+        folder.encryption_key(name).unlink()
+    after = add_gateways(folder, ["gw-2"])
+    have = {service.id.rpartition("/")[2] for service in after.services if service.encryption_keys}
+    assert have == {"gw-1", "gw-2", "issuer"}
+    assert all(folder.encryption_key(name).exists() for name in have)
+
+
+def test_a_gateway_is_added_by_the_root_that_is_there_alone(tmp_path: Path) -> None:
+    with pytest.raises(CeremonyError, match="run: ringfence init"):
+        add_gateways(TrustFolder(tmp_path), ["gw-2"])
+    make_trust(TrustFolder(tmp_path), TD, "olga")
+    make_trust(TrustFolder(tmp_path / "other"), TD, "olga")
+    TrustFolder(tmp_path / "other").bundle.rename(TrustFolder(tmp_path).bundle)
+    with pytest.raises(CeremonyError):
+        add_gateways(TrustFolder(tmp_path), ["gw-2"])
+
+
 @pytest.mark.parametrize(
     ("operator", "gateways", "says"),
     [("Olga Ops", [], "'Olga Ops': it: must be a name"), ("olga", ["../gw"], "must be a name"),
-     ("olga", ["registry"], "is the name of a service"), ("olga", ["issuer-token"], "is the name of a service")],
+     ("olga", ["registry"], "is the name of a service"), ("olga", ["issuer-token"], "is the name of a service"),
+     ("olga", ["gw", "gw-seal"], "ends in -seal")],
 )  # fmt: skip
 def test_a_ceremony_with_a_wrong_name_leaves_nothing(
     tmp_path: Path, operator: str, gateways: list[str], says: str

@@ -17,8 +17,10 @@ from typing import Any, Literal
 import httpx
 
 from ringfence.cli.spelling import mistyped
+from ringfence.client.ceremony import SEAL
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.kafka import Follower, Received
 from ringfence.kernel.keys import SigningKey
@@ -101,10 +103,14 @@ def _keys(settings: ServiceSettings) -> list[Finding]:
 
 def _key(file: Path) -> Finding:
     try:
-        key = SigningKey.load(file)
+        if file.stem.endswith(SEAL):
+            id, kind = EncryptionKey.load(file).id, "X25519"
+        else:
+            key = SigningKey.load(file)
+            id, kind = key.id, key.alg
     except RingfenceError as error:
         return Finding(f"key {file.stem}", "bad", str(error))
-    return Finding(f"key {file.stem}", "good", f"{key.id}, {key.alg}, mode 0600")
+    return Finding(f"key {file.stem}", "good", f"{id}, {kind}, mode 0600")
 
 
 async def _topics(settings: ServiceSettings) -> Finding:

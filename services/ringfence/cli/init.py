@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ringfence.client.ceremony import TrustFolder, make_trust, publish_trust
+from ringfence.client.ceremony import TrustFolder, add_gateways, make_trust, publish_bundle, publish_trust
 from ringfence.kernel.settings import BusSettings, load
 
 
@@ -20,6 +20,14 @@ def init(
     gateway: Annotated[
         list[str] | None,
         typer.Option("--gateway", metavar="NAME", help="A gateway that gets a key of its own. Repeatable."),
+    ] = None,
+    add_gateway: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--add-gateway",
+            metavar="NAME",
+            help="Sign the next trust bundle, with one more gateway, by the root that is there. Repeatable.",
+        ),
     ] = None,
     publish: Annotated[
         bool,
@@ -32,6 +40,9 @@ def init(
     settings = load(BusSettings)
     trust = TrustFolder(folder)
     out = Console()
+    if add_gateway:
+        _add(trust, add_gateway, settings, out, publish=publish)
+        return
     if not (publish and trust.root_key.exists()):
         fingerprint = make_trust(trust, settings.trust_domain, operator, gateways=gateway or ["gateway"])
         out.print(f"Trust root for [bold]{settings.trust_domain}[/], fingerprint:")
@@ -44,3 +55,18 @@ def init(
         out.print(f"Trust bundle and operator [bold]{operator}[/] are on Kafka at {settings.kafka}.")
     else:
         out.print("Next: ringfence topics apply, then ringfence init --publish")
+
+
+def _add(
+    trust: TrustFolder, gateways: list[str], settings: BusSettings, out: Console, *, publish: bool
+) -> None:
+    version = add_gateways(trust, gateways).version
+    out.print(f"Trust bundle {version} has gateway {', '.join(gateways)} now.")
+    for name in gateways:
+        files = (trust.service_key(name), trust.encryption_key(name))
+        out.print(f"Its keys:  {files[0]}, {files[1]}", soft_wrap=True)
+    if publish:
+        asyncio.run(publish_bundle(trust, settings))
+        out.print(f"Trust bundle {version} is on Kafka at {settings.kafka}.")
+    else:
+        out.print("Next: ringfence init --publish")

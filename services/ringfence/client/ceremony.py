@@ -14,10 +14,11 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from ringfence.client.errors import checked
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.jws import sign
+from ringfence.kernel.envelope import EncryptionKey
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.jws import open_signed, parse, sign
 from ringfence.kernel.kafka import Publisher
-from ringfence.kernel.keys import KeyFileError, SigningKey
+from ringfence.kernel.keys import KeyFileError, SigningKey, public_key
 from ringfence.kernel.settings import BusSettings
 from ringfence.messages.base import Name
 from ringfence.messages.registry import Entitlements, UserSet
@@ -28,6 +29,10 @@ from ringfence.model.identity import spiffe_id
 SERVICE_ROLES: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker", "audit")
 TOKEN_KEY = "issuer-token"  # noqa: S105 - the name of a file
 """The key that signs tokens is not the one that signs the issuer's messages."""
+_SEALED_TO: tuple[ServiceRole, ...] = ("issuer", "gateway")
+"""Whose services have a key that credentials are sealed to."""
+SEAL = "-seal"
+"""How the names of their files end."""
 _YEAR_S = 365 * 24 * 3600
 _A_NAME = TypeAdapter(Name)
 
@@ -57,6 +62,10 @@ class TrustFolder:
     def service_key(self, name: str) -> Path:
         """The private key of a service."""
         return self.path / "keys" / f"{name}.json"
+
+    def encryption_key(self, name: str) -> Path:
+        """The private key of a service that credentials are sealed to."""
+        return self.service_key(name + SEAL)
 
     def user_key(self, user_id: str) -> Path:
         """The private key of a user whose key was made here."""
@@ -88,21 +97,12 @@ def make_trust(
     """
     if folder.root_key.exists():
         raise CeremonyError(f"{folder.root_key} exists already; remove it only if nothing was signed with it")
-    for name in (operator, *gateways):
-        with checked(repr(name)):
-            _A_NAME.validate_python(name)
-    if taken := sorted({*SERVICE_ROLES, TOKEN_KEY} & set(gateways)):
-        raise CeremonyError(f"{taken[0]} is the name of a service; give the gateway another")
+    _check_names(operator, gateways=gateways)
     root = SigningKey.generate(f"spiffe://{trust_domain}/root")
     now_s = int(time.time())
-    services = []
     named: list[tuple[str, ServiceRole]] = [(role, role) for role in SERVICE_ROLES]
-    for name, role in [*named, *((name, "gateway") for name in dict.fromkeys(gateways))]:
-        key = SigningKey.generate(spiffe_id(trust_domain, "service", name))
-        key.save(folder.service_key(name))
-        services.append(
-            ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(now_s + valid_s, now_s - 60),))
-        )
+    named += [(name, "gateway") for name in dict.fromkeys(gateways)]
+    services = [_service(folder, trust_domain, name, role, now_s, now_s + valid_s) for name, role in named]
     SigningKey.generate(spiffe_id(trust_domain, "service", "issuer")).save(folder.service_key(TOKEN_KEY))
     SigningKey.generate(spiffe_id(trust_domain, "user", operator)).save(folder.user_key(operator))
     bundle = TrustBundle(
@@ -117,6 +117,89 @@ def make_trust(
     folder.bundle.write_text(sign(bundle, root, header_jwk=True) + "\n")
     root.save(folder.root_key)
     return root.kid
+
+
+def add_gateways(folder: TrustFolder, gateways: Sequence[str]) -> TrustBundle:
+    """Sign the next version of the trust bundle: with these gateways, each with new keys, beside all that is there.
+
+    Issuers and gateways of before that have no key to seal to get one. The end of the bundle stays what it is.
+
+    Returns the bundle. Needs the root's key. Raises InvalidCallError where a name cannot be one; CeremonyError where it
+    is taken, or there is no trust root, or its bundle has expired.
+    """
+    root, bundle = _signed_before(folder)
+    now_s, trust_domain = int(time.time()), bundle.aud
+    if bundle.exp <= now_s:
+        raise CeremonyError(f"the trust bundle in {folder.bundle} has expired; make a new trust root")
+    _check_names(gateways=gateways)
+    taken = {service.id for service in bundle.services}
+    for name in gateways:
+        if spiffe_id(trust_domain, "service", name) in taken:
+            raise CeremonyError(f"{name} is in the trust bundle already; give the gateway another name")
+    services = [_with_encryption_key(folder, service, now_s, bundle.exp) for service in bundle.services]
+    services += [
+        _service(folder, trust_domain, name, "gateway", now_s, bundle.exp) for name in dict.fromkeys(gateways)
+    ]
+    following = bundle.model_copy(
+        update={
+            "iat": now_s,
+            "jti": str(uuid.uuid4()),
+            "version": bundle.version + 1,
+            "services": tuple(services),
+        }
+    )
+    fresh = folder.bundle.with_suffix(".new")
+    fresh.write_text(sign(following, root, header_jwk=True) + "\n")
+    fresh.replace(folder.bundle)
+    return following
+
+
+def _check_names(*names: str, gateways: Sequence[str]) -> None:
+    for name in (*names, *gateways):
+        with checked(repr(name)):
+            _A_NAME.validate_python(name)
+    if taken := sorted({*SERVICE_ROLES, TOKEN_KEY} & set(gateways)):
+        raise CeremonyError(f"{taken[0]} is the name of a service; give the gateway another")
+    if ending := [name for name in gateways if name.endswith(SEAL)]:
+        raise CeremonyError(
+            f"{ending[0]} ends in {SEAL}, as the files of other keys do; give the gateway another"
+        )
+
+
+def _service(
+    folder: TrustFolder, trust_domain: str, name: str, role: ServiceRole, now_s: int, end_s: int
+) -> ServiceIdentity:
+    """A service with fresh keys, the private halves of which are in the folder."""
+    key = SigningKey.generate(spiffe_id(trust_domain, "service", name))
+    key.save(folder.service_key(name))
+    service = ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(end_s, now_s - 60),))
+    return _with_encryption_key(folder, service, now_s, end_s)
+
+
+def _with_encryption_key(
+    folder: TrustFolder, service: ServiceIdentity, now_s: int, end_s: int
+) -> ServiceIdentity:
+    """The same service, with a key that is sealed to where its role needs one and it has none."""
+    if service.encryption_keys or not set(_SEALED_TO) & set(service.roles):
+        return service
+    key = EncryptionKey.generate(service.id)
+    key.save(folder.encryption_key(service.id.rpartition("/")[2]))
+    return service.model_copy(update={"encryption_keys": (key.record(end_s, now_s - 60),)})
+
+
+def _signed_before(folder: TrustFolder) -> tuple[SigningKey, TrustBundle]:
+    """The root's key, and the bundle that it signed last. Raises CeremonyError."""
+    try:
+        root = SigningKey.load(folder.root_key)
+        jws = parse(folder.bundle.read_text().strip())
+        trust_domain = root.id.removeprefix("spiffe://").partition("/")[0]
+        bundle = open_signed(
+            jws, TrustBundle, lambda iss, kid: public_key(root.public) if kid == root.kid else None,
+            audience=trust_domain,
+        ).claims  # fmt: skip
+    except (KeyFileError, OSError, InvalidMessageError) as error:
+        raise CeremonyError(f"no trust root in {folder.path} ({error}); run: ringfence init") from None
+    return root, bundle
 
 
 def first_operator(folder: TrustFolder, trust_domain: str, operator: str, name: str) -> UserSet:
@@ -152,12 +235,16 @@ async def publish_trust(folder: TrustFolder, settings: BusSettings, operator: st
     Raises CeremonyError where `make_trust` has not run, or for another operator; UnavailableError where Kafka does not
     answer.
     """
-    try:
-        root = SigningKey.load(folder.root_key)
-        bundle = folder.bundle.read_text().strip()
-    except (KeyFileError, OSError) as error:
-        raise CeremonyError(f"no trust root in {folder.path} ({error}); run: ringfence init") from None
+    root, _ = _signed_before(folder)
     command = first_operator(folder, settings.trust_domain, operator, name)
+    await publish_bundle(folder, settings)
     async with Publisher(settings, root.id) as publisher:
-        await (await publisher.send(TRUST, "1", bundle, id=f"trust-{root.kid}", type=TrustBundle.typ))
         await publisher.publish_signed(REGISTRY_COMMAND, f"user/{operator}", command, root)
+
+
+async def publish_bundle(folder: TrustFolder, settings: BusSettings) -> None:
+    """Put the trust bundle on Kafka. Raises CeremonyError where there is none, UnavailableError where Kafka is not."""
+    root, bundle = _signed_before(folder)
+    compact, version = folder.bundle.read_text().strip(), str(bundle.version)
+    async with Publisher(settings, root.id) as publisher:
+        await (await publisher.send(TRUST, version, compact, id=f"trust-{bundle.jti}", type=TrustBundle.typ))

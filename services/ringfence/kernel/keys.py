@@ -164,43 +164,64 @@ class SigningKey:
 
     def save(self, path: Path) -> None:
         """Write the private key to a new file of mode 0600. Raises KeyFileError where a file is there already."""
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if isinstance(self._key, ed25519.Ed25519PrivateKey):
-            d = b64encode(self._key.private_bytes_raw())
+            d = self._key.private_bytes_raw()
         else:
-            d = b64encode(self._key.private_numbers().private_value.to_bytes(32))
-        text = json.dumps(
-            {"id": self.id, "jwk": {**self.public.model_dump(exclude_none=True), "d": d}}, indent=1
-        )
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            raise KeyFileError(f"{path} exists already; move it away, or name another file") from None
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text + "\n")
+            d = self._key.private_numbers().private_value.to_bytes(32)
+        save_private(path, self.id, self.public, d)
 
     @classmethod
     def load(cls, path: Path) -> SigningKey:
         """Read a private key. Raises KeyFileError where others may read the file, or it holds no usable key."""
+        id, crv, d = load_private(path)
         try:
-            mode = path.stat().st_mode & 0o777
-            text = path.read_bytes()
-        except OSError as error:
-            raise KeyFileError(
-                f"cannot read the key file {path}: {error.strerror}; make one or name another"
-            ) from None
-        if mode & 0o077:
-            raise KeyFileError(f"{path} can be read by others (mode {mode:o}); run: chmod 600 {path}")
-        try:
-            data = json.loads(text)
-            jwk, d = data["jwk"], b64decode(data["jwk"]["d"])
-            if jwk["crv"] == "Ed25519":
-                return cls._of(data["id"], ed25519.Ed25519PrivateKey.from_private_bytes(d))
-            if jwk["crv"] == "P-256":
-                return cls._of(data["id"], ec.derive_private_key(int.from_bytes(d), ec.SECP256R1()))
-        except (ValueError, KeyError, TypeError):
+            if crv == "Ed25519":
+                return cls._of(id, ed25519.Ed25519PrivateKey.from_private_bytes(d))
+            if crv == "P-256":
+                return cls._of(id, ec.derive_private_key(int.from_bytes(d), ec.SECP256R1()))
+        except ValueError:
             pass  # the message below says it; the original could quote the key
+        raise unusable(path)
+
+
+def save_private(path: Path, id: str, public: PublicJwk, d: bytes) -> None:
+    """Write a private key to a new file of mode 0600. Raises KeyFileError where a file is there already."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    text = json.dumps(
+        {"id": id, "jwk": {**public.model_dump(exclude_none=True), "d": b64encode(d)}}, indent=1
+    )
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise KeyFileError(f"{path} exists already; move it away, or name another file") from None
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text + "\n")
+
+
+def load_private(path: Path) -> tuple[str, str, bytes]:
+    """What stands in the file of a private key: whose it is, its curve, its secret. Raises KeyFileError."""
+    try:
+        mode = path.stat().st_mode & 0o777
+        text = path.read_bytes()
+    except OSError as error:
         raise KeyFileError(
-            f"{path} does not hold a private key of Ringfence; make one with: ringfence key new "
-            "(for services: ringfence init)"
-        )
+            f"cannot read the key file {path}: {error.strerror}; make one or name another"
+        ) from None
+    if mode & 0o077:
+        raise KeyFileError(f"{path} can be read by others (mode {mode:o}); run: chmod 600 {path}")
+    try:
+        data = json.loads(text)
+        id, crv, d = data["id"], data["jwk"]["crv"], b64decode(data["jwk"]["d"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise unusable(path) from None  # the original could quote the key
+    if not isinstance(id, str) or not isinstance(crv, str):
+        raise unusable(path)
+    return id, crv, d
+
+
+def unusable(path: Path) -> KeyFileError:
+    """What is said of a file that holds no private key of the kind that is needed."""
+    return KeyFileError(
+        f"{path} does not hold a private key of Ringfence; make one with: ringfence key new "
+        "(for services: ringfence init)"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from ringfence.kernel.envelope import usable
 from ringfence.kernel.errors import InvalidMessageError, SignatureError, UnavailableError
 from ringfence.kernel.jws import KeyFinder, open_signed, parse
 from ringfence.kernel.keys import PublicKey, public_key, valid_key
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 class _Service:
     roles: frozenset[ServiceRole]
     keys: tuple[KeyRecord, ...]
+    encryption_keys: tuple[KeyRecord, ...]
 
 
 class TrustStore:
@@ -68,7 +70,7 @@ class TrustStore:
         self._bundle, self._root = bundle, root
         self._services = {}
         for service in bundle.services:
-            known = _Service(frozenset(service.roles), service.keys)
+            known = _Service(frozenset(service.roles), service.keys, service.encryption_keys)
             self._services.setdefault(service.id, []).append(known)
         log.info("trust bundle %d in force", bundle.version)
         return True
@@ -89,6 +91,15 @@ class TrustStore:
             if not service.roles.isdisjoint(roles):
                 return valid_key(service.keys, kid, at_s)
         return None
+
+    def encryption_keys(
+        self, role: ServiceRole, at_s: float, *, of: str | None = None
+    ) -> tuple[KeyRecord, ...]:
+        """What may be sealed to at `at_s`: the keys of all services of a role, or of the one with the id `of`."""
+        if self._bundle is None or at_s >= self._bundle.exp:
+            return ()
+        every = (one for id, some in self._services.items() if of in (None, id) for one in some)
+        return usable((key for one in every if role in one.roles for key in one.encryption_keys), at_s)
 
     def finder(self, *roles: ServiceRole, at_s: float) -> KeyFinder:
         """A `KeyFinder` for messages that only services of these roles may sign."""

@@ -16,6 +16,9 @@ class ServiceIdentity(Message):
     id: SpiffeId
     roles: tuple[ServiceRole, ...]
     keys: tuple[KeyRecord, ...]
+    encryption_keys: tuple[KeyRecord, ...] = ()
+    """What credentials are sealed to: of gateways, which inject them, and of the issuer, which keeps them for gateways
+    that come later. X25519 or P-256 (ECDH-ES), and none of `keys`."""
 
 
 class TrustBundle(ExpiringClaims):
