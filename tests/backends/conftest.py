@@ -6,12 +6,14 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from ringfence.backends import TargetRefusedError
 from ringfence.dev.processes import StackError
 from tests.backends.kinds import (
     ODD_TABLES,
     SSH_USERS,
     TABLES,
     TARGET,
+    HttpKind,
     JwtKind,
     Kind,
     PostgresKind,
@@ -69,11 +71,25 @@ def vault(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vault]:
         pytest.exit(error.message, returncode=1)
 
 
-@pytest.fixture(scope="package", params=["jwt", "redis", "postgres", "ssh"])
+BY_THE_TARGET = ("jwt", "redis", "postgres", "ssh")
+BY_THE_GATEWAY = ("http",)
+"""Those that declare `enforced_by = gateway`: nothing is made, so that nothing can be shown to the target."""
+# Strict: as soon as a case has a gateway to go through, it has to stand on its own.
+_WITH_THE_GATEWAY = pytest.mark.xfail(
+    raises=TargetRefusedError, strict=True, reason="enforced by the gateway: to be completed with it"
+)
+
+
+@pytest.fixture(
+    scope="package",
+    params=[*BY_THE_TARGET, *(pytest.param(name, marks=_WITH_THE_GATEWAY) for name in BY_THE_GATEWAY)],
+)
 def kind(request: pytest.FixtureRequest) -> Kind:
     """Every kind there is."""
     if request.param == "jwt":
         return JwtKind()
+    if request.param == "http":
+        return HttpKind()
     made: Kind = request.getfixturevalue(f"{request.param}_kind")
     return made
 

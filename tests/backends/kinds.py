@@ -25,6 +25,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
 from ringfence.backends import (
     Backend,
+    HttpBackend,
     JwtBackend,
     PostgresBackend,
     RedisBackend,
@@ -123,7 +124,8 @@ def lease(kind: str, *scope: Permission, **fields: Any) -> Lease:
 def state(kind: str, **settings: Any) -> TargetState:
     """The record of the suite's target."""
     example = cast(TargetRecord, EXAMPLES[TargetRecord]).state
-    backend = BackendSettings.model_validate({"kind": kind, **settings})
+    needed = {"url": "https://api.example"} if kind == "http" else {}
+    backend = BackendSettings.model_validate({"kind": kind, **needed, **settings})
     return example.model_copy(update={"target_id": TARGET, "backend": backend})
 
 
@@ -196,6 +198,46 @@ class JwtKind:
     @asynccontextmanager
     async def session(self, value: str) -> AsyncIterator[Any]:
         yield value
+
+    async def names(self) -> set[str]:
+        return set()
+
+    def secret_of(self, value: str) -> str:
+        return value
+
+    def said(self) -> bytes:
+        return b""
+
+
+# --- http -------------------------------------------------------------------------------------------------------------
+
+
+class HttpKind:
+    """The target is an API with a static key, which knows no scopes: what is asked of a target here, its gateway does.
+
+    There is nothing that could be handed to the cases of the suite, so each of them is completed with the gateway.
+    """
+
+    name: ClassVar[str] = "http"
+    read_a: Act = ("GET", "/a")
+    write_a: Act = ("PUT", "/a")
+    read_b: Act = ("GET", "/b")
+    write_b: Act = ("PUT", "/b")
+    beyond: Sequence[Act] = (("GET", "/c"), ("GET", "/a/b"), ("DELETE", "/b"), ("GET", "/"))
+    odd: Sequence[Odd] = (Odd("path/é", ("GET", "/%C3%A9")), Odd("path/a b", ("GET", "/a%20b")))
+    unsayable: Sequence[str] = ()
+
+    def backend(self, trust_domain: str = "test.example", access: TargetAccess | None = None) -> Backend:
+        return HttpBackend()
+
+    def resource(self, thing: str) -> str:
+        return f"path/{thing}"
+
+    async def may(self, value: str, act: Act) -> bool:
+        raise AssertionError("no agent has a value to show to the target")
+
+    def session(self, value: str) -> Any:
+        raise AssertionError("no agent has a session at the target")
 
     async def names(self) -> set[str]:
         return set()

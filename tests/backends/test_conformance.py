@@ -8,9 +8,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from ringfence.backends import AccessError, Backend, Caller, TargetAccess, TargetError, TargetRefusedError
+from ringfence.backends import (
+    AccessError,
+    Backend,
+    Caller,
+    Material,
+    TargetAccess,
+    TargetError,
+    TargetRefusedError,
+    built_in,
+)
 from ringfence.kernel.errors import RingfenceError
 from ringfence.messages.lease import Lease
+from tests.backends.conftest import BY_THE_GATEWAY, BY_THE_TARGET
 from tests.backends.kinds import TARGET, Kind, Stateful, allow, lease, state
 from tests.targets import Gate
 
@@ -439,3 +449,13 @@ async def test_the_server_is_never_told_a_secret_and_each_is_another(
     for secret in secrets:
         assert secret.encode() not in stateful.said()
         assert secret not in caplog.text
+
+
+# --- what is declared -------------------------------------------------------------------------------------------------
+
+
+def test_what_only_the_gateway_enforces_is_declared_and_marked() -> None:
+    """Else its cases would be left out without a word."""
+    backends = built_in(Material("test.example", "https://issuer.test.example"))
+    assert {kind for kind, one in backends.items() if one.enforced_by == "gateway"} == set(BY_THE_GATEWAY)
+    assert backends.keys() == {*BY_THE_TARGET, *BY_THE_GATEWAY}, "every kind goes through the suite"

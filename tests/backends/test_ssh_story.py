@@ -18,8 +18,8 @@ from ringfence import Agent
 from ringfence.cli.dev import client_settings
 from ringfence.cli.target_templates import TEMPLATES
 from ringfence.client.applying import applied
+from ringfence.client.credentials import IssuedCredential
 from ringfence.client.errors import RequestDeniedError
-from ringfence.client.replies import IssuedCredential
 from ringfence.dev.stack import Stack, StackOptions
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, VerbFloor

@@ -14,24 +14,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 
 from ringfence import Agent
 from ringfence.cli.dev import client_settings
 from ringfence.cli.target_templates import TEMPLATES
 from ringfence.client.applying import environment
-from ringfence.client.errors import RequestDeniedError
-from ringfence.client.replies import IssuedCredential
+from ringfence.client.credentials import GatewayCredential, IssuedCredential, PostgresCredential
+from ringfence.client.errors import CredentialOverError, RequestDeniedError
 from ringfence.dev.stack import Stack, StackOptions
+from ringfence.kernel.envelope import EncryptionKey, unverified_about
+from ringfence.kernel.jws import open_signed, parse
+from ringfence.kernel.kafka import Received
+from ringfence.messages.credential import CredentialDelivery, Delivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, VerbFloor
-from ringfence.messages.topics import LEASE
-from tests import canary
+from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
+from tests import canary, postgres
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.postgres import PostgresServer, PostgresTarget
-from tests.stack import WITHIN_S, Realm, first_pending
+from tests.stack import WITHIN_S, Realm, Seen, first_pending
 
 TARGET = "books"
 MADE = (
@@ -123,11 +128,13 @@ async def _people(realm: Realm) -> None:
         realm.task = await maria.assign_task(realm.agent, purpose="a test", scope=everything, ends_in_s=3600)
 
 
-async def _approved(realm: Realm, agent: Agent, resource: str, ttl_s: int) -> IssuedCredential:
+async def _approved(
+    realm: Realm, agent: Agent, resource: str, ttl_s: int, delivery: Delivery = "agent"
+) -> IssuedCredential:
     asked = asyncio.create_task(
         agent.request(
             task=realm.task, target=TARGET, verbs=["read"], resources=[resource], reason="to count", ttl_s=ttl_s,
-            timeout_s=WITHIN_S,
+            timeout_s=WITHIN_S, delivery=delivery,
         )
     )  # fmt: skip
     async with realm.sponsor() as sam:
@@ -198,14 +205,62 @@ async def test_one_command_has_it_and_it_is_released_after(office: Office, tmp_p
     assert role not in await office.target.roles()
 
 
-async def test_no_secret_is_anywhere_but_with_the_agent(office: Office) -> None:
+async def _at_the_gateway(realm: Realm, agent: Agent, seen: Seen, handle: GatewayCredential) -> str:
+    """What a gateway injects: opened by its own key, believed by the issuer's signature."""
+
+    def envelopes() -> list[Received]:
+        return [r for r in seen.of(CREDENTIAL_REPLY) if unverified_about(r.value) == handle.request_id]
+
+    record = (await seen.until(envelopes, "the envelope"))[0]
+    own = EncryptionKey.load(realm.stack.trust.encryption_key("gateway"))
+    trust = agent.connection.trust
+    find = trust.finder("issuer", at_s=record.appended_at_ms / 1000)
+    signed = open_signed(parse(own.open(record.value)), CredentialDelivery, find, audience=trust.trust_domain)
+    assert signed.claims.lease_id == handle.handle
+    return signed.claims.credential.value
+
+
+async def test_what_goes_to_the_gateway_works_there_and_ends_with_the_lease(office: Office) -> None:
+    realm = office.realm
+    async with realm.as_agent() as agent, realm.seen(CREDENTIAL_REPLY) as seen:
+        handle = await _approved(realm, agent, "books/shop/orders", 600, "gateway")
+        assert isinstance(handle, GatewayCredential)
+        value = await _at_the_gateway(realm, agent, seen, handle)
+        connection = await asyncpg.connect(value, timeout=30)
+        assert await connection.fetchval("SELECT note FROM shop.orders") == "three chairs"
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.fetchval("SELECT * FROM shop.salaries")
+        await agent.release(handle, timeout_s=WITHIN_S)
+        async with asyncio.timeout(WITHIN_S):
+            while await postgres.lives(connection):
+                await asyncio.sleep(0.05)
+        connection.terminate()
+
+
+async def test_libraries_take_what_a_credential_applies(office: Office) -> None:
     realm = office.realm
     async with realm.as_agent() as agent:
+        with await _approved(realm, agent, "books/shop/orders", ttl_s=600) as credential:
+            assert isinstance(credential, PostgresCredential)
+            connection = await asyncpg.connect(credential.apply(), timeout=30)
+            assert await connection.fetchval("SELECT note FROM shop.orders") == "three chairs"
+            await connection.close()
+        with pytest.raises(CredentialOverError):
+            credential.apply()
+        await agent.release(credential)
+
+
+async def test_no_secret_is_anywhere_but_with_the_agent(office: Office) -> None:
+    realm = office.realm
+    async with realm.as_agent() as agent, realm.seen(CREDENTIAL_REPLY) as seen:
         credentials = [await _approved(realm, agent, "books/shop/orders", ttl_s=600) for _ in range(2)]
         for credential in credentials:
             assert (await office.run(credential, "SELECT 1"))[0] == 0
         await agent.release(credentials[0])
-    secrets = [str(urlsplit(credential.value).password) for credential in credentials]
+        handle = await _approved(realm, agent, "books/shop/orders", 600, "gateway")
+        assert isinstance(handle, GatewayCredential)
+        injected = await _at_the_gateway(realm, agent, seen, handle)
+    secrets = [str(urlsplit(value).password) for value in (*(one.value for one in credentials), injected)]
     secrets += ["broker-secret", credentials[0].value]
     assert all(len(secret) > 8 for secret in secrets)
     assert await canary.on_topics(realm.settings, secrets) == []

@@ -17,7 +17,7 @@ MATERIAL = Material("acme.example", "https://issuer.acme.example")
 TARGET = cast(TargetRecord, EXAMPLES[TargetRecord]).state
 MODULE = """
 class Paper:
-    kind, own_expiry, stateless = "paper", "none", False
+    kind, enforced_by, own_expiry, stateless = "paper", "target", "none", False
 
     def __init__(self, material):
         self.trust_domain = material.trust_domain
@@ -66,4 +66,10 @@ def test_an_installed_package_brings_a_backend(folder: Path) -> None:
 def test_one_that_cannot_be_used_stops_the_start(folder: Path, module: str, point: str) -> None:
     install(folder, module, point)
     with pytest.raises(BackendError, match="backend"):
+        all_backends(MATERIAL)
+
+
+def test_one_that_does_not_say_what_it_must_is_not_used(folder: Path) -> None:
+    install(folder, MODULE.replace("enforced_by", "_enforced_by"), "paper = paper_backend:Paper")
+    with pytest.raises(BackendError, match="does not say its enforced_by"):
         all_backends(MATERIAL)

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Protocol
 from ringfence.backends.access import BackendSettings, TargetAccess
 from ringfence.backends.calling import Caller
 from ringfence.backends.errors import BackendError, TargetError, TargetRefusedError, TargetShutError
+from ringfence.backends.http import HttpBackend, StaticSecrets
 from ringfence.backends.jwt import JwtBackend
 from ringfence.backends.postgres import PostgresBackend
 from ringfence.backends.redis import RedisBackend
@@ -33,11 +34,17 @@ OwnExpiry = Literal["all", "logins", "none"]
 `logins`: nobody can log in any more, and sessions last. `none`: nothing, until the lease is undone."""
 
 
+EnforcedBy = Literal["target", "gateway"]
+"""Who refuses what is beyond the scope. `target`: it does, as the credential is good for no more. `gateway`: the target
+knows no scopes, so nothing is made or handed out: the lease is the right to have the gateway inject the secret."""
+
+
 class Backend(Protocol):
     """One kind of credential."""
 
     kind: ClassVar[str]
     """What `backend.kind` of a target says, and `kind` of the credential."""
+    enforced_by: ClassVar[EnforcedBy]
     own_expiry: ClassVar[OwnExpiry]
     stateless: ClassVar[bool]
     """A pure token: making it leaves nothing at the target, so nothing is there to undo when its time is over."""
@@ -71,6 +78,9 @@ class Backend(Protocol):
         ...
 
 
+_DECLARED = ("kind", "revocability", "enforced_by", "own_expiry", "stateless")
+
+
 @dataclass(frozen=True, slots=True)
 class Material:
     """What backends are made of. Only the issuer has keys: a revoker undoes, and policy asks what can be recalled."""
@@ -84,6 +94,7 @@ class Material:
 def built_in(material: Material) -> dict[str, Backend]:
     """Those that come with Ringfence, by name."""
     backends: tuple[Backend, ...] = (
+        HttpBackend(),
         JwtBackend(material.trust_domain, material.issuer_url, material.token_keys),
         PostgresBackend(material.trust_domain, material.access),
         RedisBackend(material.trust_domain, material.access),
@@ -107,6 +118,9 @@ def all_backends(material: Material) -> dict[str, Backend]:
             raise BackendError(
                 f"{where} cannot be loaded: {type(error).__name__}; repair or remove its package"
             ) from error
+        lacking = [name for name in _DECLARED if not hasattr(backend, name)]
+        if lacking:
+            raise BackendError(f"{where} does not say its {', '.join(lacking)}; get a version that does")
         if backend.kind != point.name or backend.kind in backends:
             raise BackendError(f"{where} calls itself {backend.kind!a}, which is not its name or is taken")
         backends[backend.kind] = backend
@@ -120,6 +134,8 @@ __all__ = [
     "BackendError",
     "BackendSettings",
     "Caller",
+    "EnforcedBy",
+    "HttpBackend",
     "JwtBackend",
     "Material",
     "OwnExpiry",
@@ -128,6 +144,7 @@ __all__ = [
     "Revocability",
     "SecretSource",
     "SshBackend",
+    "StaticSecrets",
     "TargetAccess",
     "TargetError",
     "TargetRefusedError",

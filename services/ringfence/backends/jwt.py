@@ -29,6 +29,7 @@ class JwtBackend:
     """Tokens of which `jti` is the lease: refused from the cut on by whoever asks introspection."""
 
     kind: ClassVar[str] = "jwt"
+    enforced_by: ClassVar[Literal["target", "gateway"]] = "target"
     own_expiry: ClassVar[Literal["all", "logins", "none"]] = "all"
     stateless: ClassVar[bool] = True
 

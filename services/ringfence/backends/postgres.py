@@ -70,6 +70,7 @@ class PostgresBackend:
     """Makes roles of which the password is known to the agent alone: the server is sent its SCRAM verifier."""
 
     kind: ClassVar[str] = "postgres"
+    enforced_by: ClassVar[Literal["target", "gateway"]] = "target"
     own_expiry: ClassVar[Literal["all", "logins", "none"]] = "logins"
     stateless: ClassVar[bool] = False
 

@@ -139,6 +139,7 @@ class RedisBackend:
     """Makes ACL users of which the password is known to the agent alone: the server is sent its SHA-256."""
 
     kind: ClassVar[str] = "redis"
+    enforced_by: ClassVar[Literal["target", "gateway"]] = "target"
     own_expiry: ClassVar[Literal["all", "logins", "none"]] = "none"
     stateless: ClassVar[bool] = False
 

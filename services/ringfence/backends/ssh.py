@@ -45,6 +45,7 @@ class SshBackend:
     """Makes certificates for keys that are known to the agent alone: the host is told the lease, and its user."""
 
     kind: ClassVar[str] = "ssh"
+    enforced_by: ClassVar[Literal["target", "gateway"]] = "target"
     own_expiry: ClassVar[Literal["all", "logins", "none"]] = "logins"
     stateless: ClassVar[bool] = False
 

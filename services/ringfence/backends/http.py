@@ -1,0 +1,138 @@
+"""Static secrets of HTTP APIs that know nothing better: an API key, a password, a bearer token.
+
+Nothing is made and nothing is handed out. A lease is the right to have the gateway inject the secret, which the gateway
+reads from a source of its own, each time: a secret that is replaced at its source counts at once, and no agent notices.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import re
+from typing import Annotated, ClassVar, Final, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ringfence.backends.access import TargetAccess
+from ringfence.backends.errors import TargetRefusedError
+from ringfence.backends.secret_sources import AccessError
+from ringfence.backends.settings import TargetSettings, TargetSettingsError, settings_of
+from ringfence.messages.credential import Credential
+from ringfence.messages.lease import Lease
+from ringfence.messages.registry import TargetState
+
+log = logging.getLogger(__name__)
+
+_TOKEN: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}"  # noqa: S105 - the token of RFC 9110, 5.6.2
+_HOST: Final = r"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?"
+_NOT_OURS: Final = frozenset({
+    "host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "keep-alive", "expect",
+    "proxy-authorization", "proxy-connection",
+})  # fmt: skip
+"""Headers that say where a request ends or goes: a secret has no place in them."""
+_SENDABLE: Final = re.compile(r"[!-~]([ -~]*[!-~])?")
+
+
+class HttpSettings(TargetSettings):
+    """How the target takes its secret."""
+
+    url: Annotated[
+        str, Field(pattern=rf"^(https://{_HOST}|http://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{{1,5}})?)$")
+    ]
+    """Where the gateway sends requests: scheme, host and port. In clear on this machine alone."""
+    auth: Literal["bearer", "basic", "header"] = "bearer"
+    """`bearer`: `Authorization: Bearer SECRET`. `basic`: `username` and the secret as the password. `header`: the
+    secret in a header of its own."""
+    header: Annotated[str, Field(pattern=f"^{_TOKEN}$")] | None = None
+    """The name of that header, e.g. `X-Api-Key`."""
+    scheme: Annotated[str, Field(pattern=f"^{_TOKEN}$")] | None = None
+    """What stands before the secret: `Bearer` with `bearer`, nothing with `header`, if not given."""
+    username: (
+        Annotated[str, Field(pattern=r"^[^:\x00-\x1f\x7f]{1,256}$", coerce_numbers_to_str=True)] | None
+    ) = None
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Self:
+        if (self.auth == "header") != (self.header is not None):
+            raise ValueError("header goes with auth = header, which needs it")
+        if (self.auth == "basic") != (self.username is not None):
+            raise ValueError("username goes with auth = basic, which needs it")
+        if self.auth == "basic" and self.scheme is not None:
+            raise ValueError("basic has no scheme but its own")
+        if self.header is not None and self.header.lower() in _NOT_OURS:
+            raise ValueError("this header says where a request goes or ends; no secret belongs there")
+        return self
+
+
+class HttpBackend:
+    """Leases for targets whose static secret only the gateway has."""
+
+    kind: ClassVar[str] = "http"
+    enforced_by: ClassVar[Literal["target", "gateway"]] = "gateway"
+    own_expiry: ClassVar[Literal["all", "logins", "none"]] = "all"
+    stateless: ClassVar[bool] = True
+
+    def revocability(self, target: TargetState) -> Literal["instant", "session", "ttl"]:
+        """From the cut on the gateway injects nothing."""
+        return "instant"
+
+    def problem(self, lease: Lease, target: TargetState) -> str | None:
+        """What an agent is told where the gateway could not enforce the lease. What it is, is logged."""
+        try:
+            settings_of(target, HttpSettings)
+        except TargetSettingsError as error:
+            log.error("%s", error)
+            return f"target {target.target_id} does not say how it takes its secret; ask an operator"
+        if not target.requests:
+            return (
+                f"target {target.target_id} does not say which requests are which verb: the gateway would let nothing "
+                "pass; ask an operator"
+            )
+        return None
+
+    async def mint(self, lease: Lease, target: TargetState) -> Credential:
+        """Always raises TargetRefusedError: there is nothing that could be handed out."""
+        raise TargetRefusedError(
+            f"the secret that {target.target_id} takes is never handed out: the gateway injects it"
+        )
+
+    async def undo(self, lease_id: str, *, target_id: str) -> None:
+        """Nothing: the gateway injects nothing from the cut on."""
+
+    async def standing(self, target_id: str) -> frozenset[str]:
+        """Nothing ever stands at a target."""
+        return frozenset()
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+
+class StaticSecrets:
+    """What the gateway injects, read when it is needed. No other process has these sources."""
+
+    def __init__(self, access: TargetAccess) -> None:
+        """`access`: the gateway's own; of its `RINGFENCE_BACKENDS_ACCESS` each place holds a secret, not a URL."""
+        self._access = access
+
+    async def headers(self, target: TargetState) -> dict[str, str]:
+        """The headers that carry the secret that is there now. None of the agent's of these names may stay.
+
+        Raises TargetSettingsError where the target's record is wrong, AccessError where there is no secret, or one
+        that cannot stand in a header; neither quotes it.
+        """
+        settings = settings_of(target, HttpSettings)
+        secret = await self._access.read(target.target_id)
+        if settings.auth == "basic":
+            pair = base64.b64encode(f"{settings.username}:{secret}".encode()).decode("ascii")
+            return {"Authorization": f"Basic {pair}"}
+        if not _SENDABLE.fullmatch(secret):
+            raise AccessError(
+                f"the secret of target {target.target_id} has characters that no header may have"
+            )
+        if settings.header is not None:
+            return {settings.header: f"{settings.scheme} {secret}" if settings.scheme else secret}
+        return {"Authorization": f"{settings.scheme or 'Bearer'} {secret}"}
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        await self._access.close()
