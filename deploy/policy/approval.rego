@@ -15,10 +15,12 @@ changes_something(permission) if {
 }
 
 # Reading is `read`, `list` or `get`, and a verb of several words that begins so: `get-logs`, `list_users`, `read:all`.
-# Only whole words count: `readwrite` is not reading.
+# So is what ends in `:read`, as scopes of APIs do: `contents:read`. Only whole words count: `readwrite` is not reading.
 reading(verb) if verb in {"read", "list", "get"}
 
 reading(verb) if strings.any_prefix_match(verb, reading_words)
+
+reading(verb) if endswith(verb, ":read")
 
 reading_words := [
 	"read-", "read_", "read.", "read:",

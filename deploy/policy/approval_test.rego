@@ -6,7 +6,7 @@ import data.ringfence.fixture
 test_reading_staging_takes_nobody if approval.required == set() with input as fixture.good
 
 test_reading_production_takes_nobody if {
-	approval.required == set() with input as fixture.wanting(["read", "get-logs", "list:pods"], ["env/production/web"])
+	approval.required == set() with input as fixture.wanting(["read", "get-logs", "list:pods", "contents:read"], ["env/production/web"])
 }
 
 # The target's own floor asks for the sponsor where it wants one.
@@ -38,7 +38,7 @@ test_one_change_among_much_reading_counts if {
 }
 
 test_only_whole_words_are_reading if {
-	every verb in ["readwrite", "listen", "getaway", "unread"] {
+	every verb in ["readwrite", "listen", "getaway", "unread", "contents:readwrite", "contents-read"] {
 		approval.required == {"sponsor"} with input as fixture.wanting([verb], ["env/production/web"])
 	}
 }

@@ -5,13 +5,13 @@ package ringfence.combinations
 # Each pair: who may do one of the first must not be able to do one of the second, and why.
 never_together := [
 	{
-		"first": {"read-code", "clone", "pull"},
-		"second": {"run-ci", "write-ci", "dispatch"},
+		"first": {"read-code", "clone", "pull", "contents:read"},
+		"second": {"run-ci", "write-ci", "dispatch", "workflows:write", "actions:run"},
 		"why": "what reads code must not run CI: a comment in the code could tell it what to run, with CI's own secrets",
 	},
 	{
-		"first": {"push", "commit"},
-		"second": {"review", "approve-change", "merge"},
+		"first": {"push", "commit", "contents:write", "git:write"},
+		"second": {"review", "approve-change", "merge", "pulls:approve", "pulls:merge"},
 		"why": "what writes a change must not be what approves it",
 	},
 ]

@@ -9,17 +9,146 @@ from typing import Any
 import pytest
 import typer
 
+from ringfence.backends.http import HttpSettings
 from ringfence.backends.postgres_rights import RIGHTS
 from ringfence.backends.ssh_rights import VERBS
-from ringfence.cli.target import _settings, _template, _verbs
+from ringfence.cli.target import _request, _settings, _template, _verbs
 from ringfence.cli.target_templates import TEMPLATES
 from ringfence.client.applying import applied, environment
-from ringfence.client.replies import IssuedCredential
+from ringfence.client.credentials import IssuedCredential, Secret
+from ringfence.model.request_map import Action, RequestMap
 
 
 def test_the_templates_have_every_verb_there_is() -> None:
     assert TEMPLATES["postgres"].verbs.keys() == RIGHTS.keys()
     assert TEMPLATES["ssh"].verbs.keys() == set(VERBS)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_verb_of_a_map_has_a_floor_and_every_floor_a_use(name: str) -> None:
+    template = TEMPLATES[name]
+    RequestMap(template.requests)
+    if template.requests:
+        assert {rule.verb for rule in template.requests} == template.verbs.keys()
+
+
+def test_the_template_of_github_is_understood_by_its_backend() -> None:
+    HttpSettings.model_validate(dict(TEMPLATES["github-api"].settings))
+
+
+REPO = "/repos/octo/hello"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "verb"),
+    [
+        ("GET", "", "metadata:read"),
+        ("HEAD", "", "metadata:read"),
+        ("GET", "/contents/src/main.py?ref=main", "contents:read"),
+        ("GET", "/contents/.github/workflows/ci.yml", "contents:read"),
+        ("GET", "/git/trees/main", "contents:read"),
+        ("PUT", "/contents/src/main.py", "contents:write"),
+        ("PUT", "/contents/src/.github/workflows/ci.yml", "contents:write"),
+        ("PUT", "/contents/.github/workflows/ci.yml", "workflows:write"),
+        ("PUT", "/contents/%2Egithub/workflows/ci.yml", "workflows:write"),
+        ("PUT", "/contents/.github/%77orkflows/deep/ci.yml", "workflows:write"),
+        ("DELETE", "/contents/.github/workflows/ci.yml", "workflows:write"),
+        ("PUT", "/contents/.github/actions/build/action.yml", "workflows:write"),
+        ("PUT", "/contents/.github/CODEOWNERS", "workflows:write"),
+        ("POST", "/git/trees", "git:write"),
+        ("POST", "/git/refs", "git:write"),
+        ("PATCH", "/git/refs/heads/main", "git:write"),
+        ("POST", "/merges", "git:write"),
+        ("PUT", "/pulls/7/update-branch", "git:write"),
+        ("PUT", "/pulls/7/merge", "pulls:merge"),
+        ("GET", "/pulls/7/files", "pulls:read"),
+        ("POST", "/pulls", "pulls:write"),
+        ("POST", "/issues/7/comments", "issues:write"),
+        ("GET", "/actions/runs/7/jobs", "actions:read"),
+        ("POST", "/actions/workflows/ci.yml/dispatches", "actions:run"),
+        ("POST", "/dispatches", "actions:run"),
+    ],
+)
+def test_what_is_what_at_github(method: str, path: str, verb: str) -> None:
+    action = RequestMap(TEMPLATES["github-api"].requests).action(method, REPO + path)
+    assert action is not None
+    assert action.verb == verb
+    assert action.resource.startswith("repos/octo/hello")
+
+
+def test_a_review_at_github_that_may_approve_is_an_approval() -> None:
+    github = RequestMap(TEMPLATES["github-api"].requests)
+    bodies = {
+        b'{"event": "COMMENT", "body": "hm"}': "pulls:write",
+        b'{"event": "REQUEST_CHANGES"}': "pulls:write",
+        b'{"event": "APPROVE"}': "pulls:approve",
+        b'{"event": "approve"}': "pulls:approve",
+        b'{"body": "later"}': "pulls:approve",
+    }
+    for path in ("/pulls/7/reviews", "/pulls/7/reviews/1/events"):
+        for body, verb in bodies.items():
+            action = github.action("POST", REPO + path, body)
+            assert action is not None
+            assert action.verb == verb
+        assert github.action("POST", REPO + path, b'{"event": "COMMENT", "event": "APPROVE"}') is None
+        assert github.action("POST", REPO + path, None) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("POST", "/graphql"),
+        ("GET", "/user"),
+        ("GET", "/search/code?q=x"),
+        ("GET", "/repositories/1/contents/x"),
+        ("PUT", "/repositories/1/contents/x"),
+        ("DELETE", REPO),
+        ("PATCH", REPO),
+        ("POST", "/repos/octo/hello/../other/issues"),
+        ("PUT", "/repos/octo/hello/contents/.github%2Fworkflows%2Fci.yml"),
+        ("PUT", "/repos/octo/hello/contents/src/../.github/workflows/ci.yml"),
+        ("PUT", "/repos/octo/hello/contents//.github/workflows/ci.yml"),
+        ("PUT", "/repos/octo/hello/contents/"),
+        ("GET", "/repos/octo/hello/actions/secrets"),
+        ("POST", "/repos/octo/hello/hooks"),
+        ("PUT", "/repos/octo/hello/collaborators/mallory"),
+        ("PUT", "/repos/octo/hello/branches/main/protection"),
+        ("POST", "/repos/octo/hello/statuses/abc"),
+        ("POST", "/repos/octo/hello/forks"),
+    ],
+)
+def test_what_is_nothing_at_github(method: str, target: str) -> None:
+    assert RequestMap(TEMPLATES["github-api"].requests).action(method, target, b"{}") is None
+
+
+def test_any_http_api_is_read_written_and_deleted_by_its_paths() -> None:
+    api = RequestMap(TEMPLATES["http"].requests)
+    for method, verb in {"GET": "read", "HEAD": "read", "POST": "write", "PUT": "write", "PATCH": "write",
+                         "DELETE": "delete"}.items():  # fmt: skip
+        for target, resource in (("/", "path"), ("/v1/orders/7?x=1", "path/v1/orders/7")):
+            assert api.action(method, target) == Action(verb, resource)
+    assert api.action("OPTIONS", "/") is None
+
+
+def test_a_request_is_written_in_four_words_and_conditions() -> None:
+    plain = _request("GET /envs/{name} read env/{name}")
+    assert (plain.method, plain.path, plain.verb, plain.resource) == (
+        "GET", "/envs/{name}", "read", "env/{name}",
+    )  # fmt: skip
+    assert (plain.query, plain.body) == (None, None)
+    conditions = _request("POST /runs dry-run runs query:dry=1,true body:kind=test body:x=y=z")
+    assert conditions.query == {"dry": ("1", "true")}
+    assert conditions.body == {"kind": ("test",), "x": ("y=z",)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["GET /x read", "get /x read x", "GET /x Read x", "GET /x read x header:a=b", "GET /x read x body:a",
+     "GET /x read x y"],
+)  # fmt: skip
+def test_what_is_no_request(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        _request(text)
 
 
 def test_what_is_given_counts_instead() -> None:
@@ -30,6 +159,7 @@ def test_what_is_given_counts_instead() -> None:
 
 def test_settings_keep_their_type() -> None:
     assert _settings(["connection_limit=2", "owned=keep"]) == {"connection_limit": 2, "owned": "keep"}
+    assert _settings(["username=007", "scheme=Token"]) == {"username": "007", "scheme": "Token"}
 
 
 @pytest.mark.parametrize("text", ["owned", "=x", "kind=jwt", "audience=x", "a b=1"])
@@ -50,7 +180,7 @@ def issued(kind: str, value: str) -> IssuedCredential:
         ("lease_id", "request_id", "target", "task_id", "agent_id", "sponsor", "on_behalf_of"), "x"
     )
     given: dict[str, Any] = {"token_type": None, "expires_at": 1, "scope": (), "delivery": "agent", **named}
-    return IssuedCredential(kind=kind, value=value, **given)
+    return IssuedCredential(kind=kind, secret=Secret(value), **given)
 
 
 def test_libpq_is_told_what_the_url_says() -> None:

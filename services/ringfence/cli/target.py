@@ -36,12 +36,13 @@ from ringfence.client.outcomes import Accepted
 from ringfence.kernel.jws import explain
 from ringfence.messages.registry import ApprovalClass, BackendSettings, RequestRule, VerbFloor
 from ringfence.model.identity import spiffe_id
+from ringfence.model.request_map import RequestMap, RequestMapError
 
 app = typer.Typer(help="Systems that agents act on: verbs and approval floors.", no_args_is_help=True)
 
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help="The target's id.")]
 _FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
-_REQUEST = re.compile(r"(\S+) (\S+) (\S+) (\S+)")
+_REQUEST = re.compile(r"(\S+) (\S+) (\S+) (\S+)((?: (?:query|body):[^\s=]+=\S+)*)")
 
 
 @app.command()
@@ -65,16 +66,16 @@ def add(
         list[str] | None,
         typer.Option(
             "--request",
-            metavar="'METHOD PATH VERB RESOURCE'",
+            metavar="'METHOD PATH VERB RESOURCE [query:NAME=VALUE,...] [body:NAME=VALUE,...]'",
             help="Which requests are which verb, e.g. 'GET /envs/{name} read env/{name}'. Repeatable; the first "
-            "that matches counts.",
+            "that matches counts, and those of a template come last.",
         ),
     ] = None,
     backend: Annotated[
         str | None,
         typer.Option(
             "--backend",
-            help="How its credentials are made: jwt, postgres, redis or ssh; as the template says, or jwt.",
+            help="How its credentials are made: http, jwt, postgres, redis or ssh; as the template says, or jwt.",
         ),
     ] = None,
     audience: Annotated[
@@ -107,9 +108,11 @@ def add(
     id = spiffe_id(settings().trust_domain, "target", target)
     base = _template(template)
     verbs = _verbs(base, verb or ())
-    requests = [_request(text) for text in request or ()]
+    requests = [*map(_request, request or ()), *(base.requests if base else ())]
+    _check_map(requests)
     kind = backend or (base.backend if base else "jwt")
-    own = _settings(setting or ()) | ({} if address is None else {"address": address})
+    own = (dict(base.settings) if base and kind == base.backend else {}) | _settings(setting or ())
+    own |= {} if address is None else {"address": address}
     max_ttl_s = duration_s(max_ttl)
     keys = key_records(public_key, new_key, id, key_days)
 
@@ -181,12 +184,33 @@ def _verb(text: str) -> VerbFloor:
 def _request(text: str) -> RequestRule:
     match = _REQUEST.fullmatch(text)
     if match is None:
-        raise typer.BadParameter(f"{text!r}: write four words, 'METHOD PATH VERB RESOURCE'")
-    method, path, verb, resource = match.groups()
+        raise typer.BadParameter(
+            f"{text!r}: write four words, 'METHOD PATH VERB RESOURCE', and conditions after them: query:NAME=VALUE, "
+            "body:NAME=VALUE"
+        )
+    method, path, verb, resource, conditions = match.groups()
+    query, body = (_conditions(where, conditions) for where in ("query", "body"))
     try:
-        return RequestRule(method=method, path=path, verb=verb, resource=resource)
+        return RequestRule(method=method, path=path, query=query, body=body, verb=verb, resource=resource)
     except ValidationError as error:
         raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
+
+
+def _conditions(where: str, text: str) -> dict[str, tuple[str, ...]] | None:
+    found: dict[str, tuple[str, ...]] = {}
+    for condition in text.split():
+        kind, _, rest = condition.partition(":")
+        if kind == where:
+            name, _, values = rest.partition("=")
+            found[name] = tuple(values.split(","))
+    return found or None
+
+
+def _check_map(requests: list[RequestRule]) -> None:
+    try:
+        RequestMap(requests)
+    except RequestMapError as error:
+        raise typer.BadParameter(str(error), param_hint="--request") from None
 
 
 def _template(name: str | None) -> Template | None:
@@ -211,7 +235,8 @@ def _settings(given: Iterable[str]) -> dict[str, str | int]:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier() or name in BackendSettings.model_fields:
             raise typer.BadParameter(f"{text!r}: write NAME=VALUE", param_hint="--setting")
-        settings[name] = int(value) if value.isdecimal() else value
+        # What would not be written so again is a word that looks like a number.
+        settings[name] = int(value) if value.isdecimal() and str(int(value)) == value else value
     return settings
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
-from ringfence.messages.registry import ApprovalClass
+from ringfence.messages.registry import ApprovalClass, RequestRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,107 @@ class Template:
     verbs: dict[str, ApprovalClass]
     """With the approval that no policy goes below: what changes something needs a person, what cannot be undone an
     operator."""
+    requests: tuple[RequestRule, ...] = ()
+    """Which requests are which verb, for the gateway; the first that matches counts."""
+    settings: Mapping[str, str | int] = field(default_factory=dict)
+    """What the backend is told."""
+
+
+# --- an HTTP API of which nothing more is known -----------------------------------------------------------------------
+
+_HTTP_VERBS: Mapping[str, tuple[str, ...]] = {
+    "read": ("GET", "HEAD"),
+    "write": ("POST", "PUT", "PATCH"),
+    "delete": ("DELETE",),
+}
+
+
+def _http() -> Iterator[RequestRule]:
+    for verb, methods in _HTTP_VERBS.items():
+        for method in methods:
+            yield RequestRule(method=method, path="/", verb=verb, resource="path")
+            yield RequestRule(method=method, path="/{path*}", verb=verb, resource="path/{path*}")
+
+
+# --- GitHub's REST API ------------------------------------------------------------------------------------------------
+
+_REPO = "/repos/{owner}/{repo}"
+_NO_APPROVAL: dict[str, tuple[str, ...]] = {"event": ("COMMENT", "REQUEST_CHANGES")}
+_GITHUB_READS: tuple[tuple[str, str], ...] = (
+    ("metadata:read", ""),
+    ("metadata:read", "/languages"),
+    ("metadata:read", "/topics"),
+    ("contents:read", "/contents"),
+    ("contents:read", "/contents/{path*}"),
+    ("contents:read", "/readme"),
+    ("contents:read", "/git/{object*}"),
+    ("contents:read", "/commits"),
+    ("contents:read", "/commits/{ref*}"),
+    ("contents:read", "/compare/{range*}"),
+    ("contents:read", "/branches"),
+    ("contents:read", "/branches/{branch*}"),
+    ("contents:read", "/tags"),
+    ("issues:read", "/issues"),
+    ("issues:read", "/issues/{what*}"),
+    ("issues:read", "/labels"),
+    ("pulls:read", "/pulls"),
+    ("pulls:read", "/pulls/{what*}"),
+    ("actions:read", "/actions/runs"),
+    ("actions:read", "/actions/runs/{run*}"),
+    ("actions:read", "/actions/workflows"),
+    ("actions:read", "/actions/workflows/{workflow*}"),
+)
+_GITHUB_CHANGES: tuple[tuple[str, str, str, dict[str, tuple[str, ...]] | None], ...] = (
+    # What CI runs, and who has to review what, is no content like any other although the API is the same.
+    ("workflows:write", "PUT", "/contents/.github", None),
+    ("workflows:write", "DELETE", "/contents/.github", None),
+    ("workflows:write", "PUT", "/contents/.github/{path*}", None),
+    ("workflows:write", "DELETE", "/contents/.github/{path*}", None),
+    ("contents:write", "PUT", "/contents/{path*}", None),
+    ("contents:write", "DELETE", "/contents/{path*}", None),
+    # Objects, references and merges bring in whole trees, workflows among them: nobody sees from the request which.
+    ("git:write", "POST", "/git/{object*}", None),
+    ("git:write", "PATCH", "/git/{object*}", None),
+    ("git:write", "DELETE", "/git/{object*}", None),
+    ("git:write", "POST", "/merges", None),
+    ("git:write", "POST", "/merge-upstream", None),
+    ("git:write", "PUT", "/pulls/{number}/update-branch", None),
+    ("pulls:merge", "PUT", "/pulls/{number}/merge", None),
+    # A review that does not say that it only comments may approve.
+    ("pulls:write", "POST", "/pulls/{number}/reviews", _NO_APPROVAL),
+    ("pulls:approve", "POST", "/pulls/{number}/reviews", None),
+    ("pulls:write", "POST", "/pulls/{number}/reviews/{review}/events", _NO_APPROVAL),
+    ("pulls:approve", "POST", "/pulls/{number}/reviews/{review}/events", None),
+    ("pulls:write", "POST", "/pulls", None),
+    ("pulls:write", "PATCH", "/pulls/{number}", None),
+    ("pulls:write", "POST", "/pulls/{number}/comments", None),
+    ("pulls:write", "POST", "/pulls/{number}/comments/{comment}/replies", None),
+    ("pulls:write", "POST", "/pulls/{number}/requested_reviewers", None),
+    ("issues:write", "POST", "/issues", None),
+    ("issues:write", "PATCH", "/issues/{number}", None),
+    ("issues:write", "POST", "/issues/{number}/comments", None),
+    ("issues:write", "PATCH", "/issues/comments/{comment}", None),
+    ("issues:write", "POST", "/issues/{number}/labels", None),
+    ("actions:run", "POST", "/actions/workflows/{workflow}/dispatches", None),
+    ("actions:run", "POST", "/actions/runs/{run}/rerun", None),
+    ("actions:run", "POST", "/actions/runs/{run}/rerun-failed-jobs", None),
+    ("actions:run", "POST", "/actions/runs/{run}/cancel", None),
+    ("actions:run", "POST", "/dispatches", None),
+)
+
+
+def _github() -> Iterator[RequestRule]:
+    """A resource is named like its path: `repos/OWNER/REPO/contents/src/main.py`."""
+    for verb, path in _GITHUB_READS:
+        for method in ("GET", "HEAD"):
+            yield _github_rule(verb, method, path, None)
+    for verb, method, path, body in _GITHUB_CHANGES:
+        yield _github_rule(verb, method, path, body)
+
+
+def _github_rule(verb: str, method: str, path: str, body: dict[str, tuple[str, ...]] | None) -> RequestRule:
+    whole = _REPO + path
+    return RequestRule(method=method, path=whole, body=body, verb=verb, resource=whole[1:])
 
 
 TEMPLATES: dict[str, Template] = {
@@ -46,5 +148,28 @@ TEMPLATES: dict[str, Template] = {
     ),
     # What is entered with a token: a role in a cloud, a cluster. Who may, may all that the role can.
     "federation": Template("jwt", {"assume": "sponsor"}),
+    "http": Template(
+        "http", {"read": "none", "write": "sponsor", "delete": "operator"}, requests=tuple(_http())
+    ),
+    "github-api": Template(
+        "http",
+        {
+            "metadata:read": "none",
+            "contents:read": "none",
+            "issues:read": "none",
+            "pulls:read": "none",
+            "actions:read": "none",
+            "contents:write": "sponsor",
+            "issues:write": "sponsor",
+            "pulls:write": "sponsor",
+            "workflows:write": "operator",
+            "git:write": "operator",
+            "pulls:approve": "operator",
+            "pulls:merge": "operator",
+            "actions:run": "operator",
+        },
+        requests=tuple(_github()),
+        settings={"url": "https://api.github.com", "auth": "bearer"},
+    ),
 }
 """By name. `docs/targets/` has a page for each."""

@@ -43,6 +43,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
 from ringfence.model.directory import Directory
+from ringfence.model.request_map import RequestMap
 from ringfence.model.scope import validate_scope
 
 COMMAND_LIFE_S = 120
@@ -216,7 +217,11 @@ class Administrator(Lifetime):
         max_ttl_s: int = 3600,
         keys: Sequence[AnyKey] = (),
     ) -> Accepted:
-        """Create or replace a target. `keys`: those of its resource server, with which it calls introspection."""
+        """Create or replace a target. `keys`: those of its resource server, with which it calls introspection.
+
+        Raises RequestMapError where a rule of `requests` has no meaning; nothing was sent then.
+        """
+        RequestMap(requests)
         with checked("the target"):
             command = TargetSet(
                 **self.connection.stamp(COMMAND_LIFE_S),

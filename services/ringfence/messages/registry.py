@@ -159,15 +159,26 @@ class VerbFloor(Message):
     floor: ApprovalClass = "none"
 
 
+Condition = dict[NonEmpty, Annotated[tuple[str, ...], Field(min_length=1, max_length=64)]]
+"""By name, the values that will do."""
+
+
 class RequestRule(Message):
-    """Which requests are which verb; the first that matches counts."""
+    """Which requests are which verb; the first that matches counts, and what matches none is no verb.
+
+    Conditions are for the weaker verb, which then has to be shown; the rule after it, without them, is the stronger.
+    """
 
     method: Annotated[str, Field(pattern=r"^[A-Z]{1,16}$")]
     path: NonEmpty
-    """A path template: `{name}` captures one segment, `{name*}` the rest."""
+    """A path template: `{name}` captures one segment, `{name*}` the rest, of one segment or more."""
+    query: Annotated[Condition, Field(max_length=16)] | None = None
+    """Parameters of the query that must come, once, with one of these values."""
+    body: Annotated[Condition, Field(max_length=16)] | None = None
+    """Members of the body, a JSON object, that must be one of these strings. What is no such body is no verb."""
     verb: Verb
     resource: NonEmpty
-    """The resource name, with the captures of `path` in braces."""
+    """The resource name, with the captures of `path` in braces, written as there."""
 
 
 class BackendSettings(Message):

@@ -1,0 +1,172 @@
+"""Which request is which verb: the first rule that matches, and nothing where two readers might not agree."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringfence.messages.registry import RequestRule
+from ringfence.model.request_map import MAX_BODY_BYTES, Action, RequestMap, RequestMapError
+from ringfence.model.scope import parse_name
+
+
+def rule(method: str, path: str, verb: str, resource: str = "x", **conditions: Any) -> RequestRule:
+    return RequestRule(method=method, path=path, verb=verb, resource=resource, **conditions)
+
+
+MAP = RequestMap(
+    [
+        rule("GET", "/", "list", "envs"),
+        rule("GET", "/envs/{name}", "read", "env/{name}"),
+        rule("PUT", "/files/.ci/{path*}", "ci", "files/.ci/{path*}"),
+        rule("PUT", "/files/{path*}", "write", "files/{path*}"),
+        rule("POST", "/envs/{name}/runs", "dry-run", "env/{name}", query={"dry": ("1", "true")}),
+        rule("POST", "/envs/{name}/runs", "run", "env/{name}"),
+        rule("POST", "/reviews", "comment", "reviews", body={"event": ("COMMENT", "ASK")}),
+        rule("POST", "/reviews", "approve", "reviews"),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "verb", "resource"),
+    [
+        ("GET", "/", "list", "envs"),
+        ("GET", "/?page=2", "list", "envs"),
+        ("GET", "/envs/staging", "read", "env/staging"),
+        ("GET", "/envs/st%61ging", "read", "env/staging"),
+        ("GET", "/envs/%C3%A9", "read", "env/é"),
+        ("GET", "/envs/a%20b", "read", "env/a b"),
+        ("PUT", "/files/a", "write", "files/a"),
+        ("PUT", "/files/a/b/c.txt", "write", "files/a/b/c.txt"),
+        ("PUT", "/files/.ci/run.yml", "ci", "files/.ci/run.yml"),
+        ("PUT", "/files/%2eci/run.yml", "ci", "files/.ci/run.yml"),
+        ("PUT", "/files/a/.ci/run.yml", "write", "files/a/.ci/run.yml"),
+        ("PUT", "/files/.ci", "write", "files/.ci"),
+        ("POST", "/envs/a/runs?dry=1", "dry-run", "env/a"),
+        ("POST", "/envs/a/runs?x=y&dry=true", "dry-run", "env/a"),
+        ("POST", "/envs/a/runs?dry=0", "run", "env/a"),
+        ("POST", "/envs/a/runs", "run", "env/a"),
+        ("POST", "/envs/a/runs?Dry=1", "run", "env/a"),
+    ],
+)
+def test_the_first_rule_that_matches_counts(method: str, target: str, verb: str, resource: str) -> None:
+    assert MAP.action(method, target) == Action(verb, resource)
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("get", "/"), ("HEAD", "/"), ("DELETE", "/envs/staging"), ("GET", ""), ("GET", "*"), ("GET", "envs/a"),
+        ("GET", "http://elsewhere/envs/a"), ("GET", "//envs/a"), ("GET", "/envs//a"), ("GET", "/envs/"),
+        ("GET", "/envs/a/"), ("GET", "/envs/a/b"), ("GET", "/Envs/a"), ("GET", "/envs/."), ("GET", "/envs/.."),
+        ("GET", "/envs/%2e"), ("GET", "/envs/%2E%2e"), ("GET", "/x/../envs/a"), ("GET", "/envs/a%2Fb"),
+        ("GET", "/envs/a%5Cb"), ("GET", "/envs/a\\b"), ("GET", "/envs/a;x=1"), ("GET", "/envs/a%3Bx"),
+        ("GET", "/envs/%2561"), ("GET", "/envs/%"), ("GET", "/envs/%zz"), ("GET", "/envs/%00"), ("GET", "/envs/%0a"),
+        ("GET", "/envs/%C0%AE"), ("GET", "/envs/%FF"), ("GET", "/envs/é"), ("GET", "/envs/a b"),
+        ("GET", "/envs/a#b"), ("GET", "/envs/a?x#b"), ("GET", "/envs/*"), ("GET", "/envs/%2A"),
+        ("GET", "/envs/%7Bx%7D"),
+        ("GET", "/envs/%EF%BC%8E"), ("GET", "/envs/%E2%80%8B"), ("GET", "/envs/%20a"),
+        ("GET", "/envs/" + "a" * 600), ("GET", "/envs/" + "a/" * 9000), ("PUT", "/files"), ("PUT", "/files/"),
+        ("PUT", "/files/a/../.ci/run.yml"), ("PUT", "/files/.ci%2Frun.yml"), ("PUT", "/files/./.ci/run.yml"),
+        ("POST", "/envs/a/runs?dry=1&dry=0"), ("POST", "/envs/a/runs?dry=1;x"), ("POST", "/envs/a/runs?dry=+1"),
+        ("POST", "/envs/a/runs?dry=%"), ("POST", "/envs/a/runs?dry=%FF"),
+    ],
+)  # fmt: skip
+def test_what_matches_nothing_or_could_be_read_otherwise_is_no_verb(method: str, target: str) -> None:
+    assert MAP.action(method, target) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "verb"),
+    [
+        (b'{"event": "COMMENT"}', "comment"),
+        (b'{"x": [1, {"event": "APPROVE"}], "event": "ASK"}', "comment"),
+        (b'{"event": "\\u0043OMMENT"}', "comment"),
+        (b'{"event": "APPROVE"}', "approve"),
+        (b'{"event": "comment"}', "approve"),
+        (b'{"event": ["COMMENT"]}', "approve"),
+        (b'{"event": null}', "approve"),
+        (b"{}", "approve"),
+    ],
+)
+def test_the_weaker_verb_has_to_be_shown(body: bytes, verb: str) -> None:
+    assert MAP.action("POST", "/reviews", body) == Action(verb, "reviews")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None, b"", b"event=COMMENT", b'"COMMENT"', b'["COMMENT"]', b'{"event": "COMMENT"', b"\xff\xfe",
+        b'{"event": "APPROVE", "event": "COMMENT"}', b'{"event": "COMMENT", "event": "COMMENT"}',
+        b'{"event": "COMMENT", "x": {"a": 1, "a": 2}}', '{"event": "COMMENT"}'.encode("utf-16"),
+        b"\xef\xbb\xbf" + b'{"event": "COMMENT"}', b'{"event": "COMMENT"} {}', b"[" * 200_000,
+        b'{"event": "COMMENT", "x": "' + b"a" * MAX_BODY_BYTES + b'"}',
+    ],
+)  # fmt: skip
+def test_a_body_that_cannot_be_read_for_certain_is_no_verb(body: bytes | None) -> None:
+    """It does not fall through to the next rule: what was not seen is no proof of the stronger verb either."""
+    assert MAP.action("POST", "/reviews", body) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "resource", "says"),
+    [
+        ("envs", "x", "begins with '/'"),
+        ("//a", "x", "neither a segment"),
+        ("/a//b", "x", "neither a segment"),
+        ("/a/", "x", "neither a segment"),
+        ("/a/..", "x", "neither a segment"),
+        ("/a%20b", "x", "neither a segment"),
+        ("/a?b", "x", "neither a segment"),
+        ("/a/x{name}", "x", "neither a segment"),
+        ("/a/*", "x", "neither a segment"),
+        ("/{a}/{a}", "x", "a name of its own"),
+        ("/{}", "x", "a name of its own"),
+        ("/{A}", "x", "a name of its own"),
+        ("/{rest*}/a", "x", "nothing can stand after {rest*}"),
+        ("/{rest*}/{more*}", "x", "nothing can stand after"),
+        ("/{name}", "env/{other}", "uses {other}"),
+        ("/{name*}", "env/{name}", "uses {name}"),
+        ("/{name}", "env/{name*}", "uses {name*}"),
+        ("/a", "/x", "is none"),
+        ("/a", "x/*", "is none"),
+        ("/a", "x%", "is none"),
+    ],
+)
+def test_a_rule_without_a_meaning_is_named(path: str, resource: str, says: str) -> None:
+    with pytest.raises(RequestMapError) as refused:
+        RequestMap([rule("GET", path, "read", resource)])
+    assert says in str(refused.value)
+    assert path in str(refused.value)
+
+
+def test_nothing_is_allowed_by_an_empty_map() -> None:
+    assert RequestMap([]).action("GET", "/") is None
+
+
+_TRICKY = st.text(st.sampled_from(list("/.%2eEfF5cC;?#&=\\ abci{}*\x00é")), max_size=40)
+
+
+@given(st.sampled_from(["GET", "PUT", "POST"]), _TRICKY, st.none() | st.binary(max_size=40))
+def test_whatever_is_sent_a_verb_has_a_resource_that_is_one(
+    method: str, tail: str, body: bytes | None
+) -> None:
+    for target in (tail, f"/{tail}", f"/files/{tail}", f"/envs/{tail}"):
+        action = MAP.action(method, target, body)
+        if action is not None:
+            assert parse_name(action.resource).is_name
+            assert ".." not in action.resource.split("/")
+            inside = action.resource.startswith("files/.ci/")
+            assert (action.verb == "ci") == inside, "no spelling of the path reaches it by another verb"
+
+
+@given(st.dictionaries(st.text(max_size=5), st.text(max_size=5)))
+def test_whatever_is_in_a_body_the_weaker_verb_is_shown(members: dict[str, str]) -> None:
+    action = MAP.action("POST", "/reviews", json.dumps(members).encode())
+    assert action is not None
+    assert (action.verb == "comment") == (members.get("event") in ("COMMENT", "ASK"))
