@@ -16,6 +16,7 @@ from ringfence.audit.believing import Believer
 from ringfence.audit.handlers import AuditHandlers
 from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.clock import Clock, SystemClock
+from ringfence.kernel.envelope import EncryptionKey, enclose
 from ringfence.kernel.ids import derived_id, digest, lease_id, message_id
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Outbound, Publisher, Received
@@ -540,6 +541,11 @@ def every_record(office: Office) -> dict[str, Received]:
     found["lease epoch"] = office.epoch("2.bbbbbbbb")
     found["lease void"] = denied.lease("expired", 2, office.key("service", "revoker"), epoch="1.aaaaaaaa")
     found["lease tombstone"] = office.received(LEASE, b"", key=denied.lease_id)
+    seal_key = EncryptionKey.generate("spiffe://acme.example/service/gateway").record(2**40)
+    for name, request_id in (("known", denied.request_id), ("unknown", str(uuid.uuid4()))):
+        found[f"delivery of {name} request"] = office.received(
+            CREDENTIAL_REPLY, enclose(b"{}", [seal_key], about=request_id), key="deploy-bot"
+        )
     found["reply to an unknown request"] = office.received(
         CREDENTIAL_REPLY, seal(b"{}", REPLY_KEY.public, kid=str(uuid.uuid4()))
     )

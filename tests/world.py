@@ -30,6 +30,7 @@ import httpx
 from aiokafka.admin import AIOKafkaAdminClient
 
 from ringfence.dev.processes import free_port
+from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.jws import open_signed, parse, sign
@@ -123,6 +124,10 @@ class World:
             self._keys[role] = key
         token_key = SigningKey.generate(f"spiffe://{self.td}/service/issuer")
         token_key.save(folder / "keys" / "issuer-token.json")
+        self.seals = {
+            role: EncryptionKey.generate(self._keys[role].id) for role in ("issuer", "gateway")
+        }  # fmt: skip
+        self.seals["issuer"].save(folder / "keys" / "issuer-seal.json")
         self.bundle = self.make_bundle(1)
         self.trust = TrustStore(self.td, self.fingerprint)
         self.trust.load(sign(self.bundle, self.root.key, header_jwk=True), time.time())
@@ -205,7 +210,14 @@ class World:
             jti=f"bundle-{version}",
             version=version,
             services=tuple(
-                ServiceIdentity(id=keys[role].id, roles=(role,), keys=(keys[role].record(now + 30 * DAY_S),))
+                ServiceIdentity(
+                    id=keys[role].id,
+                    roles=(role,),
+                    keys=(keys[role].record(now + 30 * DAY_S),),
+                    encryption_keys=tuple(
+                        seal.record(now + 30 * DAY_S) for name, seal in self.seals.items() if name == role
+                    ),
+                )
                 for role in get_args(ServiceRole)
             ),
         )

@@ -349,13 +349,6 @@ async def test_a_task_that_was_ended_meanwhile_gives_nothing_and_that_is_no_find
     assert not await desk.is_finding(asked)
 
 
-async def test_delivery_to_a_gateway_is_refused_by_name(desk: Desk) -> None:
-    asked = await desk.ask("read", delivery="gateway")
-    await desk.decide(asked)
-    refusal = await desk.refused(asked)
-    assert [reason.code for reason in refusal.reasons] == ["delivery_unsupported"]
-
-
 async def test_a_kind_of_credential_that_nobody_makes_is_refused(desk: Desk) -> None:
     wide = scope("mainframe", ("read",), ("**",))
     await desk.world.target("mainframe", backend=BackendSettings(kind="punch-card"))

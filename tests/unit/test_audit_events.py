@@ -14,6 +14,7 @@ from ringfence.audit.believing import Believer
 from ringfence.audit.handlers import AuditHandlers
 from ringfence.audit.ocsf import event_uid, moment, privileges, scrubbed
 from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.envelope import EncryptionKey, enclose
 from ringfence.kernel.ids import derived_id, digest, message_id
 from ringfence.kernel.jws import sign
 from ringfence.kernel.keys import SigningKey
@@ -344,6 +345,23 @@ async def test_a_reply_is_told_by_its_request_and_never_opened(office: Office) -
     assert event["unmapped"]["request"] == story.request_id
     assert event["unmapped"]["verified"] == {"by": None}
     for junk in (b"a.b.c.d.e", b"eyJraWQiOiJ4In0.b.c.d.e", b"eyJraWQiOlsxXX0.b.c.d.e"):
+        event = await office.event(office.received(CREDENTIAL_REPLY, junk))
+        assert steps([event]) == ["record.not_believed"]
+
+
+async def test_a_delivery_to_gateways_is_told_by_its_request_and_never_opened(office: Office) -> None:
+    story = office.credential()
+    await office.audit(story.request)
+    keys = [EncryptionKey.generate(f"spiffe://acme.example/service/{name}") for name in ("b", "a")]
+    to = [key.record(2**40) for key in keys]
+    event = await office.event(
+        office.received(CREDENTIAL_REPLY, enclose(b"a canary", to, about=story.request_id))
+    )
+    assert steps([event]) == ["delivery.sent"]
+    assert event["unmapped"]["request"] == story.request_id
+    assert event["unmapped"]["agent"] == "deploy-bot"
+    assert event["unmapped"]["sealed_to"] == sorted(key.kid for key in keys)
+    for junk in (b"{", b"{}", b'{"recipients": [], "protected": 1}', enclose(b"x", to, about="x").encode()):
         event = await office.event(office.received(CREDENTIAL_REPLY, junk))
         assert steps([event]) == ["record.not_believed"]
 

@@ -6,7 +6,7 @@ is one refused. OCSF has no activity for taking privileges away from a session, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ringfence.audit import break_glass_events
@@ -55,6 +55,7 @@ APPROVALS: Mapping[str, Step] = {
     "denied": step("approval.denied", _S, "Approve", severity=LOW, status=FAILURE, action=DENIED),
 }
 REPLIED = step("reply.sent", _S, "Deliver", action=OBSERVED)
+DELIVERED = step("delivery.sent", _S, "Deliver", action=OBSERVED)
 LEASES: Mapping[LeaseStatus, Step] = {
     "minting": step("credential.minting", _S, "Prepare Privileges", status="Pending", action=OBSERVED),
     "active": step("credential.issued", _S, 1, action=ALLOWED),
@@ -75,6 +76,8 @@ REVOCATION_REQUESTED = step(
 KILL_SWITCHED = step(
     "revocation.requested", _S, "Request Revocation", severity=HIGH, status="Requested", action=OBSERVED, alert=True
 )  # fmt: skip
+
+_KEYS_TOLD = 256
 
 _SELECTED: Mapping[str, tuple[str, str]] = {
     "agent_id": ("agent", "all leases of agent {}"),
@@ -243,15 +246,34 @@ def approval_given(
 def replied(record: Received, request_id: str, facts: RequestFacts | None) -> Event:
     """A sealed reply was put out for an agent. Nobody but that agent can open it, so this says no more than that."""
     who = f"agent {facts.agent}" if facts is not None else "the agent that asked"
+    message = f"a sealed reply to request {request_id} was sent to {who}"
+    return _sealed(record, REPLIED, message, request_id, facts)
+
+
+def delivered(record: Received, request_id: str, to: Sequence[str], facts: RequestFacts | None) -> Event:
+    """A credential was put out for gateways. `to`: the keys it says that it is sealed to; audit has none of them."""
+    message = f"the credential of request {request_id} was sealed to the gateways, {len(to)} keys in all"
+    return _sealed(record, DELIVERED, message, request_id, facts, {"sealed_to": sorted(to)[:_KEYS_TOLD]})
+
+
+def _sealed(
+    record: Received,
+    step: Step,
+    message: str,
+    request_id: str,
+    facts: RequestFacts | None,
+    more: Mapping[str, Any] | None = None,
+) -> Event:
     own: dict[str, Any] = {
         "user": user_of(facts.signer) if facts is not None else UNKNOWN_USER,
         "privileges": facts.privileges if facts is not None else [],
     }
-    words = {**(_words(facts) if facts is not None else {"request": request_id}), "verified": {"by": None}}
+    known = _words(facts) if facts is not None else {"request": request_id}
+    words = {**known, **(more or {}), "verified": {"by": None}}
     return event(
         record,
-        REPLIED,
-        f"a sealed reply to request {request_id} was sent to {who}",
+        step,
+        message,
         own,
         words,
         key=facts.agent if facts is not None else request_id,

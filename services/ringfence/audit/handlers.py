@@ -25,6 +25,7 @@ from ringfence.audit.ocsf import MAX_EVENT_BYTES, Event, shortened
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import BatchHandler, gather_all
 from ringfence.kernel.clock import Clock
+from ringfence.kernel.envelope import recipients_of, unverified_about
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import digest, message_id
 from ringfence.kernel.jws import parse
@@ -328,10 +329,19 @@ class AuditHandlers:
         return event, why_not is not None and why_not.code in _UNSETTLED
 
     def _reply(self, record: Received) -> tuple[Event, bool]:
+        if record.value.startswith(b"{"):
+            return self._delivery(record), False
         request_id = unverified_kid(record.value) if record.value.count(b".") == 4 else None
         if request_id is None or not _UUID.fullmatch(request_id):
             raise InvalidMessageError("not a sealed reply", code="not_a_jwe")
         return credential_events.replied(record, request_id, self._believer.facts(request_id)), False
+
+    def _delivery(self, record: Received) -> Event:
+        request_id = unverified_about(record.value)
+        if request_id is None or not _UUID.fullmatch(request_id):
+            raise InvalidMessageError("not an envelope for gateways", code="not_an_envelope")
+        to = recipients_of(record.value)
+        return credential_events.delivered(record, request_id, to, self._believer.facts(request_id))
 
     def _lease(self, record: Received) -> tuple[Event, bool]:
         if not record.value:

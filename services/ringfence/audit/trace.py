@@ -24,6 +24,7 @@ _KINDS: Mapping[str, str] = {
     "grant.given": "approval",
     "grant.withdrawn": "approval",
     "reply.sent": "delivery",
+    "delivery.sent": "delivery",
     "credential.minting": "lease",
     "credential.issued": "lease",
     "release.requested": "revocation",
@@ -45,8 +46,9 @@ _ORDER = {
             "approval.requested", "approval.given", "approval.denied", "request.allowed", "break_glass.used",
             "request.refused",
             "credential.refused", "credential.minting", "credential.issued", "message.accepted", "message.refused",
-            "reply.sent", "release.requested", "revocation.requested", "lease.ending", "credential.released",
-            "credential.revoked", "lease.expired", "credential.aborted", "task.end", "task.ended", "lease.forgotten",
+            "delivery.sent", "reply.sent", "release.requested", "revocation.requested", "lease.ending",
+            "credential.released", "credential.revoked", "lease.expired", "credential.aborted", "task.end",
+            "task.ended", "lease.forgotten",
         )
     )
 }  # fmt: skip
@@ -256,6 +258,8 @@ def _title(code: str, event: Mapping[str, Any]) -> str:
             return f"credential issued for {_scope(words)}"
         case "reply.sent":
             return "sealed reply sent"
+        case "delivery.sent":
+            return "credential sealed to the gateways"
         case "release.requested":
             return f"{actor} released it"
         case "revocation.requested":

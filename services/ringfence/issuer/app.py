@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ringfence.backends import (
     BackendSettings,
     Caller,
@@ -11,14 +13,18 @@ from ringfence.backends import (
     TokenKeys,
     all_backends,
 )
+from ringfence.issuer.delivery import GatewayDelivery
 from ringfence.issuer.domain import Terms
+from ringfence.issuer.gateway_http import GatewayHttp
 from ringfence.issuer.grants import GrantKeeper
 from ringfence.issuer.handlers import DecisionHandler
 from ringfence.issuer.http import IssuerHttp
 from ringfence.issuer.limits import Gatekeeper, Limits
 from ringfence.issuer.minting import Minter
+from ringfence.issuer.resealing import Resealer
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.kernel.clock import Clock
+from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
@@ -31,6 +37,8 @@ from ringfence.model.lease_store import LeaseStore
 
 TOKEN_KEY_FILE = "issuer-token.json"  # noqa: S105 - the name of a file
 """In the folder of the services' keys."""
+SEAL_KEY_FILE = "issuer-seal.json"
+"""Likewise: the key that the issuer keeps credentials for gateways sealed to."""
 _LONGEST_SHUT_S = 5.0
 """Agents wait: a target that failed is soon tried again."""
 
@@ -60,6 +68,7 @@ def build(
         trust_domain=settings.trust_domain,
         entitlements_max_age_s=settings.entitlements_max_age_s,
         backends=frozenset(backends),
+        injected=frozenset(kind for kind, one in backends.items() if one.enforced_by == "gateway"),
     )
     gatekeeper = Gatekeeper(store, runtime.clock, Limits(own.agent_leases, own.sponsor_leases, own.wait_s))
     granted = GrantTable(directory, settings.trust_domain)
@@ -67,8 +76,19 @@ def build(
         [APPROVAL_RESPONSE], granted.on_records, since_ms=max(runtime.clock.now_ms() - GRANTS_KEEP_MS, 1)
     )
     grants = GrantKeeper(granted, store, responses.caught_up, own.patience_s)
+    seal_key = _seal_key(own.seal_key_file, settings.key_dir / SEAL_KEY_FILE)
+    delivery = GatewayDelivery(runtime.trust, runtime.key, seal_key, runtime.clock, settings.trust_domain)
     handler = DecisionHandler(
-        runtime, directory, store, backends, minter, gatekeeper, grants, terms, patience_s=own.patience_s
+        runtime,
+        directory,
+        store,
+        backends,
+        minter,
+        gatekeeper,
+        grants,
+        delivery,
+        terms,
+        patience_s=own.patience_s,
     )
     runtime.table(TABLES, directory.on_records)
     runtime.on_start(store.connect)
@@ -94,6 +114,8 @@ def build(
         clock=runtime.clock,
         jwks_max_age_s=own.jwks_max_age_s,
     ).routes()
+    resealer = Resealer(settings, runtime.trust, store, seal_key, runtime.clock)
+    runtime.routes += GatewayHttp(resealer, runtime.trust, runtime.clock).routes()
     return runtime
 
 
@@ -104,6 +126,14 @@ def _token_keys(settings: ServiceSettings, own: IssuerSettings) -> TokenKeys:
         [TokenKey.load(file) for file in signing if file is not None],
         [TokenKey.load(file) for file in own.published_token_key_files],
     )
+
+
+def _seal_key(named: Path | None, usual: Path) -> EncryptionKey | None:
+    """The key that credentials for gateways are kept by. None where none is named, nor is the usual file there: an
+    installation of before has none, and the issuer says so to whoever asks for delivery to the gateway.
+    """
+    file = named or (usual if usual.exists() else None)
+    return EncryptionKey.load(file) if file is not None else None
 
 
 def main() -> int:

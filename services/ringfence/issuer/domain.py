@@ -104,6 +104,8 @@ class Terms:
     trust_domain: str
     entitlements_max_age_s: int
     backends: Collection[str]
+    injected: Collection[str] = ()
+    """Those of the backends whose secret only the gateway has: the lease is the right to have it injected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,16 +265,17 @@ def _check_terms(decision: Decision, facts: Facts, terms: Terms, *, unchanged: b
         check_reply_key(request.reply_key)
     except InvalidMessageError as error:
         raise _RefusedError(_reason(error.code, str(error))) from None
-    if request.delivery != "agent":
-        raise _RefusedError(
-            _reason("delivery_unsupported", "this issuer delivers to the agent only; ask for delivery agent")
-        )
     if target.backend.kind not in terms.backends:
         known = ", ".join(sorted(terms.backends))
         message = (
             f"{target.target_id} wants credentials of kind {target.backend.kind}; this issuer makes {known}"
         )
         raise _RefusedError(_reason("backend_unknown", message))
+    if request.delivery != "gateway" and target.backend.kind in terms.injected:
+        message = (
+            f"the secret that {target.target_id} takes is never handed out; ask for delivery to the gateway"
+        )
+        raise _RefusedError(_reason("delivery_gateway_only", message))
     return claims.ttl_s
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ringfence.backends import Backend
+from ringfence.issuer.delivery import ENVELOPE_TYPE, GatewayDelivery
 from ringfence.issuer.domain import (
     FULL,
     FULL_RETRY_S,
@@ -39,7 +40,9 @@ from ringfence.kernel.kafka import Received
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.seal import seal
 from ringfence.messages.credential import (
+    Credential,
     CredentialDecision,
+    CredentialDelivery,
     CredentialRequest,
     IssuerRefusal,
     Reason,
@@ -75,6 +78,8 @@ class _Reply:
     id: str
     jwe: str
     traceparent: str | None
+    envelope: str | None = None
+    """The credential, where it goes to gateways and not to the agent."""
 
 
 _Outcome = _Live | Minted | Refusal | Replayed
@@ -92,6 +97,7 @@ class DecisionHandler:
         minter: Minter,
         gatekeeper: Gatekeeper,
         grants: GrantKeeper,
+        delivery: GatewayDelivery,
         terms: Terms,
         *,
         patience_s: float,
@@ -104,6 +110,7 @@ class DecisionHandler:
         self._minter = minter
         self._gatekeeper = gatekeeper
         self._grants = grants
+        self._delivery = delivery
         self._terms = terms
         self._patience_s = patience_s
 
@@ -116,10 +123,10 @@ class DecisionHandler:
         decisions = await self._open(batch)
         lasting: dict[str, list[tuple[Decision, Issue]]] = {}
         others: list[tuple[Decision, Issue | Refusal]] = []
-        admitted = await self._gatekeeper.admit(decisions, await self._weigh(decisions))
+        deliverable = self._delivery.admit([self._sayable(one) for one in await self._weigh(decisions)])
+        admitted = await self._gatekeeper.admit(decisions, deliverable)
         admitted = await self._grants.admit(admitted)
         for decision, one in zip(decisions, admitted, strict=True):
-            one = self._sayable(one)
             if isinstance(one, Issue) and not self._backends[one.lease.backend].stateless:
                 lasting.setdefault(one.lease.target_id, []).append((decision, one))
             else:
@@ -155,6 +162,8 @@ class DecisionHandler:
         self._store.published((one.issue.lease.lease_id, one.issue.lease.seq) for _, one in live)
         for epoch in {lease.epoch for _, one in live if (lease := one.issue.lease).epoch is not None}:
             await self._store.confirm(epoch)
+        # Who has the handle of a lease may use it at once: gateways have what they inject before.
+        await gather_all([await self._send_envelope(reply) for reply in replies if reply.envelope])
         sent = [await self._send(reply) for reply in replies]
         no = [(decision, one) for decision, one in done if isinstance(one, Refusal | Replayed)]
         await gather_all([*sent, *(self._say_no(decision, one) for decision, one in no)])
@@ -297,17 +306,24 @@ class DecisionHandler:
 
     async def _credential(self, decision: Decision, live: _Live | Minted) -> _Reply:
         issue = live.issue
-        if isinstance(live, Minted):
-            credential = live.credential
-        else:
-            credential = await self._backends[issue.lease.backend].mint(issue.lease, issue.target)
+        credential, to_gateway = await self._made(live), issue.lease.delivery == "gateway"
         content = ReplyContent(
             request_id=issue.lease.request_id,
             decision=decision.signed.compact,
             lease=live.jws,
-            credential=credential,
+            credential=None if to_gateway else credential,
         )
-        return self._sealed(decision, content, issue.request)
+        reply = self._sealed(decision, content, issue.request)
+        if credential is None or not to_gateway:
+            return reply
+        return replace(reply, envelope=self._delivery.sealed(issue, credential, id=_envelope_id(reply)))
+
+    async def _made(self, live: _Live | Minted) -> Credential | None:
+        """The credential; None where the gateway reads the secret from a source of its own."""
+        if isinstance(live, Minted):
+            return live.credential
+        issue, backend = live.issue, self._backends[live.issue.lease.backend]
+        return None if backend.enforced_by == "gateway" else await backend.mint(issue.lease, issue.target)
 
     async def _say_no(self, decision: Decision, outcome: Refusal | Replayed) -> None:
         if isinstance(outcome, Refusal):
@@ -369,6 +385,17 @@ class DecisionHandler:
             traceparent=reply.traceparent,
         )
 
+    async def _send_envelope(self, reply: _Reply) -> Awaitable[object]:
+        return await self._runtime.publisher.send(
+            CREDENTIAL_REPLY,
+            reply.agent_id,
+            reply.envelope or "",
+            id=_envelope_id(reply),
+            type=CredentialDelivery.typ,
+            traceparent=reply.traceparent,
+            content_type=ENVELOPE_TYPE,
+        )
+
     async def _event(
         self,
         kind: EventKind,
@@ -390,6 +417,10 @@ class DecisionHandler:
             request_id=decision.claims.request_id,
             task_id=request.task_id if request else None,
         )
+
+
+def _envelope_id(reply: _Reply) -> str:
+    return derived_id(CredentialDelivery.typ, reply.id)
 
 
 def _place(decision: Decision) -> tuple[str, int, int]:

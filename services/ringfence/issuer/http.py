@@ -13,13 +13,12 @@ from starlette.routing import BaseRoute, Route
 from ringfence.backends import TokenKeys
 from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
-from ringfence.kernel.jws import parse
-from ringfence.messages.lease import Lease
 from ringfence.messages.permission import PERMISSION_TYPE
 from ringfence.model.access import authenticate_target
 from ringfence.model.directory import Directory
-from ringfence.model.lease_store import LeaseStore, Looked
-from ringfence.model.leases import ALL_MARK, is_covered
+from ringfence.model.lease_store import LeaseStore
+from ringfence.model.leases import ALL_MARK
+from ringfence.model.standing import is_cut
 
 INTROSPECTION_PATH = "/oauth2/introspect"
 JWKS_PATH = "/.well-known/jwks.json"
@@ -125,7 +124,7 @@ class IssuerHttp:
         if claims is None or not _is_for(claims, target_id):
             return {"active": False}
         looked = await self._store.look(claims["jti"], _marks(claims))
-        if not looked.active or _is_cut(looked):
+        if not looked.active or is_cut(looked):
             return {"active": False}
         return {"active": True, "token_type": "DPoP" if "cnf" in claims else "Bearer", **claims}
 
@@ -140,15 +139,6 @@ def _marks(claims: dict[str, Any]) -> tuple[str, ...]:
         *(f"target:{detail['target']}" for detail in claims["authorization_details"]),
         ALL_MARK,
     )
-
-
-def _is_cut(looked: Looked) -> bool:
-    """Whether a selector covers the lease, be it that no revoker has found it yet."""
-    if looked.cut_before_ms < 0 or looked.stored is None:
-        return False
-    # Its claims need no proof here: they can only refuse what would be allowed.
-    lease = parse(looked.stored.jws).unverified_claims(Lease)
-    return is_covered(lease, looked.cut_before_ms)
 
 
 def _is_for(claims: dict[str, Any], target_id: str) -> bool:

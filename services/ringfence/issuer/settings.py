@@ -22,6 +22,9 @@ class IssuerSettings(RingfenceSettings):
     """The RSA key (PEM) that signs tokens for targets with `alg=RS256`; without one there are no such tokens."""
     published_token_key_files: tuple[Path, ...] = ()
     """Keys that sign nothing and are published all the same: the next, and the previous while its tokens live."""
+    seal_key_file: Path | None = None
+    """The private key that credentials for gateways are kept by; `issuer-seal.json` in `RINGFENCE_KEY_DIR` where not
+    set."""
     patience_s: Annotated[float, Field(ge=0, le=60)] = 2.0
     """How long a decision waits for records that policy has seen and this issuer has not, before it is refused."""
     jwks_max_age_s: Annotated[int, Field(ge=0, le=86_400)] = 300

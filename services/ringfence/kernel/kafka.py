@@ -175,6 +175,7 @@ class Publisher:
         type: str,
         traceparent: str | None = None,
         partition: int | None = None,
+        content_type: str | None = None,
     ) -> Awaitable[Any]:
         """Hand one record to the producer. Await what it returns for the broker's acknowledgement.
 
@@ -185,6 +186,7 @@ class Publisher:
             type: the message's name, for `ce_type`.
             traceparent: the trace to go on with; a new one where None.
             partition: where to; where the key says where None.
+            content_type: what the value is; what the topic's usually are where None.
         """
         payload = value.encode() if isinstance(value, str) else value
         future: Awaitable[Any] = await self._connected().send(
@@ -192,7 +194,7 @@ class Publisher:
             payload or None,
             partition=partition,
             key=key.encode(),
-            headers=self._headers(topic, id, type, traceparent),
+            headers=self._headers(topic, id, type, traceparent, content_type),
         )
         return future
 
@@ -232,7 +234,12 @@ class Publisher:
         return self._producer
 
     def _headers(
-        self, topic: Topic[Any], id: str, type: str, traceparent: str | None
+        self,
+        topic: Topic[Any],
+        id: str,
+        type: str,
+        traceparent: str | None,
+        content_type: str | None = None,
     ) -> list[tuple[str, bytes]]:
         return [
             ("ce_specversion", b"1.0"),
@@ -240,7 +247,7 @@ class Publisher:
             ("ce_type", _ce_type(type)),
             ("ce_source", self._source),
             ("ce_time", _ce_time(self._clock.now_ms())),
-            ("content-type", _CONTENT_TYPES[topic.encoding]),
+            ("content-type", content_type.encode() if content_type else _CONTENT_TYPES[topic.encoding]),
             ("traceparent", (child_of(traceparent) if traceparent else new_traceparent()).encode()),
         ]
 

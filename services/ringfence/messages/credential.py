@@ -16,6 +16,7 @@ from ringfence.messages.base import (
     NonEmpty,
     Sealed,
     Seconds,
+    TargetId,
     TtlSeconds,
     Uuid,
 )
@@ -128,7 +129,10 @@ class Credential(Message):
 
 
 class ReplyContent(Message):
-    """What is sealed to the request's `reply_key`. `lease` and `credential` come together, or `refusal`, or neither."""
+    """What is sealed to the request's `reply_key`. `lease` and `credential` come together, or `refusal`, or neither.
+
+    With delivery to the gateway the lease comes alone: it is the agent's handle, and no secret.
+    """
 
     request_id: Uuid
     decision: Jws
@@ -144,3 +148,43 @@ class SealedReply(Message):
     """
 
     jwe: Sealed
+
+
+class CredentialDelivery(Claims):
+    """The credential of one lease, for gateways: what they inject. By the issuer, only ever in an envelope."""
+
+    typ: ClassVar[str] = "credential.delivery"
+
+    request_id: Uuid
+    lease_id: Uuid
+    target_id: TargetId
+    credential: Credential
+
+
+class EnvelopeHeader(Message):
+    """Whose key one recipient's part of an envelope is for, and the fresh key that it is agreed through."""
+
+    alg: Literal["ECDH-ES+A256KW"]
+    kid: NonEmpty
+    """The thumbprint of one of `encryption_keys` in the trust bundle."""
+    epk: PublicJwk
+
+
+class EnvelopeRecipient(Message):
+    """One recipient of an envelope."""
+
+    header: EnvelopeHeader
+    encrypted_key: NonEmpty
+
+
+class SealedDelivery(Message):
+    """An envelope: a JWE in General JSON serialisation (RFC 7516, 7.2.1), sealed to every gateway and to the issuer.
+
+    The plaintext is a JWS, `CredentialDelivery`; the protected header names its request (`about`).
+    """
+
+    protected: NonEmpty
+    iv: NonEmpty
+    ciphertext: Sealed
+    tag: NonEmpty
+    recipients: Annotated[tuple[EnvelopeRecipient, ...], Field(min_length=1)]

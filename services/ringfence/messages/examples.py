@@ -18,12 +18,17 @@ from ringfence.messages.approval import (
 from ringfence.messages.base import Message
 from ringfence.messages.credential import (
     Coordinates,
+    Credential,
     CredentialDecision,
+    CredentialDelivery,
     CredentialRequest,
+    EnvelopeHeader,
+    EnvelopeRecipient,
     IssuerRefusal,
     Reason,
     ReplyContent,
     Revisions,
+    SealedDelivery,
     SealedReply,
 )
 from ringfence.messages.keys import KeyRecord, PublicJwk
@@ -57,6 +62,12 @@ _JWK = PublicJwk(
 )
 _KEY = KeyRecord(
     kid="oKIywvGUpTVTyxMQ3bwIIeQUudfr_CkLMjCE19ECD-U", jwk=_JWK, not_before=AT, not_after=AT + 31_536_000
+)
+_ENCRYPTION_KEY = KeyRecord(
+    kid="u809Vppx5ixWMOohxWr2aM3m5bD0LQ67g_GPmubQus4",
+    jwk=PublicJwk(kty="OKP", crv="X25519", x="hSDwCYkwp1R0i33ctD73Wg2_Og0mOBr066SpjqqbTmo"),
+    not_before=AT,
+    not_after=AT + 31_536_000,
 )
 _DEPLOY = Permission(target="staging", verbs=("deploy",), resources=("env/staging/*",))
 _PERMISSIONS = (_DEPLOY,)
@@ -131,7 +142,12 @@ _ALL: tuple[Message, ...] = (
     TrustBundle(
         **_command(f"spiffe://{TD}/root"),
         version=1,
-        services=(ServiceIdentity(id=_service("policy"), roles=("policy",), keys=(_KEY,)),),
+        services=(
+            ServiceIdentity(id=_service("policy"), roles=("policy",), keys=(_KEY,)),
+            ServiceIdentity(
+                id=_service("gateway"), roles=("gateway",), keys=(_KEY,), encryption_keys=(_ENCRYPTION_KEY,)
+            ),
+        ),
     ),
     registry.UserSet(
         **_command(_OLGA),
@@ -241,6 +257,25 @@ _ALL: tuple[Message, ...] = (
     SealedReply(jwe="eyJhbGciOiJFQ0RILUVTIn0..aXY.Y2lwaGVydGV4dA.dGFn"),
     ReplyContent(request_id=_REQUEST, decision=_JWS, refusal=_JWS),
     IssuerRefusal(**_claims(_service("issuer")), request_id=_REQUEST, reasons=(_REASON,)),
+    SealedDelivery(
+        protected="eyJlbmMiOiJBMjU2R0NNIn0",
+        iv="aXY",
+        ciphertext="Y2lwaGVydGV4dA",
+        tag="dGFn",
+        recipients=(
+            EnvelopeRecipient(
+                header=EnvelopeHeader(alg="ECDH-ES+A256KW", kid=_ENCRYPTION_KEY.kid, epk=_ENCRYPTION_KEY.jwk),
+                encrypted_key="a2V5",
+            ),
+        ),
+    ),
+    CredentialDelivery(
+        **_claims(_service("issuer")),
+        request_id=_REQUEST,
+        lease_id=_LEASE,
+        target_id="staging",
+        credential=Credential(kind="jwt", value=_JWS, token_type="Bearer", expires_at=AT + 300),  # noqa: S106
+    ),
     Lease(
         **_claims(_service("revoker")),
         lease_id=_LEASE,

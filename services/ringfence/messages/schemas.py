@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from ringfence.messages.base import Claims, Message, Topic, typ_header
+from ringfence.messages.credential import SealedDelivery
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.topics import ALL
 
@@ -43,6 +44,8 @@ def _message(model: type[Message], topic: Topic[Any] | None) -> dict[str, Any]:
         "contentType": _content_type(topic) if topic else "application/json",
         "payload": {"$ref": f"./{name}.schema.json"},
     }
+    if model is SealedDelivery:
+        entry["contentType"] = "application/jose+json"
     if issubclass(model, Claims):
         entry["description"] = f"A JWS in compact serialisation; header `typ`: `{typ_header(model)}`."
     return entry

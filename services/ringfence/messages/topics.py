@@ -9,9 +9,11 @@ from ringfence.messages.audit import AuditCheckpoint, AuditEvent
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import (
     CredentialDecision,
+    CredentialDelivery,
     CredentialRequest,
     IssuerRefusal,
     ReplyContent,
+    SealedDelivery,
     SealedReply,
 )
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
@@ -73,17 +75,18 @@ APPROVAL_RESPONSE: Topic[Any] = Topic(
     30 * _DAY,
     True,
 )
-CREDENTIAL_REPLY = Topic(
+CREDENTIAL_REPLY: Topic[Any] = Topic(
     "credential.reply",
-    (SealedReply,),
+    (SealedReply, SealedDelivery),
     "agent id",
     "jwe",
     ("policy", "issuer"),
-    ("agents (only their own can be opened)", "audit"),
+    ("agents (only their own can be opened)", "gateway", "issuer (for gateways that came later)", "audit"),
     _DAY,
     True,
-    also_json=(ReplyContent, IssuerRefusal),
+    also_json=(ReplyContent, IssuerRefusal, CredentialDelivery),
 )
+"""Kept for as long as a lease can live, so that what was sealed is there for the life of its lease."""
 LEASE = Topic(
     "lease",
     (Lease, LeaseEpoch),

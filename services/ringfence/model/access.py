@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.jws import KeyFinder, open_signed, parse
+from ringfence.kernel.trust import TrustStore
 from ringfence.messages.api import MAX_API_TOKEN_S, ApiToken
 from ringfence.messages.registry import UserState
 from ringfence.model.directory import Directory
@@ -66,6 +67,13 @@ def authenticate_target(
         authorization, lambda iss, kid: directory.target_key(iss, kid, now_ms / 1000), trust_domain, now_ms
     )
     return subject_of(trust_domain, iss, "target") or ""
+
+
+def authenticate_gateway(authorization: str | None, trust: TrustStore, now_ms: int) -> str:
+    """The SPIFFE ID of the gateway that signed the bearer token of a call. Raises UnauthenticatedError."""
+    return _verified_iss(
+        authorization, trust.finder("gateway", at_s=now_ms / 1000), trust.trust_domain, now_ms
+    )
 
 
 def _verified_iss(authorization: str | None, find_key: KeyFinder, trust_domain: str, now_ms: int) -> str:

@@ -1,0 +1,78 @@
+"""Credentials for gateways: sealed to each of them, and to the issuer itself for those that come later.
+
+What was sealed stands on `credential.reply`, which is kept for as long as a lease can live, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from ringfence.issuer.domain import Issue, Refusal
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.envelope import MAX_RECIPIENTS, EncryptionKey, enclose
+from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.jws import sign
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.credential import Credential, CredentialDelivery, Reason
+from ringfence.messages.keys import KeyRecord
+
+log = logging.getLogger(__name__)
+
+ENVELOPE_TYPE = "application/jose+json"
+"""The media type of a JWE in JSON serialisation (RFC 7515, 9.2.1)."""
+
+
+class GatewayDelivery:
+    """Seals what gateways inject. It has no state: who the gateways are the trust bundle says."""
+
+    def __init__(
+        self, trust: TrustStore, key: SigningKey, own: EncryptionKey | None, clock: Clock, trust_domain: str
+    ) -> None:
+        """`own`: what the issuer keeps credentials sealed to; without it none is delivered to gateways."""
+        self._trust = trust
+        self._key = key
+        self._own = own
+        self._clock = clock
+        self._trust_domain = trust_domain
+
+    def admit(self, weighed: Sequence[Issue | Refusal]) -> list[Issue | Refusal]:
+        """The same, with refusals in place of what no gateway could open."""
+        return [self._admit(one) for one in weighed]
+
+    def _admit(self, one: Issue | Refusal) -> Issue | Refusal:
+        if isinstance(one, Refusal) or one.lease.delivery != "gateway":
+            return one
+        if self._own is None:
+            log.error("no key that is sealed to: make one with ringfence init --add-gateway NAME")
+            message = "this issuer has no key to keep credentials for gateways; ask an operator"
+        elif not self._gateways():
+            message = "no gateway has a key that could be sealed to; ask an operator for a gateway"
+        else:
+            return one
+        return Refusal((Reason(code="gateway_missing", message=message),), one.request)
+
+    def sealed(self, issue: Issue, credential: Credential, *, id: str) -> str:
+        """The envelope with a credential; `id` is the message's. Raises UnavailableError where nobody could open it.
+
+        Where the gateways have gone meanwhile it is sealed to the issuer alone: they ask for it.
+        """
+        if self._own is None:
+            raise UnavailableError("the key that credentials for gateways are kept by has gone; put it back")
+        lease = issue.lease
+        claims = CredentialDelivery(
+            iss=self._key.id,
+            aud=self._trust_domain,
+            iat=lease.iat,
+            jti=id,
+            request_id=lease.request_id,
+            lease_id=lease.lease_id,
+            target_id=lease.target_id,
+            credential=credential,
+        )
+        to = [self._own.record(lease.deadline), *self._gateways()]
+        return enclose(sign(claims, self._key).encode(), to[:MAX_RECIPIENTS], about=lease.request_id)
+
+    def _gateways(self) -> tuple[KeyRecord, ...]:
+        return self._trust.encryption_keys("gateway", self._clock.now_ms() / 1000)

@@ -1,0 +1,139 @@
+"""What a gateway asks for that came later than a lease: the credential once more, sealed to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.envelope import EncryptionKey, enclose, unverified_about
+from ringfence.kernel.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.jws import open_signed, parse
+from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.settings import BusSettings
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.credential import CredentialDelivery
+from ringfence.messages.lease import Lease
+from ringfence.messages.topics import CREDENTIAL_REPLY
+from ringfence.model.access import ForbiddenError, NotFoundError
+from ringfence.model.lease_store import LeaseStore
+from ringfence.model.leases import ALL_MARK, marks_of
+from ringfence.model.opening import open_lease
+from ringfence.model.standing import is_cut
+
+log = logging.getLogger(__name__)
+
+CLOCKS_MS = 5000
+"""How far the clocks of the brokers that stamped a decision and its delivery may be apart."""
+_AT_ONCE = 4
+"""So many look-ups at a time: each reads a piece of a partition."""
+_WITHIN_S = 10.0
+
+
+class Resealer:
+    """Finds the sealed credential of a live lease on Kafka, by the time of its decision, and seals it again."""
+
+    def __init__(
+        self,
+        settings: BusSettings,
+        trust: TrustStore,
+        store: LeaseStore,
+        own: EncryptionKey | None,
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._trust = trust
+        self._store = store
+        self._own = own
+        self._clock = clock
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+
+    async def reseal(self, lease_id: str, gateway: str) -> str:
+        """The envelope for one gateway (its SPIFFE ID).
+
+        Raises ForbiddenError where the gateway has no key that could be sealed to, NotFoundError where the lease is
+        not live or not for gateways, UnavailableError where Redis or Kafka does not answer in time.
+        """
+        keys = self._trust.encryption_keys("gateway", self._clock.now_ms() / 1000, of=gateway)
+        if not keys:
+            raise ForbiddenError(f"{gateway} has no key to seal to in the trust bundle; sign one that has it")
+        lease = await self._live(lease_id)
+        async with self._slots:
+            delivery = await self._found(lease)
+        # It may have ended while Kafka was read.
+        await self._live(lease_id)
+        return enclose(delivery, keys, about=lease.request_id)
+
+    async def _live(self, lease_id: str) -> Lease:
+        stored = (await self._store.get([lease_id])).get(lease_id)
+        if stored is None:
+            raise _not_live(lease_id)
+        try:
+            lease = open_lease(stored.jws, self._trust, self._clock)
+        except InvalidMessageError as error:
+            log.error("the record of lease %s in Redis does not hold: %s", lease_id, error)
+            raise _not_live(lease_id) from None
+        looked = await self._store.look(lease_id, (*marks_of(lease), ALL_MARK))
+        if not looked.active or is_cut(looked) or lease.delivery != "gateway":
+            raise _not_live(lease_id)
+        return lease
+
+    async def _found(self, lease: Lease) -> bytes:
+        """The signed delivery of a lease: the topic is read from the time of its decision on."""
+        found: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        def take_in(records: Sequence[Received]) -> None:
+            for record in records:
+                if not found.done() and (delivery := self._delivery(record, lease)) is not None:
+                    found.set_result(delivery)
+
+        since_ms = max(lease.iat * 1000 - CLOCKS_MS, 1)
+        try:
+            async with (
+                asyncio.timeout(_WITHIN_S),
+                Follower(
+                    self._settings, [CREDENTIAL_REPLY], take_in, since_ms=since_ms, key=lease.agent_id
+                ) as follower,
+            ):
+                await _either(found, follower.complete)
+        except TimeoutError:
+            raise UnavailableError("the sealed credential was not found in time; ask again") from None
+        if not found.done():
+            raise NotFoundError(
+                f"nothing was sealed for lease {lease.lease_id}: a static secret is read by the gateway from its own "
+                "source; for anything else the agent has to ask anew"
+            )
+        return found.result()
+
+    def _delivery(self, record: Received, lease: Lease) -> bytes | None:
+        """The signed delivery in a record, if it is this lease's and an issuer's word."""
+        # Unverified: it only spares opening the others.
+        if self._own is None or unverified_about(record.value) != lease.request_id:
+            return None
+        try:
+            plain = self._own.open(record.value)
+            claims = open_signed(
+                parse(plain),
+                CredentialDelivery,
+                self._trust.finder("issuer", at_s=record.appended_at_ms / 1000),
+                audience=self._trust.trust_domain,
+            ).claims
+        except InvalidMessageError as error:
+            log.warning("passed over a delivery at %s@%d: %s", record.topic_name, record.offset, error)
+            return None
+        same = (claims.lease_id, claims.target_id) == (lease.lease_id, lease.target_id)
+        return plain if same else None
+
+
+def _not_live(lease_id: str) -> NotFoundError:
+    return NotFoundError(f"there is no live lease {lease_id} that is for gateways")
+
+
+async def _either(found: asyncio.Future[bytes], complete: asyncio.Event) -> None:
+    both: list[asyncio.Future[Any]] = [found, asyncio.ensure_future(complete.wait())]
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        both[1].cancel()
