@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from ringfence.backends import BackendSettings, SshBackend, TargetAccess, ssh_helper
-from ringfence.client.applying import ssh_files
+from ringfence.client.ssh_files import ssh_files
 from ringfence.dev.processes import LOOPBACK, Child, StackError, free_port, spawn
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "targets" / "ssh.md"

@@ -10,10 +10,15 @@ if TYPE_CHECKING:
     from ringfence.client.agent import Agent as Agent
     from ringfence.client.asgi import Needs as Needs
     from ringfence.client.asgi import TokenGuard as TokenGuard
+    from ringfence.client.credentials import GatewayCredential as GatewayCredential
+    from ringfence.client.credentials import IssuedCredential as IssuedCredential
+    from ringfence.client.credentials import PostgresCredential as PostgresCredential
+    from ringfence.client.credentials import RedisCredential as RedisCredential
+    from ringfence.client.credentials import SshCredential as SshCredential
+    from ringfence.client.credentials import TokenCredential as TokenCredential
     from ringfence.client.grantor import Grantor as Grantor
     from ringfence.client.grantor import Proposal as Proposal
     from ringfence.client.proofs import Nonces as Nonces
-    from ringfence.client.replies import IssuedCredential as IssuedCredential
     from ringfence.client.settings import ClientSettings as ClientSettings
     from ringfence.client.sponsor import PendingApproval as PendingApproval
     from ringfence.client.sponsor import Sponsor as Sponsor
@@ -26,13 +31,18 @@ __all__ = [
     "Administrator",
     "Agent",
     "ClientSettings",
+    "GatewayCredential",
     "Grantor",
     "IssuedCredential",
     "Needs",
     "Nonces",
     "PendingApproval",
+    "PostgresCredential",
     "Proposal",
+    "RedisCredential",
     "Sponsor",
+    "SshCredential",
+    "TokenCredential",
     "TokenGuard",
     "TokenVerifier",
     "VerifiedToken",
@@ -43,13 +53,18 @@ _MODULES = {
     "Agent": "ringfence.client.agent",
     "ClientSettings": "ringfence.client.settings",
     "Grantor": "ringfence.client.grantor",
-    "IssuedCredential": "ringfence.client.replies",
     "Needs": "ringfence.client.asgi",
     "Nonces": "ringfence.client.proofs",
+    "GatewayCredential": "ringfence.client.credentials",
+    "IssuedCredential": "ringfence.client.credentials",
     "PendingApproval": "ringfence.client.sponsor",
+    "PostgresCredential": "ringfence.client.credentials",
     "Proposal": "ringfence.client.grantor",
+    "RedisCredential": "ringfence.client.credentials",
     "Sponsor": "ringfence.client.sponsor",
     "TokenGuard": "ringfence.client.asgi",
+    "SshCredential": "ringfence.client.credentials",
+    "TokenCredential": "ringfence.client.credentials",
     "TokenVerifier": "ringfence.client.verify",
     "VerifiedToken": "ringfence.client.verify",
 }

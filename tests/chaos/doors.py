@@ -11,7 +11,7 @@ from urllib.parse import urlencode, urlsplit
 
 import orjson
 
-from ringfence.client.replies import IssuedCredential
+from ringfence.client.credentials import IssuedCredential
 from ringfence.issuer.http import INTROSPECTION_PATH
 from ringfence.kernel.jws import sign
 from ringfence.kernel.keys import SigningKey

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from ringfence.client.replies import IssuedCredential
+from ringfence.client.credentials import IssuedCredential, Secret
 from ringfence.dev.processes import free_port
 from tests.chaos.proxy import Link
 from tests.chaos.target import TARGET, ValkeyDoor, leftovers, target_behind
@@ -40,7 +40,7 @@ async def made(tmp_path: Path) -> AsyncIterator[Made]:
             )
             credential = IssuedCredential(
                 lease_id=lease_id, request_id="r", kind="redis", token_type=None, expires_at=0, target=TARGET, scope=(),
-                value=f"redis://ringfence.acme.example.{lease_id}:secret@{target.address}/0", task_id="t",
+                secret=Secret(f"redis://ringfence.acme.example.{lease_id}:secret@{target.address}/0"), task_id="t",
                 agent_id="bot", sponsor="sam", on_behalf_of="maria", delivery="agent",
             )  # fmt: skip
             yield Made(target, own, credential)

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from ringfence.client.credentials import IssuedCredential
 from ringfence.client.errors import NotAnsweredError, RefusedError, RequestDeniedError, RequestTimeoutError
-from ringfence.client.replies import IssuedCredential
 from ringfence.kernel.errors import UnavailableError
 from tests.chaos.organisation import SPONSORS, USERS, Organisation
 

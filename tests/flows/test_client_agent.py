@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ringfence.client.agent import Agent
+from ringfence.client.credentials import IssuedCredential
 from ringfence.client.errors import (
     InvalidCallError,
     NotAnsweredError,
@@ -17,7 +18,7 @@ from ringfence.client.errors import (
     RequestDeniedError,
     RequestTimeoutError,
 )
-from ringfence.client.replies import IssuedCredential, PendingRequest
+from ringfence.client.replies import PendingRequest
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Received
 from ringfence.messages.credential import Reason

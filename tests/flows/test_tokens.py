@@ -19,11 +19,11 @@ import uvicorn
 
 from ringfence.client.agent import Agent
 from ringfence.client.asgi import TOKEN, TokenGuard
+from ringfence.client.credentials import IssuedCredential
 from ringfence.client.dpop import BearerAuth, DpopAuth
 from ringfence.client.errors import InvalidCallError, RequestDeniedError, TokenRejectedError
 from ringfence.client.issuer import KEYS_LIFE_S
 from ringfence.client.proofs import Nonces
-from ringfence.client.replies import IssuedCredential
 from ringfence.client.verify import TokenVerifier, VerifiedToken
 from ringfence.dev.processes import free_port
 from ringfence.issuer.settings import IssuerSettings

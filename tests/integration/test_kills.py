@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ringfence.client.credentials import IssuedCredential
 from ringfence.client.errors import RequestDeniedError
-from ringfence.client.replies import IssuedCredential
 from ringfence.dev.stack import Stack, StackOptions
 from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.lease import TERMINAL, Lease

@@ -127,6 +127,14 @@ def test_every_import_is_the_sdks_or_of_an_extra_that_can_be_named() -> None:
         (["revoke", "--reason", "x", "--lease", "a", "--agent", "b"], "exactly one"),
         (["target", "add", "t", "--description", "x", "--verb", "deploy=anybody"], "no floor"),
         (["target", "add", "t", "--description", "x", "--verb", "d", "--request", "GET /x"], "four words"),
+        (
+            ["target", "add", "t", "--description", "x", "--verb", "d", "--request", "GET /{a*}/b d x"],
+            "after {a*}",
+        ),
+        (
+            ["request", "--task", "t", "--reason", "x", "--allow", "s:r:a", "--delivery", "pigeon"],
+            "none of agent, gateway",
+        ),
         (["key", "new", "k.json", "--id", "maria"], "user/NAME"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

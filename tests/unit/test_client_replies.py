@@ -10,14 +10,8 @@ from typing import Any
 
 import pytest
 
-from ringfence.client.replies import (
-    Allowed,
-    Denied,
-    IssuedCredential,
-    PendingRequest,
-    SentRequest,
-    read_reply,
-)
+from ringfence.client.credentials import IssuedCredential
+from ringfence.client.replies import Allowed, Denied, PendingRequest, SentRequest, read_reply
 from ringfence.kernel.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.ids import digest, lease_id
 from ringfence.kernel.jws import sign

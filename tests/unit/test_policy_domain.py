@@ -178,8 +178,12 @@ def test_why_somebody_is_asked_is_told():
     assert "deploy" in found.reasons[0].message
 
 
+def declared(target):
+    return {"revocability": "ttl", "enforced_by": "target"}
+
+
 def test_the_input_holds_records_and_no_keys():
-    builder = InputBuilder(lambda target: "session")
+    builder = InputBuilder(declared)
     document = builder.build(facts(), (LACK,), [], [], {}, requested_at_s=90, now_s=100)
     text = to_json(document).decode()
     assert "thumbprint" not in text
@@ -189,13 +193,13 @@ def test_the_input_holds_records_and_no_keys():
     assert document["lacking"][0]["side"] == "task"
     assert document["sponsor"] == {"user_id": "sam", "roles": ["sponsor"], "status": "active"}
     assert (document["request"]["requested_at_s"], document["now_s"]) == (90, 100)
+    assert {name: document["target"][name] for name in declared(None)} == declared(None)
     assert document["task"]["not_after"] == facts().task.state.not_after
-    assert document["target"]["revocability"] == "session"
     assert to_json(builder.build(facts(), (LACK,), [], [], {}, requested_at_s=90, now_s=100)).decode() == text
 
 
 def test_the_input_follows_the_records():
-    builder, first = InputBuilder(lambda target: "session"), facts()
+    builder, first = InputBuilder(declared), facts()
     builder.build(first, (), [], [], {}, requested_at_s=1, now_s=1)
     suspended = replace(first, agent=entry(AgentRecord, status="suspended"))
     assert (

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -25,7 +25,11 @@ from ringfence.cli.output import note, print_json, until
 from ringfence.cli.scopes import parse_scope, show_scope
 from ringfence.client.agent import Agent
 from ringfence.client.applying import applied
-from ringfence.client.replies import IssuedCredential, PendingRequest
+from ringfence.client.credentials import GatewayCredential, IssuedCredential
+from ringfence.client.replies import PendingRequest
+from ringfence.messages.credential import Delivery
+
+_DELIVERIES: tuple[Delivery, ...] = get_args(Delivery)
 
 
 def request(
@@ -47,6 +51,14 @@ def request(
     timeout: Annotated[
         str, typer.Option("--timeout", metavar="DURATION", help="How long to wait, approvals included.")
     ] = "1m",
+    delivery: Annotated[
+        str,
+        typer.Option(
+            "--delivery",
+            metavar="agent|gateway",
+            help="To whom the credential goes. gateway: it is injected there, and the agent gets the lease's handle.",
+        ),
+    ] = "agent",
     break_glass: Annotated[
         bool,
         typer.Option(
@@ -60,11 +72,13 @@ def request(
     """Ask for a credential. It alone goes to stdout, everything else to stderr: TOKEN=$(ringfence request ...).
 
     With --exec it goes to one command, and to nothing else: PGPASSWORD and the others that libpq reads for postgres,
-    REDIS_URL for redis, RINGFENCE_SSH_CONFIG (a file for ssh -F) for ssh, else RINGFENCE_CREDENTIAL. The exit status
-    is then the command's.
+    REDIS_URL for redis, RINGFENCE_SSH_CONFIG (a file for ssh -F) for ssh, else RINGFENCE_CREDENTIAL; RINGFENCE_LEASE
+    with --delivery gateway. The exit status is then the command's.
     """
     if not allow:
         raise typer.BadParameter("say what is needed", param_hint="--allow")
+    if delivery not in _DELIVERIES:
+        raise typer.BadParameter(f"{delivery!r} is none of {', '.join(_DELIVERIES)}", param_hint="--delivery")
     if execute != bool(command):
         raise typer.BadParameter("write --exec and the command: --exec ... -- COMMAND", param_hint="--exec")
     if command and shutil.which(command[0]) is None:
@@ -83,6 +97,7 @@ def request(
             timeout_s=timeout_s,
             on_pending=pending,
             break_glass=break_glass,
+            delivery=delivery,
         )
 
     async def work() -> IssuedCredential:
@@ -97,6 +112,7 @@ def request(
                 with applied(credential) as variables:
                     return await _executed(argv, os.environ | variables)
             finally:
+                credential.wipe()
                 await agent.release(credential, reason="the command has ended")
 
     if command:
@@ -108,8 +124,9 @@ def request(
                 "lease_id": credential.lease_id,
                 "request_id": credential.request_id,
                 "kind": credential.kind,
+                "delivery": credential.delivery,
                 "token_type": credential.token_type,
-                "value": credential.value,
+                "value": None if isinstance(credential, GatewayCredential) else credential.value,
                 "expires_at": credential.expires_at,
                 "target": credential.target,
                 "scope": list(credential.scope),
@@ -122,7 +139,9 @@ def request(
         return
     note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "bold")
     note(show_scope(credential.scope))
-    sys.stdout.write(credential.value + "\n")
+    sys.stdout.write(
+        (credential.handle if isinstance(credential, GatewayCredential) else credential.value) + "\n"
+    )
 
 
 async def _executed(argv: list[str], variables: Mapping[str, str]) -> int:

@@ -12,19 +12,11 @@ from pathlib import Path
 from typing import Self
 
 from ringfence.client.connection import Connection, Coordinate, subject
+from ringfence.client.credentials import IssuedCredential
 from ringfence.client.errors import RequestDeniedError, RequestTimeoutError, checked
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.outcomes import Outcomes
-from ringfence.client.replies import (
-    Allowed,
-    Answer,
-    Denied,
-    IssuedCredential,
-    PendingRequest,
-    SentRequest,
-    read_reply,
-    who,
-)
+from ringfence.client.replies import Allowed, Answer, Denied, PendingRequest, SentRequest, read_reply, who
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
@@ -33,7 +25,7 @@ from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.seal import ReplyKey, unverified_kid
 from ringfence.kernel.trace import in_trace, new_traceparent
-from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.credential import CredentialRequest, Delivery
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.permission import Permission
 from ringfence.messages.topics import CREDENTIAL_REPLY, CREDENTIAL_REQUEST, DEAD_LETTER, REVOCATION_REQUEST
@@ -69,7 +61,7 @@ class Agent(Lifetime):
         async with agent.credential(
             task=task_id, target="staging", verbs=["deploy"], resources=["env/staging/web"], reason="release 41"
         ) as credential:
-            await http.post(url, auth=credential.auth())
+            await http.post(url, auth=credential.apply())
     ```
     """
 
@@ -128,6 +120,7 @@ class Agent(Lifetime):
         timeout_s: float | None = 60.0,
         on_pending: OnPending | None = None,
         break_glass: bool = False,
+        delivery: Delivery = "agent",
     ) -> IssuedCredential:
         """Ask for one credential and wait for it.
 
@@ -139,6 +132,7 @@ class Agent(Lifetime):
             timeout_s: how long to wait for the final answer, approvals included; None waits until there is one.
             on_pending: told once when a person has to approve.
             break_glass: policy denies it, and two operators are asked to allow it once, for 15 minutes at most.
+            delivery: `gateway` where the gateway injects the credential: the agent gets a handle, and no secret.
 
         Raises:
             RequestDeniedError: with every reason of policy or issuer.
@@ -156,6 +150,7 @@ class Agent(Lifetime):
             timeout_s=timeout_s,
             on_pending=on_pending,
             break_glass=break_glass,
+            delivery=delivery,
         )
 
     async def request_scope(
@@ -168,9 +163,10 @@ class Agent(Lifetime):
         timeout_s: float | None = 60.0,
         on_pending: OnPending | None = None,
         break_glass: bool = False,
+        delivery: Delivery = "agent",
     ) -> IssuedCredential:
         """Like `request`, with several permissions at the one target: different verbs on different resources."""
-        waiting = self._prepare(task, tuple(scope), reason, ttl_s, break_glass)
+        waiting = self._prepare(task, tuple(scope), reason, ttl_s, delivery, break_glass)
         sent = waiting.sent
         self._waiting[sent.request_id] = waiting
         answered = told = False
@@ -230,15 +226,17 @@ class Agent(Lifetime):
         timeout_s: float | None = 60.0,
         on_pending: OnPending | None = None,
         break_glass: bool = False,
+        delivery: Delivery = "agent",
     ) -> AsyncIterator[IssuedCredential]:
-        """`request` as a context manager: the credential is released at the end of the block, however it ends."""
+        """`request` as a context manager: however the block ends, the credential is wiped and released."""
         credential = await self.request(
             task=task, target=target, verbs=verbs, resources=resources, reason=reason, ttl_s=ttl_s,
-            timeout_s=timeout_s, on_pending=on_pending, break_glass=break_glass,
+            timeout_s=timeout_s, on_pending=on_pending, break_glass=break_glass, delivery=delivery,
         )  # fmt: skip
         try:
             yield credential
         finally:
+            credential.wipe()
             await self._release_quietly(credential)
 
     async def release(
@@ -279,7 +277,13 @@ class Agent(Lifetime):
             )
 
     def _prepare(
-        self, task: str, scope: tuple[Permission, ...], reason: str, ttl_s: int, break_glass: bool
+        self,
+        task: str,
+        scope: tuple[Permission, ...],
+        reason: str,
+        ttl_s: int,
+        delivery: Delivery,
+        break_glass: bool,
     ) -> _Waiting:
         validate_scope(scope)
         reply_key = ReplyKey()
@@ -289,6 +293,7 @@ class Agent(Lifetime):
                 task_id=task,
                 scope=scope,
                 ttl_s=ttl_s,
+                delivery=delivery,
                 reason=reason,
                 reply_key=reply_key.public,
                 break_glass=True if break_glass else None,

@@ -116,3 +116,15 @@ def checked(what: str) -> Iterator[None]:
         yield
     except ValidationError as error:
         raise InvalidCallError(f"{what}: {explain(error)}") from None
+
+
+class CredentialOverError(RingfenceError):
+    """A credential was wiped, or its time is over. Nothing renews it by itself: ask for a new one."""
+
+    code = "credential_over"
+
+
+class CredentialUseError(RingfenceError):
+    """A credential was to be used in a way that its kind does not have."""
+
+    code = "credential_use"

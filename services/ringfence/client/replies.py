@@ -9,12 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import httpx
 from pydantic import ValidationError
 
-from ringfence.client.dpop import BearerAuth, DpopAuth, proof
-from ringfence.client.errors import InvalidCallError
-from ringfence.kernel.clock import SystemClock
+from ringfence.client.credentials import IssuedCredential, Secret, class_of
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import digest, lease_id, message_id
 from ringfence.kernel.jws import explain, open_signed, parse
@@ -24,16 +21,15 @@ from ringfence.kernel.trace import trace_id
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.base import Jws
 from ringfence.messages.credential import (
+    Credential,
     CredentialDecision,
     CredentialRequest,
-    Delivery,
     IssuerRefusal,
     Reason,
     ReplyContent,
     RequiredClass,
 )
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Scope
 from ringfence.model.identity import subject_of
 
 _WHO: dict[RequiredClass, str] = {
@@ -79,62 +75,6 @@ class Allowed:
     """Policy allowed it; the issuer's answer is still to come."""
 
     request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class IssuedCredential:
-    """A credential that policy allowed and the issuer made. Its value is not shown by `repr`."""
-
-    lease_id: str
-    request_id: str
-    kind: str
-    """The backend that made it, e.g. `jwt`."""
-    value: str = field(repr=False)
-    token_type: str | None
-    expires_at: int
-    """Seconds since 1970, UTC: from then on nobody accepts it."""
-    target: str
-    scope: Scope
-    task_id: str
-    agent_id: str
-    sponsor: str
-    on_behalf_of: str
-    delivery: Delivery
-    trace_id: str | None = None
-    """The W3C trace that request, decision, issue and end belong to."""
-    key: SigningKey | None = field(default=None, repr=False)
-    """The agent's own: a credential that is bound to it (`token_type` is DPoP) is good only with proofs of it."""
-
-    def headers(self, method: str | None = None, url: str | None = None) -> dict[str, str]:
-        """The HTTP headers that present it: `Authorization` (RFC 6750), and with a bound one `DPoP` (RFC 9449).
-
-        A proof is for one request: `method` and `url` say which. Where the server demands nonces, use `auth`.
-
-        Raises InvalidCallError where they are missing and a proof is needed.
-        """
-        headers = {"Authorization": f"{self.token_type or 'Bearer'} {self.value}"}
-        if self.token_type == "DPoP":  # noqa: S105 - RFC 9449
-            if method is None or url is None:
-                raise InvalidCallError(
-                    f"the credential for {self.target} is bound to the agent's key: name method and URL of the "
-                    "request, as in headers('GET', url), or use auth()"
-                )
-            headers["DPoP"] = proof(
-                self._bound_to(), method, url,
-                access_token=self.value, now_s=SystemClock().now_ms() // 1000,
-            )  # fmt: skip
-        return headers
-
-    def auth(self) -> httpx.Auth:
-        """For httpx: `client.put(url, auth=credential.auth())`. Keep it for all requests: it remembers nonces."""
-        if self.token_type == "DPoP":  # noqa: S105 - RFC 9449
-            return DpopAuth(self.value, self._bound_to())
-        return BearerAuth(self.value)
-
-    def _bound_to(self) -> SigningKey:
-        if self.key is None:
-            raise InvalidCallError("the key that the credential is bound to is not known here")
-        return self.key
 
 
 Answer = PendingRequest | Denied | Allowed | IssuedCredential
@@ -220,17 +160,26 @@ def _issued(
     if lease.status != "active":
         raise _wrong(f"the lease is {lease.status}")
     credential = content.credential
+    if lease.delivery == "gateway":
+        if credential is not None:
+            raise _wrong("the reply holds a credential that was to go to the gateway")
+        return _typed(lease, None, sent)
     if credential is None:
         raise _wrong("the reply holds a lease and no credential")
     if credential.expires_at > lease.deadline:
         raise _wrong("the credential claims to outlive its lease")
-    return IssuedCredential(
+    return _typed(lease, credential, sent)
+
+
+def _typed(lease: Lease, credential: Credential | None, sent: SentRequest) -> IssuedCredential:
+    kind = credential.kind if credential else lease.backend
+    return class_of(kind, lease.delivery)(
         lease_id=lease.lease_id,
         request_id=sent.request_id,
-        kind=credential.kind,
-        value=credential.value,
-        token_type=credential.token_type,
-        expires_at=credential.expires_at,
+        kind=kind,
+        secret=Secret(credential.value if credential else ""),
+        token_type=credential.token_type if credential else None,
+        expires_at=credential.expires_at if credential else lease.deadline,
         target=lease.target_id,
         scope=lease.scope,
         task_id=lease.task_id,

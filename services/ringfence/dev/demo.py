@@ -19,8 +19,8 @@ import httpx
 from ringfence.client.administrator import Administrator
 from ringfence.client.agent import Agent
 from ringfence.client.api import ReadApi
+from ringfence.client.credentials import IssuedCredential
 from ringfence.client.errors import ApiError, RequestDeniedError
-from ringfence.client.replies import IssuedCredential
 from ringfence.client.settings import ClientSettings
 from ringfence.client.sponsor import PendingApproval, Sponsor
 from ringfence.dev.organisation import DEPLOY_STAGING, PLATFORM, READ_ALL, key_of

@@ -1,0 +1,61 @@
+"""What OpenSSH's client only reads from files: a key, its certificate, the host's keys, in a folder that goes away."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+_SSH_CONFIG = """\
+Host {target}
+    HostName {host}
+    Port {port}
+    User {user}
+    HostKeyAlias {target}
+    IdentityFile "{folder}/key"
+    CertificateFile "{folder}/key-cert.pub"
+    IdentitiesOnly yes
+    IdentityAgent none
+    UserKnownHostsFile "{folder}/known_hosts"
+    GlobalKnownHostsFile none
+    StrictHostKeyChecking yes
+    PreferredAuthentications publickey
+    BatchMode yes
+"""
+
+
+@contextlib.contextmanager
+def ssh_client(value: str, target: str) -> Iterator[list[str]]:
+    """The beginning of a command, `ssh -F FILE`, that knows the host by the target's id. Good only inside the block."""
+    # In memory where the machine offers that: the key is never on a disk then.
+    memory = os.environ.get("XDG_RUNTIME_DIR", "")
+    folder_of = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="ringfence-", dir=folder_of) as folder:
+        yield ["ssh", "-F", str(ssh_files(value, target, Path(folder)))]
+
+
+def ssh_files(value: str, target: str, folder: Path) -> Path:
+    """Write what OpenSSH's client reads into a folder. Returns the file for `ssh -F`, which knows the target's id."""
+    given = json.loads(value)
+    url = urlsplit(given["url"])
+    known = "".join(f"{target} {key}\n" for key in given["host_keys"])
+    config = _SSH_CONFIG.format(
+        target=target,
+        host=url.hostname,
+        port=url.port or 22,
+        user=url.username,
+        folder=str(folder).replace("%", "%%"),
+    )
+    for name, text in (
+        ("key", given["private_key"]),
+        ("key-cert.pub", given["certificate"] + "\n"),
+        ("known_hosts", known),
+        ("config", config),
+    ):
+        with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+    return folder / "config"

@@ -1,0 +1,65 @@
+"""What policy is told of a target's credentials: what their backend declares, and the least where nobody does."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from ringfence.backends import Material, built_in
+from ringfence.messages.examples import EXAMPLES
+from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
+from ringfence.policy.declared import Declared
+
+EXAMPLE = cast(TargetRecord, EXAMPLES[TargetRecord]).state
+
+
+def target(kind: str, *, keys: bool = True) -> TargetState:
+    update: dict[str, Any] = {"backend": BackendSettings(kind=kind)}
+    update["keys"] = EXAMPLE.keys or cast(Any, EXAMPLES[TargetRecord]).state.keys if keys else ()
+    return EXAMPLE.model_copy(update=update)
+
+
+BACKENDS = built_in(Material("acme.example", "https://issuer.acme.example"))
+declared = Declared(BACKENDS)
+
+
+def test_the_example_has_a_key() -> None:
+    assert target("jwt").keys
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "said"),
+    [
+        ("jwt", True, ("instant", "target")),
+        ("jwt", False, ("ttl", "target")),
+        ("postgres", True, ("session", "target")),
+        ("redis", False, ("session", "target")),
+        ("ssh", True, ("session", "target")),
+        ("http", False, ("instant", "gateway")),
+        ("nobody-knows", True, ("ttl", "target")),
+    ],
+)
+def test_what_is_declared(kind: str, keys: bool, said: tuple[str, str]) -> None:
+    found = declared(target(kind, keys=keys))
+    assert (found["revocability"], found["enforced_by"]) == said
+
+
+def test_only_what_the_gateway_enforces_is_never_handed_out() -> None:
+    (reason,) = declared.never_handed_out(target("http"), "agent")
+    assert reason.code == "delivery_gateway_only"
+    assert declared.never_handed_out(target("http"), "gateway") == ()
+    for kind in ("jwt", "postgres", "nobody-knows"):
+        assert declared.never_handed_out(target(kind, keys=False), "agent") == ()
+
+
+def test_a_backend_that_fails_counts_for_the_least(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        kind, enforced_by = "broken", "target"
+
+        def revocability(self, target: TargetState) -> str:
+            raise KeyError("oops")
+
+    found = Declared({"broken": cast(Any, Broken())})(target("broken"))
+    assert found == {"revocability": "ttl", "enforced_by": "target"}
+    assert "broken" in caplog.text
