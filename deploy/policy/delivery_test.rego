@@ -33,6 +33,24 @@ test_the_message_is_there_without_a_target if {
 	contains(denial.message, "a credential for unknown")
 }
 
+test_a_static_secret_is_never_handed_out if {
+	every given in [static, json.remove(fixture.good, ["target/enforced_by"])] {
+		fixture.codes(delivery.deny) == {"delivery_gateway_only"} with input as given
+		count(delivery.deny) == 0 with input as for_the_gateway(given)
+	}
+}
+
+test_a_denial_says_what_to_ask_for if {
+	every given in [static, lasting("ttl", 301)] {
+		messages := {denial.message | some denial in delivery.deny} with input as given
+		every message in messages {
+			contains(message, "--delivery gateway")
+		}
+	}
+}
+
+static := fixture.with_value("/target/enforced_by", "gateway")
+
 lasting(revocability, ttl_s) := json.patch(fixture.good, [
 	{"op": "replace", "path": "/target/revocability", "value": revocability},
 	{"op": "replace", "path": "/request/ttl_s", "value": ttl_s},

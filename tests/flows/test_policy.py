@@ -28,6 +28,7 @@ from ringfence.messages.operations import DeadLetter
 from ringfence.messages.registry import (
     AgentSuspend,
     AgentTransfer,
+    BackendSettings,
     UserDisable,
     VerbFloor,
 )
@@ -924,3 +925,35 @@ async def test_who_sees_what_waits(world: World):
         decided = (await world.get("policy", f"/v1/decisions/{asked.id}", office.sam)).json()
         assert (decided["outcome"], decided["ttl_s"]) == ("allowed", 300)
         assert (await world.get("policy", f"/v1/decisions/{asked.id}", office.petra)).status_code == 404
+
+
+# --- to whom it goes ---
+
+
+async def test_what_is_only_for_the_gateway_is_denied_to_the_agent_and_says_what_to_do(world: World):
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        static = BackendSettings.model_validate({"kind": "http", "url": "https://api.example"})
+        await world.target("platform", verbs=VERBS, backend=static)
+        to_itself = await office.final(await office.ask())
+        assert (to_itself.outcome, codes(to_itself)) == ("denied", {"delivery_gateway_only"})
+        assert "--delivery gateway" in to_itself.reasons[0].message
+        # No two operators are asked for what cannot be: nothing could be handed out.
+        by_force = await office.final(await office.ask(break_glass=True))
+        assert (by_force.outcome, codes(by_force)) == ("denied", {"delivery_gateway_only"})
+        to_gateway = await office.final(await office.ask(delivery="gateway"))
+        assert (to_gateway.outcome, to_gateway.delivery) == ("allowed", "gateway")
+
+        # Nobody can recall a token of a target that has no key to ask introspection with.
+        await world.target("platform", verbs=VERBS, keys=())
+        long = await office.final(await office.ask(ttl_s=301))
+        assert (long.outcome, codes(long)) == ("denied", {"not_recallable"})
+        assert (await office.final(await office.ask(ttl_s=300))).outcome == "allowed"
+        assert (await office.final(await office.ask(ttl_s=301, delivery="gateway"))).outcome == "allowed"
+        assert long.input is not None
+        assert (long.input["target"]["revocability"], long.input["target"]["enforced_by"]) == (
+            "ttl",
+            "target",
+        )
+        await world.target("platform", verbs=VERBS)
+        assert (await office.final(await office.ask(ttl_s=301))).outcome == "allowed"

@@ -41,6 +41,7 @@ GOOD: dict[str, Any] = {
         "status": "active",
         "max_ttl_s": 3600,
         "revocability": "instant",
+        "enforced_by": "target",
     },
     "floors": [],
     "lacking": [],
@@ -222,9 +223,10 @@ def _scope() -> Iterator[Case]:
 
 
 _WORDS = ("read", "list", "get")
-_READING = (*_WORDS, *(f"{word}{sign}x" for word in _WORDS for sign in "-_.:"))
+_READING = (*_WORDS, "contents:read", *(f"{word}{sign}x" for word in _WORDS for sign in "-_.:"))
 _CHANGING = (
     "deploy", "restart", "delete", "readwrite", "listen", "getaway", "unread", "Read", "", "re-read", "r", "get/x",
+    "contents:readwrite", "contents-read",
 )  # fmt: skip
 _PRODUCTION = (
     "env/production/web", "prod/web", "production", "eu/prod/web/1", "env/prod", "web/production", "**", "*",
@@ -324,17 +326,41 @@ def _limits() -> Iterator[Case]:
         yield _case(f"without {path}", {path: GONE}, *UNDECIDED)
 
 
+def _handed_out() -> Iterator[Case]:
+    only, static = (
+        "delivery_gateway_only",
+        "what platform takes is never handed out: ask for delivery to the gateway",
+    )
+    for how in ("instant", "session"):
+        for ttl_s in (1, 3600):
+            secret = {**_lasting(how, ttl_s), "target.enforced_by": "gateway"}
+            yield _case(f"a static secret, {how}, for {ttl_s} s", secret, only, says=static)
+            yield _case(
+                f"likewise to the gateway, {how}, {ttl_s} s", {**secret, "request.delivery": "gateway"}
+            )
+    both = {**_lasting("ttl", 3600), "target.enforced_by": "gateway"}
+    yield _case("a static secret that cannot be recalled", both, only, "not_recallable", says=static)
+    strange: tuple[Any, ...] = ("Target", "", None, GONE)
+    for by in strange:
+        yield _case(f"enforced by {by!r}", {"target.enforced_by": by}, only, says=static)
+    for to in ("agent", "both", GONE):
+        secret = {"target.enforced_by": "gateway", "request.delivery": to}
+        yield _case(f"a static secret in the hands of {to!r}", secret, only, says=static)
+    nameless = {"target.target_id": GONE, "target.enforced_by": "gateway"}
+    yield _case("nobody's static secret", nameless, only, "several_targets", says="what unknown takes")
+
+
 def _combinations() -> Iterator[Case]:
-    for one in ("read-code", "clone", "pull"):
-        for other in ("run-ci", "write-ci", "dispatch"):
+    for one in ("read-code", "clone", "pull", "contents:read"):
+        for other in ("run-ci", "write-ci", "dispatch", "workflows:write", "actions:run"):
             yield _case(f"{one} with {other}", _wanting([one, other], ["web"]), "combination")
             for held, wanted in ((one, other), (other, one)):
                 says = "CI's own secrets; give back lease 1 first"
                 yield _case(
                     f"{wanted} while {held} is held", _holding(held, wanted), "combination", says=says
                 )
-    for one in ("push", "commit"):
-        for other in ("review", "approve-change", "merge"):
+    for one in ("push", "commit", "contents:write", "git:write"):
+        for other in ("review", "approve-change", "merge", "pulls:approve", "pulls:merge"):
             says = "what writes a change must not be what approves it"
             yield _case(f"{one} with {other}", _wanting([one, other], ["web"]), "combination", says=says)
             says += "; give back lease 1 first"
@@ -544,6 +570,7 @@ CASES: tuple[Case, ...] = (
     *_scope(),
     *_approval(),
     *_limits(),
+    *_handed_out(),
     *_combinations(),
     *_history(),
     *_delivery(),

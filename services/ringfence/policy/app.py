@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ringfence.backends import Material, Revocability, all_backends
+from ringfence.backends import Material, all_backends
 from ringfence.kernel.bus import one_by_one, side_by_side
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import RingfenceError, UnavailableError
@@ -18,7 +18,6 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import CredentialDecision, Reason
-from ringfence.messages.registry import TargetState
 from ringfence.messages.topics import (
     APPROVAL_RESPONSE,
     CREDENTIAL_DECISION,
@@ -34,7 +33,7 @@ from ringfence.policy.answers import Answers
 from ringfence.policy.approvals import ApprovalHandler
 from ringfence.policy.authzen import AuthZen
 from ringfence.policy.bundle import load_bundle
-from ringfence.policy.domain import RevocabilityOf
+from ringfence.policy.declared import Declared
 from ringfence.policy.embedded import EmbeddedEngine
 from ringfence.policy.engine import PolicyEngine
 from ringfence.policy.grants import GrantBook, GrantHandler
@@ -61,7 +60,7 @@ _READ_BACK_MS = 100
 def build(
     settings: ServiceSettings, own: PolicySettings | None = None, clock: Clock | None = None
 ) -> Runtime:
-    """The service, ready to run. Raises BundleError, BackendError, KeyFileError, SettingsError."""
+    """The service, ready to run. Raises BackendError, BundleError, KeyFileError, SettingsError."""
     own = own or load(PolicySettings)
     engine = _engine(own, load(OpaSettings))
     runtime = Runtime("policy", settings, clock)
@@ -108,7 +107,8 @@ def build(
     notices = Notices(own.webhooks, directory, decisions, runtime.clock)
     answers = Answers(runtime, directory, decisions, Approvers(directory), notices)
     opener = Opener(runtime, directory)
-    judge = Judge(runtime, directory, engine, holdings, (leases, refusals), grants, _revocability(settings))
+    declared = Declared(all_backends(Material(settings.trust_domain, settings.issuer_url)))
+    judge = Judge(runtime, directory, engine, holdings, (leases, refusals), grants, declared)
     limits = Limits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
     pending = PendingLimits(own.agent_pending_approvals, own.sponsor_pending_approvals)
     requests = RequestHandler(
@@ -172,17 +172,6 @@ def _engine(own: PolicySettings, opa: OpaSettings) -> PolicyEngine:
     if opa.url is None:
         return EmbeddedEngine(bundle, timeout_ms=own.evaluation_timeout_ms)
     return OpaEngine(opa.url, bundle, timeout_ms=own.evaluation_timeout_ms, connections=opa.connections)
-
-
-def _revocability(settings: ServiceSettings) -> RevocabilityOf:
-    """Asks the backends, which need no rights at any target for that. Raises BackendError."""
-    backends = all_backends(Material(settings.trust_domain, settings.issuer_url))
-
-    def revocability(target: TargetState) -> Revocability | None:
-        backend = backends.get(target.backend.kind)
-        return None if backend is None else backend.revocability(target)
-
-    return revocability
 
 
 def main() -> int:

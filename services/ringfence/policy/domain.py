@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from ringfence.kernel.jws import Signed
 from ringfence.messages.approval import Approval, Grant
@@ -17,7 +17,7 @@ from ringfence.messages.credential import (
     RequiredClass,
     Revisions,
 )
-from ringfence.messages.registry import AgentRecord, AnyState, TargetRecord, TargetState, UserState
+from ringfence.messages.registry import AgentRecord, AnyState, TargetState, UserState
 from ringfence.model.approvals import BREAK_GLASS_TTL_S, may_approve, required_classes, unmet
 from ringfence.model.directory import Directory, Entry
 from ringfence.model.identity import subject_of
@@ -30,15 +30,13 @@ MAX_REASONS = 50
 
 INPUT_FIELDS = frozenset({
     "now_s", "request", "agent", "task", "user", "target", "floors", "lacking", "approvals", "held", "history",
-    "agent.registered_at_s", "target.revocability",
+    "agent.registered_at_s", "target.revocability", "target.enforced_by",
 })  # fmt: skip
 """What every input has, by the present version: its parts, and what was added to one of them later. A recorded input
 may be older; see `replaying`."""
 
 # What no rule needs: keys, names of people, and what only the gateway reads.
 _LEFT_OUT = {"keys", "name", "requests"}
-RevocabilityOf = Callable[[TargetState], Literal["instant", "session", "ttl"] | None]
-"""How far credentials for a target can be recalled, as its backend says; None where there is no such backend here."""
 _OF_SPONSOR = {"user_id", "status", "roles"}
 
 
@@ -86,8 +84,9 @@ def denied(code: str, message: str, *, retry_after_s: int | None = None) -> Judg
 class InputBuilder:
     """Makes the input of the bundle out of a request and its records. Remembers the records that it has written out."""
 
-    def __init__(self, revocability: RevocabilityOf) -> None:
-        self._revocability = revocability
+    def __init__(self, declared: Callable[[TargetState], Mapping[str, str]]) -> None:
+        """`declared`: what the kind of credential that a target takes says of itself; the same at every time."""
+        self._declared = declared
         self._written: dict[tuple[type[AnyState], str], tuple[Any, dict[str, Any]]] = {}
 
     def build(
@@ -150,8 +149,8 @@ class InputBuilder:
         if isinstance(entry.record, AgentRecord):
             # No command is dropped that registers an agent: it is the first for ever.
             document["registered_at_s"] = entry.record.commands[0].appended_at_ms // 1000
-        if isinstance(entry.record, TargetRecord):
-            document["revocability"] = self._revocability(entry.record.state)
+        if isinstance(entry.state, TargetState):
+            document |= self._declared(entry.state)
         self._written[key] = (entry.record, document)
         return document
 

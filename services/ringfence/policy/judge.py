@@ -19,17 +19,8 @@ from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.identity import SubjectKind
 from ringfence.model.requests import DeniedError, gather, violations
-from ringfence.policy.domain import (
-    Case,
-    InputBuilder,
-    Judgement,
-    RevocabilityOf,
-    Ruling,
-    approver,
-    denied,
-    rule,
-    signer,
-)
+from ringfence.policy.declared import Declared
+from ringfence.policy.domain import Case, InputBuilder, Judgement, Ruling, approver, denied, rule, signer
 from ringfence.policy.engine import PolicyEngine, PolicyFailedError, PolicyResult
 from ringfence.policy.grants import GrantBook
 from ringfence.policy.holdings import MAX_HELD, Holdings
@@ -58,7 +49,7 @@ class Judge:
         holdings: Holdings,
         feeds: Sequence[Follower],
         grants: GrantBook,
-        revocability: RevocabilityOf,
+        declared: Declared,
     ) -> None:
         """`feeds`: what the holdings learn from that something is held no more."""
         self._runtime = runtime
@@ -67,7 +58,8 @@ class Judge:
         self._grants = grants
         self._directory = directory
         self._engine = engine
-        self._inputs = InputBuilder(revocability)
+        self._declared = declared
+        self._inputs = InputBuilder(declared)
         self._changes = 0
         directory.on_change(self._on_change)
 
@@ -163,6 +155,7 @@ class Judge:
             return Judgement(Ruling("denied", (error.reason,)))
         max_age_s = self._runtime.settings.entitlements_max_age_s
         against = violations(facts, at_ms / 1000, max_age_s)
+        against += self._declared.never_handed_out(facts.target.state, case.request.claims.delivery)
         agent, now_s = facts.agent.state, at_ms // 1000
         held = self._holdings.held(agent.agent_id, now_s, but_for=case.request_id)
         if len(held) > MAX_HELD:
