@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -427,6 +428,7 @@ async def test_a_watch_shows_what_is_alike_once(shell: Shell) -> None:
     assert await asyncio.wait_for(process.wait(), WITHIN_S) == 130
 
 
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 INTERRUPTIBLE = """
 import signal, sys
 from ringfence.cli.main import main
@@ -442,6 +444,7 @@ async def test_the_doctor_says_what_is_wrong_and_what_to_do(
     shared = world.settings("registry")
     (tmp_path / "keys").mkdir()
     world.key("issuer").save(tmp_path / "keys" / "issuer.json")
+    world.seals["issuer"].save(tmp_path / "keys" / "issuer-seal.json")
     monkeypatch.setenv("RINGFENCE_KEY_DIR", str(tmp_path / "keys"))
     monkeypatch.setenv("RINGFENCE_PARTITIONS", str(shared.partitions))
     monkeypatch.setenv("RINGFENCE_REDIS_URL", shared.redis_url)
@@ -456,6 +459,7 @@ async def test_the_doctor_says_what_is_wrong_and_what_to_do(
     assert {
         "trust root",
         "key issuer",
+        "key issuer-seal",
         "Kafka",
         "trust bundle",
         "clock, broker",
@@ -481,3 +485,28 @@ async def test_the_doctor_says_what_is_wrong_and_what_to_do(
     found = await examined(status=1)
     assert found["Kafka"] == ("unknown", found["Kafka"][1])
     assert "RINGFENCE_KAFKA" in found["Kafka"][1]
+
+
+async def test_a_static_secret_is_never_handed_out_and_its_lease_is_a_handle(shell: Shell) -> None:
+    await organisation(shell)
+    folder = shell.folder
+    await shell("olga", "target", "add", "hub", "--description", "code", "--template", "github-api")
+    state = (await shell.json("olga", "target", "show", "hub"))["state"]
+    assert state["backend"]["url"] == "https://api.github.com"
+    assert {"verb": "workflows:write", "floor": "operator"} in state["verbs"]
+    wanted = json.dumps({"target": "hub", "verbs": ["contents:read"], "resources": ["repos/octo/hello/**"]})
+    key = ("--public-key", str(folder / "maria.json"))
+    await shell("olga", "user", "set", "maria", "--allow", wanted, *key)
+    await shell("sam", "agent", "set-ceiling", "bot", "--allow", wanted)
+    assigned = ("task", "assign", "bot", "--purpose", "read it", "--for", "1h", "--allow", wanted)
+    task = (await shell.json("maria", *assigned))["task_id"]
+    asked = ("request", "--task", task, "--reason", "read it", "--allow", wanted)
+    refused = await shell("bot", *asked, status=1)
+    assert "never handed out" in refused
+    assert "--delivery gateway" in refused
+    issued = await shell.json("bot", *asked, "--delivery", "gateway")
+    assert (issued["delivery"], issued["kind"], issued["value"]) == ("gateway", "http", None)
+    printed = await shell("bot", *asked, "--delivery", "gateway")
+    assert UUID.fullmatch(printed.strip())
+    code = "import os, sys; sys.exit('RINGFENCE_LEASE' not in os.environ or 'RINGFENCE_CREDENTIAL' in os.environ)"
+    await shell("bot", *asked, "--delivery", "gateway", "--exec", "--", sys.executable, "-c", code)
