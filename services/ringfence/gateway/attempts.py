@@ -1,0 +1,100 @@
+"""What a data plane hands to the decision core, and what it gets back. Every plane, embedded or external, speaks this.
+
+presented = Presented(...)                        the connection, and what the request shows of its sender
+attempt   = Attempt(...)                          the request, exactly as it would go to the target
+verdict   = await gate.decide(presented, attempt)
+if verdict.allowed: headers = await gate.injected(verdict)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from ringfence.messages.credential import Reason
+from ringfence.messages.lease import Lease
+from ringfence.messages.registry import TargetState
+from ringfence.model.request_map import Action
+
+
+@dataclass(frozen=True, slots=True)
+class Presented:
+    """What tells who sends a request. Exactly one of these ways is believed, and none of what the agent only says."""
+
+    task_id: str | None = None
+    """Of the unix socket that the request came through: one task's, which nobody else can open."""
+    certificate: str | None = None
+    """The SPIFFE ID in the client's verified certificate (mTLS)."""
+    handle: str | None = None
+    """The lease id that the request shows: `Authorization: DPoP LEASE`, or the user of a proxy URL."""
+    proof: str | None = None
+    """The `DPoP` header (RFC 9449)."""
+    htu: str | None = None
+    """The external URL that the proof must be for: scheme, authority and path as the agent wrote them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One request, undecoded. What was decided on and what is sent are the same bytes."""
+
+    authority: str | None
+    """Host and port that the request is for (forward proxy, by host); None where `target_id` says it."""
+    scheme: Literal["http", "https"]
+    method: str
+    target: str
+    """Path and query in origin-form, as they go to the target."""
+    target_id: str | None = None
+    """Of a reverse request, `/<target>/...`."""
+    body: bytes | None = None
+    """All of it, or None where it was not seen. See `Gate.reads_body`."""
+    label: str | None = None
+    """What the sender's tooling says about where the request came from, for the report alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The decision on one attempt. It is recorded already when a plane gets it."""
+
+    action_id: str
+    allowed: bool
+    status: int
+    """What to answer where it was not allowed: 401, 403, 413, 429, or 503 where nothing can be decided now."""
+    reasons: tuple[Reason, ...] = ()
+    lease: Lease | None = None
+    """The one lease that decided; the same one is injected."""
+    target: TargetState | None = None
+    action: Action | None = None
+    nonce: str | None = None
+    """The `DPoP-Nonce` to answer with, where one is needed."""
+    retry_after_s: int | None = None
+
+
+class Gate(Protocol):
+    """The decision core, as data planes know it."""
+
+    def reads_body(self, attempt: Attempt) -> bool:
+        """Whether the map of the target looks at the body of such a request: then it must be seen whole first."""
+        ...
+
+    async def decide(self, presented: Presented, attempt: Attempt) -> Verdict:
+        """Decide, and record the decision. Never raises: what cannot be decided is denied."""
+        ...
+
+    async def injected(self, verdict: Verdict) -> Mapping[str, str]:
+        """The headers that carry the credential of the lease that decided.
+
+        Raises UnavailableError where the gateway does not have it now: nothing may be forwarded.
+        """
+        ...
+
+    def upstream(self, target: TargetState) -> str:
+        """Scheme and authority of the target, `https://host[:port]`. Raises UnavailableError where it says none."""
+        ...
+
+    def on_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
+        """Call `ended` once when the lease may be used no more: cut, past its deadline, or the gateway's view stale.
+
+        At once where that is so already. Returns what unsubscribes.
+        """
+        ...
