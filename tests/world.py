@@ -369,8 +369,10 @@ class World:
     # --- reading ---
 
     async def records(self, topic: Topic[Any]) -> Sequence[Received]:
-        """What has been read of a topic so far, in the order of each partition. It goes on growing."""
-        return (await self._watch(topic)).records
+        """What stands on a topic, in the order of each partition. It goes on growing."""
+        watch = await self._watch(topic)
+        assert await watch.follower.caught_up(WITHIN_S), f"{topic.what} could not be read to its end"
+        return watch.records
 
     async def consume_until(
         self, topic: Topic[Any], predicate: Callable[[Received], Any], within_s: float = WITHIN_S

@@ -201,7 +201,7 @@ class Desk:
         return any(e.kind == "finding" and e.request_id == asked.id for e in events)
 
     async def records(self, id: str) -> list[Signed[Lease]]:
-        """The verified records of a lease that have been read so far, as they stand on the topic."""
+        """The verified records of a lease, as they stand on the topic now."""
         found = []
         for record in await self.world.records(LEASE):
             if record.key == id:
