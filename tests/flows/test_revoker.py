@@ -29,7 +29,7 @@ from ringfence.messages.registry import (
     TaskEnd,
     UserDisable,
 )
-from ringfence.messages.topics import AGENT, DEAD_LETTER, LEASE, REVOCATION_REQUEST
+from ringfence.messages.topics import AGENT, DEAD_LETTER, LEASE, REVOCATION_REQUEST, TARGET, TASK, USER
 from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, Step
 from ringfence.model.leases import follow, origin_of, record_id
@@ -513,6 +513,64 @@ async def test_narrower_entitlements_end_what_no_longer_fits(office: Desk, store
     await world.accepted(narrower, world.operator)
     assert (await cause_of(desk, beyond)).kind == "scope_narrowed"
     await lives(desk, store, fits)
+
+
+@pytest.fixture(scope="module")
+async def slow_office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+    """The same with a grace in which a test can do something while the issuer has not heard of a record."""
+    async with (
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        opened_desks(world) as desk,
+        world.running("issuer", "revoker", own=QUICK, grace_s=2 * WITHIN_S),
+    ):
+        yield desk
+
+
+@pytest.mark.parametrize(
+    ("topic", "kind"),
+    [
+        (AGENT, "agent_suspended"),
+        (AGENT, "scope_narrowed"),
+        (TASK, "task_ended"),
+        (TARGET, "target_removed"),
+        (USER, "user_disabled"),
+        (USER, "scope_narrowed"),
+    ],
+)
+async def test_what_is_issued_after_a_revoker_has_looked_by_who_had_not_heard_of_the_record_ends(
+    slow_office: Desk, monkeypatch: pytest.MonkeyPatch, topic: Topic[Any], kind: str
+) -> None:
+    """Policy and issuer may both go by the record before, for as long as the grace."""
+    world, name = slow_office.world, f"x{uuid.uuid4().hex[:8]}"
+    all_of_it = scope(name, ("read",), ("**",))
+    target = await world.target(name)
+    user = await world.user(name, entitlements=all_of_it)
+    people = {"sam": slow_office.sam, "maria": user, "sue": slow_office.sue}
+    desk = await Desk(world, people, target).staff(ceiling=all_of_it, task_scope=all_of_it)
+    before, _ = await desk.issued("read")
+    monkeypatch.setitem(world.runtimes["issuer"]._tables, topic, lambda records: None)
+
+    narrower = scope(name, ("read",), ("env/elsewhere/*",))
+    change = {
+        (AGENT, "agent_suspended"): world.claims(
+            AgentSuspend, world.operator, agent_id=desk.bot.name, reason="odd"
+        ),
+        (AGENT, "scope_narrowed"): world.claims(
+            AgentSetCeiling, desk.sam, agent_id=desk.bot.name, ceiling=narrower
+        ),
+        (TASK, "task_ended"): world.claims(TaskEnd, user, task_id=desk.task, reason="done"),
+        (TARGET, "target_removed"): world.claims(TargetRemove, world.operator, target_id=name, reason="gone"),
+        (USER, "user_disabled"): world.claims(UserDisable, world.operator, user_id=name, reason="left"),
+        (USER, "scope_narrowed"): world.user_set(world.operator, user, entitlements=narrower),
+    }[topic, kind]
+    by = {desk.sam.id: desk.sam, user.id: user}.get(change.iss, world.operator)
+    await world.accepted(change, by)
+    assert (await cause_of(desk, before)).kind == kind  # the revoker has looked
+
+    behind, _ = await desk.issued("read")  # neither fenced off nor there when it looked
+    cause = await cause_of(desk, behind)
+    assert cause.kind == kind
+    assert name in (cause.reason or "") or desk.bot.name in (cause.reason or "") or kind == "task_ended"
 
 
 async def record_of(desk: Desk, revision: int) -> Received:

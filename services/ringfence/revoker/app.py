@@ -26,6 +26,9 @@ from ringfence.revoker.foresight import Lookout
 from ringfence.revoker.forgetting import Forgetter
 from ringfence.revoker.handlers import RECORD_TOPICS, RecordHandler, RevocationHandler
 from ringfence.revoker.http import LeasesApi
+from ringfence.revoker.issued import LINGER_MS as ISSUED_LINGER_MS
+from ringfence.revoker.issued import TOGETHER as ISSUED_TOGETHER
+from ringfence.revoker.issued import IssuedHandler
 from ringfence.revoker.orders import Orders
 from ringfence.revoker.overdue import Overdue
 from ringfence.revoker.rebuilding import Rebuilder
@@ -120,6 +123,10 @@ def build(
     runtime.background("sweeping", sweeper.run)
     runtime.background("forgetting", forgetter.run)
     runtime.consume("revoker-records", dict.fromkeys(RECORD_TOPICS, one_by_one(records, runtime.letters)))
+    issued = IssuedHandler(runtime, directory, store, patience_s=own.patience_s)
+    runtime.consume(
+        "revoker-issued", {LEASE: issued}, max_records=ISSUED_TOGETHER, linger_ms=ISSUED_LINGER_MS
+    )
     runtime.routes += LeasesApi(
         store, ender, overdue, directory, runtime.clock, settings.trust_domain
     ).routes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.jws import Signed
@@ -13,9 +14,9 @@ from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, Revo
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import AgentState, AnyState, TargetState, TaskState, UserState
 from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
+from ringfence.model.directory import Directory, Entry
 from ringfence.model.identity import subject_of
-from ringfence.model.leases import end_status, is_over
+from ringfence.model.leases import bears, end_status, is_over, mark_of
 from ringfence.model.scope import missing
 
 BY_USERS: frozenset[EndKind] = frozenset({"revocation"})
@@ -202,6 +203,41 @@ def _of_user(state: UserState, revision: int, entitled: Scope) -> tuple[Ending |
         return ()
     reason = f"beyond the entitlements of user {state.user_id} as they are now"
     return (Narrowing(f"user:{state.user_id}", entitled, reason),)
+
+
+@dataclass(frozen=True, slots=True)
+class Overtaken:
+    """Why a lease does not stand beside a record: what follows from that, of what it bears, is its end."""
+
+    kind: EndKind
+    reason: str
+    record: tuple[str, int]
+    """The record's subject and revision."""
+
+
+def overtaken(lease: Lease, directory: Directory, entitlements_max_age_s: int) -> Overtaken | None:
+    """The first of the records that a lease rests on, as they are, that leaves no room for it; or None.
+
+    Whether entitlements were too old is judged as of its issue. Raises ChainError where a record counts for nothing.
+    """
+    entries: tuple[Entry[Any] | None, ...] = (
+        directory.agent(lease.agent_id),
+        directory.task(lease.task_id),
+        directory.target(lease.target_id),
+        directory.user(lease.on_behalf_of),
+        directory.user(lease.sponsor),
+    )
+    for entry in entries:
+        if entry is None:
+            continue
+        record = (entry.record.sub, entry.revision)
+        for one in consequences(entry.state, entry.revision, lease.iat, entitlements_max_age_s):
+            if isinstance(one, Ending):
+                if bears(lease, mark_of(one.selector)):
+                    return Overtaken(one.kind, one.reason, record)
+            elif bears(lease, one.mark) and one.unfit(lease):
+                return Overtaken("scope_narrowed", one.reason, record)
+    return None
 
 
 def derived_order(
