@@ -1,5 +1,5 @@
 # Whose approval is needed, on top of the target's own floors (code adds those, and asks the people).
-# One of: "sponsor", "second_person" (another sponsor), "operator".
+# One of: "sponsor", "second_person" (another sponsor), "operator" (one who is neither sponsor nor user of it).
 package ringfence.approval
 
 # Changing production takes the agent's sponsor, however low the target's floor is.

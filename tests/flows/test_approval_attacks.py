@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_desks
 from tests.flows.sdk import client
-from tests.flows.test_policy import DEPLOY, Office, codes
+from tests.flows.test_policy import DEPLOY, EVERYTHING, Office, codes
 from tests.world import DAY_S, Party, World, scope
 
 WIPE = scope("platform", ["wipe"], ["env/production/web"])
@@ -138,7 +139,59 @@ async def second_key(world: World, name: str, roles: Any) -> tuple[Party, Party]
     return one, two
 
 
+@pytest.mark.parametrize("role", ["on behalf of", "sponsor"])
+async def test_an_operator_whose_own_it_is_anyway_is_nobody_else(desk: Desk, role: str) -> None:
+    """Policy says that it is approved as the floor wants; the floor wants somebody else than those two."""
+    world, name = desk.world, f"o{uuid.uuid4().hex[:8]}"
+    everything = scope("staging", ("read", "deploy", "wipe"), ("**",))
+    own = await world.user(name, roles=("sponsor", "operator"), entitlements=everything)
+    people = {"sam": desk.sam, "maria": desk.maria, "sue": desk.sue}
+    people["sam" if role == "sponsor" else "maria"] = own
+    theirs = await Desk(world, people, desk.target).staff()
+    for by, opens in ((own, False), (world.operator, True)):
+        asked = await theirs.ask("wipe")
+        await theirs.decide(asked, approvals=(theirs.approval(asked, by),), required=("operator",))
+        if opens:
+            assert (await theirs.answer(asked)).credential is not None
+        else:
+            assert await refused(theirs, asked) == ["approval_lacking"]
+            assert await theirs.is_finding(asked)
+
+
+async def test_who_sponsors_the_agent_that_acts_for_them_gives_the_approval_of_the_sponsor(
+    desk: Desk,
+) -> None:
+    everything = scope("staging", ("read", "deploy", "wipe"), ("**",))
+    own = await desk.world.user(
+        f"s{uuid.uuid4().hex[:8]}", roles=("sponsor", "operator"), entitlements=everything
+    )
+    people = {"sam": own, "maria": own, "sue": desk.sue}
+    theirs = await Desk(desk.world, people, desk.target).staff()
+    asked = await theirs.ask("deploy")
+    await theirs.decide(asked, approvals=(theirs.approval(asked, own),), required=("sponsor",))
+    assert (await theirs.answer(asked)).credential is not None
+
+
 # --- at policy ---
+
+
+async def test_an_operator_is_not_asked_for_what_is_their_own(world: World) -> None:
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        for whose in (office.maria, office.sam):  # whom it is for, and the agent's sponsor
+            made = world.user_set(world.operator, whose, ("sponsor", "operator"), EVERYTHING)
+            await world.accepted(made, world.operator)
+        await office.records_read()
+        asked = await office.ask(WIPE)
+        assert (await office.decision(asked)).required == ("sponsor", "operator")
+        question = await office.question(asked, world.operator)
+        refusal = await office.refused(await office.approve(question, office.maria))
+        assert refusal == "not_approver"
+        await office.approve(question, office.sam)  # counts, as the sponsor's
+        await office.approve(question, world.operator)
+        assert (await office.final(asked)).outcome == "allowed"
+        asked_of = {r.key for r in await world.records(APPROVAL_REQUEST) if asked.id.encode() in r.value}
+        assert asked_of == {"sam", world.operator.name}
 
 
 async def test_two_keys_of_one_person_answer_once(world: World) -> None:

@@ -17,7 +17,7 @@ from ringfence.model.requests import Facts
 
 ROLES = {
     "sam": ("sponsor", "operator"), "maria": ("operator",), "petra": ("sponsor",), "olga": ("operator",),
-    "otto": ("operator", "sponsor"), "uma": ("auditor",), "gone": ("operator", "sponsor"),
+    "otto": ("operator", "sponsor"), "oscar": ("operator",), "uma": ("auditor",), "gone": ("operator", "sponsor"),
 }  # fmt: skip
 
 
@@ -61,7 +61,12 @@ TWO: tuple[RequiredClass, ...] = ("break_glass", "break_glass")
         (TWO, ("olga", "otto"), 0),
         (TWO, ("olga", "sam", "maria", "petra", "uma", "gone"), 1),
         (("operator", *TWO), ("olga", "otto"), 1),
-        (("operator", *TWO), ("olga", "otto", "maria"), 0),  # whom it is for may be the floor's operator
+        (("operator", *TWO), ("olga", "otto", "maria"), 1),  # whom it is for is nobody else
+        (("operator", *TWO), ("olga", "otto", "oscar"), 0),
+        (("operator",), ("maria",), 1),
+        (("operator",), ("sam",), 1),  # nor is who answers for the agent
+        (("sponsor", "operator"), ("sam", "maria"), 1),
+        (("sponsor", "operator"), ("sam", "olga"), 0),
         (("sponsor", *TWO), ("olga", "otto"), 1),
         (("sponsor", "second_person"), ("sam", "otto"), 0),
         (("second_person", "operator"), ("otto",), 1),

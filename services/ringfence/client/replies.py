@@ -36,7 +36,7 @@ _WHO: dict[RequiredClass, str] = {
     "none": "nobody",
     "sponsor": "the agent's sponsor",
     "second_person": "a second person (a sponsor who is neither the agent's nor the user it acts for)",
-    "operator": "an operator",
+    "operator": "an operator (neither the agent's sponsor nor the user it acts for)",
     "break_glass": "two operators (neither the agent's sponsor nor the user it acts for)",
 }
 

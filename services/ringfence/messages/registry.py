@@ -30,8 +30,8 @@ from ringfence.messages.permission import Scope, Verb
 Role = Literal["sponsor", "operator", "auditor"]
 ApprovalClass = Literal["none", "sponsor", "second_person", "operator"]
 """What a target's floor, or a rule of the bundle, can ask for."""
-"""Who must approve: nobody; the agent's sponsor; a sponsor who is neither the agent's nor the user it acts for; an
-operator."""
+"""Who must approve: nobody; the agent's sponsor; a sponsor, or an operator, who is neither the agent's sponsor nor the
+user it acts for."""
 
 
 # --- users ------------------------------------------------------------------------------------------------------------

@@ -31,29 +31,26 @@ def required_classes(
 
 
 def may_approve(directory: Directory, user_id: str, approval_class: RequiredClass, facts: Ground) -> bool:
-    """True where the user, as of the present records, can give an approval of this class for such a request."""
+    """True where the user, as of the present records, can give an approval of this class for such a request.
+
+    All but the sponsor's are the word of somebody else: neither of who answers for the agent, nor of whom it acts for,
+    whatever roles those have besides.
+    """
     try:
         entry = directory.user(user_id)
     except ChainError:
         return False
     if entry is None or entry.state.status != "active":
         return False
-    roles = entry.state.roles
+    roles, sponsor = entry.state.roles, facts.agent.state.sponsor
+    stands_apart = user_id not in (sponsor, facts.task.state.on_behalf_of)
     match approval_class:
         case "sponsor":
-            return user_id == facts.agent.state.sponsor and "sponsor" in roles
+            return user_id == sponsor and "sponsor" in roles
         case "second_person":
-            return "sponsor" in roles and user_id not in (
-                facts.agent.state.sponsor,
-                facts.task.state.on_behalf_of,
-            )
-        case "operator":
-            return "operator" in roles
-        case "break_glass":
-            return "operator" in roles and user_id not in (
-                facts.agent.state.sponsor,
-                facts.task.state.on_behalf_of,
-            )
+            return stands_apart and "sponsor" in roles
+        case "operator" | "break_glass":
+            return stands_apart and "operator" in roles
         case _:
             return False
 
