@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -31,7 +32,12 @@ class Desk:
         desk.server = await world.target("platform", verbs=verbs)
         bot = await world.agent("deploy-bot", sponsor=sam, ceiling=everything)
         desk.task = await world.task(bot, by=maria, scope=everything)
+        await desk.read()
         return desk
+
+    async def read(self) -> None:
+        """Return when policy has read all records that there are: nobody unknown may ask."""
+        assert await self.world.runtimes["policy"].tables_caught_up(WITHIN_S)
 
     def question(self, **parts: Any) -> dict[str, Any]:
         return {
@@ -92,8 +98,7 @@ async def test_one_question(world: World):
 
         suspend = world.claims(AgentSuspend, world.operator, agent_id="deploy-bot", reason="enough")
         await world.accepted(suspend, world.operator)
-        while (await desk.ask())["decision"]:  # the record may still be on its way to policy
-            pass
+        await desk.read()
         assert "agent_suspended" in await desk.codes()
 
 
@@ -138,6 +143,7 @@ async def test_who_may_ask_and_what_is_no_question(world: World):
     async with world.running("registry", "policy"):
         desk = await Desk.open(world)
         other = await world.target("database")
+        await desk.read()
         good = desk.question()
         assert (await desk.post("evaluation", good, other)).status_code == 403
         assert (await desk.post("evaluation", good, world.operator)).status_code == 401
@@ -152,6 +158,16 @@ async def test_who_may_ask_and_what_is_no_question(world: World):
         ]  # fmt: skip
         for body in bad:
             assert (await desk.post("evaluation", body)).status_code == 400, body
+        async with httpx.AsyncClient(timeout=WITHIN_S, trust_env=False) as http:
+            for type, status in (
+                ("text/plain", 400), ("", 400), ("application/json; charset=utf-8", 200),
+            ):  # fmt: skip
+                headers = {**world.bearer(desk.server), "Content-Type": type}
+                answered = await http.post(url, content=json.dumps(good), headers=headers)
+                assert answered.status_code == status, type
+        # What nobody here knows is passed over.
+        unknown = {**good, "evaluations": [], "later": 1, "options": {"another_option": "value"}}
+        assert (await desk.post("evaluations", unknown)).json()["decision"] is True
         too_many = {**good, "evaluations": [{}] * 65}
         assert (await desk.post("evaluations", too_many)).status_code == 400
         unknown = {**good, "evaluations": [{}], "options": {"evaluations_semantic": "toss_a_coin"}}

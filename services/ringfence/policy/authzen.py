@@ -102,7 +102,10 @@ class AuthZen:
         ]
 
     async def _metadata(self, request: Request) -> Response:
-        """Section 9 of the specification. Nobody needs a token for it; it says nothing but where to ask."""
+        """Section 9 of the specification. Nobody needs a token for it; it says nothing but where to ask.
+
+        Where the decision point has a path of its own, what stands before it leads the well-known one here.
+        """
         base = self._runtime.settings.policy_url.rstrip("/")
         return JSONResponse(
             {
@@ -223,6 +226,8 @@ def _status(error: RingfenceError) -> int:
 
 
 async def _body(request: Request) -> dict[str, Any]:
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise BadQuestionError("a question has the Content-Type application/json")
     body = b""
     async for chunk in request.stream():
         body += chunk
