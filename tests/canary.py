@@ -99,6 +99,11 @@ def in_files(folders: Iterable[Path], secrets: Sequence[str]) -> list[str]:
     return found
 
 
+def in_texts(texts: Iterable[str], secrets: Sequence[str]) -> list[str]:
+    """Those of the texts, what somebody was told, that have one of them."""
+    return [text for text in texts if _holds(text.encode(), secrets)]
+
+
 def _holds(text: bytes, secrets: Sequence[str]) -> bool:
     return any(secret.encode() in layer for layer in _layers(text) for secret in secrets)
 

@@ -333,4 +333,6 @@ async def lives(connection: Any) -> bool:
             await connection.fetchval("SELECT 1")
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
         return False
+    except asyncpg.InternalClientError:
+        return False  # what the driver makes of the server's farewell where that comes between two statements
     return True

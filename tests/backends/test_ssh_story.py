@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -15,20 +14,16 @@ from pathlib import Path
 import pytest
 
 from ringfence import Agent
-from ringfence.cli.dev import client_settings
-from ringfence.cli.target_templates import TEMPLATES
 from ringfence.client.applying import applied
 from ringfence.client.credentials import IssuedCredential
 from ringfence.client.errors import RequestDeniedError
-from ringfence.dev.stack import Stack, StackOptions
-from ringfence.messages.permission import Permission
-from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import LEASE
 from tests import canary
+from tests.backends import story
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.ssh import Client, SshServer, SshTarget, lives
-from tests.stack import WITHIN_S, Realm, first_pending
+from tests.stack import Realm, first_pending
 
 TARGET = "files"
 PING = b"ping\n"
@@ -54,61 +49,14 @@ async def office(
 ) -> AsyncIterator[Office]:
     target = SshTarget(TARGET, ssh_server, tmp_path_factory.mktemp("files"))
     target.write_secret()
-    with tempfile.TemporaryDirectory(prefix="ringfence-ssh-story-") as folder:
-        options = StackOptions(
-            Path(folder) / "state",
-            trust_domain="acme.example",
-            kafka=kafka.bootstrap,
-            embedded_broker=kafka.kind == "embedded",
-            redis_url=redis_server.url,
-            topic_prefix="ssh-story",
-            redis_prefix="ssh-story",
-            environment={
-                "RINGFENCE_BACKENDS_ACCESS": json.dumps(target.places()),
-                "RINGFENCE_LOG_LEVEL": "debug",
-            },
-        )
-        stack = Stack(options)
-        await asyncio.to_thread(stack.start)
-        try:
-            realm = Realm(stack, client_settings(stack.environment()))
-            await _people(realm)
-            yield Office(realm, target, Path(folder))
-        finally:
-            await asyncio.to_thread(stack.stop)
-
-
-async def _people(realm: Realm) -> None:
-    everything = [Permission(target=TARGET, verbs=("read", "write", "shell"), resources=("deploy/**",))]
-    template = TEMPLATES["ssh"]
-    async with realm.as_operator() as olga:
-        for who in ("sam", "maria"):
-            await olga.set_user(
-                realm.name(who), name=who.title(), roles=["sponsor"] if who == "sam" else [],
-                keys=[realm.key("user", realm.name(who))], entitlements=everything,
-            )  # fmt: skip
-        floors = template.verbs | {"read": "sponsor"}
-        await olga.set_target(
-            TARGET, description="the files", backend=BackendSettings(kind=template.backend),
-            verbs=[VerbFloor(verb=verb, floor=floor) for verb, floor in floors.items()],
-        )  # fmt: skip
-    async with realm.administrator("sam") as sam:
-        key = realm.key("agent", realm.agent)
-        await sam.register_agent(realm.agent, description="a bot", keys=[key], ceiling=everything)
-    async with realm.administrator("maria") as maria:
-        realm.task = await maria.assign_task(realm.agent, purpose="a test", scope=everything, ends_in_s=3600)
+    things = story.Thing.of(TARGET, "ssh", ("read", "write", "shell"), "deploy/**")
+    async with story.running(kafka, redis_server, "ssh-story", target.places()) as (realm, folder):
+        await story.staff(realm, things)
+        yield Office(realm, target, folder)
 
 
 async def _approved(realm: Realm, agent: Agent, resource: str, ttl_s: int) -> IssuedCredential:
-    asked = asyncio.create_task(
-        agent.request(
-            task=realm.task, target=TARGET, verbs=["read"], resources=[resource], reason="to look", ttl_s=ttl_s,
-            timeout_s=WITHIN_S,
-        )
-    )  # fmt: skip
-    async with realm.sponsor() as sam:
-        await sam.approve(await first_pending(sam))
-    return await asked
+    return await story.approved(realm, agent, TARGET, resource, ttl_s)
 
 
 async def test_one_command_for_as_long_as_the_lease(office: Office) -> None:
@@ -144,16 +92,14 @@ async def test_what_the_host_does_not_have_is_refused_in_words(office: Office) -
 
 async def test_one_command_has_it_and_it_is_released_after(office: Office, tmp_path: Path) -> None:
     realm = office.realm
-    identity = tmp_path / "bot.json"
-    realm.key("agent", realm.agent).save(identity)
     script = (
         'ls -l "$(dirname "$RINGFENCE_SSH_CONFIG")"; echo "$RINGFENCE_SSH_CONFIG"; '
         f'echo ping | ssh -F "$RINGFENCE_SSH_CONFIG" {TARGET}; echo ping | $GIT_SSH_COMMAND {TARGET}'
     )
     argv = [
-        sys.executable, "-m", "ringfence.cli.main", "--identity", str(identity), "request", "--task", realm.task,
-        "--allow", f"{TARGET}:read:deploy/a", "--reason", "to look", "--exec", "--", "sh", "-c", script,
-    ]  # fmt: skip
+        sys.executable,
+        *story.command(realm, tmp_path / "bot.json", f"{TARGET}:read:deploy/a", "sh", "-c", script),
+    ]
     async with realm.as_agent() as agent, realm.seen(LEASE) as seen:
         process = await asyncio.create_subprocess_exec(
             *argv, env=os.environ | realm.stack.environment(), stdout=asyncio.subprocess.PIPE,
@@ -190,7 +136,7 @@ async def test_no_secret_is_anywhere_but_with_the_agent(office: Office) -> None:
     authority = str(office.target.server.folder / "authority")  # where the test made it
     assert [path for path in canary.in_files(folders, secrets) if path != authority] == []
     # A scan that finds nothing must be able to find something.
-    assert "credential.decision" in await canary.on_topics(realm.settings, ["to look"])
+    assert "credential.decision" in await canary.on_topics(realm.settings, [story.REASON])
     assert await canary.in_redis(realm.stack.redis_url, [f'"lease_id":"{credentials[1].lease_id}"'])
     assert canary.in_files(folders, [credentials[0].lease_id])
     assert authority in canary.in_files(folders, secrets)

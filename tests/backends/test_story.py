@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -18,25 +16,18 @@ import asyncpg
 import pytest
 
 from ringfence import Agent
-from ringfence.cli.dev import client_settings
-from ringfence.cli.target_templates import TEMPLATES
 from ringfence.client.applying import environment
 from ringfence.client.credentials import GatewayCredential, IssuedCredential, PostgresCredential
 from ringfence.client.errors import CredentialOverError, RequestDeniedError
-from ringfence.dev.stack import Stack, StackOptions
-from ringfence.kernel.envelope import EncryptionKey, unverified_about
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.messages.credential import CredentialDelivery, Delivery
+from ringfence.messages.credential import Delivery
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Permission
-from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
 from tests import canary, postgres
+from tests.backends import story
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.postgres import PostgresServer, PostgresTarget
-from tests.stack import WITHIN_S, Realm, Seen, first_pending
+from tests.stack import WITHIN_S, Realm
 
 TARGET = "books"
 MADE = (
@@ -83,63 +74,16 @@ async def office(
 ) -> AsyncIterator[Office]:
     target = PostgresTarget(TARGET, postgres_server, tmp_path_factory.mktemp("books"), "books")
     await target.make(MADE)
-    with tempfile.TemporaryDirectory(prefix="ringfence-story-") as folder:
-        options = StackOptions(
-            Path(folder) / "state",
-            trust_domain="acme.example",
-            kafka=kafka.bootstrap,
-            embedded_broker=kafka.kind == "embedded",
-            redis_url=redis_server.url,
-            topic_prefix="story",
-            redis_prefix="story",
-            environment={
-                "RINGFENCE_BACKENDS_ACCESS": json.dumps(target.places()),
-                "RINGFENCE_LOG_LEVEL": "debug",
-            },
-        )
-        stack = Stack(options)
-        await asyncio.to_thread(stack.start)
-        try:
-            realm = Realm(stack, client_settings(stack.environment()))
-            await _people(realm)
-            yield Office(realm, target, Path(folder), postgres_server.programs / "psql")
-        finally:
-            await asyncio.to_thread(stack.stop)
-
-
-async def _people(realm: Realm) -> None:
-    everything = [Permission(target=TARGET, verbs=("read", "select", "write"), resources=("books/**",))]
-    template = TEMPLATES["postgres"]
-    async with realm.as_operator() as olga:
-        for who in ("sam", "maria"):
-            await olga.set_user(
-                realm.name(who), name=who.title(), roles=["sponsor"] if who == "sam" else [],
-                keys=[realm.key("user", realm.name(who))], entitlements=everything,
-            )  # fmt: skip
-        floors = template.verbs | {"read": "sponsor"}
-        await olga.set_target(
-            TARGET, description="the books", backend=BackendSettings(kind=template.backend),
-            verbs=[VerbFloor(verb=verb, floor=floor) for verb, floor in floors.items()],
-        )  # fmt: skip
-    async with realm.administrator("sam") as sam:
-        key = realm.key("agent", realm.agent)
-        await sam.register_agent(realm.agent, description="a bot", keys=[key], ceiling=everything)
-    async with realm.administrator("maria") as maria:
-        realm.task = await maria.assign_task(realm.agent, purpose="a test", scope=everything, ends_in_s=3600)
+    things = story.Thing.of(TARGET, "postgres", ("read", "select", "write"), "books/**")
+    async with story.running(kafka, redis_server, "story", target.places()) as (realm, folder):
+        await story.staff(realm, things)
+        yield Office(realm, target, folder, postgres_server.programs / "psql")
 
 
 async def _approved(
     realm: Realm, agent: Agent, resource: str, ttl_s: int, delivery: Delivery = "agent"
 ) -> IssuedCredential:
-    asked = asyncio.create_task(
-        agent.request(
-            task=realm.task, target=TARGET, verbs=["read"], resources=[resource], reason="to count", ttl_s=ttl_s,
-            timeout_s=WITHIN_S, delivery=delivery,
-        )
-    )  # fmt: skip
-    async with realm.sponsor() as sam:
-        await sam.approve(await first_pending(sam))
-    return await asked
+    return await story.approved(realm, agent, TARGET, resource, ttl_s, delivery)
 
 
 async def test_one_table_for_as_long_as_the_lease(office: Office) -> None:
@@ -183,12 +127,12 @@ async def test_what_cannot_be_said_is_refused_in_words(office: Office) -> None:
 
 async def test_one_command_has_it_and_it_is_released_after(office: Office, tmp_path: Path) -> None:
     realm = office.realm
-    identity = tmp_path / "bot.json"
-    realm.key("agent", realm.agent).save(identity)
     argv = [
-        sys.executable, "-m", "ringfence.cli.main", "--identity", str(identity), "request", "--task", realm.task,
-        "--allow", f"{TARGET}:select:books/shop/orders", "--reason", "to count", "--exec", "--",
-        *office.argv("SELECT note, current_user FROM shop.orders"),
+        sys.executable,
+        *story.command(
+            realm, tmp_path / "bot.json", f"{TARGET}:select:books/shop/orders",
+            *office.argv("SELECT note, current_user FROM shop.orders"),
+        ),
     ]  # fmt: skip
     async with realm.as_agent() as agent, realm.seen(LEASE) as seen:
         process = await asyncio.create_subprocess_exec(
@@ -205,27 +149,12 @@ async def test_one_command_has_it_and_it_is_released_after(office: Office, tmp_p
     assert role not in await office.target.roles()
 
 
-async def _at_the_gateway(realm: Realm, agent: Agent, seen: Seen, handle: GatewayCredential) -> str:
-    """What a gateway injects: opened by its own key, believed by the issuer's signature."""
-
-    def envelopes() -> list[Received]:
-        return [r for r in seen.of(CREDENTIAL_REPLY) if unverified_about(r.value) == handle.request_id]
-
-    record = (await seen.until(envelopes, "the envelope"))[0]
-    own = EncryptionKey.load(realm.stack.trust.encryption_key("gateway"))
-    trust = agent.connection.trust
-    find = trust.finder("issuer", at_s=record.appended_at_ms / 1000)
-    signed = open_signed(parse(own.open(record.value)), CredentialDelivery, find, audience=trust.trust_domain)
-    assert signed.claims.lease_id == handle.handle
-    return signed.claims.credential.value
-
-
 async def test_what_goes_to_the_gateway_works_there_and_ends_with_the_lease(office: Office) -> None:
     realm = office.realm
     async with realm.as_agent() as agent, realm.seen(CREDENTIAL_REPLY) as seen:
         handle = await _approved(realm, agent, "books/shop/orders", 600, "gateway")
         assert isinstance(handle, GatewayCredential)
-        value = await _at_the_gateway(realm, agent, seen, handle)
+        value = await story.at_the_gateway(realm, agent, seen, handle)
         connection = await asyncpg.connect(value, timeout=30)
         assert await connection.fetchval("SELECT note FROM shop.orders") == "three chairs"
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
@@ -259,7 +188,7 @@ async def test_no_secret_is_anywhere_but_with_the_agent(office: Office) -> None:
         await agent.release(credentials[0])
         handle = await _approved(realm, agent, "books/shop/orders", 600, "gateway")
         assert isinstance(handle, GatewayCredential)
-        injected = await _at_the_gateway(realm, agent, seen, handle)
+        injected = await story.at_the_gateway(realm, agent, seen, handle)
     secrets = [str(urlsplit(value).password) for value in (*(one.value for one in credentials), injected)]
     secrets += ["broker-secret", credentials[0].value]
     assert all(len(secret) > 8 for secret in secrets)
@@ -268,6 +197,6 @@ async def test_no_secret_is_anywhere_but_with_the_agent(office: Office) -> None:
     folders = [office.state, office.target.server.folder]
     assert canary.in_files(folders, secrets) == []
     # A scan that finds nothing must be able to find something.
-    assert "credential.decision" in await canary.on_topics(realm.settings, ["to count"])
+    assert "credential.decision" in await canary.on_topics(realm.settings, [story.REASON])
     assert await canary.in_redis(realm.stack.redis_url, [f'"lease_id":"{credentials[1].lease_id}"'])
     assert canary.in_files(folders, [credentials[0].lease_id.replace("-", "")])

@@ -1,0 +1,186 @@
+"""No secret is left anywhere by what the stories of PostgreSQL and SSH leave out: Valkey, tokens, static secrets.
+
+Delivered to the agent and to the gateway; given back, cut, refused, and at a target that does not answer. Looked for on
+every topic, in every value of both Redis, in every log and temporary file, and in all that the agent and its command
+line were told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from ringfence import Agent
+from ringfence.backends import StaticSecrets, TargetAccess
+from ringfence.cli.target_templates import TEMPLATES
+from ringfence.client.credentials import GatewayCredential, IssuedCredential
+from ringfence.client.errors import CredentialOverError, CredentialUseError, RequestDeniedError
+from ringfence.messages.credential import Delivery
+from ringfence.messages.registry import TargetState
+from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
+from tests import canary
+from tests.backends import story
+from tests.backends.kinds import state
+from tests.backends.story import Thing
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
+from tests.stack import Realm, Seen, first_pending
+from tests.targets import ValkeyTarget, valkey_target, works
+
+CACHE, SHOP, PARTNER = "cache", "shop", "partner"
+STATIC = "canary-of-a-static-secret"
+BROKER = "broker-secret"
+
+
+@dataclass
+class Office:
+    """A running stack, and what was told to the agent."""
+
+    realm: Realm
+    cache: ValkeyTarget
+    static: Path
+    folder: Path
+    secrets: list[str] = field(default_factory=lambda: [STATIC, BROKER])
+    told: list[str] = field(default_factory=list)
+
+    async def credential(
+        self, agent: Agent, seen: Seen, target: str, resource: str, delivery: Delivery
+    ) -> tuple[IssuedCredential, str]:
+        """One that was approved, and its value, wherever it went. What is secret of it is looked for."""
+        credential = await story.approved(self.realm, agent, target, resource, 250, delivery)
+        if isinstance(credential, GatewayCredential):
+            value = await story.at_the_gateway(self.realm, agent, seen, credential)
+        else:
+            value = credential.value
+        self.told.append(repr(credential))
+        # Of a URL the password; of a token, of which the claims stand in the lease as well, the signature.
+        self.secrets.append(str(urlsplit(value).password) if target == CACHE else value.rpartition(".")[2])
+        return credential, value
+
+    @contextlib.contextmanager
+    def hearing(self, *kinds: type[Exception]) -> Iterator[None]:
+        with pytest.raises(kinds) as raised:
+            yield
+        self.told.append("".join(traceback.format_exception(raised.value)))
+
+
+@pytest.fixture
+async def office(kafka: Kafka, redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[Office]:
+    static = tmp_path / "partner-key"
+    static.write_text(f"{STATIC}\n")
+    static.chmod(0o600)
+    things = (
+        Thing.of(CACHE, "redis", ("read", "write"), "jobs/**"),
+        Thing(SHOP, story.TOKENS, ("read",), ("order/**",)),
+        Thing(PARTNER, TEMPLATES["http"], ("read",), ("path/**",), {"url": "https://api.example"}),
+    )
+    async with (
+        valkey_target(CACHE, tmp_path) as cache,
+        story.running(kafka, redis_server, "no-secret", cache.places()) as (realm, folder),
+    ):
+        await story.staff(realm, *things)
+        yield Office(realm, cache, static, folder)
+
+
+async def test_no_secret_is_anywhere_but_with_whom_it_is_for(office: Office, tmp_path: Path) -> None:
+    realm = office.realm
+    async with realm.as_agent() as agent, realm.seen(CREDENTIAL_REPLY, LEASE) as seen:
+        made = [
+            await office.credential(agent, seen, *what, delivery)
+            for what in ((CACHE, "jobs/1"), (SHOP, "order/7"))
+            for delivery in ("agent", "gateway")
+        ]
+        (mine, url), (_, injected), (token, _), _ = made
+        assert [await works(one, "GET", "jobs/1") for one in (url, injected)] == [True, True]
+        await _misused(office, mine, token)
+        await _injected(office, agent)
+        await _at_a_target_that_is_gone(office, agent)
+        await _by_the_command_line(office, tmp_path)
+        await agent.release(token)
+        async with realm.as_operator() as olga:
+            await olga.revoke(target_id=CACHE, reason="enough")
+        for credential, _ in made[:2]:
+            assert (await realm.end_of(agent, seen, credential.lease_id)).status == "revoked"
+    assert len(set(office.secrets)) == len(office.secrets) == 7
+    assert all(len(secret) > 8 for secret in office.secrets)
+    await _looked_for(office)
+
+
+async def _misused(office: Office, cache: IssuedCredential, token: IssuedCredential) -> None:
+    """What the SDK says of a credential that is used in a way that it is not for, or after it was wiped."""
+    with office.hearing(CredentialUseError):
+        cache.headers()
+    with office.hearing(CredentialUseError):
+        cache.auth()
+    token.wipe()
+    with office.hearing(CredentialOverError):
+        token.apply()
+    with office.hearing(RequestDeniedError):
+        async with office.realm.as_agent() as agent:
+            await story.approved(office.realm, agent, CACHE, "jobs/*", 250)  # no ACL can say that
+
+
+async def _injected(office: Office, agent: Agent) -> None:
+    """The gateway's own half: its source is no other process's."""
+    handle = await story.approved(office.realm, agent, PARTNER, "path/orders", 250, "gateway")
+    assert isinstance(handle, GatewayCredential)
+    office.told.append(repr(handle))
+    at: TargetState = state("http", url="https://api.example").model_copy(update={"target_id": PARTNER})
+    secrets = StaticSecrets(TargetAccess({PARTNER: f"file:{office.static}"}))
+    assert await secrets.headers(at) == {"Authorization": f"Bearer {STATIC}"}
+
+
+async def _at_a_target_that_is_gone(office: Office, agent: Agent) -> None:
+    """What is logged of it, and told to the agent."""
+    office.cache.write_secret("127.0.0.1:9")  # where nobody listens
+    with office.hearing(RequestDeniedError):
+        await story.approved(office.realm, agent, CACHE, "jobs/2", 250)
+    office.cache.write_secret()
+
+
+_PROGRAM = """
+import os, redis
+url = os.environ["REDIS_URL"]
+redis.Redis.from_url(url).get("jobs/3")
+print(url)
+"""
+
+
+async def _by_the_command_line(office: Office, tmp_path: Path) -> None:
+    realm = office.realm
+    argv = story.command(realm, tmp_path / "bot.json", f"{CACHE}:read:jobs/3", sys.executable, "-c", _PROGRAM)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *argv, env=os.environ | realm.stack.environment() | {"TMPDIR": str(office.folder)},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    async with realm.sponsor() as sam:
+        await sam.approve(await first_pending(sam))
+    said, told = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 0, told
+    office.secrets.append(str(urlsplit(said.decode().strip()).password))
+    office.told.append(told.decode())
+
+
+async def _looked_for(office: Office) -> None:
+    realm, secrets = office.realm, office.secrets
+    assert await canary.on_topics(realm.settings, secrets) == []
+    assert await canary.in_redis(realm.stack.redis_url, secrets) == []
+    assert canary.in_files([office.folder], secrets) == []
+    assert canary.in_texts(office.told, secrets) == []
+    # Nor has the target's own server one in clear.
+    async with office.cache.admin() as admin:
+        listed = [line.decode() for line in await admin.execute_command("ACL", "LIST")]
+    assert canary.in_texts(listed, secrets) == []
+    # A scan that finds nothing must be able to find something.
+    assert "credential.decision" in await canary.on_topics(realm.settings, [story.REASON])
+    assert canary.in_files([office.folder], ["is not made: "])
+    assert canary.in_texts(office.told, ["does not answer", "no HTTP header"])
