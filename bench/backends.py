@@ -2,6 +2,8 @@
 
 One by one, from this process to the server on loopback, with TLS where the server has it. PostgreSQL is asked among so
 many live leases on the same table: all grants on one object are in one row. `first` is with a connection to be made.
+Of a token there is nothing at a target. Of a static secret nothing is made: what is measured is what the gateway does
+for each request, the reading of a file.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +21,16 @@ import asyncpg
 from redis.asyncio import Redis
 
 from bench.machine import percentile
-from ringfence.backends import Backend
+from ringfence.backends import Backend, JwtBackend, StaticSecrets, TargetAccess, TokenKey, TokenKeys
+from ringfence.kernel.keys import SigningKey
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
-from ringfence.messages.registry import BackendSettings, TargetRecord
+from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from tests.postgres import PostgresServer, PostgresTarget, server_programs
 from tests.ssh import SshServer, SshTarget, client, lives
 from tests.targets import valkey_target
+from tests.token_keys import rsa_key_file
 
 TARGET = "bench"
 ROUNDS = 100
@@ -46,10 +50,22 @@ def _lease(kind: str, resource: str) -> Lease:
     return cast(Lease, EXAMPLES[Lease]).model_copy(update=given | deadline)
 
 
-async def _measure(what: str, backend: Backend, resource: str, session: Callable[[str], Any]) -> None:
-    state = cast(TargetRecord, EXAMPLES[TargetRecord]).state.model_copy(
-        update={"target_id": TARGET, "backend": BackendSettings(kind=backend.kind)}
-    )
+def _state(kind: str, **settings: str) -> TargetState:
+    backend = BackendSettings.model_validate({"kind": kind, **settings})
+    example = cast(TargetRecord, EXAMPLES[TargetRecord]).state
+    return example.model_copy(update={"target_id": TARGET, "backend": backend})
+
+
+async def _measure(
+    what: str,
+    backend: Backend,
+    resource: str,
+    session: Callable[[str], Any],
+    *,
+    ended: str = "a session killed",
+    **settings: str,
+) -> None:
+    state = _state(backend.kind, **settings)
     mints, undos = [], []
     for _ in range(ROUNDS):
         lease = _lease(backend.kind, resource)
@@ -61,15 +77,16 @@ async def _measure(what: str, backend: Backend, resource: str, session: Callable
             await backend.undo(lease.lease_id, target_id=TARGET)
             undos.append((time.perf_counter() - began) * 1e3)
     for name, taken in (("mint", mints[1:]), ("undo", undos[1:])):
-        p50, p99 = percentile(taken, 0.5), percentile(taken, 0.99)
-        first = f", first {mints[0]:.1f}" if name == "mint" else ", a session killed"
-        print(f"{what:34} {name}: min {min(taken):6.2f} ms, p50 {p50:6.2f}, p99 {p99:6.2f}{first}")
+        _print(what, name, taken, f"first {mints[0]:.1f}" if name == "mint" else ended)
+
+
+def _print(what: str, name: str, taken: list[float], note: str) -> None:
+    p50, p99 = percentile(taken, 0.5), percentile(taken, 0.99)
+    print(f"{what:34} {name}: min {min(taken):6.2f} ms, p50 {p50:6.2f}, p99 {p99:6.2f}, {note}")
 
 
 async def _fill(backend: Backend, resource: str, count: int) -> None:
-    state = cast(TargetRecord, EXAMPLES[TargetRecord]).state.model_copy(
-        update={"target_id": TARGET, "backend": BackendSettings(kind=backend.kind)}
-    )
+    state = _state(backend.kind)
     for start in range(0, count, _SIDE_BY_SIDE):
         some = range(min(_SIDE_BY_SIDE, count - start))
         await asyncio.gather(*(backend.mint(_lease(backend.kind, resource), state) for _ in some))
@@ -133,8 +150,37 @@ async def _ssh(folder: Path) -> None:
         server.stop()
 
 
+async def _jwt(folder: Path) -> None:
+    keys = TokenKeys([
+        TokenKey(SigningKey.generate("spiffe://test.example/service/issuer")),
+        TokenKey.load(rsa_key_file(folder)),
+    ])  # fmt: skip
+    backend = JwtBackend("test.example", "https://issuer.test.example", keys)
+    for alg in ("ES256", "RS256"):
+        nothing = cast(Callable[[str], Any], lambda value: nullcontext())
+        await _measure(f"jwt, {alg}", backend, "order/7", nothing, ended="nothing is there", alg=alg)
+
+
+async def _http(folder: Path) -> None:
+    file = folder / "key"
+    file.touch(mode=0o600)
+    file.write_text("a-static-secret\n")
+    secrets, state = (
+        StaticSecrets(TargetAccess({TARGET: f"file:{file}"})),
+        _state("http", url="https://api.example"),
+    )
+    taken = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        await secrets.headers(state)
+        taken.append((time.perf_counter() - began) * 1e3)
+    _print("http, at the gateway", "read", taken, "nothing is made or undone")
+
+
 async def _all() -> None:
     with tempfile.TemporaryDirectory(prefix="ringfence-bench-") as folder:
+        await _jwt(Path(folder))
+        await _http(Path(folder))
         await _redis(Path(folder))
         await _postgres(Path(folder))
         await _ssh(Path(folder))
