@@ -21,8 +21,8 @@ from ringfence.messages.topics import REVOCATION_REQUEST
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.lease_store import LeaseStore
+from ringfence.model.opening import open_lease
 from ringfence.revoker.domain import Overtaken, derived_order, overtaken
-from ringfence.revoker.opening import open_lease
 from ringfence.revoker.truth import peek
 
 log = logging.getLogger(__name__)
