@@ -32,6 +32,7 @@ from ringfence.backends.postgres_rights import Column, Plan, Relation, Right, gr
 from ringfence.backends.postgres_server import Connection, Server, SslMode
 from ringfence.backends.scram import verifier
 from ringfence.backends.secret_sources import AccessError
+from ringfence.backends.servers import Servers
 from ringfence.backends.settings import TargetSettings, not_set_up, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
@@ -78,7 +79,7 @@ class PostgresBackend:
         # At most 63 bytes with all that follows, and of characters that mean nothing in any pattern.
         self._prefix = f"ringfence_{hashlib.sha256(trust_domain.encode()).hexdigest()[:10]}_"
         self._access = access
-        self._servers: dict[str, Server] = {}
+        self._servers = Servers(access, Server)
 
     def roles_of(self, lease_id: str) -> str:
         """How the names of all roles of a lease begin. They tell one trust domain's from another's at one server."""
@@ -102,7 +103,7 @@ class PostgresBackend:
         Raises TargetError, TargetRefusedError, AccessError, TargetSettingsError.
         """
         settings = settings_of(target, PostgresSettings)
-        server = await self._server(lease.target_id)
+        server = await self._servers.at(lease.target_id)
         address = _address(server, settings)
         letter = next(letter for letter, owned in _OWNED.items() if owned == settings.owned)
         role, password = (
@@ -131,7 +132,7 @@ class PostgresBackend:
 
         Raises TargetError, TargetRefusedError, AccessError.
         """
-        server = await self._server(target_id)
+        server = await self._servers.at(target_id)
         own = server.login.database
         for oid, role, databases in await server.run(own, partial(_made, prefix=self.roles_of(lease_id))):
             await server.run(own, partial(_shut_out, role=role, oid=oid))
@@ -141,26 +142,13 @@ class PostgresBackend:
 
     async def standing(self, target_id: str) -> frozenset[str]:
         """The leases that have a role at the target. Raises TargetError, AccessError."""
-        server = await self._server(target_id)
+        server = await self._servers.at(target_id)
         roles = await server.run(server.login.database, partial(_named, prefix=self._prefix))
         return frozenset(str(UUID(role.removeprefix(self._prefix)[:32])) for _, role, _ in roles)
 
     async def close(self) -> None:
         """Disconnect from all targets."""
-        servers = list(self._servers.values())
-        self._servers.clear()
-        for server in servers:
-            await server.close()
-
-    async def _server(self, target_id: str) -> Server:
-        url = await self._access.read(target_id)
-        known = self._servers.get(target_id)
-        if known is not None and known.url == url:
-            return known
-        self._servers[target_id] = Server(target_id, url)
-        if known is not None:
-            await known.close()
-        return self._servers[target_id]
+        await self._servers.close()
 
 
 # --- making -----------------------------------------------------------------------------------------------------------

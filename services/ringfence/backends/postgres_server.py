@@ -101,7 +101,6 @@ class Server:
 
     def __init__(self, target_id: str, url: str) -> None:
         """Raises AccessError."""
-        self.url = url
         self.target_id = target_id
         try:
             self.login = Login.parse(url)

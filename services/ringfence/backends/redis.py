@@ -32,6 +32,7 @@ from redis.exceptions import RedisError, ResponseError
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.errors import InexactError, TargetError, TargetRefusedError
 from ringfence.backends.secret_sources import AccessError
+from ringfence.backends.servers import Servers
 from ringfence.backends.settings import TargetSettings, not_set_up, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
@@ -135,6 +136,26 @@ def _check(glob: str, segment: str) -> None:
             raise InexactError(f"{glob!a}: {character!a} cannot be said exactly in an ACL of Redis")
 
 
+class _Server:
+    """One server, as the broker's rights name it."""
+
+    def __init__(self, target_id: str, url: str) -> None:
+        """Raises AccessError."""
+        try:
+            self.client: Any = Redis.from_url(
+                url,
+                socket_connect_timeout=_CONNECT_S,
+                socket_timeout=_ANSWER_S,
+                retry=Retry(NoBackoff(), 1),  # a connection may have died since it was last used
+            )
+        except ValueError:
+            raise AccessError(f"the rights at target {target_id} are no redis:// URL") from None
+
+    async def close(self) -> None:
+        """Disconnect."""
+        await self.client.aclose()
+
+
 class RedisBackend:
     """Makes ACL users of which the password is known to the agent alone: the server is sent its SHA-256."""
 
@@ -146,7 +167,7 @@ class RedisBackend:
     def __init__(self, trust_domain: str, access: TargetAccess) -> None:
         self._prefix = f"ringfence.{trust_domain}."
         self._access = access
-        self._clients: dict[str, tuple[str, Redis]] = {}
+        self._servers = Servers(access, _Server)
 
     def user_of(self, lease_id: str) -> str:
         """The name of a lease's user. It tells one trust domain's users from another's at the same server."""
@@ -201,15 +222,13 @@ class RedisBackend:
 
     async def close(self) -> None:
         """Disconnect from all targets."""
-        for _, client in self._clients.values():
-            await client.aclose()
-        self._clients.clear()
+        await self._servers.close()
 
     # --- the server ---
 
     async def _address(self, target: TargetState) -> tuple[str, str]:
         """Scheme, and `host:port` for agents: as the target's record says, else where Ringfence itself connects."""
-        where = (await self._client(target.target_id)).connection_pool.connection_kwargs
+        where = (await self._servers.at(target.target_id)).client.connection_pool.connection_kwargs
         if where.get("db"):
             raise AccessError(
                 f"target {target.target_id} names database {where['db']}: only 0 can be kept to"
@@ -218,27 +237,10 @@ class RedisBackend:
         scheme = "rediss" if "ssl_cert_reqs" in where else "redis"
         return scheme, given or f"{where.get('host')}:{where.get('port', 6379)}"
 
-    async def _client(self, target_id: str) -> Redis:
-        url = await self._access.read(target_id)
-        known = self._clients.get(target_id)
-        if known is not None and known[0] == url:
-            return known[1]
-        try:
-            client: Redis = Redis.from_url(
-                url,
-                socket_connect_timeout=_CONNECT_S,
-                socket_timeout=_ANSWER_S,
-                retry=Retry(NoBackoff(), 1),  # a connection may have died since it was last used
-            )
-        except ValueError:
-            raise AccessError(f"the rights at target {target_id} are no redis:// URL") from None
-        self._clients[target_id] = (url, client)
-        return client
-
     async def _run(self, target_id: str, *command: str) -> Any:
         try:
-            client: Any = await self._client(target_id)
-            return await client.execute_command(*command)
+            server = await self._servers.at(target_id)
+            return await server.client.execute_command(*command)
         except ResponseError as error:
             # The text of an error can quote what was sent: only its kind goes on.
             if str(error).startswith(_NOT_THIS_CREDENTIAL):

@@ -20,6 +20,7 @@ from pydantic import AfterValidator
 
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.errors import InexactError, TargetRefusedError
+from ringfence.backends.servers import Servers
 from ringfence.backends.settings import TargetSettings, not_set_up, settings_of
 from ringfence.backends.ssh_certificates import for_lease, private_text
 from ringfence.backends.ssh_rights import allowed, plan
@@ -52,7 +53,7 @@ class SshBackend:
     def __init__(self, trust_domain: str, access: TargetAccess) -> None:
         self._domain = trust_domain
         self._access = access
-        self._servers: dict[str, Server] = {}
+        self._servers = Servers(access, Server)
 
     def name_of(self, lease_id: str) -> str:
         """A lease's name at hosts. It tells one trust domain's leases from another's at the same host."""
@@ -76,7 +77,7 @@ class SshBackend:
         Raises TargetError, TargetRefusedError, AccessError, TargetSettingsError.
         """
         settings = settings_of(target, SshSettings)
-        server = await self._server(lease.target_id)
+        server = await self._servers.at(lease.target_id)
         try:
             wanted = plan(lease.scope)
             there = await server.ask("rights", domain=self._domain)
@@ -110,30 +111,17 @@ class SshBackend:
 
         Raises TargetError, TargetRefusedError, AccessError.
         """
-        server = await self._server(target_id)
+        server = await self._servers.at(target_id)
         await server.ask("undo", domain=self._domain, lease=lease_id)
 
     async def standing(self, target_id: str) -> frozenset[str]:
         """The leases that are let in, or have sessions. Raises TargetError, AccessError."""
-        server = await self._server(target_id)
+        server = await self._servers.at(target_id)
         return frozenset(await server.ask("standing", domain=self._domain))
 
     async def close(self) -> None:
         """Disconnect from all targets."""
-        servers = list(self._servers.values())
-        self._servers.clear()
-        for server in servers:
-            await server.close()
-
-    async def _server(self, target_id: str) -> Server:
-        rights = await self._access.read(target_id)
-        known = self._servers.get(target_id)
-        if known is not None and known.rights == rights:
-            return known
-        self._servers[target_id] = Server(target_id, rights)
-        if known is not None:
-            await known.close()
-        return self._servers[target_id]
+        await self._servers.close()
 
 
 def _address(server: Server, settings: SshSettings) -> str:

@@ -149,7 +149,6 @@ class Server:
 
     def __init__(self, target_id: str, rights: str) -> None:
         """Raises AccessError."""
-        self.rights = rights
         self._target_id = target_id
         try:
             self.login = Login.parse(rights)
