@@ -24,9 +24,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from ringfence.backends import BackendSettings, PostgresBackend, TargetAccess
+from ringfence.backends import PostgresBackend
 from ringfence.backends.scram import verifier
 from ringfence.dev.processes import LOOPBACK, Child, StackError, free_port, spawn
+from tests.targets import Placed
 
 DEBIAN = Path("/usr/lib/postgresql")
 _START_S = 30.0
@@ -237,28 +238,17 @@ def documented(heading: str) -> list[str]:
     return [statement.strip() for statement in "\n".join(lines).split(";") if statement.strip()]
 
 
-class PostgresTarget:
+class PostgresTarget(Placed):
     """One database of a server, with a schema `shop`. Agents reach it at `address`."""
 
     def __init__(self, target_id: str, server: PostgresServer, folder: Path, database: str) -> None:
-        self.target_id = target_id
+        super().__init__(target_id, folder)
         self.server = server
         self.database = database
-        self._folder = folder
 
     @property
     def address(self) -> str:
         return f"{LOOPBACK}:{self.server.port}"
-
-    @property
-    def secret_file(self) -> Path:
-        return self._folder / f"{self.target_id}.url"
-
-    def places(self) -> dict[str, str]:
-        return {self.target_id: f"file:{self.secret_file}"}
-
-    def access(self) -> TargetAccess:
-        return TargetAccess.of(BackendSettings(access=self.places()))
 
     def backend(self, trust_domain: str = "test.example") -> PostgresBackend:
         return PostgresBackend(trust_domain, self.access())
@@ -266,8 +256,7 @@ class PostgresTarget:
     def write_secret(self, address: str | None = None, query: str = "") -> None:
         """Name the server, or another address, as the place where Ringfence works."""
         where = f"{address or self.address}/{quote(self.database, safe='')}{query}"
-        self.secret_file.write_text(f"postgresql://{BROKER}:{BROKER_SECRET}@{where}\n")
-        self.secret_file.chmod(0o600)
+        self.place(f"postgresql://{BROKER}:{BROKER_SECRET}@{where}\n")
 
     @contextlib.asynccontextmanager
     async def admin(self) -> AsyncIterator[Any]:

@@ -25,9 +25,10 @@ from typing import Any
 
 import psutil
 
-from ringfence.backends import BackendSettings, SshBackend, TargetAccess, ssh_helper
+from ringfence.backends import SshBackend, ssh_helper
 from ringfence.client.ssh_files import ssh_files
 from ringfence.dev.processes import LOOPBACK, Child, StackError, free_port, spawn
+from tests.targets import Placed
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "targets" / "ssh.md"
 """What is set up here is what it says."""
@@ -209,27 +210,16 @@ def keygen(*args: str) -> str:
 # --- a target on it ---------------------------------------------------------------------------------------------------
 
 
-class SshTarget:
+class SshTarget(Placed):
     """A server as a target. Agents reach it at `address`."""
 
     def __init__(self, target_id: str, server: SshServer, folder: Path) -> None:
-        self.target_id = target_id
+        super().__init__(target_id, folder)
         self.server = server
-        self._folder = folder
 
     @property
     def address(self) -> str:
         return f"{LOOPBACK}:{self.server.port}"
-
-    @property
-    def secret_file(self) -> Path:
-        return self._folder / f"{self.target_id}.ssh"
-
-    def places(self) -> dict[str, str]:
-        return {self.target_id: f"file:{self.secret_file}"}
-
-    def access(self) -> TargetAccess:
-        return TargetAccess.of(BackendSettings(access=self.places()))
 
     def backend(self, trust_domain: str = "test.example") -> SshBackend:
         return SshBackend(trust_domain, self.access())
@@ -237,8 +227,7 @@ class SshTarget:
     def write_secret(self, address: str | None = None) -> None:
         """Name the server, or another address, as the place where Ringfence works."""
         where = f"ssh://{BROKER}@{address or self.address}"
-        self.secret_file.write_text(f"{where}\n{self.server.host_key}\n{self.server.authority}")
-        self.secret_file.chmod(0o600)
+        self.place(f"{where}\n{self.server.host_key}\n{self.server.authority}")
 
     def names(self) -> set[str]:
         """The leases that stand there, whichever trust domain's."""

@@ -20,34 +20,45 @@ BROKER_RULES = ("on", ">broker-secret", "-@all", "+acl|setuser", "+acl|deluser",
 
 
 @dataclass
-class ValkeyTarget:
-    """One server. Agents reach it at `address`; `places` says where the broker's own rights are."""
+class Placed:
+    """A target of which the broker's own rights stand in a file."""
 
     target_id: str
-    server: EmbeddedRedis
     folder: Path
 
     @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.server.port}"
-
-    @property
     def secret_file(self) -> Path:
-        return self.folder / f"{self.target_id}.url"
+        return self.folder / f"{self.target_id}.rights"
 
     def places(self) -> dict[str, str]:
+        """Where the rights are, as issuer and revoker are told."""
         return {self.target_id: f"file:{self.secret_file}"}
 
     def access(self) -> TargetAccess:
         return TargetAccess.of(BackendSettings(access=self.places()))
+
+    def place(self, rights: str) -> None:
+        """Let these be the rights."""
+        self.secret_file.write_text(rights)
+        self.secret_file.chmod(0o600)
+
+
+@dataclass
+class ValkeyTarget(Placed):
+    """One server. Agents reach it at `address`."""
+
+    server: EmbeddedRedis
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
 
     def backend(self, trust_domain: str = "test.example") -> RedisBackend:
         return RedisBackend(trust_domain, self.access())
 
     def write_secret(self, address: str | None = None) -> None:
         """Name the server, or another address, as the place where Ringfence works."""
-        self.secret_file.write_text(f"redis://broker:broker-secret@{address or self.address}/0\n")
-        self.secret_file.chmod(0o600)
+        self.place(f"redis://broker:broker-secret@{address or self.address}/0\n")
 
     async def start(self) -> None:
         self.server.start()
@@ -79,7 +90,7 @@ class ValkeyTarget:
 async def valkey_target(target_id: str, folder: Path) -> AsyncIterator[ValkeyTarget]:
     """A server that is there until the block ends."""
     (folder / target_id).mkdir()
-    target = ValkeyTarget(target_id, EmbeddedRedis(folder / target_id, append_only=False), folder)
+    target = ValkeyTarget(target_id, folder, EmbeddedRedis(folder / target_id, append_only=False))
     try:
         await target.start()
         yield target

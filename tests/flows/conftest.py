@@ -8,12 +8,30 @@ from pathlib import Path
 import pytest
 
 from ringfence.dev.processes import free_port
+from tests.brokers import RedisServer
 from tests.chaos.proxy import Link
 from tests.chaos.valkey import ChaosValkey
 from tests.conftest import Kafka
-from tests.flows.desk import another, opened_desks
+from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.place import Place
 from tests.world import World
+
+
+@pytest.fixture(scope="module")
+async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+    """Registry and issuer, once for all tests of a module; those that need more have an office of their own."""
+    async with (
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        opened_desks(world) as desk,
+        world.running("issuer"),
+    ):
+        yield desk
+
+
+@pytest.fixture
+async def desk(office: Desk) -> Desk:
+    """An agent and a task of the test's own."""
+    return await another(office)
 
 
 @pytest.fixture

@@ -180,6 +180,10 @@ class Desk:
         assert await self.records(asked.lease_id) == []
         return refusal
 
+    async def refusal_codes(self, asked: Asked) -> list[str]:
+        """Why the issuer refused."""
+        return [reason.code for reason in (await self.refused(asked)).reasons]
+
     async def event(self, kind: str, asked: Asked) -> ServiceEvent:
         """The issuer's event about a request's decision."""
         return await self.world.event_where(

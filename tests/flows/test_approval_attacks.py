@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -15,34 +14,13 @@ from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.registry import AgentTransfer
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
 from ringfence.model.approvals import APPROVAL_SLACK_MS
-from tests.brokers import RedisServer
-from tests.conftest import Kafka
-from tests.flows.desk import Asked, Desk, another, opened_desks
+from tests.flows.desk import Desk
 from tests.flows.sdk import client
 from tests.flows.test_policy import DEPLOY, EVERYTHING, Office, codes
 from tests.world import DAY_S, Party, World, scope
 
 WIPE = scope("platform", ["wipe"], ["env/production/web"])
 """Wants the sponsor, by the bundle, and an operator, by the floor."""
-
-
-@pytest.fixture(scope="module")
-async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
-    async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
-        opened_desks(world) as desk,
-        world.running("issuer"),
-    ):
-        yield desk
-
-
-@pytest.fixture
-async def desk(office: Desk) -> Desk:
-    return await another(office)
-
-
-async def refused(desk: Desk, asked: Asked) -> list[str]:
-    return [reason.code for reason in (await desk.refused(asked)).reasons]
 
 
 # --- at the issuer, which believes no policy ---
@@ -55,7 +33,7 @@ async def test_an_approval_of_another_request_opens_nothing(desk: Desk) -> None:
     wider = await desk.ask(scope=desk.scope("deploy", resource="env/**"))
     for asked in (await desk.ask("deploy"), wider):
         await desk.decide(asked, approvals=(approval,), required=("sponsor",))
-        assert await refused(desk, asked) == ["approval_other_request"]
+        assert await desk.refusal_codes(asked) == ["approval_other_request"]
         assert await desk.is_finding(asked)
     # Nor where the signature itself names the one and has the digest of the other.
     for fields in (
@@ -64,7 +42,7 @@ async def test_an_approval_of_another_request_opens_nothing(desk: Desk) -> None:
     ):
         asked = await desk.ask("deploy")
         await desk.decide(asked, approvals=(desk.approval(asked, desk.sam, **fields),), required=("sponsor",))
-        assert await refused(desk, asked) == ["approval_other_request"]
+        assert await desk.refusal_codes(asked) == ["approval_other_request"]
 
 
 async def test_an_approval_opens_its_own_request_once(desk: Desk) -> None:
@@ -86,7 +64,7 @@ async def test_an_approval_past_its_end_opens_nothing(desk: Desk) -> None:
         if opens:  # policy took it in while it stood, and said so a little later
             assert (await desk.answer(asked)).credential is not None
         else:
-            assert await refused(desk, asked) == ["approval_expired"]
+            assert await desk.refusal_codes(asked) == ["approval_expired"]
             assert not await desk.is_finding(asked)
 
 
@@ -95,7 +73,7 @@ async def test_allowed_by_a_policy_that_asked_nobody(desk: Desk, verb: str) -> N
     for fields in ({}, {"required": ()}, {"required": ("sponsor",)}):
         asked = await desk.ask(verb)
         await desk.decide(asked, **fields)
-        assert await refused(desk, asked) == ["approval_lacking"]
+        assert await desk.refusal_codes(asked) == ["approval_lacking"]
         assert await desk.is_finding(asked)
 
 
@@ -106,7 +84,7 @@ async def test_a_sponsor_that_changed_between_approval_and_issue(desk: Desk) -> 
     await desk.world.accepted(transfer, desk.sam)
     assert await desk.world.runtimes["issuer"].tables_caught_up(30)
     await desk.decide(asked, approvals=(approval,), required=("sponsor",))
-    assert await refused(desk, asked) == ["approval_stale"]
+    assert await desk.refusal_codes(asked) == ["approval_stale"]
     # Nor does it help to say that the approval was given on what there is now: sam is not the sponsor any more.
     again = await desk.ask("deploy")
     now = desk.revisions.model_copy(update={"agent": 2})
@@ -116,7 +94,7 @@ async def test_a_sponsor_that_changed_between_approval_and_issue(desk: Desk) -> 
         required=("sponsor",),
         revisions=now,
     )
-    assert await refused(desk, again) == ["approval_lacking"]
+    assert await desk.refusal_codes(again) == ["approval_lacking"]
 
 
 async def test_two_keys_of_one_person_are_one_person(desk: Desk) -> None:
@@ -124,7 +102,7 @@ async def test_two_keys_of_one_person_are_one_person(desk: Desk) -> None:
     asked = await desk.ask("deploy")
     approvals = tuple(desk.approval(asked, party) for party in second)
     await desk.decide(asked, approvals=approvals, required=("second_person", "operator"))
-    assert await refused(desk, asked) == ["approval_lacking"]
+    assert await desk.refusal_codes(asked) == ["approval_lacking"]
     alone = await desk.ask("deploy")
     given = (desk.approval(alone, desk.sam), desk.approval(alone, second[1]))
     await desk.decide(alone, approvals=given, required=("sponsor", "operator"))
@@ -154,7 +132,7 @@ async def test_an_operator_whose_own_it_is_anyway_is_nobody_else(desk: Desk, rol
         if opens:
             assert (await theirs.answer(asked)).credential is not None
         else:
-            assert await refused(theirs, asked) == ["approval_lacking"]
+            assert await theirs.refusal_codes(asked) == ["approval_lacking"]
             assert await theirs.is_finding(asked)
 
 

@@ -45,12 +45,6 @@ async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]
         yield desk
 
 
-@pytest.fixture
-async def desk(office: Desk) -> Desk:
-    """An agent and a task of the test's own."""
-    return await another(office)
-
-
 async def envelope_of(desk: Desk, asked: Asked) -> Received:
     return await desk.world.consume_until(CREDENTIAL_REPLY, lambda r: unverified_about(r.value) == asked.id)
 

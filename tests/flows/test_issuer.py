@@ -49,12 +49,6 @@ async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]
 
 
 @pytest.fixture
-async def desk(office: Desk) -> Desk:
-    """An agent and a task of the test's own."""
-    return await another(office)
-
-
-@pytest.fixture
 async def store(office: Desk) -> AsyncIterator[LeaseStore]:
     store = LeaseStore(office.world.settings("issuer"))
     yield store

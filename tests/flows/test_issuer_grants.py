@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,30 +17,9 @@ from ringfence.messages.approval import Grant, GrantWithdraw
 from ringfence.messages.registry import AgentResume, AgentSetCeiling, AgentSuspend, AgentTransfer
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, LEASE
 from ringfence.model.grants import id_of
-from tests.brokers import RedisServer
-from tests.conftest import Kafka
-from tests.flows.desk import Asked, Desk, another, opened_desks
+from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.granting import claims_of, grant, granted
 from tests.world import Party, World
-
-
-@pytest.fixture(scope="module")
-async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
-    async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
-        opened_desks(world) as desk,
-        world.running("issuer"),
-    ):
-        yield desk
-
-
-@pytest.fixture
-async def desk(office: Desk) -> Desk:
-    return await another(office)
-
-
-async def refused(desk: Desk, asked: Asked) -> list[str]:
-    return [reason.code for reason in (await desk.refused(asked)).reasons]
 
 
 async def test_a_grant_opens_what_needs_the_sponsor_and_the_lease_names_it(desk: Desk) -> None:
@@ -51,7 +30,7 @@ async def test_a_grant_opens_what_needs_the_sponsor_and_the_lease_names_it(desk:
     assert lease.grants == (id_of(claims_of(compact)),)
     # What was issued on it and ends goes on counting: a grant is for so many credentials.
     assert (await desk.answer(await granted(desk, compact))).credential is not None
-    assert await refused(desk, await granted(desk, compact)) == ["grant_used_up"]
+    assert await desk.refusal_codes(await granted(desk, compact)) == ["grant_used_up"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +85,7 @@ async def test_a_grant_that_does_not_count(desk: Desk, code: str, wrong: str) ->
         case _:
             compact = grant(desk, revisions=desk.revisions.model_copy(update={"agent": 7}))
     asked = await granted(desk, compact, verb=verb, **fields)
-    assert await refused(desk, asked) == [code]
+    assert await desk.refusal_codes(asked) == [code]
     assert await desk.is_finding(asked)
 
 
@@ -116,7 +95,7 @@ async def test_nobody_counts_twice_by_a_grant_and_an_approval(desk: Desk) -> Non
     await desk.decide(
         asked, approvals=(approval,), grants=(grant(desk),), required=("sponsor", "second_person")
     )
-    assert await refused(desk, asked) == ["approval_lacking"]
+    assert await desk.refusal_codes(asked) == ["approval_lacking"]
     asked = await desk.ask("deploy")
     approval = desk.approval(asked, desk.sue)
     await desk.decide(
@@ -128,7 +107,7 @@ async def test_nobody_counts_twice_by_a_grant_and_an_approval(desk: Desk) -> Non
 async def test_a_grant_that_has_ended_is_refused_and_is_no_finding(desk: Desk) -> None:
     now = int(time.time())
     asked = await granted(desk, grant(desk, iat=now - 60, exp=now - 1))
-    assert await refused(desk, asked) == ["grant_ended"]
+    assert await desk.refusal_codes(asked) == ["grant_ended"]
     assert not await desk.is_finding(asked)
 
 
@@ -138,19 +117,19 @@ async def test_a_grant_after_a_suspension_a_change_and_a_transfer_counts_for_not
     assert (await desk.answer(await granted(desk, compact))).credential is not None
     await world.accepted(world.claims(AgentSuspend, desk.sam, agent_id=name, reason="odd"), desk.sam)
     await arrived(desk)
-    assert "agent_suspended" in await refused(desk, await granted(desk, compact))
+    assert "agent_suspended" in await desk.refusal_codes(await granted(desk, compact))
     await world.accepted(world.claims(AgentResume, desk.sam, agent_id=name, reason="explained"), desk.sam)
     await arrived(desk)
-    assert await refused(desk, await granted(desk, compact)) == ["grant_stale"]
+    assert await desk.refusal_codes(await granted(desk, compact)) == ["grant_stale"]
     resumed = grant(desk, revisions=desk.revisions.model_copy(update={"agent": 3}))
     narrower = desk.scope("read", "deploy", resource="env/**")
     await world.accepted(world.claims(AgentSetCeiling, desk.sam, agent_id=name, ceiling=narrower), desk.sam)
     await arrived(desk)
-    assert await refused(desk, await granted(desk, resumed)) == ["grant_stale"]
+    assert await desk.refusal_codes(await granted(desk, resumed)) == ["grant_stale"]
     changed = grant(desk, revisions=desk.revisions.model_copy(update={"agent": 4}))
     await world.accepted(world.claims(AgentTransfer, desk.sam, agent_id=name, sponsor="sue"), desk.sam)
     await arrived(desk)
-    assert await refused(desk, await granted(desk, changed)) == ["grant_stale"]
+    assert await desk.refusal_codes(await granted(desk, changed)) == ["grant_stale"]
 
 
 async def test_what_was_taken_back_opens_nothing_more_whatever_policy_says(desk: Desk) -> None:
@@ -162,7 +141,7 @@ async def test_what_was_taken_back_opens_nothing_more_whatever_policy_says(desk:
     before = await granted(desk, compact)
     assert (await desk.answer(before)).credential is not None
     await withdraw(desk, claims, desk.maria)
-    assert await refused(desk, await granted(desk, compact)) == ["grant_withdrawn"]
+    assert await desk.refusal_codes(await granted(desk, compact)) == ["grant_withdrawn"]
 
 
 async def test_a_withdrawal_outlives_a_restart_of_the_issuer(world: World) -> None:
@@ -173,7 +152,7 @@ async def test_a_withdrawal_outlives_a_restart_of_the_issuer(world: World) -> No
             assert (await desk.answer(await granted(desk, compact))).credential is not None
         await withdraw(desk, claims_of(compact), desk.sam)
         async with world.running("issuer"):
-            assert await refused(desk, await granted(desk, compact)) == ["grant_withdrawn"]
+            assert await desk.refusal_codes(await granted(desk, compact)) == ["grant_withdrawn"]
 
 
 async def withdraw(desk: Desk, claims: Grant, by: Party) -> None:
