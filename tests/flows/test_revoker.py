@@ -34,6 +34,7 @@ from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, Step
 from ringfence.model.leases import follow, origin_of, record_id
 from ringfence.revoker.ending import Ender
+from ringfence.revoker.issued import IssuedHandler
 from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
@@ -565,6 +566,31 @@ async def test_what_is_issued_after_a_revoker_has_looked_by_who_had_not_heard_of
     cause = await cause_of(desk, behind)
     assert cause.kind == kind
     assert name in (cause.reason or "") or desk.bot.name in (cause.reason or "") or kind == "task_ended"
+
+
+async def test_a_lease_is_held_against_records_by_the_word_of_services_alone(
+    desk: Desk, store: LeaseStore
+) -> None:
+    """Who can write to the topic could otherwise end what they like, by saying that it allows too much."""
+    asked, _ = await desk.issued("read")
+    ceiling = desk.scope("read", resource="env/**")
+    claims = desk.world.claims(AgentSetCeiling, desk.sam, agent_id=desk.bot.name, ceiling=ceiling)
+    await desk.world.accepted(claims, desk.sam)
+    revoker = desk.world.runtimes["revoker"]
+    directory = revoker._tables[AGENT].__self__  # type: ignore[attr-defined]
+    handler = IssuedHandler(revoker, directory, store, patience_s=WITHIN_S)
+    lease = await desk.lease(asked.lease_id, "active")
+    record = await desk.world.consume_until(LEASE, lambda r: r.key == asked.lease_id)
+    beyond = lease.model_copy(update={"scope": desk.scope("wipe")})
+    by_a_stranger = sign(beyond, desk.world.party("service", "issuer").key)
+    by_the_issuer = sign(beyond, desk.world.key("issuer"))
+    for value, key in ((by_a_stranger, asked.lease_id), (by_the_issuer, str(uuid.uuid4())), ("a.b.c", "d")):
+        await handler([record._replace(value=value.encode(), key=key), record])
+    orders = await desk.world.records(REVOCATION_REQUEST)
+    assert not [r for r in orders if r.key == desk.bot.name]
+    await lives(desk, store, asked)
+    await handler([record._replace(value=by_the_issuer.encode())])
+    assert (await cause_of(desk, asked)).kind == "scope_narrowed"
 
 
 async def record_of(desk: Desk, revision: int) -> Received:
