@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
 import asyncpg
@@ -252,7 +252,40 @@ class HttpKind:
 # --- redis ------------------------------------------------------------------------------------------------------------
 
 
-class RedisKind:
+class _Target(Protocol):
+    """A real server of tests."""
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def secret_file(self) -> Path: ...
+
+    def write_secret(self, address: str | None = None) -> None: ...
+
+
+T = TypeVar("T", bound=_Target)
+
+
+class _AtTarget(Generic[T]):
+    """What has its rights at a real server in a file."""
+
+    def __init__(self, target: T) -> None:
+        self.target = target
+
+    def write_secret(self, address: str | None = None) -> None:
+        self.target.write_secret(address)
+
+    @property
+    def address(self) -> str:
+        return self.target.address
+
+    @property
+    def secret_file(self) -> Path:
+        return self.target.secret_file
+
+
+class RedisKind(_AtTarget[ValkeyTarget]):
     """A Valkey server."""
 
     name: ClassVar[str] = "redis"
@@ -280,10 +313,6 @@ class RedisKind:
         "a\r\nACL SETUSER x on",
         "a*",
     )
-
-    def __init__(self, target: ValkeyTarget) -> None:
-        self.target = target
-        self._opened: list[str] = []
 
     def backend(self, trust_domain: str = "test.example", access: TargetAccess | None = None) -> Backend:
         return RedisBackend(trust_domain, access or self.target.access())
@@ -326,17 +355,6 @@ class RedisKind:
 
     def said(self) -> bytes:
         return b"".join(path.read_bytes() for path in self.target.folder.rglob("*.log"))
-
-    def write_secret(self, address: str | None = None) -> None:
-        self.target.write_secret(address)
-
-    @property
-    def address(self) -> str:
-        return self.target.address
-
-    @property
-    def secret_file(self) -> Path:
-        return self.target.secret_file
 
     def wrong_secrets(self) -> dict[str, str]:
         return {
@@ -421,7 +439,7 @@ _BEYOND = (
 )
 
 
-class PostgresKind:
+class PostgresKind(_AtTarget[PostgresTarget]):
     """A PostgreSQL server, in one database of it."""
 
     name: ClassVar[str] = "postgres"
@@ -444,9 +462,6 @@ class PostgresKind:
         "**", "*/shop/a", 'shop/shop/a"; DROP TABLE shop.b', "shop/shop/a\nb", "shop/shop/a\x00b",
         "shop/shop/" + "n" * 64, "shop/shop/" + "é" * 32, "shop/shop/a/b/c", "s" * 64 + "/shop/a",
     )  # fmt: skip
-
-    def __init__(self, target: PostgresTarget) -> None:
-        self.target = target
 
     def backend(self, trust_domain: str = "test.example", access: TargetAccess | None = None) -> Backend:
         return PostgresBackend(trust_domain, access or self.target.access())
@@ -473,17 +488,6 @@ class PostgresKind:
 
     def said(self) -> bytes:
         return self.target.server.log.read_bytes()
-
-    def write_secret(self, address: str | None = None) -> None:
-        self.target.write_secret(address)
-
-    @property
-    def address(self) -> str:
-        return self.target.address
-
-    @property
-    def secret_file(self) -> Path:
-        return self.target.secret_file
 
     def wrong_secrets(self) -> dict[str, str]:
         login = f"postgresql://{quote(postgres.BROKER)}:wrong-secret"
@@ -517,7 +521,7 @@ SSH_USERS: dict[str, Any] = {
 """Commands that say what they are told: what they do is none of the suite's business, only whether they run."""
 
 
-class SshKind:
+class SshKind(_AtTarget[SshTarget]):
     """An OpenSSH server. An act is options for its client, and what the client asks for."""
 
     name: ClassVar[str] = "ssh"
@@ -538,9 +542,6 @@ class SshKind:
         "deploy/a\nb", "deploy/é", "deploy/-a", "deploy/a,b", "deploy/a:b", "deploy/" + "n" * 65, "Deploy/a",
         "de ploy/a", "deploy,root/a", "ringfence:deploy/a", "dé/a", "n" * 33 + "/a", "-l/a",
     )  # fmt: skip
-
-    def __init__(self, target: SshTarget) -> None:
-        self.target = target
 
     def backend(self, trust_domain: str = "test.example", access: TargetAccess | None = None) -> Backend:
         return SshBackend(trust_domain, access or self.target.access())
@@ -567,17 +568,6 @@ class SshKind:
     def said(self) -> bytes:
         files = (path for path in self.target.server.folder.rglob("*") if path.is_file())
         return b"".join(path.read_bytes() for path in files)
-
-    def write_secret(self, address: str | None = None) -> None:
-        self.target.write_secret(address)
-
-    @property
-    def address(self) -> str:
-        return self.target.address
-
-    @property
-    def secret_file(self) -> Path:
-        return self.target.secret_file
 
     def wrong_secrets(self) -> dict[str, str]:
         server = self.target.server
