@@ -165,6 +165,14 @@ async def test_who_may_ask_and_what_is_no_question(world: World):
                 headers = {**world.bearer(desk.server), "Content-Type": type}
                 answered = await http.post(url, content=json.dumps(good), headers=headers)
                 assert answered.status_code == status, type
+            text = json.dumps(good)
+            for body in (
+                text.replace('{"name": "read"}', '{"name": "read", "name": "wipe"}'),
+                text.replace('"deploy-bot"', r'"deploy-\ud800"'), "[" * 30_000, text[:-1], "null",
+            ):  # fmt: skip
+                assert body != text
+                headers = {**world.bearer(desk.server), "Content-Type": "application/json"}
+                assert (await http.post(url, content=body, headers=headers)).status_code == 400, body[:200]
         # What nobody here knows is passed over.
         unknown = {**good, "evaluations": [], "later": 1, "options": {"another_option": "value"}}
         assert (await desk.post("evaluations", unknown)).json()["decision"] is True

@@ -103,7 +103,8 @@ def test_the_weaker_verb_has_to_be_shown(body: bytes, verb: str) -> None:
     [
         None, b"", b"event=COMMENT", b'"COMMENT"', b'["COMMENT"]', b'{"event": "COMMENT"', b"\xff\xfe",
         b'{"event": "APPROVE", "event": "COMMENT"}', b'{"event": "COMMENT", "event": "COMMENT"}',
-        b'{"event": "COMMENT", "x": {"a": 1, "a": 2}}', '{"event": "COMMENT"}'.encode("utf-16"),
+        b'{"event": "COMMENT", "x": {"a": 1, "a": 2}}', rb'{"event": "COMMENT", "x": "\ud800"}',
+        b'{"event": "COMMENT", "x": NaN}', '{"event": "COMMENT"}'.encode("utf-16"),
         b"\xef\xbb\xbf" + b'{"event": "COMMENT"}', b'{"event": "COMMENT"} {}', b"[" * 200_000,
         b'{"event": "COMMENT", "x": "' + b"a" * MAX_BODY_BYTES + b'"}',
     ],

@@ -6,7 +6,6 @@ allows it. A request that two readers could understand differently is such a one
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.strict_json import json_object
 from ringfence.messages.registry import RequestRule
 from ringfence.model.scope import ScopeError, parse_name
 
@@ -231,16 +231,6 @@ def _json_object(body: bytes | None) -> dict[str, Any]:
     if body is None or len(body) > MAX_BODY_BYTES:
         raise _CannotTellError
     try:
-        found = json.loads(body.decode("utf-8"), object_pairs_hook=_once)
-    except (ValueError, RecursionError):
+        return json_object(body)
+    except ValueError:
         raise _CannotTellError from None
-    if not isinstance(found, dict):
-        raise _CannotTellError
-    return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name comes twice")
-    return found

@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, TypeVar
 
-import orjson
 from pydantic import BaseModel, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -27,6 +26,7 @@ from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import Signed, explain
 from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.strict_json import json_object
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.permission import Permission
 from ringfence.model.access import ForbiddenError, authenticate_target
@@ -234,12 +234,9 @@ async def _body(request: Request) -> dict[str, Any]:
         if len(body) > MAX_BODY_BYTES:
             raise BadQuestionError(f"a question has at most {MAX_BODY_BYTES} bytes")
     try:
-        document = orjson.loads(body)
+        return json_object(body)
     except ValueError:
-        document = None
-    if not isinstance(document, dict):
-        raise BadQuestionError("a question is a JSON object")
-    return document
+        raise BadQuestionError("a question is a JSON object in which no name comes twice") from None
 
 
 def _parsed(model: type[M], document: dict[str, Any]) -> M:
