@@ -20,13 +20,16 @@ from ringfence.messages.credential import Coordinates
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import SignedLease
-from ringfence.model.lease_store.keys import Keys, packed, shard_of
+from ringfence.model.lease_store.keys import AHEAD_MS, Keys, packed, shard_of
 from ringfence.model.lease_store.packing import condensed
+from ringfence.model.lease_store.scripts import KEPT_APART
 from ringfence.model.leases import origin_of, record_id
 
 PER_AGENT, PER_TASK = 100, 20
 SPONSORS, USERS, TARGETS = 500, 1_000, 50
 _COMMANDS = 4_000
+_NUMBER = b"\1"
+"""What stands for the one who signs all of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +93,12 @@ class Valkey:
 
     def _activation(self, id: str, names: Any, deadline_s: int, record: bytes) -> Iterator[tuple[Any, ...]]:
         at, raw, ms = self.at(id), packed(id), deadline_s * 1000
-        yield "SET", at.record(raw), b"active 1 %d\n%b" % (ms, record)
+        signer, kept = _apart(record)
+        yield "HSET", at.signers, signer, _NUMBER, _NUMBER, signer
+        yield "HSET", at.leases, raw, b"a1 %d\n%b" % (deadline_s, kept)
         yield "SET", at.live(raw), "", "PXAT", ms
-        yield "ZADD", at.deadlines, ms, raw
+        yield "SADD", at.due(deadline_s), raw
+        yield "ZADD", at.minutes, deadline_s // 60 * 60_000 - AHEAD_MS, deadline_s // 60
         leases, *agents = at.indexes(names)
         yield "SADD", leases, raw
         for key in agents:
@@ -121,6 +127,12 @@ class Valkey:
         for _ in batch:
             self._connection.read_response()
         batch.clear()
+
+
+def _apart(record: bytes) -> tuple[bytes, bytes]:
+    """Who signed what `condensed` made of a record, and the record as scripts keep it."""
+    at = 2 + record[1]
+    return record[2:at], bytes((KEPT_APART,)) + _NUMBER + record[at:]
 
 
 def signed_leases(

@@ -287,7 +287,7 @@ async def test_what_a_redis_has_that_came_back_from_another_epoch_gives_way_to_w
             Redis.from_url(place.world.settings("revoker").redis_url) as redis,
             redis.pipeline(transaction=True) as together,
         ):
-            together.set(at.record(id), f"expired {other.seq} {active.deadline * 1000} 0.00000000\n{jws}")
+            together.set(at.ended(id), f"x{other.seq} {active.deadline} 0.00000000\n{jws}")
             together.hset(at.outbox, mapping={field: jws})
             together.zadd(at.outbox_times, {field: 0})
             together.delete(*(keys.epoch for keys in store.keys))

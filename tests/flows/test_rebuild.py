@@ -19,7 +19,7 @@ from ringfence.messages.lease import TERMINAL, EndCause, Selector
 from ringfence.messages.topics import LEASE
 from ringfence.model.grants import id_of
 from ringfence.model.lease_store import LeaseStore, Restoration, SignedLease, Step, StoredLease
-from ringfence.model.lease_store.keys import packed
+from ringfence.model.lease_store.keys import Keys, packed
 from ringfence.model.leases import ALL_MARK, follow
 from tests.flows.granting import claims_of, grant, granted
 from tests.flows.place import Place, late, publish
@@ -320,21 +320,27 @@ async def test_each_difference_is_listed_and_a_rebuild_mends_it(
     await desk.lease(behind, "released")
     unknown = await late(place)
 
-    def at(id: str) -> tuple[Any, bytes]:
+    def at(id: str) -> tuple[Keys, bytes]:
         return store.at(id), packed(id)
+
+    async def not_due(keys: Keys, id: bytes) -> None:
+        await redis.zrem(keys.deadlines, id)
+        for minute in await redis.zrange(keys.minutes, 0, -1):
+            await redis.srem(f"{keys.due_prefix}{int(minute)}", id)
 
     async with Redis.from_url(place.world.settings("revoker").redis_url) as redis:
         keys, id = at(missing)
-        await redis.delete(keys.record(id), keys.live(id))
-        await redis.zrem(keys.deadlines, id)
+        await redis.delete(keys.live(id))
+        await redis.hdel(keys.leases, id)
+        await not_due(keys, id)
         keys, id = at(unindexed)
         await redis.srem(keys.index(desk.bot.name), id)
         keys, id = at(dead)
         await redis.delete(keys.live(id))
         keys, id = at(undue)
-        await redis.zrem(keys.deadlines, id)
+        await not_due(keys, id)
         keys, id = at(behind)
-        await redis.set(keys.record(id), f"active 1 {first[0].claims.deadline * 1000}\n{first[0].compact}")
+        await redis.set(keys.ended(id), f"a1 {first[0].claims.deadline}\n{first[0].compact}")
         keys, id = at(unknown.claims.lease_id)
         await store.activate([unknown])
         await store.flush_outbox()

@@ -29,6 +29,7 @@ from ringfence.model.lease_store import (
     expanded,
     outbox_field,
 )
+from ringfence.model.lease_store.keys import AHEAD_MS
 from ringfence.model.leases import ALL_MARK, marks_of, wide_marks_of
 from tests.brokers import RedisServer
 from tests.leases import VISIBLE_MS, bearing, claimed, lease, minted, minting, soon, step, until
@@ -50,6 +51,11 @@ async def store(settings: ServiceSettings) -> AsyncIterator[LeaseStore]:
     await store.connect()
     yield store
     await store.close()
+
+
+def opens_ms(one: SignedLease) -> int:
+    """When a lease that is due much later is to be looked at."""
+    return one.claims.deadline // 60 * 60_000 - AHEAD_MS
 
 
 # --- issuing ----------------------------------------------------------------------------------------------------------
@@ -180,7 +186,7 @@ async def test_a_prepared_lease_is_found_and_not_active_until_it_is_activated(st
     assert await store.activate([minted(one)], token="a") == [Activation("activated")]
     assert (await store.look(id)).active
     (state,) = await store.claim([store.shard_of(id)], limit=10, visibility_ms=1)
-    assert (state.leases, state.next_ms) == ({}, one.claims.deadline * 1000)
+    assert (state.leases, state.next_ms) == ({}, opens_ms(one))
     assert sorted((o.lease_id, o.seq) for o in await store.unpublished(older_than_ms=0)) == [(id, 1), (id, 2)]
 
 
@@ -282,19 +288,19 @@ async def test_what_is_due_soon_is_gone_through_once_by_its_deadlines_and_not_ta
     store: LeaseStore,
 ) -> None:
     now_s = int(time.time())
-    near = [lease(deadline=now_s + 300 + number // 4) for number in range(12)]
+    near = [lease(deadline=now_s + 30 + number // 4) for number in range(12)]
     await store.activate([*near, lease(deadline=now_s + 900)])
     due = {}
     for shard in store.shards:
         place, records = Place(), list[bytes]()
         while True:
-            place, some = await store.due_after(shard, place, within_ms=600_000, limit=2)
+            place, some = await store.due_after(shard, place, within_ms=AHEAD_MS, limit=2)
             records += map(expanded, some)
             if len(some) < 2:
                 break
-        assert (await store.due_after(shard, place, within_ms=600_000, limit=2))[1] == []
+        assert (await store.due_after(shard, place, within_ms=AHEAD_MS, limit=2))[1] == []
         due[shard] = records
-    assert await store.count_due(within_ms=600_000) == [len(due[shard]) for shard in store.shards]
+    assert await store.count_due(within_ms=AHEAD_MS) == [len(due[shard]) for shard in store.shards]
     deadlines = {one.jws.encode(): one.claims.deadline for one in near}
     found = [record for records in due.values() for record in records]
     assert sorted(found) == sorted(deadlines)

@@ -17,6 +17,7 @@ from ringfence.kernel.clock import suspend_aware_ms
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import Had, LeaseStore, LostError, Restoration
+from ringfence.model.lease_store.keys import Keys
 from ringfence.model.leases import ALL_MARK, marks_of
 from tests.brokers import RedisServer
 from tests.chaos.proxy import Link
@@ -73,7 +74,7 @@ async def test_nothing_is_told_or_done_where_leases_may_be_forgotten(
     await store.activate([SOME])
     try:
         async with Redis.from_url(settings.redis_url) as client:
-            keys = [key async for key in client.scan_iter(f"{settings.redis_prefix}:*", count=1000)]
+            keys = [key async for key in client.scan_iter(f"{settings.redis_prefix}*", count=1000)]
             match how:
                 case "emptied":
                     await client.delete(*keys)
@@ -86,8 +87,8 @@ async def test_nothing_is_told_or_done_where_leases_may_be_forgotten(
                     await restoration.close()
             with pytest.raises(LostError):
                 await CALLS[what](store)
-            leases = [key async for key in client.scan_iter(f"{settings.redis_prefix}:*:lease:*", count=1000)]
-        assert len(leases) == (0 if how == "emptied" else 1)
+            leases = sum([await client.hlen(at.leases) for at in store.keys])
+        assert leases == (0 if how == "emptied" else 1)
     finally:
         await store.close()
 
@@ -268,7 +269,7 @@ async def test_the_claim_of_a_rebuild_that_a_former_server_saw_holds_up_nobody(
     assert await first.begin(anyway=True)
     await first.close()
     client = Redis.from_url(redis_server.url)
-    key = f"{settings.redis_prefix}:{{0}}:rebuilding"
+    key = Keys(settings.redis_prefix, 0).rebuilding
     claim = await client.get(key)
     assert isinstance(claim, bytes)
     second = Restoration(settings)

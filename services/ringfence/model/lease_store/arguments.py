@@ -8,11 +8,18 @@ from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.model.lease_store.keys import GRANT_KEEP_MS, MIN_LEFT_MS, Keys, outbox_field, packed
 from ringfence.model.lease_store.scripts import Argument
-from ringfence.model.lease_store.values import Activation, Preparation, SignedLease, Stepped, StoredLease
+from ringfence.model.lease_store.values import (
+    LETTERS,
+    Activation,
+    Preparation,
+    SignedLease,
+    Stepped,
+    StoredLease,
+)
 
 MINTING_MS = 10_000
 """How long a lease that is restored while it was being minted is left to its issuer."""
-_SCRIPT_AT_A_TIME = 64
+AT_A_TIME = 64
 """So many leases go through one run of a script: less than a millisecond, in which Redis serves nobody else."""
 NO_LIMIT = 2**31
 """So many leases may name a grant where they do already: they are counted again."""
@@ -40,9 +47,7 @@ def restoring(
     head = head_of(claims) + (" -" if claims.status == "minting" else "")
     return (
         (
-            at.record(id),
             at.live(id),
-            at.deadlines,
             at.claimed,
             at.outbox,
             at.outbox_times,
@@ -77,9 +82,16 @@ def using(
 
 def head_of(claims: Lease) -> str:
     """What scripts read of a record: it stands before the signed one."""
-    return f"{claims.status} {claims.seq} {claims.deadline * 1000}" + (
-        f" {claims.epoch}" if claims.epoch else ""
-    )
+    return f"{_state_of(claims)} {claims.deadline}" + (f" {claims.epoch}" if claims.epoch else "")
+
+
+def following(claims: Lease) -> str:
+    """What a record must be for another to follow it."""
+    return f"{_state_of(claims)} {claims.epoch or ''}"
+
+
+def _state_of(claims: Lease) -> str:
+    return f"{LETTERS[claims.status]}{claims.seq}"
 
 
 def issuing(id: bytes, lease: SignedLease) -> tuple[Argument, ...]:
@@ -101,7 +113,7 @@ def in_parts(numbers: Sequence[int], lease_ids: Sequence[str]) -> list[list[int]
     parts: list[list[int]] = []
     last = None
     for number, lease_id in zip(numbers, lease_ids, strict=True):
-        if not parts or (len(parts[-1]) >= _SCRIPT_AT_A_TIME and lease_id != last):
+        if not parts or (len(parts[-1]) >= AT_A_TIME and lease_id != last):
             parts.append([])
         parts[-1].append(number)
         last = lease_id

@@ -16,6 +16,8 @@ GRANT_KEEP_MS = 13 * 3600 * 1000
 """How long it is remembered which leases named a grant: longer than a grant lives, and less long than their records."""
 MIN_LEFT_MS = 300
 """What ends sooner is not activated. A revoker may look for new deadlines this much less often than it meets them."""
+AHEAD_MS = 60_000
+"""How long before its minute a lease that is due in it comes to the deadlines."""
 CLOSING_TOKEN = "!"  # noqa: S105 - names an attempt, opens nothing
 """The token of revokers that abort a lease which is still minting: nobody can take it over from them."""
 
@@ -23,12 +25,23 @@ ID_BYTES = 16
 ANEW = b"anew"
 """In the place of an epoch: the shard is to be rebuilt, and every lease put where it belongs."""
 
+# What follows the hash tag and a colon. Scripts put the same names together: they know the shard by their last key.
+LEASES = "leases"
+ENDED = "ended:"
+SIGNERS = "signers"
+DEADLINES = "deadlines"
+MINUTES = "minutes"
+DUE = "due:"
+
 
 class Keys:
-    """Every key of one shard. The part in braces is the hash tag. Ids of leases stand in them as `packed`."""
+    """Every key of one shard. The part in braces is the hash tag. Ids of leases stand in them as `packed`.
+
+    The names decide which layout this is: to a service that knows another one, the epoch is missing, and Redis lost.
+    """
 
     def __init__(self, prefix: str, shard: int) -> None:
-        base = f"{prefix}:{{{shard}}}:"
+        base = f"{prefix}{{{shard}}}:"
         self._base = base
         self.shard = shard
         self.epoch = base + "epoch"
@@ -37,8 +50,20 @@ class Keys:
         wants it to be rebuilt."""
         self.rebuilding = base + "rebuilding"
         """The claim of who rebuilds the shard now, for as long as it gives signs of life."""
-        self.deadlines = base + "deadlines"
-        """Sorted set: active leases by their deadlines, in ms."""
+        self.leases = base + LEASES
+        """Hash: the ids of leases that have not ended to `<status><seq> <deadline s>`, while one is minting the token
+        of who mints it, from the cut on the epoch that the record bears, a line feed, the signed record. The status is
+        a letter (`LETTERS`)."""
+        self.ended_prefix = f"{base}{ENDED}".encode()
+        """Before the id of a lease that has ended: the same, for a while."""
+        self.signers = base + SIGNERS
+        """Hash: who signed records (key, trust domain and name) to a byte that stands for it in them, and back."""
+        self.deadlines = base + DEADLINES
+        """Sorted set: active leases that are due within a minute or two by their deadlines, in ms."""
+        self.minutes = base + MINUTES
+        """Sorted set: minutes (since 1970) in which others are due, by when, in ms, those come to the deadlines."""
+        self.due_prefix = base + DUE
+        """Before a minute: a set of the ids of these."""
         self.claimed = base + "claimed"
         """Sorted set: leases that an issuer is minting or a revoker is ending, by the time, in ms, from which a revoker
         may take them over."""
@@ -50,9 +75,6 @@ class Keys:
         """Sorted set: marks (`task:<id>`, `all`) by `issued_before` in ms."""
         self.live_prefix = f"{base}live:".encode()
         """Before a lease id: an empty string that Redis expires at the deadline; gone from the cut on."""
-        self.record_prefix = f"{base}lease:".encode()
-        """Before a lease id: `<status> <seq> <deadline ms>`, while it is minting the token of who mints it, from the
-        cut on the epoch that the record bears, a line feed, the signed record."""
         self.index_prefix = f"{base}by:agent:"
         """Before the id of an agent: a set of the ids of its leases that have not ended."""
         self.agents_prefix = f"{base}agents:"
@@ -63,8 +85,12 @@ class Keys:
     def live(self, id: bytes) -> bytes:
         return self.live_prefix + id
 
-    def record(self, id: bytes) -> bytes:
-        return self.record_prefix + id
+    def ended(self, id: bytes) -> bytes:
+        return self.ended_prefix + id
+
+    def due(self, deadline_s: int) -> str:
+        """Set: the ids of leases that are due in the same minute, until that has nearly come."""
+        return f"{self.due_prefix}{deadline_s // 60}"
 
     def index(self, agent_id: str) -> str:
         """Set: the ids of the leases of an agent that have not ended."""

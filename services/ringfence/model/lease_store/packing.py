@@ -23,11 +23,13 @@ from ringfence.messages.base import typ_header
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store.keys import packed, unpacked
 
-_DEFLATED, _APART = b"\x01", b"\x02"
+_DEFLATED, _APART = b"\x01", b"\x03"
 """Begin what is deflated with this dictionary, and what is taken apart in this way; others have other numbers. A JWS
-begins with a letter."""
+begins with a letter. After `_APART` comes who signed it, with its length in a byte before: that is the same in very
+many records, and scripts put a byte in its place, after another number (`scripts.KEPT_APART`)."""
 _SIGNATURE_BYTES = 64
 _START = 1 + _SIGNATURE_BYTES
+_KID_BYTES = 32
 _LEVEL, _WINDOW, _MEMORY = 1, -12, 5
 """Higher levels save 25 bytes more and take twice as long; clearing more memory than that takes longer still."""
 
@@ -47,9 +49,9 @@ _DICTIONARY = (
 )
 _FRESH = zlib.compressobj(_LEVEL, zlib.DEFLATED, _WINDOW, _MEMORY, zlib.Z_DEFAULT_STRATEGY, _DICTIONARY)
 
-_FIXED = struct.Struct(">BBBIIHI32s16s16s32s16sH")
-"""Flags, status, `seq`, `iat`, `requested_at_ms` in s and ms, `deadline`, `kid`, ids of origin and request, digest of
-the decision, id of the task, length of the texts."""
+_FIXED = struct.Struct(">BBBIIHI16s16s32s16sH")
+"""Flags, status, `seq`, `iat`, `requested_at_ms` in s and ms, `deadline`, ids of origin and request, digest of the
+decision, id of the task, length of the texts."""
 _BETWEEN, _WITHIN = "\0", "\1"
 """Between texts, and between the verbs, or the resources, of one permission. JSON would write both in another way."""
 _STATUSES = ("minting", "active", "ending", "released", "revoked", "expired", "aborted")
@@ -76,9 +78,11 @@ def condensed(jws: str) -> bytes:
     if len(signature) != _SIGNATURE_BYTES or b"\n" in header:
         return jws.encode()
     try:
-        apart = _taken_apart(*_signer(header), orjson.loads(payload))
-        if _put_together(apart) == (header, payload):
-            return b"".join((_APART, signature, apart))
+        claims = orjson.loads(payload)
+        alg, kid = _signing(header)
+        signer, apart = _signer(kid, claims), _taken_apart(alg, claims)
+        if _put_together(signer, apart) == (header, payload):
+            return b"".join((_APART, bytes((len(signer),)), signer, signature, apart))
     except _UNFIT:
         pass
     return b"".join((_DEFLATED, signature, _deflated(header + b"\n" + payload)))
@@ -90,12 +94,13 @@ def expanded(stored: bytes) -> bytes:
     if parts is None:
         return stored
     header, payload = parts
-    return ".".join(map(b64encode, (header, payload, stored[1:_START]))).encode()
+    return ".".join(map(b64encode, (header, payload, signature_of(stored)))).encode()
 
 
 def signature_of(stored: bytes) -> bytes:
     """The signature in what `condensed` wrote of a JWS."""
-    return stored[1:_START]
+    at = _after_signer(stored)
+    return stored[at : at + _SIGNATURE_BYTES]
 
 
 def unverified_payload(stored: bytes) -> bytes | None:
@@ -109,9 +114,10 @@ def unverified_name(stored: bytes, kind: str) -> str | None:
     try:
         if not stored.startswith(_APART):
             return str(orjson.loads(unverified_payload(stored) or b"")[_KINDS[kind]])
-        *_, task, length = _FIXED.unpack_from(stored, _START)
-        at = _START + _FIXED.size
-        names = dict(zip(_NAMES, stored[at : at + length].decode().split(_BETWEEN)[2:], strict=False))
+        at = _after_signer(stored) + _SIGNATURE_BYTES
+        *_, task, length = _FIXED.unpack_from(stored, at)
+        at += _FIXED.size
+        names = dict(zip(_NAMES, stored[at : at + length].decode().split(_BETWEEN), strict=False))
         return unpacked(task) if kind == "task" else names[_KINDS[kind]]
     except _UNFIT:
         return None
@@ -121,7 +127,8 @@ def _parts(stored: bytes) -> tuple[bytes, bytes] | None:
     """Header and payload; None where `condensed` did not write them."""
     try:
         if stored.startswith(_APART):
-            return _put_together(stored[_START:])
+            at = _after_signer(stored)
+            return _put_together(stored[2:at], stored[at + _SIGNATURE_BYTES :])
         if stored.startswith(_DEFLATED):
             header, _, payload = _inflated(stored[_START:]).partition(b"\n")
             return header, payload
@@ -130,10 +137,21 @@ def _parts(stored: bytes) -> tuple[bytes, bytes] | None:
     return None
 
 
+def _after_signer(stored: bytes) -> int:
+    """Where the signature begins."""
+    return 2 + stored[1] if stored.startswith(_APART) else 1
+
+
 # --- records that are taken apart -------------------------------------------------------------------------------------
 
 
-def _taken_apart(alg: int, kid: bytes, claims: Any) -> bytes:
+def _signer(kid: bytes, claims: Any) -> bytes:
+    """The key that signed a record, the trust domain, and the name of the service."""
+    aud = claims["aud"]
+    return kid + _BETWEEN.join((aud, claims["iss"].removeprefix(_service(aud, "")))).encode()
+
+
+def _taken_apart(alg: int, claims: Any) -> bytes:
     """What `_put_together` makes the same header and claims of. If it does not: they are of another kind."""
     deadline, cause = claims["deadline"], claims.get("cause")
     thumbprint, epoch, trace = (claims.get(name) for name in ("key_thumbprint", "epoch", "traceparent"))
@@ -159,7 +177,6 @@ def _taken_apart(alg: int, kid: bytes, claims: Any) -> bytes:
             claims["iat"],
             *divmod(claims["requested_at_ms"], 1000),
             deadline,
-            kid,
             packed(claims["jti"].partition(".")[0]),
             packed(claims["request_id"]),
             bytes.fromhex(claims["decision_digest"]),
@@ -182,8 +199,6 @@ def _taken_apart(alg: int, kid: bytes, claims: Any) -> bytes:
 
 def _texts(claims: Any) -> Iterator[str]:
     """The names in a record, and its scope."""
-    yield claims["aud"]
-    yield claims["iss"].removeprefix(_service(claims["aud"], ""))
     yield from [claims[name] for name in _NAMES]
     for permission in claims["scope"]:
         target = permission["target"]
@@ -192,15 +207,15 @@ def _texts(claims: Any) -> Iterator[str]:
         yield _WITHIN.join(permission["resources"])
 
 
-def _put_together(apart: bytes) -> tuple[bytes, bytes]:
+def _put_together(signer: bytes, apart: bytes) -> tuple[bytes, bytes]:
     """Header and payload."""
+    kid = signer[:_KID_BYTES]
+    aud, service = signer[_KID_BYTES:].decode().split(_BETWEEN)
     (
-        flags, status, seq, iat, requested_s, requested_ms, deadline, kid, origin, request, digest, task, length,
+        flags, status, seq, iat, requested_s, requested_ms, deadline, origin, request, digest, task, length,
     ) = _FIXED.unpack_from(apart)  # fmt: skip
     at = _FIXED.size + length
-    aud, service, agent_id, sponsor, user, target_id, backend, *scope = (
-        apart[_FIXED.size : at].decode().split(_BETWEEN)
-    )
+    agent_id, sponsor, user, target_id, backend, *scope = apart[_FIXED.size : at].decode().split(_BETWEEN)
     thumbprint = epoch = trace = ""
     if flags & _BOUND:
         thumbprint = f',"key_thumbprint":"{b64encode(apart[at : at + _THUMBPRINT_BYTES])}"'
@@ -239,7 +254,7 @@ def _put_together(apart: bytes) -> tuple[bytes, bytes]:
 
 
 @lru_cache(maxsize=256)
-def _signer(header: bytes) -> tuple[int, bytes]:
+def _signing(header: bytes) -> tuple[int, bytes]:
     """Algorithm and `kid`."""
     fields = orjson.loads(header)
     return _ALGORITHMS.index(fields["alg"]), b64decode(fields["kid"])

@@ -26,6 +26,7 @@ from ringfence.model.lease_store.keys import (
 from ringfence.model.lease_store.link import Call, Link
 from ringfence.model.lease_store.scripts import (
     COMPARE,
+    GET,
     GIVE_UP,
     QUEUE,
     RECOUNT,
@@ -34,8 +35,10 @@ from ringfence.model.lease_store.scripts import (
     Argument,
     Command,
     Script,
+    all_ids,
     always,
     fencing,
+    held,
 )
 from ringfence.model.lease_store.shards import epoch_name, epoch_run_id
 from ringfence.model.lease_store.values import SignedLease, StoredLease
@@ -64,7 +67,7 @@ class Held:
     stored: StoredLease | None
     live: bool
     deadline_ms: int | None
-    """Its place among the deadlines."""
+    """Its place among the deadlines, or the minutes."""
     claimed: bool
     marks: frozenset[str]
     """Those that it is found by."""
@@ -150,10 +153,7 @@ class Restoration:
         asked: dict[Keys, list[str]] = {at: [] for at in self._keys}
         for lease_id in lease_ids:
             asked[self._at(lease_id)].append(lease_id)
-        calls = [
-            self._call(COMPARE, at, (), (CLAIM_MS, at.record_prefix, *map(packed, ids)))
-            for at, ids in asked.items()
-        ]
+        calls = [self._call(COMPARE, at, (), (CLAIM_MS, *map(packed, ids))) for at, ids in asked.items()]
         answers = await self._link.scripts(calls)
         return {
             id: Had.unpack(packed)
@@ -240,17 +240,15 @@ class Restoration:
 
     async def ids(self) -> list[str]:
         """All leases that Redis thinks have not ended."""
-        commands: list[Command] = []
-        for at in self._keys:
-            commands += [("ZRANGE", at.deadlines, 0, -1), ("ZRANGE", at.claimed, 0, -1)]
-        answers = await self._link.pipeline(commands)
+        answers = await self._link.pipeline([all_ids(at) for at in self._keys])
         return list(dict.fromkeys(unpacked(id) for ids in answers for id in ids))
 
     async def records(self, lease_ids: Sequence[str]) -> dict[str, StoredLease]:
-        """The records of these leases, as far as there are any."""
-        answers = await self._link.pipeline([("GET", self._at(id).record(packed(id))) for id in lease_ids])
+        """The records of these leases, as far as there are any. In a rebuild."""
+        calls = [self._call(GET, self._at(id), (), (packed(id),)) for id in lease_ids]
+        answers = await self._link.scripts(calls)
         return {
-            id: StoredLease.unpack(record) for id, record in zip(lease_ids, answers, strict=True) if record
+            id: StoredLease.unpack(record) for id, (record,) in zip(lease_ids, answers, strict=True) if record
         }
 
     async def held(self, marks: Mapping[str, Sequence[str]]) -> dict[str, Held]:
@@ -259,10 +257,7 @@ class Restoration:
         for lease_id, some in marks.items():
             at, id = self._at(lease_id), packed(lease_id)
             commands += [
-                ("GET", at.record(id)),
-                ("EXISTS", at.live(id)),
-                ("ZSCORE", at.deadlines, id),
-                ("ZSCORE", at.claimed, id),
+                held(at, id),
                 *(_found_by(at, id, mark, some[0]) for mark in some),
             ]
         answers = iter(await self._link.pipeline(commands))
@@ -288,11 +283,11 @@ class Restoration:
 
 
 def _held(answers: Iterator[Any], marks: Sequence[str]) -> Held:
-    record, live, deadline, claimed = next(answers), next(answers), next(answers), next(answers)
+    record, live, deadline_ms, claimed = next(answers)
     return Held(
         StoredLease.unpack(record) if record else None,
         bool(live),
-        int(deadline) if deadline is not None else None,
+        deadline_ms or None,
         claimed is not None,
         _marks(marks, [bool(next(answers)) for _ in marks]),
     )

@@ -1,13 +1,25 @@
 """The Lua scripts of the lease store: each is one step, whole or not at all, by Redis's own clock.
 
 The last key of each is the epoch of the shard, the last argument what it must be: on a Redis that has forgotten leases,
-or may have, nothing is done. In the scripts of a rebuild it is the claim of who rebuilds instead.
+or may have, nothing is done. In the scripts of a rebuild it is the claim of who rebuilds instead. From that key they
+know the others of the shard that they need for many leases.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+
+from ringfence.model.lease_store.keys import (
+    AHEAD_MS,
+    DEADLINES,
+    DUE,
+    ENDED,
+    LEASES,
+    MINUTES,
+    SIGNERS,
+    Keys,
+)
 
 Argument = str | bytes | int
 Command = tuple[Argument, ...]
@@ -24,6 +36,100 @@ if redis.call('GET', guard) ~= expected then return redis.error_reply('{LOST} ep
 _NOW = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
+
+KEPT_APART = 4
+"""Begins a record that is taken apart, where a byte stands for who signed it. No reader sees it."""
+_MOST_SIGNERS = 255
+
+# What is kept of leases. In a hash those that have not ended; the others by themselves: they are forgotten one by one.
+# `known`: head and record as they were written. `head_of`: status, seq, deadline in s, epoch or token.
+_RECORDS = f"""
+local base = string.match(guard, '^.*:')
+local leases, ended, signers = base .. '{LEASES}', base .. '{ENDED}', base .. '{SIGNERS}'
+local by_number, numbers = {{}}, {{}}
+local function kept(id) return redis.call('HGET', leases, id) or redis.call('GET', ended .. id) end
+local function told(text)
+    if not text then return text end
+    local at = string.find(text, '\\n', 1, true)
+    if string.byte(text, at + 1) ~= {KEPT_APART} then return text end
+    local number = string.sub(text, at + 2, at + 2)
+    local signer = by_number[number]
+    if not signer then
+        signer = redis.call('HGET', signers, number)
+        if not signer then return text end
+        by_number[number] = signer
+    end
+    return string.sub(text, 1, at) .. '\\3' .. string.char(#signer) .. signer .. string.sub(text, at + 3)
+end
+local function known(id) return told(kept(id)) end
+local function head_of(id)
+    local text = kept(id)
+    if text then return string.match(text, '^(%a)(%d+) (%d+) ?([^\\n]*)\\n') end
+end
+local function number_of(signer)
+    local number = numbers[signer] or redis.call('HGET', signers, signer)
+    if not number then
+        local count = redis.call('HLEN', signers) / 2
+        if count >= {_MOST_SIGNERS} then return end
+        number = string.char(count + 1)
+        redis.call('HSET', signers, signer, number, number, signer)
+    end
+    numbers[signer] = number
+    return number
+end
+local function slim(head, record)
+    if string.byte(record, 1) == 3 then
+        local size = string.byte(record, 2)
+        local number = number_of(string.sub(record, 3, 2 + size))
+        if number then record = '\\{KEPT_APART}' .. number .. string.sub(record, 3 + size) end
+    end
+    return head .. '\\n' .. record
+end
+local function keep(id, head, record) redis.call('HSET', leases, id, slim(head, record)) end
+local function keep_ended(id, head, record, until_ms)
+    redis.call('SET', ended .. id, slim(head, record), 'PXAT', until_ms)
+    redis.call('HDEL', leases, id)
+end
+"""
+
+# Deadlines. What is due in a later minute waits in a set with all that is: an id there weighs a quarter of what it does
+# with a deadline of its own. `open` takes some to the deadlines, of the minutes that have nearly come.
+_DEADLINES = f"""
+local deadlines, minutes, due = base .. '{DEADLINES}', base .. '{MINUTES}', base .. '{DUE}'
+local function await(id, deadline)
+    local minute = math.floor(deadline / 60000)
+    local open_at = minute * 60000 - {AHEAD_MS}
+    if open_at <= now then
+        redis.call('ZADD', deadlines, deadline, id)
+    else
+        redis.call('SADD', due .. minute, id)
+        redis.call('ZADD', minutes, open_at, minute)
+    end
+end
+local function forget(ids, deadlines_s)
+    redis.call('ZREM', deadlines, unpack(ids))
+    local by_minute = {{}}
+    for i, id in ipairs(ids) do
+        local minute = math.floor(deadlines_s[i] / 60)
+        by_minute[minute] = by_minute[minute] or {{}}
+        table.insert(by_minute[minute], id)
+    end
+    for minute, some in pairs(by_minute) do redis.call('SREM', due .. minute, unpack(some)) end
+end
+local function open(limit)
+    local minute = redis.call('ZRANGEBYSCORE', minutes, '-inf', now, 'LIMIT', 0, 1)[1]
+    if not minute then return end
+    local ids = redis.call('SPOP', due .. minute, limit)
+    for _, id in ipairs(ids) do
+        local status, _, deadline_s = head_of(id)
+        -- Without a record it comes to whoever claims it, who sees what is wrong.
+        if status == 'a' or not status then
+            redis.call('ZADD', deadlines, (deadline_s or minute * 60) * 1000, id)
+        end
+    end
+    if #ids < limit then redis.call('ZREM', minutes, minute) end
+end
 """
 
 # A lease among those of its agent (keys[1], a set), and its agent among those of its sponsor and user (the other keys,
@@ -91,28 +197,29 @@ local function forbidden(fences)
 end
 """
 
-# KEYS: record, claimed, outbox, outbox times, fences, index...
+# KEYS: claimed, outbox, outbox times, fences, index...
 # ARGV: id, deadline, requested at, head of the record, record, outbox field, least time left, token, time to mint,
 #       agent, mark...
 _PREPARE = (
-    _INDEXES
+    _RECORDS
+    + _INDEXES
     + _FORBIDDEN
     + """
-local known = redis.call('GET', KEYS[1])
-local head, token, signed = string.match(known or '', '^(minting %d+ %d+) (%S+)\\n(.*)')
+local known = known(ARGV[1])
+local head, token, signed = string.match(known or '', '^(m%d+ %d+) (%S+)\\n(.*)')
 if known and (not head or token == '!' and ARGV[8] ~= token) then return {'known', known} end
-local no = forbidden(KEYS[5])
+local no = forbidden(KEYS[4])
 if no then return no end
-redis.call('ZADD', KEYS[2], now + ARGV[9], ARGV[1])
+redis.call('ZADD', KEYS[1], now + ARGV[9], ARGV[1])
 if known then
-    known = head .. ' ' .. ARGV[8] .. '\\n' .. signed
-    redis.call('SET', KEYS[1], known)
-    return {'prepared', known}
+    head = head .. ' ' .. ARGV[8]
+    keep(ARGV[1], head, signed)
+    return {'prepared', head .. '\\n' .. signed}
 end
-redis.call('SET', KEYS[1], ARGV[4] .. ' ' .. ARGV[8] .. '\\n' .. ARGV[5])
-redis.call('HSET', KEYS[3], ARGV[6], ARGV[5])
-redis.call('ZADD', KEYS[4], now, ARGV[6])
-enter({unpack(KEYS, 6)}, ARGV[1], ARGV[10])
+keep(ARGV[1], ARGV[4] .. ' ' .. ARGV[8], ARGV[5])
+redis.call('HSET', KEYS[2], ARGV[6], ARGV[5])
+redis.call('ZADD', KEYS[3], now, ARGV[6])
+enter({unpack(KEYS, 5)}, ARGV[1], ARGV[10])
 return {'prepared'}
 """
 )
@@ -120,31 +227,33 @@ PREPARE = Script(_PREPARE)
 CLOSE = Script(_PREPARE, always=True)
 """The same by a revoker that shuts the issuer out."""
 
-# KEYS: record, live, deadlines, claimed, outbox, outbox times, fences, index...
+# KEYS: live, claimed, outbox, outbox times, fences, index...
 # ARGV: id, deadline, requested at, head of the record, record, outbox field, least time left,
 #       token that the `minting` record must bear, else '', seq of that, agent, mark...
 ACTIVATE = Script(
-    _INDEXES
+    _RECORDS
+    + _DEADLINES
+    + _INDEXES
     + _FORBIDDEN
     + """
-local known, record = redis.call('GET', KEYS[1]), ARGV[4] .. '\\n' .. ARGV[5]
+local known = known(ARGV[1])
 if ARGV[8] ~= '' then
-    if known == record then return {'activated'} end
+    if known == ARGV[4] .. '\\n' .. ARGV[5] then return {'activated'} end
     if not known then return {'lost'} end
-    local seq, token = string.match(known, '^minting (%d+) %d+ (%S+)')
+    local seq, token = string.match(known, '^m(%d+) %d+ (%S+)')
     if token ~= ARGV[8] or seq ~= ARGV[9] then return {'lost', known} end
 elseif known then
     return {'known', known}
 end
-local no = forbidden(KEYS[7])
+local no = forbidden(KEYS[5])
 if no then return no end
-redis.call('SET', KEYS[1], record)
-redis.call('SET', KEYS[2], '', 'PXAT', ARGV[2])
-redis.call('ZADD', KEYS[3], ARGV[2], ARGV[1])
-redis.call('ZREM', KEYS[4], ARGV[1])
-redis.call('HSET', KEYS[5], ARGV[6], ARGV[5])
-redis.call('ZADD', KEYS[6], now, ARGV[6])
-enter({unpack(KEYS, 8)}, ARGV[1], ARGV[10])
+keep(ARGV[1], ARGV[4], ARGV[5])
+redis.call('SET', KEYS[1], '', 'PXAT', ARGV[2])
+await(ARGV[1], tonumber(ARGV[2]))
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('HSET', KEYS[3], ARGV[6], ARGV[5])
+redis.call('ZADD', KEYS[4], now, ARGV[6])
+enter({unpack(KEYS, 6)}, ARGV[1], ARGV[10])
 return {'activated'}
 """
 )
@@ -162,24 +271,71 @@ USE_GRANT = Script(_USE_GRANT)
 RECOUNT = Script(_USE_GRANT, always=True)
 """The same for what is issued already."""
 
-# KEYS: record, live, fences. ARGV: mark...
-LOOK = Script("""
-local before = -1
-if #ARGV > 0 then
-    for _, at in ipairs(redis.call('ZMSCORE', KEYS[3], unpack(ARGV))) do
+# KEYS: live, fences. ARGV: id, mark...
+LOOK = Script(
+    _RECORDS
+    + """
+local before, marks = -1, {unpack(ARGV, 2)}
+if #marks > 0 then
+    for _, at in ipairs(redis.call('ZMSCORE', KEYS[2], unpack(marks))) do
         if at then before = math.max(before, tonumber(at)) end
     end
 end
-return {now, redis.call('GET', KEYS[1]), redis.call('EXISTS', KEYS[2]), before}
-""")
+return {now, known(ARGV[1]), redis.call('EXISTS', KEYS[1]), before}
+"""
+)
+
+# The records of leases. KEYS: none. ARGV: id...
+GET = Script(
+    _RECORDS
+    + """
+local found = {}
+for i, id in ipairs(ARGV) do found[i] = known(id) end
+return found
+"""
+)
+
+# KEYS: epoch, which is not looked at here, live, claimed. ARGV: id.
+_HELD = f"""
+local guard, id = KEYS[1], ARGV[1]
+{_RECORDS}{_DEADLINES}
+local _, _, deadline_s = head_of(id)
+local due_at = redis.call('ZSCORE', deadlines, id)
+if not due_at and deadline_s and redis.call('SISMEMBER', due .. math.floor(deadline_s / 60), id) == 1 then
+    due_at = deadline_s * 1000
+end
+return {{known(id), redis.call('EXISTS', KEYS[2]), tonumber(due_at or 0), redis.call('ZSCORE', KEYS[3], id)}}
+"""
+# KEYS: deadlines, claimed, minutes. ARGV: prefix of the minutes' sets (same slot).
+_IDS = """
+local found = redis.call('ZRANGE', KEYS[1], 0, -1)
+local function add(ids) for _, id in ipairs(ids) do found[#found + 1] = id end end
+for _, minute in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do add(redis.call('SMEMBERS', ARGV[1] .. minute)) end
+add(redis.call('ZRANGE', KEYS[2], 0, -1))
+return found
+"""
+
+
+def held(at: Keys, id: bytes) -> Command:
+    """What tells of one lease: its record, whether its live key is there, its deadline or 0, and until when it is
+    claimed."""
+    return ("EVAL", _HELD, 3, at.epoch, at.live(id), at.claimed, id)
+
+
+def all_ids(at: Keys) -> Command:
+    """What tells the ids of all leases of a shard that have not ended: of one moment, as they wander."""
+    return ("EVAL", _IDS, 3, at.deadlines, at.claimed, at.minutes, at.due_prefix)
 
 
 # --- ending -----------------------------------------------------------------------------------------------------------
 
-# KEYS: deadlines, claimed. ARGV: limit, visibility, prefix of record keys (same slot).
+# KEYS: deadlines, claimed, minutes. ARGV: limit, visibility.
 CLAIM = Script(
-    """
+    _RECORDS
+    + _DEADLINES
+    + """
 local limit, visible = tonumber(ARGV[1]), now + ARGV[2]
+open(limit)
 local ids = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, limit)
 if #ids < limit then
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, limit - #ids)) do
@@ -191,7 +347,7 @@ local found = {}
 for _, id in ipairs(ids) do
     redis.call('ZADD', KEYS[2], visible, id)
     found[#found + 1] = id
-    found[#found + 1] = redis.call('GET', ARGV[3] .. id)
+    found[#found + 1] = known(id)
 end
 local next = false
 for _, key in ipairs(KEYS) do
@@ -206,8 +362,10 @@ return {now, next, found}
 # KEYS: deadlines. ARGV: within how long.
 COUNT_DUE = Script("return redis.call('ZCOUNT', KEYS[1], now, now + ARGV[1])")
 
-# KEYS: deadlines. ARGV: a deadline, how many with this one to pass over, within how long, limit, prefix of record keys.
-DUE_AFTER = Script("""
+# KEYS: deadlines. ARGV: a deadline, how many with this one to pass over, within how long, limit.
+DUE_AFTER = Script(
+    _RECORDS
+    + """
 local last, passed = tonumber(ARGV[1]), tonumber(ARGV[2])
 if last < now then last, passed = now, 0 end
 local found = redis.call(
@@ -217,10 +375,11 @@ for i = 1, #found, 2 do
     local deadline = tonumber(found[i + 1])
     if deadline > last then last, passed = deadline, 0 end
     passed = passed + 1
-    records[#records + 1] = redis.call('GET', ARGV[5] .. found[i])
+    records[#records + 1] = known(found[i])
 end
 return {last, passed, records}
-""")
+"""
+)
 
 # KEYS: claimed. ARGV: (id, delay)...
 POSTPONE = Script(
@@ -232,42 +391,42 @@ return {}
 )
 
 # The next records of many leases of a shard. Where one of a lease does not follow, none that come after it do.
-# KEYS: deadlines, claimed, outbox, outbox times.
-# ARGV: prefixes of records, live keys, leases of agents and agents of marks (same slot), how long a lease that has not
+# KEYS: claimed, outbox, outbox times.
+# ARGV: prefixes of live keys, leases of agents and agents of marks (same slot), how long a lease that has not
 #       ended is claimed, how long the record of one that has is kept,
 #       (id, status, seq and epoch of the record that is expected there, head of the record, record, outbox field,
 #       deadline, agent and two marks if terminal, else '' and nothing more)...
 TRANSITION = Script(
-    _INDEXES
+    _RECORDS
+    + _DEADLINES
+    + _INDEXES
     + """
-local answers, done, over, claimed, live = {}, {}, {}, {}, {}
+local answers, done, due_s, over, claimed, live = {}, {}, {}, {}, {}, {}
 local records, times, moved = {}, {}, {}
-local i = 7
+local i = 6
 while i <= #ARGV do
     local id, deadline = ARGV[i], ARGV[i + 5]
-    local key = ARGV[1] .. id
-    local head = redis.call('GETRANGE', key, 0, 63)
-    local status, seq, epoch = string.match(head, '^(%a+) (%d+) %d+ ?([^\\n]*)')
-    if status == 'minting' then epoch = '' end
+    local status, seq, deadline_s, epoch = head_of(id)
+    if status == 'm' then epoch = '' end
     if not status then
         answers[#answers + 1] = {'unknown'}
-    elseif moved[id] or status .. ' ' .. seq .. ' ' .. epoch ~= ARGV[i + 1] then
+    elseif moved[id] or status .. seq .. ' ' .. epoch ~= ARGV[i + 1] then
         moved[id] = true
-        answers[#answers + 1] = {'moved', redis.call('GET', key)}
+        answers[#answers + 1] = {'moved', known(id)}
     else
         answers[#answers + 1] = {'done'}
         done[#done + 1] = id
-        live[#live + 1] = ARGV[2] .. id
-        local record = ARGV[i + 2] .. '\\n' .. ARGV[i + 3]
+        due_s[#done] = deadline_s
+        live[#live + 1] = ARGV[1] .. id
         if deadline ~= '' then
             over[#over + 1] = id
-            redis.call('SET', key, record, 'PXAT', math.max(now, tonumber(deadline)) + ARGV[6])
-            local keys = {ARGV[3] .. ARGV[i + 6]}
-            for n = 7, 8 do keys[#keys + 1] = ARGV[4] .. ARGV[i + n] end
+            keep_ended(id, ARGV[i + 2], ARGV[i + 3], math.max(now, tonumber(deadline)) + ARGV[5])
+            local keys = {ARGV[2] .. ARGV[i + 6]}
+            for n = 7, 8 do keys[#keys + 1] = ARGV[3] .. ARGV[i + n] end
             leave(keys, id, ARGV[i + 6])
         else
-            redis.call('SET', key, record)
-            claimed[#claimed + 1] = now + ARGV[5]
+            keep(id, ARGV[i + 2], ARGV[i + 3])
+            claimed[#claimed + 1] = now + ARGV[4]
             claimed[#claimed + 1] = id
         end
         records[#records + 1] = ARGV[i + 4]
@@ -279,26 +438,29 @@ while i <= #ARGV do
 end
 if #done > 0 then
     redis.call('UNLINK', unpack(live))
-    redis.call('ZREM', KEYS[1], unpack(done))
-    if #claimed > 0 then redis.call('ZADD', KEYS[2], unpack(claimed)) end
-    if #over > 0 then redis.call('ZREM', KEYS[2], unpack(over)) end
-    redis.call('HSET', KEYS[3], unpack(records))
-    redis.call('ZADD', KEYS[4], unpack(times))
+    forget(done, due_s)
+    if #claimed > 0 then redis.call('ZADD', KEYS[1], unpack(claimed)) end
+    if #over > 0 then redis.call('ZREM', KEYS[1], unpack(over)) end
+    redis.call('HSET', KEYS[2], unpack(records))
+    redis.call('ZADD', KEYS[3], unpack(times))
 end
 return answers
 """,
     always=True,
 )
 
-# The seq of each lease that Redis holds, 0 for none. KEYS: none. ARGV: prefix of record keys (same slot), id...
-SEQS = Script("""
+# The seq of each lease that Redis holds, 0 for none. KEYS: none. ARGV: id...
+SEQS = Script(
+    _RECORDS
+    + """
 local held = {}
-for i = 2, #ARGV do
-    local known = redis.call('GETRANGE', ARGV[1] .. ARGV[i], 0, 48)
-    held[#held + 1] = tonumber(string.match(known, '^%a+ (%d+) ') or 0)
+for i, id in ipairs(ARGV) do
+    local _, seq = head_of(id)
+    held[i] = tonumber(seq or 0)
 end
 return held
-""")
+"""
+)
 
 
 # --- the outbox -------------------------------------------------------------------------------------------------------
@@ -346,15 +508,15 @@ return {}
 )
 
 # The seq of each lease that Redis holds, 0 for none, a blank, and the epoch of its record, if any. KEYS: none.
-# ARGV: how long the claim lasts, prefix of record keys (same slot), id...
+# ARGV: how long the claim lasts, id...
 COMPARE = Script(
-    """
+    _RECORDS
+    + """
 redis.call('PEXPIRE', guard, ARGV[1])
 local held = {}
-for i = 3, #ARGV do
-    local known = redis.call('GETRANGE', ARGV[2] .. ARGV[i], 0, 63)
-    local status, seq, epoch = string.match(known, '^(%a+) (%d+) %d+ ?([^\\n]*)')
-    held[#held + 1] = (seq or '0') .. ' ' .. (status ~= 'minting' and epoch or '')
+for i = 2, #ARGV do
+    local status, seq, _, epoch = head_of(ARGV[i])
+    held[#held + 1] = (seq or '0') .. ' ' .. (status ~= 'm' and epoch or '')
 end
 return held
 """,
@@ -362,37 +524,41 @@ return held
 )
 
 # What lies in the outbox up to `done` is on Kafka, or counts for nothing.
-# KEYS: record, live, deadlines, claimed, outbox, outbox times, index...
+# KEYS: live, claimed, outbox, outbox times, index...
 # ARGV: id, done, status, deadline, head of the record, record, how long a terminal record is kept, else '',
 #       when a claimed one is due, from now, the seq from which on what is there stays as it is, agent
 RESTORE = Script(
-    _INDEXES
+    _RECORDS
+    + _DEADLINES
+    + _INDEXES
     + """
-local known = redis.call('GET', KEYS[1])
-if known and tonumber(string.match(known, '^%a+ (%d+) ')) >= tonumber(ARGV[9]) then return 0 end
+local id = ARGV[1]
+local _, seq = head_of(id)
+if seq and tonumber(seq) >= tonumber(ARGV[9]) then return 0 end
 for seq = 1, ARGV[2] do
-    redis.call('HDEL', KEYS[5], ARGV[1] .. ':' .. seq)
-    redis.call('ZREM', KEYS[6], ARGV[1] .. ':' .. seq)
+    redis.call('HDEL', KEYS[3], id .. ':' .. seq)
+    redis.call('ZREM', KEYS[4], id .. ':' .. seq)
 end
 local deadline = tonumber(ARGV[4])
-redis.call('SET', KEYS[1], ARGV[5] .. '\\n' .. ARGV[6])
+if ARGV[3] ~= 'active' then
+    redis.call('DEL', KEYS[1])
+    forget({id}, {deadline / 1000})
+end
 if ARGV[7] ~= '' then
-    redis.call('PEXPIREAT', KEYS[1], deadline + ARGV[7])
-    redis.call('DEL', KEYS[2])
-    redis.call('ZREM', KEYS[3], ARGV[1])
-    redis.call('ZREM', KEYS[4], ARGV[1])
-    leave({unpack(KEYS, 7)}, ARGV[1], ARGV[10])
+    keep_ended(id, ARGV[5], ARGV[6], deadline + ARGV[7])
+    redis.call('ZREM', KEYS[2], id)
+    leave({unpack(KEYS, 5)}, id, ARGV[10])
     return 1
 end
-enter({unpack(KEYS, 7)}, ARGV[1], ARGV[10])
+keep(id, ARGV[5], ARGV[6])
+redis.call('DEL', ended .. id)
+enter({unpack(KEYS, 5)}, id, ARGV[10])
 if ARGV[3] == 'active' then
-    if deadline > now then redis.call('SET', KEYS[2], '', 'PXAT', deadline) end
-    redis.call('ZADD', KEYS[3], deadline, ARGV[1])
-    redis.call('ZREM', KEYS[4], ARGV[1])
+    if deadline > now then redis.call('SET', KEYS[1], '', 'PXAT', deadline) end
+    await(id, deadline)
+    redis.call('ZREM', KEYS[2], id)
 else
-    redis.call('DEL', KEYS[2])
-    redis.call('ZREM', KEYS[3], ARGV[1])
-    redis.call('ZADD', KEYS[4], now + ARGV[8], ARGV[1])
+    redis.call('ZADD', KEYS[2], now + ARGV[8], id)
 end
 return 1
 """,
@@ -413,7 +579,7 @@ return {}
 )
 
 SCRIPTS = (
-    PREPARE, CLOSE, ACTIVATE, USE_GRANT, RECOUNT, LOOK, CLAIM, COUNT_DUE, DUE_AFTER, POSTPONE, TRANSITION, SEQS, STALE,
-    RESTORE,
+    PREPARE, CLOSE, ACTIVATE, USE_GRANT, RECOUNT, LOOK, GET, CLAIM, COUNT_DUE, DUE_AFTER, POSTPONE, TRANSITION, SEQS,
+    STALE, RESTORE,
 )  # fmt: skip
 """What every service runs."""

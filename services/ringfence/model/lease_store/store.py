@@ -14,10 +14,12 @@ from ringfence.kernel.skew import SkewCheck
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL
 from ringfence.model.lease_store.arguments import (
+    AT_A_TIME,
     DONE,
     FULL,
     NO_LIMIT,
     activation_of,
+    following,
     head_of,
     in_parts,
     issuing,
@@ -50,6 +52,7 @@ from ringfence.model.lease_store.scripts import (
     CLOSE,
     COUNT_DUE,
     DUE_AFTER,
+    GET,
     LOOK,
     POSTPONE,
     PREPARE,
@@ -62,6 +65,7 @@ from ringfence.model.lease_store.scripts import (
     USE_GRANT,
     Argument,
     Command,
+    all_ids,
     always,
     fencing,
 )
@@ -161,7 +165,7 @@ class LeaseStore(Shards):
         return ShardCall(
             CLOSE if token == CLOSING_TOKEN else PREPARE,
             at,
-            (at.record(id), at.claimed, at.outbox, at.outbox_times, at.fences, *at.indexes(claims)),
+            (at.claimed, at.outbox, at.outbox_times, at.fences, *at.indexes(claims)),
             (*issuing(id, lease), token, mint_ms, claims.agent_id, *marks_of(claims), ALL_MARK),
         )
 
@@ -179,9 +183,7 @@ class LeaseStore(Shards):
             ACTIVATE,
             at,
             (
-                at.record(id),
                 at.live(id),
-                at.deadlines,
                 at.claimed,
                 at.outbox,
                 at.outbox_times,
@@ -241,7 +243,6 @@ class LeaseStore(Shards):
 
     def _step(self, at: Keys, epoch: str | None, steps: Sequence[Step], visibility_ms: int) -> ShardCall:
         args: list[Argument] = [
-            at.record_prefix,
             at.live_prefix,
             at.index_prefix,
             at.agents_prefix,
@@ -252,7 +253,7 @@ class LeaseStore(Shards):
             claims = step.lease.claims
             args += (
                 packed(claims.lease_id),
-                f"{step.after.status} {step.after.seq} {step.after.epoch or ''}",
+                following(step.after),
                 head_of(claims),
                 step.lease.record,
                 outbox_field(claims.lease_id, claims.seq),
@@ -261,7 +262,7 @@ class LeaseStore(Shards):
                 args += (claims.deadline * 1000, claims.agent_id, *wide_marks_of(claims))
             else:
                 args.append("")
-        keys = (at.deadlines, at.claimed, at.outbox, at.outbox_times)
+        keys = (at.claimed, at.outbox, at.outbox_times)
         return ShardCall(TRANSITION, at, keys, tuple(args), epoch)
 
     async def claim(self, shards: Iterable[int], *, limit: int, visibility_ms: int) -> list[Claimed]:
@@ -271,7 +272,7 @@ class LeaseStore(Shards):
         """
         wanted = [self.keys[shard] for shard in shards]
         calls = [
-            ShardCall(CLAIM, at, (at.deadlines, at.claimed), (limit, visibility_ms, at.record_prefix))
+            ShardCall(CLAIM, at, (at.deadlines, at.claimed, at.minutes), (limit, visibility_ms))
             for at in wanted
         ]
         found = []
@@ -282,14 +283,14 @@ class LeaseStore(Shards):
         return found
 
     async def count_due(self, *, within_ms: int) -> list[int]:
-        """How many leases of each shard have their deadlines within so long."""
+        """How many leases of each shard have their deadlines within so long, at most `AHEAD_MS`."""
         calls = [ShardCall(COUNT_DUE, at, (at.deadlines,), (within_ms,)) for at in self.keys]
         return await self._run(calls)
 
     async def due_after(
         self, shard: int, place: Place, *, within_ms: int, limit: int
     ) -> tuple[Place, list[bytes]]:
-        """The records, as Redis holds them, of leases of a shard that are due within so long, by their deadlines.
+        """The records, condensed, of leases of a shard that are due within so long, at most `AHEAD_MS`, by deadline.
 
         Nothing is taken. Begins after `place`, and returns the place of the last one, to go on from. Some may be passed
         over.
@@ -297,7 +298,7 @@ class LeaseStore(Shards):
         at = self.keys[shard]
         call = ShardCall(
             DUE_AFTER, at, (at.deadlines,),
-            (place.deadline_ms, place.passed, within_ms, limit, at.record_prefix),
+            (place.deadline_ms, place.passed, within_ms, limit),
         )  # fmt: skip
         ((deadline_ms, passed, records),) = await self._run([call])
         return Place(deadline_ms, passed), [StoredLease.unpack(found).record for found in records if found]
@@ -384,7 +385,7 @@ class LeaseStore(Shards):
         by_shard = self._by_shard(lease_ids)
         answers = await self._run(
             [
-                ShardCall(SEQS, at, (), (at.record_prefix, *(packed(lease_ids[n]) for n in numbers)))
+                ShardCall(SEQS, at, (), tuple(packed(lease_ids[n]) for n in numbers))
                 for at, numbers in by_shard.items()
             ]
         )
@@ -452,20 +453,24 @@ class LeaseStore(Shards):
     async def look(self, lease_id: str, marks: Iterable[str] = ()) -> Looked:
         """One lease and Redis's time, in one round trip; and up to when selectors have cut what bears these marks."""
         at, id = self.at(lease_id), packed(lease_id)
-        call = ShardCall(LOOK, at, (at.record(id), at.live(id), at.fences), tuple(map(cut_mark, marks)))
+        call = ShardCall(LOOK, at, (at.live(id), at.fences), (id, *map(cut_mark, marks)))
         ((now_ms, record, live, before_ms),) = await self._run([call])
         return Looked(now_ms, stored_of(record), bool(live), before_ms)
 
     async def get(self, lease_ids: Sequence[str]) -> dict[str, StoredLease]:
         """The latest records of leases; ids that are not known are left out."""
         by_shard = self._by_shard(lease_ids)
-        commands: list[Command] = [
-            ("MGET", *(at.record(packed(lease_ids[n])) for n in numbers)) for at, numbers in by_shard.items()
+        parts = [
+            (at, numbers[start : start + AT_A_TIME])
+            for at, numbers in by_shard.items()
+            for start in range(0, len(numbers), AT_A_TIME)
         ]
-        answers = await self._guarded(commands, by_shard)
+        answers = await self._run(
+            [ShardCall(GET, at, (), tuple(packed(lease_ids[n]) for n in numbers)) for at, numbers in parts]
+        )
         records = {
             n: record
-            for numbers, some in zip(by_shard.values(), answers, strict=True)
+            for (_, numbers), some in zip(parts, answers, strict=True)
             for n, record in zip(numbers, some, strict=True)
         }
         return {id: StoredLease.unpack(record) for n, id in enumerate(lease_ids) if (record := records[n])}
@@ -480,7 +485,7 @@ class LeaseStore(Shards):
         commands: list[Command] = []
         for n, at in enumerate(self.keys):
             if agents is None:
-                commands += [("ZRANGE", at.deadlines, 0, -1), ("ZRANGE", at.claimed, 0, -1)]
+                commands.append(all_ids(at))
             else:
                 commands += [("SMEMBERS", at.index(one)) for one in agents[n]]
         answers = await self._guarded(commands, self.keys)

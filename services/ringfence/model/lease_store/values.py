@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.model.lease_store.packing import condensed, expanded, unverified_name
 from ringfence.model.leases import ALL_MARK
+
+LETTERS: dict[LeaseStatus, str] = {
+    "minting": "m", "active": "a", "ending": "e", "released": "r", "revoked": "v", "expired": "x", "aborted": "b"
+}  # fmt: skip
+"""How a status stands in Redis. Scripts know `m` and `a`."""
+_STATUSES = {letter: status for status, letter in LETTERS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +46,10 @@ class StoredLease:
     @classmethod
     def unpack(cls, packed: bytes) -> StoredLease:
         head, _, record = packed.partition(b"\n")
-        status, seq, deadline_ms, *more = head.decode("ascii").split(" ")
+        state, deadline_s, *more = head.decode("ascii").split(" ")
+        status = _STATUSES[state[0]]
         epoch = more[0] if more and status != "minting" else None
-        return cls(cast(LeaseStatus, status), int(seq), int(deadline_ms), record, epoch)
+        return cls(status, int(state[1:]), int(deadline_s) * 1000, record, epoch)
 
     @property
     def jws(self) -> bytes:
@@ -108,7 +115,7 @@ class Claimed:
     shard: int
     now_ms: int
     next_ms: int | None
-    """When the next lease of the shard is due, as far as known now."""
+    """When the shard is to be looked at again, as far as known now: a lease is due then, or will be soon after."""
     leases: dict[str, StoredLease | None]
 
 
