@@ -60,6 +60,14 @@ class Valkey:
         """Bytes that Valkey has allocated for its data."""
         return int(cast(Any, self.redis.info("memory"))["used_memory"])
 
+    def found(self, pattern: str) -> list[bytes]:
+        """The keys of this pattern."""
+        return list(cast(Any, self.redis.scan_iter(pattern, count=10_000)))
+
+    def minutes(self, at: Keys) -> list[int]:
+        """Those in which leases of a shard are due."""
+        return [int(minute) for minute in cast(Any, self.redis.zrange(at.minutes, 0, -1))]
+
     def settle(self) -> None:
         """Wait until Valkey has nothing to do in the background."""
         while cast(Any, self.redis.info("persistence"))["aof_rewrite_in_progress"]:

@@ -33,6 +33,8 @@ FIRST_AFTER_S = 8
 WAIT_S = 30
 """How long after the last deadline an event is waited for."""
 _SHADOW = b"shadow:"
+_SAMPLES = 1_000
+"""Of so many entries of a key the weight is looked at."""
 
 
 class Ends:
@@ -99,24 +101,26 @@ def _describe(name: str, lags_ms: list[float]) -> str:
     )
 
 
-def _weigh(valkey: Valkey, before: int, id: str) -> None:
-    at, raw = valkey.at(id), packed(id)
-    key = at.record(raw)
-    whole = int(cast(Any, valkey.redis.memory_usage(key)))
-    head = cast(bytes, valkey.redis.get(key)).partition(b"\n")[0] + b"\n"
-    bare = key + b"-"  # as long as any, to the byte below what it is rounded up to
-    valkey.redis.set(bare[1:], head)
-    record = whole - int(cast(Any, valkey.redis.memory_usage(bare[1:])))
-    valkey.redis.delete(bare[1:])
-    each = (valkey.used() - before) / valkey.count
+def _weigh(valkey: Valkey, before: int, id: str, jws: str) -> None:
+    at, each = valkey.at(id), (valkey.used() - before) / valkey.count
+    leases = valkey.redis.hlen(at.leases)
+
+    def weight(*keys: bytes | str) -> float:
+        return sum(int(cast(Any, valkey.redis.memory_usage(key, samples=_SAMPLES))) for key in keys) / leases
+
+    parts = {
+        "live key": weight(at.live(packed(id))) * leases,
+        "deadline": weight(at.minutes, *(at.due(minute * 60) for minute in valkey.minutes(at))),
+        "agent": weight(*valkey.found(at.index("*"))),
+        "sponsor and user": weight(*valkey.found(at.agents("*"))),
+        "record": weight(at.leases, at.signers),
+    }
+    parts["tables of all keys"] = each - sum(parts.values())
     print(
-        f"  {each:.0f} B a lease, of which {record} B for its signed record of {len(_jws(valkey, key))} B; "
-        f"{each - record:.0f} B without: its state, live key, deadline and indexes"
+        f"  {each:.0f} B a lease: " + ", ".join(f"{name} {part:.0f}" for name, part in parts.items()) + "; "
+        f"its signed record has {len(cast(bytes, valkey.redis.hget(at.leases, cast(str, packed(id)))))} B there, "
+        f"{len(jws)} B as a JWS"
     )
-
-
-def _jws(valkey: Valkey, key: bytes) -> bytes:
-    return cast(bytes, valkey.redis.get(key)).partition(b"\n")[2]
 
 
 def run(kafka: str) -> None:
@@ -137,7 +141,7 @@ def run(kafka: str) -> None:
             id = valkey.fill(size, jws)
             valkey.settle()
             print(f"{size} live leases")
-            _weigh(valkey, before, id)
+            _weigh(valkey, before, id, jws)
             filled = valkey.used()
             first_s = int(time.time()) + FIRST_AFTER_S
             due = _due(key, settings.trust_domain, first_s)
