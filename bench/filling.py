@@ -20,9 +20,9 @@ from ringfence.messages.credential import Coordinates
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import SignedLease
-from ringfence.model.lease_store.keys import AHEAD_MS, Keys, packed, shard_of
-from ringfence.model.lease_store.packing import condensed
-from ringfence.model.lease_store.scripts import KEPT_APART
+from ringfence.model.lease_store.keys import AHEAD_MS, THUMBPRINT, Keys, packed, shard_of
+from ringfence.model.lease_store.packing import STATE_BYTES, THUMBPRINT_BYTES, condensed
+from ringfence.model.lease_store.scripts import KEPT_SHORT
 from ringfence.model.leases import origin_of, record_id
 
 PER_AGENT, PER_TASK = 100, 20
@@ -101,14 +101,14 @@ class Valkey:
 
     def _activation(self, id: str, names: Any, deadline_s: int, record: bytes) -> Iterator[tuple[Any, ...]]:
         at, raw, ms = self.at(id), packed(id), deadline_s * 1000
-        signer, kept = _apart(record)
+        signer, thumbprint, kept = _apart(record)
         yield "HSET", at.signers, signer, _NUMBER, _NUMBER, signer
-        yield "HSET", at.leases, raw, b"a1 %d\n%b" % (deadline_s, kept)
+        yield "HSET", at.leases, raw, kept
         yield "SET", at.live(raw), "", "PXAT", ms
         yield "SADD", at.due(deadline_s), raw
         yield "ZADD", at.minutes, deadline_s // 60 * 60_000 - AHEAD_MS, deadline_s // 60
         leases, *agents = at.indexes(names)
-        yield "SADD", leases, raw
+        yield "HSET", leases, raw, "", THUMBPRINT, thumbprint
         for key in agents:
             yield "HINCRBY", key, names.agent_id, 1
 
@@ -137,10 +137,13 @@ class Valkey:
         batch.clear()
 
 
-def _apart(record: bytes) -> tuple[bytes, bytes]:
-    """Who signed what `condensed` made of a record, and the record as scripts keep it."""
+def _apart(record: bytes) -> tuple[bytes, bytes, bytes]:
+    """Who signed what `condensed` made of an active record, the thumbprint in it, and the record as scripts keep it."""
     at = 2 + record[1]
-    return record[2:at], bytes((KEPT_APART,)) + _NUMBER + record[at:]
+    thumbprint = at + STATE_BYTES
+    after = thumbprint + THUMBPRINT_BYTES
+    kept = bytes((KEPT_SHORT,)) + _NUMBER + record[at:thumbprint] + record[after:]
+    return record[2:at], record[thumbprint:after], kept
 
 
 def signed_leases(

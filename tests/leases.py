@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any, cast
 
+from ringfence.kernel.ids import derived_id, lease_id
 from ringfence.kernel.jws import sign
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.credential import Coordinates
@@ -31,13 +32,16 @@ def signed(claims: Lease) -> SignedLease:
 
 def lease(**fields: Any) -> SignedLease:
     """A new active lease, of an agent of its own unless told otherwise."""
-    name = uuid.uuid4().hex[:8]
-    id = str(uuid.uuid4())
+    name, request_id = uuid.uuid4().hex[:8], str(uuid.uuid4())
+    id = lease_id(request_id)
     origin = origin_of(id, Coordinates(topic="t", partition=0, offset=1, appended_at_ms=1))
     given = {
         "lease_id": id,
+        "request_id": request_id,
+        "decision_id": derived_id("decision", request_id, "allowed"),
         "jti": record_id(origin, 1),
-        "agent_id": f"bot-{name}",
+        "agent_id": (agent_id := fields.get("agent_id", f"bot-{name}")),
+        "act": (agent_id,),
         "task_id": str(uuid.uuid4()),
         "sponsor": f"sam-{name}",
         "target_id": f"target-{name}",
@@ -45,6 +49,7 @@ def lease(**fields: Any) -> SignedLease:
         "deadline": int(time.time()) + 600,
         "status": "active",
         "seq": 1,
+        "cause": None,
         **fields,
     }
     claims = cast(Lease, EXAMPLE.model_copy(update=given))

@@ -8,7 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from redis.asyncio import Redis
@@ -325,8 +325,8 @@ async def test_each_difference_is_listed_and_a_rebuild_mends_it(
 
     async def not_due(keys: Keys, id: bytes) -> None:
         await redis.zrem(keys.deadlines, id)
-        for minute in await redis.zrange(keys.minutes, 0, -1):
-            await redis.srem(f"{keys.due_prefix}{int(minute)}", id)
+        for minute in cast(list[bytes], await redis.zrange(keys.minutes, 0, -1)):
+            await redis.srem(keys.due_prefix.encode() + minute, id)
 
     async with Redis.from_url(place.world.settings("revoker").redis_url) as redis:
         keys, id = at(missing)
@@ -334,7 +334,7 @@ async def test_each_difference_is_listed_and_a_rebuild_mends_it(
         await redis.hdel(keys.leases, id)
         await not_due(keys, id)
         keys, id = at(unindexed)
-        await redis.srem(keys.index(desk.bot.name), id)
+        await redis.hdel(keys.index(desk.bot.name), id)
         keys, id = at(dead)
         await redis.delete(keys.live(id))
         keys, id = at(undue)

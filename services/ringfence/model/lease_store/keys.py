@@ -32,6 +32,9 @@ SIGNERS = "signers"
 DEADLINES = "deadlines"
 MINUTES = "minutes"
 DUE = "due:"
+BY_AGENT = "by:agent:"
+THUMBPRINT = "key"
+"""A field among the leases of an agent: that of its key which their records leave out."""
 
 
 class Keys:
@@ -53,7 +56,7 @@ class Keys:
         self.leases = base + LEASES
         """Hash: the ids of leases that have not ended to `<status><seq> <deadline s>`, while one is minting the token
         of who mints it, from the cut on the epoch that the record bears, a line feed, the signed record. The status is
-        a letter (`LETTERS`)."""
+        a letter (`LETTERS`). Of active ones what the record says is left out, and some of the record (`scripts`)."""
         self.ended_prefix = f"{base}{ENDED}".encode()
         """Before the id of a lease that has ended: the same, for a while."""
         self.signers = base + SIGNERS
@@ -75,8 +78,9 @@ class Keys:
         """Sorted set: marks (`task:<id>`, `all`) by `issued_before` in ms."""
         self.live_prefix = f"{base}live:".encode()
         """Before a lease id: an empty string that Redis expires at the deadline; gone from the cut on."""
-        self.index_prefix = f"{base}by:agent:"
-        """Before the id of an agent: a set of the ids of its leases that have not ended."""
+        self.index_prefix = base + BY_AGENT
+        """Before the id of an agent: a hash of the ids of its leases that have not ended, with nothing, and the
+        thumbprint of its key (`THUMBPRINT`)."""
         self.agents_prefix = f"{base}agents:"
         """Before the mark of a sponsor or user: a hash of the agents that have such leases, and how many each. There is
         none of a task, which is one agent's, and none of a target: that many agents use many targets would make it as
@@ -93,7 +97,7 @@ class Keys:
         return f"{self.due_prefix}{deadline_s // 60}"
 
     def index(self, agent_id: str) -> str:
-        """Set: the ids of the leases of an agent that have not ended."""
+        """Hash: the ids of the leases of an agent that have not ended, and `THUMBPRINT`."""
         return self.index_prefix + agent_id
 
     def agents(self, mark: str) -> str:

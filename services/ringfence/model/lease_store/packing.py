@@ -25,11 +25,13 @@ from ringfence.model.lease_store.keys import packed, unpacked
 
 _DEFLATED, _APART = b"\x01", b"\x03"
 """Begin what is deflated with this dictionary, and what is taken apart in this way; others have other numbers. A JWS
-begins with a letter. After `_APART` comes who signed it, with its length in a byte before: that is the same in very
-many records, and scripts put a byte in its place, after another number (`scripts.KEPT_APART`)."""
+begins with a letter. After `_APART` comes who signed it, with its length in a byte before; then what scripts look at,
+the thumbprint of the agent's key, the signature, and all the rest, where the agent comes first among the texts. What is
+the same in many records scripts leave out (`scripts.KEPT`)."""
 _SIGNATURE_BYTES = 64
-_START = 1 + _SIGNATURE_BYTES
 _KID_BYTES = 32
+_STATE = struct.Struct(">BBIB")
+"""Status, `seq`, `deadline`, flags."""
 _LEVEL, _WINDOW, _MEMORY = 1, -12, 5
 """Higher levels save 25 bytes more and take twice as long; clearing more memory than that takes longer still."""
 
@@ -49,9 +51,9 @@ _DICTIONARY = (
 )
 _FRESH = zlib.compressobj(_LEVEL, zlib.DEFLATED, _WINDOW, _MEMORY, zlib.Z_DEFAULT_STRATEGY, _DICTIONARY)
 
-_FIXED = struct.Struct(">BBBIIHI16s16s32s16sH")
-"""Flags, status, `seq`, `iat`, `requested_at_ms` in s and ms, `deadline`, ids of origin and request, digest of the
-decision, id of the task, length of the texts."""
+_FIXED = struct.Struct(">IIH16s16s32s16sH")
+"""`iat`, `requested_at_ms` in s and ms, ids of origin and request, digest of the decision, id of the task, length of
+the texts."""
 _BETWEEN, _WITHIN = "\0", "\1"
 """Between texts, and between the verbs, or the resources, of one permission. JSON would write both in another way."""
 _STATUSES = ("minting", "active", "ending", "released", "revoked", "expired", "aborted")
@@ -61,8 +63,14 @@ _NAMES = ("agent_id", "sponsor", "on_behalf_of", "target_id", "backend")
 _KINDS = {
     "agent": "agent_id", "task": "task_id", "sponsor": "sponsor", "user": "on_behalf_of", "target": "target_id"
 }  # fmt: skip
-_EDDSA, _GATEWAY, _BOUND, _AT_DEADLINE, _IN_EPOCH, _TRACED, _MORE = (1 << n for n in range(7))
-_THUMBPRINT_BYTES = 32
+_EDDSA, _GATEWAY, BOUND, _AT_DEADLINE, _IN_EPOCH, _TRACED, _MORE = (1 << n for n in range(7))
+THUMBPRINT_BYTES = 32
+STATE_BYTES = _STATE.size
+"""The status comes first in them, then a byte for the `seq`, four for the deadline, and the flags (`BOUND`)."""
+ACTIVE = _STATUSES.index("active")
+BEFORE_AGENT = _SIGNATURE_BYTES + _FIXED.size
+"""So many bytes lie between the state, or the thumbprint that there is where it is `BOUND`, and the agent's name, which
+ends with a zero."""
 _EPOCH = struct.Struct(">I4s")
 _TRACE = struct.Struct(">16s8s1s")
 _UNFIT = (ValueError, LookupError, TypeError, AttributeError, struct.error, zlib.error)
@@ -82,7 +90,8 @@ def condensed(jws: str) -> bytes:
         alg, kid = _signing(header)
         signer, apart = _signer(kid, claims), _taken_apart(alg, claims)
         if _put_together(signer, apart) == (header, payload):
-            return b"".join((_APART, bytes((len(signer),)), signer, signature, apart))
+            at = _signature_at(apart)
+            return b"".join((_APART, bytes((len(signer),)), signer, apart[:at], signature, apart[at:]))
     except _UNFIT:
         pass
     return b"".join((_DEFLATED, signature, _deflated(header + b"\n" + payload)))
@@ -99,7 +108,10 @@ def expanded(stored: bytes) -> bytes:
 
 def signature_of(stored: bytes) -> bytes:
     """The signature in what `condensed` wrote of a JWS."""
-    at = _after_signer(stored)
+    at = 1
+    if stored.startswith(_APART):
+        at = _after_signer(stored)
+        at += _signature_at(stored[at : at + STATE_BYTES])
     return stored[at : at + _SIGNATURE_BYTES]
 
 
@@ -114,7 +126,8 @@ def unverified_name(stored: bytes, kind: str) -> str | None:
     try:
         if not stored.startswith(_APART):
             return str(orjson.loads(unverified_payload(stored) or b"")[_KINDS[kind]])
-        at = _after_signer(stored) + _SIGNATURE_BYTES
+        at = _after_signer(stored)
+        at += _signature_at(stored[at : at + STATE_BYTES]) + _SIGNATURE_BYTES
         *_, task, length = _FIXED.unpack_from(stored, at)
         at += _FIXED.size
         names = dict(zip(_NAMES, stored[at : at + length].decode().split(_BETWEEN), strict=False))
@@ -128,9 +141,12 @@ def _parts(stored: bytes) -> tuple[bytes, bytes] | None:
     try:
         if stored.startswith(_APART):
             at = _after_signer(stored)
-            return _put_together(stored[2:at], stored[at + _SIGNATURE_BYTES :])
+            apart = stored[at:]
+            at_signature = _signature_at(apart)
+            apart = apart[:at_signature] + apart[at_signature + _SIGNATURE_BYTES :]
+            return _put_together(stored[2:at], apart)
         if stored.startswith(_DEFLATED):
-            header, _, payload = _inflated(stored[_START:]).partition(b"\n")
+            header, _, payload = _inflated(stored[1 + _SIGNATURE_BYTES :]).partition(b"\n")
             return header, payload
     except _UNFIT:
         pass
@@ -138,8 +154,13 @@ def _parts(stored: bytes) -> tuple[bytes, bytes] | None:
 
 
 def _after_signer(stored: bytes) -> int:
-    """Where the signature begins."""
-    return 2 + stored[1] if stored.startswith(_APART) else 1
+    """Where what `_taken_apart` made begins."""
+    return 2 + stored[1]
+
+
+def _signature_at(apart: bytes) -> int:
+    """Where the signature has its place in what `_taken_apart` made."""
+    return STATE_BYTES + (THUMBPRINT_BYTES if apart[STATE_BYTES - 1] & BOUND else 0)
 
 
 # --- records that are taken apart -------------------------------------------------------------------------------------
@@ -162,7 +183,7 @@ def _taken_apart(alg: int, claims: Any) -> bytes:
     flags = (
         _EDDSA * alg
         | _GATEWAY * _DELIVERIES.index(claims["delivery"])
-        | _BOUND * (thumbprint is not None)
+        | BOUND * (thumbprint is not None)
         | _AT_DEADLINE * at_deadline
         | _IN_EPOCH * (epoch is not None)
         | _TRACED * (trace is not None)
@@ -170,13 +191,11 @@ def _taken_apart(alg: int, claims: Any) -> bytes:
     )
     texts = _BETWEEN.join(_texts(claims)).encode()
     parts = [
+        _STATE.pack(_STATUSES.index(claims["status"]), claims["seq"], deadline, flags),
+        b64decode(thumbprint) if thumbprint is not None else b"",
         _FIXED.pack(
-            flags,
-            _STATUSES.index(claims["status"]),
-            claims["seq"],
             claims["iat"],
             *divmod(claims["requested_at_ms"], 1000),
-            deadline,
             packed(claims["jti"].partition(".")[0]),
             packed(claims["request_id"]),
             bytes.fromhex(claims["decision_digest"]),
@@ -185,8 +204,6 @@ def _taken_apart(alg: int, claims: Any) -> bytes:
         ),
         texts,
     ]
-    if thumbprint is not None:
-        parts.append(b64decode(thumbprint))
     if epoch is not None:
         number, _, nonce = epoch.partition(".")
         parts.append(_EPOCH.pack(int(number), bytes.fromhex(nonce)))
@@ -211,15 +228,17 @@ def _put_together(signer: bytes, apart: bytes) -> tuple[bytes, bytes]:
     """Header and payload."""
     kid = signer[:_KID_BYTES]
     aud, service = signer[_KID_BYTES:].decode().split(_BETWEEN)
-    (
-        flags, status, seq, iat, requested_s, requested_ms, deadline, origin, request, digest, task, length,
-    ) = _FIXED.unpack_from(apart)  # fmt: skip
-    at = _FIXED.size + length
-    agent_id, sponsor, user, target_id, backend, *scope = apart[_FIXED.size : at].decode().split(_BETWEEN)
+    status, seq, deadline, flags = _STATE.unpack_from(apart)
+    at = STATE_BYTES
     thumbprint = epoch = trace = ""
-    if flags & _BOUND:
-        thumbprint = f',"key_thumbprint":"{b64encode(apart[at : at + _THUMBPRINT_BYTES])}"'
-        at += _THUMBPRINT_BYTES
+    if flags & BOUND:
+        thumbprint = f',"key_thumbprint":"{b64encode(apart[at : at + THUMBPRINT_BYTES])}"'
+        at += THUMBPRINT_BYTES
+    iat, requested_s, requested_ms, origin, request, digest, task, length = _FIXED.unpack_from(apart, at)
+    at += _FIXED.size
+    texts = apart[at : at + length].decode()
+    agent_id, sponsor, user, target_id, backend, *scope = texts.split(_BETWEEN)
+    at += length
     if flags & _IN_EPOCH:
         number, nonce = _EPOCH.unpack_from(apart, at)
         epoch = f',"epoch":"{number}.{nonce.hex()}"'

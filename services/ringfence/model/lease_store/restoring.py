@@ -297,7 +297,7 @@ def _found_by(at: Keys, id: bytes, mark: str, agent: str) -> Command:
     """What asks whether a lease is found by a mark, provided that it is by its agent's."""
     agent_id = agent.partition(":")[2]
     if mark.startswith(("agent:", "task:", "target:")):
-        return ("SISMEMBER", at.index(agent_id), id)
+        return ("HEXISTS", at.index(agent_id), id)
     return ("HEXISTS", at.agents(mark), agent_id)
 
 

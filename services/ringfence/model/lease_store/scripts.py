@@ -12,13 +12,22 @@ from collections.abc import Mapping
 
 from ringfence.model.lease_store.keys import (
     AHEAD_MS,
+    BY_AGENT,
     DEADLINES,
     DUE,
     ENDED,
     LEASES,
     MINUTES,
     SIGNERS,
+    THUMBPRINT,
     Keys,
+)
+from ringfence.model.lease_store.packing import (
+    ACTIVE,
+    BEFORE_AGENT,
+    BOUND,
+    STATE_BYTES,
+    THUMBPRINT_BYTES,
 )
 
 Argument = str | bytes | int
@@ -38,34 +47,62 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 
-KEPT_APART = 4
-"""Begins a record that is taken apart, where a byte stands for who signed it. No reader sees it."""
+KEPT, KEPT_SHORT = 4, 5
+"""Begin a record that is taken apart as it is kept: a byte stands for who signed it, and after the second the
+thumbprint of the agent's key is left out, which stands with the agent's leases. Where no head comes before, the record
+is an active one, and the head follows from it. No reader sees them."""
 _MOST_SIGNERS = 255
 
 # What is kept of leases. In a hash those that have not ended; the others by themselves: they are forgotten one by one.
-# `known`: head and record as they were written. `head_of`: status, seq, deadline in s, epoch or token.
+# `known`: head and record as they were written; without the record where something is gone that was left out of it.
+# `head_of`: status, seq, deadline in s, epoch or token.
 _RECORDS = f"""
 local base = string.match(guard, '^.*:')
-local leases, ended, signers = base .. '{LEASES}', base .. '{ENDED}', base .. '{SIGNERS}'
+local leases, ended = base .. '{LEASES}', base .. '{ENDED}'
+local signers, by_agent = base .. '{SIGNERS}', base .. '{BY_AGENT}'
 local by_number, numbers = {{}}, {{}}
 local function kept(id) return redis.call('HGET', leases, id) or redis.call('GET', ended .. id) end
+local function is_headless(text)
+    local first = string.byte(text, 1)
+    return first == {KEPT} or first == {KEPT_SHORT}
+end
+local function state_of(text, at)
+    local status, seq, a, b, c, d, flags = string.byte(text, at, at + {STATE_BYTES} - 1)
+    return status, seq, ((a * 256 + b) * 256 + c) * 256 + d, flags
+end
+local function agent_of(after)
+    return string.match(after, '^([^%z]*)', {STATE_BYTES + BEFORE_AGENT} + 1)
+end
 local function told(text)
     if not text then return text end
-    local at = string.find(text, '\\n', 1, true)
-    if string.byte(text, at + 1) ~= {KEPT_APART} then return text end
-    local number = string.sub(text, at + 2, at + 2)
-    local signer = by_number[number]
-    if not signer then
-        signer = redis.call('HGET', signers, number)
-        if not signer then return text end
-        by_number[number] = signer
+    local head, at
+    if is_headless(text) then
+        local _, seq, deadline_s = state_of(text, 3)
+        head, at = string.format('a%d %d', seq, deadline_s), 1
+    else
+        at = string.find(text, '\\n', 1, true) + 1
+        head = string.sub(text, 1, at - 2)
     end
-    return string.sub(text, 1, at) .. '\\3' .. string.char(#signer) .. signer .. string.sub(text, at + 3)
+    local how = string.byte(text, at)
+    if how ~= {KEPT} and how ~= {KEPT_SHORT} then return text end
+    local number, after = string.sub(text, at + 1, at + 1), string.sub(text, at + 2)
+    local signer = by_number[number] or redis.call('HGET', signers, number)
+    local thumbprint = ''
+    if how == {KEPT_SHORT} then thumbprint = redis.call('HGET', by_agent .. agent_of(after), '{THUMBPRINT}') end
+    if not signer or not thumbprint then return head .. '\\n' end
+    by_number[number] = signer
+    return head .. '\\n\\3' .. string.char(#signer) .. signer
+        .. string.sub(after, 1, {STATE_BYTES}) .. thumbprint .. string.sub(after, {STATE_BYTES} + 1)
 end
 local function known(id) return told(kept(id)) end
 local function head_of(id)
     local text = kept(id)
-    if text then return string.match(text, '^(%a)(%d+) (%d+) ?([^\\n]*)\\n') end
+    if not text then return end
+    if is_headless(text) then
+        local _, seq, deadline_s = state_of(text, 3)
+        return 'a', seq, deadline_s, ''
+    end
+    return string.match(text, '^(%a)(%d+) (%d+) ?([^\\n]*)\\n')
 end
 local function number_of(signer)
     local number = numbers[signer] or redis.call('HGET', signers, signer)
@@ -79,16 +116,31 @@ local function number_of(signer)
     return number
 end
 local function slim(head, record)
-    if string.byte(record, 1) == 3 then
-        local size = string.byte(record, 2)
-        local number = number_of(string.sub(record, 3, 2 + size))
-        if number then record = '\\{KEPT_APART}' .. number .. string.sub(record, 3 + size) end
-    end
-    return head .. '\\n' .. record
+    if string.byte(record, 1) ~= 3 then return head .. '\\n' .. record end
+    local size = string.byte(record, 2)
+    local number, after = number_of(string.sub(record, 3, 2 + size)), string.sub(record, 3 + size)
+    if not number then return head .. '\\n' .. record end
+    return head .. '\\n' .. string.char({KEPT}) .. number .. after, number, after
 end
-local function keep(id, head, record) redis.call('HSET', leases, id, slim(head, record)) end
+local function slimmest(head, record)
+    local text, number, after = slim(head, record)
+    if not number then return text end
+    local status, seq, deadline_s, flags = state_of(after, 1)
+    if status ~= {ACTIVE} or head ~= string.format('a%d %d', seq, deadline_s) then return text end
+    if bit.band(flags, {BOUND}) ~= 0 then
+        local thumbprint = string.sub(after, {STATE_BYTES} + 1, {STATE_BYTES + THUMBPRINT_BYTES})
+        local short = string.sub(after, 1, {STATE_BYTES}) .. string.sub(after, {STATE_BYTES + THUMBPRINT_BYTES} + 1)
+        local key = by_agent .. agent_of(short)
+        redis.call('HSETNX', key, '{THUMBPRINT}', thumbprint)
+        if redis.call('HGET', key, '{THUMBPRINT}') == thumbprint then
+            return string.char({KEPT_SHORT}) .. number .. short
+        end
+    end
+    return string.char({KEPT}) .. number .. after
+end
+local function keep(id, head, record) redis.call('HSET', leases, id, slimmest(head, record)) end
 local function keep_ended(id, head, record, until_ms)
-    redis.call('SET', ended .. id, slim(head, record), 'PXAT', until_ms)
+    redis.call('SET', ended .. id, (slim(head, record)), 'PXAT', until_ms)
     redis.call('HDEL', leases, id)
 end
 """
@@ -132,15 +184,16 @@ local function open(limit)
 end
 """
 
-# A lease among those of its agent (keys[1], a set), and its agent among those of its sponsor and user (the other keys,
-# hashes), by the number of its leases there.
-_INDEXES = """
+# A lease among those of its agent (keys[1], a hash), and its agent among those of its sponsor and user (the others), by
+# the number of its leases there. The thumbprint of the agent's key goes with the last.
+_INDEXES = f"""
 local function enter(keys, id, agent)
-    if redis.call('SADD', keys[1], id) == 0 then return end
+    if redis.call('HSETNX', keys[1], id, '') == 0 then return end
     for i = 2, #keys do redis.call('HINCRBY', keys[i], agent, 1) end
 end
 local function leave(keys, id, agent)
-    if redis.call('SREM', keys[1], id) == 0 then return end
+    if redis.call('HDEL', keys[1], id) == 0 then return end
+    if redis.call('HLEN', keys[1]) == 1 then redis.call('HDEL', keys[1], '{THUMBPRINT}') end
     for i = 2, #keys do
         if redis.call('HINCRBY', keys[i], agent, -1) <= 0 then redis.call('HDEL', keys[i], agent) end
     end
@@ -306,6 +359,8 @@ if not due_at and deadline_s and redis.call('SISMEMBER', due .. math.floor(deadl
 end
 return {{known(id), redis.call('EXISTS', KEYS[2]), tonumber(due_at or 0), redis.call('ZSCORE', KEYS[3], id)}}
 """
+# KEYS: the leases of an agent.
+_COUNTED = f"return redis.call('HLEN', KEYS[1]) - redis.call('HEXISTS', KEYS[1], '{THUMBPRINT}')"
 # KEYS: deadlines, claimed, minutes. ARGV: prefix of the minutes' sets (same slot).
 _IDS = """
 local found = redis.call('ZRANGE', KEYS[1], 0, -1)
@@ -320,6 +375,11 @@ def held(at: Keys, id: bytes) -> Command:
     """What tells of one lease: its record, whether its live key is there, its deadline or 0, and until when it is
     claimed."""
     return ("EVAL", _HELD, 3, at.epoch, at.live(id), at.claimed, id)
+
+
+def counted(at: Keys, agent_id: str) -> Command:
+    """What tells how many leases of an agent have not ended."""
+    return ("EVAL", _COUNTED, 1, at.index(agent_id))
 
 
 def all_ids(at: Keys) -> Command:

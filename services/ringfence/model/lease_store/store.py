@@ -67,6 +67,7 @@ from ringfence.model.lease_store.scripts import (
     Command,
     all_ids,
     always,
+    counted,
     fencing,
 )
 from ringfence.model.lease_store.shards import ShardCall, Shards
@@ -487,9 +488,9 @@ class LeaseStore(Shards):
             if agents is None:
                 commands.append(all_ids(at))
             else:
-                commands += [("SMEMBERS", at.index(one)) for one in agents[n]]
+                commands += [("HKEYS", at.index(one)) for one in agents[n]]
         answers = await self._guarded(commands, self.keys)
-        return list(dict.fromkeys(unpacked(id) for ids in answers for id in ids))
+        return list(dict.fromkeys(unpacked(id) for ids in answers for id in ids if len(id) == ID_BYTES))
 
     async def _agents(self, mark: str, agent_id: str | None) -> list[list[str]] | None:
         """Of each shard: the agents that have leases with a mark there. None where that would be all."""
@@ -509,7 +510,7 @@ class LeaseStore(Shards):
         for mark in marks:
             kind, _, id = mark.partition(":")
             commands += [
-                ("SCARD", at.index(id)) if kind == "agent" else ("HVALS", at.agents(mark)) for at in self.keys
+                counted(at, id) if kind == "agent" else ("HVALS", at.agents(mark)) for at in self.keys
             ]
         answers = await self._guarded(commands, self.keys)
         counts = [found if isinstance(found, int) else sum(map(int, found)) for found in answers]
