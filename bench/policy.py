@@ -26,11 +26,11 @@ import regorus
 from bench import holdings
 from bench.machine import cpu_s, percentile
 from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
-from ringfence.policy.bundle import Bundle, archive, load_bundle
-from ringfence.policy.embedded import EmbeddedEngine
-from ringfence.policy.engine import ISSUANCE, PolicyEngine
-from ringfence.policy.opa import OpaEngine
-from ringfence.policy.rego import compiled
+from ringfence.rego.bundle import Bundle, archive, load_bundle
+from ringfence.rego.embedded import EmbeddedEngine
+from ringfence.rego.engine import ISSUANCE, PolicyEngine
+from ringfence.rego.opa import OpaEngine
+from ringfence.rego.programs import compiled
 
 SIZES = (1_000, 10_000, 100_000)
 DECISIONS = 2_000

@@ -29,8 +29,8 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.topics import AGENT, CREDENTIAL_DECISION, CREDENTIAL_REQUEST, LEASE, SERVICE_EVENT
-from ringfence.policy.embedded import EmbeddedEngine
 from ringfence.policy.settings import PolicySettings
+from ringfence.rego.embedded import EmbeddedEngine
 from tests.flows.test_policy import DEPLOY, EVERYTHING, READ, Asked, Office, codes
 from tests.policy.bundles import ALLOWS, write
 from tests.world import WITHIN_S, Party, World, scope

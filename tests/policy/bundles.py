@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ringfence.policy.bundle import Bundle, load_bundle
+from ringfence.rego.bundle import Bundle, load_bundle
 
 ALLOWS = 'decision := {"allow": true, "deny": [], "approvals": [], "max_ttl_s": 60}\n'
 """Allows everything; the rule in code does not."""

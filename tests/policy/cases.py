@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ringfence.policy.engine import PolicyResult
+from ringfence.rego.engine import PolicyResult
 
 TASK = "c1a5e6f0-1b2c-5d3e-8f40-e6f01b2c5d3e"
 GOOD: dict[str, Any] = {

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from ringfence.dev.processes import StackError
-from ringfence.policy.bundle import Bundle, load_bundle
-from ringfence.policy.embedded import EmbeddedEngine
-from ringfence.policy.engine import ACTION, ISSUANCE, PolicyEngine
-from ringfence.policy.opa import OpaEngine
+from ringfence.rego.bundle import Bundle, load_bundle
+from ringfence.rego.embedded import EmbeddedEngine
+from ringfence.rego.engine import ACTION, ISSUANCE, PolicyEngine
+from ringfence.rego.opa import OpaEngine
 from tests.policy.opa_server import opa_binary, running_opa
 
 # Else regorus looks up where in its own code it was, for each mutant that does not compile: a tenth of a second each.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ringfence.policy.bundle import Module
+from ringfence.rego.bundle import Module
 
 _NO_START = ("#", "package ", "import ", "}", "]", ")", "\t", " ")
 _STRING = re.compile(r'"([^"\\ ]*)"')

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from ringfence.dev.processes import LOOPBACK, StackError, free_port, spawn
-from ringfence.policy.bundle import Bundle, archive
+from ringfence.rego.bundle import Bundle, archive
 
 BUILD = Path(__file__).parents[2] / ".ci" / "opa"
 _START_TIMEOUT_S = 30.0

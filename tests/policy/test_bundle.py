@@ -13,9 +13,9 @@ import orjson
 import pytest
 import regorus
 
-from ringfence.policy.bundle import BundleError, archive, load_bundle
-from ringfence.policy.engine import ISSUANCE, PolicyFailedError, read_result
-from ringfence.policy.rego import Outcome, compiled, run_tests
+from ringfence.rego.bundle import BundleError, archive, load_bundle
+from ringfence.rego.engine import ISSUANCE, PolicyFailedError, read_result
+from ringfence.rego.programs import Outcome, compiled, run_tests
 from tests.policy.bundles import made
 from tests.policy.cases import CASES, GOOD, changed
 from tests.policy.conftest import Engines

@@ -5,8 +5,8 @@ from __future__ import annotations
 import orjson
 import pytest
 
-from ringfence.policy.bundle import Bundle
-from ringfence.policy.engine import ACTION, ISSUANCE
+from ringfence.rego.bundle import Bundle
+from ringfence.rego.engine import ACTION, ISSUANCE
 from tests.policy.cases import CASES, Case
 from tests.policy.conftest import Engines
 

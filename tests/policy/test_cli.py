@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.policy.bundle import archive, load_bundle
+from ringfence.rego.bundle import archive, load_bundle
 from tests.policy.bundles import ALLOWS, write
 
 DENIED = "test_denied if not issuance.decision.allow\n"

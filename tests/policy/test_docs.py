@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ringfence.policy.bundle import load_bundle
-from ringfence.policy.engine import ISSUANCE
-from ringfence.policy.rego import compiled, run_tests
+from ringfence.rego.bundle import load_bundle
+from ringfence.rego.engine import ISSUANCE
+from ringfence.rego.programs import compiled, run_tests
 from tests.policy.cases import CASES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()

@@ -13,9 +13,9 @@ import orjson
 import psutil
 import pytest
 
-from ringfence.policy.bundle import BundleError
-from ringfence.policy.embedded import EmbeddedEngine
-from ringfence.policy.engine import (
+from ringfence.rego.bundle import BundleError
+from ringfence.rego.embedded import EmbeddedEngine
+from ringfence.rego.engine import (
     Answer,
     PolicyFailedError,
     PolicyTimeoutError,
@@ -55,7 +55,7 @@ def workers() -> list[psutil.Process]:
     return [
         child
         for child in children
-        if child.pid not in _of_others and "ringfence.policy.worker" in child.cmdline()
+        if child.pid not in _of_others and "ringfence.rego.worker" in child.cmdline()
     ]
 
 

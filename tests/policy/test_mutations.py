@@ -11,9 +11,9 @@ import orjson
 import pytest
 import regorus
 
-from ringfence.policy.bundle import BundleError, Module, load_bundle
-from ringfence.policy.engine import ACTION, ISSUANCE, PolicyFailedError, result_of
-from ringfence.policy.rego import compiled
+from ringfence.rego.bundle import BundleError, Module, load_bundle
+from ringfence.rego.engine import ACTION, ISSUANCE, PolicyFailedError, result_of
+from ringfence.rego.programs import compiled
 from tests.policy.cases import CASES, Case
 from tests.policy.mutants import Mutant, mutants_of, rules_of
 from tests.policy.opa_server import running_opa

@@ -15,15 +15,15 @@ import pytest
 
 from ringfence.dev.processes import free_port
 from ringfence.kernel.settings import load
-from ringfence.policy.bundle import OWN_BUNDLE, Bundle
-from ringfence.policy.engine import (
+from ringfence.rego.bundle import OWN_BUNDLE, Bundle
+from ringfence.rego.engine import (
     PolicyFailedError,
     PolicyTimeoutError,
     PolicyUnavailableError,
 )
-from ringfence.policy.opa import OpaEngine
-from ringfence.policy.opa_http import MAX_ANSWER_BYTES
-from ringfence.policy.settings import OpaSettings
+from ringfence.rego.opa import OpaEngine
+from ringfence.rego.opa_http import MAX_ANSWER_BYTES
+from ringfence.rego.settings import OpaSettings
 from tests.policy.bundles import ALLOWS, made
 from tests.policy.cases import GOOD
 from tests.policy.conftest import TIMEOUT_MS

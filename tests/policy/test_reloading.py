@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from ringfence.kernel import metrics
-from ringfence.policy.bundle import load_bundle
-from ringfence.policy.embedded import EmbeddedEngine
-from ringfence.policy.reloading import BundleWatch
+from ringfence.rego.bundle import load_bundle
+from ringfence.rego.embedded import EmbeddedEngine
+from ringfence.rego.reloading import BundleWatch
 from tests.policy.bundles import ALLOWS, write
 from tests.policy.conftest import TIMEOUT_MS
 

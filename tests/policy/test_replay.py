@@ -15,9 +15,9 @@ from ringfence.kernel.jws import sign
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.messages.topics import CREDENTIAL_DECISION
-from ringfence.policy.bundle import OWN_BUNDLE, load_bundle
 from ringfence.policy.domain import INPUT_FIELDS
 from ringfence.policy.replaying import Standing, changes_between, fields_of
+from ringfence.rego.bundle import OWN_BUNDLE, load_bundle
 from tests.flows.test_policy import DEPLOY, READ, Office
 from tests.policy.bundles import ALLOWS, write
 from tests.world import Party, World, scope

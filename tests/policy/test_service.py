@@ -18,9 +18,9 @@ from ringfence.kernel.errors import RingfenceError
 from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.registry import VerbFloor
 from ringfence.messages.topics import CREDENTIAL_DECISION
-from ringfence.policy.bundle import Bundle, load_bundle
 from ringfence.policy.settings import PolicySettings
 from ringfence.policy.store import DecisionsInMemory
+from ringfence.rego.bundle import Bundle, load_bundle
 from tests.flows.test_policy import DEPLOY, READ, Office, codes
 from tests.policy.bundles import ALLOWS, EXPLODES, write
 from tests.policy.opa_server import running_opa

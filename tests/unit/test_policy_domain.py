@@ -19,7 +19,7 @@ from ringfence.model.approvals import BREAK_GLASS_TTL_S
 from ringfence.model.directory import Directory, Entry
 from ringfence.model.requests import Facts
 from ringfence.policy.domain import MAX_REASONS, InputBuilder, Ruling, rule
-from ringfence.policy.engine import PolicyFailedError, PolicyResult, result_of
+from ringfence.rego.engine import PolicyFailedError, PolicyResult, result_of
 
 NOBODY = cast(Directory, None)
 """No directory is asked where there is no approval to weigh."""

@@ -89,10 +89,10 @@ def _fired(found: Mapping[str, Any], folder: Path | None) -> list[tuple[str, Any
         return None
     try:
         from ringfence.kernel.settings import load
-        from ringfence.policy.bundle import load_bundle
-        from ringfence.policy.engine import ACTION
-        from ringfence.policy.rego import fired
         from ringfence.policy.settings import PolicySettings
+        from ringfence.rego.bundle import load_bundle
+        from ringfence.rego.engine import ACTION
+        from ringfence.rego.programs import fired
     except ModuleNotFoundError:  # the extra `server` has the engine
         return None
     here = load_bundle(folder or load(PolicySettings).bundle)

@@ -44,9 +44,9 @@ def run_bundle_tests(
 
     Exits 1 where a test fails, or where there is none. A running policy uses no bundle that fails its tests.
     """
-    from ringfence.policy.bundle import load_bundle
-    from ringfence.policy.engine import ISSUANCE
-    from ringfence.policy.rego import compiled, run_tests
+    from ringfence.rego.bundle import load_bundle
+    from ringfence.rego.engine import ISSUANCE
+    from ringfence.rego.programs import compiled, run_tests
 
     found = load_bundle(bundle)
     compiled(found.modules, ISSUANCE)
@@ -96,7 +96,7 @@ def build(
 
     Its manifest names the revision, by which policy knows that OPA decides by the same rules.
     """
-    from ringfence.policy.bundle import archive, load_bundle
+    from ringfence.rego.bundle import archive, load_bundle
 
     found = load_bundle(bundle)
     try:

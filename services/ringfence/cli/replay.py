@@ -75,11 +75,11 @@ async def _replayed(folder: Path, since_s: int) -> Report:
     from ringfence.client.connection import load_settings
     from ringfence.kernel.clock import SystemClock
     from ringfence.kernel.settings import load
-    from ringfence.policy.bundle import load_bundle
-    from ringfence.policy.embedded import EmbeddedEngine
     from ringfence.policy.recorded import recorded_decisions, trust_of
     from ringfence.policy.replaying import Replay
     from ringfence.policy.settings import PolicySettings
+    from ringfence.rego.bundle import load_bundle
+    from ringfence.rego.embedded import EmbeddedEngine
 
     settings, clock = load_settings(), SystemClock()
     found = load_bundle(folder)

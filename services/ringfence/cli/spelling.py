@@ -14,6 +14,7 @@ _DECLARED_IN = (
     "ringfence.client.settings",
     "ringfence.backends.access",
     "ringfence.policy.settings",
+    "ringfence.rego.settings",
     "ringfence.issuer.settings",
     "ringfence.revoker.settings",
     "ringfence.registry.settings",

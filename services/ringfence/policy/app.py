@@ -32,10 +32,7 @@ from ringfence.model.grants import GrantTable, kind_of
 from ringfence.policy.answers import Answers
 from ringfence.policy.approvals import ApprovalHandler
 from ringfence.policy.authzen import AuthZen
-from ringfence.policy.bundle import load_bundle
 from ringfence.policy.declared import Declared
-from ringfence.policy.embedded import EmbeddedEngine
-from ringfence.policy.engine import PolicyEngine
 from ringfence.policy.grants import GrantBook, GrantHandler
 from ringfence.policy.grants_http import GrantApi
 from ringfence.policy.handlers import RequestHandler
@@ -44,12 +41,13 @@ from ringfence.policy.http import Api
 from ringfence.policy.judge import Judge
 from ringfence.policy.limits import Doorkeeper, Gatekeeper, Limits, PendingLimits
 from ringfence.policy.notices import Notices
-from ringfence.policy.opa import OpaEngine
 from ringfence.policy.opening import Opener
-from ringfence.policy.reloading import BundleWatch
-from ringfence.policy.settings import OpaSettings, PolicySettings
+from ringfence.policy.settings import PolicySettings
 from ringfence.policy.store import HISTORY_MS, Approvers, DecisionsInMemory
 from ringfence.policy.usage_http import UsageApi
+from ringfence.rego.engine import ISSUANCE
+from ringfence.rego.reloading import BundleWatch
+from ringfence.rego.settings import OpaSettings, engine_of
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +60,9 @@ def build(
 ) -> Runtime:
     """The service, ready to run. Raises BackendError, BundleError, KeyFileError, SettingsError."""
     own = own or load(PolicySettings)
-    engine = _engine(own, load(OpaSettings))
+    engine = engine_of(
+        load(OpaSettings), own.bundle, timeout_ms=own.evaluation_timeout_ms, entry_point=ISSUANCE
+    )
     runtime = Runtime("policy", settings, clock)
     directory = Directory(
         runtime.trust,
@@ -164,14 +164,6 @@ def build(
     ).routes()
     runtime.routes += AuthZen(runtime, directory, judge).routes()
     return runtime
-
-
-def _engine(own: PolicySettings, opa: OpaSettings) -> PolicyEngine:
-    """The engine that the settings ask for. Raises BundleError."""
-    bundle = load_bundle(own.bundle)
-    if opa.url is None:
-        return EmbeddedEngine(bundle, timeout_ms=own.evaluation_timeout_ms)
-    return OpaEngine(opa.url, bundle, timeout_ms=own.evaluation_timeout_ms, connections=opa.connections)
 
 
 def main() -> int:

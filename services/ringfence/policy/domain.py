@@ -22,7 +22,7 @@ from ringfence.model.approvals import BREAK_GLASS_TTL_S, may_approve, required_c
 from ringfence.model.directory import Directory, Entry
 from ringfence.model.identity import subject_of
 from ringfence.model.requests import Facts
-from ringfence.policy.engine import PolicyResult
+from ringfence.rego.engine import PolicyResult
 
 MAX_ASKED = 20
 """So many people are asked for one class of approval at most; the others may approve all the same."""

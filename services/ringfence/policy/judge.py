@@ -21,9 +21,9 @@ from ringfence.model.identity import SubjectKind
 from ringfence.model.requests import DeniedError, gather, violations
 from ringfence.policy.declared import Declared
 from ringfence.policy.domain import Case, InputBuilder, Judgement, Ruling, approver, denied, rule, signer
-from ringfence.policy.engine import PolicyEngine, PolicyFailedError, PolicyResult
 from ringfence.policy.grants import GrantBook
 from ringfence.policy.holdings import MAX_HELD, Holdings
+from ringfence.rego.engine import PolicyEngine, PolicyFailedError, PolicyResult
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from ringfence.kernel.kafka import Received, to_json
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.credential import CredentialDecision, Reason, RequiredClass
 from ringfence.messages.registry import ApprovalClass
-from ringfence.policy.bundle import Bundle
 from ringfence.policy.domain import INPUT_FIELDS, weighed
-from ringfence.policy.engine import PolicyEngine, PolicyFailedError, PolicyResult
 from ringfence.policy.recorded import Recorded
+from ringfence.rego.bundle import Bundle
+from ringfence.rego.engine import PolicyEngine, PolicyFailedError, PolicyResult
 
 Change = Literal[
     "denied_to_allowed", "denied_to_approval", "approval_removed", "ttl_longer",

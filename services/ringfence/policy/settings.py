@@ -10,8 +10,7 @@ from pydantic_settings import SettingsConfigDict
 
 from ringfence.kernel.places import Place
 from ringfence.kernel.settings import RingfenceSettings
-from ringfence.policy.embedded import TIMEOUT_MS
-from ringfence.policy.opa import CONNECTIONS
+from ringfence.rego.embedded import TIMEOUT_MS
 
 
 class PolicySettings(RingfenceSettings):
@@ -38,14 +37,3 @@ class PolicySettings(RingfenceSettings):
     `file:PATH`."""
     wait_s: Annotated[int, Field(ge=0, le=86_400)] = 45
     """How long a request may wait for its turn before it is turned away; 0 is without limit."""
-
-
-class OpaSettings(RingfenceSettings):
-    """Where OPA is, if it is to evaluate the bundle: `RINGFENCE_OPA_*`, or the table `[opa]`."""
-
-    model_config = SettingsConfigDict(env_prefix="RINGFENCE_OPA_", extra="ignore", frozen=True)
-
-    url: Annotated[str | None, Field(pattern=r"^https?://[^/?#]+(/[^?#]*)?$")] = None
-    """Like `http://127.0.0.1:8181`; the embedded engine where not set."""
-    connections: Annotated[int, Field(ge=1, le=1024)] = CONNECTIONS
-    """So many requests are under way to OPA at once."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import regorus
 
-from ringfence.policy.bundle import BundleError, Module
+from ringfence.rego.bundle import BundleError, Module
 
 _PLACE = re.compile(r"--> (.+?:\d+:\d+)")
 _ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)

@@ -8,9 +8,9 @@ from typing import Any
 import orjson
 
 from ringfence.kernel.errors import UnavailableError
-from ringfence.policy.bundle import Bundle
-from ringfence.policy.embedded import TIMEOUT_MS
-from ringfence.policy.engine import (
+from ringfence.rego.bundle import Bundle
+from ringfence.rego.embedded import TIMEOUT_MS
+from ringfence.rego.engine import (
     ISSUANCE,
     Answer,
     PolicyFailedError,
@@ -18,8 +18,8 @@ from ringfence.policy.engine import (
     PolicyUnavailableError,
     result_of,
 )
-from ringfence.policy.opa_http import HttpPool
-from ringfence.policy.workers import start_worker
+from ringfence.rego.opa_http import HttpPool
+from ringfence.rego.workers import start_worker
 
 CONNECTIONS = 32
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ringfence.kernel.errors import RingfenceError
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ApprovalClass
-from ringfence.policy.bundle import Bundle
+from ringfence.rego.bundle import Bundle
 
 ISSUANCE = "data.ringfence.issuance.decision"
 """The entry point that decides on requests for credentials."""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ringfence.kernel import metrics
 from ringfence.kernel.ids import digest
-from ringfence.policy.bundle import OWN_BUNDLE, BundleError, bundle_files, load_bundle
-from ringfence.policy.engine import PolicyEngine, PolicyUnavailableError
+from ringfence.rego.bundle import OWN_BUNDLE, BundleError, bundle_files, load_bundle
+from ringfence.rego.engine import PolicyEngine, PolicyUnavailableError
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The process in which a bundle is evaluated: `python -m ringfence.policy.worker`, with a socket as its stdin.
+"""The process in which a bundle is evaluated: `python -m ringfence.rego.worker`, with a socket as its stdin.
 
 A few lines of Rego can take minutes inside one builtin, all memory, or the process itself; nothing in the same process
 could stop them. So the service evaluates here, and kills this process where an answer does not come (`workers`).
@@ -22,8 +22,8 @@ from typing import Any
 
 import regorus
 
-from ringfence.policy.bundle import BundleError
-from ringfence.policy.rego import check_tests, compiled, first_line
+from ringfence.rego.bundle import BundleError
+from ringfence.rego.programs import check_tests, compiled, first_line
 
 LENGTH = struct.Struct(">I")
 MAX_MEMORY_BYTES = 2 * 2**30

@@ -13,8 +13,8 @@ from typing import cast
 import orjson
 
 from ringfence.kernel.errors import RingfenceError
-from ringfence.policy.bundle import Bundle, BundleError
-from ringfence.policy.engine import PolicyFailedError, PolicyTimeoutError, PolicyUnavailableError
+from ringfence.rego.bundle import Bundle, BundleError
+from ringfence.rego.engine import PolicyFailedError, PolicyTimeoutError, PolicyUnavailableError
 
 START_TIMEOUT_S = 60.0
 """How long a bundle may take to compile and to pass its tests."""
@@ -162,7 +162,7 @@ async def start_worker(bundle: Bundle, entry_point: str, timeout_s: float) -> Wo
     with theirs:
         try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "ringfence.policy.worker", str(os.getpid()),
+                sys.executable, "-P", "-m", "ringfence.rego.worker", str(os.getpid()),
                 stdin=theirs.fileno(), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
                 env={name: os.environ[name] for name in _INHERITED if name in os.environ},
             )  # fmt: skip

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from ringfence.policy.bundle import Bundle, BundleError
-from ringfence.policy.engine import (
+from ringfence.rego.bundle import Bundle, BundleError
+from ringfence.rego.engine import (
     ISSUANCE,
     Answer,
     PolicyFailedError,
     PolicyUnavailableError,
     read_result,
 )
-from ringfence.policy.workers import Worker, WorkerLostError, start_worker
+from ringfence.rego.workers import Worker, WorkerLostError, start_worker
 
 log = logging.getLogger(__name__)
 
