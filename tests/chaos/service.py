@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def _built(role: str, settings: ServiceSettings, clock: Clock) -> Runtime:
-    if role == "gateway":  # until there is one
+    if role == "gateway":  # the part of one that cuts are about
         return cut_listener.build(settings, clock)[0]
     runtime: Runtime = importlib.import_module(f"ringfence.{role}.app").build(settings, clock=clock)
     return runtime

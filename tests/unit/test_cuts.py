@@ -20,8 +20,8 @@ from ringfence.messages.lease import RevocationAck, RevocationRequest, Selector
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT, REVOCATION_ACK
 from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
+from ringfence.model.orders import Order
 from ringfence.revoker.cuts import Cuts
-from ringfence.revoker.domain import Order
 from tests.ledger import START_MS, TD, FixedClock
 
 GRACE_MS = 5000

@@ -23,7 +23,7 @@ from ringfence.kernel.kafka import Received
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.lease import RevocationAck
 from ringfence.messages.operations import Heartbeat
-from ringfence.revoker.domain import Order
+from ringfence.model.orders import Order
 
 log = logging.getLogger(__name__)
 

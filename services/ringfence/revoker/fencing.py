@@ -12,9 +12,8 @@ from ringfence.kernel.kafka import Received
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import SELECTOR_KEEP_MS, LeaseStore
 from ringfence.model.leases import mark_of
+from ringfence.model.orders import Order, may_have_selector
 from ringfence.revoker.cuts import Cuts
-from ringfence.revoker.domain import Order
-from ringfence.revoker.opening import may_have_selector
 from ringfence.revoker.orders import Orders
 
 

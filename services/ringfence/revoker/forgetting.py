@@ -24,7 +24,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_epochs import Epochs
 from ringfence.model.leases import is_over
-from ringfence.revoker.opening import open_lease
+from ringfence.model.opening import open_lease
 
 log = logging.getLogger(__name__)
 

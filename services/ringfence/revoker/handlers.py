@@ -33,14 +33,9 @@ from ringfence.model.directory import Directory, Entry
 from ringfence.model.identity import SubjectKind, subject_of
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases import is_covered, mark_of
+from ringfence.model.orders import Order
 from ringfence.revoker.cuts import Cuts
-from ringfence.revoker.domain import (
-    Ending,
-    Narrowing,
-    Order,
-    consequences,
-    derived_order,
-)
+from ringfence.revoker.domain import Ending, Narrowing, consequences, derived_order
 from ringfence.revoker.ending import Ender, Wish
 from ringfence.revoker.fencing import fence
 from ringfence.revoker.orders import Orders

@@ -16,7 +16,7 @@ from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases import ALL_MARK
-from ringfence.revoker.domain import agent_of_task
+from ringfence.model.orders import agent_of_task
 from ringfence.revoker.ending import Ender
 from ringfence.revoker.overdue import Overdue
 

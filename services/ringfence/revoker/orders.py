@@ -10,8 +10,7 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease, Selector
 from ringfence.model.directory import Directory
-from ringfence.revoker.domain import Order, agent_of_task, objection
-from ringfence.revoker.opening import open_order
+from ringfence.model.orders import Order, agent_of_task, objection, open_order
 
 
 class Orders:

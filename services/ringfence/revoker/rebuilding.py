@@ -31,7 +31,7 @@ from ringfence.model.directory import Directory
 from ringfence.model.lease_epochs import marker_key
 from ringfence.model.lease_store import FENCE_KEEP_MS, Had, LeaseStore, LostError, Restoration, SignedLease
 from ringfence.model.leases import comes_after, cut_before, follow, restated
-from ringfence.revoker.opening import open_lease
+from ringfence.model.opening import open_lease
 from ringfence.revoker.truth import (
     Fold,
     Record,

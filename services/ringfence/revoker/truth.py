@@ -24,8 +24,8 @@ from ringfence.model.directory import Directory
 from ringfence.model.lease_epochs import Epochs
 from ringfence.model.lease_store import SignedLease
 from ringfence.model.leases import ALL_MARK, cut_mark, is_covered, mark_of, marks_of
-from ringfence.revoker.domain import Order, objection
-from ringfence.revoker.opening import may_have_selector, open_lease, open_order
+from ringfence.model.opening import open_lease
+from ringfence.model.orders import Order, may_have_selector, objection, open_order
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from ringfence.messages.lease import Lease
 from ringfence.model.lease_epochs import Epochs, number_of
 from ringfence.model.lease_store import LeaseStore, LostError, Outgoing, SignedLease, StoredLease
 from ringfence.model.leases import comes_after
+from ringfence.model.opening import open_lease
 from ringfence.revoker.ending import Ender
-from ringfence.revoker.opening import open_lease
 from ringfence.revoker.rebuilding import Rebuilder
 from ringfence.revoker.truth import Glance, peek
 

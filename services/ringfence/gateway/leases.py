@@ -1,0 +1,209 @@
+"""The leases that this gateway may go by: a local table, fed by `lease` and `revocation.request`.
+
+It holds every lease that lives, of all agents, so that orders about any of them can be judged; only those that were
+delivered to gateways are looked up for requests. What ends one counts from the moment that it is told to this table.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ringfence.kernel.clock import Clock
+from ringfence.messages.credential import Reason
+from ringfence.messages.lease import Lease
+from ringfence.model.leases import ALL_MARK, bears, is_covered, is_over, marks_of
+
+ENDED_KEPT_MS = 60_000
+"""So long a lease is known after its end: orders about it may still be on their way here."""
+SLACK_MS = 60_000
+"""So long after its deadline nothing of a lease can count any more, whatever the clocks."""
+ORDERS_KEPT_MS = 3 * 24 * 3600 * 1000
+"""A day to decide on a request, a day for the lease, and one to spare: older orders cover nothing that lives."""
+LEASES_SINCE_MS = 25 * 3600 * 1000
+"""No lease lives for longer than a day, so none that does has its last record from before that."""
+
+Ended = Callable[[], None]
+
+
+@dataclass(slots=True)
+class _Known:
+    """One lease: by its highest `seq`, as long as anything may still be asked of it."""
+
+    seq: int
+    lease: Lease | None
+
+
+class LeaseTable:
+    """See the module. Look-ups take the same time however many leases there are."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._known: dict[str, _Known] = {}
+        self._usable: dict[tuple[str, str], dict[str, dict[str, Lease]]] = {}
+        """By agent and target: tasks, and their leases by id."""
+        self._due: list[tuple[int, str]] = []
+        """A heap of when to look at a lease again."""
+        self._revoked: dict[str, int] = {}
+        """Leases revoked one by one, and when their orders were appended."""
+        self._fences: dict[str, int] = {}
+        """By mark: leases that were requested until then are cut."""
+        self._watchers: dict[str, dict[int, Ended]] = {}
+        self._numbers = itertools.count()
+        self._listeners: list[Callable[[str], None]] = []
+        self._pruned_ms = 0
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    # --- feeding ---
+
+    def take(self, lease: Lease) -> None:
+        """One verified record. Of each lease the highest `seq` counts, in whatever order they come."""
+        now_ms = self._clock.now_ms()
+        if lease.deadline * 1000 + SLACK_MS <= now_ms:
+            return
+        known = self._known.get(lease.lease_id)
+        if known is not None and lease.seq <= known.seq:
+            return
+        if known is not None and known.lease is not None:
+            self._drop(known.lease)
+        self._known[lease.lease_id] = _Known(lease.seq, lease)
+        if lease.status == "active":
+            if lease.delivery == "gateway":
+                tasks = self._usable.setdefault((lease.agent_id, lease.target_id), {})
+                tasks.setdefault(lease.task_id, {})[lease.lease_id] = lease
+            if known is None or known.lease is None:
+                heapq.heappush(self._due, (lease.deadline * 1000, lease.lease_id))
+        elif lease.status != "minting":
+            heapq.heappush(self._due, (now_ms + ENDED_KEPT_MS, lease.lease_id))
+            self._over(lease.lease_id)
+        else:
+            heapq.heappush(self._due, (lease.deadline * 1000, lease.lease_id))
+
+    def revoke(self, lease_id: str, appended_at_ms: int) -> None:
+        """One lease is cut."""
+        self._revoked[lease_id] = appended_at_ms
+        self._over(lease_id)
+
+    def fence(self, mark: str, issued_before_ms: int) -> None:
+        """Every lease that bears the mark and was requested by then is cut."""
+        if self._fences.get(mark, -1) >= issued_before_ms:
+            return
+        self._fences[mark] = issued_before_ms
+        for lease_id in list(self._watchers):
+            known = self._known.get(lease_id)
+            lease = known.lease if known is not None else None
+            if lease is not None and bears(lease, mark) and is_covered(lease, issued_before_ms):
+                self._over(lease_id)
+
+    def sweep(self) -> None:
+        """What has passed its deadline ends; what nobody can ask for any more is forgotten. Call it often."""
+        now_ms = self._clock.now_ms()
+        while self._due and self._due[0][0] <= now_ms:
+            _, lease_id = heapq.heappop(self._due)
+            self._look_again(lease_id, now_ms)
+        if now_ms - self._pruned_ms >= ENDED_KEPT_MS:
+            self._pruned_ms = now_ms
+            oldest_ms = now_ms - ORDERS_KEPT_MS
+            for some in (self._revoked, self._fences):
+                for key in [key for key, at_ms in some.items() if at_ms < oldest_ms]:
+                    del some[key]
+
+    def _look_again(self, lease_id: str, now_ms: int) -> None:
+        known = self._known.get(lease_id)
+        if known is None:
+            return
+        if known.lease is None:
+            del self._known[lease_id]
+            return
+        deadline_ms = known.lease.deadline * 1000
+        if deadline_ms <= now_ms:
+            self._over(lease_id)
+        if is_over(known.lease) or deadline_ms + ENDED_KEPT_MS <= now_ms:
+            self._drop(known.lease)
+            known.lease = None  # its `seq` stays: an older record that comes late must not revive it
+            heapq.heappush(self._due, (max(deadline_ms + SLACK_MS, now_ms), lease_id))
+        else:
+            heapq.heappush(self._due, (max(deadline_ms, now_ms) + ENDED_KEPT_MS, lease_id))
+
+    def _drop(self, lease: Lease) -> None:
+        key = (lease.agent_id, lease.target_id)
+        tasks = self._usable.get(key, {})
+        leases = tasks.get(lease.task_id, {})
+        leases.pop(lease.lease_id, None)
+        if not leases:
+            tasks.pop(lease.task_id, None)
+        if not tasks:
+            self._usable.pop(key, None)
+
+    # --- asking ---
+
+    def get(self, lease_id: str) -> Lease | None:
+        """A lease as it is known last, in whatever state; None where there is none, or it ended a while ago."""
+        known = self._known.get(lease_id)
+        return known.lease if known is not None else None
+
+    def usable(self, agent_id: str, task_id: str | None, target_id: str) -> list[Lease]:
+        """The leases that requests of an agent at a target may go by now: of one task, or of all where None."""
+        tasks = self._usable.get((agent_id, target_id), {})
+        some = [tasks.get(task_id, {})] if task_id is not None else list(tasks.values())
+        return [lease for leases in some for lease in leases.values() if self.problem(lease) is None]
+
+    def problem(self, lease: Lease) -> Reason | None:
+        """Why a lease may be used no more, or None."""
+        known = self._known.get(lease.lease_id)
+        if known is None or known.lease is None or known.lease.status != "active":
+            return _reason("lease_ended", lease, "has ended")
+        if known.lease.deadline * 1000 <= self._clock.now_ms():
+            return _reason("lease_ended", lease, "has passed its deadline")
+        if lease.lease_id in self._revoked:
+            return _reason("lease_cut", lease, "was revoked")
+        if self._fences and any(
+            is_covered(lease, self._fences.get(mark, -1)) for mark in (*marks_of(lease), ALL_MARK)
+        ):
+            return _reason("lease_cut", lease, "was revoked together with others")
+        return None
+
+    # --- telling ---
+
+    def on_over(self, listener: Callable[[str], None]) -> None:
+        """Call `listener` with the id of each lease that ended here, perhaps more than once."""
+        self._listeners.append(listener)
+
+    def watch(self, lease_id: str, ended: Ended) -> Callable[[], None]:
+        """Call `ended` once when the lease may be used no more; at once where that is so. Returns the way back."""
+        lease = self.get(lease_id)
+        if lease is None or self.problem(lease) is not None:
+            ended()
+            return lambda: None
+        number = next(self._numbers)
+        self._watchers.setdefault(lease_id, {})[number] = ended
+
+        def unsubscribe() -> None:
+            watching = self._watchers.get(lease_id, {})
+            watching.pop(number, None)
+            if not watching:
+                self._watchers.pop(lease_id, None)
+
+        return unsubscribe
+
+    def end_watched(self) -> None:
+        """Whoever watches a lease is told that it may be used no more: nobody knows whether it may."""
+        for lease_id in list(self._watchers):
+            self._tell(lease_id)
+
+    def _over(self, lease_id: str) -> None:
+        for listener in self._listeners:
+            listener(lease_id)
+        self._tell(lease_id)
+
+    def _tell(self, lease_id: str) -> None:
+        for ended in self._watchers.pop(lease_id, {}).values():
+            ended()
+
+
+def _reason(code: str, lease: Lease, what: str) -> Reason:
+    return Reason(code=code, message=f"lease {lease.lease_id} {what}; ask for a new credential", side="lease")

@@ -1,0 +1,112 @@
+"""How fresh this gateway's view is: held against what registry and revokers sign once a second. An old one denies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from aiokafka.errors import KafkaError
+
+from ringfence.gateway.cutting import Cutter, LeaseFeed
+from ringfence.gateway.leases import LEASES_SINCE_MS, ORDERS_KEPT_MS, LeaseTable
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.ids import derived_id
+from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.runtime import Runtime
+from ringfence.messages.operations import Heartbeat
+from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_REQUEST
+from ringfence.model.alarms import report_alarms
+from ringfence.model.directory import TABLES, Directory
+from ringfence.model.streams import Partition, StreamCheck, Streams
+
+log = logging.getLogger(__name__)
+
+BEAT_EVERY_S = 1.0
+_LOOK_EVERY_S = 0.1
+_COMPARE_EVERY = 2
+"""Every second look: comparing takes a question to each follower."""
+
+
+class View:
+    """Everything that decisions rest on: the records, the leases, the orders. Fed from Kafka once `runtime` runs."""
+
+    def __init__(self, runtime: Runtime, *, gives_its_word: bool = True) -> None:
+        """Registers what feeds it with `runtime`. `gives_its_word`: see `Cutter`."""
+        self._runtime = runtime
+        grace_ms = int(runtime.settings.grace_s * 1000)
+        self.directory = Directory(
+            runtime.trust, runtime.clock, grace_ms=grace_ms, on_alarm=report_alarms(runtime)
+        )
+        self.table = LeaseTable(runtime.clock)
+        self._streams = Streams()
+        self._check = StreamCheck(self._streams, runtime.trust, runtime.clock, grace_ms=grace_ms)
+        self._cutter = Cutter(runtime, self.directory, self.table, gives_its_word=gives_its_word)
+        feed = LeaseFeed(runtime, self.table)
+        now_ms = runtime.clock.now_ms()
+
+        def on_leases(records: Sequence[Received]) -> None:
+            self._streams.on_records(records)
+            feed.on_records(records)
+
+        def on_orders(records: Sequence[Received]) -> None:
+            self._streams.on_records(records)
+            self._cutter.on_records(records)
+
+        runtime.table(TABLES, self.directory.on_records)
+        runtime.table([HEARTBEAT], self._on_heartbeats)
+        leases = runtime.history([LEASE], on_leases, since_ms=max(now_ms - LEASES_SINCE_MS, 1))
+        orders = runtime.history([REVOCATION_REQUEST], on_orders, since_ms=max(now_ms - ORDERS_KEPT_MS, 1))
+        self._cutter.knows_leases_by(leases)
+        self._followers: tuple[Follower, ...] = (leases, orders)
+        runtime.background("view", self._look)
+        runtime.background("heartbeat", self._beat)
+        runtime.denies_when(self.stale)
+
+    def stale(self) -> str | None:
+        """Why nothing may be decided by this view, or None."""
+        return self._check.stale() or self.directory.stale()
+
+    def _on_heartbeats(self, records: Sequence[Received]) -> None:
+        self.directory.on_records(records)
+        self._check.on_heartbeats(records)
+
+    async def _look(self) -> None:
+        """Compare, sweep, and tell those that watch a lease where the view has got too old; for ever."""
+        self._check.begin(await self._positions())
+        turn = 0
+        while True:
+            if turn % _COMPARE_EVERY == 0:
+                self._check.compare(await self._positions())
+            turn += 1
+            self.table.sweep()
+            if self.stale() is not None:
+                self.table.end_watched()
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _positions(self) -> dict[Partition, int]:
+        positions: dict[Partition, int] = {}
+        for follower in self._followers:
+            positions |= await follower.positions()
+        return positions
+
+    async def _beat(self) -> None:
+        """Say that it is alive, for ever: cuts wait for its word."""
+        self._cutter.now_live()
+        while True:
+            try:
+                await self._say()
+            except (RingfenceError, KafkaError, OSError) as error:
+                log.warning("a heartbeat is left out: %s", error)
+            await asyncio.sleep(BEAT_EVERY_S)
+
+    async def _say(self) -> None:
+        key, now_ms = self._runtime.key, self._runtime.clock.now_ms()
+        heartbeat = Heartbeat(
+            iss=key.id,
+            aud=self._runtime.settings.trust_domain,
+            iat=now_ms // 1000,
+            jti=derived_id("heartbeat", key.id, now_ms),
+            at_ms=now_ms,
+        )
+        await self._runtime.publisher.publish_signed(HEARTBEAT, key.id, heartbeat, key)
