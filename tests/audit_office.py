@@ -39,7 +39,7 @@ from ringfence.messages.credential import (
     Revisions,
 )
 from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, RevocationAck, RevocationRequest, Selector
-from ringfence.messages.operations import DeadLetter, EventKind, ServiceEvent
+from ringfence.messages.operations import ActionDecided, DeadLetter, EventKind, ServiceEvent
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentDecommission,
@@ -70,6 +70,7 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.topics import (
+    ACTION,
     AGENT,
     APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
@@ -398,6 +399,18 @@ class Office:
         claims = self.claims(ServiceEvent, key, kind=kind, subject=subject, at_ms=self.now_ms, **fields)
         return self.signed(SERVICE_EVENT, claims, key, key=role)
 
+    def action(self, **fields: Any) -> Received:
+        """What a gateway decided on one request of the agent."""
+        given: dict[str, Any] = {
+            "action_id": str(uuid.uuid4()), "gateway": "spiffe://acme.example/service/gateway",
+            "agent_id": "deploy-bot", "task_id": self.task, "target_id": "staging", "verb": "deploy",
+            "resource": "env/staging/web", "allowed": True, "access": "write", "method": "PUT",
+            "request_digest": "ab" * 32, "latency_us": 180,
+            "at_ms": self.now_ms,
+        }  # fmt: skip
+        claims = ActionDecided(**{**given, **fields})
+        return self.received(ACTION, claims.model_dump_json(exclude_none=True).encode(), key="deploy-bot")
+
     def dead_letter(self, **fields: Any) -> Received:
         """A dead letter of policy."""
         letter = DeadLetter(**{
@@ -598,6 +611,7 @@ def every_record(office: Office) -> dict[str, Received]:
     )  # fmt: skip
     found["finding"] = office.service_event("finding", "record", "policy", reasons=reason)
     found["dead letter"] = office.dead_letter()
+    found |= actions(office, denied.lease_id)
     found |= broken_glass(office)
     found |= unbelievable(office)
     found |= changes(office)
@@ -693,3 +707,27 @@ def steps(events: Sequence[dict[str, Any]]) -> list[str]:
 
 
 Predicate = Callable[[dict[str, Any]], bool]
+
+
+def actions(office: Office, lease_id: str) -> dict[str, Received]:
+    """What gateways say of requests, in every shape that makes another event."""
+    why = Reason(
+        code="beyond_lease", message="no live lease allows it", permission=office.scope[0], side="lease"
+    )
+    stolen = Reason(code="handle_other_agent", message="the handle is a lease of another agent")
+    no = {"allowed": False, "reasons": (why,)}
+    every: dict[str, dict[str, Any]] = {
+        "allowed": {"lease_id": lease_id},
+        "read": {"method": "GET", "access": "read"},
+        "created": {"method": "POST", "label": "pull-request"},
+        "deleted": {"method": "DELETE"},
+        "with a method of its own": {"method": "PURGE"},
+        "denied": no,
+        "observed": {**no, "observed": True},
+        "with a stolen handle": {**no, "reasons": (stolen,), "lease_id": lease_id},
+        "by nobody known": {
+            "agent_id": None, "task_id": None, "target_id": None, "verb": None, "resource": None, "method": None,
+            **no,
+        },
+    }  # fmt: skip
+    return {f"action {name}": office.action(**fields) for name, fields in every.items()}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from ringfence.audit import (
+    action_events,
     break_glass_events,
     credential_events,
     grant_events,
@@ -36,9 +37,10 @@ from ringfence.messages.approval import Approval, ApprovalRequest, BreakGlassRev
 from ringfence.messages.base import Topic, typ_header
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
-from ringfence.messages.operations import DeadLetter, ServiceEvent
+from ringfence.messages.operations import ActionDecided, DeadLetter, ServiceEvent
 from ringfence.messages.registry import AgentRecord, AnyRecord, TargetRecord, TaskRecord, UserRecord
 from ringfence.messages.topics import (
+    ACTION,
     AGENT,
     APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
@@ -119,6 +121,7 @@ class AuditHandlers:
             REVOCATION_REQUEST: self._revocation,
             REVOCATION_ACK: self._ack,
             SERVICE_EVENT: self._service_event,
+            ACTION: self._action,
             DEAD_LETTER: self._dead_letter,
         }
 
@@ -419,6 +422,13 @@ class AuditHandlers:
         else:
             trace = known.traceparent if known is not None else None
             event = service_events.reported(record, claims, words, signed.verified(), trace)
+        return event, _lacks_sponsor(event)
+
+    def _action(self, record: Received) -> tuple[Event, bool]:
+        claims = self._believer.plain(record, ActionDecided)
+        lease = self._believer.lease(claims.lease_id) if claims.lease_id is not None else None
+        sponsor = self._believer.sponsor_of(claims.agent_id) if claims.agent_id is not None else None
+        event = action_events.acted(record, claims, lease, sponsor, self._trust_domain)
         return event, _lacks_sponsor(event)
 
     def _dead_letter(self, record: Received) -> tuple[Event, bool]:

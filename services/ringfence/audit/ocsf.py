@@ -1,6 +1,7 @@
 """What every OCSF event has (https://schema.ocsf.io), and the objects that stand in several of them.
 
-Four classes are used: Entity Management, Authorize Session, Authentication, and Detection Finding for break glass.
+Five classes are used: Entity Management, Authorize Session, Authentication, API Activity for what agents do through
+gateways, and Detection Finding for break glass.
 Events are plain dicts: they are written once, by the hundred a second, and the tests hold each kind against the schema
 and `AuditEvent`.
 """
@@ -27,13 +28,15 @@ from ringfence.messages.permission import Permission
 if TYPE_CHECKING:
     from ringfence.kernel.kafka import Received
 
-_CATEGORIES = {2: "Findings", 3: "Identity & Access Management"}
+_CATEGORIES = {2: "Findings", 3: "Identity & Access Management", 6: "Application Activity"}
 DETECTION_FINDING, AUTHENTICATION, AUTHORIZE_SESSION, ENTITY_MANAGEMENT = 2004, 3002, 3003, 3004
+API_ACTIVITY = 6003
 _CLASS_NAMES = {
     DETECTION_FINDING: "Detection Finding",
     AUTHENTICATION: "Authentication",
     AUTHORIZE_SESSION: "Authorize Session",
     ENTITY_MANAGEMENT: "Entity Management",
+    API_ACTIVITY: "API Activity",
 }
 _ACTIVITIES: dict[int, dict[int, str]] = {
     DETECTION_FINDING: {1: "Create", 2: "Update", 3: "Close"},
@@ -42,6 +45,7 @@ _ACTIVITIES: dict[int, dict[int, str]] = {
     ENTITY_MANAGEMENT: {
         1: "Create", 3: "Update", 4: "Delete", 9: "Disable", 11: "Deactivate", 12: "Suspend", 13: "Resume",
     },
+    API_ACTIVITY: {1: "Create", 2: "Read", 3: "Update", 4: "Delete"},
 }  # fmt: skip
 _SEVERITIES = {1: "Informational", 2: "Low", 3: "Medium", 4: "High", 5: "Critical"}
 INFORMATIONAL, LOW, MEDIUM, HIGH, CRITICAL = _SEVERITIES

@@ -332,6 +332,7 @@ _ALL: tuple[Message, ...] = (
     ),
     ActionDecided(
         action_id="d9428888-122b-51e1-b85c-61cd3cbb3210",
+        gateway=_service("gateway"),
         agent_id="deploy-bot",
         task_id=_TASK,
         lease_id=_LEASE,
@@ -339,6 +340,10 @@ _ALL: tuple[Message, ...] = (
         verb="deploy",
         resource="env/staging/app",
         allowed=True,
+        access="write",
+        method="PUT",
+        request_digest=_DIGEST,
+        latency_us=180,
         at_ms=AT_MS,
     ),
     audit.AuditEvent(

@@ -87,7 +87,10 @@ class ActionDecided(Message):
     """One request of an agent through the gateway, and what was decided on it."""
 
     action_id: NonEmpty
-    agent_id: NonEmpty
+    gateway: SpiffeId | None = None
+    """Who decided."""
+    agent_id: NonEmpty | None = None
+    """Who sent it, as far as that was shown: of a handle that somebody else showed, who that was."""
     task_id: str | None = None
     lease_id: str | None = None
     target_id: str | None = None
@@ -95,4 +98,16 @@ class ActionDecided(Message):
     resource: str | None = None
     allowed: bool
     reasons: tuple[Reason, ...] = ()
+    access: Literal["read", "write"] | None = None
+    """By its method (RFC 9110, 9.2.1), whatever the verb is called."""
+    method: Annotated[str, Field(max_length=32)] | None = None
+    request_digest: Digest | None = None
+    """Over method, URL and body: it tells two requests apart, and says nothing of what was in them."""
+    latency_us: Annotated[int, Field(ge=0)] | None = None
+    """What deciding took."""
+    label: Annotated[str, Field(max_length=64)] | None = None
+    """Where the sender's tooling says that the request came from. Nobody vouches for it."""
+    observed: Literal[True] | None = None
+    """Set where it was forwarded all the same, with what the agent inherited: it says what would have been blocked."""
     at_ms: Millis
+    traceparent: str | None = None

@@ -1,0 +1,139 @@
+"""What agents did through gateways, as API Activity events (6003): one for each request that was decided.
+
+The messages are not signed: who can write to the topic can make them up, and no more than that. Nothing is decided by
+them, and the events say that nobody vouches for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from ringfence.audit.domain import LeaseFacts
+from ringfence.audit.ocsf import (
+    ALLOWED,
+    API_ACTIVITY,
+    DENIED,
+    FAILURE,
+    HIGH,
+    LOW,
+    OBSERVED,
+    UNKNOWN_USER,
+    Event,
+    Step,
+    event,
+    scrubbed,
+    step,
+    user_of,
+)
+from ringfence.messages.operations import ActionDecided
+
+if TYPE_CHECKING:
+    from ringfence.kernel.kafka import Received
+
+_STOLEN: Final = frozenset({"handle_other_agent", "proof_by_stranger"})
+"""Why somebody should look: a handle in other hands than it was given to."""
+_CREATE, _READ, _UPDATE, _DELETE = 1, 2, 3, 4
+_ACTIVITIES: Final[Mapping[str, int]] = {
+    "GET": _READ, "HEAD": _READ, "OPTIONS": _READ, "TRACE": _READ,
+    "POST": _CREATE, "PUT": _UPDATE, "PATCH": _UPDATE, "DELETE": _DELETE,
+}  # fmt: skip
+_OTHER: Final = "Call"
+_HTTP_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "POST", "PUT", "DELETE", "CONNECT"})
+"""Those that OCSF knows; PATCH is none of them."""
+
+
+def _each(code: str, **how: Any) -> dict[int | str, Step]:
+    return {one: step(code, API_ACTIVITY, one, **how) for one in (_CREATE, _READ, _UPDATE, _DELETE, _OTHER)}
+
+
+_ALLOWED = _each("action.allowed", action=ALLOWED)
+_DENIED = _each("action.denied", severity=LOW, status=FAILURE, action=DENIED)
+_OBSERVED = _each("action.observed", severity=LOW, status=FAILURE, action=OBSERVED)
+_BY_ANOTHER = _each("action.by_another", severity=HIGH, status=FAILURE, action=DENIED, alert=True)
+
+
+def acted(
+    record: Received, claims: ActionDecided, lease: LeaseFacts | None, sponsor: str | None, trust_domain: str
+) -> Event:
+    """One request of an agent, let pass or not.
+
+    Args:
+        lease: that it went by, or whose handle was shown, where audit has seen it.
+        sponsor: the agent's.
+        trust_domain: of the agents.
+    """
+    agent = claims.agent_id
+    own_lease = lease is not None and lease.agent == agent
+    words: dict[str, Any] = {
+        "agent": agent,
+        "sponsor": sponsor,
+        "on_behalf_of": lease.on_behalf_of if lease is not None and own_lease else None,
+        "task": claims.task_id,
+        "request": lease.request_id if lease is not None and own_lease else None,
+        "lease": claims.lease_id,
+        "lease_agent": lease.agent if lease is not None and not own_lease else None,
+        "target": claims.target_id,
+        "action": claims.action_id,
+        "verb": claims.verb,
+        "resource": claims.resource,
+        "access": claims.access,
+        "method": claims.method,
+        "request_digest": claims.request_digest,
+        "latency_us": claims.latency_us,
+        "label": claims.label,
+        "decided_by": claims.gateway,
+        "outcome": _outcome(claims),
+        "verified": {"by": None},
+    }
+    who = user_of(f"spiffe://{trust_domain}/agent/{agent}") if agent is not None else UNKNOWN_USER
+    own: dict[str, Any] = {
+        "actor": {"user": who},
+        "api": {"operation": claims.verb or claims.method or "unknown", "request": {"uid": claims.action_id}},
+        "src_endpoint": {"name": agent or "unknown"},
+    }
+    if claims.target_id is not None:
+        own["api"]["service"] = {"name": claims.target_id}
+    if claims.resource is not None:
+        own["resources"] = [{"name": claims.resource}]
+    if claims.method in _HTTP_METHODS:
+        own["http_request"] = {"http_method": claims.method}
+    return event(
+        record,
+        _kind(claims),
+        _message(claims),
+        own,
+        words,
+        key=agent or record.topic.what,
+        correlation=words["request"] or claims.task_id,
+        reasons=claims.reasons,
+        traceparent=claims.traceparent or (lease.traceparent if lease is not None and own_lease else None),
+    )
+
+
+def _outcome(claims: ActionDecided) -> str:
+    if claims.allowed:
+        return "allowed"
+    return "observed" if claims.observed else "denied"
+
+
+def _kind(claims: ActionDecided) -> Step:
+    activity = _ACTIVITIES.get(claims.method or "", _OTHER)
+    if claims.allowed:
+        return _ALLOWED[activity]
+    if claims.observed:
+        return _OBSERVED[activity]
+    by_another = any(reason.code in _STOLEN for reason in claims.reasons)
+    return (_BY_ANOTHER if by_another else _DENIED)[activity]
+
+
+def _message(claims: ActionDecided) -> str:
+    who = claims.agent_id or "somebody"
+    what = f"{claims.verb} on {claims.resource}" if claims.verb else f"a {claims.method or 'request'}"
+    where = f" at {claims.target_id}" if claims.target_id else ""
+    if claims.allowed:
+        return f"{who} did {what}{where}"
+    why = scrubbed("; ".join(reason.message for reason in claims.reasons)) or "it was not allowed"
+    if claims.observed:
+        return f"{who} did {what}{where}, which would have been blocked: {why}"
+    return f"{who} was kept from {what}{where}: {why}"
