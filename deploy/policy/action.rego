@@ -1,8 +1,8 @@
 # METADATA
 # title: The decision on one action of an agent, through the gateway
 # description: |
-#   Entry point: data.ringfence.action.decision. The input holds the action, the lease that it uses, and the verified
-#   records behind it. As with credentials, code checks before that the action is within the lease and within what
+#   Entry point: data.ringfence.action.decision. The input holds the action, the lease that it uses, the verified
+#   records behind it, and what the task did before (`earlier`). As with credentials, code checks before that the action is within the lease and within what
 #   task, ceiling and entitlements allow by now; a rule can only deny, ask for approval or shorten.
 package ringfence.action
 
@@ -30,12 +30,19 @@ decision := {
 
 denials := (identity.deny | scope.lacking) | deny
 
+# One task may do so much in a minute, at all targets together, by each gateway.
+longest_minute := 6000
+
 deny contains {"code": "lease_ended", "message": "the lease has ended; ask for a new credential"} if not lease_active
 
 deny contains {"code": "lease_other_agent", "message": "the lease is another agent's"} if not lease_is_the_agents
 
 deny contains {"code": "other_target", "message": "the action is at another target than the one it was judged by"} if {
 	not at_the_target
+}
+
+deny contains {"code": "rate_exceeded", "message": sprintf("the task did %v things in the last minute; wait", [last_minute])} if {
+	not slow_enough
 }
 
 lease_active if {
@@ -46,5 +53,13 @@ lease_active if {
 lease_is_the_agents if input.lease.agent_id == input.agent.agent_id
 
 at_the_target if input.action.target_id == input.target.target_id
+
+# What is not known would be without limit. `null` is less than any number in Rego.
+slow_enough if {
+	is_number(input.earlier.last_minute)
+	input.earlier.last_minute < longest_minute
+}
+
+last_minute := object.get(input, ["earlier", "last_minute"], "an unknown number of")
 
 max_ttl_s := min([longest_s, input.lease.deadline - input.now_s])

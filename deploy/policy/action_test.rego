@@ -41,8 +41,14 @@ test_not_beyond_the_lease if {
 	decision.max_ttl_s == 2
 }
 
+test_no_more_in_a_minute_than_a_task_may_do if {
+	denied == set() with input as changed("/earlier/last_minute", 5999)
+	denied == {"rate_exceeded"} with input as changed("/earlier/last_minute", 6000)
+	denied == {"rate_exceeded"} with input as changed("/earlier/last_minute", null)
+}
+
 test_nothing_is_allowed_for_want_of_input if {
-	every part in ["now_s", "action", "lease", "agent", "sponsor", "task", "user", "target", "lacking"] {
+	every part in ["now_s", "action", "lease", "agent", "sponsor", "task", "user", "target", "lacking", "earlier"] {
 		missing := json.remove(fixture.action, [part])
 		not action.decision.allow with input as missing
 	}

@@ -39,7 +39,8 @@ good := {
 
 # An action that nothing stands against: deploy-bot uses what it was given.
 action := object.union(object.remove(good, ["request", "floors", "approvals", "held", "history"]), {
-	"action": {"id": "a-1", "target_id": "platform", "verb": "read", "resource": "env/staging/web"},
+	"action": {"id": "a-1", "target_id": "platform", "verb": "read", "resource": "env/staging/web", "reads": true},
+	"earlier": {"since_s": 900, "allowed": {"platform": {"read": 3}}, "denied": 1, "last_minute": 2},
 	"lease": {
 		"lease_id": "d6f0e3b4-9c1d-5a37-b0f2-e3b49c1d5a37",
 		"agent_id": "deploy-bot",

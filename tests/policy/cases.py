@@ -52,7 +52,14 @@ GOOD: dict[str, Any] = {
 _NO_ACTIONS = ("request", "floors", "approvals", "held", "history")
 ACTION: dict[str, Any] = {
     **{name: part for name, part in GOOD.items() if name not in _NO_ACTIONS},
-    "action": {"id": "a-1", "target_id": "platform", "verb": "read", "resource": "env/staging/web"},
+    "action": {
+        "id": "a-1",
+        "target_id": "platform",
+        "verb": "read",
+        "resource": "env/staging/web",
+        "reads": True,
+    },
+    "earlier": {"since_s": 900, "allowed": {"platform": {"read": 3}}, "denied": 1, "last_minute": 2},
     "lease": {"agent_id": "deploy-bot", "task_id": TASK, "status": "active", "deadline": 1300},
 }
 LACK = {
@@ -126,9 +133,9 @@ def _case(
     return Case(name, "issuance", changed(GOOD, changes), denied, approvals, ttl_s, says, notes)
 
 
-def _action(name: str, changes: dict[str, Any], *deny: str, max_ttl_s: int = 5) -> Case:
+def _action(name: str, changes: dict[str, Any], *deny: str, max_ttl_s: int = 5, says: str = "") -> Case:
     ttl_s = 0 if deny == UNDECIDED else max_ttl_s
-    return Case(f"action: {name}", "action", changed(ACTION, changes), tuple(sorted(deny)), (), ttl_s)
+    return Case(f"action: {name}", "action", changed(ACTION, changes), tuple(sorted(deny)), (), ttl_s, says)
 
 
 def _wanting(verbs: list[str], resources: list[str], target: str = "platform") -> dict[str, Any]:
@@ -532,6 +539,14 @@ def _actions() -> Iterator[Case]:
     yield _action("another target", {"action.target_id": "database"}, "other_target")
     yield _action("no target", {"action.target_id": GONE}, "other_target")
     yield _action("no action", {"action": GONE}, "other_target")
+    for fits in (0, 5999):
+        yield _action(f"{fits} in the last minute", {"earlier.last_minute": fits})
+    for value in (6000, 10**6, None, "few", GONE):
+        yield _action(f"{value} in the last minute", {"earlier.last_minute": value}, "rate_exceeded")
+    says = "did 6000 things"
+    yield _action("so many are named", {"earlier.last_minute": 6000}, "rate_exceeded", says=says)
+    says = "did an unknown number of things"
+    yield _action("nobody counted", {"earlier": GONE}, "rate_exceeded", says=says)
     yield _action("agent suspended", {"agent.status": "suspended"}, "agent_suspended")
     yield _action("sponsor disabled", {"sponsor.status": "disabled"}, "agent_orphaned")
     yield _action("task ended", {"task.status": "ended"}, "task_ended")

@@ -7,9 +7,9 @@ from typing import Any, cast
 import pytest
 
 from ringfence.backends import Material, built_in
+from ringfence.backends.declared import Declared
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
-from ringfence.policy.declared import Declared
 
 EXAMPLE = cast(TargetRecord, EXAMPLES[TargetRecord]).state
 

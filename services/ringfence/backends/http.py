@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.errors import TargetRefusedError
 from ringfence.backends.secret_sources import AccessError
-from ringfence.backends.settings import TargetSettings, TargetSettingsError, settings_of
+from ringfence.backends.settings import TargetSettings, TargetSettingsError, TargetUrl, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
@@ -24,7 +24,6 @@ from ringfence.messages.registry import TargetState
 log = logging.getLogger(__name__)
 
 _TOKEN: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}"  # noqa: S105 - the token of RFC 9110, 5.6.2
-_HOST: Final = r"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?"
 _NOT_OURS: Final = frozenset({
     "host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "keep-alive", "expect",
     "proxy-authorization", "proxy-connection",
@@ -36,10 +35,7 @@ _SENDABLE: Final = re.compile(r"[!-~]([ -~]*[!-~])?")
 class HttpSettings(TargetSettings):
     """How the target takes its secret."""
 
-    url: Annotated[
-        str, Field(pattern=rf"^(https://{_HOST}|http://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{{1,5}})?)$")
-    ]
-    """Where the gateway sends requests: scheme, host and port. In clear on this machine alone."""
+    url: TargetUrl
     auth: Literal["bearer", "basic", "header"] = "bearer"
     """`bearer`: `Authorization: Bearer SECRET`. `basic`: `username` and the secret as the password. `header`: the
     secret in a header of its own."""

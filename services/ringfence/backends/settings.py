@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated, TypeVar
+from typing import Annotated, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,6 +16,13 @@ log = logging.getLogger(__name__)
 
 Address = Annotated[str, Field(pattern=r"^([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}$")]
 """`host:port`, where agents reach the target."""
+
+
+_HOST: Final = r"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?"
+TargetUrl = Annotated[
+    str, Field(pattern=rf"^(https://{_HOST}|http://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{{1,5}})?)$")
+]
+"""Where the gateway sends requests: scheme, host and port. In clear on this machine alone."""
 
 
 class TargetSettingsError(RingfenceError):

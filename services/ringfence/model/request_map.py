@@ -82,6 +82,26 @@ class RequestMap:
         for rule in rules:
             self._by_method.setdefault(rule.method, []).append(_compiled(rule))
 
+    def reads_body(self, method: str, target: str) -> bool:
+        """Whether a rule that may come to apply to such a request looks at its body: then it must be seen whole first.
+
+        `method` and `target` as in `action`.
+        """
+        path, _, query = target.partition("?")
+        segments = _decoded(path) if len(target) <= MAX_TARGET_CHARS and "#" not in query else None
+        if segments is None:
+            return False
+        for rule in self._by_method.get(method, ()):
+            if rule.captures(segments) is None:
+                continue
+            try:
+                if not _query_fits(rule.rule.query, query):
+                    continue
+            except _CannotTellError:
+                return False
+            return bool(rule.rule.body)
+        return False
+
     def action(self, method: str, target: str, body: bytes | None = None) -> Action | None:
         """What a request does, or None where no rule says so.
 

@@ -8,7 +8,7 @@ from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import Signed
 from ringfence.messages.credential import CredentialRequest, Reason, Revisions
-from ringfence.messages.permission import Permission
+from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import AgentState, ApprovalClass, TargetState, TaskState, UserState
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory, Entry
@@ -37,6 +37,17 @@ class Ground:
     user: Entry[UserState]
     target: Entry[TargetState]
 
+    def sides(self, now_s: float, entitlements_max_age_s: int) -> tuple[Side, ...]:
+        """The sides that whatever is asked must be within. Entitlements past their age count for nothing."""
+        entitlements = self.user.state.entitlements
+        fresh = entitlements.as_of + entitlements_max_age_s > now_s
+        return sides_of(
+            self.task.state.scope,
+            [(self.agent.state.agent_id, self.agent.state.ceiling)],
+            self.user.state.user_id,
+            entitlements.scope if fresh else (),
+        )
+
     def revisions(self, policy: str) -> Revisions:
         """What an approval, or a decision, was made on."""
         return Revisions(
@@ -54,17 +65,6 @@ class Facts(Ground):
 
     request: Signed[CredentialRequest]
     request_id: str
-
-    def sides(self, now_s: float, entitlements_max_age_s: int) -> tuple[Side, ...]:
-        """The sides that the request must be within. Entitlements past their age count for nothing."""
-        entitlements = self.user.state.entitlements
-        fresh = entitlements.as_of + entitlements_max_age_s > now_s
-        return sides_of(
-            self.task.state.scope,
-            [(self.agent.state.agent_id, self.agent.state.ceiling)],
-            self.user.state.user_id,
-            entitlements.scope if fresh else (),
-        )
 
     @property
     def break_glass(self) -> bool:
@@ -123,13 +123,18 @@ def violations(facts: Facts, now_s: float, entitlements_max_age_s: int) -> tuple
 
     `now_s` is a time on the broker's clock: an append time, so that a repeat gives the same answer.
     """
-    return (*_standing(facts, now_s), *_reach(facts, now_s, entitlements_max_age_s))
+    return against(facts, facts.request.claims.scope, now_s, entitlements_max_age_s)
 
 
-def _standing(facts: Facts, now_s: float) -> list[Reason]:
+def against(ground: Ground, wanted: Scope, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
+    """Everything that these records say against what is wanted: the whole of a request, or one action."""
+    return (*_standing(ground, wanted, now_s), *_reach(ground, wanted, now_s, entitlements_max_age_s))
+
+
+def _standing(ground: Ground, wanted: Scope, now_s: float) -> list[Reason]:
     found: list[Reason] = []
-    agent, task, user, target = facts.agent.state, facts.task.state, facts.user.state, facts.target.state
-    sponsor = facts.sponsor.state if facts.sponsor else None
+    agent, task, user, target = ground.agent.state, ground.task.state, ground.user.state, ground.target.state
+    sponsor = ground.sponsor.state if ground.sponsor else None
     if agent.status != "active":
         found.append(_reason(f"agent_{agent.status}", f"agent {agent.agent_id} is {agent.status}"))
     if sponsor is None or sponsor.status != "active" or "sponsor" not in sponsor.roles:
@@ -150,7 +155,7 @@ def _standing(facts: Facts, now_s: float) -> list[Reason]:
     if target.status != "active":
         found.append(_reason("target_removed", f"target {target.target_id} was removed"))
     known = {floor.verb for floor in target.verbs}
-    for permission in facts.request.claims.scope:
+    for permission in wanted:
         unknown = [verb for verb in permission.verbs if verb not in known]
         if unknown:
             message = (
@@ -160,14 +165,13 @@ def _standing(facts: Facts, now_s: float) -> list[Reason]:
     return found
 
 
-def _reach(facts: Facts, now_s: float, entitlements_max_age_s: int) -> list[Reason]:
-    wanted = facts.request.claims.scope
+def _reach(ground: Ground, wanted: Scope, now_s: float, entitlements_max_age_s: int) -> list[Reason]:
     try:
         validate_scope(wanted)
     except ScopeError as error:
         return [_reason("scope_invalid", str(error))]
     found: list[Reason] = []
-    for lack in lacking(wanted, facts.sides(now_s, entitlements_max_age_s)):
+    for lack in lacking(wanted, ground.sides(now_s, entitlements_max_age_s)):
         verbs, resources = ", ".join(lack.permission.verbs), ", ".join(lack.permission.resources)
         names = f"{verbs} on {resources} at {lack.permission.target}"
         found.append(

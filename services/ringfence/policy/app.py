@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ringfence.backends import Material, all_backends
+from ringfence.backends.declared import Declared
 from ringfence.kernel.bus import one_by_one, side_by_side
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import RingfenceError, UnavailableError
@@ -32,7 +33,6 @@ from ringfence.model.grants import GrantTable, kind_of
 from ringfence.policy.answers import Answers
 from ringfence.policy.approvals import ApprovalHandler
 from ringfence.policy.authzen import AuthZen
-from ringfence.policy.declared import Declared
 from ringfence.policy.grants import GrantBook, GrantHandler
 from ringfence.policy.grants_http import GrantApi
 from ringfence.policy.handlers import RequestHandler

@@ -17,11 +17,12 @@ from ringfence.messages.credential import (
     RequiredClass,
     Revisions,
 )
-from ringfence.messages.registry import AgentRecord, AnyState, TargetState, UserState
+from ringfence.messages.registry import TargetState, UserState
 from ringfence.model.approvals import BREAK_GLASS_TTL_S, may_approve, required_classes, unmet
-from ringfence.model.directory import Directory, Entry
+from ringfence.model.directory import Directory
 from ringfence.model.identity import subject_of
 from ringfence.model.requests import Facts
+from ringfence.model.written import WrittenRecords, sponsor_of
 from ringfence.rego.engine import PolicyResult
 
 MAX_ASKED = 20
@@ -34,10 +35,6 @@ INPUT_FIELDS = frozenset({
 })  # fmt: skip
 """What every input has, by the present version: its parts, and what was added to one of them later. A recorded input
 may be older; see `replaying`."""
-
-# What no rule needs: keys, names of people, and what only the gateway reads.
-_LEFT_OUT = {"keys", "name", "requests"}
-_OF_SPONSOR = {"user_id", "status", "roles"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +84,7 @@ class InputBuilder:
     def __init__(self, declared: Callable[[TargetState], Mapping[str, str]]) -> None:
         """`declared`: what the kind of credential that a target takes says of itself; the same at every time."""
         self._declared = declared
-        self._written: dict[tuple[type[AnyState], str], tuple[Any, dict[str, Any]]] = {}
+        self._records = WrittenRecords()
 
     def build(
         self,
@@ -123,10 +120,13 @@ class InputBuilder:
                 "reason": claims.reason,
                 "requested_at_s": requested_at_s,
             },
-            "agent": self._of(facts.agent, facts.agent.state.agent_id),
-            "task": self._of(facts.task, facts.task.state.task_id),
-            "user": self._of(facts.user, facts.user.state.user_id),
-            "target": self._of(facts.target, facts.target.state.target_id),
+            "agent": self._records.of(facts.agent, facts.agent.state.agent_id),
+            "task": self._records.of(facts.task, facts.task.state.task_id),
+            "user": self._records.of(facts.user, facts.user.state.user_id),
+            "target": {
+                **self._records.of(facts.target, facts.target.state.target_id),
+                **self._declared(facts.target.state),
+            },
             "floors": sorted(facts.floors()),
             "lacking": [reason.model_dump(mode="json", exclude_none=True) for reason in against],
             "approvals": list(approvals),
@@ -136,22 +136,7 @@ class InputBuilder:
         if facts.break_glass:
             document["request"]["break_glass"] = True
         if facts.sponsor is not None:
-            document["sponsor"] = facts.sponsor.state.model_dump(mode="json", include=_OF_SPONSOR)
-        return document
-
-    def _of(self, entry: Entry[Any], id: str) -> dict[str, Any]:
-        """The state of a record as JSON. Kept by record: agents ask again and again with the same ones."""
-        key = (type(entry.state), id)
-        kept = self._written.get(key)
-        if kept is not None and kept[0] is entry.record:
-            return kept[1]
-        document: dict[str, Any] = entry.state.model_dump(mode="json", exclude=_LEFT_OUT, exclude_none=True)
-        if isinstance(entry.record, AgentRecord):
-            # No command is dropped that registers an agent: it is the first for ever.
-            document["registered_at_s"] = entry.record.commands[0].appended_at_ms // 1000
-        if isinstance(entry.state, TargetState):
-            document |= self._declared(entry.state)
-        self._written[key] = (entry.record, document)
+            document["sponsor"] = sponsor_of(facts.sponsor.state)
         return document
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 
+from ringfence.backends.declared import Declared
 from ringfence.kernel import metrics
 from ringfence.kernel.ids import digest
 from ringfence.kernel.jws import Signed
@@ -19,7 +20,6 @@ from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.identity import SubjectKind
 from ringfence.model.requests import DeniedError, gather, violations
-from ringfence.policy.declared import Declared
 from ringfence.policy.domain import Case, InputBuilder, Judgement, Ruling, approver, denied, rule, signer
 from ringfence.policy.grants import GrantBook
 from ringfence.policy.holdings import MAX_HELD, Holdings

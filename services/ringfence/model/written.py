@@ -1,0 +1,37 @@
+"""Records as the Rego bundle sees them: what no rule needs is left out, and each is written out once."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from ringfence.messages.registry import AgentRecord, AnyState, UserState
+from ringfence.model.directory import Entry
+
+# What no rule needs: keys, names of people, and what only the gateway reads.
+_LEFT_OUT: Final = {"keys", "name", "requests"}
+_OF_SPONSOR: Final = {"user_id", "status", "roles"}
+
+
+class WrittenRecords:
+    """Remembers what it wrote: agents ask again and again with the same records."""
+
+    def __init__(self) -> None:
+        self._written: dict[tuple[type[AnyState], str], tuple[Any, dict[str, Any]]] = {}
+
+    def of(self, entry: Entry[Any], id: str) -> dict[str, Any]:
+        """The state of a record as JSON, to be shared and not to be changed."""
+        key = (type(entry.state), id)
+        kept = self._written.get(key)
+        if kept is not None and kept[0] is entry.record:
+            return kept[1]
+        document: dict[str, Any] = entry.state.model_dump(mode="json", exclude=_LEFT_OUT, exclude_none=True)
+        if isinstance(entry.record, AgentRecord):
+            # No command is dropped that registers an agent: it is the first for ever.
+            document["registered_at_s"] = entry.record.commands[0].appended_at_ms // 1000
+        self._written[key] = (entry.record, document)
+        return document
+
+
+def sponsor_of(state: UserState) -> dict[str, Any]:
+    """What rules see of an agent's sponsor."""
+    return state.model_dump(mode="json", include=_OF_SPONSOR)
