@@ -13,7 +13,7 @@ from jsonschema.validators import validator_for
 from ringfence.messages.api import PORTS
 
 ROOT = Path(__file__).parents[2]
-SERVICES = ("registry", "policy", "issuer", "revoker", "audit")
+SERVICES = ("registry", "policy", "issuer", "revoker", "audit", "gateway")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,8 @@ def test_each_service_gets_its_own_key_and_no_other(compose: dict[str, Any], nam
     if name == "issuer":
         own["RINGFENCE_ISSUER_TOKEN_KEY_FILE"] = "issuer-token"
         own["RINGFENCE_ISSUER_SEAL_KEY_FILE"] = "issuer-seal"
+    if name == "gateway":
+        own["RINGFENCE_GATEWAY_SEAL_KEY_FILE"] = "gateway-seal"
     assert service["secrets"] == [f"{key}-key" for key in own.values()]
     for setting, key in own.items():
         assert service["environment"][setting] == f"/run/secrets/{key}-key"

@@ -96,7 +96,7 @@ def test_dev_leaves_no_process_behind(tmp_path: Path, how: signal.Signals) -> No
         said = wait_until_up(process)
         assert "inventory" in said, "it says what to try"
         children = descendants(process.pid)
-        assert len(children) >= 7, "broker, Valkey and five services"
+        assert len(children) >= 8, "broker, Valkey and six services"
         listed = subprocess.run(
             [*RINGFENCE, "--identity", ".ringfence/users/olga.json", "inventory", "--json"],
             cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=WITHIN_S,

@@ -70,6 +70,7 @@ async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIte
         ("audit", client.audit_url),
     ):
         yield await _service(role, url)
+    yield await _service("gateway", client.gateway_url, may_be_away=True)
 
 
 def _spelling() -> list[Finding]:
@@ -216,7 +217,8 @@ def _clock(whose: str, skew: SkewCheck) -> Finding:
     return Finding(f"clock, {whose}", "good", f"at most {abs(skew.ahead_ms() or 0)} ms apart")
 
 
-async def _service(role: str, url: str) -> Finding:
+async def _service(role: str, url: str, *, may_be_away: bool = False) -> Finding:
+    """`may_be_away`: of what not every installation has."""
     try:
         async with httpx.AsyncClient(timeout=3) as http:
             answer = await http.get(f"{url}/readyz")
@@ -226,7 +228,7 @@ async def _service(role: str, url: str) -> Finding:
         says = (
             f"{url} does not answer ({type(error).__name__}); start it, or set RINGFENCE_{role.upper()}_URL"
         )
-        return Finding(role, "bad", says)
+        return Finding(role, "unknown" if may_be_away else "bad", says)
     if answer.status_code == 200 and denies:
         return Finding(role, "bad", f"{url} answers, and denies everything: {'; '.join(map(str, denies))}")
     if answer.status_code == 200:

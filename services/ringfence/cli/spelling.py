@@ -19,6 +19,7 @@ _DECLARED_IN = (
     "ringfence.revoker.settings",
     "ringfence.registry.settings",
     "ringfence.audit.settings",
+    "ringfence.gateway.settings",
 )
 _MEANT_ELSEWHERE = ("RINGFENCE_TEST_", "RINGFENCE_UID", "RINGFENCE_GID", "RINGFENCE_KEYS")
 """What tests and docker-compose.yml read."""

@@ -28,3 +28,4 @@ class ClientSettings(BusSettings):
     issuer_url: str = f"http://127.0.0.1:{PORTS['issuer']}"
     revoker_url: str = f"http://127.0.0.1:{PORTS['revoker']}"
     audit_url: str = f"http://127.0.0.1:{PORTS['audit']}"
+    gateway_url: str = f"http://127.0.0.1:{PORTS['gateway']}"

@@ -68,6 +68,8 @@ class Verdict:
     nonce: str | None = None
     """The `DPoP-Nonce` to answer with, where one is needed."""
     retry_after_s: int | None = None
+    task_id: str | None = None
+    """The task that it counted for, where that is known."""
 
 
 class Gate(Protocol):

@@ -67,7 +67,9 @@ def application(
 class HttpServer(uvicorn.Server):
     """uvicorn inside a loop that somebody else runs; signals are that somebody's."""
 
-    def __init__(self, app: Starlette, host: str, port: int) -> None:
+    def __init__(self, app: Starlette, host: str, port: int, *, setting: str = "RINGFENCE_HTTP") -> None:
+        """`setting`: by which it was told where to listen, for errors."""
+        self._setting = setting
         super().__init__(
             uvicorn.Config(
                 app, host=host, port=port, log_config=None, access_log=False, lifespan="off", server_header=False,
@@ -85,5 +87,5 @@ class HttpServer(uvicorn.Server):
             await self.serve()
         except SystemExit:  # uvicorn's way to say that it could not bind
             raise ListenError(
-                f"cannot listen on {self.config.host}:{self.config.port}: it is in use; set RINGFENCE_HTTP"
+                f"cannot listen on {self.config.host}:{self.config.port}: it is in use; set {self._setting}"
             ) from None

@@ -55,3 +55,13 @@ ORPHANS_UNDONE = Counter(
 TOMBSTONES = Counter(
     "ringfence_lease_tombstones_total", "Leases deleted from the lease topic, long after their end"
 )
+ACTIONS = Counter(
+    "ringfence_actions_total", "Requests of agents decided by the gateway", ["outcome", "access"]
+)
+"""`outcome`: allowed, denied. `access`: read, write."""
+ACTIONS_SPOOLED = Gauge("ringfence_actions_spooled_bytes", "Events on disk that Kafka does not have yet")
+DECISION_TIME = Histogram(
+    "ringfence_action_decision_seconds",
+    "What deciding on one request took",
+    buckets=(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1),
+)

@@ -1,0 +1,39 @@
+"""The gateway, put together."""
+
+from __future__ import annotations
+
+from ringfence.gateway.authz import ForwardAuth
+from ringfence.gateway.core import core_of
+from ringfence.gateway.http import GatewayApi
+from ringfence.gateway.settings import GatewaySettings
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.http import HttpServer
+from ringfence.kernel.process import run
+from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.settings import ServiceSettings, load
+
+
+def build(
+    settings: ServiceSettings, own: GatewaySettings | None = None, clock: Clock | None = None
+) -> Runtime:
+    """Everything that the gateway is made of, started by `Runtime.run`."""
+    own = own or load(GatewaySettings)
+    runtime = Runtime("gateway", settings, clock)
+    core = core_of(runtime, settings, own)
+    runtime.routes += GatewayApi(runtime, core.view).routes()
+    if own.authz is not None:
+        host, _, port = own.authz.rpartition(":")
+        server = HttpServer(
+            ForwardAuth(core.gate).application(),
+            host.strip("[]") or "127.0.0.1",
+            int(port),
+            setting="RINGFENCE_GATEWAY_AUTHZ",
+        )
+        runtime.background("authz", server.run_until_stopped)
+    return runtime
+
+
+def main() -> int:
+    """The process `ringfence serve gateway`."""
+    settings = load(ServiceSettings)
+    return run([build(settings)], settings)

@@ -1,0 +1,102 @@
+"""The wiring of the decision core: what every data plane of this gateway shares."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ringfence.backends import BackendSettings, Material, TargetAccess, all_backends
+from ringfence.backends.declared import Declared
+from ringfence.backends.http import StaticSecrets
+from ringfence.client.proofs import Nonces, ProofChecker
+from ringfence.gateway.evaluating import Evaluator
+from ringfence.gateway.gate import DecisionGate
+from ringfence.gateway.identifying import Identifier
+from ringfence.gateway.injection import Injector, SealedCredentials
+from ringfence.gateway.leases import LEASES_SINCE_MS
+from ringfence.gateway.recording import Recorder
+from ringfence.gateway.settings import GatewaySettings
+from ringfence.gateway.spool import Spool
+from ringfence.gateway.targets import Targets
+from ringfence.gateway.view import View
+from ringfence.kernel.envelope import EncryptionKey
+from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.messages.credential import Reason
+from ringfence.messages.topics import CREDENTIAL_REPLY
+from ringfence.rego.engine import ACTION
+from ringfence.rego.reloading import BundleWatch
+from ringfence.rego.settings import OpaSettings, engine_of
+
+SEAL = "-seal.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """What decides, and what it decides by."""
+
+    gate: DecisionGate
+    view: View
+
+
+def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> Core:
+    """The core, fed and run by `runtime`. Raises AccessError, BundleError, KeyFileError, SettingsError, SpoolError."""
+    clock, view = runtime.clock, View(runtime)
+    targets = Targets(view.directory)
+    proofs = ProofChecker(nonces=Nonces(), clock=clock)
+    identifier = Identifier(settings.trust_domain, view.directory, view.table, proofs, clock)
+    engine = engine_of(
+        load(OpaSettings), own.bundle, timeout_ms=own.evaluation_timeout_ms, entry_point=ACTION
+    )
+    declared = Declared(all_backends(Material(settings.trust_domain, settings.issuer_url)))
+    sealed = SealedCredentials(
+        view.table, runtime.trust, clock,
+        key=runtime.key, seal=_seal_key(runtime, settings, own), issuer_url=own.issuer or settings.issuer_url,
+    )  # fmt: skip
+    secrets = StaticSecrets(TargetAccess.of(load(BackendSettings)))
+    injector = Injector(view.table, sealed, secrets)
+    recorder = _recorder(runtime, settings, own)
+    gate = DecisionGate(
+        view, targets, identifier, Evaluator(engine, declared), injector, recorder, clock,
+        gateway=runtime.key.id, entitlements_max_age_s=settings.entitlements_max_age_s,
+    )  # fmt: skip
+
+    async def bundle_refused(mark: str, why: str) -> None:
+        reason = Reason(code="bundle_refused", message=why[:2000])
+        await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
+
+    runtime.history([CREDENTIAL_REPLY], sealed.on_records, since_ms=max(clock.now_ms() - LEASES_SINCE_MS, 1))
+    runtime.on_start(engine.start)
+    runtime.on_stop(engine.close)
+    runtime.on_stop(sealed.close)
+    runtime.on_stop(secrets.close)
+    runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
+    return Core(gate, view)
+
+
+def _recorder(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> Recorder:
+    folder, passing = own.spool, None
+    if folder is None and settings.state_dir is not None:
+        folder = settings.state_dir / "gateway-spool"
+    if folder is None:
+        passing = tempfile.TemporaryDirectory(prefix="ringfence-gateway-")
+        folder = Path(passing.name)
+    recorder = Recorder(Spool(folder, max_bytes=own.spool_max_bytes), runtime.publisher)
+
+    async def close() -> None:
+        await recorder.close()
+        if passing is not None:
+            passing.cleanup()
+
+    runtime.background("actions", recorder.publish)
+    runtime.background("spool", recorder.sync)
+    runtime.on_stop(close)
+    return recorder
+
+
+def _seal_key(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> EncryptionKey | None:
+    """The key that credentials are sealed to. Without one, only static secrets are injected."""
+    name = runtime.key.id.rpartition("/")[2]
+    path = own.seal_key_file or settings.key_dir / f"{name}{SEAL}"
+    return EncryptionKey.load(path) if own.seal_key_file is not None or path.exists() else None

@@ -1,0 +1,138 @@
+"""What the Rego bundle says of an action: asked once, and gone by for as long as it says, 5 s at most."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from ringfence.gateway.domain import TOO_FAST, UNAVAILABLE, Chosen, Refusal
+from ringfence.kernel import metrics
+from ringfence.kernel.kafka import to_json
+from ringfence.messages.credential import Reason
+from ringfence.messages.registry import TargetState
+from ringfence.model.request_map import Action
+from ringfence.model.written import WrittenRecords, sponsor_of
+from ringfence.rego.engine import PolicyEngine, PolicyFailedError, PolicyResult
+
+LONGEST_MS: Final = 5000
+"""No answer is gone by for longer, whatever the bundle says."""
+MAX_REMEMBERED: Final = 20_000
+_RATE: Final = "rate_exceeded"
+_MAX_REASONS: Final = 50
+
+_Key = tuple[object, ...]
+
+
+class Evaluator:
+    """Asks the engine, where no answer that still holds is at hand for this lease, action and these revisions."""
+
+    def __init__(self, engine: PolicyEngine, declared: Callable[[TargetState], Mapping[str, str]]) -> None:
+        """`declared`: what the kind of credential that a target takes says of itself."""
+        self._declared = declared
+        self._engine = engine
+        self._records = WrittenRecords()
+        self._remembered: OrderedDict[_Key, int] = OrderedDict()
+        """Until when, in ms, each was allowed."""
+
+    async def refusal(
+        self,
+        chosen: Chosen,
+        action: Action,
+        *,
+        id: str,
+        reads: bool,
+        earlier: Mapping[str, Any],
+        now_ms: int,
+    ) -> Refusal | None:
+        """Why the bundle denies it, or None. An engine that gives no answer denies; denials are not remembered.
+
+        Args:
+            chosen: the lease and the verified records.
+            action: what the request does; `id`: its own id; `reads`: whether its method only reads.
+            earlier: what the task did before (`Earlier.of`).
+        """
+        key = self._key(chosen, action, reads=reads)
+        if self._remembered.get(key, 0) > now_ms:
+            return None
+        document = self._input(chosen, action, id=id, reads=reads, earlier=earlier, now_ms=now_ms)
+        try:
+            answer = await self._engine.evaluate(to_json(document))
+        except PolicyFailedError as error:
+            metrics.POLICY_FAILURES.labels(error.code).inc()
+            return Refusal(UNAVAILABLE, (Reason(code=error.code, message=str(error)[:1000]),))
+        if (denied := _denied(answer.result)) is not None:
+            return denied
+        for_ms = min(answer.result.max_ttl_s * 1000, LONGEST_MS)
+        if for_ms > 0 and answer.revision == self._engine.revision:
+            self._remembered[key] = now_ms + for_ms
+            self._remembered.move_to_end(key)
+            if len(self._remembered) > MAX_REMEMBERED:
+                self._remembered.popitem(last=False)
+        return None
+
+    def _key(self, chosen: Chosen, action: Action, *, reads: bool) -> _Key:
+        ground, sponsor = chosen.ground, chosen.ground.sponsor
+        return (
+            chosen.lease.lease_id, chosen.lease.seq, action.verb, action.resource, reads, self._engine.revision,
+            ground.agent.revision, ground.task.revision, ground.user.revision, ground.target.revision,
+            (sponsor.state.user_id, sponsor.revision) if sponsor is not None else None,
+        )  # fmt: skip
+
+    def _input(
+        self,
+        chosen: Chosen,
+        action: Action,
+        *,
+        id: str,
+        reads: bool,
+        earlier: Mapping[str, Any],
+        now_ms: int,
+    ) -> dict[str, Any]:
+        lease, ground = chosen.lease, chosen.ground
+        document: dict[str, Any] = {
+            "now_s": now_ms // 1000,
+            "action": {
+                "id": id,
+                "target_id": ground.target.state.target_id,
+                "verb": action.verb,
+                "resource": action.resource,
+                "reads": reads,
+            },
+            "lease": {
+                "lease_id": lease.lease_id,
+                "agent_id": lease.agent_id,
+                "task_id": lease.task_id,
+                "status": lease.status,
+                "deadline": lease.deadline,
+            },
+            "agent": self._records.of(ground.agent, ground.agent.state.agent_id),
+            "task": self._records.of(ground.task, ground.task.state.task_id),
+            "user": self._records.of(ground.user, ground.user.state.user_id),
+            "target": {
+                **self._records.of(ground.target, ground.target.state.target_id),
+                **self._declared(ground.target.state),
+            },
+            # Code has checked it, and found nothing: else the bundle would not have been asked.
+            "lacking": [],
+            "earlier": dict(earlier),
+        }
+        if ground.sponsor is not None:
+            document["sponsor"] = sponsor_of(ground.sponsor.state)
+        return document
+
+
+def _denied(result: PolicyResult) -> Refusal | None:
+    reasons = result.deny[:_MAX_REASONS]
+    if result.approvals:
+        message = (
+            "policy asks for an approval, and nobody is asked for single actions: ask for another credential"
+        )
+        reasons = (*reasons, Reason(code="approval_required", message=message))
+    if result.allow and not reasons:
+        return None
+    if not reasons:
+        message = "policy does not allow it and gave no reason"
+        reasons = (Reason(code="policy_denied", message=message),)
+    status = TOO_FAST if any(reason.code == _RATE for reason in reasons) else 403
+    return Refusal(status, reasons)

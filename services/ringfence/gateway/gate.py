@@ -1,0 +1,276 @@
+"""The decision core, put together: who, which target, what it does there, by which lease, what the bundle says."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from ringfence.gateway.attempts import Attempt, Presented, Verdict
+from ringfence.gateway.domain import (
+    FORBIDDEN,
+    SAFE_METHODS,
+    TOO_FAST,
+    TOO_LARGE,
+    UNAVAILABLE,
+    Chosen,
+    Refusal,
+    Sender,
+    refused,
+    weigh,
+)
+from ringfence.gateway.evaluating import Evaluator
+from ringfence.gateway.history import Earlier
+from ringfence.gateway.identifying import NONCE_WANTED, Identifier
+from ringfence.gateway.injection import Injector
+from ringfence.gateway.recording import Recorder
+from ringfence.gateway.spool import SpoolFullError
+from ringfence.gateway.targets import Compiled, Targets, url_of
+from ringfence.gateway.view import View
+from ringfence.kernel import metrics
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import UnavailableError
+from ringfence.messages.credential import Reason
+from ringfence.messages.lease import Lease
+from ringfence.messages.operations import ActionDecided
+from ringfence.messages.registry import TargetState
+from ringfence.model.request_map import MAX_BODY_BYTES, Action
+
+log = logging.getLogger(__name__)
+
+_LABEL: Final = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
+_METHOD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
+_MAX_REASONS: Final = 20
+_RATE_RETRY_S: Final = 5
+
+
+@dataclass(slots=True)
+class _Course:
+    """How far the decision on one attempt got."""
+
+    id: str
+    sender: Sender | None = None
+    target: Compiled | None = None
+    action: Action | None = None
+    chosen: Chosen | None = None
+
+    @property
+    def lease(self) -> Lease | None:
+        return self.chosen.lease if self.chosen is not None else None
+
+
+class DecisionGate:
+    """The `Gate` that data planes are given."""
+
+    def __init__(
+        self,
+        view: View,
+        targets: Targets,
+        identifier: Identifier,
+        evaluator: Evaluator,
+        injector: Injector,
+        recorder: Recorder,
+        clock: Clock,
+        *,
+        gateway: str,
+        entitlements_max_age_s: int,
+    ) -> None:
+        """`gateway`: the SPIFFE ID of this one, for events."""
+        self._view = view
+        self._targets = targets
+        self._identifier = identifier
+        self._evaluator = evaluator
+        self._injector = injector
+        self._recorder = recorder
+        self._clock = clock
+        self._gateway = gateway
+        self._entitlements_max_age_s = entitlements_max_age_s
+        self._earlier = Earlier()
+
+    # --- what data planes ask ---
+
+    def reads_body(self, attempt: Attempt) -> bool:
+        """See `Gate`."""
+        target = self._targets.find(attempt)
+        return isinstance(target, Compiled) and target.map.reads_body(attempt.method, attempt.target)
+
+    async def decide(self, presented: Presented, attempt: Attempt) -> Verdict:
+        """See `Gate`."""
+        began_ns = time.perf_counter_ns()
+        course = _Course(str(uuid.uuid4()))
+        try:
+            refusal = await self._decided(course, presented, attempt)
+        except Exception:  # what cannot be decided is denied, whatever it is
+            log.exception("a request could not be decided")
+            refusal = refused("undecided", "the gateway could not decide this", status=UNAVAILABLE)
+        took_ns = time.perf_counter_ns() - began_ns
+        verdict = self._verdict(course, presented, refusal)
+        try:
+            self._record(course, attempt, verdict, refusal, took_ns)
+        except SpoolFullError as error:
+            log.error("nothing is let pass: %s", error)
+            reason = Reason(
+                code=error.code, message="what is decided cannot be recorded now; ask again later"
+            )
+            return Verdict(course.id, allowed=False, status=UNAVAILABLE, reasons=(reason,))
+        return verdict
+
+    async def injected(self, verdict: Verdict) -> Mapping[str, str]:
+        """See `Gate`."""
+        if not verdict.allowed or verdict.lease is None or verdict.target is None:
+            raise UnavailableError("this request was not allowed: nothing is injected")
+        if (stale := self._view.stale()) is not None:
+            raise UnavailableError(stale, code="stale_view")
+        return await self._injector.headers(verdict.lease, verdict.target)
+
+    def upstream(self, target: TargetState) -> str:
+        """See `Gate`."""
+        url = url_of(target)
+        if url is None:
+            raise UnavailableError(
+                f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
+            )
+        return url
+
+    def on_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
+        """See `Gate`."""
+        if self._view.stale() is not None:
+            ended()
+            return lambda: None
+        return self._view.table.watch(lease_id, ended)
+
+    # --- the steps, in their order ---
+
+    async def _decided(self, course: _Course, presented: Presented, attempt: Attempt) -> Refusal | None:
+        if (stale := self._view.stale()) is not None:
+            return refused("stale_view", f"{stale}; denied until that is known again", status=UNAVAILABLE)
+        sender = await self._identifier.sender(presented, attempt)
+        if isinstance(sender, Refusal):
+            course.sender = sender.sender
+            return sender
+        course.sender = sender
+        target = self._targets.find(attempt)
+        if isinstance(target, Refusal):
+            return target
+        course.target = target
+        action = target.map.action(attempt.method, attempt.target, attempt.body)
+        if action is None:
+            return self._no_action(target, attempt)
+        course.action = action
+        chosen = self._weighed(sender, target, action)
+        if isinstance(chosen, Refusal):
+            return chosen
+        course.chosen = chosen
+        return await self._evaluated(course, chosen, action, attempt)
+
+    def _weighed(self, sender: Sender, target: Compiled, action: Action) -> Chosen | Refusal:
+        return weigh(
+            sender,
+            target.state,
+            action,
+            self._view.table,
+            self._view.directory,
+            now_s=self._clock.now_ms() / 1000,
+            entitlements_max_age_s=self._entitlements_max_age_s,
+        )
+
+    async def _evaluated(
+        self, course: _Course, chosen: Chosen, action: Action, attempt: Attempt
+    ) -> Refusal | None:
+        now_ms = self._clock.now_ms()
+        refusal = await self._evaluator.refusal(
+            chosen,
+            action,
+            id=course.id,
+            reads=attempt.method in SAFE_METHODS,
+            earlier=self._earlier.of(chosen.lease.task_id, now_ms),
+            now_ms=now_ms,
+        )
+        if refusal is not None:
+            return refusal
+        # It may have been cut while the bundle was evaluated; this gateway may have given its word on that.
+        problem = self._view.table.problem(chosen.lease)
+        return Refusal(FORBIDDEN, (problem,)) if problem is not None else None
+
+    def _no_action(self, target: Compiled, attempt: Attempt) -> Refusal:
+        id = target.state.target_id
+        body = attempt.body
+        if target.map.reads_body(attempt.method, attempt.target) and (
+            body is None or len(body) > MAX_BODY_BYTES
+        ):
+            message = f"what this request does at {id} stands in its body, which was not seen whole"
+            return refused("body_unseen", message, status=TOO_LARGE)
+        return refused("request_unmapped", f"the map of target {id} does not say what this request does")
+
+    # --- what comes of it ---
+
+    def _verdict(self, course: _Course, presented: Presented, refusal: Refusal | None) -> Verdict:
+        by_proof = presented.task_id is None and presented.certificate is None
+        status = 200 if refusal is None else refusal.status
+        return Verdict(
+            course.id,
+            allowed=refusal is None,
+            status=status,
+            reasons=() if refusal is None else refusal.reasons[:_MAX_REASONS],
+            lease=course.lease,
+            target=course.target.state if course.target is not None else None,
+            action=course.action,
+            nonce=self._identifier.nonce() if by_proof else None,
+            retry_after_s=_RATE_RETRY_S if status in (UNAVAILABLE, TOO_FAST) else None,
+            task_id=self._task_of(course),
+        )
+
+    def _task_of(self, course: _Course) -> str | None:
+        if course.chosen is not None:
+            return course.chosen.lease.task_id
+        return course.sender.task_id if course.sender is not None else None
+
+    def _record(
+        self, course: _Course, attempt: Attempt, verdict: Verdict, refusal: Refusal | None, took_ns: int
+    ) -> None:
+        """Raises SpoolFullError."""
+        if refusal is not None and refusal.reasons[0].code == NONCE_WANTED:
+            return  # nothing was decided: the same request comes again, with what it lacks
+        access = "read" if attempt.method in SAFE_METHODS else "write"
+        outcome = "allowed" if verdict.allowed else "denied"
+        metrics.ACTIONS.labels(outcome, access).inc()
+        metrics.DECISION_TIME.observe(took_ns / 1e9)
+        sender, now_ms = course.sender, self._clock.now_ms()
+        target_id = verdict.target.target_id if verdict.target is not None else None
+        if verdict.task_id is not None:
+            verb = course.action.verb if course.action is not None else None
+            self._earlier.add(verdict.task_id, target_id, verb, allowed=verdict.allowed, now_ms=now_ms)
+        lease_id = course.lease.lease_id if course.lease is not None else sender.lease_id if sender else None
+        self._recorder.record(
+            ActionDecided(
+                action_id=course.id,
+                gateway=self._gateway,
+                agent_id=sender.agent_id if sender is not None else None,
+                task_id=verdict.task_id,
+                lease_id=lease_id,
+                target_id=target_id,
+                verb=course.action.verb if course.action is not None else None,
+                resource=course.action.resource if course.action is not None else None,
+                allowed=verdict.allowed,
+                reasons=verdict.reasons,
+                access="read" if access == "read" else "write",
+                method=attempt.method if _METHOD.fullmatch(attempt.method) else None,
+                request_digest=_digest(attempt),
+                latency_us=took_ns // 1000,
+                label=attempt.label if attempt.label and _LABEL.fullmatch(attempt.label) else None,
+                at_ms=now_ms,
+            )
+        )
+
+
+def _digest(attempt: Attempt) -> str:
+    """Over method, URL and the digest of the body, where that was seen."""
+    body = hashlib.sha256(attempt.body).hexdigest() if attempt.body is not None else "-"
+    where = attempt.target_id if attempt.target_id is not None else attempt.authority
+    text = f"{attempt.method}\n{attempt.scheme}\n{where}\n{attempt.target}\n{body}"
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,0 +1,72 @@
+"""What each task did through this gateway, as a rule can ask about it: counts, and how many in the last minute."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+MAX_TASKS: Final = 10_000
+"""Of so many tasks it is remembered; those that were quiet the longest are forgotten first."""
+_MINUTE_MS: Final = 60_000
+_MAX_TARGETS: Final = 64
+_BUCKET_MS: Final = 1000
+
+
+@dataclass(slots=True)
+class _Task:
+    since_ms: int
+    allowed: dict[str, Counter[str]] = field(default_factory=dict)
+    denied: int = 0
+    buckets: deque[tuple[int, int]] = field(default_factory=deque)
+    """Second by second, how many there were in each."""
+
+
+class Earlier:
+    """Since the start of this process, in this replica: a limit over several is each one's share."""
+
+    def __init__(self) -> None:
+        self._tasks: OrderedDict[str, _Task] = OrderedDict()
+
+    def add(
+        self, task_id: str, target_id: str | None, verb: str | None, *, allowed: bool, now_ms: int
+    ) -> None:
+        """One action was decided."""
+        task = self._tasks.get(task_id)
+        if task is None:
+            task = self._tasks[task_id] = _Task(now_ms)
+            if len(self._tasks) > MAX_TASKS:
+                self._tasks.popitem(last=False)
+        self._tasks.move_to_end(task_id)
+        if not allowed:
+            task.denied += 1
+        elif target_id is not None and verb is not None and _has_room(task, target_id):
+            task.allowed.setdefault(target_id, Counter())[verb] += 1
+        second = now_ms - now_ms % _BUCKET_MS
+        if task.buckets and task.buckets[-1][0] == second:
+            task.buckets[-1] = (second, task.buckets[-1][1] + 1)
+        else:
+            task.buckets.append((second, 1))
+            _forget(task, now_ms)
+
+    def of(self, task_id: str, now_ms: int) -> dict[str, Any]:
+        """What the task did before: `{since_s, allowed: {target: {verb: count}}, denied, last_minute}`."""
+        task = self._tasks.get(task_id)
+        if task is None:
+            return {"since_s": now_ms // 1000, "allowed": {}, "denied": 0, "last_minute": 0}
+        _forget(task, now_ms)
+        return {
+            "since_s": task.since_ms // 1000,
+            "allowed": {target: dict(verbs) for target, verbs in task.allowed.items()},
+            "denied": task.denied,
+            "last_minute": sum(count for _, count in task.buckets),
+        }
+
+
+def _forget(task: _Task, now_ms: int) -> None:
+    while task.buckets and task.buckets[0][0] <= now_ms - _MINUTE_MS:
+        task.buckets.popleft()
+
+
+def _has_room(task: _Task, target_id: str) -> bool:
+    return target_id in task.allowed or len(task.allowed) < _MAX_TARGETS

@@ -1,0 +1,51 @@
+"""What people ask a gateway."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from ringfence.gateway.view import View
+from ringfence.kernel import metrics
+from ringfence.kernel.runtime import Runtime
+from ringfence.model.access import NotFoundError, authenticate_user
+
+_LEASE_PATH = "/v1/leases/{lease_id}"
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+
+class GatewayApi:
+    """The routes."""
+
+    def __init__(self, runtime: Runtime, view: View) -> None:
+        self._runtime = runtime
+        self._view = view
+
+    def routes(self) -> Sequence[BaseRoute]:
+        return [Route(_LEASE_PATH, self.lease)]
+
+    async def lease(self, request: Request) -> Response:
+        """Whether requests can go by a lease here now, and why not: for whoever may see its agent."""
+        caller = authenticate_user(
+            request.headers.get("authorization"),
+            self._view.directory,
+            self._runtime.settings.trust_domain,
+            self._runtime.clock.now_ms(),
+        )
+        lease_id = request.path_params["lease_id"]
+        lease = self._view.table.get(lease_id) if _UUID.fullmatch(lease_id) else None
+        agent = self._view.directory.agent(lease.agent_id) if lease is not None else None
+        if lease is None or agent is None or not caller.may_see_agent_of(agent.state.sponsor):
+            raise NotFoundError(f"this gateway knows no lease {lease_id[:64]} that you may see")
+        stale, problem = self._view.stale(), self._view.table.problem(lease)
+        why = stale or (problem.message if problem is not None else None)
+        if why is None and lease.delivery != "gateway":
+            why = "its credential was delivered to the agent itself"
+        metrics.HTTP_REQUESTS.labels(_LEASE_PATH, "200").inc()
+        return JSONResponse(
+            {"lease_id": lease_id, "status": lease.status, "usable": why is None, "reason": why}
+        )

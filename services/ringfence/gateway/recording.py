@@ -1,0 +1,93 @@
+"""What was decided goes onto `action`: into the spool at once, and from there to Kafka in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from aiokafka.errors import KafkaError
+
+from ringfence.gateway.spool import Spool
+from ringfence.kernel import metrics
+from ringfence.kernel.bus import gather_all
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.kafka import Outbound, Publisher
+from ringfence.messages.operations import ActionDecided
+from ringfence.messages.topics import ACTION
+
+log = logging.getLogger(__name__)
+
+UNKNOWN: Final = "unknown"
+"""The key of events of which nobody knows whose they are."""
+_SYNC_EVERY_S: Final = 1.0
+_GATHER_S: Final = 0.05
+"""So long events gather: nobody waits for them, and those that travel together cost half."""
+_AGAIN_S: Final = 0.5
+_DRAIN_S: Final = 3.0
+
+
+class Recorder:
+    """Keeps each event before its decision is told, and publishes it when Kafka takes it."""
+
+    def __init__(self, spool: Spool, publisher: Publisher) -> None:
+        self._spool = spool
+        self._publisher = publisher
+        self._news = asyncio.Event()
+
+    def record(self, event: ActionDecided) -> None:
+        """Keep one event. Raises SpoolFullError where it cannot be kept: then nothing may be forwarded."""
+        key = (event.agent_id or UNKNOWN).encode()
+        value = event.model_dump_json(exclude_none=True).encode()
+        self._spool.append(
+            b"\n".join((key, event.action_id.encode(), (event.traceparent or "").encode(), value))
+        )
+        self._news.set()
+
+    async def publish(self) -> None:
+        """Publish what is there and what comes, for ever."""
+        said = ""
+        while True:
+            try:
+                while self._spool.waiting():
+                    await self._publish_some()
+                said = ""
+            except (KafkaError, RingfenceError, OSError) as error:
+                if repr(error) != said:
+                    said = repr(error)
+                    log.warning("events wait on disk (%d bytes): %s", self._spool.size(), error)
+                await asyncio.sleep(_AGAIN_S)
+                continue
+            finally:
+                metrics.ACTIONS_SPOOLED.set(self._spool.size())
+            self._news.clear()
+            await self._news.wait()
+            await asyncio.sleep(_GATHER_S)
+
+    async def sync(self) -> None:
+        """Make what was written outlive the machine, once a second, for ever."""
+        while True:
+            await asyncio.sleep(_SYNC_EVERY_S)
+            await asyncio.to_thread(self._spool.sync)
+
+    async def close(self) -> None:
+        """Publish what is left, if that can be done soon; the rest waits on disk for the next start."""
+        try:
+            async with asyncio.timeout(_DRAIN_S):
+                while self._spool.waiting():
+                    await self._publish_some()
+        except (TimeoutError, KafkaError, RingfenceError, OSError) as error:
+            log.warning("%d bytes of events wait on disk for the next start: %r", self._spool.size(), error)
+        self._spool.close()
+
+    async def _publish_some(self) -> None:
+        entries, mark = self._spool.peek()
+        if entries:
+            records = (_outbound(entry) for entry in entries)
+            await gather_all(await self._publisher.send_many(ACTION, ACTION.what, records))
+        self._spool.published(mark)
+
+
+def _outbound(entry: bytes) -> Outbound:
+    key, id, traceparent, value = entry.split(b"\n", 3)
+    return Outbound(key.decode(), value, id.decode(), traceparent.decode() or None)

@@ -1,0 +1,194 @@
+"""Events on disk until Kafka has them: nothing that was decided is forgotten, and nobody waits for Kafka.
+
+A folder of numbered files, written to the end and never changed. An entry is its length and CRC-32 (4 bytes each,
+big-endian) and its bytes. An entry is in the file before `append` returns, so it outlives this process however that
+ends; `sync`, called once a second, makes what was written outlive the machine too. A file is removed when Kafka has all
+of it. What was published and not yet marked as such comes again after a crash: every event has an id of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from ringfence.kernel.errors import RingfenceError
+
+log = logging.getLogger(__name__)
+
+_HEAD: Final = struct.Struct(">II")
+_SUFFIX: Final = ".spool"
+_MARK: Final = "published"
+_READ_AT_ONCE: Final = 256 * 1024
+SEGMENT_BYTES: Final = 4 * 1024 * 1024
+MAX_ENTRY_BYTES: Final = 256 * 1024
+
+
+class SpoolError(RingfenceError):
+    """The folder of the spool cannot be used: others use it, or it cannot be written to. Raised at the start."""
+
+    code = "spool_unusable"
+
+
+class SpoolFullError(RingfenceError):
+    """An event cannot be kept: the spool or the disk is full. What it is about is denied."""
+
+    code = "spool_full"
+
+
+class Spool:
+    """A queue on disk, for one process. Entries come out in the order in which they went in."""
+
+    def __init__(self, folder: Path, *, max_bytes: int, segment_bytes: int = SEGMENT_BYTES) -> None:
+        """Opens it, with what an earlier process left. `max_bytes`: of all files together. Raises SpoolError."""
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._segment_bytes = segment_bytes
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._sizes = {int(path.stem): path.stat().st_size for path in sorted(folder.glob(f"*{_SUFFIX}"))}
+            self._number, self._offset = self._marked()
+            self._begin()
+        except BlockingIOError:
+            raise SpoolError(
+                f"another gateway uses {folder}: set RINGFENCE_GATEWAY_SPOOL to another folder"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise SpoolError(f"the spool {folder} cannot be used: {error}") from None
+        self._unsynced = False
+
+    # --- in ---
+
+    def append(self, entry: bytes) -> None:
+        """Keep one entry. Raises SpoolFullError."""
+        if len(entry) > MAX_ENTRY_BYTES:
+            raise SpoolFullError(f"an event of {len(entry)} bytes is larger than any may be")
+        framed = _HEAD.pack(len(entry), zlib.crc32(entry)) + entry
+        if self.size() + len(framed) > self._max_bytes:
+            raise SpoolFullError("events are not published, and there is no room for more: is Kafka away?")
+        try:
+            if self._sizes[self._writing] >= self._segment_bytes:
+                self._turn()
+            written = os.write(self._file, framed)
+        except OSError as error:
+            raise SpoolFullError(f"an event cannot be written to disk: {error.strerror}") from None
+        if written != len(framed):
+            self._take_back()
+            raise SpoolFullError("an event could not be written to disk whole")
+        self._sizes[self._writing] += written
+        self._unsynced = True
+
+    def sync(self) -> None:
+        """Make what was written outlive the machine. It may take milliseconds: call it in another thread."""
+        if self._unsynced:
+            self._unsynced = False
+            with contextlib.suppress(OSError):
+                os.fsync(self._file)
+
+    def size(self) -> int:
+        """The bytes that wait to be published, and those that were published and are not removed yet."""
+        return sum(self._sizes.values())
+
+    # --- out ---
+
+    def waiting(self) -> bool:
+        """Whether there is anything that has not been marked as published."""
+        return self._number < self._writing or self._offset < self._sizes[self._writing]
+
+    def peek(self) -> tuple[Sequence[bytes], tuple[int, int]]:
+        """The next entries, and the mark that says that they are published. What was damaged is passed over."""
+        while True:
+            if self._number not in self._sizes:
+                later = [number for number in self._sizes if number > self._number]
+                if not later:
+                    return (), (self._number, self._offset)
+                self._number, self._offset = min(later), 0
+            with (self._folder / f"{self._number:012}{_SUFFIX}").open("rb") as file:
+                file.seek(self._offset)
+                data = file.read(_READ_AT_ONCE + MAX_ENTRY_BYTES)
+            entries, length = _entries(data)
+            if entries or self._number == self._writing:
+                return entries, (self._number, self._offset + length)
+            if length < len(data):
+                log.error(
+                    "the end of %012d%s is damaged: %d bytes are lost", self._number, _SUFFIX, len(data)
+                )
+            self._remove()
+
+    def published(self, mark: tuple[int, int]) -> None:
+        """Kafka has what `peek` gave with this mark."""
+        self._number, self._offset = mark
+        if self._number != self._writing and self._offset >= self._sizes.get(self._number, 0):
+            self._remove()
+        with contextlib.suppress(OSError):  # without it some are published twice after a crash
+            os.pwrite(self._mark, struct.pack(">QQ", self._number, self._offset), 0)
+
+    def close(self) -> None:
+        """Sync, and let others have the folder."""
+        self._unsynced = True
+        self.sync()
+        for descriptor in (self._file, self._mark, self._lock):
+            os.close(descriptor)
+
+    # --- files ---
+
+    def _marked(self) -> tuple[int, int]:
+        self._mark = os.open(self._folder / _MARK, os.O_RDWR | os.O_CREAT, 0o600)
+        marked = os.pread(self._mark, 16, 0)
+        number, offset = struct.unpack(">QQ", marked) if len(marked) == 16 else (0, 0)
+        for old in [one for one in self._sizes if one < number]:
+            self._forget(old)
+        return number, offset if number in self._sizes else 0
+
+    def _begin(self) -> None:
+        """What an earlier process wrote last may lack its end: a new file begins."""
+        self._writing = max([*self._sizes, self._number]) + 1
+        self._file = self._opened(self._writing)
+        self._sizes[self._writing] = 0
+
+    def _turn(self) -> None:
+        following = self._opened(self._writing + 1)
+        os.fsync(self._file)
+        os.close(self._file)
+        self._writing, self._file = self._writing + 1, following
+        self._sizes[self._writing] = 0
+
+    def _opened(self, number: int) -> int:
+        path = self._folder / f"{number:012}{_SUFFIX}"
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def _take_back(self) -> None:
+        """Half an entry must not stand before the next one."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file, self._sizes[self._writing])
+
+    def _remove(self) -> None:
+        """The file that is read from is done with."""
+        self._forget(self._number)
+        self._number, self._offset = self._number + 1, 0
+
+    def _forget(self, number: int) -> None:
+        self._sizes.pop(number, None)
+        with contextlib.suppress(OSError):
+            (self._folder / f"{number:012}{_SUFFIX}").unlink()
+
+
+def _entries(data: bytes) -> tuple[list[bytes], int]:
+    """The whole entries at the start of what was read, up to about `_READ_AT_ONCE`, and how long they are."""
+    found, at = [], 0
+    while at + _HEAD.size <= len(data) and at < _READ_AT_ONCE:
+        length, checksum = _HEAD.unpack_from(data, at)
+        entry = data[at + _HEAD.size : at + _HEAD.size + length]
+        if len(entry) != length or zlib.crc32(entry) != checksum:
+            break
+        found.append(entry)
+        at += _HEAD.size + length
+    return found, at
