@@ -1,0 +1,266 @@
+"""Whether an action is allowed: every side, every state, and the one lease that decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from ringfence.gateway.domain import Chosen, Refusal, Sender, narrowest, weigh
+from ringfence.gateway.leases import LeaseTable
+from ringfence.messages.lease import Lease
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import (
+    AgentDecommission,
+    AgentSetCeiling,
+    AgentSuspend,
+    TargetRemove,
+    TargetState,
+    TaskEnd,
+    UserDisable,
+)
+from ringfence.model.request_map import Action
+from tests import leases
+from tests.ledger import Ledger, permission
+
+MAX_AGE_S = 30 * 86_400
+READ = Action("read", "env/staging/web")
+WIDE = permission("env/**", verbs=("read", "deploy"))
+
+
+class Place:
+    """sam sponsors bot; uma assigned it a task; it has a lease at `staging`."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+        self.ledger.organisation()
+        give, ledger = self.ledger.give, self.ledger
+        give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(WIDE)))
+        give(ledger.target_set("olga", "staging"))
+        give(ledger.target_set("olga", "other"))
+        give(ledger.register("sam", "bot", "sam", ceiling=(WIDE,)))
+        give(ledger.register("sam", "thief", "sam", ceiling=(WIDE,)))
+        terms = ledger.terms("bot", scope=(WIDE,))
+        change = give(ledger.assign("uma", "bot", terms=terms))
+        assert change is not None
+        self.task = change.state.task_id  # type: ignore[union-attr]
+        self.table = LeaseTable(ledger.clock)
+        self.lease = self.leased()
+
+    def leased(self, *scope: Permission, **fields: Any) -> Lease:
+        given = {
+            "agent_id": "bot", "act": ("bot",), "task_id": self.task, "target_id": "staging", "backend": "jwt",
+            "delivery": "gateway", "deadline": self.ledger.clock.ms // 1000 + 600,
+            "requested_at_ms": self.ledger.clock.ms,
+            "scope": scope or (permission("env/staging/*", verbs=("read",)),), **fields,
+        }  # fmt: skip
+        one = leases.lease(**given).claims
+        self.table.take(one)
+        return one
+
+    def target(self, id: str = "staging") -> TargetState:
+        entry = self.ledger.directory.target(id)
+        assert entry is not None
+        return entry.state
+
+    def weigh(
+        self, sender: Sender | None = None, action: Action = READ, *, target: str = "staging"
+    ) -> Chosen | Refusal:
+        return weigh(
+            sender or Sender("bot", self.task), self.target(target), action, self.table, self.ledger.directory,
+            now_s=self.ledger.clock.ms / 1000, entitlements_max_age_s=MAX_AGE_S,
+        )  # fmt: skip
+
+    def codes(self, *args: Any, **kwargs: Any) -> set[str]:
+        found = self.weigh(*args, **kwargs)
+        return {reason.code for reason in found.reasons} if isinstance(found, Refusal) else set()
+
+    def sides(self, *args: Any, **kwargs: Any) -> set[str | None]:
+        found = self.weigh(*args, **kwargs)
+        assert isinstance(found, Refusal)
+        return {reason.side for reason in found.reasons}
+
+
+@pytest.fixture
+def place() -> Place:
+    return Place()
+
+
+def test_what_is_within_every_side_goes_by_the_lease(place: Place) -> None:
+    found = place.weigh()
+    assert isinstance(found, Chosen)
+    assert found.lease == place.lease
+    assert (found.ground.agent.state.agent_id, found.ground.task.state.task_id) == ("bot", place.task)
+
+
+@pytest.mark.parametrize(
+    ("action", "codes"),
+    [
+        (Action("read", "env/production/web"), {"beyond_lease"}),
+        (Action("read", "env/staging/web/x"), {"beyond_lease"}),
+        (Action("read", "other"), {"beyond_scope", "beyond_lease"}),
+        (Action("deploy", "env/staging/web"), {"verb_unknown", "beyond_lease"}),
+        (Action("wipe", "env/staging/web"), {"verb_unknown", "beyond_scope", "beyond_lease"}),
+    ],
+)
+def test_what_is_beyond_says_by_which_side(place: Place, action: Action, codes: set[str]) -> None:
+    assert place.codes(action=action) == codes
+
+
+def test_every_side_that_lacks_it_is_named_with_the_permission(place: Place) -> None:
+    found = place.weigh(action=Action("read", "other"))
+    assert isinstance(found, Refusal)
+    assert found.status == 403
+    assert {reason.side for reason in found.reasons} == {"task", "ceiling:bot", "entitlements:uma", "lease"}
+    for reason in found.reasons:
+        assert reason.permission == permission("other", verbs=("read",))
+
+
+def test_a_lease_that_is_wider_than_a_side_is_by_now_allows_no_more_than_that(place: Place) -> None:
+    ledger = place.ledger
+    narrow = permission("env/production/*", verbs=("read",))
+    ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(narrow,)))
+    assert (place.codes(), place.sides()) == ({"beyond_scope"}, {"ceiling:bot"})
+    ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(WIDE,)))
+    assert place.codes() == set()
+    ledger.give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(narrow)))
+    assert (place.codes(), place.sides()) == ({"beyond_scope"}, {"entitlements:uma"})
+
+
+def test_entitlements_past_their_age_count_for_nothing(place: Place) -> None:
+    ledger = place.ledger
+    old = ledger.entitlements(WIDE, as_of=ledger.clock.ms // 1000 - MAX_AGE_S)
+    ledger.give(ledger.user_set("olga", "uma", entitlements=old))
+    assert (place.codes(), place.sides()) == ({"beyond_scope"}, {"entitlements:uma"})
+
+
+@pytest.mark.parametrize(
+    ("model", "by", "fields", "code"),
+    [
+        (AgentSuspend, "sam", {"agent_id": "bot", "reason": "x"}, "agent_suspended"),
+        (AgentDecommission, "sam", {"agent_id": "bot", "reason": "x"}, "agent_decommissioned"),
+        (UserDisable, "olga", {"user_id": "sam", "reason": "x"}, "agent_orphaned"),
+        (UserDisable, "olga", {"user_id": "uma", "reason": "x"}, "user_disabled"),
+        (TargetRemove, "olga", {"target_id": "staging", "reason": "x"}, "target_removed"),
+    ],
+)
+def test_whoever_is_not_active_stops_it(
+    place: Place, model: Any, by: str, fields: dict[str, str], code: str
+) -> None:
+    place.ledger.give(place.ledger.claims(model, by, **fields))
+    assert code in place.codes()
+
+
+def test_the_end_of_the_task_stops_it_and_so_does_its_time(place: Place) -> None:
+    end = place.ledger.clock.ms
+    place.ledger.clock.ms += 3600 * 1000
+    place.lease = place.leased(deadline=place.ledger.clock.ms // 1000 + 600)
+    assert place.codes() == {"task_ended"}
+    place.ledger.clock.ms = end
+    place.ledger.give(place.ledger.claims(TaskEnd, "uma", task_id=place.task, reason="done"))
+    assert place.codes() == {"task_ended"}
+
+
+def test_a_task_is_for_its_agent_alone(place: Place) -> None:
+    assert place.codes(Sender("thief", place.task)) == {"task_other_agent", "no_lease"}
+
+
+def test_whom_nobody_knows_is_told_so(place: Place) -> None:
+    assert place.codes(Sender("nobody", place.task)) == {"agent_unknown", "no_lease"}
+    assert place.codes(Sender("nobody")) == {"agent_unknown", "no_lease"}
+    missing = "00000000-0000-5000-8000-000000000000"
+    assert place.codes(Sender("bot", missing)) == {"task_unknown", "no_lease"}
+
+
+def test_without_a_task_any_lease_of_the_agent_will_do_and_its_task_is_the_actions(place: Place) -> None:
+    found = place.weigh(Sender("bot"))
+    assert isinstance(found, Chosen)
+    assert found.ground.task.state.task_id == place.task
+    place.ledger.give(place.ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
+    assert "agent_suspended" in place.codes(Sender("bot"))
+    assert place.codes(Sender("bot"), Action("wipe", "x")) == {"agent_suspended", "beyond_lease"}
+
+
+def test_a_handle_names_just_that_lease(place: Place) -> None:
+    narrow = place.leased(permission("env/staging/api", verbs=("read",)))
+    named = Sender("bot", place.task, narrow.lease_id)
+    assert place.codes(named) == {"beyond_lease"}, "the other lease would allow it"
+    found = place.weigh(named, Action("read", "env/staging/api"))
+    assert isinstance(found, Chosen)
+    assert found.lease.lease_id == narrow.lease_id
+    wider = Sender("bot", place.task, place.lease.lease_id)
+    found = place.weigh(wider, Action("read", "env/staging/api"))
+    assert isinstance(found, Chosen)
+    assert found.lease.lease_id == place.lease.lease_id
+
+
+def test_a_handle_of_somebody_or_something_else_is_none(place: Place) -> None:
+    id = place.lease.lease_id
+    assert place.codes(Sender("thief", None, id)) == {"handle_other_agent"}
+    assert place.codes(Sender("bot", "another", id)) == {"handle_other_task"}
+    assert place.codes(Sender("bot", place.task, id), target="other") == {"handle_other_target"}
+    assert place.codes(Sender("bot", place.task, "unknown")) == {"handle_unknown"}
+    to_itself = place.leased(delivery="agent")
+    assert place.codes(Sender("bot", place.task, to_itself.lease_id)) == {"lease_not_for_gateways"}
+    place.table.revoke(id, place.ledger.clock.ms)
+    assert place.codes(Sender("bot", place.task, id)) == {"lease_cut"}
+
+
+@pytest.mark.parametrize("status", ["minting", "ending", "released", "expired", "aborted"])
+def test_only_an_active_lease_counts(place: Place, status: str) -> None:
+    place.table.take(place.lease.model_copy(update={"seq": 9, "status": status}))
+    assert place.codes() == {"no_lease"}
+    assert place.codes(Sender("bot", place.task, place.lease.lease_id)) == {"lease_ended"}
+
+
+@pytest.mark.parametrize("kind", ["postgres", "redis", "ssh", "unheard-of"])
+def test_what_goes_into_no_header_is_said_to(place: Place, kind: str) -> None:
+    place.table.revoke(place.lease.lease_id, place.ledger.clock.ms)
+    place.leased(backend=kind)
+    assert place.codes() == {"not_injectable"}
+
+
+def test_a_target_that_changed_its_kind_takes_no_credential_of_before(place: Place) -> None:
+    place.table.revoke(place.lease.lease_id, place.ledger.clock.ms)
+    place.leased(backend="http")
+    assert place.codes() == {"lease_outdated"}
+
+
+def test_every_agent_of_the_chain_counts(place: Place) -> None:
+    ledger = place.ledger
+    place.table.revoke(place.lease.lease_id, ledger.clock.ms)
+    place.leased(act=("bot", "thief"))
+    assert place.codes() == set()
+    narrow = permission("env/production/*", verbs=("read",))
+    ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="thief", ceiling=(narrow,)))
+    assert place.sides() == {"ceiling:thief"}
+    ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="thief", reason="x"))
+    assert place.codes() == {"agent_suspended"}
+
+
+# --- which of several -------------------------------------------------------------------------------------------------
+
+
+def _lease(*resources: str, verbs: Sequence[str] = ("read",), deadline: int = 1000) -> Lease:
+    return leases.lease(scope=(permission(*resources, verbs=verbs),), deadline=deadline).claims
+
+
+@pytest.mark.parametrize(
+    ("narrower", "wider"),
+    [
+        (_lease("env/a"), _lease("env/*")),
+        (_lease("env/*"), _lease("env/**")),
+        (_lease("env/a", "env/b"), _lease("env/*")),
+        (_lease("env/a"), _lease("env/a", verbs=("read", "deploy"))),
+        (_lease("env/a", deadline=999), _lease("env/a", deadline=1000)),
+    ],
+)
+def test_the_narrowest_decides(narrower: Lease, wider: Lease) -> None:
+    assert narrowest([wider, narrower]) == narrowest([narrower, wider]) == narrower
+
+
+def test_equals_are_told_apart_by_their_ids() -> None:
+    one, other = sorted([_lease("a"), _lease("a")], key=lambda lease: lease.lease_id)
+    assert narrowest([other, one]) == one
+    assert narrowest([]) is None

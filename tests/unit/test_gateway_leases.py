@@ -1,0 +1,171 @@
+"""The gateway's table of leases: which may be used, what ends one, and who is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ringfence.gateway.leases import ENDED_KEPT_MS, ORDERS_KEPT_MS, SLACK_MS, LeaseTable
+from ringfence.messages.lease import Lease
+from tests import leases
+from tests.ledger import START_MS, FixedClock
+
+NOW_S = START_MS // 1000
+AGENT, TARGET = "bot", "hub"
+
+
+@pytest.fixture
+def clock() -> FixedClock:
+    return FixedClock()
+
+
+@pytest.fixture
+def table(clock: FixedClock) -> LeaseTable:
+    return LeaseTable(clock)
+
+
+def lease(**fields: Any) -> Lease:
+    given = {
+        "agent_id": AGENT, "target_id": TARGET, "delivery": "gateway", "deadline": NOW_S + 600,
+        "requested_at_ms": START_MS, **fields,
+    }  # fmt: skip
+    return leases.lease(**given).claims
+
+
+def usable(table: LeaseTable, task_id: str | None = None) -> set[str]:
+    return {one.lease_id for one in table.usable(AGENT, task_id, TARGET)}
+
+
+class Told:
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self) -> None:
+        self.times += 1
+
+
+def test_only_live_leases_for_gateways_of_this_agent_task_and_target(table: LeaseTable) -> None:
+    mine = lease()
+    for other in (
+        lease(agent_id="other"), lease(target_id="other"), lease(delivery="agent"), lease(status="minting"),
+        lease(status="ending"), lease(status="released"),
+    ):  # fmt: skip
+        table.take(other)
+    table.take(mine)
+    elsewhere = lease()
+    table.take(elsewhere)
+    assert usable(table, mine.task_id) == {mine.lease_id}
+    assert usable(table) == {mine.lease_id, elsewhere.lease_id}
+    assert usable(table, "another") == set()
+
+
+def test_the_highest_seq_counts_in_whatever_order(table: LeaseTable, clock: FixedClock) -> None:
+    one = lease(seq=2, status="revoked")
+    table.take(one)
+    table.take(one.model_copy(update={"seq": 1, "status": "active"}))
+    assert usable(table) == set()
+    clock.ms += ENDED_KEPT_MS
+    table.sweep()
+    table.take(one.model_copy(update={"seq": 1, "status": "active"}))
+    assert usable(table) == set(), "an older record that came late revived it"
+
+
+def test_a_lease_ends_at_its_deadline_by_itself(table: LeaseTable, clock: FixedClock) -> None:
+    one, told = lease(), Told()
+    table.take(one)
+    table.watch(one.lease_id, told)
+    clock.ms = one.deadline * 1000 - 1
+    table.sweep()
+    assert (usable(table), told.times) == ({one.lease_id}, 0)
+    clock.ms += 1
+    assert usable(table) == set(), "also before anybody swept"
+    table.sweep()
+    assert told.times == 1
+
+
+@pytest.mark.parametrize("mark", ["agent:bot", "task:T", "target:hub", "sponsor:sam", "user:maria", "all"])
+def test_a_fence_cuts_what_was_requested_by_then_and_nothing_later(table: LeaseTable, mark: str) -> None:
+    fields = {"sponsor": "sam", "on_behalf_of": "maria", "task_id": "T"}
+    before, after = lease(**fields), lease(**fields, requested_at_ms=START_MS + 1)
+    told, not_told = Told(), Told()
+    for one, by in ((before, told), (after, not_told)):
+        table.take(one)
+        table.watch(one.lease_id, by)
+    table.fence(mark, START_MS)
+    assert usable(table) == {after.lease_id}
+    assert (told.times, not_told.times) == (1, 0)
+    problem = table.problem(before)
+    assert problem is not None
+    assert problem.code == "lease_cut"
+    late = lease(**fields)
+    table.take(late)
+    assert late.lease_id not in usable(table), "a record that came after the order"
+    table.fence(mark, START_MS - 1000)
+    assert usable(table) == {after.lease_id}, "an older order took a younger one back"
+
+
+def test_a_revoked_lease_is_cut_before_its_record_says_so(table: LeaseTable) -> None:
+    one, told, over = lease(), Told(), []
+    table.on_over(over.append)
+    table.take(one)
+    table.watch(one.lease_id, told)
+    table.revoke(one.lease_id, START_MS)
+    assert usable(table) == set()
+    assert (told.times, over) == (1, [one.lease_id])
+    table.take(one.model_copy(update={"seq": 2, "status": "ending"}))
+    table.take(one.model_copy(update={"seq": 3, "status": "revoked"}))
+    assert told.times == 1, "told once"
+
+
+def test_who_watches_what_has_ended_is_told_at_once(table: LeaseTable) -> None:
+    told = Told()
+    table.watch("unknown", told)
+    one = lease()
+    table.take(one)
+    table.revoke(one.lease_id, START_MS)
+    table.watch(one.lease_id, told)
+    assert told.times == 2
+
+
+def test_who_takes_it_back_is_not_told_and_others_are(table: LeaseTable) -> None:
+    one, first, second = lease(), Told(), Told()
+    table.take(one)
+    back = table.watch(one.lease_id, first)
+    table.watch(one.lease_id, second)
+    back()
+    back()
+    table.end_watched()
+    assert (first.times, second.times) == (0, 1)
+
+
+def test_nothing_that_is_over_is_kept(table: LeaseTable, clock: FixedClock) -> None:
+    for number in range(100):
+        one = lease(task_id=f"task-{number}")
+        table.take(one)
+        if number % 2:
+            table.take(one.model_copy(update={"seq": 2, "status": "released"}))
+        table.revoke(one.lease_id, START_MS)
+        table.fence(f"task:task-{number}", START_MS)
+    assert len(table) == 100
+    clock.ms = (NOW_S + 600) * 1000 + SLACK_MS + ENDED_KEPT_MS
+    for _ in range(3):
+        table.sweep()
+    assert len(table) == 0
+    assert not table._usable
+    assert not table._due
+    clock.ms += ORDERS_KEPT_MS + ENDED_KEPT_MS
+    table.sweep()
+    assert not table._revoked
+    assert not table._fences
+
+
+def test_an_order_about_what_has_just_ended_finds_its_lease(table: LeaseTable, clock: FixedClock) -> None:
+    one = lease()
+    table.take(one)
+    table.take(one.model_copy(update={"seq": 2, "status": "revoked"}))
+    table.sweep()
+    assert table.get(one.lease_id) is not None
+    clock.ms += ENDED_KEPT_MS
+    table.sweep()
+    assert table.get(one.lease_id) is None
