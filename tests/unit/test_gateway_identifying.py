@@ -1,0 +1,179 @@
+"""Who sends a request: what is believed, and to whom a handle in the wrong hands is attributed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ringfence.client.dpop import proof
+from ringfence.client.proofs import Nonces, ProofChecker, ProofsInMemory
+from ringfence.gateway.attempts import Attempt, Presented
+from ringfence.gateway.domain import Refusal, Sender
+from ringfence.gateway.identifying import Identifier
+from ringfence.gateway.leases import LeaseTable
+from ringfence.kernel.keys import SigningKey
+from ringfence.messages.lease import Lease
+from ringfence.messages.registry import AgentSuspend
+from tests import leases
+from tests.ledger import TD, Ledger, permission
+
+URL = "https://hub.example/a"
+
+
+class Door:
+    """Two agents, a lease of one of them, and what an agent sends."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+        self.table = LeaseTable(self.ledger.clock)
+        self.nonces = Nonces()
+        self.proofs = ProofChecker(nonces=self.nonces, clock=self.ledger.clock, memory=ProofsInMemory(1))
+        self.identifier = Identifier(TD, self.ledger.directory, self.table, self.proofs, self.ledger.clock)
+        self.ledger.organisation()
+        give = self.ledger.give
+        for agent in ("bot", "thief"):
+            give(self.ledger.register("sam", agent, "sam", ceiling=(permission("**"),)))
+        change = give(self.ledger.assign("uma", "bot"))
+        assert change is not None
+        self.task: str = change.state.task_id  # type: ignore[union-attr]
+        self.lease = self.leased()
+
+    def leased(self, **fields: Any) -> Lease:
+        given = {
+            "agent_id": "bot", "task_id": self.task, "delivery": "gateway", "key_thumbprint": None,
+            "deadline": self.ledger.clock.ms // 1000 + 600, **fields,
+        }  # fmt: skip
+        lease = leases.lease(**given).claims
+        self.table.take(lease)
+        return lease
+
+    def key(self, agent: str = "bot") -> SigningKey:
+        return self.ledger.key(agent, "agent")
+
+    def proof(self, key: SigningKey | None = None, handle: str | None = None, **fields: Any) -> str:
+        now_s = self.ledger.clock.ms // 1000
+        given = {"now_s": now_s, "nonce": self.nonces.fresh(now_s), "method": "GET", "url": URL, **fields}
+        return proof(key or self.key(), access_token=handle or self.lease.lease_id, **given)
+
+    async def sender(self, method: str = "GET", **presented: Any) -> Sender | Refusal:
+        attempt = Attempt(authority="hub.example", scheme="https", method=method, target="/a")
+        return await self.identifier.sender(Presented(**presented), attempt)
+
+    async def shown(self, dpop: str | None, handle: str | None = None, **more: Any) -> Sender | Refusal:
+        return await self.sender(
+            **{"handle": handle or self.lease.lease_id, "proof": dpop, "htu": URL, **more}
+        )
+
+
+@pytest.fixture
+def door() -> Door:
+    return Door()
+
+
+def code(found: Sender | Refusal) -> str:
+    assert isinstance(found, Refusal), found
+    assert found.status in (401, 403)
+    return found.reasons[0].code
+
+
+async def test_a_handle_with_a_proof_by_the_agents_key_names_the_lease_and_its_task(door: Door) -> None:
+    assert await door.shown(door.proof()) == Sender("bot", door.task, door.lease.lease_id)
+
+
+async def test_a_handle_alone_counts_on_the_socket_of_its_task_and_nowhere_else(door: Door) -> None:
+    assert code(await door.shown(None)) == "proof_missing"
+    assert await door.sender(task_id=door.task) == Sender("bot", door.task)
+    with_handle = await door.sender(task_id=door.task, handle=door.lease.lease_id)
+    assert with_handle == Sender("bot", door.task, door.lease.lease_id)
+    assert code(await door.sender(task_id="00000000-0000-5000-8000-000000000000")) == "task_unknown"
+
+
+async def test_who_shows_nothing_is_nobody(door: Door) -> None:
+    assert code(await door.sender()) == "no_credentials"
+    assert code(await door.shown(door.proof(), handle="x")) == "handle_malformed"
+    assert code(await door.shown(door.proof(), htu=None)) == "proof_missing"
+    unknown = "00000000-0000-5000-8000-000000000000"
+    assert code(await door.shown(door.proof(handle=unknown), handle=unknown)) == "handle_unknown"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"method": "PUT"}, {"url": "https://hub.example/b"}, {"url": "https://other.example/a"}, {"now_s": 1},
+        {"handle": "00000000-0000-5000-8000-000000000000"},
+    ],
+)  # fmt: skip
+async def test_a_proof_is_for_one_request_and_handle(door: Door, wrong: dict[str, Any]) -> None:
+    assert code(await door.shown(door.proof(**wrong))) == "invalid_dpop_proof"
+
+
+async def test_a_proof_counts_once_and_has_this_gateways_nonce(door: Door) -> None:
+    once = door.proof()
+    assert isinstance(await door.shown(once), Sender)
+    assert code(await door.shown(once)) == "invalid_dpop_proof"
+    assert code(await door.shown(door.proof(nonce=None))) == "use_dpop_nonce"
+    assert code(await door.shown(door.proof(nonce=Nonces().fresh(1)))) == "use_dpop_nonce"
+    full = await door.shown(door.proof())
+    assert isinstance(full, Refusal)
+    assert (full.status, full.reasons[0].code) == (503, "proofs_full")
+
+
+@pytest.mark.parametrize("dpop", ["", "x", "a.b.c", "e30.e30.e30", "x" * 9000])
+async def test_what_is_no_proof_is_none(door: Door, dpop: str) -> None:
+    assert code(await door.shown(dpop)) == "invalid_dpop_proof"
+
+
+@pytest.mark.parametrize("nonce", [True, False])
+async def test_a_stolen_handle_is_attributed_to_whose_key_it_came_with(door: Door, nonce: bool) -> None:
+    more = {} if nonce else {"nonce": None}
+    found = await door.shown(door.proof(door.key("thief"), **more))
+    assert code(found) == "handle_other_agent"
+    assert isinstance(found, Refusal)
+    assert found.sender == Sender("thief", None, door.lease.lease_id)
+
+
+async def test_nobody_is_blamed_by_a_proof_that_is_not_theirs(door: Door) -> None:
+    """With the thief's public key in its header, and somebody else's signature."""
+    head, _, _ = door.proof(door.key("thief")).split(".")
+    _, body, tail = door.proof().split(".")
+    found = await door.shown(f"{head}.{body}.{tail}")
+    assert code(found) == "invalid_dpop_proof"
+    assert isinstance(found, Refusal)
+    assert found.sender is None
+    stranger = SigningKey.generate(f"spiffe://{TD}/agent/bot")
+    found = await door.shown(door.proof(stranger))
+    assert code(found) == "proof_by_stranger"
+
+
+async def test_a_lease_is_bound_to_the_key_that_it_names(door: Door) -> None:
+    bound = door.leased(key_thumbprint=door.key().kid)
+    dpop = door.proof(handle=bound.lease_id)
+    assert isinstance(await door.shown(dpop, handle=bound.lease_id), Sender)
+    other = door.leased(key_thumbprint=door.key("thief").kid)
+    found = await door.shown(door.proof(handle=other.lease_id, nonce=None), handle=other.lease_id)
+    assert code(found) == "proof_other_key"
+
+
+async def test_a_certificate_says_which_agent(door: Door) -> None:
+    mine = f"spiffe://{TD}/agent/bot"
+    assert await door.sender(certificate=mine) == Sender("bot")
+    assert await door.sender(certificate=mine, handle=door.lease.lease_id) == Sender(
+        "bot", None, door.lease.lease_id
+    )
+    for other in (
+        f"spiffe://{TD}/user/sam",
+        "spiffe://elsewhere/agent/bot",
+        "bot",
+        f"spiffe://{TD}/agent/a/b",
+    ):
+        assert code(await door.sender(certificate=other)) == "certificate_unknown"
+    stolen = await door.sender(certificate=f"spiffe://{TD}/agent/thief", handle=door.lease.lease_id)
+    assert code(stolen) == "handle_other_agent"
+    assert isinstance(stolen, Refusal)
+    assert stolen.sender == Sender("thief", None, door.lease.lease_id)
+
+
+async def test_that_an_agent_is_suspended_is_for_the_decision_to_say(door: Door) -> None:
+    door.ledger.give(door.ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
+    assert isinstance(await door.shown(door.proof()), Sender)

@@ -1,0 +1,156 @@
+"""Events on disk: none is lost by a crash, none comes out in another order, and a full disk is said to be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ringfence.gateway.spool import MAX_ENTRY_BYTES, Spool, SpoolError, SpoolFullError
+
+MAX = 1024 * 1024
+
+
+def opened(folder: Path, max_bytes: int = MAX, segment_bytes: int = 256) -> Spool:
+    return Spool(folder, max_bytes=max_bytes, segment_bytes=segment_bytes)
+
+
+def emptied(spool: Spool) -> list[bytes]:
+    """All that waits, marked as published."""
+    found: list[bytes] = []
+    while spool.waiting():
+        entries, mark = spool.peek()
+        found += entries
+        spool.published(mark)
+    return found
+
+
+def entries(count: int, start: int = 0) -> list[bytes]:
+    return [b"entry %d " % number + b"x" * (number % 50) for number in range(start, start + count)]
+
+
+def crashed(spool: Spool) -> None:
+    """Nothing is closed in good order."""
+    for descriptor in (spool._file, spool._mark, spool._lock):
+        os.close(descriptor)
+
+
+def test_what_goes_in_comes_out_once_and_in_order(tmp_path: Path) -> None:
+    spool = opened(tmp_path)
+    for entry in entries(100):
+        spool.append(entry)
+    assert emptied(spool) == entries(100)
+    assert emptied(spool) == []
+    spool.append(b"later")
+    assert emptied(spool) == [b"later"]
+    spool.close()
+
+
+def test_files_go_when_kafka_has_them(tmp_path: Path) -> None:
+    spool = opened(tmp_path)
+    for entry in entries(100):
+        spool.append(entry)
+    assert len(list(tmp_path.glob("*.spool"))) > 10
+    emptied(spool)
+    assert len(list(tmp_path.glob("*.spool"))) == 1
+    assert spool.size() <= 512
+    spool.close()
+
+
+def test_what_was_not_published_is_there_after_a_crash(tmp_path: Path) -> None:
+    spool = opened(tmp_path)
+    for entry in entries(20):
+        spool.append(entry)
+    some, mark = spool.peek()
+    spool.published(mark)
+    crashed(spool)
+    again = opened(tmp_path)
+    again.append(b"new")
+    assert emptied(again) == [*entries(20)[len(some) :], b"new"]
+    again.close()
+    last = opened(tmp_path)
+    assert emptied(last) == []
+    last.close()
+
+
+def test_without_its_mark_everything_comes_again_rather_than_nothing(tmp_path: Path) -> None:
+    spool = opened(tmp_path, segment_bytes=10_000)
+    for entry in entries(5):
+        spool.append(entry)
+    crashed(spool)
+    (tmp_path / "published").unlink()
+    again = opened(tmp_path)
+    assert emptied(again) == entries(5)
+    again.close()
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "length"])
+def test_a_damaged_end_loses_that_and_nothing_after_it(tmp_path: Path, damage: str) -> None:
+    spool = opened(tmp_path, segment_bytes=10_000)
+    for entry in entries(3):
+        spool.append(entry)
+    crashed(spool)
+    (file,) = tmp_path.glob("*.spool")
+    data = bytearray(file.read_bytes())
+    if damage == "torn":
+        data = data[:-3]
+    elif damage == "flipped":
+        data[-1] ^= 1
+    else:
+        data += b"\xff\xff\xff\xff"
+    file.write_bytes(data)
+    again = opened(tmp_path)
+    again.append(b"after")
+    expected = entries(3) if damage == "length" else entries(2)
+    assert emptied(again) == [*expected, b"after"]
+    again.close()
+
+
+def test_a_full_spool_takes_no_more_until_something_was_published(tmp_path: Path) -> None:
+    spool = opened(tmp_path, max_bytes=1000)
+    took = 0
+    with pytest.raises(SpoolFullError, match="Kafka"):
+        for entry in entries(1000):
+            spool.append(entry)
+            took += 1
+    assert 0 < took < 1000
+    assert emptied(spool) == entries(took)
+    spool.append(b"again")
+    with pytest.raises(SpoolFullError):
+        spool.append(b"x" * (MAX_ENTRY_BYTES + 1))
+    spool.close()
+
+
+def test_a_disk_that_takes_no_more_is_said_to_be_and_leaves_no_half_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = opened(tmp_path)
+    spool.append(b"one")
+    write = os.write
+
+    def full(file: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    def half(file: int, data: bytes) -> int:
+        return write(file, data[: len(data) // 2])
+
+    for trouble in (full, half):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", trouble)
+            with pytest.raises(SpoolFullError):
+                spool.append(b"two")
+    spool.append(b"three")
+    assert emptied(spool) == [b"one", b"three"]
+    spool.close()
+
+
+def test_one_folder_is_for_one_gateway(tmp_path: Path) -> None:
+    spool = opened(tmp_path)
+    with pytest.raises(SpoolError, match="RINGFENCE_GATEWAY_SPOOL"):
+        opened(tmp_path)
+    spool.close()
+    opened(tmp_path).close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpoolError):
+        opened(tmp_path / "file")
