@@ -106,7 +106,8 @@ def test_a_fence_cuts_what_was_requested_by_then_and_nothing_later(table: LeaseT
 
 
 def test_a_revoked_lease_is_cut_before_its_record_says_so(table: LeaseTable) -> None:
-    one, told, over = lease(), Told(), []
+    one, told = lease(), Told()
+    over: list[str] = []
     table.on_over(over.append)
     table.take(one)
     table.watch(one.lease_id, told)

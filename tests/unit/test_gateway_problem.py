@@ -14,10 +14,10 @@ from ringfence.gateway.problem import headers, how_to_ask, problem, problem_body
 from ringfence.messages.credential import Reason
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.permission import Permission
-from ringfence.messages.registry import TargetRecord, TargetState
+from ringfence.messages.registry import TargetRecord
 from ringfence.model.request_map import Action
 
-TARGET = cast(TargetState, cast(TargetRecord, EXAMPLES[TargetRecord]).state)
+TARGET = cast(TargetRecord, EXAMPLES[TargetRecord]).state
 ID = "d9428888-122b-51e1-b85c-61cd3cbb3210"
 WANTED = Permission(target=TARGET.target_id, verbs=("read",), resources=("env/a",))
 LACK = Reason(code="beyond_lease", message="no live lease allows it", permission=WANTED, side="lease")

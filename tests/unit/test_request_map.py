@@ -171,3 +171,35 @@ def test_whatever_is_in_a_body_the_weaker_verb_is_shown(members: dict[str, str])
     action = MAP.action("POST", "/reviews", json.dumps(members).encode())
     assert action is not None
     assert (action.verb == "comment") == (members.get("event") in ("COMMENT", "ASK"))
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "reads"),
+    [
+        ("POST", "/reviews", True),
+        ("POST", "/reviews?x=1", True),
+        ("POST", "/envs/a/runs", False),
+        ("GET", "/reviews", False),
+        ("POST", "/nothing", False),
+        ("POST", "//reviews", False),
+        ("POST", "/reviews#x", False),
+        ("POST", "/" + "x" * 9000, False),
+    ],
+)
+def test_whether_the_body_must_be_seen_first(method: str, target: str, reads: bool) -> None:
+    assert MAP.reads_body(method, target) is reads
+
+
+def test_a_rule_before_that_looks_at_no_body_decides_without_one() -> None:
+    rules = [
+        rule("POST", "/x", "dry-run", query={"dry": ("1",)}),
+        rule("POST", "/x", "comment", body={"event": ("COMMENT",)}),
+        rule("POST", "/x", "approve"),
+    ]
+    map = RequestMap(rules)
+    assert not map.reads_body("POST", "/x?dry=1")
+    assert map.action("POST", "/x?dry=1") == Action("dry-run", "x")
+    assert map.reads_body("POST", "/x")
+    assert map.reads_body("POST", "/x?dry=2")
+    assert not map.reads_body("POST", "/x?dry=1&dry=2"), "it is no verb, whatever its body says"
+    assert map.action("POST", "/x?dry=1&dry=2", b'{"event": "COMMENT"}') is None

@@ -1,0 +1,182 @@
+"""The core as data planes see it: always a verdict, always recorded, and never one that a cut has overtaken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from ringfence.gateway.attempts import Attempt, Gate, Presented
+from ringfence.gateway.domain import Refusal, Sender, refused
+from ringfence.gateway.gate import DecisionGate
+from ringfence.gateway.spool import SpoolFullError
+from ringfence.gateway.targets import Targets
+from ringfence.kernel.errors import UnavailableError
+from ringfence.messages.operations import ActionDecided
+from ringfence.messages.registry import BackendSettings, RequestRule
+from tests.unit.test_gateway_domain import Place
+
+RULES = (
+    RequestRule(method="GET", path="/{path*}", verb="read", resource="{path*}"),
+    RequestRule(
+        method="POST", path="/r", verb="read", resource="env/staging/web", body={"event": ("COMMENT",)}
+    ),
+)
+
+
+class Parts:
+    """The core with a real table, records and map; what asks others is played."""
+
+    def __init__(self) -> None:
+        self.place = Place()
+        ledger = self.place.ledger
+        self.targets = Targets(ledger.directory)
+        backend = BackendSettings.model_validate({"kind": "jwt", "url": "https://hub.example"})
+        ledger.give(ledger.target_set("olga", "staging", backend=backend, requests=RULES))
+        self.table, self.directory = self.place.table, ledger.directory
+        self.problem: str | None = None
+        self.events: list[ActionDecided] = []
+        self.meanwhile: Callable[[], None] = lambda: None
+        self.refuses: Refusal | Exception | None = None
+        self.full = False
+        played = cast(Any, self)
+        self.gate: Gate = DecisionGate(
+            played, self.targets, played, played, played, played, ledger.clock,
+            gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
+        )  # fmt: skip
+
+    # view
+    def stale(self) -> str | None:
+        return self.problem
+
+    # identifier
+    def nonce(self) -> str:
+        return "fresh"
+
+    async def sender(self, presented: Presented, attempt: Attempt) -> Sender | Refusal:
+        if presented.handle == "none":
+            reason = self.refuses
+            assert isinstance(reason, Refusal)
+            return reason
+        return Sender("bot", self.place.task)
+
+    # evaluator
+    async def refusal(self, *args: Any, **kwargs: Any) -> Refusal | None:
+        self.meanwhile()
+        if isinstance(self.refuses, Exception):
+            raise self.refuses
+        return self.refuses
+
+    # injector
+    async def headers(self, lease: Any, target: Any) -> dict[str, str]:
+        return {"Authorization": "Bearer x"}
+
+    # recorder
+    def record(self, event: ActionDecided) -> None:
+        if self.full:
+            raise SpoolFullError("full")
+        self.events.append(event)
+
+
+def attempt(method: str = "GET", target: str = "/env/staging/web", **fields: Any) -> Attempt:
+    return Attempt(**{
+        "authority": "hub.example", "scheme": "https", "method": method, "target": target, **fields,
+    })  # fmt: skip
+
+
+@pytest.fixture
+def parts() -> Parts:
+    return Parts()
+
+
+async def test_what_is_allowed_goes_by_the_lease_that_is_injected(parts: Parts) -> None:
+    verdict = await parts.gate.decide(Presented(), attempt(label="pr"))
+    assert (verdict.allowed, verdict.status, verdict.lease) == (True, 200, parts.place.lease)
+    assert (verdict.task_id, verdict.nonce) == (parts.place.task, "fresh")
+    assert await parts.gate.injected(verdict) == {"Authorization": "Bearer x"}
+    (event,) = parts.events
+    assert (event.action_id, event.allowed, event.label) == (verdict.action_id, True, "pr")
+    assert event.latency_us is not None
+    assert event.request_digest is not None
+
+
+async def test_a_cut_while_the_bundle_is_asked_overtakes_the_answer(parts: Parts) -> None:
+    parts.meanwhile = lambda: parts.table.revoke(parts.place.lease.lease_id, parts.place.ledger.clock.ms)
+    verdict = await parts.gate.decide(Presented(), attempt())
+    assert (verdict.allowed, verdict.reasons[0].code) == (False, "lease_cut")
+    with pytest.raises(UnavailableError):
+        await parts.gate.injected(verdict)
+
+
+async def test_an_old_view_decides_injects_and_keeps_open_nothing(parts: Parts) -> None:
+    allowed = await parts.gate.decide(Presented(), attempt())
+    parts.problem = "old"
+    verdict = await parts.gate.decide(Presented(), attempt())
+    assert (verdict.status, verdict.reasons[0].code, verdict.retry_after_s) == (503, "stale_view", 5)
+    with pytest.raises(UnavailableError):
+        await parts.gate.injected(allowed)
+    told: list[int] = []
+    parts.gate.on_end(parts.place.lease.lease_id, lambda: told.append(1))
+    assert told == [1]
+    parts.problem = None
+    parts.gate.on_end(parts.place.lease.lease_id, lambda: told.append(2))
+    assert told == [1]
+
+
+async def test_whatever_goes_wrong_denies_and_is_recorded(parts: Parts) -> None:
+    parts.refuses = RuntimeError("boom, with a secret")
+    verdict = await parts.gate.decide(Presented(), attempt())
+    assert (verdict.allowed, verdict.status, verdict.reasons[0].code) == (False, 503, "undecided")
+    assert "secret" not in verdict.reasons[0].message
+    assert [event.allowed for event in parts.events] == [False]
+
+
+async def test_what_cannot_be_recorded_is_denied(parts: Parts) -> None:
+    parts.full = True
+    verdict = await parts.gate.decide(Presented(), attempt())
+    assert (verdict.allowed, verdict.status, verdict.reasons[0].code) == (False, 503, "spool_full")
+    assert verdict.lease is None
+
+
+async def test_a_question_for_a_nonce_is_no_decision(parts: Parts) -> None:
+    parts.refuses = refused("use_dpop_nonce", "x", status=401)
+    verdict = await parts.gate.decide(Presented(handle="none"), attempt())
+    assert (verdict.status, verdict.nonce) == (401, "fresh")
+    assert parts.events == []
+    parts.refuses = refused("handle_other_agent", "x", sender=Sender("thief", None, "L"))
+    await parts.gate.decide(Presented(handle="none"), attempt())
+    (event,) = parts.events
+    assert (event.agent_id, event.lease_id) == ("thief", "L")
+
+
+async def test_a_body_that_decides_must_be_seen(parts: Parts) -> None:
+    post = attempt("POST", "/r")
+    assert parts.gate.reads_body(post)
+    assert not parts.gate.reads_body(attempt())
+    assert not parts.gate.reads_body(attempt(authority="elsewhere.example"))
+    verdict = await parts.gate.decide(Presented(), post)
+    assert (verdict.status, verdict.reasons[0].code) == (413, "body_unseen")
+    large = b'{"event": "COMMENT", "x": "' + b"x" * 2**20 + b'"}'
+    verdict = await parts.gate.decide(Presented(), attempt("POST", "/r", body=large))
+    assert verdict.reasons[0].code == "body_unseen"
+    verdict = await parts.gate.decide(Presented(), attempt("POST", "/r", body=b'{"event": "COMMENT"}'))
+    assert verdict.allowed
+    for odd in (b"", b"[]", b'{"event": "COMMENT", "event": "x"}'):
+        verdict = await parts.gate.decide(Presented(), attempt("POST", "/r", body=odd))
+        assert (verdict.status, verdict.reasons[0].code) == (403, "request_unmapped"), odd
+    digests = {event.request_digest for event in parts.events}
+    assert len(digests) == len(parts.events), "each was another request"
+
+
+async def test_where_it_goes_is_the_targets_own_word(parts: Parts) -> None:
+    target = parts.place.target()
+    assert parts.gate.upstream(target) == "https://hub.example"
+    with pytest.raises(UnavailableError, match="--setting url"):
+        parts.gate.upstream(parts.place.target("other"))
+
+
+async def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None:
+    await parts.gate.decide(Presented(), attempt("G\nET", "/\udcff", label="a b\n"))
+    (event,) = parts.events
+    assert (event.method, event.label, event.allowed) == (None, None, False)
