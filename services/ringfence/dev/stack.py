@@ -146,7 +146,6 @@ class Stack:
             "RINGFENCE_INSTANCE": role,
             "RINGFENCE_KEY_FILE": str(self.trust.service_key(role)),
             "RINGFENCE_KEY_DIR": str(self.options.state / "keys"),
-            "RINGFENCE_GATEWAY_SPOOL": str(self.options.state / "gateway-spool"),
             **self.options.environment,
         }
         self._children[role] = spawn(

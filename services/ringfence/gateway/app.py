@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ringfence.gateway.authz import ForwardAuth
+from ringfence.gateway import authz_envoy, authz_forward
+from ringfence.gateway.authz import ProxyAuth
 from ringfence.gateway.core import core_of
 from ringfence.gateway.http import GatewayApi
 from ringfence.gateway.settings import GatewaySettings
@@ -23,8 +24,9 @@ def build(
     runtime.routes += GatewayApi(runtime, core.view).routes()
     if own.authz is not None:
         host, _, port = own.authz.rpartition(":")
+        readers = {authz_forward.PREFIX: authz_forward.read, authz_envoy.PREFIX: authz_envoy.read}
         server = HttpServer(
-            ForwardAuth(core.gate).application(),
+            ProxyAuth(core.gate, readers),
             host.strip("[]") or "127.0.0.1",
             int(port),
             setting="RINGFENCE_GATEWAY_AUTHZ",

@@ -1,106 +1,89 @@
-"""The decision for proxies of others (nginx `auth_request`, Caddy `forward_auth`, Traefik ForwardAuth, HAProxy).
+"""The decision for proxies of others, over HTTP. They ask about each request before they let it pass.
 
-A proxy asks about each request: `X-Forwarded-Method`, `X-Forwarded-Uri`, `X-Forwarded-Host` and `X-Forwarded-Proto` say
-which, and are the proxy's own words. 200 comes with the headers to inject, of which `Authorization` is always one, so
-that none of the agent's gets through; everything else is 401 or 403. `/authz/fwd` finds the target by the host;
-`/authz/fwd/TARGET` is for a proxy whose configuration says which one it is.
+200 comes with the headers to inject, of which `Authorization` is always one, so that none of the agent's gets through.
+Everything else is 401 or 403, whatever it is: other answers mean different things to different proxies.
 """
 
 from __future__ import annotations
 
-from typing import Final, Literal
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from ringfence.gateway.attempts import Attempt, Gate, Presented, Verdict
 from ringfence.gateway.problem import headers, problem_body
 from ringfence.kernel.errors import UnavailableError
 
+log = logging.getLogger(__name__)
+
 NOTHING: Final = "none"
 """What stands in `Authorization` where the credential goes elsewhere: an empty one some proxies would leave out."""
 LABEL: Final = "X-Ringfence-Label"
-_METHODS: Final = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+_NO_STORE: Final = {"Cache-Control": "no-store"}
+
+Read = Callable[[Request], Awaitable[tuple[Presented, Attempt] | None]]
+"""What a question is about; None where it does not say for certain."""
 
 
-class ForwardAuth:
-    """Answers proxies."""
+class ProxyAuth:
+    """The ASGI application that proxies ask. It listens on a port of its own, which they alone may reach."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, readers: Mapping[str, Read]) -> None:
+        """`readers`: by the path that questions begin with, who reads them."""
         self._gate = gate
+        self._readers = readers
 
-    def application(self) -> Starlette:
-        """What listens on a port of its own, which proxies alone may reach."""
-        return Starlette(
-            routes=[
-                Route("/authz/fwd", self.decide, methods=_METHODS),
-                Route("/authz/fwd/{target}", self.decide, methods=_METHODS),
-            ]
-        )
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One question."""
+        if scope["type"] != "http":
+            return
+        try:
+            response = await self._answer(Request(scope, receive))
+        except Exception:
+            log.exception("a proxy could not be answered")
+            response = _said("the gateway could not decide this")
+        await response(scope, receive, send)
 
-    async def decide(self, request: Request) -> Response:
-        """The decision on the request that a proxy tells of."""
-        asked = _asked(request)
+    async def _answer(self, request: Request) -> Response:
+        path = request.url.path
+        read = next((read for prefix, read in self._readers.items() if path.startswith(prefix)), None)
+        if read is None:
+            return _said(f"ask {' or '.join(self._readers)}")
+        asked = await read(request)
         if asked is None:
-            return Response(
-                "X-Forwarded-Method, X-Forwarded-Uri, X-Forwarded-Host and X-Forwarded-Proto: each once\n",
-                status_code=403,
-                media_type="text/plain",
-            )
-        presented, attempt = asked
-        verdict = await self._gate.decide(presented, attempt)
+            return _said("the question does not say for certain which request it is about")
+        verdict = await self._gate.decide(*asked)
         if not verdict.allowed:
             return _denied(verdict)
         try:
             injected = await self._gate.injected(verdict)
         except UnavailableError as error:
-            return Response(
-                f"{error.code}: {error}\n", status_code=403, media_type="text/plain", headers=_NO_STORE
-            )
+            return _said(f"{error.code}: {error}")
         return Response(status_code=200, headers={"Authorization": NOTHING, **_NO_STORE, **injected})
 
 
-_NO_STORE: Final = {"Cache-Control": "no-store"}
-
-
-def _asked(request: Request) -> tuple[Presented, Attempt] | None:
-    """What a proxy told of; None where it told something twice, or left it out."""
-    said = {
-        name: request.headers.getlist(f"x-forwarded-{name}") for name in ("method", "uri", "host", "proto")
-    }
-    shown = {name: request.headers.getlist(name) for name in ("authorization", "dpop")}
-    if any(len(values) != 1 for values in said.values()) or any(len(values) > 1 for values in shown.values()):
-        return None
-    method, uri, host, proto = (said[name][0] for name in ("method", "uri", "host", "proto"))
-    scheme: Literal["http", "https"] = "http" if proto == "http" else "https"
-    if proto not in ("http", "https") or not uri.startswith("/") or not host:
-        return None
-    proof = shown["dpop"][0] if shown["dpop"] else None
-    presented = Presented(
-        handle=_handle(shown["authorization"][0] if shown["authorization"] else ""),
-        proof=proof,
-        htu=f"{scheme}://{host}{uri.partition('?')[0]}",
-    )
-    target_id = request.path_params.get("target")
-    attempt = Attempt(
-        authority=host if target_id is None else None,
-        scheme=scheme,
-        method=method,
-        target=uri,
-        target_id=target_id,
-        label=request.headers.get(LABEL),
-    )
-    return presented, attempt
-
-
-def _handle(authorization: str) -> str | None:
-    scheme, _, handle = authorization.partition(" ")
+def handle_in(authorization: str | None) -> str | None:
+    """The handle of `Authorization: DPoP LEASE`."""
+    scheme, _, handle = (authorization or "").partition(" ")
     return handle.strip() if scheme.lower() == "dpop" else None
 
 
+def only(request: Request, name: str) -> str | None:
+    """The value of a header that came once; None where it did not come. Raises ValueError where it came twice."""
+    values = request.headers.getlist(name)
+    if len(values) > 1:
+        raise ValueError(name)
+    return values[0] if values else None
+
+
 def _denied(verdict: Verdict) -> Response:
-    """401 and 403 alone mean the same to every proxy: what could not be decided now is 403 as well."""
     status = 401 if verdict.status == 401 else 403
     return Response(problem_body(verdict), status_code=status, headers=headers(verdict))
+
+
+def _said(text: str) -> Response:
+    return Response(f"{text}\n", status_code=403, media_type="text/plain", headers=_NO_STORE)

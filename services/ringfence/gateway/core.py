@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from ringfence.backends import BackendSettings, Material, TargetAccess, all_backends
 from ringfence.backends.declared import Declared
@@ -76,27 +74,20 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
 
 
 def _recorder(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> Recorder:
-    folder, passing = own.spool, None
-    if folder is None and settings.state_dir is not None:
-        folder = settings.state_dir / "gateway-spool"
-    if folder is None:
-        passing = tempfile.TemporaryDirectory(prefix="ringfence-gateway-")
-        folder = Path(passing.name)
+    folder = own.spool or settings.key_dir.parent / "spool" / _name(runtime)
     recorder = Recorder(Spool(folder, max_bytes=own.spool_max_bytes), runtime.publisher)
-
-    async def close() -> None:
-        await recorder.close()
-        if passing is not None:
-            passing.cleanup()
-
     runtime.background("actions", recorder.publish)
     runtime.background("spool", recorder.sync)
-    runtime.on_stop(close)
+    runtime.on_stop(recorder.close)
     return recorder
 
 
 def _seal_key(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> EncryptionKey | None:
     """The key that credentials are sealed to. Without one, only static secrets are injected."""
-    name = runtime.key.id.rpartition("/")[2]
-    path = own.seal_key_file or settings.key_dir / f"{name}{SEAL}"
+    path = own.seal_key_file or settings.key_dir / f"{_name(runtime)}{SEAL}"
     return EncryptionKey.load(path) if own.seal_key_file is not None or path.exists() else None
+
+
+def _name(runtime: Runtime) -> str:
+    """Of this gateway: its files bear it, as `ringfence init` makes them."""
+    return runtime.key.id.rpartition("/")[2]

@@ -49,8 +49,11 @@ class LeaseFeed:
                     "not a lease: %s/%d@%d: %s", record.topic_name, record.partition, record.offset, error
                 )
                 continue
-            if not self._epochs.is_void(record, lease.epoch):
-                self._table.take(lease)
+            if self._epochs.is_void(record, lease.epoch):
+                continue
+            if lease.epoch is not None:
+                self._epochs.begin(record, lease.epoch)  # its marker may stand before where this reader began
+            self._table.take(lease)
 
 
 class Cutter:

@@ -21,19 +21,18 @@ class GatewaySettings(RingfenceSettings):
     model_config = SettingsConfigDict(env_prefix="RINGFENCE_GATEWAY_", extra="ignore", frozen=True)
 
     authz: Listen | None = None
-    """Where proxies ask (`/authz/fwd`): `8716` is that port of the loopback interface; nowhere where not set. An agent
+    """Where proxies ask (`/authz/`): `8716` is that port of the loopback interface; nowhere where not set. An agent
     that reaches it gets its credentials in clear: proxies alone may."""
     bundle: Path | None = None
     """The folder of the Rego bundle; the one that comes with Ringfence where not set."""
     evaluation_timeout_ms: Annotated[int, Field(ge=10, le=60_000)] = TIMEOUT_MS
     """What one evaluation of the bundle may take. Then the request is denied."""
     seal_key_file: Path | None = None
-    """The private key that credentials are sealed to; `gateway-seal.json` in `RINGFENCE_KEY_DIR` where not set: of a
-    gateway of another name `<name>-seal.json`."""
+    """The private key that credentials are sealed to; `<gateway>-seal.json` in `RINGFENCE_KEY_DIR` where not set."""
     issuer: Annotated[str | None, Field(pattern=r"^https?://[^/?#]+$")] = None
     """Where this gateway reaches the issuer, where that is not `RINGFENCE_ISSUER_URL`."""
     spool: Path | None = None
-    """The folder where events wait for Kafka; `gateway-spool` in `RINGFENCE_STATE_DIR` where not set, and in a folder
-    that ends with the process where there is none."""
+    """The folder where events wait for Kafka: on a disk that outlives the process. `spool/<gateway>` beside
+    `RINGFENCE_KEY_DIR` where not set."""
     spool_max_bytes: Annotated[int, Field(ge=1024 * 1024)] = 256 * 1024 * 1024
     """How large that may become. Then everything is denied."""

@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
 
 from ringfence.kernel.errors import RingfenceError
 
@@ -67,7 +68,7 @@ def application(
 class HttpServer(uvicorn.Server):
     """uvicorn inside a loop that somebody else runs; signals are that somebody's."""
 
-    def __init__(self, app: Starlette, host: str, port: int, *, setting: str = "RINGFENCE_HTTP") -> None:
+    def __init__(self, app: ASGIApp, host: str, port: int, *, setting: str = "RINGFENCE_HTTP") -> None:
         """`setting`: by which it was told where to listen, for errors."""
         self._setting = setting
         super().__init__(

@@ -1,0 +1,47 @@
+"""Questions as nginx `auth_request`, Caddy `forward_auth`, Traefik ForwardAuth and HAProxy put them.
+
+`X-Forwarded-Method`, `X-Forwarded-Uri`, `X-Forwarded-Host` and `X-Forwarded-Proto` say which request it is; they are
+the proxy's own words, and it has to replace whatever an agent sends under these names. `/authz/fwd` finds the target by
+the host; `/authz/fwd/TARGET` is for a proxy whose configuration says which one it is.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starlette.requests import Request
+
+from ringfence.gateway.attempts import Attempt, Presented
+from ringfence.gateway.authz import LABEL, handle_in, only
+
+PREFIX: Final = "/authz/fwd"
+
+
+async def read(request: Request) -> tuple[Presented, Attempt] | None:
+    """What a question is about; None where something was left out or came twice."""
+    rest = request.url.path.removeprefix(PREFIX)
+    target_id = rest.removeprefix("/") or None
+    if rest and not rest.startswith("/"):
+        return None
+    try:
+        method, uri, host, proto = (
+            only(request, f"x-forwarded-{name}") for name in ("method", "uri", "host", "proto")
+        )
+        authorization, proof = only(request, "authorization"), only(request, "dpop")
+        label = only(request, LABEL)
+    except ValueError:
+        return None
+    if not (method and uri and host) or proto not in ("http", "https") or not uri.startswith("/"):
+        return None
+    presented = Presented(
+        handle=handle_in(authorization), proof=proof, htu=f"{proto}://{host}{uri.partition('?')[0]}"
+    )
+    attempt = Attempt(
+        authority=host if target_id is None else None,
+        scheme="http" if proto == "http" else "https",
+        method=method,
+        target=uri,
+        target_id=target_id,
+        label=label,
+    )
+    return presented, attempt

@@ -1,0 +1,156 @@
+"""What proxies ask, and what they are told: 200, 401 or 403, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import httpx
+import pytest
+
+from ringfence.gateway import authz_envoy, authz_forward
+from ringfence.gateway.attempts import Attempt, Gate, Presented, Verdict
+from ringfence.gateway.authz import ProxyAuth
+from ringfence.kernel.errors import UnavailableError
+from ringfence.messages.credential import Reason
+
+ID = "d9428888-122b-51e1-b85c-61cd3cbb3210"
+READERS = {authz_forward.PREFIX: authz_forward.read, authz_envoy.PREFIX: authz_envoy.read}
+ALLOWED = Verdict(ID, allowed=True, status=200)
+FORWARDED = [
+    ("X-Forwarded-Method", "PUT"), ("X-Forwarded-Uri", "/a%2Fb?x=%20y"), ("X-Forwarded-Host", "hub.example:8443"),
+    ("X-Forwarded-Proto", "https"),
+]  # fmt: skip
+ENVOY = [("Host", "hub.example"), ("X-Forwarded-Proto", "https")]
+
+
+class Played:
+    """A gate that says what it is told to, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.verdict: Verdict | Exception = ALLOWED
+        self.inject: Mapping[str, str] | Exception = {"Authorization": "Bearer x"}
+        self.asked: list[tuple[Presented, Attempt]] = []
+
+    async def decide(self, presented: Presented, attempt: Attempt) -> Verdict:
+        self.asked.append((presented, attempt))
+        if isinstance(self.verdict, Exception):
+            raise self.verdict
+        return self.verdict
+
+    async def injected(self, verdict: Verdict) -> Mapping[str, str]:
+        if isinstance(self.inject, Exception):
+            raise self.inject
+        return self.inject
+
+    async def ask(
+        self, path: str, headers: list[tuple[str, str]], method: str = "GET", **fields: Any
+    ) -> httpx.Response:
+        transport = httpx.ASGITransport(ProxyAuth(cast(Gate, self), READERS))
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+            return await http.request(method, path, headers=headers, **fields)
+
+
+@pytest.fixture
+def played() -> Played:
+    return Played()
+
+
+async def test_a_proxy_tells_of_the_request_as_it_came(played: Played) -> None:
+    shown = [("Authorization", "DPoP LEASE"), ("DPoP", "a.b.c"), ("X-Ringfence-Label", "pr-7")]
+    answer = await played.ask("/authz/fwd", FORWARDED + shown)
+    assert (answer.status_code, answer.headers["authorization"]) == (200, "Bearer x")
+    presented, attempt = played.asked[0]
+    assert presented == Presented(handle="LEASE", proof="a.b.c", htu="https://hub.example:8443/a%2Fb")
+    assert attempt == Attempt(
+        authority="hub.example:8443", scheme="https", method="PUT", target="/a%2Fb?x=%20y", label="pr-7"
+    )
+    await played.ask("/authz/fwd/hub", FORWARDED)
+    assert (played.asked[1][1].target_id, played.asked[1][1].authority) == ("hub", None)
+    assert played.asked[1][0].handle is None
+
+
+@pytest.mark.parametrize("authorization", ["Bearer x", "Basic x", "DPoPx", ""])
+async def test_only_a_dpop_handle_is_one(played: Played, authorization: str) -> None:
+    await played.ask("/authz/fwd", [*FORWARDED, ("Authorization", authorization)])
+    assert played.asked[0][0].handle is None
+
+
+def without(name: str) -> list[tuple[str, str]]:
+    return [one for one in FORWARDED if one[0] != name]
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        *(("/authz/fwd", without(name)) for name, _ in FORWARDED),
+        *(("/authz/fwd", [*FORWARDED, one]) for one in FORWARDED),
+        ("/authz/fwd", [*FORWARDED, ("Authorization", "DPoP A"), ("Authorization", "DPoP B")]),
+        ("/authz/fwd", [*FORWARDED, ("DPoP", "a"), ("DPoP", "b")]),
+        ("/authz/fwd", [*without("X-Forwarded-Proto"), ("X-Forwarded-Proto", "https, http")]),
+        ("/authz/fwd", [*without("X-Forwarded-Uri"), ("X-Forwarded-Uri", "https://hub.example/")]),
+        ("/authz/fwdx", FORWARDED),
+        ("/authz/envoy", ENVOY),
+        ("/", FORWARDED),
+        ("/healthz", FORWARDED),
+        ("/authz/envoy/a", [("Host", "hub.example")]),
+        ("/authz/envoy/a", [*ENVOY, ("x-envoy-auth-partial-body", "true")]),
+        ("/authz/envoy/a", [*ENVOY, ("DPoP", "a"), ("DPoP", "b")]),
+    ],
+)
+async def test_what_is_not_certain_is_not_even_decided(
+    played: Played, path: str, headers: list[tuple[str, str]]
+) -> None:
+    answer = await played.ask(path, headers)
+    assert answer.status_code == 403
+    assert played.asked == []
+    assert "authorization" not in answer.headers
+
+
+async def test_envoy_shows_the_request_itself_and_its_body(played: Played) -> None:
+    shown = [("Authorization", "DPoP LEASE"), ("x-envoy-auth-partial-body", "false")]
+    path = "/authz/envoy/a%2Fb//c?x=%20y"
+    await played.ask(path, ENVOY + shown, method="PATCH", content=b'{"a": 1}')
+    presented, attempt = played.asked[0]
+    assert attempt == Attempt(
+        authority="hub.example", scheme="https", method="PATCH", target="/a%2Fb//c?x=%20y", body=b'{"a": 1}'
+    )
+    assert (presented.handle, presented.htu) == ("LEASE", "https://hub.example/a%2Fb//c")
+    await played.ask("/authz/envoy/a", ENVOY, method="POST", content=b"unseen")
+    assert played.asked[1][1].body is None
+    await played.ask("/authz/envoy/a", ENVOY + shown, method="POST", content=b"x" * (2**20 + 1))
+    assert played.asked[2][1].body is None
+
+
+async def test_authorization_is_always_set_and_never_the_agents_own(played: Played) -> None:
+    played.inject = {"X-Api-Key": "s"}
+    answer = await played.ask("/authz/fwd", [*FORWARDED, ("Authorization", "DPoP LEASE")])
+    assert (answer.headers["authorization"], answer.headers["x-api-key"]) == ("none", "s")
+    assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize("status", [401, 403, 413, 429, 503])
+async def test_every_no_is_401_or_403(played: Played, status: int) -> None:
+    why = Reason(code="some_code", message="some reason")
+    played.verdict = Verdict(ID, allowed=False, status=status, reasons=(why,), nonce="n")
+    answer = await played.ask("/authz/fwd", FORWARDED)
+    assert answer.status_code == (401 if status == 401 else 403)
+    assert answer.json()["code"] == "some_code"
+    assert answer.headers["dpop-nonce"] == "n"
+    assert "authorization" not in answer.headers
+
+
+@pytest.mark.parametrize("spoil", ["decide", "inject", "unavailable"])
+async def test_what_goes_wrong_denies_without_a_word_of_it(played: Played, spoil: str) -> None:
+    def set_up() -> dict[str, Callable[[], None]]:
+        return {
+            "decide": lambda: setattr(played, "verdict", RuntimeError("secret")),
+            "inject": lambda: setattr(played, "inject", RuntimeError("secret")),
+            "unavailable": lambda: setattr(played, "inject", UnavailableError("no credential now")),
+        }
+
+    set_up()[spoil]()
+    answer = await played.ask("/authz/fwd", FORWARDED)
+    assert answer.status_code == 403
+    assert "secret" not in answer.text
+    assert "authorization" not in answer.headers
