@@ -60,7 +60,7 @@ class Asked:
     ) -> Refusal | None:
         return await self.evaluator.refusal(
             chosen or self.chosen, action, id="a-1", reads=reads,
-            earlier={"since_s": 1, "allowed": {}, "denied": 0, "last_minute": 0}, now_ms=now_ms,
+            earlier=lambda: {"since_s": 1, "allowed": {}, "denied": 0, "last_minute": 0}, now_ms=now_ms,
         )  # fmt: skip
 
     @property

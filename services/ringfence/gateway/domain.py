@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Protocol
 
 from ringfence.messages.credential import Reason
@@ -100,7 +101,7 @@ def weigh(
 
     All that stands against it is told at once. `now_s`: this gateway's own time.
     """
-    wanted = (Permission(target=target.target_id, verbs=(action.verb,), resources=(action.resource,)),)
+    wanted = _wanted(target.target_id, action.verb, action.resource)
     named = _named(sender, target, leases)
     if isinstance(named, Refusal):
         return named
@@ -127,6 +128,12 @@ def weigh(
     if lease is None or ground is None or reasons:
         return Refusal(FORBIDDEN, tuple(reasons))
     return Chosen(lease, ground, wanted)
+
+
+@lru_cache(maxsize=4096)
+def _wanted(target_id: str, verb: str, resource: str) -> Scope:
+    """One action as a scope: agents do the same again and again."""
+    return (Permission(target=target_id, verbs=(verb,), resources=(resource,)),)
 
 
 def narrowest(leases: Iterable[Lease]) -> Lease | None:

@@ -42,7 +42,7 @@ class Evaluator:
         *,
         id: str,
         reads: bool,
-        earlier: Mapping[str, Any],
+        earlier: Callable[[], Mapping[str, Any]],
         now_ms: int,
     ) -> Refusal | None:
         """Why the bundle denies it, or None. An engine that gives no answer denies; denials are not remembered.
@@ -50,12 +50,12 @@ class Evaluator:
         Args:
             chosen: the lease and the verified records.
             action: what the request does; `id`: its own id; `reads`: whether its method only reads.
-            earlier: what the task did before (`Earlier.of`).
+            earlier: tells what the task did before (`Earlier.of`), where the bundle is asked.
         """
         key = self._key(chosen, action, reads=reads)
         if self._remembered.get(key, 0) > now_ms:
             return None
-        document = self._input(chosen, action, id=id, reads=reads, earlier=earlier, now_ms=now_ms)
+        document = self._input(chosen, action, id=id, reads=reads, earlier=earlier(), now_ms=now_ms)
         try:
             answer = await self._engine.evaluate(to_json(document))
         except PolicyFailedError as error:

@@ -188,7 +188,7 @@ class DecisionGate:
             action,
             id=course.id,
             reads=attempt.method in SAFE_METHODS,
-            earlier=self._earlier.of(chosen.lease.task_id, now_ms),
+            earlier=lambda: self._earlier.of(chosen.lease.task_id, now_ms),
             now_ms=now_ms,
         )
         if refusal is not None:
