@@ -135,8 +135,13 @@ class SealedCredentials:
         if task is None:
             task = asyncio.create_task(self._ask(lease), name="sealed credential")
             self._asking[lease.lease_id] = task
-            task.add_done_callback(lambda _: self._asking.pop(lease.lease_id, None))
+            task.add_done_callback(lambda done: self._answered(lease.lease_id, done))
         return await asyncio.shield(task)
+
+    def _answered(self, lease_id: str, task: asyncio.Task[CredentialDelivery]) -> None:
+        self._asking.pop(lease_id, None)
+        if task.cancelled() or task.exception() is not None:
+            self._without[lease_id] = self._clock.now_ms() + _NOT_AGAIN_MS
 
     async def _ask(self, lease: Lease) -> CredentialDelivery:
         if self._seal is None:
@@ -151,7 +156,6 @@ class SealedCredentials:
         except httpx.HTTPError as error:
             raise UnavailableError(f"the issuer does not answer ({type(error).__name__})") from None
         if answer.status_code != httpx.codes.OK:
-            self._without[lease.lease_id] = self._clock.now_ms() + _NOT_AGAIN_MS
             raise UnavailableError(
                 f"the issuer has no credential for lease {lease.lease_id} that it could give: {answer.status_code}"
             )
