@@ -152,6 +152,8 @@ async def test_a_stolen_handle_is_refused_and_attributed(
     stranger = desk.world.party("agent", desk.bot.name)
     answer = await proxy.as_agent(stranger.key, lease, "GET", A)
     assert (answer.status_code, answer.json()["code"]) == (401, "proof_by_stranger")
+    told = await action(desk.world, agent_id=None, lease_id=lease, allowed=False)
+    assert told.reasons[0].code == "proof_missing", "the first of those that nobody sent"
 
 
 @pytest.mark.parametrize("how", ["suspend", "end of the task", "selector", "release"])

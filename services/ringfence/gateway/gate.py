@@ -111,7 +111,7 @@ class DecisionGate:
         took_ns = time.perf_counter_ns() - began_ns
         verdict = self._verdict(course, presented, refusal)
         try:
-            self._record(course, attempt, verdict, refusal, took_ns)
+            self._record(course, presented, attempt, verdict, refusal, took_ns)
         except SpoolFullError as error:
             log.error("nothing is let pass: %s", error)
             reason = Reason(
@@ -231,7 +231,13 @@ class DecisionGate:
         return course.sender.task_id if course.sender is not None else None
 
     def _record(
-        self, course: _Course, attempt: Attempt, verdict: Verdict, refusal: Refusal | None, took_ns: int
+        self,
+        course: _Course,
+        presented: Presented,
+        attempt: Attempt,
+        verdict: Verdict,
+        refusal: Refusal | None,
+        took_ns: int,
     ) -> None:
         """Raises SpoolFullError."""
         if refusal is not None and refusal.reasons[0].code == NONCE_WANTED:
@@ -245,14 +251,13 @@ class DecisionGate:
         if verdict.task_id is not None:
             verb = course.action.verb if course.action is not None else None
             self._earlier.add(verdict.task_id, target_id, verb, allowed=verdict.allowed, now_ms=now_ms)
-        lease_id = course.lease.lease_id if course.lease is not None else sender.lease_id if sender else None
         self._recorder.record(
             ActionDecided(
                 action_id=course.id,
                 gateway=self._gateway,
                 agent_id=sender.agent_id if sender is not None else None,
                 task_id=verdict.task_id,
-                lease_id=lease_id,
+                lease_id=self._lease_of(course, presented),
                 target_id=target_id,
                 verb=course.action.verb if course.action is not None else None,
                 resource=course.action.resource if course.action is not None else None,
@@ -266,6 +271,15 @@ class DecisionGate:
                 at_ms=now_ms,
             )
         )
+
+    def _lease_of(self, course: _Course, presented: Presented) -> str | None:
+        """The lease that decided; else that of the handle which was shown, whoever showed it."""
+        if course.lease is not None:
+            return course.lease.lease_id
+        if course.sender is not None and course.sender.lease_id is not None:
+            return course.sender.lease_id
+        handle = presented.handle
+        return handle if handle is not None and self._view.table.get(handle) is not None else None
 
 
 def _digest(attempt: Attempt) -> str:
