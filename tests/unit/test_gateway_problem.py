@@ -10,7 +10,7 @@ import pytest
 
 from ringfence.cli.scopes import parse_scope
 from ringfence.gateway.attempts import Verdict
-from ringfence.gateway.problem import headers, how_to_ask, problem, problem_body
+from ringfence.gateway.problem import answer, headers, how_to_ask, problem, problem_body
 from ringfence.messages.credential import Reason
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.permission import Permission
@@ -67,3 +67,6 @@ def test_the_head_says_what_a_client_can_do() -> None:
     later = headers(verdict(Reason(code="stale_view", message="x"), status=503, retry_after_s=5))
     assert (later["Retry-After"], later["Cache-Control"]) == ("5", "no-store")
     assert "WWW-Authenticate" not in later
+    status, said, body = answer(verdict(Reason(code="use_dpop_nonce", message="x"), status=401, nonce="n"))
+    assert (status, said["DPoP-Nonce"], json.loads(body)["code"]) == (401, "n", "use_dpop_nonce")
+    assert "Cache-Control" not in said

@@ -36,6 +36,7 @@ class Core:
 
     gate: DecisionGate
     view: View
+    targets: Targets
 
 
 def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> Core:
@@ -70,7 +71,7 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     runtime.on_stop(sealed.close)
     runtime.on_stop(secrets.close)
     runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
-    return Core(gate, view)
+    return Core(gate, view, targets)
 
 
 def _recorder(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> Recorder:

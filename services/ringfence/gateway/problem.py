@@ -59,6 +59,12 @@ def how_to_ask(verdict: Verdict) -> str | None:
     )
 
 
+def answer(verdict: Verdict) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of the answer to an agent, for a data plane that adds `Cache-Control` by itself."""
+    said = {name: value for name, value in headers(verdict).items() if name != "Cache-Control"}
+    return verdict.status, said, problem_body(verdict)
+
+
 def headers(verdict: Verdict) -> dict[str, str]:
     """What stands in the head of such an answer besides its length."""
     found = {"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store"}

@@ -71,6 +71,14 @@ class Targets:
             return refused("target_ambiguous", f"several targets are there ({names}): go by /<target>/...")
         return found[0]
 
+    def knows(self, authority: str) -> bool:
+        """Whether a target may be there, by http or https: what is none is denied before anything else is looked at."""
+        return any(self._places.get(place) for scheme in _PORTS if (place := place_of(scheme, authority)))
+
+    def hosts(self) -> frozenset[str]:
+        """The hosts of all targets, without their ports."""
+        return frozenset(host for (_, host, _), ids in self._places.items() if ids)
+
     def _named(self, target_id: str) -> Compiled | Refusal:
         try:
             entry = self._directory.target(target_id)
