@@ -106,6 +106,16 @@ def test_the_image_installs_what_the_lock_verified_and_is_not_root() -> None:
     assert 'ENTRYPOINT ["ringfence"]' in final_stage
 
 
+def test_what_is_written_to_is_a_volume_that_any_user_of_the_image_may_write(compose: dict[str, Any]) -> None:
+    for name in SERVICES:
+        for volume in compose["services"][name].get("volumes", ()):
+            place = volume.partition(":")[2]
+            assert f"--mode 1777 {place}" in (ROOT / "deploy/Dockerfile").read_text(), name
+            assert any(
+                str(value).startswith(place) for value in compose["services"][name]["environment"].values()
+            )
+
+
 def test_the_image_is_built_from_nothing_that_is_missing() -> None:
     dockerfile = (ROOT / "deploy/Dockerfile").read_text()
     for sources in re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile, re.MULTILINE):

@@ -72,6 +72,7 @@ def test_a_service_starts_by_the_command_of_compose(prepared: Stack, name: str) 
     places = {
         **prepared.environment(),
         "RINGFENCE_HTTP": f"127.0.0.1:{port}",
+        "RINGFENCE_GATEWAY_SPOOL": str(prepared.options.state / "spool"),
         **{
             key: str(prepared.trust.service_key(value.rpartition("/")[2].removesuffix("-key")))
             for key, value in given.items()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 from ringfence.gateway.leases import LeaseTable
 from ringfence.kernel.errors import InvalidMessageError
@@ -134,8 +135,7 @@ class Cutter:
             # The order is followed. Where its word does not arrive, the grace stands for it.
             log.exception("the word on order %s was not published", order.id)
 
-    def _in_the_background(self, work: object) -> None:
-        assert asyncio.iscoroutine(work)
+    def _in_the_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name="order")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
