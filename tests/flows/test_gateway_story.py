@@ -18,6 +18,7 @@ from ringfence.client.sponsor import Sponsor
 from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.gateway.injection import SealedCredentials
 from ringfence.gateway.recording import Recorder
+from ringfence.kernel.kafka import Received
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import ACTION, AUDIT
@@ -75,23 +76,24 @@ async def test_from_the_request_to_the_event_for_the_siem(world: World) -> None:
             while (answer := await proxy.as_agent(bot.key, credential.handle, "PUT", A)).status_code != 200:
                 await asyncio.sleep(0.05)
         assert answer.headers["authorization"].startswith("Bearer ")
-        assert (await proxy.as_agent(bot.key, credential.handle, "GET", A)).json()["code"] == "beyond_lease"
+        await until(proxy, desk, credential.handle, "beyond_lease")
 
-        async def event(code: str) -> dict[str, object]:
-            record = await world.consume_until(
-                AUDIT, lambda r: json.loads(r.value)["metadata"]["event_code"] == code
-            )
-            found: dict[str, object] = json.loads(record.value)
+        async def event(code: str, status_code: str | None = None) -> dict[str, object]:
+            def is_it(record: Received) -> bool:
+                told = json.loads(record.value)
+                return told["metadata"]["event_code"] == code and told.get("status_code") == status_code
+
+            found: dict[str, object] = json.loads((await world.consume_until(AUDIT, is_it)).value)
             return found
 
-        allowed, denied = await event("action.allowed"), await event("action.denied")
+        allowed, denied = await event("action.allowed"), await event("action.denied", "beyond_lease")
         assert (allowed["class_uid"], allowed["activity_name"]) == (6003, "Update")
         words = allowed["unmapped"]
         assert isinstance(words, dict)
         assert (words["agent"], words["sponsor"], words["on_behalf_of"], words["task"], words["lease"]) == (
             "bot", "sam", "maria", task, credential.handle,
         )  # fmt: skip
-        assert denied["status_code"] == "beyond_lease"
+        assert (denied["class_uid"], denied["activity_name"]) == (6003, "Read")
 
 
 @asynccontextmanager
