@@ -35,9 +35,11 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     directory.on_change(handlers.on_change)
     runtime.table(TABLES, directory.on_records)
     # Nobody waits for an event, so records gather first: a fetch and a commit cost as much for one as for hundreds.
-    runtime.history([AUDIT], index.add, since_ms=0, linger_ms=own.linger_ms)
+    indexed = runtime.history([AUDIT], index.add, since_ms=0, linger_ms=own.linger_ms)
     runtime.consume("audit", handlers.batches(), max_records=500, linger_ms=own.linger_ms)
-    runtime.routes += AuditApi(index, directory, runtime.clock, settings.trust_domain).routes()
+    runtime.routes += AuditApi(
+        index, directory, runtime.clock, settings.trust_domain, indexed.complete.is_set
+    ).routes()
 
     async def close() -> None:
         index.close()

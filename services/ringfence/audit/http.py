@@ -6,22 +6,28 @@ caller may not see is not there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ringfence.audit.actions import counted
 from ringfence.audit.break_glass_events import uses
 from ringfence.audit.store import STORY_KINDS, EventIndex, Viewer
 from ringfence.audit.trace import tree
 from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.errors import RingfenceError, UnavailableError
 from ringfence.messages.registry import AgentState
 from ringfence.model.access import authenticate_user
 from ringfence.model.directory import Directory
 
 _MAX_EVENTS = 1000
 _MAX_REQUESTS = 500
+_MAX_ACTIONS = 5000
+"""So many are counted in about 50 ms, for which everybody else waits."""
+_MAX_MS = 2**53
 
 
 class NotFoundError(RingfenceError):
@@ -37,10 +43,19 @@ class WrongQueryError(RingfenceError):
 
 
 class AuditApi:
-    """`GET /v1/trace/{id}`, `GET /v1/events`, `GET /v1/break-glass`."""
+    """`GET /v1/trace/{id}`, `GET /v1/events`, `GET /v1/actions`, `GET /v1/break-glass`."""
 
-    def __init__(self, index: EventIndex, directory: Directory, clock: Clock, trust_domain: str) -> None:
+    def __init__(
+        self,
+        index: EventIndex,
+        directory: Directory,
+        clock: Clock,
+        trust_domain: str,
+        complete: Callable[[], bool],
+    ) -> None:
+        """`complete`: whether the index holds all that was audited before this process began."""
         self._index = index
+        self._complete = complete
         self._directory = directory
         self._clock = clock
         self._trust_domain = trust_domain
@@ -50,6 +65,7 @@ class AuditApi:
         return [
             Route("/v1/trace/{id}", self._trace, methods=["GET"]),
             Route("/v1/events", self._events, methods=["GET"]),
+            Route("/v1/actions", self._actions, methods=["GET"]),
             Route("/v1/break-glass", self._break_glass, methods=["GET"]),
         ]
 
@@ -91,6 +107,31 @@ class AuditApi:
         metrics.HTTP_REQUESTS.labels("/v1/events", "200").inc()
         return JSONResponse({"events": page.events, "after": page.cursor})
 
+    async def _actions(self, request: Request) -> Response:
+        viewer = self._viewer(request)
+        if not self._complete():
+            raise UnavailableError(
+                "audit is reading what was audited; what it counted now would be too little"
+            )
+        since_ms = _millis(request, "since_ms", 0)
+        until_ms = _millis(request, "until_ms", self._clock.now_ms())
+        query = request.query_params
+        found = self._index.actions(
+            viewer,
+            (since_ms, until_ms),
+            query.get("after"),
+            _limit(request, _MAX_ACTIONS, _MAX_ACTIONS),
+            agent=query.get("agent"),
+            target=query.get("target"),
+        )
+        metrics.HTTP_REQUESTS.labels("/v1/actions", "200").inc()
+        return JSONResponse({
+            "groups": counted(found.events),
+            "until_ms": until_ms,
+            "looked_at_ms": found.looked_at_ms,
+            "after": found.cursor,
+        })  # fmt: skip
+
     async def _break_glass(self, request: Request) -> Response:
         found = uses(self._index.findings(self._viewer(request)))
         if request.query_params.get("unreviewed"):
@@ -113,4 +154,11 @@ def _limit(request: Request, default: int, most: int) -> int:
     text = request.query_params.get("limit", str(default))
     if not text.isdecimal() or not 1 <= int(text[:9]) <= most:
         raise WrongQueryError(f"limit is a number from 1 to {most}")
+    return int(text)
+
+
+def _millis(request: Request, name: str, default: int) -> int:
+    text = request.query_params.get(name, str(default))
+    if not text.isdecimal() or not int(text[:17]) <= _MAX_MS:
+        raise WrongQueryError(f"{name} is a number of milliseconds since 1970")
     return int(text)

@@ -15,6 +15,7 @@ import orjson
 from ringfence.audit.break_glass_events import USED, take_in
 from ringfence.audit.ocsf import DETECTION_FINDING
 from ringfence.kernel import metrics
+from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.kafka import Received
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,25 @@ class Page:
     cursor: str
 
 
+@dataclass(frozen=True, slots=True)
+class Actions:
+    """Some actions of a span of time, oldest first: the events of those that may be seen.
+
+    `looked_at_ms` are the times of the first and last that were looked at, None where there were none; `cursor` is
+    where to go on from, None at the end.
+    """
+
+    events: list[dict[str, Any]]
+    looked_at_ms: tuple[int, int] | None
+    cursor: str | None
+
+
+class CursorLostError(RingfenceError):
+    """The index was built anew since this cursor was given: what was counted by it cannot be gone on with."""
+
+    code = "cursor_lost"
+
+
 class EventIndex(Protocol):
     """Finds audit events again."""
 
@@ -62,6 +82,17 @@ class EventIndex(Protocol):
 
     def page(self, viewer: Viewer | None, after: str | None, limit: int, **filters: str | int | None) -> Page:
         """Events after a cursor, or the latest ones. `filters`: agent, task, request, lease, class_uid."""
+        ...
+
+    def actions(
+        self,
+        viewer: Viewer | None,
+        span_ms: tuple[int, int],
+        after: str | None,
+        limit: int,
+        **filters: str | None,
+    ) -> Actions:
+        """Actions through gateways; `limit` are looked at. `filters`: agent, target. Raises CursorLostError."""
         ...
 
     def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
@@ -86,6 +117,7 @@ CREATE INDEX event_agent ON event (agent) WHERE agent IS NOT NULL;
 CREATE INDEX event_on_behalf_of ON event (on_behalf_of) WHERE on_behalf_of IS NOT NULL;
 CREATE INDEX event_revocation ON event (revocation) WHERE revocation IS NOT NULL;
 CREATE INDEX event_finding ON event (seq) WHERE class_uid = 2004;
+CREATE INDEX event_action ON event (time) WHERE class_uid = 6003;
 """
 _INSERT = """
 INSERT OR IGNORE INTO event (
@@ -178,6 +210,31 @@ class SqliteIndex:
         cursor = f"{self._epoch}.{rows[-1][0]}.{rows[-1][1]}" if rows else after or f"{self._epoch}.0.0"
         return Page([orjson.loads(row[2]) for row in rows], cursor)
 
+    def actions(
+        self,
+        viewer: Viewer | None,
+        span_ms: tuple[int, int],
+        after: str | None,
+        limit: int,
+        **filters: str | None,
+    ) -> Actions:
+        """See `EventIndex`. What is looked at is bounded, and not what is found: a question must not take long."""
+        wanted, values = self._visible(viewer)
+        for name in ("agent", "target"):
+            if filters.get(name) is not None:
+                wanted.append(f"{name} = :{name}")
+                values[name] = filters[name]
+        seq, time = self._place(after) if after is not None else (0, span_ms[0])
+        rows = self._db.execute(
+            f"SELECT seq, time, CASE WHEN {' AND '.join(wanted) or '1'} THEN json END FROM event "  # noqa: S608 - own names
+            "INDEXED BY event_action WHERE class_uid = 6003 AND (time, seq) > (:time, :seq) AND time <= :until "
+            "ORDER BY time, seq LIMIT :limit",
+            {**values, "time": time, "seq": seq, "until": span_ms[1], "limit": limit},
+        ).fetchall()
+        cursor = f"{self._epoch}.{rows[-1][0]}.{rows[-1][1]}" if len(rows) == limit else None
+        looked_at_ms = (rows[0][1], rows[-1][1]) if rows else None
+        return Actions([orjson.loads(row[2]) for row in rows if row[2] is not None], looked_at_ms, cursor)
+
     def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
         """See `EventIndex`."""
         where, values = self._visible(viewer)
@@ -203,6 +260,13 @@ class SqliteIndex:
         if epoch == self._epoch and seq.isdecimal():
             return "seq > :seq", {"seq": int(seq)}
         return "time >= :time", {"time": int(time) if time.isdecimal() else 0}
+
+    def _place(self, cursor: str) -> tuple[int, int]:
+        """Sequence number and time of the last that was looked at. Raises CursorLostError."""
+        epoch, seq, time = [*cursor.split("."), "", ""][:3]
+        if epoch != self._epoch or not (seq.isdecimal() and time.isdecimal()):
+            raise CursorLostError("audit built its index anew meanwhile; ask again from the beginning")
+        return int(seq), int(time)
 
     def _story_of(self, kind: StoryKind, id: str, viewer: Viewer | None, limit: int) -> Story | None:
         # A person is the root of what was done on their behalf.

@@ -77,6 +77,7 @@ COMMANDS: dict[str, Entry] = {
         "revoke", "revoke", _CREDENTIALS, "End one lease, or all of an agent, task, sponsor, ..."
     ),
     "policy": Entry("policy", "app", _TRAIL, "The rules: test them, pack them, explain a decision."),
+    "gateway": Entry("gateway", "app", _TRAIL, "What gateways let pass, and what they blocked."),
     "audit": Entry("audit", "app", _TRAIL, "Follow the trail; trace one credential back to the human."),
     "init": Entry("init", "init", _RUN, "Make the trust root, service keys, the first operator."),
     "key": Entry("key", "app", _RUN, "Make and show identity keys."),

@@ -163,6 +163,20 @@ class ReadApi(Lifetime):
             "audit", "events", after=after, limit=limit, agent=agent, task=task, request=request, lease=lease
         )
 
+    async def actions(
+        self,
+        *,
+        since_ms: int,
+        until_ms: int | None = None,
+        after: str | None = None,
+        agent: str | None = None,
+        target: str | None = None,
+    ) -> Any:
+        """Some actions through gateways, counted: `{groups, until_ms, looked_at_ms, after}`. See `ActionReport`."""
+        return await self.get(
+            "audit", "actions", since_ms=since_ms, until_ms=until_ms, after=after, agent=agent, target=target
+        )
+
     def _token(self) -> str:
         now_s = self._clock.now_ms() // 1000
         claims = ApiToken(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field
 
@@ -81,6 +81,10 @@ class DeadLetter(Message):
     code: NonEmpty
     reason: NonEmpty
     at_ms: Millis
+
+
+INJECTED: Final = "injected"
+"""The label of requests that come of input in which tooling found instructions that nobody gave."""
 
 
 class ActionDecided(Message):

@@ -1,0 +1,149 @@
+"""`ringfence gateway`: what gateways let pass and what they blocked."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from ringfence.cli.options import IdentityOption, JsonOption, duration_s, identity, run, wants_json
+from ringfence.cli.output import console, note, print_json, print_table, say
+from ringfence.client.action_report import ActionReport, Count, Sums, action_report
+from ringfence.client.api import ReadApi
+
+app = typer.Typer(help="What gateways let pass, and what they blocked.", no_args_is_help=True)
+
+_SAY_EVERY_S = 5.0
+_MOST_ROWS = 50
+
+
+@app.callback()
+def _group() -> None:
+    """What gateways let pass, and what they blocked."""
+
+
+@app.command()
+def stats(
+    since: Annotated[
+        str, typer.Option("--since", metavar="DURATION", help="How far back; audit keeps 365 days.")
+    ] = "7d",
+    agent: Annotated[str | None, typer.Option("--agent", metavar="AGENT", help="Only this agent.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="TARGET", help="Only this target.")
+    ] = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Count what was blocked, by agent, target, read or write, and reason, and what was allowed beside it.
+
+    Operators and auditors see all, sponsors what concerns their agents. What a gateway in observe mode would have
+    blocked is counted as blocked, and told apart as observed: it went through.
+    """
+    since_ms = max(int(time.time() * 1000) - duration_s(since) * 1000, 0)
+
+    async def work() -> ActionReport:
+        async with ReadApi(identity(me)) as api:
+            with _progress() as progress:
+                return await action_report(api, since_ms, progress, agent=agent, target=target)
+
+    report = run(work())
+    if wants_json(as_json):
+        print_json(report.as_json())
+    else:
+        _print(report, since)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[float], None]]:
+    """A bar where somebody looks at a terminal; else a line now and then. On stderr."""
+    if sys.stderr.isatty():
+        columns = (TextColumn("counting"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=1.0)
+            yield lambda share: bar.update(task, completed=share)
+        return
+    said = time.monotonic()
+
+    def say_so(share: float) -> None:
+        nonlocal said
+        if time.monotonic() - said >= _SAY_EVERY_S:
+            said = time.monotonic()
+            note(f"counted {share:.0%}")
+
+    yield say_so
+
+
+def _print(report: ActionReport, since: str) -> None:
+    sums = report.sums
+    if not sums.allowed.total and not sums.blocked.total:
+        say(f"no action in the last {since} that you may see")
+        return
+    say(f"in the last {since}: {_said(sums.allowed)} allowed, {_said(sums.blocked)} blocked")
+    if sums.observed.total:
+        say(
+            f"{_said(sums.observed)} of the blocked went through with what the agents inherited: "
+            "observe mode only says what would have been blocked",
+            "bold yellow",
+        )
+    if sums.blocked.injected:
+        say(f"{sums.blocked.injected} of the blocked came of input that was marked as injected", "bold")
+    pairs = report.by(lambda row: (row.agent, row.target))
+    print_table(
+        [
+            "agent", "target", "allowed: reads", "writes", "blocked: reads", "writes", "observed", "injected",
+        ],
+        (_beside(pair, one) for pair, one in list(pairs.items())[:_MOST_ROWS]),
+        empty="",
+    )  # fmt: skip
+    _print_blocked(report)
+
+
+def _print_blocked(report: ActionReport) -> None:
+    rows = list(report.blocked().items())
+    if not rows:
+        return
+    say("blocked, by reason:", "bold")
+    print_table(
+        ["agent", "target", "access", "reason", "!blocked", "!observed", "!injected"],
+        (
+            (
+                *(_named(part) for part in row),
+                str(sums.blocked.total),
+                _if_any(sums.observed.total),
+                _if_any(sums.blocked.injected),
+            )
+            for row, sums in rows[:_MOST_ROWS]
+        ),
+        empty="",
+    )
+    if len(rows) > _MOST_ROWS:
+        say(f"and {len(rows) - _MOST_ROWS} more: --json has all, --agent and --target look closer")
+
+
+def _beside(pair: tuple[str | None, ...], sums: Sums) -> tuple[str, ...]:
+    return (
+        *map(_named, pair),
+        str(sums.allowed.read),
+        str(sums.allowed.write),
+        str(sums.blocked.read),
+        str(sums.blocked.write),
+        _if_any(sums.observed.total),
+        _if_any(sums.blocked.injected),
+    )
+
+
+def _said(count: Count) -> str:
+    return f"{count.total} ({count.read} reads, {count.write} writes)"
+
+
+def _named(name: str | None) -> str:
+    return name if name is not None else "unknown"
+
+
+def _if_any(count: int) -> str:
+    return str(count) if count else ""

@@ -1,0 +1,148 @@
+"""What is counted of the actions that were audited, who may see it, and what the report adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+import pytest
+
+from ringfence.audit.actions import counted
+from ringfence.audit.store import CursorLostError, SqliteIndex, Viewer
+from ringfence.client.action_report import MAX_LABELS, OTHER_LABELS, ActionReport, is_injected
+from ringfence.kernel.kafka import Received
+from ringfence.messages.credential import Reason
+from ringfence.messages.topics import AUDIT
+from tests.audit_office import Office
+
+ALWAYS = (0, 2**53)
+BEYOND = (Reason(code="beyond_scope", message="the task does not allow it"),)
+CUT = (Reason(code="lease_cut", message="it was revoked"), *BEYOND)
+
+
+async def indexed(*actions: dict[str, Any], office: Office | None = None) -> SqliteIndex:
+    """An index of actions, a second apart from the first at 1,000 ms on, and of what else audit tells of."""
+    office = office or Office()
+    events = [*await office.audit(*office.staff())]
+    told = await office.audit(*(office.action(**fields) for fields in actions))
+    for number, event in enumerate(told, 1):
+        event["time"] = number * 1000
+    index = SqliteIndex(None)
+    index.add([
+        Received(AUDIT, "ringfence.audit.v1", 0, offset, event["time"], "k", orjson.dumps(event))
+        for offset, event in enumerate([*told, *events])
+    ])  # fmt: skip
+    return index
+
+
+def report(groups: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    made = ActionReport(0, 1)
+    made.add(groups)
+    return made.as_json()
+
+
+def whole(
+    index: SqliteIndex, viewer: Viewer | None = None, limit: int = 100, **filters: str
+) -> dict[str, Any]:
+    """The report over all pages."""
+    made, after = ActionReport(0, 1), None
+    while True:
+        page = index.actions(viewer, ALWAYS, after, limit, **filters)
+        made.add(counted(page.events))
+        after = page.cursor
+        if after is None:
+            return made.as_json()
+
+
+async def test_what_was_blocked_allowed_and_only_observed_is_told_apart() -> None:
+    index = await indexed(
+        {"allowed": True, "access": "read"},
+        {"allowed": True, "access": "write"},
+        {"allowed": False, "access": "read", "reasons": BEYOND},
+        {"allowed": False, "access": "write", "reasons": CUT, "label": "injected"},
+        {"allowed": False, "access": "write", "reasons": CUT, "observed": True, "label": "injected/web"},
+        {"allowed": True, "access": "read", "label": "injected"},
+    )
+    said = whole(index)
+    assert said["allowed"] == {"total": 3, "read": 2, "write": 1, "injected": 1}
+    assert said["blocked"] == {"total": 3, "read": 1, "write": 2, "injected": 2}
+    assert said["observed"] == {"total": 1, "read": 0, "write": 1, "injected": 1}
+    assert said["by_reason"] == {"lease_cut": 2, "beyond_scope": 1}, "the first reason counts, and once"
+    assert [(row["reason"], row["access"], row["blocked"], row["observed"]) for row in said["blocked_rows"]] == [
+        ("lease_cut", "write", 2, 1), ("beyond_scope", "read", 1, 0),
+    ]  # fmt: skip
+    labels = {one["label"]: one["blocked"]["total"] for one in said["by_label"]}
+    assert labels == {"injected": 1, "injected/web": 1}
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
+async def test_pages_add_up_whatever_their_size(limit: int) -> None:
+    index = await indexed(*({"allowed": False, "reasons": BEYOND, "access": "read"} for _ in range(6)))
+    assert whole(index, limit=limit)["blocked"]["read"] == 6
+
+
+async def test_only_the_span_that_was_asked_for_counts() -> None:
+    index = await indexed(*({"allowed": True} for _ in range(5)))
+    assert len(index.actions(None, (2000, 4000), None, 100).events) == 3
+    assert index.actions(None, (6000, 9000), None, 100).looked_at_ms is None
+
+
+async def test_sponsors_see_their_agents_and_nobody_elses() -> None:
+    index = await indexed(
+        {"allowed": False, "reasons": BEYOND},
+        {"allowed": False, "reasons": BEYOND, "agent_id": "other-bot"},
+        {"allowed": False, "reasons": BEYOND, "agent_id": None, "task_id": None},
+    )
+    assert whole(index)["blocked"]["total"] == 3
+    assert whole(index, Viewer("sam", ("deploy-bot",)), limit=1)["blocked"]["total"] == 1
+    other = whole(index, Viewer("petra", ("other-bot",)), limit=1)
+    assert [one["agent"] for one in other["by_agent"]] == ["other-bot"]
+    assert whole(index, Viewer("mallory", ()))["blocked"]["total"] == 0
+
+
+async def test_filters_count_one_agent_or_target() -> None:
+    index = await indexed(
+        {"allowed": True},
+        {"allowed": True, "agent_id": "other-bot"},
+        {"allowed": True, "target_id": "hub"},
+    )
+    assert whole(index, agent="deploy-bot", limit=1)["allowed"]["total"] == 2
+    assert whole(index, agent="deploy-bot", target="hub", limit=1)["allowed"]["total"] == 1
+
+
+async def test_a_cursor_of_another_index_is_refused() -> None:
+    cursor = (await indexed({"allowed": True})).actions(None, ALWAYS, None, 1).cursor
+    again = await indexed({"allowed": True})
+    for lost in (cursor, "x", "1.2"):
+        with pytest.raises(CursorLostError):
+            again.actions(None, ALWAYS, lost, 1)
+
+
+def test_labels_are_what_senders_say_and_do_not_grow_without_bound() -> None:
+    group = {"agent": "a", "target": "t", "outcome": "denied", "access": "read", "reason": "x", "count": 1}
+    said = report({**group, "label": f"injected/{number}"} for number in range(MAX_LABELS + 50))
+    assert len(said["by_label"]) == MAX_LABELS + 1
+    assert said["by_label"][-1]["label"] == OTHER_LABELS
+    assert said["by_label"][-1]["blocked"]["total"] == 50
+    assert said["blocked"]["injected"] == MAX_LABELS + 50
+
+
+def test_what_is_not_known_to_be_allowed_counts_as_blocked() -> None:
+    group = {"agent": None, "target": None, "access": None, "reason": None, "label": None, "count": 2}
+    said = report([{**group, "outcome": None}])
+    assert said["blocked"] == {"total": 2, "read": 0, "write": 0, "injected": 0}
+
+
+@pytest.mark.parametrize(
+    ("label", "so"),
+    [
+        ("injected", True),
+        ("injected/mail", True),
+        ("injectedly", False),
+        ("x/injected", False),
+        (None, False),
+    ],
+)
+def test_which_labels_say_that_it_was_injected(label: str | None, so: bool) -> None:
+    assert is_injected(label) is so
