@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import httpx
@@ -61,6 +62,9 @@ async def test_a_proxy_tells_of_the_request_as_it_came(played: Played) -> None:
     answer = await played.ask("/authz/fwd", FORWARDED + shown)
     assert (answer.status_code, answer.headers["authorization"]) == (200, "Bearer x")
     presented, attempt = played.asked[0]
+    assert {"dpop", "x-ringfence-label"} <= presented.own
+    assert "authorization" not in presented.own
+    presented = replace(presented, own=frozenset())
     assert presented == Presented(handle="LEASE", proof="a.b.c", htu="https://hub.example:8443/a%2Fb")
     assert attempt == Attempt(
         authority="hub.example:8443", scheme="https", method="PUT", target="/a%2Fb?x=%20y", label="pr-7"

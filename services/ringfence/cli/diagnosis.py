@@ -231,6 +231,8 @@ async def _service(role: str, url: str, *, may_be_away: bool = False) -> Finding
         return Finding(role, "unknown" if may_be_away else "bad", says)
     if answer.status_code == 200 and denies:
         return Finding(role, "bad", f"{url} answers, and denies everything: {'; '.join(map(str, denies))}")
+    if answer.status_code == 200 and (warnings := said.get("warnings", [])):
+        return Finding(role, "bad", f"{url} is ready, but warns: {'; '.join(map(str, warnings))}")
     if answer.status_code == 200:
         return Finding(role, "good", f"{url} is ready")
     return Finding(role, "bad", f"{url} is not ready: {'; '.join(map(str, reasons)) or answer.status_code}")

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import importlib
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ringfence.client.ceremony import SERVICE_ROLES
+
+if TYPE_CHECKING:
+    from ringfence.kernel.runtime import Runtime
+    from ringfence.kernel.settings import ServiceSettings
 
 
 def serve(
     services: Annotated[
         list[str], typer.Argument(help=f"Any of: {', '.join(SERVICE_ROLES)}.", metavar="SERVICE...")
     ],
+    observe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--observe",
+            metavar="TARGET",
+            help="Of the gateway: block nothing there that agents can do with what they inherited; only record it. "
+            "Repeatable. [RINGFENCE_GATEWAY_OBSERVE]",
+        ),
+    ] = None,
 ) -> None:
     """Run one or more services until SIGTERM or Ctrl-C."""
     from ringfence.kernel.process import run
@@ -22,6 +35,20 @@ def serve(
     unknown = [name for name in services if name not in SERVICE_ROLES]
     if unknown:
         raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(SERVICE_ROLES)}")
+    if observe and "gateway" not in services:
+        raise typer.BadParameter("--observe is for the gateway: ringfence serve gateway --observe TARGET")
     settings = load(ServiceSettings)
-    runtimes = [importlib.import_module(f"ringfence.{name}.app").build(settings) for name in services]
+    runtimes = [_built(name, settings, observe or []) for name in services]
     raise typer.Exit(run(runtimes, settings))
+
+
+def _built(name: str, settings: ServiceSettings, observe: list[str]) -> Runtime:
+    app = importlib.import_module(f"ringfence.{name}.app")
+    if name == "gateway" and observe:
+        from ringfence.gateway.settings import GatewaySettings
+        from ringfence.kernel.settings import load
+
+        built: Runtime = app.build(settings, load(GatewaySettings, observe=tuple(observe)))
+    else:
+        built = app.build(settings)
+    return built

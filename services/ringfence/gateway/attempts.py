@@ -4,6 +4,7 @@ presented = Presented(...)                        the connection, and what the r
 attempt   = Attempt(...)                          the request, exactly as it would go to the target
 verdict   = await gate.decide(presented, attempt)
 if verdict.allowed: headers = await gate.injected(verdict)
+elif verdict.observed: forward it as it came, with nothing injected
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class Presented:
     """The `DPoP` header (RFC 9449)."""
     htu: str | None = None
     """The external URL that the proof must be for: scheme, authority and path as the agent wrote them."""
+    own: frozenset[str] = frozenset()
+    """Names, in lower case, of the headers that the agent sent, without the one in which it showed its handle. Where
+    none is told of, nothing is forwarded in observe mode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,9 @@ class Verdict:
     retry_after_s: int | None = None
     task_id: str | None = None
     """The task that it counted for, where that is known."""
+    observed: bool = False
+    """It is not allowed, and goes on to `target` all the same, exactly as the agent sent it: its own `Authorization`
+    kept, the headers of its handle and proof taken out, nothing injected, and bound to no lease (observe mode)."""
 
 
 class Gate(Protocol):

@@ -15,14 +15,18 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ringfence.gateway.attempts import Attempt, Gate, Presented, Verdict
+from ringfence.gateway.observing import own_headers
 from ringfence.gateway.problem import headers, problem_body
 from ringfence.kernel.errors import UnavailableError
+from ringfence.messages.registry import TargetState
 
 log = logging.getLogger(__name__)
 
 NOTHING: Final = "none"
 """What stands in `Authorization` where the credential goes elsewhere: an empty one some proxies would leave out."""
 LABEL: Final = "X-Ringfence-Label"
+HANDLE: Final = "X-Ringfence-Handle"
+"""Where an agent shows its handle that has an `Authorization` of its own to send: `X-Ringfence-Handle: LEASE`."""
 _NO_STORE: Final = {"Cache-Control": "no-store"}
 
 Read = Callable[[Request], Awaitable[tuple[Presented, Attempt] | None]]
@@ -57,6 +61,8 @@ class ProxyAuth:
         if asked is None:
             return _said("the question does not say for certain which request it is about")
         verdict = await self._gate.decide(*asked)
+        if verdict.observed and verdict.target is not None:
+            return _as_it_came(request, asked[0], verdict.target)
         if not verdict.allowed:
             return _denied(verdict)
         try:
@@ -66,10 +72,18 @@ class ProxyAuth:
         return Response(status_code=200, headers={"Authorization": NOTHING, **_NO_STORE, **injected})
 
 
-def handle_in(authorization: str | None) -> str | None:
-    """The handle of `Authorization: DPoP LEASE`."""
-    scheme, _, handle = (authorization or "").partition(" ")
-    return handle.strip() if scheme.lower() == "dpop" else None
+def handle_and_own(request: Request) -> tuple[str | None, frozenset[str]]:
+    """The handle of `Authorization: DPoP LEASE` or `HANDLE`, and the names of the agent's other headers.
+
+    Raises ValueError where it came twice.
+    """
+    scheme, _, handle = (only(request, "authorization") or "").partition(" ")
+    apart, names = only(request, HANDLE), frozenset(request.headers.keys())
+    if scheme.lower() != "dpop":
+        return (apart.strip() if apart is not None else None), names
+    if apart is not None:
+        raise ValueError(HANDLE)
+    return handle.strip(), names - {"authorization"}
 
 
 def only(request: Request, name: str) -> str | None:
@@ -83,6 +97,16 @@ def only(request: Request, name: str) -> str | None:
 def _denied(verdict: Verdict) -> Response:
     status = 401 if verdict.status == 401 else 403
     return Response(problem_body(verdict), status_code=status, headers=headers(verdict))
+
+
+def _as_it_came(request: Request, presented: Presented, target: TargetState) -> Response:
+    """The agent's own, said in so many words: of what is not said, proxies would send nothing, or what was before."""
+    own = {
+        name.title(): value
+        for name in sorted((own_headers(target) - {"cookie"}) & presented.own)
+        for value in request.headers.getlist(name)[:1]
+    }
+    return Response(status_code=200, headers={"Authorization": NOTHING, **_NO_STORE, **own})
 
 
 def _said(text: str) -> Response:

@@ -11,7 +11,7 @@ from typing import Final
 from starlette.requests import Request
 
 from ringfence.gateway.attempts import Attempt, Presented
-from ringfence.gateway.authz import LABEL, handle_in, only
+from ringfence.gateway.authz import LABEL, handle_and_own, only
 from ringfence.model.request_map import MAX_BODY_BYTES
 
 PREFIX: Final = "/authz/envoy/"
@@ -25,7 +25,7 @@ async def read(request: Request) -> tuple[Presented, Attempt] | None:
     prefix = PREFIX.removesuffix("/").encode()
     try:
         host, proto = only(request, "host"), only(request, "x-forwarded-proto")
-        authorization, proof = only(request, "authorization"), only(request, "dpop")
+        (handle, own), proof = handle_and_own(request), only(request, "dpop")
         partial, label = only(request, PARTIAL), only(request, LABEL)
         target = (raw.removeprefix(prefix) + (b"?" + query if query else b"")).decode("ascii")
     except ValueError:
@@ -35,9 +35,8 @@ async def read(request: Request) -> tuple[Presented, Attempt] | None:
     if partial not in (None, "false"):
         return None
     body = await _body(request) if partial is not None else None
-    presented = Presented(
-        handle=handle_in(authorization), proof=proof, htu=f"{proto}://{host}{target.partition('?')[0]}"
-    )
+    htu = f"{proto}://{host}{target.partition('?')[0]}"
+    presented = Presented(handle=handle, proof=proof, htu=htu, own=own)
     attempt = Attempt(
         authority=host,
         scheme="http" if proto == "http" else "https",

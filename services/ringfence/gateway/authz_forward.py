@@ -12,7 +12,7 @@ from typing import Final
 from starlette.requests import Request
 
 from ringfence.gateway.attempts import Attempt, Presented
-from ringfence.gateway.authz import LABEL, handle_in, only
+from ringfence.gateway.authz import LABEL, handle_and_own, only
 
 PREFIX: Final = "/authz/fwd"
 
@@ -27,15 +27,14 @@ async def read(request: Request) -> tuple[Presented, Attempt] | None:
         method, uri, host, proto = (
             only(request, f"x-forwarded-{name}") for name in ("method", "uri", "host", "proto")
         )
-        authorization, proof = only(request, "authorization"), only(request, "dpop")
+        (handle, own), proof = handle_and_own(request), only(request, "dpop")
         label = only(request, LABEL)
     except ValueError:
         return None
     if not (method and uri and host) or proto not in ("http", "https") or not uri.startswith("/"):
         return None
-    presented = Presented(
-        handle=handle_in(authorization), proof=proof, htu=f"{proto}://{host}{uri.partition('?')[0]}"
-    )
+    htu = f"{proto}://{host}{uri.partition('?')[0]}"
+    presented = Presented(handle=handle, proof=proof, htu=htu, own=own)
     attempt = Attempt(
         authority=host if target_id is None else None,
         scheme="http" if proto == "http" else "https",

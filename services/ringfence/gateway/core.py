@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import uuid
 from dataclasses import dataclass
 
 from ringfence.backends import BackendSettings, Material, TargetAccess, all_backends
@@ -13,11 +15,13 @@ from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.identifying import Identifier
 from ringfence.gateway.injection import Injector, SealedCredentials
 from ringfence.gateway.leases import LEASES_SINCE_MS
+from ringfence.gateway.observing import said_of
 from ringfence.gateway.recording import Recorder
 from ringfence.gateway.settings import GatewaySettings
 from ringfence.gateway.spool import Spool
 from ringfence.gateway.targets import Targets
 from ringfence.gateway.view import View
+from ringfence.kernel import metrics
 from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
@@ -26,6 +30,8 @@ from ringfence.messages.topics import CREDENTIAL_REPLY
 from ringfence.rego.engine import ACTION
 from ringfence.rego.reloading import BundleWatch
 from ringfence.rego.settings import OpaSettings, engine_of
+
+log = logging.getLogger(__name__)
 
 SEAL = "-seal.json"
 
@@ -59,6 +65,7 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     gate = DecisionGate(
         view, targets, identifier, Evaluator(engine, declared), injector, recorder, clock,
         gateway=runtime.key.id, entitlements_max_age_s=settings.entitlements_max_age_s,
+        observe=own.observe,
     )  # fmt: skip
 
     async def bundle_refused(mark: str, why: str) -> None:
@@ -66,12 +73,28 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
         await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
 
     runtime.history([CREDENTIAL_REPLY], sealed.on_records, since_ms=max(clock.now_ms() - LEASES_SINCE_MS, 1))
+    if own.observe:
+        _observe_aloud(runtime, own)
     runtime.on_start(engine.start)
     runtime.on_stop(engine.close)
     runtime.on_stop(sealed.close)
     runtime.on_stop(secrets.close)
     runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
     return Core(gate, view, targets)
+
+
+def _observe_aloud(runtime: Runtime, own: GatewaySettings) -> None:
+    """Nobody should come upon observe mode by chance: it is said before anything is forwarded, and at each start."""
+    said = said_of(own.observe)
+    metrics.OBSERVED_TARGETS.set(len(own.observe))
+
+    async def announce() -> None:
+        log.warning("%s", said)
+        reason = Reason(code="observe_mode", message=said)
+        await runtime.event("finding", "observe mode", about=(uuid.uuid4(),), reasons=(reason,))
+
+    runtime.warns_when(lambda: said)
+    runtime.on_start(announce)
 
 
 def _recorder(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> Recorder:

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,6 +28,7 @@ from ringfence.gateway.evaluating import Evaluator
 from ringfence.gateway.history import Earlier
 from ringfence.gateway.identifying import NONCE_WANTED, Identifier
 from ringfence.gateway.injection import Injector
+from ringfence.gateway.observing import Observing
 from ringfence.gateway.recording import Recorder
 from ringfence.gateway.spool import SpoolFullError
 from ringfence.gateway.targets import Compiled, Targets, url_of
@@ -58,6 +59,7 @@ class _Course:
     target: Compiled | None = None
     action: Action | None = None
     chosen: Chosen | None = None
+    observed: bool = False
 
     @property
     def lease(self) -> Lease | None:
@@ -79,8 +81,9 @@ class DecisionGate:
         *,
         gateway: str,
         entitlements_max_age_s: int,
+        observe: Collection[str] = (),
     ) -> None:
-        """`gateway`: the SPIFFE ID of this one, for events."""
+        """`gateway`: the SPIFFE ID of this one, for events; `observe`: the targets that are only observed."""
         self._view = view
         self._targets = targets
         self._identifier = identifier
@@ -91,6 +94,7 @@ class DecisionGate:
         self._gateway = gateway
         self._entitlements_max_age_s = entitlements_max_age_s
         self._earlier = Earlier()
+        self._observing = Observing(targets, observe)
 
     # --- what data planes ask ---
 
@@ -105,6 +109,8 @@ class DecisionGate:
         course = _Course(str(uuid.uuid4()))
         try:
             refusal = await self._decided(course, presented, attempt)
+            if refusal is not None:
+                self._observe(course, refusal, presented, attempt)
         except Exception:  # what cannot be decided is denied, whatever it is
             log.exception("a request could not be decided")
             refusal = refused("undecided", "the gateway could not decide this", status=UNAVAILABLE)
@@ -209,6 +215,11 @@ class DecisionGate:
 
     # --- what comes of it ---
 
+    def _observe(self, course: _Course, refusal: Refusal, presented: Presented, attempt: Attempt) -> None:
+        target = self._observing.goes_on(refusal, course.target, presented, attempt)
+        if target is not None:
+            course.target, course.observed = target, True
+
     def _verdict(self, course: _Course, presented: Presented, refusal: Refusal | None) -> Verdict:
         by_proof = presented.task_id is None and presented.certificate is None
         status = 200 if refusal is None else refusal.status
@@ -223,6 +234,7 @@ class DecisionGate:
             nonce=self._identifier.nonce() if by_proof else None,
             retry_after_s=_RATE_RETRY_S if status in (UNAVAILABLE, TOO_FAST) else None,
             task_id=self._task_of(course),
+            observed=course.observed,
         )
 
     def _task_of(self, course: _Course) -> str | None:
@@ -243,7 +255,7 @@ class DecisionGate:
         if refusal is not None and refusal.reasons[0].code == NONCE_WANTED:
             return  # nothing was decided: the same request comes again, with what it lacks
         access = "read" if attempt.method in SAFE_METHODS else "write"
-        outcome = "allowed" if verdict.allowed else "denied"
+        outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
         metrics.ACTIONS.labels(outcome, access).inc()
         metrics.DECISION_TIME.observe(took_ns / 1e9)
         sender, now_ms = course.sender, self._clock.now_ms()
@@ -268,6 +280,7 @@ class DecisionGate:
                 request_digest=_digest(attempt),
                 latency_us=took_ns // 1000,
                 label=attempt.label if attempt.label and _LABEL.fullmatch(attempt.label) else None,
+                observed=True if verdict.observed else None,
                 at_ms=now_ms,
             )
         )

@@ -29,11 +29,15 @@ class ListenError(RingfenceError):
 
 
 def application(
-    routes: Sequence[BaseRoute], checks: Sequence[ReadyCheck], denials: Sequence[ReadyCheck] = ()
+    routes: Sequence[BaseRoute],
+    checks: Sequence[ReadyCheck],
+    denials: Sequence[ReadyCheck] = (),
+    warnings: Sequence[ReadyCheck] = (),
 ) -> Starlette:
     """The ASGI application of a service.
 
-    `checks` say why it is not ready; `denials` why it denies, though it is ready to say so and to answer what it can.
+    `checks` say why it is not ready; `denials` why it denies, though it is ready to say so and to answer what it can;
+    `warnings` what people should know though it works.
     """
 
     async def healthz(_: Request) -> Response:
@@ -41,11 +45,13 @@ def application(
 
     async def readyz(_: Request) -> Response:
         reasons = [reason for check in checks if (reason := check())]
+        warned = [warning for check in warnings if (warning := check())]
         return JSONResponse(
             {
                 "status": "unready" if reasons else "ready",
                 "reasons": reasons,
                 "denies": [reason for check in denials if (reason := check())],
+                **({"warnings": warned} if warned else {}),
             },
             status_code=503 if reasons else 200,
         )

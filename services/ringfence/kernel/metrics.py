@@ -58,7 +58,11 @@ TOMBSTONES = Counter(
 ACTIONS = Counter(
     "ringfence_actions_total", "Requests of agents decided by the gateway", ["outcome", "access"]
 )
-"""`outcome`: allowed, denied. `access`: read, write."""
+"""`outcome`: allowed, denied, observed. `access`: read, write."""
+OBSERVED_TARGETS = Gauge(
+    "ringfence_gateway_observed_targets",
+    "Targets at which the gateway blocks nothing, and only records (observe mode)",
+)
 ACTIONS_SPOOLED = Gauge("ringfence_actions_spooled_bytes", "Events on disk that Kafka does not have yet")
 DECISION_TIME = Histogram(
     "ringfence_action_decision_seconds",

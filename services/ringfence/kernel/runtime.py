@@ -63,6 +63,7 @@ class Runtime:
             self._skew.unready,
         ]
         self._denials: list[ReadyCheck] = []
+        self._warnings: list[ReadyCheck] = []
         self._opening: list[Callable[[], Awaitable[None]]] = []
         self._closing: list[Callable[[], Awaitable[None]]] = []
 
@@ -114,6 +115,10 @@ class Runtime:
         taken out of use would help nobody, and end what it still can do.
         """
         self._denials.append(check)
+
+    def warns_when(self, check: ReadyCheck) -> None:
+        """Add what people should know of the service, though it does what it was told. `/readyz` says it."""
+        self._warnings.append(check)
 
     def on_start(self, opening: Callable[[], Awaitable[None]]) -> None:
         """Await this before any work is taken, e.g. to connect to a store."""
@@ -175,7 +180,9 @@ class Runtime:
         """
         host, _, port = self.settings.http.partition(":")
         server = HttpServer(
-            application(self.routes, self._checks, self._denials), host, int(port or PORTS[self.role])
+            application(self.routes, self._checks, self._denials, self._warnings),
+            host,
+            int(port or PORTS[self.role]),
         )
         work: list[asyncio.Task[None]] = [asyncio.create_task(server.run_until_stopped(), name="http")]
         stopping = asyncio.create_task(stop.wait())

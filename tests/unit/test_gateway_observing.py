@@ -1,0 +1,259 @@
+"""Observe mode: what goes on that would be blocked, only where it was named, and never with anything of Ringfence."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import httpx
+import pytest
+
+from ringfence.gateway import authz_envoy, authz_forward
+from ringfence.gateway.attempts import Presented, Verdict
+from ringfence.gateway.authz import HANDLE, NOTHING, ProxyAuth
+from ringfence.gateway.domain import Sender, refused
+from ringfence.gateway.gate import DecisionGate
+from ringfence.gateway.observing import STILL_DENIED
+from ringfence.gateway.settings import GatewaySettings
+from ringfence.kernel.errors import SettingsError, UnavailableError
+from ringfence.kernel.settings import load
+from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd, UserDisable
+from tests.unit.test_gateway_gate import RULES, Parts, attempt
+
+OWN = frozenset({"authorization"})
+BEYOND = "/env/production/web"
+BARE = refused("no_credentials", "say who you are", status=401)
+
+
+class Watched(Parts):
+    """The core, with `staging` only observed. `other` is at other.example, and is not named."""
+
+    def __init__(self, *observe: str) -> None:
+        super().__init__()
+        ledger, played = self.place.ledger, cast(Any, self)
+        backend = BackendSettings.model_validate({"kind": "jwt", "url": "https://other.example"})
+        ledger.give(ledger.target_set("olga", "other", backend=backend, requests=RULES))
+        self.gate = DecisionGate(
+            played, self.targets, played, played, played, played, ledger.clock,
+            gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
+            observe=observe or ("staging",),
+        )  # fmt: skip
+
+    async def ask(self, target: str = BEYOND, *, own: frozenset[str] = OWN, **fields: Any) -> Verdict:
+        return await self.gate.decide(Presented(own=own), attempt(target=target, **fields))
+
+
+@pytest.fixture
+def parts() -> Watched:
+    return Watched()
+
+
+async def denied(parts: Watched, verdict: Verdict) -> bool:
+    """Whether it is denied, to the plane and in the record."""
+    return not (verdict.allowed or verdict.observed or parts.events[-1].allowed or parts.events[-1].observed)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"target": BEYOND}, "beyond_lease"),
+        ({"target": "/env/staging/web", "method": "DELETE"}, "request_unmapped"),
+        ({"target": "/r", "method": "POST"}, "body_unseen"),
+    ],
+)
+async def test_what_would_be_blocked_goes_on_as_it_came_and_is_recorded(
+    parts: Watched, fields: dict[str, Any], code: str
+) -> None:
+    verdict = await parts.ask(**fields)
+    assert (verdict.allowed, verdict.observed) == (False, True)
+    assert verdict.target == parts.place.target()
+    (event,) = parts.events
+    assert (event.allowed, event.observed, event.target_id, event.agent_id) == (False, True, "staging", "bot")
+    assert event.reasons[0].code == code
+    with pytest.raises(UnavailableError, match="nothing is injected"):
+        await parts.gate.injected(verdict)
+
+
+async def test_what_is_allowed_is_as_ever(parts: Watched) -> None:
+    verdict = await parts.ask("/env/staging/web")
+    assert (verdict.allowed, verdict.observed, parts.events[-1].observed) == (True, False, None)
+    assert await parts.gate.injected(verdict)
+
+
+async def test_a_target_that_is_not_named_is_as_strict_as_ever(parts: Watched) -> None:
+    assert await denied(parts, await parts.ask(authority="other.example"))
+    assert await denied(parts, await parts.ask(authority=None, target_id="other"))
+    parts.refuses = BARE
+    verdict = await parts.gate.decide(
+        Presented(handle="none", own=OWN), attempt(authority="other.example", target=BEYOND)
+    )
+    assert await denied(parts, verdict)
+
+
+@pytest.mark.parametrize("where", [{"authority": "nowhere.example"}, {"authority": None, "target_id": "x"}])
+async def test_an_unknown_target_is_denied_whoever_asks(parts: Watched, where: dict[str, Any]) -> None:
+    assert await denied(parts, await parts.ask(**where))
+    parts.refuses = BARE
+    verdict = await parts.gate.decide(Presented(handle="none", own=OWN), attempt(**where))
+    assert await denied(parts, verdict)
+
+
+async def test_naming_a_target_that_is_not_there_opens_nothing() -> None:
+    parts = Watched("nowhere")
+    assert await denied(parts, await parts.ask())
+    assert await denied(parts, await parts.ask(authority=None, target_id="nowhere"))
+
+
+async def test_without_a_credential_of_its_own_there_is_nothing_to_observe(parts: Watched) -> None:
+    """Also of a plane that does not know observe mode: it tells of no headers."""
+    for own in (frozenset(), frozenset({"accept", "dpop", "x-api-key"})):
+        assert await denied(parts, await parts.ask(own=own))
+    assert (await parts.ask(own=frozenset({"cookie"}))).observed
+
+
+async def test_the_header_that_the_target_takes_its_secret_in_is_one(parts: Watched) -> None:
+    ledger = parts.place.ledger
+    backend = BackendSettings.model_validate({
+        "kind": "http", "url": "https://hub.example", "auth": "header", "header": "X-Api-Key",
+    })  # fmt: skip
+    ledger.give(ledger.target_set("olga", "staging", backend=backend, requests=RULES))
+    assert (await parts.ask(own=frozenset({"x-api-key"}))).observed
+
+
+async def test_who_shows_nothing_is_observed_as_nobody(parts: Watched) -> None:
+    parts.refuses = BARE
+    verdict = await parts.gate.decide(Presented(handle="none", own=OWN), attempt())
+    assert (verdict.observed, verdict.target) == (True, parts.place.target())
+    (event,) = parts.events
+    assert (event.agent_id, event.target_id, event.observed) == (None, "staging", True)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "invalid_dpop_proof",
+        "proof_by_stranger",
+        "proof_missing",
+        "use_dpop_nonce",
+        "handle_unknown",
+        "certificate_unknown",
+    ],
+)
+async def test_who_shows_what_does_not_hold_is_denied(parts: Watched, code: str) -> None:
+    parts.refuses = refused(code, "x", status=401)
+    verdict = await parts.gate.decide(Presented(handle="none", own=OWN), attempt())
+    assert (verdict.allowed, verdict.observed) == (False, False)
+    parts.refuses = refused("handle_other_agent", "x", sender=Sender("thief", None, "L"))
+    assert await denied(parts, await parts.gate.decide(Presented(handle="none", own=OWN), attempt()))
+
+
+async def test_what_people_ended_stays_ended(parts: Watched) -> None:
+    ledger = parts.place.ledger
+    ledger.give(ledger.claims(TaskEnd, "uma", task_id=parts.place.task, reason="done"))
+    verdict = await parts.ask()
+    assert "task_ended" in {reason.code for reason in verdict.reasons}
+    assert await denied(parts, verdict)
+
+
+@pytest.mark.parametrize(
+    ("model", "by", "fields", "code"),
+    [
+        (AgentSuspend, "sam", {"agent_id": "bot"}, "agent_suspended"),
+        (UserDisable, "olga", {"user_id": "uma"}, "user_disabled"),
+        (UserDisable, "olga", {"user_id": "sam"}, "agent_orphaned"),
+        (TargetRemove, "olga", {"target_id": "staging"}, "target_removed"),
+    ],
+)
+async def test_a_suspension_counts_in_observe_mode(
+    parts: Watched, model: Any, by: str, fields: dict[str, str], code: str
+) -> None:
+    ledger = parts.place.ledger
+    ledger.give(ledger.claims(model, by, **fields, reason="x"))
+    verdict = await parts.ask(authority=None, target_id="staging")
+    assert code in {reason.code for reason in verdict.reasons}
+    assert await denied(parts, verdict)
+
+
+async def test_a_cut_that_overtakes_is_no_question_of_scope(parts: Watched) -> None:
+    assert "lease_cut" in STILL_DENIED
+    parts.meanwhile = lambda: parts.table.revoke(parts.place.lease.lease_id, parts.place.ledger.clock.ms)
+    assert await denied(parts, await parts.ask("/env/staging/web"))
+
+
+async def test_a_gateway_that_cannot_decide_or_record_denies(parts: Watched) -> None:
+    parts.problem = "old"
+    assert await denied(parts, await parts.ask())
+    parts.problem = None
+    parts.refuses = RuntimeError("boom")
+    assert await denied(parts, await parts.ask("/env/staging/web"))
+    parts.refuses = refused("policy_timeout", "the bundle gave no answer", status=503)
+    assert await denied(parts, await parts.ask("/env/staging/web"))
+    parts.refuses, parts.full = None, True
+    verdict = await parts.ask()
+    assert (verdict.allowed, verdict.observed, verdict.status) == (False, False, 503)
+
+
+async def test_without_the_setting_nothing_is_observed() -> None:
+    parts = Parts()
+    verdict = await parts.gate.decide(Presented(own=OWN), attempt(target=BEYOND))
+    assert (verdict.allowed, verdict.observed) == (False, False)
+
+
+# --- what proxies are told ---
+
+
+READERS = {authz_forward.PREFIX: authz_forward.read, authz_envoy.PREFIX: authz_envoy.read}
+
+
+async def told(gate: Any, **headers: str) -> httpx.Response:
+    """The answer on both ways to ask, which is the same."""
+    asked = {
+        "X-Forwarded-Method": "GET", "X-Forwarded-Uri": BEYOND, "X-Forwarded-Host": "hub.example",
+        "X-Forwarded-Proto": "https", **headers,
+    }  # fmt: skip
+    envoy = {"Host": "hub.example", "X-Forwarded-Proto": "https", **headers}
+    transport = httpx.ASGITransport(ProxyAuth(gate, READERS))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+        answer = await http.get("/authz/fwd", headers=asked)
+        other = await http.get(f"/authz/envoy{BEYOND}", headers=envoy)
+    assert (other.status_code, other.headers) == (answer.status_code, answer.headers)
+    return answer
+
+
+async def test_a_proxy_is_told_to_send_the_agents_own(parts: Watched) -> None:
+    answer = await told(parts.gate, Authorization="Basic b2xkOm9sZA==", X_Other="x")
+    assert (answer.status_code, answer.headers["authorization"]) == (200, "Basic b2xkOm9sZA==")
+    assert "x-other" not in answer.headers
+    assert answer.headers["cache-control"] == "no-store"
+    answer = await told(parts.gate, Cookie="session=old")
+    assert (answer.status_code, answer.headers["authorization"]) == (200, NOTHING)
+    assert "cookie" not in answer.headers
+
+
+async def test_a_handle_is_no_credential_of_the_agents_own(parts: Watched) -> None:
+    handle = parts.place.lease.lease_id
+    assert (await told(parts.gate, Authorization=f"DPoP {handle}")).status_code == 403
+    answer = await told(parts.gate, **{HANDLE: handle, "Authorization": "Bearer old"})
+    assert (answer.status_code, answer.headers["authorization"]) == (200, "Bearer old")
+    assert handle not in str(answer.headers)
+    twice = await told(parts.gate, **{HANDLE: handle, "Authorization": f"DPoP {handle}"})
+    assert twice.status_code == 403
+
+
+async def test_an_agent_cannot_ask_for_it() -> None:
+    gate = Parts().gate
+    for name in ("X-Ringfence-Observe", "X-Observe", "X-Ringfence-Observed"):
+        answer = await told(gate, **{name: "staging", "Authorization": "Bearer old"})
+        assert answer.status_code == 403
+
+
+# --- the setting ---
+
+
+def test_targets_are_named_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(GatewaySettings).observe == ()
+    monkeypatch.setenv("RINGFENCE_GATEWAY_OBSERVE", "partner, hub")
+    assert load(GatewaySettings).observe == ("partner", "hub")
+    for wrong in ("*", "partner,*", "hub*"):
+        monkeypatch.setenv("RINGFENCE_GATEWAY_OBSERVE", wrong)
+        with pytest.raises(SettingsError, match="RINGFENCE_GATEWAY_OBSERVE"):
+            load(GatewaySettings)
