@@ -7,6 +7,9 @@ from typing import Any, cast
 import httpx
 import pytest
 
+from ringfence.audit import app as audit_app
+from ringfence.cli.main import main
+from ringfence.gateway import app as gateway_app
 from ringfence.gateway import authz_envoy, authz_forward
 from ringfence.gateway.attempts import Presented, Verdict
 from ringfence.gateway.authz import HANDLE, NOTHING, ProxyAuth
@@ -14,6 +17,7 @@ from ringfence.gateway.domain import Sender, refused
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.observing import STILL_DENIED
 from ringfence.gateway.settings import GatewaySettings
+from ringfence.kernel import process
 from ringfence.kernel.errors import SettingsError, UnavailableError
 from ringfence.kernel.settings import load
 from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd, UserDisable
@@ -257,3 +261,19 @@ def test_targets_are_named_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("RINGFENCE_GATEWAY_OBSERVE", wrong)
         with pytest.raises(SettingsError, match="RINGFENCE_GATEWAY_OBSERVE"):
             load(GatewaySettings)
+
+
+def test_serve_hands_what_it_was_told_to_the_gateway_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    told_to: dict[str, Any] = {}
+
+    def build(settings: Any, own: GatewaySettings) -> None:
+        told_to["gateway"] = own.observe
+
+    monkeypatch.setattr(gateway_app, "build", build)
+    monkeypatch.setattr(audit_app, "build", lambda settings: None)
+    monkeypatch.setattr(process, "run", lambda runtimes, settings: 0)
+    monkeypatch.setenv("RINGFENCE_GATEWAY_OBSERVE", "other")
+    assert main(["serve", "audit", "gateway", "--observe", "staging", "--observe", "hub"]) == 0
+    assert told_to == {"gateway": ("staging", "hub")}
+    assert main(["serve", "audit", "--observe", "staging"]) == 2
+    assert main(["serve", "gateway", "--observe", "*"]) == 1
