@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import httpx
 import orjson
 import pytest
 
 from ringfence.audit.actions import counted
+from ringfence.audit.http import AuditApi
 from ringfence.audit.store import CursorLostError, SqliteIndex, Viewer
-from ringfence.client.action_report import MAX_LABELS, OTHER_LABELS, ActionReport, is_injected
+from ringfence.client.action_report import MAX_LABELS, OTHER_LABELS, ActionReport, action_report, is_injected
+from ringfence.client.api import ReadApi
+from ringfence.client.errors import ApiError
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.http import application
 from ringfence.kernel.kafka import Received
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import AUDIT
-from tests.audit_office import Office
+from tests.audit_office import TD, Office
 
 ALWAYS = (0, 2**53)
 BEYOND = (Reason(code="beyond_scope", message="the task does not allow it"),)
@@ -24,7 +31,7 @@ CUT = (Reason(code="lease_cut", message="it was revoked"), *BEYOND)
 async def indexed(*actions: dict[str, Any], office: Office | None = None) -> SqliteIndex:
     """An index of actions, a second apart from the first at 1,000 ms on, and of what else audit tells of."""
     office = office or Office()
-    events = [*await office.audit(*office.staff())]
+    events = await office.audit(*office.staff())
     told = await office.audit(*(office.action(**fields) for fields in actions))
     for number, event in enumerate(told, 1):
         event["time"] = number * 1000
@@ -146,3 +153,55 @@ def test_what_is_not_known_to_be_allowed_counts_as_blocked() -> None:
 )
 def test_which_labels_say_that_it_was_injected(label: str | None, so: bool) -> None:
     assert is_injected(label) is so
+
+
+# --- over HTTP ---
+
+
+class Place:
+    """Audit's HTTP over an index, as sam asks it."""
+
+    def __init__(self, office: Office, index: SqliteIndex) -> None:
+        self.complete = True
+        self.index = index
+        routes = AuditApi(index, office.directory, SystemClock(), TD, lambda: self.complete).routes()
+        self.api = ReadApi(office.key("user", "sam"), ClientSettings(trust_domain=TD))
+        self.api._http = httpx.AsyncClient(transport=httpx.ASGITransport(application(routes, [])))
+
+    async def report(self, **filters: str) -> tuple[dict[str, Any], list[float]]:
+        shares: list[float] = []
+        async with self.api:
+            made = await action_report(self.api, 0, shares.append, **filters)
+        return made.as_json(), shares
+
+
+async def placed(count: int) -> Place:
+    office = Office()
+    return Place(
+        office, await indexed(*({"allowed": True, "access": "read"} for _ in range(count)), office=office)
+    )
+
+
+async def test_long_reads_go_page_by_page_and_say_how_far_they_are() -> None:
+    said, shares = await (await placed(2500)).report(agent="deploy-bot")
+    assert said["allowed"]["read"] == 2500
+    assert len(shares) == 3
+    assert shares == sorted(shares)
+    assert (shares[0] > 0, shares[-1]) == (True, 1.0)
+
+
+async def test_an_index_that_is_being_built_counts_nothing() -> None:
+    place = await placed(1)
+    place.complete = False
+    with pytest.raises(ApiError, match="would be too little") as error:
+        await place.report()
+    assert error.value.status == 503
+
+
+async def test_what_makes_no_sense_is_refused() -> None:
+    place = await placed(1)
+    async with place.api as api:
+        for query in ({"since_ms": "x"}, {"until_ms": str(10**17)}, {"limit": "1001"}, {"after": "x"}):
+            with pytest.raises(ApiError) as error:
+                await api.get("audit", "actions", **query)
+            assert error.value.status == 400
