@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -94,7 +95,12 @@ def without(name: str) -> list[tuple[str, str]]:
         ("/authz/fwd", [*without("X-Forwarded-Proto"), ("X-Forwarded-Proto", "https, http")]),
         ("/authz/fwd", [*without("X-Forwarded-Uri"), ("X-Forwarded-Uri", "https://hub.example/")]),
         ("/authz/fwdx", FORWARDED),
+        ("/authz/fwd/hub?body=none", FORWARDED),
+        ("/authz/fwd/hub?body=whole&x", FORWARDED),
         ("/authz/envoy", ENVOY),
+        ("/authz/envoys/a", ENVOY),
+        ("/authz/envoy-target/hub", ENVOY),
+        ("/authz/envoy-target//a", ENVOY),
         ("/", FORWARDED),
         ("/healthz", FORWARDED),
         ("/authz/envoy/a", [("Host", "hub.example")]),
@@ -142,6 +148,37 @@ async def test_every_no_is_401_or_403(played: Played, status: int) -> None:
     assert answer.json()["code"] == "some_code"
     assert answer.headers["dpop-nonce"] == "n"
     assert "authorization" not in answer.headers
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+async def test_the_problem_stands_in_a_header_too_that_every_proxy_takes(played: Played, size: int) -> None:
+    reasons = tuple(Reason(code=f"code_{number}", message="é" * size) for number in range(20))
+    played.verdict = Verdict(ID, allowed=False, status=403, reasons=reasons)
+    answer = await played.ask("/authz/fwd", FORWARDED)
+    assert len(answer.json()["reasons"]) == 20
+    short = answer.headers["x-ringfence-problem"]
+    assert short.isascii()
+    assert len(short) <= 2048
+    assert {"code", "status", "title", "type", "instance"} <= set(json.loads(short))
+    assert json.loads(short)["code"] == "code_0"
+    answer = await played.ask("/authz/nothing", FORWARDED)
+    assert json.loads(answer.headers["x-ringfence-problem"]) == answer.json()
+
+
+async def test_a_body_is_seen_where_the_configuration_says_that_it_is_whole(played: Played) -> None:
+    for path, size in (
+        ("/authz/fwd", 1),
+        ("/authz/fwd/hub?body=whole", 1),
+        ("/authz/fwd?body=whole", 2**20 + 1),
+    ):
+        await played.ask(path, FORWARDED, content=b"x" * size)
+    assert [attempt.body for _, attempt in played.asked] == [None, b"x", None]
+
+
+async def test_envoy_may_say_which_target_it_stands_before(played: Played) -> None:
+    await played.ask("/authz/envoy-target/hub/a%2Fb?x", ENVOY)
+    attempt = played.asked[0][1]
+    assert (attempt.target_id, attempt.authority, attempt.target) == ("hub", None, "/a%2Fb?x")
 
 
 @pytest.mark.parametrize("spoil", ["decide", "inject", "unavailable"])

@@ -1,14 +1,17 @@
 """The decision for proxies of others, over HTTP. They ask about each request before they let it pass.
 
 200 comes with the headers to inject, of which `Authorization` is always one, so that none of the agent's gets through.
-Everything else is 401 or 403, whatever it is: other answers mean different things to different proxies.
+Everything else is 401 or 403, whatever it is: other answers mean different things to different proxies. What is wrong
+stands in the body, and in short in a header too, for proxies that pass no body of a refusal on (nginx).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final
+from dataclasses import replace
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,9 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 from ringfence.gateway.attempts import Attempt, Gate, Presented, Verdict
 from ringfence.gateway.observing import own_headers
-from ringfence.gateway.problem import headers, problem_body
+from ringfence.gateway.problem import MEDIA_TYPE, headers, problem
 from ringfence.kernel.errors import UnavailableError
+from ringfence.messages.credential import Reason
 from ringfence.messages.registry import TargetState
+from ringfence.model.request_map import MAX_BODY_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +32,14 @@ NOTHING: Final = "none"
 LABEL: Final = "X-Ringfence-Label"
 HANDLE: Final = "X-Ringfence-Handle"
 """Where an agent shows its handle that has an `Authorization` of its own to send: `X-Ringfence-Handle: LEASE`."""
+PROBLEM: Final = "X-Ringfence-Problem"
+"""The problem details of a refusal, on one line."""
+_MAX_PROBLEM_CHARS: Final = 2048
+"""nginx takes 4 KiB for the whole head of an answer."""
+_CAN_BE_LEFT_OUT: Final = ("reasons", "ask", "permission", "detail")
+_UNCERTAIN: Final = (
+    "the question does not say for certain which request it is about: a proxy says each thing once"
+)
 _NO_STORE: Final = {"Cache-Control": "no-store"}
 
 Read = Callable[[Request], Awaitable[tuple[Presented, Attempt] | None]]
@@ -59,7 +72,7 @@ class ProxyAuth:
             return _said(f"ask {' or '.join(self._readers)}")
         asked = await read(request)
         if asked is None:
-            return _said("the question does not say for certain which request it is about")
+            return _said(_UNCERTAIN)
         verdict = await self._gate.decide(*asked)
         if verdict.observed and verdict.target is not None:
             return _as_it_came(request, asked[0], verdict.target)
@@ -68,7 +81,8 @@ class ProxyAuth:
         try:
             injected = await self._gate.injected(verdict)
         except UnavailableError as error:
-            return _said(f"{error.code}: {error}")
+            reason = Reason(code=error.code, message=error.message[:1000])
+            return _denied(replace(verdict, allowed=False, status=403, reasons=(reason,)))
         return Response(status_code=200, headers={"Authorization": NOTHING, **_NO_STORE, **injected})
 
 
@@ -94,9 +108,19 @@ def only(request: Request, name: str) -> str | None:
     return values[0] if values else None
 
 
+async def whole_body(request: Request) -> bytes | None:
+    """All of a question's body; None where it is more than anybody looks at."""
+    found = bytearray()
+    async for chunk in request.stream():
+        found += chunk
+        if len(found) > MAX_BODY_BYTES:
+            return None
+    return bytes(found)
+
+
 def _denied(verdict: Verdict) -> Response:
-    status = 401 if verdict.status == 401 else 403
-    return Response(problem_body(verdict), status_code=status, headers=headers(verdict))
+    sent = replace(verdict, status=401 if verdict.status == 401 else 403)
+    return _refusal(sent.status, problem(sent), headers(sent))
 
 
 def _as_it_came(request: Request, presented: Presented, target: TargetState) -> Response:
@@ -110,4 +134,21 @@ def _as_it_came(request: Request, presented: Presented, target: TargetState) -> 
 
 
 def _said(text: str) -> Response:
-    return Response(f"{text}\n", status_code=403, media_type="text/plain", headers=_NO_STORE)
+    """Nothing was decided."""
+    code = "question_invalid"
+    details = {"type": f"urn:ringfence:problem:{code}", "title": "Forbidden", "status": 403}
+    return _refusal(403, {**details, "code": code, "detail": text}, {"Content-Type": MEDIA_TYPE, **_NO_STORE})
+
+
+def _refusal(status: int, details: dict[str, Any], headers: dict[str, str]) -> Response:
+    return Response(json.dumps(details), status_code=status, headers={**headers, PROBLEM: _in_short(details)})
+
+
+def _in_short(details: dict[str, Any]) -> str:
+    """In ASCII, and no longer than what proxies take."""
+    kept = dict(details)
+    for name in _CAN_BE_LEFT_OUT:
+        if len(text := json.dumps(kept)) <= _MAX_PROBLEM_CHARS:
+            return text
+        kept.pop(name, None)
+    return json.dumps(kept)

@@ -2,7 +2,8 @@
 
 `X-Forwarded-Method`, `X-Forwarded-Uri`, `X-Forwarded-Host` and `X-Forwarded-Proto` say which request it is; they are
 the proxy's own words, and it has to replace whatever an agent sends under these names. `/authz/fwd` finds the target by
-the host; `/authz/fwd/TARGET` is for a proxy whose configuration says which one it is.
+the host; `/authz/fwd/TARGET` is for a proxy whose configuration says which one it is. With `?body=whole` that says as
+well that the question's body is the request's, all of it (Traefik's `forwardBody`); else no body counts as seen.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from typing import Final
 from starlette.requests import Request
 
 from ringfence.gateway.attempts import Attempt, Presented
-from ringfence.gateway.authz import LABEL, handle_and_own, only
+from ringfence.gateway.authz import LABEL, handle_and_own, only, whole_body
 
 PREFIX: Final = "/authz/fwd"
+_BODY_SHOWN: Final = b"body=whole"
 
 
 async def read(request: Request) -> tuple[Presented, Attempt] | None:
     """What a question is about; None where something was left out or came twice."""
     rest = request.url.path.removeprefix(PREFIX)
     target_id = rest.removeprefix("/") or None
-    if rest and not rest.startswith("/"):
+    query = request.scope.get("query_string") or b""
+    if (rest and not rest.startswith("/")) or query not in (b"", _BODY_SHOWN):
         return None
     try:
         method, uri, host, proto = (
@@ -41,6 +44,7 @@ async def read(request: Request) -> tuple[Presented, Attempt] | None:
         method=method,
         target=uri,
         target_id=target_id,
+        body=await whole_body(request) if query else None,
         label=label,
     )
     return presented, attempt

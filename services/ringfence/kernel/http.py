@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ringfence.kernel.errors import RingfenceError
 
@@ -71,6 +72,15 @@ def application(
     return Starlette(routes=[*own, *routes], exception_handlers={RingfenceError: refused})
 
 
+class _WholeTargets(HttpToolsProtocol):
+    """Reads requests. A `#`, behind which the target would be dropped unseen, is no part of one (RFC 9112, 3.2)."""
+
+    def on_url(self, url: bytes) -> None:
+        if b"#" in url:
+            raise ValueError("a fragment in the target of a request")
+        super().on_url(url)
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn inside a loop that somebody else runs; signals are that somebody's."""
 
@@ -80,7 +90,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app, host=host, port=port, log_config=None, access_log=False, lifespan="off", server_header=False,
-                timeout_graceful_shutdown=5,
+                http=_WholeTargets, timeout_graceful_shutdown=5,
             )
         )  # fmt: skip
 
