@@ -17,7 +17,7 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev lint format test test-apache test-tools test-opa test-backends chaos schemas schemas-check bench wheel-check lock clean
+.PHONY: help demo dev lint format test test-apache test-tools test-opa test-backends test-gateways chaos schemas schemas-check bench wheel-check lock clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ test-opa: $(STAMP) ## the policy tests on a real OPA as well (needs Go 1.21+; bu
 
 test-backends: $(STAMP) ## every backend on its real server (PostgreSQL, OpenSSH, Go 1.21+; fetches OpenBao once, 75 MB)
 	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/backends $(ARGS)
+
+test-gateways: $(STAMP) ## nginx, Envoy, Caddy and Traefik before a target (needs nginx; fetches the others once, 105 MB)
+	$(BIN)/python -m pytest tests/gateways $(ARGS)
 
 chaos: $(STAMP) ## everything fails for SECONDS=60, as SEED=n has it, and no lease may be forgotten (JDK 17+, Maven)
 	$(BIN)/python -m tests.chaos.run --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(ARGS)

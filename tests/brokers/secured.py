@@ -33,16 +33,24 @@ class Authority:
         self.file = folder / f"{name}.pem"
         self.file.write_bytes(self.certificate)
 
-    def issue(self, name: str) -> Path:
-        """A certificate for `CN=<name>` on the loopback address, its key, and what they are signed by, in one file."""
+    def issue(self, name: str, *hosts: str) -> Path:
+        """A certificate for `CN=<name>` on the loopback address, and for hosts; its key, and what they are signed by,
+        in one file."""
         key = ec.generate_private_key(ec.SECP256R1())
         file = self._folder / f"{name}.pem"
         text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         file.touch(0o600)
-        file.write_bytes(text + self._signed(_name(name), key) + self.certificate)
+        file.write_bytes(text + self._signed(_name(name), key, hosts) + self.certificate)
         return file
 
-    def _signed(self, name: x509.Name, key: ec.EllipticCurvePrivateKey, *, authority: bool = False) -> bytes:
+    def _signed(
+        self,
+        name: x509.Name,
+        key: ec.EllipticCurvePrivateKey,
+        hosts: Iterable[str] = (),
+        *,
+        authority: bool = False,
+    ) -> bytes:
         now = datetime.datetime.now(datetime.UTC)
         builder = (
             x509.CertificateBuilder()
@@ -54,7 +62,13 @@ class Authority:
             .not_valid_after(now + datetime.timedelta(days=1))
             .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
             .add_extension(
-                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(LOOPBACK))]), critical=False
+                x509.SubjectAlternativeName(
+                    [
+                        x509.IPAddress(ipaddress.ip_address(LOOPBACK)),
+                        *map(x509.DNSName, hosts),
+                    ]
+                ),
+                critical=False,
             )
         )
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
