@@ -8,7 +8,7 @@ UV     := .cache/uv
 # Passed on to the command, as in: make test ARGS="-k scope -x"
 ARGS   ?=
 
-SUITES := tests/unit tests/contract tests/policy tests/flows tests/integration tests/chaos tests/e2e
+SUITES := tests/unit tests/contract tests/gateway tests/policy tests/flows tests/integration tests/chaos tests/e2e
 
 define need_python
 @test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with PYTHON=/path/to/python" >&2; exit 1; }

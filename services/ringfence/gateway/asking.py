@@ -1,0 +1,123 @@
+"""What a request asks for, and what it shows of its sender. Nothing is believed here."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from ringfence.gateway.attempts import Attempt, Presented
+from ringfence.gateway.headers import LABEL
+from ringfence.gateway.hosts import Scheme, canonical
+from ringfence.gateway.refusals import RefusedError
+from ringfence.gateway.wire import RequestHead
+
+_SCHEMES: Final[tuple[Scheme, ...]] = ("http", "https")
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a request came."""
+
+    sender: str
+    """Whose limits count: a task, a client certificate, an address."""
+    scheme: Scheme
+    """As the agent sees it."""
+    names: frozenset[str] | None = None
+    """The gateway's own `host[:port]`, in canonical form; None where any will do (a task's own socket)."""
+    task_id: str | None = None
+    certificate: str | None = None
+    challenge: bool = False
+    """Whether to ask for `Proxy-Authorization` where nothing else tells who sends."""
+    inside: str | None = None
+    """The authority that a CONNECT was for, where the request came through one."""
+    handle: str | None = None
+    """What that CONNECT showed."""
+
+
+def asked(request: RequestHead, way: Way, knows: Callable[[str], bool]) -> tuple[Presented, Attempt]:
+    """The attempt that a request is, and what it shows of its sender. Raises RefusedError."""
+    host = request.known[b"host"].decode("latin-1")
+    scheme, authority, target = _addressed(request.target, way)
+    if authority is None:
+        authority = canonical(host, scheme)
+    elif canonical(host, scheme) != authority:
+        raise RefusedError(400, "host_disagrees", "Host names another host than the request line")
+    if way.inside is not None and authority != way.inside:
+        raise RefusedError(
+            400, "host_disagrees", "the request is for another host than the CONNECT that it came through"
+        )
+    target_id = None
+    if request.target.startswith("/") and way.inside is None and not knows(authority):
+        target_id, target = _by_path(authority, target, way)
+    presented = presented_by(request, way, htu=f"{scheme}://{host}{_path(request.target, target)}")
+    label = request.known.get(LABEL)
+    return presented, Attempt(
+        authority=None if target_id is not None else authority,
+        scheme=scheme,
+        method=request.method,
+        target=target,
+        target_id=target_id,
+        label=label.decode("latin-1") if label else None,
+    )
+
+
+def presented_by(request: RequestHead, way: Way, *, htu: str | None = None) -> Presented:
+    """What a request shows of its sender. Raises RefusedError where that cannot be read."""
+    handle, known = way.handle, request.known
+    scheme, _, value = known.get(b"authorization", b"").decode("latin-1").partition(" ")
+    if scheme.lower() == "dpop":
+        handle = value.strip(" ")
+    elif b"proxy-authorization" in known:
+        handle = _user(known[b"proxy-authorization"])
+    proof = known.get(b"dpop")
+    return Presented(
+        way.task_id, way.certificate, handle, proof.decode("latin-1") if proof is not None else None, htu
+    )
+
+
+def _addressed(target: str, way: Way) -> tuple[Scheme, str | None, str]:
+    """Scheme, canonical authority where the request line says one, and the target in origin-form."""
+    if target.startswith("/"):
+        return way.scheme, None, target
+    for scheme in _SCHEMES:
+        prefix = f"{scheme}://"
+        if target.startswith(prefix):
+            authority, rest = _cut(target[len(prefix) :])
+            return scheme, canonical(authority, scheme), rest if rest.startswith("/") else f"/{rest}"
+    raise RefusedError(400, "malformed_http", "the target of a request is a path, or an http or https URL")
+
+
+def _cut(rest: str) -> tuple[str, str]:
+    at = min((at for at in (rest.find("/"), rest.find("?"), rest.find("#")) if at >= 0), default=len(rest))
+    return rest[:at], rest[at:]
+
+
+def _by_path(authority: str, target: str, way: Way) -> tuple[str, str]:
+    """The target that the first segment names, and the rest of the path as it was sent."""
+    if way.names is not None and authority not in way.names:
+        raise RefusedError(421, "host_unknown", "Host is neither this gateway nor a target of it")
+    target_id, slash, rest = target[1:].partition("/")
+    if not target_id or not slash or "?" in target_id:
+        raise RefusedError(404, "target_missing", "a path through the gateway is /TARGET/...")
+    return target_id, f"/{rest}"
+
+
+def _path(given: str, target: str) -> str:
+    """The path as the agent wrote it, without the query: what a proof is for (RFC 9449, 4.2)."""
+    return (given if given.startswith("/") else target).partition("?")[0]
+
+
+def _user(value: bytes) -> str:
+    """The user of Basic credentials; a password is no business of a gateway's."""
+    scheme, _, encoded = value.partition(b" ")
+    try:
+        if scheme.lower() != b"basic":
+            raise ValueError
+        return base64.b64decode(encoded.strip(b" "), validate=True).decode("utf-8").partition(":")[0]
+    except (binascii.Error, ValueError):
+        raise RefusedError(
+            400, "proxy_authorization_invalid", "write the handle as the user of the proxy URL"
+        ) from None

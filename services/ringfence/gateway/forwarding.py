@@ -1,0 +1,371 @@
+"""One request that was allowed: to its target with the credential, and the response back, streamed both ways."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+from ringfence.gateway.attempts import Attempt, Gate, Verdict
+from ringfence.gateway.framing import (
+    LAST_CHUNK,
+    Body,
+    ChunkedBody,
+    UntilClosed,
+    chunk,
+    response_body,
+)
+from ringfence.gateway.headers import request_head, response_head, switching_head
+from ringfence.gateway.hosts import Origin, origin_of
+from ringfence.gateway.redaction import Redactor, needles_of, redact
+from ringfence.gateway.refusals import RefusedError
+from ringfence.gateway.stream import ExpiredError, GoneError, Stream
+from ringfence.gateway.upstream import Upstreams
+from ringfence.gateway.websockets import accepts, asks_for_websocket, tunnel
+from ringfence.gateway.wire import RequestHead, ResponseHead, cut_head, parse_response
+from ringfence.kernel.errors import RingfenceError, UnavailableError
+
+_REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+"""What may be sent again where a connection that was kept turns out to be closed (RFC 9110, 9.2.2)."""
+_MOST_INTERIM: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Patiences:
+    """How long what is waited for, in seconds."""
+
+    head_s: float = 10.0
+    """For the whole head of a request, from its first byte."""
+    idle_s: float = 60.0
+    """For the next request of a connection."""
+    piece_s: float = 30.0
+    """For the next piece of a body from the agent, all of one that is read whole, and until it takes what is sent."""
+    connect_s: float = 5.0
+    response_s: float = 60.0
+    """For the head of the target's response, once the request is sent."""
+    stream_s: float = 300.0
+    """For the next piece of the target's response, and of a WebSocket."""
+
+
+@dataclass(slots=True)
+class Asked:
+    """An allowed request, and what of its body is still to come."""
+
+    head: RequestHead
+    attempt: Attempt
+    verdict: Verdict
+    body: Body
+    whole: bytes | None
+    """The body where it was read already: then `body` is done."""
+
+
+class Forwarder:
+    """Takes allowed requests to their targets."""
+
+    def __init__(self, gate: Gate, upstreams: Upstreams, patiences: Patiences) -> None:
+        self._gate = gate
+        self._upstreams = upstreams
+        self._patiences = patiences
+
+    async def forward(self, client: Stream, asked: Asked) -> bool:
+        """Send the request, and the response to the client. Whether the client's connection can be used again.
+
+        Raises RefusedError where nothing of a response was sent to the client yet, GoneError and ExpiredError where the
+        client does not do its part.
+        """
+        injected, origin = await self._prepared(asked.verdict)
+        exchange = _Exchange(client, asked, injected, origin, self._patiences)
+        unsubscribe = self._on_end(asked.verdict, exchange.lease_ended)
+        try:
+            return await self._exchange(exchange, origin)
+        finally:
+            unsubscribe()
+            exchange.finish()
+
+    async def _prepared(self, verdict: Verdict) -> tuple[Mapping[str, str], Origin]:
+        if verdict.target is None or verdict.lease is None:
+            raise RefusedError(503, "undecided", "the decision names no lease; try again")
+        try:
+            return await self._gate.injected(verdict), origin_of(self._gate.upstream(verdict.target))
+        except UnavailableError as error:
+            raise RefusedError(503, error.code, error.message, headers={"Retry-After": "1"}) from None
+
+    def _on_end(self, verdict: Verdict, ended: Callable[[], None]) -> Callable[[], None]:
+        assert verdict.lease is not None
+        return self._gate.on_end(verdict.lease.lease_id, ended)
+
+    async def _exchange(self, exchange: _Exchange, origin: Origin) -> bool:
+        upstream, reused = await self._upstreams.take(origin)
+        while True:
+            try:
+                response = await exchange.ask(upstream)
+            except _StaleError:
+                upstream.abort()
+                if not reused or not exchange.can_repeat:
+                    raise RefusedError(502, "target_gone", "the target closed the connection") from None
+                upstream, reused = await self._upstreams.take(origin, fresh=True)
+                continue
+            except BaseException:
+                upstream.abort()
+                raise
+            try:
+                keep_client, keep_upstream = await exchange.answer(upstream, response)
+            except BaseException:
+                upstream.abort()
+                raise
+            if keep_upstream:
+                self._upstreams.give_back(origin, upstream)
+            else:
+                upstream.abort()
+            return keep_client
+
+
+class _StaleError(RingfenceError):
+    """The target closed the connection before it said anything."""
+
+
+class _Exchange:
+    """One request and its response."""
+
+    def __init__(
+        self,
+        client: Stream,
+        asked: Asked,
+        injected: Mapping[str, str],
+        origin: Origin,
+        patiences: Patiences,
+    ) -> None:
+        self._client = client
+        self._asked = asked
+        self._patiences = patiences
+        self._needles = needles_of(tuple(injected.values()))
+        self._upstream: Stream | None = None
+        self._uploading: asyncio.Task[None] | None = None
+        self._refused: RefusedError | None = None
+        self._answering = False
+        self._now = asyncio.get_running_loop().time
+        self._upgrade = asks_for_websocket(asked.head)
+        whole, chunked = asked.whole, asked.head.chunked
+        self._in_chunks = chunked and whole is None
+        length = len(whole) if whole is not None and (chunked or whole) else asked.head.length
+        self._head = request_head(
+            asked.head,
+            asked.attempt.target,
+            origin.authority,
+            injected,
+            length=length,
+            upgrade=self._upgrade,
+        )
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether the same request may be sent again, and could be."""
+        return self._asked.head.method in _REPEATABLE and self._uploading is None and self._asked.body.done
+
+    def lease_ended(self) -> None:
+        """Nothing goes on under this lease any more, in neither direction."""
+        self._drop(RefusedError(403, "lease_ended", "the lease that allowed this has ended"))
+
+    def finish(self) -> None:
+        """Leave nothing behind."""
+        self._client.on_gone = None
+        if self._uploading is not None:
+            self._uploading.cancel()
+
+    async def ask(self, upstream: Stream) -> ResponseHead:
+        """Send the request; the head of the response, which is final or opens a WebSocket.
+
+        Raises _StaleError where the target closed the connection before it said anything, RefusedError for everything
+        else that is wrong with it.
+        """
+        self._upstream = upstream
+        if self._refused is not None:
+            raise self._refused
+        if not self._client.alive:
+            raise GoneError("the client left")
+        self._client.on_gone = self._client_left
+        self._send(upstream)
+        for interim in range(_MOST_INTERIM):
+            response = await self._response(upstream, began=interim > 0)
+            if response.status >= 200 or response.status == 101:
+                return response
+        raise RefusedError(502, "target_unreadable", "the target sends nothing but interim responses")
+
+    async def _response(self, upstream: Stream, *, began: bool) -> ResponseHead:
+        while True:
+            try:
+                head = cut_head(upstream.buffer)
+                if head is not None:
+                    return parse_response(head)
+            except RefusedError as error:
+                raise _unreadable(error) from None
+            await self._more(upstream, self._patiences.response_s, began=began or bool(upstream.buffer))
+
+    async def answer(self, upstream: Stream, response: ResponseHead) -> tuple[bool, bool]:
+        """Send the response to the client. Whether the connections of client and target can be used again."""
+        if response.status == 101:
+            await self._switch(upstream, response)
+            return False, False
+        body = response_body(response, self._asked.head.method)
+        if not body.done and response.known.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise RefusedError(
+                502,
+                "target_compresses",
+                "the target compressed its response though it was asked not to; nobody could see what it says",
+            )
+        until_closed = isinstance(body, UntilClosed)
+        modern = self._asked.head.minor == 1
+        in_chunks = isinstance(body, ChunkedBody) and modern
+        framed = not until_closed and (modern or not isinstance(body, ChunkedBody))
+        keep = framed and modern and b"close" not in self._asked.head.named and self._asked.body.done
+        head = response_head(response, chunked=in_chunks, close=not keep)
+        self._answering = True
+        await self._relay(upstream, body, redact(head, self._needles), in_chunks=in_chunks)
+        clean = (
+            not until_closed
+            and response.minor == 1
+            and b"close" not in response.named
+            and self._asked.body.done
+            and self._uploaded()
+        )
+        return keep and self._uploaded(), clean
+
+    # --- to the target ------------------------------------------------------------------------------------------------
+
+    def _send(self, upstream: Stream) -> None:
+        """Write the head and what there is of the body; what is still to come is sent on beside all else."""
+        asked = self._asked
+        if asked.whole is not None:
+            upstream.write(self._head + asked.whole)
+            return
+        if asked.body.done:
+            upstream.write(self._head)
+            return
+        first = asked.body.take(self._client.buffer)
+        upstream.write(self._head + self._framed(first))
+        if not asked.body.done:
+            self._uploading = asyncio.create_task(self._upload(upstream), name="upload")
+
+    def _framed(self, piece: bytes) -> bytes:
+        if not self._in_chunks:
+            return piece
+        framed = chunk(piece) if piece else b""
+        return framed + LAST_CHUNK if self._asked.body.done else framed
+
+    async def _upload(self, upstream: Stream) -> None:
+        body, client = self._asked.body, self._client
+        try:
+            while not body.done:
+                client.deadline = self._now() + self._patiences.piece_s
+                await client.more()
+                client.deadline = None
+                piece = self._framed(body.take(client.buffer))
+                if piece:
+                    upstream.write(piece)
+                upstream.deadline = self._now() + self._patiences.response_s
+                if upstream.blocked and not await _taken(upstream):
+                    return
+        except ExpiredError:
+            self._drop(RefusedError(408, "body_timeout", "the body of the request does not come"))
+        except RefusedError as error:
+            self._drop(error)
+        except GoneError:
+            upstream.abort()
+
+    def _uploaded(self) -> bool:
+        return self._uploading is None or self._uploading.done()
+
+    # --- to the client ------------------------------------------------------------------------------------------------
+
+    async def _relay(self, upstream: Stream, body: Body, head: bytes, *, in_chunks: bool) -> None:
+        client, redactor = self._client, Redactor(self._needles)
+        out = head
+        while True:
+            try:
+                piece = redactor.feed(body.take(upstream.buffer))
+            except RefusedError as error:
+                self._break_off(client, _unreadable(error))
+            if body.done:
+                piece += redactor.rest()
+            if piece:
+                out += chunk(piece) if in_chunks else piece
+            if body.done and in_chunks:
+                out += LAST_CHUNK
+            if out:
+                client.write(out)
+                out = b""
+            if client.blocked:
+                await self._drain_client()
+            if body.done:
+                return
+            try:
+                await self._more(upstream, self._patiences.stream_s, began=True)
+            except RefusedError as error:
+                if isinstance(body, UntilClosed) and error.code == "target_gone":
+                    client.write(redactor.rest())
+                    return
+                self._break_off(client, error)
+
+    async def _drain_client(self) -> None:
+        client = self._client
+        if self._uploaded():
+            client.deadline = self._now() + self._patiences.piece_s
+        await client.drained()
+        if self._uploaded():
+            client.deadline = None
+
+    def _break_off(self, client: Stream, error: RefusedError) -> NoReturn:
+        """A response that was begun cannot be ended well: the client has to see that it is cut off."""
+        client.fail(GoneError(error.message))
+        raise GoneError(error.message)
+
+    async def _switch(self, upstream: Stream, response: ResponseHead) -> None:
+        """Let a WebSocket pass until it, or the lease, ends."""
+        if not self._upgrade or not accepts(self._asked.head, response):
+            raise RefusedError(502, "target_unreadable", "the target switches to what nobody asked it for")
+        self._answering = True
+        self._client.write(redact(switching_head(response), self._needles))
+        await tunnel(self._client, upstream, Redactor(self._needles), idle_s=self._patiences.stream_s)
+
+    # --- what goes wrong ----------------------------------------------------------------------------------------------
+
+    async def _more(self, upstream: Stream, patience_s: float, *, began: bool) -> None:
+        upstream.deadline = self._now() + patience_s
+        try:
+            await upstream.more()
+        except ExpiredError:
+            raise RefusedError(504, "target_timeout", "the target does not answer in time") from None
+        except GoneError:
+            if not self._client.alive:
+                raise GoneError("the client left") from None
+            if not began:
+                raise _StaleError("the target closed the connection") from None
+            raise RefusedError(502, "target_gone", "the target closed the connection") from None
+        finally:
+            upstream.deadline = None
+
+    def _client_left(self) -> None:
+        if self._upstream is not None:
+            self._upstream.abort()
+
+    def _drop(self, error: RefusedError) -> None:
+        """Cut the target off, and the client where it has been sent something already."""
+        self._refused = error
+        if self._upstream is not None:
+            self._upstream.fail(error)
+        if self._answering:
+            self._client.fail(GoneError(error.message))
+
+
+async def _taken(upstream: Stream) -> bool:
+    """Whether a target took what was written; where it did not in time, whoever waits for its answer says so."""
+    try:
+        await upstream.drained()
+    except ExpiredError:
+        return False
+    return True
+
+
+def _unreadable(error: RefusedError) -> RefusedError:
+    return RefusedError(502, "target_unreadable", f"the target's response is not forwarded: {error.message}")

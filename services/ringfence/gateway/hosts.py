@@ -1,0 +1,86 @@
+"""Host and port of a request, spelled in the one way in which they are compared. What is spelled oddly is refused."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import re
+from dataclasses import dataclass
+from typing import Final, Literal
+from urllib.parse import urlsplit
+
+from ringfence.gateway.refusals import RefusedError
+
+Scheme = Literal["http", "https"]
+PORTS: Final[dict[str, int]] = {"http": 80, "https": 443}
+
+_AUTHORITY: Final = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::([1-9][0-9]{0,4}))?")
+_LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+_NUMBER: Final = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where requests are sent: a scheme, a host without brackets, a port, and how `Host` names the two."""
+
+    scheme: Scheme
+    host: str
+    port: int
+    authority: str
+
+
+@functools.lru_cache(maxsize=4096)
+def canonical(authority: str, scheme: Scheme) -> str:
+    """`host[:port]` in lower case, without the port that the scheme has anyway, IPv6 in its short form.
+
+    Raises RefusedError for user information, an empty or odd port, a trailing dot, an address that readers
+    understand differently (`127.1`, `0x7f.1`, `010.0.0.1`), a zone id, and whatever else is no host.
+    """
+    host, port = split(authority, scheme)
+    shown = f"[{host}]" if ":" in host else host
+    return shown if port == PORTS[scheme] else f"{shown}:{port}"
+
+
+def split(authority: str, scheme: Scheme) -> tuple[str, int]:
+    """Host, without brackets, and port. Raises RefusedError as `canonical` does."""
+    found = _AUTHORITY.fullmatch(authority)
+    if found is None:
+        raise _odd(authority)
+    port = int(found[2]) if found[2] else PORTS[scheme]
+    if port > 65535:
+        raise _odd(authority)
+    return _host(found[1].lower(), authority), port
+
+
+@functools.lru_cache(maxsize=1024)
+def origin_of(url: str) -> Origin:
+    """The origin of `https://host[:port]`. Raises RefusedError (502) where it is none."""
+    parts = urlsplit(url)
+    if parts.scheme not in PORTS or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise RefusedError(502, "target_misconfigured", "the target says no usable URL; ask an operator")
+    scheme: Scheme = "https" if parts.scheme == "https" else "http"
+    host, port = split(parts.netloc, scheme)
+    return Origin(scheme, host, port, canonical(parts.netloc, scheme))
+
+
+def _host(host: str, authority: str) -> str:
+    if host.startswith("["):
+        try:
+            return str(ipaddress.IPv6Address(host[1:-1]))
+        except ValueError:
+            raise _odd(authority) from None
+    labels = host.split(".")
+    if _NUMBER.fullmatch(labels[-1]):
+        try:
+            return str(ipaddress.IPv4Address(host))
+        except ValueError:
+            raise _odd(authority) from None
+    if not all(_LABEL.fullmatch(label) for label in labels):
+        raise _odd(authority)
+    return host
+
+
+def _odd(authority: str) -> RefusedError:
+    return RefusedError(
+        400, "host_invalid", f"{authority[:80]!r} is no host[:port] that all would read alike"
+    )

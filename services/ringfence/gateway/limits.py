@@ -1,0 +1,95 @@
+"""How much of the gateway one sender may have, so that none takes it from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ringfence.gateway.refusals import RefusedError
+
+_TOO_MANY_KEYS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What everybody may have. A sender is a task, a client certificate, an agent, or an address."""
+
+    connections: int = 4096
+    """All of them together."""
+    connections_each: int = 256
+    """Of one address or one task's socket."""
+    concurrent_each: int = 64
+    """Requests at a time."""
+    per_second_each: float = 1000.0
+    burst_each: int = 2000
+
+
+class Limits:
+    """What everybody has at the moment."""
+
+    def __init__(self, allowance: Allowance, seconds: Callable[[], float]) -> None:
+        """`seconds`: a clock that only goes forward."""
+        self._allowed = allowance
+        self._seconds = seconds
+        self.connections = 0
+        self._connections: dict[str, int] = {}
+        self._running: dict[str, int] = {}
+        self._buckets: dict[str, tuple[float, float]] = {}
+        """By sender: how many requests it had left, and when that was."""
+
+    def connect(self, sender: str) -> bool:
+        """Whether this sender may have one more connection; then it has."""
+        having = self._connections.get(sender, 0)
+        if self.connections >= self._allowed.connections or having >= self._allowed.connections_each:
+            return False
+        self.connections += 1
+        self._connections[sender] = having + 1
+        return True
+
+    def disconnect(self, sender: str) -> None:
+        """The sender has one connection less."""
+        self.connections -= 1
+        _less(self._connections, sender)
+
+    def ask(self, sender: str) -> None:
+        """Count a request against the sender's rate. Raises RefusedError (429), which counts for nothing."""
+        now = self._seconds()
+        left, then = self._buckets.get(sender, (float(self._allowed.burst_each), now))
+        left = min(self._allowed.burst_each, left + (now - then) * self._allowed.per_second_each)
+        if left < 1:
+            raise _too_many("requests a second", (1 - left) / self._allowed.per_second_each)
+        if len(self._buckets) > _TOO_MANY_KEYS:
+            self._forget_the_idle(now)
+        self._buckets[sender] = (left - 1, now)
+
+    def begin(self, sender: str) -> None:
+        """The sender has one more request under way. Raises RefusedError (429)."""
+        running = self._running.get(sender, 0)
+        if running >= self._allowed.concurrent_each:
+            raise _too_many("requests at a time", 1.0)
+        self._running[sender] = running + 1
+
+    def end(self, sender: str) -> None:
+        """The sender has one request less under way."""
+        _less(self._running, sender)
+
+    def _forget_the_idle(self, now: float) -> None:
+        full_s = self._allowed.burst_each / self._allowed.per_second_each
+        for sender, (_, then) in list(self._buckets.items()):
+            if now - then > full_s:
+                del self._buckets[sender]
+
+
+def _less(counts: dict[str, int], sender: str) -> None:
+    counts[sender] -= 1
+    if not counts[sender]:
+        del counts[sender]
+
+
+def _too_many(what: str, wait_s: float) -> RefusedError:
+    return RefusedError(
+        429,
+        "too_many_requests",
+        f"too many {what} from this sender; wait and try again",
+        headers={"Retry-After": str(max(1, round(wait_s)))},
+    )

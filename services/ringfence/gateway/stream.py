@@ -1,0 +1,213 @@
+"""One connection, as a coroutine sees it: what has come, what has not gone yet, and when patience ends.
+
+Both ways are bounded. Beyond `HIGH_BYTES` that nobody has read yet the reading from the network stops, and what the
+other side does not take is for the writer to wait for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+from ringfence.kernel.errors import RingfenceError
+
+HIGH_BYTES: Final = 64 * 1024
+
+
+class GoneError(RingfenceError):
+    """The other side of a connection is gone."""
+
+    code = "gone"
+
+
+class ExpiredError(RingfenceError):
+    """The other side of a connection did not do in time what it had to."""
+
+    code = "expired"
+
+
+class Stream(asyncio.Protocol):
+    """A connection. One coroutine reads, one writes; they may be the same."""
+
+    __slots__ = (
+        "_drained", "_failure", "_on_lost", "_on_made", "_paused", "_readable", "blocked", "buffer", "deadline",
+        "on_gone", "transport",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        on_made: Callable[[Stream], None] | None = None,
+        on_lost: Callable[[Stream], None] | None = None,
+    ) -> None:
+        """Each is called once: when the connection is there, and when it is lost."""
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self.buffer = bytearray()
+        """What has come and was not taken yet."""
+        self.deadline: float | None = None
+        """When patience ends, by the loop's clock. Whoever waits then gets ExpiredError."""
+        self.blocked = False
+        """Whether the other side takes too little: wait in `drained` before you write more."""
+        self.on_gone: Callable[[], None] | None = None
+        """Called once when the connection is lost, by whoever uses it now."""
+        self._on_made = on_made
+        self._on_lost = on_lost
+        self._paused = False
+        self._failure: RingfenceError | None = None
+        self._readable: asyncio.Future[None] | None = None
+        self._drained: asyncio.Future[None] | None = None
+
+    # --- what the loop calls ------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=HIGH_BYTES)
+        if self._on_made is not None:
+            self._on_made(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        if len(self.buffer) > HIGH_BYTES and not self._paused:
+            self._paused = True
+            self.transport.pause_reading()
+        _wake(self._readable)
+
+    def pause_writing(self) -> None:
+        self.blocked = True
+
+    def resume_writing(self) -> None:
+        self.blocked = False
+        _wake(self._drained)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._fail(GoneError("the other side closed the connection"))
+        if self.on_gone is not None:
+            self.on_gone()
+            self.on_gone = None
+        if self._on_lost is not None:
+            self._on_lost(self)
+            self._on_lost = None
+
+    # --- what a coroutine calls ---------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether something could still be read or written."""
+        return self._failure is None and not self.transport.is_closing()
+
+    async def more(self) -> None:
+        """Wait until more has come. Raises GoneError, ExpiredError, or what `fail` was given."""
+        if self._failure is not None:
+            raise self._failure
+        if self._paused:
+            self._paused = False
+            self.transport.resume_reading()
+        self._readable = asyncio.get_running_loop().create_future()
+        try:
+            await self._readable
+        finally:
+            self._readable = None
+
+    def write(self, data: bytes) -> None:
+        """Send. See `blocked`."""
+        self.transport.write(data)
+
+    async def drained(self) -> None:
+        """Wait until the other side has taken most of what was written. Raises as `more` does."""
+        if self._failure is not None:
+            raise self._failure
+        if not self.blocked:
+            return
+        self._drained = asyncio.get_running_loop().create_future()
+        try:
+            await self._drained
+        finally:
+            self._drained = None
+
+    def fail(self, error: RingfenceError) -> None:
+        """Drop the connection, and whatever was not sent; whoever waits gets this error, and who comes later."""
+        self._fail(error)
+        self.abort()
+
+    def expire(self) -> None:
+        """End the patience. The connection stays, so that it can be said."""
+        self.deadline = None
+        error = ExpiredError("the other side took too long")
+        for waiter in (self._readable, self._drained):
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(error)
+
+    def close(self) -> None:
+        """Close once all is sent."""
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self.transport.abort()
+
+    async def open_tls(self, context: ssl.SSLContext, *, timeout_s: float) -> None:
+        """Be the server of TLS from here on. Raises GoneError where the client does not agree to it in time."""
+        loop = asyncio.get_running_loop()
+        try:
+            transport = await loop.start_tls(
+                self.transport, self, context, server_side=True, ssl_handshake_timeout=timeout_s
+            )
+        except OSError:
+            raise GoneError("the client did not agree to TLS") from None
+        if transport is None:
+            raise GoneError("the client left while TLS was opened")
+        self.transport = transport
+        self.transport.set_write_buffer_limits(high=HIGH_BYTES)
+
+    def peer_certificate(self) -> Any:
+        """The verified certificate of the other side, as `ssl` gives it; None where there is none."""
+        return self.transport.get_extra_info("peercert")
+
+    def _fail(self, error: RingfenceError) -> None:
+        if self._failure is None:
+            self._failure = error
+        for waiter in (self._readable, self._drained):
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(self._failure)
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
+
+
+class Patience:
+    """Ends the patience of streams: one timer for all, as one for each wait would cost more than the wait."""
+
+    def __init__(self, *, every_s: float = 0.25) -> None:
+        self._streams: set[Stream] = set()
+        self._every_s = every_s
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, stream: Stream) -> None:
+        """Look at this stream's deadline from now on."""
+        self._streams.add(stream)
+
+    def forget(self, stream: Stream) -> None:
+        """Look at it no more."""
+        self._streams.discard(stream)
+
+    def start(self) -> None:
+        """Begin to look, in the running loop."""
+        self._look()
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for stream in list(self._streams):
+            if stream.deadline is not None and stream.deadline <= now:
+                stream.expire()
+        self._timer = loop.call_later(self._every_s, self._look)

@@ -1,0 +1,215 @@
+"""The head of an HTTP/1.1 message, read strictly: what two readers could understand differently is refused.
+
+RFC 9112 lets a recipient be lenient in places, and each such place is a way to smuggle a request past a decision.
+Nothing is repaired here, and field lines are kept as they were sent.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from ringfence.gateway.refusals import RefusedError
+
+MAX_HEAD_BYTES: Final = 32 * 1024
+MAX_FIELDS: Final = 100
+MAX_LENGTH: Final = 1 << 50
+END: Final = b"\r\n\r\n"
+
+_TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
+_REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb"{1,32}) ([!-~]{1,8192}) HTTP/1\.([01])\r\n")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])( [\t -~\x80-\xff]*)?\r\n")
+_FIELD: Final = _TOKEN + rb"{1,256}:[\t -~\x80-\xff]*\r\n"
+_FIELDS: Final = re.compile(rb"(?:" + _FIELD + rb")*")
+_LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,15}")
+_NEVER: Final = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
+
+_ONCE: Final = frozenset({
+    b"host", b"content-length", b"transfer-encoding", b"authorization", b"proxy-authorization", b"dpop", b"expect",
+    b"upgrade", b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-accept", b"content-encoding",
+    b"x-ringfence-label",
+})  # fmt: skip
+_WATCHED: Final = _ONCE | {b"connection"}
+
+OVERRIDES: Final = frozenset({
+    b"x-http-method-override", b"x-http-method", b"x-method-override", b"x-original-url", b"x-rewrite-url",
+    b"x-original-uri", b"x-original-method",
+})  # fmt: skip
+"""By these a target may do another thing than the request line says, which is what is decided on."""
+
+
+@dataclass(slots=True)
+class Head:
+    """What every message has."""
+
+    minor: int
+    """Of the version: HTTP/1.`minor`."""
+    fields: list[tuple[bytes, bytes]]
+    """In order: the name in lower case, and the whole line as it was sent, without its end."""
+    known: dict[bytes, bytes]
+    """The values of those that mean something here, each of which came once. Those of `Connection` are joined."""
+    length: int | None
+    """What `Content-Length` says."""
+    chunked: bool
+    named: frozenset[bytes]
+    """What `Connection` names, in lower case."""
+
+
+@dataclass(slots=True)
+class RequestHead(Head):
+    """A request line and its fields."""
+
+    method: str
+    target: str
+
+
+@dataclass(slots=True)
+class ResponseHead(Head):
+    """A status line and its fields."""
+
+    status: int
+    line: bytes
+
+
+def cut_head(buffer: bytearray) -> bytes | None:
+    """Take a head out of what has come, without its empty line; None where more has to come.
+
+    Raises RefusedError for one that is too long, or can be none whatever comes.
+    """
+    end = buffer.find(END, 0, MAX_HEAD_BYTES)
+    if end < 0:
+        if len(buffer) >= MAX_HEAD_BYTES:
+            raise RefusedError(
+                431, "head_too_large", f"the head of a message may have {MAX_HEAD_BYTES} bytes"
+            )
+        if _NEVER.search(buffer):
+            raise _malformed("a bare CR or LF, or a NUL, in its head")
+        return None
+    head = bytes(buffer[: end + 2])
+    del buffer[: end + 4]
+    return head
+
+
+def parse_request(head: bytes) -> RequestHead:
+    """A request from its head, as `cut_head` gives it. Raises RefusedError.
+
+    Only a CONNECT of HTTP/1.0 may come without `Host`: Python sent it so before 3.12.
+    """
+    line = _REQUEST_LINE.match(head)
+    if line is None:
+        raise _malformed("its first line is not METHOD TARGET HTTP/1.1")
+    fields, known = _parse_fields(head[line.end() :])
+    minor = line[3][0] - 48
+    length, chunked, named = _framing(known, minor)
+    if b"host" not in known and not (minor == 0 and line[1] == b"CONNECT"):
+        raise _malformed("Host is missing")
+    for name, _ in fields:
+        if name in OVERRIDES:
+            raise RefusedError(
+                400,
+                "override_refused",
+                f"{name.decode()} would make the target do another thing than what is decided on; leave it out",
+            )
+    return RequestHead(
+        minor, fields, known, length, chunked, named, line[1].decode("ascii"), line[2].decode("ascii")
+    )
+
+
+def parse_response(head: bytes) -> ResponseHead:
+    """A response from its head. Raises RefusedError."""
+    line = _STATUS_LINE.match(head)
+    if line is None:
+        raise _malformed("its first line is not HTTP/1.1 STATUS")
+    fields, known = _parse_fields(head[line.end() :])
+    length, chunked, named = _framing(known, line[1][0] - 48)
+    return ResponseHead(
+        line[1][0] - 48, fields, known, length, chunked, named, int(line[2]), head[9 : line.end() - 2]
+    )
+
+
+def check_trailers(lines: bytes) -> None:
+    """Raises RefusedError where these are no field lines. Nothing is kept of them."""
+    if _FIELDS.fullmatch(lines) is None:
+        raise _malformed("its trailers are no field lines")
+
+
+def _parse_fields(block: bytes) -> tuple[list[tuple[bytes, bytes]], dict[bytes, bytes]]:
+    if _FIELDS.fullmatch(block) is None:
+        raise _malformed(_complaint(block))
+    lines = block.split(b"\r\n")
+    lines.pop()
+    if len(lines) > MAX_FIELDS:
+        raise RefusedError(431, "too_many_fields", f"a message may have {MAX_FIELDS} header fields")
+    fields: list[tuple[bytes, bytes]] = []
+    known: dict[bytes, bytes] = {}
+    for line in lines:
+        name, _, value = line.partition(b":")
+        name = name.lower()
+        fields.append((name, line))
+        if name in _WATCHED:
+            if name not in known:
+                known[name] = value.strip(b" \t")
+            elif name in _ONCE:
+                raise _malformed(f"{name.decode()} comes twice")
+            else:
+                known[name] += b"," + value
+        elif b"_" in name and _reads_as_another(name):
+            raise _malformed(f"{name.decode()} is read as another name by some; write it with hyphens")
+    return fields, known
+
+
+def _framing(known: dict[bytes, bytes], minor: int) -> tuple[int | None, bool, frozenset[bytes]]:
+    coding, given = known.get(b"transfer-encoding"), known.get(b"content-length")
+    if coding is not None:
+        if coding != b"chunked":
+            raise _malformed("a Transfer-Encoding other than 'chunked'")
+        if given is not None:
+            raise _malformed("both Transfer-Encoding and Content-Length")
+        if minor == 0:
+            raise _malformed("a Transfer-Encoding in HTTP/1.0")
+    length = None
+    if given is not None:
+        length = _length(given)
+    connection = known.get(b"connection")
+    named = (
+        frozenset(option.strip(b" \t") for option in connection.lower().split(b","))
+        if connection
+        else frozenset()
+    )
+    return length, coding is not None, named
+
+
+def _length(given: bytes) -> int:
+    if _LENGTH.fullmatch(given) is None or int(given) > MAX_LENGTH:
+        raise _malformed("a Content-Length that is no number")
+    return int(given)
+
+
+def _reads_as_another(name: bytes) -> bool:
+    """Whether a target that takes `_` for `-` would read a name that means something, here or there."""
+    dashed = name.replace(b"_", b"-")
+    return (
+        dashed in _WATCHED
+        or dashed in OVERRIDES
+        or dashed.startswith((b"x-forwarded-", b"proxy-", b"forwarded"))
+    )
+
+
+def _complaint(block: bytes) -> str:
+    """What is wrong with field lines that are none."""
+    if b"\x00" in block:
+        return "a NUL in its head"
+    for line in block.split(b"\r\n")[:-1]:
+        if line[:1] in (b" ", b"\t"):
+            return "a header field that goes on in another line"
+        if b"\r" in line or b"\n" in line:
+            return "a bare CR or LF in its head"
+        name = line.partition(b":")[0]
+        if name[-1:] in (b" ", b"\t"):
+            return "white space before a colon"
+    return "a header field that is none"
+
+
+def _malformed(what: str) -> RefusedError:
+    return RefusedError(400, "malformed_http", f"the message cannot be understood for certain: {what}")

@@ -1,0 +1,80 @@
+"""A gateway's data plane in front of one target, both listening for real."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import uvloop
+
+from ringfence.gateway.forwarding import Patiences
+from ringfence.gateway.limits import Allowance
+from ringfence.gateway.plane import DataPlane
+from tests.gateway.raw import Raw, connected
+from tests.gateway.table_gate import Entry, TableGate
+from tests.gateway.target import Target
+
+NAME = "gateway.test"
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """As the gateway runs: some of what is tested here the loop does."""
+    return {"uvloop": uvloop.new_event_loop}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents and pytest_asyncio.is_async_test(item):
+            item.add_marker(pytest.mark.asyncio(loop_scope="package"), append=False)
+
+
+@dataclass
+class Place:
+    """Target `api`, known as api.test as well, behind a plane that is gateway.test."""
+
+    target: Target
+    gate: TableGate
+    plane: DataPlane
+    port: int
+
+    @contextlib.asynccontextmanager
+    async def connected(self) -> AsyncIterator[Raw]:
+        async with connected(self.port) as raw:
+            yield raw
+
+
+@contextlib.asynccontextmanager
+async def placed(
+    target: Target | None = None,
+    *,
+    allowance: Allowance | None = None,
+    patiences: Patiences | None = None,
+) -> AsyncIterator[Place]:
+    async with (target or Target()).serving() as serving:
+        gate = TableGate({"api": Entry(f"http://127.0.0.1:{serving.port}", frozenset({"api.test"}))})
+        plane = DataPlane(
+            gate,
+            knows=gate.knows,
+            hosts=gate.hosts,
+            allowance=allowance or Allowance(),
+            patiences=patiences or Patiences(),
+        )
+        await plane.start()
+        port = await plane.listen("127.0.0.1", 0, names=[NAME])
+        try:
+            yield Place(serving, gate, plane, port)
+        finally:
+            await plane.close()
+
+
+@pytest_asyncio.fixture(loop_scope="package")
+async def place() -> AsyncIterator[Place]:
+    async with placed() as place:
+        yield place

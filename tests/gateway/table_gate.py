@@ -1,0 +1,153 @@
+"""A small decision core for data planes: a table of targets, with their real maps, and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ringfence.gateway.attempts import Attempt, Presented, Verdict
+from ringfence.kernel.errors import UnavailableError
+from ringfence.messages.credential import Reason
+from ringfence.messages.lease import Lease
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import BackendSettings, RequestRule, TargetState, VerbFloor
+from ringfence.model.request_map import RequestMap
+
+SECRET = "s3cret-of-the-target-0123456789"
+TASK = str(uuid.UUID(int=7))
+
+
+def rule(method: str, path: str, verb: str, resource: str, **more: dict[str, tuple[str, ...]]) -> RequestRule:
+    return RequestRule(method=method, path=path, verb=verb, resource=resource, **more)
+
+
+RULES = (
+    rule("GET", "/", "read", "root"),
+    rule("GET", "/files/{path*}", "read", "files/{path*}"),
+    rule("HEAD", "/files/{path*}", "read", "files/{path*}"),
+    rule("PUT", "/files/{path*}", "write", "files/{path*}"),
+    rule("POST", "/files/{path*}", "write", "files/{path*}"),
+    rule("DELETE", "/files/{path*}", "delete", "files/{path*}"),
+    rule("POST", "/runs/{env}", "dry-run", "env/{env}", body={"mode": ("dry",)}),
+    rule("POST", "/runs/{env}", "run", "env/{env}"),
+)
+
+
+@dataclass
+class Entry:
+    """One target of the table."""
+
+    url: str
+    authorities: frozenset[str]
+    rules: tuple[RequestRule, ...] = RULES
+    verbs: frozenset[str] = frozenset({"read", "write", "dry-run"})
+    injected: Mapping[str, str] = field(default_factory=lambda: {"Authorization": f"Bearer {SECRET}"})
+
+
+def lease_of(target_id: str, agent_id: str = "helper", number: int = 1) -> Lease:
+    id = str(uuid.UUID(int=number))
+    return Lease(
+        iss="spiffe://test.example/service/issuer", aud="test.example", iat=1, jti=id, lease_id=id, seq=1,
+        status="active", request_id=id, decision_id=id, decision_digest="0" * 64, agent_id=agent_id, act=(agent_id,),
+        sponsor="sam", on_behalf_of="sam", task_id=TASK, target_id=target_id, backend="http", delivery="gateway",
+        scope=(Permission(target=target_id, verbs=("read",), resources=("files/**",)),), requested_at_ms=1,
+        deadline=2**40,
+    )  # fmt: skip
+
+
+class TableGate:
+    """Decides by the table. `records` has all of it."""
+
+    def __init__(self, targets: Mapping[str, Entry]) -> None:
+        self.targets = dict(targets)
+        self.records: list[tuple[Presented, Attempt, Verdict]] = []
+        self.available = True
+        self.credentials = True
+        self.handles: frozenset[str] | None = None
+        """Those that count, where not every sender does."""
+        self.leases = {id: lease_of(id, number=at) for at, id in enumerate(self.targets, 1)}
+        self.watching: dict[str, list[Callable[[], None]]] = {}
+        self.keeps_records = True
+        self._states = {id: _state(id, entry) for id, entry in self.targets.items()}
+        self._maps = {id: RequestMap(entry.rules) for id, entry in self.targets.items()}
+
+    @property
+    def hosts(self) -> list[str]:
+        return [one.rpartition(":")[0] or one for entry in self.targets.values() for one in entry.authorities]
+
+    @property
+    def last(self) -> tuple[Presented, Attempt, Verdict]:
+        return self.records[-1]
+
+    def knows(self, authority: str) -> bool:
+        return any(authority in entry.authorities for entry in self.targets.values())
+
+    def reads_body(self, attempt: Attempt) -> bool:
+        target_id = self._target(attempt)
+        return target_id is not None and any(
+            one.body and one.method == attempt.method for one in self.targets[target_id].rules
+        )
+
+    async def decide(self, presented: Presented, attempt: Attempt) -> Verdict:
+        verdict = self._decided(presented, attempt)
+        if self.keeps_records:
+            self.records.append((presented, attempt, verdict))
+        return verdict
+
+    async def injected(self, verdict: Verdict) -> Mapping[str, str]:
+        if not self.credentials:
+            raise UnavailableError("the credential is not here yet; try again")
+        assert verdict.target is not None
+        return self.targets[verdict.target.target_id].injected
+
+    def upstream(self, target: TargetState) -> str:
+        return self.targets[target.target_id].url
+
+    def on_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
+        watching = self.watching.setdefault(lease_id, [])
+        watching.append(ended)
+        return lambda: watching.remove(ended)
+
+    def end(self, target_id: str) -> None:
+        for ended in list(self.watching.get(self.leases[target_id].lease_id, ())):
+            ended()
+
+    def _target(self, attempt: Attempt) -> str | None:
+        if attempt.target_id is not None:
+            return attempt.target_id if attempt.target_id in self.targets else None
+        return next(
+            (id for id, entry in self.targets.items() if attempt.authority in entry.authorities), None
+        )
+
+    def _decided(self, presented: Presented, attempt: Attempt) -> Verdict:
+        if not self.available:
+            return _denied(503, "view_stale", "nothing can be decided now")
+        if self.handles is not None and presented.handle not in self.handles:
+            return _denied(401, "unknown_sender", "nobody knows who sends this")
+        target_id = self._target(attempt)
+        if target_id is None:
+            return _denied(403, "target_unknown", "there is no such target")
+        action = self._maps[target_id].action(attempt.method, attempt.target, attempt.body)
+        if action is None or action.verb not in self.targets[target_id].verbs:
+            return _denied(403, "out_of_scope", "no lease of the task allows this")
+        return Verdict("action", True, 200, (), self.leases[target_id], self._states[target_id], action)
+
+
+def _denied(status: int, code: str, message: str) -> Verdict:
+    return Verdict(str(uuid.uuid4()), False, status, (Reason(code=code, message=message),))
+
+
+def _state(id: str, entry: Entry) -> TargetState:
+    verbs = dict.fromkeys(one.verb for one in entry.rules)
+    return TargetState(
+        target_id=id, description="a target", backend=BackendSettings(kind="http"),
+        verbs=tuple(VerbFloor(verb=verb) for verb in verbs), requests=entry.rules, max_ttl_s=60, keys=(),
+        status="active",
+    )  # fmt: skip
+
+
+def with_entry(gate: TableGate, target_id: str, **changes: object) -> None:
+    """Change one target of the table."""
+    gate.targets[target_id] = dataclasses.replace(gate.targets[target_id], **changes)  # type: ignore[arg-type]
