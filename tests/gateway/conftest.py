@@ -50,6 +50,17 @@ class Place:
             yield raw
 
 
+@pytest_asyncio.fixture(autouse=True, loop_scope="package")
+async def _in_time() -> AsyncIterator[None]:
+    """The signal of a time-out does not get through to a loop that waits outside Python."""
+    task = asyncio.current_task()
+    timer = asyncio.get_running_loop().call_later(
+        60, lambda: [one.cancel() for one in asyncio.all_tasks() if one is not task]
+    )
+    yield
+    timer.cancel()
+
+
 @contextlib.asynccontextmanager
 async def placed(
     target: Target | None = None,

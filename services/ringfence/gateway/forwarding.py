@@ -257,6 +257,7 @@ class _Exchange:
         body, client = self._asked.body, self._client
         try:
             while not body.done:
+                upstream.deadline = None  # it is not the target that is waited for
                 client.deadline = self._now() + self._patiences.piece_s
                 await client.more()
                 client.deadline = None
@@ -331,7 +332,7 @@ class _Exchange:
     # --- what goes wrong ----------------------------------------------------------------------------------------------
 
     async def _more(self, upstream: Stream, patience_s: float, *, began: bool) -> None:
-        upstream.deadline = self._now() + patience_s
+        upstream.deadline = self._now() + patience_s if self._uploaded() else None
         try:
             await upstream.more()
         except ExpiredError:

@@ -103,11 +103,12 @@ class Stream(asyncio.Protocol):
         if self._paused:
             self._paused = False
             self.transport.resume_reading()
-        self._readable = asyncio.get_running_loop().create_future()
+        waiter = self._readable = asyncio.get_running_loop().create_future()
         try:
-            await self._readable
+            await waiter
         finally:
-            self._readable = None
+            if self._readable is waiter:  # who waited was cancelled, and somebody else waits already
+                self._readable = None
 
     def write(self, data: bytes) -> None:
         """Send. See `blocked`."""
@@ -119,11 +120,12 @@ class Stream(asyncio.Protocol):
             raise self._failure
         if not self.blocked:
             return
-        self._drained = asyncio.get_running_loop().create_future()
+        waiter = self._drained = asyncio.get_running_loop().create_future()
         try:
-            await self._drained
+            await waiter
         finally:
-            self._drained = None
+            if self._drained is waiter:
+                self._drained = None
 
     def fail(self, error: RingfenceError) -> None:
         """Drop the connection, and whatever was not sent; whoever waits gets this error, and who comes later."""
