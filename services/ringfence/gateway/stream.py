@@ -32,8 +32,8 @@ class Stream(asyncio.Protocol):
     """A connection. One coroutine reads, one writes; they may be the same."""
 
     __slots__ = (
-        "_drained", "_failure", "_on_lost", "_on_made", "_paused", "_readable", "blocked", "buffer", "deadline",
-        "on_gone", "transport",
+        "_drained", "_failure", "_on_lost", "_on_made", "_paused", "_readable", "_unseen", "blocked", "buffer",
+        "deadline", "on_gone", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +54,8 @@ class Stream(asyncio.Protocol):
         self._on_made = on_made
         self._on_lost = on_lost
         self._paused = False
+        self._unseen = False
+        """Whether something came while nobody waited."""
         self._failure: RingfenceError | None = None
         self._readable: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
@@ -71,7 +73,10 @@ class Stream(asyncio.Protocol):
         if len(self.buffer) > HIGH_BYTES and not self._paused:
             self._paused = True
             self.transport.pause_reading()
-        _wake(self._readable)
+        if self._readable is not None and not self._readable.done():
+            self._readable.set_result(None)
+        else:
+            self._unseen = True
 
     def pause_writing(self) -> None:
         self.blocked = True
@@ -97,7 +102,10 @@ class Stream(asyncio.Protocol):
         return self._failure is None and not self.transport.is_closing()
 
     async def more(self) -> None:
-        """Wait until more has come. Raises GoneError, ExpiredError, or what `fail` was given."""
+        """Wait until more has come since somebody was last told. Raises GoneError, ExpiredError, or what `fail` got."""
+        if self._unseen:
+            self._unseen = False
+            return
         if self._failure is not None:
             raise self._failure
         if self._paused:
@@ -130,6 +138,7 @@ class Stream(asyncio.Protocol):
     def fail(self, error: RingfenceError) -> None:
         """Drop the connection, and whatever was not sent; whoever waits gets this error, and who comes later."""
         self._fail(error)
+        self._unseen = False
         self.abort()
 
     def expire(self) -> None:
