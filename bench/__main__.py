@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bench import backends, bus, credentials, ends, idle, killswitch, leases, policy, rebuild
+from bench import backends, bus, credentials, ends, gateway, idle, killswitch, leases, policy, rebuild
 from bench.machine import describe
 
 BENCHMARKS = {
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "rebuild": rebuild.run,
     "policy": policy.run,
     "backends": backends.run,
+    "gateway": gateway.run,
 }
 
 
