@@ -45,7 +45,7 @@ def asked(request: RequestHead, way: Way, knows: Callable[[str], bool]) -> tuple
         authority = canonical(host, scheme)
     elif canonical(host, scheme) != authority:
         raise RefusedError(400, "host_disagrees", "Host names another host than the request line")
-    if way.inside is not None and authority != way.inside:
+    if way.inside is not None and (scheme, authority) != ("https", way.inside):
         raise RefusedError(
             400, "host_disagrees", "the request is for another host than the CONNECT that it came through"
         )
@@ -114,10 +114,11 @@ def _user(value: bytes) -> str:
     """The user of Basic credentials; a password is no business of a gateway's."""
     scheme, _, encoded = value.partition(b" ")
     try:
-        if scheme.lower() != b"basic":
-            raise ValueError
-        return base64.b64decode(encoded.strip(b" "), validate=True).decode("utf-8").partition(":")[0]
+        user = base64.b64decode(encoded.strip(b" "), validate=True).decode("utf-8").partition(":")[0]
     except (binascii.Error, ValueError):
+        user = ""
+    if scheme.lower() != b"basic" or not user:
         raise RefusedError(
             400, "proxy_authorization_invalid", "write the handle as the user of the proxy URL"
-        ) from None
+        )
+    return user

@@ -284,11 +284,11 @@ class _Exchange:
         out = head
         while True:
             try:
-                piece = redactor.feed(body.take(upstream.buffer))
+                piece = body.take(upstream.buffer)
             except RefusedError as error:
                 self._break_off(client, _unreadable(error))
-            if body.done:
-                piece += redactor.rest()
+            if piece or body.done:
+                piece = redactor.last(piece) if body.done else redactor.feed(piece)
             if piece:
                 out += chunk(piece) if in_chunks else piece
             if body.done and in_chunks:
@@ -304,7 +304,7 @@ class _Exchange:
                 await self._more(upstream, self._patiences.stream_s, began=True)
             except RefusedError as error:
                 if isinstance(body, UntilClosed) and error.code == "target_gone":
-                    client.write(redactor.rest())
+                    client.write(redactor.last(b""))
                     return
                 self._break_off(client, error)
 

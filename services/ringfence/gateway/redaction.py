@@ -66,11 +66,11 @@ class Redactor:
         self._kept, self._sent = data[start:], end - start
         return data[sent:end]
 
-    def rest(self) -> bytes:
-        """What was held back, at the end."""
-        kept, self._kept = self._kept[self._sent :], b""
-        self._sent = 0
-        return kept
+    def last(self, piece: bytes) -> bytes:
+        """What may go on at the end: nothing is held back any more."""
+        data, sent = redact(self._kept + piece if self._kept else piece, self._needles), self._sent
+        self._kept, self._sent = b"", 0
+        return data[sent:] if sent else data
 
 
 def _secrets(value: str) -> set[str]:

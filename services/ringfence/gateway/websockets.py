@@ -64,7 +64,7 @@ async def tunnel(client: Stream, upstream: Stream, redactor: Redactor, *, idle_s
             await pass_on(source, sink, through)
         except (GoneError, ExpiredError, RingfenceError):
             if through is not None and sink.alive:
-                sink.write(through.rest())
+                sink.write(through.last(b""))
             sink.close()
             source.close()
 

@@ -77,6 +77,8 @@ def cut_head(buffer: bytearray) -> bytes | None:
 
     Raises RefusedError for one that is too long, or can be none whatever comes.
     """
+    if not buffer:
+        return None
     end = buffer.find(END, 0, MAX_HEAD_BYTES)
     if end < 0:
         if len(buffer) >= MAX_HEAD_BYTES:

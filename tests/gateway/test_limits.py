@@ -1,0 +1,194 @@
+"""What one sender takes it does not take from the others; what stands idle is closed; nothing grows."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+
+import psutil
+import pytest
+
+from ringfence.gateway.forwarding import Patiences
+from ringfence.gateway.limits import Allowance, Limits
+from ringfence.gateway.refusals import RefusedError
+from tests.gateway.conftest import placed
+from tests.gateway.raw import connected
+from tests.gateway.target import OK, Reader, Target, Writer
+
+GET = b"GET /api/files/a HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
+
+
+class Seconds:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_rate_fills_up_again() -> None:
+    seconds = Seconds()
+    limits = Limits(Allowance(per_second_each=2, burst_each=3), seconds)
+    for _ in range(3):
+        limits.ask("a")
+    with pytest.raises(RefusedError) as refused:
+        limits.ask("a")
+    assert (refused.value.status, refused.value.headers["Retry-After"]) == (429, "1")
+    limits.ask("b")
+    seconds.now += 0.5
+    limits.ask("a")
+    with pytest.raises(RefusedError):
+        limits.ask("a")
+    seconds.now += 100
+    for _ in range(3):
+        limits.ask("a")
+    with pytest.raises(RefusedError):
+        limits.ask("a")
+
+
+def test_who_has_not_asked_for_long_is_forgotten() -> None:
+    seconds = Seconds()
+    limits = Limits(Allowance(per_second_each=100, burst_each=100), seconds)
+    for number in range(10_001):
+        limits.ask(f"address:{number}")
+    seconds.now += 2
+    limits.ask("one more")
+    assert len(limits._buckets) == 1
+
+
+def test_requests_at_a_time_are_counted_by_sender() -> None:
+    limits = Limits(Allowance(concurrent_each=2), Seconds())
+    limits.begin("a")
+    limits.begin("a")
+    with pytest.raises(RefusedError):
+        limits.begin("a")
+    limits.begin("b")
+    limits.end("a")
+    limits.begin("a")
+
+
+async def test_the_429_of_a_rate_says_when_to_come_back() -> None:
+    async with placed(allowance=Allowance(per_second_each=0.001, burst_each=2)) as place:
+        async with place.connected() as raw:
+            assert [(await raw.ask(GET)).status for _ in range(2)] == [200, 200]
+            response = await raw.ask(GET)
+            assert (response.status, response.value("retry-after")) == (429, "1000")
+        assert len(place.gate.records) == 2
+
+
+async def test_requests_at_a_time() -> None:
+    go = asyncio.Event()
+
+    async def script(reader: Reader, writer: Writer) -> None:
+        while await reader.readuntil(b"\r\n\r\n"):
+            await go.wait()
+            writer.write(OK)
+
+    async with contextlib.AsyncExitStack() as stack:
+        allowance = Allowance(concurrent_each=2)
+        place = await stack.enter_async_context(placed(Target(script=script), allowance=allowance))
+        one, two, three = [await stack.enter_async_context(place.connected()) for _ in range(3)]
+        await one.send(GET)
+        await two.send(GET)
+        while place.target.open < 2:
+            await asyncio.sleep(0.01)
+        assert (await three.ask(GET)).status == 429
+        go.set()
+        assert [(await raw.response()).status for raw in (one, two)] == [200, 200]
+        assert (await three.ask(GET)).status == 200
+
+
+async def test_one_address_has_so_many_connections() -> None:
+    async with (
+        placed(allowance=Allowance(connections_each=3)) as limited,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        held = [await stack.enter_async_context(limited.connected()) for _ in range(3)]
+        for raw in held:
+            assert (await raw.ask(GET)).status == 200
+        async with limited.connected() as raw:
+            assert await raw.ended()
+        held[0].writer.transport.abort()
+        while limited.plane.limits.connections == 3:
+            await asyncio.sleep(0.01)
+        async with limited.connected() as raw:
+            assert (await raw.ask(GET)).status == 200
+
+
+async def test_those_who_send_nothing_or_slowly_do_not_stop_others() -> None:
+    patiences = Patiences(head_s=0.5, idle_s=0.5, piece_s=0.5)
+    async with placed(patiences=patiences) as place, contextlib.AsyncExitStack() as stack:
+        slow = [await stack.enter_async_context(place.connected()) for _ in range(200)]
+        for number, raw in enumerate(slow):
+            await raw.send(
+                (
+                    b"",
+                    b"GET /api",
+                    GET[:-2],
+                    b"PUT /api/files/a HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: 9\r\n\r\nx",
+                )[number % 4]
+            )
+        async with place.connected() as raw:
+            assert (await raw.ask(GET)).status == 200
+
+        async def trickle(raw: object) -> None:
+            for byte in b"X-A: " + b"a" * 1000:
+                raw.writer.write(bytes([byte]))  # type: ignore[attr-defined]
+                await asyncio.sleep(0.05)
+
+        trickling = asyncio.create_task(trickle(slow[2]))
+        for raw in slow:
+            while await raw.reader.read(65536):
+                pass
+        assert not trickling.done()
+        trickling.cancel()
+        while place.plane.connections:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_flood_of_connections_grows_nothing() -> None:
+    async with placed(allowance=Allowance(connections_each=20)) as place:
+        for _ in range(20):
+            async with contextlib.AsyncExitStack() as stack:
+                for _ in range(50):
+                    with contextlib.suppress(OSError):
+                        await stack.enter_async_context(connected(place.port))
+        while place.plane.connections:
+            await asyncio.sleep(0.01)
+        assert place.plane.limits.connections == 0
+        async with place.connected() as raw:
+            assert (await raw.ask(GET)).status == 200
+
+
+async def test_many_requests_grow_neither_connections_nor_memory() -> None:
+    allowance = Allowance(per_second_each=1e9, burst_each=10**9)
+    async with placed(allowance=allowance) as place:
+        place.gate.keeps_records = False
+
+        async def ask(count: int) -> None:
+            async with place.connected() as raw:
+                for _ in range(count):
+                    await raw.send(GET)
+                    await raw.reader.readuntil(b"\r\n\r\nok")
+
+        async def round_of_many() -> int:
+            await asyncio.gather(*(ask(250) for _ in range(8)))
+            while place.plane.connections:
+                await asyncio.sleep(0.01)
+            place.target.requests.clear()
+            for seen in place.target.raw:
+                seen.clear()
+            gc.collect()
+            return len(gc.get_objects())
+
+        await round_of_many()
+        before, sockets = await round_of_many(), len(psutil.Process().net_connections())
+        for _ in range(3):
+            after = await round_of_many()
+        assert after - before < 500
+        assert len(psutil.Process().net_connections()) <= sockets
+        assert place.plane.upstreams.open <= 8
+        assert place.gate.watching[place.gate.leases["api"].lease_id] == []
