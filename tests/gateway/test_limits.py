@@ -186,8 +186,7 @@ async def test_many_requests_grow_neither_connections_nor_memory() -> None:
 
         await round_of_many()
         before, sockets = await round_of_many(), len(psutil.Process().net_connections())
-        for _ in range(3):
-            after = await round_of_many()
+        after = [await round_of_many() for _ in range(3)][-1]
         assert after - before < 500
         assert len(psutil.Process().net_connections()) <= sockets
         assert place.plane.upstreams.open <= 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import ssl
@@ -47,14 +46,12 @@ class Secure:
         return ssl.create_default_context(cadata=self.plane.authority.certificate_pem)
 
     @contextlib.asynccontextmanager
-    async def inside(self, name: str = "api.test", port: int | None = None) -> AsyncIterator[Raw]:
+    async def inside(self, name: str = "api.test") -> AsyncIterator[Raw]:
         """Through a CONNECT for api.test, with `name` for TLS."""
-        loop = asyncio.get_running_loop()
-        async with connected(port or self.port) as raw:
+        async with connected(self.port) as raw:
             await raw.send(CONNECT)
             assert (await raw.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
             await raw.writer.start_tls(self.trusting_gateway(), server_hostname=name)
-            assert loop is asyncio.get_running_loop()
             yield raw
 
 
