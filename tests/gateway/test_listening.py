@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import socket
 import ssl
 import stat
 from collections.abc import AsyncIterator
@@ -283,8 +284,16 @@ async def test_a_socket_that_was_left_behind_is_replaced_and_nothing_else(
     place: Place, tmp_path: Path
 ) -> None:
     path = tmp_path / "task.sock"
-    for _ in range(2):
-        await place.plane.listen_for_task(path, TASK)
+    for task in (TASK, "another"):
+        await place.plane.listen_for_task(path, task)
+    async with connected_unix(str(path)) as raw:
+        assert (await raw.ask(GET)).status == 200
+    assert place.gate.last[0].task_id == "another"
+    await place.plane.close_for_task(path)
+    leftover = socket.socket(socket.AF_UNIX)
+    leftover.bind(str(path))
+    leftover.close()
+    await place.plane.listen_for_task(path, TASK)
     other = tmp_path / "file"
     other.write_text("mine")
     with pytest.raises(ListenError, match="no socket"):

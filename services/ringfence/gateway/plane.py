@@ -31,6 +31,7 @@ from ringfence.gateway.refusals import Answer, plain_answer
 from ringfence.gateway.serving import Connection, Desk
 from ringfence.gateway.stream import Patience, Stream
 from ringfence.gateway.upstream import Upstreams
+from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.errors import RingfenceError
 
@@ -143,6 +144,8 @@ class DataPlane:
 
     async def listen_for_task(self, path: Path, task_id: str) -> None:
         """Listen on a unix socket that is one task's, and nobody else's (mode 0600). Raises ListenError."""
+        if path in self._tasks:
+            await self.close_for_task(path)
         listening = _bound(path)
         streams: set[Stream] = set()
 
@@ -189,9 +192,11 @@ class DataPlane:
         self._patience.watch(stream)
         task = asyncio.get_running_loop().create_task(Connection(stream, way, self._desk).run())
         self._running.add(task)
+        metrics.GATEWAY_CONNECTIONS.inc()
 
         def ended(task: asyncio.Task[None]) -> None:
             self._running.discard(task)
+            metrics.GATEWAY_CONNECTIONS.dec()
             self._patience.forget(stream)
             self.limits.disconnect(way.sender)
             if not task.cancelled() and (error := task.exception()) is not None:

@@ -19,6 +19,7 @@ from ringfence.gateway.limits import Limits
 from ringfence.gateway.refusals import Answer, RefusedError, head, problem
 from ringfence.gateway.stream import ExpiredError, GoneError, Stream
 from ringfence.gateway.wire import RequestHead, cut_head, parse_request
+from ringfence.kernel import metrics
 
 MAX_READ_BYTES: Final = 1024 * 1024
 """So much of a body is read before the decision, where the decision needs it."""
@@ -67,14 +68,14 @@ class Connection:
             given = await self._head()
             request = parse_request(given)
         except RefusedError as error:
-            return await self._say(problem(error), None, close=True)
+            return await self._refuse(error, None, close=True)
         if request.method == "CONNECT":
             return await self._connect(request)
         body = request_body(request)
         try:
             return await self._decided(request, body)
         except RefusedError as error:
-            return await self._say(problem(error), request, close=not body.done or error.status == 400)
+            return await self._refuse(error, request, close=not body.done or error.status == 400)
 
     async def _head(self) -> bytes:
         client, patiences = self._client, self._desk.patiences
@@ -168,7 +169,7 @@ class Connection:
                 return await self._say(self._unknown(verdict), request, close=True)
             context = desk.authority.context(split(authority, "https")[0])
         except RefusedError as error:
-            return await self._say(problem(error), request, close=True)
+            return await self._refuse(error, request, close=True)
         self._client.write(AGREED)
         await self._client.open_tls(context, timeout_s=desk.patiences.head_s)
         self._way = dataclasses.replace(self._way, scheme="https", inside=authority, handle=presented.handle)
@@ -180,6 +181,10 @@ class Connection:
         return self._desk.answer(verdict)
 
     # --- answers of the gateway's own ---------------------------------------------------------------------------------
+
+    async def _refuse(self, error: RefusedError, request: RequestHead | None, *, close: bool) -> bool:
+        metrics.GATEWAY_REFUSED.labels(error.code).inc()
+        return await self._say(problem(error), request, close=close)
 
     async def _say(
         self,

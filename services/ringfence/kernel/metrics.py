@@ -52,6 +52,12 @@ ORPHANS_UNDONE = Counter(
     "Credentials found at targets without a lease, and taken back",
     ["backend"],
 )
+GATEWAY_REFUSED = Counter(
+    "ringfence_gateway_refused_total",
+    "Requests that the gateway's data plane refused by itself, before or after the decision",
+    ["code"],
+)
+GATEWAY_CONNECTIONS = Gauge("ringfence_gateway_connections", "Connections of agents that are open")
 TOMBSTONES = Counter(
     "ringfence_lease_tombstones_total", "Leases deleted from the lease topic, long after their end"
 )
