@@ -9,6 +9,7 @@ import hashlib
 import h11
 import pytest
 
+from ringfence.gateway.forwarding import Patiences
 from tests.gateway.conftest import placed
 from tests.gateway.table_gate import SECRET
 from tests.gateway.target import OK, Reader, Target, Writer
@@ -208,3 +209,30 @@ async def test_a_lease_that_ends_in_mid_response_cuts_it_off() -> None:
         assert await raw.ended()
         with pytest.raises((h11.RemoteProtocolError, ConnectionError)):
             await raw.ask(GET)
+
+
+async def test_a_lease_that_ends_cuts_off_who_takes_nothing_as_well() -> None:
+    written = 0
+
+    async def script(reader: Reader, writer: Writer) -> None:
+        nonlocal written
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (1 << 30))
+        while True:
+            writer.write(b"a" * 65536)
+            await writer.drain()
+            written += 65536
+
+    patiences = Patiences(piece_s=3600)  # it is the lease that ends this, not the patience
+    async with placed(Target(script=script), patiences=patiences) as place, place.connected() as raw:
+        raw.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await raw.send(GET)
+        sent, stands = -1, 0
+        while stands < 10:  # until nothing more goes, to anybody
+            await asyncio.sleep(0.02)
+            stands = stands + 1 if written and sent == written else 0
+            sent = written
+        place.gate.end("api")
+        await place.target.gone.wait()
+        while place.plane.connections:
+            await asyncio.sleep(0.01)
