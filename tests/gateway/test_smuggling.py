@@ -109,6 +109,7 @@ REFUSED = {
     "another path by a header": get(b"X-Original-URL: /files/b"),
     "Authorization twice": get(b"Authorization: DPoP a", b"Authorization: DPoP b"),
     "a spoofed header with underscores": get(b"X_Forwarded_Uri: /files/b"),
+    "an address by a header with underscores": get(b"X_Real_IP: 127.0.0.1"),
     "a CONNECT with a body": b"CONNECT api.test:443 HTTP/1.1\r\nHost: api.test:443\r\nContent-Length: 2\r\n\r\nab",
     "a CONNECT with bytes behind": b"CONNECT api.test:443 HTTP/1.1\r\nHost: api.test:443\r\n\r\n\x16\x03",
     "a CONNECT against its Host": b"CONNECT api.test:443 HTTP/1.1\r\nHost: elsewhere.test\r\n\r\n",

@@ -194,7 +194,8 @@ def _reads_as_another(name: bytes) -> bool:
     return (
         dashed in _WATCHED
         or dashed in OVERRIDES
-        or dashed.startswith((b"x-forwarded-", b"proxy-", b"forwarded"))
+        or dashed in (b"accept-encoding", b"x-real-ip")
+        or dashed.startswith((b"x-forwarded-", b"proxy-"))
     )
 
 
