@@ -168,7 +168,10 @@ def test_a_pending_request_says_whose_approval_is_missing(sent: SentRequest, tru
     decided = decision(sent, "approval_required", required=("sponsor", "operator"), expires_at=NOW + 900)
     answer = read(sealed(sent, decision=decided), sent, trust)
     assert isinstance(answer, PendingRequest)
-    assert str(answer) == "waiting for the approval of the agent's sponsor and an operator"
+    assert str(answer) == (
+        "waiting for the approval of the agent's sponsor and an operator "
+        "(neither the agent's sponsor nor the user it acts for)"
+    )
     assert answer.expires_at == NOW + 900
 
 

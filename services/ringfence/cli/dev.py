@@ -54,6 +54,7 @@ def dev(
         out.print(f"\n[bold green]Ringfence is up.[/]  Kafka {stack.kafka}   Redis {stack.redis_url}")
         for role in options.services:
             out.print(f"  {role:9} {stack.url(role)}", highlight=False)
+        out.print(f"Agents reach their targets through {stack.door}", highlight=False)
         if config.resolve() == Path(FOUND_BY_ITSELF).resolve():
             out.print(f"\nSettings are in {config}; commands started in {Path.cwd()} find them.")
         else:

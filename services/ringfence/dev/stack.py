@@ -20,7 +20,7 @@ from ringfence.dev.processes import LOOPBACK, Child, StackError, claim_port, fre
 from ringfence.dev.redis import EmbeddedRedis
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.topics_admin import TopicsAdmin
-from ringfence.messages.api import PORTS
+from ringfence.messages.api import GATEWAY_PORT, PORTS
 from ringfence.messages.trust import ServiceRole
 
 READY_WITHIN_S = 60.0
@@ -68,6 +68,8 @@ class Stack:
         self._valkey: EmbeddedRedis | None = None
         self._children: dict[ServiceRole, Child] = {}
         self._ports: dict[str, int] = {}
+        self._door = 0
+        """Where agents come in at the gateway."""
         self._claim: int | None = None
         """The open file that is locked while this stack has its state folder."""
         self.kafka = options.kafka or ""
@@ -78,6 +80,21 @@ class Stack:
     def url(self, role: ServiceRole) -> str:
         """The base URL of a service's HTTP."""
         return f"http://{LOOPBACK}:{self._ports[role]}"
+
+    @property
+    def door(self) -> str | None:
+        """The URL by which agents know the gateway; None where there is none."""
+        return f"http://{LOOPBACK}:{self._door}" if self._door else None
+
+    @property
+    def sockets(self) -> Path:
+        """The folder in which each task has its socket of the gateway's."""
+        return self.options.state / "tasks"
+
+    @property
+    def gateway_ca(self) -> Path:
+        """The certificate that agents trust the gateway by, where it is their proxy."""
+        return self.options.state / "gateway-ca.pem"
 
     def settings(self) -> ServiceSettings:
         """The settings that this stack's services share."""
@@ -146,6 +163,7 @@ class Stack:
             "RINGFENCE_INSTANCE": role,
             "RINGFENCE_KEY_FILE": str(self.trust.service_key(role)),
             "RINGFENCE_KEY_DIR": str(self.options.state / "keys"),
+            **(self._of_gateway() if role == "gateway" else {}),
             **self.options.environment,
         }
         self._children[role] = spawn(
@@ -154,6 +172,13 @@ class Stack:
             env=environment,
             log_path=self.options.state / "logs" / f"{role}.log",
         )
+
+    def _of_gateway(self) -> dict[str, str]:
+        return {
+            "RINGFENCE_GATEWAY_LISTEN": f"{LOOPBACK}:{self._door}",
+            "RINGFENCE_GATEWAY_SOCKETS": str(self.sockets),
+            "RINGFENCE_GATEWAY_CA_FILE": str(self.gateway_ca),
+        }
 
     def wait_ready(self, roles: Sequence[ServiceRole] | None = None) -> None:
         """Return when these services (all where None) are ready. Raises StackError."""
@@ -225,6 +250,9 @@ class Stack:
                 self._ports[role] = claim_port(PORTS[role], f"The {role}", "--free-ports")
             else:
                 self._ports[role] = free_port()
+        if "gateway" in self.options.services:
+            fixed = self.options.fixed_ports
+            self._door = claim_port(GATEWAY_PORT, "The gateway", "--free-ports") if fixed else free_port()
 
     def _shared(self) -> dict[str, object]:
         options = self.options

@@ -6,7 +6,8 @@ from ringfence.gateway import authz_envoy, authz_forward
 from ringfence.gateway.authz import ProxyAuth
 from ringfence.gateway.core import core_of
 from ringfence.gateway.http import GatewayApi
-from ringfence.gateway.settings import GatewaySettings
+from ringfence.gateway.listening import Listening
+from ringfence.gateway.settings import GatewaySettings, host_and_port
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.http import HttpServer
 from ringfence.kernel.process import run
@@ -22,13 +23,17 @@ def build(
     runtime = Runtime("gateway", settings, clock)
     core = core_of(runtime, settings, own)
     runtime.routes += GatewayApi(runtime, core.view).routes()
+    if own.listen is not None or own.sockets is not None:
+        listening = Listening(runtime, core, own)
+        runtime.background("data plane", listening.run)
+        runtime.on_stop(listening.close)
     if own.authz is not None:
-        host, _, port = own.authz.rpartition(":")
+        host, port = host_and_port(own.authz)
         readers = {authz_forward.PREFIX: authz_forward.read, authz_envoy.PREFIX: authz_envoy.read}
         server = HttpServer(
             ProxyAuth(core.gate, readers),
-            host.strip("[]") or "127.0.0.1",
-            int(port),
+            host,
+            port,
             setting="RINGFENCE_GATEWAY_AUTHZ",
         )
         runtime.background("authz", server.run_until_stopped)

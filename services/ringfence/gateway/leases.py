@@ -152,6 +152,10 @@ class LeaseTable:
         some = [tasks.get(task_id, {})] if task_id is not None else list(tasks.values())
         return [lease for leases in some for lease in leases.values() if self.problem(lease) is None]
 
+    def tasks(self) -> set[str]:
+        """The tasks that have leases for gateways."""
+        return {task_id for tasks in self._usable.values() for task_id in tasks}
+
     def problem(self, lease: Lease) -> Reason | None:
         """Why a lease may be used no more, or None."""
         known = self._known.get(lease.lease_id)

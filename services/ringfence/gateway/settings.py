@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from ringfence.kernel.settings import RingfenceSettings
@@ -14,6 +15,15 @@ from ringfence.rego.embedded import TIMEOUT_MS
 
 Listen = Annotated[str, Field(pattern=r"^(([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):)?\d{1,5}$")]
 """`port` of this machine's loopback alone, or `host:port`."""
+
+
+LOOPBACK = "127.0.0.1"
+
+
+def host_and_port(listen: str) -> tuple[str, int]:
+    """The two parts of a `Listen`, IPv6 without brackets."""
+    host, _, port = listen.rpartition(":")
+    return host.strip("[]") or LOOPBACK, int(port)
 
 
 def _listed(value: Any) -> Any:
@@ -26,6 +36,25 @@ class GatewaySettings(RingfenceSettings):
 
     model_config = SettingsConfigDict(env_prefix="RINGFENCE_GATEWAY_", extra="ignore", frozen=True)
 
+    listen: Listen | None = None
+    """Where agents come in over TCP: `8707` is that port of the loopback interface; nowhere where not set. Elsewhere it
+    takes TLS."""
+    names: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)] = ()
+    """The `host[:port]` by which agents know it there: `gateway.example:8443`. Its address where none is given."""
+    tls_cert_file: Path | None = None
+    """The certificate (PEM) that it shows agents at `listen`."""
+    tls_key_file: Path | None = None
+    """Its private key (PEM); in the file of the certificate where not set."""
+    tls_client_ca_file: Path | None = None
+    """The authority (PEM) of certificates that say who an agent is: their one URI is its SPIFFE ID."""
+    sockets: Path | None = None
+    """A folder in which each task with leases for gateways has a unix socket of its own, `TASK.sock`."""
+    ca_file: Path | None = None
+    """Where the certificate is written by which agents that use the gateway as a proxy trust it for its targets."""
+    targets_ca_file: Path | None = None
+    """Authorities (PEM) that targets are verified by, besides the machine's own."""
+    connections: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
+    """How many connections of agents there may be."""
     authz: Listen | None = None
     """Where proxies ask (`/authz/`): `8716` is that port of the loopback interface; nowhere where not set. An agent
     that reaches it gets its credentials in clear: proxies alone may."""
@@ -45,3 +74,25 @@ class GatewaySettings(RingfenceSettings):
     `RINGFENCE_KEY_DIR` where not set."""
     spool_max_bytes: Annotated[int, Field(ge=1024 * 1024)] = 256 * 1024 * 1024
     """How large that may become. Then everything is denied."""
+
+    @model_validator(mode="after")
+    def _not_in_clear(self) -> Self:
+        if self.listen is not None and self.tls_cert_file is None:
+            host, _ = host_and_port(self.listen)
+            if host != "localhost" and not _is_loopback(host):
+                raise ValueError(
+                    f"RINGFENCE_GATEWAY_LISTEN: {host} is not this machine's loopback, and takes TLS; set "
+                    "RINGFENCE_GATEWAY_TLS_CERT_FILE"
+                )
+        if self.tls_cert_file is None and (self.tls_key_file or self.tls_client_ca_file):
+            raise ValueError(
+                "RINGFENCE_GATEWAY_TLS_CERT_FILE: needed with the key or the authority of clients"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -17,3 +17,5 @@ MAX_API_TOKEN_S = 60
 
 PORTS = {"registry": 8701, "policy": 8702, "issuer": 8703, "revoker": 8704, "audit": 8705, "gateway": 8706}
 """The port that each service's HTTP listens on where no other is set."""
+GATEWAY_PORT = 8707
+"""The port that agents know the gateway by, where whoever runs it wants no other."""
