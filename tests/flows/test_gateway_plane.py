@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import stat
-import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ringfence.client.dpop import proof
+from ringfence.client.dpop import DpopAuth
 from ringfence.dev.processes import free_port
 from ringfence.messages.registry import TaskEnd
 from tests.brokers import RedisServer
@@ -80,17 +79,11 @@ async def desk(office: Office) -> Desk:
 
 
 async def sent(office: Office, desk: Desk, lease: str, method: str, path: str) -> httpx.Response:
-    """A request over TCP, by the path of its target, with the agent's proof and the nonce that it was told."""
-    url, nonce = f"http://127.0.0.1:{office.port}/hub{path}", None
-    async with httpx.AsyncClient(trust_env=False, timeout=WITHIN_S) as http:
-        while True:
-            dpop = proof(desk.bot.key, method, url, access_token=lease, now_s=int(time.time()), nonce=nonce)
-            answer = await http.request(
-                method, url, headers={"Authorization": f"DPoP {lease}", "DPoP": dpop, "X-Forwarded-Host": "x"}
-            )
-            if answer.status_code != 401 or nonce is not None:
-                return answer
-            nonce = answer.headers["DPoP-Nonce"]
+    """A request over TCP, by the path of its target, as an agent sends it that has a handle."""
+    auth = DpopAuth(lease, desk.bot.key)
+    async with httpx.AsyncClient(auth=auth, trust_env=False, timeout=WITHIN_S) as http:
+        url = f"http://127.0.0.1:{office.port}/hub{path}"
+        return await http.request(method, url, headers={"X-Forwarded-Host": "x"})
 
 
 async def until_allowed(office: Office, desk: Desk, lease: str) -> httpx.Response:

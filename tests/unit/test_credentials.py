@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import jwt
 import pytest
 
 from ringfence.client.applying import environment
@@ -23,6 +25,7 @@ from ringfence.client.credentials import (
     class_of,
 )
 from ringfence.client.errors import CredentialOverError, CredentialUseError
+from ringfence.kernel.keys import SigningKey
 from ringfence.messages.credential import Delivery
 
 CANARY = "a-canary-of-a-secret"
@@ -61,7 +64,7 @@ def test_its_value_is_shown_by_nothing(kind: str) -> None:
     assert CANARY not in f"{credential!r} {credential} {credential.secret!r} {credential.secret}"
 
 
-async def _asked(credential: TokenCredential, answer: Callable[[httpx.Request], httpx.Response]) -> Any:
+async def _asked(credential: IssuedCredential, answer: Callable[[httpx.Request], httpx.Response]) -> Any:
     transport = httpx.MockTransport(answer)
     async with httpx.AsyncClient(auth=credential.apply(), transport=transport) as http:
         return await http.get("https://api.example/x", follow_redirects=True)
@@ -159,10 +162,26 @@ def test_it_is_wiped_however_its_block_ends() -> None:
 
 def test_of_what_the_gateway_injects_the_agent_has_a_handle() -> None:
     credential = issued("http", "", "gateway")
-    assert credential.handle == credential.apply() == "lease-1"
+    assert credential.handle == "lease-1"
     assert environment(credential) == {"RINGFENCE_LEASE": "lease-1"}
     for use in (lambda: credential.value, credential.headers):
         with pytest.raises(CredentialUseError, match="gateway"):
             use()
     with pytest.raises(CredentialOverError):
         issued("http", "", "gateway", left_s=0).apply()
+
+
+async def test_httpx_shows_the_handle_with_a_proof_and_the_gateways_nonce() -> None:
+    key = SigningKey.generate("spiffe://ringfence.local/agent/bot")
+    credential = replace(issued("http", "", "gateway"), key=key)
+    seen: list[tuple[str, str | None]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        proof = jwt.decode(request.headers["dpop"], options={"verify_signature": False})
+        seen.append((request.headers["authorization"], proof.get("nonce")))
+        wants = 'DPoP error="use_dpop_nonce"'
+        again = httpx.Response(401, headers={"DPoP-Nonce": "n", "WWW-Authenticate": wants})
+        return again if len(seen) == 1 else httpx.Response(200)
+
+    assert (await _asked(credential, answer)).status_code == 200
+    assert seen == [("DPoP lease-1", None), ("DPoP lease-1", "n")]

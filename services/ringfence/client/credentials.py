@@ -221,17 +221,25 @@ class GatewayCredential(IssuedCredential):
             "the credential went to the gateway, not to the agent: send the request through the gateway"
         )
 
-    def apply(self) -> str:
-        """The handle. Raises CredentialOverError where its time is over."""
+    def usable(self) -> str:
+        """The handle, while the lease lives. Raises CredentialOverError."""
         if time.time() >= self.expires_at:
             raise CredentialOverError(f"the time of lease {self.lease_id} is over; ask for a new one")
         return self.handle
 
+    def apply(self) -> httpx.Auth:
+        """What `auth` gives. Through its task's socket a request needs none of it. Raises CredentialOverError."""
+        self.usable()
+        return self.auth()
+
     def headers(self, method: str | None = None, url: str | None = None) -> dict[str, str]:
-        raise CredentialUseError("the gateway sets the header: send the request through it")
+        raise CredentialUseError(
+            "the gateway demands a nonce of its own in each proof: use auth(), or the socket of the task"
+        )
 
     def auth(self) -> httpx.Auth:
-        raise CredentialUseError("the gateway sets the header: send the request through it")
+        """For httpx, with the gateway's URL: shows the handle, with a proof by the agent's key."""
+        return _WhileUsable(self, DpopAuth(self.handle, self._bound_to()))
 
 
 _KINDS: Mapping[str, type[IssuedCredential]] = {
