@@ -67,6 +67,8 @@ class TableGate:
         self.credentials = True
         self.handles: frozenset[str] | None = None
         """Those that count, where not every sender does."""
+        self.observed = frozenset[str]()
+        """The targets that are only observed."""
         self.leases = {id: lease_of(id, number=at) for at, id in enumerate(self.targets, 1)}
         self.watching: dict[str, list[Callable[[], None]]] = {}
         self.keeps_records = True
@@ -91,7 +93,7 @@ class TableGate:
         )
 
     async def decide(self, presented: Presented, attempt: Attempt) -> Verdict:
-        verdict = self._decided(presented, attempt)
+        verdict = self._observed(self._decided(presented, attempt), presented, attempt)
         if self.keeps_records:
             self.records.append((presented, attempt, verdict))
         return verdict
@@ -121,6 +123,15 @@ class TableGate:
             (id for id, entry in self.targets.items() if attempt.authority in entry.authorities), None
         )
 
+    def _observed(self, verdict: Verdict, presented: Presented, attempt: Attempt) -> Verdict:
+        target_id = self._target(attempt)
+        if verdict.allowed or target_id is None:
+            return verdict
+        inherited = bool(presented.own & {"authorization", "cookie"})
+        return dataclasses.replace(
+            verdict, target=self._states[target_id], observed=inherited and target_id in self.observed
+        )
+
     def _decided(self, presented: Presented, attempt: Attempt) -> Verdict:
         if not self.available:
             return _denied(503, "view_stale", "nothing can be decided now")
@@ -130,6 +141,8 @@ class TableGate:
         if target_id is None:
             return _denied(403, "target_unknown", "there is no such target")
         action = self._maps[target_id].action(attempt.method, attempt.target, attempt.body)
+        if action is None and attempt.body is None and self.reads_body(attempt):
+            return _denied(413, "body_unseen", "the body was not seen whole")
         if action is None or action.verb not in self.targets[target_id].verbs:
             return _denied(403, "out_of_scope", "no lease of the task allows this")
         return Verdict("action", True, 200, (), self.leases[target_id], self._states[target_id], action)

@@ -109,7 +109,7 @@ async def test_such_a_body_without_measure_is_refused(place: Place, chunked: boo
             data = request("POST /api/runs/a HTTP/1.1", f"Content-Length: {size}", body=b" " * size)
         raw.writer.write(data)
         assert (await raw.response()).status == 413
-    assert place.gate.records == []
+    assert [attempt.body for _, attempt, _ in place.gate.records] == [None]
     assert place.target.raw == []
 
 
@@ -584,3 +584,17 @@ async def test_a_client_that_leaves_in_mid_response_takes_it_along() -> None:
             await raw.reader.readuntil(b"1\r\na\r\n")
         await place.target.gone.wait()
         await all_gone(place)
+
+
+async def test_a_request_is_not_sent_again_without_its_body(place: Place) -> None:
+    """Where the target closes a kept connection, what was sent of a body is gone."""
+    async with place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200
+        place.target.respond = _gone
+        data = request("GET /api/files/a HTTP/1.1", "Content-Length: 5", body=b"hello")
+        assert (await raw.ask(data)).status == 502
+    assert [one.body for one in place.target.requests] == [b"", b"hello"]
+
+
+def _gone(received: Received) -> bytes:
+    raise ConnectionError

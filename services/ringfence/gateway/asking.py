@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ringfence.gateway.attempts import Attempt, Presented
-from ringfence.gateway.headers import LABEL
+from ringfence.gateway.headers import HANDLE, LABEL, is_handle, own_names
 from ringfence.gateway.hosts import Scheme, canonical
 from ringfence.gateway.refusals import RefusedError
 from ringfence.gateway.wire import RequestHead
@@ -66,16 +66,31 @@ def asked(request: RequestHead, way: Way, knows: Callable[[str], bool]) -> tuple
 
 def presented_by(request: RequestHead, way: Way, *, htu: str | None = None) -> Presented:
     """What a request shows of its sender. Raises RefusedError where that cannot be read."""
-    handle, known = way.handle, request.known
-    scheme, _, value = known.get(b"authorization", b"").decode("latin-1").partition(" ")
-    if scheme.lower() == "dpop":
-        handle = value.strip(" ")
-    elif b"proxy-authorization" in known:
-        handle = _user(known[b"proxy-authorization"])
-    proof = known.get(b"dpop")
+    proof = request.known.get(b"dpop")
     return Presented(
-        way.task_id, way.certificate, handle, proof.decode("latin-1") if proof is not None else None, htu
+        way.task_id,
+        way.certificate,
+        _handle(request, way),
+        proof.decode("latin-1") if proof is not None else None,
+        htu,
+        own_names(request) if htu is not None else frozenset(),  # a CONNECT goes nowhere
     )
+
+
+def _handle(request: RequestHead, way: Way) -> str | None:
+    known = request.known
+    authorization, apart = known.get(b"authorization", b""), known.get(HANDLE)
+    if is_handle(authorization):
+        if apart is not None:
+            raise RefusedError(
+                400, "handle_twice", "show one handle: in Authorization or in X-Ringfence-Handle"
+            )
+        return authorization.partition(b" ")[2].strip(b" ").decode("latin-1")
+    if apart is not None:
+        return apart.decode("latin-1")
+    if b"proxy-authorization" in known:
+        return _user(known[b"proxy-authorization"])
+    return way.handle
 
 
 def _addressed(target: str, way: Way) -> tuple[Scheme, str | None, str]:

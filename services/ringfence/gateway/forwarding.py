@@ -1,4 +1,4 @@
-"""One request that was allowed: to its target with the credential, and the response back, streamed both ways."""
+"""One request that goes on, with the credential or as it came, and the response to it: streamed both ways."""
 
 from __future__ import annotations
 
@@ -50,18 +50,27 @@ class Patiences:
 
 @dataclass(slots=True)
 class Asked:
-    """An allowed request, and what of its body is still to come."""
+    """A request that goes on, and what of its body is still to come."""
 
     head: RequestHead
     attempt: Attempt
     verdict: Verdict
     body: Body
-    whole: bytes | None
-    """The body where it was read already: then `body` is done."""
+    read: bytes | None
+    """What was read of it for the decision: all of it where `body` is done, else too much to be decided by."""
+
+
+def goes_on(verdict: Verdict) -> bool:
+    """Whether a request is forwarded at all: allowed, or only observed."""
+    return verdict.allowed or _as_it_came(verdict)
+
+
+def _as_it_came(verdict: Verdict) -> bool:
+    return not verdict.allowed and verdict.observed and verdict.target is not None
 
 
 class Forwarder:
-    """Takes allowed requests to their targets."""
+    """Takes requests that go on to their targets."""
 
     def __init__(self, gate: Gate, upstreams: Upstreams, patiences: Patiences) -> None:
         self._gate = gate
@@ -83,16 +92,20 @@ class Forwarder:
             unsubscribe()
             exchange.finish()
 
-    async def _prepared(self, verdict: Verdict) -> tuple[Mapping[str, str], Origin]:
-        if verdict.target is None or verdict.lease is None:
+    async def _prepared(self, verdict: Verdict) -> tuple[Mapping[str, str] | None, Origin]:
+        """What to inject, None where the request goes on as it came; and where to."""
+        as_it_came = _as_it_came(verdict)
+        if verdict.target is None or (verdict.lease is None and not as_it_came):
             raise RefusedError(503, "undecided", "the decision names no lease; try again")
         try:
-            return await self._gate.injected(verdict), origin_of(self._gate.upstream(verdict.target))
+            injected = None if as_it_came else await self._gate.injected(verdict)
+            return injected, origin_of(self._gate.upstream(verdict.target))
         except UnavailableError as error:
             raise RefusedError(503, error.code, error.message, headers={"Retry-After": "1"}) from None
 
     def _on_end(self, verdict: Verdict, ended: Callable[[], None]) -> Callable[[], None]:
-        assert verdict.lease is not None
+        if verdict.lease is None or _as_it_came(verdict):
+            return lambda: None  # it goes by no lease
         return self._gate.on_end(verdict.lease.lease_id, ended)
 
     async def _exchange(self, exchange: _Exchange, origin: Origin) -> bool:
@@ -132,21 +145,24 @@ class _Exchange:
         self,
         client: Stream,
         asked: Asked,
-        injected: Mapping[str, str],
+        injected: Mapping[str, str] | None,
         origin: Origin,
         patiences: Patiences,
     ) -> None:
         self._client = client
         self._asked = asked
         self._patiences = patiences
-        self._needles = needles_of(tuple(injected.values()))
+        self._injects = injected is not None
+        self._needles = needles_of(tuple(injected.values())) if injected is not None else ()
         self._upstream: Stream | None = None
         self._uploading: asyncio.Task[None] | None = None
         self._refused: RefusedError | None = None
         self._answering = False
         self._now = asyncio.get_running_loop().time
         self._upgrade = asks_for_websocket(asked.head)
-        whole, chunked = asked.whole, asked.head.chunked
+        self._whole = whole = asked.read if asked.body.done else None
+        self._repeatable = asked.head.method in _REPEATABLE and asked.body.done
+        chunked = asked.head.chunked
         self._in_chunks = chunked and whole is None
         length = len(whole) if whole is not None and (chunked or whole) else asked.head.length
         self._head = request_head(
@@ -160,8 +176,8 @@ class _Exchange:
 
     @property
     def can_repeat(self) -> bool:
-        """Whether the same request may be sent again, and could be."""
-        return self._asked.head.method in _REPEATABLE and self._uploading is None and self._asked.body.done
+        """Whether the same request may be sent again, and could be: nothing of its body is gone."""
+        return self._repeatable
 
     def lease_ended(self) -> None:
         """Nothing goes on under this lease any more, in neither direction."""
@@ -208,7 +224,8 @@ class _Exchange:
             await self._switch(upstream, response)
             return False, False
         body = response_body(response, self._asked.head.method)
-        if not body.done and response.known.get(b"content-encoding", b"identity").lower() != b"identity":
+        compressed = response.known.get(b"content-encoding", b"identity").lower() != b"identity"
+        if self._injects and not body.done and compressed:
             raise RefusedError(
                 502,
                 "target_compresses",
@@ -236,13 +253,13 @@ class _Exchange:
     def _send(self, upstream: Stream) -> None:
         """Write the head and what there is of the body; what is still to come is sent on beside all else."""
         asked = self._asked
-        if asked.whole is not None:
-            upstream.write(self._head + asked.whole)
+        if self._whole is not None:
+            upstream.write(self._head + self._whole)
             return
         if asked.body.done:
             upstream.write(self._head)
             return
-        first = asked.body.take(self._client.buffer)
+        first = (asked.read or b"") + asked.body.take(self._client.buffer)
         upstream.write(self._head + self._framed(first))
         if not asked.body.done:
             self._uploading = asyncio.create_task(self._upload(upstream), name="upload")

@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from ringfence.gateway.wire import RequestHead, ResponseHead
 
 LABEL: Final = b"x-ringfence-label"
 """In it the sender's tooling says where a request came from, for the report alone."""
+HANDLE: Final = b"x-ringfence-handle"
+"""Where an agent shows its handle that has an `Authorization` of its own to send: `X-Ringfence-Handle: LEASE`."""
 
 _HOP_BY_HOP: Final = frozenset({
     b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length",
 })  # fmt: skip
-_OF_THE_AGENT: Final = frozenset({
-    b"host", b"expect", b"authorization", b"dpop", b"forwarded", b"x-real-ip", b"accept-encoding", LABEL,
-    b"sec-websocket-extensions",
-})  # fmt: skip
+_FOR_THE_GATEWAY: Final = frozenset({b"host", b"expect", b"dpop", b"forwarded", b"x-real-ip"})
+_OF_THE_AGENT: Final = frozenset({b"authorization", b"accept-encoding", b"sec-websocket-extensions"})
 """`Accept-Encoding` and the extensions of WebSocket are left out so that nothing comes compressed: there nobody finds
-an echoed secret."""
+an echoed secret. Where nothing is injected, all of these stay."""
 _OF_THE_TARGET: Final = frozenset({b"alt-svc"})
 """It would lead the agent past the gateway."""
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_dropped(name: bytes) -> bool:
+def _ends_here(name: bytes) -> bool:
+    """Whether it never goes on, neither with a credential of Ringfence nor without."""
     return (
         name in _HOP_BY_HOP
-        or name in _OF_THE_AGENT
+        or name in _FOR_THE_GATEWAY
         or name.startswith((b"proxy-", b"x-forwarded-", b"x-ringfence-"))
+    )
+
+
+def is_handle(authorization: bytes) -> bool:
+    """Whether `Authorization` has the handle of a lease, and nothing of the agent's own."""
+    return authorization.partition(b" ")[0].lower() == b"dpop"
+
+
+def own_names(request: RequestHead) -> frozenset[str]:
+    """Names, in lower case, of the headers that go on where a request goes on as it came."""
+    return frozenset(
+        name.decode("ascii")
+        for name, _ in request.fields
+        if not _ends_here(name)
+        and name not in request.named
+        and not (name == b"authorization" and is_handle(request.known[name]))
     )
 
 
@@ -37,7 +54,7 @@ def request_head(
     request: RequestHead,
     target: str,
     authority: str,
-    injected: Mapping[str, str],
+    injected: Mapping[str, str] | None,
     *,
     length: int | None,
     upgrade: bool,
@@ -48,19 +65,13 @@ def request_head(
         request: as the agent sent it.
         target: path and query, as they were decided on.
         authority: of the target, for `Host`.
-        injected: what carries the credential; none of the agent's of these names stays.
+        injected: what carries the credential; none of the agent's of these names stays. None where the request goes
+            on as it came.
         length: of the body, where it is known; a body of which it is not known is sent in chunks.
         upgrade: whether it asks for a WebSocket.
     """
     lines = [f"{request.method} {target} HTTP/1.1".encode("ascii"), b"Host: " + authority.encode("ascii")]
-    replaced = {name.lower().replace("_", "-").encode("ascii") for name in injected}
-    for name, line in request.fields:
-        if _is_dropped(name) or name in request.named or name.replace(b"_", b"-") in replaced:
-            continue
-        lines.append(line)
-    lines.append(b"Accept-Encoding: identity")
-    for key, value in injected.items():
-        lines.append(f"{key}: {value}".encode("latin-1"))
+    lines += _as_they_came(request) if injected is None else _with(injected, request)
     if upgrade:
         lines += (b"Connection: Upgrade", b"Upgrade: websocket")
     elif request.chunked and length is None:
@@ -69,6 +80,23 @@ def request_head(
         lines.append(b"Content-Length: %d" % length)
     lines += (b"", b"")
     return b"\r\n".join(lines)
+
+
+def _with(injected: Mapping[str, str], request: RequestHead) -> Iterator[bytes]:
+    replaced = {name.lower().replace("_", "-").encode("ascii") for name in injected}
+    for name, line in request.fields:
+        if _ends_here(name) or name in _OF_THE_AGENT or name in request.named:
+            continue
+        if name.replace(b"_", b"-") not in replaced:
+            yield line
+    yield b"Accept-Encoding: identity"
+    for key, value in injected.items():
+        yield f"{key}: {value}".encode("latin-1")
+
+
+def _as_they_came(request: RequestHead) -> Iterator[bytes]:
+    own = own_names(request)
+    return (line for name, line in request.fields if name.decode("ascii") in own)
 
 
 def response_head(response: ResponseHead, *, chunked: bool, close: bool) -> bytes:

@@ -12,7 +12,7 @@ from ringfence.gateway.asking import Way, asked, presented_by
 from ringfence.gateway.attempts import Attempt, Gate, Presented, Verdict
 from ringfence.gateway.authority import Authority
 from ringfence.gateway.connect import AGREED, connect_authority
-from ringfence.gateway.forwarding import Asked, Forwarder, Patiences
+from ringfence.gateway.forwarding import Asked, Forwarder, Patiences, goes_on
 from ringfence.gateway.framing import Body, request_body
 from ringfence.gateway.hosts import split
 from ringfence.gateway.limits import Limits
@@ -101,16 +101,17 @@ class Connection:
         try:
             presented, attempt = asked(request, self._way, desk.knows)
             waits = _waits_for_continue(request)
-            whole = None
+            read = None
             if desk.gate.reads_body(attempt):
-                whole = await self._whole(body, waits=waits)
-                attempt = dataclasses.replace(attempt, body=whole)
+                read = await self._read(body, waits=waits)
+                # What is too long counts as not seen.
+                attempt = dataclasses.replace(attempt, body=read if len(read) <= MAX_READ_BYTES else None)
             verdict = await desk.gate.decide(presented, attempt)
-            if not verdict.allowed:
+            if not goes_on(verdict):
                 return await self._say(self._desk.answer(verdict), request, close=not body.done)
-            if waits and not body.done and not self._client.buffer:
+            if waits and read is None and not body.done and not self._client.buffer:
                 self._client.write(_CONTINUE)
-            return await self._forward(Asked(request, attempt, verdict, body, whole))
+            return await self._forward(Asked(request, attempt, verdict, body, read))
         finally:
             desk.limits.end(sender)
 
@@ -125,8 +126,8 @@ class Connection:
             await self._leave(unread=not allowed.body.done)
         return keep
 
-    async def _whole(self, body: Body, *, waits: bool) -> bytes:
-        """All of a body. Raises RefusedError: 413, 408, or 400 where its framing is wrong."""
+    async def _read(self, body: Body, *, waits: bool) -> bytes:
+        """All of a body, or more than is looked at. Raises RefusedError: 408, or 400 where its framing is wrong."""
         client = self._client
         if waits and not body.done and not client.buffer:
             client.write(_CONTINUE)
@@ -139,12 +140,6 @@ class Connection:
                 raise RefusedError(408, "body_timeout", "the body of the request does not come") from None
             pieces += body.take(client.buffer)
         client.deadline = None
-        if len(pieces) > MAX_READ_BYTES:
-            raise RefusedError(
-                413,
-                "body_too_large",
-                f"a request that is decided by its body may have {MAX_READ_BYTES} bytes",
-            )
         return bytes(pieces)
 
     # --- CONNECT ------------------------------------------------------------------------------------------------------
