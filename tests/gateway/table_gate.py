@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ringfence.gateway.attempts import Attempt, Presented, Verdict
+from ringfence.gateway.attempts import Admits, Attempt, Presented, Verdict
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
@@ -92,8 +92,8 @@ class TableGate:
             one.body and one.method == attempt.method for one in self.targets[target_id].rules
         )
 
-    async def decide(self, presented: Presented, attempt: Attempt) -> Verdict:
-        verdict = self._observed(self._decided(presented, attempt), presented, attempt)
+    async def decide(self, presented: Presented, attempt: Attempt, admits: Admits | None = None) -> Verdict:
+        verdict = self._observed(self._decided(presented, attempt, admits), presented, attempt)
         if self.keeps_records:
             self.records.append((presented, attempt, verdict))
         return verdict
@@ -132,11 +132,13 @@ class TableGate:
             verdict, target=self._states[target_id], observed=inherited and target_id in self.observed
         )
 
-    def _decided(self, presented: Presented, attempt: Attempt) -> Verdict:
+    def _decided(self, presented: Presented, attempt: Attempt, admits: Admits | None) -> Verdict:
         if not self.available:
             return _denied(503, "view_stale", "nothing can be decided now")
         if self.handles is not None and presented.handle not in self.handles:
             return _denied(401, "unknown_sender", "nobody knows who sends this")
+        if admits is not None and (reason := admits(presented.handle or "helper")) is not None:
+            return _denied(429, reason.code, reason.message)
         target_id = self._target(attempt)
         if target_id is None:
             return _denied(403, "target_unknown", "there is no such target")

@@ -13,7 +13,7 @@ from ringfence.gateway.forwarding import Patiences
 from ringfence.gateway.limits import Allowance, Limits
 from ringfence.gateway.refusals import RefusedError
 from tests.gateway.conftest import placed
-from tests.gateway.raw import connected
+from tests.gateway.raw import Raw, connected, connected_unix
 from tests.gateway.target import OK, Reader, Target, Writer
 
 GET = b"GET /api/files/a HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
@@ -99,6 +99,52 @@ async def test_requests_at_a_time() -> None:
         go.set()
         assert [(await raw.response()).status for raw in (one, two)] == [200, 200]
         assert (await three.ask(GET)).status == 200
+
+
+async def test_an_agent_has_its_limit_wherever_it_comes_from(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    go, folder = asyncio.Event(), tmp_path_factory.mktemp("s")
+
+    async def script(reader: Reader, writer: Writer) -> None:
+        while await reader.readuntil(b"\r\n\r\n"):
+            await go.wait()
+            writer.write(OK)
+
+    async with contextlib.AsyncExitStack() as stack:
+        allowance = Allowance(concurrent_each=2)
+        place = await stack.enter_async_context(placed(Target(script=script), allowance=allowance))
+
+        async def through(task: str) -> Raw:
+            await place.plane.listen_for_task(folder / task, task)
+            return await stack.enter_async_context(connected_unix(str(folder / task)))
+
+        one, two, three = [await through(task) for task in ("a", "b", "c")]
+        await one.send(GET)
+        await two.send(GET)
+        while place.target.open < 2:
+            await asyncio.sleep(0.01)
+        response = await three.ask(GET)
+        assert (response.status, b"too_many_requests" in response.body) == (429, True)
+        assert [verdict.allowed for _, _, verdict in place.gate.records] == [True, True, False]
+        await three.send(GET.replace(b"\r\n\r\n", b"\r\nX-Ringfence-Handle: another\r\n\r\n"))
+        while place.target.open < 3:
+            await asyncio.sleep(0.01)
+        go.set()
+        assert [(await raw.response()).status for raw in (one, two, three)] == [200, 200, 200]
+        assert (await three.ask(GET)).status == 200
+
+
+async def test_an_agent_has_its_rate_wherever_it_comes_from(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("s")
+    async with placed(allowance=Allowance(per_second_each=0.001, burst_each=2)) as place:
+        statuses = []
+        for task in ("a", "b", "c"):
+            await place.plane.listen_for_task(folder / task, task)
+            async with connected_unix(str(folder / task)) as raw:
+                statuses.append((await raw.ask(GET)).status)
+        assert statuses == [200, 200, 429]
+        assert [verdict.allowed for _, _, verdict in place.gate.records] == [True, True, False]
 
 
 async def test_one_address_has_so_many_connections() -> None:

@@ -13,6 +13,7 @@ from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.spool import SpoolFullError
 from ringfence.gateway.targets import Targets
 from ringfence.kernel.errors import UnavailableError
+from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import BackendSettings, RequestRule
 from tests.unit.test_gateway_domain import Place
@@ -39,6 +40,7 @@ class Parts:
         self.events: list[ActionDecided] = []
         self.meanwhile: Callable[[], None] = lambda: None
         self.refuses: Refusal | Exception | None = None
+        self.equips: Callable[[], None] = lambda: None
         self.full = False
         played = cast(Any, self)
         self.gate: Gate = DecisionGate(
@@ -70,6 +72,7 @@ class Parts:
 
     # injector
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
+        self.equips()
         return {"Authorization": "Bearer x"}
 
     # recorder
@@ -122,6 +125,64 @@ async def test_an_old_view_decides_injects_and_keeps_open_nothing(parts: Parts) 
     parts.problem = None
     parts.gate.on_end(parts.place.lease.lease_id, lambda: told.append(2))
     assert told == [1]
+
+
+async def test_without_its_credential_it_is_denied_and_recorded_so(parts: Parts) -> None:
+    def lacking() -> None:
+        raise UnavailableError("the issuer has none")
+
+    parts.equips = lacking
+    verdict = await parts.gate.decide(Presented(), attempt())
+    assert (verdict.allowed, verdict.status, verdict.retry_after_s) == (False, 503, 5)
+    (event,) = parts.events
+    assert (event.allowed, event.reasons[0].code, event.verb) == (False, "unavailable", "read")
+    with pytest.raises(UnavailableError):
+        await parts.gate.injected(verdict)
+
+
+async def test_what_ends_while_the_credential_is_asked_for_is_not_recorded_as_allowed(parts: Parts) -> None:
+    def old() -> None:
+        parts.problem = "old"
+
+    parts.equips = old
+    verdict = await parts.gate.decide(Presented(), attempt())
+    assert (verdict.status, verdict.reasons[0].code) == (503, "stale_view")
+    parts.problem = None
+    parts.equips = lambda: parts.table.revoke(parts.place.lease.lease_id, parts.place.ledger.clock.ms)
+    verdict = await parts.gate.decide(Presented(), attempt())
+    assert (verdict.status, verdict.reasons[0].code) == (403, "lease_cut")
+    assert [event.allowed for event in parts.events] == [False, False]
+
+
+async def test_a_cut_after_the_decision_leaves_nothing_to_inject(parts: Parts) -> None:
+    verdict = await parts.gate.decide(Presented(), attempt())
+    assert "Bearer" not in repr(verdict)
+    parts.table.revoke(parts.place.lease.lease_id, parts.place.ledger.clock.ms)
+    with pytest.raises(UnavailableError) as refused:
+        await parts.gate.injected(verdict)
+    assert refused.value.code == "lease_cut"
+
+
+async def test_a_plane_is_asked_for_its_limits_before_anything_is_recorded(parts: Parts) -> None:
+    asked: list[str] = []
+    many = Reason(code="too_many_requests", message="too many")
+
+    def admits(agent_id: str) -> Reason | None:
+        asked.append(agent_id)
+        return many if len(asked) > 1 else None
+
+    assert (await parts.gate.decide(Presented(), attempt(), admits)).allowed
+    verdict = await parts.gate.decide(Presented(), attempt(), admits)
+    assert (verdict.allowed, verdict.status, verdict.reasons, verdict.retry_after_s) == (
+        False,
+        429,
+        (many,),
+        5,
+    )
+    assert [(event.allowed, event.agent_id) for event in parts.events] == [(True, "bot"), (False, "bot")]
+    parts.refuses = refused("no_credentials", "say who you are", status=401)
+    await parts.gate.decide(Presented(handle="none"), attempt(), admits)
+    assert asked == ["bot", "bot"], "nobody is asked about for whom nobody stands"
 
 
 async def test_whatever_goes_wrong_denies_and_is_recorded(parts: Parts) -> None:

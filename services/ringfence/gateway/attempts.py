@@ -10,7 +10,7 @@ elif verdict.observed: forward it as it came, with nothing injected
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from ringfence.messages.credential import Reason
@@ -77,6 +77,13 @@ class Verdict:
     observed: bool = False
     """It is not allowed, and goes on to `target` all the same, exactly as the agent sent it: its own `Authorization`
     kept, the headers of its handle and proof taken out, nothing injected, and bound to no lease (observe mode)."""
+    injects: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
+    """The core's own: planes ask `Gate.injected`."""
+
+
+Admits = Callable[[str], Reason | None]
+"""Asked with the agent, once it is known who sends a request and before anything else is decided: why it may not have
+one more now, or None."""
 
 
 class Gate(Protocol):
@@ -86,14 +93,17 @@ class Gate(Protocol):
         """Whether the map of the target looks at the body of such a request: then it must be seen whole first."""
         ...
 
-    async def decide(self, presented: Presented, attempt: Attempt) -> Verdict:
-        """Decide, and record the decision. Never raises: what cannot be decided is denied."""
+    async def decide(self, presented: Presented, attempt: Attempt, admits: Admits | None = None) -> Verdict:
+        """Decide, and record the decision. Never raises: what cannot be decided is denied.
+
+        What is allowed can be forwarded: the plane's own limits were asked (`admits`), and the credential is there.
+        """
         ...
 
     async def injected(self, verdict: Verdict) -> Mapping[str, str]:
         """The headers that carry the credential of the lease that decided.
 
-        Raises UnavailableError where the gateway does not have it now: nothing may be forwarded.
+        Raises UnavailableError where it may be used no more since it was decided: nothing may be forwarded.
         """
         ...
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from ringfence.gateway.attempts import Attempt, Presented, Verdict
+from ringfence.gateway.attempts import Admits, Attempt, Presented, Verdict
 from ringfence.gateway.domain import (
     FORBIDDEN,
     SAFE_METHODS,
@@ -59,7 +59,10 @@ class _Course:
     target: Compiled | None = None
     action: Action | None = None
     chosen: Chosen | None = None
+    injects: Mapping[str, str] | None = None
     observed: bool = False
+    took_ns: int = 0
+    """What deciding took, without the credential."""
 
     @property
     def lease(self) -> Lease | None:
@@ -103,21 +106,17 @@ class DecisionGate:
         target = self._targets.find(attempt)
         return isinstance(target, Compiled) and target.map.reads_body(attempt.method, attempt.target)
 
-    async def decide(self, presented: Presented, attempt: Attempt) -> Verdict:
+    async def decide(self, presented: Presented, attempt: Attempt, admits: Admits | None = None) -> Verdict:
         """See `Gate`."""
-        began_ns = time.perf_counter_ns()
         course = _Course(str(uuid.uuid4()))
         try:
-            refusal = await self._decided(course, presented, attempt)
-            if refusal is not None:
-                self._observe(course, refusal, presented, attempt)
+            refusal = await self._refusal(course, presented, attempt, admits)
         except Exception:  # what cannot be decided is denied, whatever it is
             log.exception("a request could not be decided")
             refusal = refused("undecided", "the gateway could not decide this", status=UNAVAILABLE)
-        took_ns = time.perf_counter_ns() - began_ns
         verdict = self._verdict(course, presented, refusal)
         try:
-            self._record(course, presented, attempt, verdict, refusal, took_ns)
+            self._record(course, presented, attempt, verdict, refusal)
         except SpoolFullError as error:
             log.error("nothing is let pass: %s", error)
             reason = Reason(
@@ -128,11 +127,13 @@ class DecisionGate:
 
     async def injected(self, verdict: Verdict) -> Mapping[str, str]:
         """See `Gate`."""
-        if not verdict.allowed or verdict.lease is None or verdict.target is None:
+        if not verdict.allowed or verdict.lease is None or verdict.injects is None:
             raise UnavailableError("this request was not allowed: nothing is injected")
         if (stale := self._view.stale()) is not None:
             raise UnavailableError(stale, code="stale_view")
-        return await self._injector.headers(verdict.lease, verdict.target)
+        if (problem := self._view.table.problem(verdict.lease)) is not None:
+            raise UnavailableError(problem.message, code=problem.code)
+        return verdict.injects
 
     def upstream(self, target: TargetState) -> str:
         """See `Gate`."""
@@ -152,14 +153,32 @@ class DecisionGate:
 
     # --- the steps, in their order ---
 
-    async def _decided(self, course: _Course, presented: Presented, attempt: Attempt) -> Refusal | None:
-        if (stale := self._view.stale()) is not None:
-            return refused("stale_view", f"{stale}; denied until that is known again", status=UNAVAILABLE)
+    async def _refusal(
+        self, course: _Course, presented: Presented, attempt: Attempt, admits: Admits | None
+    ) -> Refusal | None:
+        began_ns = time.perf_counter_ns()
+        try:
+            refusal = await self._decided(course, presented, attempt, admits)
+        finally:
+            course.took_ns = time.perf_counter_ns() - began_ns
+        if refusal is None and course.chosen is not None and course.target is not None:
+            refusal = await self._unequipped(course, course.chosen.lease, course.target.state)
+        if refusal is not None:
+            self._observe(course, refusal, presented, attempt)
+        return refusal
+
+    async def _decided(
+        self, course: _Course, presented: Presented, attempt: Attempt, admits: Admits | None
+    ) -> Refusal | None:
+        if (stale := self._stale()) is not None:
+            return stale
         sender = await self._identifier.sender(presented, attempt)
         if isinstance(sender, Refusal):
             course.sender = sender.sender
             return sender
         course.sender = sender
+        if admits is not None and (reason := admits(sender.agent_id)) is not None:
+            return Refusal(TOO_FAST, (reason,))
         target = self._targets.find(attempt)
         if isinstance(target, Refusal):
             return target
@@ -189,7 +208,7 @@ class DecisionGate:
         self, course: _Course, chosen: Chosen, action: Action, attempt: Attempt
     ) -> Refusal | None:
         now_ms = self._clock.now_ms()
-        refusal = await self._evaluator.refusal(
+        return await self._evaluator.refusal(
             chosen,
             action,
             id=course.id,
@@ -197,11 +216,22 @@ class DecisionGate:
             earlier=lambda: self._earlier.of(chosen.lease.task_id, now_ms),
             now_ms=now_ms,
         )
-        if refusal is not None:
-            return refusal
-        # It may have been cut while the bundle was evaluated; this gateway may have given its word on that.
-        problem = self._view.table.problem(chosen.lease)
-        return Refusal(FORBIDDEN, (problem,)) if problem is not None else None
+
+    async def _unequipped(self, course: _Course, lease: Lease, target: TargetState) -> Refusal | None:
+        """Why it cannot be forwarded though it is allowed: what is recorded as allowed has its credential by then."""
+        refusal = None
+        try:
+            course.injects = await self._injector.headers(lease, target)
+        except UnavailableError as error:
+            refusal = refused(error.code, error.message[:1000], status=UNAVAILABLE)
+        # It may have been cut while others were asked; this gateway may have given its word on that.
+        problem = self._view.table.problem(lease)
+        return Refusal(FORBIDDEN, (problem,)) if problem is not None else self._stale() or refusal
+
+    def _stale(self) -> Refusal | None:
+        if (stale := self._view.stale()) is None:
+            return None
+        return refused("stale_view", f"{stale}; denied until that is known again", status=UNAVAILABLE)
 
     def _no_action(self, target: Compiled, attempt: Attempt) -> Refusal:
         id = target.state.target_id
@@ -235,6 +265,7 @@ class DecisionGate:
             retry_after_s=_RATE_RETRY_S if status in (UNAVAILABLE, TOO_FAST) else None,
             task_id=self._task_of(course),
             observed=course.observed,
+            injects=course.injects if refusal is None else None,
         )
 
     def _task_of(self, course: _Course) -> str | None:
@@ -249,7 +280,6 @@ class DecisionGate:
         attempt: Attempt,
         verdict: Verdict,
         refusal: Refusal | None,
-        took_ns: int,
     ) -> None:
         """Raises SpoolFullError."""
         if refusal is not None and refusal.reasons[0].code == NONCE_WANTED:
@@ -257,7 +287,7 @@ class DecisionGate:
         access = "read" if attempt.method in SAFE_METHODS else "write"
         outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
         metrics.ACTIONS.labels(outcome, access).inc()
-        metrics.DECISION_TIME.observe(took_ns / 1e9)
+        metrics.DECISION_TIME.observe(course.took_ns / 1e9)
         sender, now_ms = course.sender, self._clock.now_ms()
         target_id = verdict.target.target_id if verdict.target is not None else None
         if verdict.task_id is not None:
@@ -278,7 +308,7 @@ class DecisionGate:
                 access="read" if access == "read" else "write",
                 method=attempt.method if _METHOD.fullmatch(attempt.method) else None,
                 request_digest=_digest(attempt),
-                latency_us=took_ns // 1000,
+                latency_us=course.took_ns // 1000,
                 label=attempt.label if attempt.label and _LABEL.fullmatch(attempt.label) else None,
                 observed=True if verdict.observed else None,
                 at_ms=now_ms,

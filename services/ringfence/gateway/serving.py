@@ -20,6 +20,7 @@ from ringfence.gateway.refusals import Answer, RefusedError, head, problem
 from ringfence.gateway.stream import ExpiredError, GoneError, Stream
 from ringfence.gateway.wire import RequestHead, cut_head, parse_request
 from ringfence.kernel import metrics
+from ringfence.messages.credential import Reason
 
 MAX_READ_BYTES: Final = 1024 * 1024
 """So much of a body is read before the decision, where the decision needs it."""
@@ -49,6 +50,8 @@ class Connection:
         self._way = way
         self._desk = desk
         self._now = asyncio.get_running_loop().time
+        self._agent: str | None = None
+        """Whose request is under way, as the core told."""
 
     async def run(self) -> None:
         """Serve until it ends."""
@@ -106,7 +109,7 @@ class Connection:
                 read = await self._read(body, waits=waits)
                 # What is too long counts as not seen.
                 attempt = dataclasses.replace(attempt, body=read if len(read) <= MAX_READ_BYTES else None)
-            verdict = await desk.gate.decide(presented, attempt)
+            verdict = await desk.gate.decide(presented, attempt, self._admits)
             if not goes_on(verdict):
                 return await self._say(self._desk.answer(verdict), request, close=not body.done)
             if waits and read is None and not body.done and not self._client.buffer:
@@ -114,16 +117,25 @@ class Connection:
             return await self._forward(Asked(request, attempt, verdict, body, read))
         finally:
             desk.limits.end(sender)
+            if self._agent is not None:
+                desk.limits.end(self._agent)
+                self._agent = None
 
-    async def _forward(self, allowed: Asked) -> bool:
-        agent = f"agent:{allowed.verdict.lease.agent_id}" if allowed.verdict.lease is not None else ""
-        self._desk.limits.begin(agent)
+    def _admits(self, agent_id: str) -> Reason | None:
+        """See `Admits`: the limits of an agent, wherever it comes from."""
+        agent, limits = f"agent:{agent_id}", self._desk.limits
         try:
-            keep = await self._desk.forwarder.forward(self._client, allowed)
-        finally:
-            self._desk.limits.end(agent)
+            limits.ask(agent)
+            limits.begin(agent)
+        except RefusedError as error:
+            return Reason(code=error.code, message=error.message)
+        self._agent = agent
+        return None
+
+    async def _forward(self, going: Asked) -> bool:
+        keep = await self._desk.forwarder.forward(self._client, going)
         if not keep:
-            await self._leave(unread=not allowed.body.done)
+            await self._leave(unread=not going.body.done)
         return keep
 
     async def _read(self, body: Body, *, waits: bool) -> bytes:
