@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from ringfence.backends import TargetRefusedError
 from ringfence.dev.processes import StackError
+from tests.backends.gated import gated
 from tests.backends.kinds import (
     ODD_TABLES,
     SSH_USERS,
@@ -21,6 +21,8 @@ from tests.backends.kinds import (
     SshKind,
     Stateful,
 )
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
 from tests.postgres import PostgresServer, PostgresTarget
 from tests.ssh import SshServer, SshTarget
 from tests.targets import valkey_target
@@ -71,25 +73,25 @@ def vault(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vault]:
         pytest.exit(error.message, returncode=1)
 
 
+@pytest.fixture(scope="package")
+async def http_kind(
+    kafka: Kafka, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[HttpKind]:
+    # Its grace is long: what ends with the rest of Ringfence gone is to end by its own deadline.
+    async with gated(kafka, redis_server, tmp_path_factory.mktemp("http"), TARGET, grace_s=600) as stage:
+        yield HttpKind(stage)
+
+
 BY_THE_TARGET = ("jwt", "redis", "postgres", "ssh")
 BY_THE_GATEWAY = ("http",)
-"""Those that declare `enforced_by = gateway`: nothing is made, so that nothing can be shown to the target."""
-# Strict: as soon as a case has a gateway to go through, it has to stand on its own.
-_WITH_THE_GATEWAY = pytest.mark.xfail(
-    raises=TargetRefusedError, strict=True, reason="enforced by the gateway: to be completed with it"
-)
+"""Those that declare `enforced_by = gateway`: an agent has nothing to show to the target, so it goes through that."""
 
 
-@pytest.fixture(
-    scope="package",
-    params=[*BY_THE_TARGET, *(pytest.param(name, marks=_WITH_THE_GATEWAY) for name in BY_THE_GATEWAY)],
-)
+@pytest.fixture(scope="package", params=[*BY_THE_TARGET, *BY_THE_GATEWAY])
 def kind(request: pytest.FixtureRequest) -> Kind:
     """Every kind there is."""
     if request.param == "jwt":
         return JwtKind()
-    if request.param == "http":
-        return HttpKind()
     made: Kind = request.getfixturevalue(f"{request.param}_kind")
     return made
 

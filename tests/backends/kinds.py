@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
@@ -19,6 +19,7 @@ from urllib.parse import quote, urlsplit
 
 import asyncpg
 import jwt
+import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
@@ -31,17 +32,20 @@ from ringfence.backends import (
     RedisBackend,
     SshBackend,
     TargetAccess,
+    TargetRefusedError,
     TokenKey,
     TokenKeys,
 )
 from ringfence.backends.ssh_certificates import private_text, public_text
 from ringfence.kernel.keys import SigningKey
+from ringfence.messages.credential import Credential
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from ringfence.model.scope import parse_glob
 from tests import postgres, ssh
+from tests.backends.gated import SECRET, Gated
 from tests.postgres import PostgresTarget
 from tests.ssh import SshTarget
 from tests.targets import ValkeyTarget
@@ -86,6 +90,10 @@ class Kind(Protocol):
 
     def session(self, value: str) -> Any:
         """A context with an open session, which `lives` tells of."""
+        ...
+
+    def alone(self) -> AbstractAsyncContextManager[None]:
+        """A context in which all of Ringfence is gone that runs in the suite; what enforces leases goes on."""
         ...
 
     async def names(self) -> set[str]:
@@ -199,6 +207,9 @@ class JwtKind:
     async def session(self, value: str) -> AsyncIterator[Any]:
         yield value
 
+    def alone(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
     async def names(self) -> set[str]:
         return set()
 
@@ -215,7 +226,7 @@ class JwtKind:
 class HttpKind:
     """The target is an API with a static key, which knows no scopes: what is asked of a target here, its gateway does.
 
-    There is nothing that could be handed to the cases of the suite, so each of them is completed with the gateway.
+    What agents have of a lease is its handle.
     """
 
     name: ClassVar[str] = "http"
@@ -223,30 +234,79 @@ class HttpKind:
     write_a: Act = ("PUT", "/a")
     read_b: Act = ("GET", "/b")
     write_b: Act = ("PUT", "/b")
-    beyond: Sequence[Act] = (("GET", "/c"), ("GET", "/a/b"), ("DELETE", "/b"), ("GET", "/"))
-    odd: Sequence[Odd] = (Odd("path/é", ("GET", "/%C3%A9")), Odd("path/a b", ("GET", "/a%20b")))
-    unsayable: Sequence[str] = ()
+    beyond: Sequence[Act] = (
+        ("GET", "/c"), ("GET", "/a/b"), ("GET", "/"), ("GET", "/A"), ("DELETE", "/b"), ("POST", "/a"), ("PATCH", "/a"),
+        ("OPTIONS", "/a"), ("TRACE", "/a"), ("get", "/a"), ("GETX", "/a"), ("GET", "/a/"), ("GET", "//a"),
+        ("GET", "/a;x"), ("GET", "/a%2Fb"), ("GET", "/a%252Fb"), ("GET", "/a%00"), ("GET", "/a%0A"), ("GET", "/a%20"),
+        ("GET", "/a%0D%0AX-Admin:%20yes"), ("GET", "/a%5C"), ("GET", "/a%"), ("GET", "/%FF"), ("GET", "/\xe9"),
+        ("GET", "/a%C2%A0"), ("GET", "/%EF%BD%81"), ("GET", "/*"), ("GET", "/**"), ("GET", "/%2A"),
+        ("GET", "/a", "X-HTTP-Method-Override: PUT"), ("GET", "/a", "X-Original-URL: /c"),
+        ("GET", "/a", "Transfer-Encoding: chunked", "Content-Length: 3"),
+    )  # fmt: skip
+    odd: Sequence[Odd] = tuple(
+        Odd(f"path/{name}", ("GET", f"/{quote(name, safe='')}"))
+        for name in (
+            'we"ird', "o'brien", "é", "日本", "a b", "$1", "UPPER", "a,b", "a:read", "<a>", "a&b", "a=b", "a+b", "path",
+            "a) or (b", "n" * 200,
+        )
+    )  # fmt: skip
+    unsayable: Sequence[str] = (
+        "path/a\nb", "path/a\r\nX-Admin: yes", "path/a\x00b", "path/a%0Ab", "path/a\\b", "path/a;b", "path/{path}",
+        "path/../b", "path/a\N{NO-BREAK SPACE}", "path/e\N{COMBINING ACUTE ACCENT}", "path//a",
+        "path/\N{FULLWIDTH LATIN SMALL LETTER A}", "/a", "path/a#b", "path/[ab]",
+    )  # fmt: skip
+
+    def __init__(self, gated: Gated) -> None:
+        self._gated = gated
+        self._handles: dict[str, asyncio.Task[str]] = {}
 
     def backend(self, trust_domain: str = "test.example", access: TargetAccess | None = None) -> Backend:
-        return HttpBackend()
+        return _Enforced(self._gated, self._handles)
 
     def resource(self, thing: str) -> str:
         return f"path/{thing}"
 
     async def may(self, value: str, act: Act) -> bool:
-        raise AssertionError("no agent has a value to show to the target")
+        return await self._gated.may(value, act)
 
     def session(self, value: str) -> Any:
-        raise AssertionError("no agent has a session at the target")
+        return self._gated.session(value, "/a")
+
+    def alone(self) -> AbstractAsyncContextManager[None]:
+        return self._gated.alone()
 
     async def names(self) -> set[str]:
         return set()
 
     def secret_of(self, value: str) -> str:
-        return value
+        return SECRET
 
     def said(self) -> bytes:
         return b""
+
+
+class _Enforced(HttpBackend):
+    """The backend together with those who enforce its leases: what is made is a lease, for which nothing is minted."""
+
+    def __init__(self, gated: Gated, handles: dict[str, asyncio.Task[str]]) -> None:
+        self._gated = gated
+        self._handles = handles
+        """By the suite's own lease: of the issuer's, which has its id, and is made once."""
+
+    async def mint(self, lease: Lease, target: TargetState) -> Credential:
+        with pytest.raises(TargetRefusedError):
+            await super().mint(lease, target)
+        if lease.lease_id not in self._handles:
+            ttl_s = max(1, lease.deadline - int(time.time()))
+            made = self._gated.leased(lease.scope, ttl_s)
+            self._handles[lease.lease_id] = asyncio.create_task(made)
+        handle = await self._handles[lease.lease_id]
+        return Credential(kind="http", value=handle, expires_at=lease.deadline)
+
+    async def undo(self, lease_id: str, *, target_id: str) -> None:
+        await super().undo(lease_id, target_id=target_id)
+        known = self._handles.pop(lease_id, None)
+        await self._gated.cut(await known if known is not None else lease_id)
 
 
 # --- redis ------------------------------------------------------------------------------------------------------------
@@ -275,6 +335,9 @@ class _AtTarget(Generic[T]):
 
     def write_secret(self, address: str | None = None) -> None:
         self.target.write_secret(address)
+
+    def alone(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     @property
     def address(self) -> str:

@@ -1,8 +1,8 @@
 """No secret is left anywhere by what the stories of PostgreSQL and SSH leave out: Valkey, tokens, static secrets.
 
-Delivered to the agent and to the gateway; given back, cut, refused, and at a target that does not answer. Looked for on
-every topic, in every value of both Redis, in every log and temporary file, and in all that the agent and its command
-line were told.
+Delivered to the agent and to the gateway, which injects them; given back, cut, refused, and at a target that does not
+answer. Looked for on every topic, in every value of both Redis, in every log and temporary file, in the spool of the
+gateway, and in all that the agent and its command line were told.
 """
 
 from __future__ import annotations
@@ -20,25 +20,31 @@ from urllib.parse import urlsplit
 import pytest
 
 from ringfence import Agent
-from ringfence.backends import StaticSecrets, TargetAccess
-from ringfence.cli.target_templates import TEMPLATES
+from ringfence.cli.target_templates import TEMPLATES, Template
 from ringfence.client.credentials import GatewayCredential, IssuedCredential
 from ringfence.client.errors import CredentialOverError, CredentialUseError, RequestDeniedError
 from ringfence.messages.credential import Delivery
-from ringfence.messages.registry import TargetState
+from ringfence.messages.registry import RequestRule
 from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
 from tests import canary
 from tests.backends import story
-from tests.backends.kinds import state
+from tests.backends.gateway_process import GatewayProcess
+from tests.backends.insisting import MARK, InsistingApi
 from tests.backends.story import Thing
+from tests.backends.through import ThroughGateway
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.stack import Realm, Seen, first_pending
+from tests.stack import WITHIN_S, Realm, Seen, first_pending
 from tests.targets import ValkeyTarget, valkey_target, works
 
 CACHE, SHOP, PARTNER = "cache", "shop", "partner"
 STATIC = "canary-of-a-static-secret"
 BROKER = "broker-secret"
+TOKENS = Template(
+    "jwt",
+    story.TOKENS.verbs,
+    (RequestRule(method="GET", path="/{order}", verb="read", resource="order/{order}"),),
+)
 
 
 @dataclass
@@ -47,7 +53,8 @@ class Office:
 
     realm: Realm
     cache: ValkeyTarget
-    static: Path
+    api: InsistingApi
+    gateway: GatewayProcess
     folder: Path
     secrets: list[str] = field(default_factory=lambda: [STATIC, BROKER])
     told: list[str] = field(default_factory=list)
@@ -66,6 +73,20 @@ class Office:
         self.secrets.append(str(urlsplit(value).password) if target == CACHE else value.rpartition(".")[2])
         return credential, value
 
+    async def through(self, handle: IssuedCredential, target: str, path: str, value: str) -> None:
+        """A request by the gateway, which injects this value: the API has it, and sends back all that it has."""
+        assert isinstance(handle, GatewayCredential)
+        agent = ThroughGateway(self.realm.key("agent", self.realm.agent), self.gateway.port)
+        self.api.wanted = {("Authorization", f"Bearer {value}")}
+        async with asyncio.timeout(WITHIN_S):
+            while True:
+                answer = await agent.send(handle.handle, "GET", f"/{target}{path}", [(MARK, target)])
+                self.told.append(f"{answer.headers} {answer.body.decode()}")
+                if answer.status == 200:
+                    break
+                assert answer.json()["code"] == "handle_unknown"  # the lease is on its way there
+        assert len(self.api.came(target)) == 1
+
     @contextlib.contextmanager
     def hearing(self, *kinds: type[Exception]) -> Iterator[None]:
         with pytest.raises(kinds) as raised:
@@ -78,17 +99,32 @@ async def office(kafka: Kafka, redis_server: RedisServer, tmp_path: Path) -> Asy
     static = tmp_path / "partner-key"
     static.write_text(f"{STATIC}\n")
     static.chmod(0o600)
-    things = (
-        Thing.of(CACHE, "redis", ("read", "write"), "jobs/**"),
-        Thing(SHOP, story.TOKENS, ("read",), ("order/**",)),
-        Thing(PARTNER, TEMPLATES["http"], ("read",), ("path/**",), {"url": "https://api.example"}),
-    )
     async with (
         valkey_target(CACHE, tmp_path) as cache,
+        InsistingApi(set()).serving() as api,
         story.running(kafka, redis_server, "no-secret", cache.places()) as (realm, folder),
     ):
-        await story.staff(realm, *things)
-        yield Office(realm, cache, static, folder)
+        at = {"url": api.url}
+        await story.staff(
+            realm,
+            Thing.of(CACHE, "redis", ("read", "write"), "jobs/**"),
+            Thing(SHOP, TOKENS, ("read",), ("order/**",), at),
+            Thing(PARTNER, TEMPLATES["http"], ("read",), ("path/**",), at),
+        )
+        gateway = GatewayProcess(folder / "gateway", _of_gateway(realm), {PARTNER: f"file:{static}"})
+        await gateway.start()
+        try:
+            yield Office(realm, cache, api, gateway, folder)
+        finally:
+            await gateway.stop()
+
+
+def _of_gateway(realm: Realm) -> dict[str, str]:
+    trust = realm.stack.trust
+    return realm.stack.environment() | {
+        "RINGFENCE_KEY_FILE": str(trust.service_key("gateway")),
+        "RINGFENCE_GATEWAY_SEAL_KEY_FILE": str(trust.encryption_key("gateway")),
+    }
 
 
 async def test_no_secret_is_anywhere_but_with_whom_it_is_for(office: Office, tmp_path: Path) -> None:
@@ -99,10 +135,13 @@ async def test_no_secret_is_anywhere_but_with_whom_it_is_for(office: Office, tmp
             for what in ((CACHE, "jobs/1"), (SHOP, "order/7"))
             for delivery in ("agent", "gateway")
         ]
-        (mine, url), (_, injected), (token, _), _ = made
+        (mine, url), (_, injected), (token, _), (shown, value) = made
         assert [await works(one, "GET", "jobs/1") for one in (url, injected)] == [True, True]
         await _misused(office, mine, token)
-        await _injected(office, agent)
+        await office.through(shown, SHOP, "/7", value)
+        partner = await story.approved(realm, agent, PARTNER, "path/orders", 250, "gateway")
+        office.told.append(repr(partner))
+        await office.through(partner, PARTNER, "/orders", STATIC)
         await _at_a_target_that_is_gone(office, agent)
         await _by_the_command_line(office, tmp_path)
         await agent.release(token)
@@ -127,16 +166,6 @@ async def _misused(office: Office, cache: IssuedCredential, token: IssuedCredent
     with office.hearing(RequestDeniedError):
         async with office.realm.as_agent() as agent:
             await story.approved(office.realm, agent, CACHE, "jobs/*", 250)  # no ACL can say that
-
-
-async def _injected(office: Office, agent: Agent) -> None:
-    """The gateway's own half: its source is no other process's."""
-    handle = await story.approved(office.realm, agent, PARTNER, "path/orders", 250, "gateway")
-    assert isinstance(handle, GatewayCredential)
-    office.told.append(repr(handle))
-    at: TargetState = state("http", url="https://api.example").model_copy(update={"target_id": PARTNER})
-    secrets = StaticSecrets(TargetAccess({PARTNER: f"file:{office.static}"}))
-    assert await secrets.headers(at) == {"Authorization": f"Bearer {STATIC}"}
 
 
 async def _at_a_target_that_is_gone(office: Office, agent: Agent) -> None:
@@ -183,4 +212,6 @@ async def _looked_for(office: Office) -> None:
     # A scan that finds nothing must be able to find something.
     assert "credential.decision" in await canary.on_topics(realm.settings, [story.REASON])
     assert canary.in_files([office.folder], ["is not made: "])
+    assert canary.in_files([office.folder / "gateway" / "spool"], [PARTNER])
     assert canary.in_texts(office.told, ["does not answer", "no HTTP header"])
+    assert canary.in_texts(office.told, ["*" * len(STATIC)])

@@ -114,7 +114,7 @@ async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, r
         with contextlib.suppress(OSError):  # the answer may be there already
             writer.write(raw)
             await writer.drain()
-        return _answer(await _all(reader))
+        return parsed(await _all(reader))
 
 
 async def _all(reader: asyncio.StreamReader) -> bytes:
@@ -133,7 +133,8 @@ def _complete(came: bytes) -> bool:
     return len(rest) >= int(lower.split(b"\r\ncontent-length:")[1].split(b"\r\n")[0])
 
 
-def _answer(came: bytes) -> Answer:
+def parsed(came: bytes) -> Answer:
+    """The answer that these bytes are."""
     head, end, rest = came.partition(b"\r\n\r\n")
     if not end:
         return Answer(0)

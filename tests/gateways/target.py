@@ -43,7 +43,7 @@ class Target:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, request after request."""
         try:
-            while (request := await _request(reader)) is not None:
+            while (request := await read_request(reader)) is not None:
                 self.received.append(request)
                 if request.target == EVENTS:
                     await self._events(writer)
@@ -80,7 +80,9 @@ async def running_target(certificate: Path) -> AsyncIterator[Target]:
         server.close()
 
 
-async def _request(reader: asyncio.StreamReader) -> Received | None:
+async def read_request(reader: asyncio.StreamReader) -> Received | None:
+    """One request; None where the connection ended before it."""
+    """One request; None where the connection ended instead."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
     except asyncio.IncompleteReadError:
