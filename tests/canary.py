@@ -13,7 +13,9 @@ from redis.asyncio import Redis
 
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.settings import ServiceSettings
 from ringfence.messages.topics import ALL
+from ringfence.model.lease_store import LeaseStore
 from ringfence.model.lease_store.packing import expanded
 from tests.stack import WITHIN_S
 
@@ -57,8 +59,20 @@ async def in_redis(url: str, secrets: Sequence[str]) -> list[str]:
     return found
 
 
+async def in_leases(settings: ServiceSettings, lease_ids: Sequence[str], secrets: Sequence[str]) -> list[str]:
+    """Those of the leases in Redis of which the record has one of them: only the store puts it together again."""
+    store = LeaseStore(settings)
+    try:
+        stored = await store.get(lease_ids)
+    finally:
+        await store.close()
+    records = {id: lease.jws for id, lease in stored.items()}
+    assert records
+    return [id for id, jws in records.items() if _holds(jws, secrets)]
+
+
 async def _pieces(client: Any, key: bytes) -> list[bytes]:
-    """All that stands under a key; records also as the JWS that they are packed from."""
+    """All that stands under a key; records also as the JWS that they are packed from, where it is whole (`in_leases`)."""
     match await client.type(key):
         case b"string":
             pieces = [await client.get(key) or b""]

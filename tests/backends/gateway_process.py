@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,11 +46,12 @@ class GatewayProcess:
             "RINGFENCE_CONFIG": os.devnull,
             "RINGFENCE_HTTP": f"{LOOPBACK}:{self.http}",
             "RINGFENCE_LOG_LEVEL": "debug",
+            "RINGFENCE_GATEWAY_LISTEN": str(self.port),
             "RINGFENCE_GATEWAY_SPOOL": str(self.folder / "spool"),
             "RINGFENCE_BACKENDS_ACCESS": json.dumps(dict(self.places)),
             "TMPDIR": str(passing),
         }
-        argv = [sys.executable, "-m", "tests.backends.gateway_program", str(self.port)]
+        argv = [sys.executable, "-m", "ringfence.cli.main", "serve", "gateway"]
         self._child = spawn("gateway", argv, env=environment, log_path=self.folder / "gateway.log")
         await asyncio.to_thread(self._child.wait_until, self._serves, READY_WITHIN_S, "let anything pass")
 
@@ -62,7 +64,8 @@ class GatewayProcess:
 
     def _serves(self) -> bool:
         try:
+            socket.create_connection((LOOPBACK, self.port), timeout=5).close()
             ready = httpx.get(f"http://{LOOPBACK}:{self.http}/readyz", timeout=5, trust_env=False)
-        except httpx.HTTPError:
+        except (OSError, httpx.HTTPError):
             return False
         return ready.status_code == httpx.codes.OK and not ready.json()["denies"]

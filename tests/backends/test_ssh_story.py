@@ -137,6 +137,8 @@ async def test_no_secret_is_anywhere_but_with_the_agent(office: Office) -> None:
     assert [path for path in canary.in_files(folders, secrets) if path != authority] == []
     # A scan that finds nothing must be able to find something.
     assert "credential.decision" in await canary.on_topics(realm.settings, [story.REASON])
-    assert await canary.in_redis(realm.stack.redis_url, [f'"lease_id":"{credentials[1].lease_id}"'])
+    live = credentials[1].lease_id
+    assert await canary.in_leases(realm.stack.settings(), [live], secrets) == []
+    assert await canary.in_leases(realm.stack.settings(), [live], [f'"lease_id":"{live}"'])
     assert canary.in_files(folders, [credentials[0].lease_id])
     assert authority in canary.in_files(folders, secrets)
