@@ -72,7 +72,7 @@ async def in_leases(settings: ServiceSettings, lease_ids: Sequence[str], secrets
 
 
 async def _pieces(client: Any, key: bytes) -> list[bytes]:
-    """All that stands under a key; records also as the JWS that they are packed from, where it is whole (`in_leases`)."""
+    """All that stands under a key; records also as the JWS that they are packed from, where they are whole."""
     match await client.type(key):
         case b"string":
             pieces = [await client.get(key) or b""]
