@@ -136,6 +136,7 @@ async def test_a_handle_that_somebody_else_found_is_worth_nothing(office: Office
     assert len(office.target.requests) == before
 
 
+@pytest.mark.tools
 async def test_curl_through_the_socket_of_its_task(office: Office, desk: Desk, tmp_path: Path) -> None:
     """HTTPS_PROXY and the certificate in the gateway's file are all that the program knows."""
     assert not office.of(desk).exists()

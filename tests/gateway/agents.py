@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Sequence
+import shutil
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,6 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.close()
 
 
-def missing(programs: Sequence[str]) -> list[str]:
-    """Those of the programs that are not on this machine."""
-    folders = os.environ["PATH"].split(os.pathsep)
-    return [name for name in programs if not any((Path(folder) / name).exists() for folder in folders)]
+def missing(program: str) -> bool:
+    """Whether a program is not on this machine."""
+    return shutil.which(program) is None

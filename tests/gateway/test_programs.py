@@ -52,7 +52,6 @@ class Shop:
 
 @pytest_asyncio.fixture(loop_scope="package")
 async def shop(tmp_path: Path) -> AsyncIterator[Shop]:
-    assert not missing(["curl", "git", "npm"]), "install them: apt-get install curl git npm"
     certificates = Certificates(tmp_path)
     api, git, npm = Target(), Target(), Target()
     repositories = tmp_path / "repositories"
@@ -81,7 +80,9 @@ async def shop(tmp_path: Path) -> AsyncIterator[Shop]:
         yield Shop(gate, plane, sandbox, api, git, npm, repositories)
 
 
+@pytest.mark.tools
 async def test_curl(shop: Shop) -> None:
+    assert not missing("curl"), "install it: apt-get install curl"
     outcome = await shop.sandbox.run("curl", "-sS", "--fail-with-body", "https://api.test/files/a?x=1")
     assert (outcome.code, outcome.out) == (0, "ok"), outcome
     presented, attempt, _ = shop.gate.last
@@ -96,7 +97,9 @@ async def test_curl(shop: Shop) -> None:
     assert len(shop.api.requests) == 1
 
 
+@pytest.mark.tools
 async def test_curl_sends_and_expects(shop: Shop, tmp_path: Path) -> None:
+    assert not missing("curl"), "install it: apt-get install curl"
     size = 3 * 1024 * 1024
     (tmp_path / "large").write_bytes(os.urandom(size))
     for more in ([], ["-H", "Transfer-Encoding: chunked"]):
@@ -115,7 +118,9 @@ async def test_curl_sends_and_expects(shop: Shop, tmp_path: Path) -> None:
     assert shop.api.requests[0].body == (tmp_path / "large").read_bytes()
 
 
+@pytest.mark.tools
 async def test_a_host_that_is_no_target_is_denied_and_not_tunnelled(shop: Shop) -> None:
+    assert not missing("curl"), "install it: apt-get install curl"
     outcome = await shop.sandbox.run("curl", "-sS", "https://elsewhere.test/")
     assert outcome.code != 0
     assert "403" in outcome.err
@@ -152,7 +157,9 @@ async def test_python_clients(shop: Shop, name: str) -> None:
     assert "403" in outcome.err
 
 
+@pytest.mark.tools
 async def test_git(shop: Shop, tmp_path: Path) -> None:
+    assert not missing("git"), "install it: apt-get install git"
     run, work = shop.sandbox.run, tmp_path / "work"
     _git(tmp_path, "init", "-q", "--bare", "-b", "main", str(shop.repositories / "one.git"))
     _git(shop.repositories / "one.git", "config", "http.receivepack", "true")
@@ -176,7 +183,9 @@ async def test_git(shop: Shop, tmp_path: Path) -> None:
     assert all(one.values("authorization") == [f"Bearer {SECRET}"] for one in shop.git.requests)
 
 
+@pytest.mark.tools
 async def test_npm(shop: Shop, tmp_path: Path) -> None:
+    assert not missing("npm"), "install it: apt-get install npm"
     quiet = ["--registry=https://npm.test/", "--no-audit", "--no-fund", "--no-update-notifier"]
     outcome = await shop.sandbox.run("npm", "view", "small-thing", "version", *quiet)
     assert (outcome.code, outcome.out.strip()) == (0, "1.0.0"), outcome
