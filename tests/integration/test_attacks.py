@@ -5,6 +5,7 @@ Each is refused, each is told to the audit topic, and the services stay up.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 from ringfence.client.agent import Agent
-from ringfence.client.errors import RefusedError
+from ringfence.client.api import ReadApi
+from ringfence.client.errors import ApiError, RefusedError
 from ringfence.kernel.ids import digest, lease_id, message_id
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Publisher, Received
@@ -41,7 +43,7 @@ from ringfence.messages.topics import (
     TRUST,
     USER,
 )
-from tests.stack import Realm, Seen, now_s
+from tests.stack import WITHIN_S, Realm, Seen, now_s
 
 WATCHED = (LEASE, AUDIT, SERVICE_EVENT, CREDENTIAL_DECISION, DEAD_LETTER, APPROVAL_REQUEST)
 
@@ -280,6 +282,19 @@ async def test_an_approval_that_does_not_count(realm: Realm, who: str) -> None:
         await seen.until(lambda: not no_lease(seen, asked.request_id), "the lease")
 
 
+async def policy_has_read_that(replaced: SigningKey, realm: Realm) -> None:
+    """Return once policy knows that a key counts no more: the registry's yes to that comes a moment before."""
+    async with ReadApi(replaced, realm.settings) as api, asyncio.timeout(WITHIN_S):
+        while True:
+            try:
+                await api.get("policy", "bundle")
+            except ApiError as error:
+                if error.status == 401:
+                    return
+                raise
+            await asyncio.sleep(0.02)
+
+
 async def test_a_key_that_was_replaced_approves_nothing(realm: Realm) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         _, asked = await pending_write(realm, publisher, seen)
@@ -292,6 +307,7 @@ async def test_a_key_that_was_replaced_approves_nothing(realm: Realm) -> None:
                 realm.name("sam"), name="Sam", roles=["sponsor"], keys=[new],
                 entitlements=[realm.permission(["read", "write"], "env/**")],
             )  # fmt: skip
+        await policy_has_read_that(old, realm)
         where = await put(publisher, APPROVAL_RESPONSE, realm.agent, make_approval(realm, asked, old))
         assert (await buried(seen, where))["code"] == "key_unknown"
         await audited(seen, at(where), "the approval by the old key")
