@@ -34,7 +34,7 @@ from ringfence.cli.target_templates import TEMPLATES, Template
 from ringfence.client.administrator import Administrator
 from ringfence.client.outcomes import Accepted
 from ringfence.kernel.jws import explain
-from ringfence.messages.registry import ApprovalClass, BackendSettings, RequestRule, VerbFloor
+from ringfence.messages.registry import ApprovalClass, BackendSettings, McpRule, RequestRule, VerbFloor
 from ringfence.model.identity import spiffe_id
 from ringfence.model.request_map import RequestMap, RequestMapError
 
@@ -42,7 +42,9 @@ app = typer.Typer(help="Systems that agents act on: verbs and approval floors.",
 
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help="The target's id.")]
 _FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
-_REQUEST = re.compile(r"(\S+) (\S+) (\S+) (\S+)((?: (?:query|body):[^\s=]+=\S+)*)")
+_REQUEST = re.compile(
+    r"(\S+) (\S+) (\S+) (\S+)((?: (?:(?:query|body|argument):[^\s=]+=\S+|mcp:[^\s=]+(?:=\S+)?))*)"
+)
 
 
 @app.command()
@@ -66,7 +68,8 @@ def add(
         list[str] | None,
         typer.Option(
             "--request",
-            metavar="'METHOD PATH VERB RESOURCE [query:NAME=VALUE,...] [body:NAME=VALUE,...]'",
+            metavar="'METHOD PATH VERB RESOURCE [query:NAME=VALUE,...] [body:NAME=VALUE,...]', or "
+            "'POST PATH VERB RESOURCE mcp:METHOD[=TOOL] [argument:NAME=VALUE,...]'",
             help="Which requests are which verb, e.g. 'GET /envs/{name} read env/{name}'. Repeatable; the first "
             "that matches counts, and those of a template come last.",
         ),
@@ -186,14 +189,31 @@ def _request(text: str) -> RequestRule:
     if match is None:
         raise typer.BadParameter(
             f"{text!r}: write four words, 'METHOD PATH VERB RESOURCE', and conditions after them: query:NAME=VALUE, "
-            "body:NAME=VALUE"
+            "body:NAME=VALUE, mcp:METHOD[=TOOL], argument:NAME=VALUE"
         )
     method, path, verb, resource, conditions = match.groups()
     query, body = (_conditions(where, conditions) for where in ("query", "body"))
     try:
-        return RequestRule(method=method, path=path, query=query, body=body, verb=verb, resource=resource)
+        mcp = _mcp(text, conditions)
+        return RequestRule(
+            method=method, path=path, query=query, body=body, mcp=mcp, verb=verb, resource=resource
+        )
     except ValidationError as error:
         raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
+
+
+def _mcp(text: str, conditions: str) -> McpRule | None:
+    """Raises ValidationError."""
+    said = [one.removeprefix("mcp:") for one in conditions.split() if one.startswith("mcp:")]
+    arguments = _conditions("argument", conditions)
+    if len(said) > 1 or (arguments and not said):
+        raise typer.BadParameter(
+            f"{text!r}: write one mcp:METHOD[=TOOL], and conditions on arguments with it"
+        )
+    if not said:
+        return None
+    method, _, name = said[0].partition("=")
+    return McpRule(method=method, name=name or None, arguments=arguments)
 
 
 def _conditions(where: str, text: str) -> dict[str, tuple[str, ...]] | None:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from ringfence.gateway.attempts import Attempt, Presented
+from ringfence.gateway.attempts import Attempt, Carried, Presented
 from ringfence.gateway.headers import HANDLE, LABEL, is_handle, own_names
 from ringfence.gateway.hosts import Scheme, canonical
 from ringfence.gateway.refusals import RefusedError
 from ringfence.gateway.wire import RequestHead
 
+_READ_OF_MCP: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})
 _SCHEMES: Final[tuple[Scheme, ...]] = ("http", "https")
 
 
@@ -61,6 +62,26 @@ def asked(request: RequestHead, way: Way, knows: Callable[[str], bool]) -> tuple
         target=target,
         target_id=target_id,
         label=label.decode("latin-1") if label else None,
+        carried=_carried(request),
+    )
+
+
+def _carried(request: RequestHead) -> Carried:
+    """What the head says of a message of MCP."""
+    media, coding, session = (
+        value.decode("latin-1") if (value := request.known.get(name)) is not None else None
+        for name in (b"content-type", b"content-encoding", b"mcp-session-id")
+    )
+    return Carried(
+        media,
+        coding.lower() if coding is not None else None,
+        session,
+        b"last-event-id" in request.known,
+        tuple(
+            (name.decode("latin-1"), line.partition(b":")[2].strip(b" \t").decode("latin-1"))
+            for name, line in request.fields
+            if name.startswith(b"mcp-") and name not in _READ_OF_MCP
+        ),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
+from ringfence.messages.operations import AnswerKind
 from ringfence.messages.registry import TargetState
 from ringfence.model.request_map import Action
 
@@ -39,6 +40,22 @@ class Presented:
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """What the head of a request says of a message of MCP: headers that come once at most."""
+
+    media: str | None = None
+    """`Content-Type`."""
+    coding: str | None = None
+    """`Content-Encoding`, in lower case."""
+    session: str | None = None
+    """`Mcp-Session-Id`."""
+    resumes: bool = False
+    """Whether there is a `Last-Event-ID`."""
+    others: tuple[tuple[str, str], ...] = ()
+    """All other headers `Mcp-...` but the protocol's version, names in lower case."""
+
+
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """One request, undecoded. What was decided on and what is sent are the same bytes."""
 
@@ -54,6 +71,45 @@ class Attempt:
     """All of it, or None where it was not seen. See `Gate.reads_body`."""
     label: str | None = None
     """What the sender's tooling says about where the request came from, for the report alone."""
+    carried: Carried | None = None
+    """None from data planes that do not show the answers of targets: MCP is not spoken through these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rpc:
+    """A refusal is told as a JSON-RPC error."""
+
+    id: str | int | None
+    """Of the request that it answers; None where it is none, or could not be read."""
+
+
+@dataclass(slots=True)
+class McpOutcome:
+    """What came of one request to an endpoint of MCP: the three ways to fail are kept apart."""
+
+    kind: AnswerKind = "none"
+    status: int | None = None
+    """Of HTTP."""
+    code: int | None = None
+    """Of the JSON-RPC error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mcp:
+    """An allowed request to an endpoint of MCP, for the data plane that forwards it."""
+
+    method: str | None
+    """Of the message that was posted; None where a stream is opened, or a session ended."""
+    id: str | int | None
+    """Of the request that was posted."""
+    opens: bool
+    """Whether a session in the answer is new."""
+    visible: Callable[[str, str], bool]
+    """Whether a lease may allow some use, given the method by which it is used, and its name."""
+    opened: Callable[[str], bool]
+    """Keep that the session is this lease's; False where it is another's, and must not be told."""
+    answered: Callable[[McpOutcome], None]
+    """Record what came of it, once, at its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +130,10 @@ class Verdict:
     retry_after_s: int | None = None
     task_id: str | None = None
     """The task that it counted for, where that is known."""
+    mcp: Mcp | None = None
+    """Where it was allowed, to an endpoint of MCP."""
+    rpc: Rpc | None = None
+    """Where it was not, and was posted to one."""
     observed: bool = False
     """It is not allowed, and goes on to `target` all the same, exactly as the agent sent it: its own `Authorization`
     kept, the headers of its handle and proof taken out, nothing injected, and bound to no lease (observe mode)."""

@@ -26,8 +26,10 @@ INJECTABLE: Final = frozenset({"http", "jwt"})
 """The kinds of credentials that go into the header of a request."""
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 """Those that are defined as essentially read-only (RFC 9110, 9.2.1)."""
+UNREADABLE: Final = 400
 UNAUTHORIZED: Final = 401
 FORBIDDEN: Final = 403
+NOT_FOUND: Final = 404
 TOO_LARGE: Final = 413
 TOO_FAST: Final = 429
 UNAVAILABLE: Final = 503

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NoReturn
 
 from ringfence.gateway.attempts import Attempt, Gate, Verdict
 from ringfence.gateway.framing import (
     LAST_CHUNK,
     Body,
-    ChunkedBody,
+    SizedBody,
     UntilClosed,
     chunk,
     response_body,
 )
 from ringfence.gateway.headers import request_head, response_head, switching_head
 from ringfence.gateway.hosts import Origin, origin_of
+from ringfence.gateway.mcp_answers import (
+    EVENTS,
+    JSON,
+    MAX_MESSAGE_BYTES,
+    Answers,
+    EventSieve,
+    media_of,
+    too_large,
+)
 from ringfence.gateway.redaction import Redactor, needles_of, redact
 from ringfence.gateway.refusals import RefusedError
 from ringfence.gateway.stream import ExpiredError, GoneError, Stream
@@ -159,7 +168,8 @@ class _Exchange:
         self._refused: RefusedError | None = None
         self._answering = False
         self._now = asyncio.get_running_loop().time
-        self._upgrade = asks_for_websocket(asked.head)
+        self._answers = Answers(asked.verdict.mcp) if asked.verdict.mcp is not None else None
+        self._upgrade = self._answers is None and asks_for_websocket(asked.head)
         self._whole = whole = asked.read if asked.body.done else None
         self._repeatable = asked.head.method in _REPEATABLE and asked.body.done
         chunked = asked.head.chunked
@@ -188,6 +198,8 @@ class _Exchange:
         self._client.on_gone = None
         if self._uploading is not None:
             self._uploading.cancel()
+        if self._answers is not None:
+            self._answers.ended()
 
     async def ask(self, upstream: Stream) -> ResponseHead:
         """Send the request; the head of the response, which is final or opens a WebSocket.
@@ -233,12 +245,21 @@ class _Exchange:
             )
         until_closed = isinstance(body, UntilClosed)
         modern = self._asked.head.minor == 1
-        in_chunks = isinstance(body, ChunkedBody) and modern
-        framed = not until_closed and (modern or not isinstance(body, ChunkedBody))
+        whole, sieve = await self._sifted(upstream, response, body)
+        if whole is not None or sieve is not None:  # of another length than the target says
+            response = replace(response, length=None if whole is None else len(whole), chunked=whole is None)
+        sized = whole is not None or (isinstance(body, SizedBody) and sieve is None) or type(body) is Body
+        in_chunks = not sized and not until_closed and modern
+        framed = sized or in_chunks
         keep = framed and modern and b"close" not in self._asked.head.named and self._asked.body.done
-        head = response_head(response, chunked=in_chunks, close=not keep)
+        head = redact(response_head(response, chunked=in_chunks, close=not keep), self._needles)
         self._answering = True
-        await self._relay(upstream, body, redact(head, self._needles), in_chunks=in_chunks)
+        if whole is not None:
+            self._client.write(head + redact(whole, self._needles))
+            if self._client.blocked:
+                await self._drain_client()
+        else:
+            await self._relay(upstream, body, head, sieve, in_chunks=in_chunks)
         clean = (
             not until_closed
             and response.minor == 1
@@ -296,12 +317,53 @@ class _Exchange:
 
     # --- to the client ------------------------------------------------------------------------------------------------
 
-    async def _relay(self, upstream: Stream, body: Body, head: bytes, *, in_chunks: bool) -> None:
+    async def _sifted(
+        self, upstream: Stream, response: ResponseHead, body: Body
+    ) -> tuple[bytes | None, EventSieve | None]:
+        """At an endpoint of MCP: all of a response that is one message, or what sifts a stream of them."""
+        if self._answers is None:
+            return None, None
+        self._answers.began(response)
+        if body.done or response.status >= 300:
+            return None, None
+        media = media_of(response.known.get(b"content-type"))
+        if media == EVENTS:
+            return None, EventSieve(self._answers)
+        if media == JSON:
+            return self._answers.message(await self._all_of(upstream, body)), None
+        raise RefusedError(
+            502, "target_unreadable", "the target answers a message of MCP with something else"
+        )
+
+    async def _all_of(self, upstream: Stream, body: Body) -> bytes:
+        """All of a response's body."""
+        pieces = bytearray()
+        while True:
+            try:
+                pieces += body.take(upstream.buffer)
+            except RefusedError as error:
+                raise _unreadable(error) from None
+            if len(pieces) > MAX_MESSAGE_BYTES:
+                raise too_large()
+            if body.done:
+                return bytes(pieces)
+            try:
+                await self._more(upstream, self._patiences.stream_s, began=True)
+            except RefusedError as error:
+                if isinstance(body, UntilClosed) and error.code == "target_gone":
+                    return bytes(pieces)
+                raise
+
+    async def _relay(
+        self, upstream: Stream, body: Body, head: bytes, sieve: EventSieve | None, *, in_chunks: bool
+    ) -> None:
         client, redactor = self._client, Redactor(self._needles)
         out = head
         while True:
             try:
                 piece = body.take(upstream.buffer)
+                if sieve is not None:
+                    piece = sieve.last(piece) if body.done else sieve.feed(piece)
             except RefusedError as error:
                 self._break_off(client, _unreadable(error))
             if piece or body.done:
@@ -321,9 +383,16 @@ class _Exchange:
                 await self._more(upstream, self._patiences.stream_s, began=True)
             except RefusedError as error:
                 if isinstance(body, UntilClosed) and error.code == "target_gone":
-                    client.write(redactor.last(b""))
+                    client.write(redactor.last(self._end_of(sieve)))
                     return
                 self._break_off(client, error)
+
+    def _end_of(self, sieve: EventSieve | None) -> bytes:
+        """What is left where a connection ended."""
+        try:
+            return sieve.last(b"") if sieve is not None else b""
+        except RefusedError as error:
+            self._break_off(self._client, error)
 
     async def _drain_client(self) -> None:
         client = self._client

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from ringfence.gateway.attempts import Admits, Attempt, Presented, Verdict
+from ringfence.gateway.attempts import Admits, Attempt, Mcp, Presented, Rpc, Verdict
 from ringfence.gateway.domain import (
     FORBIDDEN,
     SAFE_METHODS,
@@ -28,6 +28,7 @@ from ringfence.gateway.evaluating import Evaluator
 from ringfence.gateway.history import Earlier
 from ringfence.gateway.identifying import NONCE_WANTED, Identifier
 from ringfence.gateway.injection import Injector
+from ringfence.gateway.mcp import McpDesk, Spoken, rpc_of
 from ringfence.gateway.observing import Observing
 from ringfence.gateway.recording import Recorder
 from ringfence.gateway.spool import SpoolFullError
@@ -59,6 +60,7 @@ class _Course:
     target: Compiled | None = None
     action: Action | None = None
     chosen: Chosen | None = None
+    spoken: Spoken | None = None
     injects: Mapping[str, str] | None = None
     observed: bool = False
     took_ns: int = 0
@@ -98,6 +100,7 @@ class DecisionGate:
         self._entitlements_max_age_s = entitlements_max_age_s
         self._earlier = Earlier()
         self._observing = Observing(targets, observe)
+        self._mcp = McpDesk(view.table)
 
     # --- what data planes ask ---
 
@@ -114,7 +117,7 @@ class DecisionGate:
         except Exception:  # what cannot be decided is denied, whatever it is
             log.exception("a request could not be decided")
             refusal = refused("undecided", "the gateway could not decide this", status=UNAVAILABLE)
-        verdict = self._verdict(course, presented, refusal)
+        verdict = self._verdict(course, presented, attempt, refusal)
         try:
             self._record(course, presented, attempt, verdict, refusal)
         except SpoolFullError as error:
@@ -183,7 +186,14 @@ class DecisionGate:
         if isinstance(target, Refusal):
             return target
         course.target = target
-        action = target.map.action(attempt.method, attempt.target, attempt.body)
+        if target.map.speaks_mcp(attempt.target):
+            spoken = self._mcp.read(attempt, target, sender)
+            if isinstance(spoken, Refusal):
+                return spoken
+            course.spoken, sender = spoken, spoken.sender
+            action = spoken.action(target, attempt)
+        else:
+            action = target.map.action(attempt.method, attempt.target, attempt.body)
         if action is None:
             return self._no_action(target, attempt)
         course.action = action
@@ -250,7 +260,9 @@ class DecisionGate:
         if target is not None:
             course.target, course.observed = target, True
 
-    def _verdict(self, course: _Course, presented: Presented, refusal: Refusal | None) -> Verdict:
+    def _verdict(
+        self, course: _Course, presented: Presented, attempt: Attempt, refusal: Refusal | None
+    ) -> Verdict:
         by_proof = presented.task_id is None and presented.certificate is None
         status = 200 if refusal is None else refusal.status
         return Verdict(
@@ -265,8 +277,27 @@ class DecisionGate:
             retry_after_s=_RATE_RETRY_S if status in (UNAVAILABLE, TOO_FAST) else None,
             task_id=self._task_of(course),
             observed=course.observed,
+            mcp=self._exchange(course, attempt) if refusal is None else None,
+            rpc=self._rpc(course, attempt) if refusal is not None else None,
             injects=course.injects if refusal is None else None,
         )
+
+    def _exchange(self, course: _Course, attempt: Attempt) -> Mcp | None:
+        if course.spoken is None or course.target is None or course.lease is None:
+            return None
+        return self._mcp.exchange(
+            course.spoken,
+            attempt,
+            course.target,
+            course.lease,
+            lambda outcome: metrics.MCP_ANSWERS.labels(outcome.kind).inc(),
+        )
+
+    def _rpc(self, course: _Course, attempt: Attempt) -> Rpc | None:
+        """How a refusal is told to who posted a message: it may not have come to reading that."""
+        target = course.target if course.target is not None else self._targets.find(attempt)
+        speaks = isinstance(target, Compiled) and target.map.speaks_mcp(attempt.target)
+        return rpc_of(attempt) if speaks and attempt.method == "POST" else None
 
     def _task_of(self, course: _Course) -> str | None:
         if course.chosen is not None:

@@ -8,10 +8,13 @@ from typing import Any, Final
 
 import orjson
 
-from ringfence.gateway.attempts import Verdict
+from ringfence.gateway.attempts import Rpc, Verdict
 from ringfence.messages.credential import Reason
 
 MEDIA_TYPE: Final = "application/problem+json"
+_JSON: Final = "application/json"
+_OF_THE_TRANSPORT: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND})
+"""What clients of MCP act upon by the status: who sends it is not shown yet, and the session is no more."""
 _TYPE: Final = "urn:ringfence:problem:"
 _LACKS: Final = frozenset({"no_lease", "beyond_lease", "lease_ended", "lease_cut"})
 """What a new credential would help against."""
@@ -62,7 +65,20 @@ def how_to_ask(verdict: Verdict) -> str | None:
 def answer(verdict: Verdict) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the answer to an agent, for a data plane that adds `Cache-Control` by itself."""
     said = {name: value for name, value in headers(verdict).items() if name != "Cache-Control"}
-    return verdict.status, said, problem_body(verdict)
+    if verdict.rpc is None or verdict.status in _OF_THE_TRANSPORT:
+        return verdict.status, said, problem_body(verdict)
+    status = verdict.status if verdict.rpc.id is None else HTTPStatus.OK.value
+    return status, {**said, "Content-Type": _JSON}, rpc_error(verdict, verdict.rpc)
+
+
+def rpc_error(verdict: Verdict, rpc: Rpc) -> bytes:
+    """The same words as a JSON-RPC error: its code is the status, its data are the problem details.
+
+    A code beside those that JSON-RPC keeps for itself is the application's (JSON-RPC 2.0, 5.1).
+    """
+    said = problem(verdict)
+    error = {"code": verdict.status, "message": f"{said['code']}: {said['detail']}", "data": said}
+    return orjson.dumps({"jsonrpc": "2.0", "id": rpc.id, "error": error})
 
 
 def headers(verdict: Verdict) -> dict[str, str]:

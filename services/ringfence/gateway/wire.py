@@ -28,7 +28,7 @@ _NEVER: Final = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
 _ONCE: Final = frozenset({
     b"host", b"content-length", b"transfer-encoding", b"authorization", b"proxy-authorization", b"dpop", b"expect",
     b"upgrade", b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-accept", b"content-encoding",
-    b"x-ringfence-label", b"x-ringfence-handle",
+    b"x-ringfence-label", b"x-ringfence-handle", b"content-type", b"mcp-session-id", b"last-event-id",
 })  # fmt: skip
 _WATCHED: Final = _ONCE | {b"connection"}
 

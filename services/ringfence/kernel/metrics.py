@@ -65,6 +65,12 @@ ACTIONS = Counter(
     "ringfence_actions_total", "Requests of agents decided by the gateway", ["outcome", "access"]
 )
 """`outcome`: allowed, denied, observed. `access`: read, write."""
+MCP_ANSWERS = Counter(
+    "ringfence_gateway_mcp_answers_total",
+    "What came of requests that were forwarded to MCP endpoints",
+    ["outcome"],
+)
+"""`outcome`: result, tool_error, rpc_error, accepted, transport_error, none."""
 OBSERVED_TARGETS = Gauge(
     "ringfence_gateway_observed_targets",
     "Targets at which the gateway blocks nothing, and only records (observe mode)",

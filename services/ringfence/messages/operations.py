@@ -83,6 +83,10 @@ class DeadLetter(Message):
     at_ms: Millis
 
 
+AnswerKind = Literal["result", "tool_error", "rpc_error", "accepted", "transport_error", "none"]
+"""`transport_error`: by its status; `rpc_error`: a JSON-RPC error; `tool_error`: a result with `isError`; `accepted`:
+there was nothing to answer; `none`: no whole answer was seen."""
+
 INJECTED: Final = "injected"
 """The label of requests that come of input in which tooling found instructions that nobody gave."""
 

@@ -163,6 +163,19 @@ Condition = dict[NonEmpty, Annotated[tuple[str, ...], Field(min_length=1, max_le
 """By name, the values that will do."""
 
 
+class McpRule(Message):
+    """Which messages of the Model Context Protocol, in requests that post them; see `RequestRule.mcp`."""
+
+    method: Annotated[str, Field(pattern=r"^(notifications/\*|[A-Za-z$_][A-Za-z0-9$_/-]{0,63})$")]
+    """The JSON-RPC method, exactly; `notifications/*` for all of those, `response` for what answers the server."""
+    name: NonEmpty | None = None
+    """Which tool or prompt (`params.name`), or resource (`params.uri`): a template, in which `{name}` captures what
+    has no slash, and `{name*}` at its end all that is left. Every one where none is given."""
+    arguments: Annotated[Condition, Field(max_length=16)] | None = None
+    """Members of `params.arguments` that must come with one of these values. `true`, `false`, `null` and whole numbers
+    are those of JSON, and not texts that look so."""
+
+
 class RequestRule(Message):
     """Which requests are which verb; the first that matches counts, and what matches none is no verb.
 
@@ -176,9 +189,13 @@ class RequestRule(Message):
     """Parameters of the query that must come, once, with one of these values."""
     body: Annotated[Condition, Field(max_length=16)] | None = None
     """Members of the body, a JSON object, that must be one of these strings. What is no such body is no verb."""
+    mcp: McpRule | None = None
+    """Where set, the path is an endpoint of the Model Context Protocol: what is posted there is decided by rules with
+    this alone, whatever others say. `method` is POST, and there are neither `query` nor `body`."""
     verb: Verb
     resource: NonEmpty
-    """The resource name, with the captures of `path` in braces, written as there."""
+    """The resource name, with the captures of `path` in braces, written as there; with `mcp` also those of its name,
+    and `{arguments.NAME}`, a text or whole number that is one segment, or `{arguments.NAME*}`, several, at the end."""
 
 
 class BackendSettings(Message):

@@ -6,6 +6,7 @@ allows it. A request that two readers could understand differently is such a one
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,18 @@ from urllib.parse import unquote_to_bytes
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.strict_json import json_object
 from ringfence.messages.registry import RequestRule
-from ringfence.model.scope import ScopeError, parse_name
+from ringfence.model.mcp import McpMessage, McpMessageError, read_message
+from ringfence.model.mcp_rules import (
+    ARGUMENT,
+    HOLE,
+    CannotTellError,
+    CompiledMcpRule,
+    McpRuleError,
+    captured,
+    check_segments,
+    takes_arguments,
+)
+from ringfence.model.scope import ScopeError, parse_glob, parse_name
 
 MAX_TARGET_CHARS: Final = 8192
 MAX_BODY_BYTES: Final = 1024 * 1024
@@ -23,7 +35,6 @@ MAX_BODY_BYTES: Final = 1024 * 1024
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _LITERAL: Final = re.compile(r"[A-Za-z0-9._~!$&'()+,=:@-]+")
-_HOLE: Final = re.compile(r"\{([^{}]*)\}")
 _RAW_SEGMENT: Final = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,=:@-]|%[0-9A-Fa-f]{2})+")
 _NOT_IN_A_SEGMENT: Final = re.compile(r"[/\\%;\x00-\x1f\x7f]")
 
@@ -50,6 +61,7 @@ class _Rule:
     rest: str | None
     """The name of what captures one segment or more, at the end."""
     rule: RequestRule = field(repr=False)
+    mcp: CompiledMcpRule | None = None
 
     def captures(self, segments: Sequence[str]) -> dict[str, str] | None:
         """What the template captures of a path, or None where it does not match."""
@@ -69,24 +81,35 @@ class _Rule:
         return found
 
 
-class _CannotTellError(Exception):
-    """A condition that cannot be judged: falling through to a weaker rule would be a guess."""
-
-
 class RequestMap:
     """The map of one target, compiled once."""
 
     def __init__(self, rules: Sequence[RequestRule]) -> None:
         """Raises RequestMapError where a rule says something that has no meaning."""
         self._by_method: dict[str, list[_Rule]] = {}
-        for rule in rules:
-            self._by_method.setdefault(rule.method, []).append(_compiled(rule))
+        self._mcp: list[_Rule] = []
+        for rule in map(_compiled, rules):
+            some = self._mcp if rule.mcp is not None else self._by_method.setdefault(rule.rule.method, [])
+            some.append(rule)
+
+    def speaks_mcp(self, target: str) -> bool:
+        """Whether an endpoint of the Model Context Protocol is there. `target` as in `action`."""
+        return bool(self._mcp) and self._endpoint(target) is not None
+
+    def _endpoint(self, target: str) -> tuple[str, ...] | None:
+        """The segments of the path where it is such an endpoint."""
+        segments = _decoded(target.partition("?")[0]) if len(target) <= MAX_TARGET_CHARS else None
+        if segments is None or not any(rule.captures(segments) is not None for rule in self._mcp):
+            return None
+        return segments
 
     def reads_body(self, method: str, target: str) -> bool:
         """Whether a rule that may come to apply to such a request looks at its body: then it must be seen whole first.
 
         `method` and `target` as in `action`.
         """
+        if method == "POST" and self.speaks_mcp(target):
+            return True
         path, _, query = target.partition("?")
         segments = _decoded(path) if len(target) <= MAX_TARGET_CHARS and "#" not in query else None
         if segments is None:
@@ -97,7 +120,7 @@ class RequestMap:
             try:
                 if not _query_fits(rule.rule.query, query):
                     continue
-            except _CannotTellError:
+            except CannotTellError:
                 return False
             return bool(rule.rule.body)
         return False
@@ -112,6 +135,11 @@ class RequestMap:
         """
         if len(target) > MAX_TARGET_CHARS:
             return None
+        if method == "POST" and self.speaks_mcp(target):
+            try:
+                return self.mcp_action(target, read_message(body or b"")) if _is_seen(body) else None
+            except McpMessageError:
+                return None
         path, _, query = target.partition("?")
         segments = _decoded(path)
         if segments is None or "#" in query:
@@ -123,9 +151,43 @@ class RequestMap:
             try:
                 if _query_fits(rule.rule.query, query) and _body_fits(rule.rule.body, body):
                     return _action(rule.rule, captures)
-            except _CannotTellError:
+            except CannotTellError:
                 return None
         return None
+
+    def mcp_action(self, target: str, message: McpMessage) -> Action | None:
+        """What a message that is posted to an endpoint does, or None where no rule says so. `target` as in `action`."""
+        segments = self._endpoint(target)
+        if segments is None or "#" in target:
+            return None
+        for rule in self._mcp:
+            assert rule.mcp is not None
+            of_path, of_name = rule.captures(segments), rule.mcp.named(message.method, message.name)
+            if of_path is None or of_name is None:
+                continue
+            try:
+                if rule.mcp.fits(message):
+                    return _action(rule.rule, _captured_of(rule.rule, of_path, of_name, message))
+            except CannotTellError:
+                return None
+        return None
+
+    def mcp_offers(self, target: str, method: str, name: str) -> tuple[Action, ...]:
+        """What using a tool, a prompt or a resource may come to, whatever its arguments: their resources are globs."""
+        segments = self._endpoint(target)
+        found: list[Action] = []
+        if segments is None:
+            return ()
+        for rule in self._mcp:
+            assert rule.mcp is not None
+            of_path, of_name = rule.captures(segments), rule.mcp.named(method, name)
+            if of_path is None or of_name is None:
+                continue
+            with contextlib.suppress(CannotTellError, ScopeError):
+                found.append(_offered(rule.rule, {**_checked(of_name), **of_path}))
+            if not rule.mcp.conditional:
+                break
+        return tuple(found)
 
 
 # --- templates --------------------------------------------------------------------------------------------------------
@@ -144,7 +206,7 @@ def _compiled(rule: RequestRule) -> _Rule:
     for part in parts:
         if rest is not None:
             raise wrong(f"nothing can stand after {{{rest}*}}, which takes all that is left")
-        hole = _HOLE.fullmatch(part)
+        hole = HOLE.fullmatch(part)
         if hole is None:
             if not _LITERAL.fullmatch(part) or part in (".", ".."):
                 raise wrong(
@@ -161,26 +223,79 @@ def _compiled(rule: RequestRule) -> _Rule:
         else:
             segments.append(None)
             names.append(name)
-    captured = {name for name in (*names, rest and f"{rest}*") if name is not None}
-    _check_resource(rule, captured, wrong)
-    return _Rule(tuple(segments), tuple(names), rest, rule)
+    mcp = _compiled_mcp(rule, wrong)
+    found = {name for name in (*names, rest and f"{rest}*") if name is not None}
+    if mcp is not None and (twice := found & set(mcp.captures)):
+        raise wrong(f"{{{min(twice)}}} is captured twice, of the path and of the name")
+    _check_resource(rule, found | set(mcp.captures if mcp is not None else ()), wrong)
+    return _Rule(tuple(segments), tuple(names), rest, rule, mcp)
 
 
-def _check_resource(rule: RequestRule, captured: set[str], wrong: Any) -> None:
-    unknown = set(_HOLE.findall(rule.resource)) - captured
+def _compiled_mcp(rule: RequestRule, wrong: Any) -> CompiledMcpRule | None:
+    if rule.mcp is None:
+        return None
+    if rule.method != "POST" or rule.query or rule.body:
+        raise wrong("a rule for messages of MCP has the method POST, and conditions on arguments alone")
+    try:
+        return CompiledMcpRule(rule.mcp)
+    except McpRuleError as error:
+        raise wrong(str(error)) from None
+
+
+def _check_resource(rule: RequestRule, known: set[str], wrong: Any) -> None:
+    holes = set(HOLE.findall(rule.resource))
+    of_arguments = {hole for hole in holes if ARGUMENT.fullmatch(hole)}
+    if of_arguments and (rule.mcp is None or not takes_arguments(rule.mcp.method)):
+        raise wrong(
+            f"the resource {rule.resource!r} uses {{{min(of_arguments)}}}, and there are no arguments"
+        )
+    for hole in of_arguments:
+        if hole.endswith("*") and not f"/{rule.resource}".endswith(f"/{{{hole}}}"):
+            raise wrong(f"the resource {rule.resource!r}: {{{hole}}} is a segment by itself, the last one")
+    unknown = holes - known - of_arguments
     if unknown:
         raise wrong(
             f"the resource {rule.resource!r} uses {{{min(unknown)}}}, which the path does not capture"
         )
     try:
-        parse_name(_HOLE.sub("x", rule.resource))
+        parse_name(HOLE.sub("x", rule.resource))
     except ScopeError as error:
         raise wrong(f"the resource {rule.resource!r} is none: {error}") from None
 
 
+def _captured_of(
+    rule: RequestRule, of_path: Mapping[str, str], of_name: Mapping[str, str], message: McpMessage
+) -> dict[str, str]:
+    """All that the resource of a rule for messages is made of. Raises CannotTellError."""
+    of_arguments = {
+        hole: captured(message, hole) for hole in HOLE.findall(rule.resource) if ARGUMENT.fullmatch(hole)
+    }
+    return {**of_arguments, **_checked(of_name), **of_path}
+
+
+def _checked(of_name: Mapping[str, str]) -> dict[str, str]:
+    """Raises CannotTellError."""
+    for name, value in of_name.items():
+        check_segments(value, several=name.endswith("*"))
+    return dict(of_name)
+
+
+def _offered(rule: RequestRule, captures: Mapping[str, str]) -> Action:
+    """Raises ScopeError where it can be no resource, whatever the arguments."""
+
+    def filled(hole: re.Match[str]) -> str:
+        return captures[hole[1]] if hole[1] in captures else "**" if hole[1].endswith("*") else "*"
+
+    return Action(rule.verb, str(parse_glob(HOLE.sub(filled, rule.resource))))
+
+
+def _is_seen(body: bytes | None) -> bool:
+    return body is not None and len(body) <= MAX_BODY_BYTES
+
+
 def _action(rule: RequestRule, captures: Mapping[str, str]) -> Action | None:
     """None where what was captured is no resource: nobody could have been allowed it."""
-    resource = _HOLE.sub(lambda hole: captures[hole[1]], rule.resource)
+    resource = HOLE.sub(lambda hole: captures[hole[1]], rule.resource)
     try:
         parse_name(resource)
     except ScopeError:
@@ -219,12 +334,12 @@ def _query_fits(conditions: Mapping[str, tuple[str, ...]] | None, query: str) ->
 
 
 def _query(query: str) -> dict[str, str]:
-    """The parameters, decoded. Raises _CannotTellError where one comes twice, or cannot be decoded."""
+    """The parameters, decoded. Raises CannotTellError where one comes twice, or cannot be decoded."""
     found: dict[str, str] = {}
     for pair in query.split("&") if query else ():
         name, _, value = (_word(part) for part in pair.partition("="))
         if name in found:
-            raise _CannotTellError
+            raise CannotTellError
         found[name] = value
     return found
 
@@ -232,11 +347,11 @@ def _query(query: str) -> dict[str, str]:
 def _word(raw: str) -> str:
     # Whether `+` is a space, and `;` parts parameters, is for each server to say.
     if re.search(r"[+;]|%(?![0-9A-Fa-f]{2})", raw):
-        raise _CannotTellError
+        raise CannotTellError
     try:
         return unquote_to_bytes(raw).decode("utf-8")
     except UnicodeDecodeError:
-        raise _CannotTellError from None
+        raise CannotTellError from None
 
 
 def _body_fits(conditions: Mapping[str, tuple[str, ...]] | None, body: bytes | None) -> bool:
@@ -247,10 +362,10 @@ def _body_fits(conditions: Mapping[str, tuple[str, ...]] | None, body: bytes | N
 
 
 def _json_object(body: bytes | None) -> dict[str, Any]:
-    """The members of a JSON object. Raises _CannotTellError for anything else, and where a name comes twice."""
+    """The members of a JSON object. Raises CannotTellError for anything else, and where a name comes twice."""
     if body is None or len(body) > MAX_BODY_BYTES:
-        raise _CannotTellError
+        raise CannotTellError
     try:
         return json_object(body)
     except ValueError:
-        raise _CannotTellError from None
+        raise CannotTellError from None
