@@ -6,6 +6,7 @@ import dataclasses
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ringfence.gateway.attempts import Admits, Attempt, Presented, Verdict
 from ringfence.kernel.errors import UnavailableError
@@ -19,7 +20,7 @@ SECRET = "s3cret-of-the-target-0123456789"
 TASK = str(uuid.UUID(int=7))
 
 
-def rule(method: str, path: str, verb: str, resource: str, **more: dict[str, tuple[str, ...]]) -> RequestRule:
+def rule(method: str, path: str, verb: str, resource: str, **more: Any) -> RequestRule:
     return RequestRule(method=method, path=path, verb=verb, resource=resource, **more)
 
 

@@ -1,0 +1,136 @@
+"""The real decision core and data plane before a server of MCP; who sends a request is what its socket says."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+from mcp import ClientSession
+from mcp.client.streamable_http import streamable_http_client
+
+from ringfence.gateway.attempts import Attempt, Presented
+from ringfence.gateway.domain import Sender
+from ringfence.gateway.gate import DecisionGate
+from ringfence.gateway.plane import DataPlane
+from ringfence.gateway.problem import answer
+from ringfence.gateway.targets import Targets
+from ringfence.messages.operations import ActionDecided
+from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
+from tests.ledger import permission
+from tests.unit.test_gateway_domain import Place
+
+URL = "http://gateway/staging/mcp"
+TOKEN = "Bearer t0ken-of-the-lease"
+READS = permission("env/server", "env/a", verbs=("read",))
+DEPLOYS = permission("env/server", "env/a", verbs=("read", "deploy"))
+
+
+def rule(method: str, verb: str, resource: str, name: str | None = None) -> RequestRule:
+    mcp = McpRule(method=method, name=name)
+    return RequestRule(method="POST", path="/mcp", mcp=mcp, verb=verb, resource=resource)
+
+
+RULES = (
+    RequestRule(method="GET", path="/mcp", verb="read", resource="env/server"),
+    RequestRule(method="DELETE", path="/mcp", verb="read", resource="env/server"),
+    *(
+        rule(one, "read", "env/server")
+        for one in ("initialize", "notifications/*", "tools/list", "prompts/list")
+    ),
+    rule("tools/call", "read", "env/{arguments.repo}", "get_{what}"),
+    rule("tools/call", "deploy", "env/{arguments.repo}", "push"),
+    rule("prompts/get", "read", "env/server", "review"),
+    rule("prompts/get", "read", "env/server", "unknown"),
+)
+
+
+@dataclass
+class McpPlace:
+    """Agent `bot` with the leases of `leases`; `socket` is its task's."""
+
+    place: Place
+    socket: Path = Path()
+    events: list[ActionDecided] = field(default_factory=list)
+    agent: str = "bot"
+    handle: str | None = None
+
+    # --- what of the core asks others ---
+
+    @property
+    def table(self) -> Any:
+        return self.place.table
+
+    @property
+    def directory(self) -> Any:
+        return self.place.ledger.directory
+
+    def stale(self) -> str | None:
+        return None
+
+    def nonce(self) -> str:
+        return "fresh"
+
+    async def sender(self, presented: Presented, attempt: Attempt) -> Sender:
+        return Sender(self.agent, self.place.task if self.agent == "bot" else None, self.handle)
+
+    async def refusal(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    async def headers(self, lease: Any, target: Any) -> dict[str, str]:
+        return {"Authorization": TOKEN}
+
+    def record(self, event: ActionDecided) -> None:
+        self.events.append(event)
+
+    # --- what an agent does ---
+
+    def http(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(self.socket)), timeout=20)
+
+    @contextlib.asynccontextmanager
+    async def session(self, **how: Any) -> AsyncIterator[ClientSession]:
+        """A session of the official client, initialized."""
+        async with (
+            self.http() as http,
+            streamable_http_client(URL, http_client=http) as (read, write, _),
+            ClientSession(read, write, **how) as session,
+        ):
+            await session.initialize()
+            yield session
+
+    @property
+    def codes(self) -> list[str]:
+        """Why what was denied was denied."""
+        return [event.reasons[0].code for event in self.events if not event.allowed]
+
+
+@contextlib.asynccontextmanager
+async def mcp_placed(port: int, folder: Path, *leases: Any) -> AsyncIterator[McpPlace]:
+    """The gateway before what listens at `port`, with a lease of each of these permissions and no other."""
+    place = Place()
+    place.table.revoke(place.lease.lease_id, 1)
+    backend = BackendSettings.model_validate({"kind": "jwt", "url": f"http://127.0.0.1:{port}"})
+    verbs = (VerbFloor(verb="read"), VerbFloor(verb="deploy"))
+    ledger = place.ledger
+    found = McpPlace(place)
+    targets = Targets(ledger.directory)
+    ledger.give(ledger.target_set("olga", "staging", backend=backend, requests=RULES, verbs=verbs))
+    for one in leases:
+        place.leased(one)
+    played = cast(Any, found)
+    gate = DecisionGate(
+        played, targets, played, played, played, played, ledger.clock,
+        gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
+    )  # fmt: skip
+    plane = DataPlane(gate, knows=targets.knows, answer=answer)
+    await plane.start()
+    found.socket = folder / "task.sock"
+    await plane.listen_for_task(found.socket, place.task)
+    try:
+        yield found
+    finally:
+        await plane.close()

@@ -1,0 +1,215 @@
+"""MCP through the gateway, with the official SDK at both ends: what a task may call, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import mcp.types as types
+import pytest
+import pytest_asyncio
+from mcp.shared.exceptions import McpError
+
+from tests.gateway.mcp_place import DEPLOYS, READS, TOKEN, URL, mcp_placed
+from tests.gateway.mcp_server import McpServer, mcp_serving
+
+HEADERS = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
+
+
+@pytest_asyncio.fixture(loop_scope="package", params=["events", "json", "stateless"])
+async def server(request: pytest.FixtureRequest) -> AsyncIterator[McpServer]:
+    how = {"json_response": request.param != "events", "stateless": request.param == "stateless"}
+    async with mcp_serving(**how) as server:
+        yield server
+
+
+@pytest_asyncio.fixture(loop_scope="package")
+async def streaming() -> AsyncIterator[McpServer]:
+    async with mcp_serving() as server:
+        yield server
+
+
+def message(method: str, id: int | None = 1, **params: Any) -> dict[str, Any]:
+    said = {"jsonrpc": "2.0", "method": method, "params": params}
+    return said if id is None else {**said, "id": id}
+
+
+INITIALIZE = message(
+    "initialize", protocolVersion="2025-06-18", capabilities={}, clientInfo={"name": "raw", "version": "1"}
+)
+
+
+async def opened(http: httpx.AsyncClient) -> dict[str, str]:
+    """The headers of a session that was initialized by hand."""
+    answer = await http.post(URL, json=INITIALIZE, headers=HEADERS)
+    assert answer.status_code == 200
+    headers = {**HEADERS, "Mcp-Session-Id": answer.headers["mcp-session-id"]}
+    told = message("notifications/initialized", None)
+    assert (await http.post(URL, json=told, headers=headers)).status_code == 202
+    return headers
+
+
+async def test_a_task_calls_what_its_lease_allows_and_sees_no_more(server: McpServer, tmp_path: Path) -> None:
+    async with mcp_placed(server.port, tmp_path, READS) as place, place.session() as session:
+        listed = await session.list_tools()
+        assert {tool.name for tool in listed.tools} == {"get_issue", "get_wrong", "get_changed"}
+        assert {prompt.name for prompt in (await session.list_prompts()).prompts} == {"review"}
+        result = await session.call_tool("get_issue", {"repo": "a"})
+        assert (result.isError, result.content[0].text) == (False, "an issue of a")  # type: ignore[union-attr]
+    assert server.calls == ["get_issue a"]
+    assert set(server.tokens) == {TOKEN}
+    called = [event for event in place.events if event.resource == "env/a"]
+    assert [(event.verb, event.allowed) for event in called] == [("read", True)]
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "code", "lacking"),
+    [
+        ("push", {"repo": "a"}, "beyond_lease", ("deploy", "env/a")),
+        ("get_issue", {"repo": "b"}, "beyond_lease", ("read", "env/b")),
+        ("get_issue", {"repo": "../a"}, "request_unmapped", None),
+        ("delete_repo", {"repo": "a"}, "request_unmapped", None),
+    ],
+)
+async def test_what_it_may_not_call_is_an_error_with_the_words_of_the_problem(
+    server: McpServer,
+    tmp_path: Path,
+    tool: str,
+    arguments: dict[str, Any],
+    code: str,
+    lacking: tuple[str, str] | None,
+) -> None:
+    async with mcp_placed(server.port, tmp_path, READS) as place, place.session() as session:
+        with pytest.raises(McpError) as refused:
+            await session.call_tool(tool, arguments)
+        error = refused.value.error
+        assert (error.code, error.data["code"], error.data["status"]) == (403, code, 403)
+        assert error.message == f"{code}: {error.data['detail']}"
+        if lacking is not None:
+            verb, resource = lacking
+            wanted = {"target": "staging", "verbs": [verb], "resources": [resource]}
+            assert error.data["permission"] == wanted
+            assert f"staging:{verb}:{resource}" in error.data["ask"]
+        assert error.data["instance"] == f"urn:uuid:{place.events[-1].action_id}"
+        result = await session.call_tool("get_issue", {"repo": "a"})
+        assert not result.isError, "the session goes on"
+    assert server.calls == ["get_issue a"]
+    assert place.codes == [code]
+
+
+async def test_a_wider_lease_sees_and_calls_more(server: McpServer, tmp_path: Path) -> None:
+    async with mcp_placed(server.port, tmp_path, DEPLOYS) as place, place.session() as session:
+        assert "push" in {tool.name for tool in (await session.list_tools()).tools}
+        await session.call_tool("push", {"repo": "a", "dry_run": True})
+    assert server.calls == ["push a True"]
+
+
+async def test_a_tools_own_error_and_one_of_the_protocol_are_told_as_they_are(
+    server: McpServer, tmp_path: Path
+) -> None:
+    async with mcp_placed(server.port, tmp_path, READS) as place, place.session() as session:
+        result = await session.call_tool("get_wrong", {"repo": "a"})
+        assert result.isError
+        assert "a is broken" in result.content[0].text  # type: ignore[union-attr]
+        with pytest.raises(McpError) as unknown:
+            await session.get_prompt("unknown")
+        assert unknown.value.error.code != 403
+
+
+async def test_the_streams_of_a_session_end_with_its_lease(streaming: McpServer, tmp_path: Path) -> None:
+    changed = asyncio.Event()
+
+    async def heard(said: Any) -> None:
+        if isinstance(said, types.ServerNotification) and isinstance(
+            said.root, types.ToolListChangedNotification
+        ):
+            changed.set()
+
+    async with mcp_placed(streaming.port, tmp_path, READS) as place:
+        async with place.session(message_handler=heard) as session:
+            while not any(event.method == "GET" for event in place.events):
+                await asyncio.sleep(0.01)
+            while not changed.is_set():  # the server drops what it says before the stream is open
+                await session.call_tool("get_changed", {"repo": "a"})
+        async with place.http() as http:
+            headers = await opened(http)
+            async with http.stream("GET", URL, headers={**headers, "Accept": "text/event-stream"}) as stream:
+                assert stream.status_code == 200
+                lease_id = place.events[-1].lease_id
+                assert lease_id is not None
+                place.table.revoke(lease_id, place.place.ledger.clock.ms)
+                with pytest.raises(httpx.RemoteProtocolError):
+                    await stream.aread()
+            answer = await http.post(URL, json=message("tools/list"), headers=headers)
+            assert answer.status_code == 404, "so a client knows that it has to initialize again"
+            assert answer.json()["code"] == "mcp_session_unknown"
+
+
+async def test_a_session_is_its_leases_and_nobody_elses(streaming: McpServer, tmp_path: Path) -> None:
+    async with mcp_placed(streaming.port, tmp_path, READS) as place, place.http() as http:
+        headers = await opened(http)
+        call = message("tools/call", name="get_issue", arguments={"repo": "a"})
+        other = place.place.leased(DEPLOYS)
+        push = message("tools/call", name="push", arguments={"repo": "a"})
+        said = (await http.post(URL, json=push, headers=headers)).json()
+        assert said["error"]["data"]["code"] == "beyond_lease", (
+            "another lease of the task does not count in it"
+        )
+        place.handle = other.lease_id
+        said = (await http.post(URL, json=call, headers=headers)).json()
+        assert said["error"]["data"]["code"] == "mcp_session_other_lease"
+        place.agent, place.handle = "thief", None
+        said = (await http.post(URL, json=call, headers=headers)).json()
+        assert said["error"]["data"]["code"] == "mcp_session_other_agent"
+        for method in ("GET", "DELETE"):
+            assert (await http.request(method, URL, headers=headers)).status_code == 403
+        place.agent = "bot"
+        made_up = {**headers, "Mcp-Session-Id": "made-up"}
+        assert (await http.post(URL, json=call, headers=made_up)).status_code == 404
+        resumed = {"Accept": "text/event-stream", "Last-Event-ID": "1"}
+        answer = await http.get(URL, headers=resumed)
+        assert (answer.status_code, answer.json()["code"]) == (403, "mcp_resume_unbound")
+        assert (await http.post(URL, json=call, headers=headers)).status_code == 200
+        assert (await http.delete(URL, headers=headers)).status_code == 200
+    assert streaming.calls == ["get_issue a"]
+
+
+CALL = json.dumps(message("tools/call", name="get_issue", arguments={"repo": "a"})).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "code"),
+    [
+        (b"[" + CALL + b"]", {}, "mcp_batch"),
+        (CALL + b"x", {}, "mcp_unreadable"),
+        (CALL.replace(b'"repo": "a"', b'"repo": "a", "repo": "b"'), {}, "mcp_unreadable"),
+        (gzip.compress(CALL), {"Content-Encoding": "gzip"}, "mcp_compressed"),
+        (CALL, {"Content-Encoding": "br"}, "mcp_compressed"),
+        (gzip.compress(CALL), {}, "mcp_unreadable"),
+        (CALL, {"Content-Type": "text/plain"}, "mcp_media_type"),
+        (CALL, {"Content-Type": "application/json; charset=utf-7"}, "mcp_media_type"),
+        (CALL.decode().encode("utf-16"), {}, "mcp_unreadable"),
+        (CALL, {"Mcp-Method": "tools/list"}, "mcp_header"),
+        (CALL, {"Mcp-Name": "push"}, "mcp_header"),
+        (CALL, {"Mcp-Param-Repo": "b"}, "mcp_header"),
+    ],
+)
+async def test_what_could_be_read_in_two_ways_does_not_reach_the_server(
+    streaming: McpServer, tmp_path: Path, body: bytes, headers: dict[str, str], code: str
+) -> None:
+    async with mcp_placed(streaming.port, tmp_path, READS) as place, place.http() as http:
+        own = await opened(http)
+        before = len(streaming.tokens)
+        answer = await http.post(URL, content=body, headers={**own, **headers})
+        said = answer.json()
+        assert said["jsonrpc"] == "2.0"
+        assert said["error"]["data"]["code"] == code
+        assert (answer.status_code, said["error"]["code"]) == (400 if said["id"] is None else 200, 400)
+        assert len(streaming.tokens) == before
+    assert streaming.calls == []
+    assert place.codes == [code]

@@ -1,0 +1,242 @@
+"""Which message of MCP is which verb: read strictly, decided by tool and arguments, and nothing where in doubt."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringfence.messages.registry import McpRule, RequestRule
+from ringfence.model.mcp import McpMessageError, read_message
+from ringfence.model.request_map import Action, RequestMap, RequestMapError
+from ringfence.model.scope import parse_name
+
+
+def rule(
+    method: str, verb: str, resource: str, name: str | None = None, **arguments: tuple[str, ...]
+) -> RequestRule:
+    mcp = McpRule(method=method, name=name, arguments=arguments or None)
+    return RequestRule(method="POST", path="/mcp", mcp=mcp, verb=verb, resource=resource)
+
+
+MAP = RequestMap(
+    [
+        RequestRule(method="GET", path="/mcp", verb="connect", resource="server"),
+        RequestRule(method="POST", path="/{all*}", verb="anything", resource="{all*}"),
+        rule("initialize", "connect", "server"),
+        rule("notifications/*", "connect", "server"),
+        rule("tools/list", "connect", "server"),
+        rule("tools/call", "read", "repo/{arguments.repo}", "get_{what}"),
+        rule("tools/call", "plan", "repo/{arguments.repo}", "push", dry_run=("true",)),
+        rule("tools/call", "push", "repo/{arguments.repo}", "push"),
+        rule("tools/call", "write", "file/{arguments.path*}", "write_file"),
+        rule("tools/call", "close", "issue/{arguments.number}", "close_issue"),
+        rule("resources/read", "read", "notes/{path*}", "note:///{path*}"),
+        rule("prompts/get", "read", "prompt/{name}", "{name}"),
+        rule("response", "respond", "server"),
+    ]
+)
+
+
+def body(method: str | None = None, id: Any = 1, **more: Any) -> bytes:
+    said = {"jsonrpc": "2.0", "id": id, "method": method, **more}
+    return json.dumps({key: value for key, value in said.items() if value is not None}).encode()
+
+
+def call(tool: str, **arguments: Any) -> bytes:
+    return body("tools/call", params={"name": tool, "arguments": arguments})
+
+
+def decided(posted: bytes, target: str = "/mcp") -> Action | None:
+    return MAP.action("POST", target, posted)
+
+
+@pytest.mark.parametrize(
+    ("posted", "verb", "resource"),
+    [
+        (body("initialize", params={"capabilities": {}}), "connect", "server"),
+        (body("notifications/initialized", id=None), "connect", "server"),
+        (body("tools/list"), "connect", "server"),
+        (call("get_issue", repo="a"), "read", "repo/a"),
+        (call("push", repo="a", dry_run=True), "plan", "repo/a"),
+        (call("push", repo="a", dry_run=False), "push", "repo/a"),
+        (call("push", repo="a", dry_run="true"), "push", "repo/a"),
+        (call("push", repo="a"), "push", "repo/a"),
+        (call("write_file", path="a/b/c.txt"), "write", "file/a/b/c.txt"),
+        (call("close_issue", number=7), "close", "issue/7"),
+        (body("resources/read", params={"uri": "note:///a/b"}), "read", "notes/a/b"),
+        (body("prompts/get", params={"name": "review"}), "read", "prompt/review"),
+        (body(result={}), "respond", "server"),
+        (b"  " + body("tools/list") + b"\n", "connect", "server"),
+    ],
+)
+def test_the_first_rule_that_matches_counts(posted: bytes, verb: str, resource: str) -> None:
+    assert decided(posted) == Action(verb, resource)
+
+
+@pytest.mark.parametrize(
+    "posted",
+    [
+        call("delete_repo", repo="a"),
+        call("GET_issue", repo="a"),
+        call("get_", repo="a"),
+        call("get_issue"),
+        call("get_issue", repo=None),
+        call("get_issue", repo=["a"]),
+        call("get_issue", repo=True),
+        call("get_issue", repo=1.5),
+        call("get_issue", repo="a/b"),
+        call("get_issue", repo=".."),
+        call("get_issue", repo="a%2fb"),
+        call("get_issue", repo="a\\b"),
+        call("get_issue", repo=""),
+        call("get_issue", repo="*"),
+        call("get_issue", Repo="a"),
+        call("push", repo="a", Dry_Run=True),
+        call("write_file", path="/etc/passwd"),
+        call("write_file", path="a/../b"),
+        call("write_file", path="a//b"),
+        body("resources/read", params={"uri": "note:///../b"}),
+        body("resources/read", params={"uri": "file:///a"}),
+        body("resources/list"),
+        body("sampling/createMessage"),
+        body("tools/call"),
+        body("tools/call", params={"name": 7}),
+        body("tools/call", params={"name": "get_issue", "arguments": []}),
+        body("tools/call", params={"name": "get_issue", "Name": "push", "arguments": {"repo": "a"}}),
+        body("tools/call", params={"Name": "get_issue", "arguments": {"repo": "a"}}),
+        body("tools/call", id=None, params={"name": "get_issue", "arguments": {"repo": "a"}}),
+        body("notifications/initialized"),
+        body("response"),
+        body(result={}, error={}),
+        body("tools/list", result={}),
+        body("tools/list", id=True),
+        body("tools/list", id=1.5),
+        body("tools/list", Method="tools/call"),
+        b'{"jsonrpc":"2.0","id":null,"method":"tools/list"}',
+        b'{"id":1,"method":"tools/list"}',
+        b'{"jsonrpc":"2.0","id":1,"method":"tools/list","method":"x"}',
+        b"[" + body("tools/list") + b"]",
+        b"[]",
+        b"{",
+        b"",
+        b"\xef\xbb\xbf" + body("tools/list"),
+        b"\x1f\x8b\x08\x00",
+        body("tools/list").decode().encode("utf-16"),
+    ],
+)
+def test_what_is_in_doubt_is_no_verb(posted: bytes) -> None:
+    assert decided(posted) is None
+
+
+def test_no_rule_of_another_kind_lets_a_message_pass() -> None:
+    assert MAP.action("POST", "/elsewhere", b"x") == Action("anything", "elsewhere")
+    assert decided(call("delete_repo", repo="a")) is None
+    assert MAP.action("POST", "/mcp", None) is None
+    assert MAP.reads_body("POST", "/mcp")
+    assert MAP.action("GET", "/mcp") == Action("connect", "server")
+    assert not MAP.speaks_mcp("/mcp/")
+    assert MAP.action("POST", "/mcp?x#y", body("tools/list")) is None
+
+
+@pytest.mark.parametrize(
+    ("posted", "code"),
+    [
+        (b"[]", "mcp_batch"),
+        (b" [" + body("tools/list") + b"]", "mcp_batch"),
+        (b"{", "mcp_unreadable"),
+        (b'{"a":1,"a":1}', "mcp_unreadable"),
+        (body("tools/list", x=1), "mcp_invalid"),
+        (body("tools/call", params={"name": ""}), "mcp_invalid"),
+    ],
+)
+def test_why_a_message_is_refused(posted: bytes, code: str) -> None:
+    with pytest.raises(McpMessageError) as refused:
+        read_message(posted)
+    assert refused.value.code == code
+
+
+def test_what_cannot_be_parsed_is_not_quoted() -> None:
+    with pytest.raises(McpMessageError) as refused:
+        read_message(b'{"token": "s3cret-value" oops')
+    assert "s3cret" not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("tool", "offered"),
+    [
+        ("get_issue", [Action("read", "repo/*")]),
+        ("push", [Action("plan", "repo/*"), Action("push", "repo/*")]),
+        ("write_file", [Action("write", "file/**")]),
+        ("delete_repo", []),
+    ],
+)
+def test_what_a_tool_may_come_to(tool: str, offered: list[Action]) -> None:
+    assert list(MAP.mcp_offers("/mcp", "tools/call", tool)) == offered
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        rule("tools/list", "x", "x", "name"),
+        rule("tools/list", "x", "{arguments.a}"),
+        rule("tools/list", "x", "x", a=("b",)),
+        rule("tools/call", "x", "{unknown}", "a"),
+        rule("tools/call", "x", "x/{arguments.a*}/y", "a"),
+        rule("tools/call", "x", "x", "a_{Wrong}"),
+        rule("tools/call", "x", "x", "a_{b*}_c"),
+        rule("tools/call", "x", "x", "get_*"),
+        rule("tools/call", "x", "x", "{a}{b}{c}"),
+        RequestRule(method="GET", path="/mcp", mcp=McpRule(method="ping"), verb="x", resource="x"),
+        RequestRule(
+            method="POST", path="/{a}", mcp=McpRule(method="tools/call", name="{a}"), verb="x", resource="x"
+        ),
+        RequestRule(
+            method="POST", path="/mcp", mcp=McpRule(method="ping"), body={"a": ("b",)}, verb="x", resource="x"
+        ),
+        RequestRule(method="POST", path="/mcp", verb="x", resource="{arguments.a}"),
+    ],
+)
+def test_a_rule_without_a_meaning_is_refused(wrong: RequestRule) -> None:
+    with pytest.raises(RequestMapError):
+        RequestMap([wrong])
+
+
+_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=8)
+    | st.sampled_from(["a", "..", "a/b", "%2e", "*"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)
+_ARGUMENTS = st.dictionaries(
+    st.sampled_from(["repo", "Repo", "path", "dry_run", "number"]), _VALUES, max_size=4
+)
+_TOOLS = st.sampled_from(["get_issue", "push", "write_file", "close_issue"]) | st.text(max_size=12)
+
+
+@given(tool=_TOOLS, arguments=_ARGUMENTS)
+def test_whatever_is_called_is_one_resource_of_the_rule_or_nothing(
+    tool: str, arguments: dict[str, Any]
+) -> None:
+    found = decided(call(tool, **arguments))
+    if found is None:
+        return
+    parse_name(found.resource)
+    offers = MAP.mcp_offers("/mcp", "tools/call", tool)
+    assert found.verb in {offer.verb for offer in offers}, "what can be called is among what is offered"
+    assert found.resource.split("/")[0] in ("repo", "file", "issue")
+    if found.verb == "plan":
+        assert arguments["dry_run"] is True
+    if found.verb in ("read", "plan", "push"):
+        assert found.resource == f"repo/{arguments['repo']}"
+
+
+@given(st.binary(max_size=200) | _VALUES.map(lambda value: json.dumps(value).encode()))
+def test_whatever_is_posted_is_decided(posted: bytes) -> None:
+    assert decided(posted) is None
