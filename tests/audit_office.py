@@ -39,7 +39,7 @@ from ringfence.messages.credential import (
     Revisions,
 )
 from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, RevocationAck, RevocationRequest, Selector
-from ringfence.messages.operations import ActionDecided, DeadLetter, EventKind, ServiceEvent
+from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, EventKind, ServiceEvent
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentDecommission,
@@ -411,6 +411,16 @@ class Office:
         claims = ActionDecided(**{**given, **fields})
         return self.received(ACTION, claims.model_dump_json(exclude_none=True).encode(), key="deploy-bot")
 
+    def answer(self, **fields: Any) -> Received:
+        """What came of a request of the agent at an endpoint of MCP."""
+        given: dict[str, Any] = {
+            "action_id": str(uuid.uuid4()), "agent_id": "deploy-bot", "task_id": self.task, "target_id": "staging",
+            "verb": "deploy", "resource": "env/staging/web", "answer": "result", "http_status": 200,
+            "at_ms": self.now_ms,
+        }  # fmt: skip
+        claims = ActionAnswered(**{**given, **fields})
+        return self.received(ACTION, claims.model_dump_json(exclude_none=True).encode(), key="deploy-bot")
+
     def dead_letter(self, **fields: Any) -> Received:
         """A dead letter of policy."""
         letter = DeadLetter(**{
@@ -730,4 +740,13 @@ def actions(office: Office, lease_id: str) -> dict[str, Received]:
             **no,
         },
     }  # fmt: skip
-    return {f"action {name}": office.action(**fields) for name, fields in every.items()}
+    answers: dict[str, dict[str, Any]] = {
+        "with a result": {"lease_id": lease_id},
+        "with a tool's error": {"answer": "tool_error"},
+        "with an error of JSON-RPC": {"answer": "rpc_error", "rpc_code": -32602},
+        "with an error of HTTP": {"answer": "transport_error", "http_status": 502},
+        "by nobody known": {"answer": "none", "http_status": None, "agent_id": None, "task_id": None},
+    }
+    return {f"action {name}": office.action(**fields) for name, fields in every.items()} | {
+        f"answer {name}": office.answer(**fields) for name, fields in answers.items()
+    }

@@ -18,7 +18,7 @@ from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.plane import DataPlane
 from ringfence.gateway.problem import answer
 from ringfence.gateway.targets import Targets
-from ringfence.messages.operations import ActionDecided
+from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
 from tests.ledger import permission
 from tests.unit.test_gateway_domain import Place
@@ -55,6 +55,7 @@ class McpPlace:
     place: Place
     socket: Path = Path()
     events: list[ActionDecided] = field(default_factory=list)
+    answers: list[ActionAnswered] = field(default_factory=list)
     agent: str = "bot"
     handle: str | None = None
 
@@ -83,8 +84,11 @@ class McpPlace:
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
         return {"Authorization": TOKEN}
 
-    def record(self, event: ActionDecided) -> None:
-        self.events.append(event)
+    def record(self, event: ActionDecided | ActionAnswered) -> None:
+        if isinstance(event, ActionDecided):
+            self.events.append(event)
+        else:
+            self.answers.append(event)
 
     # --- what an agent does ---
 
@@ -101,6 +105,11 @@ class McpPlace:
         ):
             await session.initialize()
             yield session
+
+    @property
+    def open_streams(self) -> int:
+        """How many requests have no end of their own: what the server says unasked."""
+        return sum(event.method == "GET" for event in self.events)
 
     @property
     def codes(self) -> list[str]:

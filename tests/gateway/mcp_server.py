@@ -39,7 +39,7 @@ class McpServer:
             raise ValueError(f"{repo} is broken")
 
         @server.tool()
-        async def get_changed(repo: str, context: Context) -> str:  # type: ignore[type-arg]
+        async def get_changed(repo: str, context: Context) -> str:
             """Tells the session over its own stream, which nobody asked for with this request."""
             await context.session.send_tool_list_changed()
             await context.report_progress(1, 2)

@@ -17,6 +17,7 @@ from mcp.shared.exceptions import McpError
 
 from tests.gateway.mcp_place import DEPLOYS, READS, TOKEN, URL, mcp_placed
 from tests.gateway.mcp_server import McpServer, mcp_serving
+from tests.gateway.target import Target
 
 HEADERS = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
 
@@ -88,6 +89,7 @@ async def test_what_it_may_not_call_is_an_error_with_the_words_of_the_problem(
         with pytest.raises(McpError) as refused:
             await session.call_tool(tool, arguments)
         error = refused.value.error
+        assert error.data is not None
         assert (error.code, error.data["code"], error.data["status"]) == (403, code, 403)
         assert error.message == f"{code}: {error.data['detail']}"
         if lacking is not None:
@@ -119,6 +121,24 @@ async def test_a_tools_own_error_and_one_of_the_protocol_are_told_as_they_are(
         with pytest.raises(McpError) as unknown:
             await session.get_prompt("unknown")
         assert unknown.value.error.code != 403
+        while len(place.answers) < len(place.events) - place.open_streams:
+            await asyncio.sleep(0.01)  # what is known at the end of a stream comes after what it brought
+        kinds = [(one.answer, one.http_status) for one in place.answers[-2:]]
+        assert kinds == [("tool_error", 200), ("rpc_error", 200)]
+        assert place.answers[-1].rpc_code == unknown.value.error.code
+        assert [one.action_id for one in place.answers[-2:]] == [one.action_id for one in place.events[-2:]]
+        assert {one.answer for one in place.answers} >= {"result", "accepted"}
+
+
+async def test_a_server_that_is_in_trouble_is_told_apart(tmp_path: Path) -> None:
+    unwell = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"
+    async with (
+        Target(respond=lambda _: unwell).serving() as target,
+        mcp_placed(target.port, tmp_path, READS) as place,
+        place.http() as http,
+    ):
+        assert (await http.post(URL, json=INITIALIZE, headers=HEADERS)).status_code == 500
+        assert [(one.answer, one.http_status) for one in place.answers] == [("transport_error", 500)]
 
 
 async def test_the_streams_of_a_session_end_with_its_lease(streaming: McpServer, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from ringfence.audit.ocsf import (
     step,
     user_of,
 )
-from ringfence.messages.operations import ActionDecided
+from ringfence.messages.operations import ActionAnswered, ActionDecided
 
 if TYPE_CHECKING:
     from ringfence.kernel.kafka import Received
@@ -51,6 +51,14 @@ _ALLOWED = _each("action.allowed", action=ALLOWED)
 _DENIED = _each("action.denied", severity=LOW, status=FAILURE, action=DENIED)
 _OBSERVED = _each("action.observed", severity=LOW, status=FAILURE, action=OBSERVED)
 _BY_ANOTHER = _each("action.by_another", severity=HIGH, status=FAILURE, action=DENIED, alert=True)
+
+
+_ANSWERED = step("action.answered", API_ACTIVITY, _OTHER)
+_FAILED = step("action.failed", API_ACTIVITY, _OTHER, severity=LOW, status=FAILURE)
+_SAID: Final[Mapping[str, str]] = {
+    "result": "got a result", "accepted": "was heard", "tool_error": "got an error of the tool",
+    "rpc_error": "got a JSON-RPC error", "transport_error": "was refused by the target", "none": "got no whole answer",
+}  # fmt: skip
 
 
 def acted(
@@ -108,6 +116,52 @@ def acted(
         correlation=words["request"] or claims.task_id,
         reasons=claims.reasons,
         traceparent=claims.traceparent or (lease.traceparent if lease is not None and own_lease else None),
+    )
+
+
+def answered(
+    record: Received, claims: ActionAnswered, lease: LeaseFacts | None, sponsor: str | None, trust_domain: str
+) -> Event:
+    """What came of a request at an endpoint of MCP, once it was let pass. Arguments as for `acted`."""
+    agent = claims.agent_id
+    own_lease = lease if lease is not None and lease.agent == agent else None
+    words: dict[str, Any] = {
+        "agent": agent,
+        "sponsor": sponsor,
+        "on_behalf_of": own_lease.on_behalf_of if own_lease is not None else None,
+        "task": claims.task_id,
+        "request": own_lease.request_id if own_lease is not None else None,
+        "lease": claims.lease_id,
+        "target": claims.target_id,
+        "action": claims.action_id,
+        "verb": claims.verb,
+        "resource": claims.resource,
+        "decided_by": claims.gateway,
+        "answer": claims.answer,
+        "http_status": claims.http_status,
+        "rpc_code": claims.rpc_code,
+        "verified": {"by": None},
+    }
+    who = user_of(f"spiffe://{trust_domain}/agent/{agent}") if agent is not None else UNKNOWN_USER
+    own: dict[str, Any] = {
+        "actor": {"user": who},
+        "api": {"operation": claims.verb or "unknown", "request": {"uid": claims.action_id}},
+        "src_endpoint": {"name": agent or "unknown"},
+    }
+    if claims.target_id is not None:
+        own["api"]["service"] = {"name": claims.target_id}
+    if claims.resource is not None:
+        own["resources"] = [{"name": claims.resource}]
+    what = f"{claims.verb} on {claims.resource} at {claims.target_id}"
+    return event(
+        record,
+        _ANSWERED if claims.answer in ("result", "accepted") else _FAILED,
+        f"{agent or 'somebody'} {_SAID[claims.answer]} for {what}",
+        own,
+        words,
+        key=agent or record.topic.what,
+        correlation=words["request"] or claims.task_id,
+        traceparent=claims.traceparent or (own_lease.traceparent if own_lease is not None else None),
     )
 
 

@@ -13,9 +13,10 @@ BY: Final = ("agent", "target", "outcome", "access", "reason", "label")
 def counted(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """`[{agent, target, outcome, access, reason, label, count}]` of API Activity events, in the order of their firsts.
 
-    `reason` is the code of the first one: an action that several things stand against counts once.
+    `reason` is the code of the first one: an action that several things stand against counts once. So does one of which
+    is told what came of it, too.
     """
-    counts = Counter(map(_common, events))
+    counts = Counter(_common(event) for event in events if "answer" not in event["unmapped"])
     return [{**dict(zip(BY, common, strict=True)), "count": count} for common, count in counts.items()]
 
 

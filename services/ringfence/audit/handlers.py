@@ -37,7 +37,7 @@ from ringfence.messages.approval import Approval, ApprovalRequest, BreakGlassRev
 from ringfence.messages.base import Topic, typ_header
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
-from ringfence.messages.operations import ActionDecided, DeadLetter, ServiceEvent
+from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, ServiceEvent
 from ringfence.messages.registry import AgentRecord, AnyRecord, TargetRecord, TaskRecord, UserRecord
 from ringfence.messages.topics import (
     ACTION,
@@ -425,11 +425,23 @@ class AuditHandlers:
         return event, _lacks_sponsor(event)
 
     def _action(self, record: Received) -> tuple[Event, bool]:
-        claims = self._believer.plain(record, ActionDecided)
+        claims = self._action_of(record)
         lease = self._believer.lease(claims.lease_id) if claims.lease_id is not None else None
         sponsor = self._believer.sponsor_of(claims.agent_id) if claims.agent_id is not None else None
-        event = action_events.acted(record, claims, lease, sponsor, self._trust_domain)
+        if isinstance(claims, ActionDecided):
+            event = action_events.acted(record, claims, lease, sponsor, self._trust_domain)
+        else:
+            event = action_events.answered(record, claims, lease, sponsor, self._trust_domain)
         return event, _lacks_sponsor(event)
+
+    def _action_of(self, record: Received) -> ActionDecided | ActionAnswered:
+        try:
+            return self._believer.plain(record, ActionDecided)
+        except InvalidMessageError as error:
+            try:
+                return self._believer.plain(record, ActionAnswered)
+            except InvalidMessageError:
+                raise error from None
 
     def _dead_letter(self, record: Received) -> tuple[Event, bool]:
         return service_events.dead_lettered(record, self._believer.plain(record, DeadLetter)), False

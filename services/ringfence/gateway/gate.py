@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from ringfence.gateway.attempts import Admits, Attempt, Mcp, Presented, Rpc, Verdict
+from ringfence.gateway.attempts import Admits, Attempt, Mcp, McpOutcome, Presented, Rpc, Verdict
 from ringfence.gateway.domain import (
     FORBIDDEN,
     SAFE_METHODS,
@@ -39,7 +39,7 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
-from ringfence.messages.operations import ActionDecided
+from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.registry import TargetState
 from ringfence.model.request_map import MAX_BODY_BYTES, Action
 
@@ -290,7 +290,7 @@ class DecisionGate:
             attempt,
             course.target,
             course.lease,
-            lambda outcome: metrics.MCP_ANSWERS.labels(outcome.kind).inc(),
+            lambda outcome: self._record_answer(course, outcome),
         )
 
     def _rpc(self, course: _Course, attempt: Attempt) -> Rpc | None:
@@ -345,6 +345,30 @@ class DecisionGate:
                 at_ms=now_ms,
             )
         )
+
+    def _record_answer(self, course: _Course, outcome: McpOutcome) -> None:
+        """What came of it is too late to deny anything: where it cannot be kept, the decision still is."""
+        metrics.MCP_ANSWERS.labels(outcome.kind).inc()
+        assert course.lease is not None, "it was allowed"
+        assert course.action is not None, "it was allowed"
+        event = ActionAnswered(
+            action_id=course.id,
+            gateway=self._gateway,
+            agent_id=course.lease.agent_id,
+            task_id=course.lease.task_id,
+            lease_id=course.lease.lease_id,
+            target_id=course.lease.target_id,
+            verb=course.action.verb,
+            resource=course.action.resource,
+            answer=outcome.kind,
+            http_status=outcome.status,
+            rpc_code=outcome.code,
+            at_ms=self._clock.now_ms(),
+        )
+        try:
+            self._recorder.record(event)
+        except SpoolFullError as error:
+            log.error("what came of an action is not recorded: %s", error)
 
     def _lease_of(self, course: _Course, presented: Presented) -> str | None:
         """The lease that decided; else that of the handle which was shown, whoever showed it."""

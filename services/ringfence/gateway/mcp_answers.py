@@ -20,9 +20,12 @@ from ringfence.model.mcp import LISTED
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 """So large one message of a target may be: it is held until it is complete."""
 JSON: Final = b"application/json"
-ACCEPTED: Final = 202
 EVENTS: Final = b"text/event-stream"
 
+_ACCEPTED: Final = 202
+_MAX_CODE: Final = 2**53
+_LINE_COSTS: Final = 64
+"""Bytes that a line takes beside its own: many short ones are not held for less than they cost."""
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r(?!\Z)")
 _BOM: Final = b"\xef\xbb\xbf"
 
@@ -39,7 +42,7 @@ class Answers:
         self.outcome.status = response.status
         if response.status >= 300:
             self.outcome.kind = "transport_error"
-        elif response.status == ACCEPTED:
+        elif response.status == _ACCEPTED:
             self.outcome.kind = "accepted"
         session = response.known.get(b"mcp-session-id")
         if session is None or not self._mcp.opens or response.status >= 300:
@@ -86,7 +89,7 @@ class Answers:
         if isinstance(error, dict):
             code = error.get("code")
             self.outcome.kind = "rpc_error"
-            self.outcome.code = code if isinstance(code, int) else None
+            self.outcome.code = code if type(code) is int and abs(code) <= _MAX_CODE else None
         elif isinstance(result, dict) and result.get("isError") is True:
             self.outcome.kind = "tool_error"
         elif result is not None:
@@ -133,7 +136,7 @@ class EventSieve:
     def _line(self, line: bytes, out: list[bytes]) -> None:
         if line:
             self._lines.append(line)
-            self._held += len(line)
+            self._held += len(line) + _LINE_COSTS
             return
         lines, self._lines, self._held = self._lines, [], 0
         out.append(self._event(lines))
@@ -167,4 +170,4 @@ def _unreadable(what: str) -> RefusedError:
 def too_large() -> RefusedError:
     """A message of a target that nobody holds."""
     text = f"a message of a target may have {MAX_MESSAGE_BYTES} bytes"
-    return RefusedError(502, "targettoo_large", text)
+    return RefusedError(502, "target_too_large", text)

@@ -13,7 +13,7 @@ from ringfence.kernel import metrics
 from ringfence.kernel.bus import gather_all
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.kafka import Outbound, Publisher
-from ringfence.messages.operations import ActionDecided
+from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.topics import ACTION
 
 log = logging.getLogger(__name__)
@@ -35,13 +35,12 @@ class Recorder:
         self._publisher = publisher
         self._news = asyncio.Event()
 
-    def record(self, event: ActionDecided) -> None:
+    def record(self, event: ActionDecided | ActionAnswered) -> None:
         """Keep one event. Raises SpoolFullError where it cannot be kept: then nothing may be forwarded."""
         key = (event.agent_id or UNKNOWN).encode()
         value = event.model_dump_json(exclude_none=True).encode()
-        self._spool.append(
-            b"\n".join((key, event.action_id.encode(), (event.traceparent or "").encode(), value))
-        )
+        id = event.action_id if isinstance(event, ActionDecided) else f"{event.action_id}:answer"
+        self._spool.append(b"\n".join((key, id.encode(), (event.traceparent or "").encode(), value)))
         self._news.set()
 
     async def publish(self) -> None:

@@ -33,7 +33,14 @@ from ringfence.messages.credential import (
 )
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, RevocationAck, RevocationRequest
-from ringfence.messages.operations import ActionDecided, DeadLetter, Heartbeat, PartitionDigest, ServiceEvent
+from ringfence.messages.operations import (
+    ActionAnswered,
+    ActionDecided,
+    DeadLetter,
+    Heartbeat,
+    PartitionDigest,
+    ServiceEvent,
+)
 from ringfence.messages.permission import Permission
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 
@@ -344,6 +351,20 @@ _ALL: tuple[Message, ...] = (
         method="PUT",
         request_digest=_DIGEST,
         latency_us=180,
+        at_ms=AT_MS,
+    ),
+    ActionAnswered(
+        action_id="d9428888-122b-51e1-b85c-61cd3cbb3210",
+        gateway=_service("gateway"),
+        agent_id="deploy-bot",
+        task_id=_TASK,
+        lease_id=_LEASE,
+        target_id="staging",
+        verb="deploy",
+        resource="env/staging/app",
+        answer="rpc_error",
+        http_status=200,
+        rpc_code=-32602,
         at_ms=AT_MS,
     ),
     audit.AuditEvent(

@@ -119,3 +119,23 @@ class ActionDecided(Message):
     """Set where it was forwarded all the same, with what the agent inherited: it says what would have been blocked."""
     at_ms: Millis
     traceparent: str | None = None
+
+
+class ActionAnswered(Message):
+    """What came of an action at an endpoint of MCP, at its end: the ways to fail are kept apart."""
+
+    action_id: NonEmpty
+    """Of the `ActionDecided` that let it pass."""
+    gateway: SpiffeId | None = None
+    agent_id: NonEmpty | None = None
+    task_id: str | None = None
+    lease_id: str | None = None
+    target_id: str | None = None
+    verb: str | None = None
+    resource: str | None = None
+    answer: AnswerKind
+    http_status: Annotated[int, Field(ge=100, le=599)] | None = None
+    rpc_code: Annotated[int, Field(ge=-(2**53), le=2**53)] | None = None
+    """Of the JSON-RPC error. What it says in words stays between agent and target."""
+    at_ms: Millis
+    traceparent: str | None = None

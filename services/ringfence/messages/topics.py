@@ -17,7 +17,7 @@ from ringfence.messages.credential import (
     SealedReply,
 )
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
-from ringfence.messages.operations import ActionDecided, DeadLetter, Heartbeat, ServiceEvent
+from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, Heartbeat, ServiceEvent
 from ringfence.messages.registry import COMMANDS, AgentRecord, TargetRecord, TaskRecord, UserRecord
 from ringfence.messages.trust import TrustBundle
 
@@ -111,7 +111,7 @@ REVOCATION_ACK = Topic(
 )
 ACTION = Topic(
     "action",
-    (ActionDecided,),
+    (ActionDecided, ActionAnswered),
     "agent id",
     "json",
     ("gateway",),

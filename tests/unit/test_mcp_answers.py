@@ -1,0 +1,185 @@
+"""What servers of MCP answer: lists are cut down however they come in pieces, and everything else passes as it came."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringfence.gateway.attempts import Mcp, McpOutcome
+from ringfence.gateway.mcp_answers import MAX_MESSAGE_BYTES, Answers, EventSieve, media_of
+from ringfence.gateway.refusals import RefusedError
+from ringfence.gateway.wire import ResponseHead
+
+LIST = {
+    "jsonrpc": "2.0",
+    "id": 1,
+    "result": {"tools": [{"name": "mine"}, {"name": "other"}, {"nameless": 1}]},
+}
+CUT = {**LIST, "result": {"tools": [{"name": "mine"}]}}
+
+
+def answers(id: int | str | None = 1, *, opens: bool = False, opened: bool = True) -> Answers:
+    told: list[McpOutcome] = []
+    return Answers(
+        Mcp("tools/call", id, opens, lambda method, name: name == "mine", lambda session: opened, told.append)
+    )
+
+
+def head(status: int = 200, **known: bytes) -> ResponseHead:
+    values = {name.replace("_", "-").encode(): value for name, value in known.items()}
+    return ResponseHead(1, [], values, None, False, frozenset(), status, b"")
+
+
+def data(message: Any) -> bytes:
+    return json.dumps(message).encode()
+
+
+@pytest.mark.parametrize(("member", "key"), [("tools", "name"), ("prompts", "name"), ("resources", "uri")])
+def test_lists_have_what_may_be_used_and_nothing_else(member: str, key: str) -> None:
+    given = {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "result": {member: [{key: "mine"}, {key: "other"}], "nextCursor": "x"},
+    }
+    assert json.loads(answers().message(data(given)))["result"] == {
+        member: [{key: "mine"}],
+        "nextCursor": "x",
+    }
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"jsonrpc": "2.0", "id": 1, "result": {"tools": [{"name": "mine"}]}},
+        {"jsonrpc": "2.0", "id": 1, "result": {"content": [{"type": "text", "text": "tools"}]}},
+        {
+            "jsonrpc": "2.0",
+            "method": "sampling/createMessage",
+            "id": 9,
+            "params": {"tools": [{"name": "other"}]},
+        },
+    ],
+)
+def test_what_is_not_cut_down_passes_byte_by_byte(message: dict[str, Any]) -> None:
+    spaced = json.dumps(message, indent=1).encode()
+    assert answers().message(spaced) == spaced
+
+
+@pytest.mark.parametrize("wrong", [b"[]", b"{", b'{"id":1,"id":2}', b"", b"null"])
+def test_what_is_not_one_message_goes_no_further(wrong: bytes) -> None:
+    with pytest.raises(RefusedError) as refused:
+        answers().message(wrong)
+    assert refused.value.status == 502
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "code"),
+    [
+        ({"id": 1, "result": {"content": []}}, "result", None),
+        ({"id": 1, "result": {"content": [], "isError": True}}, "tool_error", None),
+        ({"id": 1, "result": {"content": [], "isError": False}}, "result", None),
+        ({"id": 1, "error": {"code": -32602, "message": "x"}}, "rpc_error", -32602),
+        ({"id": 1, "error": {"code": "x"}}, "rpc_error", None),
+        ({"id": 2, "error": {"code": 1}}, "none", None),
+        ({"id": "1", "result": {}}, "none", None),
+        ({"id": 1, "method": "ping"}, "none", None),
+        ({"method": "notifications/progress"}, "none", None),
+    ],
+)
+def test_what_came_of_a_request(message: dict[str, Any], kind: str, code: int | None) -> None:
+    one = answers()
+    one.began(head())
+    one.message(data({"jsonrpc": "2.0", **message}))
+    assert (one.outcome.kind, one.outcome.code, one.outcome.status) == (kind, code, 200)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(200, "none"), (202, "accepted"), (302, "transport_error"), (404, "transport_error")]
+)
+def test_what_a_status_says(status: int, kind: str) -> None:
+    one = answers()
+    one.began(head(status))
+    assert one.outcome.kind == kind
+
+
+def test_a_session_that_is_anothers_is_not_given_out() -> None:
+    answers(opens=True).began(head(mcp_session_id=b"s"))
+    answers(opened=False).began(head(mcp_session_id=b"s"))
+    with pytest.raises(RefusedError) as refused:
+        answers(opens=True, opened=False).began(head(mcp_session_id=b"s"))
+    assert refused.value.code == "mcp_session_taken"
+
+
+STREAM = (
+    b": ping\n\n"
+    b"id: 1\r\ndata:\r\n\r\n"
+    b"event: message\nid: 2\ndata: " + data(LIST) + b"\n\n"
+    b"event: message\r\ndata: {\"jsonrpc\":\"2.0\",\r\ndata: \"method\":\"notifications/x\"}\r\n\r\n"
+    b"retry: 5\r\r"
+    b"data: {\"jsonrpc\":\"2.0\",\"method\":\"never ends\"}\n"
+)  # fmt: skip
+SIFTED = [
+    (b": ping",),
+    (b"id: 1", b"data:"),
+    (b"event: message", b"id: 2", b"data: " + json.dumps(CUT, separators=(",", ":")).encode()),
+    (b"event: message", b'data: {"jsonrpc":"2.0",', b'data: "method":"notifications/x"}'),
+    (b"retry: 5",),
+]
+
+
+@given(st.lists(st.integers(0, len(STREAM)), max_size=12))
+def test_a_stream_is_sifted_however_it_comes_in_pieces(cuts: list[int]) -> None:
+    sieve, at, out = EventSieve(answers()), 0, b""
+    for cut in sorted(cuts):
+        out += sieve.feed(STREAM[at:cut])
+        at = cut
+    out += sieve.last(STREAM[at:])
+    assert out == b"".join(b"\n".join(lines) + b"\n\n" for lines in SIFTED)
+
+
+def test_an_event_goes_on_when_it_is_complete() -> None:
+    sieve = EventSieve(answers())
+    assert sieve.feed(b"data: {}\n") == b""
+    assert sieve.feed(b"\n") == b"data: {}\n\n"
+    assert sieve.feed(b": still there\n\n") == b": still there\n\n"
+
+
+@pytest.mark.parametrize("wrong", [b"data: x\n\n", b"data: []\n\n", b"\xef\xbb\xbfdata: {}\n\n"])
+def test_a_stream_that_says_something_else_is_broken_off(wrong: bytes) -> None:
+    with pytest.raises(RefusedError):
+        EventSieve(answers()).feed(wrong)
+
+
+def test_a_message_that_does_not_end_is_not_held_for_ever() -> None:
+    sieve = EventSieve(answers())
+    with pytest.raises(RefusedError) as refused:
+        for _ in range(MAX_MESSAGE_BYTES // 65536 + 2):
+            sieve.feed(b"data: " + b"x" * 65536 + b"\n")
+    assert refused.value.code == "target_too_large"
+
+
+@given(st.binary(max_size=300), st.integers(1, 50))
+def test_whatever_comes_passes_or_is_refused(stream: bytes, size: int) -> None:
+    sieve = EventSieve(answers())
+    try:
+        out = b"".join(sieve.feed(stream[at : at + size]) for at in range(0, len(stream), size))
+        out += sieve.last(b"")
+    except RefusedError:
+        return
+    assert b"other" not in out
+
+
+@pytest.mark.parametrize(
+    ("value", "media"),
+    [
+        (b"Text/Event-Stream; charset=utf-8", b"text/event-stream"),
+        (b"application/json", b"application/json"),
+        (None, b""),
+    ],
+)
+def test_a_media_type_has_no_parameters(value: bytes | None, media: bytes) -> None:
+    assert media_of(value) == media
