@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 
-from ringfence.gateway.attempts import Attempt, Gate, Presented
+from ringfence.gateway.attempts import Attempt, Carried, Gate, Presented
 from ringfence.gateway.domain import Refusal, Sender, refused
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.spool import SpoolFullError
@@ -15,7 +16,7 @@ from ringfence.gateway.targets import Targets
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
-from ringfence.messages.registry import BackendSettings, RequestRule
+from ringfence.messages.registry import BackendSettings, McpRule, RequestRule
 from tests.unit.test_gateway_domain import Place
 
 RULES = (
@@ -209,6 +210,20 @@ async def test_a_question_for_a_nonce_is_no_decision(parts: Parts) -> None:
     await parts.gate.decide(Presented(handle="none"), attempt())
     (event,) = parts.events
     assert (event.agent_id, event.lease_id) == ("thief", "L")
+
+
+async def test_mcp_is_not_spoken_where_nobody_sees_the_answers(parts: Parts) -> None:
+    ledger = parts.place.ledger
+    backend = BackendSettings.model_validate({"kind": "jwt", "url": "https://hub.example"})
+    pinging = RequestRule(
+        method="POST", path="/mcp", mcp=McpRule(method="ping"), verb="read", resource="env/staging/web"
+    )
+    ledger.give(ledger.target_set("olga", "staging", backend=backend, requests=(pinging,)))
+    ping = attempt("POST", "/mcp", body=b'{"jsonrpc":"2.0","id":1,"method":"ping"}')
+    refused = await parts.gate.decide(Presented(), ping)
+    assert (refused.allowed, refused.reasons[0].code) == (False, "mcp_needs_plane")
+    shown = dataclasses.replace(ping, carried=Carried(media="application/json"))
+    assert (await parts.gate.decide(Presented(), shown)).allowed
 
 
 async def test_a_body_that_decides_must_be_seen(parts: Parts) -> None:

@@ -130,6 +130,34 @@ def test_any_http_api_is_read_written_and_deleted_by_its_paths() -> None:
     assert api.action("OPTIONS", "/") is None
 
 
+def test_a_server_of_mcp_has_its_tools_as_resources() -> None:
+    server = RequestMap(TEMPLATES["mcp"].requests)
+    call = {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "tools/call",
+        "params": {"name": "get_issue", "arguments": {}},
+    }
+    assert server.action("POST", "/mcp", json.dumps(call).encode()) == Action("call", "tool/get_issue")
+    told = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+    assert server.action("POST", "/mcp", json.dumps(told).encode()) == Action("connect", "server")
+    for method in ("resources/list", "prompts/get", "completion/complete", "tasks/list"):
+        assert server.action("POST", "/mcp", json.dumps({**call, "method": method}).encode()) is None
+    assert server.action("GET", "/mcp") == Action("connect", "server")
+
+
+def test_a_rule_for_mcp_is_written_with_its_method_and_tool() -> None:
+    one = _request(
+        "POST /mcp plan repo/{arguments.repo} mcp:tools/call=push argument:dry_run=true argument:to=a,b"
+    )
+    assert one.mcp is not None
+    assert (one.mcp.method, one.mcp.name) == ("tools/call", "push")
+    assert one.mcp.arguments == {"dry_run": ("true",), "to": ("a", "b")}
+    bare = _request("POST /mcp connect server mcp:notifications/*").mcp
+    assert bare is not None
+    assert (bare.method, bare.name, bare.arguments) == ("notifications/*", None, None)
+
+
 def test_a_request_is_written_in_four_words_and_conditions() -> None:
     plain = _request("GET /envs/{name} read env/{name}")
     assert (plain.method, plain.path, plain.verb, plain.resource) == (
@@ -144,7 +172,8 @@ def test_a_request_is_written_in_four_words_and_conditions() -> None:
 @pytest.mark.parametrize(
     "text",
     ["GET /x read", "get /x read x", "GET /x Read x", "GET /x read x header:a=b", "GET /x read x body:a",
-     "GET /x read x y"],
+     "GET /x read x y", "POST /x read x argument:a=b", "POST /x read x mcp:ping mcp:ping", "POST /x read x mcp:tools/*",
+     "POST /x read x mcp:"],
 )  # fmt: skip
 def test_what_is_no_request(text: str) -> None:
     with pytest.raises(typer.BadParameter):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ringfence.messages.registry import ApprovalClass, RequestRule
+from ringfence.messages.registry import ApprovalClass, McpRule, RequestRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,21 @@ def _http() -> Iterator[RequestRule]:
         for method in methods:
             yield RequestRule(method=method, path="/", verb=verb, resource="path")
             yield RequestRule(method=method, path="/{path*}", verb=verb, resource="path/{path*}")
+
+
+# --- a server of the Model Context Protocol, of whose tools nothing is known ------------------------------------------
+
+_MCP_CONNECTS = ("initialize", "ping", "notifications/*", "logging/setLevel", "tools/list")
+
+
+def _mcp() -> Iterator[RequestRule]:
+    for method in ("GET", "DELETE"):
+        yield RequestRule(method=method, path="/mcp", verb="connect", resource="server")
+    for method in _MCP_CONNECTS:
+        mcp = McpRule(method=method)
+        yield RequestRule(method="POST", path="/mcp", mcp=mcp, verb="connect", resource="server")
+    mcp = McpRule(method="tools/call", name="{tool*}")
+    yield RequestRule(method="POST", path="/mcp", mcp=mcp, verb="call", resource="tool/{tool*}")
 
 
 # --- GitHub's REST API ------------------------------------------------------------------------------------------------
@@ -151,6 +166,7 @@ TEMPLATES: dict[str, Template] = {
     "http": Template(
         "http", {"read": "none", "write": "sponsor", "delete": "operator"}, requests=tuple(_http())
     ),
+    "mcp": Template("http", {"connect": "none", "call": "sponsor"}, requests=tuple(_mcp())),
     "github-api": Template(
         "http",
         {
