@@ -106,6 +106,13 @@ def test_what_a_status_says(status: int, kind: str) -> None:
     assert one.outcome.kind == kind
 
 
+def test_where_nothing_is_to_be_answered_it_is_enough_that_the_server_took_it() -> None:
+    one = answers(None)
+    one.began(head())
+    one.message(data({"jsonrpc": "2.0", "id": 1, "result": {}}))
+    assert one.outcome.kind == "accepted"
+
+
 def test_a_session_that_is_anothers_is_not_given_out() -> None:
     answers(opens=True).began(head(mcp_session_id=b"s"))
     answers(opened=False).began(head(mcp_session_id=b"s"))

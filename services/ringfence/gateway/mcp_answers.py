@@ -42,7 +42,7 @@ class Answers:
         self.outcome.status = response.status
         if response.status >= 300:
             self.outcome.kind = "transport_error"
-        elif response.status == _ACCEPTED:
+        elif response.status == _ACCEPTED or self._mcp.id is None:
             self.outcome.kind = "accepted"
         session = response.known.get(b"mcp-session-id")
         if session is None or not self._mcp.opens or response.status >= 300:
