@@ -106,7 +106,7 @@ async def worked(server: McpServer, http: httpx.AsyncClient, url: str) -> None:
     ):
         await session.initialize()
         listed = {tool.name for tool in (await session.list_tools()).tools}
-        assert listed == {"get_issue", "get_wrong", "get_changed"}
+        assert listed == {"get_issue", "get_wrong", "get_changed", "get_thought"}
         assert not (await session.call_tool("get_issue", {"repo": "a"})).isError
         with pytest.raises(McpError) as refused:
             await session.call_tool("push", {"repo": "a"})

@@ -43,6 +43,7 @@ RULES = (
     ),
     rule("tools/call", "read", "env/{arguments.repo}", "get_{what}"),
     rule("tools/call", "deploy", "env/{arguments.repo}", "push"),
+    rule("response", "deploy", "env/server"),
     rule("prompts/get", "read", "env/server", "review"),
     rule("prompts/get", "read", "env/server", "unknown"),
 )

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import mcp.types as types
 import uvicorn
 from mcp.server.fastmcp import Context, FastMCP
 from starlette.requests import Request
@@ -44,6 +45,13 @@ class McpServer:
             await context.session.send_tool_list_changed()
             await context.report_progress(1, 2)
             return repo
+
+        @server.tool()
+        async def get_thought(repo: str, context: Context) -> str:
+            """Asks the agent's model, and says what that says."""
+            question = types.SamplingMessage(role="user", content=types.TextContent(type="text", text=repo))
+            said = await context.session.create_message([question], max_tokens=10)
+            return f"thought: {said.content.text}"
 
         @server.prompt()
         def review() -> str:

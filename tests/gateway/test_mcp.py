@@ -58,7 +58,12 @@ async def opened(http: httpx.AsyncClient) -> dict[str, str]:
 async def test_a_task_calls_what_its_lease_allows_and_sees_no_more(server: McpServer, tmp_path: Path) -> None:
     async with mcp_placed(server.port, tmp_path, READS) as place, place.session() as session:
         listed = await session.list_tools()
-        assert {tool.name for tool in listed.tools} == {"get_issue", "get_wrong", "get_changed"}
+        assert {tool.name for tool in listed.tools} == {
+            "get_issue",
+            "get_wrong",
+            "get_changed",
+            "get_thought",
+        }
         assert {prompt.name for prompt in (await session.list_prompts()).prompts} == {"review"}
         result = await session.call_tool("get_issue", {"repo": "a"})
         assert (result.isError, result.content[0].text) == (False, "an issue of a")  # type: ignore[union-attr]
@@ -128,6 +133,77 @@ async def test_a_tools_own_error_and_one_of_the_protocol_are_told_as_they_are(
         assert place.answers[-1].rpc_code == unknown.value.error.code
         assert [one.action_id for one in place.answers[-2:]] == [one.action_id for one in place.events[-2:]]
         assert {one.answer for one in place.answers} >= {"result", "accepted"}
+
+
+async def test_a_server_asks_back_where_the_answer_is_allowed(streaming: McpServer, tmp_path: Path) -> None:
+    async def sampled(context: Any, asked: types.CreateMessageRequestParams) -> types.CreateMessageResult:
+        text = types.TextContent(type="text", text="yes")
+        return types.CreateMessageResult(role="assistant", content=text, model="m")
+
+    async with (
+        mcp_placed(streaming.port, tmp_path, DEPLOYS) as place,
+        place.session(sampling_callback=sampled) as session,
+    ):
+        result = await session.call_tool("get_thought", {"repo": "a"})
+        assert result.content[0].text == "thought: yes"  # type: ignore[union-attr]
+    async with mcp_placed(streaming.port, tmp_path, READS) as place, place.http() as http:
+        answer = {"jsonrpc": "2.0", "id": 1, "result": {}}
+        denied = await http.post(URL, json=answer, headers=await opened(http))
+        assert (denied.status_code, denied.json()["id"]) == (403, None)
+        assert denied.json()["error"]["data"]["permission"]["verbs"] == ["deploy"]
+
+
+async def test_a_list_that_comes_in_a_stream_of_the_servers_is_cut_down(tmp_path: Path) -> None:
+    tools = b'{"jsonrpc":"2.0","id":7,"result":{"tools":[{"name":"get_issue"},{"name":"push"}]}}'
+    event = b"id: 1\ndata: " + tools + b"\n\n"
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(event)
+    async with (
+        Target(respond=lambda _: head + event).serving() as target,
+        mcp_placed(target.port, tmp_path, READS) as place,
+        place.http() as http,
+    ):
+        answer = await http.get(URL, headers={"Accept": "text/event-stream"})
+        assert (
+            answer.text
+            == 'id: 1\ndata: {"jsonrpc":"2.0","id":7,"result":{"tools":[{"name":"get_issue"}]}}\n\n'
+        )
+
+
+@pytest.mark.parametrize(
+    ("media", "body", "code"),
+    [
+        (b"text/html", b"<p>", "target_unreadable"),
+        (b"application/json", b"[]", "target_unreadable"),
+        (b"application/json", b'{"id":1,"id":1}', "target_unreadable"),
+    ],
+)
+async def test_an_answer_that_nobody_can_be_sure_of_is_not_forwarded(
+    tmp_path: Path, media: bytes, body: bytes, code: str
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n" % (media, len(body))
+    async with (
+        Target(respond=lambda _: head + body).serving() as target,
+        mcp_placed(target.port, tmp_path, READS) as place,
+        place.http() as http,
+    ):
+        answer = await http.post(URL, json=INITIALIZE, headers=HEADERS)
+        assert (answer.status_code, answer.json()["code"]) == (502, code)
+        assert [one.answer for one in place.answers] == ["none"]
+
+
+async def test_a_session_that_is_anothers_is_not_given_out_again(tmp_path: Path) -> None:
+    body = b'{"jsonrpc":"2.0","id":1,"result":{}}'
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nMcp-Session-Id: same\r\nContent-Length: %d\r\n\r\n"
+    answer = head % len(body) + body
+    async with (
+        Target(respond=lambda _: answer).serving() as target,
+        mcp_placed(target.port, tmp_path, READS) as place,
+        place.http() as http,
+    ):
+        assert (await http.post(URL, json=INITIALIZE, headers=HEADERS)).status_code == 200
+        place.handle = place.place.leased(READS).lease_id
+        taken = await http.post(URL, json=INITIALIZE, headers=HEADERS)
+        assert (taken.status_code, taken.json()["code"]) == (502, "mcp_session_taken")
 
 
 async def test_a_server_that_is_in_trouble_is_told_apart(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.gateway.attempts import Mcp, McpOutcome
-from ringfence.gateway.mcp_answers import MAX_MESSAGE_BYTES, Answers, EventSieve, media_of
+from ringfence.gateway.mcp_answers import MAX_LISTED, MAX_MESSAGE_BYTES, Answers, EventSieve, media_of
 from ringfence.gateway.refusals import RefusedError
 from ringfence.gateway.wire import ResponseHead
 
@@ -159,6 +159,13 @@ def test_an_event_goes_on_when_it_is_complete() -> None:
 def test_a_stream_that_says_something_else_is_broken_off(wrong: bytes) -> None:
     with pytest.raises(RefusedError):
         EventSieve(answers()).feed(wrong)
+
+
+def test_a_list_that_is_too_long_to_be_held_against_the_map_goes_no_further() -> None:
+    given = {"jsonrpc": "2.0", "id": 1, "result": {"tools": [{"name": "mine"}] * (MAX_LISTED + 1)}}
+    with pytest.raises(RefusedError) as refused:
+        answers().message(data(given))
+    assert refused.value.code == "target_too_large"
 
 
 def test_a_message_that_does_not_end_is_not_held_for_ever() -> None:

@@ -136,6 +136,8 @@ def test_no_rule_of_another_kind_lets_a_message_pass() -> None:
     assert MAP.action("POST", "/elsewhere", b"x") == Action("anything", "elsewhere")
     assert decided(call("delete_repo", repo="a")) is None
     assert MAP.action("POST", "/mcp", None) is None
+    assert MAP.action("POST", "/MCP", body("tools/list")) is None, "for some servers that is the same"
+    assert MAP.action("POST", "/%6dcp", body("tools/list")) == Action("connect", "server")
     assert MAP.reads_body("POST", "/mcp")
     assert MAP.action("GET", "/mcp") == Action("connect", "server")
     assert not MAP.speaks_mcp("/mcp/")

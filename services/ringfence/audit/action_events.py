@@ -31,8 +31,8 @@ from ringfence.messages.operations import ActionAnswered, ActionDecided
 if TYPE_CHECKING:
     from ringfence.kernel.kafka import Received
 
-_STOLEN: Final = frozenset({"handle_other_agent", "proof_by_stranger"})
-"""Why somebody should look: a handle in other hands than it was given to."""
+_STOLEN: Final = frozenset({"handle_other_agent", "proof_by_stranger", "mcp_session_other_agent"})
+"""Why somebody should look: a handle, or a session, in other hands than it was given to."""
 _CREATE, _READ, _UPDATE, _DELETE = 1, 2, 3, 4
 _ACTIVITIES: Final[Mapping[str, int]] = {
     "GET": _READ, "HEAD": _READ, "OPTIONS": _READ, "TRACE": _READ,

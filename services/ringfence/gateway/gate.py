@@ -190,7 +190,8 @@ class DecisionGate:
             spoken = self._mcp.read(attempt, target, sender)
             if isinstance(spoken, Refusal):
                 return spoken
-            course.spoken, sender = spoken, spoken.sender
+            course.spoken, course.sender = spoken, spoken.sender
+            sender = spoken.sender
             action = spoken.action(target, attempt)
         else:
             action = target.map.action(attempt.method, attempt.target, attempt.body)

@@ -121,7 +121,7 @@ class McpDesk:
                 "the session was opened by another lease: show that one's handle, or initialize a new session"
             )
             return refused("mcp_session_other_lease", message, side="lease")
-        return dataclasses.replace(sender, lease_id=lease.lease_id)
+        return dataclasses.replace(sender, lease_id=lease.lease_id, task_id=lease.task_id)
 
     def exchange(
         self,

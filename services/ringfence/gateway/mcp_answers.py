@@ -19,6 +19,8 @@ from ringfence.model.mcp import LISTED
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 """So large one message of a target may be: it is held until it is complete."""
+MAX_LISTED: Final = 1000
+"""So many things one page of a list may have: each is held against the map."""
 JSON: Final = b"application/json"
 EVENTS: Final = b"text/event-stream"
 
@@ -73,6 +75,8 @@ class Answers:
             listed = result.get(member)
             if not isinstance(listed, list):
                 continue
+            if len(listed) > MAX_LISTED:
+                raise too_large(f"a page of a list may have {MAX_LISTED} entries")
             kept = [one for one in listed if self._is_visible(one, method, key)]
             changed |= len(kept) != len(listed)
             result[member] = kept
@@ -167,7 +171,6 @@ def _unreadable(what: str) -> RefusedError:
     return RefusedError(502, "target_unreadable", f"the target's answer is not forwarded: {what}")
 
 
-def too_large() -> RefusedError:
-    """A message of a target that nobody holds."""
-    text = f"a message of a target may have {MAX_MESSAGE_BYTES} bytes"
+def too_large(text: str = f"a message of a target may have {MAX_MESSAGE_BYTES} bytes") -> RefusedError:
+    """A message of a target that nobody holds, or holds against the map."""
     return RefusedError(502, "target_too_large", text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -63,6 +63,12 @@ class _Rule:
     rule: RequestRule = field(repr=False)
     mcp: CompiledMcpRule | None = None
 
+    def folded(self) -> _Rule:
+        """The same for paths in lower case."""
+        return replace(
+            self, segments=tuple(one.casefold() if one is not None else None for one in self.segments)
+        )
+
     def captures(self, segments: Sequence[str]) -> dict[str, str] | None:
         """What the template captures of a path, or None where it does not match."""
         known = len(self.segments)
@@ -91,10 +97,16 @@ class RequestMap:
         for rule in map(_compiled, rules):
             some = self._mcp if rule.mcp is not None else self._by_method.setdefault(rule.rule.method, [])
             some.append(rule)
+        self._nearly = [rule.folded() for rule in self._mcp]
 
     def speaks_mcp(self, target: str) -> bool:
         """Whether an endpoint of the Model Context Protocol is there. `target` as in `action`."""
         return bool(self._mcp) and self._endpoint(target) is not None
+
+    def _is_nearly_endpoint(self, segments: Sequence[str]) -> bool:
+        """Whether some servers would take a path for that of an endpoint: they do not tell upper from lower case."""
+        folded = [segment.casefold() for segment in segments]
+        return any(rule.captures(folded) is not None for rule in self._nearly)
 
     def _endpoint(self, target: str) -> tuple[str, ...] | None:
         """The segments of the path where it is such an endpoint."""
@@ -143,6 +155,8 @@ class RequestMap:
         path, _, query = target.partition("?")
         segments = _decoded(path)
         if segments is None or "#" in query:
+            return None
+        if self._nearly and method == "POST" and self._is_nearly_endpoint(segments):
             return None
         for rule in self._by_method.get(method, ()):
             captures = rule.captures(segments)
