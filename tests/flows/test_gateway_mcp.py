@@ -30,7 +30,7 @@ from tests.world import WITHIN_S, World, scope
 
 def rule(method: str, verb: str, resource: str, name: str | None = None) -> RequestRule:
     mcp = McpRule(method=method, name=name)
-    return RequestRule(method="POST", path="/mcp", mcp=mcp, verb=verb, resource=resource)
+    return RequestRule(method="MCP", path="/mcp", mcp=mcp, verb=verb, resource=resource)
 
 
 RULES = (

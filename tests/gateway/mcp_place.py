@@ -31,7 +31,7 @@ DEPLOYS = permission("env/server", "env/a", verbs=("read", "deploy"))
 
 def rule(method: str, verb: str, resource: str, name: str | None = None) -> RequestRule:
     mcp = McpRule(method=method, name=name)
-    return RequestRule(method="POST", path="/mcp", mcp=mcp, verb=verb, resource=resource)
+    return RequestRule(method="MCP", path="/mcp", mcp=mcp, verb=verb, resource=resource)
 
 
 RULES = (

@@ -216,7 +216,7 @@ async def test_mcp_is_not_spoken_where_nobody_sees_the_answers(parts: Parts) -> 
     ledger = parts.place.ledger
     backend = BackendSettings.model_validate({"kind": "jwt", "url": "https://hub.example"})
     pinging = RequestRule(
-        method="POST", path="/mcp", mcp=McpRule(method="ping"), verb="read", resource="env/staging/web"
+        method="MCP", path="/mcp", mcp=McpRule(method="ping"), verb="read", resource="env/staging/web"
     )
     ledger.give(ledger.target_set("olga", "staging", backend=backend, requests=(pinging,)))
     ping = attempt("POST", "/mcp", body=b'{"jsonrpc":"2.0","id":1,"method":"ping"}')

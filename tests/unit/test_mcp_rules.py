@@ -19,7 +19,7 @@ def rule(
     method: str, verb: str, resource: str, name: str | None = None, **arguments: tuple[str, ...]
 ) -> RequestRule:
     mcp = McpRule(method=method, name=name, arguments=arguments or None)
-    return RequestRule(method="POST", path="/mcp", mcp=mcp, verb=verb, resource=resource)
+    return RequestRule(method="MCP", path="/mcp", mcp=mcp, verb=verb, resource=resource)
 
 
 MAP = RequestMap(
@@ -139,6 +139,7 @@ def test_no_rule_of_another_kind_lets_a_message_pass() -> None:
     assert MAP.action("POST", "/MCP", body("tools/list")) is None, "for some servers that is the same"
     assert MAP.action("POST", "/%6dcp", body("tools/list")) == Action("connect", "server")
     assert MAP.reads_body("POST", "/mcp")
+    assert MAP.action("MCP", "/mcp", body("tools/list")) is None
     assert MAP.action("GET", "/mcp") == Action("connect", "server")
     assert not MAP.speaks_mcp("/mcp/")
     assert MAP.action("POST", "/mcp?x#y", body("tools/list")) is None
@@ -192,12 +193,13 @@ def test_what_a_tool_may_come_to(tool: str, offered: list[Action]) -> None:
         rule("tools/call", "x", "x", "a_{b*}_c"),
         rule("tools/call", "x", "x", "get_*"),
         rule("tools/call", "x", "x", "{a}{b}{c}"),
-        RequestRule(method="GET", path="/mcp", mcp=McpRule(method="ping"), verb="x", resource="x"),
+        RequestRule(method="POST", path="/mcp", mcp=McpRule(method="ping"), verb="x", resource="x"),
+        RequestRule(method="MCP", path="/mcp", verb="x", resource="x"),
         RequestRule(
-            method="POST", path="/{a}", mcp=McpRule(method="tools/call", name="{a}"), verb="x", resource="x"
+            method="MCP", path="/{a}", mcp=McpRule(method="tools/call", name="{a}"), verb="x", resource="x"
         ),
         RequestRule(
-            method="POST", path="/mcp", mcp=McpRule(method="ping"), body={"a": ("b",)}, verb="x", resource="x"
+            method="MCP", path="/mcp", mcp=McpRule(method="ping"), body={"a": ("b",)}, verb="x", resource="x"
         ),
         RequestRule(method="POST", path="/mcp", verb="x", resource="{arguments.a}"),
     ],

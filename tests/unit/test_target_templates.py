@@ -148,12 +148,12 @@ def test_a_server_of_mcp_has_its_tools_as_resources() -> None:
 
 def test_a_rule_for_mcp_is_written_with_its_method_and_tool() -> None:
     one = _request(
-        "POST /mcp plan repo/{arguments.repo} mcp:tools/call=push argument:dry_run=true argument:to=a,b"
+        "MCP /mcp plan repo/{arguments.repo} message:tools/call=push argument:dry_run=true argument:to=a,b"
     )
     assert one.mcp is not None
     assert (one.mcp.method, one.mcp.name) == ("tools/call", "push")
     assert one.mcp.arguments == {"dry_run": ("true",), "to": ("a", "b")}
-    bare = _request("POST /mcp connect server mcp:notifications/*").mcp
+    bare = _request("MCP /mcp connect server message:notifications/*").mcp
     assert bare is not None
     assert (bare.method, bare.name, bare.arguments) == ("notifications/*", None, None)
 
@@ -172,8 +172,8 @@ def test_a_request_is_written_in_four_words_and_conditions() -> None:
 @pytest.mark.parametrize(
     "text",
     ["GET /x read", "get /x read x", "GET /x Read x", "GET /x read x header:a=b", "GET /x read x body:a",
-     "GET /x read x y", "POST /x read x argument:a=b", "POST /x read x mcp:ping mcp:ping", "POST /x read x mcp:tools/*",
-     "POST /x read x mcp:"],
+     "GET /x read x y", "POST /x read x argument:a=b", "MCP /x read x message:ping message:ping",
+     "MCP /x read x message:tools/*", "MCP /x read x message:"],
 )  # fmt: skip
 def test_what_is_no_request(text: str) -> None:
     with pytest.raises(typer.BadParameter):

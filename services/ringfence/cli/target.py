@@ -43,7 +43,7 @@ app = typer.Typer(help="Systems that agents act on: verbs and approval floors.",
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help="The target's id.")]
 _FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
 _REQUEST = re.compile(
-    r"(\S+) (\S+) (\S+) (\S+)((?: (?:(?:query|body|argument):[^\s=]+=\S+|mcp:[^\s=]+(?:=\S+)?))*)"
+    r"(\S+) (\S+) (\S+) (\S+)((?: (?:(?:query|body|argument):[^\s=]+=\S+|message:[^\s=]+(?:=\S+)?))*)"
 )
 
 
@@ -69,7 +69,7 @@ def add(
         typer.Option(
             "--request",
             metavar="'METHOD PATH VERB RESOURCE [query:NAME=VALUE,...] [body:NAME=VALUE,...]', or "
-            "'POST PATH VERB RESOURCE mcp:METHOD[=TOOL] [argument:NAME=VALUE,...]'",
+            "'MCP PATH VERB RESOURCE message:METHOD[=TOOL] [argument:NAME=VALUE,...]'",
             help="Which requests are which verb, e.g. 'GET /envs/{name} read env/{name}'. Repeatable; the first "
             "that matches counts, and those of a template come last.",
         ),
@@ -189,7 +189,7 @@ def _request(text: str) -> RequestRule:
     if match is None:
         raise typer.BadParameter(
             f"{text!r}: write four words, 'METHOD PATH VERB RESOURCE', and conditions after them: query:NAME=VALUE, "
-            "body:NAME=VALUE, mcp:METHOD[=TOOL], argument:NAME=VALUE"
+            "body:NAME=VALUE, message:METHOD[=TOOL], argument:NAME=VALUE"
         )
     method, path, verb, resource, conditions = match.groups()
     query, body = (_conditions(where, conditions) for where in ("query", "body"))
@@ -204,11 +204,11 @@ def _request(text: str) -> RequestRule:
 
 def _mcp(text: str, conditions: str) -> McpRule | None:
     """Raises ValidationError."""
-    said = [one.removeprefix("mcp:") for one in conditions.split() if one.startswith("mcp:")]
+    said = [one.removeprefix("message:") for one in conditions.split() if one.startswith("message:")]
     arguments = _conditions("argument", conditions)
     if len(said) > 1 or (arguments and not said):
         raise typer.BadParameter(
-            f"{text!r}: write one mcp:METHOD[=TOOL], and conditions on arguments with it"
+            f"{text!r}: write one message:METHOD[=TOOL], and conditions on arguments with it"
         )
     if not said:
         return None

@@ -48,9 +48,9 @@ def _mcp() -> Iterator[RequestRule]:
         yield RequestRule(method=method, path="/mcp", verb="connect", resource="server")
     for method in _MCP_CONNECTS:
         mcp = McpRule(method=method)
-        yield RequestRule(method="POST", path="/mcp", mcp=mcp, verb="connect", resource="server")
+        yield RequestRule(method="MCP", path="/mcp", mcp=mcp, verb="connect", resource="server")
     mcp = McpRule(method="tools/call", name="{tool*}")
-    yield RequestRule(method="POST", path="/mcp", mcp=mcp, verb="call", resource="tool/{tool*}")
+    yield RequestRule(method="MCP", path="/mcp", mcp=mcp, verb="call", resource="tool/{tool*}")
 
 
 # --- GitHub's REST API ------------------------------------------------------------------------------------------------

@@ -191,7 +191,8 @@ class RequestRule(Message):
     """Members of the body, a JSON object, that must be one of these strings. What is no such body is no verb."""
     mcp: McpRule | None = None
     """Where set, the path is an endpoint of the Model Context Protocol: what is posted there is decided by rules with
-    this alone, whatever others say. `method` is POST, and there are neither `query` nor `body`."""
+    this alone, whatever others say. `method` is `MCP` then, which no request has: a reader that does not know of such
+    rules takes none for the plain one that it would be without. There are neither `query` nor `body`."""
     verb: Verb
     resource: NonEmpty
     """The resource name, with the captures of `path` in braces, written as there; with `mcp` also those of its name,

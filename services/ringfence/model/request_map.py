@@ -33,6 +33,8 @@ MAX_TARGET_CHARS: Final = 8192
 MAX_BODY_BYTES: Final = 1024 * 1024
 """So much of a body is looked at: a rule with conditions on the body of a larger one matches nothing."""
 
+_MCP: Final = "MCP"
+"""The method of rules that mean messages, and of no request."""
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _LITERAL: Final = re.compile(r"[A-Za-z0-9._~!$&'()+,=:@-]+")
 _RAW_SEGMENT: Final = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,=:@-]|%[0-9A-Fa-f]{2})+")
@@ -246,10 +248,12 @@ def _compiled(rule: RequestRule) -> _Rule:
 
 
 def _compiled_mcp(rule: RequestRule, wrong: Any) -> CompiledMcpRule | None:
-    if rule.mcp is None:
+    if rule.mcp is None and rule.method != _MCP:
         return None
-    if rule.method != "POST" or rule.query or rule.body:
-        raise wrong("a rule for messages of MCP has the method POST, and conditions on arguments alone")
+    if rule.mcp is None or rule.method != _MCP or rule.query or rule.body:
+        raise wrong(
+            "a rule with the method MCP says which message it means, and has conditions on arguments alone"
+        )
     try:
         return CompiledMcpRule(rule.mcp)
     except McpRuleError as error:
