@@ -204,6 +204,11 @@ async def test_a_session_that_is_anothers_is_not_given_out_again(tmp_path: Path)
         place.handle = place.place.leased(READS).lease_id
         taken = await http.post(URL, json=INITIALIZE, headers=HEADERS)
         assert (taken.status_code, taken.json()["code"]) == (502, "mcp_session_taken")
+        first = place.events[0].lease_id
+        assert first is not None
+        place.table.revoke(first, place.place.ledger.clock.ms)
+        again = await http.post(URL, json=INITIALIZE, headers=HEADERS)
+        assert again.status_code == 200, "what is over holds nothing"
 
 
 async def test_a_server_that_is_in_trouble_is_told_apart(tmp_path: Path) -> None:

@@ -205,3 +205,10 @@ async def test_what_makes_no_sense_is_refused() -> None:
             with pytest.raises(ApiError) as error:
                 await api.get("audit", "actions", **query)
             assert error.value.status == 400
+
+
+def test_what_came_of_an_action_is_not_another_one() -> None:
+    words = {"agent": "bot", "target": "repos", "outcome": "allowed", "access": "write", "label": None}
+    decided = {"unmapped": words}
+    answered = {"unmapped": {"agent": "bot", "target": "repos", "answer": "tool_error"}}
+    assert counted([decided, answered, decided]) == [{**words, "reason": None, "count": 2}]
