@@ -261,6 +261,9 @@ async def test_a_session_is_its_leases_and_nobody_elses(streaming: McpServer, tm
         assert said["error"]["data"]["code"] == "beyond_lease", (
             "another lease of the task does not count in it"
         )
+        assert place.events[-1].lease_id == place.events[0].lease_id, (
+            "the record says by which one it did not go"
+        )
         place.handle = other.lease_id
         said = (await http.post(URL, json=call, headers=headers)).json()
         assert said["error"]["data"]["code"] == "mcp_session_other_lease"

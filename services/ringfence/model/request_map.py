@@ -178,7 +178,8 @@ class RequestMap:
             return None
         for rule in self._mcp:
             assert rule.mcp is not None
-            of_path, of_name = rule.captures(segments), rule.mcp.named(message.method, message.name)
+            of_name = rule.mcp.named(message.method, message.name)
+            of_path = rule.captures(segments) if of_name is not None else None
             if of_path is None or of_name is None:
                 continue
             try:
@@ -196,7 +197,8 @@ class RequestMap:
             return ()
         for rule in self._mcp:
             assert rule.mcp is not None
-            of_path, of_name = rule.captures(segments), rule.mcp.named(method, name)
+            of_name = rule.mcp.named(method, name)
+            of_path = rule.captures(segments) if of_name is not None else None
             if of_path is None or of_name is None:
                 continue
             with contextlib.suppress(CannotTellError, ScopeError):
