@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 
-from ringfence.gateway.attempts import Attempt, Carried, Gate, Presented
+from ringfence.gateway.attempts import Attempt, Carried, Gate, Presented, Rpc
 from ringfence.gateway.domain import Refusal, Sender, refused
 from ringfence.gateway.gate import DecisionGate
+from ringfence.gateway.mcp import Sessions
+from ringfence.gateway.problem import answer
 from ringfence.gateway.spool import SpoolFullError
 from ringfence.gateway.targets import Targets
 from ringfence.kernel.errors import UnavailableError
@@ -224,6 +227,34 @@ async def test_mcp_is_not_spoken_where_nobody_sees_the_answers(parts: Parts) -> 
     assert (refused.allowed, refused.reasons[0].code) == (False, "mcp_needs_plane")
     shown = dataclasses.replace(ping, carried=Carried(media="application/json"))
     assert (await parts.gate.decide(Presented(), shown)).allowed
+    parts.problem = "the view is old"
+    late = await parts.gate.decide(Presented(), shown)
+    assert (late.status, late.rpc) == (503, Rpc(1)), (
+        "it is told to the request, though nobody came to reading that"
+    )
+    status, headers, said = answer(late)
+    assert (status, headers["Content-Type"], json.loads(said)["error"]["code"]) == (
+        200,
+        "application/json",
+        503,
+    )
+    unknown = dataclasses.replace(late, status=401)
+    assert answer(unknown)[0] == 401, "who sends it is shown to the transport"
+
+
+def test_a_lease_has_so_many_sessions_and_no_more() -> None:
+    sessions = Sessions()
+    for number in range(300):
+        assert sessions.open("repos", f"s{number}", "a")
+    assert sessions.open("repos", "other", "b")
+    assert sessions.lease_of("repos", "s0") is None
+    assert sessions.lease_of("repos", "s299") == "a"
+    assert sessions.lease_of("elsewhere", "s299") is None
+    assert not sessions.open("repos", "s299", "b")
+    for wrong in ("", "a b", "a\n", "é", "x" * 257):
+        assert not sessions.open("repos", wrong, "a")
+    sessions.end("a")
+    assert (sessions.lease_of("repos", "s299"), sessions.lease_of("repos", "other")) == (None, "b")
 
 
 async def test_a_body_that_decides_must_be_seen(parts: Parts) -> None:
