@@ -10,8 +10,27 @@ from dataclasses import dataclass, field
 import mcp.types as types
 import uvicorn
 from mcp.server.fastmcp import Context, FastMCP
+from mcp.server.streamable_http import EventCallback, EventMessage, EventStore
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+class Events(EventStore):
+    """What was sent, so that streams can be resumed. None is of much use to who has no id of one."""
+
+    def __init__(self) -> None:
+        self._sent: list[tuple[str, types.JSONRPCMessage | None]] = []
+
+    async def store_event(self, stream_id: str, message: types.JSONRPCMessage | None) -> str:
+        self._sent.append((stream_id, message))
+        return str(len(self._sent))
+
+    async def replay_events_after(self, last_event_id: str, send_callback: EventCallback) -> str | None:
+        stream_id = self._sent[int(last_event_id) - 1][0]
+        for number, (of, message) in enumerate(self._sent, 1):
+            if number > int(last_event_id) and of == stream_id and message is not None:
+                await send_callback(EventMessage(message, str(number)))
+        return stream_id
 
 
 @dataclass
@@ -22,8 +41,9 @@ class McpServer:
     calls: list[str] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
 
-    def made(self, *, json_response: bool, stateless: bool) -> FastMCP:
-        server = FastMCP("repos", json_response=json_response, stateless_http=stateless)
+    def made(self, *, json_response: bool, stateless: bool, resumable: bool) -> FastMCP:
+        store = Events() if resumable else None
+        server = FastMCP("repos", json_response=json_response, stateless_http=stateless, event_store=store)
 
         @server.tool()
         def get_issue(repo: str) -> str:
@@ -65,10 +85,13 @@ class McpServer:
 
 
 @contextlib.asynccontextmanager
-async def mcp_serving(*, json_response: bool = False, stateless: bool = False) -> AsyncIterator[McpServer]:
+async def mcp_serving(
+    *, json_response: bool = False, stateless: bool = False, resumable: bool = False
+) -> AsyncIterator[McpServer]:
     """The server at `/mcp`, until the end."""
     found = McpServer()
-    app = found.made(json_response=json_response, stateless=stateless).streamable_http_app()
+    made = found.made(json_response=json_response, stateless=stateless, resumable=resumable)
+    app = made.streamable_http_app()
     config = uvicorn.Config(_noting(app, found), port=0, log_level="error", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())

@@ -45,9 +45,10 @@ INITIALIZE = message(
 )
 
 
-async def opened(http: httpx.AsyncClient) -> dict[str, str]:
+async def opened(http: httpx.AsyncClient, version: str = "2025-06-18") -> dict[str, str]:
     """The headers of a session that was initialized by hand."""
-    answer = await http.post(URL, json=INITIALIZE, headers=HEADERS)
+    opening = {**INITIALIZE, "params": {**INITIALIZE["params"], "protocolVersion": version}}
+    answer = await http.post(URL, json=opening, headers=HEADERS)
     assert answer.status_code == 200
     headers = {**HEADERS, "Mcp-Session-Id": answer.headers["mcp-session-id"]}
     told = message("notifications/initialized", None)
@@ -167,6 +168,25 @@ async def test_a_list_that_comes_in_a_stream_of_the_servers_is_cut_down(tmp_path
             answer.text
             == 'id: 1\ndata: {"jsonrpc":"2.0","id":7,"result":{"tools":[{"name":"get_issue"}]}}\n\n'
         )
+
+
+async def test_a_stream_that_is_resumed_tells_no_more_than_it_would_have(tmp_path: Path) -> None:
+    """The server primes each stream with an id (2025-11-25), from which all of it can be asked for again."""
+    async with (
+        mcp_serving(resumable=True) as server,
+        mcp_placed(server.port, tmp_path, READS) as place,
+        place.http() as http,
+    ):
+        headers = {**await opened(http, "2025-11-25"), "MCP-Protocol-Version": "2025-11-25"}
+        first = await http.post(URL, json=message("tools/list"), headers=headers)
+        assert first.status_code == 200
+        ids = [line.removeprefix("id: ") for line in first.text.splitlines() if line.startswith("id: ")]
+        assert len(ids) == 2
+        async with http.stream("GET", URL, headers={**headers, "Last-Event-ID": ids[0]}) as resumed:
+            assert resumed.status_code == 200
+            line = await anext(line async for line in resumed.aiter_lines() if line.startswith("data: "))
+        listed = json.loads(line.removeprefix("data: "))["result"]["tools"]
+        assert {tool["name"] for tool in listed} == {"get_issue", "get_wrong", "get_changed", "get_thought"}
 
 
 @pytest.mark.parametrize(
