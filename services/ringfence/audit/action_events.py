@@ -82,6 +82,7 @@ def acted(
         "request_digest": claims.request_digest,
         "latency_us": claims.latency_us,
         "label": claims.label,
+        **_answer(claims),
         "decided_by": claims.gateway,
         "outcome": _outcome(claims),
         "verified": {"by": None},
@@ -109,6 +110,18 @@ def acted(
         reasons=claims.reasons,
         traceparent=claims.traceparent or (lease.traceparent if lease is not None and own_lease else None),
     )
+
+
+def _answer(claims: ActionDecided) -> dict[str, Any]:
+    answer = claims.answer
+    if answer is None:
+        return {}
+    return {
+        "question": answer.request_id,
+        "approvers": [answer.by] if answer.by is not None and claims.allowed else None,
+        "answered_by": answer.by,
+        "waited_ms": answer.waited_ms,
+    }
 
 
 def _outcome(claims: ActionDecided) -> str:
