@@ -297,12 +297,25 @@ async def test_by_commands(
         monkeypatch.delenv(name)
     for name in ("kafka", "topic_prefix", "trust_domain", "trust_root", "embedded_broker"):
         monkeypatch.setenv(f"RINGFENCE_{name.upper()}", str(getattr(shared, name)))
+    for role, port in stage.world.ports.items():
+        monkeypatch.setenv(f"RINGFENCE_{role.upper()}_URL", f"http://127.0.0.1:{port}")
     stage.sam.key.save(tmp_path / "sam.json")
+    stage.world.operator.key.save(tmp_path / "olga.json")
     shell = Shell(tmp_path, capsys)
     # The policy engine of an earlier test must be dropped on the thread that made it; commands run on others.
     gc.collect()
     gc.disable()
     try:
+        add = (
+            "target", "add", "hub-2", "--description", "the hub", "--verb", "read", "--verb", "merge", "--verb", "wipe",
+            "--setting", "url=https://hub.example", "--request", "GET /{path*} read {path*}",
+            "--request", "PUT /{path*} merge {path*}",
+        )  # fmt: skip
+        await shell("olga", *add, "--ask", "merge", "--ask", "wipe=operator")
+        verbs = (await shell.json("olga", "target", "show", "hub-2"))["state"]["verbs"]
+        assert [one.get("ask") for one in verbs] == [None, "sponsor", "operator"]
+        for wrong in ("unknown", "merge=nobody", "merge=none"):
+            assert "--ask" in await shell("olga", *add, "--ask", wrong, status=2)
         sending = asyncio.create_task(actor.send("PUT", "/dev/shop/12", b"x"))
         async with asyncio.timeout(WITHIN_S):
             while not (found := await _listed(shell, actor)):
