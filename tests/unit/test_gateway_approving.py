@@ -424,6 +424,18 @@ async def test_what_changes_while_the_credential_is_fetched_counts_too(gateway: 
         assert await code(decided) == "approval_stale"
 
 
+async def test_a_yes_whose_time_ends_while_the_credential_is_fetched_is_worth_nothing(
+    gateway: Gateway,
+) -> None:
+    def later() -> None:
+        gateway.ledger.clock.ms += 60_000
+
+    gateway.equips = later
+    async with gateway.waiting() as decided:
+        await gateway.said()
+        assert await code(decided) == "approval_timeout"
+
+
 async def test_a_yes_is_not_used_up_by_what_cannot_go_on(gateway: Gateway) -> None:
     def away() -> None:
         raise UnavailableError("the credential is not here yet")
@@ -470,16 +482,17 @@ async def test_one_agent_floods_nobody() -> None:
 
 
 async def test_and_so_many_may_wait_and_no_more(gateway: Gateway) -> None:
-    async with gateway.waiting():
+    async with gateway.waiting() as first:
         others = [
             asyncio.create_task(gateway.gate.decide(Presented(), gateway.attempt(), patient=Sent()))
             for _ in range(4)
         ]
-        done, waiting = await asyncio.wait(others, timeout=WITHIN_S, return_when=asyncio.FIRST_COMPLETED)
-        assert [one.result().status for one in done] == [429] * len(done)
-        for one in waiting:
-            one.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        assert await gateway.still_waits(first)
+        assert [one.result().status for one in others if one.done()] == [429, 429]
+        await gateway.said()
+        async with asyncio.timeout(WITHIN_S):
+            verdicts = [await one for one in (first, *others)]
+    assert sum(verdict.allowed for verdict in verdicts) == 1
 
 
 async def test_without_its_body_nobody_is_asked(gateway: Gateway) -> None:
