@@ -9,7 +9,8 @@ import os
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from tests.conftest import Kafka
 from tests.flows.gating import action, gateway
 from tests.flows.sdk import client
 from tests.flows.test_cli import Shell
+from tests.flows.test_notices import Receiver, receiving, verified
+from tests.flows.test_notices import settings as webhooks
 from tests.gateway.certificates import Certificates
 from tests.gateway.target import Target
 from tests.world import WITHIN_S, Party, World, scope
@@ -63,6 +66,8 @@ class Stage:
     sam: Party
     petra: Party
     maria: Party
+    chat: Receiver
+    """Where sam is told of what waits."""
 
     async def actor(self) -> Actor:
         """An agent with a task, and a lease for everything at the target."""
@@ -114,17 +119,29 @@ async def waits(sponsor: Sponsor, actor: Actor, *, everyone: bool = False) -> Pe
 
 
 @pytest.fixture(scope="module")
+def receivers() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
 async def stage(
-    kafka: Kafka, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+    kafka: Kafka, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory, receivers: ExitStack
 ) -> AsyncIterator[Stage]:
     folder = tmp_path_factory.mktemp("asking")
-    certificates = Certificates(folder)
+    certificates, receiver = Certificates(folder), receivers.enter_context(receiving())
     own = {"sockets": folder / "tasks", "targets_ca_file": certificates.file}
     async with (
         Target().serving(certificates.server("localhost")) as target,
         World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
         world.running("registry"),
-        world.running("policy", "issuer", "revoker", "audit"),
+        world.running(
+            "policy",
+            "issuer",
+            "revoker",
+            "audit",
+            own=webhooks(folder, sam=receiver),
+        ),
         gateway(world, **own),
     ):
         sam = await world.user("sam", ("sponsor",), WIDE)
@@ -132,7 +149,7 @@ async def stage(
         maria = await world.user("maria", (), WIDE)
         backend = BackendSettings.model_validate({"kind": "jwt", "url": f"https://localhost:{target.port}"})
         await world.target("hub", backend=backend, requests=RULES, verbs=VERBS)
-        yield Stage(world, target, folder / "tasks", sam, petra, maria)
+        yield Stage(world, target, folder / "tasks", sam, petra, maria, receiver)
 
 
 async def told(world: World, code: str, holds: Callable[[Any], bool]) -> Any:
@@ -179,6 +196,34 @@ async def test_an_action_waits_for_the_sponsor_and_goes_on_as_it_was_approved(st
     assert done["unmapped"]["approvers"] == ["sam"]
     letters = [json.loads(record.value) for record in await stage.world.records(DEAD_LETTER)]
     assert not any("approval" in letter["source"]["topic"] for letter in letters), letters
+
+
+async def test_the_sponsor_is_told_by_webhook(stage: Stage) -> None:
+    actor = await stage.actor()
+    async with stage.sponsor() as sam:
+        sending = asyncio.create_task(actor.send("PUT", "/dev/shop/14", b"x"))
+        pending = await waits(sam, actor)
+        mine: list[tuple[dict[str, str], bytes]] = []
+
+        def found() -> bool | None:
+            mine[:] = [(heads, body) for _, heads, body in stage.chat.got if actor.bot.name.encode() in body]
+            return True if mine else None
+
+        await stage.world.until(found, "a notice")
+        ((heads, body),) = mine
+        assert verified(heads, body)
+        assert heads["webhook-id"] == pending.request_id
+        text = json.loads(body)["text"]
+        for part in (
+            pending.request_id,
+            "PUT",
+            "/dev/shop/14",
+            "hub:merge:path/dev/shop/14",
+            "made by a test",
+        ):
+            assert part in text
+        await sam.deny_action(pending)
+        assert (await sending).status_code == 403
 
 
 async def test_a_no_and_a_request_that_nobody_sees_stay_away_from_the_target(stage: Stage) -> None:
