@@ -281,9 +281,11 @@ async def test_what_no_gateway_signed_is_shown_to_nobody(stage: Stage) -> None:
         by_agent = forged.model_copy(update={"iss": actor.bot.id})
         by_policy = forged.model_copy(update={"iss": world.key("policy").id})
         over = forged.model_copy(update={"iat": int(time.time()) - 900, "exp": int(time.time()) - 600})
+        for_ever = forged.model_copy(update={"exp": real.iat + 7 * 86_400})
         changed = sign(forged, SigningKey.generate(key.id))
         for compact in (
             sign(by_agent, actor.bot.key), sign(by_policy, world.key("policy")), changed, sign(over, key),
+            sign(for_ever, key),
             changed.rpartition(".")[0] + "." + pending.request.rpartition(".")[2],
         ):  # fmt: skip
             await world.send(APPROVAL_REQUEST, "sam", compact)

@@ -495,6 +495,16 @@ async def test_and_so_many_may_wait_and_no_more(gateway: Gateway) -> None:
     assert sum(verdict.allowed for verdict in verdicts) == 1
 
 
+async def test_who_shows_the_whole_body_can_wait_without_a_connection_of_its_own(gateway: Gateway) -> None:
+    decided = asyncio.create_task(
+        gateway.gate.decide(Presented(), gateway.attempt("POST", body=b"all of it"))
+    )
+    assert await gateway.still_waits(decided)
+    await gateway.said()
+    async with asyncio.timeout(WITHIN_S):
+        assert (await decided).allowed
+
+
 async def test_without_its_body_nobody_is_asked(gateway: Gateway) -> None:
     for patient in (None, Sent(None)):
         verdict = await gateway.gate.decide(Presented(), gateway.attempt(), patient=patient)

@@ -20,6 +20,7 @@ from ringfence.gateway.attempts import Patient
 from ringfence.gateway.domain import UNAVAILABLE, Ask, Chosen, Refusal, refused
 from ringfence.gateway.leases import LeaseTable
 from ringfence.gateway.questions import Question, Questions, Same, written
+from ringfence.kernel import metrics
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, SignatureError
 from ringfence.kernel.jws import ExpiredError, Signed, UnverifiedJws, open_signed, parse, sign
 from ringfence.kernel.kafka import Received
@@ -197,6 +198,7 @@ class Approvals:
 
         now_s = self._runtime.clock.now_ms() / 1000
         self._questions.wait(question, waiter)
+        metrics.ACTIONS_WAITING.inc()
         unwatch = self._table.watch(lease.lease_id, wake)
         stay = patient.on_gone(left) if patient is not None else None
         try:
@@ -206,6 +208,7 @@ class Approvals:
             return self._out_of_time(question)
         finally:
             self._questions.leave(question, waiter)
+            metrics.ACTIONS_WAITING.dec()
             unwatch()
             if stay is not None:
                 stay()
