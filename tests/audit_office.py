@@ -755,7 +755,7 @@ def actions(office: Office, lease_id: str) -> dict[str, Received]:
     )
     stolen = Reason(code="handle_other_agent", message="the handle is a lease of another agent")
     no = {"allowed": False, "reasons": (why,)}
-    answer = {"request_id": str(uuid.uuid4()), "request_digest": "ab" * 32, "waited_ms": 5000}
+    word = {"request_id": str(uuid.uuid4()), "request_digest": "ab" * 32, "waited_ms": 5000}
     every: dict[str, dict[str, Any]] = {
         "allowed": {"lease_id": lease_id},
         "read": {"method": "GET", "access": "read"},
@@ -764,8 +764,8 @@ def actions(office: Office, lease_id: str) -> dict[str, Received]:
         "with a method of its own": {"method": "PURGE"},
         "denied": no,
         "observed": {**no, "observed": True},
-        "approved": {"answer": {**answer, "by": "sam"}},
-        "not answered": {**no, "answer": answer},
+        "approved": {"asked": {**word, "by": "sam"}},
+        "not answered": {**no, "asked": word},
         "with a stolen handle": {**no, "reasons": (stolen,), "lease_id": lease_id},
         "by nobody known": {
             "agent_id": None, "task_id": None, "target_id": None, "verb": None, "resource": None, "method": None,

@@ -183,9 +183,9 @@ async def test_an_action_waits_for_the_sponsor_and_goes_on_as_it_was_approved(st
         assert pending not in sam.actions()
     assert stage.puts()[-1] == ("/dev/shop/7?squash=1", body)
     event = await action(stage.world, agent_id=actor.bot.name, verb="merge")
-    assert event.answer is not None
-    assert (event.allowed, event.answer.by) == (True, "sam")
-    assert event.answer.request_digest == pending.digest
+    assert event.asked is not None
+    assert (event.allowed, event.asked.by) == (True, "sam")
+    assert event.asked.request_digest == pending.digest
     for code in ("action.approval_requested", "action.approved"):
         said = await told(stage.world, code, lambda words: words.get("question") == pending.request_id)
         assert said["unmapped"]["task"] == actor.task
@@ -237,8 +237,8 @@ async def test_a_no_and_a_request_that_nobody_sees_stay_away_from_the_target(sta
         assert (await actor.send("PUT", "/dev/shop/8", b"x")).json()["code"] == "approval_denied"
     assert len(stage.puts()) == before
     event = await action(stage.world, agent_id=actor.bot.name, verb="merge", allowed=False)
-    assert event.answer is not None
-    assert event.answer.by == "sam"
+    assert event.asked is not None
+    assert event.asked.by == "sam"
 
 
 async def test_what_a_verb_asks_an_operator_for_is_not_the_sponsors_to_give(stage: Stage) -> None:
@@ -264,8 +264,8 @@ async def test_what_a_verb_asks_an_operator_for_is_not_the_sponsors_to_give(stag
         await olga.approve_action(await waits(olga, actor))
         assert (await sending).status_code == 200
     event = await action(stage.world, agent_id=actor.bot.name, verb="wipe")
-    assert event.answer is not None
-    assert event.answer.by == stage.world.operator.name
+    assert event.asked is not None
+    assert event.asked.by == stage.world.operator.name
 
 
 async def test_what_no_gateway_signed_is_shown_to_nobody(stage: Stage) -> None:

@@ -212,8 +212,8 @@ async def test_exactly_what_would_go_on_is_asked_and_goes_on_with_a_yes(gateway:
     assert verdict.allowed
     assert verdict.lease == gateway.place.lease
     (event,) = gateway.events
-    assert event.answer is not None
-    assert (event.allowed, event.answer.by, event.answer.request_digest) == (True, "sam", digest(compact))
+    assert event.asked is not None
+    assert (event.allowed, event.asked.by, event.asked.request_digest) == (True, "sam", digest(compact))
 
 
 @pytest.mark.parametrize(
@@ -308,8 +308,8 @@ async def test_a_no_is_the_answer_to_the_same_request_until_its_end(gateway: Gat
     assert len(gateway.sent) == 1, "who said no is not asked the same again"
     await gateway.said()
     assert gateway.refused == ["already_decided"]
-    assert gateway.events[-1].answer is not None
-    assert gateway.events[-1].answer.by == "sam"
+    assert gateway.events[-1].asked is not None
+    assert gateway.events[-1].asked.by == "sam"
 
 
 async def test_who_waited_too_long_sends_the_same_again_and_finds_the_answer() -> None:

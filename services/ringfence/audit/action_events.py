@@ -82,7 +82,7 @@ def acted(
         "request_digest": claims.request_digest,
         "latency_us": claims.latency_us,
         "label": claims.label,
-        **_answer(claims),
+        **_asked(claims),
         "decided_by": claims.gateway,
         "outcome": _outcome(claims),
         "verified": {"by": None},
@@ -112,15 +112,15 @@ def acted(
     )
 
 
-def _answer(claims: ActionDecided) -> dict[str, Any]:
-    answer = claims.answer
-    if answer is None:
+def _asked(claims: ActionDecided) -> dict[str, Any]:
+    asked = claims.asked
+    if asked is None:
         return {}
     return {
-        "question": answer.request_id,
-        "approvers": [answer.by] if answer.by is not None and claims.allowed else None,
-        "answered_by": answer.by,
-        "waited_ms": answer.waited_ms,
+        "question": asked.request_id,
+        "approvers": [asked.by] if asked.by is not None and claims.allowed else None,
+        "answered_by": asked.by,
+        "waited_ms": asked.waited_ms,
     }
 
 

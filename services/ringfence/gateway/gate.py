@@ -41,7 +41,7 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
-from ringfence.messages.operations import ActionAnswer, ActionDecided
+from ringfence.messages.operations import ActionAsked, ActionDecided
 from ringfence.messages.registry import TargetState
 from ringfence.model.request_map import MAX_BODY_BYTES, Action
 
@@ -383,7 +383,7 @@ class DecisionGate:
                 latency_us=course.took_ns // 1000,
                 label=attempt.label if attempt.label and _LABEL.fullmatch(attempt.label) else None,
                 observed=True if verdict.observed else None,
-                answer=_answer_of(course),
+                asked=_asked_of(course),
                 at_ms=now_ms,
             )
         )
@@ -407,11 +407,11 @@ def _waiting(course: _Course, ask: Ask) -> Waiting | None:
     return Waiting(course.id, attempt.method, url, attempt.body, chosen, action, ask)
 
 
-def _answer_of(course: _Course) -> ActionAnswer | None:
+def _asked_of(course: _Course) -> ActionAsked | None:
     question = course.question
     if question is None:
         return None
-    return ActionAnswer(
+    return ActionAsked(
         request_id=question.id,
         request_digest=question.signed.digest,
         by=question.by,

@@ -87,7 +87,7 @@ INJECTED: Final = "injected"
 """The label of requests that come of input in which tooling found instructions that nobody gave."""
 
 
-class ActionAnswer(Message):
+class ActionAsked(Message):
     """What became of the question to a person about an action; the decision's reasons say the rest."""
 
     request_id: Uuid
@@ -125,7 +125,7 @@ class ActionDecided(Message):
     """Where the sender's tooling says that the request came from. Nobody vouches for it."""
     observed: Literal[True] | None = None
     """Set where it was forwarded all the same, with what the agent inherited: it says what would have been blocked."""
-    answer: ActionAnswer | None = None
+    asked: ActionAsked | None = None
     """Set where a person was asked about it."""
     at_ms: Millis
     traceparent: str | None = None
