@@ -219,7 +219,7 @@ async def test_exactly_what_would_go_on_is_asked_and_goes_on_with_a_yes(gateway:
 @pytest.mark.parametrize(
     ("fields", "by", "key", "why"),
     [
-        ({"request_digest": "0" * 64}, "sam", "bot", None),
+        ({"request_digest": "0" * 64}, "sam", "bot", "request_unknown"),
         ({"request": "e30.e30.e30"}, "sam", "bot", "approval_other_request"),
         ({}, "suzy", "bot", "not_approver"),
         ({}, "olga", "bot", "not_approver"),
@@ -295,6 +295,7 @@ async def test_another_gateways_question_is_not_this_ones(gateway: Gateway) -> N
         ours = parse(gateway.sent[-1][1]).unverified_claims(ActionRequest)
         theirs = sign(ours.model_copy(update={"jti": "x" * 43}), gateway.key)
         await gateway.said(gateway.claims(theirs), by)
+        assert gateway.refused == ["request_unknown"] * 2, "whoever answered is told"
         assert await gateway.still_waits(decided)
 
 

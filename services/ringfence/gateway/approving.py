@@ -248,21 +248,25 @@ class Approvals:
     def on_records(self, records: Sequence[Received]) -> None:
         """Take in what came on `approval.response`: what is about a question of this gateway."""
         for record in records:
-            try:
-                if len(record.value) > MAX_ANSWER_BYTES:
-                    continue
-                jws = parse(record.value)
-                if jws.header.typ != _TYP:
-                    continue
-                claimed = jws.unverified_claims(
-                    ActionApproval
-                )  # only to find the question: then it is verified
-            except InvalidMessageError:
-                continue  # no answer to anything; audit says so
-            digest = claimed.request_digest
-            ours = self._questions.about(digest) is not None or self._questions.was_used(digest)
-            if ours and len(self._tasks) < MAX_HEARD:
+            jws = self._to_this_gateway(record)
+            if jws is not None and len(self._tasks) < MAX_HEARD:
                 self._in_the_background(self._heard(jws, record))
+
+    def _to_this_gateway(self, record: Received) -> UnverifiedJws | None:
+        """The answer in a record, where it is for this gateway to say what becomes of it. Nothing of it is verified."""
+        try:
+            if len(record.value) > MAX_ANSWER_BYTES:
+                return None
+            jws = parse(record.value)
+            if jws.header.typ != _TYP:
+                return None
+            claimed = jws.unverified_claims(ActionApproval)
+            if self._questions.about(claimed.request_digest) is not None:
+                return jws
+            asked = parse(claimed.request).unverified_claims(ActionRequest)
+        except InvalidMessageError:
+            return None  # no answer to anything; audit says so
+        return jws if asked.iss == self._runtime.key.id else None
 
     async def _heard(self, jws: UnverifiedJws, record: Received) -> None:
         try:
@@ -302,6 +306,8 @@ class Approvals:
         """Why a verified answer changes nothing; None where it did."""
         claims = answer.claims
         question = self._questions.about(claims.request_digest)
+        if question is None and not self._questions.was_used(claims.request_digest):
+            return _reason("request_unknown", "no such question stands here: it is over, or was never asked")
         if question is None:
             return _reason(
                 "approval_replayed", "this question was answered, and the answer used; each counts once"
