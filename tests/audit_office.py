@@ -24,6 +24,8 @@ from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.seal import ReplyKey, seal
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.approval import (
+    ActionApproval,
+    ActionRequest,
     Approval,
     ApprovalRequest,
     BreakGlassReview,
@@ -421,6 +423,16 @@ class Office:
         claims = ActionAnswered(**{**given, **fields})
         return self.received(ACTION, claims.model_dump_json(exclude_none=True).encode(), key="deploy-bot")
 
+    def question(self, lease_id: str, **fields: Any) -> ActionRequest:
+        """What a gateway asks about one action of the agent."""
+        given: dict[str, Any] = {
+            "action_id": str(uuid.uuid4()), "agent_id": "deploy-bot", "task_id": self.task, "lease_id": lease_id,
+            "target_id": "staging", "verb": "deploy", "resource": "env/staging/web", "method": "PUT",
+            "url": "https://staging.example/env/web?token=in-the-url", "body_digest": "ab" * 32, "body_bytes": 7,
+            "required": "sponsor", "revisions": Revisions(agent=1, user=1, task=1, target=1, policy=BUNDLE),
+        }  # fmt: skip
+        return self.claims(ActionRequest, self.key("service", "gateway"), **{**given, **fields})
+
     def dead_letter(self, **fields: Any) -> Received:
         """A dead letter of policy."""
         letter = DeadLetter(**{
@@ -622,6 +634,7 @@ def every_record(office: Office) -> dict[str, Received]:
     found["finding"] = office.service_event("finding", "record", "policy", reasons=reason)
     found["dead letter"] = office.dead_letter()
     found |= actions(office, denied.lease_id)
+    found |= asked(office, denied.lease_id)
     found |= broken_glass(office)
     found |= unbelievable(office)
     found |= changes(office)
@@ -719,6 +732,32 @@ def steps(events: Sequence[dict[str, Any]]) -> list[str]:
 Predicate = Callable[[dict[str, Any]], bool]
 
 
+def asked(office: Office, lease_id: str) -> dict[str, Received]:
+    """A gateway asks about one action, and people answer; also what no gateway asked."""
+    gateway, sam = office.key("service", "gateway"), office.key("user", "sam")
+    question = office.question(lease_id)
+    compact = sign(question, gateway)
+    other = sign(question, office.key("service", "policy"))
+
+    def answer(request: str, **fields: Any) -> Received:
+        given = {
+            "verdict": "approved",
+            "agent_id": "deploy-bot",
+            "request": request,
+            "request_digest": digest(request),
+        }
+        claims = office.claims(ActionApproval, sam, **{**given, **fields})
+        return office.signed(APPROVAL_RESPONSE, claims, sam, key="deploy-bot")
+
+    return {
+        "action asked about": office.received(APPROVAL_REQUEST, compact, key="sam"),
+        "action approved": answer(compact, comment="reviewed it"),
+        "action denied by a person": answer(compact, verdict="denied"),
+        "action that no gateway asked about": answer(other),
+        "another action than that of its digest": answer(compact, request_digest="0" * 64),
+    }
+
+
 def actions(office: Office, lease_id: str) -> dict[str, Received]:
     """What gateways say of requests, in every shape that makes another event."""
     why = Reason(
@@ -726,6 +765,7 @@ def actions(office: Office, lease_id: str) -> dict[str, Received]:
     )
     stolen = Reason(code="handle_other_agent", message="the handle is a lease of another agent")
     no = {"allowed": False, "reasons": (why,)}
+    word = {"request_id": str(uuid.uuid4()), "request_digest": "ab" * 32, "waited_ms": 5000}
     every: dict[str, dict[str, Any]] = {
         "allowed": {"lease_id": lease_id},
         "read": {"method": "GET", "access": "read"},
@@ -734,6 +774,8 @@ def actions(office: Office, lease_id: str) -> dict[str, Received]:
         "with a method of its own": {"method": "PURGE"},
         "denied": no,
         "observed": {**no, "observed": True},
+        "approved": {"asked": {**word, "by": "sam"}},
+        "not answered": {**no, "asked": word},
         "with a stolen handle": {**no, "reasons": (stolen,), "lease_id": lease_id},
         "by nobody known": {
             "agent_id": None, "task_id": None, "target_id": None, "verb": None, "resource": None, "method": None,

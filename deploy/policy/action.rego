@@ -20,12 +20,20 @@ default decision := {
 	"max_ttl_s": 0,
 }
 
-# Nobody is asked here: what takes a person was asked for when the credential was issued.
 decision := {
 	"allow": count(denials) == 0,
 	"deny": sort(denials),
-	"approvals": [],
+	"approvals": sort(approvals),
 	"max_ttl_s": max_ttl_s,
+}
+
+# Whose word each single action waits for: "sponsor", "second_person" or "operator"; one of them, as one person is asked.
+# A target's record says it of its verbs. What else should wait is a rule of your own, in a file of this package.
+approvals contains class if {
+	some verb in input.target.verbs
+	verb.verb == input.action.verb
+	class := object.get(verb, "ask", "none")
+	class != "none"
 }
 
 denials := (identity.deny | scope.lacking) | deny

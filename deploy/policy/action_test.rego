@@ -55,6 +55,29 @@ test_nothing_is_allowed_for_want_of_input if {
 	not action.decision.allow with input as {}
 }
 
+test_a_verb_that_is_marked_waits_for_a_person if {
+	decision := action.decision with input as marked([{"verb": "read", "floor": "none", "ask": "sponsor"}])
+	decision.approvals == ["sponsor"]
+	decision.allow
+}
+
+test_no_other_verb_waits if {
+	decision := action.decision with input as marked([{"verb": "merge", "ask": "sponsor"}, {"verb": "read"}])
+	decision.approvals == []
+	decision.allow
+}
+
+test_what_is_denied_is_denied_marked_or_not if {
+	suspended := json.patch(
+		marked([{"verb": "read", "ask": "operator"}]),
+		[{"op": "replace", "path": "/agent/status", "value": "suspended"}],
+	)
+	decision := action.decision with input as suspended
+	not decision.allow
+}
+
+marked(verbs) := json.patch(fixture.action, [{"op": "add", "path": "/target/verbs", "value": verbs}])
+
 changed(path, value) := json.patch(fixture.action, [{"op": "replace", "path": path, "value": value}])
 
 denied := fixture.codes(action.decision.deny)

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ringfence.client.actions import PendingAction as PendingAction
     from ringfence.client.administrator import Administrator as Administrator
     from ringfence.client.agent import Agent as Agent
     from ringfence.client.asgi import Needs as Needs
@@ -36,6 +37,7 @@ __all__ = [
     "IssuedCredential",
     "Needs",
     "Nonces",
+    "PendingAction",
     "PendingApproval",
     "PostgresCredential",
     "Proposal",
@@ -57,6 +59,7 @@ _MODULES = {
     "Nonces": "ringfence.client.proofs",
     "GatewayCredential": "ringfence.client.credentials",
     "IssuedCredential": "ringfence.client.credentials",
+    "PendingAction": "ringfence.client.actions",
     "PendingApproval": "ringfence.client.sponsor",
     "PostgresCredential": "ringfence.client.credentials",
     "Proposal": "ringfence.client.grantor",

@@ -13,6 +13,7 @@ from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
 
 from ringfence.audit import (
     action_events,
+    asked_events,
     break_glass_events,
     credential_events,
     grant_events,
@@ -27,7 +28,7 @@ from ringfence.messages.topics import ALL
 from tests.audit_office import Office, every_record, steps
 
 MODULES = (
-    action_events, break_glass_events, credential_events, grant_events, registry_events, service_events,
+    action_events, asked_events, break_glass_events, credential_events, grant_events, registry_events, service_events,
 )  # fmt: skip
 # What SIEMs are likely to have besides; an event must mean the same to them.
 LATER_VERSION = "1.8.0"

@@ -79,7 +79,7 @@ class McpPlace:
     async def sender(self, presented: Presented, attempt: Attempt) -> Sender:
         return Sender(self.agent, self.place.task if self.agent == "bot" else None, self.handle)
 
-    async def refusal(self, *args: Any, **kwargs: Any) -> None:
+    async def answer(self, *args: Any, **kwargs: Any) -> None:
         return None
 
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
@@ -133,7 +133,7 @@ async def mcp_placed(port: int, folder: Path, *leases: Any) -> AsyncIterator[Mcp
         place.leased(one)
     played = cast(Any, found)
     gate = DecisionGate(
-        played, targets, played, played, played, played, ledger.clock,
+        played, targets, played, played, played, played, played, ledger.clock,
         gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
     )  # fmt: skip
     plane = DataPlane(gate, knows=targets.knows, answer=answer)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ringfence.gateway.attempts import Admits, Attempt, Presented, Verdict
+from ringfence.gateway.attempts import Admits, Attempt, Patient, Presented, Verdict
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
@@ -93,7 +93,13 @@ class TableGate:
             one.body and one.method == attempt.method for one in self.targets[target_id].rules
         )
 
-    async def decide(self, presented: Presented, attempt: Attempt, admits: Admits | None = None) -> Verdict:
+    async def decide(
+        self,
+        presented: Presented,
+        attempt: Attempt,
+        admits: Admits | None = None,
+        patient: Patient | None = None,
+    ) -> Verdict:
         verdict = self._observed(self._decided(presented, attempt, admits), presented, attempt)
         if self.keeps_records:
             self.records.append((presented, attempt, verdict))

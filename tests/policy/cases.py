@@ -133,9 +133,17 @@ def _case(
     return Case(name, "issuance", changed(GOOD, changes), denied, approvals, ttl_s, says, notes)
 
 
-def _action(name: str, changes: dict[str, Any], *deny: str, max_ttl_s: int = 5, says: str = "") -> Case:
+def _action(
+    name: str,
+    changes: dict[str, Any],
+    *deny: str,
+    approvals: tuple[str, ...] = (),
+    max_ttl_s: int = 5,
+    says: str = "",
+) -> Case:
     ttl_s = 0 if deny == UNDECIDED else max_ttl_s
-    return Case(f"action: {name}", "action", changed(ACTION, changes), tuple(sorted(deny)), (), ttl_s, says)
+    denied = tuple(sorted(deny))
+    return Case(f"action: {name}", "action", changed(ACTION, changes), denied, approvals, ttl_s, says)
 
 
 def _wanting(verbs: list[str], resources: list[str], target: str = "platform") -> dict[str, Any]:
@@ -523,6 +531,14 @@ def _held_at(target: str, verbs: str) -> dict[str, Any]:
 
 def _actions() -> Iterator[Case]:
     yield _action("nothing stands against it", {})
+    asks = {"verb": "read", "floor": "none", "ask": "sponsor"}
+    yield _action("a verb that waits", {"target.verbs": [asks]}, approvals=("sponsor",))
+    yield _action("another verb that waits", {"target.verbs": [{**asks, "verb": "merge"}, {"verb": "read"}]})
+    yield _action(
+        "several verbs, one of them waits",
+        {"target.verbs": [{"verb": "merge", "ask": "sponsor"}, {**asks, "ask": "operator"}]},
+        approvals=("operator",),
+    )
     for status in ("ending", "expired", "revoked", "minting", None):
         yield _action(f"lease {status}", {"lease.status": status}, "lease_ended")
     yield _action("lease without a status", {"lease.status": GONE}, "lease_ended")

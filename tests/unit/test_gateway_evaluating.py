@@ -8,11 +8,11 @@ from typing import Any, cast
 import orjson
 import pytest
 
-from ringfence.gateway.domain import Chosen, Refusal
+from ringfence.gateway.domain import Ask, Chosen, Refusal
 from ringfence.gateway.evaluating import LONGEST_MS, Evaluator
 from ringfence.gateway.history import MAX_TASKS, Earlier
 from ringfence.messages.credential import Reason
-from ringfence.messages.registry import TargetState
+from ringfence.messages.registry import ActionClass, TargetState, VerbFloor
 from ringfence.model.request_map import Action
 from ringfence.rego.engine import (
     Answer,
@@ -57,8 +57,8 @@ class Asked:
 
     async def __call__(
         self, action: Action = READ, *, now_ms: int = NOW_MS, reads: bool = True, chosen: Chosen | None = None
-    ) -> Refusal | None:
-        return await self.evaluator.refusal(
+    ) -> Refusal | Ask | None:
+        return await self.evaluator.answer(
             chosen or self.chosen, action, id="a-1", reads=reads,
             earlier=lambda: {"since_s": 1, "allowed": {}, "denied": 0, "last_minute": 0}, now_ms=now_ms,
         )  # fmt: skip
@@ -130,12 +130,36 @@ async def test_denials_are_told_whole_and_asked_anew(asked: Asked) -> None:
     assert await asked() is None
 
 
+@pytest.mark.parametrize("wanted", ["sponsor", "second_person", "operator"])
+async def test_whose_word_is_wanted_is_told_and_asked_anew(asked: Asked, wanted: ActionClass) -> None:
+    asked.engine.result = PolicyResult(True, (), (wanted,), 5)
+    for times in (1, 2):
+        assert await asked() == Ask(wanted, asked.engine.revision)
+        assert asked.times == times
+
+
+async def test_what_the_targets_record_asks_for_no_bundle_takes_back(asked: Asked) -> None:
+    ground = asked.chosen.ground
+    verbs = (VerbFloor(verb="read", ask="operator"), VerbFloor(verb="deploy", ask="sponsor"))
+    state = ground.target.state.model_copy(update={"verbs": verbs})
+    chosen = replace(
+        asked.chosen, ground=replace(ground, target=replace(ground.target, state=state, revision=7))
+    )
+    assert await asked(chosen=chosen) == Ask("operator", asked.engine.revision)
+    assert await asked() is None
+    asked.engine.result = PolicyResult(True, (), ("sponsor",), 5)
+    several = await asked(chosen=chosen)
+    assert isinstance(several, Refusal)
+    assert several.reasons[0].code == "approval_required"
+
+
 @pytest.mark.parametrize(
     ("result", "status", "code"),
     [
         (PolicyResult(False, (), (), 5), 403, "policy_denied"),
         (PolicyResult(True, (Reason(code="x", message="x"),), (), 5), 403, "x"),
-        (PolicyResult(True, (), ("sponsor",), 5), 403, "approval_required"),
+        (PolicyResult(True, (), ("sponsor", "operator"), 5), 403, "approval_required"),
+        (PolicyResult(False, (), ("sponsor",), 5), 403, "policy_denied"),
         (PolicyResult(False, (Reason(code="rate_exceeded", message="x"),), (), 5), 429, "rate_exceeded"),
         (PolicyFailedError("x"), 503, "policy_invalid"),
         (PolicyTimeoutError("x"), 503, "policy_timeout"),
@@ -145,7 +169,7 @@ async def test_denials_are_told_whole_and_asked_anew(asked: Asked) -> None:
 async def test_whatever_is_no_plain_yes_denies(asked: Asked, result: Any, status: int, code: str) -> None:
     asked.engine.result = result
     refusal = await asked()
-    assert refusal is not None
+    assert isinstance(refusal, Refusal)
     assert (refusal.status, refusal.reasons[0].code) == (status, code)
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from ringfence.gateway.attempts import Attempt, Carried, Gate, Presented, Rpc
-from ringfence.gateway.domain import Refusal, Sender, refused
+from ringfence.gateway.domain import Ask, Refusal, Sender, refused
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.mcp import Sessions
 from ringfence.gateway.problem import answer
@@ -43,12 +43,12 @@ class Parts:
         self.problem: str | None = None
         self.events: list[ActionDecided] = []
         self.meanwhile: Callable[[], None] = lambda: None
-        self.refuses: Refusal | Exception | None = None
+        self.refuses: Refusal | Ask | Exception | None = None
         self.equips: Callable[[], None] = lambda: None
         self.full = False
         played = cast(Any, self)
         self.gate: Gate = DecisionGate(
-            played, self.targets, played, played, played, played, ledger.clock,
+            played, self.targets, played, played, played, played, played, ledger.clock,
             gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
         )  # fmt: skip
 
@@ -68,7 +68,7 @@ class Parts:
         return Sender("bot", self.place.task)
 
     # evaluator
-    async def refusal(self, *args: Any, **kwargs: Any) -> Refusal | None:
+    async def answer(self, *args: Any, **kwargs: Any) -> Refusal | Ask | None:
         self.meanwhile()
         if isinstance(self.refuses, Exception):
             raise self.refuses

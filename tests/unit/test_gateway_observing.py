@@ -13,7 +13,7 @@ from ringfence.gateway import app as gateway_app
 from ringfence.gateway import authz_envoy, authz_forward
 from ringfence.gateway.attempts import Presented, Verdict
 from ringfence.gateway.authz import HANDLE, NOTHING, ProxyAuth
-from ringfence.gateway.domain import Sender, refused
+from ringfence.gateway.domain import Ask, Sender, refused
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.observing import STILL_DENIED
 from ringfence.gateway.settings import GatewaySettings
@@ -37,7 +37,7 @@ class Watched(Parts):
         backend = BackendSettings.model_validate({"kind": "jwt", "url": "https://other.example"})
         ledger.give(ledger.target_set("olga", "other", backend=backend, requests=RULES))
         self.gate = DecisionGate(
-            played, self.targets, played, played, played, played, ledger.clock,
+            played, self.targets, played, played, played, played, played, ledger.clock,
             gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
             observe=observe or ("staging",),
         )  # fmt: skip
@@ -49,6 +49,16 @@ class Watched(Parts):
 @pytest.fixture
 def parts() -> Watched:
     return Watched()
+
+
+async def test_nobody_is_asked_about_what_goes_on_all_the_same(parts: Watched) -> None:
+    parts.refuses = Ask("sponsor", "a" * 64)
+    verdict = await parts.ask("/env/staging/web")
+    assert (verdict.allowed, verdict.observed, verdict.reasons[0].code) == (False, True, "approval_required")
+    bare = await parts.ask("/env/staging/web", own=frozenset())
+    assert (bare.allowed, bare.observed, bare.reasons[0].code) == (False, False, "body_unseen"), (
+        "it is asked about"
+    )
 
 
 async def denied(parts: Watched, verdict: Verdict) -> bool:

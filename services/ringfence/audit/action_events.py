@@ -90,6 +90,7 @@ def acted(
         "request_digest": claims.request_digest,
         "latency_us": claims.latency_us,
         "label": claims.label,
+        **_asked(claims),
         "decided_by": claims.gateway,
         "outcome": _outcome(claims),
         "verified": {"by": None},
@@ -163,6 +164,18 @@ def answered(
         correlation=words["request"] or claims.task_id,
         traceparent=claims.traceparent or (own_lease.traceparent if own_lease is not None else None),
     )
+
+
+def _asked(claims: ActionDecided) -> dict[str, Any]:
+    asked = claims.asked
+    if asked is None:
+        return {}
+    return {
+        "question": asked.request_id,
+        "approvers": [asked.by] if asked.by is not None and claims.allowed else None,
+        "answered_by": asked.by,
+        "waited_ms": asked.waited_ms,
+    }
 
 
 def _outcome(claims: ActionDecided) -> str:

@@ -21,7 +21,7 @@ from ringfence.kernel.jws import ExpiredError, KeyFinder, UnverifiedJws, open_si
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import PublicKey
 from ringfence.kernel.trust import TrustStore
-from ringfence.messages.approval import Approval, Grant
+from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
 from ringfence.messages.base import Claims, ExpiringClaims, Message
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import Lease, RevocationRequest
@@ -185,6 +185,19 @@ class Believer:
         except (InvalidMessageError, ChainError):
             return None
         return self.remember_approval(compact, claims)
+
+    def embedded_question(self, answer: ActionApproval, appended_at_ms: int) -> ActionRequest | None:
+        """What a gateway asked that an answer is over, or None where no gateway signed it, or it is over another."""
+        find = self._trust.finder("gateway", at_s=appended_at_ms / 1000)
+        try:
+            signed = open_signed(
+                parse(answer.request), ActionRequest, find, audience=self._trust.trust_domain
+            )
+        except InvalidMessageError:
+            return None
+        claims = signed.claims
+        same = (signed.digest, claims.agent_id) == (answer.request_digest, answer.agent_id)
+        return claims if same else None
 
     def grantor(self, compact: str, appended_at_ms: int) -> str | None:
         """The person who signed an embedded grant, or None where the signature does not hold."""

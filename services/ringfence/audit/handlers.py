@@ -13,6 +13,7 @@ import orjson
 
 from ringfence.audit import (
     action_events,
+    asked_events,
     break_glass_events,
     credential_events,
     grant_events,
@@ -33,7 +34,15 @@ from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Outbound, Publisher, Received
 from ringfence.kernel.seal import unverified_kid
 from ringfence.kernel.trust import TrustStore
-from ringfence.messages.approval import Approval, ApprovalRequest, BreakGlassReview, Grant, GrantWithdraw
+from ringfence.messages.approval import (
+    ActionApproval,
+    ActionRequest,
+    Approval,
+    ApprovalRequest,
+    BreakGlassReview,
+    Grant,
+    GrantWithdraw,
+)
 from ringfence.messages.base import Topic, typ_header
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
@@ -265,6 +274,8 @@ class AuditHandlers:
         return event, facts is None or _incomplete(facts)
 
     def _approval_request(self, record: Received) -> tuple[Event, bool]:
+        if not record.value.startswith(b"{"):
+            return self._action_request(record)
         claims = self._believer.plain(record, ApprovalRequest)
         facts = self._believer.embedded_request(
             claims.request, claims.request_id, claims.source.appended_at_ms
@@ -303,8 +314,11 @@ class AuditHandlers:
         return grant_events.withdrawn(record, signed.claims, words, signed.verified()), False
 
     def _approval(self, record: Received) -> tuple[Event, bool]:
-        if parse(record.value).header.typ == typ_header(BreakGlassReview):
+        typ = parse(record.value).header.typ
+        if typ == typ_header(BreakGlassReview):
             return self._review(record)
+        if typ == typ_header(ActionApproval):
+            return self._action_approval(record)
         signed = self._believer.by_user(record, Approval)
         claims = signed.claims
         facts = self._believer.embedded_request(claims.request, claims.request_id, record.appended_at_ms)
@@ -316,6 +330,35 @@ class AuditHandlers:
         embedded = ("credential.request",) if facts is not None else ()
         event = credential_events.approval_given(record, claims, facts, signed.verified(*embedded))
         return event, facts is None or _incomplete(facts)
+
+    def _action_request(self, record: Received) -> tuple[Event, bool]:
+        signed = self._believer.by_service(record, ActionRequest, "gateway")
+        claims = signed.claims
+        replay = self._replay(record, signed, lambda: {"agent": claims.agent_id, "task": claims.task_id})
+        if replay is not None:
+            return replay, False
+        sponsor, request = self._believer.sponsor_of(claims.agent_id), self._request_of(claims.lease_id)
+        event = asked_events.asked(record, claims, sponsor, request, signed.verified())
+        return event, _lacks_sponsor(event)
+
+    def _action_approval(self, record: Received) -> tuple[Event, bool]:
+        signed = self._believer.by_user(record, ActionApproval)
+        claims = signed.claims
+        replay = self._replay(record, signed, lambda: {"agent": claims.agent_id})
+        if replay is not None:
+            return replay, False
+        asked = self._believer.embedded_question(claims, record.appended_at_ms)
+        agent = asked.agent_id if asked is not None else claims.agent_id
+        embedded = ("action.request",) if asked is not None else ()
+        event = asked_events.answered(
+            record, claims, asked, self._believer.sponsor_of(agent),
+            self._request_of(asked.lease_id) if asked is not None else None, signed.verified(*embedded),
+        )  # fmt: skip
+        return event, _lacks_sponsor(event)
+
+    def _request_of(self, lease_id: str) -> str | None:
+        lease = self._believer.lease(lease_id)
+        return lease.request_id if lease is not None else None
 
     def _review(self, record: Received) -> tuple[Event, bool]:
         signed = self._believer.by_user(record, BreakGlassReview)

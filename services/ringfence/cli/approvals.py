@@ -5,16 +5,18 @@ What is shown comes from the request as the agent signed it and from verified re
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from ringfence.cli import grants, questions
+from ringfence.cli import action_approvals, grants, questions
 from ringfence.cli.options import IdentityOption, JsonOption, YesOption, confirm, identity, run, wants_json
 from ringfence.cli.output import note, print_json, print_json_line, print_table, say, span, visible
 from ringfence.cli.scopes import show_scope
+from ringfence.client.actions import PendingAction
 from ringfence.client.alike import Alike, AlikeKey, key_of
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.sponsor import PendingApproval, Sponsor
@@ -36,40 +38,60 @@ OneOption = Annotated[bool, typer.Option("--one", help="Only this request, not t
 def list_approvals(
     everyone: EveryoneOption = False, me: IdentityOption = None, as_json: JsonOption = False
 ) -> None:
-    """List the requests that wait for you; those that would come to the same credential once."""
+    """List what waits for you: requests, those that would come to the same credential once, and single actions."""
 
-    async def work() -> list[Alike]:
+    async def work() -> tuple[list[Alike], list[PendingAction]]:
         async with Sponsor.connect(identity(me)) as sponsor:
-            return sponsor.groups(everyone=everyone)
+            return sponsor.groups(everyone=everyone), sponsor.actions(everyone=everyone)
 
-    groups = run(work())
+    groups, actions = run(work())
     if wants_json(as_json):
-        print_json([questions.as_json(group) for group in groups])
+        print_json([*map(questions.as_json, groups), *map(questions.action_as_json, actions)])
         return
     now_s = time.time()
     print_table(
         ["!request", "!alike", "agent", "for", "wants", "reason", "!ends"],
-        (
-            (
-                group.first.request_id,
-                str(len(group.requests)),
-                group.first.agent,
-                group.first.on_behalf_of,
-                show_scope(group.first.scope),
-                ("BREAK GLASS: " if group.first.break_glass else "")
-                + "\n".join(visible(reason) for reason in group.reasons),
-                "in " + span(group.expires_at - now_s),
-            )
-            for group in groups
-        ),
+        [
+            *(
+                (
+                    group.first.request_id,
+                    str(len(group.requests)),
+                    group.first.agent,
+                    group.first.on_behalf_of,
+                    show_scope(group.first.scope),
+                    ("BREAK GLASS: " if group.first.break_glass else "")
+                    + "\n".join(visible(reason) for reason in group.reasons),
+                    "in " + span(group.expires_at - now_s),
+                )
+                for group in groups
+            ),
+            *(
+                (
+                    one.request_id,
+                    "1",
+                    one.agent,
+                    one.on_behalf_of,
+                    f"{one.target}:{visible(one.verb)}:{visible(one.resource)}",
+                    f"ONE ACTION: {visible(one.method)} {visible(one.url)}",
+                    "in " + span(one.expires_at - now_s),
+                )
+                for one in actions
+            ),
+        ],
         empty="nothing waits for you",
     )
 
 
 @app.command()
 def show(request: RequestArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
-    """Show one request that waits, whole, those that are alike, and what differs from what the agent usually gets."""
-    _show(*_look(request, me), as_json)
+    """Show one request that waits, whole, those that are alike, and what differs from what the agent usually gets; or
+    one action.
+    """
+    seen = _look(request, me)
+    if isinstance(seen, PendingAction):
+        action_approvals.show(seen, wants_json(as_json))
+    else:
+        _show(*seen, as_json)
 
 
 @app.command()
@@ -81,7 +103,7 @@ def approve(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sign a yes to exactly this request, as it is shown, and one to each that is shown as alike.
+    """Sign a yes to exactly this request, as it is shown, and one to each that is shown as alike; or to one action.
 
     What is not yours to give is not signed.
     """
@@ -97,14 +119,14 @@ def deny(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sign a no to this request, and one to each that is shown as alike."""
+    """Sign a no to this request, and one to each that is shown as alike; or to one action."""
     _answer(request, "deny", one, comment, yes, me, as_json)
 
 
 @app.command()
 def watch(everyone: EveryoneOption = False, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """Show each request that waits for you as it comes, until Ctrl-C: who asks, for what, why, for whom, and what
-    differs from what the agent usually gets. With --json one object a line.
+    differs from what the agent usually gets; and each action. With --json one object a line.
     """
 
     async def work() -> None:
@@ -112,23 +134,27 @@ def watch(everyone: EveryoneOption = False, me: IdentityOption = None, as_json: 
             usual = await sponsor.usual()
             if not wants_json(as_json):
                 note("waiting for requests; Ctrl-C ends", "dim")
-            shown: set[tuple[str, AlikeKey]] = set()
-            async for pending in sponsor.watch(everyone=everyone):
-                group, comparison = Alike(sponsor.alike(pending)), usual.compared(pending)
-                if wants_json(as_json):
-                    print_json_line(questions.as_json(Alike((pending,)), comparison))
-                    continue
-                before = [one for one in group.requests if (one.request_id, key_of(one)) in shown]
-                if pending in before:
-                    continue  # it stood among those that were alike
-                shown |= {(one.request_id, key_of(one)) for one in group.requests}
-                if before:
-                    reason = visible(pending.reason)
-                    say(f"one more like {before[0].request_id}, {len(group.requests)} wait: {reason}")
-                    say(f"ringfence approvals grant --like {before[0].request_id} --count 10")
-                else:
-                    questions.print_question(group, comparison)
-                    say(f"ringfence approvals approve {group.first.request_id}")
+            async with asyncio.TaskGroup() as both:
+                both.create_task(
+                    action_approvals.watch(sponsor, everyone=everyone, as_json=wants_json(as_json))
+                )
+                shown: set[tuple[str, AlikeKey]] = set()
+                async for pending in sponsor.watch(everyone=everyone):
+                    group, comparison = Alike(sponsor.alike(pending)), usual.compared(pending)
+                    if wants_json(as_json):
+                        print_json_line(questions.as_json(Alike((pending,)), comparison))
+                        continue
+                    before = [one for one in group.requests if (one.request_id, key_of(one)) in shown]
+                    if pending in before:
+                        continue  # it stood among those that were alike
+                    shown |= {(one.request_id, key_of(one)) for one in group.requests}
+                    if before:
+                        reason = visible(pending.reason)
+                        say(f"one more like {before[0].request_id}, {len(group.requests)} wait: {reason}")
+                        say(f"ringfence approvals grant --like {before[0].request_id} --count 10")
+                    else:
+                        questions.print_question(group, comparison)
+                        say(f"ringfence approvals approve {group.first.request_id}")
 
     run(work())
 
@@ -146,7 +172,11 @@ def _answer(
         async with Sponsor.connect(identity(me)) as sponsor:
             return await (sponsor.approve_all if verb == "approve" else sponsor.deny_all)(group, comment)
 
-    group, comparison = _look(request, me, only_one=only_one)
+    seen = _look(request, me, only_one=only_one)
+    if isinstance(seen, PendingAction):
+        action_approvals.answer(seen, verb, comment, yes, me, wants_json(as_json))
+        return
+    group, comparison = seen
     if not wants_json(as_json):
         _show(group, comparison, as_json)
     # A person may take their time. What is signed is what they saw: where anything changed meanwhile, it is refused.
@@ -165,9 +195,13 @@ def _answer(
         say(f"{verdict}: request {one.request_id}")
 
 
-def _look(request: str, me: Path | None, *, only_one: bool = False) -> tuple[Alike, Comparison]:
-    async def work() -> tuple[Alike, Comparison]:
+def _look(
+    request: str, me: Path | None, *, only_one: bool = False
+) -> tuple[Alike, Comparison] | PendingAction:
+    async def work() -> tuple[Alike, Comparison] | PendingAction:
         async with Sponsor.connect(identity(me)) as sponsor:
+            if sponsor.find(request) is None and (action := sponsor.find_action(request)) is not None:
+                return action
             pending = _find(sponsor, request)
             others = [] if only_one else [one for one in sponsor.alike(pending) if one != pending]
             return Alike((pending, *others)), (await sponsor.usual(pending.agent)).compared(pending)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ringfence.cli.output import print_fields, span, until, visible
 from ringfence.cli.scopes import show_scope
+from ringfence.client.actions import PendingAction
 from ringfence.client.alike import Alike
 from ringfence.client.replies import who
 from ringfence.client.usual import DAYS, Comparison, Difference
@@ -58,6 +59,33 @@ def as_json(group: Alike, comparison: Comparison | None = None) -> dict[str, Any
     if comparison is not None:
         document["compared"] = asdict(comparison)
     return document
+
+
+def print_action(one: PendingAction) -> None:
+    """Show one action that waits: from what the gateway signed and from verified records alone."""
+    print_fields(
+        {
+            "agent": f"{one.agent} ({visible(one.agent_description)})",
+            "task": visible(one.purpose),
+            "on behalf of": one.on_behalf_of,
+            "target": f"{one.target} ({visible(one.target_description)})",
+            "does": f"{visible(one.verb)} on {visible(one.resource)}",
+            "sends": f"{visible(one.method)} {visible(one.url)}",
+            "with a body of": f"{one.body_bytes} bytes, SHA-256 {one.body_digest}"
+            if one.body_bytes
+            else "nothing",
+            "waits at": one.gateway,
+            "needs": who((one.required,)) + ("" if one.mine else "  (not yours to give)"),
+            "answer until": until(one.expires_at, time.time()),
+            "digest": one.digest,
+        },
+        title=f"action {one.request_id}: this one alone, once",
+    )
+
+
+def action_as_json(one: PendingAction) -> dict[str, Any]:
+    """An action that waits as JSON; `kind` tells it from a request for a credential."""
+    return {"kind": "action", **asdict(one)}
 
 
 def _compared(comparison: Comparison) -> list[str]:

@@ -34,7 +34,14 @@ from ringfence.cli.target_templates import TEMPLATES, Template
 from ringfence.client.administrator import Administrator
 from ringfence.client.outcomes import Accepted
 from ringfence.kernel.jws import explain
-from ringfence.messages.registry import ApprovalClass, BackendSettings, McpRule, RequestRule, VerbFloor
+from ringfence.messages.registry import (
+    ActionClass,
+    ApprovalClass,
+    BackendSettings,
+    McpRule,
+    RequestRule,
+    VerbFloor,
+)
 from ringfence.model.identity import spiffe_id
 from ringfence.model.request_map import RequestMap, RequestMapError
 
@@ -42,6 +49,7 @@ app = typer.Typer(help="Systems that agents act on: verbs and approval floors.",
 
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help="The target's id.")]
 _FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
+_CLASSES: tuple[ActionClass, ...] = get_args(ActionClass)
 _REQUEST = re.compile(
     r"(\S+) (\S+) (\S+) (\S+)((?: (?:(?:query|body|argument):[^\s=]+=\S+|message:[^\s=]+(?:=\S+)?))*)"
 )
@@ -58,6 +66,15 @@ def add(
             metavar="VERB[=FLOOR]",
             help=f"A verb, and the approval that no policy goes below: {', '.join(_FLOORS)}. Repeatable; with a "
             "template, more verbs or other floors.",
+        ),
+    ] = None,
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ask",
+            metavar="VERB[=CLASS]",
+            help="Each single action of this verb through a gateway waits for a person: sponsor, where none is named, "
+            "second_person, operator. Repeatable.",
         ),
     ] = None,
     template: Annotated[
@@ -110,7 +127,7 @@ def add(
     """Add a target, or replace it. Its key is what its resource server calls introspection with. As an operator."""
     id = spiffe_id(settings().trust_domain, "target", target)
     base = _template(template)
-    verbs = _verbs(base, verb or ())
+    verbs = _asking(_verbs(base, verb or ()), ask or ())
     requests = [*map(_request, request or ()), *(base.requests if base else ())]
     _check_map(requests)
     kind = backend or (base.backend if base else "jwt")
@@ -247,6 +264,22 @@ def _verbs(template: Template | None, given: Iterable[str]) -> list[VerbFloor]:
     if not verbs:
         raise typer.BadParameter("name at least one verb, or a template", param_hint="--verb")
     return list(verbs.values())
+
+
+def _asking(verbs: list[VerbFloor], given: Iterable[str]) -> list[VerbFloor]:
+    """The verbs, those marked of which each action waits for a person."""
+    classes = dict(_ask(text) for text in given)
+    if unknown := classes.keys() - {verb.verb for verb in verbs}:
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: no verb of this target", param_hint="--ask")
+    return [verb.model_copy(update={"ask": classes.get(verb.verb, verb.ask)}) for verb in verbs]
+
+
+def _ask(text: str) -> tuple[str, ActionClass]:
+    verb, _, wanted = text.partition("=")
+    for one in _CLASSES:
+        if one == (wanted or _CLASSES[0]):
+            return verb, one
+    raise typer.BadParameter(f"{text!r}: write VERB=CLASS, one of {', '.join(_CLASSES)}", param_hint="--ask")
 
 
 def _settings(given: Iterable[str]) -> dict[str, str | int]:

@@ -11,6 +11,7 @@ from typing import Literal, Self
 
 from pydantic import ValidationError
 
+from ringfence.client.actions import OpenActions, PendingAction, is_action, only
 from ringfence.client.alike import Alike, alike, key_of
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import NotYoursError, StaleApprovalError, checked
@@ -24,7 +25,7 @@ from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import MAX_LIFE_S, explain, open_signed, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
-from ringfence.messages.approval import Approval, ApprovalRequest
+from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, ApprovalRequest
 from ringfence.messages.base import Jws, typ_header
 from ringfence.messages.credential import (
     CredentialDecision,
@@ -118,6 +119,7 @@ class Sponsor(Lifetime):
         self.id = subject(connection.key, "user", connection.settings)
         self.connection = connection
         self._directory: Directory | None = None
+        self._actions: OpenActions | None = None
         self._asked: dict[str, _Asked] = {}
         self._answered: set[str] = set()
         self._problems: dict[str, str] = {}
@@ -141,11 +143,13 @@ class Sponsor(Lifetime):
         await self.connection.start()
         try:
             directory = self._directory = await self.connection.directory()
+            self._actions = OpenActions(self.connection, directory, self.id)
             directory.on_change(lambda *_: self._notify())
             since_ms = max(self.connection.clock.now_ms() - LOOK_BACK_S * 1000, 1)
             await self.connection.follow([APPROVAL_REQUEST], self._on_asked, since_ms=since_ms)
             # Answers come after the question: those before the oldest open one need not be read.
             open_since = [asked.appended_at_ms for asked in self._open()]
+            open_since += [one.asked_at * 1000 for one in self._actions.pending(everyone=True)]
             await self.connection.follow(
                 [CREDENTIAL_DECISION, APPROVAL_RESPONSE],
                 self._on_answers,
@@ -221,7 +225,72 @@ class Sponsor(Lifetime):
     @property
     def unshowable(self) -> dict[str, str]:
         """By request id, why something that asks for an approval is not shown: it is not what an agent signed."""
-        return dict(self._problems)
+        return {**self._problems, **self._known_actions().problems}
+
+    # --- single actions, through a gateway ---
+
+    def actions(self, *, everyone: bool = False) -> list[PendingAction]:
+        """The actions that wait for this person now, oldest first; with `everyone` those that wait for others too."""
+        return self._known_actions().pending(everyone=everyone)
+
+    async def watch_actions(self, *, everyone: bool = False) -> AsyncIterator[PendingAction]:
+        """Each action that waits for this person, once, those open now first; goes on for ever."""
+        seen: set[str] = set()
+        while True:
+            changed = self._changed
+            for pending in self.actions(everyone=everyone):
+                if pending.digest not in seen:
+                    seen.add(pending.digest)
+                    yield pending
+            await changed.wait()
+
+    def find_action(self, request_id: str) -> PendingAction | None:
+        """The open action with this id, or with the only id that begins so; None where there is none."""
+        return only(self.actions(everyone=True), request_id)
+
+    async def approve_action(self, pending: PendingAction, comment: str | None = None) -> str:
+        """Sign a yes to exactly this action, once. Returns the approval's id once Kafka holds it.
+
+        Raises StaleApprovalError where it is not open any more, or not as it was shown, and NotYoursError.
+        """
+        return await self._answer_action(pending, "approved", comment)
+
+    async def deny_action(self, pending: PendingAction, comment: str | None = None) -> str:
+        """Sign a no. See `approve_action`."""
+        return await self._answer_action(pending, "denied", comment)
+
+    async def _answer_action(
+        self, pending: PendingAction, verdict: Literal["approved", "denied"], comment: str | None
+    ) -> str:
+        now = self._known_actions().get(pending.digest)
+        if now != pending:
+            why = self._known_actions().problems.get(
+                pending.request_id, "it was answered or its time is over"
+            )
+            raise StaleApprovalError(f"action {pending.request_id} is no longer open as it was shown: {why}")
+        if not pending.mine:
+            raise NotYoursError(
+                f"action {pending.request_id} needs {who((pending.required,))}, not {self.id}"
+            )
+        claims = self.connection.stamp(APPROVAL_LIFE_S)
+        with checked("the approval"):
+            answer = ActionApproval(
+                **{**claims, "exp": min(claims["exp"], pending.expires_at)},
+                verdict=verdict,
+                agent_id=pending.agent,
+                request=pending.request,
+                request_digest=pending.digest,
+                comment=comment,
+            )
+        await self.connection.publish(APPROVAL_RESPONSE, pending.agent, answer)
+        self._known_actions().answered(pending.digest)
+        self._notify()
+        return message_id(answer.iss, answer.jti)
+
+    def _known_actions(self) -> OpenActions:
+        if self._actions is None:
+            raise RuntimeError("not connected: use Sponsor as an async context manager")
+        return self._actions
 
     # --- answering ---
 
@@ -377,6 +446,9 @@ class Sponsor(Lifetime):
 
     def _on_asked(self, records: Sequence[Received]) -> None:
         for record in records:
+            if is_action(record, ActionRequest):
+                self._on_action(record)
+                continue
             try:
                 asked = ApprovalRequest.model_validate_json(record.value)
             except ValidationError as error:
@@ -388,11 +460,19 @@ class Sponsor(Lifetime):
         self._forget_expired()
         self._notify()
 
+    def _on_action(self, record: Received) -> None:
+        try:
+            self._known_actions().on_asked(record)
+        except InvalidMessageError as error:
+            log.warning("ignored a question about an action at %d: %s", record.offset, error)
+
     def _on_answers(self, records: Sequence[Received]) -> None:
         for record in records:
             try:
                 if record.topic is CREDENTIAL_DECISION:
                     self._on_decision(record)
+                elif is_action(record, ActionApproval):
+                    self._known_actions().on_answer(record)
                 else:
                     self._on_response(record)
             except (InvalidMessageError, ChainError) as error:

@@ -146,6 +146,18 @@ Admits = Callable[[str], Reason | None]
 one more now, or None."""
 
 
+class Patient(Protocol):
+    """A request that can wait for a person: a data plane that has it hands it over with the attempt."""
+
+    async def whole(self) -> bytes | None:
+        """All of the body, bounded, as it will go on; None where it cannot be had. Asked once, where none was seen."""
+        ...
+
+    def on_gone(self, told: Callable[[], None]) -> Callable[[], None]:
+        """Call `told` once when whoever sent it is gone. Returns what unsubscribes."""
+        ...
+
+
 class Gate(Protocol):
     """The decision core, as data planes know it."""
 
@@ -153,10 +165,18 @@ class Gate(Protocol):
         """Whether the map of the target looks at the body of such a request: then it must be seen whole first."""
         ...
 
-    async def decide(self, presented: Presented, attempt: Attempt, admits: Admits | None = None) -> Verdict:
+    async def decide(
+        self,
+        presented: Presented,
+        attempt: Attempt,
+        admits: Admits | None = None,
+        patient: Patient | None = None,
+    ) -> Verdict:
         """Decide, and record the decision. Never raises: what cannot be decided is denied.
 
         What is allowed can be forwarded: the plane's own limits were asked (`admits`), and the credential is there.
+        Where the bundle wants a person's word this waits for it, bounded. Without `patient`, only what came with its
+        body can: an approval is over that too.
         """
         ...
 

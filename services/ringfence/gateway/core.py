@@ -10,12 +10,14 @@ from ringfence.backends import BackendSettings, Material, TargetAccess, all_back
 from ringfence.backends.declared import Declared
 from ringfence.backends.http import StaticSecrets
 from ringfence.client.proofs import Nonces, ProofChecker
+from ringfence.gateway.approving import Approvals
 from ringfence.gateway.evaluating import Evaluator
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.identifying import Identifier
 from ringfence.gateway.injection import Injector, SealedCredentials
 from ringfence.gateway.leases import LEASES_SINCE_MS
 from ringfence.gateway.observing import said_of
+from ringfence.gateway.questions import Questions
 from ringfence.gateway.recording import Recorder
 from ringfence.gateway.settings import GatewaySettings
 from ringfence.gateway.spool import Spool
@@ -26,7 +28,7 @@ from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
 from ringfence.messages.credential import Reason
-from ringfence.messages.topics import CREDENTIAL_REPLY
+from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REPLY
 from ringfence.rego.engine import ACTION
 from ringfence.rego.reloading import BundleWatch
 from ringfence.rego.settings import OpaSettings, engine_of
@@ -62,8 +64,13 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     secrets = StaticSecrets(TargetAccess.of(load(BackendSettings)))
     injector = Injector(view.table, sealed, secrets)
     recorder = _recorder(runtime, settings, own)
+    approvals = Approvals(
+        runtime, view.directory, view.table,
+        Questions(each=own.agent_pending_approvals, all=own.pending_approvals),
+        wait_s=own.approval_wait_s, life_s=own.approval_life_s,
+    )  # fmt: skip
     gate = DecisionGate(
-        view, targets, identifier, Evaluator(engine, declared), injector, recorder, clock,
+        view, targets, identifier, Evaluator(engine, declared), injector, recorder, approvals, clock,
         gateway=runtime.key.id, entitlements_max_age_s=settings.entitlements_max_age_s,
         observe=own.observe,
     )  # fmt: skip
@@ -73,6 +80,8 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
         await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
 
     runtime.history([CREDENTIAL_REPLY], sealed.on_records, since_ms=max(clock.now_ms() - LEASES_SINCE_MS, 1))
+    # Questions are of this process alone, and so are the answers to them: nothing before its start is one.
+    runtime.history([APPROVAL_RESPONSE], approvals.on_records, since_ms=max(clock.now_ms(), 1))
     if own.observe:
         _observe_aloud(runtime, own)
     runtime.on_start(engine.start)

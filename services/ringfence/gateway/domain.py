@@ -14,7 +14,7 @@ from typing import Final, Protocol
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission, Scope
-from ringfence.messages.registry import TargetState
+from ringfence.messages.registry import ActionClass, TargetState
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.request_map import Action
@@ -63,6 +63,15 @@ class Chosen:
     lease: Lease
     ground: Ground
     wanted: Scope
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """The bundle wants a person's word on this one action."""
+
+    required: ActionClass
+    policy: str
+    """The revision of the bundle that wants it."""
 
 
 class Leases(Protocol):

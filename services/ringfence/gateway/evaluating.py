@@ -6,14 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from ringfence.gateway.domain import TOO_FAST, UNAVAILABLE, Chosen, Refusal
+from ringfence.gateway.domain import TOO_FAST, UNAVAILABLE, Ask, Chosen, Refusal, refused
 from ringfence.kernel import metrics
 from ringfence.kernel.kafka import to_json
 from ringfence.messages.credential import Reason
-from ringfence.messages.registry import TargetState
+from ringfence.messages.registry import ActionClass, TargetState
 from ringfence.model.request_map import Action
 from ringfence.model.written import WrittenRecords, sponsor_of
-from ringfence.rego.engine import PolicyEngine, PolicyFailedError, PolicyResult
+from ringfence.rego.engine import Answer, PolicyEngine, PolicyFailedError, PolicyResult
 
 LONGEST_MS: Final = 5000
 """No answer is gone by for longer, whatever the bundle says."""
@@ -22,6 +22,7 @@ _RATE: Final = "rate_exceeded"
 _MAX_REASONS: Final = 50
 
 _Key = tuple[object, ...]
+_CLASSES: Final[tuple[ActionClass, ...]] = ("sponsor", "second_person", "operator")
 
 
 class Evaluator:
@@ -35,7 +36,7 @@ class Evaluator:
         self._remembered: OrderedDict[_Key, int] = OrderedDict()
         """Until when, in ms, each was allowed."""
 
-    async def refusal(
+    async def answer(
         self,
         chosen: Chosen,
         action: Action,
@@ -44,8 +45,10 @@ class Evaluator:
         reads: bool,
         earlier: Callable[[], Mapping[str, Any]],
         now_ms: int,
-    ) -> Refusal | None:
-        """Why the bundle denies it, or None. An engine that gives no answer denies; denials are not remembered.
+    ) -> Refusal | Ask | None:
+        """Why the bundle denies it, whose word it wants, or None. An engine that gives no answer denies.
+
+        Only what is allowed as it is, is remembered.
 
         Args:
             chosen: the lease and the verified records.
@@ -63,6 +66,8 @@ class Evaluator:
             return Refusal(UNAVAILABLE, (Reason(code=error.code, message=str(error)[:1000]),))
         if (denied := _denied(answer.result)) is not None:
             return denied
+        if wanted := _wanted(answer, chosen, action):
+            return _ask(wanted, answer.revision)
         for_ms = min(answer.result.max_ttl_s * 1000, LONGEST_MS)
         if for_ms > 0 and answer.revision == self._engine.revision:
             self._remembered[key] = now_ms + for_ms
@@ -124,11 +129,6 @@ class Evaluator:
 
 def _denied(result: PolicyResult) -> Refusal | None:
     reasons = result.deny[:_MAX_REASONS]
-    if result.approvals:
-        message = (
-            "policy asks for an approval, and nobody is asked for single actions: ask for another credential"
-        )
-        reasons = (*reasons, Reason(code="approval_required", message=message))
     if result.allow and not reasons:
         return None
     if not reasons:
@@ -136,3 +136,21 @@ def _denied(result: PolicyResult) -> Refusal | None:
         reasons = (Reason(code="policy_denied", message=message),)
     status = TOO_FAST if any(reason.code == _RATE for reason in reasons) else 403
     return Refusal(status, reasons)
+
+
+def _wanted(answer: Answer, chosen: Chosen, action: Action) -> set[str]:
+    """Whose word is wanted: what the target's record asks for stands, whatever the bundle says."""
+    asked = (verb.ask for verb in chosen.ground.target.state.verbs if verb.verb == action.verb)
+    return {*answer.result.approvals, *filter(None, asked)} - {"none"}
+
+
+def _ask(wanted: set[str], revision: str) -> Refusal | Ask:
+    """That of several is not asked for: nobody waits in a connection for two people."""
+    for one in _CLASSES:
+        if wanted == {one}:
+            return Ask(one, revision)
+    names = " and ".join(sorted(wanted))
+    message = (
+        f"the word of {names} is wanted, and one person is asked about an action: ask for another credential"
+    )
+    return refused("approval_required", message)

@@ -8,16 +8,18 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from ringfence.gateway.attempts import Admits, Attempt, Mcp, McpOutcome, Presented, Rpc, Verdict
+from ringfence.gateway.approving import Approvals, Waiting
+from ringfence.gateway.attempts import Admits, Attempt, Mcp, McpOutcome, Patient, Presented, Rpc, Verdict
 from ringfence.gateway.domain import (
     FORBIDDEN,
     SAFE_METHODS,
     TOO_FAST,
     TOO_LARGE,
     UNAVAILABLE,
+    Ask,
     Chosen,
     Refusal,
     Sender,
@@ -30,6 +32,7 @@ from ringfence.gateway.identifying import NONCE_WANTED, Identifier
 from ringfence.gateway.injection import Injector
 from ringfence.gateway.mcp import McpDesk, Spoken, rpc_of
 from ringfence.gateway.observing import Observing
+from ringfence.gateway.questions import Question
 from ringfence.gateway.recording import Recorder
 from ringfence.gateway.spool import SpoolFullError
 from ringfence.gateway.targets import Compiled, Targets, url_of
@@ -39,7 +42,7 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
-from ringfence.messages.operations import ActionAnswered, ActionDecided
+from ringfence.messages.operations import ActionAnswered, ActionAsked, ActionDecided
 from ringfence.messages.registry import TargetState
 from ringfence.model.request_map import MAX_BODY_BYTES, Action
 
@@ -56,15 +59,21 @@ class _Course:
     """How far the decision on one attempt got."""
 
     id: str
+    attempt: Attempt
+    """With its body, once that was seen."""
+    patient: Patient | None = None
     sender: Sender | None = None
     target: Compiled | None = None
     action: Action | None = None
     chosen: Chosen | None = None
     spoken: Spoken | None = None
+    question: Question | None = None
+    """To a person, where one was asked."""
+    waited_ns: int = 0
     injects: Mapping[str, str] | None = None
     observed: bool = False
     took_ns: int = 0
-    """What deciding took, without the credential."""
+    """What deciding took, without the credential, and without a person."""
 
     @property
     def lease(self) -> Lease | None:
@@ -82,6 +91,7 @@ class DecisionGate:
         evaluator: Evaluator,
         injector: Injector,
         recorder: Recorder,
+        approvals: Approvals,
         clock: Clock,
         *,
         gateway: str,
@@ -95,6 +105,7 @@ class DecisionGate:
         self._evaluator = evaluator
         self._injector = injector
         self._recorder = recorder
+        self._approvals = approvals
         self._clock = clock
         self._gateway = gateway
         self._entitlements_max_age_s = entitlements_max_age_s
@@ -109,9 +120,15 @@ class DecisionGate:
         target = self._targets.find(attempt)
         return isinstance(target, Compiled) and target.map.reads_body(attempt.method, attempt.target)
 
-    async def decide(self, presented: Presented, attempt: Attempt, admits: Admits | None = None) -> Verdict:
+    async def decide(
+        self,
+        presented: Presented,
+        attempt: Attempt,
+        admits: Admits | None = None,
+        patient: Patient | None = None,
+    ) -> Verdict:
         """See `Gate`."""
-        course = _Course(str(uuid.uuid4()))
+        course = _Course(str(uuid.uuid4()), attempt, patient)
         try:
             refusal = await self._refusal(course, presented, attempt, admits)
         except Exception:  # what cannot be decided is denied, whatever it is
@@ -119,7 +136,7 @@ class DecisionGate:
             refusal = refused("undecided", "the gateway could not decide this", status=UNAVAILABLE)
         verdict = self._verdict(course, presented, attempt, refusal)
         try:
-            self._record(course, presented, attempt, verdict, refusal)
+            self._record(course, presented, verdict, refusal)
         except SpoolFullError as error:
             log.error("nothing is let pass: %s", error)
             reason = Reason(
@@ -163,9 +180,11 @@ class DecisionGate:
         try:
             refusal = await self._decided(course, presented, attempt, admits)
         finally:
-            course.took_ns = time.perf_counter_ns() - began_ns
+            course.took_ns = time.perf_counter_ns() - began_ns - course.waited_ns
         if refusal is None and course.chosen is not None and course.target is not None:
             refusal = await self._unequipped(course, course.chosen.lease, course.target.state)
+        if refusal is None and course.question is not None:
+            refusal = self._approvals.take(course.question)
         if refusal is not None:
             self._observe(course, refusal, presented, attempt)
         return refusal
@@ -182,6 +201,15 @@ class DecisionGate:
         course.sender = sender
         if admits is not None and (reason := admits(sender.agent_id)) is not None:
             return Refusal(TOO_FAST, (reason,))
+        said = await self._looked_at(course, sender)
+        if not isinstance(said, Ask):
+            return said
+        if (refusal := self._unasked(course, presented)) is not None:
+            return refusal
+        return await self._approved(course, sender, said)
+
+    async def _looked_at(self, course: _Course, sender: Sender) -> Refusal | Ask | None:
+        attempt = course.attempt
         target = self._targets.find(attempt)
         if isinstance(target, Refusal):
             return target
@@ -202,7 +230,7 @@ class DecisionGate:
         if isinstance(chosen, Refusal):
             return chosen
         course.chosen = chosen
-        return await self._evaluated(course, chosen, action, attempt)
+        return await self._evaluated(course, chosen, action)
 
     def _weighed(self, sender: Sender, target: Compiled, action: Action) -> Chosen | Refusal:
         return weigh(
@@ -215,15 +243,13 @@ class DecisionGate:
             entitlements_max_age_s=self._entitlements_max_age_s,
         )
 
-    async def _evaluated(
-        self, course: _Course, chosen: Chosen, action: Action, attempt: Attempt
-    ) -> Refusal | None:
+    async def _evaluated(self, course: _Course, chosen: Chosen, action: Action) -> Refusal | Ask | None:
         now_ms = self._clock.now_ms()
-        return await self._evaluator.refusal(
+        return await self._evaluator.answer(
             chosen,
             action,
             id=course.id,
-            reads=attempt.method in SAFE_METHODS,
+            reads=course.attempt.method in SAFE_METHODS,
             earlier=lambda: self._earlier.of(chosen.lease.task_id, now_ms),
             now_ms=now_ms,
         )
@@ -243,6 +269,52 @@ class DecisionGate:
         if (stale := self._view.stale()) is None:
             return None
         return refused("stale_view", f"{stale}; denied until that is known again", status=UNAVAILABLE)
+
+    # --- a person's word, where the bundle wants it ---
+
+    def _unasked(self, course: _Course, presented: Presented) -> Refusal | None:
+        """Where it goes on all the same, in observe mode, nobody is asked."""
+        refusal = refused("approval_required", "a person would be asked about this action")
+        observed = self._observing.goes_on(refusal, course.target, presented, course.attempt)
+        return refusal if observed is not None else None
+
+    async def _approved(self, course: _Course, sender: Sender, ask: Ask) -> Refusal | None:
+        """Wait for a yes to exactly this, and look at everything once more: it is used when nothing else lacks."""
+        if (refusal := await self._seen_whole(course)) is not None:
+            return refusal
+        waiting = _waiting(course, ask)
+        if waiting is None:
+            return refused("action_unshowable", "the target does not say where it is, so nobody can be asked")
+        began_ns = time.perf_counter_ns()
+        try:
+            course.question, refusal = await self._approvals.answered(waiting, course.patient)
+        finally:
+            course.waited_ns = time.perf_counter_ns() - began_ns
+        if refusal is not None or course.question is None:
+            return refusal or refused("undecided", "nobody could be asked", status=UNAVAILABLE)
+        return await self._once_more(course, sender, course.question)
+
+    async def _seen_whole(self, course: _Course) -> Refusal | None:
+        if course.attempt.body is None and course.patient is not None:
+            course.attempt = replace(course.attempt, body=await course.patient.whole())
+        if course.attempt.body is None:
+            message = "a person is asked about this, with its body, and that was not seen whole"
+            return refused("body_unseen", message, status=TOO_LARGE)
+        return None
+
+    async def _once_more(self, course: _Course, sender: Sender, question: Question) -> Refusal | None:
+        """All that was decided before it waited is decided anew; what was approved has to be what goes on."""
+        if (stale := self._stale()) is not None:
+            return stale
+        said = await self._looked_at(course, sender)
+        if isinstance(said, Refusal):
+            return said
+        going_on = _waiting(course, said) if said is not None else None
+        if said is not None and (going_on is None or self._approvals.same(going_on) != question.same):
+            return refused(
+                "approval_stale", "what was approved is another thing by now; send it again to ask anew"
+            )
+        return None
 
     def _no_action(self, target: Compiled, attempt: Attempt) -> Refusal:
         id = target.state.target_id
@@ -309,11 +381,11 @@ class DecisionGate:
         self,
         course: _Course,
         presented: Presented,
-        attempt: Attempt,
         verdict: Verdict,
         refusal: Refusal | None,
     ) -> None:
         """Raises SpoolFullError."""
+        attempt = course.attempt
         if refusal is not None and refusal.reasons[0].code == NONCE_WANTED:
             return  # nothing was decided: the same request comes again, with what it lacks
         access = "read" if attempt.method in SAFE_METHODS else "write"
@@ -343,6 +415,7 @@ class DecisionGate:
                 latency_us=course.took_ns // 1000,
                 label=attempt.label if attempt.label and _LABEL.fullmatch(attempt.label) else None,
                 observed=True if verdict.observed else None,
+                asked=_asked_of(course),
                 at_ms=now_ms,
             )
         )
@@ -379,6 +452,27 @@ class DecisionGate:
             return course.sender.lease_id
         handle = presented.handle
         return handle if handle is not None and self._view.table.get(handle) is not None else None
+
+
+def _waiting(course: _Course, ask: Ask) -> Waiting | None:
+    """What a person is asked about: exactly what would go on. None where something of it is not known."""
+    chosen, target, action, attempt = course.chosen, course.target, course.action, course.attempt
+    if chosen is None or target is None or target.url is None or action is None or attempt.body is None:
+        return None
+    url = f"{target.url}{attempt.target}"
+    return Waiting(course.id, attempt.method, url, attempt.body, chosen, action, ask)
+
+
+def _asked_of(course: _Course) -> ActionAsked | None:
+    question = course.question
+    if question is None:
+        return None
+    return ActionAsked(
+        request_id=question.id,
+        request_digest=question.signed.digest,
+        by=question.by,
+        waited_ms=course.waited_ns // 1_000_000,
+    )
 
 
 def _digest(attempt: Attempt) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from ringfence.gateway.asking import Way, asked, presented_by
@@ -17,6 +18,7 @@ from ringfence.gateway.framing import Body, request_body
 from ringfence.gateway.hosts import split
 from ringfence.gateway.limits import Limits
 from ringfence.gateway.refusals import Answer, RefusedError, head, problem
+from ringfence.gateway.sent import Sent
 from ringfence.gateway.stream import ExpiredError, GoneError, Stream
 from ringfence.gateway.wire import RequestHead, cut_head, parse_request
 from ringfence.kernel import metrics
@@ -104,17 +106,15 @@ class Connection:
         try:
             presented, attempt = asked(request, self._way, desk.knows)
             waits = _waits_for_continue(request)
-            read = None
+            sent = Sent(self._client, partial(self._read, body, waits=waits), most=MAX_READ_BYTES)
             if desk.gate.reads_body(attempt):
-                read = await self._read(body, waits=waits)
-                # What is too long counts as not seen.
-                attempt = dataclasses.replace(attempt, body=read if len(read) <= MAX_READ_BYTES else None)
-            verdict = await desk.gate.decide(presented, attempt, self._admits)
+                attempt = dataclasses.replace(attempt, body=await sent.read())
+            verdict = await desk.gate.decide(presented, attempt, self._admits, sent)
             if not goes_on(verdict):
                 return await self._say(self._desk.answer(verdict), request, close=not body.done)
-            if waits and read is None and not body.done and not self._client.buffer:
+            if waits and sent.body is None and not body.done and not self._client.buffer:
                 self._client.write(_CONTINUE)
-            return await self._forward(Asked(request, attempt, verdict, body, read))
+            return await self._forward(Asked(request, attempt, verdict, body, sent.body))
         finally:
             desk.limits.end(sender)
             if self._agent is not None:

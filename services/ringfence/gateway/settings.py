@@ -74,6 +74,14 @@ class GatewaySettings(RingfenceSettings):
     `RINGFENCE_KEY_DIR` where not set."""
     spool_max_bytes: Annotated[int, Field(ge=1024 * 1024)] = 256 * 1024 * 1024
     """How large that may become. Then everything is denied."""
+    approval_wait_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """How long a request waits for the person whose word the bundle wants. Then it is denied, and may be sent again."""
+    approval_life_s: Annotated[int, Field(ge=5, le=3600)] = 300
+    """How long such a question stands, and its answer counts, once: for the very same request alone."""
+    agent_pending_approvals: Annotated[int, Field(ge=1, le=1000)] = 5
+    """So many questions of one agent may stand, and so many of its requests may wait. Beyond that they are denied."""
+    pending_approvals: Annotated[int, Field(ge=1, le=10_000)] = 200
+    """The same for all agents together."""
 
     @model_validator(mode="after")
     def _not_in_clear(self) -> Self:

@@ -76,6 +76,9 @@ OBSERVED_TARGETS = Gauge(
     "Targets at which the gateway blocks nothing, and only records (observe mode)",
 )
 ACTIONS_SPOOLED = Gauge("ringfence_actions_spooled_bytes", "Events on disk that Kafka does not have yet")
+ACTIONS_WAITING = Gauge(
+    "ringfence_actions_waiting", "Requests that the gateway holds back for a person's word"
+)
 DECISION_TIME = Histogram(
     "ringfence_action_decision_seconds",
     "What deciding on one request took",

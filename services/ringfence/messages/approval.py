@@ -15,11 +15,13 @@ from ringfence.messages.base import (
     Name,
     NonEmpty,
     Seconds,
+    TargetId,
     TtlSeconds,
     Uuid,
 )
 from ringfence.messages.credential import Coordinates, Delivery, Reason, RequiredClass, Revisions
 from ringfence.messages.permission import Permission
+from ringfence.messages.registry import ActionClass
 
 
 class ApprovalRequest(Message):
@@ -87,6 +89,49 @@ class GrantWithdraw(ExpiringClaims):
 
     grant_id: Uuid
     reason: NonEmpty
+
+
+class ActionRequest(ExpiringClaims):
+    """A gateway asks a person about one action of an agent, which waits: exactly this one, once, until `exp`.
+
+    Its `jti` are 256 random bits of this gateway, so that an answer is good for this one question alone. Its id is the
+    UUIDv5 of (`iss`, `jti`).
+    """
+
+    typ: ClassVar[str] = "action.request"
+
+    action_id: NonEmpty
+    """Of the request that asked first; audit knows it by this."""
+    agent_id: Name
+    task_id: Uuid
+    lease_id: Uuid
+    """The lease that the action goes by, and no other."""
+    target_id: TargetId
+    verb: NonEmpty
+    resource: NonEmpty
+    method: Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}$")]
+    url: Annotated[str, Field(pattern=r"^https?://[!-~]{1,8192}$")]
+    """Where it goes, as it goes there: the target's scheme and authority, the path and the query undecoded."""
+    body_digest: Digest
+    """SHA-256 of the body, of nothing where there is none."""
+    body_bytes: Annotated[int, Field(ge=0)]
+    required: ActionClass
+    """Whose word the bundle wants."""
+    revisions: Revisions
+
+
+class ActionApproval(ExpiringClaims):
+    """A person's yes or no to exactly one action, as a gateway asked about it. Single use, before `exp` of both."""
+
+    typ: ClassVar[str] = "action.approval"
+
+    verdict: Literal["approved", "denied"]
+    agent_id: Name
+    request: Jws
+    """The `action.request`."""
+    request_digest: Digest
+    """SHA-256 of its compact JWS: what the answer is over."""
+    comment: NonEmpty | None = None
 
 
 class BreakGlassReview(Claims):

@@ -9,6 +9,8 @@ from typing import Any
 
 from ringfence.messages import audit, registry
 from ringfence.messages.approval import (
+    ActionApproval,
+    ActionRequest,
     Approval,
     ApprovalRequest,
     BreakGlassReview,
@@ -239,6 +241,30 @@ _ALL: tuple[Message, ...] = (
         delivery="agent",
         revisions=_REVISIONS,
         comment="build 421 is the one we tested",
+    ),
+    ActionRequest(
+        **_claims(_service("gateway"), exp=AT + 300),
+        action_id="d9428888-122b-51e1-b85c-61cd3cbb3210",
+        agent_id="deploy-bot",
+        task_id=_TASK,
+        lease_id="0b8a1a5c-9a3e-5d57-8a2b-4a8d2f7f5b11",
+        target_id="hub",
+        verb="merge",
+        resource="repo/shop",
+        method="PUT",
+        url="https://hub.example/repos/shop/pulls/7/merge",
+        body_digest=_DIGEST,
+        body_bytes=41,
+        required="sponsor",
+        revisions=_REVISIONS,
+    ),
+    ActionApproval(
+        **_command(_SAM),
+        verdict="approved",
+        agent_id="deploy-bot",
+        request=_JWS,
+        request_digest=_DIGEST,
+        comment="reviewed it myself",
     ),
     Grant(
         **_claims(_SAM, exp=AT + 7200),

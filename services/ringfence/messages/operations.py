@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field
 
-from ringfence.messages.base import Claims, Digest, Message, Millis, NonEmpty, SpiffeId
+from ringfence.messages.base import Claims, Digest, Message, Millis, Name, NonEmpty, SpiffeId, Uuid
 from ringfence.messages.credential import Coordinates, Reason
 
 EventKind = Literal["started", "stopped", "accepted", "refused", "replayed", "finding"]
@@ -91,6 +91,18 @@ INJECTED: Final = "injected"
 """The label of requests that come of input in which tooling found instructions that nobody gave."""
 
 
+class ActionAsked(Message):
+    """What became of the question to a person about an action; the decision's reasons say the rest."""
+
+    request_id: Uuid
+    """Of the `action.request`."""
+    request_digest: Digest
+    by: Name | None = None
+    """Who said yes or no; nobody where nobody did in time."""
+    waited_ms: Annotated[int, Field(ge=0)]
+    """How long this request waited; `latency_us` is without it."""
+
+
 class ActionDecided(Message):
     """One request of an agent through the gateway, and what was decided on it."""
 
@@ -117,6 +129,8 @@ class ActionDecided(Message):
     """Where the sender's tooling says that the request came from. Nobody vouches for it."""
     observed: Literal[True] | None = None
     """Set where it was forwarded all the same, with what the agent inherited: it says what would have been blocked."""
+    asked: ActionAsked | None = None
+    """Set where a person was asked about it."""
     at_ms: Millis
     traceparent: str | None = None
 

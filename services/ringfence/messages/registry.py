@@ -28,6 +28,8 @@ from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope, Verb
 
 Role = Literal["sponsor", "operator", "auditor"]
+ActionClass = Literal["sponsor", "second_person", "operator"]
+"""Whose word one action can wait for."""
 ApprovalClass = Literal["none", "sponsor", "second_person", "operator"]
 """What a target's floor, or a rule of the bundle, can ask for."""
 """Who must approve: nobody; the agent's sponsor; a sponsor, or an operator, who is neither the agent's sponsor nor the
@@ -153,10 +155,13 @@ class AgentState(Message):
 
 
 class VerbFloor(Message):
-    """One verb of a target, and the approval that no policy can go below."""
+    """One verb of a target, and the approvals that no policy can go below."""
 
     verb: Verb
     floor: ApprovalClass = "none"
+    """For a credential."""
+    ask: ActionClass | None = None
+    """For each single action through a gateway: whose word it waits for."""
 
 
 Condition = dict[NonEmpty, Annotated[tuple[str, ...], Field(min_length=1, max_length=64)]]

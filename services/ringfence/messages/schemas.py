@@ -47,6 +47,7 @@ def _message(model: type[Message], topic: Topic[Any] | None) -> dict[str, Any]:
     if model is SealedDelivery:
         entry["contentType"] = "application/jose+json"
     if issubclass(model, Claims):
+        entry["contentType"] = "application/jose"
         entry["description"] = f"A JWS in compact serialisation; header `typ`: `{typ_header(model)}`."
     return entry
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from ringfence.messages.approval import Approval, ApprovalRequest, BreakGlassReview, Grant, GrantWithdraw
+from ringfence.messages.approval import (
+    ActionApproval,
+    ActionRequest,
+    Approval,
+    ApprovalRequest,
+    BreakGlassReview,
+    Grant,
+    GrantWithdraw,
+)
 from ringfence.messages.audit import AuditCheckpoint, AuditEvent
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import (
@@ -56,18 +64,18 @@ CREDENTIAL_DECISION = Topic(
     30 * _DAY,
     True,
 )
-APPROVAL_REQUEST = Topic(
+APPROVAL_REQUEST: Topic[Any] = Topic(
     "approval.request",
-    (ApprovalRequest,),
+    (ApprovalRequest, ActionRequest),
     "sponsor id",
     "json",
-    ("policy",),
+    ("policy", "gateway (signed)"),
     ("sponsors", "policy", "console", "audit"),
     7 * _DAY,
 )
 APPROVAL_RESPONSE: Topic[Any] = Topic(
     "approval.response",
-    (Approval, Grant, GrantWithdraw, BreakGlassReview),
+    (Approval, ActionApproval, Grant, GrantWithdraw, BreakGlassReview),
     "agent id",
     "jws",
     ("users",),

@@ -20,6 +20,7 @@ from ringfence.kernel.settings import ServiceSettings, load
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.messages.topics import (
+    APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
     CREDENTIAL_DECISION,
     CREDENTIAL_REQUEST,
@@ -30,6 +31,7 @@ from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
 from ringfence.model.grants import KEEP_MS as GRANTS_KEEP_MS
 from ringfence.model.grants import GrantTable, kind_of
+from ringfence.policy.action_notices import teller
 from ringfence.policy.answers import Answers
 from ringfence.policy.approvals import ApprovalHandler
 from ringfence.policy.authzen import AuthZen
@@ -140,6 +142,10 @@ def build(
         },
         on_assigned=remember,
     )
+
+    if own.webhooks:
+        tell = teller(runtime, directory, notices)
+        runtime.consume("policy-notices", {APPROVAL_REQUEST: one_by_one(tell, runtime.letters)})
 
     async def close_overdue() -> None:
         await decisions.settle()

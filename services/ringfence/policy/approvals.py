@@ -18,7 +18,7 @@ from ringfence.model.requests import DeniedError, gather
 from ringfence.policy.answers import Answers
 from ringfence.policy.domain import Case, Judgement, Ruling, may_approve_any, signer
 from ringfence.policy.judge import Judge
-from ringfence.policy.opening import Opener, is_review
+from ringfence.policy.opening import Opener, is_for_others
 from ringfence.policy.store import Decisions, Known, Place
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class ApprovalHandler:
 
         What is signed and does not count is refused by a `service.event`; the request goes on waiting.
         """
-        if is_review(record):
+        if is_for_others(record):
             return
         approval, late = await self._opener.approval(record)
         async with self._one_at_a_time:

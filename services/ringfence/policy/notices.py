@@ -8,7 +8,8 @@ import asyncio
 import logging
 import random
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import httpx
 
@@ -43,6 +44,23 @@ class GaveUpError(RingfenceError):
     """A webhook that is not tried again."""
 
     code = "webhook_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What one person is told."""
+
+    id: str
+    """Of the question: a repeat has the same one, so that its receiver can tell."""
+    user_id: str
+    about: str
+    """What it is about, for the log."""
+    expires_at: int
+    """Seconds since 1970; then it is of no use."""
+    waits: Callable[[], bool]
+    """Whether it still waits for somebody, as far as this process knows."""
+    body: Callable[[], bytes]
+    """What is sent. Raises DeniedError where records do not say what it is about."""
 
 
 class Notices:
@@ -96,15 +114,29 @@ class Notices:
         user_id = asked.approver
         if user_id not in self._places or id in self._told or self._is_known(asked, request.claims):
             return
+        self.deliver(
+            Notice(
+                id, user_id, f"request {asked.request_id}", asked.expires_at,
+                lambda: self._waits(asked.request_id), lambda: body_of(asked, gather(self._directory, request)),
+            )
+        )  # fmt: skip
+
+    def wants(self, user_id: str, id: str) -> bool:
+        """Whether somebody wants to be told, and has not been told of this."""
+        return user_id in self._places and id not in self._told
+
+    def deliver(self, notice: Notice) -> None:
+        """Deliver one in the background, where not too many are under way."""
+        id, user_id = notice.id, notice.user_id
         if len(self._under_way) >= MOST_UNDER_WAY or self._of[user_id] >= MOST_OF_ONE:
             metrics.NOTICES.labels("dropped").inc()
-            log.warning("%s is not told of request %s: too many notices wait", user_id, asked.request_id)
+            log.warning("%s is not told of %s: too many notices wait", user_id, notice.about)
             return
         self._told[id] = None
         while len(self._told) > _REMEMBERED:
             self._told.popitem(last=False)
         self._of[user_id] += 1
-        task = asyncio.create_task(self._deliver(id, asked, request), name="notice")
+        task = asyncio.create_task(self._deliver(notice), name="notice")
         self._under_way[id] = task
         task.add_done_callback(lambda _: self._ended(id, user_id))
 
@@ -131,31 +163,30 @@ class Notices:
         known = self._decisions.get(request_id)
         return known is not None and known.pending is not None
 
-    async def _deliver(self, id: str, asked: ApprovalRequest, request: Signed[CredentialRequest]) -> None:
+    async def _deliver(self, notice: Notice) -> None:
         try:
-            body = body_of(asked, gather(self._directory, request))
-            await self._tried(id, asked, body)
+            await self._tried(notice, notice.body())
         except (GaveUpError, DeniedError, PlaceError, WebhookError) as error:
             metrics.NOTICES.labels("failed").inc()
-            log.warning("%s was not told of request %s: %s", asked.approver, asked.request_id, error)
+            log.warning("%s was not told of %s: %s", notice.user_id, notice.about, error)
         except Exception:
             metrics.NOTICES.labels("failed").inc()
-            log.exception("%s was not told of request %s", asked.approver, asked.request_id)
+            log.exception("%s was not told of %s", notice.user_id, notice.about)
 
-    async def _tried(self, id: str, asked: ApprovalRequest, body: bytes) -> None:
+    async def _tried(self, notice: Notice, body: bytes) -> None:
         delay_s = self._first_delay_s
         for left in reversed(range(_ATTEMPTS)):
-            if not self._waits(asked.request_id) or self._clock.now_ms() >= asked.expires_at * 1000:
+            if not notice.waits() or self._clock.now_ms() >= notice.expires_at * 1000:
                 metrics.NOTICES.labels("skipped").inc()  # it was answered meanwhile
                 return
-            async with self._one_by_one[asked.approver], self._at_once:
-                problem = await self._post(self._webhook(asked.approver), id, body)
+            async with self._one_by_one[notice.user_id], self._at_once:
+                problem = await self._post(self._webhook(notice.user_id), notice.id, body)
             if problem is None:
                 metrics.NOTICES.labels("delivered").inc()
                 return
             if not left:
                 raise GaveUpError(f"{problem}, {_ATTEMPTS} times")
-            log.info("%s is told of request %s later: %s", asked.approver, asked.request_id, problem)
+            log.info("%s is told of %s later: %s", notice.user_id, notice.about, problem)
             await asyncio.sleep(delay_s * random.uniform(0.75, 1.25))  # noqa: S311 - so that not all come at once
             delay_s = min(delay_s * 2, _LONGEST_DELAY_S)
 

@@ -12,7 +12,7 @@ from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import PublicKey, valid_key
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.seal import check_reply_key
-from ringfence.messages.approval import Approval, BreakGlassReview, Grant, GrantWithdraw
+from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
 from ringfence.messages.base import ExpiringClaims, typ_header
 from ringfence.messages.credential import CredentialRequest
 from ringfence.model.chains import ChainError
@@ -28,10 +28,13 @@ MAX_REQUEST_BYTES = 64 * 1024
 MAX_APPROVAL_BYTES = 192 * 1024
 
 
-def is_review(record: Received) -> bool:
-    """Whether a record says that it is a review of break glass: those stand beside approvals, and are for audit."""
+_FOR_OTHERS = frozenset({typ_header(BreakGlassReview), typ_header(ActionApproval)})
+
+
+def is_for_others(record: Received) -> bool:
+    """Whether a record says that it is a review of break glass (for audit), or about an action (for gateways)."""
     try:
-        return parse(record.value).header.typ == typ_header(BreakGlassReview)
+        return parse(record.value).header.typ in _FOR_OTHERS
     except InvalidMessageError:
         return False
 

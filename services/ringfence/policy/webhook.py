@@ -18,8 +18,8 @@ import orjson
 
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.text import visible, visible_name
-from ringfence.messages.approval import ApprovalRequest
-from ringfence.model.requests import Facts
+from ringfence.messages.approval import ActionRequest, ApprovalRequest
+from ringfence.model.requests import Facts, Ground
 
 _MAX_TEXT = 300
 """Of what an agent or a person wrote, so much is told; all of it is seen by who looks at the request."""
@@ -99,6 +99,21 @@ def body_of(asked: ApprovalRequest, facts: Facts) -> bytes:
         f"Task: {_code(facts.task.state.purpose)}",
         f"Its reason: {_code(request.reason)}",
         f"Until {until}. Look at it, and answer, with: {_code('ringfence approvals show ' + asked.request_id)}",
+    ]
+    return orjson.dumps({"text": "\n".join(lines), "unfurl_links": False, "unfurl_media": False})
+
+
+def body_of_action(id: str, claims: ActionRequest, ground: Ground) -> bytes:
+    """What a person is told of one action that waits: from what the gateway signed and from verified records."""
+    until = datetime.fromtimestamp(claims.exp, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    whom = _WHOM.get(claims.required, claims.required)
+    lines = [
+        f"Agent {_code(claims.agent_id)} waits to do one thing; it needs {whom}.",
+        f"Wants: {_code(f'{claims.target_id}:{claims.verb}:{visible_name(claims.resource)}')}",
+        f"Sends: {_code(f'{claims.method} {claims.url}')} with {claims.body_bytes} bytes",
+        f"On behalf of {_code(ground.task.state.on_behalf_of)}",
+        f"Task: {_code(ground.task.state.purpose)}",
+        f"Until {until}. Look at it, and answer, with: {_code('ringfence approvals show ' + id)}",
     ]
     return orjson.dumps({"text": "\n".join(lines), "unfurl_links": False, "unfurl_media": False})
 

@@ -1,0 +1,57 @@
+"""`ringfence approvals` for single actions, which wait at a gateway: shown, and answered, one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from ringfence.cli import questions
+from ringfence.cli.options import confirm, identity, run
+from ringfence.cli.output import print_json, print_json_line, say
+from ringfence.client.actions import PendingAction
+from ringfence.client.sponsor import Sponsor
+
+
+def show(pending: PendingAction, as_json: bool) -> None:
+    """Show one action that waits."""
+    if as_json:
+        print_json(questions.action_as_json(pending))
+    else:
+        questions.print_action(pending)
+
+
+def answer(
+    pending: PendingAction,
+    verb: Literal["approve", "deny"],
+    comment: str | None,
+    yes: bool,
+    me: Path | None,
+    as_json: bool,
+) -> None:
+    """Sign a yes or a no to exactly the action that is shown."""
+
+    async def work() -> str:
+        async with Sponsor.connect(identity(me)) as sponsor:
+            return await (sponsor.approve_action if verb == "approve" else sponsor.deny_action)(
+                pending, comment
+            )
+
+    if not as_json:
+        show(pending, as_json)
+    confirm(f"{verb.title()} this action?", yes)
+    approval_id, verdict = run(work()), "approved" if verb == "approve" else "denied"
+    if as_json:
+        said = {"approval_id": approval_id, "request_id": pending.request_id, "digest": pending.digest}
+        print_json({"kind": "action", "verdict": verdict, **said})
+    else:
+        say(f"{verdict}: action {pending.request_id}")
+
+
+async def watch(sponsor: Sponsor, *, everyone: bool, as_json: bool) -> None:
+    """Show each action that waits as it comes, for ever."""
+    async for pending in sponsor.watch_actions(everyone=everyone):
+        if as_json:
+            print_json_line(questions.action_as_json(pending))
+        else:
+            questions.print_action(pending)
+            say(f"ringfence approvals approve {pending.request_id}")

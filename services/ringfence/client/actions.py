@@ -1,0 +1,211 @@
+"""Single actions that wait for a person: what is asked, exactly as a gateway signed it, and what is open of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ringfence.client.connection import Connection
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.ids import message_id
+from ringfence.kernel.jws import Signed, open_signed, parse
+from ringfence.kernel.kafka import Received
+from ringfence.messages.approval import ActionApproval, ActionRequest
+from ringfence.messages.base import Jws, typ_header
+from ringfence.messages.registry import ActionClass
+from ringfence.model.approvals import may_approve
+from ringfence.model.chains import ChainError
+from ringfence.model.directory import Directory
+from ringfence.model.identity import subject_of
+from ringfence.model.requests import DeniedError, find_ground
+
+log = logging.getLogger(__name__)
+
+MOST_OF_ONE = 1000
+"""So many open questions of one gateway are remembered: nobody fills the memory of people."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingAction:
+    """One action of an agent that waits for a person, from what a gateway signed and from verified records alone."""
+
+    request_id: str
+    digest: str
+    """SHA-256 (hex) of the `action.request`: what an approval is over."""
+    gateway: str
+    """The SPIFFE ID of the gateway where it waits."""
+    agent: str
+    agent_description: str
+    sponsor: str
+    """The agent's sponsor."""
+    task_id: str
+    purpose: str
+    """What the task is for."""
+    on_behalf_of: str
+    target: str
+    target_description: str
+    lease_id: str
+    verb: str
+    resource: str
+    method: str
+    url: str
+    """Where it goes, undecoded."""
+    body_digest: str
+    """SHA-256 (hex) of the body."""
+    body_bytes: int
+    required: ActionClass
+    mine: bool
+    """Whether the person who asks could give it."""
+    asked_at: int
+    """Seconds since 1970."""
+    expires_at: int
+    """Seconds since 1970; then no answer counts."""
+    request: Jws
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    signed: Signed[ActionRequest]
+    people: frozenset[str]
+    """Who was asked, by the keys of the records."""
+
+
+class OpenActions:
+    """The questions about actions that are open. Only what a gateway of the trust bundle signed is ever in it."""
+
+    def __init__(self, connection: Connection, directory: Directory, me: str) -> None:
+        """`me`: the id of the user who looks."""
+        self._connection = connection
+        self._directory = directory
+        self._me = me
+        self._asked: dict[str, _Asked] = {}
+        self._answered: set[str] = set()
+        self.problems: dict[str, str] = {}
+        """By request id, why a question that a gateway signed is not shown."""
+
+    def on_asked(self, record: Received) -> None:
+        """Take in a question. Raises InvalidMessageError where no gateway signed it, or it came outside its time."""
+        at_ms = record.appended_at_ms
+        signed = open_signed(
+            parse(record.value),
+            ActionRequest,
+            self._connection.trust.finder("gateway", at_s=at_ms / 1000),
+            audience=self._connection.settings.trust_domain,
+            appended_at_ms=at_ms,
+        )
+        self._forget()
+        before = self._asked.get(signed.digest)
+        of_one = sum(one.signed.claims.iss == signed.claims.iss for one in self._asked.values())
+        if before is None and of_one >= MOST_OF_ONE:
+            log.warning("ignored a question of %s: %d are open already", signed.claims.iss, of_one)
+            return
+        people = (before.people if before else frozenset()) | {record.key or ""}
+        self._asked[signed.digest] = _Asked(signed, people)
+
+    def on_answer(self, record: Received) -> None:
+        """Take in an answer of somebody who may give it. Raises InvalidMessageError, ChainError where nobody did."""
+        jws = parse(record.value)
+        asked = self._asked.get(jws.unverified_claims(ActionApproval).request_digest)
+        if asked is None:
+            return  # skipped before its signature costs anything; nothing is believed by skipping
+        at_s = record.appended_at_ms / 1000
+        answer = open_signed(
+            jws,
+            ActionApproval,
+            lambda iss, kid: self._directory.user_key(iss, kid, at_s),
+            audience=self._connection.settings.trust_domain,
+            appended_at_ms=record.appended_at_ms,
+        ).claims
+        user_id, claims = subject_of(answer.aud, answer.iss, "user") or "", asked.signed.claims
+        try:
+            ground = find_ground(self._directory, claims.agent_id, claims.task_id, claims.target_id)
+        except DeniedError:
+            return
+        if may_approve(self._directory, user_id, claims.required, ground):
+            self._answered.add(answer.request_digest)
+
+    def answered(self, digest: str) -> None:
+        """This person answered it."""
+        self._answered.add(digest)
+
+    def pending(self, *, everyone: bool = False) -> list[PendingAction]:
+        """What waits for this person, the oldest first; with `everyone` what waits for others too."""
+        self._forget()
+        shown: list[PendingAction] = []
+        for digest, asked in self._asked.items():
+            if digest in self._answered:
+                continue
+            pending = self._shown(asked.signed)
+            if pending is not None and (everyone or pending.mine or self._me in asked.people):
+                shown.append(pending)
+        return sorted(shown, key=lambda one: one.asked_at)
+
+    def get(self, digest: str) -> PendingAction | None:
+        """An open question as it would be shown now; None where it is not open, or not shown."""
+        self._forget()
+        asked = self._asked.get(digest)
+        return self._shown(asked.signed) if asked is not None and digest not in self._answered else None
+
+    def _shown(self, signed: Signed[ActionRequest]) -> PendingAction | None:
+        claims = signed.claims
+        id = message_id(claims.iss, claims.jti)
+        try:
+            ground = find_ground(self._directory, claims.agent_id, claims.task_id, claims.target_id)
+            if ground.revisions(claims.revisions.policy) != claims.revisions:
+                raise InvalidMessageError(
+                    "agent, user, task or target changed since it was asked, or the change has not arrived here yet"
+                )
+            if ground.task.state.agent_id != claims.agent_id:
+                raise InvalidMessageError("its task is another agent's")
+            mine = may_approve(self._directory, self._me, claims.required, ground)
+        except (InvalidMessageError, DeniedError, ChainError) as error:
+            self.problems[id] = str(error)
+            return None
+        self.problems.pop(id, None)
+        return PendingAction(
+            request_id=id,
+            digest=signed.digest,
+            gateway=claims.iss,
+            agent=claims.agent_id,
+            agent_description=ground.agent.state.description,
+            sponsor=ground.agent.state.sponsor,
+            task_id=claims.task_id,
+            purpose=ground.task.state.purpose,
+            on_behalf_of=ground.task.state.on_behalf_of,
+            target=claims.target_id,
+            target_description=ground.target.state.description,
+            lease_id=claims.lease_id,
+            verb=claims.verb,
+            resource=claims.resource,
+            method=claims.method,
+            url=claims.url,
+            body_digest=claims.body_digest,
+            body_bytes=claims.body_bytes,
+            required=claims.required,
+            mine=mine,
+            asked_at=claims.iat,
+            expires_at=claims.exp,
+            request=signed.compact,
+        )
+
+    def _forget(self) -> None:
+        now_s = self._connection.clock.now_ms() / 1000
+        for digest in [digest for digest, one in self._asked.items() if one.signed.claims.exp <= now_s]:
+            claims = self._asked.pop(digest).signed.claims
+            self._answered.discard(digest)
+            self.problems.pop(message_id(claims.iss, claims.jti), None)
+
+
+def is_action(record: Received, model: type[ActionRequest] | type[ActionApproval]) -> bool:
+    """Whether a record says that it is such a message; nothing is verified."""
+    try:
+        return parse(record.value).header.typ == typ_header(model)
+    except InvalidMessageError:
+        return False
+
+
+def only(found: Sequence[PendingAction], request_id: str) -> PendingAction | None:
+    """The one with this id, or the only one whose id begins so."""
+    some = [one for one in found if one.request_id.startswith(request_id)]
+    return some[0] if len(some) == 1 else None

@@ -1,0 +1,180 @@
+"""Questions to people about single actions: which stand, who waits, what was answered. Pure, and bounded.
+
+A question stands until its end, answered or not: who was told no is not asked the same again, and an agent has so many
+questions and no more, whatever becomes of them. Only a yes that was used makes room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ringfence.gateway.domain import TOO_FAST, Refusal, refused
+from ringfence.kernel.ids import message_id
+from ringfence.kernel.jws import Signed
+from ringfence.messages.approval import ActionApproval, ActionRequest
+from ringfence.messages.credential import Revisions
+from ringfence.messages.registry import ActionClass
+
+_MAX_USED = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Same:
+    """What makes two requests the same for a person: nothing of it may differ from what they signed."""
+
+    agent_id: str
+    lease_id: str
+    method: str
+    url: str
+    body_digest: str
+    required: ActionClass
+    revisions: str
+
+    @classmethod
+    def of(cls, claims: ActionRequest) -> Same:
+        return cls(
+            claims.agent_id, claims.lease_id, claims.method, claims.url, claims.body_digest, claims.required,
+            written(claims.revisions),
+        )  # fmt: skip
+
+
+def written(revisions: Revisions) -> str:
+    """Revisions as text, to compare."""
+    return revisions.model_dump_json()
+
+
+@dataclass(slots=True, eq=False)
+class Question:
+    """One question, and what became of it."""
+
+    signed: Signed[ActionRequest]
+    same: Same
+    answer: Signed[ActionApproval] | None = None
+    by: str | None = None
+    """The user who answered."""
+    over: Refusal | None = None
+    """Why no answer will do any more."""
+    waiting: set[asyncio.Future[None]] = field(default_factory=set)
+
+    @property
+    def id(self) -> str:
+        return message_id(self.signed.claims.iss, self.signed.claims.jti)
+
+    @property
+    def ends_ms(self) -> int:
+        """When nothing of it counts any more: the end of the question, or of the answer."""
+        ends = self.signed.claims.exp
+        return (min(ends, self.answer.claims.exp) if self.answer is not None else ends) * 1000
+
+    @property
+    def settled(self) -> bool:
+        """Whether nobody needs to wait any more."""
+        return self.answer is not None or self.over is not None
+
+    def wake(self) -> None:
+        """Tell everybody who waits."""
+        for waiter in self.waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+class Questions:
+    """All questions of this gateway."""
+
+    def __init__(self, *, each: int, all: int) -> None:
+        """`each`: so many questions of one agent may stand, and so many of its requests wait; `all`: of all agents."""
+        self._each = each
+        self._all = all
+        self._by_same: dict[Same, Question] = {}
+        self._by_digest: dict[str, Question] = {}
+        self._used: dict[str, int] = {}
+        """Digests of those whose yes was used, and until when they would have stood."""
+        self._standing: Counter[str] = Counter()
+        self._waiting: Counter[str] = Counter()
+
+    def same(self, same: Same, now_ms: int) -> Question | None:
+        """The question that stands about the very same request, or None."""
+        self.sweep(now_ms)
+        return self._by_same.get(same)
+
+    def about(self, request_digest: str) -> Question | None:
+        """The question that an answer is over, or None."""
+        return self._by_digest.get(request_digest)
+
+    def was_used(self, request_digest: str) -> bool:
+        """Whether a yes to this question was used already."""
+        return request_digest in self._used
+
+    def full(self, agent_id: str) -> Refusal | None:
+        """Why no more may be asked for this agent now, or None."""
+        return _too_many("questions to people", self._standing, agent_id, self._each, self._all)
+
+    def crowded(self, agent_id: str) -> Refusal | None:
+        """Why no more requests of this agent may wait now, or None."""
+        return _too_many("requests that wait for people", self._waiting, agent_id, self._each, self._all)
+
+    def add(self, question: Question) -> None:
+        """It stands from now on."""
+        self._by_same[question.same] = question
+        self._by_digest[question.signed.digest] = question
+        self._standing[question.same.agent_id] += 1
+
+    def use(self, question: Question) -> None:
+        """Its yes is used: it stands no more, and is remembered as used until its end."""
+        self._drop(question)
+        self._used[question.signed.digest] = question.signed.claims.exp * 1000
+        while len(self._used) > _MAX_USED:
+            del self._used[next(iter(self._used))]
+
+    def drop(self, question: Question) -> None:
+        """It could not be asked, or what it was about is another thing by now: it stands no more."""
+        self._drop(question)
+
+    def wait(self, question: Question, waiter: asyncio.Future[None]) -> None:
+        """One more request waits for its answer."""
+        question.waiting.add(waiter)
+        self._waiting[question.same.agent_id] += 1
+
+    def leave(self, question: Question, waiter: asyncio.Future[None]) -> None:
+        """It waits no more."""
+        question.waiting.discard(waiter)
+        _less(self._waiting, question.same.agent_id)
+
+    def sweep(self, now_ms: int) -> None:
+        """Let go of what is over."""
+        for question in [one for one in self if one.ends_ms <= now_ms]:
+            self._drop(question)
+        for digest in [digest for digest, until_ms in self._used.items() if until_ms <= now_ms]:
+            del self._used[digest]
+
+    def __iter__(self) -> Iterator[Question]:
+        return iter(list(self._by_digest.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_digest)
+
+    def _drop(self, question: Question) -> None:
+        if self._by_digest.pop(question.signed.digest, None) is None:
+            return
+        if self._by_same.get(question.same) is question:
+            del self._by_same[question.same]
+        _less(self._standing, question.same.agent_id)
+
+
+def _too_many(what: str, counts: Counter[str], agent_id: str, each: int, all: int) -> Refusal | None:
+    if counts[agent_id] >= each:
+        message = f"agent {agent_id} has {each} {what}; wait until they are answered, or over"
+    elif counts.total() >= all:
+        message = f"there are {all} {what} here; ask again later"
+    else:
+        return None
+    return refused("approvals_pending_limit", message, status=TOO_FAST)
+
+
+def _less(counts: Counter[str], agent_id: str) -> None:
+    counts[agent_id] -= 1
+    if counts[agent_id] <= 0:
+        del counts[agent_id]
