@@ -27,7 +27,8 @@ from ringfence.gateway.authority import Authority
 from ringfence.gateway.forwarding import Forwarder, Patiences
 from ringfence.gateway.hosts import Scheme, canonical
 from ringfence.gateway.limits import Allowance, Limits
-from ringfence.gateway.refusals import Answer, plain_answer
+from ringfence.gateway.problem import answer as problem_of
+from ringfence.gateway.refusals import Answer
 from ringfence.gateway.serving import Connection, Desk
 from ringfence.gateway.stream import Patience, Stream
 from ringfence.gateway.upstream import Upstreams
@@ -56,7 +57,7 @@ class DataPlane:
         *,
         knows: Callable[[str], bool],
         hosts: Iterable[str] = (),
-        answer: Answer = plain_answer,
+        answer: Answer = problem_of,
         name: str = "gateway",
         clock: Clock | None = None,
         tls: ssl.SSLContext | None = None,

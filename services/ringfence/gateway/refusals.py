@@ -37,18 +37,6 @@ def problem(error: RefusedError) -> tuple[int, Mapping[str, str], bytes]:
     )
 
 
-def plain_answer(verdict: Verdict) -> tuple[int, Mapping[str, str], bytes]:
-    """What a client is told of a verdict, where the decision core has no fuller words for it."""
-    headers = {"Content-Type": _PROBLEM}
-    if verdict.retry_after_s is not None:
-        headers["Retry-After"] = str(verdict.retry_after_s)
-    if verdict.nonce is not None:
-        headers["DPoP-Nonce"] = verdict.nonce
-    code = verdict.reasons[0].code if verdict.reasons else "denied"
-    message = "; ".join(reason.message for reason in verdict.reasons) or "this is not allowed"
-    return verdict.status, headers, _details(verdict.status, code, message)
-
-
 def head(status: int, headers: Mapping[str, str], length: int, *, close: bool) -> bytes:
     """The head of an answer of the gateway's own."""
     lines = [f"HTTP/1.1 {status} {_phrase(status)}", f"Content-Length: {length}", "Cache-Control: no-store"]
