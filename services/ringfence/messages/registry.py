@@ -31,9 +31,8 @@ Role = Literal["sponsor", "operator", "auditor"]
 ActionClass = Literal["sponsor", "second_person", "operator"]
 """Whose word one action can wait for."""
 ApprovalClass = Literal["none", "sponsor", "second_person", "operator"]
-"""What a target's floor, or a rule of the bundle, can ask for."""
-"""Who must approve: nobody; the agent's sponsor; a sponsor, or an operator, who is neither the agent's sponsor nor the
-user it acts for."""
+"""What a target's floor, or a rule of the bundle, can ask for, and so who must approve: nobody; the agent's sponsor; a
+sponsor, or an operator, who is neither the agent's sponsor nor the user it acts for."""
 
 
 # --- users ------------------------------------------------------------------------------------------------------------

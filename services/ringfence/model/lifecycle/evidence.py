@@ -1,0 +1,83 @@
+"""Which of the commands that led to a state a record keeps, and which an honest registry may have dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from ringfence.messages.registry import (
+    AgentResume,
+    AgentSetCeiling,
+    AgentSuspend,
+    Command,
+    TargetRemove,
+    TargetSet,
+    UserSet,
+)
+from ringfence.model.identity import subject_of
+
+T = TypeVar("T")
+
+
+def still_needed(commands: Sequence[tuple[Command, T]], latest: Command) -> list[T]:
+    """Drop the commands that `latest` makes irrelevant, so that a record does not grow with every change.
+
+    Args:
+        commands: the embedded commands and anything that stands for them, oldest first.
+        latest: the command that was just accepted and comes after them.
+
+    Returns:
+        The second elements of those to keep. Folding them and the latest gives the same state as folding all, and what
+        a user could sign, or was, at any time stays known.
+    """
+    superseded: tuple[type[Any], ...] = ()
+    if isinstance(latest, AgentSetCeiling):
+        superseded = (AgentSetCeiling,)
+    elif isinstance(latest, TargetSet):
+        superseded = (TargetSet, TargetRemove)
+    elif isinstance(latest, AgentSuspend):
+        stops = [command for command, _ in commands if isinstance(command, AgentSuspend | AgentResume)]
+        # Not while it is suspended: by whom counts for who may resume it.
+        if stops and isinstance(stops[-1], AgentResume):
+            superseded = (AgentSuspend, AgentResume)
+    elif isinstance(latest, UserSet) and len(commands) > 1:
+        # Only the entitlements (or the name) changed, and changed again: the one between is not needed.
+        (first, _), (between, _) = commands[-2:]
+        if _same_standing(first, between, latest) and not _by_oneself(latest):
+            return [item for _, item in commands[:-1]]
+    return [item for command, item in commands if not isinstance(command, superseded)]
+
+
+def may_be_dropped(command: Command, before: Command | None, after: Sequence[Command]) -> bool:
+    """Whether an honest registry may have dropped `command` from a record that now holds others.
+
+    Args:
+        before: the last of the commands that are still there and came before it.
+        after: those that came after it, oldest first.
+    """
+    # What replaces something was signed after it: an order is not taken out of the past to undo a newer one.
+    newer = [later for later in after if later.iat >= command.iat]
+    match command:
+        case AgentSetCeiling():
+            return any(isinstance(later, AgentSetCeiling) for later in newer)
+        case AgentSuspend() | AgentResume():
+            return any(isinstance(later, AgentSuspend) for later in after)
+        case TargetSet() | TargetRemove():
+            return any(isinstance(later, TargetSet) for later in newer)
+        case UserSet():
+            follows = bool(after) and after[0] in newer
+            return before is not None and follows and _same_standing(before, command, after[0])
+        case _:
+            return False
+
+
+def _same_standing(*commands: Command) -> bool:
+    """Whether these all set a user to the same roles and keys: only name or entitlements may differ."""
+    first = commands[0]
+    return isinstance(first, UserSet) and all(
+        isinstance(c, UserSet) and (c.roles, c.keys) == (first.roles, first.keys) for c in commands
+    )
+
+
+def _by_oneself(command: UserSet) -> bool:
+    return subject_of(command.aud, command.iss, "user") == command.user_id
