@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ringfence.cli import oidc_issuers
 from ringfence.client.ceremony import TrustFolder, add_gateways, make_trust, publish_bundle, publish_trust
 from ringfence.kernel.settings import BusSettings, load
 
@@ -29,6 +30,11 @@ def init(
             help="Sign the next trust bundle, with one more gateway, by the root that is there. Repeatable.",
         ),
     ] = None,
+    oidc_issuer: oidc_issuers.IssuerOption = None,
+    jwks: oidc_issuers.JwksOption = None,
+    oidc_for: oidc_issuers.ForOption = None,
+    oidc_discovery: oidc_issuers.DiscoveryOption = False,
+    remove_oidc_issuer: oidc_issuers.RemoveOption = None,
     publish: Annotated[
         bool,
         typer.Option(
@@ -42,6 +48,16 @@ def init(
     out = Console()
     if add_gateway:
         _add(trust, add_gateway, settings, out, publish=publish)
+        return
+    if oidc_issuer or remove_oidc_issuer:
+        if oidc_issuer and remove_oidc_issuer:
+            raise typer.BadParameter("set one issuer, or remove one", param_hint="--remove-oidc-issuer")
+        if oidc_issuer:
+            version, said = oidc_issuers.add(trust, oidc_issuer, jwks, oidc_for, discovery=oidc_discovery)
+        else:
+            version, said = oidc_issuers.remove(trust, remove_oidc_issuer or "")
+        out.print(said, soft_wrap=True)
+        _published(trust, version, settings, out, publish=publish)
         return
     if not (publish and trust.root_key.exists()):
         fingerprint = make_trust(trust, settings.trust_domain, operator, gateways=gateway or ["gateway"])
@@ -65,6 +81,12 @@ def _add(
     for name in gateways:
         files = (trust.service_key(name), trust.encryption_key(name))
         out.print(f"Its keys:  {files[0]}, {files[1]}", soft_wrap=True)
+    _published(trust, version, settings, out, publish=publish)
+
+
+def _published(
+    trust: TrustFolder, version: int, settings: BusSettings, out: Console, *, publish: bool
+) -> None:
     if publish:
         asyncio.run(publish_bundle(trust, settings))
         out.print(f"Trust bundle {version} is on Kafka at {settings.kafka}.")

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -21,6 +22,7 @@ from ringfence.kernel.kafka import Publisher
 from ringfence.kernel.keys import KeyFileError, SigningKey, public_key
 from ringfence.kernel.settings import BusSettings
 from ringfence.messages.base import Name
+from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import Entitlements, UserSet
 from ringfence.messages.topics import REGISTRY_COMMAND, TRUST
 from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
@@ -142,14 +144,50 @@ def add_gateways(folder: TrustFolder, gateways: Sequence[str]) -> TrustBundle:
     services += [
         _service(folder, trust_domain, name, "gateway", now_s, bundle.exp) for name in dict.fromkeys(gateways)
     ]
-    following = bundle.model_copy(
-        update={
-            "iat": now_s,
-            "jti": str(uuid.uuid4()),
-            "version": bundle.version + 1,
-            "services": tuple(services),
-        }
-    )
+    return _sign_next(folder, root, bundle, services=tuple(services))
+
+
+def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
+    """Sign the next version of the trust bundle: with this issuer, in the place of one of that name if there is one.
+
+    Returns the bundle. Needs the root's key. Raises CeremonyError where the issuer lacks what its use needs, or there
+    is no trust root.
+    """
+    if issuer.discovery == bool(issuer.keys):
+        raise CeremonyError(
+            f"{issuer.issuer} needs either pinned keys (--jwks) or discovery (--oidc-discovery)"
+        )
+    if issuer.discovery and issuer.uses != ("instances",):
+        raise CeremonyError("the keys of who speaks for people are pinned: give --jwks, not --oidc-discovery")
+    if issuer.discovery and not issuer.issuer.startswith("https://"):
+        raise CeremonyError(
+            f"discovery goes by HTTPS, and the issuer is {issuer.issuer}; pin its keys (--jwks)"
+        )
+    root, bundle = _signed_before(folder)
+    others = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer.issuer)
+    return _sign_next(folder, root, bundle, oidc_issuers=(*others, issuer))
+
+
+def remove_oidc_issuer(folder: TrustFolder, issuer: str) -> TrustBundle:
+    """Sign the next version of the trust bundle without this issuer: its tokens count for nothing from then on.
+
+    Returns the bundle. Needs the root's key. Raises CeremonyError where it is not there, or there is no trust root.
+    """
+    root, bundle = _signed_before(folder)
+    others = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer)
+    if len(others) == len(bundle.oidc_issuers):
+        known = ", ".join(one.issuer for one in others) or "none"
+        raise CeremonyError(f"the trust bundle has no issuer {issuer}; it has {known}")
+    return _sign_next(folder, root, bundle, oidc_issuers=others)
+
+
+def _sign_next(folder: TrustFolder, root: SigningKey, bundle: TrustBundle, **changes: Any) -> TrustBundle:
+    """The bundle with these changes, signed, in its place. Raises CeremonyError where it has expired."""
+    now_s = int(time.time())
+    if bundle.exp <= now_s:
+        raise CeremonyError(f"the trust bundle in {folder.bundle} has expired; make a new trust root")
+    stamp = {"iat": now_s, "jti": str(uuid.uuid4()), "version": bundle.version + 1}
+    following = bundle.model_copy(update={**stamp, **changes})
     fresh = folder.bundle.with_suffix(".new")
     fresh.write_text(sign(following, root, header_jwk=True) + "\n")
     fresh.replace(folder.bundle)

@@ -10,6 +10,7 @@ from ringfence.kernel.errors import InvalidMessageError, SignatureError, Unavail
 from ringfence.kernel.jws import KeyFinder, open_signed, parse
 from ringfence.kernel.keys import PublicKey, public_key, valid_key
 from ringfence.messages.keys import KeyRecord, PublicJwk
+from ringfence.messages.oidc import OidcIssuer, OidcUse
 from ringfence.messages.trust import ServiceRole, TrustBundle
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,13 @@ class TrustStore:
     def finder(self, *roles: ServiceRole, at_s: float) -> KeyFinder:
         """A `KeyFinder` for messages that only services of these roles may sign."""
         return lambda iss, kid: self.service_key(iss, kid, roles, at_s)
+
+    def oidc_issuer(self, issuer: str, use: OidcUse, at_s: float) -> OidcIssuer | None:
+        """The issuer of that name, if its tokens count for `use` at `at_s`."""
+        if self._bundle is None or at_s >= self._bundle.exp:
+            return None
+        fitting = (one for one in self._bundle.oidc_issuers if one.issuer == issuer and use in one.uses)
+        return next(fitting, None)
 
     def unready(self) -> str | None:
         """Why nothing can be trusted yet, or None."""

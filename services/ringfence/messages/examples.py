@@ -35,6 +35,7 @@ from ringfence.messages.credential import (
 )
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, RevocationAck, RevocationRequest
+from ringfence.messages.oidc import OidcIssuer, OidcKey
 from ringfence.messages.operations import (
     ActionAnswered,
     ActionDecided,
@@ -78,6 +79,7 @@ _ENCRYPTION_KEY = KeyRecord(
     not_before=AT,
     not_after=AT + 31_536_000,
 )
+_OIDC_KEY = OidcKey(kid="login-2026", kty="EC", alg="ES256", crv="P-256", x=_JWK.x, y=_JWK.y)
 _DEPLOY = Permission(target="staging", verbs=("deploy",), resources=("env/staging/*",))
 _PERMISSIONS = (_DEPLOY,)
 _ENTITLEMENTS = registry.Entitlements(scope=_PERMISSIONS, source="cli", as_of=AT)
@@ -155,6 +157,12 @@ _ALL: tuple[Message, ...] = (
             ServiceIdentity(id=_service("policy"), roles=("policy",), keys=(_KEY,)),
             ServiceIdentity(
                 id=_service("gateway"), roles=("gateway",), keys=(_KEY,), encryption_keys=(_ENCRYPTION_KEY,)
+            ),
+        ),
+        oidc_issuers=(
+            OidcIssuer(issuer="https://login.acme.example", uses=("users",), keys=(_OIDC_KEY,)),
+            OidcIssuer(
+                issuer="https://token.actions.githubusercontent.com", uses=("instances",), discovery=True
             ),
         ),
     ),

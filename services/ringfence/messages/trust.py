@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from ringfence.messages.base import ExpiringClaims, Message, SpiffeId
 from ringfence.messages.keys import KeyRecord
+from ringfence.messages.oidc import OidcIssuer
 
 ServiceRole = Literal["registry", "policy", "issuer", "revoker", "gateway", "audit", "runner", "console"]
 
@@ -31,3 +32,5 @@ class TrustBundle(ExpiringClaims):
 
     version: int
     services: tuple[ServiceIdentity, ...]
+    oidc_issuers: tuple[OidcIssuer, ...] = ()
+    """Whose identity tokens count, of people and of instances of agents."""

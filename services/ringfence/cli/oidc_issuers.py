@@ -1,0 +1,77 @@
+"""`ringfence init --oidc-issuer`: whose identity tokens count, in the next version of the trust bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ringfence.client.ceremony import CeremonyError, TrustFolder, remove_oidc_issuer, set_oidc_issuer
+from ringfence.client.errors import checked
+from ringfence.kernel.oidc import read_jwks
+from ringfence.messages.oidc import OidcIssuer, OidcUse
+
+IssuerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--oidc-issuer",
+        metavar="URL",
+        help="Sign the next trust bundle, in which identity tokens of this issuer count, by the root that is there.",
+    ),
+]
+JwksOption = Annotated[
+    Path | None, typer.Option("--jwks", metavar="FILE", help="The issuer's keys (a JWKS), which are pinned.")
+]
+ForOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--oidc-for", metavar="USE", help="Whom its tokens speak for: users, instances. Repeatable."
+    ),
+]
+DiscoveryOption = Annotated[
+    bool,
+    typer.Option(
+        "--oidc-discovery",
+        help="Pin no keys: the registry reads them from the issuer, over HTTPS. For instances alone.",
+    ),
+]
+RemoveOption = Annotated[
+    str | None,
+    typer.Option(
+        "--remove-oidc-issuer",
+        metavar="URL",
+        help="Sign the next trust bundle, in which no token of this issuer counts.",
+    ),
+]
+_USES: dict[str, OidcUse] = {"users": "users", "instances": "instances"}
+
+
+def add(
+    trust: TrustFolder, issuer: str, jwks: Path | None, uses: list[str] | None, *, discovery: bool
+) -> tuple[int, str]:
+    """Sign a bundle with an issuer. Returns its version, and what to say of it. Raises CeremonyError, JwksError."""
+    if unknown := sorted(set(uses or ()) - set(_USES)):
+        raise typer.BadParameter(f"{unknown[0]!r} is neither users nor instances", param_hint="--oidc-for")
+    if not uses:
+        raise typer.BadParameter("say whom its tokens speak for: users, instances", param_hint="--oidc-for")
+    try:
+        keys = read_jwks(jwks.read_bytes()) if jwks else ()
+    except OSError as error:
+        raise CeremonyError(f"cannot read {jwks}: {error.strerror}") from None
+    with checked(issuer):
+        wanted = OidcIssuer(
+            issuer=issuer,
+            uses=tuple(dict.fromkeys(_USES[use] for use in uses)),
+            keys=keys,
+            discovery=discovery,
+        )
+    version = set_oidc_issuer(trust, wanted).version
+    known_by = f"{len(keys)} pinned keys" if keys else "keys that it publishes"
+    return version, f"Trust bundle {version} believes {issuer} for {', '.join(wanted.uses)}, by {known_by}."
+
+
+def remove(trust: TrustFolder, issuer: str) -> tuple[int, str]:
+    """Sign a bundle without an issuer. Returns its version, and what to say of it. Raises CeremonyError."""
+    version = remove_oidc_issuer(trust, issuer).version
+    return version, f"Trust bundle {version} believes nothing of {issuer}."

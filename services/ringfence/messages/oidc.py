@@ -1,0 +1,41 @@
+"""Issuers of identity tokens outside (OpenID Connect): of people, and of running instances of agents."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ringfence.messages.base import Message, NonEmpty
+
+OidcUse = Literal["users", "instances"]
+"""Whom an issuer's tokens speak for: people who ask an agent for something, or instances of agents that enrol."""
+OidcAlgorithm = Literal["RS256", "PS256", "ES256", "EdDSA"]
+"""What tokens may be signed with. Nothing symmetric: who verifies could sign. Never `none`."""
+IssuerUrl = Annotated[str, Field(pattern=r"^https?://[^\s?#]{1,500}$")]
+"""An issuer as it calls itself in `iss`, to the letter (OpenID Connect Core, 2: no query, no fragment)."""
+
+
+class OidcKey(Message):
+    """A public key of an issuer, as a JWK of its JWKS: RSA of at least 2048 bits, EC P-256, or Ed25519."""
+
+    kid: NonEmpty
+    kty: Literal["RSA", "EC", "OKP"]
+    alg: OidcAlgorithm
+    n: str | None = None
+    e: str | None = None
+    crv: Literal["P-256", "Ed25519"] | None = None
+    x: str | None = None
+    y: str | None = None
+
+
+class OidcIssuer(Message):
+    """An issuer whose tokens count, and the keys that they are verified with."""
+
+    issuer: IssuerUrl
+    uses: Annotated[tuple[OidcUse, ...], Field(min_length=1)]
+    keys: Annotated[tuple[OidcKey, ...], Field(max_length=32)] = ()
+    """Pinned: every service verifies its tokens by itself, and no other key counts."""
+    discovery: bool = False
+    """Where nothing is pinned: the registry reads the keys from the issuer (OpenID Connect Discovery), and the others
+    take its word. For instances alone."""
