@@ -31,6 +31,7 @@ from ringfence.model.chains import COMMAND_OF_TYP, ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.grants import id_of, signer_of
 from ringfence.model.identity import subject_of
+from ringfence.model.instances import enrolment_of, keys_of_agents, ref_of
 from ringfence.model.leases import statement
 
 C = TypeVar("C", bound=Claims)
@@ -89,8 +90,8 @@ class Believer:
 
     def request(self, record: Received) -> Believed[CredentialRequest]:
         """A request, signed by an agent."""
-        at_ms = record.appended_at_ms
-        return self._open(parse(record.value), CredentialRequest, self._agents(at_ms), at_ms)
+        at_ms, jws = record.appended_at_ms, parse(record.value)
+        return self._open(jws, CredentialRequest, self._agents(jws, CredentialRequest, at_ms), at_ms)
 
     def by_service(self, record: Received, model: type[C], *roles: ServiceRole) -> Believed[C]:
         """A message that services of these roles sign; of any role where none is named."""
@@ -105,9 +106,9 @@ class Believer:
 
     def by_anyone(self, record: Received, model: type[C]) -> Believed[C]:
         """A message that agents, people and the services that revoke may sign."""
-        at_ms = record.appended_at_ms
+        at_ms, jws = record.appended_at_ms, parse(record.value)
         finders = (
-            self._agents(at_ms),
+            self._agents(jws, model, at_ms),
             self._users(at_ms),
             self._trust.finder(*_MAY_REVOKE, at_s=at_ms / 1000),
         )
@@ -115,7 +116,7 @@ class Believer:
         def find(iss: str, kid: str) -> PublicKey | None:
             return next((key for finder in finders if (key := finder(iss, kid))), None)
 
-        return self._open(parse(record.value), model, find, at_ms)
+        return self._open(jws, model, find, at_ms)
 
     def command(self, record: Received) -> tuple[Believed[ExpiringClaims], str | None]:
         """A command by a person or the root, and who validly signed the consent that it embeds."""
@@ -165,8 +166,9 @@ class Believer:
         try:
             jws = parse(compact)
             claims = open_signed(
-                jws, CredentialRequest, self._agents(appended_at_ms), audience=self._trust.trust_domain
-            ).claims
+                jws, CredentialRequest, self._agents(jws, CredentialRequest, appended_at_ms),
+                audience=self._trust.trust_domain,
+            ).claims  # fmt: skip
         except (InvalidMessageError, ChainError):
             return None
         if message_id(claims.iss, claims.jti) != request_id:
@@ -254,6 +256,7 @@ class Believer:
         if known is not None and known.compact == signed.compact:
             return known
         agent = subject_of(self._trust.trust_domain, claims.iss, "agent") or ""
+        enrolment = enrolment_of(claims)
         facts = RequestFacts(
             request_id=request_id,
             compact=signed.compact,
@@ -271,6 +274,7 @@ class Believer:
             sponsor=self.sponsor_of(agent),
             on_behalf_of=self._on_behalf_of(claims.task_id),
             break_glass=claims.break_glass is True,
+            instance=ref_of(enrolment).model_dump() if enrolment else None,
             traceparent=traceparent,
         )
         if known is None and len(signed.compact) <= _REMEMBERED_BYTES:
@@ -373,9 +377,8 @@ class Believer:
             raise OutdatedError(late, error.code) from None
         return Believed(claims, jws.compact, jws.header.kid)
 
-    def _agents(self, at_ms: int) -> KeyFinder:
-        at_s = at_ms / 1000
-        return lambda iss, kid: self._directory.agent_key(iss, kid, at_s)
+    def _agents(self, jws: UnverifiedJws, model: type[Claims], at_ms: int) -> KeyFinder:
+        return keys_of_agents(self._directory, jws, model, at_ms / 1000)
 
     def _users(self, at_ms: int) -> KeyFinder:
         chains = self._directory.chains

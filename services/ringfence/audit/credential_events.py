@@ -309,6 +309,7 @@ def leased(
     words: dict[str, Any] = {
         "agent": claims.agent_id,
         "act": list(claims.act),
+        "instance": claims.instance.model_dump() if claims.instance else None,
         "task": claims.task_id,
         "sponsor": claims.sponsor,
         "on_behalf_of": claims.on_behalf_of,
@@ -490,6 +491,7 @@ def _words(facts: RequestFacts) -> dict[str, Any]:
         "break_glass": True if facts.break_glass else None,
         "agent": facts.agent,
         "act": [facts.agent],
+        "instance": facts.instance,
         "task": facts.task,
         "sponsor": facts.sponsor,
         "on_behalf_of": facts.on_behalf_of,

@@ -51,6 +51,8 @@ class RequestFacts:
     sponsor: str | None
     on_behalf_of: str | None
     break_glass: bool = False
+    instance: dict[str, Any] | None = None
+    """The running instance that asked, where it was one."""
     approvers: tuple[str, ...] = ()
     decision: str | None = None
     policy_revision: str | None = None

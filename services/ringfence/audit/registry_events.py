@@ -68,6 +68,13 @@ _VERBS: Mapping[str, _Verb] = {
     "user.set": _Verb(3, "set", "changed", "user.changed", LOW),
     "user.disable": _Verb(9, "disable", "disabled", "user.disabled", LOW),
     "agent.register": _Verb(1, "register", "registered", "agent.registered"),
+    "agent.set-attestation": _Verb(
+        3,
+        "set who attests instances of",
+        "told anew who attests its instances",
+        "agent.attestation_set",
+        MEDIUM,
+    ),
     "agent.set-ceiling": _Verb(3, "set the ceiling of", "given another ceiling", "agent.ceiling_set", LOW),
     "agent.transfer": _Verb(3, "transfer", "transferred", "agent.transferred", LOW),
     "agent.suspend": _Verb(12, "suspend", "suspended", "agent.suspended", MEDIUM),

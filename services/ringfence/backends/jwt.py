@@ -109,6 +109,9 @@ class JwtBackend:
                 for permission in lease.scope
             ],
         }
+        if lease.instance is not None:
+            of = lease.instance
+            claims["instance"] = {"id": of.instance_id, "iss": of.issuer, "sub": of.subject}
         # Only where a proof is demanded: whoever knows RFC 9449 refuses a token with it that comes as a bearer token.
         if settings_of(target, JwtSettings).dpop == "required":
             claims["cnf"] = {"jkt": lease.key_thumbprint}

@@ -17,6 +17,7 @@ from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import MAX_LIFE_S, sign
 from ringfence.kernel.keys import SigningKey, thumbprint
 from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.instances import AttestationSelector
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.lease import RevocationRequest, Selector
 from ringfence.messages.permission import Permission
@@ -24,6 +25,7 @@ from ringfence.messages.registry import (
     AgentDecommission,
     AgentRegister,
     AgentResume,
+    AgentSetAttestation,
     AgentSetCeiling,
     AgentSuspend,
     AgentTransfer,
@@ -153,8 +155,12 @@ class Administrator(Lifetime):
         keys: Sequence[AnyKey],
         ceiling: Sequence[Permission],
         sponsor: str | None = None,
+        attestation: Sequence[AttestationSelector] = (),
     ) -> Accepted:
-        """Register an agent. `sponsor` is whoever signs where None; an operator may name another."""
+        """Register an agent. `sponsor` is whoever signs where None; an operator may name another.
+
+        With `attestation` it needs no key: its running instances enrol their own.
+        """
         validate_scope(tuple(ceiling), allow_empty=True)
         with checked("the agent"):
             command = AgentRegister(
@@ -164,6 +170,15 @@ class Administrator(Lifetime):
                 description=description,
                 keys=self.key_records(keys),
                 ceiling=tuple(ceiling),
+                attestation=tuple(attestation),
+            )
+        return await self._command(command, agent_id)
+
+    async def set_attestation(self, agent_id: str, attestation: Sequence[AttestationSelector]) -> Accepted:
+        """Replace which running instances of an agent may enrol a key; those that fit no more hold nothing new."""
+        with checked("the selectors"):
+            command = AgentSetAttestation(
+                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, attestation=tuple(attestation)
             )
         return await self._command(command, agent_id)
 

@@ -11,14 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from ringfence.client.connection import Connection, Coordinate, subject
+from ringfence.client.attested import Attested
+from ringfence.client.connection import Connection, Coordinate, load_settings, subject
 from ringfence.client.credentials import IssuedCredential
-from ringfence.client.errors import RequestDeniedError, RequestTimeoutError, checked
+from ringfence.client.errors import (
+    IdentityError,
+    InvalidCallError,
+    RequestDeniedError,
+    RequestTimeoutError,
+    checked,
+)
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.outcomes import Outcomes
 from ringfence.client.replies import Allowed, Answer, Denied, PendingRequest, SentRequest, read_reply, who
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.clock import Clock
+from ringfence.client.token_sources import TokenSource, source_of
+from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Received
@@ -79,6 +87,8 @@ class Agent(Lifetime):
         key: SigningKey | Path | str | None = None,
         settings: ClientSettings | None = None,
         *,
+        attest: TokenSource | str | None = None,
+        agent_id: str | None = None,
         clock: Clock | None = None,
     ) -> Self:
         """An agent to be used as an async context manager: `async with Agent.connect(...) as agent`.
@@ -86,11 +96,25 @@ class Agent(Lifetime):
         Args:
             key: the agent's key, or the path of its file; `RINGFENCE_IDENTITY` where None.
             settings: where to connect to; read from `RINGFENCE_*` and `ringfence.toml` where None.
+            attest: where the platform's identity token comes from, in the place of a key: a `TokenSource`, or
+                `file:PATH`, `github` or `gcp`; `RINGFENCE_ATTEST` where None and no key is given.
+            agent_id: the agent that this is an instance of, with `attest`; `RINGFENCE_AGENT` where None.
 
         Raises:
-            SettingsError, IdentityError, KeyFileError; on entering, UnavailableError.
+            SettingsError, IdentityError, KeyFileError, InvalidCallError; on entering, UnavailableError, and with
+            `attest` TokenSourceError and EnrolmentRefusedError.
         """
-        return cls(Connection(key, settings, clock))
+        settings, clock = load_settings(settings), clock or SystemClock()
+        attest = attest or (settings.attest if key is None else None)
+        if attest is None:
+            return cls(Connection(key, settings, clock))
+        if key is not None:
+            raise InvalidCallError("an instance enrols a key of its own: give a key or attest, and not both")
+        if not (agent_id := agent_id or settings.agent):
+            raise IdentityError("say which agent this is an instance of: agent_id, or RINGFENCE_AGENT")
+        source = source_of(attest) if isinstance(attest, str) else attest
+        attested = Attested(agent_id, source, settings, clock, key_file=settings.attest_key_file)
+        return cls(Connection(None, settings, clock, attested=attested))
 
     async def start(self) -> None:
         """Connect and begin to listen for replies. `async with` does it."""
@@ -166,6 +190,7 @@ class Agent(Lifetime):
         delivery: Delivery = "agent",
     ) -> IssuedCredential:
         """Like `request`, with several permissions at the one target: different verbs on different resources."""
+        await self.connection.renew()
         waiting = self._prepare(task, tuple(scope), reason, ttl_s, delivery, break_glass)
         sent = waiting.sent
         self._waiting[sent.request_id] = waiting
@@ -258,9 +283,14 @@ class Agent(Lifetime):
             UnavailableError: Kafka did not take the release.
         """
         lease_id = credential if isinstance(credential, str) else credential.lease_id
+        await self.connection.renew()
         with checked("the release"):
             claims = RevocationRequest(
-                **self.connection.stamp(life_s=0), kind="release", lease_id=lease_id, reason=reason
+                **self.connection.stamp(life_s=0),
+                kind="release",
+                lease_id=lease_id,
+                reason=reason,
+                enrolment=self.connection.enrolment,
             )
         trace = None if isinstance(credential, str) else credential.trace_id
         traceparent = in_trace(trace) if trace else None
@@ -297,6 +327,7 @@ class Agent(Lifetime):
                 reason=reason,
                 reply_key=reply_key.public,
                 break_glass=True if break_glass else None,
+                enrolment=self.connection.enrolment,
             )
         key = self.connection.key
         return _Waiting(SentRequest(claims, sign(claims, key), reply_key, new_traceparent(), key))

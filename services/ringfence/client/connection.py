@@ -13,6 +13,7 @@ from typing import Any
 from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
+from ringfence.client.attested import Attested
 from ringfence.client.errors import IdentityError
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
@@ -119,16 +120,23 @@ class Connection(Lifetime):
         key: SigningKey | Path | str | None = None,
         settings: ClientSettings | None = None,
         clock: Clock | None = None,
+        *,
+        attested: Attested | None = None,
     ) -> None:
         """Args:
             key: the identity, as a key or the path of its file; the settings' where None.
             settings: where to connect to; read from the environment and `ringfence.toml` where None.
+            attested: the identity of a running instance, in the place of a key.
 
         Raises:
             SettingsError, IdentityError, KeyFileError
         """  # fmt: skip
         self.settings = load_settings(settings)
-        self.key = load_key(key, self.settings)
+        self._attested = attested
+        # Enrolled before it is first used.
+        self.key = SigningKey.generate(attested.id) if attested else load_key(key, self.settings)
+        self.enrolment: str | None = None
+        """What everything that is signed for an agent carries, where a running instance signs it."""
         self.clock: Clock = clock or SystemClock()
         self.trust = TrustStore(self.settings.trust_domain, self.settings.trust_root)
         self.letters = DeadLetters()
@@ -142,12 +150,19 @@ class Connection(Lifetime):
     async def start(self) -> None:
         """Connect, and read the trust bundle. Raises UnavailableError where Kafka or the bundle is not there."""
         try:
+            await self.renew()
             await self._publisher.start()
             await self.follow([TRUST], self._on_trust)
             self.trust.require()
         except BaseException:
             await self.close()
             raise
+
+    async def renew(self) -> None:
+        """See that the key of a running instance counts for a while yet. Raises as `Attested.current` does."""
+        if self._attested is not None:
+            enrolled = await self._attested.current()
+            self.key, self.enrolment = enrolled.key, enrolled.enrolment
 
     async def close(self) -> None:
         """Send what is buffered and disconnect. May be called again."""

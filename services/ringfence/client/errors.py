@@ -25,6 +25,12 @@ class IdentityError(RingfenceError):
     code = "identity_wrong"
 
 
+class EnrolmentRefusedError(RingfenceError):
+    """The registry does not let a running instance in; `code` says why."""
+
+    code = "enrol_refused"
+
+
 class RequestDeniedError(RingfenceError):
     """A request for a credential was denied, by policy or by the issuer. `reasons` holds every reason."""
 

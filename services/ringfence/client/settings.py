@@ -21,6 +21,12 @@ class ClientSettings(BusSettings):
 
     identity: Annotated[Path | None, BeforeValidator(_path_of)] = None
     """The key file (JSON, mode 0600) that says who is calling; `RINGFENCE_IDENTITY`."""
+    agent: str | None = None
+    """The agent that this process is an instance of, where it enrols a key of its own; `RINGFENCE_AGENT`."""
+    attest: str | None = None
+    """Where its platform's identity token comes from: `file:PATH`, `github` or `gcp`; `RINGFENCE_ATTEST`."""
+    attest_key_file: Path | None = None
+    """Where the enrolled key is kept for a process that starts again; in memory alone where not set."""
     entitlements_max_age_s: Annotated[int, Field(ge=1)] = 30 * 24 * 3600
     """As the services have it: past this age a user's entitlements count for nothing."""
     registry_url: str = f"http://127.0.0.1:{PORTS['registry']}"

@@ -40,6 +40,7 @@ from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDE
 from ringfence.model.approvals import may_approve
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
+from ringfence.model.instances import keys_of_agents
 from ringfence.model.requests import DeniedError, Facts, gather
 
 log = logging.getLogger(__name__)
@@ -419,10 +420,11 @@ class Sponsor(Lifetime):
     def _facts(self, asked: ApprovalRequest, at_ms: int) -> Facts:
         """What the agent signed, held against the verified records. Raises where the asking does not agree with it."""
         directory = self._known_directory()
+        jws = parse(asked.request)
         request = open_signed(
-            parse(asked.request),
+            jws,
             CredentialRequest,
-            lambda iss, kid: directory.agent_key(iss, kid, at_ms / 1000),
+            keys_of_agents(directory, jws, CredentialRequest, at_ms / 1000),
             audience=self.connection.settings.trust_domain,
         )
         claims = request.claims

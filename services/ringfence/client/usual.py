@@ -19,6 +19,7 @@ from ringfence.messages.permission import Scope
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.identity import subject_of
+from ringfence.model.instances import keys_of_agents
 from ringfence.model.scope import missing
 
 if TYPE_CHECKING:
@@ -156,10 +157,11 @@ class Usual:
         if jws.header.typ != typ_header(Approval):
             return None
         approval = open_signed(jws, Approval, person, audience=audience).claims
+        asked = parse(approval.request)
         request = open_signed(
-            parse(approval.request),
+            asked,
             CredentialRequest,
-            lambda iss, kid: self._directory.agent_key(iss, kid, at_ms / 1000),
+            keys_of_agents(self._directory, asked, CredentialRequest, at_ms / 1000),
             audience=audience,
         ).claims
         if subject_of(audience, request.iss, "agent") != agent or not self._is_approver(approval.iss):

@@ -17,6 +17,7 @@ from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import ActionClass, TargetState
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
+from ringfence.model.instances import ref_void
 from ringfence.model.request_map import Action
 from ringfence.model.requests import DeniedError, Ground, against, find_ground
 from ringfence.model.rule import Side, lacking
@@ -135,6 +136,8 @@ def weigh(
         reasons.append(_no_lease(sender, wanted[0], candidates))
     else:
         reasons += _not_usable(lease, target)
+        gone = ref_void(lease.instance, ground.agent.state) if lease.instance and ground else None
+        reasons += [gone] if gone else []
         reasons += _of_others(lease, wanted, directory)
     if lease is None or ground is None or reasons:
         return Refusal(FORBIDDEN, tuple(reasons))

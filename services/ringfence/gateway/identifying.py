@@ -125,7 +125,8 @@ class Identifier:
                 return refused(error.code, str(error), status=UNAUTHORIZED)
         except UnavailableError as error:
             return refused("proofs_full", str(error), status=UNAVAILABLE)
-        owner = self._keys.owner(self._trust_domain, kid, self._clock.now_ms() / 1000)
+        now_s = self._clock.now_ms() / 1000
+        owner = self._keys.owner(self._trust_domain, kid, now_s) or _instance_of(lease, kid, now_s)
         if owner is None:
             message = "the proof is by a key that is no agent's, or counts no more"
             return refused("proof_by_stranger", message, status=UNAUTHORIZED)
@@ -138,6 +139,13 @@ class Identifier:
             message = "make the proof with the nonce of this answer"
             return refused(NONCE_WANTED, message, status=UNAUTHORIZED)
         return Sender(lease.agent_id, lease.task_id, handle)
+
+
+def _instance_of(lease: Lease, kid: str, now_s: float) -> str | None:
+    """The agent of a lease that a running instance asked for, with this very key; the issuer verified its enrolment."""
+    if lease.instance is None or lease.key_thumbprint != kid or now_s >= lease.instance.not_after:
+        return None
+    return lease.agent_id
 
 
 def _stolen(lease: Lease, by: str) -> Refusal:

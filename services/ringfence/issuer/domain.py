@@ -9,7 +9,6 @@ from typing import Any, TypedDict, TypeVar
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import lease_id, message_id
 from ringfence.kernel.jws import Signed, open_signed, parse
-from ringfence.kernel.keys import PublicKey
 from ringfence.kernel.seal import check_reply_key
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.base import Jws
@@ -28,6 +27,7 @@ from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory, Entry
 from ringfence.model.grants import grant_problem, id_of
 from ringfence.model.identity import subject_of
+from ringfence.model.instances import keys_of_agents, ref_of
 from ringfence.model.leases import origin_of, record_id
 from ringfence.model.requests import DeniedError, Facts, gather, violations
 from ringfence.model.rule import DeadlineError, deadline_ms
@@ -174,13 +174,11 @@ def _request(decision: Decision, directory: Directory, terms: Terms) -> _Asked:
     if source.appended_at_ms > decision.at.appended_at_ms + SKEW_MS:
         raise _RefusedError(_reason("source_later", "the request came after its decision"), finding=True)
 
-    def find(iss: str, kid: str) -> PublicKey | None:
-        return directory.agent_key(iss, kid, source.appended_at_ms / 1000)
-
     try:
         jws = parse(claims.request)
         request = open_signed(
-            jws, CredentialRequest, find,
+            jws, CredentialRequest,
+            keys_of_agents(directory, jws, CredentialRequest, source.appended_at_ms / 1000),
             audience=terms.trust_domain, appended_at_ms=source.appended_at_ms,
         )  # fmt: skip
     except ChainError as error:
@@ -221,7 +219,7 @@ def _issue(decision: Decision, asked: _Asked, directory: Directory, terms: Terms
     ttl_s = _check_terms(decision, facts, terms, unchanged=unchanged)
     grants = _check_approvals(decision, facts, directory, ttl_s, revisions, unchanged=unchanged)
     try:
-        end_ms = deadline_ms(at_ms, ttl_s, facts.task.state.not_after * 1000)
+        end_ms = deadline_ms(at_ms, ttl_s, facts.not_after * 1000)
     except DeadlineError as error:
         raise _RefusedError(_reason(error.code, str(error))) from None
     return _leased(decision, facts, asked.kid, terms, end_ms // 1000, grants)
@@ -366,6 +364,7 @@ def _leased(
         deadline=deadline,
         grants=tuple(map(id_of, grants)) or None,
         key_thumbprint=kid,
+        instance=ref_of(facts.instance) if facts.instance else None,
         break_glass=request.break_glass,
         traceparent=decision.traceparent,
     )

@@ -88,7 +88,7 @@ class Topic(Generic[M]):
     """Keyed by agent id. All such topics have one partition count, so one consumer owns an agent in all of them."""
     min_compaction_lag_s: int = 0
     also_json: tuple[type[Message], ...] = ()
-    """Payloads inside a sealed (JWE) message, for the published schemas."""
+    """Payloads inside a sealed (JWE) message, and what else belongs to one, for the published schemas."""
 
     def name(self, prefix: str) -> str:
         """The topic's name under a prefix (`RINGFENCE_TOPIC_PREFIX`), e.g. `ringfence.lease.v1`."""

@@ -33,6 +33,11 @@ from ringfence.messages.credential import (
     SealedDelivery,
     SealedReply,
 )
+from ringfence.messages.instances import (
+    AttestationSelector,
+    InstanceEnrol,
+    InstanceEnrolment,
+)
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, RevocationAck, RevocationRequest
 from ringfence.messages.oidc import OidcIssuer, OidcKey
@@ -117,6 +122,13 @@ def _record(kind: str, id: str) -> dict[str, Any]:
     return _claims(_service("registry"), sub=f"spiffe://{TD}/{kind}/{id}", revision=1, commands=(command,))
 
 
+_WORKLOAD = "repo:acme/deploy:ref:refs/heads/main"
+_SELECTOR = AttestationSelector(
+    issuer="https://token.actions.githubusercontent.com",
+    claims={"sub": "repo:acme/deploy:*", "repository_id": "74", "ref": "refs/heads/main"},
+    key_bound=True,
+)
+_INSTANCE = "3f1c7a52-9a0e-5c1b-8d2e-7a529a0e5c1b"
 _AGENT_STATE = registry.AgentState(
     agent_id="deploy-bot",
     sponsor="sam",
@@ -124,6 +136,7 @@ _AGENT_STATE = registry.AgentState(
     keys=(_KEY,),
     ceiling=_PERMISSIONS,
     status="active",
+    attestation=(_SELECTOR,),
 )
 _TARGET_STATE = registry.TargetState(
     target_id="staging",
@@ -183,6 +196,7 @@ _ALL: tuple[Message, ...] = (
         keys=(_KEY,),
         ceiling=_PERMISSIONS,
     ),
+    registry.AgentSetAttestation(**_command(_SAM), agent_id="deploy-bot", attestation=(_SELECTOR,)),
     registry.AgentSetCeiling(**_command(_SAM), agent_id="deploy-bot", ceiling=_PERMISSIONS),
     registry.AgentTransfer(**_command(_SAM), agent_id="deploy-bot", sponsor="petra"),
     registry.AgentSuspend(**_command(_SAM), agent_id="deploy-bot", reason="odd requests overnight"),
@@ -339,6 +353,20 @@ _ALL: tuple[Message, ...] = (
         key_thumbprint=_KEY.kid,
         cause=EndCause(kind="release", at_ms=AT_MS + 60_000, by=_BOT, ref="7d1c", reason="done"),
         traceparent=_TRACE,
+    ),
+    InstanceEnrol(**_command(_BOT), key=_JWK, token=_JWS),
+    InstanceEnrolment(
+        **_claims(_service("registry")),
+        sub=_BOT,
+        instance_id=_INSTANCE,
+        key=KeyRecord(kid=_KEY.kid, jwk=_JWK, not_before=AT - 30, not_after=AT + 3570),
+        issuer=_SELECTOR.issuer,
+        subject=_WORKLOAD,
+        selector=_DIGEST,
+        claims={"sub": _WORKLOAD, "repository_id": "74", "ref": "refs/heads/main"},
+        token_digest=_DIGEST,
+        key_bound=True,
+        agent_revision=2,
     ),
     LeaseEpoch(**_claims(_service("revoker")), epoch="7.5f0e8f4e", partition=0),
     RevocationRequest(**_claims(_BOT), kind="release", lease_id=_LEASE, reason="done"),

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ringfence.messages.base import (
     Claims,
     Digest,
+    Jws,
     Message,
     Millis,
     Name,
@@ -19,6 +20,7 @@ from ringfence.messages.base import (
     Uuid,
 )
 from ringfence.messages.credential import Delivery
+from ringfence.messages.instances import InstanceRef
 from ringfence.messages.permission import Permission
 
 LeaseStatus = Literal["minting", "active", "ending", "released", "revoked", "expired", "aborted"]
@@ -84,6 +86,8 @@ class Lease(Claims):
     """The ids of the grants that it was issued on: each counts the leases that name it."""
     key_thumbprint: str | None = None
     """The key that a token is bound to (`cnf.jkt`), where it is."""
+    instance: InstanceRef | None = None
+    """The running instance that asked, where it was one; `key_thumbprint` is its key then."""
     break_glass: Literal[True] | None = None
     """Set where two operators allowed what the bundle denied."""
     cause: EndCause | None = None
@@ -139,6 +143,8 @@ class RevocationRequest(Claims):
     lease_id: Uuid | None = None
     selector: Selector | None = None
     reason: NonEmpty
+    enrolment: Jws | None = None
+    """Set where a running instance signs, with the key that this `instance.enrolment` is about."""
 
     @model_validator(mode="after")
     def _lease_or_selector(self) -> RevocationRequest:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ringfence.messages.base import Claims, Digest, Message, Millis, Name, NonEmpty, SpiffeId, Uuid
 from ringfence.messages.credential import Coordinates, Reason
+from ringfence.messages.instances import EnrolledInstance
 
 EventKind = Literal["started", "stopped", "accepted", "refused", "replayed", "finding"]
 
@@ -36,6 +37,8 @@ class ServiceEvent(Claims):
     request_id: str | None = None
     lease_id: str | None = None
     task_id: str | None = None
+    enrolled: EnrolledInstance | None = None
+    """The running instance that a registry let in: what it needs to refuse the same token to anybody else."""
     sponsor: str | None = None
     """Who should be told, where a person has to know of it: the sponsor who is accountable for the agent."""
     at_ms: Millis

@@ -24,6 +24,7 @@ from ringfence.messages.base import (
     TtlSeconds,
     Uuid,
 )
+from ringfence.messages.instances import AttestationSelector
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope, Verb
 
@@ -89,8 +90,19 @@ class AgentRegister(ExpiringClaims):
     agent_id: Name
     sponsor: Name
     description: NonEmpty
-    keys: Annotated[tuple[KeyRecord, ...], Field(min_length=1, max_length=16)]
+    keys: Annotated[tuple[KeyRecord, ...], Field(max_length=16)]
+    """None where its instances enrol keys of their own."""
     ceiling: Scope
+    attestation: Annotated[tuple[AttestationSelector, ...], Field(max_length=32)] = ()
+
+
+class AgentSetAttestation(ExpiringClaims):
+    """Replace which instances may enrol; keys of others count no more. Signed by its sponsor or an operator."""
+
+    typ: ClassVar[str] = "agent.set-attestation"
+
+    agent_id: Name
+    attestation: Annotated[tuple[AttestationSelector, ...], Field(max_length=32)]
 
 
 class AgentSetCeiling(ExpiringClaims):
@@ -148,6 +160,8 @@ class AgentState(Message):
     ceiling: Scope
     status: Literal["active", "suspended", "decommissioned"]
     suspended_by_operator: bool = False
+    attestation: tuple[AttestationSelector, ...] = ()
+    """Which of its running instances may enrol a key of their own."""
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -353,6 +367,7 @@ Command = (
     | UserDisable
     | AgentRegister
     | AgentSetCeiling
+    | AgentSetAttestation
     | AgentTransfer
     | AgentSuspend
     | AgentResume
@@ -367,6 +382,7 @@ COMMANDS: tuple[type[ExpiringClaims], ...] = (
     UserDisable,
     AgentRegister,
     AgentSetCeiling,
+    AgentSetAttestation,
     AgentTransfer,
     AgentSuspend,
     AgentResume,

@@ -24,6 +24,7 @@ from ringfence.messages.credential import (
     SealedDelivery,
     SealedReply,
 )
+from ringfence.messages.instances import InstanceEnrol, InstanceEnrolment
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
 from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, Heartbeat, ServiceEvent
 from ringfence.messages.registry import COMMANDS, AgentRecord, TargetRecord, TaskRecord, UserRecord
@@ -53,6 +54,7 @@ CREDENTIAL_REQUEST = Topic(
     ("policy", "audit"),
     7 * _DAY,
     True,
+    also_json=(InstanceEnrol, InstanceEnrolment),
 )
 CREDENTIAL_DECISION = Topic(
     "credential.decision",

@@ -14,6 +14,7 @@ from ringfence.messages.lease import EndCause, EndKind, Lease, RevocationRequest
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.identity import subject_of
+from ringfence.model.instances import keys_of_agents
 
 if TYPE_CHECKING:  # rules use what stands here, and import nothing that does I/O
     from ringfence.kernel.kafka import Received
@@ -133,19 +134,20 @@ def agent_of_task(task_id: str, directory: Directory) -> str | None:
 
 def open_order(record: Received, directory: Directory, trust: TrustStore) -> Order:
     """A revocation with the signature of somebody who may have a say. Raises InvalidMessageError."""
-    at_s = record.appended_at_ms / 1000
+    at_s, jws = record.appended_at_ms / 1000, parse(record.value)
+    agents = keys_of_agents(directory, jws, RevocationRequest, at_s)
 
     def find(iss: str, kid: str) -> PublicKey | None:
         try:
             return (
-                directory.agent_key(iss, kid, at_s)
+                agents(iss, kid)
                 or directory.user_key(iss, kid, at_s)
                 or trust.service_key(iss, kid, ("revoker", "registry"), at_s)
             )
         except ChainError:
             return None
 
-    signed = open_signed(parse(record.value), RevocationRequest, find, audience=trust.trust_domain)
+    signed = open_signed(jws, RevocationRequest, find, audience=trust.trust_domain)
     return Order(signed, record.coordinates, record.traceparent)
 
 

@@ -8,11 +8,13 @@ from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import Signed
 from ringfence.messages.credential import CredentialRequest, Reason, Revisions
+from ringfence.messages.instances import InstanceEnrolment
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import AgentState, ApprovalClass, TargetState, TaskState, UserState
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory, Entry
 from ringfence.model.identity import subject_of
+from ringfence.model.instances import enrolment_of, void
 from ringfence.model.rule import Side, lacking, sides_of
 from ringfence.model.scope import ScopeError, validate_scope
 
@@ -65,6 +67,14 @@ class Facts(Ground):
 
     request: Signed[CredentialRequest]
     request_id: str
+    instance: InstanceEnrolment | None = None
+    """The running instance that asks, where it is one."""
+
+    @property
+    def not_after(self) -> int:
+        """The latest end of what is issued: that of the task, or of the instance's key."""
+        task_end: int = self.task.state.not_after
+        return min(task_end, self.instance.key.not_after) if self.instance else task_end
 
     @property
     def break_glass(self) -> bool:
@@ -93,7 +103,7 @@ def gather(directory: Directory, request: Signed[CredentialRequest]) -> Facts:
     ground = find_ground(directory, agent_id, claims.task_id, target_id)
     return Facts(
         ground.agent, ground.sponsor, ground.task, ground.user, ground.target,
-        request, message_id(claims.iss, claims.jti),
+        request, message_id(claims.iss, claims.jti), enrolment_of(claims),
     )  # fmt: skip
 
 
@@ -123,7 +133,9 @@ def violations(facts: Facts, now_s: float, entitlements_max_age_s: int) -> tuple
 
     `now_s` is a time on the broker's clock: an append time, so that a repeat gives the same answer.
     """
-    return against(facts, facts.request.claims.scope, now_s, entitlements_max_age_s)
+    found = against(facts, facts.request.claims.scope, now_s, entitlements_max_age_s)
+    gone = void(facts.instance, facts.agent.state) if facts.instance else None
+    return (*found, gone) if gone else found
 
 
 def against(ground: Ground, wanted: Scope, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:

@@ -7,8 +7,8 @@ from typing import Any, Final
 from ringfence.messages.registry import AgentRecord, AnyState, UserState
 from ringfence.model.directory import Entry
 
-# What no rule needs: keys, names of people, and what only the gateway reads.
-_LEFT_OUT: Final = {"keys", "name", "requests"}
+# What no rule needs: keys and who may enrol some, names of people, and what only the gateway reads.
+_LEFT_OUT: Final = {"keys", "name", "requests", "attestation"}
 _OF_SPONSOR: Final = {"user_id", "status", "roles"}
 
 

@@ -21,6 +21,7 @@ from ringfence.messages.registry import TargetState, UserState
 from ringfence.model.approvals import BREAK_GLASS_TTL_S, may_approve, required_classes, unmet
 from ringfence.model.directory import Directory
 from ringfence.model.identity import subject_of
+from ringfence.model.instances import ref_of
 from ringfence.model.requests import Facts
 from ringfence.model.written import WrittenRecords, sponsor_of
 from ringfence.rego.engine import PolicyResult
@@ -135,6 +136,8 @@ class InputBuilder:
         }
         if facts.break_glass:
             document["request"]["break_glass"] = True
+        if facts.instance is not None:
+            document["request"]["instance"] = ref_of(facts.instance).model_dump()
         if facts.sponsor is not None:
             document["sponsor"] = sponsor_of(facts.sponsor.state)
         return document

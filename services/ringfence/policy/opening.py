@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from ringfence.kernel.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import ExpiredError, Signed, open_signed, parse
+from ringfence.kernel.jws import ExpiredError, KeyFinder, Signed, open_signed, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import PublicKey, valid_key
 from ringfence.kernel.runtime import Runtime
@@ -18,6 +18,7 @@ from ringfence.messages.credential import CredentialRequest
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.identity import subject_of
+from ringfence.model.instances import keys_of_agents
 from ringfence.policy.domain import Case
 from ringfence.policy.store import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS
 
@@ -27,6 +28,9 @@ MAX_REQUEST_BYTES = 64 * 1024
 """The largest request that is weighed: its decision holds it whole, and has a limit too."""
 MAX_APPROVAL_BYTES = 192 * 1024
 
+
+FindKey = Callable[[str, str, float, KeyFinder], PublicKey | None]
+"""(`iss`, `kid`, when, the keys of agents) to the key that may speak for that signer."""
 
 _FOR_OTHERS = frozenset({typ_header(BreakGlassReview), typ_header(ActionApproval)})
 
@@ -85,7 +89,7 @@ class Opener:
         self,
         record: Received,
         model: type[C],
-        find_key: Callable[[str, str, float], PublicKey | None],
+        find_key: FindKey,
         max_bytes: int,
     ) -> tuple[Signed[C], ExpiredError | None]:
         if len(record.value) > max_bytes:
@@ -93,11 +97,12 @@ class Opener:
                 f"a {model.typ} of {len(record.value)} bytes; the limit is {max_bytes}", code="too_large"
             )
         jws, at_s = parse(record.value), record.appended_at_ms / 1000
+        of_agents = keys_of_agents(self._directory, jws, model, at_s)
         audience = self._runtime.settings.trust_domain
         for known_here in (False, True):
             try:
                 signed = open_signed(
-                    jws, model, lambda iss, kid: find_key(iss, kid, at_s),
+                    jws, model, lambda iss, kid: find_key(iss, kid, at_s, of_agents),
                     audience=audience, appended_at_ms=record.appended_at_ms,
                 )  # fmt: skip
             except ExpiredError as error:
@@ -112,16 +117,16 @@ class Opener:
                 return signed, None
         raise AssertionError("not reached")
 
-    def _agent_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
+    def _agent_key(self, iss: str, kid: str, at_s: float, of_agents: KeyFinder) -> PublicKey | None:
         try:
-            return self._directory.agent_key(iss, kid, at_s)
+            return of_agents(iss, kid)
         except ChainError:
             return None
 
-    def _person_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
+    def _person_key(self, iss: str, kid: str, at_s: float, of_agents: KeyFinder) -> PublicKey | None:
         user_id = subject_of(self._runtime.settings.trust_domain, iss, "user")
         if user_id is None:
-            return self._agent_key(iss, kid, at_s)
+            return self._agent_key(iss, kid, at_s, of_agents)
         try:
             entry = self._directory.user(user_id)
         except ChainError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 from ringfence.kernel.bus import one_by_one
 from ringfence.kernel.clock import Clock
@@ -13,10 +14,16 @@ from ringfence.kernel.settings import ServiceSettings, load
 from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
 from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
+from ringfence.registry.discovery import Discovery
+from ringfence.registry.enrol_http import EnrolApi
+from ringfence.registry.enrolling import Enroller
 from ringfence.registry.handlers import Registry
 from ringfence.registry.http import Api
 from ringfence.registry.settings import RegistrySettings
 from ringfence.registry.store import REMEMBERED_MS, Memory
+
+RECALL_S = 5.0
+"""How long an instance that enrols waits for the registry's memory."""
 
 
 def build(
@@ -42,6 +49,18 @@ def build(
     runtime.background(
         "heartbeat", lambda: registry.beat_while(lambda: commands.owns(command_topic, 0), own.heartbeat_s)
     )
+    discovery = Discovery(runtime.clock, own.oidc_ca_file)
+    runtime.on_stop(discovery.close)
+
+    def lets_nobody_in() -> str | None:
+        if commands.owns(command_topic, 0):
+            return registry.untrusted()
+        return "another replica of the registry is at work; ask that one"
+
+    recalled = partial(registry.history.caught_up, RECALL_S)
+    enroller = Enroller(runtime, directory, memory, discovery, lets_nobody_in, recalled)
+    registry.on_own_event = enroller.on_event
+    runtime.routes += EnrolApi(enroller).routes()
     runtime.ready_when(registry.untrusted)
     runtime.routes += Api(directory, settings.trust_domain, runtime.clock).routes()
     return runtime

@@ -63,6 +63,8 @@ class Registry:
         self._compared = False
         self.history: Follower | None = None
         """What reads this registry's own events; set by the wiring."""
+        self.on_own_event: Callable[[ServiceEvent], None] = lambda event: None
+        """Is told of each of these that was read back."""
 
     # --- commands ---
 
@@ -219,6 +221,7 @@ class Registry:
                 continue  # whoever wrote that is not the registry
             if event.kind in ("accepted", "refused") and event.actor and event.ref and event.source:
                 self._memory.remember(event.actor, event.ref, event.source)
+            self.on_own_event(event)
 
     async def catch_up(self) -> None:
         """Wait until tables and memory hold what the replica wrote that had the commands before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -15,5 +16,7 @@ class RegistrySettings(RingfenceSettings):
 
     model_config = SettingsConfigDict(env_prefix="RINGFENCE_REGISTRY_", extra="ignore", frozen=True)
 
+    oidc_ca_file: Path | None = None
+    """Authorities (PEM), besides the machine's own, that issuers of identity tokens are verified by."""
     heartbeat_s: Annotated[float, Field(gt=0, le=60)] = 1.0
     """How often the tables are confirmed; well below `RINGFENCE_GRACE_S`, after which every other service denies."""

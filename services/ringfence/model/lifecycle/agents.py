@@ -6,16 +6,23 @@ from ringfence.messages.registry import (
     AgentDecommission,
     AgentRegister,
     AgentResume,
+    AgentSetAttestation,
     AgentSetCeiling,
     AgentState,
     AgentSuspend,
     AgentTransfer,
 )
-from ringfence.model.lifecycle.checks import check_keys, check_scope, check_sponsor
+from ringfence.model.lifecycle.checks import check_attestation, check_keys, check_scope, check_sponsor
 from ringfence.model.lifecycle.context import CommandRefusedError, Context
 
 AgentCommand = (
-    AgentRegister | AgentSetCeiling | AgentTransfer | AgentSuspend | AgentResume | AgentDecommission
+    AgentRegister
+    | AgentSetCeiling
+    | AgentSetAttestation
+    | AgentTransfer
+    | AgentSuspend
+    | AgentResume
+    | AgentDecommission
 )
 
 
@@ -37,6 +44,9 @@ def apply_to_agent(state: AgentState | None, command: AgentCommand, context: Con
         case AgentSetCeiling():
             check_scope(command.ceiling, allow_empty=True)
             return state.model_copy(update={"ceiling": command.ceiling})
+        case AgentSetAttestation():
+            check_attestation(command.attestation)
+            return state.model_copy(update={"attestation": command.attestation})
         case AgentTransfer():
             check_sponsor(command.sponsor, context)
             return state.model_copy(update={"sponsor": command.sponsor})
@@ -68,7 +78,8 @@ def _register(state: AgentState | None, command: AgentRegister, context: Context
         )
     check_sponsor(command.sponsor, context)
     check_scope(command.ceiling, allow_empty=True)
-    check_keys(command.keys, context.at_s, at_least=1)
+    check_attestation(command.attestation)
+    check_keys(command.keys, context.at_s, at_least=0 if command.attestation else 1)
     return AgentState(
         agent_id=command.agent_id,
         sponsor=command.sponsor,
@@ -76,4 +87,5 @@ def _register(state: AgentState | None, command: AgentRegister, context: Context
         keys=command.keys,
         ceiling=command.ceiling,
         status="active",
+        attestation=command.attestation,
     )

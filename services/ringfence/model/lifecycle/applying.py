@@ -6,6 +6,7 @@ from typing import Any
 
 from ringfence.messages.registry import (
     AgentResume,
+    AgentSetAttestation,
     AgentSetCeiling,
     AgentState,
     AgentTransfer,
@@ -27,7 +28,14 @@ from ringfence.model.lifecycle.targets import apply_to_target
 from ringfence.model.lifecycle.tasks import apply_to_task
 from ringfence.model.lifecycle.users import apply_to_user
 
-MAY_WIDEN: tuple[type[Any], ...] = (UserSet, AgentSetCeiling, AgentTransfer, AgentResume, TargetSet)
+MAY_WIDEN: tuple[type[Any], ...] = (
+    UserSet,
+    AgentSetCeiling,
+    AgentSetAttestation,
+    AgentTransfer,
+    AgentResume,
+    TargetSet,
+)
 """Commands that can give more than there was. Given in another order than they were signed in, they would undo what
 came after them, so that order is kept. What only narrows is never late."""
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ringfence.kernel.keys import public_key
+from ringfence.messages.instances import AttestationSelector
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope
+from ringfence.model.attestation import problem, selector_id
 from ringfence.model.lifecycle.context import CommandRefusedError, Context
 from ringfence.model.scope import ScopeError, validate_scope
 
@@ -46,6 +48,15 @@ def check_keys(keys: Sequence[KeyRecord], at_s: int, *, at_least: int) -> None:
             )
     if sum(key.not_before <= at_s < key.not_after for key in keys) < at_least:
         raise CommandRefusedError("no key is valid now; see not_before and not_after", code="no_valid_key")
+
+
+def check_attestation(selectors: Sequence[AttestationSelector]) -> None:
+    """Selectors, each of which says whose workload it lets in."""
+    if len({selector_id(selector) for selector in selectors}) != len(selectors):
+        raise CommandRefusedError("one selector is listed twice", code="selector_twice")
+    for selector in selectors:
+        if found := problem(selector):
+            raise CommandRefusedError(found, code="selector_too_wide")
 
 
 def check_scope(scope: Scope, *, allow_empty: bool = False) -> None:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from ringfence.messages.registry import (
     AgentResume,
+    AgentSetAttestation,
     AgentSetCeiling,
     AgentSuspend,
     Command,
@@ -33,6 +34,8 @@ def still_needed(commands: Sequence[tuple[Command, T]], latest: Command) -> list
     superseded: tuple[type[Any], ...] = ()
     if isinstance(latest, AgentSetCeiling):
         superseded = (AgentSetCeiling,)
+    elif isinstance(latest, AgentSetAttestation):
+        superseded = (AgentSetAttestation,)
     elif isinstance(latest, TargetSet):
         superseded = (TargetSet, TargetRemove)
     elif isinstance(latest, AgentSuspend):
@@ -60,6 +63,8 @@ def may_be_dropped(command: Command, before: Command | None, after: Sequence[Com
     match command:
         case AgentSetCeiling():
             return any(isinstance(later, AgentSetCeiling) for later in newer)
+        case AgentSetAttestation():
+            return any(isinstance(later, AgentSetAttestation) for later in newer)
         case AgentSuspend() | AgentResume():
             return any(isinstance(later, AgentSuspend) for later in after)
         case TargetSet() | TargetRemove():

@@ -1,0 +1,155 @@
+"""A running instance's identity: a key of its own, and the registry's enrolment of it, renewed before it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from ringfence.client.errors import EnrolmentRefusedError
+from ringfence.client.settings import ClientSettings
+from ringfence.client.token_sources import TokenSource
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.ids import digest
+from ringfence.kernel.jws import parse, sign
+from ringfence.kernel.keys import SigningKey
+from ringfence.messages.instances import InstanceEnrol, InstanceEnrolment
+from ringfence.model.attestation import bound_audience
+from ringfence.model.identity import spiffe_id
+
+log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 10.0
+_TRIES = 4
+_PAUSE_S = 0.5
+_RENEWED_AFTER = 2 / 3
+"""After this part of its life an enrolment is renewed when the key is next needed."""
+_LIFE_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolled:
+    """A key that counts for now."""
+
+    key: SigningKey
+    enrolment: str
+    """The registry's `instance.enrolment`: everything that the key signs for the agent carries it."""
+    instance_id: str
+    begins: int
+    not_after: int
+    token: str
+    """The digest of the platform's token."""
+
+
+class Attested:
+    """Enrols keys for one agent. It never writes a token anywhere."""
+
+    def __init__(
+        self,
+        agent_id: str,
+        source: TokenSource,
+        settings: ClientSettings,
+        clock: Clock,
+        *,
+        key_file: Path | None = None,
+    ) -> None:
+        """`key_file`: where the key is kept, and taken up by a process that starts again while the platform's token is
+        the same (which is good for one key); on a volume in memory of this instance alone. None: in this process."""
+        self.id = spiffe_id(settings.trust_domain, "agent", agent_id)
+        self._source = source
+        self._settings = settings
+        self._clock = clock
+        self._key_file = key_file
+        self._enrolled: Enrolled | None = None
+        self._lock = asyncio.Lock()
+
+    async def current(self) -> Enrolled:
+        """An enrolled key that counts for a while yet.
+
+        Raises TokenSourceError, EnrolmentRefusedError, UnavailableError where there is none to be had.
+        """
+        async with self._lock:
+            known, now_s = self._enrolled, self._clock.now_ms() / 1000
+            if known is not None and now_s < known.begins + (known.not_after - known.begins) * _RENEWED_AFTER:
+                return known
+            try:
+                self._enrolled = await self._renewed(known)
+            except RingfenceError as error:
+                if known is None or now_s >= known.not_after - _LIFE_S:
+                    raise
+                log.warning("the enrolment was not renewed yet: %s", error)
+                return known
+            return self._enrolled
+
+    async def _renewed(self, known: Enrolled | None) -> Enrolled:
+        key = self._key()
+        token = await self._source.token(bound_audience(self._settings.trust_domain, key.kid))
+        if known is not None and known.token == digest(token):
+            raise UnavailableError("the platform has not renewed its token yet")
+        enrolment = await self._ask(key, token)
+        try:
+            # Verified by those who act on it; here it only says how long it counts.
+            claims = parse(enrolment).unverified_claims(InstanceEnrolment)
+        except InvalidMessageError as error:
+            raise EnrolmentRefusedError(f"the registry answered without an enrolment: {error}") from None
+        log.info("instance %s is enrolled until %d", claims.instance_id, claims.key.not_after)
+        return Enrolled(key, enrolment, claims.instance_id, claims.iat, claims.key.not_after, digest(token))
+
+    def _key(self) -> SigningKey:
+        if self._key_file is None:
+            return SigningKey.generate(self.id)
+        if not self._key_file.exists():
+            SigningKey.generate(self.id).save(self._key_file)
+        key = SigningKey.load(self._key_file)
+        if key.id != self.id:
+            raise EnrolmentRefusedError(f"{self._key_file} holds a key of {key.id}; name another file")
+        return key
+
+    async def _ask(self, key: SigningKey, token: str) -> str:
+        now_s = self._clock.now_ms() // 1000
+        claims = InstanceEnrol(
+            iss=self.id, aud=self._settings.trust_domain, iat=now_s, exp=now_s + _LIFE_S, jti=str(uuid.uuid4()),
+            key=key.public, token=token,
+        )  # fmt: skip
+        body, url = sign(claims, key), self._settings.registry_url.rstrip("/") + "/v1/enrol"
+        answer, failed = None, ""
+        async with httpx.AsyncClient(timeout=_TIMEOUT_S) as http:
+            for left in reversed(range(_TRIES)):
+                try:
+                    answer = await http.post(url, content=body, headers={"Content-Type": "application/jose"})
+                except (httpx.HTTPError, httpx.InvalidURL) as error:
+                    failed = type(error).__name__
+                else:
+                    failed = ""
+                if not failed and answer is not None and answer.status_code != 503:
+                    return _enrolment(answer)
+                if left:  # of several registries one is at work
+                    await asyncio.sleep(_PAUSE_S)
+        why = failed or (_said(answer) if answer is not None else "")
+        raise UnavailableError(
+            f"the registry at {self._settings.registry_url} enrols nobody now ({why}); is it running? Its address is "
+            "RINGFENCE_REGISTRY_URL"
+        )
+
+
+def _enrolment(answer: httpx.Response) -> str:
+    try:
+        found = answer.json()
+    except ValueError:
+        found = None
+    if answer.status_code == 200 and isinstance(found, dict) and isinstance(found.get("enrolment"), str):
+        return str(found["enrolment"])
+    code = found.get("error") if isinstance(found, dict) else None
+    raise EnrolmentRefusedError(f"the registry lets this instance not in: {_said(answer)}", code=code)
+
+
+def _said(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["message"])[:1000]
+    except (ValueError, KeyError, TypeError):
+        return f"it answered {answer.status_code}"

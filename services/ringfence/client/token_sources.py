@@ -1,0 +1,123 @@
+"""Where a running instance gets its platform's identity token: a file, GitHub Actions, Google's metadata server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+
+from ringfence.client.errors import InvalidCallError
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.oidc import MAX_TOKEN_BYTES
+
+_TIMEOUT_S = 10.0
+_GOOGLE = "http://metadata.google.internal"
+SYNTAX = "file:PATH, github or gcp"
+
+
+class TokenSourceError(RingfenceError):
+    """The platform gave no identity token; the message says what to set up there."""
+
+    code = "no_platform_token"
+
+
+class TokenSource(Protocol):
+    """Gives identity tokens of the platform that this process runs on."""
+
+    async def token(self, bound_audience: str) -> str:
+        """A token. `bound_audience` is what it should be for, where the platform lets its caller say so: it is good
+        then for one key alone. Raises TokenSourceError."""
+        ...
+
+
+def source_of(text: str, environ: Mapping[str, str] = os.environ) -> TokenSource:
+    """The source that `file:PATH`, `github` or `gcp` names. Raises InvalidCallError."""
+    kind, _, rest = text.partition(":")
+    if kind == "file" and rest:
+        return TokenFile(Path(rest))
+    if text == "github":
+        return GitHubActions(environ)
+    if text == "gcp":
+        return GoogleMetadata()
+    raise InvalidCallError(f"{text!r} names no source of identity tokens; write {SYNTAX}")
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A file that the platform renews: a projected service account token of Kubernetes, or a JWT-SVID that a helper of
+    SPIFFE writes. Its audience was chosen where it is set up: `spiffe://TRUST-DOMAIN/enrol`."""
+
+    path: Path
+
+    async def token(self, bound_audience: str) -> str:
+        """What stands in the file now. Raises TokenSourceError."""
+        try:
+            text = await asyncio.to_thread(self.path.read_text)
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is no text"
+            raise TokenSourceError(f"cannot read the platform's token in {self.path}: {why}") from None
+        return _checked(text, str(self.path))
+
+
+@dataclass(frozen=True)
+class GitHubActions:
+    """A job of GitHub Actions with `permissions: id-token: write`."""
+
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
+
+    async def token(self, bound_audience: str) -> str:
+        """A token of this job for one key. Raises TokenSourceError."""
+        url, secret = (self.environ.get(f"ACTIONS_ID_TOKEN_REQUEST_{name}") for name in ("URL", "TOKEN"))
+        if not url or not secret:
+            raise TokenSourceError(
+                "this is no job of GitHub Actions that may ask for identity tokens; give it the permission "
+                "id-token: write"
+            )
+        answer = await _get(
+            url, {"audience": bound_audience}, {"Authorization": f"bearer {secret}"}, "GitHub"
+        )
+        try:
+            return _checked(answer.json()["value"], "GitHub")
+        except (ValueError, KeyError, TypeError):
+            raise TokenSourceError("GitHub answered without a token") from None
+
+
+@dataclass(frozen=True)
+class GoogleMetadata:
+    """A machine of Google Cloud, by its metadata server."""
+
+    url: str = _GOOGLE
+
+    async def token(self, bound_audience: str) -> str:
+        """A token of this machine for one key. Raises TokenSourceError."""
+        answer = await _get(
+            f"{self.url}/computeMetadata/v1/instance/service-accounts/default/identity",
+            {"audience": bound_audience, "format": "full"},
+            {"Metadata-Flavor": "Google"},
+            "Google's metadata server",
+        )
+        return _checked(answer.text, "Google's metadata server")
+
+
+async def _get(url: str, query: dict[str, str], headers: dict[str, str], who: str) -> httpx.Response:
+    try:
+        async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False) as http:
+            # What is in the address already stays there.
+            answer = await http.get(httpx.URL(url).copy_merge_params(query), headers=headers)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise TokenSourceError(f"{who} does not answer ({type(error).__name__})") from None
+    if answer.status_code != 200:
+        raise TokenSourceError(f"{who} gave no identity token: it answered {answer.status_code}")
+    return answer
+
+
+def _checked(text: object, where: str) -> str:
+    token = text.strip() if isinstance(text, str) else ""
+    if token.count(".") != 2 or len(token) > MAX_TOKEN_BYTES:
+        raise TokenSourceError(f"what {where} has is no JWT")
+    return token

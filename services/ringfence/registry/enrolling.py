@@ -1,0 +1,304 @@
+"""Lets running instances of agents in: a platform's token and a fresh key in, a signed enrolment out.
+
+The token comes by HTTP, and stands nowhere before it is spent: from the moment that Kafka has the event, it is good for
+the key that it came with and for no other. The memory of that is rebuilt from these events.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.ids import derived_id
+from ringfence.kernel.jws import LEEWAY_S, Signed, open_signed, parse, sign
+from ringfence.kernel.keys import PublicKey, public_key
+from ringfence.kernel.oidc import IdentityToken, TokenError, unverified_issuer, unverified_kid, verify
+from ringfence.kernel.runtime import Runtime
+from ringfence.messages.credential import Reason
+from ringfence.messages.instances import (
+    AttestationSelector,
+    EnrolledInstance,
+    InstanceEnrol,
+    InstanceEnrolment,
+)
+from ringfence.messages.keys import KeyRecord
+from ringfence.messages.oidc import OidcIssuer, OidcKey
+from ringfence.messages.operations import ServiceEvent
+from ringfence.messages.registry import AgentState
+from ringfence.model.attestation import bound_audience, matching, selector_id
+from ringfence.model.chains import ChainError
+from ringfence.model.directory import Directory
+from ringfence.model.identity import subject_of
+from ringfence.model.instances import MAX_TOKEN_AGE_S, audiences, instance_id
+from ringfence.registry.store import Memory
+
+log = logging.getLogger(__name__)
+
+MAX_ENROL_BYTES = 32 * 1024
+TOKENS_REMEMBERED_S = MAX_TOKEN_AGE_S + 10 * 60
+"""As long as a token counts, and a little."""
+_SWEEP_EVERY = 10_000
+_MOST_REFUSALS = 10_000
+_BY_STRANGERS = frozenset(
+    {"token_malformed", "alg_not_allowed", "key_unknown", "signature_invalid", "issuer_untrusted"}
+)
+"""Codes of tokens that no platform signed: anybody can send those, so they are counted nowhere but in the log."""
+
+
+class EnrolRefusedError(RingfenceError):
+    """An instance is not let in; `code` says why."""
+
+    code = "enrol_refused"
+
+
+class KeysByDiscovery(Protocol):
+    """Where the keys of an issuer come from that publishes them."""
+
+    async def keys(self, issuer: str, kid: str) -> Sequence[OidcKey]:
+        """The issuer's keys, read anew where `kid` is not among those that are known.
+
+        Raises UnavailableError where the issuer cannot be asked.
+        """
+        ...
+
+
+class _Let(NamedTuple):
+    """Who is let in, by what."""
+
+    agent: AgentState
+    revision: int
+    selector: AttestationSelector
+    claims: Mapping[str, str]
+    token: IdentityToken
+    pinned: bool
+
+
+class Enroller:
+    """Enrols instances; see the module."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        memory: Memory,
+        discovery: KeysByDiscovery,
+        ready: Callable[[], str | None],
+        recalled: Callable[[], Awaitable[bool]],
+    ) -> None:
+        """`ready`: why this replica lets nobody in now, or None. `recalled`: whether it has read all own events."""
+        self._runtime = runtime
+        self._directory = directory
+        self._memory = memory
+        self._discovery = discovery
+        self._ready = ready
+        self._recalled = recalled
+        self._spent: dict[str, EnrolledInstance] = {}
+        """By the token's digest, for which key it was used."""
+        self._told: dict[str, None] = {}
+        """Refusals that there is an event of."""
+
+    async def enrol(self, compact: str | bytes) -> str:
+        """The signed enrolment of the key that signed an `instance.enrol`.
+
+        Raises EnrolRefusedError, TokenError, InvalidMessageError: nobody is let in; UnavailableError: not now.
+        """
+        if reason := self._ready():
+            raise UnavailableError(reason)
+        signed = self._opened(compact)
+        try:
+            let = await self._let(signed)
+            if not await self._recalled():
+                raise UnavailableError(
+                    "which tokens are spent cannot be read from Kafka now; ask again later"
+                )
+            enrolled, fresh = self._spend(let, signed)
+        except (EnrolRefusedError, TokenError) as error:
+            await self._tell_refusal(signed, error)
+            raise
+        if fresh:
+            try:
+                await self._tell(signed, let, enrolled)
+            except BaseException:
+                self._spent.pop(enrolled.token_digest, None)
+                raise
+        log.info("instance %s of agent %s enrolled", enrolled.instance_id, let.agent.agent_id)
+        return self._certificate(signed, let, enrolled)
+
+    # --- who asks ---
+
+    def _opened(self, compact: str | bytes) -> Signed[InstanceEnrol]:
+        """The request, with proof that its sender has the key that it is about."""
+        jws = parse(compact)
+        claims = jws.unverified_claims(InstanceEnrol)
+        try:
+            key = public_key(claims.key)
+        except ValueError as error:
+            raise InvalidMessageError(
+                f"the key to be enrolled cannot be used: {error}", code="key_invalid"
+            ) from None
+
+        def find(iss: str, kid: str) -> PublicKey | None:
+            return key if kid == key.kid else None
+
+        trust_domain = self._runtime.settings.trust_domain
+        return open_signed(
+            jws, InstanceEnrol, find, audience=trust_domain, appended_at_ms=self._runtime.clock.now_ms()
+        )
+
+    async def _let(self, signed: Signed[InstanceEnrol]) -> _Let:
+        claims, trust_domain = signed.claims, self._runtime.settings.trust_domain
+        issuer = self._issuer(claims.token)
+        kid = public_key(claims.key).kid
+        keys: Sequence[OidcKey] = issuer.keys
+        if issuer.discovery:
+            keys = await self._discovery.keys(issuer.issuer, unverified_kid(claims.token))
+        token = verify(
+            claims.token, keys, issuer=issuer.issuer, audience=audiences(trust_domain, kid),
+            at_s=self._runtime.clock.now_ms() / 1000, max_age_s=MAX_TOKEN_AGE_S,
+        )  # fmt: skip
+        agent, revision = self._agent(claims.iss)
+        if self._memory.holders(kid):
+            raise EnrolRefusedError(
+                "that key belongs to somebody already; make a fresh one", code="key_taken"
+            )
+        selectors = agent.attestation
+        if not self._is_bound(token, kid):
+            selectors = tuple(selector for selector in selectors if not selector.key_bound)
+        found = matching(selectors, issuer.issuer, token.claims)
+        if found is None:
+            raise EnrolRefusedError(
+                f"no selector of agent {agent.agent_id} lets in {token.subject[:200]} of {issuer.issuer}; compare "
+                "with: ringfence agent show",
+                code="instance_unmatched",
+            )
+        return _Let(agent, revision, *found, token, not issuer.discovery)
+
+    def _is_bound(self, token: IdentityToken, kid: str) -> bool:
+        """Whether a token is for this key, and for no other."""
+        bound = bound_audience(self._runtime.settings.trust_domain, kid)
+        return token.claims["aud"] in (bound, [bound])
+
+    def _issuer(self, token: str) -> OidcIssuer:
+        name, now_s = unverified_issuer(token), self._runtime.clock.now_ms() / 1000
+        issuer = self._runtime.trust.oidc_issuer(name, "instances", now_s)
+        if issuer is None:
+            raise EnrolRefusedError(
+                f"the trust bundle does not believe {name[:200]} about instances; the root adds it with: "
+                "ringfence init --oidc-issuer",
+                code="issuer_untrusted",
+            )
+        return issuer
+
+    def _agent(self, iss: str) -> tuple[AgentState, int]:
+        agent_id = subject_of(self._runtime.settings.trust_domain, iss, "agent")
+        try:
+            entry = self._directory.agent(agent_id) if agent_id else None
+        except ChainError as error:
+            raise EnrolRefusedError(
+                f"the record of {iss} counts for nothing: {error}", code=error.code
+            ) from None
+        if entry is None:
+            raise EnrolRefusedError(f"there is no agent {agent_id or iss}", code="agent_unknown")
+        if entry.state.status != "active":
+            raise EnrolRefusedError(
+                f"agent {agent_id} is {entry.state.status}", code=f"agent_{entry.state.status}"
+            )
+        return entry.state, entry.revision
+
+    # --- a token is good for one key ---
+
+    def _spend(self, let: _Let, signed: Signed[InstanceEnrol]) -> tuple[EnrolledInstance, bool]:
+        """What the token is spent on, and whether it is only now. Nothing is awaited for between look and mark."""
+        kid, digest = public_key(signed.claims.key).kid, let.token.digest
+        now_s = self._runtime.clock.now_ms() // 1000
+        known = self._spent.get(digest)
+        if known is not None and known.kid != kid:
+            raise EnrolRefusedError(
+                "another key was enrolled with this token; get a new token for each key",
+                code="token_replayed",
+            )
+        if known is not None:
+            return known, False
+        ref = EnrolledInstance(
+            instance_id=instance_id(digest, kid),
+            issuer=let.token.issuer,
+            subject=let.token.subject,
+            selector=selector_id(let.selector),
+            not_after=now_s + let.selector.max_life_s - LEEWAY_S,
+            kid=kid,
+            token_digest=digest,
+            enrolled_at=now_s,
+        )
+        self._remember(ref)
+        return ref, True
+
+    def _remember(self, enrolled: EnrolledInstance) -> None:
+        self._spent.setdefault(enrolled.token_digest, enrolled)
+        if len(self._spent) % _SWEEP_EVERY == 0:
+            horizon_s = self._runtime.clock.now_ms() // 1000 - TOKENS_REMEMBERED_S
+            self._spent = {k: v for k, v in self._spent.items() if v.enrolled_at >= horizon_s}
+
+    def on_event(self, event: ServiceEvent) -> None:
+        """Read back what this registry, or the replica before it, said."""
+        if event.kind == "accepted" and event.enrolled is not None:
+            self._remember(event.enrolled)
+
+    # --- what is said ---
+
+    def _certificate(self, signed: Signed[InstanceEnrol], let: _Let, enrolled: EnrolledInstance) -> str:
+        key, trust_domain = self._runtime.key, self._runtime.settings.trust_domain
+        certificate = InstanceEnrolment(
+            iss=key.id,
+            aud=trust_domain,
+            iat=enrolled.enrolled_at,
+            jti=derived_id("instance.enrolment", enrolled.instance_id),
+            sub=signed.claims.iss,
+            instance_id=enrolled.instance_id,
+            key=KeyRecord(
+                kid=enrolled.kid,
+                jwk=signed.claims.key,
+                not_before=enrolled.enrolled_at - LEEWAY_S,
+                not_after=enrolled.not_after,
+            ),
+            issuer=enrolled.issuer,
+            subject=enrolled.subject,
+            selector=selector_id(let.selector),
+            claims=dict(let.claims),
+            token_digest=enrolled.token_digest,
+            key_bound=self._is_bound(let.token, enrolled.kid),
+            agent_revision=let.revision,
+            token=signed.claims.token if let.pinned else None,
+        )
+        return sign(certificate, key)
+
+    async def _tell(self, signed: Signed[InstanceEnrol], let: _Let, enrolled: EnrolledInstance) -> None:
+        await self._runtime.event(
+            "accepted",
+            InstanceEnrol.typ,
+            about=(enrolled.instance_id,),
+            actor=signed.claims.iss,
+            ref=signed.claims.jti,
+            result=enrolled.instance_id,
+            agent_id=let.agent.agent_id,
+            enrolled=enrolled,
+        )
+
+    async def _tell_refusal(self, signed: Signed[InstanceEnrol], error: RingfenceError) -> None:
+        """An event, once, of what a platform did sign, and nobody is let in with."""
+        agent_id = subject_of(self._runtime.settings.trust_domain, signed.claims.iss, "agent")
+        mark = f"{error.code} {agent_id} {signed.claims.key.x}"
+        if error.code in _BY_STRANGERS or mark in self._told or len(self._told) >= _MOST_REFUSALS:
+            log.info("nobody is let in (%s)", error.code)
+            return
+        self._told[mark] = None
+        entry = self._directory.unverified("agent", agent_id) if agent_id else None
+        await self._runtime.event(
+            "finding" if error.code == "token_replayed" else "refused",
+            InstanceEnrol.typ,
+            about=(signed.claims.iss, mark),
+            ref=signed.claims.jti,
+            reasons=(Reason(code=error.code, message=str(error)[:2048]),),
+            agent_id=agent_id if entry is not None else None,
+        )

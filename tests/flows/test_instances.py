@@ -1,0 +1,416 @@
+"""Running instances enrol keys of their own with their platform's tokens, and what else is tried enrols nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+
+from ringfence.client.agent import Agent
+from ringfence.client.credentials import TokenCredential
+from ringfence.client.errors import EnrolmentRefusedError, IdentityError, InvalidCallError, RequestDeniedError
+from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.jws import parse, sign
+from ringfence.kernel.kafka import Received
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.seal import ReplyKey
+from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.instances import InstanceEnrolment
+from ringfence.messages.lease import Lease
+from ringfence.messages.operations import DeadLetter
+from ringfence.messages.registry import AgentDecommission, AgentResume, AgentSuspend
+from ringfence.messages.topics import ALL, AUDIT, CREDENTIAL_REQUEST, DEAD_LETTER, LEASE, SERVICE_EVENT
+from ringfence.model.attestation import audience
+from ringfence.model.instances import instance_id
+from tests import platforms
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
+from tests.flows.sdk import READ, client
+from tests.flows.yard import Given, Yard, fresh
+from tests.oidc import TokenIssuer
+from tests.world import Party, World
+
+ASK: dict[str, Any] = {
+    "target": "staging",
+    "verbs": ["read"],
+    "resources": ["env/a"],
+    "reason": "a look",
+    "timeout_s": 60,
+}
+
+
+@pytest.fixture(scope="module")
+async def yard(
+    kafka: Kafka, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Yard]:
+    """All of Ringfence, once for all tests of this module."""
+    async with (
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        Yard.open(world, tmp_path_factory.mktemp("yard")) as yard,
+        world.running("registry", "policy", "issuer", "revoker", "audit", own={"registry": yard.own}),
+    ):
+        yield await yard.staff()
+
+
+def opened(enrolment: str) -> InstanceEnrolment:
+    return parse(enrolment).unverified_claims(InstanceEnrolment)
+
+
+# --- what lets in -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("platform", platforms.PLATFORMS)
+async def test_a_token_of_each_platform_gets_a_key_and_the_key_gets_a_credential(
+    yard: Yard, platform: str
+) -> None:
+    agent = await yard.agent(yard.selector(platform))
+    task, issuer = await yard.task(agent), yard.pinned[platform]
+    async with yard.connected(agent, Given(issuer, platform)) as connected:
+        credential = await connected.request(task=task, **ASK)
+        assert isinstance(credential, TokenCredential)
+        enrolment = opened(connected.connection.enrolment or "")
+        kid = connected.connection.key.kid
+        said = jwt.decode(credential.value, options={"verify_signature": False})
+        assert said["instance"] == {
+            "id": enrolment.instance_id,
+            "iss": issuer.issuer,
+            "sub": platforms.claims(platform, issuer, "x")["sub"],
+        }
+        record = await yard.world.consume_until(LEASE, lambda r: r.key == credential.lease_id)
+        lease = yard.world.opened(record, Lease, "issuer")
+        assert lease.instance is not None
+        assert (lease.instance.instance_id, lease.key_thumbprint) == (enrolment.instance_id, kid)
+        assert enrolment.claims == {
+            name: value for name, value in enrolment.claims.items() if name in yard.selector(platform).claims
+        }
+        assert set(enrolment.claims) == set(yard.selector(platform).claims)
+        await connected.release(credential, timeout_s=60)
+
+
+async def test_the_trail_says_which_instance_it_was(yard: Yard) -> None:
+    agent = await yard.agent(yard.selector("github"))
+    async with yard.connected(agent, Given(yard.pinned["github"])) as connected:
+        credential = await connected.request(task=await yard.task(agent), **ASK)
+        instance = opened(connected.connection.enrolment or "").instance_id
+
+        def about(code: str) -> Any:
+            return lambda record: (
+                f'"{instance}"'.encode() in record.value and f'"{code}"'.encode() in record.value
+            )
+
+        for code in ("message.accepted", "credential.requested", "credential.issued"):
+            await yard.world.consume_until(AUDIT, about(code))
+        await connected.release(credential)
+
+
+async def test_an_issuer_that_publishes_its_keys_is_asked_for_them(yard: Yard) -> None:
+    agent = await yard.agent(platforms.selector("github", yard.published.issuer))
+    async with yard.connected(agent, Given(yard.published)) as connected:
+        credential = await connected.request(task=await yard.task(agent), **ASK)
+        assert opened(connected.connection.enrolment or "").token is None, "nobody else could verify it"
+        await connected.release(credential)
+    asked = len(yard.published.asked)
+    await yard.enrol(agent, yard.published.token({"iss": yard.published.issuer}, kid="no"), fresh(agent))
+    assert len(yard.published.asked) == asked, "strangers do not make it ask again"
+
+
+async def test_a_key_of_the_record_goes_on_counting_beside_instances(yard: Yard) -> None:
+    agent = await yard.world.agent("both", yard.sam, READ, attestation=(yard.selector("gcp"),))
+    task = await yard.task(agent)
+    async with (
+        Agent.connect(agent.key, client(yard.world)) as one,
+        yard.connected(agent, Given(yard.pinned["gcp"], "gcp")) as other,
+    ):
+        by_key, by_instance = await asyncio.gather(
+            one.request(task=task, **ASK), other.request(task=task, **ASK)
+        )
+        assert isinstance(by_key, TokenCredential)
+        assert isinstance(by_instance, TokenCredential)
+        assert "instance" not in jwt.decode(by_key.value, options={"verify_signature": False})
+        assert "instance" in jwt.decode(by_instance.value, options={"verify_signature": False})
+        # Each may give back what the agent holds, whoever of them asked for it.
+        await one.release(by_instance, timeout_s=60)
+        await other.release(by_key, timeout_s=60)
+
+
+# --- what enrols nothing ----------------------------------------------------------------------------------------------
+
+
+async def refused(yard: Yard, agent: Party, token: str, by: SigningKey, **claims: Any) -> str:
+    answer = await yard.enrol(agent, token, by, **claims)
+    assert answer.status_code == 400, answer.text
+    assert token not in answer.text
+    return str(answer.json()["error"])
+
+
+@pytest.mark.parametrize(
+    ("claims", "code"),
+    [
+        ({"aud": "test.example"}, "aud_unexpected"),
+        ({"aud": "spiffe://other.example/enrol"}, "aud_unexpected"),
+        ({"aud": ["spiffe://test.example/enrol", "https://elsewhere"]}, "aud_unexpected"),
+        ({"iat": int(time.time()) - 3700, "exp": int(time.time()) + 600}, "too_old"),
+        ({"exp": int(time.time()) - 60}, "expired"),
+        ({"ref": "refs/heads/other"}, "instance_unmatched"),
+        ({"repository_id": 75}, "instance_unmatched"),
+        ({"environment": None}, "instance_unmatched"),
+        ({"sub": "repo:acme/deploy2:ref:refs/heads/main"}, "instance_unmatched"),
+    ],
+)
+async def test_a_token_that_does_not_fit_enrols_nothing(
+    yard: Yard, claims: dict[str, Any], code: str
+) -> None:
+    agent = await yard.agent(yard.selector("github"))
+    token = yard.token("github", **claims)
+    assert await refused(yard, agent, token, fresh(agent)) == code
+    event = await yard.world.event_where(
+        lambda e: (e.subject, e.agent_id) == ("instance.enrol", agent.name) and e.kind == "refused"
+    )
+    assert event.reasons[0].code == code
+    for topic in ALL:
+        assert not any(token.encode() in record.value for record in await yard.world.records(topic)), (
+            topic.what
+        )
+
+
+async def test_what_no_platform_signed_is_told_to_its_sender_alone(yard: Yard) -> None:
+    agent = await yard.agent(yard.selector("github"))
+    forger = Given(TokenIssuer("https://github.acme.example"))
+    token = await forger.token(audience("test.example"))
+    assert await refused(yard, agent, token, fresh(agent)) == "signature_invalid"
+    forger = Given(TokenIssuer("https://x.example"))
+    with pytest.raises(EnrolmentRefusedError, match="ringfence init --oidc-issuer"):
+        async with yard.connected(agent, forger):
+            pass
+    events = [yard.world.event(r) for r in await yard.world.records(SERVICE_EVENT)]
+    assert not [e for e in events if e.agent_id == agent.name and e.subject == "instance.enrol"]
+
+
+async def test_only_who_has_the_key_enrols_it(yard: Yard) -> None:
+    agent = await yard.agent(yard.selector("github"))
+    mine, theirs = fresh(agent), fresh(agent)
+    token = yard.token("github")
+    assert await refused(yard, agent, token, theirs, key=mine.public) == "key_unknown"
+    assert await refused(yard, agent, token, mine, exp=int(time.time()) - 5) == "expired"
+    assert await refused(yard, agent, token, mine, aud="other.example") == "aud_unexpected"
+    assert await refused(yard, agent, token, yard.sam.key) == "key_taken"
+    assert (await yard.enrol(agent, token, mine)).status_code == 200, "none of that spent it"
+
+
+async def test_a_token_is_good_for_one_key(yard: Yard) -> None:
+    agent = await yard.agent(yard.selector("kubernetes"))
+    key, thief, token = fresh(agent), fresh(agent), yard.token("kubernetes")
+    first = await yard.enrol(agent, token, key)
+    assert await refused(yard, agent, token, thief) == "token_replayed"
+    event = await yard.world.event_where(lambda e: e.kind == "finding" and e.agent_id == agent.name)
+    assert event.reasons[0].code == "token_replayed"
+    again = await yard.enrol(agent, token, key)
+    assert again.json() == first.json(), "a process that starts again has what it had"
+    # An agent that lets the same workload in has nothing of it either.
+    other = await yard.agent(yard.selector("kubernetes"))
+    assert await refused(yard, other, token, fresh(other)) == "token_replayed"
+
+
+async def test_two_requests_at_once_with_one_token_enrol_one_key(yard: Yard) -> None:
+    agent, token = await yard.agent(yard.selector("kubernetes")), yard.token("kubernetes", jti="at-once")
+    answers = await asyncio.gather(*(yard.enrol(agent, token, fresh(agent)) for _ in range(8)))
+    assert sorted(answer.status_code for answer in answers) == [200, *[400] * 7]
+
+
+async def test_a_token_for_one_key_is_good_for_no_other(yard: Yard) -> None:
+    agent = await yard.agent(yard.selector("github", key_bound=True))
+    key, thief = fresh(agent), fresh(agent)
+    assert await refused(yard, agent, yard.token("github"), key) == "instance_unmatched"
+    token = yard.token("github", key)
+    assert await refused(yard, agent, token, thief) == "aud_unexpected"
+    answer = await yard.enrol(agent, token, key)
+    assert opened(answer.json()["enrolment"]).key_bound
+
+
+async def test_suspended_and_decommissioned_agents_let_nobody_in(yard: Yard) -> None:
+    agent = await yard.agent(yard.selector("github"))
+    await yard.command(agent, AgentSuspend, reason="a look")
+    token, key = yard.token("github"), fresh(agent)
+    assert await refused(yard, agent, token, key) == "agent_suspended"
+    await yard.command(agent, AgentResume, reason="fine")
+    assert (await yard.enrol(agent, token, key)).status_code == 200
+    await yard.command(agent, AgentDecommission, reason="old")
+    assert await refused(yard, agent, yard.token("github"), fresh(agent)) == "agent_decommissioned"
+    nobody = yard.world.party("agent", "nobody")
+    assert await refused(yard, nobody, yard.token("github"), fresh(nobody)) == "agent_unknown"
+
+
+# --- what was let in, and is no more ----------------------------------------------------------------------------------
+
+
+async def test_without_its_selector_an_instance_gets_nothing_new(yard: Yard) -> None:
+    agent = await yard.agent(yard.selector("github"), yard.selector("gcp"))
+    task = await yard.task(agent)
+    async with (
+        yard.connected(agent, Given(yard.pinned["github"])) as gone,
+        yard.connected(agent, Given(yard.pinned["gcp"], "gcp")) as stays,
+    ):
+        await yard.attest(agent, yard.selector("gcp"))
+        with pytest.raises(RequestDeniedError, match="enrol again") as denied:
+            await gone.request(task=task, **ASK)
+        assert denied.value.code == "instance_void"
+        assert (await stays.request(task=task, **ASK)).lease_id
+
+
+async def test_a_decommissioned_agents_instances_get_nothing(yard: Yard) -> None:
+    agent = await yard.agent(yard.selector("github"))
+    task = await yard.task(agent)
+    async with yard.connected(agent, Given(yard.pinned["github"])) as connected:
+        await yard.command(agent, AgentDecommission, reason="old")
+        with pytest.raises(RequestDeniedError) as denied:
+            await connected.request(task=task, **ASK)
+        assert denied.value.code == "agent_decommissioned"
+
+
+async def asked(yard: Yard, agent: Party, key: SigningKey, enrolment: str) -> str:
+    """The code that a request with this enrolment is dead-lettered with."""
+    claims = yard.world.claims(
+        CredentialRequest, agent, task_id=await yard.task(agent), scope=READ, ttl_s=60, reason="x",
+        reply_key=ReplyKey().public, enrolment=enrolment,
+    )  # fmt: skip
+    at = await yard.world.send(CREDENTIAL_REQUEST, agent.name, sign(claims, key))
+
+    def about(record: Received) -> bool:
+        return DeadLetter.model_validate_json(record.value).source == at
+
+    letter = await yard.world.consume_until(DEAD_LETTER, about)
+    return DeadLetter.model_validate_json(letter.value).code
+
+
+async def test_an_enrolment_is_for_its_key_its_agent_and_its_time(yard: Yard) -> None:
+    agent, other = await yard.agent(yard.selector("github")), await yard.agent(yard.selector("github"))
+    key = fresh(agent)
+    enrolment = (await yard.enrol(agent, yard.token("github"), key)).json()["enrolment"]
+    assert await asked(yard, agent, fresh(agent), enrolment) == "key_unknown"
+    assert await asked(yard, other, key, enrolment) == "enrolment_invalid"
+    policy = yard.world.key("policy")
+    assert await asked(
+        yard, agent, key, sign(opened(enrolment).model_copy(update={"iss": policy.id}), policy)
+    ) == ("enrolment_invalid")
+    over = opened(enrolment)
+    over = over.model_copy(update={"key": over.key.model_copy(update={"not_after": int(time.time()) - 1})})
+    assert await asked(yard, agent, key, sign(over, yard.world.key("registry"))) == "enrolment_ended"
+
+
+async def test_a_registry_that_lies_invents_no_instance_where_keys_are_pinned(yard: Yard) -> None:
+    agent = await yard.agent(yard.selector("github"))
+    honest = opened((await yard.enrol(agent, yard.token("github"), fresh(agent))).json()["enrolment"])
+    liar, key = yard.world.key("registry"), fresh(agent)
+    mine: dict[str, Any] = {
+        "key": honest.key.model_copy(update={"kid": key.kid, "jwk": key.public}),
+        "instance_id": instance_id(honest.token_digest, key.kid),
+    }
+    unmatched = yard.token("github", ref="refs/heads/evil")
+    for lie in (
+        {"token": None},
+        {"token": unmatched},
+        {"claims": {**honest.claims, "ref": "refs/heads/evil"}},
+        {"subject": "repo:acme/other:ref:refs/heads/main"},
+        {"key_bound": True},
+        {"iat": honest.iat - 9 * 3600},
+        {"issuer": "https://x.example"},
+    ):
+        lied = sign(honest.model_copy(update={**mine, **lie}), liar)
+        assert await asked(yard, agent, key, lied) in ("enrolment_invalid", "issuer_untrusted"), lie
+
+
+# --- the SDK ----------------------------------------------------------------------------------------------------------
+
+
+class Later:
+    """A clock that a test sets forward."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0
+
+    def now_ms(self) -> int:
+        return int((time.time() + self.ahead_s) * 1000)
+
+
+async def test_an_instance_renews_before_its_end(yard: Yard) -> None:
+    agent = await yard.agent(yard.selector("github", max_life_s=60))
+    task, source, clock = await yard.task(agent), Given(yard.pinned["github"]), Later()
+    connected = Agent.connect(attest=source, agent_id=agent.name, settings=client(yard.world), clock=clock)
+    async with connected:
+        await connected.request(task=task, **ASK)
+        before = connected.connection.key.kid
+        assert (await connected.request(task=task, **ASK)).lease_id
+        assert (len(source.asked), connected.connection.key.kid) == (1, before)
+        clock.ahead_s = 25  # two thirds of its half minute are over
+        await connected.request(task=task, **ASK)
+        assert len(source.asked) == 2
+        assert connected.connection.key.kid != before
+        assert source.asked[1].endswith(connected.connection.key.kid)
+
+
+async def test_a_file_that_was_not_renewed_is_no_reason_to_stop(yard: Yard, tmp_path: Path) -> None:
+    agent = await yard.agent(yard.selector("kubernetes", max_life_s=120))
+    task, file, clock = await yard.task(agent), tmp_path / "token", Later()
+    file.write_text(yard.token("kubernetes") + "\n")
+    settings = client(
+        yard.world, attest=f"file:{file}", agent=agent.name, attest_key_file=tmp_path / "key.json"
+    )
+    connected = Agent.connect(settings=settings, clock=clock)
+    async with connected:
+        first = connected.connection.enrolment
+        clock.ahead_s = 28
+        assert (await connected.request(task=task, **ASK)).lease_id
+        assert connected.connection.enrolment == first
+    # Started again, with the same token and the key that was kept.
+    async with Agent.connect(settings=settings) as again:
+        assert again.connection.enrolment == first
+        assert (await again.request(task=task, **ASK)).lease_id
+    without = client(yard.world, attest=f"file:{file}", agent=agent.name)
+    with pytest.raises(EnrolmentRefusedError) as refused:
+        async with Agent.connect(settings=without):
+            pass
+    assert refused.value.code == "token_replayed"
+
+
+async def test_what_an_instance_needs_is_said(yard: Yard, tmp_path: Path) -> None:
+    settings = client(yard.world)
+    with pytest.raises(IdentityError, match="RINGFENCE_AGENT"):
+        Agent.connect(attest="github", settings=settings)
+    with pytest.raises(InvalidCallError, match="file:PATH, github or gcp"):
+        Agent.connect(attest="kubernetes", agent_id="x", settings=settings)
+    with pytest.raises(InvalidCallError, match="not both"):
+        Agent.connect(yard.sam.key, settings, attest="github", agent_id="x")
+    nowhere = client(yard.world, registry_url="http://127.0.0.1:9")
+    with pytest.raises(UnavailableError, match="RINGFENCE_REGISTRY_URL"):
+        async with Agent.connect(attest=Given(yard.pinned["github"]), agent_id="x", settings=nowhere):
+            pass
+
+
+# --- the registry's memory --------------------------------------------------------------------------------------------
+
+
+async def test_what_was_spent_stays_spent_when_the_registry_starts_again(
+    kafka: Kafka, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with (
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        Yard.open(world, tmp_path) as yard,
+    ):
+        async with world.running("registry", own={"registry": yard.own}):
+            await yard.staff()
+            agent = await yard.agent(yard.selector("kubernetes"))
+            key, token = fresh(agent), yard.token("kubernetes")
+            first = await yard.enrol(agent, token, key)
+            assert first.status_code == 200
+        async with world.running("registry", own={"registry": yard.own}):
+            # Until it has the commands it lets nobody in.
+            await yard.attest(agent, yard.selector("kubernetes"), yard.selector("gcp"))
+            assert await refused(yard, agent, token, fresh(agent)) == "token_replayed"
+            again = opened((await yard.enrol(agent, token, key)).json()["enrolment"])
+            before = opened(first.json()["enrolment"])
+            assert (again.instance_id, again.key, again.iat) == (before.instance_id, before.key, before.iat)
