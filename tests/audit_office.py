@@ -40,6 +40,7 @@ from ringfence.messages.credential import (
     Reason,
     Revisions,
 )
+from ringfence.messages.instances import AttestationSelector, EnrolledInstance
 from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, RevocationAck, RevocationRequest, Selector
 from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, EventKind, ServiceEvent
 from ringfence.messages.permission import Permission
@@ -48,6 +49,7 @@ from ringfence.messages.registry import (
     AgentRecord,
     AgentRegister,
     AgentResume,
+    AgentSetAttestation,
     AgentSetCeiling,
     AgentSuspend,
     AgentTransfer,
@@ -107,6 +109,11 @@ _RECORDS: dict[Topic[Any], type[AnyRecord]] = {
     TARGET: TargetRecord,
     TASK: TaskRecord,
 }
+
+
+_SELECTOR = AttestationSelector(
+    issuer="https://token.actions.githubusercontent.com", claims={"repository_id": "74"}
+)
 
 
 class KeptEvents(Publisher):
@@ -375,6 +382,7 @@ class Office:
             (AgentRegister, sam, {
                 "agent_id": "second", "sponsor": "sam", "description": "x", "keys": (key,), "ceiling": self.scope,
             }),
+            (AgentSetAttestation, sam, {**bot, "attestation": (_SELECTOR,)}),
             (AgentSetCeiling, sam, {**bot, "ceiling": self.scope}),
             (AgentTransfer, sam, {**bot, "sponsor": "maria"}),
             (AgentSuspend, sam, {**bot, "reason": "odd requests overnight"}),
@@ -632,6 +640,16 @@ def every_record(office: Office) -> dict[str, Received]:
         "replayed", "credential.request", "policy", request_id=denied.request_id, agent_id="deploy-bot", **about
     )  # fmt: skip
     found["finding"] = office.service_event("finding", "record", "policy", reasons=reason)
+    for code in ("key_shared", "key_taken", "token_replayed"):
+        why = (Reason(code=code, message="two at once"),)
+        found[code] = office.service_event("finding", "x", "policy", reasons=why, agent_id="deploy-bot")
+    enrolled = EnrolledInstance(
+        instance_id=str(uuid.uuid4()), issuer=_SELECTOR.issuer, subject="repo:acme/deploy", selector="0" * 64,
+        not_after=1, kid="k", token_digest="1" * 64, enrolled_at=1,
+    )  # fmt: skip
+    found["instance enrolled"] = office.service_event(
+        "accepted", "instance.enrol", agent_id="deploy-bot", enrolled=enrolled, **about
+    )
     found["dead letter"] = office.dead_letter()
     found |= actions(office, denied.lease_id)
     found |= asked(office, denied.lease_id)
@@ -679,6 +697,7 @@ def changes(office: Office) -> dict[str, Received]:
     orders: list[tuple[Topic[Any], str, type[ExpiringClaims], SigningKey, dict[str, Any]]] = [
         (AGENT, "deploy-bot", AgentSuspend, sam, {**bot, "reason": "odd"}),
         (AGENT, "deploy-bot", AgentResume, sam, {**bot, "reason": "explained"}),
+        (AGENT, "deploy-bot", AgentSetAttestation, sam, {**bot, "attestation": (_SELECTOR,)}),
         (AGENT, "deploy-bot", AgentSetCeiling, sam, {**bot, "ceiling": ()}),
         (AGENT, "deploy-bot", AgentTransfer, sam, {**bot, "sponsor": "petra"}),
         (AGENT, "deploy-bot", AgentDecommission, olga, {**bot, "reason": "replaced"}),

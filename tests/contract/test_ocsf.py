@@ -20,6 +20,7 @@ from ringfence.audit import (
     ocsf,
     registry_events,
     service_events,
+    sharing_events,
 )
 from ringfence.kernel.kafka import Received
 from ringfence.messages.audit import OCSF_VERSION, AuditEvent
@@ -29,6 +30,7 @@ from tests.audit_office import Office, every_record, steps
 
 MODULES = (
     action_events, asked_events, break_glass_events, credential_events, grant_events, registry_events, service_events,
+    sharing_events,
 )  # fmt: skip
 # What SIEMs are likely to have besides; an event must mean the same to them.
 LATER_VERSION = "1.8.0"

@@ -19,6 +19,7 @@ from ringfence.audit import (
     grant_events,
     registry_events,
     service_events,
+    sharing_events,
 )
 from ringfence.audit.believing import Believed, Believer, OutdatedError
 from ringfence.audit.break_glass_events import review_problem
@@ -462,6 +463,8 @@ class AuditHandlers:
             return replay, False
         if claims.kind in ("accepted", "refused") and claims.subject in registry_events.command_typs():
             event = registry_events.answered(record, claims, words, signed.verified())
+        elif sharing_events.is_one(claims):
+            event = sharing_events.found(record, claims, words, signed.verified())
         else:
             trace = known.traceparent if known is not None else None
             event = service_events.reported(record, claims, words, signed.verified(), trace)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ringfence.cli.attestation import SelectorOption, parse_selectors, set_attestation
 from ringfence.cli.options import (
     AllowOption,
     IdentityOption,
@@ -57,6 +58,7 @@ def register(
     public_key: PublicKeyOption = None,
     new_key: NewKeyOption = None,
     key_days: KeyDaysOption = 365,
+    selector: SelectorOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,19 +73,31 @@ def register(
     ceiling = parse_scope(allow, may_be_empty=True)
     id = spiffe_id(settings().trust_domain, "agent", agent)
     keys = key_records(key_file or public_key, new_key, id, key_days)
-    if not keys:
-        raise typer.BadParameter("name the agent's key: --key-file, --public-key or --new-key")
+    attestation = parse_selectors(selector)
+    if not (keys or attestation):
+        raise typer.BadParameter(
+            "name the agent's key: --key-file, --public-key or --new-key; or say with --selector which running "
+            "instances enrol one"
+        )
 
     async def work() -> Accepted:
         async with Administrator.connect(identity(me)) as administrator:
             return await administrator.register_agent(
-                agent, description=description, keys=keys, ceiling=ceiling, sponsor=sponsor
+                agent,
+                description=description,
+                keys=keys,
+                ceiling=ceiling,
+                sponsor=sponsor,
+                attestation=attestation,
             )
 
     with kept_if_accepted(new_key):
         accepted = run(work())
     made = {"key_file": str(new_key)} if new_key else {}
     print_accepted(accepted, f"agent {agent} registered", wants_json(as_json), **made)
+
+
+app.command(name="set-attestation")(set_attestation)
 
 
 @app.command(name="set-ceiling")

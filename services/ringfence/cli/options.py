@@ -45,6 +45,24 @@ AllowOption = Annotated[
         help=f"{SYNTAX}, a JSON object, or @FILE with a JSON list. Repeatable.",
     ),
 ]
+AttestOption = Annotated[
+    str | None,
+    typer.Option(
+        "--attest",
+        metavar="SOURCE",
+        help="Enrol a fresh key with the platform's identity token: file:PATH, github or gcp. [RINGFENCE_ATTEST]",
+        rich_help_panel=COMMON,
+    ),
+]
+AgentOption = Annotated[
+    str | None,
+    typer.Option(
+        "--agent",
+        metavar="AGENT",
+        help="With --attest: the agent that this is an instance of. [RINGFENCE_AGENT]",
+        rich_help_panel=COMMON,
+    ),
+]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it stands in the trail.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 PublicKeyOption = Annotated[

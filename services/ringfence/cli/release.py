@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
+from ringfence.cli.options import (
+    AgentOption,
+    AttestOption,
+    IdentityOption,
+    JsonOption,
+    identity,
+    run,
+    wants_json,
+)
 from ringfence.cli.output import print_json, say
 from ringfence.client.administrator import TIMEOUT_S
 from ringfence.client.agent import Agent
@@ -21,13 +29,15 @@ def release(
         bool,
         typer.Option("--no-wait", help="Return once Kafka holds the release, before the revoker's answer."),
     ] = False,
+    attest: AttestOption = None,
+    agent_id: AgentOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Give a credential back before its time. As the agent that holds it."""
 
     async def work() -> None:
-        async with Agent.connect(identity(me)) as agent:
+        async with Agent.connect(identity(me), attest=attest, agent_id=agent_id) as agent:
             await agent.release(lease, reason=reason, timeout_s=None if no_wait else TIMEOUT_S)
 
     run(work())

@@ -13,7 +13,9 @@ from typing import Annotated, get_args
 import typer
 
 from ringfence.cli.options import (
+    AgentOption,
     AllowOption,
+    AttestOption,
     IdentityOption,
     JsonOption,
     duration_s,
@@ -66,6 +68,8 @@ def request(
             help="Policy denies it: ask two operators to allow it once, for 15 minutes at most. Alarms.",
         ),
     ] = False,
+    attest: AttestOption = None,
+    agent_id: AgentOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -101,11 +105,11 @@ def request(
         )
 
     async def work() -> IssuedCredential:
-        async with Agent.connect(identity(me)) as agent:
+        async with Agent.connect(identity(me), attest=attest, agent_id=agent_id) as agent:
             return await ask(agent)
 
     async def work_and_run(argv: list[str]) -> int:
-        async with Agent.connect(identity(me)) as agent:
+        async with Agent.connect(identity(me), attest=attest, agent_id=agent_id) as agent:
             credential = await ask(agent)
             note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "bold")
             try:

@@ -23,6 +23,7 @@ from ringfence.client.errors import (
 )
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.outcomes import Outcomes
+from ringfence.client.process_mark import process_mark
 from ringfence.client.replies import Allowed, Answer, Denied, PendingRequest, SentRequest, read_reply, who
 from ringfence.client.settings import ClientSettings
 from ringfence.client.token_sources import TokenSource, source_of
@@ -327,6 +328,7 @@ class Agent(Lifetime):
                 reason=reason,
                 reply_key=reply_key.public,
                 break_glass=True if break_glass else None,
+                process=process_mark(),
                 enrolment=self.connection.enrolment,
             )
         key = self.connection.key

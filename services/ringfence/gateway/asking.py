@@ -18,6 +18,10 @@ _READ_OF_MCP: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})
 _SCHEMES: Final[tuple[Scheme, ...]] = ("http", "https")
 
 
+ADDRESS = "address:"
+"""How a sender begins that is told by its address alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """How a request came."""
@@ -94,6 +98,7 @@ def presented_by(request: RequestHead, way: Way, *, htu: str | None = None) -> P
         _handle(request, way),
         proof.decode("latin-1") if proof is not None else None,
         htu,
+        way.sender.removeprefix(ADDRESS) if way.sender.startswith(ADDRESS) else None,
         own_names(request) if htu is not None else frozenset(),  # a CONNECT goes nowhere
     )
 

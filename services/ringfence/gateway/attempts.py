@@ -34,6 +34,8 @@ class Presented:
     """The `DPoP` header (RFC 9449)."""
     htu: str | None = None
     """The external URL that the proof must be for: scheme, authority and path as the agent wrote them."""
+    address: str | None = field(default=None, compare=False)
+    """Where the connection came from, where it is the agent's own. It says nothing of who sends, only of how many."""
     own: frozenset[str] = frozenset()
     """Names, in lower case, of the headers that the agent sent, without the one in which it showed its handle. Where
     none is told of, nothing is forwarded in observe mode."""

@@ -20,6 +20,7 @@ from ringfence.gateway.observing import said_of
 from ringfence.gateway.questions import Questions
 from ringfence.gateway.recording import Recorder
 from ringfence.gateway.settings import GatewaySettings
+from ringfence.gateway.sharing import SharedKeys
 from ringfence.gateway.spool import Spool
 from ringfence.gateway.targets import Targets
 from ringfence.gateway.view import View
@@ -29,6 +30,7 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REPLY
+from ringfence.model.sharing import KeyUses
 from ringfence.rego.engine import ACTION
 from ringfence.rego.reloading import BundleWatch
 from ringfence.rego.settings import OpaSettings, engine_of
@@ -52,7 +54,9 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     clock, view = runtime.clock, View(runtime)
     targets = Targets(view.directory)
     proofs = ProofChecker(nonces=Nonces(), clock=clock)
-    identifier = Identifier(settings.trust_domain, view.directory, view.table, proofs, clock)
+    shared = SharedKeys(runtime, KeyUses())
+    runtime.background("shared keys", shared.tell)
+    identifier = Identifier(settings.trust_domain, view.directory, view.table, proofs, clock, shared.used)
     engine = engine_of(
         load(OpaSettings), own.bundle, timeout_ms=own.evaluation_timeout_ms, entry_point=ACTION
     )

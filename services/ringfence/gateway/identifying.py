@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Final
 
 import orjson
@@ -57,13 +58,21 @@ class Identifier:
     """Says who a sender is, or why that cannot be told."""
 
     def __init__(
-        self, trust_domain: str, directory: Directory, leases: Leases, proofs: ProofChecker, clock: Clock
+        self,
+        trust_domain: str,
+        directory: Directory,
+        leases: Leases,
+        proofs: ProofChecker,
+        clock: Clock,
+        on_use: Callable[[str, str, str | None], None] = lambda agent_id, kid, address: None,
     ) -> None:
+        """`on_use` is told of each proof that held: by which key of which agent, and from which address it came."""
         self._trust_domain = trust_domain
         self._directory = directory
         self._leases = leases
         self._proofs = proofs
         self._clock = clock
+        self._on_use = on_use
         self._keys = AgentKeys(directory)
 
     def nonce(self) -> str | None:
@@ -85,7 +94,7 @@ class Identifier:
         if presented.proof is None or presented.htu is None:
             message = "a handle alone counts on the socket of its task only: send a DPoP proof with it"
             return refused("proof_missing", message, status=UNAUTHORIZED)
-        return await self._by_proof(handle, presented.proof, presented.htu, attempt.method)
+        return await self._by_proof(handle, presented.proof, presented.htu, attempt.method, presented.address)
 
     def _by_task(self, task_id: str, handle: str | None) -> Sender | Refusal:
         try:
@@ -107,7 +116,9 @@ class Identifier:
             return _stolen(lease, agent_id)
         return sender
 
-    async def _by_proof(self, handle: str, proof: str, htu: str, method: str) -> Sender | Refusal:
+    async def _by_proof(
+        self, handle: str, proof: str, htu: str, method: str, address: str | None
+    ) -> Sender | Refusal:
         lease = self._leases.get(handle)
         if lease is None:
             message = "there is no such lease, or it ended long ago"
@@ -138,6 +149,7 @@ class Identifier:
         if wants_nonce:
             message = "make the proof with the nonce of this answer"
             return refused(NONCE_WANTED, message, status=UNAUTHORIZED)
+        self._on_use(lease.agent_id, kid, address)
         return Sender(lease.agent_id, lease.task_id, handle)
 
 

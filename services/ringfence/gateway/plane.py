@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from ringfence.gateway.asking import Way
+from ringfence.gateway.asking import ADDRESS, Way
 from ringfence.gateway.attempts import Gate
 from ringfence.gateway.authority import Authority
 from ringfence.gateway.forwarding import Forwarder, Patiences
@@ -122,7 +122,7 @@ class DataPlane:
         def way(stream: Stream) -> Way:
             address = stream.transport.get_extra_info("peername")
             certificate = _spiffe_id(stream.peer_certificate()) if tls is not None else None
-            sender = certificate or f"address:{address[0] if address else ''}"
+            sender = certificate or f"{ADDRESS}{address[0] if address else ''}"
             return Way(sender, seen, known, certificate=certificate, challenge=challenge)
 
         loop = asyncio.get_running_loop()

@@ -56,6 +56,8 @@ class CredentialRequest(ExpiringClaims):
     """A fresh ECDH key (P-256 or X25519) that the reply is sealed to."""
     break_glass: Literal[True] | None = None
     """Set where two operators are asked to allow once what the bundle denies."""
+    process: Annotated[str, Field(pattern=r"^[\w-]{8,64}$")] | None = None
+    """A random mark of the process that asks: two of them that use one key at once are noticed."""
     enrolment: Jws | None = None
     """Set where a running instance signs, with the key that this `instance.enrolment` is about."""
 

@@ -31,6 +31,7 @@ from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
 from ringfence.model.grants import KEEP_MS as GRANTS_KEEP_MS
 from ringfence.model.grants import GrantTable, kind_of
+from ringfence.model.sharing import KeyUses
 from ringfence.policy.action_notices import teller
 from ringfence.policy.answers import Answers
 from ringfence.policy.approvals import ApprovalHandler
@@ -45,6 +46,7 @@ from ringfence.policy.limits import Doorkeeper, Gatekeeper, Limits, PendingLimit
 from ringfence.policy.notices import Notices
 from ringfence.policy.opening import Opener
 from ringfence.policy.settings import PolicySettings
+from ringfence.policy.sharing import SharedKeys
 from ringfence.policy.store import HISTORY_MS, Approvers, DecisionsInMemory
 from ringfence.policy.usage_http import UsageApi
 from ringfence.rego.engine import ISSUANCE
@@ -113,6 +115,7 @@ def build(
     judge = Judge(runtime, directory, engine, holdings, (leases, refusals), grants, declared)
     limits = Limits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
     pending = PendingLimits(own.agent_pending_approvals, own.sponsor_pending_approvals)
+    uses = KeyUses()
     requests = RequestHandler(
         runtime,
         opener,
@@ -122,6 +125,7 @@ def build(
         answers,
         Doorkeeper(directory, decisions, pending),
         recall,
+        SharedKeys(runtime, uses),
         approval_timeout_s=own.approval_timeout_s,
     )
     approvals = ApprovalHandler(runtime, directory, opener, judge, decisions, answers, recall)
@@ -164,7 +168,7 @@ def build(
     runtime.ready_when(decisions.unready)
     runtime.denies_when(directory.stale)
     runtime.routes += Api(runtime, directory, decisions).routes()
-    runtime.routes += UsageApi(runtime, directory, holdings).routes()
+    runtime.routes += UsageApi(runtime, directory, holdings, uses).routes()
     runtime.routes += GrantApi(
         runtime, directory, grant_table, grants, lambda: judge.policy_revision
     ).routes()

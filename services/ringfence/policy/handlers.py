@@ -14,6 +14,7 @@ from ringfence.policy.domain import Case, Judgement, denied
 from ringfence.policy.judge import Judge
 from ringfence.policy.limits import Doorkeeper, Gatekeeper
 from ringfence.policy.opening import Opener
+from ringfence.policy.sharing import SharedKeys
 from ringfence.policy.store import Decisions, Place
 
 
@@ -30,6 +31,7 @@ class RequestHandler:
         answers: Answers,
         doorkeeper: Doorkeeper,
         recall: Callable[[], Awaitable[None]],
+        shared: SharedKeys,
         *,
         approval_timeout_s: int,
     ) -> None:
@@ -42,6 +44,7 @@ class RequestHandler:
         self._answers = answers
         self._doorkeeper = doorkeeper
         self._recall = recall
+        self._shared = shared
         self._approval_timeout_s = approval_timeout_s
 
     async def handle(self, record: Received) -> None:
@@ -57,6 +60,8 @@ class RequestHandler:
             await self._replayed(case)
         elif known.outcome is None:
             refused = self._refused(case, late, first=not known.tried)
+            if late is None and not known.tried:
+                await self._shared.look(case)
             known.tried = True
             await self._decide(case, refused)
         else:  # it comes again, after a crash or a failure: what is missing is finished

@@ -10,6 +10,7 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.model.access import NotFoundError, authenticate_user
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
+from ringfence.model.sharing import KeyUses
 from ringfence.policy.holdings import Holdings
 from ringfence.policy.usage import DAY_S, WINDOW_DAYS, narrower, verbs_of
 
@@ -17,10 +18,11 @@ from ringfence.policy.usage import DAY_S, WINDOW_DAYS, narrower, verbs_of
 class UsageApi:
     """One route. Every replica knows the leases of all agents."""
 
-    def __init__(self, runtime: Runtime, directory: Directory, holdings: Holdings) -> None:
+    def __init__(self, runtime: Runtime, directory: Directory, holdings: Holdings, uses: KeyUses) -> None:
         self._runtime = runtime
         self._directory = directory
         self._holdings = holdings
+        self._uses = uses
 
     def routes(self) -> list[BaseRoute]:
         """To be added to those of the runtime."""
@@ -65,6 +67,11 @@ class UsageApi:
                 ],
                 "never_used": [{"target": target, "verb": verb} for target, verb in unused],
                 "held": held,
+                # Of this replica, since it started: an agent's requests all come to one.
+                "keys_seen": [
+                    {"kid": kid, "last_seen_ms": at_ms}
+                    for kid, at_ms in sorted(self._uses.last_seen(agent.agent_id).items())
+                ],
                 "narrower": [p.model_dump(mode="json") for p in narrowed] if unused else None,
             }
         )

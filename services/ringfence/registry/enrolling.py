@@ -46,6 +46,9 @@ _BY_STRANGERS = frozenset(
 )
 """Codes of tokens that no platform signed: anybody can send those, so they are counted nowhere but in the log."""
 
+_FINDINGS = frozenset({"token_replayed", "key_taken"})
+"""Codes of what an honest instance does not do."""
+
 
 class EnrolRefusedError(RingfenceError):
     """An instance is not let in; `code` says why."""
@@ -295,7 +298,7 @@ class Enroller:
         self._told[mark] = None
         entry = self._directory.unverified("agent", agent_id) if agent_id else None
         await self._runtime.event(
-            "finding" if error.code == "token_replayed" else "refused",
+            "finding" if error.code in _FINDINGS else "refused",
             InstanceEnrol.typ,
             about=(signed.claims.iss, mark),
             ref=signed.claims.jti,

@@ -105,6 +105,8 @@ class Registry:
                 await self._publish(subject, change, given, record.traceparent)
         except (CommandRefusedError, ChainError) as error:
             await self._answer("refused", given, record, str(error), error.code)
+            if error.code == "key_taken":
+                await self._tell_key_taken(given, record, error)
             return
         await self._answer("accepted", given, record)
 
@@ -179,6 +181,18 @@ class Registry:
             result=id if kind == "accepted" else None,
             agent_id=self._agent_id(given),
             task_id=id if subject_kind == "task" else None,
+        )
+
+    async def _tell_key_taken(self, given: Authorised, record: Received, error: RingfenceError) -> None:
+        """One key for two: whoever has it could be taken for either, so somebody should look at it."""
+        await self._runtime.event(
+            "finding",
+            given.claims.typ,
+            about=("key_taken", given.claims.iss, given.claims.jti),
+            reasons=(Reason(code="key_taken", message=str(error)[:2048]),),
+            source=record.coordinates,
+            traceparent=record.traceparent,
+            agent_id=self._agent_id(given),
         )
 
     def _agent_id(self, given: Authorised) -> str | None:

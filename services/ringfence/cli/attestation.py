@@ -1,0 +1,95 @@
+"""`ringfence agent set-attestation`, and how selectors of running instances are written."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from ringfence.cli.options import IdentityOption, JsonOption, duration_s, identity, run, wants_json
+from ringfence.cli.outcome import print_accepted
+from ringfence.client.administrator import Administrator
+from ringfence.client.outcomes import Accepted
+from ringfence.kernel.jws import explain
+from ringfence.messages.instances import AttestationSelector
+
+SelectorOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--selector",
+        metavar="SELECTOR",
+        help="Which running instances may enrol a key: 'ISSUER CLAIM=PATTERN ... [key-bound] [life=1h]', a JSON "
+        "object, or @FILE with a JSON list. Repeatable.",
+    ),
+]
+
+
+def set_attestation(
+    agent: Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.")],
+    selector: SelectorOption = None,
+    none: Annotated[bool, typer.Option("--none", help="No instance may enrol any more.")] = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which running instances of an agent may enrol a key of their own. As its sponsor or an operator.
+
+    What is said replaces what was; instances that enrolled by what is gone get nothing new.
+    """
+    if bool(selector) == none:
+        raise typer.BadParameter("say all of them with --selector, or --none", param_hint="--selector")
+    selectors = parse_selectors(selector)
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.set_attestation(agent, selectors)
+
+    print_accepted(run(work()), f"{len(selectors)} selectors of {agent} set", wants_json(as_json))
+
+
+def parse_selectors(given: list[str] | None) -> tuple[AttestationSelector, ...]:
+    """Selectors from repeated options. Raises typer.BadParameter, saying where one is wrong."""
+    found: list[AttestationSelector] = []
+    for text in given or ():
+        if text.startswith("@"):
+            try:
+                listed = json.loads(Path(text[1:]).read_text())
+            except (OSError, ValueError) as error:
+                raise typer.BadParameter(f"{text}: {error}", param_hint="--selector") from None
+            found += [_selector(one, text) for one in (listed if isinstance(listed, list) else [listed])]
+        else:
+            found.append(_selector(_fields(text), text))
+    return tuple(found)
+
+
+def _fields(text: str) -> Any:
+    try:
+        if text.startswith("{"):
+            return json.loads(text)
+        issuer, *words = shlex.split(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: {error}", param_hint="--selector") from None
+    fields: dict[str, Any] = {"issuer": issuer, "claims": {}}
+    for word in words:
+        name, given, value = word.partition("=")
+        if word == "key-bound":
+            fields["key_bound"] = True
+        elif name == "life" and given:
+            fields["max_life_s"] = duration_s(value)
+        elif name and given:
+            fields["claims"][name] = value
+        else:
+            raise typer.BadParameter(
+                f"{text!r}: {word!r} is no CLAIM=PATTERN, key-bound or life=DURATION", param_hint="--selector"
+            )
+    return fields
+
+
+def _selector(fields: Any, text: str) -> AttestationSelector:
+    try:
+        return AttestationSelector.model_validate(fields)
+    except ValidationError as error:
+        raise typer.BadParameter(f"{text!r}: {explain(error)}", param_hint="--selector") from None

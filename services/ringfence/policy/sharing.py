@@ -1,0 +1,41 @@
+"""Keys of agents that two processes use at once: found where requests come in, and told as a finding."""
+
+from __future__ import annotations
+
+from ringfence.kernel.jws import parse
+from ringfence.kernel.runtime import Runtime
+from ringfence.messages.credential import CredentialRequest, Reason
+from ringfence.model.sharing import WINDOW_MS, KeyUses
+from ringfence.policy.domain import Case
+
+
+class SharedKeys:
+    """Looks at each request once. An agent's requests come to one replica, in their order."""
+
+    def __init__(self, runtime: Runtime, uses: KeyUses) -> None:
+        self._runtime = runtime
+        self._uses = uses
+
+    async def look(self, case: Case) -> None:
+        """Take down who signed a request, and tell where somebody else does at the same time."""
+        claims, at_ms = case.request.claims, case.source.appended_at_ms
+        kid = parse(case.request.compact).header.kid
+        other = self._uses.saw(case.agent_id, kid, claims.process, at_ms)
+        if other is None:
+            return
+        message = (
+            f"two processes use the key {kid} of agent {case.agent_id} at once, so that nobody can tell what which "
+            "of them did; give each a key of its own, or let instances enrol theirs"
+        )
+        await self._runtime.event(
+            "finding",
+            CredentialRequest.typ,
+            about=("key_shared", case.agent_id, kid, at_ms // WINDOW_MS),
+            reasons=(Reason(code="key_shared", message=message),),
+            source=case.source,
+            actor=claims.iss,
+            traceparent=case.traceparent,
+            agent_id=case.agent_id,
+            request_id=case.request_id,
+            task_id=claims.task_id,
+        )
