@@ -9,10 +9,12 @@ import pytest
 
 from ringfence.gateway.domain import Chosen, Refusal, Sender, narrowest, weigh
 from ringfence.gateway.leases import LeaseTable
+from ringfence.messages.instances import AttestationSelector, InstanceRef
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentDecommission,
+    AgentSetAttestation,
     AgentSetCeiling,
     AgentSuspend,
     TargetRemove,
@@ -20,6 +22,7 @@ from ringfence.messages.registry import (
     TaskEnd,
     UserDisable,
 )
+from ringfence.model.attestation import selector_id
 from ringfence.model.request_map import Action
 from tests import leases
 from tests.ledger import Ledger, permission
@@ -264,3 +267,20 @@ def test_equals_are_told_apart_by_their_ids() -> None:
     one, other = sorted([_lease("a"), _lease("a")], key=lambda lease: lease.lease_id)
     assert narrowest([other, one]) == one
     assert narrowest([]) is None
+
+
+def test_a_lease_of_an_instance_that_is_let_in_no_more_is_none() -> None:
+    place = Place()
+    wanted = AttestationSelector(issuer="https://x.example", claims={"sub": "a"})
+    place.ledger.give(place.ledger.claims(AgentSetAttestation, "sam", agent_id="bot", attestation=(wanted,)))
+    ref = InstanceRef(
+        instance_id="3f1c7a52-9a0e-5c1b-8d2e-7a529a0e5c1b", issuer=wanted.issuer, subject="a",
+        selector=selector_id(wanted), not_after=place.ledger.clock.ms // 1000 + 300,
+    )  # fmt: skip
+    lease = place.leased(instance=ref)
+    found = place.weigh(sender=Sender("bot", None, lease.lease_id))
+    assert isinstance(found, Chosen)
+    place.ledger.give(place.ledger.claims(AgentSetAttestation, "sam", agent_id="bot", attestation=()))
+    found = place.weigh(sender=Sender("bot", None, lease.lease_id))
+    assert isinstance(found, Refusal)
+    assert [reason.code for reason in found.reasons] == ["instance_void"]

@@ -13,6 +13,7 @@ from ringfence.gateway.domain import Refusal, Sender
 from ringfence.gateway.identifying import Identifier
 from ringfence.gateway.leases import LeaseTable
 from ringfence.kernel.keys import SigningKey
+from ringfence.messages.instances import InstanceRef
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import AgentSuspend
 from tests import leases
@@ -29,7 +30,11 @@ class Door:
         self.table = LeaseTable(self.ledger.clock)
         self.nonces = Nonces()
         self.proofs = ProofChecker(nonces=self.nonces, clock=self.ledger.clock, memory=ProofsInMemory(1))
-        self.identifier = Identifier(TD, self.ledger.directory, self.table, self.proofs, self.ledger.clock)
+        self.uses: list[tuple[str, str, str | None]] = []
+        self.identifier = Identifier(
+            TD, self.ledger.directory, self.table, self.proofs, self.ledger.clock,
+            lambda *use: self.uses.append(use),
+        )  # fmt: skip
         self.ledger.organisation()
         give = self.ledger.give
         for agent in ("bot", "thief"):
@@ -177,3 +182,38 @@ async def test_a_certificate_says_which_agent(door: Door) -> None:
 async def test_that_an_agent_is_suspended_is_for_the_decision_to_say(door: Door) -> None:
     door.ledger.give(door.ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
     assert isinstance(await door.shown(door.proof()), Sender)
+
+
+def instance(door: Door, key: SigningKey, **fields: Any) -> Lease:
+    """A lease that a running instance asked for with a key of its own."""
+    ref = InstanceRef(
+        instance_id="3f1c7a52-9a0e-5c1b-8d2e-7a529a0e5c1b", issuer="https://x.example", subject="x", selector="0" * 64,
+        not_after=door.ledger.clock.ms // 1000 + 300,
+    )  # fmt: skip
+    return door.leased(**{"key_thumbprint": key.kid, "instance": ref, **fields})
+
+
+async def test_an_instance_is_told_by_the_key_that_it_enrolled(door: Door) -> None:
+    key, another = (SigningKey.generate(f"spiffe://{TD}/agent/bot") for _ in range(2))
+    lease = instance(door, key)
+    handle = lease.lease_id
+    found = await door.shown(door.proof(key, handle), handle, address="10.0.0.7")
+    assert found == Sender("bot", door.task, handle)
+    assert door.uses == [("bot", key.kid, "10.0.0.7")]
+    # Its key is good for what it asked for, and for nothing else of the agent.
+    for by, shown, refusal in (
+        (another, handle, "proof_by_stranger"),
+        (door.key(), handle, "proof_other_key"),
+        (key, door.lease.lease_id, "proof_by_stranger"),
+    ):
+        door.ledger.clock.ms += 61_000  # proofs are remembered for a minute
+        assert code(await door.shown(door.proof(by, shown), shown)) == refusal
+    door.ledger.clock.ms += 300_000
+    assert code(await door.shown(door.proof(key, handle), handle)) == "proof_by_stranger"
+    assert len(door.uses) == 1, "what is refused is no use"
+
+
+async def test_a_lease_of_no_instance_is_bound_to_keys_of_the_record(door: Door) -> None:
+    key = SigningKey.generate(f"spiffe://{TD}/agent/bot")
+    lease = instance(door, key, instance=None)
+    assert code(await door.shown(door.proof(key, lease.lease_id), lease.lease_id)) == "proof_by_stranger"

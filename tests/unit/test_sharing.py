@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from types import SimpleNamespace
+from typing import Any, cast
 
 from ringfence.client.process_mark import process_mark
+from ringfence.gateway.sharing import SharedKeys
 from ringfence.model.sharing import WINDOW_MS, KeyUses
+from tests.ledger import TD, FixedClock
+from tests.world import WITHIN_S
 
 MINUTE_MS = 60_000
 
@@ -77,3 +83,36 @@ def test_a_process_has_one_mark_and_its_child_another() -> None:
     assert os.read(reader, 100).decode() not in ("", process_mark())
     os.close(reader)
     os.close(writer)
+
+
+# --- at a gateway ---
+
+
+class Heard:
+    """What a gateway's runtime is to who tells of shared keys: a clock, a trust domain, events."""
+
+    def __init__(self) -> None:
+        self.clock, self.settings = FixedClock(), SimpleNamespace(trust_domain=TD)
+        self.events: list[dict[str, Any]] = []
+        self.came = asyncio.Event()
+
+    async def event(self, kind: str, subject: str, **fields: Any) -> None:
+        self.events.append({"kind": kind, **fields})
+        self.came.set()
+
+
+async def test_two_addresses_at_once_are_told_of_by_the_gateway() -> None:
+    heard = Heard()
+    shared = SharedKeys(cast(Any, heard), KeyUses())
+    telling = asyncio.create_task(shared.tell())
+    try:
+        for address in ("10.0.0.1", "10.0.0.1", None, "10.0.0.2", "10.0.0.1", "10.0.0.2"):
+            heard.clock.ms += 1000
+            shared.used("bot", "kid", address)
+        async with asyncio.timeout(WITHIN_S):
+            await heard.came.wait()
+    finally:
+        telling.cancel()
+    (event,) = heard.events
+    assert (event["kind"], event["agent_id"], event["reasons"][0].code) == ("finding", "bot", "key_shared")
+    assert "10.0.0.1 and 10.0.0.2" in event["reasons"][0].message
