@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 from ringfence.cli.main import main
+from ringfence.model.attestation import audience
+from tests.oidc import TokenIssuer
 from tests.world import WITHIN_S, World
 
 
@@ -29,6 +31,8 @@ class Shell:
     capture: pytest.CaptureFixture[str]
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """What is printed is captured for the whole process: one command at a time."""
+    named: bool = True
+    """Whether it says who calls, by a key file."""
     printed: str = ""
     """What the last command printed on stdout."""
 
@@ -36,7 +40,8 @@ class Shell:
         """What it printed on stdout, or on stderr where `status` is not 0."""
         async with self.turn:
             self.capture.readouterr()
-            ended = await asyncio.to_thread(main, ["--identity", str(self.folder / f"{who}.json"), *args])
+            called = ["--identity", str(self.folder / f"{who}.json")] if self.named else []
+            ended = await asyncio.to_thread(main, [*called, *args])
             told = self.capture.readouterr()
             self.printed = told.out
             assert ended == status, told.err or told.out
@@ -511,3 +516,55 @@ async def test_a_static_secret_is_never_handed_out_and_its_lease_is_a_handle(she
     assert UUID.fullmatch(printed.strip())
     code = "import os, sys; sys.exit('RINGFENCE_LEASE' not in os.environ or 'RINGFENCE_CREDENTIAL' in os.environ)"
     await shell("bot", *asked, "--delivery", "gateway", "--exec", "--", sys.executable, "-c", code)
+
+
+async def test_an_instance_needs_no_key_file(
+    shell: Shell, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await organisation(shell)
+    issuer = TokenIssuer("https://cluster.example")
+    bundle = world.make_bundle(2).model_copy(update={"oidc_issuers": (issuer.pinned(),)})
+    await world.publish_trust(bundle)
+    await world.until(
+        lambda: all(runtime.trust.version == 2 for runtime in world.runtimes.values()) or None, "the bundle"
+    )
+    line = f"{issuer.issuer} sub=system:serviceaccount:ci:deployer"
+    register = ("agent", "register", "pod", "--description", "deploys", "--allow", "platform:read:env/**")
+    assert "--selector" in await shell("sam", *register, status=2)
+    await shell("sam", *register, "--selector", line)
+    assert "system:serviceaccount:ci:deployer life=3600" in await shell("sam", "agent", "show", "pod")
+    task = await shell.json(
+        "maria",
+        "task",
+        "assign",
+        "pod",
+        "--purpose",
+        "look",
+        "--for",
+        "1h",
+        "--allow",
+        "platform:read:env/**",
+    )
+    token = shell.folder / "token"
+    token.write_text(issuer.token(issuer.claims(audience(world.td), sub="system:serviceaccount:ci:deployer")))
+    monkeypatch.setenv("RINGFENCE_ATTEST_KEY_FILE", str(shell.folder / "kept.json"))
+    instance = ("--attest", f"file:{token}", "--agent", "pod")
+    ask = (
+        "request",
+        "--task",
+        task["task_id"],
+        "--allow",
+        "platform:read:env/a",
+        "--reason",
+        "look",
+        *instance,
+    )
+    assert "give a key or attest" in await shell("bot", *ask, status=1)
+    shell.named = False
+    lease = (await shell.json("", *ask))["lease_id"]
+    assert lease in await shell("", "release", lease, *instance)
+    shell.named = True
+    await shell("sam", "agent", "set-attestation", "pod", "--none")
+    assert "say all of them" in await shell("sam", "agent", "set-attestation", "pod", status=2)
+    shell.named = False
+    assert "no selector of agent pod" in await shell("", *ask, status=1)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import typer
 
-from ringfence.cli.attestation import parse_selectors
+from ringfence.cli.attestation import parse_selectors, show_selector
 from ringfence.messages.instances import AttestationSelector
 from ringfence.messages.registry import AgentRegister, AgentSetAttestation, AgentState
 from ringfence.model.attestation import claim, matches, matching, problem, selector_id
@@ -202,6 +202,7 @@ def test_selectors_are_written_in_a_line(tmp_path: Any) -> None:
         key_bound=True,
         max_life_s=1800,
     )
+    assert parse_selectors([show_selector(found)]) == (found,)
     file = tmp_path / "s.json"
     file.write_text(f"[{found.model_dump_json()}]")
     assert parse_selectors([f"@{file}", found.model_dump_json()]) == (found, found)

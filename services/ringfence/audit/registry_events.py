@@ -345,6 +345,7 @@ def _data(state: AnyState) -> dict[str, Any]:
                 "description": scrubbed(state.description),
                 "keys": _keys(state.keys),
                 "ceiling": [permission(one) for one in state.ceiling],
+                "attestation": [selector.model_dump() for selector in state.attestation],
                 "status": state.status,
             }
         case TargetState():

@@ -70,11 +70,22 @@ _WHY: Mapping[str, str] = {
     "alg_unexpected": "its alg is not that of the key",
     "signature_invalid": "its signature does not verify",
     "chain_broken": "the commands that it embeds do not hold",
+    "enrolment_invalid": "the enrolment of an instance in it does not hold",
+    "enrolment_ended": "the enrolment of an instance in it is over",
+    "issuer_untrusted": "the enrolment of an instance in it rests on an issuer that is not believed",
     "wrong_subject": "it is about another subject than it says",
     "tombstone": "it deletes a record, which nobody may",
 }
 _FORGERIES = frozenset(
-    {"key_unknown", "alg_unexpected", "signature_invalid", "chain_broken", "wrong_subject", "tombstone"}
+    {
+        "key_unknown",
+        "alg_unexpected",
+        "signature_invalid",
+        "chain_broken",
+        "enrolment_invalid",
+        "wrong_subject",
+        "tombstone",
+    }
 )
 
 

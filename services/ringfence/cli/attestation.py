@@ -65,6 +65,13 @@ def parse_selectors(given: list[str] | None) -> tuple[AttestationSelector, ...]:
     return tuple(found)
 
 
+def show_selector(selector: AttestationSelector) -> str:
+    """A selector as it is written on the command line."""
+    words = [selector.issuer, *(f"{name}={value}" for name, value in selector.claims.items())]
+    words += ["key-bound"] if selector.key_bound else []
+    return shlex.join([*words, f"life={selector.max_life_s}"])
+
+
 def _fields(text: str) -> Any:
     try:
         if text.startswith("{"):

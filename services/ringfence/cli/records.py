@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ringfence.cli.attestation import show_selector
 from ringfence.cli.options import run
 from ringfence.cli.output import moment, print_fields, print_json, print_table, until
 from ringfence.cli.scopes import show_scope
@@ -120,6 +121,7 @@ def _agent_fields(agent: AgentState) -> dict[str, str]:
         "status": _status(agent),
         "sponsor": agent.sponsor,
         "ceiling": show_scope(agent.ceiling),
+        **({"instances": "; ".join(map(show_selector, agent.attestation))} if agent.attestation else {}),
         "keys": _keys(agent.keys),
     }
 

@@ -145,7 +145,7 @@ def _enrolment(answer: httpx.Response) -> str:
     if answer.status_code == 200 and isinstance(found, dict) and isinstance(found.get("enrolment"), str):
         return str(found["enrolment"])
     code = found.get("error") if isinstance(found, dict) else None
-    raise EnrolmentRefusedError(f"the registry lets this instance not in: {_said(answer)}", code=code)
+    raise EnrolmentRefusedError(f"the registry does not let this instance in: {_said(answer)}", code=code)
 
 
 def _said(answer: httpx.Response) -> str:

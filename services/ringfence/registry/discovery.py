@@ -54,14 +54,8 @@ class Discovery:
     def __init__(self, clock: Clock, ca_file: Path | None = None) -> None:
         """`ca_file`: authorities (PEM) besides the machine's own, for issuers inside. Raises SettingsError."""
         self._clock = clock
-        self._tls = ssl.create_default_context()
-        if ca_file is not None:
-            try:
-                self._tls.load_verify_locations(ca_file)
-            except (OSError, ssl.SSLError) as error:
-                raise SettingsError(
-                    f"RINGFENCE_REGISTRY_OIDC_CA_FILE: cannot read {ca_file} ({error}); name a PEM file"
-                ) from None
+        # To read all authorities of the machine takes a while: not before an issuer is asked.
+        self._tls = _tls(ca_file) if ca_file is not None else None
         self._known: dict[str, _Known] = {}
         self._http: httpx.AsyncClient | None = None
 
@@ -107,7 +101,7 @@ class Discovery:
         """One document. What is behind a redirect, too large or not there raises ValueError."""
         if self._http is None:
             self._http = httpx.AsyncClient(
-                verify=self._tls, timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False
+                verify=self._tls or _tls(), timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False
             )
         async with self._http.stream("GET", url, headers={"Accept": "application/json"}) as answer:
             if answer.status_code != 200:
@@ -118,3 +112,15 @@ class Discovery:
                 if len(body) > MAX_DOCUMENT_BYTES:
                     raise ValueError(f"{url} is larger than {MAX_DOCUMENT_BYTES} bytes")
         return body
+
+
+def _tls(ca_file: Path | None = None) -> ssl.SSLContext:
+    tls = ssl.create_default_context()
+    if ca_file is not None:
+        try:
+            tls.load_verify_locations(ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise SettingsError(
+                f"RINGFENCE_REGISTRY_OIDC_CA_FILE: cannot read {ca_file} ({error}); name a PEM file"
+            ) from None
+    return tls

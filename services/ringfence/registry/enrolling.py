@@ -99,6 +99,8 @@ class Enroller:
         self._recalled = recalled
         self._spent: dict[str, EnrolledInstance] = {}
         """By the token's digest, for which key it was used."""
+        self._unsaid: set[str] = set()
+        """Tokens of which Kafka has not confirmed yet that they are spent: nobody is told before."""
         self._told: dict[str, None] = {}
         """Refusals that there is an event of."""
 
@@ -121,11 +123,16 @@ class Enroller:
             await self._tell_refusal(signed, error)
             raise
         if fresh:
+            self._unsaid.add(enrolled.token_digest)
             try:
                 await self._tell(signed, let, enrolled)
             except BaseException:
                 self._spent.pop(enrolled.token_digest, None)
                 raise
+            finally:
+                self._unsaid.discard(enrolled.token_digest)
+        elif enrolled.token_digest in self._unsaid:
+            raise UnavailableError("this token is being spent just now; ask again")
         log.info("instance %s of agent %s enrolled", enrolled.instance_id, let.agent.agent_id)
         return self._certificate(signed, let, enrolled)
 
