@@ -23,17 +23,18 @@ from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.instances import InstanceEnrolment
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import DeadLetter
-from ringfence.messages.registry import AgentDecommission, AgentResume, AgentSuspend
+from ringfence.messages.registry import AgentDecommission, AgentResume, AgentSuspend, BackendSettings
 from ringfence.messages.topics import ALL, AUDIT, CREDENTIAL_REQUEST, DEAD_LETTER, LEASE, SERVICE_EVENT
 from ringfence.model.attestation import audience
 from ringfence.model.instances import instance_id
 from tests import platforms
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
+from tests.flows.gating import HUB, RULES, VERBS, action, gateway
 from tests.flows.sdk import READ, client
 from tests.flows.yard import Given, Yard, fresh
 from tests.oidc import TokenIssuer
-from tests.world import Party, World
+from tests.world import WITHIN_S, Party, World, scope
 
 ASK: dict[str, Any] = {
     "target": "staging",
@@ -414,3 +415,31 @@ async def test_what_was_spent_stays_spent_when_the_registry_starts_again(
             again = opened((await yard.enrol(agent, token, key)).json()["enrolment"])
             before = opened(first.json()["enrolment"])
             assert (again.instance_id, again.key, again.iat) == (before.instance_id, before.key, before.iat)
+
+
+# --- through a gateway ------------------------------------------------------------------------------------------------
+
+
+async def test_an_instance_goes_through_a_gateway_with_the_key_that_it_enrolled(yard: Yard) -> None:
+    world, wide = yard.world, scope("hub", ("read",), ("path/**",))
+    backend = BackendSettings.model_validate({"kind": "jwt", "url": f"https://{HUB}"})
+    await world.target("hub", backend=backend, requests=RULES, verbs=VERBS)
+    pia = await world.user("pia", entitlements=wide)
+    agent = await world.agent("walker", yard.sam, wide, keys=(), attestation=(yard.selector("github"),))
+    task = await world.task(agent, by=pia, scope=wide)
+    async with gateway(world) as proxy, yard.connected(agent, Given(yard.pinned["github"])) as connected:
+        credential = await connected.request(
+            task=task, target="hub", verbs=["read"], resources=["path/a"], reason="x", delivery="gateway"
+        )
+        handle, key = credential.lease_id, connected.connection.key
+        url = f"https://{HUB}/a"
+        async with asyncio.timeout(WITHIN_S):  # until the gateway has heard of the lease
+            while (await proxy.as_agent(key, handle, "GET", url)).status_code != 200:
+                await asyncio.sleep(0.05)
+        assert (await proxy.as_agent(fresh(agent), handle, "GET", url)).status_code == 401
+        await yard.attest(agent, yard.selector("gcp"))
+        async with asyncio.timeout(WITHIN_S):
+            while (await proxy.as_agent(key, handle, "GET", url)).status_code != 403:
+                await asyncio.sleep(0.05)
+        refusal = await action(world, lease_id=handle, allowed=False, agent_id=agent.name)
+        assert [reason.code for reason in refusal.reasons] == ["instance_void"]
