@@ -129,8 +129,7 @@ class Directory:
         on_alarm: Callable[[Alarm], None] = lambda alarm: None,
     ) -> None:
         """`grace_ms` is how old the last matching heartbeat may be before the table denies; None never asks."""
-        self.trust = trust
-        """The trust bundle that the registry's signatures are verified by."""
+        self._trust = trust
         self._clock = clock
         self._grace_ms = grace_ms
         self._on_alarm = on_alarm
@@ -142,6 +141,11 @@ class Directory:
         self._last_beat_ms = 0
         self._beat_heard_ms = 0
         self.chains = Chains(trust, self._unverified_user)
+
+    @property
+    def trust(self) -> TrustStore:
+        """The trust bundle that the registry's signatures are verified by."""
+        return self._trust
 
     # --- feeding ---
 
@@ -173,12 +177,12 @@ class Directory:
         """
         try:
             record: AnyRecord = open_signed(
-                parse(compact), _RECORDS[kind], self.trust.finder("registry", at_s=at_ms / 1000),
-                audience=self.trust.trust_domain,
+                parse(compact), _RECORDS[kind], self._trust.finder("registry", at_s=at_ms / 1000),
+                audience=self._trust.trust_domain,
             ).claims  # fmt: skip
         except InvalidMessageError as error:
             return f"{error.code}: {error}"
-        id = subject_of(self.trust.trust_domain, record.sub, kind)
+        id = subject_of(self._trust.trust_domain, record.sub, kind)
         if id is None:
             return f"wrong_subject: {record.sub} is no {kind}"
         if key is not None and key != id:
@@ -214,7 +218,7 @@ class Directory:
         log.error(
             "refused a %s record at %d@%d: %s", record.topic.what, record.partition, record.offset, problem
         )
-        subject = f"spiffe://{self.trust.trust_domain}/{kind}/{key}"
+        subject = f"spiffe://{self._trust.trust_domain}/{kind}/{key}"
         self._on_alarm(Alarm(code, message, subject, record.coordinates))
 
     def _problem(self, kind: SubjectKind, record: Received) -> str | None:
@@ -232,8 +236,8 @@ class Directory:
     def _on_heartbeat(self, record: Received) -> None:
         try:
             heartbeat = open_signed(
-                parse(record.value), Heartbeat, self.trust.finder("registry", at_s=record.appended_at_ms / 1000),
-                audience=self.trust.trust_domain,
+                parse(record.value), Heartbeat, self._trust.finder("registry", at_s=record.appended_at_ms / 1000),
+                audience=self._trust.trust_domain,
             ).claims  # fmt: skip
         except InvalidMessageError:
             return  # other services' heartbeats are on the topic too
@@ -283,19 +287,19 @@ class Directory:
 
     def agent_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
         """The key `kid` of the agent `iss` if it counts at `at_s`, whatever the agent's status."""
-        agent_id = subject_of(self.trust.trust_domain, iss, "agent")
+        agent_id = subject_of(self._trust.trust_domain, iss, "agent")
         entry = self.agent(agent_id) if agent_id else None
         return valid_key(entry.state.keys, kid, at_s) if entry else None
 
     def user_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
         """The key `kid` of the active user `iss` if it counts at `at_s`, as of the present record."""
-        user_id = subject_of(self.trust.trust_domain, iss, "user")
+        user_id = subject_of(self._trust.trust_domain, iss, "user")
         entry = self.user(user_id) if user_id else None
         return valid_key(entry.state.keys, kid, at_s) if entry and entry.state.status == "active" else None
 
     def target_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
         """The key `kid` of the resource server of target `iss` if it counts at `at_s`."""
-        target_id = subject_of(self.trust.trust_domain, iss, "target")
+        target_id = subject_of(self._trust.trust_domain, iss, "target")
         entry = self.target(target_id) if target_id else None
         return valid_key(entry.state.keys, kid, at_s) if entry else None
 
