@@ -15,9 +15,9 @@ from ringfence.client.agent import Agent
 from ringfence.client.credentials import TokenCredential
 from ringfence.client.errors import EnrolmentRefusedError, IdentityError, InvalidCallError, RequestDeniedError
 from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import parse, sign
+from ringfence.kernel.jws import compact_jws, parse, sign
 from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.keys import SigningKey, b64decode, b64encode
 from ringfence.kernel.seal import ReplyKey
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.instances import InstanceEnrolment
@@ -273,13 +273,18 @@ async def test_a_decommissioned_agents_instances_get_nothing(yard: Yard) -> None
         assert denied.value.code == "agent_decommissioned"
 
 
-async def asked(yard: Yard, agent: Party, key: SigningKey, enrolment: str) -> str:
-    """The code that a request with this enrolment is dead-lettered with."""
+async def asked(
+    yard: Yard, agent: Party, key: SigningKey, enrolment: str, spelt: bytes = b"enrolment"
+) -> str:
+    """The code that a request with this enrolment is dead-lettered with. `spelt`: how the member is written."""
     claims = yard.world.claims(
         CredentialRequest, agent, task_id=await yard.task(agent), scope=READ, ttl_s=60, reason="x",
         reply_key=ReplyKey().public, enrolment=enrolment,
     )  # fmt: skip
-    at = await yard.world.send(CREDENTIAL_REQUEST, agent.name, sign(claims, key))
+    head, payload, _ = sign(claims, key).split(".")
+    payload = b64encode(b64decode(payload).replace(b'"enrolment"', b'"' + spelt + b'"'))
+    text = f"{head}.{payload}".encode()
+    at = await yard.world.send(CREDENTIAL_REQUEST, agent.name, compact_jws(text, key.sign(text)))
 
     def about(record: Received) -> bool:
         return DeadLetter.model_validate_json(record.value).source == at
@@ -301,6 +306,18 @@ async def test_an_enrolment_is_for_its_key_its_agent_and_its_time(yard: Yard) ->
     over = opened(enrolment)
     over = over.model_copy(update={"key": over.key.model_copy(update={"not_after": int(time.time()) - 1})})
     assert await asked(yard, agent, key, sign(over, yard.world.key("registry"))) == "enrolment_ended"
+
+
+async def test_who_has_a_key_of_the_record_is_no_instance(yard: Yard) -> None:
+    agent = await yard.world.agent("keyed", yard.sam, READ, attestation=(yard.selector("github"),))
+    enrolment = (await yard.enrol(agent, yard.token("github"), fresh(agent))).json()["enrolment"]
+    mine = opened(enrolment)
+    mine = mine.model_copy(
+        update={"key": mine.key.model_copy(update={"kid": agent.key.kid, "jwk": agent.key.public})}
+    )
+    for spelt in (b"enrolment", rb"\u0065nrolment"):
+        assert await asked(yard, agent, agent.key, enrolment, spelt) == "key_unknown"
+        assert await asked(yard, agent, agent.key, sign(mine, agent.key), spelt) == "enrolment_invalid"
 
 
 async def test_a_registry_that_lies_invents_no_instance_where_keys_are_pinned(yard: Yard) -> None:
