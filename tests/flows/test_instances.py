@@ -256,11 +256,20 @@ async def test_without_its_selector_an_instance_gets_nothing_new(yard: Yard) -> 
         yard.connected(agent, Given(yard.pinned["github"])) as gone,
         yard.connected(agent, Given(yard.pinned["gcp"], "gcp")) as stays,
     ):
+        ends, goes_on = await gone.request(task=task, **ASK), await stays.request(task=task, **ASK)
         await yard.attest(agent, yard.selector("gcp"))
         with pytest.raises(RequestDeniedError, match="enrol again") as denied:
             await gone.request(task=task, **ASK)
         assert denied.value.code == "instance_void"
         assert (await stays.request(task=task, **ASK)).lease_id
+        ended = await yard.world.consume_until(
+            LEASE,
+            lambda r: r.key == ends.lease_id and yard.world.opened(r, Lease, "revoker").status == "revoked",
+        )
+        cause = yard.world.opened(ended, Lease, "revoker").cause
+        assert cause is not None
+        assert "repo:acme/deploy" in (cause.reason or "")
+        await stays.release(goes_on, timeout_s=60)
 
 
 async def test_a_decommissioned_agents_instances_get_nothing(yard: Yard) -> None:

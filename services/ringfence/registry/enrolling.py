@@ -299,10 +299,12 @@ class Enroller:
         """An event, once, of what a platform did sign, and nobody is let in with."""
         agent_id = subject_of(self._runtime.settings.trust_domain, signed.claims.iss, "agent")
         mark = f"{error.code} {agent_id} {signed.claims.key.x}"
-        if error.code in _BY_STRANGERS or mark in self._told or len(self._told) >= _MOST_REFUSALS:
-            log.info("nobody is let in (%s)", error.code)
+        log.info("nobody is let in (%s)", error.code)
+        if error.code in _BY_STRANGERS or mark in self._told:
             return
         self._told[mark] = None
+        if len(self._told) > _MOST_REFUSALS:
+            del self._told[next(iter(self._told))]
         entry = self._directory.unverified("agent", agent_id) if agent_id else None
         await self._runtime.event(
             "finding" if error.code in _FINDINGS else "refused",

@@ -12,6 +12,7 @@ from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, Revo
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import AgentState, AnyState, TargetState, TaskState, UserState
 from ringfence.model.directory import Directory, Entry
+from ringfence.model.instances import ref_void
 from ringfence.model.leases import bears, end_status, is_over, mark_of
 from ringfence.model.scope import missing
 
@@ -29,14 +30,22 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Narrowing:
-    """What bears `mark` and does not fit `scope` ends."""
+    """Of what bears `mark`, all that does not fit `scope` ends."""
 
     mark: str
     scope: Scope
     reason: str
+    """What is said of a lease that is beyond the scope."""
+    agent: AgentState | None = None
+    """The agent whose instances are let in by its selectors, and by no others."""
 
-    def unfit(self, lease: Lease) -> bool:
-        return bool(missing(lease.scope, self.scope))
+    def unfit(self, lease: Lease) -> str | None:
+        """Why a lease ends, or None."""
+        if self.agent is not None and lease.instance is not None:
+            gone = ref_void(lease.instance, self.agent)
+            if gone is not None:
+                return gone.message
+        return self.reason if missing(lease.scope, self.scope) else None
 
 
 def consequences(
@@ -69,7 +78,7 @@ def _of_agent(state: AgentState, revision: int) -> tuple[Ending | Narrowing, ...
     if revision == 1:
         return ()  # there was nothing before that could be wider
     reason = f"beyond the ceiling of agent {state.agent_id} as it is now"
-    return (Narrowing(f"agent:{state.agent_id}", state.ceiling, reason),)
+    return (Narrowing(f"agent:{state.agent_id}", state.ceiling, reason, state),)
 
 
 def _of_user(state: UserState, revision: int, entitled: Scope) -> tuple[Ending | Narrowing, ...]:
@@ -115,8 +124,8 @@ def overtaken(lease: Lease, directory: Directory, entitlements_max_age_s: int) -
             if isinstance(one, Ending):
                 if bears(lease, mark_of(one.selector)):
                     return Overtaken(one.kind, one.reason, record)
-            elif bears(lease, one.mark) and one.unfit(lease):
-                return Overtaken("scope_narrowed", one.reason, record)
+            elif bears(lease, one.mark) and (why := one.unfit(lease)):
+                return Overtaken("scope_narrowed", why, record)
     return None
 
 

@@ -282,15 +282,15 @@ class RecordHandler:
     async def _order_unfit(self, narrowing: Narrowing, sub: str, entry: Entry[AnyState]) -> None:
         acknowledged = []
         unfit = [
-            lease
+            (lease, why)
             async for leases in self._ender.bearing(narrowing.mark)
             for lease in leases.values()
-            if narrowing.unfit(lease)
+            if (why := narrowing.unfit(lease))
         ]
-        for lease in unfit:
+        for lease, why in unfit:
             order = derived_order(
                 "scope_narrowed",
-                narrowing.reason,
+                why,
                 by=self._runtime.key.id,
                 trust_domain=self._td,
                 at_ms=self._runtime.clock.now_ms(),
