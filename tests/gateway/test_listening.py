@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import socket
@@ -16,6 +17,7 @@ import pytest
 import pytest_asyncio
 from cryptography import x509
 
+from ringfence.gateway.attempts import Presented
 from ringfence.gateway.authority import Authority
 from ringfence.gateway.plane import DataPlane, ListenError
 from ringfence.gateway.refusals import RefusedError
@@ -69,6 +71,20 @@ async def secure(tmp_path: Path) -> AsyncIterator[Secure]:
 
 
 # --- the gateway's own trust ------------------------------------------------------------------------------------------
+
+
+async def test_the_gate_is_told_where_a_connection_comes_from(place: Place) -> None:
+    for address in ("127.0.0.1", "127.0.0.2"):
+        reader, writer = await asyncio.open_connection("127.0.0.1", place.port, local_addr=(address, 0))
+        raw = Raw(reader, writer)
+        await raw.send(GET)
+        assert (await raw.response()).status == 200
+        writer.close()
+        presented, *_ = place.gate.records[-1]
+        assert presented.address == address
+        assert presented == Presented(own=presented.own, htu=presented.htu), (
+            "it is nothing that tells who sends"
+        )
 
 
 @pytest.mark.parametrize("url", ["https://127.0.0.1", "https://LOCALHOST.localdomain", "https://[::1]"])
