@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, get_args
 
 import orjson
 
 from ringfence.audit.believing import Believer
 from ringfence.audit.handlers import AuditHandlers
+from ringfence.audit.intake import Intake, Told
 from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.envelope import EncryptionKey, enclose
 from ringfence.kernel.ids import derived_id, digest, lease_id, message_id
 from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Outbound, Publisher, Received
+from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.seal import ReplyKey, seal
 from ringfence.kernel.trust import TrustStore
@@ -109,8 +110,8 @@ _RECORDS: dict[Topic[Any], type[AnyRecord]] = {
 }
 
 
-class KeptEvents(Publisher):
-    """A publisher that keeps what it is given: (key, body, event) of each."""
+class KeptEvents(Intake):
+    """Keeps what is handed over to be chained."""
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
@@ -118,17 +119,14 @@ class KeptEvents(Publisher):
         self.ids: list[str] = []
         self.fail_next = 0
 
-    async def send_many(
-        self, topic: Topic[Any], type: str, records: Iterable[Outbound]
-    ) -> list[Awaitable[None]]:
+    async def hand_over(self, events: Iterable[Told]) -> None:
         if self.fail_next:
             self.fail_next -= 1
             raise OSError("the broker went away")
-        for record in records:
-            self.events.append(orjson.loads(record.value))
-            self.keys.append(record.key)
-            self.ids.append(record.id)
-        return []
+        for told in events:
+            self.events.append(orjson.loads(told.body))
+            self.keys.append(told.key)
+            self.ids.append(told.uid)
 
 
 class Office:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from ringfence.audit.believing import Believer
+from ringfence.audit.chaining import GROUP, ChainWriter
 from ringfence.audit.handlers import AuditHandlers
 from ringfence.audit.http import AuditApi
+from ringfence.audit.intake import Intake
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.store import SqliteIndex
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
-from ringfence.messages.topics import AUDIT
+from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
 from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
 
@@ -25,7 +27,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     believer = Believer(runtime.trust, directory, own)
     index = SqliteIndex(settings.state_dir / own.index_file if settings.state_dir is not None else None)
     handlers = AuditHandlers(
-        runtime.publisher,
+        Intake(runtime.publisher, runtime.key, settings.trust_domain, runtime.clock),
         believer,
         runtime.clock,
         runtime.trust,
@@ -37,6 +39,17 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     # Nobody waits for an event, so records gather first: a fetch and a commit cost as much for one as for hundreds.
     indexed = runtime.history([AUDIT], index.add, since_ms=0, linger_ms=own.linger_ms)
     runtime.consume("audit", handlers.batches(), max_records=500, linger_ms=own.linger_ms)
+    chain = ChainWriter(runtime, own.checkpoint_s)
+    runtime.consume(
+        GROUP,
+        {AUDIT_INTAKE: chain.on_batch},
+        max_records=500,
+        linger_ms=own.linger_ms,
+        on_assigned=chain.on_assigned,
+        alone=True,
+    )
+    runtime.background("checkpoints", chain.sign_now_and_then)
+    runtime.on_stop(chain.close)
     runtime.routes += AuditApi(
         index, directory, runtime.clock, settings.trust_domain, indexed.complete.is_set
     ).routes()

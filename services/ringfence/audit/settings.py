@@ -19,6 +19,8 @@ class AuditSettings(RingfenceSettings):
     """How old a record may become while the local tables do not know its signer yet, before it is not believed."""
     linger_ms: Annotated[int, Field(ge=0, le=10_000)] = 100
     """How long records gather before they are read, and events before they are indexed."""
+    checkpoint_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
+    """How often a chain that has grown is signed."""
     remembered_messages: Annotated[int, Field(ge=1000)] = 200_000
     """How many (`iss`, `jti`) are remembered to find replays; about 300 bytes each."""
     remembered_requests: Annotated[int, Field(ge=100)] = 20_000

@@ -89,6 +89,7 @@ class Runtime:
         max_records: int = 32,
         linger_ms: int = 0,
         on_assigned: Callable[[], Awaitable[None]] | None = None,
+        alone: bool = False,
     ) -> Consumer:
         """Take work from these topics as a member of a group. See `Consumer` for what it is given and what it tells."""
         consumer = Consumer(
@@ -98,6 +99,7 @@ class Runtime:
             max_records=max_records,
             linger_ms=linger_ms,
             on_assigned=on_assigned,
+            alone=alone,
         )
         self._consumers.append(consumer)
         return consumer

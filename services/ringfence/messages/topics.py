@@ -13,7 +13,7 @@ from ringfence.messages.approval import (
     Grant,
     GrantWithdraw,
 )
-from ringfence.messages.audit import AuditCheckpoint, AuditEvent
+from ringfence.messages.audit import AuditCheckpoint, AuditEvent, AuditIntake, AuditWitness
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import (
     CredentialDecision,
@@ -137,9 +137,16 @@ SERVICE_EVENT = Topic(
     30 * _DAY,
 )
 AUDIT_INTAKE = Topic(
-    "audit.intake", (AuditEvent,), "agent id", "json", ("audit",), ("audit",), 7 * _DAY, True
+    "audit.intake", (AuditIntake,), "agent id", "jws", ("audit",), ("audit",), 7 * _DAY, True
 )
-AUDIT_CHECKPOINT = Topic("audit.checkpoint", (AuditCheckpoint,), "tree", "jws", ("audit",), ("anyone",))
+AUDIT_CHECKPOINT = Topic(
+    "audit.checkpoint",
+    (AuditCheckpoint, AuditWitness),
+    "tree",
+    "jws",
+    ("audit", "users (role auditor)"),
+    ("anyone",),
+)
 AUDIT = Topic(
     "audit",
     (AuditEvent,),
