@@ -12,7 +12,7 @@ import pytest
 from ringfence.audit import credential_events
 from ringfence.audit.believing import Believer
 from ringfence.audit.handlers import AuditHandlers
-from ringfence.audit.ocsf import event_uid, moment, privileges, scrubbed
+from ringfence.audit.ocsf import moment, privileges, scrubbed
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.envelope import EncryptionKey, enclose
 from ringfence.kernel.ids import derived_id, digest, message_id
@@ -53,6 +53,7 @@ from ringfence.messages.topics import (
     TASK,
     USER,
 )
+from ringfence.model.audit_chain import Source
 from tests.audit_office import TRACE_ID, Office, steps, unbelievable
 
 
@@ -667,7 +668,7 @@ async def test_only_services_speak_as_services(office: Office) -> None:
 
 def test_uids_depend_on_topic_partition_and_offset() -> None:
     places = [("a", 0, 1), ("a", 1, 0), ("a", 1, 1), ("b", 0, 1), ("a", 0, 11), ("a", 10, 1), ("a", 11, 1)]
-    assert len({event_uid(*place) for place in places}) == len(set(places))
+    assert len({Source(*place).uid for place in places}) == len(set(places))
 
 
 def test_privileges_are_one_word_for_each_verb_on_each_resource() -> None:

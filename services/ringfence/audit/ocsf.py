@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from ringfence import __version__
-from ringfence.kernel.ids import derived_id
 from ringfence.kernel.trace import trace_id
 from ringfence.messages.audit import OCSF_VERSION
 from ringfence.messages.credential import Reason
 from ringfence.messages.permission import Permission
+from ringfence.model.audit_chain import Source
 
 if TYPE_CHECKING:
     from ringfence.kernel.kafka import Received
@@ -145,11 +145,6 @@ def step(
     return Step(code, attributes, metadata)
 
 
-def event_uid(topic_name: str, partition: int, offset: int) -> str:
-    """The uid of the event about the record at these coordinates: a repeat of the work makes the same event."""
-    return derived_id(topic_name, partition, offset)
-
-
 def event(
     record: Received,
     kind: Step,
@@ -177,7 +172,7 @@ def event(
     """
     metadata = {
         **kind.metadata,
-        "uid": event_uid(record.topic_name, record.partition, record.offset),
+        "uid": Source(record.topic_name, record.partition, record.offset).uid,
         "log_name": record.topic.what,
     }
     if correlation is not None:

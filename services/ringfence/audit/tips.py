@@ -14,7 +14,7 @@ from ringfence.kernel.trust import TrustStore
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.base import typ_header
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT
-from ringfence.model.audit_chain import Tip, link_of
+from ringfence.model.audit_chain import Tip, event_of
 
 
 @dataclass(slots=True)
@@ -83,12 +83,11 @@ async def _read_from(
     """And the `seq` of the first event that was read."""
     found, first = TipsRead(tip, tip.head.size, deque(maxlen=remember)), None
     async for record in kafka.records(AUDIT, partition, *stretch):
-        link = link_of(record.value)
-        if link is None:
+        event = event_of(record.value)
+        if event is None or (one := event.link) is None:
             continue
-        one, uid = link
         first = first or one.seq
-        found.recent.append(uid)
+        found.recent.append(event.uid)
         if one.seq <= found.signed_size:
             continue
         if not found.tip.fits(one, str(partition)):

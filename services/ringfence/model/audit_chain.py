@@ -5,11 +5,12 @@ all of them. Pure; for who writes it and for whoever verifies it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from pydantic import ValidationError
 
+from ringfence.kernel.ids import derived_id
 from ringfence.messages.audit import AuditCheckpoint, ChainLink
 from ringfence.model.merkle import Hash, Head, leaf_hash
 
@@ -48,12 +49,38 @@ def linked(event: dict[str, Any], tree: str, seq: int, prev: Hash) -> bytes:
     return orjson.dumps(event)
 
 
-def link_of(value: bytes) -> tuple[ChainLink, str] | None:
-    """The link of a published event, and the event's uid; None where it has none."""
+class Source(NamedTuple):
+    """The record that an event is about."""
+
+    topic_name: str
+    partition: int
+    offset: int
+
+    @property
+    def uid(self) -> str:
+        """The uid of the event about it: a repeat of the work makes the same event."""
+        return derived_id(self.topic_name, self.partition, self.offset)
+
+
+class Chained(NamedTuple):
+    """What the chain needs of a published event. `link` is None where it has none: it is from before there was one."""
+
+    uid: str
+    source: Source
+    link: ChainLink | None
+
+
+def event_of(value: bytes) -> Chained | None:
+    """What stands on `audit`, or None where it is no event."""
     try:
         event = orjson.loads(value)
-        return ChainLink.model_validate(event["unmapped"]["chain"], strict=True), str(
-            event["metadata"]["uid"]
+        words = event["unmapped"]
+        link = words.get("chain")
+        source = words["source"]
+        return Chained(
+            str(event["metadata"]["uid"]),
+            Source(str(source["topic"]), int(source["partition"]), int(source["offset"])),
+            ChainLink.model_validate(link, strict=True) if link is not None else None,
         )
-    except (ValueError, ValidationError, KeyError, TypeError):
+    except (ValueError, ValidationError, KeyError, TypeError, AttributeError):
         return None
