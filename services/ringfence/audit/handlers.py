@@ -54,6 +54,7 @@ from ringfence.messages.topics import (
     AGENT,
     APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
+    AUDITED,
     CREDENTIAL_DECISION,
     CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
@@ -114,7 +115,6 @@ class AuditHandlers:
         self._settle_ms = settle_ms
         self._tables_changed = asyncio.Event()
         self._epochs = Epochs(trust)
-        # In the order in which one thing follows from another: later events name what earlier ones told.
         self._by_topic: dict[Topic[Any], Callable[[Received], tuple[Event, bool]]] = {
             REGISTRY_COMMAND: self._command,
             USER: self._record_of(UserRecord),
@@ -136,7 +136,7 @@ class AuditHandlers:
 
     def batches(self) -> dict[Topic[Any], BatchHandler]:
         """The batch handler of every topic that audit reads."""
-        return {topic: self._batch_of(read) for topic, read in self._by_topic.items()}
+        return {topic: self._batch_of(self._by_topic[topic]) for topic in AUDITED}
 
     def on_change(self, kind: str, id: str) -> None:
         """Told by the local tables: whoever was not known may be known now."""

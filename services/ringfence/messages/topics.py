@@ -200,6 +200,27 @@ ALL: tuple[Topic[Any], ...] = (
     DEAD_LETTER,
 )
 
+AUDITED: tuple[Topic[Any], ...] = (
+    REGISTRY_COMMAND,
+    USER,
+    AGENT,
+    TARGET,
+    TASK,
+    CREDENTIAL_REQUEST,
+    APPROVAL_REQUEST,
+    APPROVAL_RESPONSE,
+    CREDENTIAL_DECISION,
+    LEASE,
+    CREDENTIAL_REPLY,
+    REVOCATION_REQUEST,
+    REVOCATION_ACK,
+    SERVICE_EVENT,
+    ACTION,
+    DEAD_LETTER,
+)
+"""Each record on these has one event on `audit`. In the order in which one thing follows from another: what comes later
+names what came earlier."""
+
 
 def by_name(prefix: str) -> dict[str, Topic[Any]]:
     """All topics by their names under a prefix."""
