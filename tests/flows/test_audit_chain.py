@@ -7,11 +7,13 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 from aiokafka import AIOKafkaProducer
 
 from ringfence.audit.chaining import GROUP, ChainWriter
 from ringfence.audit.intake import Intake, Told
+from ringfence.audit.proofs import ProofStore
 from ringfence.audit.settings import AuditSettings
 from ringfence.client.auditor import TrailReport, verify_trail, witness
 from ringfence.client.settings import ClientSettings
@@ -21,10 +23,12 @@ from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.transactions import FencedError, TransactionalPublisher
+from ringfence.kernel.trust import TrustStore
 from ringfence.messages.audit import AuditCheckpoint, AuditIntake, IntakeEntry
 from ringfence.messages.registry import AgentSuspend
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, SERVICE_EVENT
-from ringfence.model.audit_chain import Source, event_of
+from ringfence.model.audit_chain import Source, Tip, event_of, linked
+from ringfence.model.merkle import Head, is_consistent, leaf_hash, root_by_inclusion
 from tests.world import Party, World, scope
 
 QUICK = AuditSettings(linger_ms=10, checkpoint_s=0.1)
@@ -292,3 +296,78 @@ async def test_readers_of_what_is_committed_never_see_what_a_writer_left_behind(
         await chained(world, good.uid)
         assert b"half a batch" not in {record.value for record in await world.records(AUDIT)}
     await abandoned.stop()
+
+
+# --- proofs over HTTP ---
+
+
+async def test_each_event_is_proved_to_be_under_the_signed_head(world: World, sam: Party) -> None:
+    ali = await world.user("vera", ("auditor",))
+    await signed_up_to_the_end(world)
+    for record in list(await world.records(AUDIT)):
+        answer = (await once_signed(world, ali, f"/v1/events/{record.headers['ce_id']}/proof")).json()
+        assert answer["event"].encode() == record.value
+        head = parse(answer["checkpoint"]).unverified_claims(AuditCheckpoint)
+        proof = [bytes.fromhex(step) for step in answer["proof"]]
+        root = root_by_inclusion(leaf_hash(record.value), answer["leaf_index"], head.size, proof)
+        assert (root.hex(), answer["leaf_index"]) == (head.root, seq_of(record) - 1)
+        forged = root_by_inclusion(leaf_hash(record.value + b" "), answer["leaf_index"], head.size, proof)
+        assert forged.hex() != head.root
+
+
+async def once_signed(world: World, who: Party, path: str, since: int = 0) -> httpx.Response:
+    """The answer, once a checkpoint covers what is asked for."""
+    async with asyncio.timeout(30):
+        while (answer := await world.get("audit", path, who, **{"from": str(since)})).status_code != 200:
+            assert answer.json()["error"] == "no_proof", answer.text
+            await asyncio.sleep(0.05)
+        return answer
+
+
+async def test_a_chain_is_proved_to_go_on_from_what_it_was(world: World, sam: Party) -> None:
+    ali = await world.user("vera", ("auditor",))
+    (tree, (size, root)), *_ = (await verified(world)).heads.items()
+    await told(world, sam)
+    await signed_up_to_the_end(world)
+    answer = (await once_signed(world, ali, f"/v1/checkpoints/{tree}/consistency", since=size)).json()
+    head = parse(answer["checkpoint"]).unverified_claims(AuditCheckpoint)
+    proof = [bytes.fromhex(step) for step in answer["proof"]]
+    assert is_consistent(size, bytes.fromhex(root), head.size, bytes.fromhex(head.root), proof)
+    assert not is_consistent(size, bytes(32), head.size, bytes.fromhex(head.root), proof)
+    everything = (await world.get("audit", "/v1/checkpoints", ali)).json()["checkpoints"]
+    assert tree in {parse(jws).unverified_claims(AuditCheckpoint).tree for jws in everything}
+
+
+async def test_proofs_are_for_those_who_may_see_the_event(world: World, sam: Party) -> None:
+    (record, *_) = await world.records(AUDIT)
+    path = f"/v1/events/{record.headers['ce_id']}/proof"
+    eve = await world.user("eve")
+    assert (await world.get("audit", path, eve)).status_code == 404
+    assert (await world.get("audit", path)).status_code == 401
+    assert (await world.get("audit", "/v1/checkpoints")).status_code == 401
+    assert (
+        await world.get("audit", "/v1/checkpoints/0/consistency", eve, **{"from": "x"})
+    ).status_code == 400
+    too_many = await world.get("audit", "/v1/checkpoints/0/consistency", eve, **{"from": "99999"})
+    assert too_many.json()["error"] == "no_proof"
+
+
+def test_the_nodes_that_are_kept_give_the_roots_of_all_subtrees() -> None:
+    store = ProofStore(TrustStore("example.org", "x"), None)
+    tip, values = Tip(), []
+    for offset in range(700):
+        value = linked(json.loads(told_of(Source("x", 0, offset))), "0", offset + 1, tip.last)
+        tip = tip.followed_by(value)
+        values.append(value)
+    for start in range(0, 700, 100):
+        store.add_events(
+            [
+                Received(AUDIT, "audit", 0, start + i, 0, "k", value)
+                for i, value in enumerate(values[start : start + 100])
+            ]
+        )
+    leaves = [leaf_hash(value) for value in values]
+    for level in range(10):
+        for index in range(700 >> level):
+            expected = Head().grown(leaves[index << level : (index + 1) << level]).root
+            assert store._subtree("0", level, index) == expected

@@ -27,3 +27,5 @@ class AuditSettings(RingfenceSettings):
     """How many requests and leases are remembered to name agent, task and people in what follows them."""
     index_file: str = "audit.sqlite"
     """The file of the index inside `RINGFENCE_STATE_DIR`. It is rebuilt from the topic at each start."""
+    tree_file: str = "audit-tree.sqlite"
+    """The same, of the hashes that proofs are made of; some 150 bytes an event."""
