@@ -45,10 +45,12 @@ from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, RevocationAck,
 from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, EventKind, ServiceEvent
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
+    AgentActivate,
     AgentDecommission,
     AgentRecord,
     AgentRegister,
     AgentResume,
+    AgentRotateKey,
     AgentSetCeiling,
     AgentSuspend,
     AgentTransfer,
@@ -373,6 +375,8 @@ class Office:
             (AgentRegister, sam, {
                 "agent_id": "second", "sponsor": "sam", "description": "x", "keys": (key,), "ceiling": self.scope,
             }),
+            (AgentActivate, sam, bot),
+            (AgentRotateKey, sam, {**bot, "key": key, "overlap_s": 60}),
             (AgentSetCeiling, sam, {**bot, "ceiling": self.scope}),
             (AgentTransfer, sam, {**bot, "sponsor": "maria"}),
             (AgentSuspend, sam, {**bot, "reason": "odd requests overnight"}),
@@ -629,6 +633,10 @@ def every_record(office: Office) -> dict[str, Received]:
     found["replay told"] = office.service_event(
         "replayed", "credential.request", "policy", request_id=denied.request_id, agent_id="deploy-bot", **about
     )  # fmt: skip
+    ending = (Reason(code="key_ending", message="for sam, the sponsor: a key ends soon"),)
+    found["key that ends"] = office.service_event(
+        "finding", "key", reasons=ending, agent_id="deploy-bot", sponsor="sam"
+    )
     found["finding"] = office.service_event("finding", "record", "policy", reasons=reason)
     found["dead letter"] = office.dead_letter()
     found |= actions(office, denied.lease_id)
@@ -674,11 +682,19 @@ def changes(office: Office) -> dict[str, Received]:
     target = office.states[TARGET, "staging"][1]
     assert isinstance(target, TargetState)
     bot, first = {"agent_id": "deploy-bot"}, office.record_of(AGENT, "deploy-bot")
+    ends_s = office.now_ms // 1000 + 86_400
+    keys = [SigningKey.generate(f"spiffe://{TD}/agent/deploy-bot").record(ends_s) for _ in range(2)]
+    sleeper = {"agent_id": "sleeper", "sponsor": "sam", "description": "x", "keys": (keys[0],), "ceiling": ()}
+    register = office.claims(AgentRegister, olga, **sleeper, inactive=True)
+    office.carry_out(AGENT, "sleeper", register, olga)
+    stolen = {**bot, "key": keys[1], "compromised": True, "reason": "it was in a log"}
     orders: list[tuple[Topic[Any], str, type[ExpiringClaims], SigningKey, dict[str, Any]]] = [
         (AGENT, "deploy-bot", AgentSuspend, sam, {**bot, "reason": "odd"}),
         (AGENT, "deploy-bot", AgentResume, sam, {**bot, "reason": "explained"}),
+        (AGENT, "deploy-bot", AgentRotateKey, sam, {**bot, "key": keys[0], "overlap_s": 60}),
         (AGENT, "deploy-bot", AgentSetCeiling, sam, {**bot, "ceiling": ()}),
         (AGENT, "deploy-bot", AgentTransfer, sam, {**bot, "sponsor": "petra"}),
+        (AGENT, "sleeper", AgentActivate, sam, {"agent_id": "sleeper"}),
         (AGENT, "deploy-bot", AgentDecommission, olga, {**bot, "reason": "replaced"}),
         (TASK, office.task, TaskEnd, maria, {"task_id": office.task, "reason": "done"}),
         (TARGET, "staging", TargetSet, olga, {
@@ -686,10 +702,12 @@ def changes(office: Office) -> dict[str, Received]:
         }),
         (TARGET, "staging", TargetRemove, olga, {"target_id": "staging", "reason": "moved"}),
     ]  # fmt: skip
+    compromised = office.carry_out(AGENT, "deploy-bot", office.claims(AgentRotateKey, sam, **stolen), sam)
     found = {
         f"changed by {model.typ}": office.carry_out(topic, id, office.claims(model, by, **fields), by)
         for topic, id, model, by, fields in orders
     }
+    found["compromised"] = compromised
     found["changed by user.set"] = office.user("maria", "sponsor")
     disable = office.claims(UserDisable, olga, user_id="maria", reason="left")
     found["changed by user.disable"] = office.carry_out(USER, "maria", disable, olga)

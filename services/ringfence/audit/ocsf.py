@@ -43,7 +43,8 @@ _ACTIVITIES: dict[int, dict[int, str]] = {
     AUTHENTICATION: {1: "Logon", 2: "Logoff"},
     AUTHORIZE_SESSION: {1: "Assign Privileges"},
     ENTITY_MANAGEMENT: {
-        1: "Create", 3: "Update", 4: "Delete", 9: "Disable", 11: "Deactivate", 12: "Suspend", 13: "Resume",
+        1: "Create", 3: "Update", 4: "Delete", 9: "Disable", 10: "Activate", 11: "Deactivate", 12: "Suspend",
+        13: "Resume",
     },
     API_ACTIVITY: {1: "Create", 2: "Read", 3: "Update", 4: "Delete"},
 }  # fmt: skip

@@ -17,8 +17,9 @@ from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import ActionClass, TargetState
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
+from ringfence.model.key_ends import is_lost
 from ringfence.model.request_map import Action
-from ringfence.model.requests import DeniedError, Ground, against, find_ground
+from ringfence.model.requests import DeniedError, Ground, against, find_ground, key_compromised
 from ringfence.model.rule import Side, lacking
 from ringfence.model.scope import missing
 
@@ -136,6 +137,8 @@ def weigh(
     else:
         reasons += _not_usable(lease, target)
         reasons += _of_others(lease, wanted, directory)
+        if ground is not None and is_lost(lease, ground.agent.state):
+            reasons.append(key_compromised(sender.agent_id))
     if lease is None or ground is None or reasons:
         return Refusal(FORBIDDEN, tuple(reasons))
     return Chosen(lease, ground, wanted)

@@ -187,13 +187,28 @@ def _request(decision: Decision, directory: Directory, terms: Terms) -> _Asked:
         raise _RefusedError(_reason("record_untrusted", str(error))) from None
     except InvalidMessageError as error:
         message = f"the request that the decision embeds does not hold: {error}"
-        raise _RefusedError(_reason(error.code, message), finding=True) from None
+        finding = not _was_replaced(claims.request, directory)
+        raise _RefusedError(_reason(error.code, message), finding=finding) from None
     if message_id(request.claims.iss, request.claims.jti) != claims.request_id:
         raise _RefusedError(
             _reason("request_mismatch", "the decision names another request than the one that it embeds"),
             finding=True,
         )
     return _Asked(request, jws.header.kid)
+
+
+def _was_replaced(request: Jws, directory: Directory) -> bool:
+    """Whether a request says that it is by a key that ended early: policy may have decided a moment before that.
+
+    Nothing of it is verified: it only says whether the refusal has to be a policy's fault.
+    """
+    try:
+        jws = parse(request)
+        claims = jws.unverified_claims(CredentialRequest)
+        agent = directory.agent(subject_of(claims.aud, claims.iss, "agent") or "")
+    except (InvalidMessageError, ChainError):
+        return False
+    return agent is not None and jws.header.kid in agent.state.replaced
 
 
 def _issue(decision: Decision, asked: _Asked, directory: Directory, terms: Terms) -> Issue:

@@ -145,13 +145,15 @@ class Runtime:
         reasons: Sequence[Reason] = (),
         source: Coordinates | None = None,
         traceparent: str | None = None,
+        at_ms: int | None = None,
         **fields: Any,
     ) -> None:
         """Publish a signed `service.event`, acknowledged when this returns.
 
-        `about` makes its id: the same event said twice has the same one.
+        `about` makes its id: the same event said twice has the same one. With `at_ms`, where it is not of now, it is
+        the same text each time.
         """
-        now_ms = self.clock.now_ms()
+        now_ms = self.clock.now_ms() if at_ms is None else at_ms
         event = ServiceEvent(
             iss=self.key.id,
             aud=self.settings.trust_domain,

@@ -15,6 +15,7 @@ from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
 from ringfence.registry.handlers import Registry
 from ringfence.registry.http import Api
+from ringfence.registry.key_warnings import KeyWarnings
 from ringfence.registry.settings import RegistrySettings
 from ringfence.registry.store import REMEMBERED_MS, Memory
 
@@ -30,7 +31,8 @@ def build(
     # It is the one that says what is so: no heartbeat tells it that its table is old.
     directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=on_alarm)
     memory = Memory(directory, runtime.trust, since_ms)
-    registry = Registry(runtime, directory, memory, on_alarm)
+    warnings = KeyWarnings(runtime, directory)
+    registry = Registry(runtime, directory, memory, on_alarm, warnings.remember)
     runtime.table(TABLES, directory.on_records)
     registry.history = runtime.history((SERVICE_EVENT,), registry.on_events, since_ms=since_ms)
     commands = runtime.consume(
@@ -39,9 +41,12 @@ def build(
         on_assigned=registry.catch_up,
     )
     command_topic = REGISTRY_COMMAND.name(settings.topic_prefix)
-    runtime.background(
-        "heartbeat", lambda: registry.beat_while(lambda: commands.owns(command_topic, 0), own.heartbeat_s)
-    )
+
+    def mine() -> bool:
+        return commands.owns(command_topic, 0)
+
+    runtime.background("heartbeat", lambda: registry.beat_while(mine, own.heartbeat_s))
+    runtime.background("key warnings", lambda: warnings.run(mine, own.key_check_s))
     runtime.ready_when(registry.untrusted)
     runtime.routes += Api(directory, settings.trust_domain, runtime.clock).routes()
     return runtime

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ringfence.messages.registry import (
+    AgentActivate,
     AgentResume,
+    AgentRotateKey,
     AgentSetCeiling,
     AgentState,
     AgentTransfer,
@@ -27,7 +29,15 @@ from ringfence.model.lifecycle.targets import apply_to_target
 from ringfence.model.lifecycle.tasks import apply_to_task
 from ringfence.model.lifecycle.users import apply_to_user
 
-MAY_WIDEN: tuple[type[Any], ...] = (UserSet, AgentSetCeiling, AgentTransfer, AgentResume, TargetSet)
+MAY_WIDEN: tuple[type[Any], ...] = (
+    UserSet,
+    AgentActivate,
+    AgentSetCeiling,
+    AgentTransfer,
+    AgentRotateKey,
+    AgentResume,
+    TargetSet,
+)
 """Commands that can give more than there was. Given in another order than they were signed in, they would undo what
 came after them, so that order is kept. What only narrows is never late."""
 
