@@ -14,7 +14,7 @@ from ringfence.gateway.identifying import Identifier
 from ringfence.gateway.leases import LeaseTable
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.lease import Lease
-from ringfence.messages.registry import AgentSuspend
+from ringfence.messages.registry import AgentRotateKey, AgentSuspend
 from tests import leases
 from tests.ledger import TD, Ledger, permission
 
@@ -177,3 +177,44 @@ async def test_a_certificate_says_which_agent(door: Door) -> None:
 async def test_that_an_agent_is_suspended_is_for_the_decision_to_say(door: Door) -> None:
     door.ledger.give(door.ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
     assert isinstance(await door.shown(door.proof()), Sender)
+
+
+@pytest.fixture
+def busy() -> Door:
+    """A door that remembers more than one proof."""
+    door = Door()
+    door.proofs = ProofChecker(nonces=door.nonces, clock=door.ledger.clock, memory=ProofsInMemory(10))
+    door.identifier = Identifier(TD, door.ledger.directory, door.table, door.proofs, door.ledger.clock)
+    return door
+
+
+@pytest.mark.parametrize("compromised", [True, None])
+async def test_a_proof_by_a_key_that_was_replaced_counts_no_more(
+    busy: Door, compromised: bool | None
+) -> None:
+    door, new = busy, SigningKey.generate(busy.key().id)
+    assert isinstance(await door.shown(door.proof()), Sender)
+    door.ledger.give(
+        door.ledger.claims(
+            AgentRotateKey, "sam", agent_id="bot", key=door.ledger.key_record(new), compromised=compromised
+        )
+    )
+    assert code(await door.shown(door.proof())) == "proof_by_stranger"
+    assert isinstance(await door.shown(door.proof(new)), Sender)
+
+
+async def test_within_the_overlap_each_lease_is_shown_with_its_own_key(busy: Door) -> None:
+    door, new = busy, SigningKey.generate(busy.key().id)
+    door.ledger.give(
+        door.ledger.claims(
+            AgentRotateKey, "sam", agent_id="bot", key=door.ledger.key_record(new), overlap_s=60
+        )
+    )
+    old_id, new_id = "00000000-0000-4000-8000-00000000000a", "00000000-0000-4000-8000-00000000000b"
+    door.leased(lease_id=old_id, key_thumbprint=door.key().kid)
+    door.leased(lease_id=new_id, key_thumbprint=new.kid)
+    assert isinstance(await door.shown(door.proof(handle=old_id), handle=old_id), Sender)
+    assert isinstance(await door.shown(door.proof(new, handle=new_id), handle=new_id), Sender)
+    assert code(await door.shown(door.proof(new, handle=old_id), handle=old_id)) == "proof_other_key"
+    door.ledger.clock.ms += 60_000
+    assert code(await door.shown(door.proof(handle=old_id), handle=old_id)) == "proof_by_stranger"

@@ -46,7 +46,9 @@ def build(
         return commands.owns(command_topic, 0)
 
     runtime.background("heartbeat", lambda: registry.beat_while(mine, own.heartbeat_s))
-    runtime.background("key warnings", lambda: warnings.run(mine, own.key_check_s))
+    runtime.background(
+        "key warnings", lambda: warnings.run(lambda: mine() and registry.untrusted() is None, own.key_check_s)
+    )
     runtime.ready_when(registry.untrusted)
     runtime.routes += Api(directory, settings.trust_domain, runtime.clock).routes()
     return runtime

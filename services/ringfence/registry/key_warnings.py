@@ -29,6 +29,7 @@ SUBJECT = "key"
 """The `subject` of the finding; its `ref` is the key's thumbprint, its `result` whose key it is."""
 CODE = "key_ending"
 _PAUSE_EVERY = 500
+_CAUGHT_UP_WITHIN_S = 5.0
 
 _Told = tuple[str, str, int]
 """Whose key, which, and since when it ends that soon, in ms."""
@@ -55,7 +56,7 @@ class KeyWarnings:
         while True:
             if mine():
                 try:
-                    if await self._runtime.tables_caught_up(every_s):
+                    if await self._runtime.tables_caught_up(_CAUGHT_UP_WITHIN_S):
                         await self.look()
                 except (KafkaError, RingfenceError, OSError) as error:
                     log.warning("keys that end are told of later: %s", str(error) or type(error).__name__)
@@ -64,6 +65,8 @@ class KeyWarnings:
     async def look(self) -> None:
         """Tell of all that end soon and were not told of."""
         now_s = self._runtime.clock.now_ms() / 1000
+        # By then the key has ended.
+        self._told = {told for told in self._told if told[2] / 1000 + WARN_BEFORE_S[0] > now_s}
         for seen, (subject, ends) in enumerate(list(self._ends.items()), start=1):
             if any(now_s < end <= now_s + WARN_BEFORE_S[0] for end in ends):
                 await self._look_at(*subject, now_s)
