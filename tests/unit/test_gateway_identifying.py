@@ -24,11 +24,13 @@ URL = "https://hub.example/a"
 class Door:
     """Two agents, a lease of one of them, and what an agent sends."""
 
-    def __init__(self) -> None:
+    def __init__(self, remembered: int = 1) -> None:
         self.ledger = Ledger()
         self.table = LeaseTable(self.ledger.clock)
         self.nonces = Nonces()
-        self.proofs = ProofChecker(nonces=self.nonces, clock=self.ledger.clock, memory=ProofsInMemory(1))
+        self.proofs = ProofChecker(
+            nonces=self.nonces, clock=self.ledger.clock, memory=ProofsInMemory(remembered)
+        )
         self.identifier = Identifier(TD, self.ledger.directory, self.table, self.proofs, self.ledger.clock)
         self.ledger.organisation()
         give = self.ledger.give
@@ -182,10 +184,7 @@ async def test_that_an_agent_is_suspended_is_for_the_decision_to_say(door: Door)
 @pytest.fixture
 def busy() -> Door:
     """A door that remembers more than one proof."""
-    door = Door()
-    door.proofs = ProofChecker(nonces=door.nonces, clock=door.ledger.clock, memory=ProofsInMemory(10))
-    door.identifier = Identifier(TD, door.ledger.directory, door.table, door.proofs, door.ledger.clock)
-    return door
+    return Door(remembered=10)
 
 
 @pytest.mark.parametrize("compromised", [True, None])
