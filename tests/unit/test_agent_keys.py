@@ -8,9 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import parse
+from ringfence.kernel.jws import Signed, parse, sign
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.base import Claims
+from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import (
@@ -23,11 +24,14 @@ from ringfence.messages.registry import (
     AgentSuspend,
     AgentTransfer,
     UserDisable,
+    VerbFloor,
 )
 from ringfence.model.chains import ChainError
 from ringfence.model.key_ends import DAY_S, endings, is_lost
 from ringfence.model.lifecycle import CommandRefusedError
+from ringfence.model.requests import gather, violations
 from ringfence.registry.domain import MAX_RECORD_BYTES
+from tests import leases
 from tests.ledger import START_MS, Ledger, permission
 
 START_S = START_MS // 1000
@@ -323,7 +327,7 @@ def test_which_leases_are_lost_with_a_key(ledger: Ledger):
     new = rotate(ledger, compromised=True)
 
     def lease(kid: str | None, at_ms: int = ended_ms - 60_000) -> Lease:
-        return Lease.model_construct(key_thumbprint=kid, requested_at_ms=at_ms)
+        return leases.lease(key_thumbprint=kid, requested_at_ms=at_ms).claims
 
     state = agent(ledger)
     assert is_lost(lease(old.kid), state)
@@ -333,3 +337,26 @@ def test_which_leases_are_lost_with_a_key(ledger: Ledger):
     assert not is_lost(lease(None, ended_ms), state)
     other = state.model_copy(update={"compromised": ()})
     assert not is_lost(lease(old.kid), other)
+
+
+def test_what_a_compromised_key_asked_for_is_denied_however_early_it_was(ledger: Ledger):
+    """Policy and issuer weigh it by the same rule."""
+    allowed = permission("env/**")
+    ledger.give(ledger.target_set("olga", "staging", verbs=(VerbFloor(verb="deploy"),)))
+    ledger.give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(allowed)))
+    ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(allowed,)))
+    change = ledger.give(ledger.assign("uma", "bot"))
+    assert change is not None
+    old, new = ledger.key("bot", "agent"), SigningKey.generate(BOT)
+    claims = ledger.claims(
+        CredentialRequest, "uma", iss=BOT, task_id=change.state.task_id,  # type: ignore[union-attr]
+        scope=(permission("env/a"),), ttl_s=60, reason="x", reply_key=old.public,
+    )  # fmt: skip
+
+    def against(key: SigningKey) -> list[str]:
+        facts = gather(ledger.directory, Signed(claims, sign(claims, key)))
+        return [reason.code for reason in violations(facts, ledger.clock.ms / 1000, 86_400)]
+
+    assert against(old) == against(new) == []
+    rotate(ledger, key=ledger.key_record(new), compromised=True)
+    assert (against(old), against(new)) == (["key_compromised"], [])

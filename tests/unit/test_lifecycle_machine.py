@@ -46,7 +46,7 @@ AGENTS = ("bot", "crab")
 WIDE, NARROW = (permission("env/**"),), (permission("env/a"),)
 FAR_S = START_MS // 1000 + 10 * 365 * 86_400
 # Made once: what hypothesis repeats is to be repeatable.
-KEYS = tuple(SigningKey.generate(f"spiffe://{TD}/agent/any") for _ in range(12))
+KEYS = tuple(SigningKey.generate(f"spiffe://{TD}/agent/any") for _ in range(20))
 STRANGER = SigningKey.generate(f"spiffe://{TD}/user/eve")
 WIDENING = (AgentActivate, AgentSetCeiling, AgentTransfer, AgentRotateKey, AgentResume)
 Given = tuple[Any, SigningKey | None]
@@ -58,7 +58,8 @@ HOW = st.tuples(
     st.sampled_from([0, 0, 0, 0, -2, -90, 20, 60]),
     st.sampled_from([False, False, True]),
 )
-KEY = st.integers(0, len(KEYS) - 1)
+KEY = st.sampled_from([None, None, None, 0, 1, 2])
+"""Which of `KEYS`; None for the next that nobody has had, while there is one."""
 USER = st.sampled_from(["sam", "suzy", "uma"])
 
 
@@ -179,8 +180,8 @@ def _rotated(bot: Bot, claims: AgentRotateKey, at_s: int) -> Bot | None:
 class Lives(RuleBasedStateMachine):
     """See the module."""
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(inactive=st.sampled_from([None, True]))
+    def start(self, inactive: bool | None) -> None:
         self.ledger = Ledger()
         self.ledger.organisation()
         roles = {"olga": "operator", "otto": "operator", "sam": "sponsor", "suzy": "sponsor"}
@@ -189,12 +190,19 @@ class Lives(RuleBasedStateMachine):
         )
         self.model.latest_ms = self.ledger.memory.latest_ms
         self.reader = self.ledger.reader()
+        self.fresh = 0
         self.held: list[Given] = []
         self.given: list[Given] = []
         self.known: dict[str, list[EmbeddedCommand]] = {id: [] for id in AGENTS}
         """Everything about an agent that a registry could ever lay hands on."""
         self._tell_reader("user")
-        bot = {"agent_id": "bot", "sponsor": "sam", "description": "x", "ceiling": NARROW}
+        bot = {
+            "agent_id": "bot",
+            "sponsor": "sam",
+            "description": "x",
+            "ceiling": NARROW,
+            "inactive": inactive,
+        }
         self._deliver(self.ledger.claims(AgentRegister, "sam", **bot, keys=(KEYS[0].record(FAR_S),)), None)
 
     # --- time and people ---
@@ -232,8 +240,8 @@ class Lives(RuleBasedStateMachine):
     # --- agents ---
 
     @rule(how=HOW, key=KEY, sponsor=USER, inactive=st.booleans())
-    def register(self, how: How, key: int, sponsor: str, inactive: bool) -> None:
-        keys, asleep = (KEYS[key].record(FAR_S),), True if inactive else None
+    def register(self, how: How, key: int | None, sponsor: str, inactive: bool) -> None:
+        keys, asleep = (self._key(key).record(FAR_S),), True if inactive else None
         fields = {"sponsor": sponsor, "description": "x", "keys": keys, "ceiling": NARROW, "inactive": asleep}
         self._order(how, AgentRegister, **fields)
 
@@ -252,18 +260,24 @@ class Lives(RuleBasedStateMachine):
     @rule(
         how=HOW, key=KEY, overlap_s=st.sampled_from([None, 0, 60, 3600]), life_s=st.sampled_from([100, 10**8])
     )
-    def rotate(self, how: How, key: int, overlap_s: int | None, life_s: int) -> None:
+    def rotate(self, how: How, key: int | None, overlap_s: int | None, life_s: int) -> None:
         self._rotate(how, key, overlap_s, life_s)
 
-    @rule(how=HOW, key=KEY, overlap_s=st.sampled_from([None, 60]), old=KEY)
-    def rotate_one(self, how: How, key: int, overlap_s: int | None, old: int) -> None:
+    @rule(how=HOW, key=KEY, overlap_s=st.sampled_from([None, 60]), old=st.integers(0, 3))
+    def rotate_one(self, how: How, key: int | None, overlap_s: int | None, old: int) -> None:
         self._rotate(how, key, overlap_s, 10**8, replaces=(KEYS[old].kid,))
 
-    def _rotate(self, how: How, key: int, overlap_s: int | None, life_s: int, **fields: Any) -> None:
+    def _rotate(self, how: How, key: int | None, overlap_s: int | None, life_s: int, **fields: Any) -> None:
         """Without an overlap the old keys are compromised."""
-        record = KEYS[key].record(self.ledger.clock.ms // 1000 + life_s)
+        record = self._key(key).record(self.ledger.clock.ms // 1000 + life_s)
         lost = True if overlap_s is None else None
         self._order(how, AgentRotateKey, key=record, overlap_s=overlap_s or 0, compromised=lost, **fields)
+
+    def _key(self, number: int | None) -> SigningKey:
+        if number is not None:
+            return KEYS[number]
+        self.fresh = min(self.fresh + 1, len(KEYS) - 1)
+        return KEYS[self.fresh]
 
     @rule(how=HOW)
     def suspend(self, how: How) -> None:
@@ -430,4 +444,4 @@ def _assert_over_is_over(before: AgentState, after: AgentState) -> None:
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestLives.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)

@@ -194,8 +194,8 @@ def rotate_key(
         accepted = run(work())
     made = {"key_file": str(new_key)} if new_key else {}
     ends = "end now, and their leases too" if compromised else f"count for {overlap or '1h'} yet"
-    say = f"agent {agent} has key {key.kid}; the keys that it replaces {ends}"
-    print_accepted(accepted, say, wants_json(as_json), kid=key.kid, **made)
+    sentence = f"agent {agent} has key {key.kid}; the keys that it replaces {ends}"
+    print_accepted(accepted, sentence, wants_json(as_json), kid=key.kid, **made)
 
 
 @app.command()
