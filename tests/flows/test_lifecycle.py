@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,6 +13,8 @@ from ringfence.messages.lease import EndCause
 from ringfence.messages.registry import (
     AgentActivate,
     AgentDecommission,
+    AgentRegister,
+    AgentResume,
     AgentRotateKey,
     AgentSetCeiling,
     AgentSuspend,
@@ -221,6 +224,38 @@ async def test_an_end_takes_all_leases_and_no_other_agents(
     await order(desk, command, reason="odd")
     for asked in leases:
         assert (await cause_of(desk, asked)).kind in ("agent_suspended", "agent_decommissioned")
+
+
+async def test_an_agent_that_is_resumed_asks_anew(desk: Desk, store: LeaseStore) -> None:
+    before, _ = await desk.issued("read")
+    await order(desk, AgentSuspend, reason="odd")
+    asked = await desk.ask("read")
+    await desk.decide(asked)
+    assert "agent_suspended" in await desk.refusal_codes(asked)
+    await order(desk, AgentResume, reason="explained")
+    after, _ = await desk.issued("read")
+    assert (await cause_of(desk, before)).kind == "agent_suspended"
+    await lives(desk, store, after)
+
+
+async def test_when_its_key_ends_an_agent_gets_nothing_more(office: Desk, store: LeaseStore) -> None:
+    """What it holds lives on to its own end; at gateways it is shown with the key, which counts for nothing now."""
+    desk = await another(office)
+    end_s = int(time.time()) + 4
+    bot = office.world.party("agent", f"brief-{uuid.uuid4().hex[:8]}")
+    register = office.world.claims(
+        AgentRegister, desk.sam, agent_id=bot.name, sponsor="sam", description="x", keys=(bot.key.record(end_s),),
+        ceiling=desk.scope("read"),
+    )  # fmt: skip
+    await office.world.accepted(register, desk.sam)
+    desk.bot = bot
+    desk.task = await office.world.task(bot, desk.maria, desk.scope("read"))
+    held, _ = await desk.issued("read")
+    await office.world.until(lambda: True if time.time() >= end_s else None, "the end of the key")
+    late = await desk.ask("read")
+    await desk.decide(late)
+    assert (await desk.event("refused", late)).reasons[0].code == "key_unknown"
+    await lives(desk, store, held)
 
 
 async def test_the_key_of_a_decommissioned_agent_opens_nothing(desk: Desk) -> None:
