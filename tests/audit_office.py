@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, get_args
 
 import orjson
 
 from ringfence.audit.believing import Believer
 from ringfence.audit.handlers import AuditHandlers
+from ringfence.audit.intake import Intake, Told
 from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.envelope import EncryptionKey, enclose
 from ringfence.kernel.ids import derived_id, digest, lease_id, message_id
 from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Outbound, Publisher, Received
+from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.seal import ReplyKey, seal
 from ringfence.kernel.trust import TrustStore
@@ -45,10 +46,12 @@ from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, RevocationAck,
 from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, EventKind, ServiceEvent
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
+    AgentActivate,
     AgentDecommission,
     AgentRecord,
     AgentRegister,
     AgentResume,
+    AgentRotateKey,
     AgentSetAttestation,
     AgentSetCeiling,
     AgentSuspend,
@@ -116,8 +119,8 @@ _SELECTOR = AttestationSelector(
 )
 
 
-class KeptEvents(Publisher):
-    """A publisher that keeps what it is given: (key, body, event) of each."""
+class KeptEvents(Intake):
+    """Keeps what is handed over to be chained."""
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
@@ -125,17 +128,14 @@ class KeptEvents(Publisher):
         self.ids: list[str] = []
         self.fail_next = 0
 
-    async def send_many(
-        self, topic: Topic[Any], type: str, records: Iterable[Outbound]
-    ) -> list[Awaitable[None]]:
+    async def hand_over(self, events: Iterable[Told]) -> None:
         if self.fail_next:
             self.fail_next -= 1
             raise OSError("the broker went away")
-        for record in records:
-            self.events.append(orjson.loads(record.value))
-            self.keys.append(record.key)
-            self.ids.append(record.id)
-        return []
+        for told in events:
+            self.events.append(orjson.loads(told.body))
+            self.keys.append(told.key)
+            self.ids.append(told.uid)
 
 
 class Office:
@@ -383,6 +383,8 @@ class Office:
                 "agent_id": "second", "sponsor": "sam", "description": "x", "keys": (key,), "ceiling": self.scope,
             }),
             (AgentSetAttestation, sam, {**bot, "attestation": (_SELECTOR,)}),
+            (AgentActivate, sam, bot),
+            (AgentRotateKey, sam, {**bot, "key": key, "overlap_s": 60}),
             (AgentSetCeiling, sam, {**bot, "ceiling": self.scope}),
             (AgentTransfer, sam, {**bot, "sponsor": "maria"}),
             (AgentSuspend, sam, {**bot, "reason": "odd requests overnight"}),
@@ -639,6 +641,10 @@ def every_record(office: Office) -> dict[str, Received]:
     found["replay told"] = office.service_event(
         "replayed", "credential.request", "policy", request_id=denied.request_id, agent_id="deploy-bot", **about
     )  # fmt: skip
+    ending = (Reason(code="key_ending", message="for sam, the sponsor: a key ends soon"),)
+    found["key that ends"] = office.service_event(
+        "finding", "key", reasons=ending, agent_id="deploy-bot", sponsor="sam"
+    )
     found["finding"] = office.service_event("finding", "record", "policy", reasons=reason)
     for code in ("key_shared", "key_taken", "token_replayed"):
         why = (Reason(code=code, message="two at once"),)
@@ -694,12 +700,20 @@ def changes(office: Office) -> dict[str, Received]:
     target = office.states[TARGET, "staging"][1]
     assert isinstance(target, TargetState)
     bot, first = {"agent_id": "deploy-bot"}, office.record_of(AGENT, "deploy-bot")
+    ends_s = office.now_ms // 1000 + 86_400
+    keys = [SigningKey.generate(f"spiffe://{TD}/agent/deploy-bot").record(ends_s) for _ in range(2)]
+    sleeper = {"agent_id": "sleeper", "sponsor": "sam", "description": "x", "keys": (keys[0],), "ceiling": ()}
+    register = office.claims(AgentRegister, olga, **sleeper, inactive=True)
+    office.carry_out(AGENT, "sleeper", register, olga)
+    stolen = {**bot, "key": keys[1], "compromised": True, "reason": "it was in a log"}
     orders: list[tuple[Topic[Any], str, type[ExpiringClaims], SigningKey, dict[str, Any]]] = [
         (AGENT, "deploy-bot", AgentSuspend, sam, {**bot, "reason": "odd"}),
         (AGENT, "deploy-bot", AgentResume, sam, {**bot, "reason": "explained"}),
         (AGENT, "deploy-bot", AgentSetAttestation, sam, {**bot, "attestation": (_SELECTOR,)}),
+        (AGENT, "deploy-bot", AgentRotateKey, sam, {**bot, "key": keys[0], "overlap_s": 60}),
         (AGENT, "deploy-bot", AgentSetCeiling, sam, {**bot, "ceiling": ()}),
         (AGENT, "deploy-bot", AgentTransfer, sam, {**bot, "sponsor": "petra"}),
+        (AGENT, "sleeper", AgentActivate, sam, {"agent_id": "sleeper"}),
         (AGENT, "deploy-bot", AgentDecommission, olga, {**bot, "reason": "replaced"}),
         (TASK, office.task, TaskEnd, maria, {"task_id": office.task, "reason": "done"}),
         (TARGET, "staging", TargetSet, olga, {
@@ -707,10 +721,12 @@ def changes(office: Office) -> dict[str, Received]:
         }),
         (TARGET, "staging", TargetRemove, olga, {"target_id": "staging", "reason": "moved"}),
     ]  # fmt: skip
+    compromised = office.carry_out(AGENT, "deploy-bot", office.claims(AgentRotateKey, sam, **stolen), sam)
     found = {
         f"changed by {model.typ}": office.carry_out(topic, id, office.claims(model, by, **fields), by)
         for topic, id, model, by, fields in orders
     }
+    found["compromised"] = compromised
     found["changed by user.set"] = office.user("maria", "sponsor")
     disable = office.claims(UserDisable, olga, user_id="maria", reason="left")
     found["changed by user.disable"] = office.carry_out(USER, "maria", disable, olga)

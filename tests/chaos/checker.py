@@ -31,6 +31,7 @@ Kind = Literal[
     "broken",
     "unanswered",
     "unaudited",
+    "tampered",
 ]
 KINDS: dict[Kind, str] = {
     "lost": "a lease without an end, or one that an agent holds and Kafka does not know of",
@@ -45,6 +46,7 @@ KINDS: dict[Kind, str] = {
     "broken": "records of a lease that do not follow each other",
     "unanswered": "a request to which nobody ever replied",
     "unaudited": "a step that audit does not tell",
+    "tampered": "the chain of audit events is not whole, though nobody touched it",
 }
 
 _SAME = (
@@ -83,6 +85,7 @@ def check(history: History) -> list[Problem]:
         *(Problem("leaked", left.lease_id, f"{left.target_id}: {left.what}") for left in history.leftovers),
         *_unanswered(history),
         *_unaudited(history),
+        *(Problem("tampered", None, f"{fault.kind}: {fault.message}") for fault in history.trail),
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import Lease, RevocationRequest
+from ringfence.model.audit_verifying import Fault
 
 Revocability = Literal["instant", "session", "ttl"]
 
@@ -93,6 +94,8 @@ class History:
     """Where everything stands that audit must tell: requests, decisions, leases, orders."""
     audited: set[tuple[str, int, int]] = field(default_factory=set)
     """Topic, partition and offset of every record that has an event on `audit`."""
+    trail: list[Fault] = field(default_factory=list)
+    """What an auditor finds wrong with the audit trail."""
     forged: list[str] = field(default_factory=list)
     """Records on `lease` that nobody of authority signed."""
     revocability: dict[str, Revocability] = field(

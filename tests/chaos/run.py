@@ -20,6 +20,7 @@ from typing import Literal
 
 import uvloop
 
+from ringfence.client.auditor import verify_trail
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.registry import BackendSettings
@@ -41,6 +42,8 @@ FOLDER = Path(".ringfence-chaos")
 AGENTS = tuple(f"bot-{number}" for number in range(1, 9))
 RESOURCE_SERVERS = ("shop", "bank")
 SETTLE_WITHIN_S = 90.0
+TOLD_WITHIN_S = 10.0
+"""What is younger need not be in the trail yet: heartbeats and acks go on while it is read."""
 SHOWN = 10
 """So many problems are shown with all that is known of their leases."""
 _TOLD = {
@@ -145,6 +148,7 @@ async def run(options: Options) -> Outcome:
         unsettled = await watch.settled(SETTLE_WITHIN_S)
         left = [*await prober.leftovers(), *await leftovers(system.target)]
         history = await reading.read(system.settings())
+        history.trail = (await verify_trail(system.settings(), settle_s=TOLD_WITHIN_S)).faults
         supervising.cancel()
         history.probes, history.received, history.leftovers = prober.probes, prober.received, left
         history.forwarded = prober.forwarded

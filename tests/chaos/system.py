@@ -40,7 +40,7 @@ REPLICAS: dict[ServiceRole, int] = {
     "policy": 1,
     "issuer": 2,
     "revoker": 2,
-    "audit": 1,
+    "audit": 2,
     "gateway": 1,
 }
 """Two of those that share their work, so that one takes over from the other."""

@@ -13,6 +13,7 @@ from ringfence.kernel.ids import derived_id, digest
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, RevocationRequest, Selector
 from ringfence.messages.permission import Permission
+from ringfence.model.audit_verifying import Fault
 from ringfence.model.leases import end_status, record_id, restated, statement
 from tests.chaos.checker import KINDS, check, tally
 from tests.chaos.history import Ack, Followed, History, LeaseRecord, Leftover, Order, Probe
@@ -380,6 +381,10 @@ def not_told_by_audit(past: Past) -> None:
     past.history.audited.discard(next(iter(past.history.audited)))
 
 
+def forked_by_audit(past: Past) -> None:
+    past.history.trail.append(Fault("duplicated", "0", "another event 7 stands there as well", 7))
+
+
 def forwarded_behind_a_gateways_word(past: Past) -> None:
     lease = past.issue()
     cause = past.order(T0 + 500, lease)
@@ -437,6 +442,7 @@ PLANTED: list[tuple[str, Plant]] = [
     ("broken", forged),
     ("unanswered", never_replied_to),
     ("unaudited", not_told_by_audit),
+    ("tampered", forked_by_audit),
 ]
 
 

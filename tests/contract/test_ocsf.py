@@ -26,6 +26,7 @@ from ringfence.kernel.kafka import Received
 from ringfence.messages.audit import OCSF_VERSION, AuditEvent
 from ringfence.messages.registry import COMMANDS
 from ringfence.messages.topics import ALL
+from ringfence.model.audit_chain import Source
 from tests.audit_office import Office, every_record, steps
 
 MODULES = (
@@ -89,7 +90,7 @@ async def test_every_event_is_what_the_contract_says(told) -> None:
     for name, (record, event) in told.items():
         AuditEvent.model_validate_json(json.dumps(event))
         assert event["time"] == record.appended_at_ms, name
-        assert event["metadata"]["uid"] == ocsf.event_uid(record.topic_name, record.partition, record.offset)
+        assert event["metadata"]["uid"] == Source(record.topic_name, record.partition, record.offset).uid
         assert event["metadata"]["version"] == OCSF_VERSION
         assert event["type_uid"] == event["class_uid"] * 100 + event["activity_id"]
         assert event["unmapped"]["source"] == {

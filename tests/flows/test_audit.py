@@ -18,14 +18,14 @@ from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
 
 from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.ids import digest, lease_id, message_id
-from ringfence.kernel.jws import sign
+from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.seal import ReplyKey, seal
 from ringfence.kernel.topics_admin import partitions_of
 from ringfence.kernel.trace import new_traceparent, trace_id
 from ringfence.messages.approval import Approval
-from ringfence.messages.audit import OCSF_VERSION
+from ringfence.messages.audit import OCSF_VERSION, AuditIntake
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Revisions
 from ringfence.messages.lease import EndCause, Lease, RevocationRequest
@@ -35,6 +35,7 @@ from ringfence.messages.topics import (
     APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
     AUDIT,
+    AUDIT_INTAKE,
     CREDENTIAL_DECISION,
     CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
@@ -364,7 +365,7 @@ async def test_a_replay_is_told(house: House) -> None:
     assert event["unmapped"]["first_seen"]["offset"] == made.asked.offset
 
 
-async def test_a_redelivery_has_the_same_uid_and_the_trace_does_not_grow(world: World) -> None:
+async def test_what_is_redelivered_is_handed_over_again_and_chained_once(world: World) -> None:
     async with world.running("registry", "audit", own={"audit": QUICK}):
         sam = await world.user("sam", ("sponsor",), DEPLOY)
         maria = await world.user("maria", (), DEPLOY)
@@ -374,23 +375,29 @@ async def test_a_redelivery_has_the_same_uid_and_the_trace_does_not_grow(world: 
         made = await credential(house)
         before = await house.whole_trace(made, sam)
     await forget_offsets(world)
-    async with world.running("audit", own={"audit": QUICK}):
-        after = await house.whole_trace(made, sam)
-        records = await world.records(AUDIT)
+    async with world.running("registry", "audit", own={"audit": QUICK}):
+        assert await house.whole_trace(made, sam) == before
+        handed_over = await world.records(AUDIT_INTAKE)
 
         def all_again() -> bool | None:
             uids = Counter(
-                record.headers["ce_id"]
-                for record in records
-                if json.loads(record.value)["unmapped"].get("request") == made.request_id
+                entry.event["metadata"]["uid"]
+                for record in handed_over
+                for entry in parse(record.value).unverified_claims(AuditIntake).entries
+                if entry.event["unmapped"].get("request") == made.request_id
             )
             return True if len(uids) == 8 and set(uids.values()) == {2} else None
 
         await world.until(all_again, "each event of the credential once more, with the same uid")
+        # What comes of this stands behind them in the chain.
+        suspend = world.claims(AgentSuspend, sam, agent_id="deploy-bot", reason="odd")
+        await world.accepted(suspend, sam)
+        await house.events("agent.suspended", command=suspend.jti)
+        records = await world.records(AUDIT)
+        uids = Counter(record.headers["ce_id"] for record in records)
+        assert set(uids.values()) == {1}
         for record in records:
             assert record.headers["ce_id"] == json.loads(record.value)["metadata"]["uid"]
-        assert before == after
-        assert await house.whole_trace(made, sam) == before
 
 
 async def forget_offsets(world: World) -> None:

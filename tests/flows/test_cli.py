@@ -568,3 +568,60 @@ async def test_an_instance_needs_no_key_file(
     assert "say all of them" in await shell("sam", "agent", "set-attestation", "pod", status=2)
     shell.named = False
     assert "no selector of agent pod" in await shell("", *ask, status=1)
+
+
+async def test_an_agents_key_is_replaced_while_it_runs_and_when_it_was_stolen(shell: Shell) -> None:
+    task = await organisation(shell)
+    wanted = ("request", "--task", task, "--allow", "platform:read:env/staging/web", "--reason", "look")
+    first = await shell.json("bot", *wanted)
+    again = ("agent", "rotate-key", "bot")
+    told = await shell("sam", *again, status=2)
+    assert "name the agent's key" in told
+    assert "ends at once" in await shell("sam", *again, "--overlap", "1h", "--compromised", status=2)
+    new = ("--new-key", str(shell.folder / "second.json"))
+    rotated = await shell.json("sam", *again, *new, "--overlap", "2h", "--reason", "once a quarter")
+    assert (
+        rotated["kid"]
+        == json.loads(await shell("sam", "key", "show", str(shell.folder / "second.json"), "--json"))["kid"]
+    )
+    second = await shell.json("second", *wanted)
+    third = await shell.json("bot", *wanted)
+    leases = {one["lease_id"] for one in (first, second, third)}
+    assert {item["id"] for item in (await shell.json("sam", "lease", "list"))["leases"]} == leases
+    assert "(replaced)" in await shell("sam", "agent", "show", "bot")
+
+    stolen = json.loads((shell.folder / "bot.json").read_text())
+    old = next(
+        key
+        for key in (await shell.json("sam", "agent", "show", "bot"))["state"]["keys"]
+        if key["jwk"]["x"] == stolen["jwk"]["x"]
+    )
+    new = ("--new-key", str(shell.folder / "third.json"))
+    told = await shell(
+        "sam", *again, *new, "--replaces", old["kid"], "--compromised", "--reason", "it was in a log"
+    )
+    assert "end now, and their leases too" in told
+    async with asyncio.timeout(WITHIN_S):
+        while {item["id"] for item in (await shell.json("sam", "lease", "list"))["leases"]} != {
+            second["lease_id"]
+        }:
+            pass
+    assert "key_unknown" in await shell("bot", *wanted, "--timeout", "30s", status=1)
+    assert (await shell.json("third", *wanted))["lease_id"]
+    assert "(compromised)" in await shell("sam", "agent", "show", "bot")
+
+
+async def test_an_agent_waits_for_its_sponsor_and_a_key_that_ends_is_marked(shell: Shell) -> None:
+    await organisation(shell)
+    new = ("--new-key", str(shell.folder / "late.json"), "--key-days", "2")
+    await shell(
+        "olga", "agent", "register", "late", "--description", "x", "--sponsor", "sam", "--inactive",
+        "--allow", "platform:read:env/**", *new,
+    )  # fmt: skip
+    wanted = ("task", "assign", "late", "--purpose", "x", "--for", "1h", "--allow", "platform:read:env/**")
+    assert "late is registered" in await shell("maria", *wanted, "--anyway", status=1)
+    assert "only the sponsor" in await shell("olga", "agent", "activate", "late", status=1)
+    assert "late is active" in await shell("sam", "agent", "activate", "late")
+    await shell("maria", *wanted)
+    assert "a key ends in" in await shell("sam", "agent", "list")
+    assert "ends soon" in await shell("sam", "agent", "show", "late")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from ringfence.client.agent import Agent
 from ringfence.client.credentials import IssuedCredential
 from ringfence.client.errors import (
+    IdentityError,
     InvalidCallError,
     NotAnsweredError,
     RefusedError,
@@ -232,3 +234,66 @@ async def test_what_makes_no_request_is_not_sent(world: World, agent: Agent, wro
     with pytest.raises(ScopeError):
         await ask(agent, resources=["../prod"])
     assert list(await world.records(CREDENTIAL_REQUEST)) == []
+
+
+# --- keys that change -------------------------------------------------------------------------------------------------
+
+
+async def test_a_running_agent_takes_up_the_key_that_its_file_holds_by_now(
+    world: World, tmp_path: Path
+) -> None:
+    old, new = world.party("agent", "bot").key, world.party("agent", "bot").key
+    old.save(tmp_path / "bot.json")
+    async with Agent.connect(tmp_path / "bot.json", client(world)) as agent:
+        asked = ask(agent, reason="before")
+        played = await arrived(world, lambda p: p.claims.reason == "before")
+        new.save(tmp_path / "new.json")
+        (tmp_path / "new.json").replace(tmp_path / "bot.json")
+        later = ask(agent, reason="after")
+        after = await arrived(world, lambda p: p.claims.reason == "after")
+        assert [parse(p.compact).header.kid for p in (played, after)] == [old.kid, new.kid]
+        # The one that was under way is answered, and goes on with the key that it was asked for with.
+        for one in (played, after):
+            await one.issue()
+        held = [await asked, await later]
+        assert [credential.key.kid for credential in held if credential.key] == [old.kid, new.kid]
+        await agent.release(held[0])
+        record = await world.consume_until(REVOCATION_REQUEST, lambda r: True)
+        assert (parse(record.value).header.kid, revocation(record).iss) == (new.kid, new.id)
+
+
+async def test_what_is_no_key_of_this_agent_is_not_taken_up(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, other = world.party("agent", "bot").key, world.party("agent", "other").key
+    file = tmp_path / "bot.json"
+    old.save(file)
+    async with Agent.connect(file, client(world)) as agent:
+        for wrong in ("nothing", "half a key", "another's"):
+            file.unlink()
+            if wrong == "half a key":
+                file.write_text('{"id": "spiffe://')
+                file.chmod(0o600)
+            elif wrong == "another's":
+                other.save(file)
+            asked = ask(agent, reason=wrong)
+            played = await arrived(world, lambda p, wrong=wrong: p.claims.reason == wrong)  # type: ignore[misc]
+            assert parse(played.compact).header.kid == old.kid, wrong
+            await played.issue()
+            await asked
+            if wrong == "nothing":
+                file.write_text("")
+        assert "no key" in caplog.text
+        assert other.id in caplog.text
+
+
+async def test_a_key_can_be_handed_over(world: World, agent: Agent) -> None:
+    new = world.party("agent", "bot").key
+    with pytest.raises(IdentityError, match="stays it"):
+        agent.use_key(world.party("agent", "other").key)
+    agent.use_key(new)
+    asked = ask(agent)
+    played = await arrived(world)
+    assert parse(played.compact).header.kid == new.kid
+    await played.issue()
+    assert (await asked).key == new

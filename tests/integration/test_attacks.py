@@ -477,6 +477,52 @@ async def test_an_agent_gives_no_orders(realm: Realm) -> None:
         assert [lease.status for lease in realm.leases(agent, seen, credential.lease_id)] == ["active"]
 
 
+async def test_the_key_of_a_decommissioned_agent_opens_nothing(realm: Realm) -> None:
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        credential = await realm.read(agent)
+        async with realm.administrator("sam") as sam:
+            await sam.decommission_agent(realm.agent, reason="done")
+        await seen.until(
+            lambda: [
+                one for one in realm.leases(agent, seen, credential.lease_id) if one.status == "revoked"
+            ],
+            "the end of its lease",
+        )
+        request = make_request(realm)
+        request_id = message_id(request.iss, request.jti)
+        key = realm.key("agent", realm.agent)
+        where = await put(publisher, CREDENTIAL_REQUEST, realm.agent, sign(request, key))
+        decision = await decided(realm, agent, seen, request_id, "denied")
+        assert "agent_decommissioned" in {reason.code for reason in decision.reasons}
+        await audited(seen, at(where), "the request")
+        await seen.up_to_now()
+        assert no_lease(seen, request_id)
+
+
+async def test_a_stolen_key_opens_nothing_after_its_rotation(realm: Realm) -> None:
+    """Neither what it signs then, nor what was asked for with it before."""
+    stolen = realm.key("agent", realm.agent)
+    fresh = SigningKey.generate(stolen.id)
+    async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
+        taken = await realm.read(agent)
+        async with realm.administrator("sam") as sam:
+            await sam.rotate_key(realm.agent, fresh, compromised=True, reason="it was in a log")
+        agent.use_key(fresh)
+        (end,) = await seen.until(
+            lambda: [one for one in realm.leases(agent, seen, taken.lease_id) if one.status == "revoked"],
+            "the end of what the thief has",
+        )
+        assert end.cause.kind == "key_compromised"
+        request = make_request(realm)
+        where = await put(publisher, CREDENTIAL_REQUEST, realm.agent, sign(request, stolen))
+        assert (await buried(seen, where))["code"] == "key_unknown"
+        await audited(seen, at(where), "the stolen key")
+        mine = await realm.read(agent)
+        await seen.up_to_now()
+        assert no_lease(seen, message_id(request.iss, request.jti))
+        assert [lease.status for lease in realm.leases(agent, seen, mine.lease_id)] == ["active"]
+
+
 GARBAGE = [
     b"",
     b"\x00\xff",

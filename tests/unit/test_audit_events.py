@@ -12,7 +12,7 @@ import pytest
 from ringfence.audit import credential_events
 from ringfence.audit.believing import Believer
 from ringfence.audit.handlers import AuditHandlers
-from ringfence.audit.ocsf import event_uid, moment, privileges, scrubbed
+from ringfence.audit.ocsf import moment, privileges, scrubbed
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.envelope import EncryptionKey, enclose
 from ringfence.kernel.ids import derived_id, digest, message_id
@@ -27,6 +27,7 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentDecommission,
     AgentResume,
+    AgentRotateKey,
     AgentSetCeiling,
     AgentSuspend,
     AgentTransfer,
@@ -53,6 +54,7 @@ from ringfence.messages.topics import (
     TASK,
     USER,
 )
+from ringfence.model.audit_chain import Source
 from tests.audit_office import TRACE_ID, Office, steps, unbelievable
 
 
@@ -515,9 +517,12 @@ async def test_every_change_of_an_agent_has_an_event_of_its_own(office: Office) 
     office.user("petra", "sponsor")
     sam, bot = office.key("user", "sam"), {"agent_id": "deploy-bot"}
     wider = (Permission(target="staging", verbs=("read", "deploy"), resources=("**",)),)
+    fresh = [SigningKey.generate(office.key("agent", "deploy-bot").id).record(2**40) for _ in range(2)]
     changes: list[tuple[type[ExpiringClaims], dict[str, Any], str, int]] = [
         (AgentSuspend, {"reason": "odd"}, "agent.suspended", 12),
         (AgentResume, {"reason": "explained"}, "agent.resumed", 13),
+        (AgentRotateKey, {"key": fresh[0], "overlap_s": 60}, "agent.key_rotated", 3),
+        (AgentRotateKey, {"key": fresh[1], "compromised": True}, "agent.key_compromised", 3),
         (AgentSetCeiling, {"ceiling": wider}, "agent.ceiling_set", 3),
         (AgentTransfer, {"sponsor": "petra"}, "agent.transferred", 3),
     ]  # fmt: skip
@@ -531,7 +536,8 @@ async def test_every_change_of_an_agent_has_an_event_of_its_own(office: Office) 
         assert event["unmapped"]["command"] == claims.jti
     last = office.published.events[-1]
     assert last["unmapped"]["sponsor"] == "petra"
-    assert last["entity_result"]["version"] == "5"
+    assert last["entity_result"]["version"] == "7"
+    assert fresh[0].kid in last["entity_result"]["data"]["compromised"]
     olga = office.key("user", "olga")
     gone = office.claims(AgentDecommission, olga, **bot, reason="replaced")
     event = await office.event(office.carry_out(AGENT, "deploy-bot", gone, olga))
@@ -667,7 +673,7 @@ async def test_only_services_speak_as_services(office: Office) -> None:
 
 def test_uids_depend_on_topic_partition_and_offset() -> None:
     places = [("a", 0, 1), ("a", 1, 0), ("a", 1, 1), ("b", 0, 1), ("a", 0, 11), ("a", 10, 1), ("a", 11, 1)]
-    assert len({event_uid(*place) for place in places}) == len(set(places))
+    assert len({Source(*place).uid for place in places}) == len(set(places))
 
 
 def test_privileges_are_one_word_for_each_verb_on_each_resource() -> None:

@@ -9,11 +9,13 @@ import pytest
 
 from ringfence.gateway.domain import Chosen, Refusal, Sender, narrowest, weigh
 from ringfence.gateway.leases import LeaseTable
+from ringfence.kernel.keys import SigningKey
 from ringfence.messages.instances import AttestationSelector, InstanceRef
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentDecommission,
+    AgentRotateKey,
     AgentSetAttestation,
     AgentSetCeiling,
     AgentSuspend,
@@ -284,3 +286,21 @@ def test_a_lease_of_an_instance_that_is_let_in_no_more_is_none() -> None:
     found = place.weigh(sender=Sender("bot", None, lease.lease_id))
     assert isinstance(found, Refusal)
     assert [reason.code for reason in found.reasons] == ["instance_void"]
+
+
+def test_a_lease_of_a_compromised_key_is_refused_however_its_agent_is_known(place: Place) -> None:
+    """By a certificate or the socket of its task too: whoever asked for it need not have been the agent."""
+    ledger = place.ledger
+    old, new = ledger.key("bot", "agent"), SigningKey.generate(ledger.key("bot", "agent").id)
+    place.leased(lease_id="00000000-0000-4000-8000-00000000000a", key_thumbprint=old.kid)
+    place.table.revoke(place.lease.lease_id, ledger.clock.ms)
+    assert place.codes() == set()
+    claims = ledger.claims(
+        AgentRotateKey, "sam", agent_id="bot", key=ledger.key_record(new), compromised=True
+    )
+    ledger.give(claims)
+    for sender in (Sender("bot"), Sender("bot", place.task)):
+        assert place.codes(sender) == {"key_compromised"}
+    place.table.revoke("00000000-0000-4000-8000-00000000000a", ledger.clock.ms)
+    place.leased(lease_id="00000000-0000-4000-8000-00000000000b", key_thumbprint=new.kid)
+    assert place.codes() == set()

@@ -15,7 +15,7 @@ from ringfence.gateway.leases import LeaseTable
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.instances import InstanceRef
 from ringfence.messages.lease import Lease
-from ringfence.messages.registry import AgentSuspend
+from ringfence.messages.registry import AgentRotateKey, AgentSuspend
 from tests import leases
 from tests.ledger import TD, Ledger, permission
 
@@ -25,11 +25,13 @@ URL = "https://hub.example/a"
 class Door:
     """Two agents, a lease of one of them, and what an agent sends."""
 
-    def __init__(self) -> None:
+    def __init__(self, remembered: int = 1) -> None:
         self.ledger = Ledger()
         self.table = LeaseTable(self.ledger.clock)
         self.nonces = Nonces()
-        self.proofs = ProofChecker(nonces=self.nonces, clock=self.ledger.clock, memory=ProofsInMemory(1))
+        self.proofs = ProofChecker(
+            nonces=self.nonces, clock=self.ledger.clock, memory=ProofsInMemory(remembered)
+        )
         self.uses: list[tuple[str, str, str | None]] = []
         self.identifier = Identifier(
             TD, self.ledger.directory, self.table, self.proofs, self.ledger.clock,
@@ -217,3 +219,41 @@ async def test_a_lease_of_no_instance_is_bound_to_keys_of_the_record(door: Door)
     key = SigningKey.generate(f"spiffe://{TD}/agent/bot")
     lease = instance(door, key, instance=None)
     assert code(await door.shown(door.proof(key, lease.lease_id), lease.lease_id)) == "proof_by_stranger"
+
+
+@pytest.fixture
+def busy() -> Door:
+    """A door that remembers more than one proof."""
+    return Door(remembered=10)
+
+
+@pytest.mark.parametrize("compromised", [True, None])
+async def test_a_proof_by_a_key_that_was_replaced_counts_no_more(
+    busy: Door, compromised: bool | None
+) -> None:
+    door, new = busy, SigningKey.generate(busy.key().id)
+    assert isinstance(await door.shown(door.proof()), Sender)
+    door.ledger.give(
+        door.ledger.claims(
+            AgentRotateKey, "sam", agent_id="bot", key=door.ledger.key_record(new), compromised=compromised
+        )
+    )
+    assert code(await door.shown(door.proof())) == "proof_by_stranger"
+    assert isinstance(await door.shown(door.proof(new)), Sender)
+
+
+async def test_within_the_overlap_each_lease_is_shown_with_its_own_key(busy: Door) -> None:
+    door, new = busy, SigningKey.generate(busy.key().id)
+    door.ledger.give(
+        door.ledger.claims(
+            AgentRotateKey, "sam", agent_id="bot", key=door.ledger.key_record(new), overlap_s=60
+        )
+    )
+    old_id, new_id = "00000000-0000-4000-8000-00000000000a", "00000000-0000-4000-8000-00000000000b"
+    door.leased(lease_id=old_id, key_thumbprint=door.key().kid)
+    door.leased(lease_id=new_id, key_thumbprint=new.kid)
+    assert isinstance(await door.shown(door.proof(handle=old_id), handle=old_id), Sender)
+    assert isinstance(await door.shown(door.proof(new, handle=new_id), handle=new_id), Sender)
+    assert code(await door.shown(door.proof(new, handle=old_id), handle=old_id)) == "proof_other_key"
+    door.ledger.clock.ms += 60_000
+    assert code(await door.shown(door.proof(handle=old_id), handle=old_id)) == "proof_by_stranger"

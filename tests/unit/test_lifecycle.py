@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.base import Claims
@@ -29,7 +25,6 @@ from ringfence.messages.registry import (
     UserState,
     VerbFloor,
 )
-from ringfence.model.identity import SubjectKind
 from ringfence.model.lifecycle import CommandRefusedError
 from tests.ledger import START_MS, Ledger, permission
 
@@ -439,96 +434,3 @@ def test_what_takes_away_fits_into_every_record(ledger: Ledger):
     padded = ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x", padding="x" * 8192)
     ledger.give(ledger.register("sam", "bot", "sam"))
     assert refused(ledger, padded) == "too_large"
-
-
-# --- against a simpler model ------------------------------------------------------------------------------------------
-
-PEOPLE = ("olga", "otto", "sam", "suzy", "uma")
-
-
-@dataclass
-class Simple:
-    """One agent as a person would explain it."""
-
-    sponsor: str
-    ceiling: Any = ()
-    status: str = "active"
-    by_operator: bool = False
-
-
-class AgentLife(RuleBasedStateMachine):
-    """Any order of commands by anybody: the registry and the simple model agree, and every reader agrees with both."""
-
-    @initialize()
-    def start(self):
-        self.ledger = Ledger()
-        self.ledger.organisation()
-        self.ledger.give(self.ledger.register("sam", "bot", "sam"))
-        self.model = Simple("sam")
-        self.operators, self.sponsors = {"olga", "otto"}, {"sam", "suzy"}
-
-    def give(self, who: str, command: type[Any], allowed: bool, **fields: Any) -> bool:
-        may = who in self.operators or (who == self.model.sponsor and who in self.sponsors)
-        expected = may and allowed and self.model.status != "decommissioned"
-        claims = self.ledger.claims(command, who, agent_id="bot", **fields)
-        try:
-            self.ledger.give(claims)
-        except CommandRefusedError:
-            assert not expected, f"{command.typ} by {who} was refused"
-            return False
-        assert expected, f"{command.typ} by {who} was accepted"
-        return True
-
-    @rule(who=st.sampled_from(PEOPLE), ceiling=st.sampled_from([(), NARROW, WIDE]))
-    def set_ceiling(self, who: str, ceiling: Any):
-        if self.give(who, AgentSetCeiling, True, ceiling=ceiling):
-            self.model.ceiling = ceiling
-
-    @rule(who=st.sampled_from(PEOPLE), to=st.sampled_from(PEOPLE))
-    def transfer(self, who: str, to: str):
-        if self.give(who, AgentTransfer, to in self.sponsors, sponsor=to):
-            self.model.sponsor = to
-
-    @rule(who=st.sampled_from(PEOPLE))
-    def suspend(self, who: str):
-        if self.give(who, AgentSuspend, True, reason="x"):
-            self.model.status = "suspended"
-            own = who == self.model.sponsor and who in self.sponsors
-            self.model.by_operator = self.model.by_operator or not own
-
-    @rule(who=st.sampled_from(PEOPLE))
-    def resume(self, who: str):
-        free = not self.model.by_operator or who in self.operators
-        if self.give(who, AgentResume, self.model.status == "suspended" and free, reason="x"):
-            self.model.status, self.model.by_operator = "active", False
-
-    @rule(who=st.sampled_from(PEOPLE), sure=st.integers(0, 9))
-    def decommission(self, who: str, sure: int):
-        if sure == 0 and self.give(who, AgentDecommission, True, reason="x"):
-            self.model.status = "decommissioned"
-
-    @rule(who=st.sampled_from(["sam", "suzy"]), is_sponsor=st.booleans())
-    def set_role(self, who: str, is_sponsor: bool):
-        self.ledger.give(self.ledger.user_set("olga", who, ["sponsor"] if is_sponsor else []))
-        (self.sponsors.add if is_sponsor else self.sponsors.discard)(who)
-
-    @invariant()
-    def agree(self):
-        if not hasattr(self, "model"):
-            return
-        state = agent(self.ledger)
-        assert (state.sponsor, state.ceiling, state.status) == (
-            self.model.sponsor,
-            self.model.ceiling,
-            self.model.status,
-        )
-        assert state.suspended_by_operator == self.model.by_operator or state.status == "decommissioned"
-        fresh = self.ledger.chains()
-        kinds: tuple[SubjectKind, ...] = ("user", "agent")
-        for kind in kinds:
-            for entry in self.ledger.directory.entries(kind):
-                fresh.verify(entry.record)
-
-
-TestAgentLife = AgentLife.TestCase
-TestAgentLife.settings = settings(max_examples=25, stateful_step_count=20)

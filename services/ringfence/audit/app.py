@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ringfence.audit.believing import Believer
+from ringfence.audit.chaining import GROUP, ChainWriter
 from ringfence.audit.handlers import AuditHandlers
 from ringfence.audit.http import AuditApi
+from ringfence.audit.intake import Intake
+from ringfence.audit.proofs import ProofStore
+from ringfence.audit.proofs_http import ProofApi
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.store import SqliteIndex
 from ringfence.kernel.clock import Clock
+from ringfence.kernel.kafka import Received
 from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
-from ringfence.messages.topics import AUDIT
+from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
 from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
 
@@ -25,7 +32,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     believer = Believer(runtime.trust, directory, own)
     index = SqliteIndex(settings.state_dir / own.index_file if settings.state_dir is not None else None)
     handlers = AuditHandlers(
-        runtime.publisher,
+        Intake(runtime.publisher, runtime.key, settings.trust_domain, runtime.clock),
         believer,
         runtime.clock,
         runtime.trust,
@@ -34,18 +41,42 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     )
     directory.on_change(handlers.on_change)
     runtime.table(TABLES, directory.on_records)
+    proofs = ProofStore(
+        runtime.trust, settings.state_dir / own.tree_file if settings.state_dir is not None else None
+    )
+
+    def on_events(records: Sequence[Received]) -> None:
+        index.add(records)
+        proofs.add_events(records)
+
     # Nobody waits for an event, so records gather first: a fetch and a commit cost as much for one as for hundreds.
-    indexed = runtime.history([AUDIT], index.add, since_ms=0, linger_ms=own.linger_ms)
+    indexed = runtime.history([AUDIT], on_events, since_ms=0, linger_ms=own.linger_ms)
+    runtime.history([AUDIT_CHECKPOINT], proofs.add_checkpoints, since_ms=0, linger_ms=own.linger_ms)
     runtime.consume("audit", handlers.batches(), max_records=500, linger_ms=own.linger_ms)
-    runtime.routes += AuditApi(
-        index, directory, runtime.clock, settings.trust_domain, indexed.complete.is_set
-    ).routes()
+    _chain(runtime, own)
+    api = AuditApi(index, directory, runtime.clock, settings.trust_domain, indexed.complete.is_set)
+    runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]
 
     async def close() -> None:
         index.close()
+        proofs.close()
 
     runtime.on_stop(close)
     return runtime
+
+
+def _chain(runtime: Runtime, own: AuditSettings) -> None:
+    chain = ChainWriter(runtime, own.checkpoint_s)
+    runtime.consume(
+        GROUP,
+        {AUDIT_INTAKE: chain.on_batch},
+        max_records=500,
+        linger_ms=own.linger_ms,
+        on_assigned=chain.on_assigned,
+        alone=True,
+    )
+    runtime.background("checkpoints", chain.sign_now_and_then)
+    runtime.on_stop(chain.close)
 
 
 def main() -> int:

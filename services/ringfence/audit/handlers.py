@@ -24,15 +24,16 @@ from ringfence.audit import (
 from ringfence.audit.believing import Believed, Believer, OutdatedError
 from ringfence.audit.break_glass_events import review_problem
 from ringfence.audit.domain import RequestFacts
+from ringfence.audit.intake import Intake, Told
 from ringfence.audit.ocsf import MAX_EVENT_BYTES, Event, shortened
 from ringfence.kernel import metrics
-from ringfence.kernel.bus import BatchHandler, gather_all
+from ringfence.kernel.bus import BatchHandler
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.envelope import recipients_of, unverified_about
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import digest, message_id
 from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Outbound, Publisher, Received
+from ringfence.kernel.kafka import Received
 from ringfence.kernel.seal import unverified_kid
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.approval import (
@@ -54,7 +55,7 @@ from ringfence.messages.topics import (
     AGENT,
     APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
-    AUDIT,
+    AUDITED,
     CREDENTIAL_DECISION,
     CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
@@ -91,11 +92,11 @@ class _Ready(NamedTuple):
 
 
 class AuditHandlers:
-    """Turns each record of each topic into one event on `audit`."""
+    """Turns each record of each topic into one event, and hands it over to be chained."""
 
     def __init__(
         self,
-        publisher: Publisher,
+        intake: Intake,
         believer: Believer,
         clock: Clock,
         trust: TrustStore,
@@ -108,14 +109,13 @@ class AuditHandlers:
             settle_ms: how old a record may get while its signer, agent or task is not in the local tables yet.
         """  # fmt: skip
         self._use_of = use_of
-        self._publisher = publisher
+        self._intake = intake
         self._believer = believer
         self._clock = clock
         self._trust_domain = trust.trust_domain
         self._settle_ms = settle_ms
         self._tables_changed = asyncio.Event()
         self._epochs = Epochs(trust)
-        # In the order in which one thing follows from another: later events name what earlier ones told.
         self._by_topic: dict[Topic[Any], Callable[[Received], tuple[Event, bool]]] = {
             REGISTRY_COMMAND: self._command,
             USER: self._record_of(UserRecord),
@@ -137,7 +137,7 @@ class AuditHandlers:
 
     def batches(self) -> dict[Topic[Any], BatchHandler]:
         """The batch handler of every topic that audit reads."""
-        return {topic: self._batch_of(read) for topic, read in self._by_topic.items()}
+        return {topic: self._batch_of(self._by_topic[topic]) for topic in AUDITED}
 
     def on_change(self, kind: str, id: str) -> None:
         """Told by the local tables: whoever was not known may be known now."""
@@ -193,11 +193,10 @@ class AuditHandlers:
         return _ready(service_events.not_believed(record, code), unsettled)
 
     async def _publish(self, batch: Sequence[Received], ready: Sequence[_Ready]) -> None:
-        events = (
-            Outbound(one.key, one.body, one.uid, record.traceparent)
+        await self._intake.hand_over(
+            Told(one.key, one.uid, one.body, record.traceparent)
             for record, one in zip(batch, ready, strict=True)
         )
-        await gather_all(await self._publisher.send_many(AUDIT, "audit", events))
         for class_uid, count in Counter(one.class_uid for one in ready).items():
             metrics.AUDIT_EVENTS.labels(str(class_uid)).inc(count)
         metrics.RECORDS.labels(batch[0].topic.what, "done").inc(len(batch))

@@ -70,7 +70,7 @@ class AuditApi:
         ]
 
     async def _trace(self, request: Request) -> Response:
-        viewer = self._viewer(request)
+        viewer = self.viewer(request)
         id = request.path_params["id"]
         kind = request.query_params.get("kind")
         if kind is not None and kind not in STORY_KINDS:
@@ -89,7 +89,7 @@ class AuditApi:
         })  # fmt: skip
 
     async def _events(self, request: Request) -> Response:
-        viewer = self._viewer(request)
+        viewer = self.viewer(request)
         query = request.query_params
         class_uid = query.get("class")
         if class_uid is not None and not class_uid.isdecimal():
@@ -108,7 +108,7 @@ class AuditApi:
         return JSONResponse({"events": page.events, "after": page.cursor})
 
     async def _actions(self, request: Request) -> Response:
-        viewer = self._viewer(request)
+        viewer = self.viewer(request)
         if not self._complete():
             raise UnavailableError(
                 "audit is reading what was audited; what it counted now would be too little"
@@ -133,13 +133,14 @@ class AuditApi:
         })  # fmt: skip
 
     async def _break_glass(self, request: Request) -> Response:
-        found = uses(self._index.findings(self._viewer(request)))
+        found = uses(self._index.findings(self.viewer(request)))
         if request.query_params.get("unreviewed"):
             found = [use for use in found if use["review"] is None]
         metrics.HTTP_REQUESTS.labels("/v1/break-glass", "200").inc()
         return JSONResponse({"uses": found})
 
-    def _viewer(self, request: Request) -> Viewer | None:
+    def viewer(self, request: Request) -> Viewer | None:
+        """Whose eyes a question is for. Raises where nobody who may ask has signed it."""
         caller = authenticate_user(
             request.headers.get("authorization"), self._directory, self._trust_domain, self._clock.now_ms()
         )

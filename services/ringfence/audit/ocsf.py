@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from ringfence import __version__
-from ringfence.kernel.ids import derived_id
 from ringfence.kernel.trace import trace_id
 from ringfence.messages.audit import OCSF_VERSION
 from ringfence.messages.credential import Reason
 from ringfence.messages.permission import Permission
+from ringfence.model.audit_chain import Source
 
 if TYPE_CHECKING:
     from ringfence.kernel.kafka import Received
@@ -43,7 +43,8 @@ _ACTIVITIES: dict[int, dict[int, str]] = {
     AUTHENTICATION: {1: "Logon", 2: "Logoff"},
     AUTHORIZE_SESSION: {1: "Assign Privileges"},
     ENTITY_MANAGEMENT: {
-        1: "Create", 3: "Update", 4: "Delete", 9: "Disable", 11: "Deactivate", 12: "Suspend", 13: "Resume",
+        1: "Create", 3: "Update", 4: "Delete", 9: "Disable", 10: "Activate", 11: "Deactivate", 12: "Suspend",
+        13: "Resume",
     },
     API_ACTIVITY: {1: "Create", 2: "Read", 3: "Update", 4: "Delete"},
 }  # fmt: skip
@@ -145,11 +146,6 @@ def step(
     return Step(code, attributes, metadata)
 
 
-def event_uid(topic_name: str, partition: int, offset: int) -> str:
-    """The uid of the event about the record at these coordinates: a repeat of the work makes the same event."""
-    return derived_id(topic_name, partition, offset)
-
-
 def event(
     record: Received,
     kind: Step,
@@ -177,7 +173,7 @@ def event(
     """
     metadata = {
         **kind.metadata,
-        "uid": event_uid(record.topic_name, record.partition, record.offset),
+        "uid": Source(record.topic_name, record.partition, record.offset).uid,
         "log_name": record.topic.what,
     }
     if correlation is not None:

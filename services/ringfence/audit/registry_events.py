@@ -33,6 +33,7 @@ from ringfence.messages.keys import KeyRecord
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import (
     AgentRegister,
+    AgentRotateKey,
     AgentSetCeiling,
     AgentState,
     AgentTransfer,
@@ -75,6 +76,8 @@ _VERBS: Mapping[str, _Verb] = {
         "agent.attestation_set",
         MEDIUM,
     ),
+    "agent.activate": _Verb(10, "activate", "activated", "agent.activated"),
+    "agent.rotate-key": _Verb(3, "rotate a key of", "given another key", "agent.key_rotated", LOW),
     "agent.set-ceiling": _Verb(3, "set the ceiling of", "given another ceiling", "agent.ceiling_set", LOW),
     "agent.transfer": _Verb(3, "transfer", "transferred", "agent.transferred", LOW),
     "agent.suspend": _Verb(12, "suspend", "suspended", "agent.suspended", MEDIUM),
@@ -92,6 +95,7 @@ _CREATED = {
     "user.set": step("user.created", _E, 1, severity=LOW),
     "target.set": step("target.created", _E, 1, severity=LOW),
 }
+_COMPROMISED = step("agent.key_compromised", _E, 3, severity=HIGH, alert=True)
 _REFUSED = {
     typ: step("command.refused", _E, verb.activity, severity=LOW, status=FAILURE)
     for typ, verb in _VERBS.items()
@@ -177,9 +181,10 @@ def recorded(
         own["comment"] = scrubbed(reason)
         message += f": {own['comment']}"
     words |= {"revision": claims.revision, "status": state.status, "command": by.jti, "verified": verified}
+    compromised = isinstance(by, AgentRotateKey) and by.compromised
     return event(
         record,
-        (_CREATED if created else _DONE)[by.typ],
+        _COMPROMISED if compromised else (_CREATED if created else _DONE)[by.typ],
         message,
         own,
         words,
@@ -292,6 +297,10 @@ def _terms(claims: ExpiringClaims) -> str:
             return f", sponsor {claims.sponsor}"
         case AgentSetCeiling():
             return f" to {in_words(claims.ceiling)}"
+        case AgentRotateKey():
+            old = "all others" if claims.replaces is None else ", ".join(claims.replaces)
+            how = "compromised" if claims.compromised else f"which count for {claims.overlap_s} s yet"
+            return f": {claims.key.kid} in the place of {old}, {how}"
         case UserSet():
             return (
                 f", roles {', '.join(claims.roles) or 'none'}, may do {in_words(claims.entitlements.scope)}"
@@ -311,7 +320,7 @@ def _standing(state: AnyState, by: ExpiringClaims) -> str:
         return _terms(by)
     if isinstance(by, TaskEnd) and isinstance(state, TaskState):
         return f" (agent {state.agent_id}, on behalf of {state.on_behalf_of})"
-    if isinstance(by, AgentRegister | AgentTransfer | AgentSetCeiling | UserSet):
+    if isinstance(by, AgentRegister | AgentTransfer | AgentSetCeiling | AgentRotateKey | UserSet):
         return _terms(by)
     return ""
 
@@ -344,6 +353,8 @@ def _data(state: AnyState) -> dict[str, Any]:
                 "sponsor": state.sponsor,
                 "description": scrubbed(state.description),
                 "keys": _keys(state.keys),
+                "replaced": list(state.replaced),
+                "compromised": list(state.compromised),
                 "ceiling": [permission(one) for one in state.ceiling],
                 "attestation": [selector.model_dump() for selector in state.attestation],
                 "status": state.status,

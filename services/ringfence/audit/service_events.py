@@ -39,6 +39,7 @@ _STARTED = step("service.started", _A, 1)
 _STOPPED = step("service.stopped", _A, 2)
 _REPLAY_REPORTED = step("message.replayed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED)
 _FINDING = step("finding", _A, "Finding", severity=HIGH, status=FAILURE, alert=True)
+_KEY_ENDING = step("key.ending", _A, "Warn", severity=MEDIUM, alert=True)
 _DEAD_LETTER = step("record.dead_lettered", _A, "Dead Letter", severity=LOW, status=FAILURE, action=DENIED)
 _MALFORMED = step("record.not_believed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED)
 _FORGED = step("record.not_believed", _A, 1, severity=HIGH, status=FAILURE, action=DENIED, alert=True)
@@ -206,7 +207,7 @@ def reported(
             kind = _REPLAY_REPORTED
             message = f"{who['name']} saw a replay of {claims.subject}{by}" + (f": {said}" if said else "")
         case _:
-            kind = _FINDING
+            kind = _KEY_ENDING if {reason.code for reason in claims.reasons} == {"key_ending"} else _FINDING
             message = f"{who['name']} found: {said or claims.subject}"
     return event(record, kind, message, own, about, **rest)
 

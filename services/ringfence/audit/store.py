@@ -84,6 +84,10 @@ class EventIndex(Protocol):
         """Events after a cursor, or the latest ones. `filters`: agent, task, request, lease, class_uid."""
         ...
 
+    def event(self, uid: str, viewer: Viewer | None) -> bytes | None:
+        """One event as it stands on the topic, to the byte. None where there is none to see."""
+        ...
+
     def actions(
         self,
         viewer: Viewer | None,
@@ -234,6 +238,14 @@ class SqliteIndex:
         cursor = f"{self._epoch}.{rows[-1][0]}.{rows[-1][1]}" if len(rows) == limit else None
         looked_at_ms = (rows[0][1], rows[-1][1]) if rows else None
         return Actions([orjson.loads(row[2]) for row in rows if row[2] is not None], looked_at_ms, cursor)
+
+    def event(self, uid: str, viewer: Viewer | None) -> bytes | None:
+        """See `EventIndex`."""
+        where, values = self._visible(viewer)
+        condition = " AND ".join(("uid = :uid", *where))
+        query = f"SELECT json FROM event WHERE {condition}"  # noqa: S608 - own names
+        row = self._db.execute(query, {**values, "uid": uid}).fetchone()
+        return bytes(row[0]) if row is not None else None
 
     def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
         """See `EventIndex`."""

@@ -18,6 +18,7 @@ from ringfence.cli.options import (
     ReasonOption,
     YesOption,
     confirm,
+    duration_s,
     identity,
     kept_if_accepted,
     key_records,
@@ -34,11 +35,18 @@ from ringfence.client.administrator import Administrator
 from ringfence.client.api import ReadApi
 from ringfence.client.errors import ApiError
 from ringfence.client.outcomes import Accepted
+from ringfence.messages.keys import KeyRecord
 from ringfence.model.identity import spiffe_id
 
-app = typer.Typer(help="Agents: register, ceiling, sponsor, suspend, decommission.", no_args_is_help=True)
+app = typer.Typer(
+    help="Agents: register, ceiling, sponsor, keys, suspend, decommission.", no_args_is_help=True
+)
 
 AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.")]
+KeyFileOption = Annotated[
+    Path | None,
+    typer.Option("--key-file", metavar="FILE", help="The agent's key file; its public half is read."),
+]
 SponsorOption = Annotated[str | None, typer.Option("--sponsor", metavar="USER", help="Who is accountable.")]
 
 
@@ -51,15 +59,15 @@ def register(
         bool, typer.Option("--allow-nothing", help="An empty ceiling, to be raised later.")
     ] = False,
     sponsor: SponsorOption = None,
-    key_file: Annotated[
-        Path | None,
-        typer.Option("--key-file", metavar="FILE", help="The agent's key file; its public half is read."),
-    ] = None,
+    key_file: KeyFileOption = None,
     public_key: PublicKeyOption = None,
     new_key: NewKeyOption = None,
     key_days: KeyDaysOption = 365,
     selector: SelectorOption = None,
     me: IdentityOption = None,
+    inactive: Annotated[
+        bool, typer.Option("--inactive", help="Issue nothing before its sponsor has activated it.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Register an agent. `--allow` is its ceiling, the most it may ever hold.
@@ -68,17 +76,13 @@ def register(
     """
     if not allow and not allow_nothing:
         raise typer.BadParameter("say the ceiling with --allow, or --allow-nothing", param_hint="--allow")
-    if key_file and (public_key or new_key):
-        raise typer.BadParameter("name one key: --key-file, --public-key or --new-key")
     ceiling = parse_scope(allow, may_be_empty=True)
-    id = spiffe_id(settings().trust_domain, "agent", agent)
-    keys = key_records(key_file or public_key, new_key, id, key_days)
     attestation = parse_selectors(selector)
-    if not (keys or attestation):
-        raise typer.BadParameter(
-            "name the agent's key: --key-file, --public-key or --new-key; or say with --selector which running "
-            "instances enrol one"
-        )
+    keys = (
+        []
+        if attestation and not (key_file or public_key or new_key)
+        else [_one_key(agent, key_file, public_key, new_key, key_days)]
+    )
 
     async def work() -> Accepted:
         async with Administrator.connect(identity(me)) as administrator:
@@ -89,6 +93,7 @@ def register(
                 ceiling=ceiling,
                 sponsor=sponsor,
                 attestation=attestation,
+                inactive=inactive,
             )
 
     with kept_if_accepted(new_key):
@@ -98,6 +103,17 @@ def register(
 
 
 app.command(name="set-attestation")(set_attestation)
+
+
+@app.command()
+def activate(agent: AgentArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """Take on an agent that was registered with --inactive. As its sponsor."""
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.activate_agent(agent)
+
+    print_accepted(run(work()), f"agent {agent} is active", wants_json(as_json))
 
 
 @app.command(name="set-ceiling")
@@ -136,6 +152,61 @@ def transfer(
             return await administrator.transfer_agent(agent, sponsor=to)
 
     print_accepted(run(work()), f"{to} is accountable for {agent}", wants_json(as_json))
+
+
+@app.command(name="rotate-key")
+def rotate_key(
+    agent: AgentArgument,
+    key_file: KeyFileOption = None,
+    public_key: PublicKeyOption = None,
+    new_key: NewKeyOption = None,
+    key_days: KeyDaysOption = 365,
+    overlap: Annotated[
+        str | None,
+        typer.Option(
+            "--overlap", metavar="DURATION", help="How long the old keys count on: 0 to 7d. Default: 1h."
+        ),
+    ] = None,
+    replaces: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--replaces",
+            metavar="THUMBPRINT",
+            help="Only this old key. Repeatable; all of them if not given.",
+        ),
+    ] = None,
+    compromised: Annotated[
+        bool,
+        typer.Option(
+            "--compromised", help="The old keys may be in other hands: they end now, and their leases too."
+        ),
+    ] = False,
+    reason: Annotated[str | None, typer.Option("--reason", help="Why; it stands in the trail.")] = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give the agent another key in the place of its old ones. As its sponsor or an operator.
+
+    Leases go on, each with the key that it was asked for with. A running agent takes up the new key when the file that
+    it was started with is replaced (mv NEW OLD): do that within the overlap.
+    """
+    if compromised and overlap:
+        raise typer.BadParameter("a compromised key ends at once", param_hint="--overlap")
+    overlap_s = 0 if overlap == "0" else duration_s(overlap or "1h")
+    key = _one_key(agent, key_file, public_key, new_key, key_days)
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.rotate_key(
+                agent, key, overlap_s=overlap_s, replaces=replaces, compromised=compromised, reason=reason
+            )
+
+    with kept_if_accepted(new_key):
+        accepted = run(work())
+    made = {"key_file": str(new_key)} if new_key else {}
+    ends = "end now, and their leases too" if compromised else f"count for {overlap or '1h'} yet"
+    sentence = f"agent {agent} has key {key.kid}; the keys that it replaces {ends}"
+    print_accepted(accepted, sentence, wants_json(as_json), kid=key.kid, **made)
 
 
 @app.command()
@@ -214,3 +285,16 @@ def show(agent: AgentArgument, me: IdentityOption = None, as_json: JsonOption = 
             print_usage(usage, command)
     if gap:
         note(f"incomplete: what it used is not known: {gap}", "yellow")
+
+
+def _one_key(
+    agent: str, key_file: Path | None, public_key: Path | None, new_key: Path | None, days: int
+) -> KeyRecord:
+    """The one key that is named, or made. Raises KeyFileError; typer.BadParameter where none or several are named."""
+    if key_file and (public_key or new_key):
+        raise typer.BadParameter("name one key: --key-file, --public-key or --new-key")
+    id = spiffe_id(settings().trust_domain, "agent", agent)
+    keys = key_records(key_file or public_key, new_key, id, days)
+    if not keys:
+        raise typer.BadParameter("name the agent's key: --key-file, --public-key or --new-key")
+    return keys[0]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -12,8 +14,10 @@ from rich.text import Text
 from rich.tree import Tree
 
 from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
-from ringfence.cli.output import console, note, print_json, print_json_line, visible
+from ringfence.cli.output import console, note, print_json, print_json_line, print_table, say, visible
 from ringfence.client.api import ReadApi
+from ringfence.client.auditor import HEADS, SETTLE_S, TrailReport, read_heads, verify_trail, witness
+from ringfence.client.connection import load_key, load_settings
 
 app = typer.Typer(help="Follow the trail; trace one credential back to the human.", no_args_is_help=True)
 
@@ -82,6 +86,81 @@ def trace(
     console().print(trace_tree(story))
     if story.get("truncated"):
         note("only the latest are shown; trace one of them by its own id", "yellow")
+
+
+@app.command()
+def verify(
+    heads: Annotated[
+        Path | None,
+        typer.Option(
+            "--heads",
+            metavar="FILE",
+            dir_okay=False,
+            help="What was found signed the last time: it must still be so. Written anew where there is no fault.",
+        ),
+    ] = None,
+    settle_s: Annotated[
+        float,
+        typer.Option(
+            "--settle", metavar="SECONDS", min=0, help="A younger record need not have an event yet."
+        ),
+    ] = SETTLE_S,
+    as_witness: Annotated[
+        bool,
+        typer.Option(
+            "--witness", help="Sign what was found good, as an auditor, for all who verify after you."
+        ),
+    ] = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find what was removed, changed, reordered, doubled or cut off in the trail, and what never came there.
+
+    Reads Kafka itself and believes nobody but the trust root. Exit 1 where there is a fault.
+    """
+
+    async def work() -> tuple[TrailReport, int]:
+        kept = read_heads(heads.read_text()) if heads is not None and heads.exists() else None
+        with console(stderr=True).status("reading the trail"):
+            report = await verify_trail(kept=kept, settle_s=settle_s)
+        if report.faults:
+            return report, 0
+        if heads is not None:
+            heads.write_bytes(HEADS.dump_json(report.heads))
+        return report, await witness(report, load_key(identity(me), load_settings())) if as_witness else 0
+
+    report, witnessed = run(work())
+    if wants_json(as_json):
+        print_json({**dataclasses.asdict(report), "heads": report.heads, "witnessed": witnessed})
+    else:
+        _print_report(report, witnessed)
+    if report.faults:
+        raise typer.Exit(1)
+
+
+def _print_report(report: TrailReport, witnessed: int) -> None:
+    print_table(
+        ["!chain", "events", "signed up to", "root", "witnesses"],
+        (
+            (
+                one.tree,
+                f"{one.first} to {one.last}" if one.last else "none",
+                str(one.signed),
+                (one.root or "")[:16],
+                ", ".join(one.witnesses),
+            )
+            for one in report.trees
+        ),
+        empty="there are no chains",
+    )
+    for fault in report.faults:
+        where = f"chain {fault.tree}: " if fault.tree else ""
+        what = f"  event {fault.uid}" if fault.uid else ""
+        note(f"{fault.kind.upper()}  {where}{fault.message}{what}", "red")
+    if not report.faults:
+        say(f"no fault; {report.records} records on other topics have their events")
+    if witnessed:
+        say(f"signed {witnessed} heads as a witness")
 
 
 def trace_tree(story: Mapping[str, Any]) -> Tree:

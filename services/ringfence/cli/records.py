@@ -9,7 +9,7 @@ from typing import Any
 
 from ringfence.cli.attestation import show_selector
 from ringfence.cli.options import run
-from ringfence.cli.output import moment, print_fields, print_json, print_table, until
+from ringfence.cli.output import moment, print_fields, print_json, print_table, span, until
 from ringfence.cli.scopes import show_scope
 from ringfence.client.api import ReadApi
 from ringfence.messages.keys import KeyRecord
@@ -21,7 +21,9 @@ from ringfence.messages.registry import (
     UserState,
 )
 from ringfence.model.identity import SubjectKind
+from ringfence.model.key_ends import endings
 
+_SOON = "ends soon: give another"
 _STATES: Mapping[SubjectKind, type[AnyState]] = {
     "user": UserState,
     "agent": AgentState,
@@ -73,7 +75,8 @@ def _state(kind: SubjectKind, item: Mapping[str, Any]) -> Any:
 
 def _user_row(user: UserState) -> Sequence[str]:
     roles = ", ".join(user.roles)
-    return user.user_id, user.name, roles, user.status, show_scope(user.entitlements.scope)
+    status = f"{user.status}{_key_ends(user)}"
+    return user.user_id, user.name, roles, status, show_scope(user.entitlements.scope)
 
 
 def _agent_row(agent: AgentState) -> Sequence[str]:
@@ -111,7 +114,7 @@ def _user_fields(user: UserState) -> dict[str, str]:
         "roles": ", ".join(user.roles) or "none",
         "entitled to": show_scope(entitlements.scope),
         "known from": f"{entitlements.source}, as of {moment(entitlements.as_of)}",
-        "keys": _keys(user.keys),
+        "keys": _keys(user.keys, user),
     }
 
 
@@ -122,7 +125,7 @@ def _agent_fields(agent: AgentState) -> dict[str, str]:
         "sponsor": agent.sponsor,
         "ceiling": show_scope(agent.ceiling),
         **({"instances": "; ".join(map(show_selector, agent.attestation))} if agent.attestation else {}),
-        "keys": _keys(agent.keys),
+        "keys": _keys(agent.keys, agent),
     }
 
 
@@ -161,7 +164,15 @@ _FIELDS: Mapping[SubjectKind, Callable[[Any], dict[str, str]]] = {
 
 
 def _status(agent: AgentState) -> str:
-    return f"{agent.status} (by an operator)" if agent.suspended_by_operator else agent.status
+    status = f"{agent.status} (by an operator)" if agent.suspended_by_operator else agent.status
+    return f"{status}{_key_ends(agent)}"
+
+
+def _key_ends(state: AgentState | UserState) -> str:
+    """Said of whoever has a key that ends soon, with nothing in its place."""
+    now_s = time.time()
+    ends = endings(state, now_s)
+    return f", a key ends in {span(ends[0].key.not_after - now_s)}" if ends else ""
 
 
 def _task_status(task: TaskState) -> str:
@@ -172,8 +183,13 @@ def _verbs(target: TargetState) -> str:
     return ", ".join(v.verb if v.floor == "none" else f"{v.verb} ({v.floor})" for v in target.verbs)
 
 
-def _keys(keys: Sequence[KeyRecord]) -> str:
+def _keys(keys: Sequence[KeyRecord], of: AgentState | UserState | None = None) -> str:
     now_s = time.time()
+    soon = {ending.key.kid for ending in endings(of, now_s)} if of else ()
+    said = dict.fromkeys(soon, f" ({_SOON})")
+    if isinstance(of, AgentState):
+        said |= dict.fromkeys(of.replaced, " (replaced)") | dict.fromkeys(of.compromised, " (compromised)")
     return "\n".join(
-        f"{key.kid}  {'until' if key.not_after > now_s else 'ended'} {moment(key.not_after)}" for key in keys
+        f"{key.kid}  {'until' if key.not_after > now_s else 'ended'} {moment(key.not_after)}{said.get(key.kid, '')}"
+        for key in keys
     )

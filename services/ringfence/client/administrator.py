@@ -22,9 +22,11 @@ from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.lease import RevocationRequest, Selector
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
+    AgentActivate,
     AgentDecommission,
     AgentRegister,
     AgentResume,
+    AgentRotateKey,
     AgentSetAttestation,
     AgentSetCeiling,
     AgentSuspend,
@@ -155,11 +157,13 @@ class Administrator(Lifetime):
         keys: Sequence[AnyKey],
         ceiling: Sequence[Permission],
         sponsor: str | None = None,
+        inactive: bool = False,
         attestation: Sequence[AttestationSelector] = (),
     ) -> Accepted:
         """Register an agent. `sponsor` is whoever signs where None; an operator may name another.
 
-        With `attestation` it needs no key: its running instances enrol their own.
+        With `inactive` nothing is issued for it before the sponsor has taken it on: `activate_agent`. With
+        `attestation` it needs no key: its running instances enrol their own.
         """
         validate_scope(tuple(ceiling), allow_empty=True)
         with checked("the agent"):
@@ -171,6 +175,7 @@ class Administrator(Lifetime):
                 keys=self.key_records(keys),
                 ceiling=tuple(ceiling),
                 attestation=tuple(attestation),
+                inactive=True if inactive else None,
             )
         return await self._command(command, agent_id)
 
@@ -179,6 +184,43 @@ class Administrator(Lifetime):
         with checked("the selectors"):
             command = AgentSetAttestation(
                 **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, attestation=tuple(attestation)
+            )
+        return await self._command(command, agent_id)
+
+    async def activate_agent(self, agent_id: str) -> Accepted:
+        """Take on an agent that was registered as inactive. As its sponsor."""
+        with checked("the command"):
+            command = AgentActivate(**self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id)
+        return await self._command(command, agent_id)
+
+    async def rotate_key(
+        self,
+        agent_id: str,
+        key: AnyKey,
+        *,
+        overlap_s: int = 3600,
+        replaces: Sequence[str] | None = None,
+        compromised: bool = False,
+        reason: str | None = None,
+    ) -> Accepted:
+        """Give the agent another key. Nobody may have had it before.
+
+        Args:
+            overlap_s: how long, in seconds, the keys that it takes the place of count on; 7 days at most.
+            replaces: their thumbprints; all others' where None.
+            compromised: they may be in other hands: they end at once, whatever `overlap_s` says, and so does what was
+                asked for with them.
+        """
+        (record,) = self.key_records([key])
+        with checked("the command"):
+            command = AgentRotateKey(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                agent_id=agent_id,
+                key=record,
+                replaces=None if replaces is None else tuple(replaces),
+                overlap_s=0 if compromised else overlap_s,
+                compromised=True if compromised else None,
+                reason=reason,
             )
         return await self._command(command, agent_id)
 

@@ -65,6 +65,9 @@ class _Waiting:
 class Agent(Lifetime):
     """An agent's identity, connected. One reply listener serves any number of requests at the same time.
 
+    Where its key came from a file, and another key of the same agent lies there now, that one signs from then on; see
+    also `use_key`. What was asked for with the old key is shown with the old key.
+
     ```python
     async with Agent.connect(key="deploy-bot.json") as agent:
         async with agent.credential(
@@ -132,6 +135,13 @@ class Agent(Lifetime):
         """Give back what came too late, then disconnect. `async with` does it."""
         await asyncio.gather(*self._giving_back, return_exceptions=True)
         await self.connection.close()
+
+    def use_key(self, key: SigningKey | Path | str) -> None:
+        """Sign with another key of this agent from now on, one that was given to it by `ringfence agent rotate-key`.
+
+        Credentials that are held go on with the key that they were asked for with. Raises IdentityError, KeyFileError.
+        """
+        self.connection.use_key(key)
 
     async def request(
         self,
@@ -283,6 +293,7 @@ class Agent(Lifetime):
             RefusedError, NotAnsweredError: by or of the revoker, where its word is waited for.
             UnavailableError: Kafka did not take the release.
         """
+        self.connection.renew_key()
         lease_id = credential if isinstance(credential, str) else credential.lease_id
         await self.connection.renew()
         with checked("the release"):
@@ -317,6 +328,7 @@ class Agent(Lifetime):
         break_glass: bool,
     ) -> _Waiting:
         validate_scope(scope)
+        self.connection.renew_key()
         reply_key = ReplyKey()
         with checked("the request"):
             claims = CredentialRequest(

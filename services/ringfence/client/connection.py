@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from ringfence.client.attested import Attested
 from ringfence.client.errors import IdentityError
+from ringfence.client.identities import KeyFile, succeeding
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.clock import Clock, SystemClock
@@ -62,6 +63,12 @@ def load_key(key: SigningKey | Path | str | None, settings: ClientSettings) -> S
             "(make one with: ringfence key new)"
         )
     return SigningKey.load(Path(path))
+
+
+def key_file(key: SigningKey | Path | str | None, settings: ClientSettings) -> KeyFile | None:
+    """The file that `load_key` reads, if it reads one."""
+    path = None if isinstance(key, SigningKey) else key or settings.identity
+    return KeyFile(Path(path)) if path is not None else None
 
 
 def subject(key: SigningKey, kind: Kind, settings: ClientSettings) -> str:
@@ -133,6 +140,7 @@ class Connection(Lifetime):
         """  # fmt: skip
         self.settings = load_settings(settings)
         self._attested = attested
+        self._key_file = None if attested else key_file(key, self.settings)
         # Enrolled before it is first used.
         self.key = SigningKey.generate(attested.id) if attested else load_key(key, self.settings)
         self.enrolment: str | None = None
@@ -204,6 +212,18 @@ class Connection(Lifetime):
                 await self.follow([USER, AGENT, TARGET, TASK], directory.on_records)
                 self._directory = directory
         return self._directory
+
+    # --- identity ---
+
+    def renew_key(self) -> None:
+        """Take up the key that its file holds by now, where the identity came from a file."""
+        if self._key_file is not None:
+            self.key = self._key_file.changed(self.key)
+
+    def use_key(self, key: SigningKey | Path | str) -> None:
+        """Sign with another key of the same identity from now on. Raises IdentityError, KeyFileError."""
+        self.key = succeeding(self.key, key)
+        self._key_file = key_file(key, self.settings)
 
     # --- writing ---
 

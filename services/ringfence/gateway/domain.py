@@ -18,8 +18,9 @@ from ringfence.messages.registry import ActionClass, TargetState
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.instances import ref_void
+from ringfence.model.key_ends import is_lost
 from ringfence.model.request_map import Action
-from ringfence.model.requests import DeniedError, Ground, against, find_ground
+from ringfence.model.requests import DeniedError, Ground, against, find_ground, key_compromised
 from ringfence.model.rule import Side, lacking
 from ringfence.model.scope import missing
 
@@ -139,6 +140,8 @@ def weigh(
         gone = ref_void(lease.instance, ground.agent.state) if lease.instance and ground else None
         reasons += [gone] if gone else []
         reasons += _of_others(lease, wanted, directory)
+        if ground is not None and is_lost(lease, ground.agent.state):
+            reasons.append(key_compromised(sender.agent_id))
     if lease is None or ground is None or reasons:
         return Refusal(FORBIDDEN, tuple(reasons))
     return Chosen(lease, ground, wanted)

@@ -20,7 +20,8 @@ from ringfence.messages.registry import TargetState
 UNSHOWN: Final = "no_credentials"
 """The code of a refusal of a sender who showed nothing at all."""
 STILL_DENIED: Final = frozenset({
-    "agent_suspended", "agent_decommissioned", "agent_orphaned", "agent_unknown",
+    "agent_registered", "agent_suspended", "agent_decommissioned", "agent_orphaned", "agent_unknown",
+    "key_compromised",
     "task_ended", "task_unknown", "task_other_agent", "user_disabled", "user_unknown", "target_removed", "lease_cut",
     "handle_unknown", "handle_other_agent", "handle_other_task", "record_untrusted",
 })  # fmt: skip

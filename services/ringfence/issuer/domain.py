@@ -185,13 +185,34 @@ def _request(decision: Decision, directory: Directory, terms: Terms) -> _Asked:
         raise _RefusedError(_reason("record_untrusted", str(error))) from None
     except InvalidMessageError as error:
         message = f"the request that the decision embeds does not hold: {error}"
-        raise _RefusedError(_reason(error.code, message), finding=True) from None
+        finding = not _ended_in_between(claims.request, source, directory)
+        raise _RefusedError(_reason(error.code, message), finding=finding) from None
     if message_id(request.claims.iss, request.claims.jti) != claims.request_id:
         raise _RefusedError(
             _reason("request_mismatch", "the decision names another request than the one that it embeds"),
             finding=True,
         )
     return _Asked(request, jws.header.kid)
+
+
+def _ended_in_between(request: Jws, source: Coordinates, directory: Directory) -> bool:
+    """Whether a request says that it is by a key that was replaced in the second in which it was appended.
+
+    Keys end with whole seconds, so policy may have decided before the rotation. Nothing of the request is verified: it
+    only says whether the refusal has to be a policy's fault.
+    """
+    try:
+        jws = parse(request)
+        claims = jws.unverified_claims(CredentialRequest)
+        agent = directory.agent(subject_of(claims.aud, claims.iss, "agent") or "")
+    except (InvalidMessageError, ChainError):
+        return False
+    return agent is not None and any(
+        key.kid == jws.header.kid
+        and key.kid in agent.state.replaced
+        and key.not_after == source.appended_at_ms // 1000
+        for key in agent.state.keys
+    )
 
 
 def _issue(decision: Decision, asked: _Asked, directory: Directory, terms: Terms) -> Issue:

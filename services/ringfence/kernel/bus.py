@@ -19,6 +19,7 @@ from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError, UnknownTopicOrPartitionError
 
 from ringfence.kernel import metrics
+from ringfence.kernel.assignors import AllToOneAssignor
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
@@ -140,6 +141,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         max_records: int = 32,
         linger_ms: int = 0,
         on_assigned: Callable[[], Awaitable[None]] | None = None,
+        alone: bool = False,
     ) -> None:
         """Args:
             group: the name of the group, without the topic prefix.
@@ -149,6 +151,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             linger_ms: let records gather for so long, where nobody waits for what comes of them: few large batches
                 take far less CPU than many small ones.
             on_assigned: awaited before the first record after each assignment, e.g. until a local table is complete.
+            alone: one member has all partitions, the others stand by.
         """  # fmt: skip
         self.group = f"{settings.topic_prefix}.{group}"
         self._settings = settings
@@ -157,6 +160,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._max_records = max_records
         self._linger_ms = linger_ms
         self._on_assigned = on_assigned
+        self._assignor = AllToOneAssignor if alone else RangePartitionAssignor
         self._assigned_anew = True
         self._consumer: AIOKafkaConsumer | None = None
         self.halted: str | None = None
@@ -180,7 +184,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             session_timeout_ms=10_000,
             heartbeat_interval_ms=1_000,
             max_poll_interval_ms=600_000,
-            partition_assignment_strategy=(RangePartitionAssignor,),
+            partition_assignment_strategy=(self._assignor,),
         )
         if self._settings.embedded_broker:
             adapt_to_embedded_broker(consumer, linger_ms=self._linger_ms or QUICK_MS)

@@ -35,6 +35,7 @@ def adapt_to_embedded_broker(
     pace_empty_fetches(consumer, floor_ms=linger_ms, ceiling_ms=max(ceiling_ms, 2 * linger_ms))
     space_fetches(consumer, linger_ms=linger_ms)
     rejoin_on_refused_commit(consumer)
+    pass_over_old_aborts(consumer)
 
 
 def pace_empty_fetches(
@@ -113,6 +114,36 @@ def rejoin_on_refused_commit(consumer: AIOKafkaConsumer) -> None:
         return response
 
     client.send = translated_send
+
+
+def pass_over_old_aborts(consumer: AIOKafkaConsumer) -> None:
+    """Let `consumer` be told only of aborted transactions that began at or after the offset that it fetches from.
+
+    Apache Kafka tells of those that overlap with what it answers. The embedded broker tells of all that there ever
+    were, and aiokafka would pass over everything that the same producer wrote later. What remains: where a fetch ends
+    within a transaction that is aborted later, its rest is read.
+    """
+    client = consumer._client
+    send = client.send
+
+    async def told_send(node_id: int, request: Any, **options: Any) -> Any:
+        response = await send(node_id, request, **options)
+        if request.API_KEY == _FETCH:
+            starts = {(name, number): at for name, some in request.topics for number, at, _ in some}
+            response.topics = [
+                (name, [_without_old_aborts(one, starts.get((name, one[0]), 0)) for one in partitions])
+                for name, partitions in response.topics
+            ]
+        return response
+
+    client.send = told_send
+
+
+def _without_old_aborts(partition: tuple[Any, ...], start: int) -> tuple[Any, ...]:
+    """The part of a fetch response (version 5 or newer) that is about one partition."""
+    number, code, high, stable, log_start, aborted, *rest = partition
+    recent = [(producer, first) for producer, first in aborted or () if first >= start]
+    return (number, code, high, stable, log_start, recent, *rest)
 
 
 def _brought_nothing(response: Any) -> bool:

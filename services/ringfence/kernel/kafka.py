@@ -106,6 +106,11 @@ class Outbound(NamedTuple):
     traceparent: str | None = None
 
 
+def partition_of(key: str, partitions: Sequence[int]) -> int:
+    """Which of a topic's partitions records with this key go to."""
+    return _partitioner(key.encode(), partitions, partitions)
+
+
 def received(record: Any, topics: dict[str, Topic[Any]]) -> Received:
     """aiokafka's record as ours; a key that is not UTF-8 is replaced, as nothing is decided by it."""
     return Received(
@@ -142,6 +147,7 @@ class Publisher:
             max_batch_size=512 * 1024,
             partitioner=_partitioner,
             request_timeout_ms=15_000,
+            **self._producer_options(),
         )
         try:
             await producer.start()
@@ -149,6 +155,10 @@ class Publisher:
             await producer.stop()
             raise no_answer(self._settings, error) from None
         self._producer = producer
+
+    def _producer_options(self) -> dict[str, Any]:
+        """What else the producer is told."""
+        return {}
 
     async def stop(self) -> None:
         """Send what is buffered, then disconnect."""
@@ -208,10 +218,13 @@ class Publisher:
         every = await self.partitions(topic)
         by_partition: dict[int, list[Outbound]] = {}
         for record in records:
-            by_partition.setdefault(_partitioner(record.key.encode(), every, every), []).append(record)
-        return [self._sent(topic, type, partition, some) for partition, some in by_partition.items()]
+            by_partition.setdefault(partition_of(record.key, every), []).append(record)
+        return [self.send_to(partition, topic, type, some) for partition, some in by_partition.items()]
 
-    async def _sent(self, topic: Topic[Any], type: str, partition: int, records: Sequence[Outbound]) -> None:
+    async def send_to(
+        self, partition: int, topic: Topic[Any], type: str, records: Iterable[Outbound]
+    ) -> None:
+        """Send messages of one type to one partition; all are acknowledged when this returns."""
         producer, name = self._connected(), topic.name(self._settings.topic_prefix)
         batch = producer.create_batch()
         for record in records:
@@ -293,11 +306,15 @@ def to_json(value: Any) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
 
 
-def fetch_options(linger_ms: int) -> dict[str, int]:
-    """How long a broker holds a fetch: until anything is there, or (`linger_ms`) until much is there or time is up."""
+def fetch_options(linger_ms: int) -> dict[str, Any]:
+    """What is fetched: what is committed, where it was written in a transaction. And how long a broker holds a fetch:
+    until anything is there, or (`linger_ms`) until much is there or time is up.
+    """
     if linger_ms:
-        return {"fetch_min_bytes": 256 * 1024, "fetch_max_wait_ms": linger_ms}
-    return {"fetch_max_wait_ms": 500}
+        waiting = {"fetch_min_bytes": 256 * 1024, "fetch_max_wait_ms": linger_ms}
+    else:
+        waiting = {"fetch_max_wait_ms": 500}
+    return {"isolation_level": "read_committed", **waiting}
 
 
 class Follower:

@@ -89,6 +89,7 @@ class Runtime:
         max_records: int = 32,
         linger_ms: int = 0,
         on_assigned: Callable[[], Awaitable[None]] | None = None,
+        alone: bool = False,
     ) -> Consumer:
         """Take work from these topics as a member of a group. See `Consumer` for what it is given and what it tells."""
         consumer = Consumer(
@@ -98,6 +99,7 @@ class Runtime:
             max_records=max_records,
             linger_ms=linger_ms,
             on_assigned=on_assigned,
+            alone=alone,
         )
         self._consumers.append(consumer)
         return consumer
@@ -143,13 +145,15 @@ class Runtime:
         reasons: Sequence[Reason] = (),
         source: Coordinates | None = None,
         traceparent: str | None = None,
+        at_ms: int | None = None,
         **fields: Any,
     ) -> None:
         """Publish a signed `service.event`, acknowledged when this returns.
 
-        `about` makes its id: the same event said twice has the same one.
+        `about` makes its id: the same event said twice has the same one. With `at_ms`, where it is not of now, it is
+        the same text each time.
         """
-        now_ms = self.clock.now_ms()
+        now_ms = self.clock.now_ms() if at_ms is None else at_ms
         event = ServiceEvent(
             iss=self.key.id,
             aud=self.settings.trust_domain,

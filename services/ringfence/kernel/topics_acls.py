@@ -35,6 +35,7 @@ class ResourceType(IntEnum):
 
     TOPIC = 2
     GROUP = 3
+    TRANSACTIONAL_ID = 5
 
 
 class PatternType(IntEnum):
@@ -70,8 +71,8 @@ _NAMED: Final[Mapping[str, tuple[Party, ...]]] = {
 
 
 def acls(prefix: str) -> list[Acl]:
-    """All that is needed, and nothing more, for topics and groups under this prefix."""
-    return [*_of_topics(prefix), *_of_groups(prefix), *_of_operators(prefix)]
+    """All that is needed, and nothing more, for topics, groups and transactions under this prefix."""
+    return [*_of_topics(prefix), *_of_groups(prefix), *_of_transactions(prefix), *_of_operators(prefix)]
 
 
 def _of_topics(prefix: str) -> Iterator[Acl]:
@@ -87,6 +88,12 @@ def _of_groups(prefix: str) -> Iterator[Acl]:
     members: tuple[Party, ...] = (*SERVICES, "siem")
     for party in members:
         yield Acl(party, Operation.READ, ResourceType.GROUP, f"{prefix}.{party}", PatternType.PREFIXED)
+
+
+def _of_transactions(prefix: str) -> Iterator[Acl]:
+    """Audit writes the chain in transactions, under an id that is named like its group."""
+    id = f"{prefix}.audit-chain"
+    yield Acl("audit", Operation.WRITE, ResourceType.TRANSACTIONAL_ID, id, PatternType.LITERAL)
 
 
 def _of_operators(prefix: str) -> Iterator[Acl]:
@@ -110,6 +117,6 @@ def commands(wanted: Iterable[Acl], principals: Mapping[Party, str]) -> Iterator
         yield (
             f"kafka-acls.sh --add --allow-principal '{principals[acl.party]}' "
             f"--operation {acl.operation.name.title().replace('_', '')} "
-            f"--{acl.resource_type.name.lower()} '{acl.name}' "
+            f"--{acl.resource_type.name.lower().replace('_', '-')} '{acl.name}' "
             f"--resource-pattern-type {acl.pattern.name.lower()}"
         )

@@ -197,6 +197,15 @@ _ALL: tuple[Message, ...] = (
         ceiling=_PERMISSIONS,
     ),
     registry.AgentSetAttestation(**_command(_SAM), agent_id="deploy-bot", attestation=(_SELECTOR,)),
+    registry.AgentActivate(**_command(_SAM), agent_id="deploy-bot"),
+    registry.AgentRotateKey(
+        **_command(_SAM),
+        agent_id="deploy-bot",
+        key=_KEY,
+        replaces=("u809Vppx5ixWMOohxWr2aM3m5bD0LQ67g_GPmubQus4",),
+        overlap_s=3600,
+        reason="once a quarter",
+    ),
     registry.AgentSetCeiling(**_command(_SAM), agent_id="deploy-bot", ceiling=_PERMISSIONS),
     registry.AgentTransfer(**_command(_SAM), agent_id="deploy-bot", sponsor="petra"),
     registry.AgentSuspend(**_command(_SAM), agent_id="deploy-bot", reason="odd requests overnight"),
@@ -451,7 +460,20 @@ _ALL: tuple[Message, ...] = (
             "lease": _LEASE,
         },
     ),
-    audit.AuditCheckpoint(**_claims(_service("audit")), tree="0", size=1042, root=_DIGEST),
+    audit.AuditIntake(
+        **_claims(_service("audit")),
+        entries=(
+            audit.IntakeEntry(
+                key="deploy-bot",
+                traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+                event={"metadata": {"uid": "9b2f8a57-0c2b-5a0e-8d6d-8a570c2b5a0e"}, "unmapped": {}},
+            ),
+        ),
+    ),
+    audit.AuditCheckpoint(
+        **_claims(_service("audit")), tree="0", size=1024, root=_DIGEST, peaks=(_DIGEST,), last=_DIGEST
+    ),
+    audit.AuditWitness(**_claims(f"spiffe://{TD}/user/ali"), tree="0", size=1024, root=_DIGEST),
 )
 
 EXAMPLES: dict[type[Message], Message] = {type(example): example for example in _ALL}

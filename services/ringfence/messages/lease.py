@@ -35,6 +35,8 @@ EndKind = Literal[
     "user_disabled",
     "target_removed",
     "scope_narrowed",
+    "key_compromised",
+    "agent_orphaned",
     "mint_failed",
 ]
 """Why a lease ended. All but `deadline` and `mint_failed` name the signed request that asked for it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ringfence.messages.base import (
     Claims,
@@ -34,6 +34,8 @@ ActionClass = Literal["sponsor", "second_person", "operator"]
 ApprovalClass = Literal["none", "sponsor", "second_person", "operator"]
 """What a target's floor, or a rule of the bundle, can ask for, and so who must approve: nobody; the agent's sponsor; a
 sponsor, or an operator, who is neither the agent's sponsor nor the user it acts for."""
+MAX_OVERLAP_S = 7 * 24 * 3600
+"""How long a key of an agent may count on beside the one that takes its place."""
 
 
 # --- users ------------------------------------------------------------------------------------------------------------
@@ -94,6 +96,16 @@ class AgentRegister(ExpiringClaims):
     """None where its instances enrol keys of their own."""
     ceiling: Scope
     attestation: Annotated[tuple[AttestationSelector, ...], Field(max_length=32)] = ()
+    inactive: Literal[True] | None = None
+    """Set where nothing is to be issued before the sponsor has taken it on (`agent.activate`)."""
+
+
+class AgentActivate(ExpiringClaims):
+    """Take on an agent that was registered as inactive. Signed by its sponsor, and by nobody else."""
+
+    typ: ClassVar[str] = "agent.activate"
+
+    agent_id: Name
 
 
 class AgentSetAttestation(ExpiringClaims):
@@ -121,6 +133,28 @@ class AgentTransfer(ExpiringClaims):
 
     agent_id: Name
     sponsor: Name
+
+
+class AgentRotateKey(ExpiringClaims):
+    """Give the agent a key that nobody had, in the place of others. Signed by its sponsor or an operator."""
+
+    typ: ClassVar[str] = "agent.rotate-key"
+
+    agent_id: Name
+    key: KeyRecord
+    replaces: Annotated[tuple[NonEmpty, ...], Field(min_length=1, max_length=256)] | None = None
+    """The thumbprints of the keys that it takes the place of; None: of all that there are."""
+    overlap_s: Annotated[int, Field(ge=0, le=MAX_OVERLAP_S)] = 0
+    """How long those count on, from the append time of this command, where they would not end before."""
+    compromised: Literal[True] | None = None
+    """Set where they may be in other hands: what they asked for ends, and nothing of it is issued any more."""
+    reason: NonEmpty | None = None
+
+    @model_validator(mode="after")
+    def _no_overlap_with_a_thief(self) -> AgentRotateKey:
+        if self.compromised and self.overlap_s:
+            raise ValueError("a compromised key ends at once: overlap_s is 0 then")
+        return self
 
 
 class AgentSuspend(ExpiringClaims):
@@ -158,10 +192,15 @@ class AgentState(Message):
     description: NonEmpty
     keys: tuple[KeyRecord, ...]
     ceiling: Scope
-    status: Literal["active", "suspended", "decommissioned"]
+    status: Literal["registered", "active", "suspended", "decommissioned"]
+    """`registered`: its sponsor has not taken it on yet."""
     suspended_by_operator: bool = False
     attestation: tuple[AttestationSelector, ...] = ()
     """Which of its running instances may enrol a key of their own."""
+    replaced: tuple[NonEmpty, ...] = ()
+    """The thumbprints of keys that another took the place of, though they may count for a while yet."""
+    compromised: tuple[NonEmpty, ...] = ()
+    """Those of them that may be in other hands: nothing that they asked for is issued, whenever that was."""
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -366,9 +405,11 @@ Command = (
     UserSet
     | UserDisable
     | AgentRegister
+    | AgentActivate
     | AgentSetCeiling
     | AgentSetAttestation
     | AgentTransfer
+    | AgentRotateKey
     | AgentSuspend
     | AgentResume
     | AgentDecommission
@@ -381,9 +422,11 @@ COMMANDS: tuple[type[ExpiringClaims], ...] = (
     UserSet,
     UserDisable,
     AgentRegister,
+    AgentActivate,
     AgentSetCeiling,
     AgentSetAttestation,
     AgentTransfer,
+    AgentRotateKey,
     AgentSuspend,
     AgentResume,
     AgentDecommission,

@@ -13,7 +13,7 @@ from ringfence.messages.approval import (
     Grant,
     GrantWithdraw,
 )
-from ringfence.messages.audit import AuditCheckpoint, AuditEvent
+from ringfence.messages.audit import AuditCheckpoint, AuditEvent, AuditIntake, AuditWitness
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import (
     CredentialDecision,
@@ -139,9 +139,16 @@ SERVICE_EVENT = Topic(
     30 * _DAY,
 )
 AUDIT_INTAKE = Topic(
-    "audit.intake", (AuditEvent,), "agent id", "json", ("audit",), ("audit",), 7 * _DAY, True
+    "audit.intake", (AuditIntake,), "agent id", "jws", ("audit",), ("audit",), 7 * _DAY, True
 )
-AUDIT_CHECKPOINT = Topic("audit.checkpoint", (AuditCheckpoint,), "tree", "jws", ("audit",), ("anyone",))
+AUDIT_CHECKPOINT = Topic(
+    "audit.checkpoint",
+    (AuditCheckpoint, AuditWitness),
+    "tree",
+    "jws",
+    ("audit", "users (role auditor)"),
+    ("anyone",),
+)
 AUDIT = Topic(
     "audit",
     (AuditEvent,),
@@ -194,6 +201,27 @@ ALL: tuple[Topic[Any], ...] = (
     HEARTBEAT,
     DEAD_LETTER,
 )
+
+AUDITED: tuple[Topic[Any], ...] = (
+    REGISTRY_COMMAND,
+    USER,
+    AGENT,
+    TARGET,
+    TASK,
+    CREDENTIAL_REQUEST,
+    APPROVAL_REQUEST,
+    APPROVAL_RESPONSE,
+    CREDENTIAL_DECISION,
+    LEASE,
+    CREDENTIAL_REPLY,
+    REVOCATION_REQUEST,
+    REVOCATION_ACK,
+    SERVICE_EVENT,
+    ACTION,
+    DEAD_LETTER,
+)
+"""Each record on these has one event on `audit`. In the order in which one thing follows from another: what comes later
+names what came earlier."""
 
 
 def by_name(prefix: str) -> dict[str, Topic[Any]]:

@@ -30,6 +30,8 @@ BY_SERVICES: frozenset[EndKind] = frozenset(
         "user_disabled",
         "target_removed",
         "scope_narrowed",
+        "key_compromised",
+        "agent_orphaned",
     }
 )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import Signed
+from ringfence.kernel.jws import Signed, parse
 from ringfence.messages.credential import CredentialRequest, Reason, Revisions
 from ringfence.messages.instances import InstanceEnrolment
 from ringfence.messages.permission import Permission, Scope
@@ -133,14 +133,32 @@ def violations(facts: Facts, now_s: float, entitlements_max_age_s: int) -> tuple
 
     `now_s` is a time on the broker's clock: an append time, so that a repeat gives the same answer.
     """
-    found = against(facts, facts.request.claims.scope, now_s, entitlements_max_age_s)
     gone = void(facts.instance, facts.agent.state) if facts.instance else None
-    return (*found, gone) if gone else found
+    return (
+        *_signature(facts),
+        *against(facts, facts.request.claims.scope, now_s, entitlements_max_age_s),
+        *((gone,) if gone else ()),
+    )
 
 
 def against(ground: Ground, wanted: Scope, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
     """Everything that these records say against what is wanted: the whole of a request, or one action."""
     return (*_standing(ground, wanted, now_s), *_reach(ground, wanted, now_s, entitlements_max_age_s))
+
+
+def _signature(facts: Facts) -> tuple[Reason, ...]:
+    """Whoever had the key may have made the request, though it counted when it was appended."""
+    agent = facts.agent.state
+    kid = parse(facts.request.compact).header.kid if agent.compromised else None
+    return (key_compromised(agent.agent_id),) if kid in agent.compromised else ()
+
+
+def key_compromised(agent_id: str) -> Reason:
+    """What is said of whatever rests on a key that may be in other hands."""
+    message = (
+        f"it was asked for with a key of agent {agent_id} that is compromised; ask anew with the new one"
+    )
+    return _reason("key_compromised", message)
 
 
 def _standing(ground: Ground, wanted: Scope, now_s: float) -> list[Reason]:

@@ -19,6 +19,7 @@ from ringfence.registry.enrol_http import EnrolApi
 from ringfence.registry.enrolling import Enroller
 from ringfence.registry.handlers import Registry
 from ringfence.registry.http import Api
+from ringfence.registry.key_warnings import KeyWarnings
 from ringfence.registry.settings import RegistrySettings
 from ringfence.registry.store import REMEMBERED_MS, Memory
 
@@ -37,7 +38,8 @@ def build(
     # It is the one that says what is so: no heartbeat tells it that its table is old.
     directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=on_alarm)
     memory = Memory(directory, runtime.trust, since_ms)
-    registry = Registry(runtime, directory, memory, on_alarm)
+    warnings = KeyWarnings(runtime, directory)
+    registry = Registry(runtime, directory, memory, on_alarm, warnings.remember)
     runtime.table(TABLES, directory.on_records)
     registry.history = runtime.history((SERVICE_EVENT,), registry.on_events, since_ms=since_ms)
     commands = runtime.consume(
@@ -46,8 +48,13 @@ def build(
         on_assigned=registry.catch_up,
     )
     command_topic = REGISTRY_COMMAND.name(settings.topic_prefix)
+
+    def mine() -> bool:
+        return commands.owns(command_topic, 0)
+
+    runtime.background("heartbeat", lambda: registry.beat_while(mine, own.heartbeat_s))
     runtime.background(
-        "heartbeat", lambda: registry.beat_while(lambda: commands.owns(command_topic, 0), own.heartbeat_s)
+        "key warnings", lambda: warnings.run(lambda: mine() and registry.untrusted() is None, own.key_check_s)
     )
     discovery = Discovery(runtime.clock, own.oidc_ca_file)
     runtime.on_stop(discovery.close)

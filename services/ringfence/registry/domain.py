@@ -11,6 +11,7 @@ from typing import Protocol
 from ringfence.kernel.jws import MAX_JWS_BYTES
 from ringfence.messages.registry import (
     AgentRegister,
+    AgentRotateKey,
     AgentState,
     AnyState,
     Command,
@@ -167,9 +168,14 @@ def _check_time(given: Authorised, around: Surroundings) -> None:
 
 
 def _check_keys(command: Command, subject: Subject, around: Surroundings) -> None:
-    if not isinstance(command, UserSet | AgentRegister | TargetSet):
-        return
-    for key in command.keys:
+    match command:
+        case UserSet() | AgentRegister() | TargetSet():
+            keys = command.keys
+        case AgentRotateKey():
+            keys = (command.key,)
+        case _:
+            return
+    for key in keys:
         if others := [holder for holder in around.holders(key.kid) if holder != subject]:
             kind, id = min(others)
             raise CommandRefusedError(

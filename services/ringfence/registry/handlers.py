@@ -55,11 +55,14 @@ class Registry:
         directory: Directory,
         memory: Memory,
         on_alarm: Callable[[Alarm], None] = lambda alarm: None,
+        on_finding: Callable[[ServiceEvent], None] = lambda event: None,
     ) -> None:
+        """`on_finding` is told what a registry found out lately, when its own events are read back."""
         self._runtime = runtime
         self._directory = directory
         self._memory = memory
         self._on_alarm = on_alarm
+        self._on_finding = on_finding
         self._compared = False
         self.history: Follower | None = None
         """What reads this registry's own events; set by the wiring."""
@@ -235,6 +238,8 @@ class Registry:
                 continue  # whoever wrote that is not the registry
             if event.kind in ("accepted", "refused") and event.actor and event.ref and event.source:
                 self._memory.remember(event.actor, event.ref, event.source)
+            elif event.kind == "finding":
+                self._on_finding(event)
             self.on_own_event(event)
 
     async def catch_up(self) -> None:

@@ -10,9 +10,20 @@ from typing import Any
 from ringfence.kernel.ids import derived_id
 from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, RevocationRequest, Selector
 from ringfence.messages.permission import Scope
-from ringfence.messages.registry import AgentState, AnyState, TargetState, TaskState, UserState
+from ringfence.messages.registry import (
+    AgentState,
+    AnyRecord,
+    AnyState,
+    TargetState,
+    TaskState,
+    UserRecord,
+    UserSet,
+    UserState,
+)
+from ringfence.model.chains import unverified_command
 from ringfence.model.directory import Directory, Entry
 from ringfence.model.instances import ref_void
+from ringfence.model.key_ends import is_lost
 from ringfence.model.leases import bears, end_status, is_over, mark_of
 from ringfence.model.scope import missing
 
@@ -29,35 +40,55 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
+class Unfit:
+    """Why one lease ends that bears the mark of a `Narrowing`."""
+
+    kind: EndKind
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Narrowing:
-    """Of what bears `mark`, all that does not fit `scope` ends."""
+    """Of what bears `mark`, all that does not fit ends."""
 
     mark: str
     scope: Scope
-    reason: str
+    beyond: Unfit
     """What is said of a lease that is beyond the scope."""
     agent: AgentState | None = None
-    """The agent whose instances are let in by its selectors, and by no others."""
+    """The agent whose compromised keys, and selectors that are gone, end what was asked for with them."""
 
-    def unfit(self, lease: Lease) -> str | None:
-        """Why a lease ends, or None."""
+    def unfit(self, lease: Lease) -> Unfit | None:
+        if self.agent is not None and is_lost(lease, self.agent):
+            reason = f"asked for with a key of agent {self.agent.agent_id} that is compromised"
+            return Unfit("key_compromised", reason)
         if self.agent is not None and lease.instance is not None:
             gone = ref_void(lease.instance, self.agent)
             if gone is not None:
-                return gone.message
-        return self.reason if missing(lease.scope, self.scope) else None
+                return Unfit("scope_narrowed", gone.message)
+        return self.beyond if missing(lease.scope, self.scope) else None
 
 
 def consequences(
-    state: AnyState, revision: int, now_s: float, entitlements_max_age_s: int
+    state: AnyState,
+    revision: int,
+    now_s: float,
+    entitlements_max_age_s: int,
+    *,
+    ever_sponsor: bool = True,
 ) -> tuple[Ending | Narrowing, ...]:
-    """What a record, as it is now, means for the leases that there are."""
+    """What a record, as it is now, means for the leases that there are.
+
+    `ever_sponsor`: whether a user may once have had the role; else no agent can be an orphan by their losing it.
+    """
     match state:
         case AgentState():
             return _of_agent(state, revision)
         case UserState():
             fresh = state.entitlements.as_of + entitlements_max_age_s > now_s
-            return _of_user(state, revision, state.entitlements.scope if fresh else ())
+            return _of_user(
+                state, revision, state.entitlements.scope if fresh else (), ever_sponsor=ever_sponsor
+            )
         case TaskState():
             if state.status == "active":
                 return ()
@@ -71,6 +102,8 @@ def consequences(
 
 
 def _of_agent(state: AgentState, revision: int) -> tuple[Ending | Narrowing, ...]:
+    if state.status == "registered":
+        return ()  # it never had any
     if state.status != "active":
         kind: EndKind = "agent_suspended" if state.status == "suspended" else "agent_decommissioned"
         reason = f"agent {state.agent_id} is {state.status}"
@@ -78,10 +111,12 @@ def _of_agent(state: AgentState, revision: int) -> tuple[Ending | Narrowing, ...
     if revision == 1:
         return ()  # there was nothing before that could be wider
     reason = f"beyond the ceiling of agent {state.agent_id} as it is now"
-    return (Narrowing(f"agent:{state.agent_id}", state.ceiling, reason, state),)
+    return (Narrowing(f"agent:{state.agent_id}", state.ceiling, Unfit("scope_narrowed", reason), state),)
 
 
-def _of_user(state: UserState, revision: int, entitled: Scope) -> tuple[Ending | Narrowing, ...]:
+def _of_user(
+    state: UserState, revision: int, entitled: Scope, *, ever_sponsor: bool
+) -> tuple[Ending | Narrowing, ...]:
     if state.status != "active":
         reason = f"user {state.user_id} was disabled"
         return (
@@ -91,7 +126,19 @@ def _of_user(state: UserState, revision: int, entitled: Scope) -> tuple[Ending |
     if revision == 1:
         return ()
     reason = f"beyond the entitlements of user {state.user_id} as they are now"
-    return (Narrowing(f"user:{state.user_id}", entitled, reason),)
+    own = Narrowing(f"user:{state.user_id}", entitled, Unfit("scope_narrowed", reason))
+    if "sponsor" in state.roles or not ever_sponsor:
+        return (own,)
+    left = Unfit("agent_orphaned", f"user {state.user_id}, the sponsor, is no sponsor any more")
+    return own, Narrowing(f"sponsor:{state.user_id}", (), left)
+
+
+def was_sponsor(record: AnyRecord) -> bool:
+    """Whether a user's record says that they ever had the role: no registry may leave that out."""
+    if not isinstance(record, UserRecord):
+        return False
+    commands = map(unverified_command, record.commands)
+    return any(isinstance(command, UserSet) and "sponsor" in command.roles for command in commands)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +172,7 @@ def overtaken(lease: Lease, directory: Directory, entitlements_max_age_s: int) -
                 if bears(lease, mark_of(one.selector)):
                     return Overtaken(one.kind, one.reason, record)
             elif bears(lease, one.mark) and (why := one.unfit(lease)):
-                return Overtaken("scope_narrowed", why, record)
+                return Overtaken(why.kind, why.reason, record)
     return None
 
 

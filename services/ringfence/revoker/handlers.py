@@ -35,7 +35,7 @@ from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases import is_covered, mark_of
 from ringfence.model.orders import Order
 from ringfence.revoker.cuts import Cuts
-from ringfence.revoker.domain import Ending, Narrowing, consequences, derived_order
+from ringfence.revoker.domain import Ending, Narrowing, consequences, derived_order, was_sponsor
 from ringfence.revoker.ending import Ender, Wish
 from ringfence.revoker.fencing import fence
 from ringfence.revoker.orders import Orders
@@ -218,7 +218,11 @@ class RecordHandler:
         if overtaken and not self._was_in_force(record, now_ms):
             return
         for consequence in consequences(
-            record.state, record.revision, now_ms / 1000, self._runtime.settings.entitlements_max_age_s
+            record.state,
+            record.revision,
+            now_ms / 1000,
+            self._runtime.settings.entitlements_max_age_s,
+            ever_sponsor=was_sponsor(record),
         ):
             if isinstance(consequence, Ending):
                 # What was suspended and is active again was to lose its leases all the same.
@@ -289,8 +293,8 @@ class RecordHandler:
         ]
         for lease, why in unfit:
             order = derived_order(
-                "scope_narrowed",
-                why,
+                why.kind,
+                why.reason,
                 by=self._runtime.key.id,
                 trust_domain=self._td,
                 at_ms=self._runtime.clock.now_ms(),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ringfence.messages.registry import (
+    AgentActivate,
     AgentDecommission,
     AgentRegister,
     AgentResume,
+    AgentRotateKey,
     AgentSetAttestation,
     AgentSetCeiling,
     AgentState,
@@ -17,9 +21,11 @@ from ringfence.model.lifecycle.context import CommandRefusedError, Context
 
 AgentCommand = (
     AgentRegister
+    | AgentActivate
     | AgentSetCeiling
     | AgentSetAttestation
     | AgentTransfer
+    | AgentRotateKey
     | AgentSuspend
     | AgentResume
     | AgentDecommission
@@ -41,6 +47,10 @@ def apply_to_agent(state: AgentState | None, command: AgentCommand, context: Con
             code="not_sponsor",
         )
     match command:
+        case AgentActivate():
+            return _activate(state, is_sponsor=is_sponsor)
+        case AgentRotateKey():
+            return _rotate_key(state, command, context)
         case AgentSetCeiling():
             check_scope(command.ceiling, allow_empty=True)
             return state.model_copy(update={"ceiling": command.ceiling})
@@ -51,6 +61,12 @@ def apply_to_agent(state: AgentState | None, command: AgentCommand, context: Con
             check_sponsor(command.sponsor, context)
             return state.model_copy(update={"sponsor": command.sponsor})
         case AgentSuspend():
+            if state.status == "registered":
+                raise CommandRefusedError(
+                    f"agent {state.agent_id} was never activated: there is nothing to stop; end it with: ringfence "
+                    "agent decommission",
+                    code="not_active",
+                )
             by_operator = state.suspended_by_operator or not is_sponsor
             return state.model_copy(update={"status": "suspended", "suspended_by_operator": by_operator})
         case AgentResume():
@@ -86,6 +102,53 @@ def _register(state: AgentState | None, command: AgentRegister, context: Context
         description=command.description,
         keys=command.keys,
         ceiling=command.ceiling,
-        status="active",
+        status="registered" if command.inactive else "active",
         attestation=command.attestation,
     )
+
+
+def _activate(state: AgentState, *, is_sponsor: bool) -> AgentState:
+    """An operator has no say: to be accountable is for the sponsor to take on."""
+    if not is_sponsor:
+        raise CommandRefusedError(
+            f"only the sponsor of {state.agent_id}, {state.sponsor}, takes it on", code="not_sponsor"
+        )
+    if state.status != "registered":
+        raise CommandRefusedError(
+            f"agent {state.agent_id} is {state.status}, not waiting to be activated", code="not_registered"
+        )
+    return state.model_copy(update={"status": "active"})
+
+
+def _rotate_key(state: AgentState, command: AgentRotateKey, context: Context) -> AgentState:
+    """An end only ever comes nearer, and a key that was there does not come again."""
+    check_keys((command.key,), context.at_s, at_least=1)
+    known = {key.kid for key in state.keys}
+    if command.key.kid in known:
+        raise CommandRefusedError(
+            f"key {command.key.kid} is, or was, one of {state.agent_id}: make another with: ringfence key new",
+            code="key_known",
+        )
+    replaced = known if command.replaces is None else set(command.replaces)
+    if replaced - known:
+        raise CommandRefusedError(
+            f"{state.agent_id} has no key {min(replaced - known)}; see: ringfence agent show {state.agent_id}",
+            code="unknown_key",
+        )
+    end_s = context.at_s + command.overlap_s
+    keys = [
+        key.model_copy(update={"not_after": min(key.not_after, end_s)}) if key.kid in replaced else key
+        for key in state.keys
+    ]
+    named = [key.kid for key in state.keys if key.kid in replaced]
+    return state.model_copy(
+        update={
+            "keys": (command.key, *keys),
+            "replaced": _with(state.replaced, named),
+            "compromised": _with(state.compromised, named if command.compromised else ()),
+        }
+    )
+
+
+def _with(known: tuple[str, ...], more: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*known, *more)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ringfence.messages.registry import (
+    AgentActivate,
     AgentResume,
+    AgentRotateKey,
     AgentSetAttestation,
     AgentSetCeiling,
     AgentState,
@@ -30,9 +32,11 @@ from ringfence.model.lifecycle.users import apply_to_user
 
 MAY_WIDEN: tuple[type[Any], ...] = (
     UserSet,
+    AgentActivate,
     AgentSetCeiling,
     AgentSetAttestation,
     AgentTransfer,
+    AgentRotateKey,
     AgentResume,
     TargetSet,
 )

@@ -29,7 +29,8 @@ def still_needed(commands: Sequence[tuple[Command, T]], latest: Command) -> list
 
     Returns:
         The second elements of those to keep. Folding them and the latest gives the same state as folding all, and what
-        a user could sign, or was, at any time stays known.
+        a user could sign, or was, at any time stays known. So do all keys that an agent ever had: of one that nobody
+        knew of any more it could not be said that it has ended, or whose it was.
     """
     superseded: tuple[type[Any], ...] = ()
     if isinstance(latest, AgentSetCeiling):

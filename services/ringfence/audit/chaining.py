@@ -1,0 +1,233 @@
+"""Chains the events of `audit.intake` onto `audit`, and signs how far that has come.
+
+One process does it for all partitions, the others stand by. Each batch is one Kafka transaction: its events, the
+offsets that were read for them, and now and then the checkpoints. Whoever takes over fences whoever chained before, and
+goes on from what is committed: so a process that was killed, or paused and wakes, never leaves two events in one place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+
+from ringfence.audit.tips import TipsRead, read_tips
+from ringfence.kernel.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.ids import derived_id
+from ringfence.kernel.jws import open_signed, parse, sign
+from ringfence.kernel.kafka import Outbound, Received
+from ringfence.kernel.kafka_connection import connection, no_answer
+from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.transactions import TransactionalPublisher
+from ringfence.messages.audit import AuditCheckpoint, AuditIntake, IntakeEntry
+from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
+from ringfence.model.audit_chain import Tip, linked
+
+log = logging.getLogger(__name__)
+
+GROUP = "audit-chain"
+"""Of consumers, and the `transactional.id`: both without the topic prefix."""
+_REMEMBERED = 50_000
+_REMEMBERED_AT_FIRST = 5_000
+"""So many are read again by whoever takes over."""
+
+
+@dataclass(slots=True)
+class _Chain:
+    """One partition of `audit` as it is continued."""
+
+    tip: Tip
+    signed_size: int
+    recent: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    """The uids of the last events: what is handed over twice, after a crash, is chained once."""
+
+    def remember(self, uid: str) -> None:
+        self.recent[uid] = None
+        if len(self.recent) > _REMEMBERED:
+            self.recent.popitem(last=False)
+
+
+class ChainWriter:
+    """See the module. `on_batch` is the handler of `audit.intake`; `sign_now_and_then` runs in the background."""
+
+    def __init__(self, runtime: Runtime, checkpoint_s: float) -> None:
+        self._runtime = runtime
+        self._checkpoint_s = checkpoint_s
+        self._one_at_a_time = asyncio.Lock()
+        self._publisher: TransactionalPublisher | None = None
+        self._chains: dict[int, _Chain] = {}
+        self._taken: dict[int, int] = {}
+        """By partition of `audit.intake`: the offset after the last that is chained."""
+
+    async def on_assigned(self) -> None:
+        """Somebody else may have chained meanwhile: begin by looking."""
+        async with self._one_at_a_time:
+            await self._let_go()
+
+    async def on_batch(self, batch: Sequence[Received]) -> None:
+        """Chain what came. Raises UnavailableError where it was not committed; it comes again then."""
+        async with self._one_at_a_time, self._transacting() as publisher:
+            new = [record for record in batch if record.offset >= self._taken.get(record.partition, 0)]
+            ends = {
+                (record.topic_name, record.partition): record.offset + 1
+                for record in sorted(new, key=lambda record: record.offset)
+            }
+            if not ends:
+                return
+            async with publisher.transaction(self._group, ends):
+                for partition in sorted({record.partition for record in new}):
+                    await self._chain(publisher, partition, (r for r in new if r.partition == partition))
+            self._taken |= {partition: end for (_, partition), end in ends.items()}
+
+    async def sign_now_and_then(self) -> None:
+        """Publish a checkpoint of each chain that has grown, every few seconds. Does not end."""
+        while True:
+            await asyncio.sleep(self._checkpoint_s)
+            try:
+                await self._sign()
+            except UnavailableError as error:
+                log.warning("no checkpoint this time: %s", error)
+
+    async def close(self) -> None:
+        """Sign how far it has come, and disconnect."""
+        with contextlib.suppress(UnavailableError):
+            await self._sign()
+        await self._let_go()
+
+    @property
+    def _group(self) -> str:
+        return f"{self._runtime.settings.topic_prefix}.{GROUP}"
+
+    # --- chaining ---
+
+    async def _chain(
+        self, publisher: TransactionalPublisher, partition: int, records: Iterable[Received]
+    ) -> None:
+        chain = self._chains[partition]
+        start = chain.tip.head.size
+        events: list[Outbound] = []
+        for record in records:
+            for entry in await self._entries(record):
+                told = self._next(chain, str(partition), entry)
+                if told is not None:
+                    events.append(told)
+        if events:
+            await publisher.send_to(partition, AUDIT, "audit", events)
+            log.debug("chained %d events after %d of partition %d", len(events), start, partition)
+
+    async def _entries(self, record: Received) -> Sequence[IntakeEntry]:
+        """What a message holds. What no audit service signed is dead-lettered."""
+        trust = self._runtime.trust
+        try:
+            return open_signed(
+                parse(record.value),
+                AuditIntake,
+                trust.finder("audit", at_s=record.appended_at_ms / 1000),
+                audience=trust.trust_domain,
+            ).claims.entries
+        except InvalidMessageError as error:
+            await self._runtime.letters.bury(record, error)
+            return ()
+
+    def _next(self, chain: _Chain, tree: str, entry: IntakeEntry) -> Outbound | None:
+        uid = str(entry.event["metadata"]["uid"])
+        if uid in chain.recent:
+            return None
+        tip = chain.tip
+        body = linked(entry.event, tree, tip.head.size + 1, tip.last)
+        chain.tip = tip.followed_by(body)
+        chain.remember(uid)
+        return Outbound(entry.key, body, uid, entry.traceparent)
+
+    # --- checkpoints ---
+
+    async def _sign(self) -> None:
+        async with self._one_at_a_time:
+            grown = [(p, c) for p, c in self._chains.items() if c.tip.head.size > c.signed_size]
+            if self._publisher is None or not grown:
+                return
+            async with self._transacting() as publisher, publisher.transaction():
+                await publisher.send_to(
+                    0, AUDIT_CHECKPOINT, AuditCheckpoint.typ, (self._checkpoint(p, c.tip) for p, c in grown)
+                )
+            for _, chain in grown:
+                chain.signed_size = chain.tip.head.size
+
+    def _checkpoint(self, partition: int, tip: Tip) -> Outbound:
+        key = self._runtime.key
+        claims = AuditCheckpoint(
+            iss=key.id,
+            aud=self._runtime.settings.trust_domain,
+            iat=self._runtime.clock.now_ms() // 1000,
+            jti=derived_id(AuditCheckpoint.typ, partition, tip.head.size, tip.head.root.hex()),
+            tree=str(partition),
+            size=tip.head.size,
+            root=tip.head.root.hex(),
+            peaks=tuple(peak.hex() for peak in tip.head.peaks),
+            last=tip.last.hex(),
+        )
+        return Outbound(claims.tree, sign(claims, key).encode(), claims.jti)
+
+    # --- taking over ---
+
+    @contextlib.asynccontextmanager
+    async def _transacting(self) -> AsyncIterator[TransactionalPublisher]:
+        """The publisher, taken over first where it has to be. Where something fails inside it is let go, and with it
+        what was added to the chains."""
+        try:
+            yield self._publisher or await self._take_over()
+        except BaseException:
+            await self._let_go()
+            raise
+
+    async def _take_over(self) -> TransactionalPublisher:
+        """Fence whoever chained before, then look how far they came."""
+        runtime = self._runtime
+        publisher = TransactionalPublisher(runtime.settings, runtime.key.id, GROUP, runtime.clock)
+        await publisher.start()
+        try:
+            found = await read_tips(runtime.settings, runtime.trust, remember=_REMEMBERED_AT_FIRST)
+            self._taken = await self._offsets_taken()
+        except BaseException:
+            await publisher.abandon()
+            raise
+        self._chains = {partition: _chain_of(one) for partition, one in found.items()}
+        for partition, one in found.items():
+            for fault in one.faults:
+                log.error("partition %d of the audit trail: %s", partition, fault)
+        self._publisher = publisher
+        log.info("chaining from %s on", {p: c.tip.head.size for p, c in self._chains.items()})
+        return publisher
+
+    async def _offsets_taken(self) -> dict[int, int]:
+        """What is committed for the group by now; the consumer may have been told before the last transaction ended."""
+        settings = self._runtime.settings
+        admin = AIOKafkaAdminClient(**connection(settings))
+        try:
+            await admin.start()
+            found = await admin.list_consumer_group_offsets(self._group)
+        except KafkaError as error:
+            raise no_answer(settings, error) from None
+        finally:
+            await admin.close()
+        name = AUDIT_INTAKE.name(settings.topic_prefix)
+        return {at.partition: max(0, one.offset) for at, one in found.items() if at.topic == name}
+
+    async def _let_go(self) -> None:
+        publisher, self._publisher = self._publisher, None
+        self._chains = {}
+        if publisher is not None:
+            await publisher.abandon()
+
+
+def _chain_of(found: TipsRead) -> _Chain:
+    chain = _Chain(found.tip, found.signed_size)
+    for uid in found.recent:
+        chain.remember(uid)
+    return chain

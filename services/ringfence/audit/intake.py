@@ -1,0 +1,82 @@
+"""How events get from whoever made them to whoever chains them: signed, many at a time, on `audit.intake`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import orjson
+
+from ringfence.kernel.bus import gather_all
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.ids import derived_id
+from ringfence.kernel.jws import sign_payload
+from ringfence.kernel.kafka import Outbound, Publisher, partition_of
+from ringfence.kernel.keys import SigningKey
+from ringfence.messages.audit import AuditIntake
+from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
+
+MOST_BYTES = 320 * 1024
+"""Of events in one message: as a JWS it is a third longer, and no message may be over 512 KiB."""
+
+
+class Told(NamedTuple):
+    """One event that is to be chained: its Kafka key, its uid, its JSON, and the trace that it belongs to."""
+
+    key: str
+    uid: str
+    body: bytes
+    traceparent: str | None
+
+
+class Intake:
+    """Hands events over. All of one partition of `audit` go into one partition of `audit.intake`, in their order."""
+
+    def __init__(self, publisher: Publisher, key: SigningKey, trust_domain: str, clock: Clock) -> None:
+        self._publisher = publisher
+        self._key = key
+        self._trust_domain = trust_domain
+        self._clock = clock
+
+    async def hand_over(self, events: Iterable[Told]) -> None:
+        """Acknowledged by Kafka when this returns."""
+        every = await self._publisher.partitions(AUDIT)
+        by_partition: dict[int, list[Told]] = {}
+        for told in events:
+            by_partition.setdefault(partition_of(told.key, every), []).append(told)
+        await gather_all(
+            self._publisher.send_to(
+                partition, AUDIT_INTAKE, AuditIntake.typ, map(self._signed, _portions(some))
+            )
+            for partition, some in by_partition.items()
+        )
+
+    def _signed(self, some: Sequence[Told]) -> Outbound:
+        jti = derived_id(AuditIntake.typ, *(told.uid for told in some))
+        claims = {
+            "iss": self._key.id,
+            "aud": self._trust_domain,
+            "iat": self._clock.now_ms() // 1000,
+            "jti": jti,
+            "entries": [_entry(told) for told in some],
+        }
+        compact = sign_payload(AuditIntake, orjson.dumps(claims), self._key)
+        return Outbound(some[0].key, compact.encode(), jti)
+
+
+def _entry(told: Told) -> dict[str, object]:
+    entry: dict[str, object] = {"key": told.key, "event": orjson.Fragment(told.body)}
+    if told.traceparent is not None:
+        entry["traceparent"] = told.traceparent
+    return entry
+
+
+def _portions(events: Sequence[Told]) -> Iterator[Sequence[Told]]:
+    """As many at a time as one message holds."""
+    start = size = 0
+    for index, told in enumerate(events):
+        if index > start and size + len(told.body) > MOST_BYTES:
+            yield events[start:index]
+            start, size = index, 0
+        size += len(told.body)
+    yield events[start:]

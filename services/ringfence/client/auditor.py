@@ -1,0 +1,277 @@
+"""For auditors: is the audit trail whole? Read from Kafka itself, believing nobody but the trust root.
+
+The events of each partition are held against their own links, against what audit signed, against what witnesses and
+whoever asks saw before, and against the records that they are about.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from pydantic import TypeAdapter
+
+from ringfence.client.connection import load_settings
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.ids import derived_id
+from ringfence.kernel.jws import UnverifiedJws, open_signed, parse
+from ringfence.kernel.kafka import Publisher, Received
+from ringfence.kernel.kafka_reading import Stretches
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.audit import AuditCheckpoint, AuditWitness
+from ringfence.messages.base import typ_header
+from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDITED, TRUST, USER
+from ringfence.model.audit_chain import Source, Tip
+from ringfence.model.audit_verifying import ChainVerifier, Fault, FaultKind
+from ringfence.model.chains import ChainError
+from ringfence.model.directory import Directory
+from ringfence.model.identity import subject_of
+
+SETTLE_S = 60.0
+"""A record that is younger may have no event yet."""
+Heads = dict[str, tuple[int, str]]
+"""By tree: how many events it had, and its root. What an auditor keeps from one time to the next."""
+HEADS = TypeAdapter(Heads)
+"""Reads and writes them as JSON."""
+_GONE_BY_AGE = 0.99
+"""Brokers remove whole segments: some of the oldest events may be gone a little early."""
+
+
+@dataclass(frozen=True, slots=True)
+class TreeReport:
+    """One chain: its first and last event, how many stand before it, how far it is signed, and who else saw that."""
+
+    tree: str
+    first: int
+    last: int
+    unchained: int
+    signed: int
+    root: str | None
+    """The signed one; None where nothing is signed."""
+    witnesses: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class TrailReport:
+    """What came of verifying."""
+
+    trees: list[TreeReport] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    records: int = 0
+    """How many records on other topics were held against the events."""
+
+    @property
+    def heads(self) -> Heads:
+        """What was signed, to be kept: the next time it must still be so."""
+        return {one.tree: (one.signed, one.root) for one in self.trees if one.root is not None}
+
+
+@dataclass(slots=True)
+class _Signed:
+    """What stands on `audit.checkpoint` about one tree."""
+
+    checkpoints: list[AuditCheckpoint] = field(default_factory=list)
+    witnessed: list[AuditWitness] = field(default_factory=list)
+
+
+async def verify_trail(
+    settings: ClientSettings | None = None, *, kept: Heads | None = None, settle_s: float = SETTLE_S
+) -> TrailReport:
+    """Read the whole trail, and say what is wrong with it.
+
+    Args:
+        kept: the `heads` of an earlier report.
+        settle_s: how old a record must be before it has to have an event.
+
+    Raises SettingsError where no trust root is pinned, UnavailableError where Kafka cannot be read.
+    """
+    settings = load_settings(settings)
+    report = TrailReport()
+    async with Stretches(settings) as kafka:
+        trust, directory = await _believable(kafka, settings)
+        signed = await _signed(kafka, trust, directory, report)
+        verifiers = []
+        for partition in await kafka.partitions(AUDIT):
+            tree = str(partition)
+            seen = [(one.size, one.root) for one in signed.setdefault(tree, _Signed()).witnessed]
+            seen += [kept[tree]] if kept and tree in kept else []
+            verifier = ChainVerifier(tree, signed[tree].checkpoints, seen)
+            await _take_all(kafka, partition, verifier)
+            verifiers.append(verifier)
+        for verifier in verifiers:
+            report.faults += verifier.faults
+            report.trees.append(_told(verifier, signed[verifier.tree], settings.trust_domain))
+        await _hold_against_records(kafka, settings, verifiers, report, settle_s)
+    return report
+
+
+async def witness(report: TrailReport, key: SigningKey, settings: ClientSettings | None = None) -> int:
+    """Sign what a report without faults found, as a user with the role auditor. Returns how many heads.
+
+    Raises UnavailableError where Kafka does not take it, ValueError where the report has faults.
+    """
+    if report.faults:
+        raise ValueError("what has faults is not witnessed")
+    settings = load_settings(settings)
+    async with Publisher(settings, key.id) as publisher:
+        for tree, (size, root) in report.heads.items():
+            claims = AuditWitness(
+                iss=key.id,
+                aud=settings.trust_domain,
+                iat=int(time.time()),
+                jti=derived_id(AuditWitness.typ, key.id, tree, size, root),
+                tree=tree,
+                size=size,
+                root=root,
+            )
+            who = subject_of(settings.trust_domain, key.id, "user")
+            await publisher.publish_signed(AUDIT_CHECKPOINT, f"{tree}/{who}", claims, key)
+    return len(report.heads)
+
+
+# --- what is signed -------------------------------------------------------------------------------------------------
+
+
+async def _believable(kafka: Stretches, settings: ClientSettings) -> tuple[TrustStore, Directory]:
+    trust = TrustStore(settings.trust_domain, settings.trust_root)
+    async for record in kafka.whole(TRUST):
+        try:
+            trust.load(record.value, time.time())
+        except InvalidMessageError:
+            continue  # not by the pinned root, or over
+    trust.require()
+    directory = Directory(trust, SystemClock(), grace_ms=None)
+    async for record in kafka.whole(USER):
+        directory.on_records([record])
+    return trust, directory
+
+
+async def _signed(
+    kafka: Stretches, trust: TrustStore, directory: Directory, report: TrailReport
+) -> dict[str, _Signed]:
+    found: dict[str, _Signed] = {}
+    async for record in kafka.whole(AUDIT_CHECKPOINT):
+        if not record.value:
+            continue
+        try:
+            jws = parse(record.value)
+            if jws.header.typ == typ_header(AuditWitness):
+                one = _witnessed(jws, record, directory, trust)
+                found.setdefault(one.tree, _Signed()).witnessed.append(one)
+            else:
+                checkpoint = _checkpoint(jws, record, trust)
+                found.setdefault(checkpoint.tree, _Signed()).checkpoints.append(checkpoint)
+        except (InvalidMessageError, ChainError, ValueError) as error:
+            what = f"what stands on audit.checkpoint at offset {record.offset} is not believed: {error}"
+            report.faults.append(Fault("foreign", record.key or "", what, None, None, record.offset))
+    return found
+
+
+def _checkpoint(jws: UnverifiedJws, record: Received, trust: TrustStore) -> AuditCheckpoint:
+    claims = open_signed(
+        jws, AuditCheckpoint, trust.finder("audit", at_s=record.appended_at_ms / 1000),
+        audience=trust.trust_domain,
+    ).claims  # fmt: skip
+    Tip.of(claims)
+    return claims
+
+
+def _witnessed(jws: UnverifiedJws, record: Received, directory: Directory, trust: TrustStore) -> AuditWitness:
+    at_ms = record.appended_at_ms
+    claims = open_signed(
+        jws, AuditWitness, lambda iss, kid: directory.chains.user_key(iss, kid, at_ms),
+        audience=trust.trust_domain,
+    ).claims  # fmt: skip
+    who = subject_of(trust.trust_domain, claims.iss, "user") or ""
+    if "auditor" not in directory.chains.roles_at(who, at_ms):
+        raise InvalidMessageError(f"{who} is no auditor", code="not_auditor")
+    return claims
+
+
+# --- the events -----------------------------------------------------------------------------------------------------
+
+
+async def _take_all(kafka: Stretches, partition: int, verifier: ChainVerifier) -> None:
+    began_ms: int | None = None
+    async for record in kafka.records(AUDIT, partition, *await kafka.bounds(AUDIT, partition)):
+        began_ms = began_ms if began_ms is not None else record.appended_at_ms
+        verifier.take(record.value, record.offset)
+    verifier.finish()
+    kept_ms = (AUDIT.retention_s or 0) * 1000 * _GONE_BY_AGE
+    if verifier.first > 1 and began_ms is not None and began_ms > time.time() * 1000 - kept_ms:
+        what = (
+            f"the events before event {verifier.first} are not there, and were not old enough to be removed"
+        )
+        verifier.faults.append(Fault("removed", verifier.tree, what, 1))
+
+
+def _told(verifier: ChainVerifier, signed: _Signed, trust_domain: str) -> TreeReport:
+    last = max(signed.checkpoints, key=lambda one: one.size, default=None)
+    witnesses = {subject_of(trust_domain, one.iss, "user") or "" for one in signed.witnessed}
+    return TreeReport(
+        verifier.tree,
+        verifier.first,
+        verifier.last,
+        verifier.unchained,
+        last.size if last else 0,
+        last.root if last else None,
+        tuple(sorted(witnesses)),
+    )
+
+
+# --- the records that they are about --------------------------------------------------------------------------------
+
+
+async def _hold_against_records(
+    kafka: Stretches,
+    settings: ClientSettings,
+    verifiers: Sequence[ChainVerifier],
+    report: TrailReport,
+    settle_s: float,
+) -> None:
+    """Each record has an event, and each event a record, unless that may be gone by its age."""
+    known = {uid for verifier in verifiers for uid in verifier.sources}
+    claimed = _by_place(source for verifier in verifiers for source in verifier.sources.values())
+    until_ms = (time.time() - settle_s) * 1000
+    for topic in AUDITED:
+        for partition in await kafka.partitions(topic):
+            place = (topic.name(settings.topic_prefix), partition)
+            start, end = await kafka.bounds(topic, partition)
+            there: set[int] = set()
+            async for record in kafka.records(topic, partition, start, end):
+                there.add(record.offset)
+                source = Source(*place, record.offset)
+                if record.appended_at_ms < until_ms and source.uid not in known:
+                    report.faults.append(_about(source, "missing", "no event is about"))
+            report.records += len(there)
+            for offset in sorted(claimed.pop(place, set()) - there):
+                # Of a compacted topic a record may be gone; what is beyond the end never was.
+                if offset >= end or (offset >= start and not topic.compacted):
+                    report.faults.append(_about(Source(*place, offset), "invented", "no record stands at"))
+    for place, offsets in claimed.items():
+        for offset in sorted(offsets):
+            report.faults.append(_about(Source(*place, offset), "invented", "nothing is audited at"))
+
+
+def _about(source: Source, kind: FaultKind, what: str) -> Fault:
+    where = f"{source.topic_name}/{source.partition}@{source.offset}"
+    return Fault(kind, "", f"{what} {where}", None, source.uid, source.offset)
+
+
+def _by_place(sources: Iterable[Source]) -> dict[tuple[str, int], set[int]]:
+    found: dict[tuple[str, int], set[int]] = {}
+    for source in sources:
+        found.setdefault((source.topic_name, source.partition), set()).add(source.offset)
+    return found
+
+
+def read_heads(text: str) -> Heads:
+    """What `heads` was written as. Raises UnavailableError where it is no such file."""
+    try:
+        return HEADS.validate_json(text)
+    except ValueError:
+        raise UnavailableError("the file of heads is none that `audit verify` wrote; name another") from None

@@ -1,0 +1,103 @@
+"""Reads a stretch of a topic once, from an offset to where it ended when it was asked. For what follows a topic, see
+`ringfence.kernel.kafka.Follower`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, Self
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from ringfence.kernel.embedded_broker import adapt_to_embedded_broker
+from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.kafka import Received, fetch_options, received
+from ringfence.kernel.kafka_connection import connection, no_answer
+from ringfence.kernel.settings import BusSettings
+from ringfence.messages.base import Topic
+
+_AT_A_TIME = 2000
+_WAIT_MS = 1000
+
+
+class Stretches:
+    """Reads stretches of topics, one after the other. Use as an async context manager."""
+
+    def __init__(self, settings: BusSettings) -> None:
+        self._settings = settings
+        self._consumer = self._another()
+        """Asks, and reads nothing."""
+
+    def _another(self) -> AIOKafkaConsumer:
+        consumer = AIOKafkaConsumer(
+            **connection(self._settings),
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            **fetch_options(0),
+        )
+        if self._settings.embedded_broker:
+            adapt_to_embedded_broker(consumer)
+        return consumer
+
+    async def __aenter__(self) -> Self:
+        await self._start(self._consumer)
+        return self
+
+    async def _start(self, consumer: AIOKafkaConsumer) -> None:
+        try:
+            await consumer.start()
+        except KafkaError as error:
+            await consumer.stop()
+            raise no_answer(self._settings, error) from None
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._consumer.stop()
+
+    async def partitions(self, topic: Topic[Any]) -> list[int]:
+        """The partitions of a topic. Raises UnavailableError where there is none."""
+        name = topic.name(self._settings.topic_prefix)
+        # As in `Follower.start`: a client that has just started knows of no topics.
+        await self._consumer._client.set_topics([name])
+        found = sorted(self._consumer._client.cluster.partitions_for_topic(name) or ())
+        if not found:
+            raise UnavailableError(f"missing on Kafka: {name}; run: ringfence topics apply")
+        return found
+
+    async def bounds(self, topic: Topic[Any], partition: int) -> tuple[int, int]:
+        """The first offset that is still there, and the one after the last."""
+        at = TopicPartition(topic.name(self._settings.topic_prefix), partition)
+        starts, ends = await self._consumer.beginning_offsets([at]), await self._consumer.end_offsets([at])
+        return starts[at], ends[at]
+
+    async def records(
+        self, topic: Topic[Any], partition: int, start: int, end: int
+    ) -> AsyncIterator[Received]:
+        """What stands from `start` up to `end`, and is committed."""
+        if start >= end:
+            return
+        name = topic.name(self._settings.topic_prefix)
+        at = TopicPartition(name, partition)
+        # Of its own: aiokafka may not stop a consumer any more that was given other partitions while it fetched.
+        consumer = self._another()
+        await self._start(consumer)
+        try:
+            consumer.assign([at])
+            consumer.seek(at, start)
+            while await consumer.position(at) < end:
+                batches = await consumer.getmany(at, timeout_ms=_WAIT_MS, max_records=_AT_A_TIME)
+                for record in batches.get(at, ()):
+                    if record.offset >= end:
+                        return
+                    yield received(record, {name: topic})
+        finally:
+            await consumer.stop()
+
+    async def whole(self, topic: Topic[Any]) -> AsyncIterator[Received]:
+        """All that stands on a topic now, partition by partition."""
+        for partition in await self.partitions(topic):
+            async for record in self.records(topic, partition, *await self.bounds(topic, partition)):
+                yield record

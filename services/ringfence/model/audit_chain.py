@@ -1,0 +1,86 @@
+"""The chain of audit events: each names the hash of the one before, and a signed checkpoint the head of the tree over
+all of them. Pure; for who writes it and for whoever verifies it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import orjson
+from pydantic import ValidationError
+
+from ringfence.kernel.ids import derived_id
+from ringfence.messages.audit import AuditCheckpoint, ChainLink
+from ringfence.model.merkle import Hash, Head, leaf_hash
+
+NOTHING: Hash = bytes(32)
+"""What stands for the hash of the event before the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tip:
+    """How far a chain has come: its tree, and the hash of its last event."""
+
+    head: Head = field(default_factory=Head)
+    last: Hash = NOTHING
+
+    @classmethod
+    def of(cls, checkpoint: AuditCheckpoint) -> Tip:
+        """What a checkpoint says. Raises ValueError where its parts contradict each other."""
+        head = Head(checkpoint.size, tuple(bytes.fromhex(peak) for peak in checkpoint.peaks))
+        if head.root.hex() != checkpoint.root:
+            raise ValueError("the root of a checkpoint is not that of its peaks")
+        return cls(head, bytes.fromhex(checkpoint.last))
+
+    def followed_by(self, value: bytes) -> Tip:
+        """The tip after one more event."""
+        last = leaf_hash(value)
+        return Tip(self.head.grown((last,)), last)
+
+    def fits(self, link: ChainLink, tree: str) -> bool:
+        """Whether an event with this link is the one that comes next."""
+        return (link.tree, link.seq, link.prev) == (tree, self.head.size + 1, self.last.hex())
+
+
+def linked(event: dict[str, Any], tree: str, seq: int, prev: Hash) -> bytes:
+    """The JSON of an event with its link, as it is published. `event` is changed."""
+    event["unmapped"]["chain"] = {"tree": tree, "seq": seq, "prev": prev.hex()}
+    return orjson.dumps(event)
+
+
+class Source(NamedTuple):
+    """The record that an event is about."""
+
+    topic_name: str
+    partition: int
+    offset: int
+
+    @property
+    def uid(self) -> str:
+        """The uid of the event about it: a repeat of the work makes the same event."""
+        return derived_id(self.topic_name, self.partition, self.offset)
+
+
+class Chained(NamedTuple):
+    """What the chain needs of a published event. `link` is None where it has none: it is from before there was one."""
+
+    uid: str
+    source: Source
+    link: ChainLink | None
+
+
+def event_of(value: bytes) -> Chained | None:
+    """What stands on `audit`, or None where it is no event."""
+    try:
+        event = orjson.loads(value)
+        words = event["unmapped"]
+        link = words.get("chain")
+        source = words["source"]
+        return Chained(
+            str(event["metadata"]["uid"]),
+            Source(str(source["topic"]), int(source["partition"]), int(source["offset"])),
+            ChainLink.model_validate(link, strict=True) if link is not None else None,
+        )
+    except (ValueError, ValidationError, KeyError, TypeError, AttributeError):
+        return None

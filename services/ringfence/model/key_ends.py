@@ -1,0 +1,66 @@
+"""Keys that end: of which somebody is to be told before, and which leases end with one in other hands. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from ringfence.messages.keys import KeyRecord
+from ringfence.messages.lease import Lease
+from ringfence.messages.registry import AgentState, AnyState, UserState
+
+DAY_S: Final = 86_400
+WARN_BEFORE_S: Final = (14 * DAY_S, 3 * DAY_S, DAY_S)
+"""How long before its end a key is told of: once at each, and not where it lives less than twice as long."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyEnding:
+    """A key that ends soon, and nothing has taken its place."""
+
+    key: KeyRecord
+    warn_before_s: int
+    """The last of `WARN_BEFORE_S` that has come."""
+
+    @property
+    def since_s(self) -> int:
+        """Since when that has been so, in seconds since 1970."""
+        return self.key.not_after - self.warn_before_s
+
+
+def endings(state: AnyState, now_s: float) -> tuple[KeyEnding, ...]:
+    """The keys of an agent or a user who still is one that end soon, the next first."""
+    return tuple(sorted(_endings(state, now_s), key=lambda ending: ending.key.not_after))
+
+
+def _endings(state: AnyState, now_s: float) -> Iterator[KeyEnding]:
+    replaced: tuple[str, ...] = ()
+    match state:
+        case AgentState(status="registered" | "active" | "suspended"):
+            replaced = state.replaced
+        case UserState(status="active"):
+            pass
+        case _:
+            return
+    for key in state.keys:
+        left_s = key.not_after - now_s
+        if left_s <= 0 or key.kid in replaced:
+            continue
+        life_s = key.not_after - key.not_before
+        come = [before_s for before_s in WARN_BEFORE_S if left_s <= before_s and life_s >= 2 * before_s]
+        if come:
+            yield KeyEnding(key, min(come))
+
+
+def is_lost(lease: Lease, agent: AgentState) -> bool:
+    """Whether somebody else may have asked for a lease: with a key that is compromised, or it is not known with which.
+
+    What was asked for after such a key had ended was not asked for with it.
+    """
+    if not agent.compromised:
+        return False
+    if lease.key_thumbprint is not None:
+        return lease.key_thumbprint in agent.compromised
+    ends = [key.not_after for key in agent.keys if key.kid in agent.compromised]
+    return lease.requested_at_ms < max(ends, default=0) * 1000

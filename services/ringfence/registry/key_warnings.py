@@ -1,0 +1,125 @@
+"""Background work: tells of keys of agents and users before they end, so that nobody finds out by being refused.
+
+Each is told of once at each of `WARN_BEFORE_S`, or at the last of them that came while no registry was there. One that
+starts reads what was told lately; what was told before that it may tell again, in the very same text: whoever reads it
+has it already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from aiokafka.errors import KafkaError
+
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.runtime import Runtime
+from ringfence.messages.credential import Reason
+from ringfence.messages.operations import ServiceEvent
+from ringfence.messages.registry import AgentState, AnyState, UserState
+from ringfence.model.chains import ChainError, subject_spiffe
+from ringfence.model.directory import Directory
+from ringfence.model.identity import SubjectKind
+from ringfence.model.key_ends import DAY_S, WARN_BEFORE_S, KeyEnding, endings
+
+log = logging.getLogger(__name__)
+
+SUBJECT = "key"
+"""The `subject` of the finding; its `ref` is the key's thumbprint, its `result` whose key it is."""
+CODE = "key_ending"
+_PAUSE_EVERY = 500
+_CAUGHT_UP_WITHIN_S = 5.0
+
+_Told = tuple[str, str, int]
+"""Whose key, which, and since when it ends that soon, in ms."""
+
+
+class KeyWarnings:
+    """See the module."""
+
+    def __init__(self, runtime: Runtime, directory: Directory) -> None:
+        self._runtime = runtime
+        self._directory = directory
+        self._ends: dict[tuple[SubjectKind, str], tuple[int, ...]] = {}
+        """When the keys in a record end, by a record that nobody has verified: it only says where to look."""
+        self._told: set[_Told] = set()
+        directory.on_change(self._on_change)
+
+    def remember(self, event: ServiceEvent) -> None:
+        """A registry, perhaps another, said this lately."""
+        if event.subject == SUBJECT and event.ref and event.result:
+            self._told.add((event.result, event.ref, event.at_ms))
+
+    async def run(self, mine: Callable[[], bool], every_s: float) -> None:
+        """Look for as long as `mine()` says that this replica has the commands. Does not end."""
+        while True:
+            if mine():
+                try:
+                    if await self._runtime.tables_caught_up(_CAUGHT_UP_WITHIN_S):
+                        await self.look()
+                except (KafkaError, RingfenceError, OSError) as error:
+                    log.warning("keys that end are told of later: %s", str(error) or type(error).__name__)
+            await asyncio.sleep(every_s)
+
+    async def look(self) -> None:
+        """Tell of all that end soon and were not told of."""
+        now_s = self._runtime.clock.now_ms() / 1000
+        # By then the key has ended.
+        self._told = {told for told in self._told if told[2] / 1000 + WARN_BEFORE_S[0] > now_s}
+        for seen, (subject, ends) in enumerate(list(self._ends.items()), start=1):
+            if any(now_s < end <= now_s + WARN_BEFORE_S[0] for end in ends):
+                await self._look_at(*subject, now_s)
+            if seen % _PAUSE_EVERY == 0:
+                await asyncio.sleep(0)
+
+    async def _look_at(self, kind: SubjectKind, id: str, now_s: float) -> None:
+        try:
+            entry = self._directory.entry(kind, id)
+        except ChainError:
+            return
+        if entry is None:
+            return
+        whose = subject_spiffe(self._runtime.settings.trust_domain, entry.state)
+        for ending in endings(entry.state, now_s):
+            told = (whose, ending.key.kid, ending.since_s * 1000)
+            if told not in self._told:
+                await self._tell(told, entry.state, ending)
+                self._told.add(told)
+
+    async def _tell(self, told: _Told, state: AnyState, ending: KeyEnding) -> None:
+        whose, kid, at_ms = told
+        message = _message(state, ending)
+        log.warning("%s", message)
+        await self._runtime.event(
+            "finding",
+            SUBJECT,
+            # The key that signs makes the text: another one may say the same anew.
+            about=(*told, self._runtime.key.kid),
+            reasons=(Reason(code=CODE, message=message),),
+            at_ms=at_ms,
+            ref=kid,
+            result=whose,
+            agent_id=state.agent_id if isinstance(state, AgentState) else None,
+            sponsor=state.sponsor if isinstance(state, AgentState) else None,
+        )
+
+    def _on_change(self, kind: SubjectKind, id: str) -> None:
+        record = self._directory.unverified(kind, id) if kind in ("agent", "user") else None
+        if record is not None and isinstance(record.state, AgentState | UserState):
+            self._ends[kind, id] = tuple(key.not_after for key in record.state.keys)
+
+
+def _message(state: AnyState, ending: KeyEnding) -> str:
+    days = ending.warn_before_s // DAY_S
+    left = f"in {days} days or less" if days > 1 else "within a day"
+    kid = ending.key.kid
+    if isinstance(state, AgentState):
+        return (
+            f"for {state.sponsor}, the sponsor: key {kid} of agent {state.agent_id} ends {left}, and nothing is issued "
+            f"for it then; give another with: ringfence agent rotate-key {state.agent_id}"
+        )
+    assert isinstance(state, UserState)
+    return (
+        f"key {kid} of user {state.user_id} ends {left}; an operator gives another with: ringfence user set"
+    )

@@ -1,0 +1,329 @@
+"""What becomes of live leases at each step in the life of an agent, on a real broker and a real Redis."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from ringfence.messages.lease import EndCause
+from ringfence.messages.registry import (
+    AgentActivate,
+    AgentDecommission,
+    AgentRegister,
+    AgentResume,
+    AgentRotateKey,
+    AgentSetCeiling,
+    AgentSuspend,
+    AgentTransfer,
+    UserDisable,
+)
+from ringfence.messages.topics import AGENT
+from ringfence.messages.trust import ServiceRole
+from ringfence.model.lease_store import LeaseStore
+from ringfence.revoker.settings import RevokerSettings
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
+from tests.flows.desk import Asked, Desk, another, opened_desks
+from tests.world import WITHIN_S, Party, World, scope
+
+QUICK: dict[ServiceRole, Any] = {"revoker": RevokerSettings(visibility_ms=300, outbox_age_ms=200)}
+
+
+@pytest.fixture(scope="module")
+async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+    """Registry, issuer and revoker, once for all tests here. The grace is long: a test may hold a service back."""
+    async with (
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        opened_desks(world) as desk,
+        world.running("issuer", "revoker", own=QUICK, grace_s=2 * WITHIN_S),
+    ):
+        yield desk
+
+
+@pytest.fixture
+async def desk(office: Desk) -> Desk:
+    """An agent and a task of the test's own."""
+    return await another(office)
+
+
+@pytest.fixture
+async def store(office: Desk) -> AsyncIterator[LeaseStore]:
+    store = LeaseStore(office.world.settings("issuer"))
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+async def theirs(office: Desk, store: LeaseStore) -> AsyncIterator[Asked]:
+    """A lease of another agent, which lives on, whatever the test does."""
+    other = await another(office)
+    asked, _ = await other.issued("read")
+    yield asked
+    await lives(other, store, asked)
+
+
+async def lives(desk: Desk, store: LeaseStore, *leases: Asked) -> None:
+    for asked in leases:
+        assert (await store.look(asked.lease_id)).active
+        assert {record.claims.status for record in await desk.issued_records(asked.lease_id)} == {"active"}
+
+
+async def cause_of(desk: Desk, asked: Asked) -> EndCause:
+    lease = await desk.lease(asked.lease_id, "revoked")
+    assert lease.cause is not None
+    return lease.cause
+
+
+async def order(desk: Desk, command: type[Any], by: Party | None = None, **fields: Any) -> None:
+    """A command about the desk's agent, by its sponsor where nobody else is named; returns when all know of it."""
+    by = by or desk.sam
+    claims = desk.world.claims(command, by, **{"agent_id": desk.bot.name, **fields})
+    await desk.world.accepted(claims, by)
+    desk.revisions = desk.revisions.model_copy(update={"agent": desk.revisions.agent + 1})
+    for role in ("issuer", "revoker"):
+        assert await desk.world.runtimes[role].tables_caught_up(WITHIN_S)
+
+
+async def rotate(desk: Desk, by: Party | None = None, **fields: Any) -> Party:
+    """Another key for the desk's agent. The desk goes on with the old one."""
+    new = desk.world.party("agent", desk.bot.name)
+    await order(desk, AgentRotateKey, by, key=new.key_record(), **fields)
+    return new
+
+
+# --- rotation ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_rotation_with_an_overlap_stops_nothing(desk: Desk, store: LeaseStore, theirs: Asked) -> None:
+    before, _ = await desk.issued("read")
+    new = await rotate(desk, overlap_s=3600)
+    within, _ = await desk.issued("read")
+    after, _ = await desk.issued("read", by=new)
+    await lives(desk, store, before, within, after)
+    lease = await desk.lease(after.lease_id, "active")
+    assert lease.key_thumbprint == new.key.kid
+    claims, _ = await desk.revoke(new, "release", lease_id=before.lease_id)
+    assert (await desk.verdict(claims)).kind == "accepted"
+    await desk.lease(before.lease_id, "released")
+    await lives(desk, store, within, after)
+
+
+async def test_a_key_that_was_replaced_asks_for_nothing_more(desk: Desk, store: LeaseStore) -> None:
+    before, _ = await desk.issued("read")
+    new = await rotate(desk)
+    late = await desk.ask("read")
+    await desk.decide(late)
+    assert (await desk.event("refused", late)).reasons[0].code == "key_unknown"
+    assert not await desk.records(late.lease_id)
+    after, _ = await desk.issued("read", by=new)
+    await lives(desk, store, before, after)
+
+
+async def test_a_compromised_key_takes_what_it_asked_for_with_it_and_nothing_else(
+    desk: Desk, store: LeaseStore, theirs: Asked
+) -> None:
+    first, _ = await desk.issued("read")
+    second_key = await rotate(desk, overlap_s=3600)
+    by_first = [first, (await desk.issued("read"))[0]]
+    by_second, _ = await desk.issued("read", by=second_key)
+    third_key = await rotate(desk, replaces=(desk.bot.key.kid,), compromised=True)
+    for asked in by_first:
+        cause = await cause_of(desk, asked)
+        assert cause.kind == "key_compromised"
+        assert desk.bot.name in (cause.reason or "")
+    by_third, _ = await desk.issued("read", by=third_key)
+    again, _ = await desk.issued("read", by=second_key)
+    await lives(desk, store, by_second, by_third, again)
+
+
+async def test_what_a_compromised_key_asked_for_before_is_not_issued_after(desk: Desk) -> None:
+    pending = await desk.ask("read")
+    stolen = desk.bot
+    new = await rotate(desk, compromised=True)
+    await desk.decide(pending)
+    # The key ended with the second in which it was given up: what was asked for within that is nobody's request.
+    refused = await desk.event("refused", pending)
+    assert {reason.code for reason in refused.reasons} & {"key_compromised", "key_unknown"}
+    assert not await desk.records(pending.lease_id)
+    desk.bot = new
+    assert not await desk.is_finding(pending)  # policy may have decided before
+    late = await desk.ask("read", by=stolen)
+    await desk.decide(late)
+    assert (await desk.event("refused", late)).reasons[0].code == "key_unknown"
+    assert not await desk.records(late.lease_id)
+    assert (await desk.issued("read"))[1].credential is not None
+
+
+async def test_who_had_not_heard_of_it_issues_nothing_that_lasts(
+    office: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Policy and issuer may both go by the record before, for as long as the grace."""
+    desk = await another(office)
+    before, _ = await desk.issued("read")
+    monkeypatch.setitem(desk.world.runtimes["issuer"]._tables, AGENT, lambda records: None)
+    new = desk.world.party("agent", desk.bot.name)
+    claims = desk.world.claims(
+        AgentRotateKey, desk.sam, agent_id=desk.bot.name, key=new.key_record(), compromised=True
+    )
+    await desk.world.accepted(claims, desk.sam)
+    assert (await cause_of(desk, before)).kind == "key_compromised"
+    behind, _ = await desk.issued("read")
+    assert (await cause_of(desk, behind)).kind == "key_compromised"
+
+
+async def test_an_agent_gives_nobody_a_key(desk: Desk) -> None:
+    mine = desk.world.party("agent", desk.bot.name)
+    claims = desk.world.claims(
+        AgentRotateKey, desk.bot, agent_id=desk.bot.name, key=mine.key_record(), overlap_s=60
+    )
+    with pytest.raises(AssertionError, match="key_unknown"):
+        await desk.world.command(claims, desk.bot)
+
+
+# --- the other steps --------------------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_issued_before_the_sponsor_has_taken_an_agent_on(office: Desk) -> None:
+    world, name = office.world, f"late-{uuid.uuid4().hex[:8]}"
+    desk = await another(office)
+    desk.bot = await world.agent(name, office.sam, desk.scope("read"), inactive=True)
+    asked = await desk.ask("read")
+    await desk.decide(asked)
+    assert "agent_registered" in await desk.refusal_codes(asked)
+    await order(desk, AgentActivate)
+    desk.task = await world.task(desk.bot, desk.maria, desk.scope("read"))
+    assert (await desk.issued("read"))[1].credential is not None
+
+
+async def test_a_transfer_ends_nothing(desk: Desk, store: LeaseStore, theirs: Asked) -> None:
+    before, _ = await desk.issued("read")
+    await order(desk, AgentTransfer, sponsor="sue")
+    after, _ = await desk.issued("read")
+    await lives(desk, store, before, after)
+    assert [(await desk.lease(one.lease_id, "active")).sponsor for one in (before, after)] == ["sam", "sue"]
+
+
+async def test_a_wider_ceiling_ends_nothing(office: Desk, store: LeaseStore) -> None:
+    desk = await another(office, ceiling=office.scope("read"))
+    before, _ = await desk.issued("read")
+    await order(desk, AgentSetCeiling, ceiling=desk.scope("read", "deploy", "wipe", resource="**"))
+    after, _ = await desk.issued("read", scope=desk.scope("read", resource="env/elsewhere"))
+    await lives(desk, store, before, after)
+
+
+@pytest.mark.parametrize("command", [AgentSuspend, AgentDecommission])
+async def test_an_end_takes_all_leases_and_no_other_agents(
+    desk: Desk, command: type[Any], theirs: Asked
+) -> None:
+    """Not even those of an agent with the same sponsor, user and target."""
+    leases = [(await desk.issued("read"))[0] for _ in range(2)]
+    await order(desk, command, reason="odd")
+    for asked in leases:
+        assert (await cause_of(desk, asked)).kind in ("agent_suspended", "agent_decommissioned")
+
+
+async def test_an_agent_that_is_resumed_asks_anew(desk: Desk, store: LeaseStore) -> None:
+    before, _ = await desk.issued("read")
+    await order(desk, AgentSuspend, reason="odd")
+    asked = await desk.ask("read")
+    await desk.decide(asked)
+    assert "agent_suspended" in await desk.refusal_codes(asked)
+    await order(desk, AgentResume, reason="explained")
+    after, _ = await desk.issued("read")
+    assert (await cause_of(desk, before)).kind == "agent_suspended"
+    await lives(desk, store, after)
+
+
+async def test_when_its_key_ends_an_agent_gets_nothing_more(office: Desk, store: LeaseStore) -> None:
+    """What it holds lives on to its own end; at gateways it is shown with the key, which counts for nothing now."""
+    desk = await another(office)
+    end_s = int(time.time()) + 4
+    bot = office.world.party("agent", f"brief-{uuid.uuid4().hex[:8]}")
+    register = office.world.claims(
+        AgentRegister, desk.sam, agent_id=bot.name, sponsor="sam", description="x", keys=(bot.key.record(end_s),),
+        ceiling=desk.scope("read"),
+    )  # fmt: skip
+    await office.world.accepted(register, desk.sam)
+    desk.bot = bot
+    desk.task = await office.world.task(bot, desk.maria, desk.scope("read"))
+    held, _ = await desk.issued("read")
+    await office.world.until(lambda: True if time.time() >= end_s else None, "the end of the key")
+    late = await desk.ask("read")
+    await desk.decide(late)
+    assert (await desk.event("refused", late)).reasons[0].code == "key_unknown"
+    await lives(desk, store, held)
+
+
+async def test_the_key_of_a_decommissioned_agent_opens_nothing(desk: Desk) -> None:
+    held, _ = await desk.issued("read")
+    await order(desk, AgentDecommission, reason="done")
+    await cause_of(desk, held)
+    asked = await desk.ask("read")
+    await desk.decide(asked)
+    assert "agent_decommissioned" in await desk.refusal_codes(asked)
+    claims, _ = await desk.revoke(desk.bot, "release", lease_id=held.lease_id)
+    await desk.verdict(claims)  # to give back what has ended is no harm
+    again = desk.world.claims(
+        AgentRotateKey, desk.sam, agent_id=desk.bot.name, key=desk.world.party("agent", "x").key_record()
+    )
+    assert (await desk.world.command(again, desk.sam)).reasons[0].code == "decommissioned"
+
+
+# --- orphans ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["disabled", "no sponsor any more"])
+async def test_orphans_hold_nothing_and_get_nothing_until_somebody_is_accountable(
+    office: Desk, store: LeaseStore, theirs: Asked, how: str
+) -> None:
+    world = office.world
+    leaver = await world.user(f"u{uuid.uuid4().hex[:8]}", roles=("sponsor",))
+    desk = await Desk(world, {"sam": leaver, "maria": office.maria, "sue": office.sue}, office.target).staff()
+    held, _ = await desk.issued("read")
+    if how == "disabled":
+        change: Any = world.claims(UserDisable, world.operator, user_id=leaver.name, reason="left")
+    else:
+        change = world.user_set(world.operator, leaver)
+    await world.accepted(change, world.operator)
+    assert (await cause_of(desk, held)).kind == ("user_disabled" if how == "disabled" else "agent_orphaned")
+    assert await world.runtimes["issuer"].tables_caught_up(WITHIN_S)
+    asked = await desk.ask("read")
+    await desk.decide(asked)
+    assert "agent_orphaned" in await desk.refusal_codes(asked)
+    inventory = (await world.get("registry", "/v1/inventory", world.operator)).json()["agents"]
+    assert {agent["id"]: agent["orphan"] for agent in inventory}[desk.bot.name] is True
+    await order(desk, AgentTransfer, world.operator, sponsor="sue")
+    revived, _ = await desk.issued("read")
+    await lives(desk, store, revived)
+    assert (await desk.lease(revived.lease_id, "active")).sponsor == "sue"
+
+
+async def test_a_leaver_leaves_what_was_transferred_before(office: Desk, store: LeaseStore) -> None:
+    """But for what was issued while they were accountable: that rests on them."""
+    world = office.world
+    leaver = await world.user(f"u{uuid.uuid4().hex[:8]}", roles=("sponsor",))
+    desk = await Desk(world, {"sam": leaver, "maria": office.maria, "sue": office.sue}, office.target).staff()
+    before, _ = await desk.issued("read")
+    await order(desk, AgentTransfer, sponsor="sue")
+    after, _ = await desk.issued("read")
+    await world.accepted(world.user_set(world.operator, leaver), world.operator)
+    assert (await cause_of(desk, before)).kind == "agent_orphaned"
+    await lives(desk, store, after)
+
+
+async def test_who_never_was_a_sponsor_leaves_nobody_alone(office: Desk, store: LeaseStore) -> None:
+    everything = scope("staging", ("read", "deploy", "wipe"), ("**",))
+    world = office.world
+    user = await world.user(f"u{uuid.uuid4().hex[:8]}", entitlements=everything)
+    desk = await Desk(world, {"sam": office.sam, "maria": user, "sue": office.sue}, office.target).staff()
+    held, _ = await desk.issued("read")
+    await world.accepted(
+        world.user_set(world.operator, user, entitlements=everything, name="Another"), world.operator
+    )
+    desk.revisions = desk.revisions.model_copy(update={"user": 2})
+    after, _ = await desk.issued("read")
+    await lives(desk, store, held, after)
