@@ -78,11 +78,13 @@ def register(
         raise typer.BadParameter("say the ceiling with --allow, or --allow-nothing", param_hint="--allow")
     ceiling = parse_scope(allow, may_be_empty=True)
     attestation = parse_selectors(selector)
-    keys = (
-        []
-        if attestation and not (key_file or public_key or new_key)
-        else [_one_key(agent, key_file, public_key, new_key, key_days)]
-    )
+    named = key_file or public_key or new_key
+    if not (named or attestation):
+        raise typer.BadParameter(
+            "name the agent's key: --key-file, --public-key or --new-key; or say with --selector which running "
+            "instances enrol one"
+        )
+    keys = [_one_key(agent, key_file, public_key, new_key, key_days)] if named else []
 
     async def work() -> Accepted:
         async with Administrator.connect(identity(me)) as administrator:
