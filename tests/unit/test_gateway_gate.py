@@ -19,7 +19,7 @@ from ringfence.gateway.targets import Targets
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
-from ringfence.messages.registry import BackendSettings, McpRule, RequestRule
+from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
 from tests.unit.test_gateway_domain import Place
 
 RULES = (
@@ -281,6 +281,48 @@ async def test_where_it_goes_is_the_targets_own_word(parts: Parts) -> None:
     assert parts.gate.upstream(target) == "https://hub.example"
     with pytest.raises(UnavailableError, match="--setting url"):
         parts.gate.upstream(parts.place.target("other"))
+
+
+async def test_what_cannot_be_sent_anywhere_is_not_recorded_as_allowed(parts: Parts) -> None:
+    ledger = parts.place.ledger
+    ledger.give(ledger.target_set("olga", "staging", requests=RULES))
+    by_id = attempt(authority=None, target_id="staging", sent_by_gateway=True)
+    verdict = await parts.gate.decide(Presented(), by_id)
+    assert (verdict.allowed, verdict.status, verdict.reasons[0].code) == (False, 503, "target_nowhere")
+    assert "--setting url" in verdict.reasons[0].message
+    verdict = await parts.gate.decide(Presented(), dataclasses.replace(by_id, sent_by_gateway=False))
+    assert verdict.allowed, "a proxy knows where its target is"
+    assert [event.allowed for event in parts.events] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("message", "access"),
+    [
+        ('"id": 1, "method": "tools/list"', "read"),
+        ('"method": "notifications/initialized"', "read"),
+        ('"id": 1, "method": "tools/call", "params": {"name": "look"}', "read"),
+        ('"id": 1, "method": "tools/call", "params": {"name": "drop"}', "write"),
+        ('"id": 1, "method": "tools/call", "params": {"name": "unknown"}', "write"),
+        ('"id": 1, "method": "logging/setLevel", "params": {"level": "info"}', "write"),
+        ('"id": 1, "result": {}', "write"),
+        ('"id": 1', "write"),
+    ],
+)
+async def test_a_message_is_a_read_where_it_or_the_map_says_so(
+    parts: Parts, message: str, access: str
+) -> None:
+    ledger = parts.place.ledger
+    backend = BackendSettings.model_validate({"kind": "jwt", "url": "https://hub.example"})
+    rules = [
+        RequestRule(method="MCP", path="/mcp", mcp=McpRule(method=method, name=name), verb=verb, resource="a")
+        for method, name, verb in (("tools/call", "look", "read"), ("tools/call", "drop", "drop"))
+    ]
+    verbs = (VerbFloor(verb="read"), VerbFloor(verb="drop"))
+    ledger.give(ledger.target_set("olga", "staging", backend=backend, verbs=verbs, requests=tuple(rules)))
+    body = f'{{"jsonrpc": "2.0", {message}}}'.encode()
+    carried = Carried(media="application/json")
+    await parts.gate.decide(Presented(), attempt("POST", "/mcp", body=body, carried=carried))
+    assert [event.access for event in parts.events] == [access]
 
 
 async def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None:

@@ -63,6 +63,7 @@ def asked(request: RequestHead, way: Way, knows: Callable[[str], bool]) -> tuple
         target_id=target_id,
         label=label.decode("latin-1") if label else None,
         carried=_carried(request),
+        sent_by_gateway=True,
     )
 
 

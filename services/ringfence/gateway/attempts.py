@@ -73,6 +73,21 @@ class Attempt:
     """What the sender's tooling says about where the request came from, for the report alone."""
     carried: Carried | None = None
     """None from data planes that do not show the answers of targets: MCP is not spoken through these."""
+    sent_by_gateway: bool = False
+    """Whether it is the gateway that sends it on: then it has to know where to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """What a data plane refuses by itself, before anything can be decided: it cannot be read, or there is too much."""
+
+    code: str
+    message: str
+    presented: Presented = Presented()
+    """The connection that it came through."""
+    attempt: Attempt | None = None
+    """What it asked for, as far as that could be read."""
+    method: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +155,9 @@ class Verdict:
     injects: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
     """The core's own: planes ask `Gate.injected`."""
 
+
+Blocks = Callable[[Blocked], None]
+"""Told of each that is blocked so, before its sender is. Never raises."""
 
 Admits = Callable[[str], Reason | None]
 """Asked with the agent, once it is known who sends a request and before anything else is decided: why it may not have

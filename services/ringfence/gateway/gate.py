@@ -19,10 +19,12 @@ from ringfence.gateway.domain import (
     TOO_FAST,
     TOO_LARGE,
     UNAVAILABLE,
+    Access,
     Ask,
     Chosen,
     Refusal,
     Sender,
+    access_of,
     refused,
     weigh,
 )
@@ -44,6 +46,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import ActionAnswered, ActionAsked, ActionDecided
 from ringfence.messages.registry import TargetState
+from ringfence.model.mcp import CALL
 from ringfence.model.request_map import MAX_BODY_BYTES, Action
 
 log = logging.getLogger(__name__)
@@ -51,6 +54,8 @@ log = logging.getLogger(__name__)
 _LABEL: Final = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
 _METHOD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
 _MAX_REASONS: Final = 20
+_READ_VERB: Final = "read"
+"""What a target's map calls a call that changes nothing."""
 _RATE_RETRY_S: Final = 5
 
 
@@ -159,9 +164,7 @@ class DecisionGate:
         """See `Gate`."""
         url = url_of(target)
         if url is None:
-            raise UnavailableError(
-                f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
-            )
+            raise UnavailableError(_says_no_place(target))
         return url
 
     def on_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
@@ -181,6 +184,8 @@ class DecisionGate:
             refusal = await self._decided(course, presented, attempt, admits)
         finally:
             course.took_ns = time.perf_counter_ns() - began_ns - course.waited_ns
+        if refusal is None and course.target is not None:
+            refusal = _nowhere(course.target, attempt)
         if refusal is None and course.chosen is not None and course.target is not None:
             refusal = await self._unequipped(course, course.chosen.lease, course.target.state)
         if refusal is None and course.question is not None:
@@ -388,7 +393,7 @@ class DecisionGate:
         attempt = course.attempt
         if refusal is not None and refusal.reasons[0].code == NONCE_WANTED:
             return  # nothing was decided: the same request comes again, with what it lacks
-        access = "read" if attempt.method in SAFE_METHODS else "write"
+        access = _access(course)
         outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
         metrics.ACTIONS.labels(outcome, access).inc()
         metrics.DECISION_TIME.observe(course.took_ns / 1e9)
@@ -409,7 +414,7 @@ class DecisionGate:
                 resource=course.action.resource if course.action is not None else None,
                 allowed=verdict.allowed,
                 reasons=verdict.reasons,
-                access="read" if access == "read" else "write",
+                access=access,
                 method=attempt.method if _METHOD.fullmatch(attempt.method) else None,
                 request_digest=_digest(attempt),
                 latency_us=course.took_ns // 1000,
@@ -452,6 +457,26 @@ class DecisionGate:
             return course.sender.lease_id
         handle = presented.handle
         return handle if handle is not None and self._view.table.get(handle) is not None else None
+
+
+def _nowhere(target: Compiled, attempt: Attempt) -> Refusal | None:
+    """What is recorded as allowed can be sent: a proxy knows where its target is, the gateway only by the record."""
+    if target.url is not None or not attempt.sent_by_gateway:
+        return None
+    return refused("target_nowhere", _says_no_place(target.state), status=UNAVAILABLE)
+
+
+def _says_no_place(target: TargetState) -> str:
+    return f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
+
+
+def _access(course: _Course) -> Access:
+    """Whether it only reads. All messages of MCP are posted: there the message says so, and of a call its verb."""
+    message = course.spoken.message if course.spoken is not None else None
+    if message is None:
+        return access_of(course.attempt.method)
+    reads = course.action is not None and course.action.verb == _READ_VERB
+    return "read" if message.only_asks or (message.method == CALL and reads) else "write"
 
 
 def _waiting(course: _Course, ask: Ask) -> Waiting | None:

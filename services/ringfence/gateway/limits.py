@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from ringfence.gateway.refusals import RefusedError
 
+TOO_MANY_CONNECTIONS = "too_many_connections"
 _TOO_MANY_KEYS = 10_000
+_HANDSHAKES_OF_ALL = 4
+"""One in so many connections may be one whose TLS is not open yet: who never opens it stops nobody who has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,8 @@ class Allowance:
     """All of them together."""
     connections_each: int = 256
     """Of one address or one task's socket."""
+    handshakes_each: int = 64
+    """Connections of one address whose TLS is not open yet."""
     concurrent_each: int = 64
     """Requests at a time."""
     per_second_each: float = 1000.0
@@ -32,7 +37,9 @@ class Limits:
         self._allowed = allowance
         self._seconds = seconds
         self.connections = 0
+        self.handshakes = 0
         self._connections: dict[str, int] = {}
+        self._handshakes: dict[str, int] = {}
         self._running: dict[str, int] = {}
         self._buckets: dict[str, tuple[float, float]] = {}
         """By sender: how many requests it had left, and when that was."""
@@ -50,6 +57,22 @@ class Limits:
         """The sender has one connection less."""
         self.connections -= 1
         _less(self._connections, sender)
+
+    def shake(self, address: str) -> bool:
+        """Whether this address may open the TLS of one more connection; then that is one of its connections."""
+        having = self._handshakes.get(address, 0)
+        most = max(1, self._allowed.connections // _HANDSHAKES_OF_ALL)
+        if self.handshakes >= most or having >= self._allowed.handshakes_each or not self.connect(address):
+            return False
+        self.handshakes += 1
+        self._handshakes[address] = having + 1
+        return True
+
+    def shaken(self, address: str) -> None:
+        """It is open, or will never be; whose connection it is from now on is counted anew."""
+        self.handshakes -= 1
+        _less(self._handshakes, address)
+        self.disconnect(address)
 
     def ask(self, sender: str) -> None:
         """Count a request against the sender's rate. Raises RefusedError (429), which counts for nothing."""

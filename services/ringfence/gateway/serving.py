@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from ringfence.gateway.accepting import TLS_FAILED
 from ringfence.gateway.asking import Way, asked, presented_by
-from ringfence.gateway.attempts import Attempt, Gate, Presented, Verdict
+from ringfence.gateway.attempts import Attempt, Blocked, Blocks, Gate, Presented, Verdict
 from ringfence.gateway.authority import Authority
 from ringfence.gateway.connect import AGREED, connect_authority
 from ringfence.gateway.forwarding import Asked, Forwarder, Patiences, goes_on
@@ -26,6 +27,7 @@ from ringfence.messages.credential import Reason
 
 MAX_READ_BYTES: Final = 1024 * 1024
 """So much of a body is read before the decision, where the decision needs it."""
+_ASKS_WHO: Final = 407
 _LINGER_S: Final = 1.0
 _LINGER_BYTES: Final = 256 * 1024
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -42,6 +44,7 @@ class Desk:
     forwarder: Forwarder
     limits: Limits
     patiences: Patiences
+    blocked: Blocks
 
 
 class Connection:
@@ -54,6 +57,8 @@ class Connection:
         self._now = asyncio.get_running_loop().time
         self._agent: str | None = None
         """Whose request is under way, as the core told."""
+        self._attempt: Attempt | None = None
+        """What it asks for, until that is decided."""
 
     async def run(self) -> None:
         """Serve until it ends."""
@@ -69,6 +74,7 @@ class Connection:
 
     async def _one(self) -> bool:
         """Serve one request. Whether there may be another."""
+        self._attempt = None
         try:
             given = await self._head()
             request = parse_request(given)
@@ -107,6 +113,7 @@ class Connection:
             presented, attempt = asked(request, self._way, desk.knows)
             waits = _waits_for_continue(request)
             sent = Sent(self._client, partial(self._read, body, waits=waits), most=MAX_READ_BYTES)
+            self._attempt = attempt
             if desk.gate.reads_body(attempt):
                 attempt = dataclasses.replace(attempt, body=await sent.read())
             verdict = await desk.gate.decide(presented, attempt, self._admits, sent)
@@ -133,7 +140,11 @@ class Connection:
         return None
 
     async def _forward(self, going: Asked) -> bool:
-        keep = await self._desk.forwarder.forward(self._client, going)
+        try:
+            keep = await self._desk.forwarder.forward(self._client, going)
+        except RefusedError as error:
+            close = not going.body.done or error.status == 400
+            return await self._tell(error, going.head, close=close)
         if not keep:
             await self._leave(unread=not going.body.done)
         return keep
@@ -178,7 +189,11 @@ class Connection:
         except RefusedError as error:
             return await self._refuse(error, request, close=True)
         self._client.write(AGREED)
-        await self._client.open_tls(context, timeout_s=desk.patiences.head_s)
+        try:
+            await self._client.open_tls(context, timeout_s=desk.patiences.head_s)
+        except GoneError as error:
+            self._block(TLS_FAILED, error.message, request)
+            raise
         self._way = dataclasses.replace(self._way, scheme="https", inside=authority, handle=presented.handle)
         return True
 
@@ -190,6 +205,17 @@ class Connection:
     # --- answers of the gateway's own ---------------------------------------------------------------------------------
 
     async def _refuse(self, error: RefusedError, request: RequestHead | None, *, close: bool) -> bool:
+        """Refuse what nothing was decided on. To ask for who sends it is no refusal yet."""
+        if error.status != _ASKS_WHO:
+            self._block(error.code, error.message, request)
+        return await self._tell(error, request, close=close)
+
+    def _block(self, code: str, message: str, request: RequestHead | None) -> None:
+        shown = Presented(self._way.task_id, self._way.certificate)
+        method = request.method if request is not None else None
+        self._desk.blocked(Blocked(code, message, shown, self._attempt, method))
+
+    async def _tell(self, error: RefusedError, request: RequestHead | None, *, close: bool) -> bool:
         metrics.GATEWAY_REFUSED.labels(error.code).inc()
         return await self._say(problem(error), request, close=close)
 

@@ -131,6 +131,8 @@ class ActionDecided(Message):
     """Set where it was forwarded all the same, with what the agent inherited: it says what would have been blocked."""
     asked: ActionAsked | None = None
     """Set where a person was asked about it."""
+    count: Annotated[int, Field(ge=1)] | None = None
+    """Set where a data plane refused it before anything could be decided, and so many others like it with it."""
     at_ms: Millis
     traceparent: str | None = None
 
