@@ -70,6 +70,9 @@ class McpPlace:
     def directory(self) -> Any:
         return self.place.ledger.directory
 
+    def lapsed(self) -> bool:
+        return False
+
     def stale(self) -> str | None:
         return None
 

@@ -73,6 +73,8 @@ class TableGate:
         self.leases = {id: lease_of(id, number=at) for at, id in enumerate(self.targets, 1)}
         self.watching: dict[str, list[Callable[[], None]]] = {}
         self.keeps_records = True
+        self.stood_still = False
+        """Whether its view got too old, and nobody was told yet."""
         self._states = {id: _state(id, entry) for id, entry in self.targets.items()}
         self._maps = {id: RequestMap(entry.rules) for id, entry in self.targets.items()}
 
@@ -118,6 +120,9 @@ class TableGate:
         watching = self.watching.setdefault(lease_id, [])
         watching.append(ended)
         return lambda: watching.remove(ended)
+
+    def lapsed(self) -> bool:
+        return self.stood_still
 
     def end(self, target_id: str) -> None:
         for ended in list(self.watching.get(self.leases[target_id].lease_id, ())):

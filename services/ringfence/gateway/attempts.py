@@ -215,3 +215,10 @@ class Gate(Protocol):
         At once where that is so already. Returns what unsubscribes.
         """
         ...
+
+    def lapsed(self) -> bool:
+        """Whether this process stood still for so long that its view is too old, and nobody was told yet.
+
+        What came meanwhile waits in its sockets: ask before it goes on. It costs next to nothing.
+        """
+        ...

@@ -78,6 +78,10 @@ def _as_it_came(verdict: Verdict) -> bool:
     return not verdict.allowed and verdict.observed and verdict.target is not None
 
 
+def _never() -> bool:
+    return False  # it goes by no lease
+
+
 class Forwarder:
     """Takes requests that go on to their targets."""
 
@@ -93,7 +97,8 @@ class Forwarder:
         client does not do its part.
         """
         injected, origin = await self._prepared(asked.verdict)
-        exchange = _Exchange(client, asked, injected, origin, self._patiences)
+        lapsed = _never if _as_it_came(asked.verdict) else self._gate.lapsed
+        exchange = _Exchange(client, asked, injected, origin, self._patiences, lapsed)
         unsubscribe = self._on_end(asked.verdict, exchange.lease_ended)
         try:
             return await self._exchange(exchange, origin)
@@ -157,10 +162,12 @@ class _Exchange:
         injected: Mapping[str, str] | None,
         origin: Origin,
         patiences: Patiences,
+        lapsed: Callable[[], bool],
     ) -> None:
         self._client = client
         self._asked = asked
         self._patiences = patiences
+        self._lapsed = lapsed
         self._injects = injected is not None
         self._needles = needles_of(tuple(injected.values())) if injected is not None else ()
         self._upstream: Stream | None = None
@@ -193,6 +200,13 @@ class _Exchange:
         """Nothing goes on under this lease any more, in neither direction."""
         self._drop(RefusedError(403, "lease_ended", "the lease that allowed this has ended"))
 
+    def _look(self) -> None:
+        """What came while this process stood still goes nowhere. Raises RefusedError."""
+        if self._refused is None and self._lapsed():
+            self.lease_ended()
+        if self._refused is not None:
+            raise self._refused
+
     def finish(self) -> None:
         """Leave nothing behind."""
         self._client.on_gone = None
@@ -208,8 +222,7 @@ class _Exchange:
         else that is wrong with it.
         """
         self._upstream = upstream
-        if self._refused is not None:
-            raise self._refused
+        self._look()
         if not self._client.alive:
             raise GoneError("the client left")
         self._client.on_gone = self._client_left
@@ -299,6 +312,7 @@ class _Exchange:
                 client.deadline = self._now() + self._patiences.piece_s
                 await client.more()
                 client.deadline = None
+                self._look()
                 piece = self._framed(body.take(client.buffer))
                 if piece:
                     upstream.write(piece)
@@ -413,7 +427,9 @@ class _Exchange:
             raise RefusedError(502, "target_unreadable", "the target switches to what nobody asked it for")
         self._answering = True
         self._client.write(redact(switching_head(response), self._needles))
-        await tunnel(self._client, upstream, Redactor(self._needles), idle_s=self._patiences.stream_s)
+        await tunnel(
+            self._client, upstream, Redactor(self._needles), self._look, idle_s=self._patiences.stream_s
+        )
 
     # --- what goes wrong ----------------------------------------------------------------------------------------------
 
@@ -421,6 +437,7 @@ class _Exchange:
         upstream.deadline = self._now() + patience_s if self._uploaded() else None
         try:
             await upstream.more()
+            self._look()
         except ExpiredError:
             raise RefusedError(504, "target_timeout", "the target does not answer in time") from None
         except GoneError:

@@ -174,6 +174,10 @@ class DecisionGate:
             return lambda: None
         return self._view.table.watch(lease_id, ended)
 
+    def lapsed(self) -> bool:
+        """See `Gate`."""
+        return self._view.lapsed()
+
     # --- the steps, in their order ---
 
     async def _refusal(

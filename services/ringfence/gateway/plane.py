@@ -237,6 +237,7 @@ def _bound(path: Path) -> socket.socket:
     before = os.umask(0o177)
     try:
         bound.bind(str(path))
+        bound.listen(_BACKLOG)  # at once: whoever sees it may come in
     except OSError as error:
         bound.close()
         raise ListenError(f"cannot listen on {path}: {error.strerror}") from None

@@ -10,6 +10,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.gateway.cutting import Cutter, LeaseFeed
 from ringfence.gateway.leases import LEASES_SINCE_MS, ORDERS_KEPT_MS, LeaseTable
+from ringfence.kernel.clock import suspend_aware_ms
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.kafka import Follower, Received
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 BEAT_EVERY_S = 1.0
 _LOOK_EVERY_S = 0.1
+_OVERDUE_MS = 250
 _COMPARE_EVERY = 2
 """Every second look: comparing takes a question to each follower."""
 
@@ -43,6 +45,7 @@ class View:
         self._check = StreamCheck(self._streams, runtime.trust, runtime.clock, grace_ms=grace_ms)
         self._cutter = Cutter(runtime, self.directory, self.table, gives_its_word=gives_its_word)
         feed = LeaseFeed(runtime, self.table)
+        self._looked_ms = suspend_aware_ms()
         now_ms = runtime.clock.now_ms()
 
         def on_leases(records: Sequence[Received]) -> None:
@@ -67,6 +70,10 @@ class View:
         """Why nothing may be decided by this view, or None."""
         return self._check.stale() or self.directory.stale()
 
+    def lapsed(self) -> bool:
+        """Whether looking at it is overdue, as this process stood still, and it is too old by now."""
+        return suspend_aware_ms() - self._looked_ms > _OVERDUE_MS and self.stale() is not None
+
     def _on_heartbeats(self, records: Sequence[Received]) -> None:
         self.directory.on_records(records)
         self._check.on_heartbeats(records)
@@ -82,6 +89,7 @@ class View:
             self.table.sweep()
             if self.stale() is not None:
                 self.table.end_watched()
+            self._looked_ms = suspend_aware_ms()
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _positions(self) -> dict[Partition, int]:
