@@ -203,7 +203,7 @@ async def week(
         World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
         opened_desks(world) as first,
         world.running("issuer", "revoker", "audit", own={"audit": AuditSettings(linger_ms=10)}),
-        gateway(world, observe=("hub",), listen=f"127.0.0.1:{port}") as proxy,
+        gateway(world, observe=("hub",), listen=f"127.0.0.1:{port}", evaluation_timeout_ms=30_000) as proxy,
         upstream.running(),
         httpx.AsyncClient(trust_env=False, timeout=WITHIN_S) as http,
     ):
