@@ -12,6 +12,7 @@ import pytest
 from ringfence.gateway.forwarding import Patiences
 from ringfence.gateway.limits import Allowance, Limits
 from ringfence.gateway.refusals import RefusedError
+from ringfence.gateway.stream import ExpiredError, Patience, Stream
 from tests.gateway.conftest import placed
 from tests.gateway.raw import Raw, connected, connected_unix
 from tests.gateway.target import OK, Reader, Target, Writer
@@ -193,6 +194,22 @@ async def test_those_who_send_nothing_or_slowly_do_not_stop_others() -> None:
         trickling.cancel()
         while place.plane.connections:
             await asyncio.sleep(0.01)
+
+
+async def test_what_comes_at_the_very_end_of_patience_is_no_way_around_it() -> None:
+    loop, stream = asyncio.get_running_loop(), Stream()
+    stream.deadline = loop.time()
+    waiting = asyncio.create_task(stream.more())
+    await asyncio.sleep(0)
+    stream.data_received(b"G")
+    stream.expire()  # who waited was just told of the byte
+    await waiting
+    patience = Patience(every_s=0.01)
+    patience.watch(stream)
+    patience.start()
+    with pytest.raises(ExpiredError):
+        await stream.more()
+    patience.stop()
 
 
 async def test_a_flood_of_connections_grows_nothing() -> None:

@@ -142,11 +142,14 @@ class Stream(asyncio.Protocol):
         self.abort()
 
     def expire(self) -> None:
-        """End the patience. The connection stays, so that it can be said."""
-        self.deadline = None
+        """End the patience. The connection stays, so that it can be said.
+
+        Where nobody waits at this moment, as something just came, whoever waits again is told the next time.
+        """
         error = ExpiredError("the other side took too long")
         for waiter in (self._readable, self._drained):
             if waiter is not None and not waiter.done():
+                self.deadline = None
                 waiter.set_exception(error)
 
     def close(self) -> None:
