@@ -105,6 +105,18 @@ class TableGate:
             self.records.append((presented, attempt, verdict))
         return verdict
 
+    def allowed_at_once(
+        self, presented: Presented, attempt: Attempt, admits: Admits
+    ) -> tuple[Verdict, Mapping[str, str]] | None:
+        verdict = self._decided(presented, attempt, lambda agent_id: None)
+        if not verdict.allowed or not self.credentials or verdict.target is None:
+            return None
+        if admits(presented.handle or "helper") is not None:
+            return None
+        if self.keeps_records:
+            self.records.append((presented, attempt, verdict))
+        return verdict, self.targets[verdict.target.target_id].injected
+
     async def injected(self, verdict: Verdict) -> Mapping[str, str]:
         if not self.credentials:
             raise UnavailableError("the credential is not here yet; try again")

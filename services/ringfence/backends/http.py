@@ -116,19 +116,25 @@ class StaticSecrets:
         Raises TargetSettingsError where the target's record is wrong, AccessError where there is no secret, or one
         that cannot stand in a header; neither quotes it.
         """
-        settings = settings_of(target, HttpSettings)
-        secret = await self._access.read(target.target_id)
-        if settings.auth == "basic":
-            pair = base64.b64encode(f"{settings.username}:{secret}".encode()).decode("ascii")
-            return {"Authorization": f"Basic {pair}"}
-        if not _SENDABLE.fullmatch(secret):
-            raise AccessError(
-                f"the secret of target {target.target_id} has characters that no header may have"
-            )
-        if settings.header is not None:
-            return {settings.header: f"{settings.scheme} {secret}" if settings.scheme else secret}
-        return {"Authorization": f"{settings.scheme or 'Bearer'} {secret}"}
+        return _headers(target, await self._access.read(target.target_id))
+
+    def headers_at_hand(self, target: TargetState) -> dict[str, str] | None:
+        """The same where nobody has to be asked for the secret; else None. Raises as `headers` does."""
+        secret = self._access.at_hand(target.target_id)
+        return _headers(target, secret) if secret is not None else None
 
     async def close(self) -> None:
         """Let go of connections."""
         await self._access.close()
+
+
+def _headers(target: TargetState, secret: str) -> dict[str, str]:
+    settings = settings_of(target, HttpSettings)
+    if settings.auth == "basic":
+        pair = base64.b64encode(f"{settings.username}:{secret}".encode()).decode("ascii")
+        return {"Authorization": f"Basic {pair}"}
+    if not _SENDABLE.fullmatch(secret):
+        raise AccessError(f"the secret of target {target.target_id} has characters that no header may have")
+    if settings.header is not None:
+        return {settings.header: f"{settings.scheme} {secret}" if settings.scheme else secret}
+    return {"Authorization": f"{settings.scheme or 'Bearer'} {secret}"}

@@ -24,12 +24,13 @@ from typing import Any, Final
 from ringfence.gateway.asking import Way
 from ringfence.gateway.attempts import Gate
 from ringfence.gateway.authority import Authority
+from ringfence.gateway.desk import Desk
 from ringfence.gateway.forwarding import Forwarder, Patiences
 from ringfence.gateway.hosts import Scheme, canonical
 from ringfence.gateway.limits import Allowance, Limits
 from ringfence.gateway.problem import answer as problem_of
 from ringfence.gateway.refusals import Answer
-from ringfence.gateway.serving import Connection, Desk
+from ringfence.gateway.serving import Connection
 from ringfence.gateway.stream import Patience, Stream
 from ringfence.gateway.upstream import Upstreams
 from ringfence.kernel import metrics

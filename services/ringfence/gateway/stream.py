@@ -32,8 +32,8 @@ class Stream(asyncio.Protocol):
     """A connection. One coroutine reads, one writes; they may be the same."""
 
     __slots__ = (
-        "_drained", "_failure", "_on_lost", "_on_made", "_paused", "_readable", "_unseen", "blocked", "buffer",
-        "deadline", "on_gone", "transport",
+        "_drained", "_expired", "_failure", "_on_lost", "_on_made", "_paused", "_readable", "_unseen", "blocked",
+        "buffer", "deadline", "on_gone", "taker", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -51,11 +51,15 @@ class Stream(asyncio.Protocol):
         """Whether the other side takes too little: wait in `drained` before you write more."""
         self.on_gone: Callable[[], None] | None = None
         """Called once when the connection is lost, by whoever uses it now."""
+        self.taker: Callable[[], bool] | None = None
+        """Asked when something came, or patience ended, before any coroutine is woken: True where it saw to that."""
         self._on_made = on_made
         self._on_lost = on_lost
         self._paused = False
         self._unseen = False
         """Whether something came while nobody waited."""
+        self._expired = False
+        """Whether patience ended while nobody waited."""
         self._failure: RingfenceError | None = None
         self._readable: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
@@ -70,13 +74,12 @@ class Stream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
+        taken = self.taker is not None and self.taker()
         if len(self.buffer) > HIGH_BYTES and not self._paused:
             self._paused = True
             self.transport.pause_reading()
-        if self._readable is not None and not self._readable.done():
-            self._readable.set_result(None)
-        else:
-            self._unseen = True
+        if not taken:
+            self.wake()
 
     def pause_writing(self) -> None:
         self.blocked = True
@@ -108,6 +111,9 @@ class Stream(asyncio.Protocol):
             return
         if self._failure is not None:
             raise self._failure
+        if self._expired:
+            self._expired = False
+            raise ExpiredError("the other side took too long")
         if self._paused:
             self._paused = False
             self.transport.resume_reading()
@@ -117,6 +123,13 @@ class Stream(asyncio.Protocol):
         finally:
             if self._readable is waiter:  # who waited was cancelled, and somebody else waits already
                 self._readable = None
+
+    def wake(self) -> None:
+        """Whoever waits for more looks again, or who comes to wait next."""
+        if self._readable is not None and not self._readable.done():
+            self._readable.set_result(None)
+        else:
+            self._unseen = True
 
     def write(self, data: bytes) -> None:
         """Send. See `blocked`."""
@@ -144,6 +157,9 @@ class Stream(asyncio.Protocol):
     def expire(self) -> None:
         """End the patience. The connection stays, so that it can be said."""
         self.deadline = None
+        if self.taker is not None and self.taker():
+            self._expired = True
+            return
         error = ExpiredError("the other side took too long")
         for waiter in (self._readable, self._drained):
             if waiter is not None and not waiter.done():

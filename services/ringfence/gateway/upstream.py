@@ -34,7 +34,7 @@ class Upstreams:
     async def take(self, origin: Origin, *, fresh: bool = False) -> tuple[Stream, bool]:
         """A connection, and whether it was used before. Raises RefusedError: 502, or 504 where it took too long."""
         if not fresh:
-            stream = self._idling(origin)
+            stream = self.idling(origin)
             if stream is not None:
                 return stream, True
         return await self._connect(origin), False
@@ -69,7 +69,8 @@ class Upstreams:
                 stream.abort()
         self._idle.clear()
 
-    def _idling(self, origin: Origin) -> Stream | None:
+    def idling(self, origin: Origin) -> Stream | None:
+        """A connection that was used before and is kept; None where there is none."""
         idle = self._idle.get(origin)
         now = asyncio.get_running_loop().time()
         while idle:
