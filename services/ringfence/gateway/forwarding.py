@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, NoReturn
@@ -146,7 +147,7 @@ class Forwarder:
         if clean:
             self._upstreams.give_back(exchange.origin, upstream)
         else:
-            upstream.abort()
+            exchange.drop()
 
     def _origin(self, target: TargetState) -> Origin | None:
         try:
@@ -208,7 +209,7 @@ class Exchange:
     """One request and its response."""
 
     __slots__ = (
-        "_answering", "_answers", "_asked", "_client", "_head", "_in_chunks", "_injects", "_needles", "_now",
+        "_answering", "_answers", "_asked", "_client", "_head", "_in_chunks", "_injects", "_needles",
         "_patiences", "_refused", "_repeatable", "_upgrade", "_uploading", "_whole", "origin",
         "unsubscribe", "upstream",
     )  # fmt: skip
@@ -234,7 +235,6 @@ class Exchange:
         self._uploading: asyncio.Task[None] | None = None
         self._refused: RefusedError | None = None
         self._answering = False
-        self._now = asyncio.get_running_loop().time
         self._answers = Answers(asked.verdict.mcp) if asked.verdict.mcp is not None else None
         self._upgrade = self._answers is None and asks_for_websocket(asked.head)
         self._whole = whole = asked.read if asked.body.done else None
@@ -406,13 +406,13 @@ class Exchange:
         try:
             while not body.done:
                 upstream.deadline = None  # it is not the target that is waited for
-                client.deadline = self._now() + self._patiences.piece_s
+                client.deadline = time.monotonic() + self._patiences.piece_s
                 await client.more()
                 client.deadline = None
                 piece = self._framed(body.take(client.buffer))
                 if piece:
                     upstream.write(piece)
-                upstream.deadline = self._now() + self._patiences.response_s
+                upstream.deadline = time.monotonic() + self._patiences.response_s
                 if upstream.blocked and not await _taken(upstream):
                     return
         except ExpiredError:
@@ -507,7 +507,7 @@ class Exchange:
     async def _drain_client(self) -> None:
         client = self._client
         if self._uploaded():
-            client.deadline = self._now() + self._patiences.piece_s
+            client.deadline = time.monotonic() + self._patiences.piece_s
         await client.drained()
         if self._uploaded():
             client.deadline = None
@@ -528,7 +528,7 @@ class Exchange:
     # --- what goes wrong ----------------------------------------------------------------------------------------------
 
     async def _more(self, upstream: Stream, patience_s: float, *, began: bool) -> None:
-        upstream.deadline = self._now() + patience_s if self._uploaded() else None
+        upstream.deadline = time.monotonic() + patience_s if self._uploaded() else None
         try:
             await upstream.more()
         except ExpiredError:

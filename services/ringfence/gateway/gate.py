@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import re
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
+
+from prometheus_client import Counter
 
 from ringfence.gateway.action_ids import ActionIds
 from ringfence.gateway.approving import Approvals, Waiting
@@ -36,7 +39,7 @@ from ringfence.gateway.questions import Question
 from ringfence.gateway.recording import Recorder
 from ringfence.gateway.remembering import Remembered
 from ringfence.gateway.spool import SpoolFullError
-from ringfence.gateway.targets import Compiled, Targets, url_of
+from ringfence.gateway.targets import Compiled, Targets
 from ringfence.gateway.view import View
 from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
@@ -179,7 +182,7 @@ class DecisionGate:
 
     def upstream(self, target: TargetState) -> str:
         """See `Gate`."""
-        url = url_of(target)
+        url = self._targets.url_of(target)
         if url is None:
             raise UnavailableError(
                 f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
@@ -440,7 +443,7 @@ class DecisionGate:
             return  # nothing was decided: the same request comes again, with what it lacks
         access = "read" if attempt.method in SAFE_METHODS else "write"
         outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
-        metrics.ACTIONS.labels(outcome, access).inc()
+        _counter_of(outcome, access).inc()
         metrics.DECISION_TIME.observe(course.took_ns / 1e9)
         sender, now_ms = course.sender, self._clock.now_ms()
         target_id = verdict.target.target_id if verdict.target is not None else None
@@ -502,6 +505,11 @@ class DecisionGate:
             return course.sender.lease_id
         handle = presented.handle
         return handle if handle is not None and self._view.table.get(handle) is not None else None
+
+
+@functools.cache
+def _counter_of(outcome: str, access: str) -> Counter:
+    return metrics.ACTIONS.labels(outcome, access)
 
 
 def _waiting(course: _Course, ask: Ask) -> Waiting | None:

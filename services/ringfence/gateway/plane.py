@@ -17,6 +17,7 @@ import os
 import socket
 import ssl
 import stat
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -79,7 +80,7 @@ class DataPlane:
         )
         self.authority = Authority(name, hosts, clock or SystemClock())
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.limits = Limits(allowance, lambda: asyncio.get_running_loop().time())
+        self.limits = Limits(allowance, time.monotonic)
         forwarder = Forwarder(gate, self.upstreams, patiences)
         self._desk = Desk(gate, knows, answer, self.authority, forwarder, self.limits, patiences)
         self._servers: list[asyncio.Server] = []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
+import time
 from collections.abc import Awaitable, Mapping
 from functools import partial
 from typing import Final
@@ -36,7 +36,6 @@ class Connection:
         self._client = client
         self._way = way
         self._desk = desk
-        self._now = asyncio.get_running_loop().time
         self._turn = desk.limits.turn_of(way.sender)
         self._shortcut = Shortcut(client, way, desk, self._turn)
 
@@ -86,7 +85,7 @@ class Connection:
     async def _head(self) -> bytes | None:
         """The next head; None where a request was handed over instead, see `Shortcut`."""
         client, patiences, shortcut = self._client, self._desk.patiences, self._shortcut
-        client.deadline = self._now() + (patiences.head_s if client.buffer else patiences.idle_s)
+        client.deadline = time.monotonic() + (patiences.head_s if client.buffer else patiences.idle_s)
         begun = shortcut.taken if client.buffer else None
         shortcut.open()
         try:
@@ -101,7 +100,7 @@ class Connection:
                     return None
                 if client.buffer and begun != shortcut.taken:
                     begun = shortcut.taken
-                    client.deadline = self._now() + patiences.head_s
+                    client.deadline = time.monotonic() + patiences.head_s
         finally:
             shortcut.close()
         client.deadline = None
@@ -140,7 +139,7 @@ class Connection:
         if waits and not body.done and not client.buffer:
             client.write(_CONTINUE)
         pieces = bytearray(body.take(client.buffer))
-        client.deadline = self._now() + self._desk.patiences.piece_s
+        client.deadline = time.monotonic() + self._desk.patiences.piece_s
         while not body.done and len(pieces) <= MAX_READ_BYTES:
             try:
                 await client.more()
@@ -216,7 +215,7 @@ class Connection:
             return
         if client.transport.can_write_eof():
             client.transport.write_eof()
-        left, client.deadline = _LINGER_BYTES, self._now() + _LINGER_S
+        left, client.deadline = _LINGER_BYTES, time.monotonic() + _LINGER_S
         try:
             while left > 0:
                 left -= len(client.buffer)

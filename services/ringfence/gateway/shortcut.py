@@ -7,9 +7,9 @@ under way: what is refused, waited for, streamed or went wrong is told there alo
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
+import time
 
 from ringfence.gateway.asking import Way, asked
 from ringfence.gateway.desk import Desk
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class Shortcut:
     """That of one connection."""
 
-    __slots__ = ("_asked", "_client", "_desk", "_exchange", "_now", "_turn", "handed_over", "taken", "way")
+    __slots__ = ("_asked", "_client", "_desk", "_exchange", "_turn", "handed_over", "taken", "way")
 
     def __init__(self, client: Stream, way: Way, desk: Desk, turn: Turn) -> None:
         """`turn`: the connection's own, which counts its requests whichever way they go."""
@@ -38,7 +38,6 @@ class Shortcut:
         self._client = client
         self._desk = desk
         self._turn = turn
-        self._now = asyncio.get_running_loop().time
         self._asked: Asked | None = None
         """What is under way."""
         self._exchange: Exchange | None = None
@@ -107,7 +106,7 @@ class Shortcut:
         if exchange is None or exchange.upstream is None:
             self._hand_over()
             return True
-        exchange.upstream.deadline = self._now() + desk.patiences.response_s
+        exchange.upstream.deadline = time.monotonic() + desk.patiences.response_s
         exchange.upstream.taker = self._answer
         exchange.upstream.on_gone = self._hand_over
         return True
@@ -124,7 +123,7 @@ class Shortcut:
         self._asked = self._exchange = None
         self._desk.forwarder.end(exchange, clean=clean)
         self._turn.end()
-        self._client.deadline = self._now() + self._desk.patiences.idle_s
+        self._client.deadline = time.monotonic() + self._desk.patiences.idle_s
         if self._client.buffer:
             self._client.wake()
         return True

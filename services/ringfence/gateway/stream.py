@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from collections.abc import Callable
 from typing import Any, Final, cast
 
@@ -32,8 +33,8 @@ class Stream(asyncio.Protocol):
     """A connection. One coroutine reads, one writes; they may be the same."""
 
     __slots__ = (
-        "_drained", "_expired", "_failure", "_on_lost", "_on_made", "_paused", "_readable", "_unseen", "blocked",
-        "buffer", "deadline", "on_gone", "taker", "transport",
+        "_drained", "_expired", "_failure", "_loop", "_on_lost", "_on_made", "_paused", "_readable", "_unseen",
+        "blocked", "buffer", "deadline", "on_gone", "taker", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -46,13 +47,15 @@ class Stream(asyncio.Protocol):
         self.buffer = bytearray()
         """What has come and was not taken yet."""
         self.deadline: float | None = None
-        """When patience ends, by the loop's clock. Whoever waits then gets ExpiredError."""
+        """When patience ends, by `time.monotonic`. Whoever waits then gets ExpiredError."""
         self.blocked = False
         """Whether the other side takes too little: wait in `drained` before you write more."""
         self.on_gone: Callable[[], None] | None = None
         """Called once when the connection is lost, by whoever uses it now."""
         self.taker: Callable[[], bool] | None = None
         """Asked when something came, or patience ended, before any coroutine is woken: True where it saw to that."""
+        # Kept, as to look for it asks the kernel each time in Python 3.11.
+        self._loop = asyncio.get_running_loop()
         self._on_made = on_made
         self._on_lost = on_lost
         self._paused = False
@@ -117,7 +120,7 @@ class Stream(asyncio.Protocol):
         if self._paused:
             self._paused = False
             self.transport.resume_reading()
-        waiter = self._readable = asyncio.get_running_loop().create_future()
+        waiter = self._readable = self._loop.create_future()
         try:
             await waiter
         finally:
@@ -141,7 +144,7 @@ class Stream(asyncio.Protocol):
             raise self._failure
         if not self.blocked:
             return
-        waiter = self._drained = asyncio.get_running_loop().create_future()
+        waiter = self._drained = self._loop.create_future()
         try:
             await waiter
         finally:
@@ -232,9 +235,8 @@ class Patience:
             self._timer = None
 
     def _look(self) -> None:
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = time.monotonic()
         for stream in list(self._streams):
             if stream.deadline is not None and stream.deadline <= now:
                 stream.expire()
-        self._timer = loop.call_later(self._every_s, self._look)
+        self._timer = asyncio.get_running_loop().call_later(self._every_s, self._look)

@@ -71,6 +71,11 @@ class Targets:
             return refused("target_ambiguous", f"several targets are there ({names}): go by /<target>/...")
         return found[0]
 
+    def url_of(self, target: TargetState) -> str | None:
+        """See `url_of`; of what was found last it is known. Raises TargetSettingsError."""
+        kept = self._compiled.get(target.target_id)
+        return kept.url if kept is not None and kept.state is target else url_of(target)
+
     def knows(self, authority: str) -> bool:
         """Whether a target may be there, by http or https: what is none is denied before anything else is looked at."""
         return any(self._places.get(place) for scheme in _PORTS if (place := place_of(scheme, authority)))
