@@ -73,6 +73,8 @@ class TableGate:
         self.leases = {id: lease_of(id, number=at) for at, id in enumerate(self.targets, 1)}
         self.watching: dict[str, list[Callable[[], None]]] = {}
         self.keeps_records = True
+        self.at_once = 0
+        """How many were allowed without waiting."""
         self._states = {id: _state(id, entry) for id, entry in self.targets.items()}
         self._maps = {id: RequestMap(entry.rules) for id, entry in self.targets.items()}
 
@@ -115,6 +117,7 @@ class TableGate:
             return None
         if self.keeps_records:
             self.records.append((presented, attempt, verdict))
+        self.at_once += 1
         return verdict, self.targets[verdict.target.target_id].injected
 
     async def injected(self, verdict: Verdict) -> Mapping[str, str]:
