@@ -197,8 +197,6 @@ async def _serve(places: Places) -> None:
     server = HttpServer(ProxyAuth(gate, readers), LOOPBACK, places.authz)
     serving = asyncio.create_task(server.run_until_stopped())
     world.ledger.key("bot", "agent").save(places.agent_key)
-    gc.collect()
-    gc.freeze()
     places.ready.write_text(world.handle)
     await serving
 
@@ -208,6 +206,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ[SECRET] = "the-secret-of-the-benchmark"
     places = Places(**orjson.loads(Path(sys.argv[1]).read_bytes()))
+    gc.freeze()  # as `kernel.process.run`
+    gc.set_threshold(50_000, 20, 20)
     uvloop.run(_serve(places))
 
 
