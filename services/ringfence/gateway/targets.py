@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -35,6 +36,7 @@ class Compiled:
     """Where its requests go to; None where its record does not say."""
 
 
+@functools.lru_cache(maxsize=4096)
 def place_of(scheme: str, authority: str) -> Place | None:
     """The one form of all spellings of an authority; None for what is none, or has a user in it."""
     found = _AUTHORITY.fullmatch(authority)
