@@ -282,17 +282,24 @@ async def test_nor_does_what_the_agent_sent_meanwhile() -> None:
         assert b"after" not in place.target.raw[0]
 
 
-async def test_nor_is_an_answer_that_waited() -> None:
-    go = asyncio.Event()
+@pytest.mark.parametrize("kept", [False, True])
+async def test_nor_is_an_answer_that_waited(kept: bool) -> None:
+    """`kept`: on a connection to the target that was there already."""
+    go, asked = asyncio.Event(), 0
 
     async def script(reader: Reader, writer: Writer) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        await go.wait()
-        writer.write(OK)
+        nonlocal asked
+        while await reader.readuntil(b"\r\n\r\n"):
+            asked += 1
+            if asked > kept:
+                await go.wait()
+            writer.write(OK)
 
     async with placed(Target(script=script)) as place, place.connected() as raw:
+        if kept:
+            assert (await raw.ask(GET)).status == 200
         await raw.send(GET)
-        while not place.target.open:
+        while asked <= kept:
             await asyncio.sleep(0.01)
         place.gate.stood_still = True
         go.set()

@@ -198,6 +198,15 @@ class Gate(Protocol):
         """
         ...
 
+    def allowed_at_once(
+        self, presented: Presented, attempt: Attempt, admits: Admits
+    ) -> tuple[Verdict, Mapping[str, str]] | None:
+        """The verdict, recorded, and what it injects, where it is `allowed` and nothing has to be waited for.
+
+        None for everything else, whatever `decide` would say: that is to be asked then.
+        """
+        ...
+
     async def injected(self, verdict: Verdict) -> Mapping[str, str]:
         """The headers that carry the credential of the lease that decided.
 

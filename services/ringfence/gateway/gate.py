@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import re
 import time
-import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from prometheus_client import Counter
+
+from ringfence.gateway.action_ids import ActionIds
 from ringfence.gateway.approving import Approvals, Waiting
 from ringfence.gateway.attempts import Admits, Attempt, Mcp, McpOutcome, Patient, Presented, Rpc, Verdict
 from ringfence.gateway.domain import (
@@ -36,8 +39,9 @@ from ringfence.gateway.mcp import McpDesk, Spoken, rpc_of
 from ringfence.gateway.observing import Observing
 from ringfence.gateway.questions import Question
 from ringfence.gateway.recording import Recorder
+from ringfence.gateway.remembering import Remembered
 from ringfence.gateway.spool import SpoolFullError
-from ringfence.gateway.targets import Compiled, Targets, url_of
+from ringfence.gateway.targets import Compiled, Targets
 from ringfence.gateway.view import View
 from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
@@ -114,6 +118,8 @@ class DecisionGate:
         self._clock = clock
         self._gateway = gateway
         self._entitlements_max_age_s = entitlements_max_age_s
+        self._ids = ActionIds()
+        self._remembered = Remembered(view.table, view.directory)
         self._earlier = Earlier()
         self._observing = Observing(targets, observe)
         self._mcp = McpDesk(view.table)
@@ -133,7 +139,7 @@ class DecisionGate:
         patient: Patient | None = None,
     ) -> Verdict:
         """See `Gate`."""
-        course = _Course(str(uuid.uuid4()), attempt, patient)
+        course = _Course(self._ids.fresh(), attempt, patient)
         try:
             refusal = await self._refusal(course, presented, attempt, admits)
         except Exception:  # what cannot be decided is denied, whatever it is
@@ -150,6 +156,25 @@ class DecisionGate:
             return Verdict(course.id, allowed=False, status=UNAVAILABLE, reasons=(reason,))
         return verdict
 
+    def allowed_at_once(
+        self, presented: Presented, attempt: Attempt, admits: Admits
+    ) -> tuple[Verdict, Mapping[str, str]] | None:
+        """See `Gate`. The same steps as `decide` takes, by what is at hand; what is in doubt is left to that."""
+        course, began_ns = _Course(self._ids.fresh(), attempt), time.perf_counter_ns()
+        try:
+            injects = self._at_hand(course, presented)
+        except Exception:  # noqa: BLE001 - whatever it is, `decide` comes upon it too, and says so
+            return None
+        if injects is None or course.sender is None or admits(course.sender.agent_id) is not None:
+            return None
+        course.injects, course.took_ns = injects, time.perf_counter_ns() - began_ns
+        verdict = self._verdict(course, presented, attempt, None)
+        try:
+            self._record(course, presented, verdict, None)
+        except SpoolFullError:
+            return None
+        return verdict, injects
+
     async def injected(self, verdict: Verdict) -> Mapping[str, str]:
         """See `Gate`."""
         if not verdict.allowed or verdict.lease is None or verdict.injects is None:
@@ -162,7 +187,7 @@ class DecisionGate:
 
     def upstream(self, target: TargetState) -> str:
         """See `Gate`."""
-        url = url_of(target)
+        url = self._targets.url_of(target)
         if url is None:
             raise UnavailableError(_says_no_place(target))
         return url
@@ -197,6 +222,29 @@ class DecisionGate:
         if refusal is not None:
             self._observe(course, refusal, presented, attempt)
         return refusal
+
+    def _at_hand(self, course: _Course, presented: Presented) -> Mapping[str, str] | None:
+        """What is injected where it is allowed by what is known already, filling in `course`; else None."""
+        attempt = course.attempt
+        sender = self._identifier.at_hand(presented)
+        target = self._targets.find(attempt)
+        if sender is None or isinstance(target, Refusal) or target.map.speaks_mcp(attempt.target):
+            return None
+        if _nowhere(target, attempt) is not None:
+            return None
+        action = target.map.action(attempt.method, attempt.target, attempt.body)
+        chosen = self._weighed(sender, target, action) if action is not None else None
+        if action is None or chosen is None or isinstance(chosen, Refusal):
+            return None
+        reads, now_ms = attempt.method in SAFE_METHODS, self._clock.now_ms()
+        if not self._evaluator.remembers(chosen, action, reads=reads, now_ms=now_ms):
+            return None
+        course.sender, course.target, course.action, course.chosen = sender, target, action, chosen
+        injects = self._injector.at_hand(chosen.lease, target.state)
+        # Last, as in `_unequipped`; nothing was waited for, so nothing changed meanwhile.
+        if self._view.table.problem(chosen.lease) is not None or self._stale() is not None:
+            return None
+        return injects
 
     async def _decided(
         self, course: _Course, presented: Presented, attempt: Attempt, admits: Admits | None
@@ -242,15 +290,22 @@ class DecisionGate:
         return await self._evaluated(course, chosen, action)
 
     def _weighed(self, sender: Sender, target: Compiled, action: Action) -> Chosen | Refusal:
-        return weigh(
+        now_s = self._clock.now_ms() / 1000
+        known = self._remembered.chosen(sender, target.state, action, now_s)
+        if known is not None:
+            return known
+        found = weigh(
             sender,
             target.state,
             action,
             self._view.table,
             self._view.directory,
-            now_s=self._clock.now_ms() / 1000,
+            now_s=now_s,
             entitlements_max_age_s=self._entitlements_max_age_s,
         )
+        if isinstance(found, Chosen):
+            self._remembered.keep(sender, action, found, self._entitlements_max_age_s)
+        return found
 
     async def _evaluated(self, course: _Course, chosen: Chosen, action: Action) -> Refusal | Ask | None:
         now_ms = self._clock.now_ms()
@@ -399,7 +454,7 @@ class DecisionGate:
             return  # nothing was decided: the same request comes again, with what it lacks
         access = _access(course)
         outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
-        metrics.ACTIONS.labels(outcome, access).inc()
+        _counter_of(outcome, access).inc()
         metrics.DECISION_TIME.observe(course.took_ns / 1e9)
         sender, now_ms = course.sender, self._clock.now_ms()
         target_id = verdict.target.target_id if verdict.target is not None else None
@@ -481,6 +536,11 @@ def _access(course: _Course) -> Access:
         return access_of(course.attempt.method)
     reads = course.action is not None and course.action.verb == _READ_VERB
     return "read" if message.only_asks or (message.method == CALL and reads) else "write"
+
+
+@functools.cache
+def _counter_of(outcome: str, access: str) -> Counter:
+    return metrics.ACTIONS.labels(outcome, access)
 
 
 def _waiting(course: _Course, ask: Ask) -> Waiting | None:

@@ -70,6 +70,19 @@ class Identifier:
         """What the next proof should have."""
         return self._proofs.nonce()
 
+    def at_hand(self, presented: Presented) -> Sender | None:
+        """Who it is by its socket or its certificate; None where that is not so, or not certain."""
+        handle = presented.handle
+        if handle is not None and not _UUID.fullmatch(handle):
+            return None
+        if presented.task_id is not None:
+            sender = self._by_task(presented.task_id, handle)
+        elif presented.certificate is not None:
+            sender = self._by_certificate(presented.certificate, handle)
+        else:
+            return None
+        return sender if isinstance(sender, Sender) else None
+
     async def sender(self, presented: Presented, attempt: Attempt) -> Sender | Refusal:
         """Who it is. Of several ways the surest counts: the socket, then the certificate, then the handle."""
         handle = presented.handle

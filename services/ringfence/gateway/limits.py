@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.gateway.refusals import RefusedError
+from ringfence.messages.credential import Reason
 
 TOO_MANY_CONNECTIONS = "too_many_connections"
 _TOO_MANY_KEYS = 10_000
@@ -96,11 +97,58 @@ class Limits:
         """The sender has one request less under way."""
         _less(self._running, sender)
 
+    def turn_of(self, sender: str) -> Turn:
+        """What counts the requests of one connection."""
+        return Turn(self, sender)
+
     def _forget_the_idle(self, now: float) -> None:
         full_s = self._allowed.burst_each / self._allowed.per_second_each
         for sender, (_, then) in list(self._buckets.items()):
             if now - then > full_s:
                 del self._buckets[sender]
+
+
+class Turn:
+    """The request of a connection that is under way: one of its sender, and of its agent once that is known."""
+
+    __slots__ = ("_asked", "_limits", "_running", "_sender")
+
+    def __init__(self, limits: Limits, sender: str) -> None:
+        self._limits = limits
+        self._sender = sender
+        self._running: list[str] = []
+        self._asked = False
+        """Whether the next one was counted already."""
+
+    def begin(self) -> None:
+        """One more. Raises RefusedError (429)."""
+        if not self._asked:
+            self._limits.ask(self._sender)
+        self._asked = False
+        self._limits.begin(self._sender)
+        self._running.append(self._sender)
+
+    def admits(self, agent_id: str) -> Reason | None:
+        """See `Admits`: the limits of an agent, wherever it comes from."""
+        agent = f"agent:{agent_id}"
+        try:
+            self._limits.ask(agent)
+            self._limits.begin(agent)
+        except RefusedError as error:
+            return Reason(code=error.code, message=error.message)
+        self._running.append(agent)
+        return None
+
+    def end(self) -> None:
+        """It is over."""
+        for one in self._running:
+            self._limits.end(one)
+        self._running.clear()
+
+    def put_off(self) -> None:
+        """It is over for now: the same one begins anew, and counts once."""
+        self.end()
+        self._asked = True
 
 
 def _less(counts: dict[str, int], sender: str) -> None:

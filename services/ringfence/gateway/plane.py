@@ -17,6 +17,7 @@ import os
 import socket
 import ssl
 import stat
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -25,12 +26,13 @@ from ringfence.gateway.accepting import TlsDoor
 from ringfence.gateway.asking import Way
 from ringfence.gateway.attempts import Blocked, Blocks, Gate, Presented
 from ringfence.gateway.authority import Authority
+from ringfence.gateway.desk import Desk
 from ringfence.gateway.forwarding import Forwarder, Patiences
 from ringfence.gateway.hosts import Scheme, canonical
 from ringfence.gateway.limits import TOO_MANY_CONNECTIONS, Allowance, Limits
 from ringfence.gateway.problem import answer as problem_of
 from ringfence.gateway.refusals import Answer
-from ringfence.gateway.serving import Connection, Desk
+from ringfence.gateway.serving import Connection
 from ringfence.gateway.stream import Patience, Stream
 from ringfence.gateway.upstream import Upstreams
 from ringfence.kernel import metrics
@@ -81,7 +83,7 @@ class DataPlane:
         )
         self.authority = Authority(name, hosts, clock or SystemClock())
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.limits = Limits(allowance, lambda: asyncio.get_running_loop().time())
+        self.limits = Limits(allowance, time.monotonic)
         forwarder = Forwarder(gate, self.upstreams, patiences)
         self._desk = Desk(gate, knows, answer, self.authority, forwarder, self.limits, patiences, blocked)
         self._servers: list[asyncio.Server] = []

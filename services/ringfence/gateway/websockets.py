@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -49,7 +50,6 @@ async def tunnel(
     `look` raises where what came goes nowhere any more.
     Frames of servers are not masked and, as no extension was agreed on, not compressed: the secret would stand in them.
     """
-    loop = asyncio.get_running_loop()
 
     async def pass_on(source: Stream, sink: Stream, through: Redactor | None) -> None:
         while True:
@@ -58,7 +58,7 @@ async def tunnel(
                 data = bytes(source.buffer)
                 source.buffer.clear()
                 for side in (client, upstream):
-                    side.deadline = loop.time() + idle_s
+                    side.deadline = time.monotonic() + idle_s
                 sink.write(through.feed(data) if through is not None else data)
                 if sink.blocked:
                     await sink.drained()
