@@ -154,7 +154,7 @@ class _Bench:
         base = self.direct[direct]
         print(
             f"{name:26} {_row(found)}; {found.rate / base.rate:.3f} of direct; alone "
-            f"+{found.alone_p50 - base.alone_p50:.3f} and +{found.alone_p99 - base.alone_p99:.3f} ms; "
+            f"{found.alone_p50 - base.alone_p50:+.3f} and {found.alone_p99 - base.alone_p99:+.3f} ms; "
             f"{processes.said(count)}"
         )
 

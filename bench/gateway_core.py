@@ -101,6 +101,9 @@ class _View:
     def __init__(self, ledger: Ledger, table: LeaseTable) -> None:
         self.directory, self.table = ledger.directory, table
 
+    def lapsed(self) -> bool:
+        return False
+
     def stale(self) -> str | None:
         return self.directory.stale()
 

@@ -226,8 +226,14 @@ async def test_what_is_left_to_the_long_way_counts_once() -> None:
 
 
 async def test_a_head_that_comes_slowly_has_no_more_time_after_short_ones() -> None:
-    async with placed(patiences=Patiences(head_s=0.3)) as place, place.connected() as raw:
-        for _ in range(2):
-            assert (await raw.ask(GET)).status == 200
+    async with (
+        placed(patiences=Patiences(head_s=0.3)) as place,
+        place.connected() as raw,
+        place.connected() as other,
+    ):
+        assert (await raw.ask(GET)).status == 200
+        await raw.send(GET[:10])
+        assert (await other.ask(GET)).status == 200  # by then the gateway has seen the beginning
+        assert (await raw.ask(GET[10:])).status == 200
         await raw.send(GET[:10])
         assert (await raw.response()).status == 408
