@@ -55,7 +55,7 @@ test-opa: $(STAMP) ## the policy tests on a real OPA as well (needs Go 1.21+; bu
 test-backends: $(STAMP) ## every backend on its real server (PostgreSQL, OpenSSH, Go 1.21+; fetches OpenBao once, 75 MB)
 	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/backends $(ARGS)
 
-test-gateways: $(STAMP) ## nginx, Envoy, Caddy and Traefik before a target (needs nginx; fetches the others once, 105 MB)
+test-gateways: $(STAMP) ## nginx, HAProxy, Envoy, Caddy and Traefik before a target (needs the first two; fetches the others once, 105 MB)
 	$(BIN)/python -m pytest tests/gateways $(ARGS)
 
 chaos: $(STAMP) ## everything fails for SECONDS=60, as SEED=n has it, and no lease may be forgotten (JDK 17+, Maven)

@@ -1,231 +1,287 @@
-"""The embedded data plane between an agent and a target: what it adds to each request, and how much passes.
+"""What gateways add to each request: the embedded data plane, other proxies that ask the same core, and mitmproxy.
 
-Three processes: the load (this one), the gateway, and a target that answers without looking. It is decided from a
-table by the real map. `direct` is the same load on the target itself. On few cores the three take them from each other:
-compare shares and CPU, not absolute times.
+Four processes: the load (this one), the gateway with the real core, a proxy where one is measured, and a target that
+answers without looking. On few cores they take them from each other: compare shares and CPU, not absolute times.
 
-    python -m bench.gateway target|gateway ...        the other two; started by `python -m bench gateway`
+In clear the embedded plane is reached through the socket of a task, so who sends is known. All else is with TLS on both
+sides and a proof (RFC 9449) with each request, which costs the gateway more than everything else: so a proxy has to be
+asked, and so the embedded plane is where an agent comes from elsewhere. `direct` is the same load on the target.
+
+`--kafka` changes nothing here: events stay in the spool.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
+import itertools
+import os
 import ssl
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
+import orjson
 import psutil
 import uvloop
 
-from bench.machine import cpu_s, percentile
+from bench.gateway_core import Places
+from bench.http_load import Measured, Way, asked, connected, measure, request
+from bench.machine import cpu_s
+from ringfence.client.dpop import proof
 from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
+from ringfence.kernel.keys import SigningKey
+from tests.brokers.secured import Authority
+from tests.gateways import programs
+from tests.gateways.agent import HOST
+from tests.ledger import START_MS
 
-BODY = b'{"ok": true, "text": "' + b"x" * 400 + b'"}'
-RESPONSE = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
-)
-CONNECTIONS = 16
-WARM_UP = 2_000
-REQUESTS = 100_000
-ALONE = 5_000
-TUNNELS = 8
-TUNNELLED = 30_000
-_HEADERS = (
-    b"User-Agent: bench/1\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\nX-Request-Id: 0123456789\r\n"
-    b"Authorization: DPoP 00000000-0000-0000-0000-000000000001\r\n\r\n"
-)
-
-
-class _Target(asyncio.Protocol):
-    """Answers each head that comes."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._came = b""
-
-    def data_received(self, data: bytes) -> None:
-        self._came += data
-        while (end := self._came.find(b"\r\n\r\n")) >= 0:
-            self._came = self._came[end + 4 :]
-            self._transport.write(RESPONSE)
+LEASES = (1, 100, 10_000)
+CONNECTIONS, TUNNELS = 16, 8
+DIRECT, EMBEDDED, PROVEN, TUNNELLED = 100_000, 40_000, 3_200, 20_000
+MITM = 2_400
+ALONE, ALONE_PROVEN = 3_000, 400
+PATHS = 256
+_FETCH = programs.ROOT / ".ci" / "mitmproxy"
+_START_S = 60.0
 
 
-async def _target(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(_Target, LOOPBACK, port)
-    async with server:
-        await server.serve_forever()
+@dataclass
+class _Processes:
+    """Whose CPU and memory count."""
 
+    pids: dict[str, int]
+    before: dict[str, float]
 
-async def _gateway(port: int, target: int, bundle: Path) -> None:
-    from ringfence.gateway.limits import Allowance
-    from ringfence.gateway.plane import DataPlane
-    from tests.gateway.table_gate import Entry, TableGate
+    @classmethod
+    def of(cls, **pids: int) -> _Processes:
+        return cls(pids, {})
 
-    gate = TableGate({"api": Entry(f"http://{LOOPBACK}:{target}", frozenset({"api.test"}))})
-    gate.keeps_records = False
-    allowance = Allowance(per_second_each=1e9, burst_each=10**9)
-    plane = DataPlane(gate, knows=gate.knows, hosts=gate.hosts, allowance=allowance)
-    await plane.start()
-    plane.authority.write(bundle)
-    await plane.listen(LOOPBACK, port, names=[f"{LOOPBACK}:{port}"])
-    await asyncio.Event().wait()
+    def begin(self) -> None:
+        self.before = cpu_s(self.pids)
 
-
-class _Client(asyncio.Protocol):
-    """Asks again as soon as it has the whole answer, whose length it knows."""
-
-    def __init__(self, request: bytes, length: int) -> None:
-        self._request = request
-        self._length = length
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.latencies: list[float] = []
-        self._left = self._missing = 0
-        self._began = 0.0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-
-    def run(self, count: int) -> asyncio.Future[None]:
-        self.latencies.clear()
-        self.done = asyncio.get_running_loop().create_future()
-        self._left = count
-        self._ask()
-        return self.done
-
-    def _ask(self) -> None:
-        self._missing = self._length
-        self._began = time.perf_counter()
-        self.transport.write(self._request)
-
-    def data_received(self, data: bytes) -> None:
-        self._missing -= len(data)
-        if self._missing > 0:
-            return
-        self.latencies.append(time.perf_counter() - self._began)
-        self._left -= 1
-        if self._left:
-            self._ask()
-        else:
-            self.done.set_result(None)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_exception(ConnectionError("the connection was closed"))
-
-
-class _Load:
-    """Requests to one address."""
-
-    def __init__(self, port: int, path: bytes) -> None:
-        self._port = port
-        self._request = b"GET %b HTTP/1.1\r\nHost: %b:%d\r\n" % (path, LOOPBACK.encode(), port) + _HEADERS
-
-    async def clients(self, count: int) -> list[_Client]:
-        length = await self._length()
-        loop = asyncio.get_running_loop()
-        return [
-            (await loop.create_connection(lambda: _Client(self._request, length), LOOPBACK, self._port))[1]
-            for _ in range(count)
+    def said(self, count: int) -> str:
+        after = cpu_s(self.pids)
+        parts = [
+            f"{name} {(after[name] - self.before[name]) / count * 1e6:.0f} µs, {_memory(pid):.0f} MiB"
+            for name, pid in self.pids.items()
         ]
-
-    async def _length(self) -> int:
-        reader, writer = await asyncio.open_connection(LOOPBACK, self._port)
-        writer.write(self._request)
-        head = await reader.readuntil(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 200"):
-            raise RuntimeError(f"not forwarded: {head!r}")
-        writer.close()
-        return len(head) + len(BODY)
+        return "; ".join(parts)
 
 
-async def _tunnelled(port: int, bundle: Path) -> list[_Client]:
-    """Clients inside a CONNECT each."""
-    loop, context = asyncio.get_running_loop(), ssl.create_default_context(cafile=str(bundle))
-    request = b"GET /files/a HTTP/1.1\r\nHost: api.test\r\n" + _HEADERS
-    clients = []
-    for _ in range(TUNNELS):
-        connecting = _Client(b"CONNECT api.test:443 HTTP/1.1\r\nHost: api.test:443\r\n\r\n", 1)
-        transport, _ = await loop.create_connection(lambda one=connecting: one, LOOPBACK, port)  # type: ignore[misc]
-        await connecting.run(1)
-        client = _Client(request, len(RESPONSE))
-        opened = await loop.start_tls(transport, client, context, server_hostname="api.test")
-        assert opened is not None
-        client.transport = opened
-        clients.append(client)
-    return clients
-
-
-async def _asked(clients: list[_Client], count: int) -> tuple[float, list[float]]:
-    """Requests a second, and all latencies, in ms."""
-    began = time.perf_counter()
-    await asyncio.gather(*(client.run(count // len(clients)) for client in clients))
-    took = time.perf_counter() - began
-    latencies = [one * 1e3 for client in clients for one in client.latencies]
-    return len(latencies) / took, latencies
-
-
-async def _measure(target: int, gateway: int, pid: int, bundle: Path) -> None:
-    loads = {"direct": _Load(target, b"/files/a"), "gateway": _Load(gateway, b"/api/files/a")}
-    rates: dict[str, float] = {}
-    alone: dict[str, list[float]] = {}
+def _memory(pid: int) -> float:
     process = psutil.Process(pid)
-    for name, load in loads.items():
-        [single] = clients = await load.clients(1)
-        await _asked(clients, WARM_UP)
-        _, alone[name] = await _asked(clients, ALONE)
-        single.transport.close()
-        clients = await load.clients(CONNECTIONS)
-        await _asked(clients, WARM_UP)
-        memory, sockets = process.memory_info().rss, len(process.net_connections())
-        before = cpu_s({name: pid})[name]
-        rates[name], latencies = await _asked(clients, REQUESTS)
-        used = (cpu_s({name: pid})[name] - before) / len(latencies) * 1e6
-        print(
-            f"{name:8} {rates[name]:8,.0f} requests/s on {CONNECTIONS} connections "
-            f"(p50 {percentile(latencies, 0.5):.2f}, p99 {percentile(latencies, 0.99):.2f} ms); "
-            f"alone p50 {percentile(alone[name], 0.5):.3f}, p99 {percentile(alone[name], 0.99):.3f} ms"
+    return sum(one.memory_info().rss for one in (process, *process.children(recursive=True))) / 2**20
+
+
+class _Bench:
+    """The places and processes of one run."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.folder, self._stack = folder, stack
+        self._authority = Authority(folder)
+        self.trust = ssl.create_default_context(cafile=str(self._authority.file))
+        self.plain, self.tls, self.listen, self.authz = (free_port() for _ in range(4))
+        self._certificate = self._authority.issue("gateway", HOST, "localhost")
+        self._target_certificate = self._authority.issue("target", "hub.example", "localhost")
+        self.direct: dict[str, Measured] = {}
+
+    def start_target(self) -> None:
+        argv = [
+            sys.executable,
+            "-m",
+            "bench.http_load",
+            str(self.plain),
+            str(self.tls),
+            str(self._target_certificate),
+        ]
+        child = spawn("target", argv, log_path=self.folder / "target.log")
+        self._stack.callback(child.kill)
+        child.wait_until(lambda: _listens(self.tls), _START_S, "listens")
+
+    @contextlib.contextmanager
+    def gateway(self, leases: int) -> Iterator[tuple[Child, Places]]:
+        folder = self.folder / f"gateway-{leases}"
+        folder.mkdir()
+        places = Places(
+            str(folder), leases, self.plain, self.tls, self.listen, self.authz,
+            str(self._certificate), str(self._authority.file),
+        )  # fmt: skip
+        said = folder / "places.json"
+        said.write_bytes(orjson.dumps(asdict(places)))
+        child = spawn(
+            "gateway", [sys.executable, "-m", "bench.gateway_core", str(said)], log_path=folder / "log"
         )
-        if name == "gateway":
-            grown = process.memory_info().rss - memory
-            print(
-                f"{'':8} {rates[name] / rates['direct']:.2f} of direct; {used:.0f} µs CPU a request; "
-                f"{process.memory_info().rss / 2**20:.0f} MiB, {grown / 2**20:+.1f} MiB and "
-                f"{len(process.net_connections()) - sockets:+d} connections over {len(latencies):,} requests"
-            )
+        try:
+            child.wait_until(lambda: places.ready.exists() and _listens(self.authz), _START_S, "listens")
+            yield child, places
+        finally:
+            child.kill()
+
+    @contextlib.contextmanager
+    def program(self, name: str) -> Iterator[int]:
+        """The port of a proxy that asks."""
+        places = programs.Places(self._certificate, self._authority.file, self.authz, self.tls)
+        with programs.started(name, places, self.folder / name) as port:
+            yield port
+
+    # --- the rows ---
+
+    async def direct_on(self, name: str, way: Way) -> None:
+        requests = itertools.cycle([request(f"/files/{n}", "localhost") for n in range(PATHS)])
+        self.direct[name] = found = await measure(
+            way, requests, connections=CONNECTIONS, count=DIRECT, alone=ALONE
+        )
+        print(f"{name:26} {_row(found)}")
+
+    async def row(
+        self,
+        name: str,
+        direct: str,
+        way: Way,
+        requests: Iterator[bytes],
+        processes: _Processes,
+        count: int,
+        alone: int,
+    ) -> None:
+        found = await measure(
+            way, requests, connections=CONNECTIONS, count=count, alone=alone, before=[processes.begin]
+        )
+        base = self.direct[direct]
+        print(
+            f"{name:26} {_row(found)}; {found.rate / base.rate:.3f} of direct; alone "
+            f"{found.alone_p50 - base.alone_p50:+.3f} and {found.alone_p99 - base.alone_p99:+.3f} ms; "
+            f"{processes.said(count)}"
+        )
+
+    async def tunnelled(self, name: str, way: Way, host: str, processes: _Processes, count: int) -> float:
+        """Inside CONNECT: requests a second."""
+        requests = itertools.cycle([request(f"/files/{n}", host) for n in range(PATHS)])
+        clients = await connected(way, requests, TUNNELS)
+        await asked(clients, count // 10)
+        processes.begin()
+        rate, _ = await asked(clients, count)
         for client in clients:
             client.transport.close()
-    added = [
-        percentile(alone["gateway"], share) - percentile(alone["direct"], share) for share in (0.5, 0.99)
-    ]
-    print(f"{'':8} added alone: p50 {added[0]:.3f}, p99 {added[1]:.3f} ms")
-    clients = await _tunnelled(gateway, bundle)
-    await _asked(clients, WARM_UP)
-    before = cpu_s({"gateway": pid})["gateway"]
-    rate, latencies = await _asked(clients, TUNNELLED)
-    used = (cpu_s({"gateway": pid})["gateway"] - before) / len(latencies) * 1e6
-    print(
-        f"CONNECT  {rate:8,.0f} requests/s on {TUNNELS} connections (p50 {percentile(latencies, 0.5):.2f}, "
-        f"p99 {percentile(latencies, 0.99):.2f} ms); {used:.0f} µs CPU a request"
-    )
+        print(f"{name:26} {rate:9,.0f} requests/s on {TUNNELS} connections; {processes.said(count)}")
+        return rate
+
+
+def _row(found: Measured) -> str:
+    return f"{found.rate:9,.0f} requests/s on {CONNECTIONS} connections (p50 {found.p50:.2f}, p99 {found.p99:.2f} ms)"
+
+
+class _Agent:
+    """Shows its handle, and makes a proof for each request."""
+
+    def __init__(self, places: Places) -> None:
+        self._key = SigningKey.load(places.agent_key)
+        self._handle = places.ready.read_text()
+        self._born = places.ready.stat().st_mtime
+        self.nonce: str | None = None
+
+    def requests(self, count: int, prefix: str, host: str, named: str) -> Iterator[bytes]:
+        """So many, made before they are wanted. `named`: as the proof names the host."""
+        return iter([self._one(f"{prefix}/files/{n % PATHS}", host, named) for n in range(count)])
+
+    def _one(self, path: str, host: str, named: str) -> bytes:
+        now_s = int((START_MS + 60_000) / 1000 + time.time() - self._born)
+        made = proof(
+            self._key,
+            "GET",
+            f"https://{named}{path}",
+            access_token=self._handle,
+            now_s=now_s,
+            nonce=self.nonce,
+        )
+        return request(path, host, f"Authorization: DPoP {self._handle}", f"DPoP: {made}")
+
+    async def ask_for_a_nonce(self, way: Way, host: str) -> None:
+        assert way.port is not None
+        reader, writer = await asyncio.open_connection(
+            LOOPBACK, way.port, ssl=way.trust, server_hostname=way.name
+        )
+        writer.write(self._one("/hub/files/0", host, host))
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        lines = head.decode("latin-1").split("\r\n")
+        self.nonce = next(line.partition(": ")[2] for line in lines if line.lower().startswith("dpop-nonce:"))
+
+
+async def _in_clear(bench: _Bench, leases: int, child: Child, places: Places) -> None:
+    requests = itertools.cycle([request(f"/plain/files/{n}", "gateway") for n in range(PATHS)])
+    await bench.row(
+        f"embedded, {leases:,} leases", "direct", Way(socket=places.socket), requests,
+        _Processes.of(gateway=child.pid), EMBEDDED, ALONE,
+    )  # fmt: skip
+
+
+async def _with_proofs(
+    bench: _Bench, leases: int, child: Child, places: Places, ports: dict[str, int]
+) -> None:
+    agent, total = _Agent(places), int(PROVEN * 1.1 + ALONE_PROVEN * 1.2) + 4 * CONNECTIONS
+    own = Way(places.listen, trust=bench.trust, name="localhost")
+    host = f"localhost:{places.listen}"
+    await agent.ask_for_a_nonce(own, host)
+    requests = agent.requests(total, "/hub", host, host)
+    await bench.row(
+        f"embedded, {leases:,} leases", "direct, TLS", own, requests, _Processes.of(gateway=child.pid), PROVEN,
+        ALONE_PROVEN,
+    )  # fmt: skip
+    for name, port in ports.items():
+        way = Way(port, trust=bench.trust, name=HOST)
+        processes = _Processes.of(gateway=child.pid, **{name: _pid_of(port)})
+        requests = agent.requests(total, "", HOST, HOST)
+        await bench.row(
+            f"{name}, {leases:,} leases", "direct, TLS", way, requests, processes, PROVEN, ALONE_PROVEN
+        )
+
+
+def _pid_of(port: int) -> int:
+    """Who listens there: its first process."""
+    for connection in psutil.net_connections("tcp"):
+        if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
+            assert connection.pid is not None
+            parent = psutil.Process(connection.pid).parent()
+            name = psutil.Process(connection.pid).name()
+            return parent.pid if parent is not None and parent.name() == name else connection.pid
+    raise RuntimeError(f"nobody listens on {port}")
+
+
+async def _through_connect(bench: _Bench, child: Child, places: Places) -> None:
+    inner = f"localhost:{bench.tls}"
+    trust = ssl.create_default_context(cafile=str(places.bundle))
+    way = Way(socket=places.socket, trust=trust, name="localhost", through=inner)
+    own = await bench.tunnelled("CONNECT, embedded", way, inner, _Processes.of(gateway=child.pid), TUNNELLED)
+    with _mitmproxy(bench) as (mitm, port, authority):
+        trust = ssl.create_default_context(cafile=str(authority))
+        way = Way(port, trust=trust, name="localhost", through=inner)
+        other = await bench.tunnelled(
+            "CONNECT, mitmproxy", way, inner, _Processes.of(mitmproxy=mitm.pid), MITM
+        )
+    print(f"{'':26} the embedded plane passes {own / other:.1f} times what mitmproxy passes")
 
 
 @contextlib.contextmanager
-def _started(folder: Path, role: str, port: int, *more: str) -> Iterator[Child]:
-    argv = [sys.executable, "-m", "bench.gateway", role, str(port), *more]
-    child = spawn(role, argv, log_path=folder / f"{role}.log")
+def _mitmproxy(bench: _Bench) -> Iterator[tuple[Child, int, Path]]:
+    """It, its port, and the certificate that it is trusted by. It trusts the target as the gateway does."""
+    found = subprocess.run(
+        [_FETCH], stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHON": sys.executable}
+    )
+    port, folder = free_port(), bench.folder / "mitmproxy"
+    argv = [
+        found.stdout.strip(), "--quiet", "--listen-host", LOOPBACK, "--listen-port", str(port),
+        "--set", f"confdir={folder}", "--set", f"ssl_verify_upstream_trusted_ca={bench.folder / 'authority.pem'}",
+    ]  # fmt: skip
+    child = spawn("mitmproxy", argv, log_path=folder / "log")
+    authority = folder / "mitmproxy-ca-cert.pem"
     try:
-        deadline = time.monotonic() + 30
-        while not _listens(port):
-            if time.monotonic() > deadline or not child.alive:
-                raise RuntimeError(f"the {role} did not start:\n{child.log_tail()}")
-            time.sleep(0.05)
-        yield child
+        child.wait_until(lambda: authority.exists() and _listens(port), _START_S, "listens")
+        yield child, port, authority
     finally:
         child.kill()
 
@@ -238,26 +294,34 @@ def _listens(port: int) -> bool:
 
 
 def run(kafka: str) -> None:
-    """Print all of it. No broker takes part, whatever `kafka` says."""
-    target, gateway = free_port(), free_port()
-    with tempfile.TemporaryDirectory(prefix="ringfence-bench-") as name:
-        folder, bundle = Path(name), Path(name) / "bundle.pem"
-        with (
-            _started(folder, "target", target),
-            _started(folder, "gateway", gateway, str(target), str(bundle)) as child,
-        ):
-            uvloop.run(_measure(target, gateway, child.pid, bundle))
+    """Print all of it."""
+    with tempfile.TemporaryDirectory(prefix="ringfence-bench-") as name, contextlib.ExitStack() as stack:
+        bench = _Bench(Path(name), stack)
+        bench.start_target()
+        _rows(bench, stack)
 
 
-def main() -> None:
-    """One of the processes beside the load."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    role, port, *more = sys.argv[1:]
-    if role == "target":
-        uvloop.run(_target(int(port)))
-    else:
-        uvloop.run(_gateway(int(port), int(more[0]), Path(more[1])))
+def _rows(bench: _Bench, stack: contextlib.ExitStack) -> None:
+    print("in clear, through the socket of a task:")
+    uvloop.run(bench.direct_on("direct", Way(bench.plain)))
+    for leases in LEASES:
+        with bench.gateway(leases) as (child, places):
+            uvloop.run(_in_clear(bench, leases, child, places))
+            if leases == LEASES[-1]:
+                uvloop.run(_through_connect(bench, child, places))
+        _forget(bench, leases)
+    print("with TLS on both sides, and a proof each:")
+    uvloop.run(bench.direct_on("direct, TLS", Way(bench.tls, trust=bench.trust, name="localhost")))
+    ports: dict[str, int] = {}
+    for leases in LEASES:
+        with bench.gateway(leases) as (child, places):
+            if not ports:
+                ports = {name: stack.enter_context(bench.program(name)) for name in programs.PROGRAMS}
+            uvloop.run(_with_proofs(bench, leases, child, places, ports))
+        _forget(bench, leases)
 
 
-if __name__ == "__main__":
-    main()
+def _forget(bench: _Bench, leases: int) -> None:
+    import shutil
+
+    shutil.rmtree(bench.folder / f"gateway-{leases}")

@@ -816,6 +816,10 @@ def actions(office: Office, lease_id: str) -> dict[str, Received]:
             "agent_id": None, "task_id": None, "target_id": None, "verb": None, "resource": None, "method": None,
             **no,
         },
+        "that were never decided": {
+            "verb": None, "resource": None, "access": None, "method": None, "request_digest": None,
+            "latency_us": None, **no, "count": 999,
+        },
     }  # fmt: skip
     answers: dict[str, dict[str, Any]] = {
         "with a result": {"lease_id": lease_id},

@@ -100,6 +100,13 @@ async def test_every_event_is_what_the_contract_says(told) -> None:
         assert event["message"].strip(), name
 
 
+async def test_requests_that_were_counted_together_say_so(told) -> None:
+    _, event = told["action that were never decided"]
+    assert (event["count"], event["status"]) == (999, "Failure")
+    assert event["message"].startswith("deploy-bot was kept from 999 requests")
+    assert "count" not in told["action denied"][1]
+
+
 async def test_names_and_numbers_agree_with_the_schema(told) -> None:
     """Captions (activity_name, severity, ...) are those of the schema, wherever it has one for the number."""
     schema = get_ocsf_schema(version=OCSF_VERSION)

@@ -21,6 +21,7 @@ from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.gating import action, gateway, handle, hub
 from tests.gateway.agents import Sandbox, bridged
 from tests.gateway.certificates import Certificates
+from tests.gateway.raw import connected_unix
 from tests.gateway.target import Target
 from tests.world import WITHIN_S, World
 
@@ -134,6 +135,15 @@ async def test_a_handle_that_somebody_else_found_is_worth_nothing(office: Office
         )
     assert bare.status_code == 401
     assert len(office.target.requests) == before
+
+
+async def test_what_cannot_be_decided_is_on_record_as_the_agents(office: Office, desk: Desk) -> None:
+    await handle(desk, "read")
+    await until_there(office.of(desk))
+    async with connected_unix(str(office.of(desk))) as raw:
+        assert (await raw.ask(b"GET /hub/a HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n")).status == 400
+    event = await action(desk.world, task_id=desk.task, allowed=False)
+    assert (event.agent_id, event.count, event.reasons[0].code) == (desk.bot.name, 1, "malformed_http")
 
 
 @pytest.mark.tools

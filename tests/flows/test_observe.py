@@ -33,6 +33,7 @@ from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.gating import HUB, Proxy, gateway, handle, hub, secret_in
 from tests.flows.test_cli import Shell
 from tests.flows.test_gateway import own
+from tests.gateway.raw import connected
 from tests.world import WITHIN_S, World
 
 OLD = "Bearer what-all-of-them-share"
@@ -202,7 +203,7 @@ async def week(
         World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
         opened_desks(world) as first,
         world.running("issuer", "revoker", "audit", own={"audit": AuditSettings(linger_ms=10)}),
-        gateway(world, observe=("hub",), listen=f"127.0.0.1:{port}") as proxy,
+        gateway(world, observe=("hub",), listen=f"127.0.0.1:{port}", evaluation_timeout_ms=30_000) as proxy,
         upstream.running(),
         httpx.AsyncClient(trust_env=False, timeout=WITHIN_S) as http,
     ):
@@ -300,6 +301,23 @@ async def test_who_sees_which_numbers(week: Week, shell: Shell) -> None:
     stranger = world.party("user", "nobody")
     stranger.key.save(shell.folder / "nobody.json")
     await shell("nobody", "gateway", "stats", status=1)
+
+
+@pytest.mark.parametrize("week", ["plane"], indirect=True)
+async def test_what_could_not_even_be_decided_is_counted(week: Week, shell: Shell) -> None:
+    assert isinstance(week.front, Plane)
+    async with connected(week.front.port) as raw:
+        assert (await raw.ask(b"GET /hub/a HTTP/1.1\r\nHost: x y\r\n\r\n")).status == 400
+    for _ in range(12):
+        async with connected(week.front.port) as raw:
+            assert (await raw.ask(b"GET /hub/a HTTP/1.1\r\nHost:\r\n folded\r\n\r\n")).status == 400
+    said = await counted(shell, "olga", 13 + week.tried)
+    assert said["by_reason"] == {"malformed_http": 12, "host_invalid": 1}
+    assert said["blocked"] == {"total": 13, "read": 1, "write": 0, "injected": 0}
+    nobody = [one for one in said["by_agent"] if one["agent"] is None]
+    assert [one["blocked"]["total"] for one in nobody] == [13]
+    records = await week.first.world.records(ACTION)
+    assert len(records) < 13 + week.tried, "a flood takes less of the spool than it counts"
 
 
 async def test_it_is_loud(week: Week) -> None:

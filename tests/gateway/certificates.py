@@ -28,8 +28,12 @@ class Certificates:
 
     def server(self, *hosts: str) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self._signed("server", [_name(host) for host in hosts]))
+        context.load_cert_chain(self.server_file(*hosts))
         return context
+
+    def server_file(self, *hosts: str) -> Path:
+        """The file of a server's certificate and key."""
+        return self._signed("server", [_name(host) for host in hosts])
 
     def client(self, spiffe_id: str) -> Path:
         """The file of a client's certificate and key."""

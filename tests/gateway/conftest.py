@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 import uvloop
 
+from ringfence.gateway.attempts import Blocked
 from ringfence.gateway.forwarding import Patiences
 from ringfence.gateway.limits import Allowance
 from ringfence.gateway.plane import DataPlane
@@ -43,6 +44,8 @@ class Place:
     gate: TableGate
     plane: DataPlane
     port: int
+    blocked: list[Blocked]
+    """What the plane refused by itself."""
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[Raw]:
@@ -70,8 +73,10 @@ async def placed(
 ) -> AsyncIterator[Place]:
     async with (target or Target()).serving() as serving:
         gate = TableGate({"api": Entry(f"http://127.0.0.1:{serving.port}", frozenset({"api.test"}))})
+        blocked: list[Blocked] = []
         plane = DataPlane(
             gate,
+            blocked=blocked.append,
             knows=gate.knows,
             hosts=gate.hosts,
             allowance=allowance or Allowance(),
@@ -80,7 +85,7 @@ async def placed(
         await plane.start()
         port = await plane.listen("127.0.0.1", 0, names=[NAME])
         try:
-            yield Place(serving, gate, plane, port)
+            yield Place(serving, gate, plane, port, blocked)
         finally:
             await plane.close()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+import ssl
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -59,6 +60,7 @@ class McpPlace:
     answers: list[ActionAnswered] = field(default_factory=list)
     agent: str = "bot"
     handle: str | None = None
+    plane: DataPlane | None = None
 
     # --- what of the core asks others ---
 
@@ -69,6 +71,9 @@ class McpPlace:
     @property
     def directory(self) -> Any:
         return self.place.ledger.directory
+
+    def lapsed(self) -> bool:
+        return False
 
     def stale(self) -> str | None:
         return None
@@ -97,11 +102,13 @@ class McpPlace:
         return httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(self.socket)), timeout=20)
 
     @contextlib.asynccontextmanager
-    async def session(self, **how: Any) -> AsyncIterator[ClientSession]:
-        """A session of the official client, initialized."""
+    async def session(
+        self, http: httpx.AsyncClient | None = None, url: str = URL, **how: Any
+    ) -> AsyncIterator[ClientSession]:
+        """A session of the official client, initialized; through the task's socket where no other way is given."""
         async with (
-            self.http() as http,
-            streamable_http_client(URL, http_client=http) as (read, write, _),
+            http or self.http() as http,
+            streamable_http_client(url, http_client=http) as (read, write, _),
             ClientSession(read, write, **how) as session,
         ):
             await session.initialize()
@@ -119,11 +126,17 @@ class McpPlace:
 
 
 @contextlib.asynccontextmanager
-async def mcp_placed(port: int, folder: Path, *leases: Any) -> AsyncIterator[McpPlace]:
-    """The gateway before what listens at `port`, with a lease of each of these permissions and no other."""
+async def mcp_placed(
+    port: int, folder: Path, *leases: Any, tls: ssl.SSLContext | None = None, observe: Collection[str] = ()
+) -> AsyncIterator[McpPlace]:
+    """The gateway before what listens at `port`, with a lease of each of these permissions and no other.
+
+    `tls`: what the target is verified by, where it speaks TLS, as `localhost`; `observe`: targets only observed.
+    """
     place = Place()
     place.table.revoke(place.lease.lease_id, 1)
-    backend = BackendSettings.model_validate({"kind": "jwt", "url": f"http://127.0.0.1:{port}"})
+    url = f"https://localhost:{port}" if tls is not None else f"http://127.0.0.1:{port}"
+    backend = BackendSettings.model_validate({"kind": "jwt", "url": url})
     verbs = (VerbFloor(verb="read"), VerbFloor(verb="deploy"))
     ledger = place.ledger
     found = McpPlace(place)
@@ -134,9 +147,9 @@ async def mcp_placed(port: int, folder: Path, *leases: Any) -> AsyncIterator[Mcp
     played = cast(Any, found)
     gate = DecisionGate(
         played, targets, played, played, played, played, played, ledger.clock,
-        gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
+        gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9, observe=observe,
     )  # fmt: skip
-    plane = DataPlane(gate, knows=targets.knows, answer=answer)
+    found.plane = plane = DataPlane(gate, knows=targets.knows, hosts=targets.hosts(), answer=answer, tls=tls)
     await plane.start()
     found.socket = folder / "task.sock"
     await plane.listen_for_task(found.socket, place.task)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import mcp.types as types
 import uvicorn
@@ -86,13 +87,19 @@ class McpServer:
 
 @contextlib.asynccontextmanager
 async def mcp_serving(
-    *, json_response: bool = False, stateless: bool = False, resumable: bool = False
+    *,
+    json_response: bool = False,
+    stateless: bool = False,
+    resumable: bool = False,
+    certificate: Path | None = None,
 ) -> AsyncIterator[McpServer]:
-    """The server at `/mcp`, until the end."""
+    """The server at `/mcp`, until the end. `certificate`: with its key, where it speaks TLS."""
     found = McpServer()
     made = found.made(json_response=json_response, stateless=stateless, resumable=resumable)
     app = made.streamable_http_app()
-    config = uvicorn.Config(_noting(app, found), port=0, log_level="error", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        _noting(app, found), port=0, log_level="error", timeout_graceful_shutdown=1, ssl_certfile=certificate
+    )
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
     while not server.started:

@@ -73,6 +73,10 @@ class TableGate:
         self.leases = {id: lease_of(id, number=at) for at, id in enumerate(self.targets, 1)}
         self.watching: dict[str, list[Callable[[], None]]] = {}
         self.keeps_records = True
+        self.stood_still = False
+        """Whether its view got too old, and nobody was told yet."""
+        self.at_once = 0
+        """How many were allowed without waiting."""
         self._states = {id: _state(id, entry) for id, entry in self.targets.items()}
         self._maps = {id: RequestMap(entry.rules) for id, entry in self.targets.items()}
 
@@ -105,6 +109,19 @@ class TableGate:
             self.records.append((presented, attempt, verdict))
         return verdict
 
+    def allowed_at_once(
+        self, presented: Presented, attempt: Attempt, admits: Admits
+    ) -> tuple[Verdict, Mapping[str, str]] | None:
+        verdict = self._decided(presented, attempt, lambda agent_id: None)
+        if not verdict.allowed or not self.credentials or verdict.target is None:
+            return None
+        if admits(presented.handle or "helper") is not None:
+            return None
+        if self.keeps_records:
+            self.records.append((presented, attempt, verdict))
+        self.at_once += 1
+        return verdict, self.targets[verdict.target.target_id].injected
+
     async def injected(self, verdict: Verdict) -> Mapping[str, str]:
         if not self.credentials:
             raise UnavailableError("the credential is not here yet; try again")
@@ -118,6 +135,9 @@ class TableGate:
         watching = self.watching.setdefault(lease_id, [])
         watching.append(ended)
         return lambda: watching.remove(ended)
+
+    def lapsed(self) -> bool:
+        return self.stood_still
 
     def end(self, target_id: str) -> None:
         for ended in list(self.watching.get(self.leases[target_id].lease_id, ())):

@@ -12,6 +12,7 @@ import pytest
 from ringfence.gateway.forwarding import Patiences
 from ringfence.gateway.limits import Allowance, Limits
 from ringfence.gateway.refusals import RefusedError
+from ringfence.gateway.stream import ExpiredError, Patience, Stream
 from tests.gateway.conftest import placed
 from tests.gateway.raw import Raw, connected, connected_unix
 from tests.gateway.target import OK, Reader, Target, Writer
@@ -195,6 +196,22 @@ async def test_those_who_send_nothing_or_slowly_do_not_stop_others() -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_what_comes_at_the_very_end_of_patience_is_no_way_around_it() -> None:
+    loop, stream = asyncio.get_running_loop(), Stream()
+    stream.deadline = loop.time()
+    waiting = asyncio.create_task(stream.more())
+    await asyncio.sleep(0)
+    stream.data_received(b"G")
+    stream.expire()  # who waited was just told of the byte
+    await waiting
+    patience = Patience(every_s=0.01)
+    patience.watch(stream)
+    patience.start()
+    with pytest.raises(ExpiredError):
+        await stream.more()
+    patience.stop()
+
+
 async def test_a_flood_of_connections_grows_nothing() -> None:
     async with placed(allowance=Allowance(connections_each=20)) as place:
         for _ in range(20):
@@ -236,4 +253,77 @@ async def test_many_requests_grow_neither_connections_nor_memory() -> None:
         assert after - before < 500
         assert len(psutil.Process().net_connections()) <= sockets
         assert place.plane.upstreams.open <= 8
+        assert place.gate.watching[place.gate.leases["api"].lease_id] == []
+
+
+async def test_trouble_grows_neither_files_nor_objects() -> None:
+    """Refused, malformed, broken off by the agent and by the target, cut, no TLS: whatever happens, nothing is left."""
+    upload = b"PUT /api/files/a HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: 99999\r\n\r\nx"
+    connect = b"CONNECT api.test:443 HTTP/1.1\r\nHost: api.test:443\r\n\r\n"
+
+    async def script(reader: Reader, writer: Writer) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b"/files/leaves" in head:
+            return
+        half = OK.replace(b"Content-Length: 2", b"Content-Length: 9") if b"/files/half" in head else OK
+        writer.write(half)
+        await reader.read(1)
+
+    allowance = Allowance(per_second_each=1e9, burst_each=10**9)
+    async with placed(Target(script=script), allowance=allowance) as place:
+        place.gate.keeps_records = False
+        process = psutil.Process()
+
+        async def trouble(number: int) -> None:
+            async with place.connected() as raw:
+                match number % 8:
+                    case 0:
+                        assert (await raw.ask(GET)).status == 200
+                    case 1:
+                        assert (await raw.ask(GET.replace(b"files", b"secrets"))).status == 403
+                    case 2:
+                        assert (await raw.ask(GET.replace(b"Host:", b"Host :"))).status == 400
+                    case 3:
+                        await raw.send(upload)
+                    case 4:
+                        await raw.send(GET.replace(b"/files/a", b"/files/half"))
+                        await raw.reader.readuntil(b"ok")
+                    case 5:
+                        assert (await raw.ask(GET.replace(b"/files/a", b"/files/leaves"))).status == 502
+                    case 6:
+                        await raw.send(connect)
+                        await raw.reader.readuntil(b"\r\n\r\n")
+                        await raw.send(b"no hello")
+                        await raw.ended()
+                    case _:
+                        await raw.send(GET.replace(b"/files/a", b"/files/half"))
+                        await raw.reader.readuntil(b"ok")
+                        place.gate.end("api")
+                        await raw.ended()
+
+        async def round_of_trouble() -> tuple[int, int]:
+            turn = asyncio.Semaphore(8)
+
+            async def one(number: int) -> None:
+                async with turn:
+                    await trouble(number)
+
+            await asyncio.gather(*(one(number) for number in range(400) if number % 8 != 7))
+            for _ in range(25):
+                await trouble(7)  # which ends everything that goes on under the lease
+            while place.plane.connections or place.plane.limits.connections:
+                await asyncio.sleep(0.01)
+            place.plane.upstreams.close()
+            while place.target.open:
+                await asyncio.sleep(0.01)
+            place.target.raw.clear()
+            place.blocked.clear()
+            gc.collect()
+            return process.num_fds(), len(gc.get_objects())
+
+        await round_of_trouble()
+        files, objects = await round_of_trouble()
+        later = [await round_of_trouble() for _ in range(3)][-1]
+        assert later[0] <= files
+        assert later[1] - objects < 500
         assert place.gate.watching[place.gate.leases["api"].lease_id] == []

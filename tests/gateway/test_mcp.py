@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import pytest_asyncio
 from mcp.shared.exceptions import McpError
 
+from tests.gateway.certificates import Certificates
 from tests.gateway.mcp_place import DEPLOYS, READS, TOKEN, URL, mcp_placed
 from tests.gateway.mcp_server import McpServer, mcp_serving
 from tests.gateway.target import Target
@@ -108,6 +110,49 @@ async def test_what_it_may_not_call_is_an_error_with_the_words_of_the_problem(
         assert not result.isError, "the session goes on"
     assert server.calls == ["get_issue a"]
     assert place.codes == [code]
+
+
+async def test_through_a_connect_it_is_the_same(tmp_path: Path) -> None:
+    certificates = Certificates(tmp_path)
+    async with (
+        mcp_serving(certificate=certificates.server_file("localhost")) as server,
+        mcp_placed(server.port, tmp_path, READS, tls=certificates.trusting()) as place,
+    ):
+        assert place.plane is not None
+        port = await place.plane.listen("127.0.0.1", 0, names=["gateway"])
+        trusting = ssl.create_default_context(cadata=place.plane.authority.certificate_pem)
+        http = httpx.AsyncClient(proxy=f"http://127.0.0.1:{port}", verify=trusting, timeout=20)
+        async with place.session(http, f"https://localhost:{server.port}/mcp") as session:
+            assert "push" not in {tool.name for tool in (await session.list_tools()).tools}
+            result = await session.call_tool("get_issue", {"repo": "a"})
+            assert (result.isError, result.content[0].text) == (False, "an issue of a")  # type: ignore[union-attr]
+            with pytest.raises(McpError) as refused:
+                await session.call_tool("push", {"repo": "a"})
+            assert refused.value.error.data is not None
+            assert refused.value.error.data["code"] == "beyond_lease"
+    assert server.calls == ["get_issue a"]
+    assert set(server.tokens) == {TOKEN}
+    assert place.codes == ["beyond_lease"]
+
+
+async def test_in_observe_mode_what_would_be_blocked_goes_on_with_the_agents_own(
+    server: McpServer, tmp_path: Path
+) -> None:
+    inherited = "Bearer of-all-of-them"
+    async with mcp_placed(server.port, tmp_path, READS, observe=("staging",)) as place:
+        http = place.http()
+        http.headers["Authorization"] = inherited
+        async with place.session(http) as session:
+            result = await session.call_tool("get_issue", {"repo": "a"})
+            assert not result.isError
+            result = await session.call_tool("push", {"repo": "a"})
+            assert not result.isError, "nobody noticed"
+    assert server.calls == ["get_issue a", "push a False"]
+    (observed,) = [event for event in place.events if event.observed]
+    assert (observed.allowed, observed.verb, observed.resource) == (False, "deploy", "env/a")
+    assert (observed.access, observed.reasons[0].code) == ("write", "beyond_lease")
+    assert server.tokens.count(inherited) == 1, "that one alone: all else went by the lease"
+    assert {event.access for event in place.events if event.resource == "env/a" and event.allowed} == {"read"}
 
 
 async def test_a_wider_lease_sees_and_calls_more(server: McpServer, tmp_path: Path) -> None:

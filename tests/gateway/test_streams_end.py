@@ -236,3 +236,72 @@ async def test_a_lease_that_ends_cuts_off_who_takes_nothing_as_well() -> None:
         await place.target.gone.wait()
         while place.plane.connections:
             await asyncio.sleep(0.01)
+
+
+# --- a gateway that stood still: its view is too old, and nobody was told yet -----------------------------------------
+
+
+@pytest.mark.parametrize("what", ["events", "socket"])
+async def test_what_came_while_it_stood_still_goes_nowhere(what: str) -> None:
+    go = asyncio.Event()
+
+    async def script(reader: Reader, writer: Writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = accepted() if what == "socket" else b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n"
+        writer.write(head + b"before")
+        await go.wait()
+        writer.write(b"after")
+        await reader.read()
+
+    async with placed(Target(script=script)) as place, place.connected() as raw:
+        await raw.send(OPENING if what == "socket" else GET)
+        await raw.reader.readuntil(b"before")
+        place.gate.stood_still = True
+        go.set()
+        assert await raw.ended()
+        await place.target.gone.wait()
+
+
+async def test_nor_does_what_the_agent_sent_meanwhile() -> None:
+    socket, head = Socket(), b"PUT /api/files/a HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: 99\r\n\r\n"
+    async with placed(Target(script=socket.script)) as place, place.connected() as raw:
+        await raw.send(OPENING)
+        await raw.reader.readuntil(b"\r\n\r\n")
+        await raw.send(b"before")
+        await raw.reader.readuntil(b"before")
+        place.gate.stood_still = True
+        await raw.send(b"after")
+        assert await raw.ended()
+    async with placed(Target()) as place, place.connected() as raw:
+        await raw.send(head + b"before")
+        while not place.target.raw or b"before" not in place.target.raw[0]:
+            await asyncio.sleep(0.01)
+        place.gate.stood_still = True
+        await raw.send(b"after")
+        assert (await raw.response()).status == 403
+        assert b"after" not in place.target.raw[0]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_nor_is_an_answer_that_waited(kept: bool) -> None:
+    """`kept`: on a connection to the target that was there already."""
+    go, asked = asyncio.Event(), 0
+
+    async def script(reader: Reader, writer: Writer) -> None:
+        nonlocal asked
+        while await reader.readuntil(b"\r\n\r\n"):
+            asked += 1
+            if asked > kept:
+                await go.wait()
+            writer.write(OK)
+
+    async with placed(Target(script=script)) as place, place.connected() as raw:
+        if kept:
+            assert (await raw.ask(GET)).status == 200
+        await raw.send(GET)
+        while asked <= kept:
+            await asyncio.sleep(0.01)
+        place.gate.stood_still = True
+        go.set()
+        response = await raw.response()
+        assert (response.status, b"lease_ended" in response.body) == (403, True)

@@ -69,10 +69,11 @@ def fetched() -> Path:
     return Path(done.stdout.strip())
 
 
-def _nginx() -> str:
-    found = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+def _installed(name: str) -> str:
+    """One that comes with the system. Raises StackError."""
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if found is None:
-        raise StackError("nginx is not installed: apt-get install nginx, or the like")
+        raise StackError(f"{name} is not installed: apt-get install {name}, or the like")
     return found
 
 
@@ -80,8 +81,15 @@ PROGRAMS: Mapping[str, Program] = {
     "nginx": Program(
         ("nginx.conf",),
         lambda folder: [
-            _nginx(), "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", "stderr", "-g", "daemon off;",
+            _installed("nginx"), "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", "stderr",
+            "-g", "daemon off;",
         ],
+        shows_body=False,
+        undecided=500, other_host=421, underscored=200, too_large=200,
+    ),
+    "haproxy": Program(
+        ("haproxy.cfg", "ringfence.lua"),
+        lambda folder: [_installed("haproxy"), "-db", "-f", str(folder / "haproxy.cfg")],
         shows_body=False,
         undecided=500, other_host=421, underscored=200, too_large=200,
     ),
@@ -123,6 +131,7 @@ def rendered(name: str, places: Places, port: int, folder: Path) -> None:
         "/etc/ringfence/gateway.key": str(places.certificate),
         "/etc/ringfence/target-ca.pem": str(places.authority),
         "/etc/ringfence/dynamic.yaml": str(folder / "dynamic.yaml"),
+        "/etc/ringfence/ringfence.lua": str(folder / "ringfence.lua"),
         "15s": places.patience,
         "/run/ringfence-nginx.pid": str(folder / "nginx.pid"),
     }

@@ -1,4 +1,4 @@
-"""nginx, Envoy, Caddy and Traefik as deploy/gateway configures them: what reaches the target, and what does not."""
+"""The programs as deploy/gateway configures them: what reaches the target, and what does not."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ async def test_without_a_decision_nothing_reaches_the_target(stage: Stage, name:
 
 
 # Traefik gives up by itself after 30 s, which no configuration changes.
-@pytest.mark.parametrize("name", ["nginx", "envoy", "caddy"])
+@pytest.mark.parametrize("name", ["nginx", "haproxy", "envoy", "caddy"])
 async def test_a_decision_that_never_comes_is_none(stage: Stage, name: str) -> None:
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()

@@ -212,3 +212,9 @@ def test_what_came_of_an_action_is_not_another_one() -> None:
     decided = {"unmapped": words}
     answered = {"unmapped": {"agent": "bot", "target": "repos", "answer": "tool_error"}}
     assert counted([decided, answered, decided]) == [{**words, "reason": None, "count": 2}]
+
+
+def test_an_event_that_tells_of_several_counts_as_many() -> None:
+    words = {"agent": None, "target": None, "outcome": "denied", "access": None, "label": None}
+    one = {"unmapped": words, "status_code": "malformed_http"}
+    assert counted([one, {**one, "count": 999}]) == [{**words, "reason": "malformed_http", "count": 1000}]

@@ -19,7 +19,7 @@ from ringfence.gateway.targets import Targets
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
-from ringfence.messages.registry import BackendSettings, McpRule, RequestRule
+from ringfence.messages.registry import AgentSuspend, BackendSettings, McpRule, RequestRule, VerbFloor
 from tests.unit.test_gateway_domain import Place
 
 RULES = (
@@ -67,7 +67,17 @@ class Parts:
             return reason
         return Sender("bot", self.place.task)
 
+    def at_hand(self, *asked: Any) -> Any:
+        """Of the identifier, or of the injector."""
+        if len(asked) == 1:
+            return None if asked[0].handle == "none" else Sender("bot", self.place.task)
+        self.equips()
+        return {"Authorization": "Bearer x"}
+
     # evaluator
+    def remembers(self, *args: Any, **kwargs: Any) -> bool:
+        return self.refuses is None
+
     async def answer(self, *args: Any, **kwargs: Any) -> Refusal | Ask | None:
         self.meanwhile()
         if isinstance(self.refuses, Exception):
@@ -106,6 +116,67 @@ async def test_what_is_allowed_goes_by_the_lease_that_is_injected(parts: Parts) 
     assert (event.action_id, event.allowed, event.label) == (verdict.action_id, True, "pr")
     assert event.latency_us is not None
     assert event.request_digest is not None
+
+
+def admits(agent_id: str) -> Reason | None:
+    return None
+
+
+async def test_what_is_allowed_at_once_is_what_would_be_decided(parts: Parts) -> None:
+    decided = await parts.gate.decide(Presented(), attempt(label="pr"))
+    allowed = parts.gate.allowed_at_once(Presented(), attempt(label="pr"), admits)
+    assert allowed is not None
+    verdict, injected = allowed
+    assert dataclasses.replace(verdict, action_id=decided.action_id) == decided
+    assert injected == await parts.gate.injected(verdict) == {"Authorization": "Bearer x"}
+    one, other = (event.model_dump(exclude={"action_id", "latency_us"}) for event in parts.events)
+    assert one == other
+    assert parts.events[1].action_id == verdict.action_id
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda parts: setattr(parts, "problem", "old"),
+        lambda parts: setattr(parts, "refuses", refused("policy_denied", "no")),
+        lambda parts: setattr(parts, "full", True),
+        lambda parts: parts.table.revoke(parts.place.lease.lease_id, parts.place.ledger.clock.ms),
+        lambda parts: setattr(
+            parts,
+            "equips",
+            lambda: parts.table.revoke(parts.place.lease.lease_id, parts.place.ledger.clock.ms),
+        ),
+        lambda parts: parts.place.ledger.give(
+            parts.place.ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="r")
+        ),
+        lambda parts: setattr(parts.place.ledger.clock, "ms", parts.place.lease.deadline * 1000),
+    ],
+)
+async def test_what_is_in_doubt_is_not_allowed_at_once(
+    parts: Parts, change: Callable[[Parts], object]
+) -> None:
+    assert parts.gate.allowed_at_once(Presented(), attempt(), admits) is not None
+    change(parts)
+    assert parts.gate.allowed_at_once(Presented(), attempt(), admits) is None
+    assert len(parts.events) == 1, "nothing was decided"
+    assert not (await parts.gate.decide(Presented(), attempt())).allowed
+
+
+async def test_nothing_but_what_is_allowed_is_decided_at_once(parts: Parts) -> None:
+    def full(agent_id: str) -> Reason:
+        return Reason(code="too_many_requests", message="wait")
+
+    def broken() -> None:
+        raise UnavailableError("the issuer has none")
+
+    assert parts.gate.allowed_at_once(Presented(handle="none"), attempt(), admits) is None
+    assert parts.gate.allowed_at_once(Presented(), attempt(method="PUT"), admits) is None
+    assert parts.gate.allowed_at_once(Presented(), attempt(authority="other.example"), admits) is None
+    assert parts.gate.allowed_at_once(Presented(), attempt(method="POST", target="/r"), admits) is None
+    assert parts.gate.allowed_at_once(Presented(), attempt(), full) is None
+    parts.equips = broken
+    assert parts.gate.allowed_at_once(Presented(), attempt(), admits) is None
+    assert parts.events == []
 
 
 async def test_a_cut_while_the_bundle_is_asked_overtakes_the_answer(parts: Parts) -> None:
@@ -281,6 +352,48 @@ async def test_where_it_goes_is_the_targets_own_word(parts: Parts) -> None:
     assert parts.gate.upstream(target) == "https://hub.example"
     with pytest.raises(UnavailableError, match="--setting url"):
         parts.gate.upstream(parts.place.target("other"))
+
+
+async def test_what_cannot_be_sent_anywhere_is_not_recorded_as_allowed(parts: Parts) -> None:
+    ledger = parts.place.ledger
+    ledger.give(ledger.target_set("olga", "staging", requests=RULES))
+    by_id = attempt(authority=None, target_id="staging", sent_by_gateway=True)
+    verdict = await parts.gate.decide(Presented(), by_id)
+    assert (verdict.allowed, verdict.status, verdict.reasons[0].code) == (False, 503, "target_nowhere")
+    assert "--setting url" in verdict.reasons[0].message
+    verdict = await parts.gate.decide(Presented(), dataclasses.replace(by_id, sent_by_gateway=False))
+    assert verdict.allowed, "a proxy knows where its target is"
+    assert [event.allowed for event in parts.events] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("message", "access"),
+    [
+        ('"id": 1, "method": "tools/list"', "read"),
+        ('"method": "notifications/initialized"', "read"),
+        ('"id": 1, "method": "tools/call", "params": {"name": "look"}', "read"),
+        ('"id": 1, "method": "tools/call", "params": {"name": "drop"}', "write"),
+        ('"id": 1, "method": "tools/call", "params": {"name": "unknown"}', "write"),
+        ('"id": 1, "method": "logging/setLevel", "params": {"level": "info"}', "write"),
+        ('"id": 1, "result": {}', "write"),
+        ('"id": 1', "write"),
+    ],
+)
+async def test_a_message_is_a_read_where_it_or_the_map_says_so(
+    parts: Parts, message: str, access: str
+) -> None:
+    ledger = parts.place.ledger
+    backend = BackendSettings.model_validate({"kind": "jwt", "url": "https://hub.example"})
+    rules = [
+        RequestRule(method="MCP", path="/mcp", mcp=McpRule(method=method, name=name), verb=verb, resource="a")
+        for method, name, verb in (("tools/call", "look", "read"), ("tools/call", "drop", "drop"))
+    ]
+    verbs = (VerbFloor(verb="read"), VerbFloor(verb="drop"))
+    ledger.give(ledger.target_set("olga", "staging", backend=backend, verbs=verbs, requests=tuple(rules)))
+    body = f'{{"jsonrpc": "2.0", {message}}}'.encode()
+    carried = Carried(media="application/json")
+    await parts.gate.decide(Presented(), attempt("POST", "/mcp", body=body, carried=carried))
+    assert [event.access for event in parts.events] == [access]
 
 
 async def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None:

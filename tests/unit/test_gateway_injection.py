@@ -229,3 +229,19 @@ def test_no_secret_is_in_what_is_shown_of_it(memory: Memory) -> None:
     memory.comes(memory.envelope(memory.delivery()))
     assert "secret-1" not in repr(memory.sealed)
     assert "secret-1" not in repr(lease)
+
+
+async def test_what_is_at_hand_needs_nobody(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    injector, hub = _injector(memory), _target("http", url="https://hub.example")
+    assert injector.at_hand(memory.lease, _target()) is None  # the issuer would have to be asked
+    memory.comes(memory.envelope(memory.delivery()))
+    assert injector.at_hand(memory.lease, _target()) == {"Authorization": "Bearer secret-1"}
+    with pytest.raises(UnavailableError):
+        injector.at_hand(memory.lease, hub)
+    static = memory.lease.model_copy(update={"backend": "http"})
+    for secret in ("first", "second"):
+        monkeypatch.setenv("HUB_SECRET", secret)
+        assert injector.at_hand(static, hub) == {"Authorization": f"Bearer {secret}"}
+    memory.clock.ms = memory.lease.deadline * 1000
+    with pytest.raises(UnavailableError):
+        injector.at_hand(memory.lease, _target())

@@ -107,6 +107,8 @@ def acted(
         own["resources"] = [{"name": claims.resource}]
     if claims.method in _HTTP_METHODS:
         own["http_request"] = {"http_method": claims.method}
+    if claims.count is not None:
+        own["count"] = claims.count
     return event(
         record,
         _kind(claims),
@@ -201,6 +203,8 @@ def _message(claims: ActionDecided) -> str:
     if claims.allowed:
         return f"{who} did {what}{where}"
     why = scrubbed("; ".join(reason.message for reason in claims.reasons)) or "it was not allowed"
+    if claims.count is not None and claims.count > 1:
+        what = f"{claims.count} requests"
     if claims.observed:
         return f"{who} did {what}{where}, which would have been blocked: {why}"
     return f"{who} was kept from {what}{where}: {why}"

@@ -14,9 +14,12 @@ def counted(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """`[{agent, target, outcome, access, reason, label, count}]` of API Activity events, in the order of their firsts.
 
     `reason` is the code of the first one: an action that several things stand against counts once. So does one of which
-    is told what came of it, too.
+    is told what came of it, too. An event that tells of several counts as many.
     """
-    counts = Counter(_common(event) for event in events if "answer" not in event["unmapped"])
+    counts: Counter[tuple[str | None, ...]] = Counter()
+    for event in events:
+        if "answer" not in event["unmapped"]:
+            counts[_common(event)] += int(event.get("count", 1))
     return [{**dict(zip(BY, common, strict=True)), "count": count} for common, count in counts.items()]
 
 

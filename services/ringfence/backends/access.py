@@ -77,6 +77,12 @@ class TargetAccess:
         kind, _, where = self._places[target_id].partition(":")
         return await self._sources[kind].read(where, f"the rights at target {target_id}")
 
+    def at_hand(self, target_id: str) -> str | None:
+        """The same where nobody has to be asked; else None. Raises AccessError."""
+        self.check(target_id)
+        kind, _, where = self._places[target_id].partition(":")
+        return self._sources[kind].at_hand(where, f"the rights at target {target_id}")
+
     async def close(self) -> None:
         """Let go of connections."""
         for source in self._sources.values():

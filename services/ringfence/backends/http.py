@@ -109,6 +109,8 @@ class StaticSecrets:
     def __init__(self, access: TargetAccess) -> None:
         """`access`: the gateway's own; of its `RINGFENCE_BACKENDS_ACCESS` each place holds a secret, not a URL."""
         self._access = access
+        self._settings: dict[str, tuple[TargetState, HttpSettings]] = {}
+        """By target: what its record says, as long as it is the same one."""
 
     async def headers(self, target: TargetState) -> dict[str, str]:
         """The headers that carry the secret that is there now. None of the agent's of these names may stay.
@@ -116,19 +118,30 @@ class StaticSecrets:
         Raises TargetSettingsError where the target's record is wrong, AccessError where there is no secret, or one
         that cannot stand in a header; neither quotes it.
         """
-        settings = settings_of(target, HttpSettings)
-        secret = await self._access.read(target.target_id)
-        if settings.auth == "basic":
-            pair = base64.b64encode(f"{settings.username}:{secret}".encode()).decode("ascii")
-            return {"Authorization": f"Basic {pair}"}
-        if not _SENDABLE.fullmatch(secret):
-            raise AccessError(
-                f"the secret of target {target.target_id} has characters that no header may have"
-            )
-        if settings.header is not None:
-            return {settings.header: f"{settings.scheme} {secret}" if settings.scheme else secret}
-        return {"Authorization": f"{settings.scheme or 'Bearer'} {secret}"}
+        return _headers(target, self._settings_of(target), await self._access.read(target.target_id))
+
+    def headers_at_hand(self, target: TargetState) -> dict[str, str] | None:
+        """The same where nobody has to be asked for the secret; else None. Raises as `headers` does."""
+        settings, secret = self._settings_of(target), self._access.at_hand(target.target_id)
+        return _headers(target, settings, secret) if secret is not None else None
 
     async def close(self) -> None:
         """Let go of connections."""
         await self._access.close()
+
+    def _settings_of(self, target: TargetState) -> HttpSettings:
+        known = self._settings.get(target.target_id)
+        if known is None or known[0] is not target:
+            known = self._settings[target.target_id] = target, settings_of(target, HttpSettings)
+        return known[1]
+
+
+def _headers(target: TargetState, settings: HttpSettings, secret: str) -> dict[str, str]:
+    if settings.auth == "basic":
+        pair = base64.b64encode(f"{settings.username}:{secret}".encode()).decode("ascii")
+        return {"Authorization": f"Basic {pair}"}
+    if not _SENDABLE.fullmatch(secret):
+        raise AccessError(f"the secret of target {target.target_id} has characters that no header may have")
+    if settings.header is not None:
+        return {settings.header: f"{settings.scheme} {secret}" if settings.scheme else secret}
+    return {"Authorization": f"{settings.scheme or 'Bearer'} {secret}"}

@@ -31,6 +31,10 @@ class SecretSource(Protocol):
         """The secret that is there now; `what` it is, for messages. Raises AccessError."""
         ...
 
+    def at_hand(self, where: str, what: str) -> str | None:
+        """The same where nobody has to be asked; else None. Raises AccessError."""
+        ...
+
     async def close(self) -> None:
         """Let go of connections."""
         ...
@@ -44,6 +48,10 @@ class LocalSource:
 
     async def read(self, where: str, what: str) -> str:
         """What the variable or the file of this name holds. Raises AccessError."""
+        return self.at_hand(where, what)
+
+    def at_hand(self, where: str, what: str) -> str:
+        """See `SecretSource`."""
         try:
             return read_place(f"{self._kind}:{where}", what)
         except PlaceError as error:
@@ -82,12 +90,17 @@ class VaultSource:
 
     async def read(self, where: str, what: str) -> str:
         """The field of the newest version. Raises AccessError."""
-        at, value = self._kept.get(where, (0.0, ""))
-        if value and self._seconds() - at < KEPT_S:
-            return value
+        kept = self.at_hand(where, what)
+        if kept is not None:
+            return kept
         value = await self._asked(where, await self._token.read(self._token_file, "Vault's token"))
         self._kept[where] = (self._seconds(), value)
         return value
+
+    def at_hand(self, where: str, what: str) -> str | None:
+        """What was read lately."""
+        at, value = self._kept.get(where, (0.0, ""))
+        return value if value and self._seconds() - at < KEPT_S else None
 
     async def close(self) -> None:
         """Disconnect."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import secrets
@@ -140,9 +141,8 @@ class ProofChecker:
             raise ProofError(f"a proof is no longer than {MAX_PROOF_BYTES} bytes")
         try:
             head, body, tail = proof.split(".")
-            header, claims = orjson.loads(b64decode(head)), orjson.loads(b64decode(body))
-            signature = b64decode(tail)
-            key = _key_of(header)
+            claims, signature = orjson.loads(b64decode(body)), b64decode(tail)
+            key = _key_in(head)
         except (ValueError, TypeError, KeyError):
             raise ProofError(
                 f"not a proof: a JWT with typ {PROOF_TYPE}, alg {' or '.join(PROOF_ALGORITHMS)} and a public jwk"
@@ -155,7 +155,7 @@ class ProofChecker:
 
     def _about(self, claims: dict[str, Any], method: str, url: str, access_token: str) -> None:
         try:
-            same = target_uri(str(claims.get("htu"))) == target_uri(url)
+            same = _target_uri(str(claims.get("htu"))) == _target_uri(url)
         except ValueError:
             same = False
         if not same or claims.get("htm") != method.upper():
@@ -167,8 +167,17 @@ class ProofChecker:
         return self._clock.now_ms() // 1000
 
 
-def _key_of(header: Any) -> PublicKey:
-    """Raises ValueError, TypeError, KeyError where the header is none of a proof."""
+_target_uri = functools.lru_cache(maxsize=1024)(target_uri)
+"""A proof names the URL as the request does, and agents ask for the same again."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _key_in(head: str) -> PublicKey:
+    """The key in a proof's header, as it was sent: an agent's proofs all have the same one.
+
+    Raises ValueError, TypeError, KeyError where the header is none of a proof.
+    """
+    header = orjson.loads(b64decode(head))
     if header["typ"] != PROOF_TYPE or "crit" in header:
         raise ValueError("typ")
     jwk = header["jwk"]

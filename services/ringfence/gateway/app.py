@@ -31,7 +31,7 @@ def build(
         host, port = host_and_port(own.authz)
         readers = {authz_forward.PREFIX: authz_forward.read, authz_envoy.PREFIX: authz_envoy.read}
         server = HttpServer(
-            ProxyAuth(core.gate, readers),
+            ProxyAuth(core.gate, readers, core.blocked.add),
             host,
             port,
             setting="RINGFENCE_GATEWAY_AUTHZ",

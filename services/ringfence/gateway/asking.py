@@ -15,6 +15,8 @@ from ringfence.gateway.refusals import RefusedError
 from ringfence.gateway.wire import RequestHead
 
 _READ_OF_MCP: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})
+_OF_MCP: Final = frozenset({b"content-type", b"content-encoding", b"mcp-session-id", b"last-event-id"})
+_NOTHING: Final = Carried()
 _SCHEMES: Final[tuple[Scheme, ...]] = ("http", "https")
 
 
@@ -67,24 +69,30 @@ def asked(request: RequestHead, way: Way, knows: Callable[[str], bool]) -> tuple
         target_id=target_id,
         label=label.decode("latin-1") if label else None,
         carried=_carried(request),
+        sent_by_gateway=True,
     )
 
 
 def _carried(request: RequestHead) -> Carried:
     """What the head says of a message of MCP."""
+    known = request.known
+    others = [
+        (name, line) for name, line in request.fields if name[:4] == b"mcp-" and name not in _READ_OF_MCP
+    ]
+    if not others and _OF_MCP.isdisjoint(known):
+        return _NOTHING
     media, coding, session = (
-        value.decode("latin-1") if (value := request.known.get(name)) is not None else None
+        value.decode("latin-1") if (value := known.get(name)) is not None else None
         for name in (b"content-type", b"content-encoding", b"mcp-session-id")
     )
     return Carried(
         media,
         coding.lower() if coding is not None else None,
         session,
-        b"last-event-id" in request.known,
+        b"last-event-id" in known,
         tuple(
             (name.decode("latin-1"), line.partition(b":")[2].strip(b" \t").decode("latin-1"))
-            for name, line in request.fields
-            if name.startswith(b"mcp-") and name not in _READ_OF_MCP
+            for name, line in others
         ),
     )
 

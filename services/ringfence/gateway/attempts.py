@@ -75,6 +75,21 @@ class Attempt:
     """What the sender's tooling says about where the request came from, for the report alone."""
     carried: Carried | None = None
     """None from data planes that do not show the answers of targets: MCP is not spoken through these."""
+    sent_by_gateway: bool = False
+    """Whether it is the gateway that sends it on: then it has to know where to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """What a data plane refuses by itself, before anything can be decided: it cannot be read, or there is too much."""
+
+    code: str
+    message: str
+    presented: Presented = Presented()
+    """The connection that it came through."""
+    attempt: Attempt | None = None
+    """What it asked for, as far as that could be read."""
+    method: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +158,9 @@ class Verdict:
     """The core's own: planes ask `Gate.injected`."""
 
 
+Blocks = Callable[[Blocked], None]
+"""Told of each that is blocked so, before its sender is. Never raises."""
+
 Admits = Callable[[str], Reason | None]
 """Asked with the agent, once it is known who sends a request and before anything else is decided: why it may not have
 one more now, or None."""
@@ -182,6 +200,15 @@ class Gate(Protocol):
         """
         ...
 
+    def allowed_at_once(
+        self, presented: Presented, attempt: Attempt, admits: Admits
+    ) -> tuple[Verdict, Mapping[str, str]] | None:
+        """The verdict, recorded, and what it injects, where it is `allowed` and nothing has to be waited for.
+
+        None for everything else, whatever `decide` would say: that is to be asked then.
+        """
+        ...
+
     async def injected(self, verdict: Verdict) -> Mapping[str, str]:
         """The headers that carry the credential of the lease that decided.
 
@@ -197,5 +224,12 @@ class Gate(Protocol):
         """Call `ended` once when the lease may be used no more: cut, past its deadline, or the gateway's view stale.
 
         At once where that is so already. Returns what unsubscribes.
+        """
+        ...
+
+    def lapsed(self) -> bool:
+        """Whether this process stood still for so long that its view is too old, and nobody was told yet.
+
+        What came meanwhile waits in its sockets: ask before it goes on. It costs next to nothing.
         """
         ...

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ringfence.gateway.attempts import Attempt, Gate, Presented, Verdict
+from ringfence.gateway.attempts import Attempt, Blocked, Blocks, Gate, Presented, Verdict
 from ringfence.gateway.observing import own_headers
 from ringfence.gateway.problem import MEDIA_TYPE, headers, problem
 from ringfence.kernel.errors import UnavailableError
@@ -37,6 +37,7 @@ PROBLEM: Final = "X-Ringfence-Problem"
 _MAX_PROBLEM_CHARS: Final = 2048
 """nginx takes 4 KiB for the whole head of an answer."""
 _CAN_BE_LEFT_OUT: Final = ("reasons", "ask", "permission", "detail")
+_INVALID: Final = "question_invalid"
 _UNCERTAIN: Final = (
     "the question does not say for certain which request it is about: a proxy says each thing once"
 )
@@ -49,10 +50,11 @@ Read = Callable[[Request], Awaitable[tuple[Presented, Attempt] | None]]
 class ProxyAuth:
     """The ASGI application that proxies ask. It listens on a port of its own, which they alone may reach."""
 
-    def __init__(self, gate: Gate, readers: Mapping[str, Read]) -> None:
-        """`readers`: by the path that questions begin with, who reads them."""
+    def __init__(self, gate: Gate, readers: Mapping[str, Read], blocked: Blocks = lambda _: None) -> None:
+        """`readers`: by the path that questions begin with, who reads them; `blocked`: told of what is not decided."""
         self._gate = gate
         self._readers = readers
+        self._blocked = blocked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One question."""
@@ -72,6 +74,7 @@ class ProxyAuth:
             return _said(f"ask {' or '.join(self._readers)}")
         asked = await read(request)
         if asked is None:
+            self._blocked(Blocked(_INVALID, _UNCERTAIN))
             return _said(_UNCERTAIN)
         verdict = await self._gate.decide(*asked)
         if verdict.observed and verdict.target is not None:
@@ -135,9 +138,10 @@ def _as_it_came(request: Request, presented: Presented, target: TargetState) -> 
 
 def _said(text: str) -> Response:
     """Nothing was decided."""
-    code = "question_invalid"
-    details = {"type": f"urn:ringfence:problem:{code}", "title": "Forbidden", "status": 403}
-    return _refusal(403, {**details, "code": code, "detail": text}, {"Content-Type": MEDIA_TYPE, **_NO_STORE})
+    details = {"type": f"urn:ringfence:problem:{_INVALID}", "title": "Forbidden", "status": 403}
+    return _refusal(
+        403, {**details, "code": _INVALID, "detail": text}, {"Content-Type": MEDIA_TYPE, **_NO_STORE}
+    )
 
 
 def _refusal(status: int, details: dict[str, Any], headers: dict[str, str]) -> Response:

@@ -11,6 +11,7 @@ from ringfence.backends.declared import Declared
 from ringfence.backends.http import StaticSecrets
 from ringfence.client.proofs import Nonces, ProofChecker
 from ringfence.gateway.approving import Approvals
+from ringfence.gateway.blocking import BlockedRequests
 from ringfence.gateway.evaluating import Evaluator
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.identifying import Identifier
@@ -47,6 +48,7 @@ class Core:
     gate: DecisionGate
     view: View
     targets: Targets
+    blocked: BlockedRequests
 
 
 def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> Core:
@@ -68,6 +70,10 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     secrets = StaticSecrets(TargetAccess.of(load(BackendSettings)))
     injector = Injector(view.table, sealed, secrets)
     recorder = _recorder(runtime, settings, own)
+    blocked = BlockedRequests(
+        recorder, view.directory, targets, clock,
+        gateway=runtime.key.id, trust_domain=settings.trust_domain,
+    )  # fmt: skip
     approvals = Approvals(
         runtime, view.directory, view.table,
         Questions(each=own.agent_pending_approvals, all=own.pending_approvals),
@@ -88,12 +94,15 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     runtime.history([APPROVAL_RESPONSE], approvals.on_records, since_ms=max(clock.now_ms(), 1))
     if own.observe:
         _observe_aloud(runtime, own)
+    runtime.background("blocked requests", blocked.run)
     runtime.on_start(engine.start)
+    runtime.on_stop(blocked.close)
+    runtime.on_stop(recorder.close)
     runtime.on_stop(engine.close)
     runtime.on_stop(sealed.close)
     runtime.on_stop(secrets.close)
     runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
-    return Core(gate, view, targets)
+    return Core(gate, view, targets, blocked)
 
 
 def _observe_aloud(runtime: Runtime, own: GatewaySettings) -> None:
@@ -115,7 +124,6 @@ def _recorder(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings)
     recorder = Recorder(Spool(folder, max_bytes=own.spool_max_bytes), runtime.publisher)
     runtime.background("actions", recorder.publish)
     runtime.background("spool", recorder.sync)
-    runtime.on_stop(recorder.close)
     return recorder
 
 

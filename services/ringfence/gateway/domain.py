@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
@@ -28,6 +28,7 @@ INJECTABLE: Final = frozenset({"http", "jwt"})
 """The kinds of credentials that go into the header of a request."""
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 """Those that are defined as essentially read-only (RFC 9110, 9.2.1)."""
+Access = Literal["read", "write"]
 UNREADABLE: Final = 400
 UNAUTHORIZED: Final = 401
 FORBIDDEN: Final = 403
@@ -84,6 +85,11 @@ class Leases(Protocol):
     def usable(self, agent_id: str, task_id: str | None, target_id: str) -> list[Lease]: ...
 
     def problem(self, lease: Lease) -> Reason | None: ...
+
+
+def access_of(method: str) -> Access:
+    """Whether a method only reads, as far as HTTP says."""
+    return "read" if method in SAFE_METHODS else "write"
 
 
 def refused(

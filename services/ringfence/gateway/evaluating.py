@@ -36,6 +36,10 @@ class Evaluator:
         self._remembered: OrderedDict[_Key, int] = OrderedDict()
         """Until when, in ms, each was allowed."""
 
+    def remembers(self, chosen: Chosen, action: Action, *, reads: bool, now_ms: int) -> bool:
+        """Whether an answer that still holds allows it."""
+        return self._remembered.get(self._key(chosen, action, reads=reads), 0) > now_ms
+
     async def answer(
         self,
         chosen: Chosen,

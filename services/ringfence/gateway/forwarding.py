@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, NoReturn
@@ -32,8 +33,16 @@ from ringfence.gateway.refusals import RefusedError
 from ringfence.gateway.stream import ExpiredError, GoneError, Stream
 from ringfence.gateway.upstream import Upstreams
 from ringfence.gateway.websockets import accepts, asks_for_websocket, tunnel
-from ringfence.gateway.wire import RequestHead, ResponseHead, cut_head, parse_response
+from ringfence.gateway.wire import (
+    END,
+    MAX_HEAD_BYTES,
+    RequestHead,
+    ResponseHead,
+    cut_head,
+    parse_response,
+)
 from ringfence.kernel.errors import RingfenceError, UnavailableError
+from ringfence.messages.registry import TargetState
 
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """What may be sent again where a connection that was kept turns out to be closed (RFC 9110, 9.2.2)."""
@@ -78,6 +87,10 @@ def _as_it_came(verdict: Verdict) -> bool:
     return not verdict.allowed and verdict.observed and verdict.target is not None
 
 
+def _never() -> bool:
+    return False  # it goes by no lease
+
+
 class Forwarder:
     """Takes requests that go on to their targets."""
 
@@ -93,13 +106,59 @@ class Forwarder:
         client does not do its part.
         """
         injected, origin = await self._prepared(asked.verdict)
-        exchange = _Exchange(client, asked, injected, origin, self._patiences)
-        unsubscribe = self._on_end(asked.verdict, exchange.lease_ended)
+        lapsed = _never if _as_it_came(asked.verdict) else self._gate.lapsed
+        exchange = Exchange(client, asked, injected, origin, self._patiences, lapsed)
+        exchange.unsubscribe = self._on_end(asked.verdict, exchange.lease_ended)
         try:
-            return await self._exchange(exchange, origin)
+            return await self._exchange(exchange, *await self._upstreams.take(origin))
         finally:
-            unsubscribe()
             exchange.finish()
+
+    def begin(self, client: Stream, asked: Asked, injected: Mapping[str, str]) -> Exchange | None:
+        """Send an allowed request without waiting for anything. None where no connection to its target idles.
+
+        Whoever gets the exchange looks after its answer, or hands it to `go_on`; and calls its `finish`.
+        """
+        verdict = asked.verdict
+        if verdict.target is None or verdict.lease is None:
+            return None
+        origin = self._origin(verdict.target)
+        upstream = self._upstreams.idling(origin) if origin is not None else None
+        if origin is None or upstream is None:
+            return None
+        exchange = Exchange(client, asked, injected, origin, self._patiences, self._gate.lapsed)
+        exchange.unsubscribe = self._gate.on_end(verdict.lease.lease_id, exchange.lease_ended)
+        try:
+            exchange.begin(upstream)
+        except RefusedError:
+            exchange.finish()
+            upstream.abort()
+            return None
+        return exchange
+
+    async def go_on(self, exchange: Exchange) -> bool:
+        """Wait for the answer to a request that was sent by `begin`. See `forward`."""
+        assert exchange.upstream is not None, "it was begun"
+        try:
+            return await self._exchange(exchange, exchange.upstream, reused=True, begun=True)
+        finally:
+            exchange.finish()
+
+    def end(self, exchange: Exchange, *, clean: bool) -> None:
+        """The answer to what was sent by `begin` is complete."""
+        upstream = exchange.upstream
+        assert upstream is not None, "it was begun"
+        exchange.finish()
+        if clean:
+            self._upstreams.give_back(exchange.origin, upstream)
+        else:
+            exchange.drop()
+
+    def _origin(self, target: TargetState) -> Origin | None:
+        try:
+            return origin_of(self._gate.upstream(target))
+        except (RefusedError, UnavailableError):
+            return None
 
     async def _prepared(self, verdict: Verdict) -> tuple[Mapping[str, str] | None, Origin]:
         """What to inject, None where the request goes on as it came; and where to."""
@@ -114,19 +173,23 @@ class Forwarder:
 
     def _on_end(self, verdict: Verdict, ended: Callable[[], None]) -> Callable[[], None]:
         if verdict.lease is None or _as_it_came(verdict):
-            return lambda: None  # it goes by no lease
+            return _nothing  # it goes by no lease
         return self._gate.on_end(verdict.lease.lease_id, ended)
 
-    async def _exchange(self, exchange: _Exchange, origin: Origin) -> bool:
-        upstream, reused = await self._upstreams.take(origin)
+    async def _exchange(
+        self, exchange: Exchange, upstream: Stream, reused: bool, *, begun: bool = False
+    ) -> bool:
         while True:
             try:
-                response = await exchange.ask(upstream)
+                if not begun:
+                    exchange.begin(upstream)
+                response = await exchange.final(upstream)
             except _StaleError:
                 upstream.abort()
                 if not reused or not exchange.can_repeat:
                     raise RefusedError(502, "target_gone", "the target closed the connection") from None
-                upstream, reused = await self._upstreams.take(origin, fresh=True)
+                upstream, reused = await self._upstreams.take(exchange.origin, fresh=True)
+                begun = False
                 continue
             except BaseException:
                 upstream.abort()
@@ -137,7 +200,7 @@ class Forwarder:
                 upstream.abort()
                 raise
             if keep_upstream:
-                self._upstreams.give_back(origin, upstream)
+                self._upstreams.give_back(exchange.origin, upstream)
             else:
                 upstream.abort()
             return keep_client
@@ -147,8 +210,14 @@ class _StaleError(RingfenceError):
     """The target closed the connection before it said anything."""
 
 
-class _Exchange:
+class Exchange:
     """One request and its response."""
+
+    __slots__ = (
+        "_answering", "_answers", "_asked", "_client", "_head", "_in_chunks", "_injects", "_lapsed", "_needles",
+        "_patiences", "_refused", "_repeatable", "_upgrade", "_uploading", "_whole", "origin",
+        "unsubscribe", "upstream",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -157,21 +226,26 @@ class _Exchange:
         injected: Mapping[str, str] | None,
         origin: Origin,
         patiences: Patiences,
+        lapsed: Callable[[], bool],
     ) -> None:
+        self.origin = origin
+        self.upstream: Stream | None = None
+        """Where it was sent last."""
+        self.unsubscribe: Callable[[], None] = _nothing
+        """From the end of the lease."""
         self._client = client
         self._asked = asked
         self._patiences = patiences
+        self._lapsed = lapsed
         self._injects = injected is not None
         self._needles = needles_of(tuple(injected.values())) if injected is not None else ()
-        self._upstream: Stream | None = None
         self._uploading: asyncio.Task[None] | None = None
         self._refused: RefusedError | None = None
         self._answering = False
-        self._now = asyncio.get_running_loop().time
         self._answers = Answers(asked.verdict.mcp) if asked.verdict.mcp is not None else None
         self._upgrade = self._answers is None and asks_for_websocket(asked.head)
         self._whole = whole = asked.read if asked.body.done else None
-        self._repeatable = asked.head.method in _REPEATABLE and asked.body.done
+        self._repeatable = asked.head.method in _REPEATABLE and asked.body.done and not asked.read
         chunked = asked.head.chunked
         self._in_chunks = chunked and whole is None
         length = len(whole) if whole is not None and (chunked or whole) else asked.head.length
@@ -186,34 +260,51 @@ class _Exchange:
 
     @property
     def can_repeat(self) -> bool:
-        """Whether the same request may be sent again, and could be: nothing of its body is gone."""
+        """Whether the same request may be sent again: it is safe, and has no body."""
         return self._repeatable
 
     def lease_ended(self) -> None:
         """Nothing goes on under this lease any more, in neither direction."""
         self._drop(RefusedError(403, "lease_ended", "the lease that allowed this has ended"))
 
+    def _look(self) -> None:
+        """What came while this process stood still goes nowhere. Raises RefusedError."""
+        if self._refused is None and self._lapsed():
+            self.lease_ended()
+        if self._refused is not None:
+            raise self._refused
+
+    def drop(self) -> None:
+        """Nothing of it goes on, and nobody waits for it."""
+        if self.upstream is not None:
+            self.upstream.taker = self.upstream.on_gone = None
+            self.upstream.abort()
+
     def finish(self) -> None:
         """Leave nothing behind."""
+        self.unsubscribe()
         self._client.on_gone = None
         if self._uploading is not None:
             self._uploading.cancel()
         if self._answers is not None:
             self._answers.ended()
 
-    async def ask(self, upstream: Stream) -> ResponseHead:
-        """Send the request; the head of the response, which is final or opens a WebSocket.
-
-        Raises _StaleError where the target closed the connection before it said anything, RefusedError for everything
-        else that is wrong with it.
-        """
-        self._upstream = upstream
-        if self._refused is not None:
-            raise self._refused
+    def begin(self, upstream: Stream) -> None:
+        """Send the request. Raises RefusedError where the lease has ended, GoneError where the client left."""
+        self.upstream = upstream
+        self._look()
         if not self._client.alive:
             raise GoneError("the client left")
         self._client.on_gone = self._client_left
         self._send(upstream)
+
+    async def final(self, upstream: Stream) -> ResponseHead:
+        """The head of the response, which is final or opens a WebSocket.
+
+        Raises _StaleError where the target closed the connection before it said anything, RefusedError for everything
+        else that is wrong with it.
+        """
+        self._look()
         for interim in range(_MOST_INTERIM):
             response = await self._response(upstream, began=interim > 0)
             if response.status >= 200 or response.status == 101:
@@ -230,14 +321,47 @@ class _Exchange:
                 raise _unreadable(error) from None
             await self._more(upstream, self._patiences.response_s, began=began or bool(upstream.buffer))
 
+    def answer_at_once(self) -> bool | None:
+        """Send the response on where all of it is there and nothing of it needs a second look.
+
+        Whether the target's connection can be used again; None where it has to be waited for, or looked at by `final`
+        and `answer`: then nothing was taken of it.
+        """
+        upstream, asked = self.upstream, self._asked
+        assert upstream is not None, "it was begun"
+        came = upstream.buffer
+        end = came.find(END, 0, MAX_HEAD_BYTES)
+        if end < 0 or self._refused is not None or self._answers is not None or self._lapsed():
+            return None
+        try:
+            response = parse_response(bytes(came[: end + 2]))
+        except RefusedError:
+            return None
+        body = response_body(response, asked.head.method)
+        sized = isinstance(body, SizedBody)
+        length = (response.length or 0) if sized else 0
+        if (
+            response.status < 200
+            or not (sized or type(body) is Body)
+            or len(came) != end + len(END) + length
+            or (length and self._injects and _is_compressed(response))
+        ):
+            return None
+        self._client.write(
+            redact(
+                response_head(response, chunked=False, close=False) + came[end + len(END) :], self._needles
+            )
+        )
+        came.clear()
+        return response.minor == 1 and b"close" not in response.named
+
     async def answer(self, upstream: Stream, response: ResponseHead) -> tuple[bool, bool]:
         """Send the response to the client. Whether the connections of client and target can be used again."""
         if response.status == 101:
             await self._switch(upstream, response)
             return False, False
         body = response_body(response, self._asked.head.method)
-        compressed = response.known.get(b"content-encoding", b"identity").lower() != b"identity"
-        if self._injects and not body.done and compressed:
+        if self._injects and not body.done and _is_compressed(response):
             raise RefusedError(
                 502,
                 "target_compresses",
@@ -296,13 +420,14 @@ class _Exchange:
         try:
             while not body.done:
                 upstream.deadline = None  # it is not the target that is waited for
-                client.deadline = self._now() + self._patiences.piece_s
+                client.deadline = time.monotonic() + self._patiences.piece_s
                 await client.more()
                 client.deadline = None
+                self._look()
                 piece = self._framed(body.take(client.buffer))
                 if piece:
                     upstream.write(piece)
-                upstream.deadline = self._now() + self._patiences.response_s
+                upstream.deadline = time.monotonic() + self._patiences.response_s
                 if upstream.blocked and not await _taken(upstream):
                     return
         except ExpiredError:
@@ -397,7 +522,7 @@ class _Exchange:
     async def _drain_client(self) -> None:
         client = self._client
         if self._uploaded():
-            client.deadline = self._now() + self._patiences.piece_s
+            client.deadline = time.monotonic() + self._patiences.piece_s
         await client.drained()
         if self._uploaded():
             client.deadline = None
@@ -413,14 +538,17 @@ class _Exchange:
             raise RefusedError(502, "target_unreadable", "the target switches to what nobody asked it for")
         self._answering = True
         self._client.write(redact(switching_head(response), self._needles))
-        await tunnel(self._client, upstream, Redactor(self._needles), idle_s=self._patiences.stream_s)
+        await tunnel(
+            self._client, upstream, Redactor(self._needles), self._look, idle_s=self._patiences.stream_s
+        )
 
     # --- what goes wrong ----------------------------------------------------------------------------------------------
 
     async def _more(self, upstream: Stream, patience_s: float, *, began: bool) -> None:
-        upstream.deadline = self._now() + patience_s if self._uploaded() else None
+        upstream.deadline = time.monotonic() + patience_s if self._uploaded() else None
         try:
             await upstream.more()
+            self._look()
         except ExpiredError:
             raise RefusedError(504, "target_timeout", "the target does not answer in time") from None
         except GoneError:
@@ -433,16 +561,24 @@ class _Exchange:
             upstream.deadline = None
 
     def _client_left(self) -> None:
-        if self._upstream is not None:
-            self._upstream.abort()
+        if self.upstream is not None:
+            self.upstream.abort()
 
     def _drop(self, error: RefusedError) -> None:
         """Cut the target off, and the client where it has been sent something already."""
         self._refused = error
-        if self._upstream is not None:
-            self._upstream.fail(error)
+        if self.upstream is not None:
+            self.upstream.fail(error)
         if self._answering:
             self._client.fail(GoneError(error.message))
+
+
+def _is_compressed(response: ResponseHead) -> bool:
+    return response.known.get(b"content-encoding", b"identity").lower() != b"identity"
+
+
+def _nothing() -> None:
+    pass
 
 
 async def _taken(upstream: Stream) -> bool:

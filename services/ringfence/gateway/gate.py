@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import re
 import time
-import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from prometheus_client import Counter
+
+from ringfence.gateway.action_ids import ActionIds
 from ringfence.gateway.approving import Approvals, Waiting
 from ringfence.gateway.attempts import Admits, Attempt, Mcp, McpOutcome, Patient, Presented, Rpc, Verdict
 from ringfence.gateway.domain import (
@@ -19,10 +22,12 @@ from ringfence.gateway.domain import (
     TOO_FAST,
     TOO_LARGE,
     UNAVAILABLE,
+    Access,
     Ask,
     Chosen,
     Refusal,
     Sender,
+    access_of,
     refused,
     weigh,
 )
@@ -34,8 +39,9 @@ from ringfence.gateway.mcp import McpDesk, Spoken, rpc_of
 from ringfence.gateway.observing import Observing
 from ringfence.gateway.questions import Question
 from ringfence.gateway.recording import Recorder
+from ringfence.gateway.remembering import Remembered
 from ringfence.gateway.spool import SpoolFullError
-from ringfence.gateway.targets import Compiled, Targets, url_of
+from ringfence.gateway.targets import Compiled, Targets
 from ringfence.gateway.view import View
 from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
@@ -44,6 +50,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import ActionAnswered, ActionAsked, ActionDecided
 from ringfence.messages.registry import TargetState
+from ringfence.model.mcp import CALL
 from ringfence.model.request_map import MAX_BODY_BYTES, Action
 
 log = logging.getLogger(__name__)
@@ -51,6 +58,8 @@ log = logging.getLogger(__name__)
 _LABEL: Final = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
 _METHOD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
 _MAX_REASONS: Final = 20
+_READ_VERB: Final = "read"
+"""What a target's map calls a call that changes nothing."""
 _RATE_RETRY_S: Final = 5
 
 
@@ -109,6 +118,8 @@ class DecisionGate:
         self._clock = clock
         self._gateway = gateway
         self._entitlements_max_age_s = entitlements_max_age_s
+        self._ids = ActionIds()
+        self._remembered = Remembered(view.table, view.directory)
         self._earlier = Earlier()
         self._observing = Observing(targets, observe)
         self._mcp = McpDesk(view.table)
@@ -128,7 +139,7 @@ class DecisionGate:
         patient: Patient | None = None,
     ) -> Verdict:
         """See `Gate`."""
-        course = _Course(str(uuid.uuid4()), attempt, patient)
+        course = _Course(self._ids.fresh(), attempt, patient)
         try:
             refusal = await self._refusal(course, presented, attempt, admits)
         except Exception:  # what cannot be decided is denied, whatever it is
@@ -145,6 +156,25 @@ class DecisionGate:
             return Verdict(course.id, allowed=False, status=UNAVAILABLE, reasons=(reason,))
         return verdict
 
+    def allowed_at_once(
+        self, presented: Presented, attempt: Attempt, admits: Admits
+    ) -> tuple[Verdict, Mapping[str, str]] | None:
+        """See `Gate`. The same steps as `decide` takes, by what is at hand; what is in doubt is left to that."""
+        course, began_ns = _Course(self._ids.fresh(), attempt), time.perf_counter_ns()
+        try:
+            injects = self._at_hand(course, presented)
+        except Exception:  # noqa: BLE001 - whatever it is, `decide` comes upon it too, and says so
+            return None
+        if injects is None or course.sender is None or admits(course.sender.agent_id) is not None:
+            return None
+        course.injects, course.took_ns = injects, time.perf_counter_ns() - began_ns
+        verdict = self._verdict(course, presented, attempt, None)
+        try:
+            self._record(course, presented, verdict, None)
+        except SpoolFullError:
+            return None
+        return verdict, injects
+
     async def injected(self, verdict: Verdict) -> Mapping[str, str]:
         """See `Gate`."""
         if not verdict.allowed or verdict.lease is None or verdict.injects is None:
@@ -157,11 +187,9 @@ class DecisionGate:
 
     def upstream(self, target: TargetState) -> str:
         """See `Gate`."""
-        url = url_of(target)
+        url = self._targets.url_of(target)
         if url is None:
-            raise UnavailableError(
-                f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
-            )
+            raise UnavailableError(_says_no_place(target))
         return url
 
     def on_end(self, lease_id: str, ended: Callable[[], None]) -> Callable[[], None]:
@@ -170,6 +198,10 @@ class DecisionGate:
             ended()
             return lambda: None
         return self._view.table.watch(lease_id, ended)
+
+    def lapsed(self) -> bool:
+        """See `Gate`."""
+        return self._view.lapsed()
 
     # --- the steps, in their order ---
 
@@ -181,6 +213,8 @@ class DecisionGate:
             refusal = await self._decided(course, presented, attempt, admits)
         finally:
             course.took_ns = time.perf_counter_ns() - began_ns - course.waited_ns
+        if refusal is None and course.target is not None:
+            refusal = _nowhere(course.target, attempt)
         if refusal is None and course.chosen is not None and course.target is not None:
             refusal = await self._unequipped(course, course.chosen.lease, course.target.state)
         if refusal is None and course.question is not None:
@@ -188,6 +222,29 @@ class DecisionGate:
         if refusal is not None:
             self._observe(course, refusal, presented, attempt)
         return refusal
+
+    def _at_hand(self, course: _Course, presented: Presented) -> Mapping[str, str] | None:
+        """What is injected where it is allowed by what is known already, filling in `course`; else None."""
+        attempt = course.attempt
+        sender = self._identifier.at_hand(presented)
+        target = self._targets.find(attempt)
+        if sender is None or isinstance(target, Refusal) or target.map.speaks_mcp(attempt.target):
+            return None
+        if _nowhere(target, attempt) is not None:
+            return None
+        action = target.map.action(attempt.method, attempt.target, attempt.body)
+        chosen = self._weighed(sender, target, action) if action is not None else None
+        if action is None or chosen is None or isinstance(chosen, Refusal):
+            return None
+        reads, now_ms = attempt.method in SAFE_METHODS, self._clock.now_ms()
+        if not self._evaluator.remembers(chosen, action, reads=reads, now_ms=now_ms):
+            return None
+        course.sender, course.target, course.action, course.chosen = sender, target, action, chosen
+        injects = self._injector.at_hand(chosen.lease, target.state)
+        # Last, as in `_unequipped`; nothing was waited for, so nothing changed meanwhile.
+        if self._view.table.problem(chosen.lease) is not None or self._stale() is not None:
+            return None
+        return injects
 
     async def _decided(
         self, course: _Course, presented: Presented, attempt: Attempt, admits: Admits | None
@@ -233,15 +290,22 @@ class DecisionGate:
         return await self._evaluated(course, chosen, action)
 
     def _weighed(self, sender: Sender, target: Compiled, action: Action) -> Chosen | Refusal:
-        return weigh(
+        now_s = self._clock.now_ms() / 1000
+        known = self._remembered.chosen(sender, target.state, action, now_s)
+        if known is not None:
+            return known
+        found = weigh(
             sender,
             target.state,
             action,
             self._view.table,
             self._view.directory,
-            now_s=self._clock.now_ms() / 1000,
+            now_s=now_s,
             entitlements_max_age_s=self._entitlements_max_age_s,
         )
+        if isinstance(found, Chosen):
+            self._remembered.keep(sender, action, found, self._entitlements_max_age_s)
+        return found
 
     async def _evaluated(self, course: _Course, chosen: Chosen, action: Action) -> Refusal | Ask | None:
         now_ms = self._clock.now_ms()
@@ -388,9 +452,9 @@ class DecisionGate:
         attempt = course.attempt
         if refusal is not None and refusal.reasons[0].code == NONCE_WANTED:
             return  # nothing was decided: the same request comes again, with what it lacks
-        access = "read" if attempt.method in SAFE_METHODS else "write"
+        access = _access(course)
         outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
-        metrics.ACTIONS.labels(outcome, access).inc()
+        _counter_of(outcome, access).inc()
         metrics.DECISION_TIME.observe(course.took_ns / 1e9)
         sender, now_ms = course.sender, self._clock.now_ms()
         target_id = verdict.target.target_id if verdict.target is not None else None
@@ -409,7 +473,7 @@ class DecisionGate:
                 resource=course.action.resource if course.action is not None else None,
                 allowed=verdict.allowed,
                 reasons=verdict.reasons,
-                access="read" if access == "read" else "write",
+                access=access,
                 method=attempt.method if _METHOD.fullmatch(attempt.method) else None,
                 request_digest=_digest(attempt),
                 latency_us=course.took_ns // 1000,
@@ -452,6 +516,31 @@ class DecisionGate:
             return course.sender.lease_id
         handle = presented.handle
         return handle if handle is not None and self._view.table.get(handle) is not None else None
+
+
+def _nowhere(target: Compiled, attempt: Attempt) -> Refusal | None:
+    """What is recorded as allowed can be sent: a proxy knows where its target is, the gateway only by the record."""
+    if target.url is not None or not attempt.sent_by_gateway:
+        return None
+    return refused("target_nowhere", _says_no_place(target.state), status=UNAVAILABLE)
+
+
+def _says_no_place(target: TargetState) -> str:
+    return f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
+
+
+def _access(course: _Course) -> Access:
+    """Whether it only reads. All messages of MCP are posted: there the message says so, and of a call its verb."""
+    message = course.spoken.message if course.spoken is not None else None
+    if message is None:
+        return access_of(course.attempt.method)
+    reads = course.action is not None and course.action.verb == _READ_VERB
+    return "read" if message.only_asks or (message.method == CALL and reads) else "write"
+
+
+@functools.cache
+def _counter_of(outcome: str, access: str) -> Counter:
+    return metrics.ACTIONS.labels(outcome, access)
 
 
 def _waiting(course: _Course, ask: Ask) -> Waiting | None:

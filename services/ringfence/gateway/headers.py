@@ -41,12 +41,16 @@ def is_handle(authorization: bytes) -> bool:
 
 def own_names(request: RequestHead) -> frozenset[str]:
     """Names, in lower case, of the headers that go on where a request goes on as it came."""
+    shows_handle = is_handle(request.known.get(b"authorization", b""))
+    return _own_of(tuple([name for name, _ in request.fields]), request.named, shows_handle)
+
+
+@functools.lru_cache(maxsize=1024)
+def _own_of(names: tuple[bytes, ...], ended: frozenset[bytes], shows_handle: bool) -> frozenset[str]:
     return frozenset(
         name.decode("ascii")
-        for name, _ in request.fields
-        if not _ends_here(name)
-        and name not in request.named
-        and not (name == b"authorization" and is_handle(request.known[name]))
+        for name in names
+        if not _ends_here(name) and name not in ended and not (name == b"authorization" and shows_handle)
     )
 
 
@@ -82,16 +86,32 @@ def request_head(
     return b"\r\n".join(lines)
 
 
-def _with(injected: Mapping[str, str], request: RequestHead) -> Iterator[bytes]:
-    replaced = {name.lower().replace("_", "-").encode("ascii") for name in injected}
-    for name, line in request.fields:
-        if _ends_here(name) or name in _OF_THE_AGENT or name in request.named:
-            continue
-        if name.replace(b"_", b"-") not in replaced:
-            yield line
-    yield b"Accept-Encoding: identity"
-    for key, value in injected.items():
-        yield f"{key}: {value}".encode("latin-1")
+def _with(injected: Mapping[str, str], request: RequestHead) -> list[bytes]:
+    replaced, put_in = _carrying(tuple(injected.items()))
+    lines = [
+        line
+        for name, line in request.fields
+        if (spelled := _kept(name)) is not None and spelled not in replaced and name not in request.named
+    ]
+    lines.append(put_in)
+    return lines
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept(name: bytes) -> bytes | None:
+    """The name, as it is compared with those that are put in; None where it does not go on with a credential."""
+    return None if _ends_here(name) or name in _OF_THE_AGENT else name.replace(b"_", b"-")
+
+
+@functools.lru_cache(maxsize=256)
+def _carrying(injected: tuple[tuple[str, str], ...]) -> tuple[frozenset[bytes], bytes]:
+    """What carries a credential: the names that it replaces, and its lines."""
+    names = frozenset(name.lower().replace("_", "-").encode("ascii") for name, _ in injected)
+    lines = [
+        b"Accept-Encoding: identity",
+        *(f"{name}: {value}".encode("latin-1") for name, value in injected),
+    ]
+    return names, b"\r\n".join(lines)
 
 
 def _as_they_came(request: RequestHead) -> Iterator[bytes]:
@@ -103,11 +123,8 @@ def response_head(response: ResponseHead, *, chunked: bool, close: bool) -> byte
     """The head of a target's response for the agent."""
     lines = [b"HTTP/1.1 " + response.line]
     for name, line in response.fields:
-        if name in _HOP_BY_HOP or name in response.named or name in _OF_THE_TARGET:
-            continue
-        if name.startswith(b"proxy-"):
-            continue
-        lines.append(line)
+        if not _stays_here(name) and name not in response.named:
+            lines.append(line)
     if chunked:
         lines.append(b"Transfer-Encoding: chunked")
     elif response.length is not None and not response.chunked:
@@ -116,6 +133,12 @@ def response_head(response: ResponseHead, *, chunked: bool, close: bool) -> byte
         lines.append(b"Connection: close")
     lines += (b"", b"")
     return b"\r\n".join(lines)
+
+
+@functools.lru_cache(maxsize=1024)
+def _stays_here(name: bytes) -> bool:
+    """Whether a target's header is none of the agent's business."""
+    return name in _HOP_BY_HOP or name in _OF_THE_TARGET or name.startswith(b"proxy-")
 
 
 def switching_head(response: ResponseHead) -> bytes:

@@ -41,7 +41,10 @@ class Earlier:
         if not allowed:
             task.denied += 1
         elif target_id is not None and verb is not None and _has_room(task, target_id):
-            task.allowed.setdefault(target_id, Counter())[verb] += 1
+            verbs = task.allowed.get(target_id)
+            if verbs is None:
+                verbs = task.allowed[target_id] = Counter()
+            verbs[verb] += 1
         second = now_ms - now_ms % _BUCKET_MS
         if task.buckets and task.buckets[-1][0] == second:
             task.buckets[-1] = (second, task.buckets[-1][1] + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Final
@@ -78,6 +79,19 @@ class Identifier:
     def nonce(self) -> str | None:
         """What the next proof should have."""
         return self._proofs.nonce()
+
+    def at_hand(self, presented: Presented) -> Sender | None:
+        """Who it is by its socket or its certificate; None where that is not so, or not certain."""
+        handle = presented.handle
+        if handle is not None and not _UUID.fullmatch(handle):
+            return None
+        if presented.task_id is not None:
+            sender = self._by_task(presented.task_id, handle)
+        elif presented.certificate is not None:
+            sender = self._by_certificate(presented.certificate, handle)
+        else:
+            return None
+        return sender if isinstance(sender, Sender) else None
 
     async def sender(self, presented: Presented, attempt: Attempt) -> Sender | Refusal:
         """Who it is. Of several ways the surest counts: the socket, then the certificate, then the handle."""
@@ -168,10 +182,14 @@ def _stolen(lease: Lease, by: str) -> Refusal:
 
 def _unverified_thumbprint(proof: str) -> str | None:
     """The thumbprint of the key that a proof says it is by: it is held against that key next."""
-    if len(proof) > MAX_PROOF_BYTES:
-        return None
+    return _thumbprint_in(proof.partition(".")[0]) if len(proof) <= MAX_PROOF_BYTES else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _thumbprint_in(header: str) -> str | None:
+    """An agent's proofs all have the same header."""
     try:
-        jwk = orjson.loads(b64decode(proof.split(".")[0]))["jwk"]
+        jwk = orjson.loads(b64decode(header))["jwk"]
         return thumbprint(PublicJwk(**{name: jwk[name] for name in ("kty", "crv", "x", "y") if name in jwk}))
     except (ValueError, TypeError, KeyError, IndexError, ValidationError):
         return None

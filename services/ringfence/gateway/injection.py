@@ -80,9 +80,15 @@ class SealedCredentials:
 
     async def of(self, lease: Lease) -> Credential:
         """The credential of a live lease. Raises UnavailableError where it cannot be had now."""
+        kept = self.at_hand(lease)
+        return kept if kept is not None else self._credential(await self._asked(lease), lease)
+
+    def at_hand(self, lease: Lease) -> Credential | None:
+        """The same where nobody has to be asked; else None. Raises UnavailableError."""
         delivery = self._kept.get(lease.lease_id)
-        if delivery is None:
-            delivery = await self._asked(lease)
+        return self._credential(delivery, lease) if delivery is not None else None
+
+    def _credential(self, delivery: CredentialDelivery, lease: Lease) -> Credential:
         same = (delivery.lease_id, delivery.target_id, delivery.request_id) == (
             lease.lease_id,
             lease.target_id,
@@ -202,12 +208,26 @@ class Injector:
             raise UnavailableError(problem.message, code=problem.code)
         return headers
 
+    def at_hand(self, lease: Lease, target: TargetState) -> Mapping[str, str] | None:
+        """The headers where nobody has to be asked; else None. Raises what stands against them."""
+        self._check(lease, target)
+        if lease.backend == "http":
+            return self._secrets.headers_at_hand(target)
+        credential = self._sealed.at_hand(lease)
+        return _bearer(credential) if credential is not None else None
+
     async def _headers(self, lease: Lease, target: TargetState) -> Mapping[str, str]:
-        if lease.target_id != target.target_id or lease.backend != target.backend.kind:
-            raise UnavailableError(f"lease {lease.lease_id} is for another target than {target.target_id}")
+        self._check(lease, target)
         if lease.backend == "http":
             return await self._secrets.headers(target)
-        credential = await self._sealed.of(lease)
-        if credential.kind != "jwt" or credential.token_type not in (None, "Bearer"):
-            raise UnavailableError(f"a credential of kind {credential.kind} does not go into a header")
-        return {"Authorization": f"Bearer {credential.value}"}
+        return _bearer(await self._sealed.of(lease))
+
+    def _check(self, lease: Lease, target: TargetState) -> None:
+        if lease.target_id != target.target_id or lease.backend != target.backend.kind:
+            raise UnavailableError(f"lease {lease.lease_id} is for another target than {target.target_id}")
+
+
+def _bearer(credential: Credential) -> Mapping[str, str]:
+    if credential.kind != "jwt" or credential.token_type not in (None, "Bearer"):
+        raise UnavailableError(f"a credential of kind {credential.kind} does not go into a header")
+    return {"Authorization": f"Bearer {credential.value}"}

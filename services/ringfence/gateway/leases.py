@@ -44,6 +44,8 @@ class LeaseTable:
         self._known: dict[str, _Known] = {}
         self._usable: dict[tuple[str, str], dict[str, dict[str, Lease]]] = {}
         """By agent and target: tasks, and their leases by id."""
+        self._versions: dict[tuple[str, str], int] = {}
+        """By agent and target: a number that no other state of their leases has."""
         self._due: list[tuple[int, str]] = []
         """A heap of when to look at a lease again."""
         self._revoked: dict[str, int] = {}
@@ -73,7 +75,9 @@ class LeaseTable:
         self._known[lease.lease_id] = _Known(lease.seq, lease)
         if lease.status == "active":
             if lease.delivery == "gateway":
-                tasks = self._usable.setdefault((lease.agent_id, lease.target_id), {})
+                key = (lease.agent_id, lease.target_id)
+                self._versions[key] = next(self._numbers)
+                tasks = self._usable.setdefault(key, {})
                 tasks.setdefault(lease.task_id, {})[lease.lease_id] = lease
             if known is None or known.lease is None:
                 heapq.heappush(self._due, (lease.deadline * 1000, lease.lease_id))
@@ -138,6 +142,7 @@ class LeaseTable:
             tasks.pop(lease.task_id, None)
         if not tasks:
             self._usable.pop(key, None)
+            self._versions.pop(key, None)
 
     # --- asking ---
 
@@ -151,6 +156,10 @@ class LeaseTable:
         tasks = self._usable.get((agent_id, target_id), {})
         some = [tasks.get(task_id, {})] if task_id is not None else list(tasks.values())
         return [lease for leases in some for lease in leases.values() if self.problem(lease) is None]
+
+    def version(self, agent_id: str, target_id: str) -> int:
+        """Another one from each lease on that an agent gets at a target; -1 where it has none."""
+        return self._versions.get((agent_id, target_id), -1)
 
     def tasks(self) -> set[str]:
         """The tasks that have leases for gateways."""

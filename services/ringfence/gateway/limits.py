@@ -6,8 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.gateway.refusals import RefusedError
+from ringfence.messages.credential import Reason
 
+TOO_MANY_CONNECTIONS = "too_many_connections"
 _TOO_MANY_KEYS = 10_000
+_HANDSHAKES_OF_ALL = 4
+"""One in so many connections may be one whose TLS is not open yet: who never opens it stops nobody who has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +22,8 @@ class Allowance:
     """All of them together."""
     connections_each: int = 256
     """Of one address or one task's socket."""
+    handshakes_each: int = 64
+    """Connections of one address whose TLS is not open yet."""
     concurrent_each: int = 64
     """Requests at a time."""
     per_second_each: float = 1000.0
@@ -32,7 +38,9 @@ class Limits:
         self._allowed = allowance
         self._seconds = seconds
         self.connections = 0
+        self.handshakes = 0
         self._connections: dict[str, int] = {}
+        self._handshakes: dict[str, int] = {}
         self._running: dict[str, int] = {}
         self._buckets: dict[str, tuple[float, float]] = {}
         """By sender: how many requests it had left, and when that was."""
@@ -50,6 +58,22 @@ class Limits:
         """The sender has one connection less."""
         self.connections -= 1
         _less(self._connections, sender)
+
+    def shake(self, address: str) -> bool:
+        """Whether this address may open the TLS of one more connection; then that is one of its connections."""
+        having = self._handshakes.get(address, 0)
+        most = max(1, self._allowed.connections // _HANDSHAKES_OF_ALL)
+        if self.handshakes >= most or having >= self._allowed.handshakes_each or not self.connect(address):
+            return False
+        self.handshakes += 1
+        self._handshakes[address] = having + 1
+        return True
+
+    def shaken(self, address: str) -> None:
+        """It is open, or will never be; whose connection it is from now on is counted anew."""
+        self.handshakes -= 1
+        _less(self._handshakes, address)
+        self.disconnect(address)
 
     def ask(self, sender: str) -> None:
         """Count a request against the sender's rate. Raises RefusedError (429), which counts for nothing."""
@@ -73,11 +97,58 @@ class Limits:
         """The sender has one request less under way."""
         _less(self._running, sender)
 
+    def turn_of(self, sender: str) -> Turn:
+        """What counts the requests of one connection."""
+        return Turn(self, sender)
+
     def _forget_the_idle(self, now: float) -> None:
         full_s = self._allowed.burst_each / self._allowed.per_second_each
         for sender, (_, then) in list(self._buckets.items()):
             if now - then > full_s:
                 del self._buckets[sender]
+
+
+class Turn:
+    """The request of a connection that is under way: one of its sender, and of its agent once that is known."""
+
+    __slots__ = ("_asked", "_limits", "_running", "_sender")
+
+    def __init__(self, limits: Limits, sender: str) -> None:
+        self._limits = limits
+        self._sender = sender
+        self._running: list[str] = []
+        self._asked = False
+        """Whether the next one was counted already."""
+
+    def begin(self) -> None:
+        """One more. Raises RefusedError (429)."""
+        if not self._asked:
+            self._limits.ask(self._sender)
+        self._asked = False
+        self._limits.begin(self._sender)
+        self._running.append(self._sender)
+
+    def admits(self, agent_id: str) -> Reason | None:
+        """See `Admits`: the limits of an agent, wherever it comes from."""
+        agent = f"agent:{agent_id}"
+        try:
+            self._limits.ask(agent)
+            self._limits.begin(agent)
+        except RefusedError as error:
+            return Reason(code=error.code, message=error.message)
+        self._running.append(agent)
+        return None
+
+    def end(self) -> None:
+        """It is over."""
+        for one in self._running:
+            self._limits.end(one)
+        self._running.clear()
+
+    def put_off(self) -> None:
+        """It is over for now: the same one begins anew, and counts once."""
+        self.end()
+        self._asked = True
 
 
 def _less(counts: dict[str, int], sender: str) -> None:

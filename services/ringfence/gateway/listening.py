@@ -40,6 +40,7 @@ class Listening:
             core.gate,
             knows=core.targets.knows,
             answer=answer,
+            blocked=core.blocked.add,
             name=runtime.key.id.rpartition("/")[2],
             clock=runtime.clock,
             tls=_tls_for_targets(own),

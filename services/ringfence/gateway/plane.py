@@ -17,19 +17,22 @@ import os
 import socket
 import ssl
 import stat
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from ringfence.gateway.accepting import TlsDoor
 from ringfence.gateway.asking import ADDRESS, Way
-from ringfence.gateway.attempts import Gate
+from ringfence.gateway.attempts import Blocked, Blocks, Gate, Presented
 from ringfence.gateway.authority import Authority
+from ringfence.gateway.desk import Desk
 from ringfence.gateway.forwarding import Forwarder, Patiences
 from ringfence.gateway.hosts import Scheme, canonical
-from ringfence.gateway.limits import Allowance, Limits
+from ringfence.gateway.limits import TOO_MANY_CONNECTIONS, Allowance, Limits
 from ringfence.gateway.problem import answer as problem_of
 from ringfence.gateway.refusals import Answer
-from ringfence.gateway.serving import Connection, Desk
+from ringfence.gateway.serving import Connection
 from ringfence.gateway.stream import Patience, Stream
 from ringfence.gateway.upstream import Upstreams
 from ringfence.kernel import metrics
@@ -58,6 +61,7 @@ class DataPlane:
         knows: Callable[[str], bool],
         hosts: Iterable[str] = (),
         answer: Answer = problem_of,
+        blocked: Blocks = lambda _: None,
         name: str = "gateway",
         clock: Clock | None = None,
         tls: ssl.SSLContext | None = None,
@@ -69,6 +73,7 @@ class DataPlane:
             knows: whether a canonical `host[:port]` is a target's. What is none is denied before any TLS.
             hosts: the hosts of targets, without ports: what the gateway's CA may stand for. See `authority.cover`.
             answer: how a verdict that is not `allowed` is told.
+            blocked: told of what is refused before anything can be decided.
             name: of this gateway, in its CA's certificate.
             tls: how targets are verified; the machine's authorities if not given.
         """  # fmt: skip
@@ -78,10 +83,11 @@ class DataPlane:
         )
         self.authority = Authority(name, hosts, clock or SystemClock())
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.limits = Limits(allowance, lambda: asyncio.get_running_loop().time())
+        self.limits = Limits(allowance, time.monotonic)
         forwarder = Forwarder(gate, self.upstreams, patiences)
-        self._desk = Desk(gate, knows, answer, self.authority, forwarder, self.limits, patiences)
+        self._desk = Desk(gate, knows, answer, self.authority, forwarder, self.limits, patiences, blocked)
         self._servers: list[asyncio.Server] = []
+        self._doors: list[TlsDoor] = []
         self._tasks: dict[Path, tuple[asyncio.Server, set[Stream]]] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._sweeping: asyncio.TimerHandle | None = None
@@ -125,15 +131,17 @@ class DataPlane:
             sender = certificate or f"{ADDRESS}{address[0] if address else ''}"
             return Way(sender, seen, known, certificate=certificate, challenge=challenge)
 
-        loop = asyncio.get_running_loop()
+        def serve(stream: Stream) -> None:
+            self._serve(stream, way)
+
         try:
-            server = await loop.create_server(
-                lambda: Stream(lambda stream: self._serve(stream, way), self._lost),
-                host,
-                port,
-                ssl=tls,
-                backlog=_BACKLOG,
-                ssl_handshake_timeout=self._desk.patiences.head_s if tls is not None else None,
+            if tls is not None:
+                door = TlsDoor(tls, self.limits, self._desk.blocked, handshake_s=self._desk.patiences.head_s)
+                taken_port = await door.open(host, port, _BACKLOG, serve, self._lost)
+                self._doors.append(door)
+                return taken_port
+            server = await asyncio.get_running_loop().create_server(
+                lambda: Stream(serve, self._lost), host, port, backlog=_BACKLOG
             )
         except OSError:
             raise ListenError(
@@ -177,6 +185,8 @@ class DataPlane:
             await self.close_for_task(path)
         for server in self._servers:
             server.close()
+        for door in self._doors:
+            await door.close()
         for task in list(self._running):
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
@@ -188,6 +198,8 @@ class DataPlane:
     def _serve(self, stream: Stream, how: Callable[[Stream], Way]) -> None:
         way = how(stream)
         if not self.limits.connect(way.sender):
+            shown = Presented(way.task_id, way.certificate)
+            self._desk.blocked(Blocked(TOO_MANY_CONNECTIONS, "too many connections of this sender", shown))
             stream.abort()
             return
         self._patience.watch(stream)
@@ -227,6 +239,7 @@ def _bound(path: Path) -> socket.socket:
     before = os.umask(0o177)
     try:
         bound.bind(str(path))
+        bound.listen(_BACKLOG)  # at once: whoever sees it may come in
     except OSError as error:
         bound.close()
         raise ListenError(f"cannot listen on {path}: {error.strerror}") from None

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Awaitable, Mapping
 from functools import partial
 from typing import Final
 
+from ringfence.gateway.accepting import TLS_FAILED
 from ringfence.gateway.asking import Way, asked, presented_by
-from ringfence.gateway.attempts import Attempt, Gate, Presented, Verdict
-from ringfence.gateway.authority import Authority
+from ringfence.gateway.attempts import Attempt, Blocked, Presented, Verdict
 from ringfence.gateway.connect import AGREED, connect_authority
-from ringfence.gateway.forwarding import Asked, Forwarder, Patiences, goes_on
+from ringfence.gateway.desk import Desk
+from ringfence.gateway.forwarding import Asked, goes_on
 from ringfence.gateway.framing import Body, request_body
 from ringfence.gateway.hosts import split
-from ringfence.gateway.limits import Limits
-from ringfence.gateway.refusals import Answer, RefusedError, head, problem
+from ringfence.gateway.refusals import RefusedError, head, problem
 from ringfence.gateway.sent import Sent
+from ringfence.gateway.shortcut import Shortcut
 from ringfence.gateway.stream import ExpiredError, GoneError, Stream
 from ringfence.gateway.wire import RequestHead, cut_head, parse_request
 from ringfence.kernel import metrics
-from ringfence.messages.credential import Reason
 
 MAX_READ_BYTES: Final = 1024 * 1024
 """So much of a body is read before the decision, where the decision needs it."""
+_ASKS_WHO: Final = 407
 _LINGER_S: Final = 1.0
 _LINGER_BYTES: Final = 256 * 1024
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Desk:
-    """What every connection needs."""
-
-    gate: Gate
-    knows: Callable[[str], bool]
-    answer: Answer
-    authority: Authority
-    forwarder: Forwarder
-    limits: Limits
-    patiences: Patiences
 
 
 class Connection:
@@ -51,9 +38,10 @@ class Connection:
         self._client = client
         self._way = way
         self._desk = desk
-        self._now = asyncio.get_running_loop().time
-        self._agent: str | None = None
-        """Whose request is under way, as the core told."""
+        self._turn = desk.limits.turn_of(way.sender)
+        self._shortcut = Shortcut(client, way, desk, self._turn)
+        self._attempt: Attempt | None = None
+        """What is asked for, until that is decided."""
 
     async def run(self) -> None:
         """Serve until it ends."""
@@ -66,11 +54,16 @@ class Connection:
         except BaseException:
             self._client.abort()
             raise
+        finally:
+            self._shortcut.abandon()
 
     async def _one(self) -> bool:
         """Serve one request. Whether there may be another."""
+        self._attempt = None
         try:
             given = await self._head()
+            if given is None:
+                return await self._begun()
             request = parse_request(given)
         except RefusedError as error:
             return await self._refuse(error, None, close=True)
@@ -82,58 +75,68 @@ class Connection:
         except RefusedError as error:
             return await self._refuse(error, request, close=not body.done or error.status == 400)
 
-    async def _head(self) -> bytes:
-        client, patiences = self._client, self._desk.patiences
-        client.deadline = self._now() + (patiences.head_s if client.buffer else patiences.idle_s)
-        begun = bool(client.buffer)
-        while (given := cut_head(client.buffer)) is None:
-            try:
-                await client.more()
-            except ExpiredError:
-                if not client.buffer:
-                    raise
-                raise RefusedError(408, "head_timeout", "the head of the request does not come") from None
-            if not begun:
-                begun = True
-                client.deadline = self._now() + patiences.head_s
+    async def _begun(self) -> bool:
+        """Go on with what was handed over on the short way. Whether there may be another."""
+        going, exchange = self._shortcut.handed()
+        try:
+            if exchange is None:
+                return await self._forward(going)
+            return await self._forwarded(going, self._desk.forwarder.go_on(exchange))
+        finally:
+            self._turn.end()
+
+    async def _head(self) -> bytes | None:
+        """The next head; None where a request was handed over instead, see `Shortcut`."""
+        client, patiences, shortcut = self._client, self._desk.patiences, self._shortcut
+        client.deadline = time.monotonic() + (patiences.head_s if client.buffer else patiences.idle_s)
+        begun = shortcut.taken if client.buffer else None
+        shortcut.open()
+        try:
+            while (given := cut_head(client.buffer)) is None:
+                try:
+                    await client.more()
+                except ExpiredError:
+                    if not client.buffer:
+                        raise
+                    raise RefusedError(408, "head_timeout", "the head of the request does not come") from None
+                if shortcut.handed_over:
+                    return None
+                if client.buffer and begun != shortcut.taken:
+                    begun = shortcut.taken
+                    client.deadline = time.monotonic() + patiences.head_s
+        finally:
+            shortcut.close()
         client.deadline = None
         return given
 
     async def _decided(self, request: RequestHead, body: Body) -> bool:
-        desk, sender = self._desk, self._way.sender
-        desk.limits.ask(sender)
-        desk.limits.begin(sender)
+        desk = self._desk
+        self._turn.begin()
         try:
             presented, attempt = asked(request, self._way, desk.knows)
             waits = _waits_for_continue(request)
             sent = Sent(self._client, partial(self._read, body, waits=waits), most=MAX_READ_BYTES)
+            self._attempt = attempt
             if desk.gate.reads_body(attempt):
                 attempt = dataclasses.replace(attempt, body=await sent.read())
-            verdict = await desk.gate.decide(presented, attempt, self._admits, sent)
+            verdict = await desk.gate.decide(presented, attempt, self._turn.admits, sent)
             if not goes_on(verdict):
                 return await self._say(self._desk.answer(verdict), request, close=not body.done)
             if waits and sent.body is None and not body.done and not self._client.buffer:
                 self._client.write(_CONTINUE)
             return await self._forward(Asked(request, attempt, verdict, body, sent.body))
         finally:
-            desk.limits.end(sender)
-            if self._agent is not None:
-                desk.limits.end(self._agent)
-                self._agent = None
-
-    def _admits(self, agent_id: str) -> Reason | None:
-        """See `Admits`: the limits of an agent, wherever it comes from."""
-        agent, limits = f"agent:{agent_id}", self._desk.limits
-        try:
-            limits.ask(agent)
-            limits.begin(agent)
-        except RefusedError as error:
-            return Reason(code=error.code, message=error.message)
-        self._agent = agent
-        return None
+            self._turn.end()
 
     async def _forward(self, going: Asked) -> bool:
-        keep = await self._desk.forwarder.forward(self._client, going)
+        return await self._forwarded(going, self._desk.forwarder.forward(self._client, going))
+
+    async def _forwarded(self, going: Asked, forwarding: Awaitable[bool]) -> bool:
+        try:
+            keep = await forwarding
+        except RefusedError as error:
+            close = not going.body.done or error.status == 400
+            return await self._tell(error, going.head, close=close)
         if not keep:
             await self._leave(unread=not going.body.done)
         return keep
@@ -144,7 +147,7 @@ class Connection:
         if waits and not body.done and not client.buffer:
             client.write(_CONTINUE)
         pieces = bytearray(body.take(client.buffer))
-        client.deadline = self._now() + self._desk.patiences.piece_s
+        client.deadline = time.monotonic() + self._desk.patiences.piece_s
         while not body.done and len(pieces) <= MAX_READ_BYTES:
             try:
                 await client.more()
@@ -178,8 +181,13 @@ class Connection:
         except RefusedError as error:
             return await self._refuse(error, request, close=True)
         self._client.write(AGREED)
-        await self._client.open_tls(context, timeout_s=desk.patiences.head_s)
+        try:
+            await self._client.open_tls(context, timeout_s=desk.patiences.head_s)
+        except GoneError as error:
+            self._block(TLS_FAILED, error.message, request)
+            raise
         self._way = dataclasses.replace(self._way, scheme="https", inside=authority, handle=presented.handle)
+        self._shortcut.way = self._way
         return True
 
     def _unknown(self, verdict: Verdict) -> tuple[int, Mapping[str, str], bytes]:
@@ -190,6 +198,17 @@ class Connection:
     # --- answers of the gateway's own ---------------------------------------------------------------------------------
 
     async def _refuse(self, error: RefusedError, request: RequestHead | None, *, close: bool) -> bool:
+        """Refuse what nothing was decided on. To ask for who sends it is no refusal yet."""
+        if error.status != _ASKS_WHO:
+            self._block(error.code, error.message, request)
+        return await self._tell(error, request, close=close)
+
+    def _block(self, code: str, message: str, request: RequestHead | None) -> None:
+        shown = Presented(self._way.task_id, self._way.certificate)
+        method = request.method if request is not None else None
+        self._desk.blocked(Blocked(code, message, shown, self._attempt, method))
+
+    async def _tell(self, error: RefusedError, request: RequestHead | None, *, close: bool) -> bool:
         metrics.GATEWAY_REFUSED.labels(error.code).inc()
         return await self._say(problem(error), request, close=close)
 
@@ -219,7 +238,7 @@ class Connection:
             return
         if client.transport.can_write_eof():
             client.transport.write_eof()
-        left, client.deadline = _LINGER_BYTES, self._now() + _LINGER_S
+        left, client.deadline = _LINGER_BYTES, time.monotonic() + _LINGER_S
         try:
             while left > 0:
                 left -= len(client.buffer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from collections.abc import Callable
 from typing import Any, Final, cast
 
@@ -32,8 +33,8 @@ class Stream(asyncio.Protocol):
     """A connection. One coroutine reads, one writes; they may be the same."""
 
     __slots__ = (
-        "_drained", "_failure", "_on_lost", "_on_made", "_paused", "_readable", "_unseen", "blocked", "buffer",
-        "deadline", "on_gone", "transport",
+        "_drained", "_expired", "_failure", "_loop", "_on_lost", "_on_made", "_paused", "_readable", "_unseen",
+        "blocked", "buffer", "deadline", "on_gone", "taker", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -46,16 +47,22 @@ class Stream(asyncio.Protocol):
         self.buffer = bytearray()
         """What has come and was not taken yet."""
         self.deadline: float | None = None
-        """When patience ends, by the loop's clock. Whoever waits then gets ExpiredError."""
+        """When patience ends, by `time.monotonic`. Whoever waits then gets ExpiredError."""
         self.blocked = False
         """Whether the other side takes too little: wait in `drained` before you write more."""
         self.on_gone: Callable[[], None] | None = None
         """Called once when the connection is lost, by whoever uses it now."""
+        self.taker: Callable[[], bool] | None = None
+        """Asked when something came, or patience ended, before any coroutine is woken: True where it saw to that."""
+        # Kept, as to look for it asks the kernel each time in Python 3.11.
+        self._loop = asyncio.get_running_loop()
         self._on_made = on_made
         self._on_lost = on_lost
         self._paused = False
         self._unseen = False
         """Whether something came while nobody waited."""
+        self._expired = False
+        """Whether patience ended while nobody waited."""
         self._failure: RingfenceError | None = None
         self._readable: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
@@ -70,13 +77,12 @@ class Stream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
+        taken = self.taker is not None and self.taker()
         if len(self.buffer) > HIGH_BYTES and not self._paused:
             self._paused = True
             self.transport.pause_reading()
-        if self._readable is not None and not self._readable.done():
-            self._readable.set_result(None)
-        else:
-            self._unseen = True
+        if not taken:
+            self.wake()
 
     def pause_writing(self) -> None:
         self.blocked = True
@@ -108,15 +114,25 @@ class Stream(asyncio.Protocol):
             return
         if self._failure is not None:
             raise self._failure
+        if self._expired:
+            self._expired = False
+            raise ExpiredError("the other side took too long")
         if self._paused:
             self._paused = False
             self.transport.resume_reading()
-        waiter = self._readable = asyncio.get_running_loop().create_future()
+        waiter = self._readable = self._loop.create_future()
         try:
             await waiter
         finally:
             if self._readable is waiter:  # who waited was cancelled, and somebody else waits already
                 self._readable = None
+
+    def wake(self) -> None:
+        """Whoever waits for more looks again, or who comes to wait next."""
+        if self._readable is not None and not self._readable.done():
+            self._readable.set_result(None)
+        else:
+            self._unseen = True
 
     def write(self, data: bytes) -> None:
         """Send. See `blocked`."""
@@ -128,7 +144,7 @@ class Stream(asyncio.Protocol):
             raise self._failure
         if not self.blocked:
             return
-        waiter = self._drained = asyncio.get_running_loop().create_future()
+        waiter = self._drained = self._loop.create_future()
         try:
             await waiter
         finally:
@@ -142,12 +158,21 @@ class Stream(asyncio.Protocol):
         self.abort()
 
     def expire(self) -> None:
-        """End the patience. The connection stays, so that it can be said."""
-        self.deadline = None
-        error = ExpiredError("the other side took too long")
+        """End the patience. The connection stays, so that it can be said.
+
+        Where nobody waits at this moment, as something just came, whoever waits again is told the next time.
+        """
+        ended, self.deadline = self.deadline, None
+        if self.taker is not None and self.taker():
+            self._expired = True
+            return
+        error, told = ExpiredError("the other side took too long"), False
         for waiter in (self._readable, self._drained):
             if waiter is not None and not waiter.done():
+                told = True
                 waiter.set_exception(error)
+        if not told:
+            self.deadline = ended
 
     def close(self) -> None:
         """Close once all is sent."""
@@ -216,9 +241,8 @@ class Patience:
             self._timer = None
 
     def _look(self) -> None:
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = time.monotonic()
         for stream in list(self._streams):
             if stream.deadline is not None and stream.deadline <= now:
                 stream.expire()
-        self._timer = loop.call_later(self._every_s, self._look)
+        self._timer = asyncio.get_running_loop().call_later(self._every_s, self._look)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -35,6 +36,7 @@ class Compiled:
     """Where its requests go to; None where its record does not say."""
 
 
+@functools.lru_cache(maxsize=4096)
 def place_of(scheme: str, authority: str) -> Place | None:
     """The one form of all spellings of an authority; None for what is none, or has a user in it."""
     found = _AUTHORITY.fullmatch(authority)
@@ -70,6 +72,11 @@ class Targets:
             names = ", ".join(one.state.target_id for one in found)
             return refused("target_ambiguous", f"several targets are there ({names}): go by /<target>/...")
         return found[0]
+
+    def url_of(self, target: TargetState) -> str | None:
+        """See `url_of`; of what was found last it is known. Raises TargetSettingsError."""
+        kept = self._compiled.get(target.target_id)
+        return kept.url if kept is not None and kept.state is target else url_of(target)
 
     def knows(self, authority: str) -> bool:
         """Whether a target may be there, by http or https: what is none is denied before anything else is looked at."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from collections import deque
 from typing import Final
 
@@ -34,7 +35,7 @@ class Upstreams:
     async def take(self, origin: Origin, *, fresh: bool = False) -> tuple[Stream, bool]:
         """A connection, and whether it was used before. Raises RefusedError: 502, or 504 where it took too long."""
         if not fresh:
-            stream = self._idling(origin)
+            stream = self.idling(origin)
             if stream is not None:
                 return stream, True
         return await self._connect(origin), False
@@ -42,16 +43,15 @@ class Upstreams:
     def give_back(self, origin: Origin, stream: Stream) -> None:
         """Keep a connection whose last exchange ended cleanly, unless something came that nobody had asked for."""
         idle = self._idle.setdefault(origin, deque())
-        stream.deadline = None
+        stream.deadline = stream.taker = stream.on_gone = None
         if not stream.alive or stream.buffer or len(idle) >= IDLE_EACH:
             stream.abort()
             return
-        stream.on_gone = None
-        idle.append((stream, asyncio.get_running_loop().time() + IDLE_S))
+        idle.append((stream, time.monotonic() + IDLE_S))
 
     def sweep(self) -> None:
         """Close what has been idle for too long, or was closed by the target."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         for origin, idle in list(self._idle.items()):
             kept = deque(one for one in idle if one[0].alive and not one[0].buffer and one[1] > now)
             for stream, until in idle:
@@ -69,9 +69,10 @@ class Upstreams:
                 stream.abort()
         self._idle.clear()
 
-    def _idling(self, origin: Origin) -> Stream | None:
+    def idling(self, origin: Origin) -> Stream | None:
+        """A connection that was used before and is kept; None where there is none."""
         idle = self._idle.get(origin)
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         while idle:
             stream, until = idle.pop()
             if stream.alive and not stream.buffer and until > now:

@@ -10,6 +10,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.gateway.cutting import Cutter, LeaseFeed
 from ringfence.gateway.leases import LEASES_SINCE_MS, ORDERS_KEPT_MS, LeaseTable
+from ringfence.kernel.clock import suspend_aware_ms
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.kafka import Follower, Received
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 BEAT_EVERY_S = 1.0
 _LOOK_EVERY_S = 0.1
+_OVERDUE_MS = 250
 _COMPARE_EVERY = 2
 """Every second look: comparing takes a question to each follower."""
 
@@ -43,17 +45,27 @@ class View:
         self._check = StreamCheck(self._streams, runtime.trust, runtime.clock, grace_ms=grace_ms)
         self._cutter = Cutter(runtime, self.directory, self.table, gives_its_word=gives_its_word)
         feed = LeaseFeed(runtime, self.table)
+        self._looked_ms = suspend_aware_ms()
         now_ms = runtime.clock.now_ms()
 
+        self._fresh_at_ms = 0
+        """At this moment it was not stale; nothing came since."""
+
         def on_leases(records: Sequence[Received]) -> None:
+            self._fresh_at_ms = 0
             self._streams.on_records(records)
             feed.on_records(records)
 
         def on_orders(records: Sequence[Received]) -> None:
+            self._fresh_at_ms = 0
             self._streams.on_records(records)
             self._cutter.on_records(records)
 
-        runtime.table(TABLES, self.directory.on_records)
+        def on_tables(records: Sequence[Received]) -> None:
+            self._fresh_at_ms = 0
+            self.directory.on_records(records)
+
+        runtime.table(TABLES, on_tables)
         runtime.table([HEARTBEAT], self._on_heartbeats)
         leases = runtime.history([LEASE], on_leases, since_ms=max(now_ms - LEASES_SINCE_MS, 1))
         orders = runtime.history([REVOCATION_REQUEST], on_orders, since_ms=max(now_ms - ORDERS_KEPT_MS, 1))
@@ -64,10 +76,20 @@ class View:
         runtime.denies_when(self.stale)
 
     def stale(self) -> str | None:
-        """Why nothing may be decided by this view, or None."""
-        return self._check.stale() or self.directory.stale()
+        """Why nothing may be decided by this view, or None. Asked for each request, several times in a millisecond."""
+        now_ms = self._runtime.clock.now_ms()
+        if now_ms == self._fresh_at_ms:
+            return None
+        stale = self._check.stale() or self.directory.stale()
+        self._fresh_at_ms = now_ms if stale is None else 0
+        return stale
+
+    def lapsed(self) -> bool:
+        """Whether looking at it is overdue, as this process stood still, and it is too old by now."""
+        return suspend_aware_ms() - self._looked_ms > _OVERDUE_MS and self.stale() is not None
 
     def _on_heartbeats(self, records: Sequence[Received]) -> None:
+        self._fresh_at_ms = 0
         self.directory.on_records(records)
         self._check.on_heartbeats(records)
 
@@ -77,11 +99,14 @@ class View:
         turn = 0
         while True:
             if turn % _COMPARE_EVERY == 0:
-                self._check.compare(await self._positions())
+                positions = await self._positions()
+                self._fresh_at_ms = 0
+                self._check.compare(positions)
             turn += 1
             self.table.sweep()
             if self.stale() is not None:
                 self.table.end_watched()
+            self._looked_ms = suspend_aware_ms()
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _positions(self) -> dict[Partition, int]:

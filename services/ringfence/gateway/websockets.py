@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import time
+from collections.abc import Callable
 from typing import Final
 
 from ringfence.gateway.redaction import Redactor
@@ -40,20 +42,23 @@ def accepts(head: RequestHead, response: ResponseHead) -> bool:
     )
 
 
-async def tunnel(client: Stream, upstream: Stream, redactor: Redactor, *, idle_s: float) -> None:
+async def tunnel(
+    client: Stream, upstream: Stream, redactor: Redactor, look: Callable[[], None], *, idle_s: float
+) -> None:
     """Pass bytes both ways until one side is gone, nothing came from either for `idle_s`, or one was made to fail.
 
+    `look` raises where what came goes nowhere any more.
     Frames of servers are not masked and, as no extension was agreed on, not compressed: the secret would stand in them.
     """
-    loop = asyncio.get_running_loop()
 
     async def pass_on(source: Stream, sink: Stream, through: Redactor | None) -> None:
         while True:
             if source.buffer:
+                look()
                 data = bytes(source.buffer)
                 source.buffer.clear()
                 for side in (client, upstream):
-                    side.deadline = loop.time() + idle_s
+                    side.deadline = time.monotonic() + idle_s
                 sink.write(through.feed(data) if through is not None else data)
                 if sink.blocked:
                     await sink.drained()

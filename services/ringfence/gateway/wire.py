@@ -6,6 +6,7 @@ Nothing is repaired here, and field lines are kept as they were sent.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -30,6 +31,7 @@ _ONCE: Final = frozenset({
     b"upgrade", b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-accept", b"content-encoding",
     b"x-ringfence-label", b"x-ringfence-handle", b"content-type", b"mcp-session-id", b"last-event-id",
 })  # fmt: skip
+_NONE: Final = frozenset[bytes]()
 _WATCHED: Final = _ONCE | {b"connection"}
 
 OVERRIDES: Final = frozenset({
@@ -106,13 +108,13 @@ def parse_request(head: bytes) -> RequestHead:
     length, chunked, named = _framing(known, minor)
     if b"host" not in known and not (minor == 0 and line[1] == b"CONNECT"):
         raise _malformed("Host is missing")
-    for name, _ in fields:
-        if name in OVERRIDES:
-            raise RefusedError(
-                400,
-                "override_refused",
-                f"{name.decode()} would make the target do another thing than what is decided on; leave it out",
-            )
+    if not OVERRIDES.isdisjoint(dict(fields)):
+        name = next(name for name, _ in fields if name in OVERRIDES)
+        raise RefusedError(
+            400,
+            "override_refused",
+            f"{name.decode()} would make the target do another thing than what is decided on; leave it out",
+        )
     return RequestHead(
         minor, fields, known, length, chunked, named, line[1].decode("ascii"), line[2].decode("ascii")
     )
@@ -146,19 +148,26 @@ def _parse_fields(block: bytes) -> tuple[list[tuple[bytes, bytes]], dict[bytes, 
     fields: list[tuple[bytes, bytes]] = []
     known: dict[bytes, bytes] = {}
     for line in lines:
-        name, _, value = line.partition(b":")
-        name = name.lower()
+        given, _, value = line.partition(b":")
+        name, watched = _named(given)
         fields.append((name, line))
-        if name in _WATCHED:
+        if watched:
             if name not in known:
                 known[name] = value.strip(b" \t")
             elif name in _ONCE:
                 raise _malformed(f"{name.decode()} comes twice")
             else:
                 known[name] += b"," + value
-        elif b"_" in name and _reads_as_another(name):
-            raise _malformed(f"{name.decode()} is read as another name by some; write it with hyphens")
     return fields, known
+
+
+@functools.lru_cache(maxsize=1024)
+def _named(given: bytes) -> tuple[bytes, bool]:
+    """A name in lower case, and whether its value is kept. Raises RefusedError."""
+    name = given.lower()
+    if b"_" in name and _reads_as_another(name):
+        raise _malformed(f"{name.decode()} is read as another name by some; write it with hyphens")
+    return name, name in _WATCHED
 
 
 def _framing(known: dict[bytes, bytes], minor: int) -> tuple[int | None, bool, frozenset[bytes]]:
@@ -174,12 +183,12 @@ def _framing(known: dict[bytes, bytes], minor: int) -> tuple[int | None, bool, f
     if given is not None:
         length = _length(given)
     connection = known.get(b"connection")
-    named = (
-        frozenset(option.strip(b" \t") for option in connection.lower().split(b","))
-        if connection
-        else frozenset()
-    )
-    return length, coding is not None, named
+    return length, coding is not None, _options(connection) if connection else _NONE
+
+
+@functools.lru_cache(maxsize=256)
+def _options(connection: bytes) -> frozenset[bytes]:
+    return frozenset(option.strip(b" \t") for option in connection.lower().split(b","))
 
 
 def _length(given: bytes) -> int:

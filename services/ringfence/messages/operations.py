@@ -107,7 +107,8 @@ class ActionAsked(Message):
 
 
 class ActionDecided(Message):
-    """One request of an agent through the gateway, and what was decided on it."""
+    """One request of an agent through the gateway, and what was decided on it; or, with `count`, several that are alike
+    and were refused before anything could be decided."""
 
     action_id: NonEmpty
     gateway: SpiffeId | None = None
@@ -122,7 +123,7 @@ class ActionDecided(Message):
     allowed: bool
     reasons: tuple[Reason, ...] = ()
     access: Literal["read", "write"] | None = None
-    """By its method (RFC 9110, 9.2.1), whatever the verb is called."""
+    """By its method (RFC 9110, 9.2.1), whatever the verb is called; at an endpoint of MCP by the message."""
     method: Annotated[str, Field(max_length=32)] | None = None
     request_digest: Digest | None = None
     """Over method, URL and body: it tells two requests apart, and says nothing of what was in them."""
@@ -134,6 +135,8 @@ class ActionDecided(Message):
     """Set where it was forwarded all the same, with what the agent inherited: it says what would have been blocked."""
     asked: ActionAsked | None = None
     """Set where a person was asked about it."""
+    count: Annotated[int, Field(ge=1)] | None = None
+    """How many it tells of, where it was refused before anything could be decided; else it is one."""
     at_ms: Millis
     traceparent: str | None = None
 

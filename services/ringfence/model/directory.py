@@ -136,6 +136,8 @@ class Directory:
         self._slots: dict[SubjectKind, dict[str, _Slot]] = {"user": {}, "agent": {}, "target": {}, "task": {}}
         self._parts: dict[tuple[str, int], _Part] = {}
         self._listeners: list[Callable[[SubjectKind, str], None]] = []
+        self.version = 0
+        """Another one after each record that was taken in."""
         self._users_taken_in = 0
         self._displaced: set[tuple[SubjectKind, str]] = set()
         self._last_beat_ms = 0
@@ -196,6 +198,7 @@ class Directory:
             if problem := _left_out(known.record.commands, record.commands):
                 return f"history_changed: revision {record.revision} of {record.sub} {problem}"
         self._slots[kind][id] = _Slot(record, compact, source)
+        self.version += 1
         if kind == "user":
             self._users_taken_in += 1
         # The first record of all here: that there was none is what the last heartbeat confirmed, by not naming it.

@@ -21,6 +21,13 @@ NAMED_BY: Final[Mapping[str, str]] = {
     "resources/read": "uri", "resources/subscribe": "uri", "resources/unsubscribe": "uri",
 }  # fmt: skip
 """The member of `params` that says which one is meant, by method."""
+CALL: Final = "tools/call"
+_ASKS: Final = frozenset({
+    "initialize", "ping", "tools/list", "prompts/list", "prompts/get", "resources/list", "resources/templates/list",
+    "resources/read", "completion/complete",
+})  # fmt: skip
+"""What changes nothing at the server, as the protocol has it."""
+_NOTIFIES: Final = "notifications/"
 WITH_ARGUMENTS: Final = frozenset({"tools/call", "prompts/get"})
 LISTED: Final[Mapping[str, tuple[str, str]]] = {
     "tools": ("tools/call", "name"), "prompts": ("prompts/get", "name"), "resources": ("resources/read", "uri"),
@@ -54,6 +61,11 @@ class McpMessage:
     name: str | None = None
     """Of the tool or prompt, or the URI of the resource."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def only_asks(self) -> bool:
+        """Whether it changes nothing, whatever the server is. Of a call that cannot be said."""
+        return self.method in _ASKS or self.method.startswith(_NOTIFIES)
 
 
 def read_message(body: bytes) -> McpMessage:

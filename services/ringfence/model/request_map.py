@@ -38,6 +38,7 @@ _MCP: Final = "MCP"
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _LITERAL: Final = re.compile(r"[A-Za-z0-9._~!$&'()+,=:@-]+")
 _RAW_SEGMENT: Final = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,=:@-]|%[0-9A-Fa-f]{2})+")
+_PLAIN_PATH: Final = re.compile(r"(?:/[A-Za-z0-9_~!$&'()*+,=:@-][A-Za-z0-9._~!$&'()*+,=:@-]*)+")
 _NOT_IN_A_SEGMENT: Final = re.compile(r"[/\\%;\x00-\x1f\x7f]")
 
 
@@ -76,14 +77,12 @@ class _Rule:
         known = len(self.segments)
         if len(segments) < known + 1 if self.rest else len(segments) != known:
             return None
-        if any(
-            want is not None and want != got
-            for want, got in zip(self.segments, segments[:known], strict=True)
-        ):
-            return None
-        found = {
-            name: got for name, got in zip(self.names, segments[:known], strict=True) if name is not None
-        }
+        found = {}
+        for want, name, got in zip(self.segments, self.names, segments, strict=False):
+            if name is not None:
+                found[name] = got
+            elif want != got:
+                return None
         if self.rest:
             found[f"{self.rest}*"] = "/".join(segments[known:])
         return found
@@ -99,6 +98,10 @@ class RequestMap:
         for rule in map(_compiled, rules):
             some = self._mcp if rule.mcp is not None else self._by_method.setdefault(rule.rule.method, [])
             some.append(rule)
+        self._looked_at = {
+            method for method, some in self._by_method.items() if any(one.rule.body for one in some)
+        }
+        """Methods of which some rule has conditions on the body."""
         self._nearly = [rule.folded() for rule in self._mcp]
 
     def speaks_mcp(self, target: str) -> bool:
@@ -124,6 +127,8 @@ class RequestMap:
         """
         if method == "POST" and self.speaks_mcp(target):
             return True
+        if method not in self._looked_at:
+            return False
         path, _, query = target.partition("?")
         segments = _decoded(path) if len(target) <= MAX_TARGET_CHARS and "#" not in query else None
         if segments is None:
@@ -332,6 +337,8 @@ def _decoded(path: str) -> tuple[str, ...] | None:
         return ()
     if not path.startswith("/"):
         return None
+    if _PLAIN_PATH.fullmatch(path):  # nothing to decode, and no segment of dots
+        return tuple(path[1:].split("/"))
     segments = []
     for raw in path[1:].split("/"):
         if not _RAW_SEGMENT.fullmatch(raw):

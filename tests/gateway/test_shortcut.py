@@ -1,0 +1,239 @@
+"""The short way of requests, and each place at which one leaves it: nothing is lost, sent twice, or left behind."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from ringfence.gateway.forwarding import Patiences
+from ringfence.gateway.limits import Allowance
+from tests.gateway.conftest import Place, placed
+from tests.gateway.raw import connected
+from tests.gateway.table_gate import SECRET
+from tests.gateway.target import OK, Reader, Received, Target, Writer
+
+GET = b"GET /api/files/a HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
+PUT = b"PUT /api/files/a HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: 5\r\n\r\nhello"
+DENIED = b"DELETE /api/files/a HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
+CHUNKED = (
+    b"PUT /api/files/a HTTP/1.1\r\nHost: gateway.test\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"5\r\nhello\r\n0\r\n\r\n"
+)
+
+
+class Slow:
+    """A target that answers its first request, and the others when and how the test says."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.answers: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def script(self, reader: Reader, writer: Writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK)
+        while await reader.readuntil(b"\r\n\r\n"):
+            self.asked.set()
+            while (piece := await self.answers.get()) != b"":
+                writer.write(piece)
+
+
+def left(place: Place) -> list[object]:
+    """What would be left of requests that are over."""
+    return [*place.gate.watching[place.gate.leases["api"].lease_id]]
+
+
+async def test_whole_requests_go_the_short_way(place: Place) -> None:
+    async with place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200  # it takes a connection first
+        assert place.gate.at_once == 1
+        for data in (GET, PUT, GET):
+            assert (await raw.ask(data)).body == b"ok"
+        assert place.gate.at_once == 4
+        assert (await raw.ask(DENIED)).status == 403
+        assert (await raw.ask(CHUNKED)).status == 200
+        assert place.gate.at_once == 4
+    assert [(one.method, one.body) for one in place.target.requests] == [
+        ("GET", b""), ("GET", b""), ("PUT", b"hello"), ("GET", b""), ("PUT", b"hello"),
+    ]  # fmt: skip
+    assert place.plane.upstreams.open == 1
+    assert left(place) == []
+
+
+async def test_a_body_that_decides_is_seen_on_the_short_way(place: Place) -> None:
+    head = b"POST /api/runs/x HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: 14\r\n\r\n"
+    async with place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200
+        assert (await raw.ask(head + b'{"mode":"dry"}')).status == 200
+        assert (await raw.ask(head + b'{"mode":"wet"}')).status == 403
+    assert place.gate.at_once == 2
+    assert place.gate.records[1][1].body == b'{"mode":"dry"}'
+    assert [one.body for one in place.target.requests] == [b"", b'{"mode":"dry"}']
+
+
+async def test_requests_in_one_piece_are_answered_one_after_the_other(place: Place) -> None:
+    async with place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200
+        await raw.send(GET + PUT + GET)
+        assert [(await raw.response()).status for _ in range(3)] == [200, 200, 200]
+        assert (await raw.ask(GET)).status == 200
+    assert [one.method for one in place.target.requests] == ["GET", "GET", "PUT", "GET", "GET"]
+
+
+async def test_what_comes_before_the_answer_waits_for_it() -> None:
+    slow = Slow()
+    async with placed(Target(script=slow.script)) as place, place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200
+        await raw.send(GET)
+        await slow.asked.wait()
+        assert place.gate.at_once == 2
+        await raw.send(GET + DENIED)
+        slow.asked.clear()
+        slow.answers.put_nowait(OK)
+        slow.answers.put_nowait(b"")
+        assert (await raw.response()).status == 200
+        await slow.asked.wait()
+        slow.answers.put_nowait(OK)
+        assert [(await raw.response()).status for _ in range(2)] == [200, 403]
+
+
+async def test_an_answer_that_comes_in_pieces_is_handed_over() -> None:
+    slow = Slow()
+    async with placed(Target(script=slow.script)) as place, place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200
+        await raw.send(GET)
+        await slow.asked.wait()
+        body = f"it is {SECRET}".encode()
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
+        for at, piece in enumerate((head[:20], head[20:] + body[:14])):
+            slow.answers.put_nowait(piece)
+            if at:
+                await raw.reader.readuntil(b"\r\n\r\n")
+        slow.answers.put_nowait(body[14:])
+        assert await raw.reader.readexactly(len(body)) == b"it is " + b"*" * len(SECRET)
+        slow.answers.put_nowait(b"")
+        slow.asked.clear()
+        await raw.send(GET)
+        await slow.asked.wait()
+        slow.answers.put_nowait(OK)
+        assert (await raw.response()).status == 200
+        assert place.gate.at_once == 3
+        assert left(place) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Encoding: gzip\r\n\r\nok", 502),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok", 502),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", 204),
+        (b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", 404),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", 200),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok", 200),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok, and what nobody asked for", 200),
+    ],
+)
+async def test_every_answer_is_what_it_is_on_the_long_way(answer: bytes, status: int) -> None:
+    slow = Slow()
+    async with placed(Target(script=slow.script)) as place, place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200
+        await raw.send(GET)
+        for piece in (answer, b"", OK, b""):
+            slow.answers.put_nowait(piece)
+        assert (await raw.response()).status == status
+        assert place.gate.at_once == 2
+        assert (await raw.ask(GET)).status == 200
+        assert left(place) == []
+
+
+async def test_a_connection_that_was_closed_meanwhile_is_replaced(place: Place) -> None:
+    def gone(received: Received) -> bytes:
+        place.target.respond = lambda _: OK
+        raise ConnectionError
+
+    async with place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200
+        place.target.respond = gone
+        assert (await raw.ask(GET)).status == 200
+        place.target.respond = gone
+        assert (await raw.ask(PUT)).status == 502  # it may have been done
+    assert [one.method for one in place.target.requests] == ["GET", "GET", "GET", "PUT"]
+
+
+async def test_the_lease_ends_while_the_target_thinks() -> None:
+    slow = Slow()
+    async with placed(Target(script=slow.script)) as place, place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200
+        await raw.send(GET)
+        await slow.asked.wait()
+        place.gate.end("api")
+        answer = await raw.response()
+        assert (answer.status, b"lease_ended" in answer.body) == (403, True)
+        slow.answers.put_nowait(b"")
+        await place.target.gone.wait()
+        assert place.gate.at_once == 2
+        assert left(place) == []
+        assert (await raw.ask(GET)).status == 200
+
+
+async def test_a_target_that_does_not_answer_in_time() -> None:
+    slow = Slow()
+    patiences = Patiences(response_s=0.3)
+    async with placed(Target(script=slow.script), patiences=patiences) as place, place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200
+        answer = await raw.ask(GET)
+        assert (answer.status, b"target_timeout" in answer.body) == (504, True)
+        assert place.gate.at_once == 2
+        assert (await raw.ask(GET)).status == 200
+        assert left(place) == []
+
+
+async def test_a_client_that_leaves_takes_its_request_along() -> None:
+    slow = Slow()
+    allowance = Allowance(concurrent_each=1)
+    async with placed(Target(script=slow.script), allowance=allowance) as place:
+        async with connected(place.port) as raw:
+            assert (await raw.ask(GET)).status == 200
+            await raw.send(GET)
+            await slow.asked.wait()
+        slow.answers.put_nowait(b"")
+        await place.target.gone.wait()
+        while place.plane.connections:
+            await asyncio.sleep(0)
+        assert left(place) == []
+        async with connected(place.port) as raw:  # it is one at a time, and nothing is counted any more
+            assert (await raw.ask(GET)).status == 200
+
+
+async def test_a_connection_to_a_target_serves_both_ways_in_turn(place: Place) -> None:
+    """Whoever had it on the short way hears nothing of what comes for the next one."""
+    async with place.connected() as one, place.connected() as other:
+        for data in (GET, GET):
+            assert (await one.ask(data)).status == 200
+        for data in (CHUNKED, GET, CHUNKED):
+            assert (await other.ask(data)).status == 200
+            assert (await one.ask(GET)).status == 200
+    assert place.plane.upstreams.open == 1
+
+
+async def test_what_is_left_to_the_long_way_counts_once() -> None:
+    async with (
+        placed(allowance=Allowance(per_second_each=0.001, burst_each=3)) as place,
+        place.connected() as raw,
+    ):
+        statuses = [(await raw.ask(DENIED)).status for _ in range(4)]
+    assert statuses == [403, 403, 403, 429]
+
+
+async def test_a_head_that_comes_slowly_has_no_more_time_after_short_ones() -> None:
+    async with (
+        placed(patiences=Patiences(head_s=0.3)) as place,
+        place.connected() as raw,
+        place.connected() as other,
+    ):
+        assert (await raw.ask(GET)).status == 200
+        await raw.send(GET[:10])
+        assert (await other.ask(GET)).status == 200  # by then the gateway has seen the beginning
+        assert (await raw.ask(GET[10:])).status == 200
+        await raw.send(GET[:10])
+        assert (await raw.response()).status == 408

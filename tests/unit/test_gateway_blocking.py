@@ -1,0 +1,100 @@
+"""What is refused before anything can be decided is on `action`: whose it is, and how many, however fast they come."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from ringfence.gateway.attempts import Attempt, Blocked, Presented
+from ringfence.gateway.blocking import BlockedRequests
+from ringfence.gateway.spool import SpoolFullError
+from ringfence.gateway.targets import Targets
+from ringfence.messages.operations import ActionDecided
+from tests.unit.test_gateway_domain import Place
+
+GATEWAY = "spiffe://test.example/service/gateway"
+
+
+class Parts:
+    """Real records; the spool is a list that can be full."""
+
+    def __init__(self) -> None:
+        self.place = Place()
+        ledger = self.place.ledger
+        self.events: list[ActionDecided] = []
+        self.full = False
+        self.blocked = BlockedRequests(
+            cast(Any, self), ledger.directory, Targets(ledger.directory), ledger.clock,
+            gateway=GATEWAY, trust_domain="test.example",
+        )  # fmt: skip
+
+    def record(self, event: ActionDecided) -> None:
+        if self.full:
+            raise SpoolFullError("full")
+        self.events.append(event)
+
+    def add(self, code: str = "too_many_requests", **fields: Any) -> None:
+        self.blocked.add(Blocked(code, "what was wrong", **fields))
+
+
+@pytest.fixture
+def parts() -> Parts:
+    return Parts()
+
+
+def test_whose_it_is_as_far_as_the_connection_shows_it(parts: Parts) -> None:
+    task = parts.place.task
+    parts.add(presented=Presented(task_id=task), method="GET")
+    parts.add(presented=Presented(certificate="spiffe://test.example/agent/bot"), method="PUT")
+    parts.add(presented=Presented(certificate="spiffe://elsewhere.example/agent/bot"))
+    parts.add("head_timeout", presented=Presented(task_id="nobody's"))
+    parts.add("odd", presented=Presented(handle=parts.place.lease.lease_id))
+    assert [(one.agent_id, one.task_id, one.access, one.method) for one in parts.events] == [
+        ("bot", task, "read", "GET"), ("bot", None, "write", "PUT"), (None, None, None, None),
+        (None, None, None, None), (None, None, None, None),
+    ], "a handle alone shows nothing"  # fmt: skip
+    assert {one.gateway for one in parts.events} == {GATEWAY}
+    assert not any(one.allowed for one in parts.events)
+    assert parts.events[0].reasons[0].code == "too_many_requests"
+
+
+def test_which_target_it_was_for(parts: Parts) -> None:
+    for target_id in ("staging", "nowhere"):
+        parts.add(attempt=Attempt(None, "https", "GET", "/", target_id=target_id))
+    assert [one.target_id for one in parts.events] == ["staging", None]
+
+
+def test_a_flood_is_one_event_a_second_and_none_of_it_is_missing(parts: Parts) -> None:
+    for _ in range(1000):
+        parts.add(method="GET")
+    parts.add(method="PUT")
+    assert [one.count for one in parts.events] == [1, 1], "the first of each kind is recorded at once"
+    parts.blocked.tell()
+    assert [one.count for one in parts.events] == [1, 1, 999]
+    parts.add(method="GET")
+    parts.blocked.tell()
+    assert [one.count for one in parts.events] == [1, 1, 999, 1]
+    parts.blocked.tell()
+    parts.blocked.tell()
+    parts.add(method="GET")
+    assert [one.count for one in parts.events] == [1, 1, 999, 1, 1], "whoever comes later is the first again"
+    assert len({one.action_id for one in parts.events}) == 5
+
+
+async def test_what_there_is_no_room_for_is_told_when_there_is(parts: Parts) -> None:
+    parts.full = True
+    for _ in range(3):
+        parts.add()
+    parts.blocked.tell()
+    assert parts.events == []
+    parts.full = False
+    parts.add()
+    await parts.blocked.close()
+    assert [one.count for one in parts.events] == [4]
+
+
+def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None:
+    for code in ("host_invalid", "malformed_http"):
+        parts.blocked.add(Blocked(code, "quoted: eve.example", method="EVE-WAS-HERE"))
+    assert "eve" not in "".join(one.model_dump_json() for one in parts.events).lower()

@@ -1,0 +1,121 @@
+"""What was weighed is gone by as long as nothing that it rests on changed, and no longer."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+
+import pytest
+
+from ringfence.gateway.action_ids import ActionIds
+from ringfence.gateway.domain import Chosen, Sender
+from ringfence.gateway.remembering import Remembered
+from ringfence.messages.registry import AgentSetCeiling
+from ringfence.model.request_map import Action
+from tests.ledger import permission
+from tests.unit.test_gateway_domain import MAX_AGE_S, READ, WIDE, Place
+
+
+class Memory:
+    """What `place` weighed, remembered."""
+
+    def __init__(self, max_age_s: int = MAX_AGE_S, limit: int = 10) -> None:
+        self.place = Place()
+        self.sender = Sender("bot", self.place.task)
+        self.remembered = Remembered(self.place.table, self.place.ledger.directory, limit=limit)
+        chosen = self.place.weigh()
+        assert isinstance(chosen, Chosen)
+        self.chosen = chosen
+        self.remembered.keep(self.sender, READ, chosen, max_age_s)
+
+    def found(self, sender: Sender | None = None, action: Action = READ) -> Chosen | None:
+        return self.remembered.chosen(
+            sender or self.sender, self.place.target(), action, self.place.ledger.clock.ms / 1000
+        )
+
+
+def test_the_same_sender_and_action_find_it_again() -> None:
+    memory = Memory()
+    assert memory.found() is memory.chosen
+    assert memory.found(Sender("bot", None)) is None
+    assert memory.found(Sender("thief", memory.place.task)) is None
+    assert memory.found(Sender("bot", memory.place.task, memory.place.lease.lease_id)) is None
+    assert memory.found(action=Action("deploy", READ.resource)) is None
+    assert memory.found(action=Action("read", "env/staging/db")) is None
+
+
+def another_ceiling(memory: Memory) -> None:
+    ledger, other = memory.place.ledger, permission("db/*", verbs=("read",))
+    ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(WIDE, other)))
+
+
+def another_lease(memory: Memory) -> None:
+    memory.place.leased(permission("env/staging/web", verbs=("read",)))
+
+
+def revoked(memory: Memory) -> None:
+    memory.place.table.revoke(memory.place.lease.lease_id, memory.place.ledger.clock.ms)
+
+
+def fenced(memory: Memory) -> None:
+    memory.place.table.fence("agent:bot", memory.place.lease.requested_at_ms)
+
+
+def ended(memory: Memory) -> None:
+    lease = memory.place.lease
+    memory.place.table.take(lease.model_copy(update={"seq": lease.seq + 1, "status": "ending"}))
+
+
+def at_its_deadline(memory: Memory) -> None:
+    memory.place.ledger.clock.ms = memory.place.lease.deadline * 1000
+
+
+@pytest.mark.parametrize("change", [another_ceiling, another_lease, revoked, fenced, ended, at_its_deadline])
+def test_what_it_rests_on_changed(change: Callable[[Memory], None]) -> None:
+    memory = Memory()
+    change(memory)
+    assert memory.found() is None
+
+
+def test_a_lease_of_somebody_else_changes_nothing() -> None:
+    memory = Memory()
+    memory.place.leased(agent_id="thief", act=("thief",))
+    memory.place.leased(target_id="other")
+    assert memory.found() is memory.chosen
+
+
+def test_a_lease_that_came_back_is_another() -> None:
+    """What is forgotten with the last lease must not be found again with the next one."""
+    memory = Memory()
+    ended(memory)
+    memory.place.leased()
+    assert memory.found() is None
+
+
+def test_it_ends_with_the_age_of_entitlements() -> None:
+    entitlements = Memory().chosen.ground.user.state.entitlements
+    memory = Memory(max_age_s=memory_age(entitlements.as_of))
+    assert memory.found() is memory.chosen
+    memory.place.ledger.clock.ms += 2000
+    assert memory.found() is None
+
+
+def memory_age(as_of: int) -> int:
+    """So many seconds that entitlements of then are one second from their end when a `Place` is made."""
+    return Place().ledger.clock.ms // 1000 - as_of + 1
+
+
+def test_the_oldest_are_forgotten_first() -> None:
+    memory = Memory(limit=2)
+    for verb in ("one", "two"):
+        memory.remembered.keep(memory.sender, Action(verb, "env/x"), memory.chosen, MAX_AGE_S)
+    assert memory.found() is None
+    assert memory.found(action=Action("two", "env/x")) is memory.chosen
+
+
+def test_ids_are_random_uuids() -> None:
+    ids = ActionIds()
+    many = {ids.fresh() for _ in range(2000)}
+    assert len(many) == 2000
+    assert all(str(uuid.UUID(id)) == id for id in many)
+    assert {(uuid.UUID(id).version, uuid.UUID(id).variant) for id in many} == {(4, uuid.RFC_4122)}
