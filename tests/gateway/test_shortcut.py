@@ -237,3 +237,14 @@ async def test_a_head_that_comes_slowly_has_no_more_time_after_short_ones() -> N
         assert (await raw.ask(GET[10:])).status == 200
         await raw.send(GET[:10])
         assert (await raw.response()).status == 408
+
+
+async def test_a_connection_that_brought_much_serves_the_short_way_too(place: Place) -> None:
+    """Reading was stopped in between: whoever has the connection next must hear of its answer."""
+    body = bytes(2 * 1024 * 1024)
+    much = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    async with place.connected() as raw:
+        for answer, length in ((OK, 2), (much, len(body)), (OK, 2)) * 10:
+            place.target.respond = lambda _, answer=answer: answer  # type: ignore[misc]
+            assert len((await raw.ask(GET)).body) == length
+    assert place.plane.upstreams.open == 1

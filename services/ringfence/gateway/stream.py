@@ -117,15 +117,19 @@ class Stream(asyncio.Protocol):
         if self._expired:
             self._expired = False
             raise ExpiredError("the other side took too long")
-        if self._paused:
-            self._paused = False
-            self.transport.resume_reading()
+        self.resume()
         waiter = self._readable = self._loop.create_future()
         try:
             await waiter
         finally:
             if self._readable is waiter:  # who waited was cancelled, and somebody else waits already
                 self._readable = None
+
+    def resume(self) -> None:
+        """Read on, where that was stopped because nobody took what came."""
+        if self._paused:
+            self._paused = False
+            self.transport.resume_reading()
 
     def wake(self) -> None:
         """Whoever waits for more looks again, or who comes to wait next."""

@@ -47,6 +47,7 @@ class Upstreams:
         if not stream.alive or stream.buffer or len(idle) >= IDLE_EACH:
             stream.abort()
             return
+        stream.resume()
         idle.append((stream, time.monotonic() + IDLE_S))
 
     def sweep(self) -> None:
