@@ -193,6 +193,20 @@ class ReadApi(Lifetime):
             "audit", "actions", since_ms=since_ms, until_ms=until_ms, after=after, agent=agent, target=target
         )
 
+    async def coverage(
+        self,
+        what: Literal["leases", "actions"],
+        *,
+        since_ms: int,
+        until_ms: int | None = None,
+        after: str | None = None,
+        short_s: int | None = None,
+    ) -> Any:
+        """Some leases, or actions, counted by whether they lead back to a human. See `Coverage`."""
+        return await self.get(
+            "audit", "coverage", what, since_ms=since_ms, until_ms=until_ms, after=after, short_s=short_s
+        )
+
     def _token(self) -> str:
         now_s = self._clock.now_ms() // 1000
         claims = ApiToken(
