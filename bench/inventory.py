@@ -200,7 +200,7 @@ async def _until_looked_at(api: ReadApi) -> int:
     """How many agents there are, once all are looked at. Asked seldom: a question looks at some by itself."""
     while True:
         page = await api.inventory(limit=0)
-        if not any("have changed" in gap for gap in page["gaps"]):
+        if not any("not in it as they are now" in gap for gap in page["gaps"]):
             return int(page["totals"]["agents"])
         await asyncio.sleep(1)
 

@@ -175,9 +175,9 @@ def totals(lines: Iterable[Line], now_s: int, keys_by_s: int) -> dict[str, int]:
         if not line.counts:
             continue
         sums["agents"] += 1
-        sums["orphans" if line.orphan else "live_sponsor"] += 1
-        sums["keys_ended"] += line.key_ends_by(now_s)
-        sums["keys_ending"] += line.key_ends_by(keys_by_s) and not line.key_ends_by(now_s)
+        sums["live_sponsor" if line.sponsor_is == "live" else "orphans"] += 1
+        if line.key_end_s is not None and line.key_end_s <= keys_by_s:
+            sums["keys_ended" if line.key_end_s <= now_s else "keys_ending"] += 1
         sums["running_tasks"] += line.tasks
         sums["leases"] += line.leases
         sums["standing_leases"] += line.standing

@@ -92,18 +92,18 @@ class InventoryApi:
 
     async def _inventory(self, request: Request) -> Response:
         """A page of agents by id, after the one that `after` names; with the first, the sums over all that fit."""
-        wanted = await self._asked(request)
+        wanted, gaps = await self._asked(request)
         limit = _number(request, "limit", _ROWS, 0, MAX_ROWS)
-        after = request.query_params.get("after")
-        ids, cursor = self._roster.ids(), self._roster.cursor
-        fitting = [id async for id in self._fitting(wanted, ids[bisect_right(ids, after) if after else 0 :])]
+        after, cursor = request.query_params.get("after"), self._roster.cursor
+        ids = self._roster.ids() if wanted.agent is None else [wanted.agent]
+        fitting = await self._fitting(wanted, ids[bisect_right(ids, after) if after else 0 :])
         page = fitting[:limit]
         answer = {
             "at_ms": self._runtime.clock.now_ms(),
             "agents": [row async for row in self._rows(page)],
             "after": page[-1] if page and len(fitting) > limit else None,
             "cursor": cursor,
-            "gaps": self._gaps(wanted.caller),
+            "gaps": gaps,
         }
         if not after:
             answer["totals"] = await self._totals(fitting, wanted)
@@ -111,7 +111,7 @@ class InventoryApi:
 
     async def _changes(self, request: Request) -> Response:
         """The agents that the caller may see and that changed after a cursor; `fits` says whether they are wanted."""
-        wanted = await self._asked(request)
+        wanted, gaps = await self._asked(request)
         after = request.query_params.get("after")
         if not after:
             raise WrongQueryError("after is a cursor that /v1/inventory gave")
@@ -129,11 +129,12 @@ class InventoryApi:
                 "at_ms": self._runtime.clock.now_ms(),
                 "agents": rows,
                 "cursor": cursor,
-                "gaps": self._gaps(wanted.caller),
+                "gaps": gaps,
             }
         )
 
-    async def _asked(self, request: Request) -> _Wanted:
+    async def _asked(self, request: Request) -> tuple[_Wanted, list[str]]:
+        """What is asked for, and what will be missing in the answer."""
         now_ms, query = self._runtime.clock.now_ms(), request.query_params
         caller = authenticate_user(
             request.headers.get("authorization"),
@@ -158,15 +159,18 @@ class InventoryApi:
                 "policy is still reading its tables; what it counted now would be too little"
             )
         await self._roster.settle(_SETTLED_AT_ONCE)
-        return wanted
+        return wanted, self._gaps(caller)
 
-    async def _fitting(self, wanted: _Wanted, ids: list[str]) -> AsyncIterator[str]:
-        for seen, agent_id in enumerate(ids, start=1):
-            line = self._roster.line(agent_id)
-            if line is not None and wanted.may_be_seen(line) and wanted.fits(agent_id, line):
-                yield agent_id
-            if seen % _LINES_A_TURN == 0:
-                await asyncio.sleep(0)
+    async def _fitting(self, wanted: _Wanted, ids: list[str]) -> list[str]:
+        found: list[str] = []
+        for start in range(0, len(ids), _LINES_A_TURN):
+            found += [
+                id
+                for id in ids[start : start + _LINES_A_TURN]
+                if (line := self._roster.line(id)) and wanted.may_be_seen(line) and wanted.fits(id, line)
+            ]
+            await asyncio.sleep(0)
+        return found
 
     async def _totals(self, ids: list[str], wanted: _Wanted) -> dict[str, int]:
         now_s = self._runtime.clock.now_ms() // 1000
@@ -200,12 +204,11 @@ class InventoryApi:
             return gaps  # they see no agent, and not how many there are
         if self._roster.behind:
             gaps.append(
-                f"{self._roster.behind} agents have changed, or just come, and are not counted as they are "
-                "now; ask again"
+                f"agents that changed, or came, and are not in it as they are now: {self._roster.behind}; ask again"
             )
         if self._roster.broken:
             gaps.append(
-                f"the records of {self._roster.broken} agents do not verify: they count for nothing and are left out"
+                f"agents whose records do not verify, which count for nothing and are left out: {self._roster.broken}"
             )
         if stale := self._stale():
             gaps.append(f"the records may be behind: {stale}")

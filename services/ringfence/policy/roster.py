@@ -22,7 +22,7 @@ from ringfence.policy.holdings import Holdings
 from ringfence.policy.inventory import Facts, Line, line_of, next_change_s
 from ringfence.policy.sightings import Sightings
 
-AT_ONCE: Final = 8
+AT_ONCE: Final = 4
 """So many agents are looked at before the rest of the process gets its turn: the first look verifies each chain."""
 _PAUSE_S, _IDLE_S = 0.003, 0.25
 """Between those; and where none is marked. Nobody who asked for a credential should notice."""
