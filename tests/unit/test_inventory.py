@@ -313,3 +313,24 @@ def test_a_record_that_does_not_verify_has_no_line_and_is_counted(book: Book):
     assert book.ledger.admit(book.ledger.sign_record(wider, entry.record.commands)) is None
     book.line()
     assert (book.roster.ids(), book.roster.broken) == (["bot"], 1)
+
+
+def test_an_agent_that_cannot_be_told_of_ends_nothing(book: Book, monkeypatch: pytest.MonkeyPatch):
+    book.register("robot")
+    book.line()
+    facts = book.roster.facts
+
+    def fails(agent_id: str) -> Any:
+        if agent_id == "robot":
+            raise KeyError("what nobody thought of")
+        return facts(agent_id)
+
+    monkeypatch.setattr(book.roster, "facts", fails)
+    for agent in ("bot", "robot"):
+        book.assign(agent)
+    assert book.line().tasks == 1
+    assert (book.roster.ids(), book.roster.broken) == (["bot"], 1)
+    monkeypatch.undo()
+    book.assign("robot")
+    assert book.line("robot").tasks == 2
+    assert (book.roster.ids(), book.roster.broken) == (["bot", "robot"], 0)

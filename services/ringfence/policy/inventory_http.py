@@ -31,7 +31,7 @@ MAX_ROWS: Final = 5000
 _ROWS: Final = 100
 _SETTLED_AT_ONCE: Final = 4000
 """So many agents that changed are looked at for one question; of more it is said that they are not in it yet."""
-_LINES_A_TURN, _ROWS_A_TURN = 2000, 20
+_LINES_A_TURN, _ROWS_A_TURN = 500, 20
 
 
 class WrongQueryError(RingfenceError):
@@ -95,8 +95,11 @@ class InventoryApi:
         wanted, gaps = await self._asked(request)
         limit = _number(request, "limit", _ROWS, 0, MAX_ROWS)
         after, cursor = request.query_params.get("after"), self._roster.cursor
-        ids = self._roster.ids() if wanted.agent is None else [wanted.agent]
-        fitting = await self._fitting(wanted, ids[bisect_right(ids, after) if after else 0 :])
+        ids = self._among(wanted)
+        if after:
+            fitting = await self._fitting(wanted, ids[bisect_right(ids, after) :], limit + 1)
+        else:
+            fitting = await self._fitting(wanted, ids, len(ids))
         page = fitting[:limit]
         answer = {
             "at_ms": self._runtime.clock.now_ms(),
@@ -161,9 +164,19 @@ class InventoryApi:
         await self._roster.settle(_SETTLED_AT_ONCE)
         return wanted, self._gaps(caller)
 
-    async def _fitting(self, wanted: _Wanted, ids: list[str]) -> list[str]:
+    def _among(self, wanted: _Wanted) -> list[str]:
+        """The agents, sorted, among which those that are wanted are. Most people's questions look at few."""
+        if wanted.agent is not None:
+            return [wanted.agent]
+        sponsor = wanted.sponsor if wanted.caller.sees_all else wanted.caller.user.user_id
+        # A copy: agents come while others have their turn.
+        return list(self._roster.ids()) if sponsor is None else self._roster.ids_of(sponsor)
+
+    async def _fitting(self, wanted: _Wanted, ids: list[str], most: int) -> list[str]:
         found: list[str] = []
         for start in range(0, len(ids), _LINES_A_TURN):
+            if len(found) >= most:
+                break
             found += [
                 id
                 for id in ids[start : start + _LINES_A_TURN]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import logging
 import secrets
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from typing import Final
 
@@ -21,6 +23,8 @@ from ringfence.model.identity import SubjectKind
 from ringfence.policy.holdings import Holdings
 from ringfence.policy.inventory import Facts, Line, line_of, next_change_s
 from ringfence.policy.sightings import Sightings
+
+log = logging.getLogger(__name__)
 
 AT_ONCE: Final = 4
 """So many agents are looked at before the rest of the process gets its turn: the first look verifies each chain."""
@@ -44,7 +48,7 @@ class Roster:
         self._clock = clock
         self._lines: dict[str, Line] = {}
         self._marked: dict[str, None] = {}
-        self._ids: list[str] | None = None
+        self._ids: list[str] = []
         self._of_sponsor: dict[str, set[str]] = {}
         self._sponsor: dict[str, str] = {}
         self._tasks: dict[str, set[str]] = {}
@@ -78,9 +82,11 @@ class Roster:
 
     def ids(self) -> list[str]:
         """All agents that have a line, sorted; not to be changed."""
-        if self._ids is None:
-            self._ids = sorted(self._lines)
         return self._ids
+
+    def ids_of(self, sponsor: str) -> list[str]:
+        """The agents that name this sponsor, sorted. Not verified: some may have no line, or another's name in it."""
+        return sorted(self._of_sponsor.get(sponsor, ()))
 
     def line(self, agent_id: str) -> Line | None:
         """The line of an agent, or None where there is none."""
@@ -145,19 +151,22 @@ class Roster:
         """Look at so many of the agents that are marked."""
         for agent_id in list(_first(self._marked, most)):
             del self._marked[agent_id]
-            self._look_at(agent_id)
+            try:
+                self._look_at(agent_id)
+            except Exception:
+                # One agent that cannot be told of must not end what others wait for.
+                log.exception("agent %s cannot be taken into the inventory", agent_id)
+                self._leave_out(agent_id)
 
     def _look_at(self, agent_id: str) -> None:
         facts = self.facts(agent_id)
         if facts is None:
             if self._directory.unverified("agent", agent_id) is not None:
-                self._broken.add(agent_id)
-            if self._lines.pop(agent_id, None) is not None:
-                self._ids = None
+                self._leave_out(agent_id)
             return
         self._broken.discard(agent_id)
         if agent_id not in self._lines:
-            self._ids = None
+            insort(self._ids, agent_id)
         self._lines[agent_id] = line_of(facts)
         self._seq += 1
         self._changed.pop(agent_id, None)
@@ -166,6 +175,11 @@ class Roster:
         if self._due.get(agent_id) != due_s:
             self._due[agent_id] = due_s
             heapq.heappush(self._dues, (due_s, agent_id))
+
+    def _leave_out(self, agent_id: str) -> None:
+        self._broken.add(agent_id)
+        if self._lines.pop(agent_id, None) is not None:
+            del self._ids[bisect_left(self._ids, agent_id)]
 
     def _running(self, agent_id: str, now_s: int) -> list[TaskState]:
         found: list[TaskState] = []
