@@ -9,6 +9,7 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 import httpx
+import orjson
 
 from ringfence.client.connection import load_key
 from ringfence.client.errors import ApiError
@@ -65,7 +66,7 @@ class ReadApi(Lifetime):
                 f"Its address is RINGFENCE_{service.upper()}_URL"
             ) from None
         try:
-            answer = response.json()
+            answer = orjson.loads(response.content)
         except ValueError:
             raise ApiError(
                 f"{url} answered {response.status_code} and no JSON; is this the {service}? "
