@@ -226,8 +226,10 @@ async def test_the_command_says_the_sums_first_and_then_the_agents(shell: Any) -
     table = "\n".join(lines[4:])
     assert "platform: deploy (unused), read" in table
     assert "--limit lists more" in await shell("sam", "inventory", "--limit", "0")
-    assert "no agent that you may see" in await shell("maria", "inventory")
-    assert "0 agents" not in await shell("olga", "inventory", "--orphans")
+    assert "no such agent that you may see" in await shell("maria", "inventory")
+    assert "no such agent that you may see" in await shell("olga", "inventory", "--orphans")
+    assert "no such agent that you may see" in await shell("olga", "inventory", "--status", "suspended")
+    assert "1 agent:" in await shell("olga", "inventory", "--status", "active")
     assert "draws on a terminal" in await shell("sam", "inventory", "--watch", status=2)
 
 

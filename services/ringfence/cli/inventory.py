@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Group
@@ -26,6 +26,10 @@ def inventory(
     ] = None,
     target: Annotated[
         str | None, typer.Option("--target", metavar="TARGET", help="Only agents that may reach this target.")
+    ] = None,
+    status: Annotated[
+        Literal["active", "suspended", "decommissioned"] | None,
+        typer.Option("--status", help="Only agents in this state."),
     ] = None,
     orphans: Annotated[
         bool, typer.Option("--orphans", help="Only agents that nobody answers for: no active sponsor.")
@@ -72,6 +76,7 @@ def inventory(
         "agent": agent,
         "sponsor": sponsor,
         "target": target,
+        "status": status,
         "orphans": 1 if orphans else None,
         "unused": 1 if unused else None,
         "standing": 1 if standing else None,
@@ -115,7 +120,7 @@ def _shown(found: Inventory, keys_within: str) -> Group:
 
 def _sums(totals: Mapping[str, int | None], keys_within: str) -> list[str]:
     if not totals["agents"] and not totals["decommissioned"]:
-        return ["no agent that you may see"]
+        return ["no such agent that you may see"]
     overdue = totals["overdue_leases"]
     return [
         f"{_count(totals['agents'], 'agent')}: {totals['live_sponsor']} with a live sponsor, "
