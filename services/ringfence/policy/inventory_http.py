@@ -31,13 +31,17 @@ MAX_ROWS: Final = 5000
 _ROWS: Final = 100
 _SETTLED_AT_ONCE: Final = 4000
 """So many agents that changed are looked at for one question; of more it is said that they are not in it yet."""
-_LINES_A_TURN, _ROWS_A_TURN = 500, 20
+_LINES_A_TURN, _ROWS_A_TURN = 1000, 20
 
 
 class WrongQueryError(RingfenceError):
     """A parameter of the query makes no sense."""
 
     code = "query_invalid"
+
+
+Condition = Callable[[str, Line], bool]
+"""Of the id and the line of an agent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +59,27 @@ class _Wanted:
     keys_ending: bool
     keys_by_s: int
 
-    def may_be_seen(self, line: Line) -> bool:
-        return self.caller.may_see_agent_of(line.sponsor)
+    def sights(self) -> list[Condition]:
+        """What decides whether the caller may see an agent: nothing where they see all."""
+        if self.caller.sees_all:
+            return []
+        me = self.caller.user.user_id
+        return [lambda agent_id, line: line.sponsor == me]
 
-    def fits(self, agent_id: str, line: Line) -> bool:
-        return (
-            self.agent in (None, agent_id)
-            and self.sponsor in (None, line.sponsor)
-            and self.status in (None, line.status)
-            and (self.target is None or self.target in line.targets)
-            and (line.orphan or not self.orphans)
-            and ((line.counts and line.unused > 0) or not self.unused)
-            and (line.standing > 0 or not self.standing)
-            and (not self.keys_ending or line.key_ends_by(self.keys_by_s))
-        )
+    def filters(self) -> list[Condition]:
+        """What was asked for: only what narrows it down, as there are many agents to hold against it."""
+        agent, sponsor, status, target = self.agent, self.sponsor, self.status, self.target
+        found: list[tuple[object, Condition]] = [
+            (agent, lambda agent_id, line: agent_id == agent),
+            (sponsor, lambda agent_id, line: line.sponsor == sponsor),
+            (status, lambda agent_id, line: line.status == status),
+            (target, lambda agent_id, line: target in line.targets),
+            (self.orphans, lambda agent_id, line: line.orphan),
+            (self.unused, lambda agent_id, line: line.counts and line.unused > 0),
+            (self.standing, lambda agent_id, line: line.standing > 0),
+            (self.keys_ending, lambda agent_id, line: line.key_ends_by(self.keys_by_s)),
+        ]
+        return [condition for asked, condition in found if asked not in (None, False)]
 
 
 class InventoryApi:
@@ -122,11 +133,9 @@ class InventoryApi:
         changed = list(islice(self._roster.changed(after), MAX_ROWS + 1))
         if len(changed) > MAX_ROWS:
             raise CursorLostError("too much has changed since; begin anew")
-        visible = [id for id in changed if (line := self._roster.line(id)) and wanted.may_be_seen(line)]
-        rows = []
-        async for row in self._rows(visible):
-            line = self._roster.line(row["id"])
-            rows.append({**row, "fits": line is not None and wanted.fits(row["id"], line)})
+        visible = self._those(changed, wanted.sights())
+        fitting = set(self._those(visible, wanted.filters()))
+        rows = [{**row, "fits": row["id"] in fitting} async for row in self._rows(visible)]
         return _json(
             {
                 "at_ms": self._runtime.clock.now_ms(),
@@ -173,17 +182,23 @@ class InventoryApi:
         return list(self._roster.ids()) if sponsor is None else self._roster.ids_of(sponsor)
 
     async def _fitting(self, wanted: _Wanted, ids: list[str], most: int) -> list[str]:
+        conditions = wanted.sights() + wanted.filters()
         found: list[str] = []
         for start in range(0, len(ids), _LINES_A_TURN):
             if len(found) >= most:
                 break
-            found += [
-                id
-                for id in ids[start : start + _LINES_A_TURN]
-                if (line := self._roster.line(id)) and wanted.may_be_seen(line) and wanted.fits(id, line)
-            ]
+            found += self._those(ids[start : start + _LINES_A_TURN], conditions)
             await asyncio.sleep(0)
         return found
+
+    def _those(self, ids: list[str], conditions: list[Condition]) -> list[str]:
+        lines = ((id, line) for id in ids if (line := self._roster.line(id)))
+        if not conditions:
+            return [id for id, _ in lines]
+        if len(conditions) == 1:
+            holds = conditions[0]
+            return [id for id, line in lines if holds(id, line)]
+        return [id for id, line in lines if all(holds(id, line) for holds in conditions)]
 
     async def _totals(self, ids: list[str], wanted: _Wanted) -> dict[str, int]:
         now_s = self._runtime.clock.now_ms() // 1000
