@@ -223,7 +223,7 @@ async def test_the_command_says_the_sums_first_and_then_the_agents(shell: Any) -
             pass
     assert used == 1
     lines = (await shell("sam", "inventory")).splitlines()
-    assert lines[0].startswith("1 agent: 1 with a live sponsor, 0 orphans; 0 suspended")
+    assert lines[0].startswith("1 agent: 1 with a live sponsor, 0 orphans; 0 not taken on yet, 0 suspended")
     assert lines[2].startswith("now: 1 running task, 1 live lease, 0 of them standing; 0 revoked")
     assert lines[3] == "in 30 days: 1 of 2 granted verbs used, 0 agents not seen"
     table = "\n".join(lines[4:])

@@ -19,6 +19,7 @@ from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentDecommission,
+    AgentRotateKey,
     AgentSetCeiling,
     AgentSuspend,
     AgentTransfer,
@@ -282,6 +283,25 @@ def test_an_agent_whose_last_key_ends_soon_is_counted_and_with_a_newer_one_not(b
     assert book.sums(within_s=6 * DAY_S)["keys_ending"] == 0
     book.clock.ms += 8 * DAY_S * 1000
     assert (book.sums()["keys_ending"], book.sums()["keys_ended"]) == (0, 1)
+
+
+def test_a_key_in_other_hands_is_no_key_that_lasts(book: Book):
+    stolen, key = book.ledger.key("bot", "agent"), SigningKey.generate(f"spiffe://{TD}/agent/bot")
+    command = book.ledger.claims(
+        AgentRotateKey, "sam", agent_id="bot", key=key.record(book.now_s + 7 * DAY_S), replaces=(stolen.kid,),
+        compromised=True,
+    )  # fmt: skip
+    book.ledger.give(command)
+    assert book.sums()["keys_ending"] == 1
+    assert {key["kid"]: key["compromised"] for key in book.row()["keys"]} == {
+        stolen.kid: True,
+        key.kid: False,
+    }
+
+
+def test_an_agent_that_its_sponsor_has_not_taken_on_is_one_of_those_that_there_are(book: Book):
+    book.register("new", inactive=True)
+    assert (book.sums()["agents"], book.sums()["registered"], book.sums()["active"]) == (2, 1, 1)
 
 
 # --- what changed -----------------------------------------------------------------------------------------------------

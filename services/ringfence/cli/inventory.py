@@ -28,7 +28,7 @@ def inventory(
         str | None, typer.Option("--target", metavar="TARGET", help="Only agents that may reach this target.")
     ] = None,
     status: Annotated[
-        Literal["active", "suspended", "decommissioned"] | None,
+        Literal["registered", "active", "suspended", "decommissioned"] | None,
         typer.Option("--status", help="Only agents in this state."),
     ] = None,
     orphans: Annotated[
@@ -124,7 +124,8 @@ def _sums(totals: Mapping[str, int | None], keys_within: str) -> list[str]:
     overdue = totals["overdue_leases"]
     return [
         f"{_count(totals['agents'], 'agent')}: {totals['live_sponsor']} with a live sponsor, "
-        f"{_count(totals['orphans'], 'orphan')}; {totals['suspended']} suspended, "
+        f"{_count(totals['orphans'], 'orphan')}; {totals['registered']} not taken on yet, "
+        f"{totals['suspended']} suspended, "
         f"{totals['decommissioned']} more decommissioned",
         f"keys: {totals['keys_ending']} without one that lasts {keys_within}, {totals['keys_ended']} "
         "without any that counts",

@@ -92,7 +92,9 @@ def line_of(facts: Facts) -> Line:
         sponsor=agent.sponsor,
         sponsor_is=sponsor_is(facts.sponsor),
         targets=tuple(sorted({target for target, _ in granted})),
-        key_end_s=max((key.not_after for key in agent.keys), default=None),
+        key_end_s=max(
+            (key.not_after for key in agent.keys if key.kid not in agent.compromised), default=None
+        ),
         leases=len(facts.live),
         standing=len(_standing(facts)),
         tasks=len(facts.tasks),
@@ -151,6 +153,8 @@ def row_of(facts: Facts, targets: AbstractSet[str]) -> dict[str, Any]:
                 "not_before": key.not_before,
                 "not_after": key.not_after,
                 "last_seen_ms": facts.seen.get(key.kid),
+                "replaced": key.kid in agent.replaced,
+                "compromised": key.kid in agent.compromised,
             }
             for key in agent.keys
         ],
@@ -165,7 +169,8 @@ def totals(lines: Iterable[Line], now_s: int, keys_by_s: int) -> dict[str, int]:
     """
     sums = dict.fromkeys(
         (
-            "agents", "active", "suspended", "decommissioned", "live_sponsor", "orphans", "keys_ending", "keys_ended",
+            "agents", "registered", "active", "suspended", "decommissioned", "live_sponsor", "orphans",
+            "keys_ending", "keys_ended",
             "running_tasks", "leases", "standing_leases", "granted", "used", "with_unused", "not_seen",
         ),
         0,

@@ -22,10 +22,11 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.model.access import Caller, authenticate_user
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
+from ringfence.model.key_ends import WARN_BEFORE_S
 from ringfence.policy.inventory import Line, row_of, totals
 from ringfence.policy.roster import CursorLostError, Roster
 
-KEYS_WITHIN_S: Final = 14 * 86_400
+KEYS_WITHIN_S: Final = WARN_BEFORE_S[0]
 """How near the end of an agent's last key is that is about to end, where nobody says."""
 MAX_ROWS: Final = 5000
 _ROWS: Final = 100
