@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from bench import backends, bus, credentials, ends, gateway, idle, killswitch, leases, policy, rebuild
+from bench import (
+    backends,
+    bus,
+    credentials,
+    ends,
+    gateway,
+    idle,
+    inventory,
+    killswitch,
+    leases,
+    policy,
+    rebuild,
+)
 from bench.machine import describe
 
 BENCHMARKS = {
@@ -16,6 +28,7 @@ BENCHMARKS = {
     "killswitch": killswitch.run,
     "rebuild": rebuild.run,
     "policy": policy.run,
+    "inventory": inventory.run,
     "backends": backends.run,
     "gateway": gateway.run,
 }

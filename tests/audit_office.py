@@ -19,7 +19,7 @@ from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.envelope import EncryptionKey, enclose
 from ringfence.kernel.ids import derived_id, digest, lease_id, message_id
-from ringfence.kernel.jws import sign
+from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.seal import ReplyKey, seal
@@ -527,9 +527,11 @@ class Story:
     def lease(self, status: str, seq: int, by: SigningKey, **fields: Any) -> Received:
         task = self.office.states[TASK, self.request_claims.task_id][1]
         assert isinstance(task, TaskState)
+        decision = parse(self.allowed.value)
         claims = self.office.claims(Lease, by, **{
             "lease_id": self.lease_id, "seq": seq, "status": status, "request_id": self.request_id,
-            "decision_id": "d1", "decision_digest": BUNDLE, "agent_id": "deploy-bot", "act": ("deploy-bot",),
+            "decision_id": decision.unverified_claims(CredentialDecision).jti,
+            "decision_digest": digest(decision.compact), "agent_id": "deploy-bot", "act": ("deploy-bot",),
             "sponsor": "sam", "on_behalf_of": task.on_behalf_of, "task_id": task.task_id, "target_id": "staging",
             "backend": "jwt", "delivery": "agent", "scope": self.office.scope,
             "requested_at_ms": self.request.appended_at_ms, "deadline": self.office.now_ms // 1000 + 300,

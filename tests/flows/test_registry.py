@@ -562,7 +562,6 @@ async def test_who_sees_what(world: World):
             assert await sees(who, "users") == everyone
             assert await sees(who, "agents") == {"deploy-bot", "robot"}
             assert await sees(who, "tasks") == {task, other}
-            assert await sees(who, "inventory") == {"deploy-bot", "robot"}
         assert await sees(sam, "users") == {"sam"}
         assert await sees(sam, "agents") == {"deploy-bot"}
         assert await sees(sam, "tasks") == {task}
@@ -591,26 +590,6 @@ async def test_who_sees_what(world: World):
         for path, caller, status in cases:
             response = await world.get("registry", f"/v1/{path}", caller)
             assert response.status_code == status, (path, response.text)
-
-
-async def test_the_inventory_names_who_answers_for_what(world: World):
-    async with world.running("registry"):
-        sam = await world.user("sam", ("sponsor",))
-        bot = await world.agent("deploy-bot", sam, ENV)
-        suspend = world.claims(AgentSuspend, world.operator, agent_id="deploy-bot", reason="x")
-        await world.accepted(suspend, world.operator)
-        (agent,) = (await world.get("registry", "/v1/inventory", sam)).json()["agents"]
-        assert (agent["status"], agent["sponsor"], agent["orphan"]) == ("suspended", "sam", False)
-        assert agent["targets"] == ["staging"]
-        assert [(c["command"], c["by"]) for c in agent["authorised_by"]] == [
-            ("agent.register", sam.id),
-            ("agent.suspend", world.operator.id),
-        ]
-        assert [key["kid"] for key in agent["keys"]] == [bot.key.kid]
-        disable = world.claims(UserDisable, world.operator, user_id="sam", reason="left")
-        await world.accepted(disable, world.operator)
-        (agent,) = (await world.get("registry", "/v1/inventory", world.operator)).json()["agents"]
-        assert agent["orphan"] is True
 
 
 async def test_a_record_read_over_http_can_be_verified(world: World):

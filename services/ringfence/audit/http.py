@@ -6,7 +6,8 @@ caller may not see is not there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -14,19 +15,25 @@ from starlette.routing import Route
 
 from ringfence.audit.actions import counted
 from ringfence.audit.break_glass_events import uses
-from ringfence.audit.store import STORY_KINDS, EventIndex, Viewer
+from ringfence.audit.coverage import behind, count_actions, count_leases, went_through
+from ringfence.audit.store import STORY_KINDS, Actions, EventIndex, Viewer
 from ringfence.audit.trace import tree
 from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import RingfenceError, UnavailableError
 from ringfence.messages.registry import AgentState
 from ringfence.model.access import authenticate_user
+from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
+from ringfence.model.identity import SubjectKind
+from ringfence.model.short_lived import SHORT_LIVED_S
 
 _MAX_EVENTS = 1000
 _MAX_REQUESTS = 500
 _MAX_ACTIONS = 1000
 """So many are counted in some 30 ms, for which everybody else waits."""
+_MAX_COVERED = 500
+"""Each is looked up with what it rests on."""
 _MAX_MS = 2**53
 
 
@@ -43,7 +50,7 @@ class WrongQueryError(RingfenceError):
 
 
 class AuditApi:
-    """`GET /v1/trace/{id}`, `GET /v1/events`, `GET /v1/actions`, `GET /v1/break-glass`."""
+    """`GET /v1/trace/{id}`, `GET /v1/events`, `GET /v1/actions`, `GET /v1/break-glass`, `GET /v1/coverage/{what}`."""
 
     def __init__(
         self,
@@ -67,6 +74,8 @@ class AuditApi:
             Route("/v1/events", self._events, methods=["GET"]),
             Route("/v1/actions", self._actions, methods=["GET"]),
             Route("/v1/break-glass", self._break_glass, methods=["GET"]),
+            Route("/v1/coverage/leases", self._leases_covered, methods=["GET"]),
+            Route("/v1/coverage/actions", self._actions_covered, methods=["GET"]),
         ]
 
     async def _trace(self, request: Request) -> Response:
@@ -108,17 +117,11 @@ class AuditApi:
         return JSONResponse({"events": page.events, "after": page.cursor})
 
     async def _actions(self, request: Request) -> Response:
-        viewer = self.viewer(request)
-        if not self._complete():
-            raise UnavailableError(
-                "audit is reading what was audited; what it counted now would be too little"
-            )
-        since_ms = _millis(request, "since_ms", 0)
-        until_ms = _millis(request, "until_ms", self._clock.now_ms())
+        viewer, span_ms = self._counting(request)
         query = request.query_params
         found = self._index.actions(
             viewer,
-            (since_ms, until_ms),
+            span_ms,
             query.get("after"),
             _limit(request, _MAX_ACTIONS, _MAX_ACTIONS),
             agent=query.get("agent"),
@@ -127,10 +130,57 @@ class AuditApi:
         metrics.HTTP_REQUESTS.labels("/v1/actions", "200").inc()
         return JSONResponse({
             "groups": counted(found.events),
-            "until_ms": until_ms,
-            "looked_at_ms": found.looked_at_ms,
-            "after": found.cursor,
+            **_place(span_ms, found),
         })  # fmt: skip
+
+    async def _leases_covered(self, request: Request) -> Response:
+        viewer, span_ms = self._counting(request)
+        after, limit = request.query_params.get("after"), _limit(request, _MAX_COVERED, _MAX_COVERED)
+        found = self._index.issued(viewer, span_ms, after, limit)
+        rests_on = behind(self._index, {event["unmapped"].get("lease") or "" for event in found.events})
+        counts = count_leases(
+            found.events,
+            rests_on,
+            self._is_user,
+            now_s=self._clock.now_ms() / 1000,
+            short_s=_number(request, "short_s", SHORT_LIVED_S, 86_400),
+        )
+        metrics.HTTP_REQUESTS.labels("/v1/coverage/leases", "200").inc()
+        return JSONResponse({**counts, "agents": self._agents(found.events), **_place(span_ms, found)})
+
+    async def _actions_covered(self, request: Request) -> Response:
+        viewer, span_ms = self._counting(request)
+        after, limit = request.query_params.get("after"), _limit(request, _MAX_COVERED, _MAX_COVERED)
+        found = self._index.actions(viewer, span_ms, after, limit)
+        done = went_through(found.events)
+        rests_on = behind(self._index, {event["unmapped"].get("lease") or "" for event in done})
+        counts = count_actions(done, rests_on, self._is_user)
+        metrics.HTTP_REQUESTS.labels("/v1/coverage/actions", "200").inc()
+        return JSONResponse({**counts, "agents": self._agents(done), **_place(span_ms, found)})
+
+    def _counting(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
+        """For whom, and over which span, something is counted. Raises UnavailableError while not all is indexed."""
+        viewer = self.viewer(request)
+        if not self._complete():
+            raise UnavailableError(
+                "audit is reading what was audited; what it counted now would be too little"
+            )
+        since_ms = _number(request, "since_ms", 0, _MAX_MS)
+        return viewer, (since_ms, _number(request, "until_ms", self._clock.now_ms(), _MAX_MS))
+
+    def _agents(self, events: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
+        """The agents that events name, and whether there is a verified record of each; "" is one that none names."""
+        names = {str(event["unmapped"].get("agent") or "") for event in events}
+        return {name: bool(name) and self._is_known("agent", name) for name in names}
+
+    def _is_user(self, user_id: str) -> bool:
+        return self._is_known("user", user_id)
+
+    def _is_known(self, kind: SubjectKind, id: str) -> bool:
+        try:
+            return self._directory.entry(kind, id) is not None
+        except ChainError:
+            return False
 
     async def _break_glass(self, request: Request) -> Response:
         found = uses(self._index.findings(self.viewer(request)))
@@ -158,8 +208,13 @@ def _limit(request: Request, default: int, most: int) -> int:
     return int(text)
 
 
-def _millis(request: Request, name: str, default: int) -> int:
+def _number(request: Request, name: str, default: int, most: int) -> int:
     text = request.query_params.get(name, str(default))
-    if not text.isdecimal() or not int(text[:17]) <= _MAX_MS:
-        raise WrongQueryError(f"{name} is a number of milliseconds since 1970")
+    if not text.isdecimal() or not int(text[:17]) <= most:
+        raise WrongQueryError(f"{name} is a number from 0 to {most}")
     return int(text)
+
+
+def _place(span_ms: tuple[int, int], found: Actions) -> dict[str, Any]:
+    """How far it was counted, and where to go on."""
+    return {"until_ms": span_ms[1], "looked_at_ms": found.looked_at_ms, "after": found.cursor}

@@ -13,13 +13,16 @@ from typing import Any, Literal, Protocol, get_args
 import orjson
 
 from ringfence.audit.break_glass_events import USED, take_in
-from ringfence.audit.ocsf import DETECTION_FINDING
+from ringfence.audit.ocsf import DETECTION_FINDING, ENTITY_MANAGEMENT
 from ringfence.kernel import metrics
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.kafka import Received
 
 log = logging.getLogger(__name__)
 
+ISSUED = "credential.issued"
+ENDED = ("credential.released", "credential.revoked", "lease.expired", "credential.aborted")
+ALLOWED = ("request.allowed", "break_glass.used")
 StoryKind = Literal["lease", "request", "task", "agent", "user"]
 STORY_KINDS: tuple[StoryKind, ...] = get_args(StoryKind)
 
@@ -52,7 +55,7 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Actions:
-    """Some actions of a span of time, oldest first: the events of those that may be seen.
+    """Some actions, or issues, of a span of time, oldest first: the events of those that may be seen.
 
     `looked_at_ms` are the times of the first and last that were looked at, None where there were none; `cursor` is
     where to go on from, None at the end.
@@ -69,7 +72,34 @@ class CursorLostError(RingfenceError):
     code = "cursor_lost"
 
 
-class EventIndex(Protocol):
+class Trail(Protocol):
+    """What actions and credentials are counted by."""
+
+    def actions(
+        self,
+        viewer: Viewer | None,
+        span_ms: tuple[int, int],
+        after: str | None,
+        limit: int,
+        **filters: str | None,
+    ) -> Actions:
+        """Actions through gateways; `limit` are looked at. `filters`: agent, target. Raises CursorLostError."""
+        ...
+
+    def issued(
+        self, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
+    ) -> Actions:
+        """Issues of credentials, as `actions` gives actions. Raises CursorLostError."""
+        ...
+
+    def behind(
+        self, leases: Iterable[str], requests: Iterable[str], tasks: Iterable[str]
+    ) -> list[dict[str, Any]]:
+        """Issues and ends of these leases, what allowed these requests, and what changed these tasks."""
+        ...
+
+
+class EventIndex(Trail, Protocol):
     """Finds audit events again."""
 
     def add(self, records: Sequence[Received]) -> None:
@@ -88,17 +118,6 @@ class EventIndex(Protocol):
         """One event as it stands on the topic, to the byte. None where there is none to see."""
         ...
 
-    def actions(
-        self,
-        viewer: Viewer | None,
-        span_ms: tuple[int, int],
-        after: str | None,
-        limit: int,
-        **filters: str | None,
-    ) -> Actions:
-        """Actions through gateways; `limit` are looked at. `filters`: agent, target. Raises CursorLostError."""
-        ...
-
     def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
         """All Detection Findings, oldest first: uses of break glass, and their reviews."""
         ...
@@ -110,23 +129,25 @@ class EventIndex(Protocol):
 
 _SCHEMA = """
 CREATE TABLE event (
-    seq INTEGER PRIMARY KEY, uid TEXT NOT NULL UNIQUE, time INTEGER NOT NULL, class_uid INTEGER NOT NULL,
+    seq INTEGER PRIMARY KEY, uid TEXT NOT NULL UNIQUE, time INTEGER NOT NULL, class_uid INTEGER NOT NULL, code TEXT,
     request TEXT, lease TEXT, task TEXT, agent TEXT, target TEXT, sponsor TEXT, on_behalf_of TEXT, revocation TEXT,
     message TEXT NOT NULL, json BLOB NOT NULL
 );
-CREATE INDEX event_request ON event (request) WHERE request IS NOT NULL;
-CREATE INDEX event_lease ON event (lease) WHERE lease IS NOT NULL;
+CREATE INDEX event_request ON event (request, code) WHERE request IS NOT NULL;
+CREATE INDEX event_lease ON event (lease, code) WHERE lease IS NOT NULL;
 CREATE INDEX event_task ON event (task) WHERE task IS NOT NULL;
 CREATE INDEX event_agent ON event (agent) WHERE agent IS NOT NULL;
 CREATE INDEX event_on_behalf_of ON event (on_behalf_of) WHERE on_behalf_of IS NOT NULL;
 CREATE INDEX event_revocation ON event (revocation) WHERE revocation IS NOT NULL;
 CREATE INDEX event_finding ON event (seq) WHERE class_uid = 2004;
 CREATE INDEX event_action ON event (time) WHERE class_uid = 6003;
+CREATE INDEX event_issued ON event (time) WHERE code = 'credential.issued';
 """
 _INSERT = """
 INSERT OR IGNORE INTO event (
-    seq, uid, time, class_uid, request, lease, task, agent, target, sponsor, on_behalf_of, revocation, message, json
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    seq, uid, time, class_uid, code,
+    request, lease, task, agent, target, sponsor, on_behalf_of, revocation, message, json
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _IDS = ("request", "lease", "task", "agent", "target", "sponsor", "on_behalf_of", "revocation")
 _CLASS_UID, _JSON = 3, -1
@@ -228,16 +249,24 @@ class SqliteIndex:
             if filters.get(name) is not None:
                 wanted.append(f"{name} = :{name}")
                 values[name] = filters[name]
-        seq, time = self._place(after) if after is not None else (0, span_ms[0])
-        rows = self._db.execute(
-            f"SELECT seq, time, CASE WHEN {' AND '.join(wanted) or '1'} THEN json END FROM event "  # noqa: S608 - own names
-            "INDEXED BY event_action WHERE class_uid = 6003 AND (time, seq) > (:time, :seq) AND time <= :until "
-            "ORDER BY time, seq LIMIT :limit",
-            {**values, "time": time, "seq": seq, "until": span_ms[1], "limit": limit},
-        ).fetchall()
-        cursor = f"{self._epoch}.{rows[-1][0]}.{rows[-1][1]}" if len(rows) == limit else None
-        looked_at_ms = (rows[0][1], rows[-1][1]) if rows else None
-        return Actions([orjson.loads(row[2]) for row in rows if row[2] is not None], looked_at_ms, cursor)
+        return self._span("event_action", "class_uid = 6003", wanted, values, span_ms, after, limit)
+
+    def issued(
+        self, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
+    ) -> Actions:
+        """See `EventIndex`."""
+        wanted, values = self._visible(viewer)
+        return self._span("event_issued", "code = 'credential.issued'", wanted, values, span_ms, after, limit)
+
+    def behind(
+        self, leases: Iterable[str], requests: Iterable[str], tasks: Iterable[str]
+    ) -> list[dict[str, Any]]:
+        """See `EventIndex`."""
+        found: dict[str, tuple[int, bytes]] = {}
+        self._collect(found, "lease", leases, f"code IN ({_quoted((ISSUED, *ENDED))})")
+        self._collect(found, "request", requests, f"code IN ({_quoted(ALLOWED)})")
+        self._collect(found, "task", tasks, "request IS NULL", f"class_uid = {ENTITY_MANAGEMENT}")
+        return [orjson.loads(json) for _, json in found.values()]
 
     def event(self, uid: str, viewer: Viewer | None) -> bytes | None:
         """See `EventIndex`."""
@@ -263,6 +292,28 @@ class SqliteIndex:
                 words: dict[str, Any] = event["unmapped"]
                 return words
         return None
+
+    def _span(
+        self,
+        index: str,
+        condition: str,
+        wanted: Sequence[str],
+        values: dict[str, Any],
+        span_ms: tuple[int, int],
+        after: str | None,
+        limit: int,
+    ) -> Actions:
+        """Events of a kind, by the index over their times; those that are wanted of the `limit` that are looked at."""
+        seq, time = self._place(after) if after is not None else (0, span_ms[0])
+        rows = self._db.execute(
+            f"SELECT seq, time, CASE WHEN {' AND '.join(wanted) or '1'} THEN json END FROM event "  # noqa: S608 - own names
+            f"INDEXED BY {index} WHERE {condition} AND (time, seq) > (:time, :seq) AND time <= :until "
+            "ORDER BY time, seq LIMIT :limit",
+            {**values, "time": time, "seq": seq, "until": span_ms[1], "limit": limit},
+        ).fetchall()
+        cursor = f"{self._epoch}.{rows[-1][0]}.{rows[-1][1]}" if len(rows) == limit else None
+        looked_at_ms = (rows[0][1], rows[-1][1]) if rows else None
+        return Actions([orjson.loads(row[2]) for row in rows if row[2] is not None], looked_at_ms, cursor)
 
     def _start(self, after: str | None) -> tuple[str, dict[str, Any]]:
         """Where a cursor points to. One from before a restart is taken by its time: some events may come again."""
@@ -349,13 +400,19 @@ def _row(value: bytes, seq: int) -> tuple[Any, ...] | None:
         words = event["unmapped"]
         texts = (event["metadata"]["uid"], event["message"])
         ids = [words.get(name) for name in _IDS]
-        numbers = (event["time"], event["class_uid"])
+        numbers, code = (event["time"], event["class_uid"]), event["metadata"].get("event_code")
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    strings = all(type(text) is str for text in texts) and all(id is None or type(id) is str for id in ids)
+    strings = all(type(text) is str for text in texts) and all(
+        id is None or type(id) is str for id in (code, *ids)
+    )
     if not (strings and all(map(_is_int64, numbers))):
         return None
-    return (seq, texts[0], *numbers, *ids, texts[1], value)
+    return (seq, texts[0], *numbers, code, *ids, texts[1], value)
+
+
+def _quoted(codes: Iterable[str]) -> str:
+    return ", ".join(f"'{code}'" for code in codes)
 
 
 def _is_int64(number: Any) -> bool:

@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
+from ringfence.cli.coverage import coverage
 from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.output import console, note, print_json, print_json_line, print_table, say, visible
 from ringfence.client.api import ReadApi
@@ -20,6 +21,8 @@ from ringfence.client.auditor import HEADS, SETTLE_S, TrailReport, read_heads, v
 from ringfence.client.connection import load_key, load_settings
 
 app = typer.Typer(help="Follow the trail; trace one credential back to the human.", no_args_is_help=True)
+
+app.command()(coverage)
 
 _POLL_S = 0.5
 _STYLES = {"user": "bold", "task": "bold", "lease": "green", "decision": "cyan", "approval": "magenta"}

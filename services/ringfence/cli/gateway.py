@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ringfence.cli.options import IdentityOption, JsonOption, duration_s, identity, run, wants_json
-from ringfence.cli.output import console, note, print_json, print_table, say
+from ringfence.cli.output import print_json, print_table, say
+from ringfence.cli.progress import counting
 from ringfence.client.action_report import ActionReport, Count, Sums, action_report
 from ringfence.client.api import ReadApi
 
 app = typer.Typer(help="What gateways let pass, and what they blocked.", no_args_is_help=True)
 
-_SAY_EVERY_S = 5.0
 _MOST_ROWS = 50
 
 
@@ -48,7 +44,7 @@ def stats(
 
     async def work() -> ActionReport:
         async with ReadApi(identity(me)) as api:
-            with _progress() as progress:
+            with counting() as progress:
                 return await action_report(api, since_ms, progress, agent=agent, target=target)
 
     report = run(work())
@@ -56,26 +52,6 @@ def stats(
         print_json(report.as_json())
     else:
         _print(report, since)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[float], None]]:
-    """A bar where somebody looks at a terminal; else a line now and then. On stderr."""
-    if sys.stderr.isatty():
-        columns = (TextColumn("counting"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=1.0)
-            yield lambda share: bar.update(task, completed=share)
-        return
-    said = time.monotonic()
-
-    def say_so(share: float) -> None:
-        nonlocal said
-        if time.monotonic() - said >= _SAY_EVERY_S:
-            said = time.monotonic()
-            note(f"counted {share:.0%}")
-
-    yield say_so
 
 
 def _print(report: ActionReport, since: str) -> None:

@@ -21,8 +21,8 @@ from rich.text import Text
 from ringfence.kernel.text import visible, visible_name
 
 __all__ = [
-    "console", "moment", "note", "print_fields", "print_json", "print_json_line", "print_table", "say", "span", "until",
-    "visible", "visible_name",
+    "console", "moment", "note", "print_fields", "print_json", "print_json_line", "print_table", "say", "span",
+    "table_of", "until", "visible", "visible_name",
 ]  # fmt: skip
 _PIPE_WIDTH = 200
 """Columns where nobody looks at a terminal: lines that programs cut apart should not be folded."""
@@ -64,17 +64,21 @@ def note(text: str, style: str = "") -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
     """A table for people, or `empty` where it has no rows. Columns that begin with `!` are never folded."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column.removeprefix("!"), no_wrap=column.startswith("!"), overflow="fold")
-    count = 0
-    for row in rows:
-        table.add_row(*(Text("\n".join(visible(line) for line in cell.split("\n"))) for cell in row))
-        count += 1
-    if count:
+    table = table_of(columns, rows)
+    if table.row_count:
         console().print(table)
     else:
         say(empty)
+
+
+def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table for people, to be shown. Columns that begin with `!` are never folded."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column.removeprefix("!"), no_wrap=column.startswith("!"), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("\n".join(visible(line) for line in cell.split("\n"))) for cell in row))
+    return table
 
 
 def print_fields(fields: Mapping[str, str], *, title: str | None = None) -> None:

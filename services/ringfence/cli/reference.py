@@ -25,9 +25,9 @@ environment wins.
 - **Who is calling**: `--identity FILE`, before or after the command, else `RINGFENCE_IDENTITY`, else `identity` in
   `ringfence.toml`. The file is a private key of mode 0600 that `ringfence key new` makes.
 - **What is trusted**: `RINGFENCE_TRUST_ROOT`, the fingerprint that `ringfence init` prints. Commands that talk over
-  Kafka (`RINGFENCE_KAFKA`) verify everything up to it. `list`, `show`, `inventory`, `trace`, `tail` and
-  `gateway stats` read the services' HTTP APIs (`RINGFENCE_REGISTRY_URL`, `_REVOKER_URL`, `_AUDIT_URL`), which show
-  operators and auditors all, sponsors their own agents.
+  Kafka (`RINGFENCE_KAFKA`) verify everything up to it. `list`, `show`, `inventory`, `trace`, `tail`, `coverage` and
+  `gateway stats` read the services' HTTP APIs (`RINGFENCE_REGISTRY_URL`, `_POLICY_URL`, `_REVOKER_URL`, `_AUDIT_URL`),
+  which show operators and auditors all, sponsors their own agents.
 - **Permissions** are written `target:verb[,verb]:resource[,resource]`, for example
   `staging:deploy,read:env/staging/*`. A `*` is anything inside one path segment, `**` any number of segments. A name
   that has a colon or a comma itself is written as JSON: `{"target": "images", "verbs": ["push"], "resources":

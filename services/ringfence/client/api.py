@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
 import httpx
+import orjson
 
 from ringfence.client.connection import load_key
 from ringfence.client.errors import ApiError
@@ -20,6 +22,8 @@ from ringfence.kernel.settings import load
 from ringfence.messages.api import MAX_API_TOKEN_S, ApiToken
 from ringfence.model.identity import SubjectKind
 
+Filters = Mapping[str, str | int | None]
+"""By name, what the answer is narrowed down by. Those that are None are left out."""
 Service = Literal["registry", "policy", "issuer", "revoker", "audit"]
 
 
@@ -62,7 +66,7 @@ class ReadApi(Lifetime):
                 f"Its address is RINGFENCE_{service.upper()}_URL"
             ) from None
         try:
-            answer = response.json()
+            answer = orjson.loads(response.content)
         except ValueError:
             raise ApiError(
                 f"{url} answered {response.status_code} and no JSON; is this the {service}? "
@@ -88,11 +92,6 @@ class ReadApi(Lifetime):
         """One user, agent, target or task: `{id, revision, state}`. Raises ApiError (404) where there is none."""
         return await self.get("registry", f"{kind}s", id)
 
-    async def inventory(self) -> list[Any]:
-        """All agents that the caller may see, with what they may reach and who authorised it."""
-        found: list[Any] = (await self.get("registry", "inventory"))["agents"]
-        return found
-
     # --- policy ---
 
     async def usage(self, agent_id: str) -> Any:
@@ -102,6 +101,24 @@ class ReadApi(Lifetime):
         held, narrower}`; `narrower` is a ceiling that would have done, or None where all was used.
         """
         return await self.get("policy", "agents", agent_id, "usage")
+
+    async def inventory(
+        self, filters: Filters | None = None, *, after: str | None = None, limit: int = 100
+    ) -> Any:
+        """A page of the agents that the caller may see: `{at_ms, totals, agents, after, cursor, gaps}`.
+
+        `totals`, on the first page alone, are the sums over all that fit. Go on with `after` until it is None.
+        `filters`: agent, sponsor, status, target; orphans, unused, standing, keys_ending (1); keys_within_s.
+        """
+        return await self.get("policy", "inventory", after=after, limit=limit, **(filters or {}))
+
+    async def inventory_changes(self, cursor: str, filters: Filters | None = None) -> Any:
+        """The agents that changed since a page was given: `{at_ms, agents, cursor, gaps}`. `filters` as for the page.
+
+        Each has `fits`: whether the filters let it through. Raises ApiError, with the code `cursor_lost` where policy
+        cannot tell any more what changed.
+        """
+        return await self.get("policy", "inventory", "changes", after=cursor, **(filters or {}))
 
     # --- revoker ---
 
@@ -175,6 +192,20 @@ class ReadApi(Lifetime):
         """Some actions through gateways, counted: `{groups, until_ms, looked_at_ms, after}`. See `ActionReport`."""
         return await self.get(
             "audit", "actions", since_ms=since_ms, until_ms=until_ms, after=after, agent=agent, target=target
+        )
+
+    async def coverage(
+        self,
+        what: Literal["leases", "actions"],
+        *,
+        since_ms: int,
+        until_ms: int | None = None,
+        after: str | None = None,
+        short_s: int | None = None,
+    ) -> Any:
+        """Some leases, or actions, counted by whether they lead back to a human. See `Coverage`."""
+        return await self.get(
+            "audit", "coverage", what, since_ms=since_ms, until_ms=until_ms, after=after, short_s=short_s
         )
 
     def _token(self) -> str:

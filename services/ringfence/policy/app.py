@@ -41,12 +41,15 @@ from ringfence.policy.grants_http import GrantApi
 from ringfence.policy.handlers import RequestHandler
 from ringfence.policy.holdings import LEASES_SINCE_MS, REFUSALS_SINCE_MS, Holdings
 from ringfence.policy.http import Api
+from ringfence.policy.inventory_http import InventoryApi
 from ringfence.policy.judge import Judge
 from ringfence.policy.limits import Doorkeeper, Gatekeeper, Limits, PendingLimits
 from ringfence.policy.notices import Notices
 from ringfence.policy.opening import Opener
+from ringfence.policy.roster import Roster
 from ringfence.policy.settings import PolicySettings
 from ringfence.policy.sharing import SharedKeys
+from ringfence.policy.sightings import Sightings
 from ringfence.policy.store import HISTORY_MS, Approvers, DecisionsInMemory
 from ringfence.policy.usage_http import UsageApi
 from ringfence.rego.engine import ISSUANCE
@@ -82,7 +85,9 @@ def build(
         holdings.decided(decision, agent_id, at_ms)
         grants.on_allowed(decision)
 
-    decisions = DecisionsInMemory(runtime.trust, allowed)
+    sightings = Sightings()
+    roster = Roster(directory, holdings, sightings, runtime.clock)
+    decisions = DecisionsInMemory(runtime.trust, allowed, sightings.on_decision)
 
     def read_back(topic: Topic[Any], reader: Callable[[Sequence[Received]], None], for_ms: int) -> Follower:
         since_ms = max(runtime.clock.now_ms() - for_ms, 1)
@@ -165,10 +170,12 @@ def build(
     runtime.on_stop(notices.close)
     runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
     runtime.background("overdue approvals", close_overdue)
+    runtime.background("inventory", roster.keep)
     runtime.ready_when(decisions.unready)
     runtime.denies_when(directory.stale)
     runtime.routes += Api(runtime, directory, decisions).routes()
     runtime.routes += UsageApi(runtime, directory, holdings, uses).routes()
+    runtime.routes += InventoryApi(runtime, directory, roster, directory.stale).routes()
     runtime.routes += GrantApi(
         runtime, directory, grant_table, grants, lambda: judge.policy_revision
     ).routes()

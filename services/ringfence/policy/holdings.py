@@ -14,10 +14,10 @@ import asyncio
 import heapq
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import orjson
@@ -55,6 +55,16 @@ _SWEPT_AT_ONCE = 1000
 _NEVER_ISSUED = frozenset({"minting", "aborted"})
 
 
+class Live(NamedTuple):
+    """One lease that lives. Times are seconds since 1970."""
+
+    lease_id: str
+    task_id: str
+    since_s: int
+    """When it was allowed."""
+    until_s: int
+
+
 @dataclass(slots=True)
 class _Holder:
     """One agent."""
@@ -68,6 +78,8 @@ class _Holder:
     """Grows with each new kind of what is held."""
     uses: int = 0
     """Grows with each change of the usage."""
+    asked_ms: int = 0
+    """When the latest request was appended that led to a lease whose record was verified."""
     told: tuple[object, dict[str, Any]] | None = None
     """The last summary, and what it was made of."""
 
@@ -78,6 +90,7 @@ class _Known:
 
     agent_id: str
     what: bytes
+    since_s: int
     deadline_s: int
     decided: bool = False
     """Whether its decision stands on Kafka, or a record of it does."""
@@ -98,9 +111,14 @@ class Holdings:
         self._ends: list[tuple[int, str]] = []
         self._refused: OrderedDict[str, None] = OrderedDict()
         self._verbs: dict[Verb, Verb] = {}
+        self._listeners: list[Callable[[str], None]] = []
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._swept_on = 0
         self._to_sweep: list[str] = []
+
+    def on_change(self, listener: Callable[[str], None]) -> None:
+        """Call `listener` with the id of each agent of which something else is known now."""
+        self._listeners.append(listener)
 
     # --- asking ---
 
@@ -146,6 +164,26 @@ class Holdings:
                     break
         return found
 
+    def live(self, agent_id: str, now_s: int) -> list[Live]:
+        """Every lease of an agent that lives, or is about to."""
+        holder = self._holders.get(agent_id)
+        return [
+            Live(id, what.partition(b" ")[0].decode(), self._leases[id].since_s, until_s)
+            for what, leases in (holder.held.items() if holder else ())
+            for id, until_s in leases.items()
+            if until_s > now_s
+        ]
+
+    def used_verbs(self, agent_id: str, now_s: int) -> set[Verb]:
+        """The verbs that an agent used in the last 30 days."""
+        holder = self._holders.get(agent_id)
+        return holder.usage.verbs(now_s) if holder else set()
+
+    def asked_ms(self, agent_id: str) -> int | None:
+        """When an agent asked for what it got, by the verified records of leases: mostly the first of a day."""
+        holder = self._holders.get(agent_id)
+        return (holder.asked_ms or None) if holder else None
+
     def used(self, agent_id: str, now_s: int) -> list[Used]:
         """What an agent used in the last 30 days."""
         holder = self._holders.get(agent_id)
@@ -170,9 +208,9 @@ class Holdings:
                 self._let_go(id, known)
                 del self._leases[id]
             return
-        until_s = self._now_s() + (judgement.ruling.ttl_s or 0) + SLACK_S
-        request = document["request"]
-        self._hold(id, case.agent_id, request["task_id"], request["scope"], until_s)
+        now_s, request = self._now_s(), document["request"]
+        until_s = now_s + (judgement.ruling.ttl_s or 0) + SLACK_S
+        self._hold(id, case.agent_id, request["task_id"], request["scope"], now_s, until_s)
 
     def decided(self, decision: CredentialDecision, agent_id: str, at_ms: int) -> None:
         """Take in an `allowed` decision that stands on Kafka since `at_ms`, whichever replica made it."""
@@ -185,10 +223,11 @@ class Holdings:
             # The request stands inside a decision of this service: it was verified before that was signed.
             request = parse(decision.request).unverified_claims(CredentialRequest)
             scope = [permission.model_dump(mode="json") for permission in request.scope]
-            known = self._hold(id, agent_id, request.task_id, scope, end_s)
+            known = self._hold(id, agent_id, request.task_id, scope, at_ms // 1000, end_s)
             if self._refused.pop(id, True) is None:
                 self._let_go(id, known)
         elif not known.decided:
+            known.since_s = at_ms // 1000
             self._until(id, known, end_s)
         known.decided = True
 
@@ -274,12 +313,14 @@ class Holdings:
             return
         if lease.status in TERMINAL:
             if known is None:
-                known = _Known(lease.agent_id, b"", lease.deadline)
+                known = _Known(lease.agent_id, b"", lease.iat, lease.deadline)
                 self._remember(lease.lease_id, known)
             self._let_go(lease.lease_id, known)
         else:
             scope = [permission.model_dump(mode="json") for permission in lease.scope]
-            known = self._hold(lease.lease_id, lease.agent_id, lease.task_id, scope, lease.deadline)
+            known = self._hold(
+                lease.lease_id, lease.agent_id, lease.task_id, scope, lease.iat, lease.deadline
+            )
         known.seq, known.decided = lease.seq, True
 
     def _use(self, lease: Lease) -> None:
@@ -287,17 +328,19 @@ class Holdings:
         verbs = [self._verbs.setdefault(verb, verb) for verb in verbs_of(lease.scope)]
         holder.usage.add(verbs, lease.requested_at_ms // (DAY_S * 1000))
         holder.uses += 1
-        holder.version += 1
+        holder.asked_ms = max(holder.asked_ms, lease.requested_at_ms)
+        self._changed(lease.agent_id, holder)
 
     # --- one lease ---
 
     def _hold(
-        self, id: str, agent_id: str, task_id: str, scope: list[dict[str, Any]], until_s: int
+        self, id: str, agent_id: str, task_id: str, scope: list[dict[str, Any]], since_s: int, until_s: int
     ) -> _Known:
+        """`since_s` is of what was not known before."""
         what = _what(task_id, scope)
         known = self._leases.get(id)
         if known is None:
-            known = _Known(agent_id, what, until_s)
+            known = _Known(agent_id, what, since_s, until_s)
             self._remember(id, known)
         elif known.what != what:
             self._let_go(id, known)
@@ -310,7 +353,7 @@ class Holdings:
         leases[id] = until_s
         known.what, known.over = what, False
         self._until(id, known, until_s)
-        holder.version += 1
+        self._changed(agent_id, holder)
         return known
 
     def _until(self, id: str, known: _Known, until_s: int) -> None:
@@ -332,9 +375,14 @@ class Holdings:
         leases = holder.held.get(known.what) if holder else None
         if holder is None or leases is None or leases.pop(id, None) is None:
             return
-        holder.version += 1
         if not leases:
             del holder.held[known.what]
+        self._changed(known.agent_id, holder)
+
+    def _changed(self, agent_id: str, holder: _Holder) -> None:
+        holder.version += 1
+        for listener in self._listeners:
+            listener(agent_id)
 
     # --- forgetting ---
 

@@ -125,8 +125,13 @@ class DecisionsInMemory:
         self,
         trust: TrustStore,
         on_allowed: Callable[[CredentialDecision, str, int], None] = lambda decision, agent_id, at_ms: None,
+        on_decision: Callable[[CredentialDecision, str], None] = lambda decision, agent_id: None,
     ) -> None:
-        """`on_allowed` is told of every `allowed` decision that stands: with the agent's id and the append time."""
+        """`on_allowed` is told of every `allowed` decision that stands: with the agent's id and the append time.
+
+        `on_decision` is told of every decision that is taken in, and may be told of one twice.
+        """
+        self._on_decision = on_decision
         self._trust = trust
         self._on_allowed = on_allowed
         self._known: dict[str, Known] = {}
@@ -240,6 +245,7 @@ class DecisionsInMemory:
             request = parse(decision.request).unverified_claims(CredentialRequest)
             agent_id = subject_of(decision.aud, request.iss, "agent") or ""
             known = self._known[id] = Known(id, agent_id, source, request.exp)
+        self._on_decision(decision, known.agent_id)
         final = decision.outcome != "approval_required"
         if known.decided_at is None or self._replaces(known, final, at):
             known.at, known.outcome, known.ttl_s = source, decision.outcome, decision.ttl_s

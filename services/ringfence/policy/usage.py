@@ -79,6 +79,15 @@ class Usage:
                 newest, oldest = today - _lowest(mask), today - mask.bit_length() + 1
                 yield Used(target, verb, oldest * DAY_S, newest * DAY_S, mask.bit_count())
 
+    def verbs(self, now_s: int) -> set[Verb]:
+        """The verbs that were used in the window that ends today."""
+        today = now_s // DAY_S
+        return {
+            verb
+            for verb, packed in self._days.items()
+            if _moved(packed & _MASK, today - (packed >> WINDOW_DAYS))
+        }
+
     def _with(self, verb: Verb, day: int) -> int:
         packed = self._days.get(verb)
         if packed is None:

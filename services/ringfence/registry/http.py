@@ -1,4 +1,4 @@
-"""What people read of the registry: users, agents, targets, tasks, the inventory.
+"""What people read of the registry: users, agents, targets, tasks.
 
 Operators and auditors see all; sponsors their own agents and the tasks of those; everybody themself, the targets, and
 the tasks that they assigned or that are on behalf of them. `?records=1` adds the signed records, to be verified.
@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 from ringfence.kernel.clock import Clock
 from ringfence.messages.registry import AgentState, AnyState, TaskState, UserState
 from ringfence.model.access import Caller, ForbiddenError, NotFoundError, authenticate_user
-from ringfence.model.chains import ChainError, unverified_command
+from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory, Entry
 from ringfence.model.identity import SubjectKind
 from ringfence.model.lifecycle import subject_key
@@ -43,7 +43,6 @@ class Api:
             *self._of("agent"),
             *self._of("target"),
             *self._of("task", self._is_wanted_task),
-            Route("/v1/inventory", self._inventory),
         ]
 
     def _of(self, kind: SubjectKind, wanted: Filter = lambda state, request: True) -> list[BaseRoute]:
@@ -69,35 +68,6 @@ class Api:
             return JSONResponse(_json(entry, request))
 
         return [Route(f"/v1/{kind}s", all_of_them), Route(f"/v1/{kind}s/{{id}}", one)]
-
-    async def _inventory(self, request: Request) -> Response:
-        caller = self._caller(request)
-        agents = [self._inventory_of(entry) async for entry in self._visible("agent", caller)]
-        return JSONResponse({"agents": agents})
-
-    def _inventory_of(self, entry: Entry[Any]) -> dict[str, Any]:
-        agent: AgentState = entry.state
-        return {
-            "id": agent.agent_id,
-            "revision": entry.revision,
-            "description": agent.description,
-            "status": agent.status,
-            "sponsor": agent.sponsor,
-            "orphan": self._is_orphan(agent),
-            "targets": sorted({permission.target for permission in agent.ceiling}),
-            "ceiling": [permission.model_dump(mode="json") for permission in agent.ceiling],
-            "keys": [
-                {"kid": key.kid, "not_before": key.not_before, "not_after": key.not_after}
-                for key in agent.keys
-            ],
-            "authorised_by": [
-                {"command": claims.typ, "by": claims.iss, "at_ms": at_ms}
-                # The chain of an entry is verified, and so are these.
-                for claims, at_ms in (
-                    (unverified_command(c), c.appended_at_ms) for c in entry.record.commands
-                )
-            ],
-        }
 
     # --- who sees what ---
 
@@ -145,12 +115,6 @@ class Api:
         except ChainError:
             return None
         return entry.state if entry else None
-
-    def _is_orphan(self, agent: AgentState) -> bool:
-        sponsor = self._state("user", agent.sponsor)
-        return not (
-            isinstance(sponsor, UserState) and sponsor.status == "active" and "sponsor" in sponsor.roles
-        )
 
 
 def _json(entry: Entry[Any], request: Request) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""What the inventory's routes say where not all is known yet, or does not hold."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from ringfence.kernel.http import application
+from ringfence.kernel.jws import sign
+from ringfence.messages.api import ApiToken
+from ringfence.policy import inventory_http
+from ringfence.policy.inventory_http import InventoryApi
+from tests.ledger import TD
+from tests.unit.test_inventory import Book
+
+
+class Desk(Book):
+    """A book behind policy's HTTP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stale: str | None = None
+        runtime: Any = SimpleNamespace(clock=self.clock, settings=SimpleNamespace(trust_domain=TD))
+        api = InventoryApi(runtime, self.ledger.directory, self.roster, lambda: self.stale)
+        self.app = application(api.routes(), [])
+
+    async def get(self, who: str, path: str = "/v1/inventory", **query: str) -> httpx.Response:
+        token = self.ledger.claims(ApiToken, who, exp=self.now_s + 60)
+        bearer = {"Authorization": f"Bearer {sign(token, self.ledger.key(who))}"}
+        transport = httpx.ASGITransport(self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://policy") as client:
+            return await client.get(path, params=query, headers=bearer)
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+async def test_nothing_is_counted_before_the_tables_are_complete(desk: Desk):
+    answer = await desk.get("olga")
+    assert (answer.status_code, answer.json()["error"]) == (503, "unavailable")
+
+
+async def test_who_is_not_looked_at_yet_is_said_to_be_missing(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    desk.roster.complete = True
+    desk.register("robot")
+    monkeypatch.setattr(inventory_http, "_SETTLED_AT_ONCE", 0)
+    answer = (await desk.get("adam")).json()
+    assert (answer["totals"]["agents"], answer["agents"]) == (0, [])
+    assert answer["gaps"][0].endswith("as they are now: 2; ask again")
+    monkeypatch.undo()
+    answer = (await desk.get("adam")).json()
+    assert (answer["totals"]["agents"], answer["gaps"]) == (2, [])
+
+
+async def test_what_does_not_hold_is_said_to_whom_it_may_concern(desk: Desk):
+    desk.roster.complete = True
+    desk.stale = "the registry was not heard"
+    entry = desk.ledger.directory.agent("bot")
+    assert entry is not None
+    made_up = entry.state.model_copy(update={"agent_id": "evil"})
+    desk.ledger.admit(desk.ledger.sign_record(made_up, entry.record.commands))
+    for who in ("olga", "sam"):
+        answer = (await desk.get(who)).json()
+        assert [agent["id"] for agent in answer["agents"]] == ["bot"]
+        assert len(answer["gaps"]) == 2, answer["gaps"]
+        assert answer["gaps"][0].endswith("left out: 1")
+        assert "do not verify" in answer["gaps"][0]
+        assert "the registry was not heard" in answer["gaps"][1]
+    answer = (await desk.get("uma")).json()
+    assert (answer["agents"], answer["gaps"]) == ([], [])
+
+
+async def test_more_changes_than_can_be_told_are_begun_anew(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    desk.roster.complete = True
+    cursor = (await desk.get("olga")).json()["cursor"]
+    for number in range(3):
+        desk.register(f"robot-{number}")
+    told = (await desk.get("olga", "/v1/inventory/changes", after=cursor, agent="robot-1")).json()
+    assert {agent["id"]: agent["fits"] for agent in told["agents"]} == {
+        "robot-0": False, "robot-1": True, "robot-2": False,
+    }  # fmt: skip
+    monkeypatch.setattr(inventory_http, "MAX_ROWS", 2)
+    answer = await desk.get("olga", "/v1/inventory/changes", after=cursor)
+    assert (answer.status_code, answer.json()["error"]) == (400, "cursor_lost")
