@@ -60,15 +60,15 @@ def test_other_keys_and_agents_are_apart() -> None:
         ("bot", "k1", "a"),
     ]
     assert not any(uses.saw(agent, kid, mark, n) for n, (agent, kid, mark) in enumerate(seen, start=1))
-    assert uses.last_seen("bot") == {"k1": 5, "k2": 2}
-    assert uses.last_seen("nobody") == {}
 
 
 def test_memory_is_bounded() -> None:
-    uses = KeyUses(most_keys=2)
-    for n in range(1, 4):
-        uses.saw("bot", f"k{n}", "a", n)
-    assert uses.last_seen("bot") == {"k2": 2, "k3": 3}
+    for most_keys, told_of in ((2, None), (3, "b")):
+        uses = KeyUses(most_keys=most_keys)
+        for n in range(1, 4):
+            uses.saw("bot", f"k{n}", "a", n)
+        assert uses.saw("bot", "k1", "b", 4) is None
+        assert uses.saw("bot", "k1", "a", 5) == told_of, "whose first use was forgotten is not told of"
     many = KeyUses()
     assert not any(told(many, *(f"m{n}" for n in range(50))))
 

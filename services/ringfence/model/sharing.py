@@ -63,7 +63,3 @@ class KeyUses:
             return None
         latest = next(reversed(uses.seen))
         return latest if latest != mark else None
-
-    def last_seen(self, agent_id: str) -> dict[str, int]:
-        """When each key of an agent was used last (milliseconds), as far as it is remembered."""
-        return {kid: uses.latest_ms for (agent, kid), uses in self._keys.items() if agent == agent_id}

@@ -120,7 +120,6 @@ def build(
     judge = Judge(runtime, directory, engine, holdings, (leases, refusals), grants, declared)
     limits = Limits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
     pending = PendingLimits(own.agent_pending_approvals, own.sponsor_pending_approvals)
-    uses = KeyUses()
     requests = RequestHandler(
         runtime,
         opener,
@@ -130,7 +129,7 @@ def build(
         answers,
         Doorkeeper(directory, decisions, pending),
         recall,
-        SharedKeys(runtime, uses),
+        SharedKeys(runtime, KeyUses()),
         approval_timeout_s=own.approval_timeout_s,
     )
     approvals = ApprovalHandler(runtime, directory, opener, judge, decisions, answers, recall)
@@ -174,7 +173,7 @@ def build(
     runtime.ready_when(decisions.unready)
     runtime.denies_when(directory.stale)
     runtime.routes += Api(runtime, directory, decisions).routes()
-    runtime.routes += UsageApi(runtime, directory, holdings, uses).routes()
+    runtime.routes += UsageApi(runtime, directory, holdings, sightings).routes()
     runtime.routes += InventoryApi(runtime, directory, roster, directory.stale).routes()
     runtime.routes += GrantApi(
         runtime, directory, grant_table, grants, lambda: judge.policy_revision

@@ -10,19 +10,21 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.model.access import NotFoundError, authenticate_user
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
-from ringfence.model.sharing import KeyUses
 from ringfence.policy.holdings import Holdings
+from ringfence.policy.sightings import Sightings
 from ringfence.policy.usage import DAY_S, WINDOW_DAYS, narrower, verbs_of
 
 
 class UsageApi:
     """One route. Every replica knows the leases of all agents."""
 
-    def __init__(self, runtime: Runtime, directory: Directory, holdings: Holdings, uses: KeyUses) -> None:
+    def __init__(
+        self, runtime: Runtime, directory: Directory, holdings: Holdings, sightings: Sightings
+    ) -> None:
         self._runtime = runtime
         self._directory = directory
         self._holdings = holdings
-        self._uses = uses
+        self._sightings = sightings
 
     def routes(self) -> list[BaseRoute]:
         """To be added to those of the runtime."""
@@ -67,10 +69,9 @@ class UsageApi:
                 ],
                 "never_used": [{"target": target, "verb": verb} for target, verb in unused],
                 "held": held,
-                # Of this replica, since it started: an agent's requests all come to one.
                 "keys_seen": [
                     {"kid": kid, "last_seen_ms": at_ms}
-                    for kid, at_ms in sorted(self._uses.last_seen(agent.agent_id).items())
+                    for kid, at_ms in sorted(self._sightings.of(agent.agent_id).items())
                 ],
                 "narrower": [p.model_dump(mode="json") for p in narrowed] if unused else None,
             }
