@@ -26,6 +26,8 @@ from ringfence.messages.registry import (
     AnyState,
     Command,
     EmbeddedCommand,
+    ProvisionerLink,
+    ProvisionerSet,
     Role,
     TaskAssign,
     TaskConsent,
@@ -117,7 +119,7 @@ class Chains:
             raise InvalidMessageError(f"typ {jws.header.typ[:80]!r} names no command", code="typ_unexpected")
 
         def find(iss: str, kid: str) -> PublicKey | None:
-            return self._trust.root_key(iss, kid) or self.user_key(iss, kid, appended_at_ms, own)
+            return self._trust.root_key(iss, kid) or self._signer_key(iss, kid, appended_at_ms, own)
 
         signed = open_signed(
             jws, model, find, audience=self._trust.trust_domain, appended_at_ms=appended_at_ms
@@ -130,10 +132,11 @@ class Chains:
         return Authorised(signed, actor, appended_at_ms, consent)
 
     def user_key(self, iss: str, kid: str, at_ms: int, own: UserState | None = None) -> PublicKey | None:
-        """The key `kid` of the user `iss` if it counted at `at_ms`, by a chain that ends at the root; else None."""
-        user_id = subject_of(self._trust.trust_domain, iss, "user")
-        user = self.user_at(user_id, at_ms, own) if user_id else None
-        return valid_key(user.keys, kid, at_ms / 1000) if user and user.status == "active" else None
+        """The key `kid` of the user `iss` if it counted at `at_ms`, by a chain that ends at the root; else None.
+
+        For whatever a human says. A provisioner is none.
+        """
+        return self._signer_key(iss, kid, at_ms, own, human=True)
 
     def roles_at(self, user_id: str, at_ms: int, own: UserState | None = None) -> frozenset[Role]:
         """The roles of an active user just before `at_ms`; none where unknown or disabled."""
@@ -229,7 +232,7 @@ class Chains:
         try:
             jws = parse(embedded.jws)
             model = COMMAND_OF_TYP.get(jws.header.typ)
-            if model not in (UserSet, UserDisable):
+            if model not in (UserSet, UserDisable, ProvisionerSet, ProvisionerLink):
                 raise ChainError(f"the record of user {user_id} embeds a command that is about no user")
             iss = jws.unverified_claims(model).iss
         except InvalidMessageError as error:
@@ -264,7 +267,20 @@ class Chains:
         if iss == self._trust.root_id:
             return Actor(None, frozenset({"operator"}))
         user_id = subject_of(self._trust.trust_domain, iss, "user") or ""
-        return Actor(user_id, self.roles_at(user_id, at_ms, own))
+        user = self.user_at(user_id, at_ms, own)
+        if user is None or user.status != "active":
+            return Actor(user_id, frozenset())
+        by = user.provisioned.by if user.provisioned else None
+        return Actor(user_id, frozenset(user.roles), user.delegation, by)
+
+    def _signer_key(
+        self, iss: str, kid: str, at_ms: int, own: UserState | None, *, human: bool = False
+    ) -> PublicKey | None:
+        user_id = subject_of(self._trust.trust_domain, iss, "user")
+        user = self.user_at(user_id, at_ms, own) if user_id else None
+        if user is None or user.status != "active" or (human and user.delegation is not None):
+            return None
+        return valid_key(user.keys, kid, at_ms / 1000)
 
     def _consent(self, command: ExpiringClaims, at_ms: int) -> Signed[TaskConsent] | None:
         """The consent that a command embeds, None where it embeds none. Raises InvalidMessageError, ChainError."""

@@ -16,6 +16,7 @@ from ringfence.messages.registry import (
     AnyState,
     Command,
     EmbeddedCommand,
+    ProvisionerSet,
     Role,
     TargetSet,
     TargetState,
@@ -169,7 +170,7 @@ def _check_time(given: Authorised, around: Surroundings) -> None:
 
 def _check_keys(command: Command, subject: Subject, around: Surroundings) -> None:
     match command:
-        case UserSet() | AgentRegister() | TargetSet():
+        case UserSet() | ProvisionerSet() | AgentRegister() | TargetSet():
             keys = command.keys
         case AgentRotateKey():
             keys = (command.key,)
