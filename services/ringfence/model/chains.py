@@ -119,7 +119,7 @@ class Chains:
             raise InvalidMessageError(f"typ {jws.header.typ[:80]!r} names no command", code="typ_unexpected")
 
         def find(iss: str, kid: str) -> PublicKey | None:
-            return self._trust.root_key(iss, kid) or self._signer_key(iss, kid, appended_at_ms, own)
+            return self._trust.root_key(iss, kid) or self.command_key(iss, kid, appended_at_ms, own)
 
         signed = open_signed(
             jws, model, find, audience=self._trust.trust_domain, appended_at_ms=appended_at_ms
@@ -136,7 +136,13 @@ class Chains:
 
         For whatever a human says. A provisioner is none.
         """
-        return self._signer_key(iss, kid, at_ms, own, human=True)
+        user = self._user_of(iss, at_ms, own)
+        return valid_key(user.keys, kid, at_ms / 1000) if user and user.delegation is None else None
+
+    def command_key(self, iss: str, kid: str, at_ms: int, own: UserState | None = None) -> PublicKey | None:
+        """As `user_key`, for a command: a provisioner gives some too."""
+        user = self._user_of(iss, at_ms, own)
+        return valid_key(user.keys, kid, at_ms / 1000) if user else None
 
     def roles_at(self, user_id: str, at_ms: int, own: UserState | None = None) -> frozenset[Role]:
         """The roles of an active user just before `at_ms`; none where unknown or disabled."""
@@ -266,21 +272,17 @@ class Chains:
     def _actor(self, iss: str, at_ms: int, own: UserState | None) -> Actor:
         if iss == self._trust.root_id:
             return Actor(None, frozenset({"operator"}))
-        user_id = subject_of(self._trust.trust_domain, iss, "user") or ""
-        user = self.user_at(user_id, at_ms, own)
-        if user is None or user.status != "active":
-            return Actor(user_id, frozenset())
+        user = self._user_of(iss, at_ms, own)
+        if user is None:
+            return Actor(subject_of(self._trust.trust_domain, iss, "user") or "", frozenset())
         by = user.provisioned.by if user.provisioned else None
-        return Actor(user_id, frozenset(user.roles), user.delegation, by)
+        return Actor(user.user_id, frozenset(user.roles), user.delegation, by)
 
-    def _signer_key(
-        self, iss: str, kid: str, at_ms: int, own: UserState | None, *, human: bool = False
-    ) -> PublicKey | None:
+    def _user_of(self, iss: str, at_ms: int, own: UserState | None) -> UserState | None:
+        """The active user, or provisioner, that a signer was."""
         user_id = subject_of(self._trust.trust_domain, iss, "user")
         user = self.user_at(user_id, at_ms, own) if user_id else None
-        if user is None or user.status != "active" or (human and user.delegation is not None):
-            return None
-        return valid_key(user.keys, kid, at_ms / 1000)
+        return user if user and user.status == "active" else None
 
     def _consent(self, command: ExpiringClaims, at_ms: int) -> Signed[TaskConsent] | None:
         """The consent that a command embeds, None where it embeds none. Raises InvalidMessageError, ChainError."""
