@@ -70,6 +70,7 @@ class Provisioning(Message):
     """Whether they may act: the directory also describes those who may not (any more)."""
     user_name: NonEmpty | None = None
     external_id: NonEmpty | None = None
+    display_name: NonEmpty | None = None
     formatted_name: NonEmpty | None = None
     given_name: NonEmpty | None = None
     family_name: NonEmpty | None = None
