@@ -132,7 +132,8 @@ class Believer:
 
         signed = self._open(jws, model, find, at_ms)
         consent_by: str | None = None
-        if isinstance(signed.claims, TaskAssign) and signed.claims.consent is not None:
+        claims = signed.claims
+        if isinstance(claims, TaskAssign) and (claims.consent or claims.id_token):
             # Without a consent that holds it is its signer's command all the same; the registry refuses it.
             with contextlib.suppress(InvalidMessageError, ChainError):
                 consent_by = chains.authorise(jws, at_ms).consent_by

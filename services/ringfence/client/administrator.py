@@ -383,15 +383,25 @@ class Administrator(Lifetime):
         return await self.assign_terms(terms, on_behalf_of=on_behalf_of, consent=consent)
 
     async def assign_terms(
-        self, terms: TaskTerms, *, on_behalf_of: str | None = None, consent: str | None = None
+        self,
+        terms: TaskTerms,
+        *,
+        on_behalf_of: str | None = None,
+        consent: str | None = None,
+        id_token: str | None = None,
     ) -> str:
-        """Assign a task of these terms; returns its id. See `assign_task`."""
+        """Assign a task of these terms; returns its id. See `assign_task`.
+
+        `id_token`, in place of `consent`: an OIDC ID token of the user, with the nonce of the terms
+        (`ringfence.model.consents.nonce_of`).
+        """
         with checked("the task"):
             command = TaskAssign(
                 **self.connection.stamp(COMMAND_LIFE_S),
                 terms=terms,
                 on_behalf_of=on_behalf_of or self._user_id("the root assigns no tasks"),
                 consent=consent,
+                id_token=id_token,
             )
         task_id = message_id(command.iss, command.jti)
         await self._command(command, task_id)

@@ -421,13 +421,19 @@ class TaskConsent(ExpiringClaims):
 
 
 class TaskAssign(ExpiringClaims):
-    """Assign a task. Its id is the UUIDv5 of (`iss`, `jti`). On behalf of the signer, or of who signed `consent`."""
+    """Assign a task. Its id is the UUIDv5 of (`iss`, `jti`). On behalf of the signer, or of who signed `consent`, or
+    whom `id_token` is of.
+    """
 
     typ: ClassVar[str] = "task.assign"
 
     terms: TaskTerms
     on_behalf_of: Name
     consent: Jws | None = None
+    id_token: Annotated[Jws, Field(max_length=16 * 1024)] | None = None
+    """In place of `consent`: an OIDC ID token whose `nonce` is the digest of `terms`, by an issuer that is pinned in
+    the trust bundle. It is for this trust domain and these terms alone, and worth nothing anywhere else.
+    """
 
 
 class TaskEnd(ExpiringClaims):

@@ -36,6 +36,7 @@ from ringfence.messages.registry import (
     UserSet,
     UserState,
 )
+from ringfence.model.consents import Consent, verified_consent
 from ringfence.model.identity import subject_of
 from ringfence.model.lifecycle import Actor, CommandRefusedError, Context, apply, subject_key
 
@@ -56,8 +57,8 @@ class Authorised:
     signed: Signed[ExpiringClaims]
     actor: Actor
     appended_at_ms: int
-    consent: Signed[TaskConsent] | None = None
-    """The embedded consent, where it counts: over the same terms, validly signed by a user."""
+    consent: Consent | None = None
+    """The embedded consent, where it counts: over the same terms, by a user's signature or their ID token."""
     consent_problem: str | None = None
     """Why an embedded consent does not count."""
 
@@ -71,8 +72,8 @@ class Authorised:
 
     @property
     def consent_by(self) -> str | None:
-        """The user who signed the consent."""
-        return subject_of(self.signed.claims.aud, self.consent.claims.iss, "user") if self.consent else None
+        """The user who consented."""
+        return self.consent.user_id if self.consent else None
 
 
 UserLookup = Callable[[str], UserRecord | None]
@@ -284,17 +285,25 @@ class Chains:
         user = self.user_at(user_id, at_ms, own) if user_id else None
         return user if user and user.status == "active" else None
 
-    def _consent(self, command: ExpiringClaims, at_ms: int) -> Signed[TaskConsent] | None:
+    def _consent(self, command: ExpiringClaims, at_ms: int) -> Consent | None:
         """The consent that a command embeds, None where it embeds none. Raises InvalidMessageError, ChainError."""
-        if not isinstance(command, TaskAssign) or command.consent is None:
+        if not isinstance(command, TaskAssign):
             return None
-        consent = open_signed(
+        if command.id_token is not None:
+            if command.consent is not None:
+                raise InvalidMessageError("a consent and an ID token: give one of them", code="consent_twice")
+            user = self.user_at(command.on_behalf_of, at_ms)
+            return verified_consent(command.id_token, command.terms, user, self._trust, at_ms)
+        if command.consent is None:
+            return None
+        claims = open_signed(
             parse(command.consent), TaskConsent, lambda iss, kid: self.user_key(iss, kid, at_ms),
             audience=self._trust.trust_domain, appended_at_ms=at_ms,
-        )  # fmt: skip
-        if consent.claims.terms != command.terms:
+        ).claims  # fmt: skip
+        if claims.terms != command.terms:
             raise InvalidMessageError("the consent is to other terms", code="consent_other_terms")
-        return consent
+        user_id = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
+        return Consent(user_id, (claims.iss, claims.jti))
 
 
 def subject_spiffe(trust_domain: str, state: AnyState) -> str:
