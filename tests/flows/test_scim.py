@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -16,6 +17,11 @@ import pytest
 from scim2_client.engines.httpx2 import SyncSCIMClient
 from scim2_tester import Status, check_server
 
+from ringfence.client.provisioner import Provisioner
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.kafka import Follower
+from ringfence.kernel.settings import BusSettings
 from ringfence.messages.registry import (
     AgentRegister,
     GroupDelegation,
@@ -23,10 +29,16 @@ from ringfence.messages.registry import (
     UserSet,
     UserState,
 )
-from ringfence.messages.topics import SERVICE_EVENT
+from ringfence.messages.topics import HEARTBEAT, SERVICE_EVENT, USER
+from ringfence.model.directory import Directory
+from ringfence.scim.keeping import Keeper
+from ringfence.scim.people import People
+from ringfence.scim.settings import ScimSettings
 from ringfence.scim.tokens import MAX_WRONG, new_token
+from ringfence.scim.writing import Writer
 from tests.conftest import Kafka
 from tests.flows.directory import GROUP_SCHEMA, GROUPS, USER_SCHEMA, Company, opened_company
+from tests.ledger import FixedClock
 from tests.world import Party, World, scope
 
 LONG = "x" * 3000
@@ -439,9 +451,7 @@ async def test_all_that_it_knows_is_in_the_records(own: Company):
     assert str(after).replace(other, url) == str(before)
 
 
-def _settings(company: Company) -> Any:
-    from ringfence.scim.settings import ScimSettings
-
+def _settings(company: Company) -> ScimSettings:
     folder = company.world.folder
     return ScimSettings(
         provisioner=folder / "acme.json", tokens=folder / "tokens", mail_domain="acme.example"
@@ -495,3 +505,56 @@ async def test_a_sponsor_from_the_directory_has_agents_until_they_leave_the_grou
     )  # fmt: skip
     event = await own.world.command(bot, sam)
     assert (event.kind, event.reasons[0].code) == ("refused", "not_sponsor")
+
+
+# --- entitlements grow old --------------------------------------------------------------------------------------------
+
+
+async def test_entitlements_are_confirmed_while_the_directory_calls_and_no_longer(own: Company):
+    await own.group("Leads")
+    user, blocked = await member(own, "Leads"), await member(own, "Leads")
+    operator = own.world.operator
+    await own.world.accepted(own.world.claims(UserDisable, operator, user_id=blocked, reason="x"), operator)
+    runtime = own.world.runtimes["scim"]
+    assert await runtime.tables_caught_up(30)
+    before = (await own.state(user)).entitlements.as_of
+    clock = FixedClock(before * 1000)
+    settings = _settings(own)
+    async with Provisioner.connect(own.key.key, _client(own), clock=SystemClock()) as provisioner:
+        directory = Directory(runtime.trust, clock, grace_ms=None)
+        async with _following(own, directory) as caught_up:
+            people = People(directory, "acme")
+            keeper = Keeper(people, Writer(people, provisioner, caught_up, None), settings, clock)
+            clock.ms += (settings.confirm_s + 60) * 1000
+            assert await keeper.once() == 0  # it has not called
+            clock.ms = (before + 1) * 1000
+            keeper.heard()
+            assert await keeper.once() == 0  # they are young
+            young = settings.model_copy(update={"confirm_s": 0})
+            keeper = Keeper(people, Writer(people, provisioner, caught_up, None), young, clock)
+            keeper.heard()
+            assert await keeper.once() == 1
+            assert (await own.state(user)).entitlements.as_of == before + 1
+            clock.ms += (settings.heard_s + 60) * 1000
+            assert await keeper.once() == 0
+
+
+def _client(company: Company) -> ClientSettings:
+    shared = company.world.settings("registry")
+    return ClientSettings(**{name: getattr(shared, name) for name in BusSettings.model_fields})
+
+
+@asynccontextmanager
+async def _following(company: Company, directory: Directory) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """A table of users of its own, and what waits until it holds all."""
+    follower = Follower(company.world.settings("scim"), (USER, HEARTBEAT), directory.on_records)
+    await follower.start()
+
+    async def caught_up() -> None:
+        assert await follower.caught_up(30)
+
+    try:
+        await caught_up()
+        yield caught_up
+    finally:
+        await follower.stop()

@@ -104,7 +104,7 @@ def test_a_token_by_a_key_that_is_not_pinned(ledger: Ledger):
 def test_a_token_that_nobody_signed_or_with_a_public_key_as_its_secret(ledger: Ledger):
     terms = ledger.terms("bot")
     claims = claims_of(ledger, terms)
-    none = jwt.encode(claims, None, algorithm="none", headers={"kid": "key-1"})
+    none = jwt.encode(claims, "", algorithm="none", headers={"kid": "key-1"})
     assert "alg" in refused(
         ledger, assign(ledger, none + base64.urlsafe_b64encode(b"x").decode().rstrip("="), terms)
     )

@@ -12,7 +12,7 @@ import logging
 
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import RingfenceError, UnavailableError
-from ringfence.messages.registry import UserRecord
+from ringfence.messages.registry import Delegation, UserRecord
 from ringfence.scim.people import People
 from ringfence.scim.settings import ScimSettings
 from ringfence.scim.writing import Writer, differs
@@ -57,15 +57,24 @@ class Keeper:
             return 0
         now_s, said = self._clock.now_ms() // 1000, 0
         for record in list(self._people.all()):
-            if differs(record, delegation):
-                # The delegation is another, and that is all that is known: what was of then stays of then.
-                await self._writer.restate(record, record.state.entitlements.as_of)
-            elif self._is_due(record, now_s):
-                await self._writer.restate(record, self._heard_s)
-            else:
+            as_of = self._as_of(record, delegation, now_s)
+            if as_of is None:
                 continue
-            said += 1
+            try:
+                await self._writer.restate(record, as_of)
+                said += 1
+            except RingfenceError as error:  # one who cannot be said again keeps nobody else from it
+                log.warning("user %s could not be confirmed: %s", record.state.user_id, error)
         return said
+
+    def _as_of(self, record: UserRecord, delegation: Delegation, now_s: int) -> int | None:
+        """As of when a user is to be said again; None where all is well, or an operator disabled them."""
+        if record.state.provisioned is not None and record.state.provisioned.blocked:
+            return None
+        if differs(record, delegation):
+            # The delegation is another, and that is all that is known: what was of then stays of then.
+            return record.state.entitlements.as_of
+        return self._heard_s if self._is_due(record, now_s) else None
 
     def _is_due(self, record: UserRecord, now_s: int) -> bool:
         if record.state.status != "active" or now_s - self._heard_s > self._settings.heard_s:
