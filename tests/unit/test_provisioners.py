@@ -366,6 +366,24 @@ def test_a_registry_with_the_provisioners_key_cannot_undo_an_operators_taking_ov
     assert problem.startswith("history_changed")
 
 
+def test_a_registry_with_the_provisioners_key_cannot_undo_that_an_operator_ended_keys(ledger: Ledger):
+    """The provisioner's commands have no keys either, and end none."""
+    ledger.give(synced(ledger, "maria", "Developers"))
+    enrolled(ledger)
+    ledger.give(synced(ledger, "maria", "Developers"))
+    before = ledger.directory.user("maria")
+    enrolled(ledger, keys=())
+    after = ledger.directory.user("maria")
+    assert before is not None
+    assert after is not None
+    assert all(key.not_after <= ledger.clock.ms // 1000 for key in after.state.keys)
+    command = ledger.embed(synced(ledger, "maria", "Developers", scope=(NARROW,)))
+    lie = ledger.follow((*before.record.commands, command), after.revision + 1)
+    problem = ledger.admit(ledger.sign_record(lie.state, lie.commands, lie.revision))
+    assert problem is not None
+    assert problem.startswith("history_changed")
+
+
 def test_a_registry_cannot_make_a_delegation_or_a_user_of_one(ledger: Ledger):
     scim = ledger.directory.user("scim")
     assert scim is not None
