@@ -21,6 +21,8 @@ TERMS = (
 async def test_a_user_who_signed_in_has_a_task_assigned_on_their_behalf(shell: Shell, world: World) -> None:
     bundle = world.make_bundle(2).model_copy(update={"oidc_issuers": (ISSUER.pinned("users"),)})
     await world.publish_trust(bundle)
+    trust = world.runtimes["registry"].trust
+    await world.until(lambda: trust.version == 2 or None, "the new trust bundle at the registry")
     sam = await world.user("sam", ("sponsor",))
     sam.key.save(shell.folder / "sam.json")
     await world.user("maria", (), scope("platform", ["deploy"], ["**"]), keys=())
