@@ -59,8 +59,13 @@ from ringfence.messages.registry import (
     AnyRecord,
     AnyState,
     BackendSettings,
+    Delegation,
     EmbeddedCommand,
     Entitlements,
+    GroupDelegation,
+    GroupLink,
+    ProvisionerLink,
+    ProvisionerSet,
     TargetRecord,
     TargetRemove,
     TargetSet,
@@ -379,6 +384,9 @@ class Office:
                 "entitlements": Entitlements(scope=self.scope, source="cli", as_of=1),
             }),
             (UserDisable, olga, {"user_id": "maria", "reason": "left"}),
+            (ProvisionerSet, olga, {
+                "provisioner_id": "scim", "name": "Directory", "keys": (key,), "delegation": self.delegation(),
+            }),
             (AgentRegister, sam, {
                 "agent_id": "second", "sponsor": "sam", "description": "x", "keys": (key,), "ceiling": self.scope,
             }),
@@ -402,6 +410,12 @@ class Office:
             model.typ: self.signed(REGISTRY_COMMAND, self.claims(model, by, **more), by)
             for model, by, more in given
         }
+
+    def delegation(self) -> Delegation:
+        """What an operator lets a directory give."""
+        return Delegation(
+            source="scim", groups=(GroupDelegation(group="Leads", roles=("sponsor",), scope=self.scope),)
+        )
 
     def service_event(
         self, kind: EventKind, subject: str, role: ServiceRole = "registry", **fields: Any
@@ -732,6 +746,16 @@ def changes(office: Office) -> dict[str, Received]:
     found["changed by user.set"] = office.user("maria", "sponsor")
     disable = office.claims(UserDisable, olga, user_id="maria", reason="left")
     found["changed by user.disable"] = office.carry_out(USER, "maria", disable, olga)
+    scim = office.key("user", "scim")
+    key = scim.record(office.now_ms // 1000 + 86_400)
+    given = {"provisioner_id": "scim", "name": "Directory", "keys": (key,), "delegation": office.delegation()}
+    for name in ("created", "changed"):
+        command = office.claims(ProvisionerSet, olga, **given)
+        found[f"provisioner {name}"] = office.carry_out(USER, "scim", command, olga)
+        given["name"] = "Another directory"
+    link = office.claims(ProvisionerLink, scim, provisioner_id="scim", groups=(GroupLink(group="Leads"),))
+    found["command provisioner.link"] = office.signed(REGISTRY_COMMAND, link, scim)
+    found["changed by provisioner.link"] = office.carry_out(USER, "scim", link, scim)
     found["first record again"] = office.received(AGENT, first.value, key="deploy-bot")
     return found
 

@@ -119,21 +119,24 @@ class Believer:
         return self._open(jws, model, find, at_ms)
 
     def command(self, record: Received) -> tuple[Believed[ExpiringClaims], str | None]:
-        """A command by a person or the root, and who validly signed the consent that it embeds."""
+        """A command by a person, a provisioner or the root, and who validly signed the consent that it embeds."""
         at_ms = record.appended_at_ms
         jws = parse(record.value)
         model = COMMAND_OF_TYP.get(jws.header.typ)
         if model is None:
             raise InvalidMessageError("typ names no command", code="typ_unexpected")
-        users = self._users(at_ms)
-        signed = self._open(
-            jws, model, lambda iss, kid: self._trust.root_key(iss, kid) or users(iss, kid), at_ms
-        )
+        chains = self._directory.chains
+
+        def find(iss: str, kid: str) -> PublicKey | None:
+            return self._trust.root_key(iss, kid) or chains.command_key(iss, kid, at_ms)
+
+        signed = self._open(jws, model, find, at_ms)
         consent_by: str | None = None
-        if isinstance(signed.claims, TaskAssign) and signed.claims.consent is not None:
+        claims = signed.claims
+        if isinstance(claims, TaskAssign) and (claims.consent or claims.id_token):
             # Without a consent that holds it is its signer's command all the same; the registry refuses it.
             with contextlib.suppress(InvalidMessageError, ChainError):
-                consent_by = self._directory.chains.authorise(jws, at_ms).consent_by
+                consent_by = chains.authorise(jws, at_ms).consent_by
         return signed, consent_by
 
     def record(self, record: Received, model: type[AnyRecord]) -> tuple[Believed[AnyRecord], ExpiringClaims]:

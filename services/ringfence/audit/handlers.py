@@ -45,11 +45,18 @@ from ringfence.messages.approval import (
     Grant,
     GrantWithdraw,
 )
-from ringfence.messages.base import Topic, typ_header
+from ringfence.messages.base import ExpiringClaims, Topic, typ_header
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
 from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, ServiceEvent
-from ringfence.messages.registry import AgentRecord, AnyRecord, TargetRecord, TaskRecord, UserRecord
+from ringfence.messages.registry import (
+    AgentRecord,
+    AnyRecord,
+    TargetRecord,
+    TaskAssign,
+    TaskRecord,
+    UserRecord,
+)
 from ringfence.messages.topics import (
     ACTION,
     AGENT,
@@ -214,7 +221,7 @@ class AuditHandlers:
         event = registry_events.commanded(
             record,
             signed.claims,
-            signed.verified(*(("task.consent",) if consent_by else ())),
+            signed.verified(*((_consent_in(signed.claims),) if consent_by else ())),
             sponsor=self._believer.sponsor_of(agent) if agent else None,
             consent_by=consent_by,
             task=task,
@@ -540,3 +547,8 @@ def _lacks_sponsor(event: Event) -> bool:
 
 def _incomplete(facts: RequestFacts) -> bool:
     return facts.sponsor is None or facts.on_behalf_of is None
+
+
+def _consent_in(claims: ExpiringClaims) -> str:
+    """By what the user consented whom a task is on behalf of."""
+    return "id_token" if isinstance(claims, TaskAssign) and claims.id_token else "task.consent"

@@ -39,6 +39,8 @@ from ringfence.messages.registry import (
     AgentTransfer,
     AnyRecord,
     AnyState,
+    ProvisionerLink,
+    ProvisionerSet,
     TargetRemove,
     TargetSet,
     TargetState,
@@ -67,6 +69,8 @@ class _Verb:
 
 _VERBS: Mapping[str, _Verb] = {
     "user.set": _Verb(3, "set", "changed", "user.changed", LOW),
+    "provisioner.set": _Verb(3, "set", "changed", "provisioner.changed", MEDIUM),
+    "provisioner.link": _Verb(3, "link groups of", "told of its groups", "provisioner.linked"),
     "user.disable": _Verb(9, "disable", "disabled", "user.disabled", LOW),
     "agent.register": _Verb(1, "register", "registered", "agent.registered"),
     "agent.set-attestation": _Verb(
@@ -93,6 +97,7 @@ _COMMANDED = {typ: step(typ, _E, verb.activity, status="Requested") for typ, ver
 _DONE = {typ: step(verb.code, _E, verb.activity, severity=verb.severity) for typ, verb in _VERBS.items()}
 _CREATED = {
     "user.set": step("user.created", _E, 1, severity=LOW),
+    "provisioner.set": step("provisioner.created", _E, 1, severity=MEDIUM),
     "target.set": step("target.created", _E, 1, severity=LOW),
 }
 _COMPROMISED = step("agent.key_compromised", _E, 3, severity=HIGH, alert=True)
@@ -250,6 +255,8 @@ def subject_of_command(claims: ExpiringClaims) -> tuple[str, str, dict[str, Any]
     match claims:
         case UserSet() | UserDisable():
             return "user", claims.user_id, {"user": claims.user_id}
+        case ProvisionerSet() | ProvisionerLink():
+            return "user", claims.provisioner_id, {"user": claims.provisioner_id}
         case TargetSet() | TargetRemove():
             return "target", claims.target_id, {"target": claims.target_id}
         case TaskAssign():
@@ -305,6 +312,11 @@ def _terms(claims: ExpiringClaims) -> str:
             return (
                 f", roles {', '.join(claims.roles) or 'none'}, may do {in_words(claims.entitlements.scope)}"
             )
+        case ProvisionerSet():
+            return "".join(
+                f"; group {scrubbed(one.group)} may give roles {', '.join(one.roles) or 'none'}, {in_words(one.scope)}"
+                for one in claims.delegation.groups
+            )
         case TaskAssign():
             terms = claims.terms
             return (
@@ -320,7 +332,9 @@ def _standing(state: AnyState, by: ExpiringClaims) -> str:
         return _terms(by)
     if isinstance(by, TaskEnd) and isinstance(state, TaskState):
         return f" (agent {state.agent_id}, on behalf of {state.on_behalf_of})"
-    if isinstance(by, AgentRegister | AgentTransfer | AgentSetCeiling | AgentRotateKey | UserSet):
+    if isinstance(
+        by, AgentRegister | AgentTransfer | AgentSetCeiling | AgentRotateKey | UserSet | ProvisionerSet
+    ):
         return _terms(by)
     return ""
 
@@ -335,6 +349,15 @@ def _entity(trust_domain: str, kind: str, id: str) -> dict[str, Any]:
     return named
 
 
+def _provisioning(state: UserState) -> dict[str, Any]:
+    """Whence a user comes, or what a provisioner may do. Not how their directory names them: that is for it to say."""
+    if state.provisioned is not None:
+        return {"provisioner": state.provisioned.by, "groups": list(state.provisioned.groups)}
+    if state.delegation is not None:
+        return {"delegated": [one.model_dump(mode="json") for one in state.delegation.groups]}
+    return {}
+
+
 def _data(state: AnyState) -> dict[str, Any]:
     """What a record says, for whoever investigates. Public keys by their names; backends without their settings."""
     match state:
@@ -347,6 +370,7 @@ def _data(state: AnyState) -> dict[str, Any]:
                 "entitlements_source": state.entitlements.source,
                 "entitlements_as_of": state.entitlements.as_of,
                 "status": state.status,
+                **_provisioning(state),
             }
         case AgentState():
             return {

@@ -34,6 +34,9 @@ def init(
     jwks: oidc_issuers.JwksOption = None,
     oidc_for: oidc_issuers.ForOption = None,
     oidc_discovery: oidc_issuers.DiscoveryOption = False,
+    oidc_user_claim: oidc_issuers.ClaimOption = "sub",
+    oidc_user_suffix: oidc_issuers.SuffixOption = None,
+    oidc_external_id: oidc_issuers.ExternalOption = False,
     remove_oidc_issuer: oidc_issuers.RemoveOption = None,
     publish: Annotated[
         bool,
@@ -53,7 +56,10 @@ def init(
         if oidc_issuer and remove_oidc_issuer:
             raise typer.BadParameter("set one issuer, or remove one", param_hint="--remove-oidc-issuer")
         if oidc_issuer:
-            version, said = oidc_issuers.add(trust, oidc_issuer, jwks, oidc_for, discovery=oidc_discovery)
+            version, said = oidc_issuers.add(
+                trust, oidc_issuer, jwks, oidc_for, discovery=oidc_discovery,
+                claim=oidc_user_claim, suffix=oidc_user_suffix, external=oidc_external_id,
+            )  # fmt: skip
         else:
             version, said = oidc_issuers.remove(trust, remove_oidc_issuer or "")
         out.print(said, soft_wrap=True)

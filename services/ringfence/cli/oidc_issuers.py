@@ -36,6 +36,26 @@ DiscoveryOption = Annotated[
         help="Pin no keys: the registry reads them from the issuer, over HTTPS. For instances alone.",
     ),
 ]
+ClaimOption = Annotated[
+    str,
+    typer.Option(
+        "--oidc-user-claim", metavar="CLAIM", help="Of tokens for users: which claim says whose it is."
+    ),
+]
+SuffixOption = Annotated[
+    str | None,
+    typer.Option(
+        "--oidc-user-suffix",
+        metavar="TEXT",
+        help="What that claim ends in, and the user's id does not: @example.com.",
+    ),
+]
+ExternalOption = Annotated[
+    bool,
+    typer.Option(
+        "--oidc-external-id", help="The claim is the externalId that a directory gave, and not the id."
+    ),
+]
 RemoveOption = Annotated[
     str | None,
     typer.Option(
@@ -48,7 +68,15 @@ _USES: dict[str, OidcUse] = {"users": "users", "instances": "instances"}
 
 
 def add(
-    trust: TrustFolder, issuer: str, jwks: Path | None, uses: list[str] | None, *, discovery: bool
+    trust: TrustFolder,
+    issuer: str,
+    jwks: Path | None,
+    uses: list[str] | None,
+    *,
+    discovery: bool,
+    claim: str,
+    suffix: str | None,
+    external: bool,
 ) -> tuple[int, str]:
     """Sign a bundle with an issuer. Returns its version, and what to say of it. Raises CeremonyError, JwksError."""
     if unknown := sorted(set(uses or ()) - set(_USES)):
@@ -65,6 +93,9 @@ def add(
             uses=tuple(dict.fromkeys(_USES[use] for use in uses)),
             keys=keys,
             discovery=discovery,
+            user_claim=claim,
+            user_suffix=suffix,
+            user_match="external_id" if external else "id",
         )
     version = set_oidc_issuer(trust, wanted).version
     known_by = f"{len(keys)} pinned keys" if keys else "keys that it publishes"

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ringfence.client.ceremony import SERVICE_ROLES
+from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES
 
 if TYPE_CHECKING:
     from ringfence.kernel.runtime import Runtime
     from ringfence.kernel.settings import ServiceSettings
 
+_SERVED = (*SERVICE_ROLES, *ON_DEMAND)
+
 
 def serve(
     services: Annotated[
-        list[str], typer.Argument(help=f"Any of: {', '.join(SERVICE_ROLES)}.", metavar="SERVICE...")
+        list[str], typer.Argument(help=f"Any of: {', '.join(_SERVED)}.", metavar="SERVICE...")
     ],
     observe: Annotated[
         list[str] | None,
@@ -32,9 +34,9 @@ def serve(
     from ringfence.kernel.process import run
     from ringfence.kernel.settings import ServiceSettings, load
 
-    unknown = [name for name in services if name not in SERVICE_ROLES]
+    unknown = [name for name in services if name not in _SERVED]
     if unknown:
-        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(SERVICE_ROLES)}")
+        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(_SERVED)}")
     if observe and "gateway" not in services:
         raise typer.BadParameter("--observe is for the gateway: ringfence serve gateway --observe TARGET")
     settings = load(ServiceSettings)

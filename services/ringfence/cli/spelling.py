@@ -18,6 +18,7 @@ _DECLARED_IN = (
     "ringfence.issuer.settings",
     "ringfence.revoker.settings",
     "ringfence.registry.settings",
+    "ringfence.scim.settings",
     "ringfence.audit.settings",
     "ringfence.gateway.settings",
 )

@@ -23,12 +23,13 @@ from ringfence.cli.output import moment, note, print_json, say
 from ringfence.cli.records import list_records, show_record
 from ringfence.cli.scopes import parse_scope, show_permission, show_scope
 from ringfence.client.administrator import Administrator
-from ringfence.client.errors import InvalidCallError
+from ringfence.client.errors import InvalidCallError, checked
 from ringfence.client.outcomes import Accepted
 from ringfence.client.preview import Preview
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.jws import parse
 from ringfence.messages.registry import TaskConsent, TaskTerms
+from ringfence.model.consents import canonical_terms, nonce_of
 
 app = typer.Typer(help="Tasks: assign, with what all sides allow; end.", no_args_is_help=True)
 
@@ -58,6 +59,17 @@ def assign(
             help="On behalf of another user: their consent (ringfence task consent), which holds all the terms.",
         ),
     ] = None,
+    on_behalf_of: Annotated[
+        str | None, typer.Option("--on-behalf-of", metavar="USER", help="With --id-token: whose it is.")
+    ] = None,
+    id_token: Annotated[
+        Path | None,
+        typer.Option(
+            "--id-token",
+            metavar="FILE",
+            help="On behalf of another user: their OIDC ID token with the nonce of these terms (ringfence task nonce).",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what it would allow.")] = False,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Assign it even where it allows nothing now.")
@@ -69,12 +81,13 @@ def assign(
     given = None if consent is None else _read_consent(consent)
     if given is not None and (purpose or allow or lasts or until):
         raise typer.BadParameter("the terms are in the consent; give none beside it", param_hint="--consent")
+    token = _read_id_token(id_token, on_behalf_of, consent, until)
     wanted = _wanted(purpose, allow, lasts, until) if given is None else {}
 
     async def work() -> tuple[TaskTerms, str, Preview, str | None]:
         async with Administrator.connect(identity(me)) as administrator:
             if given is None:
-                terms, whose, signed = administrator.terms(agent, **wanted), None, None
+                terms, whose, signed = administrator.terms(agent, **wanted), on_behalf_of, None
             else:
                 terms, whose, signed = given
                 if terms.agent_id != agent:
@@ -89,7 +102,9 @@ def assign(
                     "the task was not assigned: it would allow nothing. Change task, ceiling or entitlements, or add "
                     "--anyway"
                 )
-            task_id = await administrator.assign_terms(terms, on_behalf_of=whose, consent=signed)
+            task_id = await administrator.assign_terms(
+                terms, on_behalf_of=whose, consent=signed, id_token=token
+            )
             return terms, whose or administrator.id, shown, task_id
 
     terms, whose, shown, task_id = run(work())
@@ -121,6 +136,30 @@ def consent(
             return administrator.sign_consent(terms, life_s=life_s)
 
     typer.echo(run(work()))
+
+
+@app.command()
+def nonce(
+    agent: AgentArgument,
+    purpose: PurposeOption = None,
+    allow: AllowOption = None,
+    until: UntilOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the nonce with which an OIDC ID token consents to these terms; nothing is sent.
+
+    With it the user signs in at their issuer, for the trust domain as the audience. Then the task is assigned, of the
+    very same terms: ringfence task assign ... --on-behalf-of USER --id-token FILE.
+    """
+    wanted = _wanted(purpose, allow, None, until)
+    with checked("the task"):
+        terms = TaskTerms(
+            agent_id=agent, purpose=wanted["purpose"], scope=wanted["scope"], not_after=wanted["not_after"]
+        )
+    if wants_json(as_json):
+        print_json({"nonce": nonce_of(terms), "terms": canonical_terms(terms).decode()})
+    else:
+        typer.echo(nonce_of(terms))
 
 
 @app.command()
@@ -174,6 +213,27 @@ def _read_consent(file: Path) -> tuple[TaskTerms, str, str]:
         raise InvalidCallError(f"cannot read the consent {file}: {error}") from None
     claims = parse(text).unverified_claims(TaskConsent)
     return claims.terms, claims.iss.rpartition("/")[2], text
+
+
+def _read_id_token(
+    file: Path | None, user: str | None, consent: Path | None, until: str | None
+) -> str | None:
+    """The text of an ID token; the registry verifies it. Raises typer.BadParameter, InvalidCallError."""
+    if (file is None) != (user is None):
+        raise typer.BadParameter("give both: --on-behalf-of USER --id-token FILE", param_hint="--id-token")
+    if file is None:
+        return None
+    if consent is not None:
+        raise typer.BadParameter("give a consent or an ID token, and not both", param_hint="--id-token")
+    if until is None:
+        raise typer.BadParameter(
+            "the end is part of what the token consents to: give the same --until as for its nonce",
+            param_hint="--until",
+        )
+    try:
+        return file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidCallError(f"cannot read the ID token {file}: {type(error).__name__}") from None
 
 
 def _show_preview(shown: Preview) -> None:

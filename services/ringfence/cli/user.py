@@ -31,7 +31,7 @@ from ringfence.client.errors import InvalidCallError
 from ringfence.client.outcomes import Accepted
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope
-from ringfence.messages.registry import Role, UserState
+from ringfence.messages.registry import Provisioning, Role, UserState
 from ringfence.model.identity import spiffe_id
 
 app = typer.Typer(help="People: roles, keys, entitlements.", no_args_is_help=True)
@@ -97,12 +97,17 @@ def change(
     public_key: PublicKeyOption = None,
     new_key: NewKeyOption = None,
     key_days: KeyDaysOption = 365,
+    take_over: Annotated[
+        bool,
+        typer.Option("--take-over", help="Of a user from a directory: it does not change them any more."),
+    ] = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Change what is named and keep the rest. A new key ends the old ones. A disabled user is active again.
 
-    As an operator; nobody widens their own roles or entitlements.
+    What is changed of a user from a directory is set again by it, but for their keys. As an operator; nobody widens
+    their own roles or entitlements.
     """
     scope = parse_scope(allow, may_be_empty=True) if allow or allow_nothing else None
     if (allow and allow_nothing) or (role and no_roles):
@@ -119,6 +124,7 @@ def change(
                 user,
                 **_changed(entry.state, name, roles, scope, source, refresh),
                 keys=keys or _current(entry.state),
+                provisioned=None if take_over else _provisioning(entry.state),
             )
 
     with kept_if_accepted(new_key):
@@ -137,6 +143,38 @@ def disable(
             return await administrator.disable_user(user, reason=reason)
 
     print_accepted(run(work()), f"user {user} disabled", wants_json(as_json))
+
+
+@app.command()
+def sync(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML: all users of this provisioner.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Disable however many are not in the file.")] = False,
+    max_leaving: Annotated[
+        int,
+        typer.Option(
+            "--max-leaving", min=0, max=100, metavar="PERCENT", help="How many may leave without --force."
+        ),
+    ] = 10,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the users of a provisioner what a file says: who is new, who changed; who is not in it is disabled.
+
+    As the provisioner (`ringfence provisioner set`).
+    """
+    from ringfence.cli import user_sync  # it needs YAML, and nothing else here does
+
+    run(
+        user_sync.sync(
+            file,
+            identity(me),
+            dry_run=dry_run,
+            force=force,
+            max_leaving=max_leaving,
+            as_json=wants_json(as_json),
+        )
+    )
 
 
 @app.command(name="list")
@@ -180,6 +218,14 @@ def _changed(
         "source": source or state.entitlements.source,
         "as_of": None if fresh else state.entitlements.as_of,
     }
+
+
+def _provisioning(state: UserState) -> Provisioning | None:
+    """Whence they come, and that they may act."""
+    if state.provisioned is None:
+        return None
+    fields = {name: getattr(state.provisioned, name) for name in Provisioning.model_fields}
+    return Provisioning(**{**fields, "active": True})
 
 
 def _current(state: UserState) -> tuple[KeyRecord, ...]:

@@ -32,7 +32,10 @@ from ringfence.messages.registry import (
     AgentSuspend,
     AgentTransfer,
     BackendSettings,
+    Delegation,
     Entitlements,
+    ProvisionerSet,
+    Provisioning,
     RequestRule,
     Role,
     TargetRemove,
@@ -119,12 +122,14 @@ class Administrator(Lifetime):
         entitlements: Sequence[Permission] = (),
         source: str = "operator",
         as_of: int | None = None,
+        provisioned: Provisioning | None = None,
     ) -> Accepted:
         """Create or replace a user; keys that are not listed end now.
 
         Args:
             entitlements: what the human may do; `source`: where that is known from; `as_of`: since when, in seconds
                 since 1970 (now where None).
+            provisioned: leaves a user who comes from a provisioner to it; without it they are taken over.
         """
         validate_scope(tuple(entitlements), allow_empty=True)
         stamp = self.connection.stamp(COMMAND_LIFE_S)
@@ -138,6 +143,7 @@ class Administrator(Lifetime):
                 entitlements=Entitlements(
                     scope=tuple(entitlements), source=source, as_of=stamp["iat"] if as_of is None else as_of
                 ),
+                provisioned=provisioned,
             )
         return await self._command(command, user_id)
 
@@ -146,6 +152,20 @@ class Administrator(Lifetime):
         with checked("the command"):
             command = UserDisable(**self.connection.stamp(COMMAND_LIFE_S), user_id=user_id, reason=reason)
         return await self._command(command, user_id)
+
+    async def set_provisioner(
+        self, provisioner_id: str, *, name: str, keys: Sequence[AnyKey], delegation: Delegation
+    ) -> Accepted:
+        """Create or replace a provisioner: a key that sets users within what is delegated to named groups."""
+        with checked("the provisioner"):
+            command = ProvisionerSet(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                provisioner_id=provisioner_id,
+                name=name,
+                keys=self.key_records(keys),
+                delegation=delegation,
+            )
+        return await self._command(command, provisioner_id)
 
     # --- agents ---
 
@@ -363,15 +383,25 @@ class Administrator(Lifetime):
         return await self.assign_terms(terms, on_behalf_of=on_behalf_of, consent=consent)
 
     async def assign_terms(
-        self, terms: TaskTerms, *, on_behalf_of: str | None = None, consent: str | None = None
+        self,
+        terms: TaskTerms,
+        *,
+        on_behalf_of: str | None = None,
+        consent: str | None = None,
+        id_token: str | None = None,
     ) -> str:
-        """Assign a task of these terms; returns its id. See `assign_task`."""
+        """Assign a task of these terms; returns its id. See `assign_task`.
+
+        `id_token`, in place of `consent`: an OIDC ID token of the user, with the nonce of the terms
+        (`ringfence.model.consents.nonce_of`).
+        """
         with checked("the task"):
             command = TaskAssign(
                 **self.connection.stamp(COMMAND_LIFE_S),
                 terms=terms,
                 on_behalf_of=on_behalf_of or self._user_id("the root assigns no tasks"),
                 consent=consent,
+                id_token=id_token,
             )
         task_id = message_id(command.iss, command.jti)
         await self._command(command, task_id)

@@ -31,6 +31,8 @@ from ringfence.model.identity import spiffe_id
 _KEYS_BY_ROLE: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker", "audit")
 """All replicas of these have one key. A gateway has one of its own: cuts wait for the word of each."""
 SERVICE_ROLES: tuple[ServiceRole, ...] = (*_KEYS_BY_ROLE, "gateway")
+ON_DEMAND: tuple[ServiceRole, ...] = ("scim",)
+"""Services that have a key from the beginning, and that not everybody runs."""
 TOKEN_KEY = "issuer-token"  # noqa: S105 - the name of a file
 """The key that signs tokens is not the one that signs the issuer's messages."""
 _SEALED_TO: tuple[ServiceRole, ...] = ("issuer", "gateway")
@@ -104,7 +106,7 @@ def make_trust(
     _check_names(operator, gateways=gateways)
     root = SigningKey.generate(f"spiffe://{trust_domain}/root")
     now_s = int(time.time())
-    named: list[tuple[str, ServiceRole]] = [(role, role) for role in _KEYS_BY_ROLE]
+    named: list[tuple[str, ServiceRole]] = [(role, role) for role in (*_KEYS_BY_ROLE, *ON_DEMAND)]
     named += [(name, "gateway") for name in dict.fromkeys(gateways)]
     services = [_service(folder, trust_domain, name, role, now_s, now_s + valid_s) for name, role in named]
     SigningKey.generate(spiffe_id(trust_domain, "service", "issuer")).save(folder.service_key(TOKEN_KEY))
@@ -198,7 +200,7 @@ def _check_names(*names: str, gateways: Sequence[str]) -> None:
     for name in (*names, *gateways):
         with checked(repr(name)):
             _A_NAME.validate_python(name)
-    if taken := sorted({*_KEYS_BY_ROLE, TOKEN_KEY} & set(gateways)):
+    if taken := sorted({*_KEYS_BY_ROLE, *ON_DEMAND, TOKEN_KEY} & set(gateways)):
         raise CeremonyError(f"{taken[0]} is the name of a service; give the gateway another")
     if ending := [name for name in gateways if name.endswith(SEAL)]:
         raise CeremonyError(

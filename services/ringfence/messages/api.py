@@ -15,7 +15,15 @@ class ApiToken(ExpiringClaims):
 
 MAX_API_TOKEN_S = 60
 
-PORTS = {"registry": 8701, "policy": 8702, "issuer": 8703, "revoker": 8704, "audit": 8705, "gateway": 8706}
+PORTS = {
+    "registry": 8701,
+    "policy": 8702,
+    "issuer": 8703,
+    "revoker": 8704,
+    "audit": 8705,
+    "gateway": 8706,
+    "scim": 8708,
+}
 """The port that each service's HTTP listens on where no other is set."""
 GATEWAY_PORT = 8707
 """The port that agents know the gateway by, where whoever runs it wants no other."""

@@ -162,6 +162,12 @@ _TASK_STATE = registry.TaskState(
     status="active",
 )
 
+_DELEGATION = registry.Delegation(
+    source="scim:directory",
+    groups=(registry.GroupDelegation(group="Release managers", roles=("sponsor",), scope=_PERMISSIONS),),
+)
+_LINK = registry.GroupLink(group="Release managers", external_id="8c1f2c0e")
+
 _ALL: tuple[Message, ...] = (
     TrustBundle(
         **_command(f"spiffe://{TD}/root"),
@@ -188,6 +194,16 @@ _ALL: tuple[Message, ...] = (
         entitlements=_ENTITLEMENTS,
     ),
     registry.UserDisable(**_command(_OLGA), user_id="maria", reason="left the company"),
+    registry.ProvisionerSet(
+        **_command(_OLGA),
+        provisioner_id="directory",
+        name="The company's directory",
+        keys=(_KEY,),
+        delegation=_DELEGATION,
+    ),
+    registry.ProvisionerLink(
+        **_command(f"spiffe://{TD}/user/directory"), provisioner_id="directory", groups=(_LINK,)
+    ),
     registry.AgentRegister(
         **_command(_SAM),
         agent_id="deploy-bot",

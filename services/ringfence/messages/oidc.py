@@ -36,6 +36,12 @@ class OidcIssuer(Message):
     uses: Annotated[tuple[OidcUse, ...], Field(min_length=1)]
     keys: Annotated[tuple[OidcKey, ...], Field(max_length=32)] = ()
     """Pinned: every service verifies its tokens by itself, and no other key counts."""
+    user_claim: NonEmpty = "sub"
+    """Of tokens for users: which claim says whose it is."""
+    user_suffix: NonEmpty | None = None
+    """What that claim ends in, and the id does not: `@example.com`. Without it the token is nobody's."""
+    user_match: Literal["id", "external_id"] = "id"
+    """What the claim is: the user's id, or what their directory knows them by (the `externalId` of SCIM)."""
     discovery: bool = False
     """Where nothing is pinned: the registry reads the keys from the issuer (OpenID Connect Discovery), and the others
     take its word. For instances alone."""

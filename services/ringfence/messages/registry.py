@@ -49,8 +49,49 @@ class Entitlements(Message):
     as_of: Seconds
 
 
+GroupName = Annotated[str, Field(min_length=1, max_length=256)]
+"""A group of the directory that users come from, by its display name there."""
+
+
+class Mail(Message):
+    """An address of a user, as their directory has it."""
+
+    value: NonEmpty
+    type: str | None = None
+    primary: bool | None = None
+
+
+class Provisioning(Message):
+    """What a provisioner says of a user besides what counts: whence it follows, and how their directory knows them."""
+
+    groups: Annotated[tuple[GroupName, ...], Field(max_length=64)] = ()
+    """Roles and entitlements are within what an operator delegated to these."""
+    active: bool = True
+    """Whether they may act: the directory also describes those who may not (any more)."""
+    user_name: NonEmpty | None = None
+    external_id: NonEmpty | None = None
+    display_name: NonEmpty | None = None
+    formatted_name: NonEmpty | None = None
+    given_name: NonEmpty | None = None
+    family_name: NonEmpty | None = None
+    emails: Annotated[tuple[Mail, ...], Field(max_length=8)] = ()
+
+
+class Provisioned(Provisioning):
+    """What a record says of a user who comes from a directory."""
+
+    by: Name
+    """The provisioner that made them, and alone may change them, besides operators."""
+    blocked: bool = False
+    """An operator disabled them: the provisioner does not undo that."""
+    gone: bool = False
+    """The provisioner said that they left for good, and never sets them again."""
+
+
 class UserSet(ExpiringClaims):
-    """Create or replace a user. Signed by an operator, or by the root for the first one."""
+    """Create or replace a user. Signed by an operator, or by the root for the first one; or by a provisioner, within
+    what an operator delegated to it.
+    """
 
     typ: ClassVar[str] = "user.set"
 
@@ -59,15 +100,66 @@ class UserSet(ExpiringClaims):
     roles: tuple[Role, ...] = ()
     keys: Annotated[tuple[KeyRecord, ...], Field(max_length=16)]
     entitlements: Entitlements
+    provisioned: Provisioning | None = None
+    """Of a provisioner, always, and `keys` are none: it leaves them as they are. An operator who gives it leaves the
+    user to their provisioner; one who does not takes them over.
+    """
 
 
 class UserDisable(ExpiringClaims):
-    """The user may no longer act; their agents become orphans. Signed by an operator."""
+    """The user may no longer act; their agents become orphans. Signed by an operator, or by their provisioner."""
 
     typ: ClassVar[str] = "user.disable"
 
     user_id: Name
     reason: NonEmpty
+    gone: bool = False
+    """Of a provisioner: they left for good. Whoever comes later under the same name is somebody else."""
+
+
+class GroupDelegation(Message):
+    """The most that membership in one group may give."""
+
+    group: GroupName
+    roles: tuple[Role, ...] = ()
+    scope: Scope = ()
+
+
+class Delegation(Message):
+    """What an operator lets a provisioner do: make users whose entitlements have this source, within these groups."""
+
+    source: NonEmpty
+    groups: Annotated[tuple[GroupDelegation, ...], Field(max_length=64)]
+
+
+class GroupLink(Message):
+    """A delegated group that the directory has told of."""
+
+    group: GroupName
+    external_id: NonEmpty | None = None
+
+
+class ProvisionerSet(ExpiringClaims):
+    """Create or replace a provisioner: a key that sets users within named groups, and does nothing else. Signed by an
+    operator.
+    """
+
+    typ: ClassVar[str] = "provisioner.set"
+
+    provisioner_id: Name
+    """Among the ids of users, as it signs like one."""
+    name: NonEmpty
+    keys: Annotated[tuple[KeyRecord, ...], Field(min_length=1, max_length=16)]
+    delegation: Delegation
+
+
+class ProvisionerLink(ExpiringClaims):
+    """Which of the delegated groups the directory has. Signed by the provisioner itself; it gives nobody anything."""
+
+    typ: ClassVar[str] = "provisioner.link"
+
+    provisioner_id: Name
+    groups: Annotated[tuple[GroupLink, ...], Field(max_length=64)]
 
 
 class UserState(Message):
@@ -79,6 +171,12 @@ class UserState(Message):
     keys: tuple[KeyRecord, ...]
     entitlements: Entitlements
     status: Literal["active", "disabled"]
+    provisioned: Provisioned | None = None
+    """Of a user who comes from a directory."""
+    delegation: Delegation | None = None
+    """Of a provisioner, which is no human: it has neither roles nor entitlements."""
+    linked: tuple[GroupLink, ...] = ()
+    """Of a provisioner: the groups that its directory has told of."""
 
 
 # --- agents -----------------------------------------------------------------------------------------------------------
@@ -323,13 +421,19 @@ class TaskConsent(ExpiringClaims):
 
 
 class TaskAssign(ExpiringClaims):
-    """Assign a task. Its id is the UUIDv5 of (`iss`, `jti`). On behalf of the signer, or of who signed `consent`."""
+    """Assign a task. Its id is the UUIDv5 of (`iss`, `jti`). On behalf of the signer, or of who signed `consent`, or
+    whom `id_token` is of.
+    """
 
     typ: ClassVar[str] = "task.assign"
 
     terms: TaskTerms
     on_behalf_of: Name
     consent: Jws | None = None
+    id_token: Annotated[Jws, Field(max_length=16 * 1024)] | None = None
+    """In place of `consent`: an OIDC ID token whose `nonce` is the digest of `terms`, by an issuer that is pinned in
+    the trust bundle. It is for this trust domain and these terms alone, and worth nothing anywhere else.
+    """
 
 
 class TaskEnd(ExpiringClaims):
@@ -404,6 +508,8 @@ class TaskRecord(Record):
 Command = (
     UserSet
     | UserDisable
+    | ProvisionerSet
+    | ProvisionerLink
     | AgentRegister
     | AgentActivate
     | AgentSetCeiling
@@ -421,6 +527,8 @@ Command = (
 COMMANDS: tuple[type[ExpiringClaims], ...] = (
     UserSet,
     UserDisable,
+    ProvisionerSet,
+    ProvisionerLink,
     AgentRegister,
     AgentActivate,
     AgentSetCeiling,

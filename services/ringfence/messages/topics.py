@@ -38,7 +38,7 @@ _VERIFIERS = ("every service", "agents", "users")
 
 TRUST = Topic("trust", (TrustBundle,), "version", "jws", ("root (offline)",), _VERIFIERS)
 REGISTRY_COMMAND: Topic[Any] = Topic(
-    "registry.command", COMMANDS, "subject id", "jws", ("users",), ("registry", "audit"), 7 * _DAY
+    "registry.command", COMMANDS, "subject id", "jws", ("users", "scim"), ("registry", "audit"), 7 * _DAY
 )
 """One partition: commands about different subjects (two agents, one key) have one order."""
 USER = Topic("user", (UserRecord,), "user id", "jws", ("registry",), _VERIFIERS)
@@ -135,7 +135,7 @@ SERVICE_EVENT = Topic(
     "service id",
     "jws",
     ("every service (signed)",),
-    ("users (what came of their commands)", "registry", "policy", "audit"),
+    ("users (what came of their commands)", "scim", "registry", "policy", "audit"),
     30 * _DAY,
 )
 AUDIT_INTAKE = Topic(
@@ -174,7 +174,7 @@ DEAD_LETTER = Topic(
     "source topic",
     "json",
     ("any",),
-    ("operators", "agents", "users", "audit"),
+    ("operators", "agents", "users", "scim", "audit"),
     30 * _DAY,
 )
 

@@ -8,7 +8,9 @@ from ringfence.messages.base import ExpiringClaims, Message, SpiffeId
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.oidc import OidcIssuer
 
-ServiceRole = Literal["registry", "policy", "issuer", "revoker", "gateway", "audit", "runner", "console"]
+ServiceRole = Literal[
+    "registry", "policy", "issuer", "revoker", "gateway", "audit", "scim", "runner", "console"
+]
 
 
 class ServiceIdentity(Message):

@@ -26,6 +26,8 @@ from ringfence.messages.registry import (
     AnyState,
     Command,
     EmbeddedCommand,
+    ProvisionerLink,
+    ProvisionerSet,
     Role,
     TaskAssign,
     TaskConsent,
@@ -34,6 +36,7 @@ from ringfence.messages.registry import (
     UserSet,
     UserState,
 )
+from ringfence.model.consents import Consent, verified_consent
 from ringfence.model.identity import subject_of
 from ringfence.model.lifecycle import Actor, CommandRefusedError, Context, apply, subject_key
 
@@ -54,8 +57,8 @@ class Authorised:
     signed: Signed[ExpiringClaims]
     actor: Actor
     appended_at_ms: int
-    consent: Signed[TaskConsent] | None = None
-    """The embedded consent, where it counts: over the same terms, validly signed by a user."""
+    consent: Consent | None = None
+    """The embedded consent, where it counts: over the same terms, by a user's signature or their ID token."""
     consent_problem: str | None = None
     """Why an embedded consent does not count."""
 
@@ -69,8 +72,8 @@ class Authorised:
 
     @property
     def consent_by(self) -> str | None:
-        """The user who signed the consent."""
-        return subject_of(self.signed.claims.aud, self.consent.claims.iss, "user") if self.consent else None
+        """The user who consented."""
+        return self.consent.user_id if self.consent else None
 
 
 UserLookup = Callable[[str], UserRecord | None]
@@ -117,7 +120,7 @@ class Chains:
             raise InvalidMessageError(f"typ {jws.header.typ[:80]!r} names no command", code="typ_unexpected")
 
         def find(iss: str, kid: str) -> PublicKey | None:
-            return self._trust.root_key(iss, kid) or self.user_key(iss, kid, appended_at_ms, own)
+            return self._trust.root_key(iss, kid) or self.command_key(iss, kid, appended_at_ms, own)
 
         signed = open_signed(
             jws, model, find, audience=self._trust.trust_domain, appended_at_ms=appended_at_ms
@@ -130,10 +133,17 @@ class Chains:
         return Authorised(signed, actor, appended_at_ms, consent)
 
     def user_key(self, iss: str, kid: str, at_ms: int, own: UserState | None = None) -> PublicKey | None:
-        """The key `kid` of the user `iss` if it counted at `at_ms`, by a chain that ends at the root; else None."""
-        user_id = subject_of(self._trust.trust_domain, iss, "user")
-        user = self.user_at(user_id, at_ms, own) if user_id else None
-        return valid_key(user.keys, kid, at_ms / 1000) if user and user.status == "active" else None
+        """The key `kid` of the user `iss` if it counted at `at_ms`, by a chain that ends at the root; else None.
+
+        For whatever a human says. A provisioner is none.
+        """
+        user = self._user_of(iss, at_ms, own)
+        return valid_key(user.keys, kid, at_ms / 1000) if user and user.delegation is None else None
+
+    def command_key(self, iss: str, kid: str, at_ms: int, own: UserState | None = None) -> PublicKey | None:
+        """As `user_key`, for a command: a provisioner gives some too."""
+        user = self._user_of(iss, at_ms, own)
+        return valid_key(user.keys, kid, at_ms / 1000) if user else None
 
     def roles_at(self, user_id: str, at_ms: int, own: UserState | None = None) -> frozenset[Role]:
         """The roles of an active user just before `at_ms`; none where unknown or disabled."""
@@ -229,7 +239,7 @@ class Chains:
         try:
             jws = parse(embedded.jws)
             model = COMMAND_OF_TYP.get(jws.header.typ)
-            if model not in (UserSet, UserDisable):
+            if model not in (UserSet, UserDisable, ProvisionerSet, ProvisionerLink):
                 raise ChainError(f"the record of user {user_id} embeds a command that is about no user")
             iss = jws.unverified_claims(model).iss
         except InvalidMessageError as error:
@@ -263,20 +273,37 @@ class Chains:
     def _actor(self, iss: str, at_ms: int, own: UserState | None) -> Actor:
         if iss == self._trust.root_id:
             return Actor(None, frozenset({"operator"}))
-        user_id = subject_of(self._trust.trust_domain, iss, "user") or ""
-        return Actor(user_id, self.roles_at(user_id, at_ms, own))
+        user = self._user_of(iss, at_ms, own)
+        if user is None:
+            return Actor(subject_of(self._trust.trust_domain, iss, "user") or "", frozenset())
+        by = user.provisioned.by if user.provisioned else None
+        return Actor(user.user_id, frozenset(user.roles), user.delegation, by)
 
-    def _consent(self, command: ExpiringClaims, at_ms: int) -> Signed[TaskConsent] | None:
+    def _user_of(self, iss: str, at_ms: int, own: UserState | None) -> UserState | None:
+        """The active user, or provisioner, that a signer was."""
+        user_id = subject_of(self._trust.trust_domain, iss, "user")
+        user = self.user_at(user_id, at_ms, own) if user_id else None
+        return user if user and user.status == "active" else None
+
+    def _consent(self, command: ExpiringClaims, at_ms: int) -> Consent | None:
         """The consent that a command embeds, None where it embeds none. Raises InvalidMessageError, ChainError."""
-        if not isinstance(command, TaskAssign) or command.consent is None:
+        if not isinstance(command, TaskAssign):
             return None
-        consent = open_signed(
+        if command.id_token is not None:
+            if command.consent is not None:
+                raise InvalidMessageError("a consent and an ID token: give one of them", code="consent_twice")
+            user = self.user_at(command.on_behalf_of, at_ms)
+            return verified_consent(command.id_token, command.terms, user, self._trust, at_ms)
+        if command.consent is None:
+            return None
+        claims = open_signed(
             parse(command.consent), TaskConsent, lambda iss, kid: self.user_key(iss, kid, at_ms),
             audience=self._trust.trust_domain, appended_at_ms=at_ms,
-        )  # fmt: skip
-        if consent.claims.terms != command.terms:
+        ).claims  # fmt: skip
+        if claims.terms != command.terms:
             raise InvalidMessageError("the consent is to other terms", code="consent_other_terms")
-        return consent
+        user_id = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
+        return Consent(user_id, (claims.iss, claims.jti))
 
 
 def subject_spiffe(trust_domain: str, state: AnyState) -> str:

@@ -295,10 +295,14 @@ class Directory:
         return valid_key(entry.state.keys, kid, at_s) if entry else None
 
     def user_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
-        """The key `kid` of the active user `iss` if it counts at `at_s`, as of the present record."""
+        """The key `kid` of the active user `iss` if it counts at `at_s`, as of the present record. A provisioner is no
+        user: what it signs are commands, which the registry verifies.
+        """
         user_id = subject_of(self._trust.trust_domain, iss, "user")
         entry = self.user(user_id) if user_id else None
-        return valid_key(entry.state.keys, kid, at_s) if entry and entry.state.status == "active" else None
+        if entry is None or entry.state.status != "active" or entry.state.delegation is not None:
+            return None
+        return valid_key(entry.state.keys, kid, at_s)
 
     def target_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
         """The key `kid` of the resource server of target `iss` if it counts at `at_s`."""

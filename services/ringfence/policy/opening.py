@@ -131,4 +131,4 @@ class Opener:
             entry = self._directory.user(user_id)
         except ChainError:
             return None
-        return valid_key(entry.state.keys, kid, at_s) if entry else None
+        return valid_key(entry.state.keys, kid, at_s) if entry and entry.state.delegation is None else None

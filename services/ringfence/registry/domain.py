@@ -16,6 +16,7 @@ from ringfence.messages.registry import (
     AnyState,
     Command,
     EmbeddedCommand,
+    ProvisionerSet,
     Role,
     TargetSet,
     TargetState,
@@ -70,7 +71,7 @@ class Surroundings(Protocol):
         """(kind, id) of whose key that is, or was; services and the root are among them."""
         ...
 
-    def task_of_consent(self, iss: str, jti: str) -> str | None:
+    def task_of_consent(self, iss: str, mark: str) -> str | None:
         """The task that a consent was used for."""
         ...
 
@@ -169,7 +170,7 @@ def _check_time(given: Authorised, around: Surroundings) -> None:
 
 def _check_keys(command: Command, subject: Subject, around: Surroundings) -> None:
     match command:
-        case UserSet() | AgentRegister() | TargetSet():
+        case UserSet() | ProvisionerSet() | AgentRegister() | TargetSet():
             keys = command.keys
         case AgentRotateKey():
             keys = (command.key,)
@@ -192,18 +193,18 @@ def _check_task(command: TaskAssign, given: Authorised, around: Surroundings) ->
     user = around.user(command.on_behalf_of)
     if user is None or user.status != "active":
         raise CommandRefusedError(f"{command.on_behalf_of} is no active user", code="user_disabled")
-    if uses_consent(command, given.actor.user_id) and given.consent is not None:
-        consent = given.consent.claims
-        if task := around.task_of_consent(consent.iss, consent.jti):
-            raise CommandRefusedError(
-                f"this consent was used for task {task}; ask {command.on_behalf_of} for another",
-                code="consent_used",
-            )
+    used = given.consent if uses_consent(command, given.actor.user_id) else None
+    if used is not None and (task := around.task_of_consent(*used.mark)):
+        raise CommandRefusedError(
+            f"this consent was used for task {task}; ask {command.on_behalf_of} for another",
+            code="consent_used",
+        )
 
 
 def uses_consent(command: TaskAssign, signer: str | None) -> bool:
     """Whether the embedded consent is what a task rests on. Where the signer acts for themself it is not used up."""
-    return command.consent is not None and command.on_behalf_of != signer
+    embedded = command.consent is not None or command.id_token is not None
+    return embedded and command.on_behalf_of != signer
 
 
 def keys_of(state: AnyState) -> frozenset[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import LEEWAY_S, MAX_LIFE_S, parse
+from ringfence.kernel.oidc import TokenError
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.registry import (
@@ -22,6 +23,7 @@ from ringfence.messages.registry import (
     UserState,
 )
 from ringfence.model.chains import ChainError, unverified_command
+from ringfence.model.consents import unverified_mark
 from ringfence.model.directory import Directory
 from ringfence.model.identity import SubjectKind, subject_of
 from ringfence.registry.domain import Subject, keys_of, uses_consent
@@ -107,8 +109,8 @@ class Memory:
                 found.add(("service", service.id))
         return found
 
-    def task_of_consent(self, iss: str, jti: str) -> str | None:
-        consent = self._consents.get((iss, jti))
+    def task_of_consent(self, iss: str, mark: str) -> str | None:
+        consent = self._consents.get((iss, mark))
         return consent.task_id if consent else None
 
     # --- keeping up ---
@@ -134,12 +136,11 @@ class Memory:
         try:
             claims = unverified_command(embedded)
             self._embedded.setdefault((claims.iss, claims.jti), embedded)
-            if not isinstance(claims, TaskAssign) or claims.consent is None:
-                return
-            if uses_consent(claims, subject_of(claims.aud, claims.iss, "user")):
-                consent = parse(claims.consent).unverified_claims(TaskConsent)
-                self._consents[consent.iss, consent.jti] = _Consent(id, embedded.appended_at_ms)
-        except InvalidMessageError:
+            if isinstance(claims, TaskAssign) and uses_consent(
+                claims, subject_of(claims.aud, claims.iss, "user")
+            ):
+                self._consents[_mark_of(claims)] = _Consent(id, embedded.appended_at_ms)
+        except (InvalidMessageError, TokenError):
             return  # a record that embeds what is no command counts for nothing
 
     def _sweep(self) -> None:
@@ -150,3 +151,11 @@ class Memory:
         self._places = {k: v for k, v in self._places.items() if v.appended_at_ms >= horizon_ms}
         self._embedded = {k: v for k, v in self._embedded.items() if v.appended_at_ms >= horizon_ms}
         self._consents = {k: v for k, v in self._consents.items() if v.at_ms >= horizon_ms}
+
+
+def _mark_of(claims: TaskAssign) -> MessageKey:
+    """What the embedded consent is remembered by. Raises InvalidMessageError, TokenError."""
+    if claims.id_token is not None:
+        return unverified_mark(claims.id_token)
+    consent = parse(claims.consent or "").unverified_claims(TaskConsent)
+    return consent.iss, consent.jti

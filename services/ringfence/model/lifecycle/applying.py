@@ -14,6 +14,8 @@ from ringfence.messages.registry import (
     AgentTransfer,
     AnyState,
     Command,
+    ProvisionerLink,
+    ProvisionerSet,
     TargetRemove,
     TargetSet,
     TargetState,
@@ -26,12 +28,15 @@ from ringfence.messages.registry import (
 from ringfence.model.identity import SubjectKind
 from ringfence.model.lifecycle.agents import apply_to_agent
 from ringfence.model.lifecycle.context import CommandRefusedError, Context
+from ringfence.model.lifecycle.provisioners import BY_PROVISIONERS, apply_to_provisioner
 from ringfence.model.lifecycle.targets import apply_to_target
 from ringfence.model.lifecycle.tasks import apply_to_task
 from ringfence.model.lifecycle.users import apply_to_user
 
 MAY_WIDEN: tuple[type[Any], ...] = (
     UserSet,
+    ProvisionerSet,
+    ProvisionerLink,
     AgentActivate,
     AgentSetCeiling,
     AgentSetAttestation,
@@ -53,11 +58,18 @@ def apply(state: AnyState | None, command: Command, context: Context) -> AnyStat
             "it was signed before a later change of the same subject; look at what that changed, and sign anew",
             code="overtaken",
         )
+    if context.actor.delegation is not None and not isinstance(command, BY_PROVISIONERS):
+        raise CommandRefusedError(
+            f"{context.actor.user_id} is a provisioner, which only sets and disables users",
+            code="provisioner_only",
+        )
     # What the state is of follows from its kind, which was just compared.
     held: Any = state
     match command:
         case UserSet() | UserDisable():
             return apply_to_user(held, command, context)
+        case ProvisionerSet() | ProvisionerLink():
+            return apply_to_provisioner(held, command, context)
         case TargetSet() | TargetRemove():
             return apply_to_target(held, command, context)
         case TaskAssign() | TaskEnd():
@@ -84,6 +96,8 @@ def command_subject(command: Command, command_id: str) -> tuple[SubjectKind, str
     match command:
         case UserSet() | UserDisable():
             return "user", command.user_id
+        case ProvisionerSet() | ProvisionerLink():
+            return "user", command.provisioner_id
         case TargetSet() | TargetRemove():
             return "target", command.target_id
         case TaskAssign():

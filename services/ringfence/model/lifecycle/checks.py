@@ -8,6 +8,7 @@ from ringfence.kernel.keys import public_key
 from ringfence.messages.instances import AttestationSelector
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope
+from ringfence.messages.registry import UserState
 from ringfence.model.attestation import problem, selector_id
 from ringfence.model.lifecycle.context import CommandRefusedError, Context
 from ringfence.model.scope import ScopeError, validate_scope
@@ -57,6 +58,13 @@ def check_attestation(selectors: Sequence[AttestationSelector]) -> None:
     for selector in selectors:
         if found := problem(selector):
             raise CommandRefusedError(found, code="selector_too_wide")
+
+
+def ended_keys(state: UserState | None, new: Sequence[KeyRecord], at_s: int) -> tuple[KeyRecord, ...]:
+    """The keys that a user had and that are not among the new ones: they end at `at_s`, and stay known."""
+    listed = {key.kid for key in new}
+    kept = [key for key in (state.keys if state else ()) if key.kid not in listed]
+    return tuple(key.model_copy(update={"not_after": min(key.not_after, at_s)}) for key in kept)
 
 
 def check_scope(scope: Scope, *, allow_empty: bool = False) -> None:

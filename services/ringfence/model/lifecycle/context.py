@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.kernel.errors import RingfenceError
-from ringfence.messages.registry import Role
+from ringfence.messages.registry import Delegation, Role
 
 
 class CommandRefusedError(RingfenceError):
@@ -21,6 +21,10 @@ class Actor:
 
     user_id: str | None
     roles: frozenset[Role]
+    delegation: Delegation | None = None
+    """Of a provisioner: all that it may do."""
+    provisioned_by: str | None = None
+    """The provisioner of a user who comes from a directory."""
 
     @property
     def is_root(self) -> bool:

@@ -11,6 +11,7 @@ from ringfence.messages.registry import (
     AgentSetCeiling,
     AgentSuspend,
     Command,
+    ProvisionerLink,
     TargetRemove,
     TargetSet,
     UserSet,
@@ -39,6 +40,8 @@ def still_needed(commands: Sequence[tuple[Command, T]], latest: Command) -> list
         superseded = (AgentSetAttestation,)
     elif isinstance(latest, TargetSet):
         superseded = (TargetSet, TargetRemove)
+    elif isinstance(latest, ProvisionerLink):
+        superseded = (ProvisionerLink,)
     elif isinstance(latest, AgentSuspend):
         stops = [command for command, _ in commands if isinstance(command, AgentSuspend | AgentResume)]
         # Not while it is suspended: by whom counts for who may resume it.
@@ -68,6 +71,8 @@ def may_be_dropped(command: Command, before: Command | None, after: Sequence[Com
             return any(isinstance(later, AgentSetAttestation) for later in newer)
         case AgentSuspend() | AgentResume():
             return any(isinstance(later, AgentSuspend) for later in after)
+        case ProvisionerLink():
+            return any(isinstance(later, ProvisionerLink) for later in newer)
         case TargetSet() | TargetRemove():
             return any(isinstance(later, TargetSet) for later in newer)
         case UserSet():
@@ -78,11 +83,20 @@ def may_be_dropped(command: Command, before: Command | None, after: Sequence[Com
 
 
 def _same_standing(*commands: Command) -> bool:
-    """Whether these all set a user to the same roles and keys: only name or entitlements may differ."""
+    """Whether these all set a user to the same roles and keys, and leave them in the same hands: only name or
+    entitlements may differ.
+    """
     first = commands[0]
     return isinstance(first, UserSet) and all(
-        isinstance(c, UserSet) and (c.roles, c.keys) == (first.roles, first.keys) for c in commands
+        isinstance(c, UserSet) and _hands(c) == _hands(first) for c in commands
     )
+
+
+def _hands(command: UserSet) -> tuple[object, ...]:
+    """What of a user's standing a command settles, and who gave it: a provisioner's word replaces no operator's."""
+    provisioned = command.provisioned
+    active = provisioned.active if provisioned else None
+    return command.roles, command.keys, active, command.iss if provisioned else None
 
 
 def _by_oneself(command: UserSet) -> bool:

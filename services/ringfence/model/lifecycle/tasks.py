@@ -21,7 +21,7 @@ def apply_to_task(state: TaskState | None, command: TaskAssign | TaskEnd, contex
         raise CommandRefusedError("the root assigns no tasks", code="not_a_user")
     if command.on_behalf_of not in (context.actor.user_id, context.consent_by):
         raise CommandRefusedError(
-            f"a task is on behalf of its signer ({context.actor.user_id}) or of who signed the embedded consent to the "
+            f"a task is on behalf of its signer ({context.actor.user_id}) or of who consented to the "
             f"same terms; {command.on_behalf_of} did neither"
             + (f" ({context.consent_problem})" if context.consent_problem else ""),
             code="on_behalf_of_unsigned",

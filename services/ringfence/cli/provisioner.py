@@ -1,0 +1,146 @@
+"""`ringfence provisioner`: keys of directories, and what an operator delegates to them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from ringfence.cli.options import (
+    IdentityOption,
+    JsonOption,
+    KeyDaysOption,
+    NewKeyOption,
+    PublicKeyOption,
+    ReasonOption,
+    identity,
+    kept_if_accepted,
+    key_records,
+    run,
+    settings,
+    wants_json,
+)
+from ringfence.cli.outcome import print_accepted
+from ringfence.cli.output import note
+from ringfence.cli.scopes import parse_permission
+from ringfence.cli.yaml_files import YamlFile
+from ringfence.client.administrator import Administrator
+from ringfence.client.errors import InvalidCallError
+from ringfence.client.outcomes import Accepted
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import Delegation, GroupDelegation, Role
+from ringfence.model.identity import spiffe_id
+
+app = typer.Typer(help="Directories that users come from: what they may give.", no_args_is_help=True)
+
+ProvisionerArgument = Annotated[
+    str, typer.Argument(metavar="PROVISIONER", help="Its id, among those of users.")
+]
+_ROLES: tuple[str, ...] = get_args(Role)
+
+
+@app.command(name="set")
+def change(
+    provisioner: ProvisionerArgument,
+    file: Annotated[
+        Path,
+        typer.Option("--delegation", metavar="FILE", help="YAML: the source, and what each group may give."),
+    ],
+    name: Annotated[str | None, typer.Option("--name", help="What it is called.")] = None,
+    public_key: PublicKeyOption = None,
+    new_key: NewKeyOption = None,
+    key_days: KeyDaysOption = 365,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a provisioner, or delegate something else to it: the file holds all of it. A new key ends the old ones.
+
+    As an operator.
+    """
+    delegation = read_delegation(file)
+    keys = key_records(public_key, new_key, spiffe_id(settings().trust_domain, "user", provisioner), key_days)
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            entry = (await administrator.directory()).user(provisioner)
+            if entry is None and not keys:
+                raise InvalidCallError("a new provisioner needs a key: --new-key FILE, or --public-key FILE")
+            now_s = administrator.connection.clock.now_ms() / 1000
+            kept = [key for key in entry.state.keys if key.not_after > now_s] if entry else []
+            called = name or (entry.state.name if entry else provisioner)
+            return await administrator.set_provisioner(
+                provisioner, name=called, keys=keys or kept, delegation=delegation
+            )
+
+    with kept_if_accepted(new_key):
+        accepted = run(work())
+    made = {"key_file": str(new_key)} if new_key else {}
+    print_accepted(accepted, f"provisioner {provisioner} set", wants_json(as_json), **made)
+
+
+@app.command()
+def disable(
+    provisioner: ProvisionerArgument,
+    reason: ReasonOption,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Believe a provisioner nothing any more. Its users stay until they are disabled or their entitlements run out.
+
+    As an operator.
+    """
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.disable_user(provisioner, reason=reason)
+
+    print_accepted(run(work()), f"provisioner {provisioner} disabled", wants_json(as_json))
+
+
+@app.command(name="new-token")
+def make_token(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where the SCIM endpoint has its tokens.")],
+    name: Annotated[str, typer.Option("--name", help="Whose it is; a line of the file.")],
+) -> None:
+    """Make a bearer token for the SCIM endpoint: print it, once, and add its hash to the file."""
+    from ringfence.scim.tokens import new_token
+
+    token, line = new_token(name)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(descriptor, "a") as tokens:
+        tokens.write(line + "\n")
+    note("This is shown once; the file has only its hash:")
+    typer.echo(token)
+
+
+def read_delegation(file: Path) -> Delegation:
+    """What stands in a file. Raises YamlFileError with everything that is wrong."""
+    source = YamlFile(file)
+    top = source.members(source.root, "the file", {"source", "groups"}.__contains__)
+    groups: list[GroupDelegation] = []
+    for missing in sorted({"source", "groups"} - top.keys()):
+        source.problem(source.root, f"the file has no `{missing}`")
+    for name, node in source.members(top["groups"], "groups").items() if "groups" in top else ():
+        groups.append(_group(source, name, node))
+    label = source.text(top["source"], "source") if "source" in top else ""
+    source.finish()
+    return Delegation(source=label, groups=tuple(groups))
+
+
+def _group(source: YamlFile, name: str, node: Any) -> GroupDelegation:
+    members = source.members(node, f"group {name}", {"roles", "allow"}.__contains__)
+    roles: list[Any] = []
+    for item, role in source.texts(members["roles"], "roles") if "roles" in members else ():
+        if role not in _ROLES:
+            source.problem(item, f"{role!r} is no role; write one of {', '.join(_ROLES)}")
+        else:
+            roles.append(role)
+    allowed: list[Permission] = []
+    for item, text in source.texts(members["allow"], "allow") if "allow" in members else ():
+        try:
+            allowed.append(parse_permission(text))
+        except typer.BadParameter as error:
+            source.problem(item, str(error))
+    return GroupDelegation(group=name[:256], roles=tuple(dict.fromkeys(roles)), scope=tuple(allowed[:64]))

@@ -1,0 +1,113 @@
+"""YAML files that people write: everything that is wrong is said at once, each with its line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ringfence.kernel.errors import RingfenceError
+
+MAX_BYTES = 16 * 1024 * 1024
+
+
+class YamlFileError(RingfenceError):
+    """A file is not what it should be. The message has all that is wrong, a line each."""
+
+    code = "file_invalid"
+
+
+class YamlFile:
+    """One file being read: nodes in, values out, problems collected. `finish` raises them."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises YamlFileError where the file cannot be read, or is no YAML."""
+        self._path = path
+        self._problems: list[tuple[int, str]] = []
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise YamlFileError(f"{path} is larger than {MAX_BYTES} bytes")
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise YamlFileError(f"cannot read {path}: {error}") from None
+        self._refuse_aliases(text)
+        try:
+            self.root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"line {mark.line + 1}: " if mark else ""
+            raise YamlFileError(f"{path} is no YAML: {where}{getattr(error, 'problem', error)}") from None
+        except RecursionError:
+            raise YamlFileError(f"{path} is nested too deeply") from None
+        if self.root is None:
+            raise YamlFileError(f"{path} is empty")
+
+    def problem(self, node: Any, text: str) -> None:
+        """Something is wrong at a node."""
+        self._problems.append((_line(node), text))
+
+    def finish(self) -> None:
+        """Raises YamlFileError where there were problems."""
+        if self._problems:
+            lines = [f"{self._path}:{line}: {text}" for line, text in sorted(self._problems)]
+            raise YamlFileError("\n".join(lines))
+
+    def members(
+        self, node: Any, what: str, known: Callable[[str], bool] = lambda name: True
+    ) -> dict[str, Any]:
+        """The members of a mapping: name to node. Unknown names, and those given twice, are problems."""
+        if not isinstance(node, yaml.MappingNode):
+            self.problem(node, f"{what} must be a mapping, with lines of `name: value`")
+            return {}
+        found: dict[str, Any] = {}
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else ""
+            if not name or not known(name):
+                self.problem(key, f"{what} has no {name or 'such name'!r}")
+            elif name in found:
+                self.problem(key, f"{name!r} is there twice")
+            else:
+                found[name] = value
+        return found
+
+    def text(self, node: Any, what: str) -> str:
+        """A text that says something; \"\" after a problem."""
+        if isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:null" and node.value.strip():
+            return str(node.value)
+        self.problem(node, f"{what} must be a text")
+        return ""
+
+    def flag(self, node: Any, what: str) -> bool:
+        """`true` or `false`."""
+        if isinstance(node, yaml.ScalarNode) and node.value in ("true", "false"):
+            return bool(node.value == "true")
+        self.problem(node, f"{what} must be true or false")
+        return False
+
+    def texts(self, node: Any, what: str) -> Iterator[tuple[Any, str]]:
+        """The texts of a list, each with its node."""
+        if not isinstance(node, yaml.SequenceNode):
+            self.problem(node, f"{what} must be a list")
+            return
+        for item in node.value:
+            if text := self.text(item, f"each of {what}"):
+                yield item, text
+
+    def _refuse_aliases(self, text: str) -> None:
+        """An alias can stand for ten thousand copies of what it names, and hides what a line says."""
+        try:
+            events = list(yaml.parse(text, Loader=yaml.SafeLoader))
+        except yaml.YAMLError:
+            return  # said below, with its line
+        for event in events:
+            if isinstance(event, yaml.AliasEvent):
+                raise YamlFileError(
+                    f"{self._path}:{_line(event)}: aliases (*{event.anchor}) are not read; write it out"
+                )
+
+
+def _line(what: Any) -> int:
+    """Where a node or an event begins, as people count."""
+    return int(what.start_mark.line) + 1

@@ -1,0 +1,92 @@
+"""A user's word that a task is on their behalf, where somebody else assigns it: an OIDC ID token over its terms.
+
+In the style of RFC 8693: the token is the subject's, and whoever assigns the task is the actor. Its `nonce` is the
+SHA-256 of the terms, so that the issuer vouches for this user and these terms, and for nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.ids import digest
+from ringfence.kernel.keys import b64encode
+from ringfence.kernel.oidc import IdentityToken, JwksError, TokenError, unverified_issuer, verify
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.oidc import OidcIssuer
+from ringfence.messages.registry import TaskTerms, UserState
+
+MAX_AGE_S = 600
+"""How long before the append of the assignment a token may have been issued."""
+
+
+@dataclass(frozen=True, slots=True)
+class Consent:
+    """Who consented to a task, and what the consent is remembered by: it counts once."""
+
+    user_id: str
+    mark: tuple[str, str]
+
+
+def canonical_terms(terms: TaskTerms) -> bytes:
+    """The terms as canonical JSON (RFC 8785): members sorted, no blanks, UTF-8. What is not set is left out."""
+    return json.dumps(
+        terms.model_dump(mode="json", exclude_none=True),
+        sort_keys=True, separators=(",", ":"), ensure_ascii=False,
+    ).encode()  # fmt: skip
+
+
+def nonce_of(terms: TaskTerms) -> str:
+    """What the `nonce` of an ID token must be to consent to these terms: base64url of their SHA-256."""
+    return b64encode(hashlib.sha256(canonical_terms(terms)).digest())
+
+
+def unverified_mark(token: str) -> tuple[str, str]:
+    """What a token is remembered by, be it verified or not. Raises TokenError where it is none."""
+    return unverified_issuer(token), digest(token.rpartition(".")[0])
+
+
+def verified_consent(
+    token: str, terms: TaskTerms, user: UserState | None, trust: TrustStore, at_ms: int
+) -> Consent:
+    """Verify that an ID token is `user`'s consent to these terms, as of the append time of the command.
+
+    Raises InvalidMessageError, saying why it is not.
+    """
+    at_s = at_ms / 1000
+    try:
+        issuer = trust.oidc_issuer(unverified_issuer(token), "users", at_s)
+        if issuer is None or not issuer.keys:
+            raise InvalidMessageError(
+                "no keys of its issuer are pinned for users in the trust bundle", code="issuer_not_pinned"
+            )
+        verified = verify(
+            token, issuer.keys,
+            issuer=issuer.issuer, audience=trust.trust_domain, at_s=at_s, max_age_s=MAX_AGE_S,
+        )  # fmt: skip
+    except (TokenError, JwksError) as error:
+        raise InvalidMessageError(f"the ID token does not count: {error}", code=error.code) from None
+    if verified.claims.get("nonce") != nonce_of(terms):
+        raise InvalidMessageError(
+            "the nonce of the ID token is not that of these terms (ringfence task nonce)",
+            code="consent_other_terms",
+        )
+    if user is None or user.status != "active" or user.delegation is not None:
+        raise InvalidMessageError("the ID token is for no active user", code="user_disabled")
+    if not _is_theirs(verified, issuer, user):
+        raise InvalidMessageError(
+            f"the ID token is not {user.user_id}'s, by its claim {issuer.user_claim}", code="user_mismatch"
+        )
+    return Consent(user.user_id, (verified.issuer, verified.digest))
+
+
+def _is_theirs(token: IdentityToken, issuer: OidcIssuer, user: UserState) -> bool:
+    claim = token.claims.get(issuer.user_claim)
+    if not isinstance(claim, str) or not claim:
+        return False
+    if issuer.user_match == "id":
+        suffix = issuer.user_suffix or ""
+        return claim.endswith(suffix) and claim.removesuffix(suffix) == user.user_id
+    return user.provisioned is not None and user.provisioned.external_id == claim

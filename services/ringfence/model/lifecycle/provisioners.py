@@ -1,0 +1,167 @@
+"""Provisioners: what an operator delegates to the key of a directory, and what that key then does to users.
+
+A provisioner makes users and changes those that it made, each within what an operator's command says that the user's
+groups may give. It never touches keys, nor anybody whom an operator made or took over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ringfence.kernel.jws import LEEWAY_S
+from ringfence.messages.registry import (
+    Delegation,
+    Entitlements,
+    Provisioned,
+    ProvisionerLink,
+    ProvisionerSet,
+    Provisioning,
+    UserDisable,
+    UserSet,
+    UserState,
+)
+from ringfence.model.lifecycle.checks import check_keys, check_scope, ended_keys, operator_only
+from ringfence.model.lifecycle.context import CommandRefusedError, Context
+from ringfence.model.scope import missing
+
+BY_PROVISIONERS: tuple[type[Any], ...] = (UserSet, UserDisable, ProvisionerLink)
+"""All that a provisioner may sign."""
+
+
+def apply_to_provisioner(
+    state: UserState | None, command: ProvisionerSet | ProvisionerLink, context: Context
+) -> UserState:
+    """The provisioner after `command`; `state` is None where there was none. Raises CommandRefusedError."""
+    if isinstance(command, ProvisionerLink):
+        return _link(state, command, context)
+    if not context.actor.is_root:
+        operator_only(context, "delegate to a provisioner")
+    if state is not None and state.delegation is None:
+        raise CommandRefusedError(
+            f"{command.provisioner_id} is a person; give the provisioner a name of its own",
+            code="not_a_provisioner",
+        )
+    if context.actor.provisioned_by == command.provisioner_id:
+        raise CommandRefusedError(
+            f"nobody widens their own roles or entitlements: {context.actor.user_id} comes from this provisioner; "
+            "another operator must sign",
+            code="self_widening",
+        )
+    check_keys(command.keys, context.at_s, at_least=1)
+    _check_delegation(command.delegation)
+    delegated = {one.group for one in command.delegation.groups}
+    return UserState(
+        user_id=command.provisioner_id,
+        name=command.name,
+        roles=(),
+        keys=(*command.keys, *ended_keys(state, command.keys, context.at_s)),
+        entitlements=Entitlements(scope=(), source="delegation", as_of=command.iat),
+        status="active",
+        delegation=command.delegation,
+        linked=tuple(link for link in (state.linked if state else ()) if link.group in delegated),
+    )
+
+
+def set_by_provisioner(state: UserState | None, command: UserSet, context: Context) -> UserState:
+    """The user after a provisioner's command. Raises CommandRefusedError where it reaches beyond its delegation."""
+    delegation, said = context.actor.delegation, command.provisioned
+    if delegation is None or context.actor.user_id is None or said is None:
+        raise CommandRefusedError("a provisioner says which groups the user is in", code="groups_missing")
+    before = _own(state, command.user_id, context)
+    if before is not None and before.gone:
+        raise CommandRefusedError(
+            f"{command.user_id} left for good; whoever comes now is somebody else: choose another id",
+            code="user_gone",
+        )
+    if before is not None and before.blocked and said.active:
+        raise CommandRefusedError(
+            f"an operator disabled {command.user_id}; only an operator lets them act again",
+            code="disabled_by_operator",
+        )
+    if command.keys:
+        raise CommandRefusedError("a provisioner sets no keys; an operator does", code="keys_not_delegated")
+    if command.entitlements.as_of > context.at_s + LEEWAY_S:
+        raise CommandRefusedError("entitlements are as of a moment to come", code="as_of_in_future")
+    _check_within(command, said, delegation)
+    provisioned = provisioned_of(said, context.actor.user_id, blocked=before is not None and before.blocked)
+    return UserState(
+        user_id=command.user_id,
+        name=command.name,
+        roles=command.roles,
+        keys=state.keys if state else (),
+        entitlements=command.entitlements,
+        status="active" if said.active else "disabled",
+        provisioned=provisioned,
+    )
+
+
+def disable_by_provisioner(state: UserState, command: UserDisable, context: Context) -> UserState:
+    """The user after a provisioner disabled them; their keys end where they left for good."""
+    before = _own(state, command.user_id, context)
+    if before is None:
+        raise CommandRefusedError(f"there is no user {command.user_id}", code="unknown_user")
+    provisioned = before.model_copy(update={"active": False, "gone": before.gone or command.gone})
+    keys = ended_keys(state, (), context.at_s) if command.gone else state.keys
+    return state.model_copy(update={"status": "disabled", "provisioned": provisioned, "keys": keys})
+
+
+def provisioned_of(said: Provisioning, by: str, *, blocked: bool = False) -> Provisioned:
+    """What a record holds of what a command says."""
+    # By name: what a writer adds under the names that only a record has must not get there.
+    fields = {name: getattr(said, name) for name in Provisioning.model_fields}
+    return Provisioned(**fields, by=by, blocked=blocked)
+
+
+def _own(state: UserState | None, user_id: str, context: Context) -> Provisioned | None:
+    """What is known of a user whom the signing provisioner made; None where there is no user yet."""
+    if state is None:
+        return None
+    if state.provisioned is None or state.provisioned.by != context.actor.user_id:
+        raise CommandRefusedError(
+            f"{context.actor.user_id} did not make {user_id}, and changes only whom it made",
+            code="not_its_user",
+        )
+    return state.provisioned
+
+
+def _check_within(command: UserSet, said: Provisioning, delegation: Delegation) -> None:
+    by_group = {one.group: one for one in delegation.groups}
+    if unknown := sorted(set(said.groups) - by_group.keys()):
+        raise CommandRefusedError(f"the group {unknown[0]} is not delegated", code="group_not_delegated")
+    given = [by_group[group] for group in said.groups]
+    if command.entitlements.source != delegation.source:
+        raise CommandRefusedError(
+            f"entitlements from here have the source {delegation.source}", code="source_not_delegated"
+        )
+    if roles := sorted(set(command.roles) - {role for one in given for role in one.roles}):
+        raise CommandRefusedError(
+            f"the role {roles[0]} is not delegated to the groups of {command.user_id}",
+            code="beyond_delegation",
+        )
+    check_scope(command.entitlements.scope, allow_empty=True)
+    if missing(command.entitlements.scope, tuple(p for one in given for p in one.scope)):
+        raise CommandRefusedError(
+            f"the entitlements reach beyond what is delegated to the groups of {command.user_id}",
+            code="beyond_delegation",
+        )
+
+
+def _check_delegation(delegation: Delegation) -> None:
+    groups = [one.group for one in delegation.groups]
+    if len(set(groups)) != len(groups):
+        raise CommandRefusedError("one group is delegated twice", code="group_twice")
+    for one in delegation.groups:
+        check_scope(one.scope, allow_empty=True)
+
+
+def _link(state: UserState | None, command: ProvisionerLink, context: Context) -> UserState:
+    if state is None or state.delegation is None or context.actor.user_id != command.provisioner_id:
+        raise CommandRefusedError(
+            "a provisioner tells of its own groups, and nobody else's", code="not_entitled"
+        )
+    groups = [link.group for link in command.groups]
+    if len(set(groups)) != len(groups):
+        raise CommandRefusedError("one group is named twice", code="group_twice")
+    if unknown := sorted(set(groups) - {one.group for one in state.delegation.groups}):
+        raise CommandRefusedError(f"the group {unknown[0]} is not delegated", code="group_not_delegated")
+    return state.model_copy(update={"linked": command.groups})

@@ -1,0 +1,85 @@
+"""The SCIM endpoint's wiring."""
+
+from __future__ import annotations
+
+import sys
+
+from ringfence.client.provisioner import Provisioner
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import RingfenceError, UnavailableError
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.process import run
+from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.settings import BusSettings, ServiceSettings, load
+from ringfence.messages.credential import Reason
+from ringfence.messages.topics import HEARTBEAT, USER
+from ringfence.model.alarms import report_alarms
+from ringfence.model.directory import Directory
+from ringfence.scim.http import Api
+from ringfence.scim.keeping import Keeper
+from ringfence.scim.people import People
+from ringfence.scim.settings import ScimSettings
+from ringfence.scim.tokens import Tokens
+from ringfence.scim.writing import Writer
+
+_CAUGHT_UP_S = 10.0
+
+
+def build(settings: ServiceSettings, own: ScimSettings | None = None, clock: Clock | None = None) -> Runtime:
+    """A SCIM endpoint, ready to run. Raises SettingsError, KeyFileError, IdentityError."""
+    own = own or load(ScimSettings)
+    runtime = Runtime("scim", settings, clock)
+    tokens = Tokens(own.tokens)
+    provisioner = Provisioner.connect(
+        SigningKey.load(own.provisioner), _as_client(settings), clock=runtime.clock
+    )
+    directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
+    runtime.table((USER, HEARTBEAT), directory.on_records)
+    people = People(directory, provisioner.id)
+
+    async def caught_up() -> None:
+        if not await runtime.tables_caught_up(_CAUGHT_UP_S):
+            raise UnavailableError("the table of users is behind; ask again")
+
+    async def tell(about: tuple[object, ...], reason: Reason) -> None:
+        await runtime.event("refused", "scim", about=about, reasons=(reason,))
+
+    writer = Writer(people, provisioner, caught_up, own.mail_domain)
+    keeper = Keeper(people, writer, own, runtime.clock)
+    runtime.on_start(provisioner.start)
+    runtime.on_stop(provisioner.close)
+    runtime.background("confirming", keeper.keep)
+    runtime.ready_when(keeper.unready)
+    runtime.denies_when(lambda: _undelegated(people))
+    runtime.routes += Api(
+        people, writer, tokens, runtime.clock, url=own.url, heard=keeper.heard, tell=tell
+    ).routes()
+    return runtime
+
+
+def _as_client(settings: ServiceSettings) -> ClientSettings:
+    """The way to the bus, as the service has it."""
+    return ClientSettings(**{name: getattr(settings, name) for name in BusSettings.model_fields})
+
+
+def _undelegated(people: People) -> str | None:
+    try:
+        people.provisioner()
+    except UnavailableError as error:
+        return str(error)
+    return None
+
+
+def main() -> int:
+    """Run the SCIM endpoint until it is told to stop. Returns the exit status."""
+    try:
+        settings = load(ServiceSettings)
+        return run([build(settings)], settings)
+    except RingfenceError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,356 @@
+"""The SCIM endpoint: requests in, resources or errors of RFC 7644 out."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from scim2_models import (
+    Context,
+    Error,
+    ForbiddenException,
+    ListResponse,
+    NotFoundException,
+    PatchOp,
+    PayloadTooLargeException,
+    Resource,
+    ResponseParameters,
+    SCIMException,
+    ScimPolicy,
+    SearchRequest,
+)
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from ringfence.client.errors import NotAnsweredError, RefusedError
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import RingfenceError, UnavailableError
+from ringfence.kernel.metrics import HTTP_REQUESTS
+from ringfence.messages.credential import Reason
+from ringfence.messages.registry import GroupLink, UserRecord
+from ringfence.scim import discovery
+from ringfence.scim.people import People
+from ringfence.scim.resources import Group, User, group_resource, user_resource
+from ringfence.scim.tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
+from ringfence.scim.writing import Writer
+
+log = logging.getLogger(__name__)
+
+BASE = "/scim/v2"
+MAX_BODY_BYTES = 1024 * 1024
+MEDIA_TYPE = "application/scim+json"
+_PAGE = 100
+_TOLERANT = ScimPolicy(
+    # What Entra ID and Okta send beside what is kept here, and how Entra ID removes members and adds addresses.
+    unknown=ScimPolicy.Unknown.ignore,
+    remove_value_as_filter=ScimPolicy.RemoveValue.apply,
+    unmatched_path_filter=ScimPolicy.UnmatchedPathFilter.create,
+)
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+Tell = Callable[[tuple[object, ...], Reason], Awaitable[None]]
+"""Tells audit of something, once for each mark."""
+
+
+class Api:
+    """The routes of one provisioner's endpoint."""
+
+    def __init__(
+        self,
+        people: People,
+        writer: Writer,
+        tokens: Tokens,
+        clock: Clock,
+        *,
+        url: str | None,
+        heard: Callable[[], None],
+        tell: Tell,
+    ) -> None:
+        """`heard` is called with each request that is let in."""
+        self._people = people
+        self._writer = writer
+        self._tokens = tokens
+        self._clock = clock
+        self._url = url
+        self._heard = heard
+        self._tell = tell
+        self._wrong = WrongTokens()
+
+    def routes(self) -> list[BaseRoute]:
+        """To be added to those of the runtime."""
+        found: dict[str, dict[str, Endpoint]] = {
+            "/ServiceProviderConfig": {"GET": self._config},
+            **self._of_catalogue("/ResourceTypes", discovery.resource_types),
+            **self._of_catalogue("/Schemas", discovery.schemas),
+            "/.search": {"POST": self._search_all},
+            "/Users": {"GET": self._list_users, "POST": self._create_user},
+            "/Users/.search": {"POST": self._list_users},
+            "/Users/{id}": {
+                "GET": self._get_user,
+                "PUT": self._replace_user,
+                "PATCH": self._patch_user,
+                "DELETE": self._delete_user,
+            },
+            "/Groups": {"GET": self._list_groups, "POST": self._create_group},
+            "/Groups/.search": {"POST": self._list_groups},
+            "/Groups/{id}": {
+                "GET": self._get_group,
+                "PUT": self._replace_group,
+                "PATCH": self._patch_group,
+                "DELETE": self._delete_group,
+            },
+            "/{rest:path}": dict.fromkeys(_METHODS, _nothing),
+        }
+        return [
+            Route(BASE + path, self._guarded(endpoints, path), methods=_METHODS)
+            for path, endpoints in found.items()
+        ]
+
+    # --- discovery ---
+
+    async def _config(self, request: Request) -> Response:
+        return _answer(discovery.config(self._base(request)))
+
+    def _of_catalogue(
+        self, path: str, catalogue: Callable[[str], Mapping[str, Resource[Any]]]
+    ) -> dict[str, dict[str, Endpoint]]:
+        async def all_of_them(request: Request) -> Response:
+            if "filter" in request.query_params:  # RFC 7644, 4
+                raise ForbiddenException(detail="what the endpoint says of itself cannot be filtered")
+            return _answer(_listed(list(catalogue(self._base(request)).values())))
+
+        async def one(request: Request) -> Response:
+            found = catalogue(self._base(request)).get(request.path_params["id"])
+            if found is None:
+                raise NotFoundException(detail=f"there is no {path[1:-1]} of that id")
+            return _answer(found)
+
+        return {path: {"GET": all_of_them}, path + "/{id}": {"GET": one}}
+
+    # --- users ---
+
+    async def _list_users(self, request: Request) -> Response:
+        url = self._base(request)
+        search = await _search(request, User)
+        return _page(search, [user_resource(one, url, self._people.id) for one in self._people.all()])
+
+    async def _create_user(self, request: Request) -> Response:
+        user = User.model_validate_json(
+            await _body(request), scim_ctx=Context.RESOURCE_CREATION_REQUEST, scim_policy=_TOLERANT
+        )
+        return self._user(request, await self._writer.create_user(user), Context.RESOURCE_CREATION_RESPONSE)
+
+    async def _get_user(self, request: Request) -> Response:
+        return self._user(request, self._writer.user(request.path_params["id"]))
+
+    async def _replace_user(self, request: Request) -> Response:
+        user = User.model_validate_json(
+            await _body(request), scim_ctx=Context.RESOURCE_REPLACEMENT_REQUEST, scim_policy=_TOLERANT
+        )
+        return self._user(request, await self._writer.replace_user(request.path_params["id"], user))
+
+    async def _patch_user(self, request: Request) -> Response:
+        patch = PatchOp[User].model_validate_json(
+            await _body(request), scim_ctx=Context.RESOURCE_PATCH_REQUEST, scim_policy=_TOLERANT
+        )
+        return self._user(request, await self._writer.patch_user(request.path_params["id"], patch))
+
+    async def _delete_user(self, request: Request) -> Response:
+        await self._writer.delete_user(request.path_params["id"])
+        return Response(status_code=204)
+
+    def _user(
+        self, request: Request, record: UserRecord, context: Context = Context.RESOURCE_QUERY_RESPONSE
+    ) -> Response:
+        wanted = _parameters(request, ResponseParameters[User])
+        resource = user_resource(record, self._base(request), self._people.id)
+        return _answer(resource, context, wanted)
+
+    # --- groups ---
+
+    async def _list_groups(self, request: Request) -> Response:
+        search = await _search(request, Group)
+        return _page(search, [self._group_of(request, link) for link in self._people.links()])
+
+    async def _create_group(self, request: Request) -> Response:
+        group = Group.model_validate_json(
+            await _body(request), scim_ctx=Context.RESOURCE_CREATION_REQUEST, scim_policy=_TOLERANT
+        )
+        link = await self._writer.create_group(group)
+        return self._group(request, link, Context.RESOURCE_CREATION_RESPONSE)
+
+    async def _get_group(self, request: Request) -> Response:
+        return self._group(request, self._writer.group(request.path_params["id"]))
+
+    async def _replace_group(self, request: Request) -> Response:
+        group = Group.model_validate_json(
+            await _body(request), scim_ctx=Context.RESOURCE_REPLACEMENT_REQUEST, scim_policy=_TOLERANT
+        )
+        return self._group(request, await self._writer.replace_group(request.path_params["id"], group))
+
+    async def _patch_group(self, request: Request) -> Response:
+        patch = PatchOp[Group].model_validate_json(
+            await _body(request), scim_ctx=Context.RESOURCE_PATCH_REQUEST, scim_policy=_TOLERANT
+        )
+        return self._group(request, await self._writer.patch_group(request.path_params["id"], patch))
+
+    async def _delete_group(self, request: Request) -> Response:
+        await self._writer.delete_group(request.path_params["id"])
+        return Response(status_code=204)
+
+    def _group(
+        self, request: Request, link: GroupLink, context: Context = Context.RESOURCE_QUERY_RESPONSE
+    ) -> Response:
+        wanted = _parameters(request, ResponseParameters[Group])
+        return _answer(self._group_of(request, link), context, wanted)
+
+    def _group_of(self, request: Request, link: GroupLink) -> Group:
+        members = self._people.members(link.group)
+        provisioner = self._people.provisioner()
+        return group_resource(provisioner, link.group, link.external_id, members, self._base(request))
+
+    async def _search_all(self, request: Request) -> Response:
+        search = await _search(request, User | Group)
+        url = self._base(request)
+        users = [user_resource(one, url, self._people.id) for one in self._people.all()]
+        return _page(search, [*users, *(self._group_of(request, link) for link in self._people.links())])
+
+    # --- around each ---
+
+    def _base(self, request: Request) -> str:
+        return (self._url or str(request.base_url).rstrip("/") + BASE).rstrip("/")
+
+    def _guarded(self, endpoints: Mapping[str, Endpoint], path: str) -> Endpoint:
+        """Let in who has a token, and answer every failure as RFC 7644, 3.12, has it."""
+
+        async def guarded(request: Request) -> Response:
+            response = await self._let_in(request)
+            if response is None:
+                self._heard()
+                endpoint = endpoints.get(request.method)
+                if endpoint is None:
+                    allowed = {"Allow": ", ".join(endpoints)}
+                    response = _failure(405, f"{request.method} has no meaning here", headers=allowed)
+                else:
+                    response = await self._answered(endpoint, request)
+            HTTP_REQUESTS.labels(f"{request.method} {BASE}{path}", response.status_code).inc()
+            return response
+
+        return guarded
+
+    async def _let_in(self, request: Request) -> Response | None:
+        """None where the caller's token is let in."""
+        if self._tokens.name_of(request.headers.get("authorization")) is not None:
+            return None
+        now_ms = self._clock.now_ms()
+        if not self._wrong.add(now_ms):
+            return _failure(
+                429,
+                "too many calls without a token that is let in",
+                headers={"Retry-After": str(WRONG_WINDOW_MS // 1000)},
+            )
+        where = request.client.host if request.client else "unknown"
+        log.warning("a call from %s without a token that is let in", where)
+        reason = Reason(code="token_unknown", message=f"a call from {where} without a token that is let in")
+        await self._tell((uuid.uuid4(),), reason)
+        return _failure(
+            401,
+            "this needs a bearer token that is let in",
+            headers={"WWW-Authenticate": 'Bearer realm="scim"'},
+        )
+
+    async def _answered(self, endpoint: Endpoint, request: Request) -> Response:
+        try:
+            with _TOLERANT:
+                return await endpoint(request)
+        except SCIMException as error:
+            return _error(error.to_error())
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_input=False)
+            return _error(next(iter(Error.from_validation_errors(found)), Error(status=400)))
+        except RefusedError as error:
+            return _failure(403, f"{error.code}: {error}")
+        except (NotAnsweredError, UnavailableError) as error:
+            return _failure(503, str(error), headers={"Retry-After": "10"})
+        except RingfenceError as error:
+            return _failure(400, f"{error.code}: {error}", "invalidValue")
+
+
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
+
+async def _nothing(request: Request) -> Response:
+    raise NotFoundException(detail="there is nothing of that name; see /ResourceTypes")
+
+
+async def _body(request: Request) -> bytes:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise PayloadTooLargeException(detail=f"a request has at most {MAX_BODY_BYTES} bytes")
+    return body
+
+
+def _parameters(request: Request, model: Any) -> Any:
+    known = ("attributes", "excludedAttributes", "filter", "sortBy", "sortOrder", "startIndex", "count")
+    given = {name: request.query_params[name] for name in known if name in request.query_params}
+    return model.model_validate(given, scim_policy=_TOLERANT)
+
+
+async def _search(request: Request, model: Any) -> Any:
+    """What is looked for: in the query, or, with POST, in the body (RFC 7644, 3.4.3)."""
+    if request.method == "GET":
+        return _parameters(request, SearchRequest[model])
+    return SearchRequest[model].model_validate_json(
+        await _body(request), scim_ctx=Context.SEARCH_REQUEST, scim_policy=_TOLERANT
+    )
+
+
+def _page(search: Any, resources: Sequence[Any]) -> Response:
+    """A page of a list: filtered, sorted, from `startIndex` on."""
+    found = [one for one in resources if search.filter is None or search.filter.match(one)]
+    if search.sort_by is not None:
+        found = search.sort(found)
+    count = min(_PAGE if search.count is None else search.count, discovery.MAX_RESULTS)
+    start = search.start_index or 1
+    return _answer(_listed(found[start - 1 : start - 1 + count], len(found), start), wanted=search)
+
+
+def _listed(resources: Sequence[Any], total: int | None = None, start: int = 1) -> ListResponse[Any]:
+    # One of the kind, or of both where both were searched.
+    models = list(dict.fromkeys(type(one) for one in resources)) or [User]
+    model: Any = ListResponse[functools.reduce(operator.or_, models)]  # type: ignore[misc]
+    found: ListResponse[Any] = model(
+        total_results=len(resources) if total is None else total,
+        items_per_page=len(resources),
+        start_index=start,
+        resources=list(resources),
+    )
+    return found
+
+
+def _answer(
+    resource: Any, context: Context = Context.RESOURCE_QUERY_RESPONSE, wanted: Any = None
+) -> Response:
+    content = resource.model_dump(scim_ctx=context, response_parameters=wanted)
+    created = context is Context.RESOURCE_CREATION_RESPONSE
+    location = resource.meta.location if created else None
+    headers = {"Location": str(location)} if location else None
+    return JSONResponse(content, 201 if created else 200, headers, MEDIA_TYPE)
+
+
+def _failure(
+    status: int, detail: str, scim_type: str | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    return _error(Error(status=status, detail=detail, scim_type=scim_type), headers)
+
+
+def _error(error: Error, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse(error.model_dump(), error.status or 400, headers, MEDIA_TYPE)

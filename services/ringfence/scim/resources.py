@@ -1,0 +1,162 @@
+"""What users and groups are in SCIM, and what of it stands in records. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+from scim2_models import (
+    URN,
+    CaseExact,
+    ComplexAttribute,
+    Meta,
+    Mutability,
+    Reference,
+    Required,
+    Resource,
+    Uniqueness,
+)
+
+from ringfence.kernel.ids import derived_id
+from ringfence.messages.registry import Mail, Provisioning, UserRecord
+
+# The libraries' own User has a dozen attributes more. What is not kept is not declared: a directory that looks at the
+# schema sees what it gets.
+
+
+class FullName(ComplexAttribute):
+    """The parts of a name."""
+
+    formatted: str | None = None
+    family_name: str | None = None
+    given_name: str | None = None
+
+
+class Email(ComplexAttribute):
+    """An address, as the directory has it: nothing is ever sent there."""
+
+    value: str | None = None
+    type: str | None = None
+    primary: bool | None = None
+
+
+class Membership(ComplexAttribute):
+    """A group that a user is in."""
+
+    value: Annotated[str | None, Mutability.read_only, CaseExact.true] = None
+    display: Annotated[str | None, Mutability.read_only] = None
+
+
+class User(Resource[Any]):
+    """A human, as their directory knows them."""
+
+    __schema__ = URN("urn:ietf:params:scim:schemas:core:2.0:User")
+
+    user_name: Annotated[str | None, Uniqueness.server, Required.true] = None
+    name: FullName | None = None
+    Name: ClassVar[type[ComplexAttribute]] = FullName
+    display_name: str | None = None
+    active: bool | None = None
+    emails: list[Email] | None = None
+    Emails: ClassVar[type[ComplexAttribute]] = Email
+    groups: Annotated[list[Membership] | None, Mutability.read_only] = None
+    Groups: ClassVar[type[ComplexAttribute]] = Membership
+
+
+class Member(ComplexAttribute):
+    """Somebody who is in a group."""
+
+    value: Annotated[str | None, Mutability.immutable, CaseExact.true] = None
+    ref: Annotated[Reference[User] | None, Mutability.immutable] = Field(
+        None, serialization_alias="$ref", validation_alias="$ref"
+    )
+    type: Annotated[str | None, Mutability.immutable] = Field(None, examples=["User"])
+    display: str | None = None
+
+
+class Group(Resource[Any]):
+    """A group that an operator delegated. By its name: it cannot become another one."""
+
+    __schema__ = URN("urn:ietf:params:scim:schemas:core:2.0:Group")
+
+    display_name: Annotated[str | None, Required.true, Mutability.immutable] = None
+    members: list[Member] | None = None
+    Members: ClassVar[type[ComplexAttribute]] = Member
+
+
+def group_id(provisioner_id: str, group: str) -> str:
+    """The id of a group in SCIM: the same as long as it has its name."""
+    return derived_id("scim-group", provisioner_id, group)
+
+
+def user_resource(record: UserRecord, url: str, provisioner_id: str) -> User:
+    """A user's record in SCIM; `url` is that of the endpoint."""
+    state, said = record.state, record.state.provisioned or Provisioning()
+    name = FullName(formatted=said.formatted_name, family_name=said.family_name, given_name=said.given_name)
+    return User(
+        id=state.user_id,
+        external_id=said.external_id,
+        user_name=said.user_name or state.user_id,
+        name=name if name != FullName() else None,
+        display_name=said.display_name,
+        active=state.status == "active",
+        emails=[Email(value=one.value, type=one.type, primary=one.primary) for one in said.emails] or None,
+        groups=[Membership(value=group_id(provisioner_id, group), display=group) for group in said.groups]
+        or None,
+        meta=_meta("User", f"{url}/Users/{state.user_id}", record),
+    )
+
+
+def group_resource(
+    provisioner: UserRecord, group: str, external_id: str | None, members: Sequence[UserRecord], url: str
+) -> Group:
+    """A delegated group in SCIM."""
+    id = group_id(provisioner.state.user_id, group)
+    return Group(
+        id=id,
+        external_id=external_id,
+        display_name=group,
+        members=[Member(value=one.state.user_id, type="User", display=one.state.name) for one in members]
+        or None,
+        meta=_meta("Group", f"{url}/Groups/{id}", provisioner),
+    )
+
+
+def said_of(user: User, groups: Sequence[str]) -> Provisioning:
+    """What of a user in SCIM stands in their record. Raises ValidationError where something is too long."""
+    name = user.name or FullName()
+    return Provisioning(
+        groups=tuple(groups),
+        # Whoever does not say so means that they may: RFC 7643 leaves the meaning of its absence to the service.
+        active=user.active is not False,
+        user_name=user.user_name,
+        external_id=user.external_id,
+        display_name=user.display_name,
+        formatted_name=name.formatted,
+        given_name=name.given_name,
+        family_name=name.family_name,
+        emails=tuple(
+            Mail(value=one.value, type=one.type, primary=one.primary)
+            for one in user.emails or ()
+            if one.value
+        ),
+    )
+
+
+def name_of(said: Provisioning, user_id: str) -> str:
+    """How people read of a user."""
+    both = " ".join(part for part in (said.given_name, said.family_name) if part)
+    return said.display_name or said.formatted_name or both or said.user_name or user_id
+
+
+def _meta(kind: str, location: str, record: UserRecord) -> Meta:
+    first, last = (record.commands[at].appended_at_ms / 1000 for at in (0, -1))
+    return Meta(
+        resource_type=kind,
+        created=datetime.fromtimestamp(first, UTC),
+        last_modified=datetime.fromtimestamp(last, UTC),
+        location=location,
+        version=f'W/"{record.revision}"',
+    )
