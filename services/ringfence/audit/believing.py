@@ -127,7 +127,10 @@ class Believer:
             raise InvalidMessageError("typ names no command", code="typ_unexpected")
         users = self._users(at_ms)
         signed = self._open(
-            jws, model, lambda iss, kid: self._trust.root_key(iss, kid) or users(iss, kid), at_ms
+            jws,
+            model,
+            lambda iss, kid: self._trust.root_key(iss, kid, at_ms / 1000) or users(iss, kid),
+            at_ms,
         )
         consent_by: str | None = None
         if isinstance(signed.claims, TaskAssign) and signed.claims.consent is not None:

@@ -22,7 +22,7 @@ from ringfence.kernel import metrics
 from ringfence.kernel.assignors import AllToOneAssignor
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.kafka import Publisher, Received, fetch_options, received
 from ringfence.kernel.kafka_connection import connection
@@ -51,14 +51,27 @@ class HaltedError(RingfenceError):
 class DeadLetters:
     """Where invalid records go: coordinates and the reason, never the payload."""
 
-    def __init__(self, publisher: Publisher, service: str, clock: Clock) -> None:
+    def __init__(
+        self,
+        publisher: Publisher,
+        service: str,
+        clock: Clock,
+        trust_moved: Callable[[], Awaitable[bool]] | None = None,
+    ) -> None:
+        """`trust_moved`: whether a trust bundle came that was not known a moment ago; asked where a key is unknown."""
+        self._trust_moved = trust_moved
         self._publisher = publisher
         self._service = service
         self._clock = clock
         self._invalid_signed = 0
 
     async def bury(self, record: Received, error: InvalidMessageError) -> None:
-        """Report one invalid record. Raises HaltedError at the limit of invalid records from trusted signers."""
+        """Report one invalid record. Raises HaltedError at the limit of invalid records from trusted signers.
+
+        Raises UnavailableError where its key may be known by now: the same record is to be looked at again.
+        """
+        if error.code == "key_unknown" and self._trust_moved is not None and await self._trust_moved():
+            raise UnavailableError(f"a new trust bundle came meanwhile, so once more: {error}")
         if error.trusted_signer:
             self._invalid_signed += 1
             if self._invalid_signed > MAX_INVALID_SIGNED:
