@@ -57,6 +57,8 @@ class Runtime:
         self._tables: dict[Topic[Any], TableReader] = {}
         self._table_follower: Follower | None = None
         self._trust_follower: Follower | None = None
+        self.bundle_overwritten = False
+        """Whether the last record under the key of the bundle in force is another: compaction would let it vanish."""
         self._followers: list[Follower] = []
         self._consumers: list[Consumer] = []
         self._background: list[tuple[str, Callable[[], Awaitable[None]]]] = []
@@ -267,11 +269,16 @@ class Runtime:
 
     def _on_trust(self, records: Sequence[Received]) -> None:
         for record in records:
-            try:
-                if self.trust.load(record.value, self.clock.now_ms() / 1000):
-                    self._keys.on_bundle(record.appended_at_ms)
-            except InvalidMessageError as error:
-                log.error("ignored a trust bundle at %s@%d: %s", record.topic_name, record.offset, error)
+            self._take_bundle(record)
+            if record.key == str(self.trust.version):
+                self.bundle_overwritten = record.value != self.trust.compact
+
+    def _take_bundle(self, record: Received) -> None:
+        try:
+            if self.trust.load(record.value, self.clock.now_ms() / 1000):
+                self._keys.on_bundle(record.appended_at_ms)
+        except InvalidMessageError as error:
+            log.error("ignored a trust bundle at %s@%d: %s", record.topic_name, record.offset, error)
 
     async def _trust_moved(self) -> bool:
         version = self.trust.version

@@ -40,6 +40,7 @@ class TrustStore:
         self._root: PublicKey | None = None
         """The root of the bundle in force: the pinned one, or one to which it handed over."""
         self._bundle: TrustBundle | None = None
+        self._compact = b""
         self._other_root: str | None = None
         """The root that signed a bundle which was refused for it."""
         self._services: dict[str, list[_Service]] = {}
@@ -49,6 +50,11 @@ class TrustStore:
     def version(self) -> int | None:
         """The version of the bundle in force."""
         return self._bundle.version if self._bundle else None
+
+    @property
+    def compact(self) -> bytes:
+        """The bundle in force as the root signed it; empty where there is none."""
+        return self._compact
 
     def load(self, compact: str | bytes, now_s: float) -> bool:
         """Take in a bundle. False where it is not newer than the one in force.
@@ -67,6 +73,7 @@ class TrustStore:
         if self._bundle is not None and bundle.version <= self._bundle.version:
             return False
         self._bundle, self._root = bundle, root
+        self._compact = compact.encode() if isinstance(compact, str) else compact
         self._services = {}
         for service in bundle.services:
             known = _Service(frozenset(service.roles), service.keys, service.encryption_keys)
