@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import cast, get_args
 
 import pytest
 
@@ -13,7 +13,7 @@ from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
-from ringfence.messages.trust import ServiceIdentity, TrustBundle
+from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
 from ringfence.model.opening import open_lease
 from tests.ledger import FixedClock
 
@@ -51,11 +51,21 @@ def test_an_end_whose_cause_is_older_than_its_key_counts_while_the_key_does(now_
             opened(iat=NOW_S)
 
 
-def opener(from_s: int, now_s: int = UNTIL_S + 10) -> Callable[..., Lease]:
-    """Opens at `now_s` what it signs with a revoker's key that counts from `from_s` until UNTIL_S."""
+@pytest.mark.parametrize("role", get_args(ServiceRole))
+def test_a_lease_is_the_word_of_issuers_and_revokers_alone(role: ServiceRole) -> None:
+    opened = opener(FROM_S, FROM_S + 1, role)
+    if role in ("issuer", "revoker"):
+        opened(iat=NOW_S)
+    else:
+        with pytest.raises(SignatureError):
+            opened(iat=FROM_S + 1)
+
+
+def opener(from_s: int, now_s: int = UNTIL_S + 10, role: ServiceRole = "revoker") -> Callable[..., Lease]:
+    """Opens at `now_s` what it signs with a service's key that counts from `from_s` until UNTIL_S."""
     root, key = (SigningKey.generate(f"spiffe://{TD}/{name}") for name in ("root", "service/revoker"))
     trust = TrustStore(TD, root.kid)
-    services = (ServiceIdentity(id=key.id, roles=("revoker",), keys=(key.record(UNTIL_S, from_s),)),)
+    services = (ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(UNTIL_S, from_s),)),)
     bundle = TrustBundle(
         iss=root.id, aud=TD, iat=NOW_S, exp=NOW_S + 10**6, jti="1", version=1, services=services
     )
