@@ -35,6 +35,8 @@ _CANCEL_AGAIN_S = 3.0
 _TRUST_MS = 200
 """A new trust bundle comes once in months."""
 _CATCH_UP_S = 2.0
+DRAIN_S = 10.0
+"""What a batch under way is given to end once the service is told to stop."""
 TableReader = Callable[[Sequence[Received]], None]
 
 
@@ -51,7 +53,7 @@ class Runtime:
             settings.key_file or settings.key_dir / f"{role}.json", self.trust, self.clock
         )
         self.publisher = Publisher(settings, self.key.id, self.clock)
-        self.letters = DeadLetters(self.publisher, role, self.clock, self._trust_moved)
+        self.letters = DeadLetters(self.publisher, role, self.clock, self.trust, self._trust_moved)
         self.routes: list[BaseRoute] = []
         self._instance = secrets.token_hex(8)
         self._tables: dict[Topic[Any], TableReader] = {}
@@ -228,6 +230,7 @@ class Runtime:
                         raise RingfenceError(f"{task.get_name()} of {self.role} ended by itself")
         finally:
             stopping.cancel()
+            await self._drain()
             await _end(work[1:])
             if started:
                 with contextlib.suppress(Exception):
@@ -239,6 +242,14 @@ class Runtime:
             for closing in self._closing:
                 await closing()
             await self.publisher.stop()
+
+    async def _drain(self) -> None:
+        """Let the batches under way come to their ends, and their offsets be committed, within `DRAIN_S`."""
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                await asyncio.gather(*(consumer.drain() for consumer in self._consumers))
+        except TimeoutError:
+            log.warning("%s goes without what it began: it comes again, to whoever is there then", self.role)
 
     async def _start(self, stop: asyncio.Event, http: asyncio.Task[None]) -> bool:
         """Start everything that is needed before work is taken; False where the service was stopped meanwhile."""

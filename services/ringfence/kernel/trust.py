@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from ringfence.kernel.envelope import usable
 from ringfence.kernel.errors import InvalidMessageError, SignatureError, UnavailableError
-from ringfence.kernel.jws import KeyFinder, open_signed, parse
+from ringfence.kernel.jws import KeyFinder, UnverifiedJws, open_signed, parse
 from ringfence.kernel.keys import PublicKey, public_key, thumbprint, valid_key
 from ringfence.messages.base import Claims
 from ringfence.messages.keys import KeyRecord, PublicJwk
@@ -134,6 +135,20 @@ class TrustStore:
             if not service.roles.isdisjoint(roles):
                 return valid_key(service.keys, kid, at_s)
         return None
+
+    def signed_by_service(self, jws: UnverifiedJws, at_s: float) -> bool:
+        """Whether any service signed this, whatever it says: it may be of no shape that anybody knows."""
+        try:
+            claims = json.loads(jws.payload)
+            iss = claims["iss"] if isinstance(claims, dict) else None
+        except (ValueError, KeyError, RecursionError):
+            return False
+        if not isinstance(iss, str):
+            return False
+        key = self.service_key(iss, jws.header.kid, get_args(ServiceRole), at_s)
+        return (
+            key is not None and key.alg == jws.header.alg and key.verifies(jws.signature, jws.signing_input)
+        )
 
     def encryption_keys(
         self, role: ServiceRole, at_s: float, *, of: str | None = None
