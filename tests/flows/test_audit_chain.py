@@ -152,7 +152,7 @@ async def told_again(world: World) -> None:
 
 async def hand_over(world: World, *sources: Source) -> None:
     """Events for the intake, as an audit service would."""
-    intake = Intake(world.publisher, world.key("audit"), world.td, SystemClock())
+    intake = Intake(world.publisher, lambda: world.key("audit"), world.td, SystemClock())
     await intake.hand_over(Told("deploy-bot", one.uid, told_of(one), None) for one in sources)
 
 

@@ -282,5 +282,7 @@ async def test_the_lease_record_has_what_later_readers_need(realm: Realm) -> Non
 async def test_every_service_tells_how_it_is(stack, role) -> None:
     async with httpx.AsyncClient(base_url=stack.url(role), timeout=WITHIN_S) as http:
         assert (await http.get("/healthz")).json() == {"status": "ok"}
-        assert (await http.get("/readyz")).json() == {"status": "ready", "reasons": [], "denies": []}
+        said = (await http.get("/readyz")).json()
+        assert (said["status"], said["reasons"], said["denies"]) == ("ready", [], [])
+        assert said["trust_bundle"] == 1
         assert "ringfence_records_total" in (await http.get("/metrics")).text

@@ -44,6 +44,7 @@ async def test_fetches_from_one_broker_start_apart() -> None:
     assert len(at(client, 1, _HEARTBEAT)) == 3
 
 
-def test_a_real_broker_does_the_waiting_itself() -> None:
-    assert fetch_options(100) == {"fetch_min_bytes": 256 * 1024, "fetch_max_wait_ms": 100}
-    assert fetch_options(0) == {"fetch_max_wait_ms": 500}
+def test_a_real_broker_does_the_waiting_itself_and_gives_what_is_committed() -> None:
+    committed = {"isolation_level": "read_committed"}
+    assert fetch_options(100) == {**committed, "fetch_min_bytes": 256 * 1024, "fetch_max_wait_ms": 100}
+    assert fetch_options(0) == {**committed, "fetch_max_wait_ms": 500}

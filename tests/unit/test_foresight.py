@@ -75,9 +75,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_what_was_foreseen_is_the_same_and_costs_nothing_more(
     trust: TrustStore, counted: dict[str, int], as_redis_has_it: bool
 ) -> None:
-    record, foresight = issued(), Foresight(trust, REVOKER, SystemClock())
+    record, foresight = issued(), Foresight(trust, lambda: REVOKER, SystemClock())
     record = record if as_redis_has_it else expanded(record)
-    plainly = Foresight(trust, REVOKER, SystemClock())
+    plainly = Foresight(trust, lambda: REVOKER, SystemClock())
     as_ever = plainly.sign(end(plainly.open(record)))
     foresight.remember(record, end)
     counted.update(verified=0, signed=0)
@@ -88,7 +88,7 @@ def test_what_was_foreseen_is_the_same_and_costs_nothing_more(
 
 
 def test_what_was_not_foreseen_is_verified(trust: TrustStore) -> None:
-    foresight = Foresight(trust, REVOKER, SystemClock())
+    foresight = Foresight(trust, lambda: REVOKER, SystemClock())
     foresight.remember(issued(), end)
     true, forged = issued(), issued(by=REVOKER)
     assert foresight.open(true).deadline
@@ -98,14 +98,14 @@ def test_what_was_not_foreseen_is_verified(trust: TrustStore) -> None:
 
 
 def test_what_does_not_hold_is_not_remembered(trust: TrustStore) -> None:
-    foresight, forged = Foresight(trust, REVOKER, SystemClock()), issued(by=REVOKER)
+    foresight, forged = Foresight(trust, lambda: REVOKER, SystemClock()), issued(by=REVOKER)
     foresight.remember(forged, end)
     with pytest.raises(InvalidMessageError):
         foresight.open(forged)
 
 
 def test_another_trust_bundle_makes_it_forget_whom_it_believed(trust: TrustStore) -> None:
-    foresight, record = Foresight(trust, REVOKER, SystemClock()), issued()
+    foresight, record = Foresight(trust, lambda: REVOKER, SystemClock()), issued()
     foresight.remember(record, end)
     trust.load(bundle(2, REVOKER), NOW_S)
     with pytest.raises(InvalidMessageError):
@@ -113,7 +113,10 @@ def test_another_trust_bundle_makes_it_forget_whom_it_believed(trust: TrustStore
 
 
 def test_it_remembers_the_latest_only(trust: TrustStore, counted: dict[str, int]) -> None:
-    foresight, records = Foresight(trust, REVOKER, SystemClock(), most=2), [issued() for _ in range(3)]
+    foresight, records = (
+        Foresight(trust, lambda: REVOKER, SystemClock(), most=2),
+        [issued() for _ in range(3)],
+    )
     for record in records:
         foresight.remember(record, end)
     counted.update(verified=0, signed=0)

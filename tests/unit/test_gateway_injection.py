@@ -59,7 +59,7 @@ class Memory:
             self.table,
             _trust(),
             self.clock,
-            key=KEYS["gateway"],
+            key=lambda: KEYS["gateway"],
             seal=SEAL,
             issuer_url="http://issuer.example",
         )

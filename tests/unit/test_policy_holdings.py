@@ -372,9 +372,9 @@ def test_records_are_verified_where_they_change_something_only(table: Table, mon
 def count_opened(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     opened: list[bytes] = []
 
-    def counting(jws: Any, trust: TrustStore, clock: Clock) -> Lease:
+    def counting(jws: Any, trust: TrustStore, clock: Clock, **more: Any) -> Lease:
         opened.append(jws)
-        return open_lease(jws, trust, clock)
+        return open_lease(jws, trust, clock, **more)
 
     monkeypatch.setattr("ringfence.policy.holdings.open_lease", counting)
     return opened

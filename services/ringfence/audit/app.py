@@ -32,7 +32,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     believer = Believer(runtime.trust, directory, own)
     index = SqliteIndex(settings.state_dir / own.index_file if settings.state_dir is not None else None)
     handlers = AuditHandlers(
-        Intake(runtime.publisher, runtime.key, settings.trust_domain, runtime.clock),
+        Intake(runtime.publisher, lambda: runtime.key, settings.trust_domain, runtime.clock),
         believer,
         runtime.clock,
         runtime.trust,

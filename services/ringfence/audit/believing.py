@@ -128,7 +128,7 @@ class Believer:
         chains = self._directory.chains
 
         def find(iss: str, kid: str) -> PublicKey | None:
-            return self._trust.root_key(iss, kid) or chains.command_key(iss, kid, at_ms)
+            return self._trust.root_key(iss, kid, at_ms / 1000) or chains.command_key(iss, kid, at_ms)
 
         signed = self._open(jws, model, find, at_ms)
         consent_by: str | None = None

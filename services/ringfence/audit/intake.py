@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import orjson
@@ -32,7 +32,10 @@ class Told(NamedTuple):
 class Intake:
     """Hands events over. All of one partition of `audit` go into one partition of `audit.intake`, in their order."""
 
-    def __init__(self, publisher: Publisher, key: SigningKey, trust_domain: str, clock: Clock) -> None:
+    def __init__(
+        self, publisher: Publisher, key: Callable[[], SigningKey], trust_domain: str, clock: Clock
+    ) -> None:
+        """`key`: what to sign by, asked each time."""
         self._publisher = publisher
         self._key = key
         self._trust_domain = trust_domain
@@ -52,15 +55,15 @@ class Intake:
         )
 
     def _signed(self, some: Sequence[Told]) -> Outbound:
-        jti = derived_id(AuditIntake.typ, *(told.uid for told in some))
+        jti, key = derived_id(AuditIntake.typ, *(told.uid for told in some)), self._key()
         claims = {
-            "iss": self._key.id,
+            "iss": key.id,
             "aud": self._trust_domain,
             "iat": self._clock.now_ms() // 1000,
             "jti": jti,
             "entries": [_entry(told) for told in some],
         }
-        compact = sign_payload(AuditIntake, orjson.dumps(claims), self._key)
+        compact = sign_payload(AuditIntake, orjson.dumps(claims), key)
         return Outbound(some[0].key, compact.encode(), jti)
 
 

@@ -10,40 +10,29 @@ import os
 import time
 import tomllib
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 
+from ringfence.cli.diagnosis_opa import opa_findings
+from ringfence.cli.diagnosis_redis import redis_findings
+from ringfence.cli.diagnosis_trust import bundle_findings, key_files, versions
+from ringfence.cli.finding import Finding
+from ringfence.cli.finding import clock as clock_finding
 from ringfence.cli.spelling import mistyped
-from ringfence.client.ceremony import SEAL
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.settings import ServiceSettings, config_file
 from ringfence.kernel.skew import SkewCheck
 from ringfence.kernel.topics_admin import TopicsAdmin
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.topics import HEARTBEAT, TRUST
 
-Verdict = Literal["good", "bad", "unknown"]
 _READ_WITHIN_S = 10.0
 _LISTEN_S = 2.5
 """The registry's heartbeat comes once a second."""
-_SOON_S = 14 * 86_400
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One examination: what was looked at, what came of it, and what to do where that is not good."""
-
-    what: str
-    verdict: Verdict
-    says: str
 
 
 async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIterator[Finding]:
@@ -51,26 +40,32 @@ async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIte
     for finding in _spelling():
         yield finding
     yield _pinned_root(settings)
-    for finding in _keys(settings):
+    for finding in key_files(settings):
         yield finding
     topics = await _topics(settings)
     yield topics
     if topics.verdict == "unknown":
         return
+    trust = TrustStore(settings.trust_domain, settings.trust_root)
     with contextlib.suppress(RingfenceError):
-        async for finding in _on_kafka(settings):
+        async for finding in _on_kafka(settings, trust):
             yield finding
-    async for finding in _redis(settings):
+    async for finding in redis_findings(settings):
         yield finding
+    in_force: dict[str, int | None] = {}
     for role, url in (
         ("registry", client.registry_url),
         ("policy", client.policy_url),
         ("issuer", client.issuer_url),
         ("revoker", client.revoker_url),
         ("audit", client.audit_url),
+        ("gateway", client.gateway_url),
     ):
-        yield await _service(role, url)
-    yield await _service("gateway", client.gateway_url, may_be_away=True)
+        yield await _service(role, url, in_force, may_be_away=role == "gateway")
+    if finding_of_all := versions(trust.version, in_force):
+        yield finding_of_all
+    async for finding in opa_findings():
+        yield finding
 
 
 def _spelling() -> list[Finding]:
@@ -93,27 +88,6 @@ def _pinned_root(settings: ServiceSettings) -> Finding:
     )
 
 
-def _keys(settings: ServiceSettings) -> list[Finding]:
-    """The key files of services that are on this machine."""
-    files = [settings.key_file] if settings.key_file else sorted(settings.key_dir.glob("*.json"))
-    if not files:
-        says = f"no key files in {settings.key_dir}: no service can be started from here"
-        return [Finding("keys", "unknown", says)]
-    return [_key(Path(file)) for file in files]
-
-
-def _key(file: Path) -> Finding:
-    try:
-        if file.stem.endswith(SEAL):
-            id, kind = EncryptionKey.load(file).id, "X25519"
-        else:
-            key = SigningKey.load(file)
-            id, kind = key.id, key.alg
-    except RingfenceError as error:
-        return Finding(f"key {file.stem}", "bad", str(error))
-    return Finding(f"key {file.stem}", "good", f"{id}, {kind}, mode 0600")
-
-
 async def _topics(settings: ServiceSettings) -> Finding:
     try:
         async with TopicsAdmin(settings) as admin:
@@ -127,9 +101,8 @@ async def _topics(settings: ServiceSettings) -> Finding:
     return Finding("Kafka", "bad", f"{says}; run: ringfence topics check")
 
 
-async def _on_kafka(settings: ServiceSettings) -> AsyncIterator[Finding]:
+async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterator[Finding]:
     """The trust bundle in force, and how far the broker's clock is from ours."""
-    trust = TrustStore(settings.trust_domain, settings.trust_root)
     refused: list[str] = []
     skew = SkewCheck("the broker")
     clock = SystemClock()
@@ -148,82 +121,27 @@ async def _on_kafka(settings: ServiceSettings) -> AsyncIterator[Finding]:
 
     async with Follower(settings, [TRUST], on_trust) as follower, asyncio.timeout(_READ_WITHIN_S):
         await follower.complete.wait()
-    yield _bundle(trust, refused)
+    for finding in bundle_findings(trust, refused, time.time()):
+        yield finding
     async with Follower(settings, [HEARTBEAT], on_heartbeat, since_ms=None):
         await asyncio.sleep(_LISTEN_S)
     if skew.ahead_ms() is None:
         says = f"no heartbeat within {_LISTEN_S:g} s: the registry does not run, and every table goes stale"
         yield Finding("clock, broker", "bad", f"{says}; run: ringfence serve registry")
     else:
-        yield _clock("broker", skew)
+        yield clock_finding("broker", skew)
 
 
-def _bundle(trust: TrustStore, refused: Sequence[str]) -> Finding:
-    if trust.version is None:
-        why = refused[-1] if refused else "there is none; run: ringfence init --publish"
-        return Finding("trust bundle", "bad", f"no bundle on Kafka counts: {why}")
-    bundle = trust.require()
-    left_s = bundle.exp - time.time()
-    says = f"version {bundle.version}, {len(bundle.services)} services, for {left_s / 86_400:.0f} days"
-    if left_s < _SOON_S:
-        return Finding("trust bundle", "bad", f"{says}; sign a new one before it ends")
-    return Finding("trust bundle", "good", says)
-
-
-async def _redis(settings: ServiceSettings) -> AsyncIterator[Finding]:
-    try:
-        from ringfence.model.lease_store.link import Link
-    except ModuleNotFoundError:
-        says = "not looked at: that needs the extra `server` (ringfence[server]): pip install '.[server]'"
-        yield Finding("Redis", "unknown", says)
-        return
-    link = Link(settings.redis_url, lambda run_id: True)
-    skew = SkewCheck("Redis")
-    try:
-        (seconds, micros), policy, events = await link.pipeline(
-            [
-                ("TIME",),
-                ("CONFIG", "GET", "maxmemory-policy"),
-                ("CONFIG", "GET", "notify-keyspace-events"),
-            ]
-        )
-        skew.heard(int(seconds) * 1000 + int(micros) // 1000, SystemClock().now_ms())
-    except RingfenceError as error:
-        yield Finding("Redis", "bad", str(error))
-        return
-    finally:
-        await link.close()
-    yield _clock("Redis", skew)
-    evicts = _option(policy)
-    if evicts != "noeviction":
-        says = f"maxmemory-policy is {evicts}: leases could be evicted; set it to noeviction"
-        yield Finding("Redis", "bad", says)
-    elif not {"E", "x"} <= set(_option(events).replace("A", "x")):
-        says = "notify-keyspace-events lacks Ex: leases end on time all the same, woken by the deadline set alone"
-        yield Finding("Redis", "unknown", f"{says}; set it to Ex")
-    else:
-        yield Finding("Redis", "good", "answers, never evicts, tells of expired keys")
-
-
-def _option(answer: object) -> str:
-    """The value in an answer to CONFIG GET, whichever protocol it came by."""
-    values = list(answer.values()) if isinstance(answer, dict) else list(answer or [])[1:]  # type: ignore[call-overload]
-    return values[0].decode() if values and isinstance(values[0], bytes) else str(values[0] if values else "")
-
-
-def _clock(whose: str, skew: SkewCheck) -> Finding:
-    if reason := skew.unready():
-        return Finding(f"clock, {whose}", "bad", reason)
-    return Finding(f"clock, {whose}", "good", f"at most {abs(skew.ahead_ms() or 0)} ms apart")
-
-
-async def _service(role: str, url: str, *, may_be_away: bool = False) -> Finding:
-    """`may_be_away`: of what not every installation has."""
+async def _service(
+    role: str, url: str, in_force: dict[str, int | None], *, may_be_away: bool = False
+) -> Finding:
+    """`may_be_away`: of what not every installation has. `in_force` is told which trust bundle it has."""
     try:
         async with httpx.AsyncClient(timeout=3) as http:
             answer = await http.get(f"{url}/readyz")
             said = answer.json()
             reasons, denies = said.get("reasons", []), said.get("denies", [])
+            in_force[role] = said.get("trust_bundle")
     except (httpx.HTTPError, ValueError, AttributeError) as error:
         says = (
             f"{url} does not answer ({type(error).__name__}); start it, or set RINGFENCE_{role.upper()}_URL"

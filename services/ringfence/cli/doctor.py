@@ -14,7 +14,8 @@ _SIGNS = {"good": "ok", "bad": "WRONG", "unknown": "?"}
 
 def doctor(as_json: JsonOption = False) -> None:
     """Examine keys, trust, Kafka, Redis, clocks and services, and say what to do. Exit 1 where one is wrong."""
-    from ringfence.cli.diagnosis import Finding, examine
+    from ringfence.cli.diagnosis import examine
+    from ringfence.cli.finding import Finding
     from ringfence.client.settings import ClientSettings
     from ringfence.kernel.settings import ServiceSettings, load
 

@@ -31,6 +31,7 @@ def serve(
     ] = None,
 ) -> None:
     """Run one or more services until SIGTERM or Ctrl-C."""
+    from ringfence.cli.starting import check
     from ringfence.kernel.process import run
     from ringfence.kernel.settings import ServiceSettings, load
 
@@ -39,6 +40,7 @@ def serve(
         raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(_SERVED)}")
     if observe and "gateway" not in services:
         raise typer.BadParameter("--observe is for the gateway: ringfence serve gateway --observe TARGET")
+    check(services)
     settings = load(ServiceSettings)
     runtimes = [_built(name, settings, observe or []) for name in services]
     raise typer.Exit(run(runtimes, settings))

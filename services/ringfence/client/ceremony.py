@@ -20,6 +20,7 @@ from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.jws import open_signed, parse, sign
 from ringfence.kernel.kafka import Publisher
 from ringfence.kernel.keys import KeyFileError, SigningKey, public_key
+from ringfence.kernel.service_keys import NEXT
 from ringfence.kernel.settings import BusSettings
 from ringfence.messages.base import Name
 from ringfence.messages.oidc import OidcIssuer
@@ -39,7 +40,7 @@ _SEALED_TO: tuple[ServiceRole, ...] = ("issuer", "gateway")
 """Whose services have a key that credentials are sealed to."""
 SEAL = "-seal"
 """How the names of their files end."""
-_YEAR_S = 365 * 24 * 3600
+YEAR_S = 365 * 24 * 3600
 _A_NAME = TypeAdapter(Name)
 
 
@@ -92,7 +93,7 @@ def make_trust(
     operator: str,
     *,
     gateways: Sequence[str] = ("gateway",),
-    valid_s: int = _YEAR_S,
+    valid_s: int = YEAR_S,
 ) -> str:
     """Make the root, a key for each service and gateway, the first operator's key, and sign the trust bundle.
 
@@ -131,12 +132,12 @@ def add_gateways(folder: TrustFolder, gateways: Sequence[str]) -> TrustBundle:
     Issuers and gateways of before that have no key to seal to get one. The end of the bundle stays what it is.
 
     Returns the bundle. Needs the root's key. Raises InvalidCallError where a name cannot be one; CeremonyError where it
-    is taken, or there is no trust root, or its bundle has expired.
+    is taken, or there is no trust root, or its bundle has expired (see `ringfence.client.rotation`).
     """
-    root, bundle = _signed_before(folder)
+    root, bundle = signed_before(folder)
     now_s, trust_domain = int(time.time()), bundle.aud
     if bundle.exp <= now_s:
-        raise CeremonyError(f"the trust bundle in {folder.bundle} has expired; make a new trust root")
+        raise CeremonyError(f"the trust bundle in {folder.bundle} has expired; first sign it anew: --renew")
     _check_names(gateways=gateways)
     taken = {service.id for service in bundle.services}
     for name in gateways:
@@ -146,7 +147,7 @@ def add_gateways(folder: TrustFolder, gateways: Sequence[str]) -> TrustBundle:
     services += [
         _service(folder, trust_domain, name, "gateway", now_s, bundle.exp) for name in dict.fromkeys(gateways)
     ]
-    return _sign_next(folder, root, bundle, services=tuple(services))
+    return sign_following(folder, bundle, root, now_s, services=tuple(services))
 
 
 def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
@@ -165,9 +166,9 @@ def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
         raise CeremonyError(
             f"discovery goes by HTTPS, and the issuer is {issuer.issuer}; pin its keys (--jwks)"
         )
-    root, bundle = _signed_before(folder)
+    root, bundle = signed_before(folder)
     others = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer.issuer)
-    return _sign_next(folder, root, bundle, oidc_issuers=(*others, issuer))
+    return sign_following(folder, bundle, root, int(time.time()), oidc_issuers=(*others, issuer))
 
 
 def remove_oidc_issuer(folder: TrustFolder, issuer: str) -> TrustBundle:
@@ -175,21 +176,21 @@ def remove_oidc_issuer(folder: TrustFolder, issuer: str) -> TrustBundle:
 
     Returns the bundle. Needs the root's key. Raises CeremonyError where it is not there, or there is no trust root.
     """
-    root, bundle = _signed_before(folder)
+    root, bundle = signed_before(folder)
     others = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer)
     if len(others) == len(bundle.oidc_issuers):
         known = ", ".join(one.issuer for one in others) or "none"
         raise CeremonyError(f"the trust bundle has no issuer {issuer}; it has {known}")
-    return _sign_next(folder, root, bundle, oidc_issuers=others)
+    return sign_following(folder, bundle, root, int(time.time()), oidc_issuers=others)
 
 
-def _sign_next(folder: TrustFolder, root: SigningKey, bundle: TrustBundle, **changes: Any) -> TrustBundle:
-    """The bundle with these changes, signed, in its place. Raises CeremonyError where it has expired."""
-    now_s = int(time.time())
-    if bundle.exp <= now_s:
-        raise CeremonyError(f"the trust bundle in {folder.bundle} has expired; make a new trust root")
-    stamp = {"iat": now_s, "jti": str(uuid.uuid4()), "version": bundle.version + 1}
-    following = bundle.model_copy(update={**stamp, **changes})
+def sign_following(
+    folder: TrustFolder, bundle: TrustBundle, root: SigningKey, now_s: int, **changed: Any
+) -> TrustBundle:
+    """Sign the version after `bundle`, in which some fields are `changed`, and put it in the folder."""
+    following = bundle.model_copy(
+        update={"iat": now_s, "jti": str(uuid.uuid4()), "version": bundle.version + 1, **changed}
+    )
     fresh = folder.bundle.with_suffix(".new")
     fresh.write_text(sign(following, root, header_jwk=True) + "\n")
     fresh.replace(folder.bundle)
@@ -202,9 +203,9 @@ def _check_names(*names: str, gateways: Sequence[str]) -> None:
             _A_NAME.validate_python(name)
     if taken := sorted({*_KEYS_BY_ROLE, *ON_DEMAND, TOKEN_KEY} & set(gateways)):
         raise CeremonyError(f"{taken[0]} is the name of a service; give the gateway another")
-    if ending := [name for name in gateways if name.endswith(SEAL)]:
+    if ending := [name for name in gateways if name.endswith((SEAL, NEXT))]:
         raise CeremonyError(
-            f"{ending[0]} ends in {SEAL}, as the files of other keys do; give the gateway another"
+            f"{ending[0]} ends in {SEAL} or {NEXT}, as the files of other keys do; give the gateway another"
         )
 
 
@@ -229,7 +230,7 @@ def _with_encryption_key(
     return service.model_copy(update={"encryption_keys": (key.record(end_s, now_s - 60),)})
 
 
-def _signed_before(folder: TrustFolder) -> tuple[SigningKey, TrustBundle]:
+def signed_before(folder: TrustFolder) -> tuple[SigningKey, TrustBundle]:
     """The root's key, and the bundle that it signed last. Raises CeremonyError."""
     try:
         root = SigningKey.load(folder.root_key)
@@ -266,7 +267,7 @@ def first_operator(folder: TrustFolder, trust_domain: str, operator: str, name: 
         user_id=operator,
         name=name,
         roles=("operator",),
-        keys=(key.record(now_s + _YEAR_S, now_s - 60),),
+        keys=(key.record(now_s + YEAR_S, now_s - 60),),
         entitlements=Entitlements(scope=(), source="root", as_of=now_s),
     )
 
@@ -277,7 +278,7 @@ async def publish_trust(folder: TrustFolder, settings: BusSettings, operator: st
     Raises CeremonyError where `make_trust` has not run, or for another operator; UnavailableError where Kafka does not
     answer.
     """
-    root, _ = _signed_before(folder)
+    root, _ = signed_before(folder)
     command = first_operator(folder, settings.trust_domain, operator, name)
     await publish_bundle(folder, settings)
     async with Publisher(settings, root.id) as publisher:
@@ -286,7 +287,7 @@ async def publish_trust(folder: TrustFolder, settings: BusSettings, operator: st
 
 async def publish_bundle(folder: TrustFolder, settings: BusSettings) -> None:
     """Put the trust bundle on Kafka. Raises CeremonyError where there is none, UnavailableError where Kafka is not."""
-    root, bundle = _signed_before(folder)
+    root, bundle = signed_before(folder)
     compact, version = folder.bundle.read_text().strip(), str(bundle.version)
     async with Publisher(settings, root.id) as publisher:
         await (await publisher.send(TRUST, version, compact, id=f"trust-{bundle.jti}", type=TrustBundle.typ))

@@ -161,7 +161,7 @@ class Connection(Lifetime):
             await self.renew()
             await self._publisher.start()
             await self.follow([TRUST], self._on_trust)
-            self.trust.require()
+            self.trust.require(self.clock.now_ms() / 1000)
         except BaseException:
             await self.close()
             raise

@@ -65,7 +65,7 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     declared = Declared(all_backends(Material(settings.trust_domain, settings.issuer_url)))
     sealed = SealedCredentials(
         view.table, runtime.trust, clock,
-        key=runtime.key, seal=_seal_key(runtime, settings, own), issuer_url=own.issuer or settings.issuer_url,
+        key=lambda: runtime.key, seal=_seal_key(runtime, settings, own), issuer_url=own.issuer or settings.issuer_url,
     )  # fmt: skip
     secrets = StaticSecrets(TargetAccess.of(load(BackendSettings)))
     injector = Injector(view.table, sealed, secrets)

@@ -44,7 +44,12 @@ class LeaseFeed:
             if not record.value or self._epochs.took(record):
                 continue
             try:
-                lease = open_lease(record.value, self._runtime.trust, self._runtime.clock)
+                lease = open_lease(
+                    record.value,
+                    self._runtime.trust,
+                    self._runtime.clock,
+                    appended_at_ms=record.appended_at_ms,
+                )
             except InvalidMessageError as error:
                 log.warning(
                     "not a lease: %s/%d@%d: %s", record.topic_name, record.partition, record.offset, error

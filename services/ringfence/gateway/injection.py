@@ -10,7 +10,7 @@ import asyncio
 import logging
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import httpx
@@ -49,11 +49,11 @@ class SealedCredentials:
         trust: TrustStore,
         clock: Clock,
         *,
-        key: SigningKey,
+        key: Callable[[], SigningKey],
         seal: EncryptionKey | None,
         issuer_url: str,
     ) -> None:
-        """`key`: what this gateway signs its questions with; `seal`: what opens envelopes."""
+        """`key`: what this gateway signs its questions with, asked each time; `seal`: what opens envelopes."""
         self._table = table
         self._trust = trust
         self._clock = clock
@@ -175,15 +175,15 @@ class SealedCredentials:
         return delivery
 
     def _token(self) -> str:
-        now_s = self._clock.now_ms() // 1000
+        key, now_s = self._key(), self._clock.now_ms() // 1000
         claims = ApiToken(
-            iss=self._key.id,
+            iss=key.id,
             aud=self._trust.trust_domain,
             iat=now_s,
             exp=now_s + _TOKEN_S,
             jti=str(uuid.uuid4()),
         )
-        return sign(claims, self._key)
+        return sign(claims, key)
 
 
 class Injector:

@@ -80,7 +80,7 @@ class View:
         now_ms = self._runtime.clock.now_ms()
         if now_ms == self._fresh_at_ms:
             return None
-        stale = self._check.stale() or self.directory.stale()
+        stale = self.directory.stale() or self._check.stale()
         self._fresh_at_ms = now_ms if stale is None else 0
         return stale
 

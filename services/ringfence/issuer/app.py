@@ -77,7 +77,9 @@ def build(
     )
     grants = GrantKeeper(granted, store, responses.caught_up, own.patience_s)
     seal_key = _seal_key(own.seal_key_file, settings.key_dir / SEAL_KEY_FILE)
-    delivery = GatewayDelivery(runtime.trust, runtime.key, seal_key, runtime.clock, settings.trust_domain)
+    delivery = GatewayDelivery(
+        runtime.trust, lambda: runtime.key, seal_key, runtime.clock, settings.trust_domain
+    )
     handler = DecisionHandler(
         runtime,
         directory,

@@ -6,7 +6,7 @@ What was sealed stands on `credential.reply`, which is kept for as long as a lea
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ringfence.issuer.domain import Issue, Refusal
 from ringfence.kernel.clock import Clock
@@ -28,9 +28,16 @@ class GatewayDelivery:
     """Seals what gateways inject. It has no state: who the gateways are the trust bundle says."""
 
     def __init__(
-        self, trust: TrustStore, key: SigningKey, own: EncryptionKey | None, clock: Clock, trust_domain: str
+        self,
+        trust: TrustStore,
+        key: Callable[[], SigningKey],
+        own: EncryptionKey | None,
+        clock: Clock,
+        trust_domain: str,
     ) -> None:
-        """`own`: what the issuer keeps credentials sealed to; without it none is delivered to gateways."""
+        """`key`: what to sign by, asked each time. `own`: what the issuer keeps credentials sealed to; without it none
+        is delivered to gateways.
+        """
         self._trust = trust
         self._key = key
         self._own = own
@@ -61,8 +68,9 @@ class GatewayDelivery:
         if self._own is None:
             raise UnavailableError("the key that credentials for gateways are kept by has gone; put it back")
         lease = issue.lease
+        key = self._key()
         claims = CredentialDelivery(
-            iss=self._key.id,
+            iss=key.id,
             aud=self._trust_domain,
             iat=lease.iat,
             jti=id,
@@ -72,7 +80,7 @@ class GatewayDelivery:
             credential=credential,
         )
         to = [self._own.record(lease.deadline), *self._gateways()]
-        return enclose(sign(claims, self._key).encode(), to[:MAX_RECIPIENTS], about=lease.request_id)
+        return enclose(sign(claims, key).encode(), to[:MAX_RECIPIENTS], about=lease.request_id)
 
     def _gateways(self) -> tuple[KeyRecord, ...]:
         return self._trust.encryption_keys("gateway", self._clock.now_ms() / 1000)

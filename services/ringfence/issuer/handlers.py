@@ -56,6 +56,7 @@ from ringfence.model.directory import Directory
 from ringfence.model.identity import subject_of
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, StoredLease
 from ringfence.model.leases import origin_of, springs_from
+from ringfence.model.opening import open_lease
 
 log = logging.getLogger(__name__)
 
@@ -270,12 +271,7 @@ class DecisionHandler:
 
     def _recovered(self, decision: Decision, request: CredentialRequest, stored: StoredLease) -> _Live | None:
         try:
-            lease = open_signed(
-                parse(stored.jws),
-                Lease,
-                self._runtime.trust.finder("issuer", "revoker", at_s=self._runtime.clock.now_ms() / 1000),
-                audience=self._terms.trust_domain,
-            ).claims
+            lease = open_lease(stored.jws, self._runtime.trust, self._runtime.clock)
             target = self._directory.target(lease.target_id)
         except (InvalidMessageError, ChainError):
             return None

@@ -22,12 +22,14 @@ from ringfence.kernel import metrics
 from ringfence.kernel.assignors import AllToOneAssignor
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.ids import derived_id
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.ids import derived_id, digest
+from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Publisher, Received, fetch_options, received
 from ringfence.kernel.kafka_connection import connection
 from ringfence.kernel.settings import ServiceSettings
-from ringfence.messages.base import Topic
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.base import Claims, Topic, typ_header
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import DEAD_LETTER
 
@@ -40,6 +42,8 @@ Handler = Callable[[Received], Awaitable[None]]
 
 MAX_INVALID_SIGNED = 20
 """So many invalid records with a valid *service* signature halt a consumer: a bad deploy must not divert everything."""
+BURST_MS = 600_000
+"""Within such a time."""
 
 
 class HaltedError(RingfenceError):
@@ -51,21 +55,35 @@ class HaltedError(RingfenceError):
 class DeadLetters:
     """Where invalid records go: coordinates and the reason, never the payload."""
 
-    def __init__(self, publisher: Publisher, service: str, clock: Clock) -> None:
+    def __init__(
+        self,
+        publisher: Publisher,
+        service: str,
+        clock: Clock,
+        trust: TrustStore | None = None,
+        trust_moved: Callable[[], Awaitable[bool]] | None = None,
+    ) -> None:
+        """Args:
+            trust: says what services signed; without it nothing halts but what raises `trusted_signer` by itself.
+            trust_moved: whether a trust bundle came that was not known a moment ago; asked where a key is unknown.
+        """  # fmt: skip
+        self._trust = trust
+        self._trust_moved = trust_moved
         self._publisher = publisher
         self._service = service
         self._clock = clock
-        self._invalid_signed = 0
+        self._invalid_signed: dict[str, int] = {}
+        """When which came, by their digests: somebody who sends one again and again stops nobody."""
 
     async def bury(self, record: Received, error: InvalidMessageError) -> None:
-        """Report one invalid record. Raises HaltedError at the limit of invalid records from trusted signers."""
-        if error.trusted_signer:
-            self._invalid_signed += 1
-            if self._invalid_signed > MAX_INVALID_SIGNED:
-                raise HaltedError(
-                    f"{self._invalid_signed} invalid records with valid service signatures, the last: {error}; "
-                    "consumption of this service is halted: look at its dead letters, then restart it"
-                )
+        """Report one invalid record. Raises HaltedError at the limit of invalid records from trusted signers.
+
+        Raises UnavailableError where its key may be known by now: the same record is to be looked at again.
+        """
+        if error.code == "key_unknown" and self._trust_moved is not None and await self._trust_moved():
+            raise UnavailableError(f"a new trust bundle came meanwhile, so once more: {error}")
+        if error.trusted_signer or self._of_a_bad_deploy(record, error):
+            self._count(record, error)
         log.warning(
             "dead-lettered %s/%d@%d: %s (%s)",
             record.topic_name,
@@ -86,6 +104,29 @@ class DeadLetters:
         await self._publisher.publish_plain(
             DEAD_LETTER, record.topic_name, letter, id=id, traceparent=record.traceparent
         )
+
+    def _of_a_bad_deploy(self, record: Received, error: InvalidMessageError) -> bool:
+        """Whether a service wrote it, here, in a shape that is none. What somebody copied from elsewhere is not."""
+        if self._trust is None or error.code != "claims_invalid":
+            return False
+        try:
+            jws = parse(record.value)
+        except InvalidMessageError:
+            return False
+        expected = {typ_header(model) for model in record.topic.models if issubclass(model, Claims)}
+        return jws.header.typ in expected and self._trust.signed_by_service(jws, record.appended_at_ms / 1000)
+
+    def _count(self, record: Received, error: InvalidMessageError) -> None:
+        """Raises HaltedError where it is one too many."""
+        since_ms = record.appended_at_ms - BURST_MS
+        recent = {mark: at_ms for mark, at_ms in self._invalid_signed.items() if at_ms >= since_ms}
+        recent[digest(record.value)] = record.appended_at_ms
+        self._invalid_signed = recent
+        if len(recent) > MAX_INVALID_SIGNED:
+            raise HaltedError(
+                f"{len(recent)} invalid records with valid service signatures, the last: {error}; "
+                "consumption of this service is halted: look at its dead letters, then restart it"
+            )
 
 
 def one_by_one(handle: Handler, letters: DeadLetters) -> BatchHandler:
@@ -163,6 +204,9 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._assignor = AllToOneAssignor if alone else RangePartitionAssignor
         self._assigned_anew = True
         self._consumer: AIOKafkaConsumer | None = None
+        self._draining = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.halted: str | None = None
         self.running = False
 
@@ -193,13 +237,19 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         try:
             self._consumer = consumer
             self.running = True
-            while True:
+            while not self._draining.is_set():
                 await self._step(consumer)
         finally:
             self.running = False
             self._consumer = None
             with contextlib.suppress(KafkaError):
                 await consumer.stop()
+
+    async def drain(self) -> None:
+        """Take nothing new, and return once what was taken is done and committed. It may never be: bound the wait."""
+        self._draining.set()
+        if self.halted is None:
+            await self._idle.wait()
 
     async def _start(self, consumer: AIOKafkaConsumer) -> None:
         while True:
@@ -219,15 +269,19 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             log.warning("reading failed, trying again: %s", error)
             await asyncio.sleep(0.5)
             return
-        if not batches:
+        if (
+            not batches or self._draining.is_set()
+        ):  # what is not committed comes again, to whoever is there then
             return
         # What comes while a batch is handled gathers at the broker for the next one: read ahead, every handler would be
         # given a batch of one or two.
         held = consumer.assignment()
         consumer.pause(*held)
+        self._idle.clear()
         try:
             await self._handle(consumer, batches)
         finally:
+            self._idle.set()
             consumer.resume(*(held & consumer.assignment()))
 
     async def _handle(self, consumer: AIOKafkaConsumer, batches: dict[TopicPartition, list[Any]]) -> None:
@@ -240,17 +294,20 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 received(record, self._topics) for record in records
             )
         for name in self._handlers:
-            if name in by_topic:
-                await self._settle(consumer, name, by_topic[name])
+            if name in by_topic and not await self._settle(consumer, name, by_topic[name]):
+                return
 
-    async def _settle(self, consumer: AIOKafkaConsumer, name: str, batch: list[Received]) -> None:
-        """Handle a batch until it is done, then commit it. What was assigned away meanwhile is somebody else's."""
+    async def _settle(self, consumer: AIOKafkaConsumer, name: str, batch: list[Received]) -> bool:
+        """Handle a batch until it is done, then commit it. What was assigned away meanwhile is somebody else's.
+
+        False where it failed and the consumer is to end: it is not committed, and comes again.
+        """
         attempt = 0
         while True:
             mine = {p.partition for p in consumer.assignment() if p.topic == name}
             batch = [record for record in batch if record.partition in mine]
             if not batch:
-                return
+                return True
             try:
                 await self._handlers[name](batch)
                 break
@@ -273,7 +330,10 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                     why,
                     exc_info=None if known else error,
                 )
-                await asyncio.sleep(delay_s)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._draining.wait(), delay_s)
+                if self._draining.is_set():
+                    return False
         ends: dict[TopicPartition, int] = {}
         for record in batch:
             partition = TopicPartition(name, record.partition)
@@ -284,6 +344,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             log.info("the batch was done, its commit was not: it comes again (%s)", error)
         except KafkaError as error:
             log.warning("committing failed, the batch may come again: %s", error)
+        return True
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
         """Called by aiokafka before a rebalance: the batch under way goes on, and comes again if its commit fails."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -34,11 +34,12 @@ def application(
     checks: Sequence[ReadyCheck],
     denials: Sequence[ReadyCheck] = (),
     warnings: Sequence[ReadyCheck] = (),
+    facts: Callable[[], Mapping[str, object]] = dict,
 ) -> Starlette:
     """The ASGI application of a service.
 
     `checks` say why it is not ready; `denials` why it denies, though it is ready to say so and to answer what it can;
-    `warnings` what people should know though it works.
+    `warnings` what people should know though it works; `facts` are for comparing services with each other.
     """
 
     async def healthz(_: Request) -> Response:
@@ -53,6 +54,7 @@ def application(
                 "reasons": reasons,
                 "denies": [reason for check in denials if (reason := check())],
                 **({"warnings": warned} if warned else {}),
+                **facts(),
             },
             status_code=503 if reasons else 200,
         )

@@ -18,7 +18,10 @@ from ringfence.kernel.settings import ServiceSettings
 
 
 def run(runtimes: Sequence[Runtime], settings: ServiceSettings) -> int:
-    """Run services in this process until SIGTERM or SIGINT, then drain. Returns the exit status."""
+    """Run services in this process until SIGTERM or SIGINT, then drain; SIGHUP reads their key files again.
+
+    Returns the exit status.
+    """
     ringfence_logging.configure(
         "+".join(runtime.role for runtime in runtimes), format=settings.log_format, level=settings.log_level
     )
@@ -39,13 +42,19 @@ async def _until_signalled(runtimes: Sequence[Runtime]) -> None:
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, _reload, runtimes)
     running = [asyncio.create_task(runtime.run(stop), name=runtime.role) for runtime in runtimes]
     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
     stop.set()
     results = await asyncio.gather(*running, return_exceptions=True)
     with contextlib.suppress(NotImplementedError):
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(signum)
     for result in results:
         if isinstance(result, BaseException):
             raise result
+
+
+def _reload(runtimes: Sequence[Runtime]) -> None:
+    for runtime in runtimes:
+        runtime.reload_keys()

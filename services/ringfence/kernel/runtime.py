@@ -17,7 +17,8 @@ from ringfence.kernel.errors import InvalidMessageError, RingfenceError, Unavail
 from ringfence.kernel.http import HttpServer, ReadyCheck, application
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.kafka import Follower, Publisher, Received
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.keys import KeyFileError, SigningKey
+from ringfence.kernel.service_keys import ServiceKeys
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.skew import SkewCheck
 from ringfence.kernel.trust import TrustStore
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 _CANCEL_AGAIN_S = 3.0
 _TRUST_MS = 200
 """A new trust bundle comes once in months."""
+_CATCH_UP_S = 2.0
+DRAIN_S = 10.0
+"""What a batch under way is given to end once the service is told to stop."""
 TableReader = Callable[[Sequence[Received]], None]
 
 
@@ -44,14 +48,19 @@ class Runtime:
         self.role: ServiceRole = role
         self.settings = settings
         self.clock: Clock = clock or SystemClock()
-        self.key = SigningKey.load(settings.key_file or settings.key_dir / f"{role}.json")
         self.trust = TrustStore(settings.trust_domain, settings.trust_root)
+        self._keys = ServiceKeys(
+            settings.key_file or settings.key_dir / f"{role}.json", self.trust, self.clock
+        )
         self.publisher = Publisher(settings, self.key.id, self.clock)
-        self.letters = DeadLetters(self.publisher, role, self.clock)
+        self.letters = DeadLetters(self.publisher, role, self.clock, self.trust, self._trust_moved)
         self.routes: list[BaseRoute] = []
         self._instance = secrets.token_hex(8)
         self._tables: dict[Topic[Any], TableReader] = {}
         self._table_follower: Follower | None = None
+        self._trust_follower: Follower | None = None
+        self.bundle_overwritten = False
+        """Whether the last record under the key of the bundle in force is another: compaction would let it vanish."""
         self._followers: list[Follower] = []
         self._consumers: list[Consumer] = []
         self._background: list[tuple[str, Callable[[], Awaitable[None]]]] = []
@@ -62,10 +71,22 @@ class Runtime:
             self._consumer_check,
             self._skew.unready,
         ]
-        self._denials: list[ReadyCheck] = []
+        self._denials: list[ReadyCheck] = [lambda: self.trust.expired(self.clock.now_ms() / 1000)]
         self._warnings: list[ReadyCheck] = []
         self._opening: list[Callable[[], Awaitable[None]]] = []
         self._closing: list[Callable[[], Awaitable[None]]] = []
+
+    @property
+    def key(self) -> SigningKey:
+        """The key to sign by now: ask for it each time, as another one may follow it. Its `id` stays the same."""
+        return self._keys.current
+
+    def reload_keys(self) -> None:
+        """Read the key files again: one that follows may have been put beside. What is wrong with them is logged."""
+        try:
+            self._keys.reload()
+        except KeyFileError as error:
+            log.error("going on with the keys of before: %s", error)
 
     # --- what `app.py` says before the start ---
 
@@ -177,6 +198,10 @@ class Runtime:
         """Why the service is not ready; empty where it is."""
         return [reason for check in self._checks if (reason := check())]
 
+    def _facts(self) -> dict[str, object]:
+        """What `/readyz` tells besides: all services should have one trust bundle in force."""
+        return {"trust_bundle": self.trust.version, "signs_by": self.key.kid}
+
     async def run(self, stop: asyncio.Event) -> None:
         """Run until `stop` is set, then drain: the batches under way end, nothing new is taken.
 
@@ -184,7 +209,7 @@ class Runtime:
         """
         host, _, port = self.settings.http.partition(":")
         server = HttpServer(
-            application(self.routes, self._checks, self._denials, self._warnings),
+            application(self.routes, self._checks, self._denials, self._warnings, self._facts),
             host,
             int(port or PORTS[self.role]),
         )
@@ -205,6 +230,7 @@ class Runtime:
                         raise RingfenceError(f"{task.get_name()} of {self.role} ended by itself")
         finally:
             stopping.cancel()
+            await self._drain()
             await _end(work[1:])
             if started:
                 with contextlib.suppress(Exception):
@@ -217,11 +243,19 @@ class Runtime:
                 await closing()
             await self.publisher.stop()
 
+    async def _drain(self) -> None:
+        """Let the batches under way come to their ends, and their offsets be committed, within `DRAIN_S`."""
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                await asyncio.gather(*(consumer.drain() for consumer in self._consumers))
+        except TimeoutError:
+            log.warning("%s goes without what it began: it comes again, to whoever is there then", self.role)
+
     async def _start(self, stop: asyncio.Event, http: asyncio.Task[None]) -> bool:
         """Start everything that is needed before work is taken; False where the service was stopped meanwhile."""
         await _until_available(self.publisher.start, stop, http)
         # Trust comes first: a record that arrived before the bundle would be refused as signed by nobody.
-        trust = Follower(self.settings, [TRUST], self._on_trust, linger_ms=_TRUST_MS)
+        trust = self._trust_follower = Follower(self.settings, [TRUST], self._on_trust, linger_ms=_TRUST_MS)
         if self._tables:
             self._table_follower = Follower(self.settings, list(self._tables), self._on_tables)
             self._followers.insert(0, self._table_follower)
@@ -246,10 +280,22 @@ class Runtime:
 
     def _on_trust(self, records: Sequence[Received]) -> None:
         for record in records:
-            try:
-                self.trust.load(record.value, self.clock.now_ms() / 1000)
-            except InvalidMessageError as error:
-                log.error("ignored a trust bundle at %s@%d: %s", record.topic_name, record.offset, error)
+            self._take_bundle(record)
+            if record.key == str(self.trust.version):
+                self.bundle_overwritten = record.value != self.trust.compact
+
+    def _take_bundle(self, record: Received) -> None:
+        try:
+            if self.trust.load(record.value, self.clock.now_ms() / 1000):
+                self._keys.on_bundle(record.appended_at_ms)
+        except InvalidMessageError as error:
+            log.error("ignored a trust bundle at %s@%d: %s", record.topic_name, record.offset, error)
+
+    async def _trust_moved(self) -> bool:
+        version = self.trust.version
+        if self._trust_follower is not None:
+            await self._trust_follower.caught_up(_CATCH_UP_S)
+        return self.trust.version != version
 
     def _follower_check(self) -> str | None:
         for follower in self._followers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -14,6 +15,7 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+from pydantic_settings.exceptions import SettingsError as UnreadableError
 
 from ringfence.kernel.errors import SettingsError
 from ringfence.kernel.places import Place
@@ -30,7 +32,9 @@ S = TypeVar("S", bound=BaseSettings)
 class RingfenceSettings(BaseSettings):
     """Base of all settings classes: reads the environment, then the TOML file."""
 
-    model_config = SettingsConfigDict(env_prefix="RINGFENCE_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="RINGFENCE_", extra="ignore", frozen=True, use_attribute_docstrings=True
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -164,11 +168,46 @@ def load(cls: type[S], **overrides: Any) -> S:
     try:
         return cls(**overrides)
     except ValidationError as error:
-        prefix = cls.model_config.get("env_prefix") or ""
-        lines = [
-            f"{prefix}{'_'.join(map(str, item['loc'])).upper()}: {item['msg']}"
-            if item["loc"]
-            else item["msg"].removeprefix("Value error, ")  # it is about several, and names them
-            for item in error.errors(include_url=False)
-        ]
-        raise SettingsError("settings are wrong:\n  " + "\n  ".join(lines)) from None
+        raise wrong(_lines(cls, error)) from None
+    except UnreadableError as error:
+        raise wrong([_no_json(cls, error)]) from None
+
+
+def problems(cls: type[BaseSettings]) -> list[str]:
+    """What is wrong with settings, a line for each, and what is meant instead; empty where nothing is."""
+    try:
+        cls()
+    except ValidationError as error:
+        return _lines(cls, error)
+    except UnreadableError as error:
+        return [_no_json(cls, error)]
+    except SettingsError as error:
+        return [error.message]
+    return []
+
+
+def wrong(lines: Sequence[str]) -> SettingsError:
+    """The error that says all of this."""
+    return SettingsError(
+        "settings are wrong; correct them in the environment or in ringfence.toml:\n  " + "\n  ".join(lines)
+    )
+
+
+def _no_json(cls: type[BaseSettings], error: UnreadableError) -> str:
+    """What is to be JSON in the environment and is none; the error names the field, and nothing of its value."""
+    field = next((name for name in cls.model_fields if f'"{name}"' in str(error)), "")
+    return f"{cls.model_config.get('env_prefix') or ''}{field}".upper() + ": not JSON, which it has to be"
+
+
+def _lines(cls: type[BaseSettings], error: ValidationError) -> list[str]:
+    prefix = cls.model_config.get("env_prefix") or ""
+    found = []
+    for item in error.errors(include_url=False):
+        if not item["loc"]:  # it is about several, and names them
+            found.append(item["msg"].removeprefix("Value error, "))
+            continue
+        field = cls.model_fields.get(str(item["loc"][0]))
+        meant = " ".join((field.description or "").split()) if field else ""
+        name = f"{prefix}{'_'.join(map(str, item['loc'])).upper()}"
+        found.append(f"{name}: {item['msg']}" + (f". It is: {meant}" if meant else ""))
+    return found

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeVar, get_args
 
 from ringfence.kernel.envelope import usable
 from ringfence.kernel.errors import InvalidMessageError, SignatureError, UnavailableError
-from ringfence.kernel.jws import KeyFinder, open_signed, parse
-from ringfence.kernel.keys import PublicKey, public_key, valid_key
+from ringfence.kernel.jws import KeyFinder, UnverifiedJws, open_signed, parse
+from ringfence.kernel.keys import PublicKey, public_key, thumbprint, valid_key
+from ringfence.messages.base import Claims
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.oidc import OidcIssuer, OidcUse
-from ringfence.messages.trust import ServiceRole, TrustBundle
+from ringfence.messages.trust import RootHandover, ServiceRole, TrustBundle
 
 log = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=Claims)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +39,9 @@ class TrustStore:
         self.root_id = f"spiffe://{trust_domain}/root"
         self._fingerprint = root_fingerprint
         self._root: PublicKey | None = None
+        """The root of the bundle in force: the pinned one, or one to which it handed over."""
         self._bundle: TrustBundle | None = None
+        self._compact = b""
         self._other_root: str | None = None
         """The root that signed a bundle which was refused for it."""
         self._services: dict[str, list[_Service]] = {}
@@ -43,44 +52,78 @@ class TrustStore:
         """The version of the bundle in force."""
         return self._bundle.version if self._bundle else None
 
+    @property
+    def compact(self) -> bytes:
+        """The bundle in force as the root signed it; empty where there is none."""
+        return self._compact
+
     def load(self, compact: str | bytes, now_s: float) -> bool:
         """Take in a bundle. False where it is not newer than the one in force.
 
-        Raises SignatureError where it is not signed by the pinned root, InvalidMessageError where it is malformed.
+        One that has expired is taken in too, and denies everything: it is the root's last word all the same.
+
+        Raises SignatureError where it is not signed by the pinned root or one that this led to, InvalidMessageError
+        where it is malformed.
+        """
+        root, bundle = self._by_any_root(compact, TrustBundle)
+        believed = self._root.kid if self._root else self._fingerprint
+        if root.kid != believed and not self._leads(believed, root.kid, bundle.handovers):
+            self._other_root = root.kid
+            said = f"in force is {believed}" if self._root else f"pinned is {believed} (RINGFENCE_TRUST_ROOT)"
+            raise SignatureError(f"signed by root {root.kid}, {said}")
+        if self._bundle is not None and bundle.version <= self._bundle.version:
+            return False
+        self._bundle, self._root = bundle, root
+        self._compact = compact.encode() if isinstance(compact, str) else compact
+        self._services = {}
+        for service in bundle.services:
+            known = _Service(frozenset(service.roles), service.keys, service.encryption_keys)
+            self._services.setdefault(service.id, []).append(known)
+        log.info("trust bundle %d in force, by root %s", bundle.version, root.kid)
+        if expired := self.expired(now_s):
+            log.error("%s", expired)
+        return True
+
+    def _leads(self, believed: str, wanted: str, handovers: Sequence[str]) -> bool:
+        """Whether the roots, each by its own signature, hand over from the one that is believed to the one wanted."""
+        at = believed
+        for handover in handovers:
+            root, claims = self._by_any_root(handover, RootHandover)
+            if root.kid == at:  # those before it are of roots before the one that is believed
+                at = thumbprint(claims.next_root)
+        return at == wanted
+
+    def _by_any_root(self, compact: str | bytes, model: type[C]) -> tuple[PublicKey, C]:
+        """What the key in its own header signed, and that key: nothing before the pin, or a root, vouches for the key.
+
+        Raises InvalidMessageError.
         """
         jws = parse(compact)
         try:
             root = public_key(PublicJwk.model_validate(jws.header.jwk, strict=True))
         except ValueError:
-            raise InvalidMessageError("a trust bundle carries the root's key in its header (jwk)") from None
-        if root.kid != self._fingerprint:
-            self._other_root = root.kid
-            raise SignatureError(
-                f"signed by root {root.kid}, pinned is {self._fingerprint} (RINGFENCE_TRUST_ROOT)"
-            )
-        bundle = open_signed(
-            jws, TrustBundle, lambda iss, kid: root if (iss, kid) == (self.root_id, root.kid) else None,
-            audience=self.trust_domain,
-        ).claims  # fmt: skip
-        if self._bundle is not None and bundle.version <= self._bundle.version:
-            return False
-        if bundle.exp <= now_s:
             raise InvalidMessageError(
-                f"trust bundle {bundle.version} has expired; sign a new one", code="expired"
-            )
-        self._bundle, self._root = bundle, root
-        self._services = {}
-        for service in bundle.services:
-            known = _Service(frozenset(service.roles), service.keys, service.encryption_keys)
-            self._services.setdefault(service.id, []).append(known)
-        log.info("trust bundle %d in force", bundle.version)
-        return True
+                "what a root signs carries the root's key in its header (jwk)"
+            ) from None
+        signed = open_signed(
+            jws, model, lambda iss, kid: root if (iss, kid) == (self.root_id, root.kid) else None,
+            audience=self.trust_domain,
+        )  # fmt: skip
+        return root, signed.claims
 
-    def root_key(self, iss: str, kid: str) -> PublicKey | None:
-        """The root's own key, for what only the root signs."""
-        if self._root is None or (iss, kid) != (self.root_id, self._root.kid):
+    def root_key(self, iss: str, kid: str, at_s: float | None = None) -> PublicKey | None:
+        """The root's key `kid`, for what only the root signs: today's, or one that was the root's at `at_s`.
+
+        At any time where `at_s` is None: to know whose a key is, never to believe what it signs.
+        """
+        if self._root is None or self._bundle is None or iss != self.root_id:
             return None
-        return self._root
+        if kid == self._root.kid:
+            return self._root
+        for former in self._bundle.former_roots:
+            if former.kid == kid:
+                return public_key(former.jwk) if at_s is None else valid_key((former,), kid, at_s)
+        return None
 
     def service_key(
         self, iss: str, kid: str, roles: tuple[ServiceRole, ...], at_s: float
@@ -92,6 +135,20 @@ class TrustStore:
             if not service.roles.isdisjoint(roles):
                 return valid_key(service.keys, kid, at_s)
         return None
+
+    def signed_by_service(self, jws: UnverifiedJws, at_s: float) -> bool:
+        """Whether any service signed this, whatever it says: it may be of no shape that anybody knows."""
+        try:
+            claims = json.loads(jws.payload)
+            iss = claims["iss"] if isinstance(claims, dict) else None
+        except (ValueError, KeyError, RecursionError):
+            return False
+        if not isinstance(iss, str):
+            return False
+        key = self.service_key(iss, jws.header.kid, get_args(ServiceRole), at_s)
+        return (
+            key is not None and key.alg == jws.header.alg and key.verifies(jws.signature, jws.signing_input)
+        )
 
     def encryption_keys(
         self, role: ServiceRole, at_s: float, *, of: str | None = None
@@ -124,8 +181,20 @@ class TrustStore:
             )
         return "no trust bundle on the trust topic; run: ringfence init --publish"
 
-    def require(self) -> TrustBundle:
-        """The bundle in force. Raises UnavailableError where there is none."""
+    def expired(self, now_s: float) -> str | None:
+        """Why nothing can be trusted any more, or None: the bundle in force has come to its end."""
+        if self._bundle is None or now_s < self._bundle.exp:
+            return None
+        ended = datetime.fromtimestamp(self._bundle.exp, UTC).isoformat(timespec="seconds")
+        return (
+            f"trust bundle {self._bundle.version} expired at {ended}: nobody is believed; the root signs the next one: "
+            "ringfence init --renew --publish"
+        )
+
+    def require(self, now_s: float | None = None) -> TrustBundle:
+        """The bundle in force. Raises UnavailableError where there is none, or it has expired at `now_s`."""
         if self._bundle is None:
             raise UnavailableError(str(self.unready()))
+        if now_s is not None and (reason := self.expired(now_s)):
+            raise UnavailableError(reason, code="trust_expired")
         return self._bundle

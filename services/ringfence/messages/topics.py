@@ -36,7 +36,14 @@ _SERVICES = ("every service",)
 _VERIFIERS = ("every service", "agents", "users")
 """Whoever believes what is signed needs the records, up to the root."""
 
-TRUST = Topic("trust", (TrustBundle,), "version", "jws", ("root (offline)",), _VERIFIERS)
+TRUST = Topic(
+    "trust",
+    (TrustBundle,),
+    "version",
+    "jws",
+    ("root (offline)", "registry (what was overwritten)"),
+    _VERIFIERS,
+)
 REGISTRY_COMMAND: Topic[Any] = Topic(
     "registry.command", COMMANDS, "subject id", "jws", ("users", "scim"), ("registry", "audit"), 7 * _DAY
 )

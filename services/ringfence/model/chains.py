@@ -120,7 +120,8 @@ class Chains:
             raise InvalidMessageError(f"typ {jws.header.typ[:80]!r} names no command", code="typ_unexpected")
 
         def find(iss: str, kid: str) -> PublicKey | None:
-            return self._trust.root_key(iss, kid) or self.command_key(iss, kid, appended_at_ms, own)
+            root = self._trust.root_key(iss, kid, appended_at_ms / 1000)
+            return root or self.command_key(iss, kid, appended_at_ms, own)
 
         signed = open_signed(
             jws, model, find, audience=self._trust.trust_domain, appended_at_ms=appended_at_ms
@@ -172,6 +173,10 @@ class Chains:
             raise ChainError(f"the state of {record.sub} is not what its commands say")
         if record.sub != subject_spiffe(self._trust.trust_domain, state):
             raise ChainError(f"the record of {record.sub} is about another subject")
+
+    def forget(self) -> None:
+        """Fold everything anew when it is next looked at: another trust bundle may say otherwise."""
+        self._histories.clear()
 
     # --- folding ---
 

@@ -55,6 +55,7 @@ _RECORDS: dict[SubjectKind, type[AnyRecord]] = {
     "task": TaskRecord,
 }
 _REMEMBERED_DIGESTS = 10_000
+_REMEMBERED_UNBELIEVED = 1_000
 _CLOCKS_DIFFER_MS = 60_000
 """How far the registry's clock may be from the broker's before its heartbeats count as old ones, sent again."""
 
@@ -142,6 +143,9 @@ class Directory:
         self._displaced: set[tuple[SubjectKind, str]] = set()
         self._last_beat_ms = 0
         self._beat_heard_ms = 0
+        self._trust_version = trust.version
+        self._unbelieved: deque[Received] = deque(maxlen=_REMEMBERED_UNBELIEVED)
+        """Records by keys that the trust bundle did not have: the next one may, and may come a moment later."""
         self.chains = Chains(trust, self._unverified_user)
 
     @property
@@ -153,11 +157,25 @@ class Directory:
 
     def on_records(self, records: Sequence[Received]) -> None:
         """Take in what came from the topics in `TABLES`."""
+        self._trust_as_it_is_now()
         for record in records:
             if record.topic is HEARTBEAT:
                 self._on_heartbeat(record)
             else:
                 self._on_record(record)
+
+    def _trust_as_it_is_now(self) -> None:
+        """Where another trust bundle is in force, what was verified by the one before is verified anew."""
+        if self._trust_version == self._trust.version:
+            return
+        self._trust_version = self._trust.version
+        self.chains.forget()
+        for slots in self._slots.values():
+            for slot in slots.values():
+                slot.verified, slot.broken = False, None
+        unbelieved, self._unbelieved = self._unbelieved, deque(maxlen=_REMEMBERED_UNBELIEVED)
+        for record in unbelieved:
+            self._on_record(record)
 
     def on_change(self, listener: Callable[[SubjectKind, str], None]) -> None:
         """Call `listener` with (kind, id) after each record that was taken in."""
@@ -218,6 +236,8 @@ class Directory:
         if key in self._slots[kind]:
             self._displaced.add((kind, key))
         code, _, message = problem.partition(": ")
+        if code == "key_unknown":
+            self._unbelieved.append(record)
         log.error(
             "refused a %s record at %d@%d: %s", record.topic.what, record.partition, record.offset, problem
         )
@@ -331,6 +351,8 @@ class Directory:
         """Why this table must deny, or None: no matching heartbeat of the registry within the grace."""
         if self._grace_ms is None:
             return None
+        if expired := self._trust.expired(self._clock.now_ms() / 1000):
+            return expired
         if not self._last_beat_ms:
             return "no heartbeat of the registry was seen yet"
         confirmed = [(part.confirmed_at_ms, topic) for (topic, _), part in self._parts.items()]
@@ -357,6 +379,7 @@ class Directory:
         )
 
     def _entry(self, kind: SubjectKind, id: str) -> Entry[AnyState] | None:
+        self._trust_as_it_is_now()
         slot = self._slots[kind].get(id)
         if slot is None:
             return None

@@ -5,22 +5,41 @@ from __future__ import annotations
 import orjson
 
 from ringfence.kernel.clock import Clock
-from ringfence.kernel.jws import UnverifiedJws, open_signed, parse
+from ringfence.kernel.errors import SignatureError
+from ringfence.kernel.jws import LEEWAY_S, UnverifiedJws, open_signed, parse
 from ringfence.kernel.keys import PublicKey
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.lease import Lease
 
+_LONGEST_S = 86_400
+"""The longest that any lease lives."""
 
-def open_lease(jws: str | bytes, trust: TrustStore, clock: Clock) -> Lease:
-    """The claims of a lease's record that an issuer or a revoker signed. Raises InvalidMessageError."""
+
+def open_lease(
+    jws: str | bytes, trust: TrustStore, clock: Clock, *, appended_at_ms: int | None = None
+) -> Lease:
+    """The claims of a lease's record that an issuer or a revoker signed. Raises InvalidMessageError.
+
+    `appended_at_ms`: when Kafka had it; its key must have counted then. None for what has no such time, in Redis: its
+    key must count now, or have counted when the record says that it was signed. Whoever stole a key that has ended
+    could say anything of that: so whatever lives by such a key ends, at the latest, one longest life of a lease later.
+    """
     parsed = parse(jws)
+    now_s = clock.now_ms() / 1000 if appended_at_ms is None else appended_at_ms / 1000
+    by_former_key = False
 
     def find(iss: str, kid: str) -> PublicKey | None:
-        # An end bears the time of its cause, which may lie before its key began to count. Most keys count now.
-        key = trust.finder("issuer", "revoker", at_s=clock.now_ms() / 1000)(iss, kid)
-        return key or trust.finder("issuer", "revoker", at_s=_unverified_iat(parsed))(iss, kid)
+        nonlocal by_former_key
+        key = trust.finder("issuer", "revoker", at_s=now_s)(iss, kid)
+        if key is None and appended_at_ms is None:
+            key = trust.finder("issuer", "revoker", at_s=_unverified_iat(parsed))(iss, kid)
+            by_former_key = True
+        return key
 
-    return open_signed(parsed, Lease, find, audience=trust.trust_domain).claims
+    lease = open_signed(parsed, Lease, find, audience=trust.trust_domain).claims
+    if by_former_key and lease.deadline - lease.iat > _LONGEST_S + LEEWAY_S:
+        raise SignatureError(f"lease {lease.lease_id} outlives the key that signed it", code="key_ended")
+    return lease
 
 
 def _unverified_iat(jws: UnverifiedJws) -> float:

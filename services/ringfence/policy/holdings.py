@@ -295,7 +295,7 @@ class Holdings:
 
     def _open(self, record: Received) -> None:
         try:
-            lease = open_lease(record.value, self._trust, self._clock)
+            lease = open_lease(record.value, self._trust, self._clock, appended_at_ms=record.appended_at_ms)
         except InvalidMessageError as error:
             log.error("ignored the record of a lease at %s@%d: %s", record.topic_name, record.offset, error)
             return

@@ -10,7 +10,7 @@ from typing import Any
 from aiokafka.errors import KafkaError
 
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.ids import derived_id
+from ringfence.kernel.ids import derived_id, digest
 from ringfence.kernel.jws import open_signed, parse, sign
 from ringfence.kernel.kafka import Follower, Received
 from ringfence.kernel.runtime import Runtime
@@ -26,7 +26,8 @@ from ringfence.messages.registry import (
     TaskState,
     UserRecord,
 )
-from ringfence.messages.topics import AGENT, HEARTBEAT, TARGET, TASK, USER
+from ringfence.messages.topics import AGENT, HEARTBEAT, TARGET, TASK, TRUST, USER
+from ringfence.messages.trust import TrustBundle
 from ringfence.model.chains import Authorised, ChainError, unverified_command
 from ringfence.model.directory import Alarm, Directory
 from ringfence.model.identity import SubjectKind
@@ -262,6 +263,8 @@ class Registry:
             self._compare()
         for kind, id in self._directory.displaced():
             await self._write_again(kind, id)
+        if self._runtime.bundle_overwritten:
+            await self._put_bundle_back()
         now_ms = self._runtime.clock.now_ms()
         heartbeat = Heartbeat(
             iss=self._runtime.key.id,
@@ -289,6 +292,17 @@ class Registry:
             return
         log.error("writing the record of %s again: something else stands under its key", record.sub)
         await self._append(kind, id, sign(record, self._runtime.key), record.jti)
+
+    async def _put_bundle_back(self) -> None:
+        """Who starts after compaction would else find the bundle of before, with the keys that it ended."""
+        trust = self._runtime.trust
+        log.error("writing trust bundle %s again: something else stands under its key", trust.version)
+        id = derived_id("trust", str(trust.version), digest(trust.compact))
+        await (
+            await self._runtime.publisher.send(
+                TRUST, str(trust.version), trust.compact, id=id, type=TrustBundle.typ
+            )
+        )
 
     async def beat_while(self, mine: Callable[[], bool], every_s: float) -> None:
         """Send heartbeats for as long as `mine()` says that this replica has the commands. Does not end."""

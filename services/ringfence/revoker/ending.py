@@ -74,7 +74,7 @@ class Ender:
         self._stateless = frozenset(stateless)
         self._hand_over = hand_over
         self._visibility_ms = visibility_ms
-        self._foresight = Foresight(runtime.trust, runtime.key, runtime.clock)
+        self._foresight = Foresight(runtime.trust, lambda: runtime.key, runtime.clock)
 
     async def read(self, stored: Mapping[str, StoredLease | None]) -> dict[str, Lease]:
         """The claims of stored records whose signatures hold. Others are reported, and left as they are."""

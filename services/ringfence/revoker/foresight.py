@@ -45,7 +45,10 @@ _BUSY_S = 0.02
 class Foresight:
     """Opens and signs records of leases, and has done so already for those that it has foreseen."""
 
-    def __init__(self, trust: TrustStore, key: SigningKey, clock: Clock, most: int = MOST) -> None:
+    def __init__(
+        self, trust: TrustStore, key: Callable[[], SigningKey], clock: Clock, most: int = MOST
+    ) -> None:
+        """`key`: what to sign by, asked each time."""
         self._trust = trust
         self._clock = clock
         self._key = key
@@ -73,9 +76,10 @@ class Foresight:
 
     def sign(self, claims: Lease) -> SignedLease:
         """A record by this process."""
-        text = signing_input(claims, self._key)
+        key = self._key()
+        text = signing_input(claims, key)
         stored = self._ends.pop(hashlib.sha256(text).digest(), None) if self._ends else None
-        signature = signature_of(stored) if stored is not None else self._key.sign(text)
+        signature = signature_of(stored) if stored is not None else key.sign(text)
         return SignedLease(claims, compact_jws(text, signature), stored)
 
     def remember(self, record: bytes, end: Callable[[Lease], Lease]) -> None:
@@ -85,9 +89,10 @@ class Foresight:
         except InvalidMessageError:
             return
         self._trusts_as_before()
-        text = signing_input(end(lease), self._key)
+        key = self._key()
+        text = signing_input(end(lease), key)
         self._verified[hashlib.sha256(record).digest()] = None
-        self._ends[hashlib.sha256(text).digest()] = condensed(compact_jws(text, self._key.sign(text)))
+        self._ends[hashlib.sha256(text).digest()] = condensed(compact_jws(text, key.sign(text)))
         for remembered in (self._verified, self._ends):
             while len(remembered) > self._most:
                 remembered.popitem(last=False)

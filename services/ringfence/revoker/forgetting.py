@@ -103,7 +103,9 @@ class Forgetter:
         if self._epochs.took(record):
             return None
         try:
-            lease = open_lease(record.value, self._runtime.trust, self._runtime.clock)
+            lease = open_lease(
+                record.value, self._runtime.trust, self._runtime.clock, appended_at_ms=record.appended_at_ms
+            )
         except InvalidMessageError:
             return None
         return None if self._epochs.is_void(record, lease.epoch) else lease

@@ -71,7 +71,12 @@ class IssuedHandler:
             try:
                 # Most fit, whoever wrote them; only what does not is worth the look at its signature.
                 if overtaken(parse(record.value).unverified_claims(Lease), self._directory, max_age_s):
-                    lease = open_lease(record.value, self._runtime.trust, self._runtime.clock)
+                    lease = open_lease(
+                        record.value,
+                        self._runtime.trust,
+                        self._runtime.clock,
+                        appended_at_ms=record.appended_at_ms,
+                    )
                     if why := overtaken(lease, self._directory, max_age_s):
                         yield lease, why
             except InvalidMessageError:

@@ -1,0 +1,26 @@
+"""What an examination of `ringfence doctor` comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ringfence.kernel.skew import SkewCheck
+
+Verdict = Literal["good", "bad", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One examination: what was looked at, what came of it, and what to do where that is not good."""
+
+    what: str
+    verdict: Verdict
+    says: str
+
+
+def clock(whose: str, skew: SkewCheck) -> Finding:
+    """How far somebody's clock is from ours."""
+    if reason := skew.unready():
+        return Finding(f"clock, {whose}", "bad", reason)
+    return Finding(f"clock, {whose}", "good", f"at most {abs(skew.ahead_ms() or 0)} ms apart")

@@ -1,0 +1,98 @@
+"""The private keys of a service: the one that it signs by now, and the one that follows it.
+
+A new key is put beside the old one before the trust bundle names it, and signs a little after that: by then everybody
+has read the bundle, and nobody meets a signature by a key that is not known yet. Nothing has to be restarted.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.keys import KeyFileError, SigningKey, valid_key
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.keys import KeyRecord
+
+log = logging.getLogger(__name__)
+
+NEXT = "-next"
+"""How the name of the file of the key that follows ends: `issuer-next.json` beside `issuer.json`."""
+SETTLE_S = 10
+"""For so long after a bundle a key that is new in it signs nothing: twice the grace after which a process that is
+behind denies by itself."""
+
+
+def next_file(file: Path) -> Path:
+    """Where the key lies that follows the one in `file`."""
+    return file.with_name(f"{file.stem}{NEXT}{file.suffix}")
+
+
+class ServiceKeys:
+    """Chooses the key to sign by: the youngest that is here and has counted for a while."""
+
+    def __init__(self, file: Path, trust: TrustStore, clock: Clock) -> None:
+        """Raises KeyFileError where there is no usable key in `file`, or another service's in the file beside it."""
+        self._file = file
+        self._trust = trust
+        self._clock = clock
+        self._held: tuple[SigningKey, ...] = ()
+        self._current = SigningKey.load(file)
+        self._settled_s: dict[str, int] = {}
+        """From when on the bundles that were seen let a key sign, by its name."""
+        self._choose_at_s = float("inf")
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the files again: a key that follows may have come. Raises KeyFileError, and keeps those it had."""
+        held = [SigningKey.load(self._file)]
+        following = next_file(self._file)
+        if following.exists():
+            held.append(SigningKey.load(following))
+        if any(key.id != self._current.id for key in held):
+            raise KeyFileError(f"{following} holds the key of {held[-1].id}, not of {self._current.id}")
+        self._held = tuple(held)
+        self._choose()
+
+    def on_bundle(self, appended_at_ms: int) -> None:
+        """Take note of the bundle that has just come into force, and look for the keys that it names."""
+        for record in self._records():
+            begins = max(record.not_before, appended_at_ms // 1000) + SETTLE_S
+            self._settled_s.setdefault(record.kid, begins)
+        try:
+            self.reload()
+        except KeyFileError as error:
+            log.error("going on with the keys of before: %s", error)
+            self._choose()
+
+    @property
+    def current(self) -> SigningKey:
+        """The key to sign by now."""
+        if self._clock.now_ms() >= self._choose_at_s * 1000:
+            self._choose()
+        return self._current
+
+    def _records(self) -> tuple[KeyRecord, ...]:
+        services = self._trust.require().services if self._trust.version is not None else ()
+        return tuple(key for service in services if service.id == self._current.id for key in service.keys)
+
+    def _choose(self) -> None:
+        now_s = self._clock.now_ms() / 1000
+        records = self._records()
+        counting = [key for key in self._held if valid_key(records, key.kid, now_s) is not None]
+        settled = [key for key in counting if self._settled_s.get(key.kid, 0) <= now_s]
+        # One that has just begun is better than none: so it is where the old one was stolen, and ended at once.
+        chosen = settled[-1] if settled else counting[0] if counting else self._current
+        if chosen.kid != self._current.kid:
+            log.info("%s signs by its key %s now", chosen.id, chosen.kid)
+        self._current = chosen
+        self._choose_at_s = self._next_change(records, now_s)
+
+    def _next_change(self, records: tuple[KeyRecord, ...], now_s: float) -> float:
+        """When the choice may be another: a key settles, begins, or ends."""
+        held = {key.kid for key in self._held}
+        moments = [self._settled_s.get(kid, 0) for kid in held]
+        for record in records:
+            if record.kid in held:
+                moments += [record.not_before, record.not_after]
+        return min((moment for moment in moments if moment > now_s), default=float("inf"))

@@ -1,0 +1,53 @@
+"""What docs/threat-model.md says that nobody can do, a test shows. Each that it names exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/threat-model.md"
+NAMED = re.compile(r"`([\w/]+\.py)::(\w+)`")
+ROWS = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") and "---" not in line]
+
+
+@cache
+def named_in(path: Path) -> frozenset[str]:
+    """The names of all test functions of a file."""
+    found = ast.walk(ast.parse(path.read_text()))
+    return frozenset(
+        node.name
+        for node in found
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    )
+
+
+@pytest.mark.parametrize(("path", "name"), sorted(set(NAMED.findall(PAGE.read_text()))))
+def test_a_named_test_exists(path: str, name: str) -> None:
+    file = ROOT / "tests" / path
+    assert file.is_file(), f"there is no {file.relative_to(ROOT)}"
+    assert name in named_in(file), f"{path} has no {name}"
+
+
+def test_every_cannot_names_its_test() -> None:
+    cannot = [
+        row for row in ROWS if row.count("|") == 3 and "| shown by |" not in row and "| can |" not in row
+    ]
+    assert len(cannot) > 40
+    assert [row for row in cannot if not NAMED.search(row)] == []
+
+
+@pytest.mark.parametrize(
+    "who",
+    [
+        "registry", "policy", "issuer", "revoker", "gateway", "audit", "agent", "sponsor", "operator", "every topic",
+        "Redis", "root",
+    ],
+)  # fmt: skip
+def test_everybody_who_may_be_taken_over_has_a_section(who: str) -> None:
+    headings = [line for line in PAGE.read_text().splitlines() if line.startswith("## ")]
+    assert any(who.lower() in heading.lower() for heading in headings), f"no section about: {who}"

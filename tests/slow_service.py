@@ -1,0 +1,35 @@
+"""A service whose work on one record takes as long as the test wants: it says when it begins, and when it is done.
+
+python -m tests.slow_service SECONDS
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from ringfence.kernel.bus import one_by_one
+from ringfence.kernel.kafka import Received
+from ringfence.kernel.process import run
+from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.messages.topics import CREDENTIAL_REQUEST
+
+GROUP = "issuer-slow"
+
+
+def main(work_s: float) -> int:
+    settings = load(ServiceSettings)
+    runtime = Runtime("issuer", settings)
+
+    async def handle(record: Received) -> None:
+        await runtime.event("finding", "began", about=(record.offset,))
+        await asyncio.sleep(work_s)
+        await runtime.event("finding", "done", about=(record.offset,))
+
+    runtime.consume(GROUP, {CREDENTIAL_REQUEST: one_by_one(handle, runtime.letters)})
+    return run([runtime], settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main(float(sys.argv[1])))

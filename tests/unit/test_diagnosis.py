@@ -1,0 +1,80 @@
+"""What `ringfence doctor` makes of what it finds: warned in time, and told what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from ringfence.cli.diagnosis_redis import eviction, persistence
+from ringfence.cli.diagnosis_trust import SOON_S, bundle_findings, versions
+from ringfence.kernel.jws import sign
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.trust import TrustStore
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
+from tests.ledger import TD
+
+NOW_S = 1_790_000_000
+YEAR_S = 365 * 86_400
+REDIS = {"maxmemory-policy": "noeviction", "notify-keyspace-events": "xE", "appendonly": "yes", "save": ""}
+
+
+def trust(ends_s: int, key_ends_s: int) -> TrustStore:
+    """A bundle that ends then, with an issuer whose last key ends then, and one that ended before."""
+    root = SigningKey.generate(f"spiffe://{TD}/root")
+    old, key = (SigningKey.generate(f"spiffe://{TD}/service/issuer") for _ in range(2))
+    issuer = ServiceIdentity(
+        id=key.id, roles=("issuer",), keys=(old.record(NOW_S - 1), key.record(key_ends_s))
+    )
+    bundle = TrustBundle(
+        iss=root.id, aud=TD, iat=NOW_S - YEAR_S, exp=ends_s, jti="7", version=7, services=(issuer,)
+    )
+    store = TrustStore(TD, root.kid)
+    store.load(sign(bundle, root, header_jwk=True), NOW_S)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("ends_s", "key_ends_s", "wrong"),
+    [
+        (NOW_S + YEAR_S, NOW_S + YEAR_S, {}),
+        (NOW_S + SOON_S - 1, NOW_S + SOON_S - 1, {"trust bundle": "--renew --publish"}),
+        (NOW_S, NOW_S, {"trust bundle": "expired at"}),
+        (NOW_S + YEAR_S, NOW_S + SOON_S - 1, {"keys of issuer": "ends on"}),
+        (NOW_S + YEAR_S, NOW_S - 10, {"keys of issuer": "ended on"}),
+    ],
+)
+def test_what_is_about_to_end_is_said_before(ends_s: int, key_ends_s: int, wrong: dict[str, str]) -> None:
+    found = {one.what: one for one in bundle_findings(trust(ends_s, key_ends_s), (), NOW_S)}
+    bad = {what: one.says for what, one in found.items() if one.verdict == "bad"}
+    assert bad.keys() == wrong.keys()
+    for what, words in wrong.items():
+        assert words in bad[what]
+    if "keys of issuer" in bad:
+        assert "--rotate-service issuer" in bad["keys of issuer"]
+
+
+def test_without_a_bundle_it_says_why() -> None:
+    (found,) = bundle_findings(TrustStore(TD, "pinned"), ["signed by root other"], NOW_S)
+    assert (found.verdict, "signed by root other" in found.says) == ("bad", True)
+
+
+def test_services_with_another_bundle_are_named() -> None:
+    same = versions(3, {"issuer": 3, "policy": 3})
+    assert same is not None
+    assert same.verdict == "good"
+    differing = versions(3, {"issuer": 3, "policy": 2, "audit": None})
+    assert differing is not None
+    assert differing.verdict == "bad"
+    assert "policy has 2" in differing.says
+    assert "audit has none" in differing.says
+    assert "issuer" not in differing.says
+    assert versions(3, {}) is None
+
+
+def test_a_redis_that_evicts_is_wrong_and_one_that_forgets_is_slow() -> None:
+    assert eviction(REDIS).verdict == "good"
+    assert eviction(REDIS | {"maxmemory-policy": "allkeys-lru"}).verdict == "bad"
+    assert eviction(REDIS | {"notify-keyspace-events": ""}).verdict == "unknown"
+    assert persistence(REDIS).verdict == "good"
+    snapshots = persistence(REDIS | {"appendonly": "no", "save": "3600 1"})
+    assert (snapshots.verdict, "3600 1" in snapshots.says) == ("unknown", True)
+    assert "nothing stays" in persistence(REDIS | {"appendonly": "no"}).says
