@@ -16,7 +16,7 @@ from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.keys import SigningKey, b64encode
 from ringfence.messages.lease import EndCause, Lease, LeaseStatus
 from ringfence.messages.permission import Permission
-from ringfence.model.lease_store.packing import condensed, expanded, unverified_name, unverified_payload
+from ringfence.model.lease_store.packing import condensed, expanded, unverified_names, unverified_payload
 from ringfence.model.leases import follow, marks_of
 from tests.leases import lease
 
@@ -86,7 +86,9 @@ def names_of(claims: Lease) -> set[str]:
 
 def names_in(stored: bytes) -> set[str]:
     return {
-        f"{kind}:{unverified_name(stored, kind)}" for kind in ("agent", "task", "target", "sponsor", "user")
+        f"{kind}:{name}"
+        for kind in ("agent", "task", "target", "sponsor", "user")
+        for name in unverified_names(stored, kind) or ()
     }
 
 

@@ -90,7 +90,7 @@ def _target_row(target: TargetState) -> Sequence[str]:
 def _task_row(task: TaskState) -> Sequence[str]:
     return (
         task.task_id,
-        task.agent_id,
+        " < ".join(task.act or (task.agent_id,)),
         task.on_behalf_of,
         _task_status(task),
         task.purpose,
@@ -150,6 +150,8 @@ def _task_fields(task: TaskState) -> dict[str, str]:
         "agent": task.agent_id,
         "on behalf of": task.on_behalf_of,
         "assigned by": task.assigned_by,
+        "part of": f"task {task.parent}" if task.parent else "",
+        "handed on by": ", then ".join(reversed((task.act or ())[1:])),
         "scope": show_scope(task.scope),
         "ends": until(task.not_after, time.time()),
     }

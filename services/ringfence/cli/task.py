@@ -1,4 +1,4 @@
-"""`ringfence task`: assign, with what all sides allow shown before anything runs; end."""
+"""`ringfence task`: assign, with what all sides allow shown before anything runs; hand on; end."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from ringfence.cli.output import moment, note, print_json, say
 from ringfence.cli.records import list_records, show_record
 from ringfence.cli.scopes import parse_scope, show_permission, show_scope
 from ringfence.client.administrator import Administrator
+from ringfence.client.agent import Agent
+from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.outcomes import Accepted
 from ringfence.client.preview import Preview
@@ -30,7 +32,7 @@ from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.jws import parse
 from ringfence.messages.registry import TaskConsent, TaskTerms
 
-app = typer.Typer(help="Tasks: assign, with what all sides allow; end.", no_args_is_help=True)
+app = typer.Typer(help="Tasks: assign, with what all sides allow; hand on; end.", no_args_is_help=True)
 
 AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.")]
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="The task's id.")]
@@ -124,13 +126,53 @@ def consent(
 
 
 @app.command()
+def delegate(
+    task: TaskArgument,
+    agent: AgentArgument,
+    purpose: PurposeOption = None,
+    allow: AllowOption = None,
+    lasts: ForOption = None,
+    until: UntilOption = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hand part of a task to another agent: no wider, and no longer. As the agent of the task."""
+    wanted = _wanted(purpose, allow, lasts, until)
+    scope, ends_in_s, not_after = wanted["scope"], wanted["ends_in_s"], wanted["not_after"]
+
+    async def work() -> str:
+        async with Agent.connect(identity(me)) as delegator:
+            return await delegator.delegate(
+                task=task,
+                to=agent,
+                purpose=wanted["purpose"],
+                scope=scope,
+                ends_in_s=ends_in_s,
+                until=not_after,
+            )
+
+    part = run(work())
+    if wants_json(as_json):
+        print_json({"task_id": part, "parent": task, "agent_id": agent})
+    else:
+        say(f"task {part} handed on to {agent}, as a part of {task}; it ends with that")
+
+
+@app.command()
 def end(
     task: TaskArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
 ) -> None:
-    """End a task and its leases. As who assigned it, who it is on behalf of, the agent's sponsor, or an operator."""
+    """End a task, what was handed on of it, and their leases.
+
+    As who assigned it, who it is on behalf of, the agent's sponsor, an operator, or an agent that handed it on.
+    """
 
     async def work() -> Accepted:
-        async with Administrator.connect(identity(me)) as administrator:
+        connection = Connection(identity(me))
+        if "/agent/" in connection.key.id:
+            async with Agent(connection) as delegator:
+                return await delegator.end_delegated(task, reason=reason)
+        async with Administrator(connection) as administrator:
             return await administrator.end_task(task, reason=reason)
 
     print_accepted(run(work()), f"task {task} ended; its leases end", wants_json(as_json))

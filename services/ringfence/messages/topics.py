@@ -38,7 +38,7 @@ _VERIFIERS = ("every service", "agents", "users")
 
 TRUST = Topic("trust", (TrustBundle,), "version", "jws", ("root (offline)",), _VERIFIERS)
 REGISTRY_COMMAND: Topic[Any] = Topic(
-    "registry.command", COMMANDS, "subject id", "jws", ("users",), ("registry", "audit"), 7 * _DAY
+    "registry.command", COMMANDS, "subject id", "jws", ("users", "agents"), ("registry", "audit"), 7 * _DAY
 )
 """One partition: commands about different subjects (two agents, one key) have one order."""
 USER = Topic("user", (UserRecord,), "user id", "jws", ("registry",), _VERIFIERS)

@@ -18,6 +18,7 @@ from ringfence.messages.registry import (
     TargetSet,
     TargetState,
     TaskAssign,
+    TaskDelegate,
     TaskEnd,
     UserDisable,
     UserSet,
@@ -60,7 +61,7 @@ def apply(state: AnyState | None, command: Command, context: Context) -> AnyStat
             return apply_to_user(held, command, context)
         case TargetSet() | TargetRemove():
             return apply_to_target(held, command, context)
-        case TaskAssign() | TaskEnd():
+        case TaskAssign() | TaskDelegate() | TaskEnd():
             return apply_to_task(held, command, context)
         case _:
             return apply_to_agent(held, command, context)
@@ -86,7 +87,7 @@ def command_subject(command: Command, command_id: str) -> tuple[SubjectKind, str
             return "user", command.user_id
         case TargetSet() | TargetRemove():
             return "target", command.target_id
-        case TaskAssign():
+        case TaskAssign() | TaskDelegate():
             return "task", command_id
         case TaskEnd():
             return "task", command.task_id
