@@ -14,11 +14,11 @@ from ringfence.audit.break_glass_events import uses
 from ringfence.audit.store import SqliteIndex, Viewer
 from ringfence.audit.trace import tree
 from ringfence.kernel.kafka import Received
-from ringfence.messages.credential import Reason
+from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.messages.lease import EndCause, RevocationRequest, Selector
 from ringfence.messages.registry import TaskEnd
 from ringfence.messages.topics import AUDIT, CREDENTIAL_REQUEST, REVOCATION_REQUEST, TASK
-from tests.audit_office import Office, Story
+from tests.audit_office import REPLY_KEY, Office, Story
 
 SAM = Viewer("sam", ("deploy-bot",))
 MARIA = Viewer("maria", ())
@@ -390,6 +390,26 @@ async def test_a_part_is_told_under_the_task_that_it_is_a_part_of() -> None:
         assert (maria["id"], task["id"], below["id"]) == ("maria", desk.office.task, part)
         assert below["title"] == "task for agent migrate-bot, handed on by deploy-bot: migrate it first"
         assert below["actor"] == "deploy-bot"
+
+
+async def test_what_a_part_came_to_is_told_with_the_task() -> None:
+    desk, part = await handed_on()
+    bot = desk.office.key("agent", "migrate-bot")
+    asked = desk.office.claims(
+        CredentialRequest,
+        bot,
+        task_id=part,
+        scope=desk.office.scope,
+        ttl_s=300,
+        reason="x",
+        reply_key=REPLY_KEY.public,
+    )
+    (event,) = await desk.file(desk.office.signed(CREDENTIAL_REQUEST, asked, bot, key="migrate-bot"))
+    assert event["unmapped"]["act"] == ["migrate-bot", "deploy-bot"]
+    for id in (part, desk.office.task):
+        (maria,) = desk.roots(id)
+        (below,) = named(named(maria, "task")[0], "task")
+        assert len(named(below, "request")) == 1
 
 
 async def test_both_sponsors_see_the_part_and_stand_in_its_event() -> None:

@@ -344,14 +344,13 @@ class SqliteIndex:
         # Neither: something that no request came of yet, such as an agent that was only registered.
         if not requests and not tasks and not self._any(condition, values):
             return None
+        if kind == "task":  # and what was handed on of it
+            parts = self._all_along("task", "parent", tasks)
+            tasks, requests = [*tasks, *parts], [*requests, *self._values("request", "task", parts)]
         truncated = len(requests) > limit or len(tasks) > limit
         requests, tasks = requests[:limit], tasks[:limit]
         found: dict[str, tuple[int, bytes]] = {}
         self._collect(found, "request", requests)
-        if kind == "task":
-            parts = self._all_along("task", "parent", tasks)
-            tasks, requests = [*tasks, *parts], [*requests, *self._values("request", "task", parts)]
-            truncated, requests = truncated or len(requests) > limit, requests[:limit]
         tasks = [*tasks, *self._values("task", "request", requests)]
         tasks = sorted({*tasks, *self._all_along("parent", "task", tasks)})
         self._collect(found, "task", tasks, "request IS NULL")
