@@ -135,7 +135,13 @@ SERVICE_EVENT = Topic(
     "service id",
     "jws",
     ("every service (signed)",),
-    ("users (what came of their commands)", "registry", "policy", "audit"),
+    (
+        "users (what came of their commands)",
+        "agents (what came of parts of tasks that they hand on)",
+        "registry",
+        "policy",
+        "audit",
+    ),
     30 * _DAY,
 )
 AUDIT_INTAKE = Topic(
