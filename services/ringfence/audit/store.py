@@ -131,7 +131,7 @@ _SCHEMA = """
 CREATE TABLE event (
     seq INTEGER PRIMARY KEY, uid TEXT NOT NULL UNIQUE, time INTEGER NOT NULL, class_uid INTEGER NOT NULL, code TEXT,
     request TEXT, lease TEXT, task TEXT, agent TEXT, target TEXT, sponsor TEXT, on_behalf_of TEXT, revocation TEXT,
-    parent TEXT, message TEXT NOT NULL, json BLOB NOT NULL
+    parent TEXT, above TEXT, message TEXT NOT NULL, json BLOB NOT NULL
 );
 CREATE INDEX event_request ON event (request, code) WHERE request IS NOT NULL;
 CREATE INDEX event_lease ON event (lease, code) WHERE lease IS NOT NULL;
@@ -147,8 +147,8 @@ CREATE INDEX event_issued ON event (time) WHERE code = 'credential.issued';
 _INSERT = """
 INSERT OR IGNORE INTO event (
     seq, uid, time, class_uid, code,
-    request, lease, task, agent, target, sponsor, on_behalf_of, revocation, parent, message, json
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    request, lease, task, agent, target, sponsor, on_behalf_of, revocation, parent, above, message, json
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _IDS = ("request", "lease", "task", "agent", "target", "sponsor", "on_behalf_of", "revocation", "parent")
 _CLASS_UID, _JSON = 3, -1
@@ -156,7 +156,8 @@ _MOST_ROWS = 20_000
 _FILTERS = ("agent", "task", "request", "lease", "class_uid")
 _SEEN = (
     "(sponsor = :viewer OR on_behalf_of = :viewer OR "
-    "agent IN (SELECT value FROM json_each(:agents)))"
+    "agent IN (SELECT value FROM json_each(:agents)) OR (above IS NOT NULL AND "
+    "EXISTS (SELECT 1 FROM json_each(above) WHERE value IN (SELECT value FROM json_each(:agents)))))"
 )  # fmt: skip
 
 
@@ -414,6 +415,7 @@ def _row(value: bytes, seq: int) -> tuple[Any, ...] | None:
         texts = (event["metadata"]["uid"], event["message"])
         ids = [words.get(name) for name in _IDS]
         numbers, code = (event["time"], event["class_uid"]), event["metadata"].get("event_code")
+        above = [name for name in words.get("act", ())[1:] if type(name) is str]
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     strings = all(type(text) is str for text in texts) and all(
@@ -421,7 +423,8 @@ def _row(value: bytes, seq: int) -> tuple[Any, ...] | None:
     )
     if not (strings and all(map(_is_int64, numbers))):
         return None
-    return (seq, texts[0], *numbers, code, *ids, texts[1], value)
+    handed_on_by = orjson.dumps(above).decode() if above else None
+    return (seq, texts[0], *numbers, code, *ids, handed_on_by, texts[1], value)
 
 
 def _quoted(codes: Iterable[str]) -> str:
