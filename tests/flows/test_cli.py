@@ -325,6 +325,7 @@ async def test_an_agent_hands_on_a_part_of_its_task(shell: Shell) -> None:
     made = await shell.json("bot", *part, "--for", "10m")
     assert (made["parent"], made["agent_id"]) == (task, "below")
     assert "below < bot" in await shell("sam", "task", "list")
+    assert f"{made['task_id']} to below (active)" in await shell("maria", "task", "show", task)
     shown = await shell("maria", "task", "show", made["task_id"])
     assert f"task {task}" in shown
     assert "bot" in shown

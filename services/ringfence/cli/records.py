@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ringfence.cli.attestation import show_selector
@@ -61,11 +62,14 @@ def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> 
         print_record(kind, found)
 
 
-def print_record(kind: SubjectKind, found: Mapping[str, Any]) -> None:
-    """Print one record, `{id, revision, state}`, for people."""
+def print_record(
+    kind: SubjectKind, found: Mapping[str, Any], more: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Print one record, `{id, revision, state}`, for people, and what else there is to say."""
     state = _state(kind, found)
     title = f"{kind} {found['id']}, revision {found['revision']}"
-    print_fields({name: value for name, value in _FIELDS[kind](state).items() if value}, title=title)
+    fields = {**_FIELDS[kind](state), **more}
+    print_fields({name: value for name, value in fields.items() if value}, title=title)
 
 
 def _state(kind: SubjectKind, item: Mapping[str, Any]) -> Any:

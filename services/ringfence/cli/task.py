@@ -20,10 +20,11 @@ from ringfence.cli.options import (
 )
 from ringfence.cli.outcome import print_accepted
 from ringfence.cli.output import moment, note, print_json, say
-from ringfence.cli.records import list_records, show_record
+from ringfence.cli.records import list_records, print_record
 from ringfence.cli.scopes import parse_scope, show_permission, show_scope
 from ringfence.client.administrator import Administrator
 from ringfence.client.agent import Agent
+from ringfence.client.api import ReadApi
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.outcomes import Accepted
@@ -186,8 +187,18 @@ def list_tasks(me: IdentityOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def show(task: TaskArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
-    """Show one task."""
-    show_record("task", task, identity(me), wants_json(as_json))
+    """Show one task, and the parts of it that were handed on."""
+
+    async def work() -> tuple[Any, Any]:
+        async with ReadApi(identity(me)) as api:
+            return await api.record("task", task), await api.records("task", parent=task)
+
+    found, parts = run(work())
+    if wants_json(as_json):
+        print_json({**found, "parts": [part["id"] for part in parts]})
+        return
+    told = [f"{part['id']} to {part['state']['agent_id']} ({part['state']['status']})" for part in parts]
+    print_record("task", found, {"parts": "\n".join(told)})
 
 
 def _wanted(

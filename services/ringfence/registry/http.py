@@ -102,12 +102,28 @@ class Api:
                 return True
 
     def _is_wanted_task(self, task: AnyState, request: Request) -> bool:
-        """`?agent=` and `?status=`: a task past its end has ended, whether or not somebody said so."""
+        """`?agent=`, `?parent=` and `?status=`: a task past its end has ended, whether or not somebody said so, and so
+        have its parts.
+        """
         if not isinstance(task, TaskState):
             return False
-        agent, status = request.query_params.get("agent"), request.query_params.get("status")
-        over = task.status == "ended" or task.not_after <= self._clock.now_ms() / 1000
-        return agent in (None, task.agent_id) and status in (None, "ended" if over else "active")
+        agent, parent, status = (request.query_params.get(name) for name in ("agent", "parent", "status"))
+        return (
+            agent in (None, task.agent_id)
+            and parent in (None, task.parent)
+            and status in (None, "ended" if self._is_over(task) else "active")
+        )
+
+    def _is_over(self, task: TaskState) -> bool:
+        now_s = self._clock.now_ms() / 1000
+        above: AnyState | None = task
+        while isinstance(above, TaskState):
+            if above.status == "ended" or above.not_after <= now_s:
+                return True
+            if above.parent is None:
+                return False
+            above = self._state("task", above.parent)
+        return True
 
     # --- looking up ---
 
