@@ -312,16 +312,8 @@ async def test_an_agent_hands_on_a_part_of_its_task(shell: Shell) -> None:
         "sam", "agent", "register", "below", "--description", "looks", "--new-key", below, "--allow",
         "platform:read:env/**",
     )  # fmt: skip
-    part = (
-        "task",
-        "delegate",
-        task,
-        "below",
-        "--purpose",
-        "look first",
-        "--allow",
-        "platform:read:env/staging/*",
-    )
+    terms = ("--purpose", "look first", "--allow", "platform:read:env/staging/*")
+    part = ("task", "delegate", task, "below", *terms)
     made = await shell.json("bot", *part, "--for", "10m")
     assert (made["parent"], made["agent_id"]) == (task, "below")
     assert "below < bot" in await shell("sam", "task", "list")
@@ -331,7 +323,7 @@ async def test_an_agent_hands_on_a_part_of_its_task(shell: Shell) -> None:
     assert "bot" in shown
     assert "s earlier than that; set an earlier end" in await shell("bot", *part, "--for", "1d", status=1)
     assert "in the chain already" in await shell(
-        "bot", "task", "delegate", task, "bot", *part[4:], "--for", "10m", status=1
+        "bot", "task", "delegate", task, "bot", *terms, "--for", "10m", status=1
     )
     assert "speaks for" in await shell("maria", *part, "--for", "10m", status=1)
     wish = ("--allow", "platform:read:env/staging/web", "--reason", "look")
