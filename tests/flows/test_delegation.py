@@ -335,7 +335,7 @@ async def test_what_is_under_way_when_the_task_above_is_cut_is_not_issued(desk: 
     await below.decide(asked)
     assert await below.refusal_codes(asked) == ["fenced"]
     # What is asked for from now on is another matter: the task goes on.
-    assert await issued(below)
+    await issued(below)
 
 
 async def test_what_is_under_way_when_the_task_above_ends_is_not_issued(desk: Desk):
