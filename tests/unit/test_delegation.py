@@ -16,6 +16,7 @@ from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import (
     AgentDecommission,
     AgentResume,
+    AgentRotateKey,
     AgentSetCeiling,
     AgentSuspend,
     AgentTransfer,
@@ -465,6 +466,22 @@ def test_what_ends_above_ends_below(ledger: Ledger, task: str):
     assert reasons(ledger, "third", second, permission("env/a")) == [("task_ended", None)]
     ledger.give(ledger.claims(UserDisable, "olga", user_id="sam", reason="x"))
     assert ("agent_orphaned", None) in reasons(ledger, "third", second, permission("env/a"))
+
+
+def test_what_was_handed_on_with_a_compromised_key_is_good_for_nothing_more(ledger: Ledger, task: str):
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    assert reasons(ledger, "second", first, permission("env/a")) == []
+    new = SigningKey.generate(ledger.key("bot", "agent").id)
+    rotate = ledger.claims(
+        AgentRotateKey, "sam", agent_id="bot", key=ledger.key_record(new), compromised=True, reason="lost"
+    )
+    ledger.give(rotate)
+    assert reasons(ledger, "second", first, permission("env/a")) == [("key_compromised", None)]
+    with pytest.raises(InvalidMessageError, match="no valid key"):
+        ledger.give(part(ledger, "bot", task, "second"))
+    again = made(ledger, part(ledger, "bot", task, "second"), key=new)
+    assert reasons(ledger, "second", again, permission("env/a")) == []
+    assert reader_of(ledger).task(first) is not None  # it was in order when it was given
 
 
 def test_a_second_person_answers_for_no_agent_of_the_chain(ledger: Ledger, task: str):

@@ -38,6 +38,8 @@ class Delegation:
     agent: Entry[AgentState]
     sponsor: Entry[UserState] | None
     task: Entry[TaskState]
+    kid: str
+    """The key with which it handed the task on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,27 +168,29 @@ def find_ground(directory: Directory, agent_id: str, task_id: str, target_id: st
         if target is None:
             raise DeniedError(_reason("target_unknown", f"there is no target {target_id}"))
         sponsor = directory.user(agent.state.sponsor)
-        delegations = tuple(_delegations(directory, task.state))
+        delegations = tuple(_delegations(directory, task))
     except ChainError as error:
         raise DeniedError(_reason("record_untrusted", str(error))) from None
     return Ground(agent, sponsor, task, user, target, delegations=delegations)
 
 
-def _delegations(directory: Directory, task: TaskState) -> Iterator[Delegation]:
+def _delegations(directory: Directory, task: Entry[TaskState]) -> Iterator[Delegation]:
     """How a task came to its agent. It ends: who verified a task has verified that its chain is no longer than may be.
 
     Raises DeniedError, ChainError.
     """
-    while task.parent is not None:
-        parent = directory.task(task.parent)
+    while task.state.parent is not None:
+        parent = directory.task(task.state.parent)
         agent = directory.agent(parent.state.agent_id) if parent else None
         if parent is None or agent is None:
+            state = task.state
             message = (
-                f"task {task.task_id} is a part of {task.parent}, which is not there, or whose agent is not"
+                f"task {state.task_id} is a part of {state.parent}, which is not there, or whose agent is not"
             )
             raise DeniedError(_reason("task_unknown", message))
-        yield Delegation(agent, directory.user(agent.state.sponsor), parent)
-        task = parent.state
+        kid = parse(task.record.commands[0].jws).header.kid  # no command of a task is dropped
+        yield Delegation(agent, directory.user(agent.state.sponsor), parent, kid)
+        task = parent
 
 
 def violations(facts: Facts, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
@@ -228,6 +232,11 @@ def _standing(ground: Ground, wanted: Scope, now_s: float) -> list[Reason]:
     found += _standing_of_agent(agent, ground.sponsor)
     for step in ground.delegations:
         found += _standing_of_agent(step.agent.state, step.sponsor)
+        if step.kid in step.agent.state.compromised:
+            message = (
+                f"the task was handed on with a key of agent {step.agent.state.agent_id} that is compromised"
+            )
+            found.append(_reason("key_compromised", message))
         above = step.task.state
         if above.status != "active" or above.not_after <= now_s:
             message = (
