@@ -66,12 +66,14 @@ from ringfence.messages.registry import (
     GroupLink,
     ProvisionerLink,
     ProvisionerSet,
+    Role,
     TargetRecord,
     TargetRemove,
     TargetSet,
     TargetState,
     TaskAssign,
     TaskConsent,
+    TaskDelegate,
     TaskEnd,
     TaskRecord,
     TaskState,
@@ -258,10 +260,13 @@ class Office:
         """Fold a command into its subject as a registry would, admit the record, and return it."""
         self.now_ms += 1000
         revision, state, commands = self.states.get((topic, id), (0, None, ()))
+        name = by.id.rpartition("/")[2]
+        chains, everything = self.directory.chains, frozenset[Role]({"operator", "sponsor"})
+        agent = chains.agent_at(name, self.now_ms) if "/agent/" in by.id else None
+        person = None if by is self.root or agent is not None else name
         context = Context(
-            actor=Actor(
-                None if by is self.root else by.id.rpartition("/")[2], frozenset({"operator", "sponsor"})
-            ),
+            actor=Actor(person, frozenset() if agent is not None else everything, agent=agent),
+            task_at=lambda task_id: chains.task_at(task_id, self.now_ms),
             at_s=self.now_ms // 1000,
             command_id=message_id(claims.iss, claims.jti),
             roles_of=lambda user: frozenset({"operator", "sponsor"}),
@@ -355,6 +360,17 @@ class Office:
         id = message_id(claims.iss, claims.jti)
         return id, self.carry_out(TASK, id, claims, key)
 
+    def hand_on(self, to: str = "migrate-bot", sponsor: str = "sam") -> tuple[str, Received]:
+        """deploy-bot hands on a part of its task to another agent, a new one: its id and record."""
+        self.agent(to, sponsor)
+        bot = self.key("agent", "deploy-bot")
+        terms = TaskTerms(
+            agent_id=to, purpose="migrate it first", scope=self.scope, not_after=self.now_ms // 1000 + 600
+        )
+        claims = self.claims(TaskDelegate, bot, parent=self.task, terms=terms)
+        id = message_id(claims.iss, claims.jti)
+        return id, self.carry_out(TASK, id, claims, bot)
+
     # --- one credential, message by message ---
 
     def request(self, **fields: Any) -> CredentialRequest:
@@ -404,6 +420,7 @@ class Office:
             }),
             (TargetRemove, olga, {"target_id": "staging", "reason": "moved"}),
             (TaskAssign, sam, {"terms": terms, "on_behalf_of": "maria", "consent": consent}),
+            (TaskDelegate, self.key("agent", "deploy-bot"), {"parent": self.task, "terms": terms}),
             (TaskEnd, maria, {"task_id": self.task, "reason": "done"}),
         ]  # fmt: skip
         return {
@@ -722,6 +739,7 @@ def changes(office: Office) -> dict[str, Received]:
     register = office.claims(AgentRegister, olga, **sleeper, inactive=True)
     office.carry_out(AGENT, "sleeper", register, olga)
     stolen = {**bot, "key": keys[1], "compromised": True, "reason": "it was in a log"}
+    _, handed_on = office.hand_on()
     orders: list[tuple[Topic[Any], str, type[ExpiringClaims], SigningKey, dict[str, Any]]] = [
         (AGENT, "deploy-bot", AgentSuspend, sam, {**bot, "reason": "odd"}),
         (AGENT, "deploy-bot", AgentResume, sam, {**bot, "reason": "explained"}),
@@ -743,6 +761,7 @@ def changes(office: Office) -> dict[str, Received]:
         for topic, id, model, by, fields in orders
     }
     found["compromised"] = compromised
+    found["changed by task.delegate"] = handed_on
     found["changed by user.set"] = office.user("maria", "sponsor")
     disable = office.claims(UserDisable, olga, user_id="maria", reason="left")
     found["changed by user.disable"] = office.carry_out(USER, "maria", disable, olga)

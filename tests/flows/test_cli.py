@@ -306,6 +306,40 @@ async def test_a_task_for_somebody_who_signed_the_terms(shell: Shell) -> None:
     assert (state["assigned_by"], state["on_behalf_of"], state["purpose"]) == ("sam", "maria", "deploy 422")
 
 
+async def test_an_agent_hands_on_a_part_of_its_task(shell: Shell) -> None:
+    task, below = await organisation(shell), str(shell.folder / "below.json")
+    await shell(
+        "sam", "agent", "register", "below", "--description", "looks", "--new-key", below, "--allow",
+        "platform:read:env/**",
+    )  # fmt: skip
+    terms = ("--purpose", "look first", "--allow", "platform:read:env/staging/*")
+    part = ("task", "delegate", task, "below", *terms)
+    made = await shell.json("bot", *part, "--for", "10m")
+    assert (made["parent"], made["agent_id"]) == (task, "below")
+    assert "below < bot" in await shell("sam", "task", "list")
+    assert f"{made['task_id']} to below (active)" in await shell("maria", "task", "show", task)
+    shown = await shell("maria", "task", "show", made["task_id"])
+    assert f"task {task}" in shown
+    assert "bot" in shown
+    assert "s earlier than that; set an earlier end" in await shell("bot", *part, "--for", "1d", status=1)
+    assert "in the chain already" in await shell(
+        "bot", "task", "delegate", task, "bot", *terms, "--for", "10m", status=1
+    )
+    assert "speaks for" in await shell("maria", *part, "--for", "10m", status=1)
+    wish = ("--allow", "platform:read:env/staging/web", "--reason", "look")
+    ask = ("request", "--task", made["task_id"], *wish)
+    lease = (await shell.json("below", *ask))["lease_id"]
+    assert "handed on by" in await shell("sam", "lease", "show", lease)
+    async with asyncio.timeout(WITHIN_S):
+        while "handed on by bot" not in await shell("sam", "audit", "trace", task):
+            pass
+    refused = await shell("below", "task", "end", task, "--reason", "x", status=1)
+    assert "only those that handed a task on end it" in refused
+    await shell("bot", "task", "end", made["task_id"], "--reason", "seen enough")
+    assert (await shell.json("sam", "task", "show", made["task_id"]))["state"]["status"] == "ended"
+    assert "has ended; have a new one assigned" in await shell("below", *ask, status=1)
+
+
 async def test_a_refused_command_leaves_no_key_behind(shell: Shell) -> None:
     await organisation(shell)
     file = shell.folder / "eve.json"

@@ -106,6 +106,9 @@ async def test_the_main_line_with_these_rights_and_no_others(world: SecuredWorld
             await administrator.register_agent(
                 "bot", description="deploys", keys=[bot.key], ceiling=READ + DEPLOY
             )
+            await administrator.register_agent(
+                "helper", description="looks", keys=[world.party("agent", "helper").key], ceiling=READ
+            )
         async with Administrator.connect(maria.key, users) as administrator:
             task = await administrator.assign_task(
                 "bot", purpose="a test", scope=READ + DEPLOY, ends_in_s=600
@@ -126,6 +129,9 @@ async def test_the_main_line_with_these_rights_and_no_others(world: SecuredWorld
             await person.approve(await first(person))
             issued = await asked
             await agent.release(issued.lease_id)
+            assert await agent.delegate(
+                task=task, to="helper", purpose="look first", scope=READ, ends_in_s=60
+            )
         await world.consume_until(
             AUDIT, lambda r: issued.lease_id.encode() in r.value and b"credential.released" in r.value
         )

@@ -36,6 +36,7 @@ FACTS = cast(
     SimpleNamespace(
         agent=SimpleNamespace(state=SimpleNamespace(sponsor="sam")),
         task=SimpleNamespace(state=SimpleNamespace(on_behalf_of="maria")),
+        sponsors=frozenset({"sam"}),
     ),
 )
 

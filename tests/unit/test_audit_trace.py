@@ -14,11 +14,11 @@ from ringfence.audit.break_glass_events import uses
 from ringfence.audit.store import SqliteIndex, Viewer
 from ringfence.audit.trace import tree
 from ringfence.kernel.kafka import Received
-from ringfence.messages.credential import Reason
+from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.messages.lease import EndCause, RevocationRequest, Selector
 from ringfence.messages.registry import TaskEnd
 from ringfence.messages.topics import AUDIT, CREDENTIAL_REQUEST, REVOCATION_REQUEST, TASK
-from tests.audit_office import Office, Story
+from tests.audit_office import REPLY_KEY, Office, Story
 
 SAM = Viewer("sam", ("deploy-bot",))
 MARIA = Viewer("maria", ())
@@ -361,3 +361,79 @@ async def test_an_index_in_a_file_is_built_anew(tmp_path: Path) -> None:
     desk.index.close()
     again = SqliteIndex(file)
     assert again.page(None, None, 10).events == []
+
+
+# --- parts of tasks ---------------------------------------------------------------------------------------------------
+
+
+async def handed_on() -> tuple[Desk, str]:
+    """deploy-bot, sponsored by sam, handed a part to migrate-bot, which is petra's."""
+    desk = Desk()
+    await desk.file(*desk.staff)
+    desk.office.user("petra", "sponsor")
+    part, record = desk.office.hand_on(sponsor="petra")
+    await desk.file(record)
+
+    return desk, part
+
+
+def named(node: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [child for child in node["children"] if child["kind"] == kind]
+
+
+async def test_a_part_is_told_under_the_task_that_it_is_a_part_of() -> None:
+    desk, part = await handed_on()
+    for id in (part, desk.office.task):
+        (maria,) = desk.roots(id)
+        (task,) = named(maria, "task")
+        (below,) = named(task, "task")
+        assert (maria["id"], task["id"], below["id"]) == ("maria", desk.office.task, part)
+        assert below["title"] == "task for agent migrate-bot, handed on by deploy-bot: migrate it first"
+        assert below["actor"] == "deploy-bot"
+
+
+async def test_what_a_part_came_to_is_told_with_the_task() -> None:
+    desk, part = await handed_on()
+    bot = desk.office.key("agent", "migrate-bot")
+    asked = desk.office.claims(
+        CredentialRequest,
+        bot,
+        task_id=part,
+        scope=desk.office.scope,
+        ttl_s=300,
+        reason="x",
+        reply_key=REPLY_KEY.public,
+    )
+    (event,) = await desk.file(desk.office.signed(CREDENTIAL_REQUEST, asked, bot, key="migrate-bot"))
+    assert event["unmapped"]["act"] == ["migrate-bot", "deploy-bot"]
+    for id in (part, desk.office.task):
+        (maria,) = desk.roots(id)
+        (below,) = named(named(maria, "task")[0], "task")
+        assert len(named(below, "request")) == 1
+
+
+async def test_both_sponsors_see_the_part_and_stand_in_its_event() -> None:
+    desk, part = await handed_on()
+    for viewer in (Viewer("sam", ("deploy-bot",)), Viewer("petra", ("migrate-bot",)), MARIA):
+        assert desk.index.story(part, None, viewer, 50) is not None
+    assert desk.index.story(part, None, Viewer("eve", ("other-bot",)), 50) is None
+    story = desk.index.story(part, None, None, 50)
+    assert story is not None
+    (event,) = [e for e in story.events if e["metadata"]["event_code"] == "task.delegated"]
+    words = event["unmapped"]
+    assert words["act"] == ["migrate-bot", "deploy-bot"]
+    assert words["sponsors"] == ["petra", "sam"]
+    assert words["sponsor"] == "petra"
+    assert (words["parent"], words["on_behalf_of"]) == (desk.office.task, "maria")
+
+
+async def test_parts_that_are_said_to_be_parts_of_each_other_are_told_all_the_same() -> None:
+    desk, part = await handed_on()
+    story = desk.index.story(part, None, None, 50)
+    assert story is not None
+    events = [*story.events]
+    twisted = orjson.loads(orjson.dumps(next(e for e in events if e["unmapped"].get("task") == part)))
+    twisted["unmapped"] |= {"task": desk.office.task, "parent": part}
+    twisted["metadata"]["uid"] = "twisted"
+    roots = tree([*events, twisted])
+    assert {task["id"] for root in roots for task in named(root, "task")} == {desk.office.task, part}

@@ -183,7 +183,7 @@ def test_an_agents_key_gives_no_commands(
     monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x")
     file = tmp_path / "bot.json"
     SigningKey.generate("spiffe://ringfence.local/agent/bot").save(file)
-    assert main(["--identity", str(file), "task", "end", "t", "--reason", "x"]) == 1
+    assert main(["--identity", str(file), "agent", "suspend", "t", "--reason", "x"]) == 1
     assert "speaks for spiffe://ringfence.local/agent/bot; this needs a key of" in capsys.readouterr().err
 
 

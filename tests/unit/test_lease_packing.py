@@ -14,9 +14,9 @@ from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import derived_id, lease_id
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.keys import SigningKey, b64encode
-from ringfence.messages.lease import EndCause, Lease, LeaseStatus
+from ringfence.messages.lease import Delegator, EndCause, Lease, LeaseStatus
 from ringfence.messages.permission import Permission
-from ringfence.model.lease_store.packing import condensed, expanded, unverified_name, unverified_payload
+from ringfence.model.lease_store.packing import condensed, expanded, unverified_names, unverified_payload
 from ringfence.model.leases import follow, marks_of
 from tests.leases import lease
 
@@ -71,6 +71,10 @@ OTHERWISE = {
     "an id that does not follow": issued(lease_id=str(uuid.uuid4())),
     "a decision that does not": issued(decision_id="d1"),
     "several agents": issued(act=("one", "two")),
+    "of a task that was handed on": issued(
+        act=("deploy-bot", "one"),
+        delegators=(Delegator(agent_id="one", task_id=str(uuid.uuid4()), sponsor="suzy"),),
+    ),
     "a field of a newer version": issued(newer={"a": 1}),
     "a name with quotes": issued(on_behalf_of='ma"ria'),
     "a blank between texts": issued(sponsor="sam\0"),
@@ -86,7 +90,9 @@ def names_of(claims: Lease) -> set[str]:
 
 def names_in(stored: bytes) -> set[str]:
     return {
-        f"{kind}:{unverified_name(stored, kind)}" for kind in ("agent", "task", "target", "sponsor", "user")
+        f"{kind}:{name}"
+        for kind in ("agent", "task", "target", "sponsor", "user")
+        for name in unverified_names(stored, kind) or ()
     }
 
 

@@ -75,6 +75,7 @@ def acted(
     own_lease = lease is not None and lease.agent == agent
     words: dict[str, Any] = {
         "agent": agent,
+        "act": list(claims.act) if claims.act else None,
         "sponsor": sponsor,
         "on_behalf_of": lease.on_behalf_of if lease is not None and own_lease else None,
         "task": claims.task_id,
@@ -130,6 +131,7 @@ def answered(
     own_lease = lease if lease is not None and lease.agent == agent else None
     words: dict[str, Any] = {
         "agent": agent,
+        "act": list(claims.act) if claims.act else None,
         "sponsor": sponsor,
         "on_behalf_of": own_lease.on_behalf_of if own_lease is not None else None,
         "task": claims.task_id,

@@ -7,7 +7,7 @@ what was verified is remembered by its exact text.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 from pydantic import ValidationError
@@ -27,12 +27,13 @@ from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import Lease, RevocationRequest
 from ringfence.messages.registry import AnyRecord, TaskAssign, TaskState
 from ringfence.messages.trust import ServiceRole
-from ringfence.model.chains import COMMAND_OF_TYP, ChainError
+from ringfence.model.chains import BY_AGENTS, COMMAND_OF_TYP, ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.grants import id_of, signer_of
 from ringfence.model.identity import subject_of
 from ringfence.model.instances import enrolment_of, keys_of_agents, ref_of
 from ringfence.model.leases import statement
+from ringfence.model.lifecycle import agents_of
 
 C = TypeVar("C", bound=Claims)
 P = TypeVar("P", bound=Message)
@@ -119,7 +120,9 @@ class Believer:
         return self._open(jws, model, find, at_ms)
 
     def command(self, record: Received) -> tuple[Believed[ExpiringClaims], str | None]:
-        """A command by a person, a provisioner or the root, and who validly signed the consent that it embeds."""
+        """A command by whoever may give such: a person, a provisioner, the root, an agent. And who validly signed the
+        consent that it embeds.
+        """
         at_ms = record.appended_at_ms
         jws = parse(record.value)
         model = COMMAND_OF_TYP.get(jws.header.typ)
@@ -128,7 +131,8 @@ class Believer:
         chains = self._directory.chains
 
         def find(iss: str, kid: str) -> PublicKey | None:
-            return self._trust.root_key(iss, kid, at_ms / 1000) or chains.command_key(iss, kid, at_ms)
+            key = self._trust.root_key(iss, kid, at_ms / 1000) or chains.command_key(iss, kid, at_ms)
+            return key or (chains.agent_key(iss, kid, at_ms) if model in BY_AGENTS else None)
 
         signed = self._open(jws, model, find, at_ms)
         consent_by: str | None = None
@@ -266,6 +270,7 @@ class Believer:
             digest=digest(signed.compact),
             signer=claims.iss,
             agent=agent,
+            act=self._act(agent, claims.task_id),
             task=claims.task_id,
             target=claims.scope[0].target,
             permissions=[permission(one) for one in claims.scope],
@@ -326,6 +331,7 @@ class Believer:
             request_id=claims.request_id,
             agent=claims.agent_id,
             act=claims.act,
+            delegators=claims.delegators or (),
             sponsor=claims.sponsor,
             on_behalf_of=claims.on_behalf_of,
             task=claims.task_id,
@@ -347,6 +353,10 @@ class Believer:
             return None
         return entry.state.sponsor if entry is not None else None
 
+    def sponsors_of(self, agents: Sequence[str]) -> list[str]:
+        """The sponsors of agents by the present records, each once."""
+        return list(dict.fromkeys(filter(None, map(self.sponsor_of, agents))))
+
     def roles_of(self, user: str) -> tuple[str, ...]:
         """The roles of a user by the present records; none where there is no such user, or they are disabled."""
         try:
@@ -366,6 +376,11 @@ class Believer:
     def _on_behalf_of(self, task: str) -> str | None:
         state = self.task_of(task)
         return state.on_behalf_of if state is not None else None
+
+    def _act(self, agent: str, task: str) -> tuple[str, ...]:
+        """The agents that act where an agent asks for something in a task."""
+        state = self.task_of(task)
+        return agents_of(state) if state is not None and state.agent_id == agent else (agent,)
 
     # --- keys ---
 

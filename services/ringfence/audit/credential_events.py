@@ -33,7 +33,7 @@ from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import parse
 from ringfence.messages.approval import Approval, ApprovalRequest, Grant
 from ringfence.messages.credential import CredentialDecision, Reason
-from ringfence.messages.lease import Lease, LeaseStatus, RevocationAck, RevocationRequest, Selector
+from ringfence.messages.lease import Delegator, Lease, LeaseStatus, RevocationAck, RevocationRequest, Selector
 from ringfence.model.grants import id_of
 
 if TYPE_CHECKING:
@@ -310,6 +310,7 @@ def leased(
         "agent": claims.agent_id,
         "act": list(claims.act),
         "instance": claims.instance.model_dump() if claims.instance else None,
+        "delegators": delegators_of(claims.delegators),
         "task": claims.task_id,
         "sponsor": claims.sponsor,
         "on_behalf_of": claims.on_behalf_of,
@@ -462,6 +463,7 @@ def revocation_asked(
             words |= {
                 "agent": lease.agent,
                 "act": list(lease.act),
+                "delegators": delegators_of(lease.delegators),
                 "task": lease.task,
                 "sponsor": lease.sponsor,
                 "on_behalf_of": lease.on_behalf_of,
@@ -490,7 +492,7 @@ def _words(facts: RequestFacts) -> dict[str, Any]:
     return {
         "break_glass": True if facts.break_glass else None,
         "agent": facts.agent,
-        "act": [facts.agent],
+        "act": list(facts.act),
         "instance": facts.instance,
         "task": facts.task,
         "sponsor": facts.sponsor,
@@ -501,6 +503,11 @@ def _words(facts: RequestFacts) -> dict[str, Any]:
         "permissions": facts.permissions,
         "delivery": facts.delivery,
     }
+
+
+def delegators_of(delegators: tuple[Delegator, ...] | None) -> list[dict[str, str]] | None:
+    """The agents that handed a task on, with their own tasks and who answers for them; None where there are none."""
+    return [one.model_dump() for one in delegators or ()] or None
 
 
 def _lease_sentence(claims: Lease, scope: str, by: str, approvers: tuple[str, ...]) -> str:

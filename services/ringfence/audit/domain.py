@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ringfence.kernel.ids import digest
+from ringfence.messages.lease import Delegator
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -40,6 +41,8 @@ class RequestFacts:
     digest: str
     signer: str
     agent: str
+    act: tuple[str, ...]
+    """It and those that handed the task on to it, the last to do so first."""
     task: str
     target: str
     permissions: list[dict[str, Any]]
@@ -67,6 +70,7 @@ class LeaseFacts:
     request_id: str
     agent: str
     act: tuple[str, ...]
+    delegators: tuple[Delegator, ...]
     sponsor: str
     on_behalf_of: str
     task: str

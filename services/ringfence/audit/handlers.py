@@ -225,6 +225,7 @@ class AuditHandlers:
             sponsor=self._believer.sponsor_of(agent) if agent else None,
             consent_by=consent_by,
             task=task,
+            parent=self._believer.task_of(words["parent"]) if "parent" in words else None,
         )
         return event, _lacks_sponsor(event)
 
@@ -243,7 +244,10 @@ class AuditHandlers:
             if replay is not None:
                 return replay, False
             sponsor = self._believer.sponsor_of(agent) if agent else None
-            event = registry_events.recorded(record, claims, last, verified, sponsor=sponsor)
+            act = getattr(claims.state, "act", None) or ()
+            event = registry_events.recorded(
+                record, claims, last, verified, sponsor=sponsor, sponsors=self._believer.sponsors_of(act)
+            )
             return event, _lacks_sponsor(event)
 
         return read

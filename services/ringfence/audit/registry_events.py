@@ -6,7 +6,7 @@ by the registry is status Failure. So one change is one success.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +45,14 @@ from ringfence.messages.registry import (
     TargetSet,
     TargetState,
     TaskAssign,
+    TaskDelegate,
     TaskEnd,
     TaskState,
     UserDisable,
     UserSet,
     UserState,
 )
+from ringfence.model.lifecycle import agents_of
 
 if TYPE_CHECKING:
     from ringfence.kernel.kafka import Received
@@ -90,6 +92,7 @@ _VERBS: Mapping[str, _Verb] = {
     "target.set": _Verb(3, "set", "changed", "target.changed", LOW),
     "target.remove": _Verb(4, "remove", "removed", "target.removed", LOW),
     "task.assign": _Verb(1, "assign", "assigned", "task.assigned"),
+    "task.delegate": _Verb(1, "hand on", "handed on", "task.delegated"),
     "task.end": _Verb(11, "end", "ended", "task.ended"),
 }
 _E = ENTITY_MANAGEMENT
@@ -123,6 +126,7 @@ def commanded(
     sponsor: str | None,
     consent_by: str | None,
     task: TaskState | None,
+    parent: TaskState | None = None,
 ) -> Event:
     """Somebody gave a command; what comes of it is not known yet.
 
@@ -130,10 +134,13 @@ def commanded(
         sponsor: the sponsor of the agent that it is about, by the records.
         consent_by: who validly signed the embedded consent.
         task: the task that it ends, by the records.
+        parent: the task that it hands on a part of, by the records.
     """
     kind, id, words = subject_of_command(claims)
     if task is not None:
         words |= {"agent": task.agent_id, "on_behalf_of": task.on_behalf_of}
+    if parent is not None:
+        words |= {"on_behalf_of": parent.on_behalf_of, "act": [words["agent"], *agents_of(parent)]}
     words.setdefault("sponsor", sponsor)
     actor = user_of(claims.iss)
     message = f"{actor['name']} asked to {_VERBS[claims.typ].ask} {kind} {id}{_terms(claims)}"
@@ -158,12 +165,14 @@ def recorded(
     verified: dict[str, Any],
     *,
     sponsor: str | None,
+    sponsors: Sequence[str] | None = None,
 ) -> Event:
     """The registry published a record: a command was carried out.
 
     Args:
         by: the last command that it embeds, verified.
         sponsor: the sponsor of a task's agent, by the records.
+        sponsors: those of all agents that a task came through, where it was handed on.
     """
     state = claims.state
     kind, id, words = _subject_of_state(state)
@@ -185,6 +194,7 @@ def recorded(
     if reason:
         own["comment"] = scrubbed(reason)
         message += f": {own['comment']}"
+    words["sponsors"] = list(sponsors) if sponsors else None
     words |= {"revision": claims.revision, "status": state.status, "command": by.jti, "verified": verified}
     compromised = isinstance(by, AgentRotateKey) and by.compromised
     return event(
@@ -267,6 +277,14 @@ def subject_of_command(claims: ExpiringClaims) -> tuple[str, str, dict[str, Any]
                 "on_behalf_of": claims.on_behalf_of,
                 "permissions": [permission(one) for one in claims.terms.scope],
             }  # fmt: skip
+        case TaskDelegate():
+            id = message_id(claims.iss, claims.jti)
+            return "task", id, {
+                "task": id,
+                "parent": claims.parent,
+                "agent": claims.terms.agent_id,
+                "permissions": [permission(one) for one in claims.terms.scope],
+            }  # fmt: skip
         case TaskEnd():
             return "task", claims.task_id, {"task": claims.task_id}
         case AgentRegister() | AgentTransfer():
@@ -287,7 +305,9 @@ def _subject_of_state(state: AnyState) -> tuple[str, str, dict[str, Any]]:
         case TaskState():
             return "task", state.task_id, {
                 "task": state.task_id,
+                "parent": state.parent,
                 "agent": state.agent_id,
+                "act": list(agents_of(state)),
                 "on_behalf_of": state.on_behalf_of,
                 "assigned_by": state.assigned_by,
                 "permissions": [permission(one) for one in state.scope],
@@ -323,11 +343,19 @@ def _terms(claims: ExpiringClaims) -> str:
                 f" to agent {terms.agent_id} on behalf of {claims.on_behalf_of}, for {in_words(terms.scope)}, until "
                 f"{moment(terms.not_after * 1000)}: {scrubbed(terms.purpose)}"
             )
+        case TaskDelegate():
+            terms = claims.terms
+            return (
+                f" as a part of task {claims.parent} to agent {terms.agent_id}, for {in_words(terms.scope)}, until "
+                f"{moment(terms.not_after * 1000)}: {scrubbed(terms.purpose)}"
+            )
         case _:
             return ""
 
 
 def _standing(state: AnyState, by: ExpiringClaims) -> str:
+    if isinstance(by, TaskDelegate) and isinstance(state, TaskState):
+        return f"{_terms(by)} (on behalf of {state.on_behalf_of})"
     if isinstance(state, TaskState) and isinstance(by, TaskAssign):
         return _terms(by)
     if isinstance(by, TaskEnd) and isinstance(state, TaskState):
@@ -401,6 +429,7 @@ def _data(state: AnyState) -> dict[str, Any]:
                 "not_after": state.not_after,
                 "on_behalf_of": state.on_behalf_of,
                 "assigned_by": state.assigned_by,
+                "parent": state.parent,
                 "status": state.status,
             }
 

@@ -131,7 +131,7 @@ _SCHEMA = """
 CREATE TABLE event (
     seq INTEGER PRIMARY KEY, uid TEXT NOT NULL UNIQUE, time INTEGER NOT NULL, class_uid INTEGER NOT NULL, code TEXT,
     request TEXT, lease TEXT, task TEXT, agent TEXT, target TEXT, sponsor TEXT, on_behalf_of TEXT, revocation TEXT,
-    message TEXT NOT NULL, json BLOB NOT NULL
+    parent TEXT, above TEXT, message TEXT NOT NULL, json BLOB NOT NULL
 );
 CREATE INDEX event_request ON event (request, code) WHERE request IS NOT NULL;
 CREATE INDEX event_lease ON event (lease, code) WHERE lease IS NOT NULL;
@@ -139,6 +139,7 @@ CREATE INDEX event_task ON event (task) WHERE task IS NOT NULL;
 CREATE INDEX event_agent ON event (agent) WHERE agent IS NOT NULL;
 CREATE INDEX event_on_behalf_of ON event (on_behalf_of) WHERE on_behalf_of IS NOT NULL;
 CREATE INDEX event_revocation ON event (revocation) WHERE revocation IS NOT NULL;
+CREATE INDEX event_parent ON event (parent) WHERE parent IS NOT NULL;
 CREATE INDEX event_finding ON event (seq) WHERE class_uid = 2004;
 CREATE INDEX event_action ON event (time) WHERE class_uid = 6003;
 CREATE INDEX event_issued ON event (time) WHERE code = 'credential.issued';
@@ -146,16 +147,17 @@ CREATE INDEX event_issued ON event (time) WHERE code = 'credential.issued';
 _INSERT = """
 INSERT OR IGNORE INTO event (
     seq, uid, time, class_uid, code,
-    request, lease, task, agent, target, sponsor, on_behalf_of, revocation, message, json
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    request, lease, task, agent, target, sponsor, on_behalf_of, revocation, parent, above, message, json
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
-_IDS = ("request", "lease", "task", "agent", "target", "sponsor", "on_behalf_of", "revocation")
+_IDS = ("request", "lease", "task", "agent", "target", "sponsor", "on_behalf_of", "revocation", "parent")
 _CLASS_UID, _JSON = 3, -1
 _MOST_ROWS = 20_000
 _FILTERS = ("agent", "task", "request", "lease", "class_uid")
 _SEEN = (
     "(sponsor = :viewer OR on_behalf_of = :viewer OR "
-    "agent IN (SELECT value FROM json_each(:agents)))"
+    "agent IN (SELECT value FROM json_each(:agents)) OR (above IS NOT NULL AND "
+    "EXISTS (SELECT 1 FROM json_each(above) WHERE value IN (SELECT value FROM json_each(:agents)))))"
 )  # fmt: skip
 
 
@@ -343,11 +345,15 @@ class SqliteIndex:
         # Neither: something that no request came of yet, such as an agent that was only registered.
         if not requests and not tasks and not self._any(condition, values):
             return None
+        if kind == "task":  # and what was handed on of it
+            parts = self._all_along("task", "parent", tasks)
+            tasks, requests = [*tasks, *parts], [*requests, *self._values("request", "task", parts)]
         truncated = len(requests) > limit or len(tasks) > limit
         requests, tasks = requests[:limit], tasks[:limit]
         found: dict[str, tuple[int, bytes]] = {}
         self._collect(found, "request", requests)
-        tasks = sorted({*tasks, *self._values("task", "request", requests)})
+        tasks = [*tasks, *self._values("task", "request", requests)]
+        tasks = sorted({*tasks, *self._all_along("parent", "task", tasks)})
         self._collect(found, "task", tasks, "request IS NULL")
         leases = self._values("lease", "request", requests)
         self._collect(found, "lease", leases, "request IS NULL")
@@ -386,6 +392,14 @@ class SqliteIndex:
         )
         return [row[0] for row in self._db.execute(query, {"ids": orjson.dumps(list(ids)).decode()})]
 
+    def _all_along(self, wanted: str, column: str, ids: Iterable[str]) -> list[str]:
+        """What is reached from these ids step by step: the tasks that tasks are parts of, or the parts of tasks."""
+        found: dict[str, None] = {}
+        step = list(ids)
+        while step := [id for id in self._values(wanted, column, step) if id not in found]:
+            found |= dict.fromkeys(step)
+        return list(found)
+
     @staticmethod
     def _visible(viewer: Viewer | None) -> tuple[list[str], dict[str, Any]]:
         if viewer is None:
@@ -401,6 +415,7 @@ def _row(value: bytes, seq: int) -> tuple[Any, ...] | None:
         texts = (event["metadata"]["uid"], event["message"])
         ids = [words.get(name) for name in _IDS]
         numbers, code = (event["time"], event["class_uid"]), event["metadata"].get("event_code")
+        above = [name for name in words.get("act", ())[1:] if type(name) is str]
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     strings = all(type(text) is str for text in texts) and all(
@@ -408,7 +423,8 @@ def _row(value: bytes, seq: int) -> tuple[Any, ...] | None:
     )
     if not (strings and all(map(_is_int64, numbers))):
         return None
-    return (seq, texts[0], *numbers, code, *ids, texts[1], value)
+    handed_on_by = orjson.dumps(above).decode() if above else None
+    return (seq, texts[0], *numbers, code, *ids, handed_on_by, texts[1], value)
 
 
 def _quoted(codes: Iterable[str]) -> str:

@@ -44,7 +44,8 @@ _ORDER = {
     code: rank
     for rank, code in enumerate(
         (
-            "task.assign", "command.accepted", "task.assigned", "grant.given", "grant.withdrawn",
+            "task.assign", "task.delegate", "command.accepted", "task.assigned", "task.delegated",
+            "grant.given", "grant.withdrawn",
             "credential.requested", "approval.required", "break_glass.asked",
             "approval.requested", "approval.given", "approval.denied", "request.allowed", "break_glass.used",
             "request.refused",
@@ -55,11 +56,14 @@ _ORDER = {
         )
     )
 }  # fmt: skip
+_ASKED = ("task.assign", "task.delegate")
+_MADE = ("task.assigned", "task.delegated")
 _IN_LEASE = frozenset({"lease", "cut", "end", "revocation"})
 
 
 def tree(events: Iterable[dict[str, Any]]) -> list[Node]:
-    """People, on whose behalf; under each the tasks; under each the requests; under each what came of it.
+    """People, on whose behalf; under each the tasks, and under those what was handed on of them; under each task the
+    requests; under each what came of it.
 
     Args:
         events: OCSF events of audit, in any order.
@@ -81,6 +85,7 @@ def tree(events: Iterable[dict[str, Any]]) -> list[Node]:
     }
     task_of_request: dict[str, str] = {}
     users: dict[str, str] = {}
+    parents: dict[str, str] = {}
     for event in ordered:
         words = event["unmapped"]
         request = words.get("request") or request_of_lease.get(words.get("lease"))
@@ -97,14 +102,20 @@ def tree(events: Iterable[dict[str, Any]]) -> list[Node]:
             tasks.setdefault(task, [])
             if words.get("on_behalf_of"):
                 users.setdefault(task, words["on_behalf_of"])
+            if words.get("parent"):
+                parents.setdefault(task, words["parent"])
     children: dict[str, list[Node]] = {task: [] for task in tasks}
     lost: list[Node] = []
     for request, steps in requests.items():
         children.get(task_of_request.get(request, ""), lost).append(_request(request, steps))
     roots: dict[str, Node] = {}
-    for task, steps in tasks.items():
-        node = _task(task, steps, children[task])
-        _under_user(roots, users.get(task), node)
+    nodes = {task: _task(task, steps, children[task]) for task, steps in tasks.items()}
+    for task, node in nodes.items():
+        above = nodes.get(parents.get(task, ""))
+        if above is not None and not _leads_to(task, parents[task], parents):
+            above["children"] = sorted([*above["children"], node], key=lambda child: child["at_ms"] or 0)
+        else:
+            _under_user(roots, users.get(task), node)
     for node in lost:
         _under_user(roots, None, node)
     for agent, steps in rest.items():
@@ -123,6 +134,20 @@ def tree(events: Iterable[dict[str, Any]]) -> list[Node]:
     return list(roots.values())
 
 
+def _leads_to(task: str, start: str, parents: Mapping[str, str]) -> bool:
+    """Whether a task is met on the way up from another one: no registry hands on so, but the topic is only as good as
+    its ACL.
+    """
+    met: set[str] = set()
+    at: str | None = start
+    while at is not None and at not in met:
+        if at == task:
+            return True
+        met.add(at)
+        at = parents.get(at)
+    return False
+
+
 def _under_user(roots: dict[str, Node], user: str | None, node: Node) -> None:
     name = user or "nobody known"
     root = roots.setdefault(name, _node(name, "user", f"{name}, on whose behalf it was done"))
@@ -130,15 +155,16 @@ def _under_user(roots: dict[str, Node], user: str | None, node: Node) -> None:
 
 
 def _task(task: str, steps: Sequence[dict[str, Any]], requests: list[Node]) -> Node:
-    assigned = next((e for e in steps if _code(e) == "task.assigned"), None)
-    first = assigned or next((e for e in steps if _code(e) == "task.assign"), None)
+    assigned = next((e for e in steps if _code(e) in _MADE), None)
+    first = assigned or next((e for e in steps if _code(e) in _ASKED), None)
     node = _node(task, "task", f"task {task}", at_ms=first["time"] if first else None)
     if first is not None:
         words = first["unmapped"]
         asked = "" if assigned is not None else "asked for: "
-        node["title"] = f"{asked}task for agent {words.get('agent')}{_purpose(first)}"
+        by = f", handed on by {_actor(first)}" if words.get("parent") else ""
+        node["title"] = f"{asked}task for agent {words.get('agent')}{by}{_purpose(first)}"
         node |= {"actor": _actor(first), "detail": first["message"], "event": _uid(first)}
-    others = [e for e in steps if e is not first and _code(e) not in ("task.assign", "command.accepted")]
+    others = [e for e in steps if e is not first and _code(e) not in (*_ASKED, "command.accepted")]
     node["children"] = sorted(
         [*requests, *(_leaf(event, None) for event in others)], key=lambda child: child["at_ms"] or 0
     )

@@ -112,6 +112,15 @@ class JwtBackend:
         if lease.instance is not None:
             of = lease.instance
             claims["instance"] = {"id": of.instance_id, "iss": of.issuer, "sub": of.subject}
+        if lease.delegators:
+            claims["delegation"] = [
+                {
+                    "agent": self._id("agent", one.agent_id),
+                    "task": one.task_id,
+                    "sponsor": self._id("user", one.sponsor),
+                }
+                for one in lease.delegators
+            ]
         # Only where a proof is demanded: whoever knows RFC 9449 refuses a token with it that comes as a bearer token.
         if settings_of(target, JwtSettings).dpop == "required":
             claims["cnf"] = {"jkt": lease.key_thumbprint}

@@ -83,6 +83,7 @@ def show(
     fields = {
         "status": found["status"],
         "agent": found["agent_id"],
+        "handed on by": ", then ".join(reversed(found["act"][1:])),
         "on behalf of": found["on_behalf_of"],
         "sponsor": found["sponsor"],
         "allows": show_scope(scope_of(found)),

@@ -23,6 +23,7 @@ def print_question(group: Alike, comparison: Comparison) -> None:
     print_fields(
         {
             "agent": f"{one.agent} ({visible(one.agent_description)})",
+            **({"handed on by": ", then ".join(reversed(one.delegators))} if one.delegators else {}),
             "task": visible(one.purpose),
             "on behalf of": one.on_behalf_of,
             "target": f"{one.target} ({visible(one.target_description)})",

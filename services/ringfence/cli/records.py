@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ringfence.cli.attestation import show_selector
@@ -61,11 +62,14 @@ def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> 
         print_record(kind, found)
 
 
-def print_record(kind: SubjectKind, found: Mapping[str, Any]) -> None:
-    """Print one record, `{id, revision, state}`, for people."""
+def print_record(
+    kind: SubjectKind, found: Mapping[str, Any], more: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Print one record, `{id, revision, state}`, for people, and what else there is to say."""
     state = _state(kind, found)
     title = f"{kind} {found['id']}, revision {found['revision']}"
-    print_fields({name: value for name, value in _FIELDS[kind](state).items() if value}, title=title)
+    fields = {**_FIELDS[kind](state), **more}
+    print_fields({name: value for name, value in fields.items() if value}, title=title)
 
 
 def _state(kind: SubjectKind, item: Mapping[str, Any]) -> Any:
@@ -90,7 +94,7 @@ def _target_row(target: TargetState) -> Sequence[str]:
 def _task_row(task: TaskState) -> Sequence[str]:
     return (
         task.task_id,
-        task.agent_id,
+        " < ".join(task.act or (task.agent_id,)),
         task.on_behalf_of,
         _task_status(task),
         task.purpose,
@@ -150,6 +154,8 @@ def _task_fields(task: TaskState) -> dict[str, str]:
         "agent": task.agent_id,
         "on behalf of": task.on_behalf_of,
         "assigned by": task.assigned_by,
+        "part of": f"task {task.parent}" if task.parent else "",
+        "handed on by": ", then ".join(reversed((task.act or ())[1:])),
         "scope": show_scope(task.scope),
         "ends": until(task.not_after, time.time()),
     }

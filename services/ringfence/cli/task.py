@@ -1,4 +1,4 @@
-"""`ringfence task`: assign, with what all sides allow shown before anything runs; end."""
+"""`ringfence task`: assign, with what all sides allow shown before anything runs; hand on; end."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from ringfence.cli.options import (
 )
 from ringfence.cli.outcome import print_accepted
 from ringfence.cli.output import moment, note, print_json, say
-from ringfence.cli.records import list_records, show_record
+from ringfence.cli.records import list_records, print_record
 from ringfence.cli.scopes import parse_scope, show_permission, show_scope
 from ringfence.client.administrator import Administrator
+from ringfence.client.agent import Agent
+from ringfence.client.api import ReadApi
+from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError, checked
 from ringfence.client.outcomes import Accepted
 from ringfence.client.preview import Preview
@@ -31,7 +34,7 @@ from ringfence.kernel.jws import parse
 from ringfence.messages.registry import TaskConsent, TaskTerms
 from ringfence.model.consents import canonical_terms, nonce_of
 
-app = typer.Typer(help="Tasks: assign, with what all sides allow; end.", no_args_is_help=True)
+app = typer.Typer(help="Tasks: assign, with what all sides allow; hand on; end.", no_args_is_help=True)
 
 AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.")]
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="The task's id.")]
@@ -163,13 +166,53 @@ def nonce(
 
 
 @app.command()
+def delegate(
+    task: TaskArgument,
+    agent: AgentArgument,
+    purpose: PurposeOption = None,
+    allow: AllowOption = None,
+    lasts: ForOption = None,
+    until: UntilOption = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hand part of a task to another agent: no wider, and no longer. As the agent of the task."""
+    wanted = _wanted(purpose, allow, lasts, until)
+    scope, ends_in_s, not_after = wanted["scope"], wanted["ends_in_s"], wanted["not_after"]
+
+    async def work() -> str:
+        async with Agent.connect(identity(me)) as delegator:
+            return await delegator.delegate(
+                task=task,
+                to=agent,
+                purpose=wanted["purpose"],
+                scope=scope,
+                ends_in_s=ends_in_s,
+                until=not_after,
+            )
+
+    part = run(work())
+    if wants_json(as_json):
+        print_json({"task_id": part, "parent": task, "agent_id": agent})
+    else:
+        say(f"task {part} handed on to {agent}, as a part of {task}; it ends with that")
+
+
+@app.command()
 def end(
     task: TaskArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
 ) -> None:
-    """End a task and its leases. As who assigned it, who it is on behalf of, the agent's sponsor, or an operator."""
+    """End a task, what was handed on of it, and their leases.
+
+    As who assigned it, who it is on behalf of, the agent's sponsor, an operator, or an agent that handed it on.
+    """
 
     async def work() -> Accepted:
-        async with Administrator.connect(identity(me)) as administrator:
+        connection = Connection(identity(me))
+        if "/agent/" in connection.key.id:
+            async with Agent(connection) as delegator:
+                return await delegator.end_delegated(task, reason=reason)
+        async with Administrator(connection) as administrator:
             return await administrator.end_task(task, reason=reason)
 
     print_accepted(run(work()), f"task {task} ended; its leases end", wants_json(as_json))
@@ -183,8 +226,18 @@ def list_tasks(me: IdentityOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def show(task: TaskArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
-    """Show one task."""
-    show_record("task", task, identity(me), wants_json(as_json))
+    """Show one task, and the parts of it that were handed on."""
+
+    async def work() -> tuple[Any, Any]:
+        async with ReadApi(identity(me)) as api:
+            return await api.record("task", task), await api.records("task", parent=task)
+
+    found, parts = run(work())
+    if wants_json(as_json):
+        print_json({**found, "parts": [part["id"] for part in parts]})
+        return
+    told = [f"{part['id']} to {part['state']['agent_id']} ({part['state']['status']})" for part in parts]
+    print_record("task", found, {"parts": "\n".join(told)})
 
 
 def _wanted(

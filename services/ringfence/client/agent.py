@@ -22,13 +22,14 @@ from ringfence.client.errors import (
     checked,
 )
 from ringfence.client.lifetime import Lifetime
-from ringfence.client.outcomes import Outcomes
+from ringfence.client.outcomes import Accepted, Outcomes
 from ringfence.client.process_mark import process_mark
 from ringfence.client.replies import Allowed, Answer, Denied, PendingRequest, SentRequest, read_reply, who
 from ringfence.client.settings import ClientSettings
 from ringfence.client.token_sources import TokenSource, source_of
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
@@ -37,7 +38,14 @@ from ringfence.kernel.trace import in_trace, new_traceparent
 from ringfence.messages.credential import CredentialRequest, Delivery
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.permission import Permission
-from ringfence.messages.topics import CREDENTIAL_REPLY, CREDENTIAL_REQUEST, DEAD_LETTER, REVOCATION_REQUEST
+from ringfence.messages.registry import TaskDelegate, TaskEnd, TaskTerms
+from ringfence.messages.topics import (
+    CREDENTIAL_REPLY,
+    CREDENTIAL_REQUEST,
+    DEAD_LETTER,
+    REGISTRY_COMMAND,
+    REVOCATION_REQUEST,
+)
 from ringfence.model.scope import validate_scope
 
 log = logging.getLogger(__name__)
@@ -45,6 +53,8 @@ log = logging.getLogger(__name__)
 REQUEST_LIFE_S = 120
 """`exp` of a request: how long it may take to reach the broker, clocks that differ included."""
 
+ANSWER_S = 15.0
+"""How long the registry's word is waited for where nothing else is said."""
 _MAX_ABANDONED = 1000
 
 OnPending = Callable[[PendingRequest], Awaitable[None] | None]
@@ -317,6 +327,56 @@ class Agent(Lifetime):
                 timeout_s=timeout_s,
                 traceparent=traceparent,
             )
+
+    async def delegate(
+        self,
+        *,
+        task: str,
+        to: str,
+        purpose: str,
+        scope: Sequence[Permission],
+        ends_in_s: int | None = None,
+        until: int | None = None,
+        timeout_s: float = ANSWER_S,
+    ) -> str:
+        """Hand part of a task to another agent. Returns the id of its task, which ends with this one at the latest.
+
+        Args:
+            task: the id of this agent's own task.
+            to: the other agent's id. What it may do is within this agent's ceiling, and within its own.
+            purpose: what for, in a sentence that approvers will read.
+            scope: no wider than that of `task`.
+            ends_in_s, until: when it ends, in seconds from now, or since 1970; one of them.
+
+        Raises:
+            RefusedError: by the registry, with the reason. NotAnsweredError: it gave no word within `timeout_s`.
+            InvalidCallError, ScopeError: nothing was sent. UnavailableError: Kafka did not take it.
+        """
+        if (ends_in_s is None) == (until is None):
+            raise InvalidCallError("say when the task ends: ends_in_s or until")
+        validate_scope(tuple(scope))
+        stamp = self.connection.stamp(REQUEST_LIFE_S)
+        with checked("the task"):
+            terms = TaskTerms(
+                agent_id=to,
+                purpose=purpose,
+                scope=tuple(scope),
+                not_after=until if until is not None else stamp["iat"] + (ends_in_s or 0),
+            )
+            claims = TaskDelegate(**stamp, parent=task, terms=terms)
+        await self._outcomes.send(
+            REGISTRY_COMMAND, message_id(claims.iss, claims.jti), claims, by="registry", timeout_s=timeout_s
+        )
+        return message_id(claims.iss, claims.jti)
+
+    async def end_delegated(self, task: str, *, reason: str, timeout_s: float = ANSWER_S) -> Accepted:
+        """End a task that this agent handed on, or that came of one: what is held under it ends.
+
+        Raises as `delegate` does.
+        """
+        with checked("the end of the task"):
+            claims = TaskEnd(**self.connection.stamp(REQUEST_LIFE_S), task_id=task, reason=reason)
+        return await self._outcomes.send(REGISTRY_COMMAND, task, claims, by="registry", timeout_s=timeout_s)
 
     def _prepare(
         self,

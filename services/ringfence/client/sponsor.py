@@ -93,6 +93,8 @@ class PendingApproval:
     request: Jws
     break_glass: bool = False
     """Two operators are asked to allow once what policy denies."""
+    delegators: tuple[str, ...] = ()
+    """The agents that handed the task on, the last to do so first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,6 +417,7 @@ class Sponsor(Lifetime):
             why_asked=asked.reasons,
             request=asked.request,
             break_glass=facts.break_glass,
+            delegators=facts.act[1:],
         )
 
     def _facts(self, asked: ApprovalRequest, at_ms: int) -> Facts:

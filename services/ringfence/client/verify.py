@@ -46,6 +46,8 @@ class VerifiedToken:
     key_thumbprint: str | None
     """`cnf.jkt` (RFC 9449, 6.1): the agent's key that the token is bound to."""
     claims: dict[str, Any] = field(repr=False)
+    act: tuple[str, ...] = ()
+    """The agents that act, by their SPIFFE IDs: `agent` first, then those that handed the task on (RFC 8693, 4.1)."""
 
     def allows(self, verb: str, resource: str) -> bool:
         """Whether the token allows this verb on this one resource, named in full. What is no legal name is not."""
@@ -272,11 +274,22 @@ class TokenVerifier(Lifetime):
                 expires_at=claims["exp"],
                 key_thumbprint=_text(claims["cnf"], "jkt") if "cnf" in claims else None,
                 claims=claims,
+                act=_actors(claims),
             )
         except (ValidationError, KeyError, TypeError, AttributeError):
             raise _rejected(
                 "the token lacks what a token of Ringfence says, or says it in another form"
             ) from None
+
+
+def _actors(claims: dict[str, Any]) -> tuple[str, ...]:
+    """The nested actors, outermost first. Raises KeyError, TypeError, AttributeError where they are no such thing."""
+    found: list[str] = []
+    actor: Any = claims.get("act")
+    while actor is not None:
+        found.append(_text(actor, "sub"))
+        actor = actor.get("act")
+    return tuple(found)
 
 
 def _text(claims: dict[str, Any], name: str) -> str:

@@ -6,7 +6,7 @@ lacks it, where there is one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal, Protocol
@@ -145,7 +145,7 @@ def weigh(
         reasons += _not_usable(lease, target)
         gone = ref_void(lease.instance, ground.agent.state) if lease.instance and ground else None
         reasons += [gone] if gone else []
-        reasons += _of_others(lease, wanted, directory)
+        reasons += _of_others(lease, wanted, directory, ground.act if ground is not None else ())
         if ground is not None and is_lost(lease, ground.agent.state):
             reasons.append(key_compromised(sender.agent_id))
     if lease is None or ground is None or reasons:
@@ -236,11 +236,11 @@ def _not_usable(lease: Lease, target: TargetState) -> list[Reason]:
     return []
 
 
-def _of_others(lease: Lease, wanted: Scope, directory: Directory) -> list[Reason]:
-    """What the other agents in the chain say against it: their status, and their ceilings."""
+def _of_others(lease: Lease, wanted: Scope, directory: Directory, weighed: Collection[str]) -> list[Reason]:
+    """What agents say against it that the lease names and its task does not: their status, and their ceilings."""
     found: list[Reason] = []
     for agent_id in lease.act:
-        if agent_id == lease.agent_id:
+        if agent_id == lease.agent_id or agent_id in weighed:
             continue
         alone = _agent_alone(agent_id, directory)
         found += alone

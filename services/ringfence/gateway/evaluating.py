@@ -12,7 +12,7 @@ from ringfence.kernel.kafka import to_json
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState
 from ringfence.model.request_map import Action
-from ringfence.model.written import WrittenRecords, sponsor_of
+from ringfence.model.written import WrittenRecords, revisions_of, sponsor_of
 from ringfence.rego.engine import Answer, PolicyEngine, PolicyFailedError, PolicyResult
 
 LONGEST_MS: Final = 5000
@@ -86,6 +86,7 @@ class Evaluator:
             chosen.lease.lease_id, chosen.lease.seq, action.verb, action.resource, reads, self._engine.revision,
             ground.agent.revision, ground.task.revision, ground.user.revision, ground.target.revision,
             (sponsor.state.user_id, sponsor.revision) if sponsor is not None else None,
+            tuple(map(revisions_of, ground.delegations)),
         )  # fmt: skip
 
     def _input(
@@ -128,6 +129,8 @@ class Evaluator:
         }
         if ground.sponsor is not None:
             document["sponsor"] = sponsor_of(ground.sponsor.state)
+        if ground.delegations:
+            document["delegations"] = self._records.of_delegations(ground.delegations)
         return document
 
 

@@ -466,6 +466,7 @@ class DecisionGate:
                 action_id=course.id,
                 gateway=self._gateway,
                 agent_id=sender.agent_id if sender is not None else None,
+                act=_act_of(course),
                 task_id=verdict.task_id,
                 lease_id=self._lease_of(course, presented),
                 target_id=target_id,
@@ -493,6 +494,7 @@ class DecisionGate:
             action_id=course.id,
             gateway=self._gateway,
             agent_id=course.lease.agent_id,
+            act=_act_of(course),
             task_id=course.lease.task_id,
             lease_id=course.lease.lease_id,
             target_id=course.lease.target_id,
@@ -550,6 +552,13 @@ def _waiting(course: _Course, ask: Ask) -> Waiting | None:
         return None
     url = f"{target.url}{attempt.target}"
     return Waiting(course.id, attempt.method, url, attempt.body, chosen, action, ask)
+
+
+def _act_of(course: _Course) -> tuple[str, ...] | None:
+    """The agents that act, where there are several."""
+    lease = course.lease
+    sent = course.sender.agent_id if course.sender is not None else None
+    return lease.act if lease is not None and lease.delegators and lease.agent_id == sent else None
 
 
 def _asked_of(course: _Course) -> ActionAsked | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
@@ -21,7 +21,7 @@ from ringfence.messages.credential import (
     Revisions,
 )
 from ringfence.messages.lease import Lease
-from ringfence.messages.registry import TargetState
+from ringfence.messages.registry import TargetState, TaskState
 from ringfence.model.approvals import BREAK_GLASS_TTL_S, approval_problem, required_classes, unmet
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory, Entry
@@ -157,6 +157,7 @@ def _behind(decision: Decision, directory: Directory) -> str | None:
             (f"agent {agent_id}", directory.agent(agent_id), seen.agent),
             (f"target {request.scope[0].target}", directory.target(request.scope[0].target), seen.target),
             ("the user", directory.user(task.state.on_behalf_of) if task else None, seen.user),
+            *_above(directory, task, seen),
         )
     except InvalidMessageError:
         return None  # waiting makes it no better
@@ -166,6 +167,20 @@ def _behind(decision: Decision, directory: Directory) -> str | None:
         if entry is None or entry.revision < revision:
             return f"policy saw revision {revision} of {name}, which has not arrived here"
     return None
+
+
+def _above(
+    directory: Directory, task: Entry[TaskState] | None, seen: Revisions
+) -> Iterator[tuple[str, Entry[Any] | None, int]]:
+    """The tasks that a task is a part of, and their agents, with the revisions of them that policy saw."""
+    for revisions in seen.delegators or ():
+        parent = task.state.parent if task else None
+        if parent is None:
+            return
+        task = directory.task(parent)
+        yield f"task {parent}", task, revisions.task
+        if task is not None:
+            yield f"agent {task.state.agent_id}", directory.agent(task.state.agent_id), revisions.agent
 
 
 def _request(decision: Decision, directory: Directory, terms: Terms) -> _Asked:
@@ -247,7 +262,11 @@ def _issue(decision: Decision, asked: _Asked, directory: Directory, terms: Terms
 
 
 def _is_older(own: Revisions, seen: Revisions) -> bool:
-    return own.agent < seen.agent or own.user < seen.user or own.task < seen.task or own.target < seen.target
+    pairs = [(own.agent, seen.agent), (own.user, seen.user), (own.task, seen.task), (own.target, seen.target)]
+    # A task has the same delegators for good: what policy says of others is no honest policy's, and is not weighed.
+    for mine, theirs in zip(own.delegators or (), seen.delegators or (), strict=False):
+        pairs += [(mine.agent, theirs.agent), (mine.task, theirs.task)]
+    return any(mine < theirs for mine, theirs in pairs)
 
 
 def _check_rule(decision: Decision, facts: Facts, terms: Terms, *, unchanged: bool) -> None:
@@ -373,7 +392,8 @@ def _leased(
         decision_id=decision.claims.jti,
         decision_digest=decision.signed.digest,
         agent_id=agent_id,
-        act=(agent_id,),
+        act=facts.act,
+        delegators=facts.delegators(),
         sponsor=facts.agent.state.sponsor,
         on_behalf_of=facts.user.state.user_id,
         task_id=facts.task.state.task_id,

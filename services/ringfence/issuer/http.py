@@ -66,7 +66,7 @@ class IssuerHttp:
                 "id_token_signing_alg_values_supported": list(self._keys.algorithms),
                 "claims_supported": [
                     "iss", "sub", "aud", "exp", "iat", "nbf", "jti", "client_id", "act", "sponsor", "on_behalf_of",
-                    "task", "authorization_details", "cnf",
+                    "task", "delegation", "authorization_details", "cnf",
                 ],
             },
             headers=self._caching,
@@ -137,6 +137,15 @@ def _marks(claims: dict[str, Any]) -> tuple[str, ...]:
         f"sponsor:{claims['sponsor'].rpartition('/')[2]}",
         f"user:{claims['on_behalf_of'].rpartition('/')[2]}",
         *(f"target:{detail['target']}" for detail in claims["authorization_details"]),
+        *(
+            mark
+            for step in claims.get("delegation", ())
+            for mark in (
+                f"agent:{step['agent'].rpartition('/')[2]}",
+                f"task:{step['task']}",
+                f"sponsor:{step['sponsor'].rpartition('/')[2]}",
+            )
+        ),
         ALL_MARK,
     )
 

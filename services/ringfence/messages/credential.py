@@ -62,6 +62,13 @@ class CredentialRequest(ExpiringClaims):
     """Set where a running instance signs, with the key that this `instance.enrolment` is about."""
 
 
+class DelegatorRevisions(Message):
+    """Of one step of a chain of delegations: the agent that handed the task on, and its own task."""
+
+    agent: int
+    task: int
+
+
 class Revisions(Message):
     """The revisions of everything that a decision or an approval was made on."""
 
@@ -71,6 +78,8 @@ class Revisions(Message):
     target: int
     policy: NonEmpty
     """The revision of the policy bundle: the SHA-256 of its files."""
+    delegators: tuple[DelegatorRevisions, ...] | None = None
+    """Where agents handed the task on, the last to do so first."""
 
 
 class Reason(Message):

@@ -238,6 +238,13 @@ _ALL: tuple[Message, ...] = (
     ),
     registry.TargetRemove(**_command(_OLGA), target_id="staging", reason="moved"),
     registry.TaskAssign(**_command(_SAM), terms=_TERMS, on_behalf_of="maria", consent=_JWS),
+    registry.TaskDelegate(
+        **_command(_BOT),
+        parent=_TASK,
+        terms=_TERMS.model_copy(
+            update={"agent_id": "migrate-bot", "purpose": "migrate the database first", "not_after": AT + 600}
+        ),
+    ),
     registry.TaskEnd(**_command(_MARIA), task_id=_TASK, reason="done"),
     registry.UserRecord(**_record("user", "maria"), state=_USER_STATE),
     registry.AgentRecord(**_record("agent", "deploy-bot"), state=_AGENT_STATE),

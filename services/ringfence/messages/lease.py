@@ -56,6 +56,14 @@ Epoch = Annotated[str, Field(pattern=r"^\d{1,9}\.[0-9a-f]{8}$")]
 """A time in which Redis was not lost: a number that grows, and who began it."""
 
 
+class Delegator(Message):
+    """An agent that handed on a task, the task that it had itself, and its sponsor at the time of issue."""
+
+    agent_id: Name
+    task_id: Uuid
+    sponsor: Name
+
+
 class Lease(Claims):
     """The life of one issued credential, as of one `seq`. Readers fold by the highest `seq`, not by offset.
 
@@ -73,6 +81,9 @@ class Lease(Claims):
     agent_id: Name
     act: tuple[Name, ...]
     """The agents that act, the one that holds the credential first."""
+    delegators: tuple[Delegator, ...] | None = None
+    """Those of them that handed the task on, the last to do so first: what ends them, or their tasks, ends the lease.
+    """
     sponsor: Name
     """The sponsor at the time of issue."""
     on_behalf_of: Name

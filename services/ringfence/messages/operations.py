@@ -115,6 +115,8 @@ class ActionDecided(Message):
     """Who decided."""
     agent_id: NonEmpty | None = None
     """Who sent it, as far as that was shown: of a handle that somebody else showed, who that was."""
+    act: tuple[Name, ...] | None = None
+    """Where the task was handed on: the agents that act, who sent it first, then the last to hand it on."""
     task_id: str | None = None
     lease_id: str | None = None
     target_id: str | None = None
@@ -148,6 +150,7 @@ class ActionAnswered(Message):
     """Of the `ActionDecided` that let it pass."""
     gateway: SpiffeId | None = None
     agent_id: NonEmpty | None = None
+    act: tuple[Name, ...] | None = None
     task_id: str | None = None
     lease_id: str | None = None
     target_id: str | None = None

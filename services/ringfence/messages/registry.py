@@ -436,8 +436,23 @@ class TaskAssign(ExpiringClaims):
     """
 
 
+class TaskDelegate(ExpiringClaims):
+    """Hand part of a task to another agent, as a task of its own. Its id is the UUIDv5 of (`iss`, `jti`).
+
+    Signed by the agent of the task `parent`, on behalf of the same user: no wider, and no longer. Ends with `parent`.
+    """
+
+    typ: ClassVar[str] = "task.delegate"
+
+    parent: Uuid
+    terms: TaskTerms
+
+
 class TaskEnd(ExpiringClaims):
-    """End a task: its leases end. By its assigner, the user it is on behalf of, the sponsor, or an operator."""
+    """End a task: its leases end, and those of all that was handed on of it.
+
+    By its assigner, the user it is on behalf of, the sponsor, an operator, or an agent that handed it on.
+    """
 
     typ: ClassVar[str] = "task.end"
 
@@ -455,7 +470,12 @@ class TaskState(Message):
     not_after: Seconds
     on_behalf_of: Name
     assigned_by: Name
+    """The user who did; of a task that was handed on, the one who assigned the first of its chain."""
     status: Literal["active", "ended"]
+    parent: Uuid | None = None
+    """The task that this one is a part of, where an agent handed it on."""
+    act: Annotated[tuple[Name, ...], Field(min_length=2)] | None = None
+    """The agents then: the task's own first, the one that a user chose last."""
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -522,6 +542,7 @@ Command = (
     | TargetSet
     | TargetRemove
     | TaskAssign
+    | TaskDelegate
     | TaskEnd
 )
 COMMANDS: tuple[type[ExpiringClaims], ...] = (
@@ -541,6 +562,7 @@ COMMANDS: tuple[type[ExpiringClaims], ...] = (
     TargetSet,
     TargetRemove,
     TaskAssign,
+    TaskDelegate,
     TaskEnd,
 )
 AnyState = UserState | AgentState | TargetState | TaskState

@@ -45,7 +45,13 @@ TRUST = Topic(
     _VERIFIERS,
 )
 REGISTRY_COMMAND: Topic[Any] = Topic(
-    "registry.command", COMMANDS, "subject id", "jws", ("users", "scim"), ("registry", "audit"), 7 * _DAY
+    "registry.command",
+    COMMANDS,
+    "subject id",
+    "jws",
+    ("users", "scim", "agents"),
+    ("registry", "audit"),
+    7 * _DAY,
 )
 """One partition: commands about different subjects (two agents, one key) have one order."""
 USER = Topic("user", (UserRecord,), "user id", "jws", ("registry",), _VERIFIERS)
@@ -142,7 +148,14 @@ SERVICE_EVENT = Topic(
     "service id",
     "jws",
     ("every service (signed)",),
-    ("users (what came of their commands)", "scim", "registry", "policy", "audit"),
+    (
+        "users (what came of their commands)",
+        "agents (what came of parts of tasks that they hand on)",
+        "scim",
+        "registry",
+        "policy",
+        "audit",
+    ),
     30 * _DAY,
 )
 AUDIT_INTAKE = Topic(

@@ -33,8 +33,8 @@ def required_classes(
 def may_approve(directory: Directory, user_id: str, approval_class: RequiredClass, facts: Ground) -> bool:
     """True where the user, as of the present records, can give an approval of this class for such a request.
 
-    All but the sponsor's are the word of somebody else: neither of who answers for the agent, nor of whom it acts for,
-    whatever roles those have besides.
+    All but the sponsor's are the word of somebody else: neither of who answers for an agent of the chain, nor of whom
+    it acts for, whatever roles those have besides.
     """
     try:
         entry = directory.user(user_id)
@@ -43,7 +43,7 @@ def may_approve(directory: Directory, user_id: str, approval_class: RequiredClas
     if entry is None or entry.state.status != "active":
         return False
     roles, sponsor = entry.state.roles, facts.agent.state.sponsor
-    stands_apart = user_id not in (sponsor, facts.task.state.on_behalf_of)
+    stands_apart = user_id not in facts.sponsors and user_id != facts.task.state.on_behalf_of
     match approval_class:
         case "sponsor":
             return user_id == sponsor and "sponsor" in roles

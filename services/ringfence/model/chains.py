@@ -22,6 +22,7 @@ from ringfence.kernel.trust import TrustStore
 from ringfence.messages.base import ExpiringClaims, typ_header
 from ringfence.messages.registry import (
     COMMANDS,
+    AgentState,
     AnyRecord,
     AnyState,
     Command,
@@ -31,14 +32,17 @@ from ringfence.messages.registry import (
     Role,
     TaskAssign,
     TaskConsent,
+    TaskDelegate,
+    TaskEnd,
+    TaskState,
     UserDisable,
     UserRecord,
     UserSet,
     UserState,
 )
 from ringfence.model.consents import Consent, verified_consent
-from ringfence.model.identity import subject_of
-from ringfence.model.lifecycle import Actor, CommandRefusedError, Context, apply, subject_key
+from ringfence.model.identity import SubjectKind, subject_of
+from ringfence.model.lifecycle import MAX_DEPTH, Actor, CommandRefusedError, Context, apply, subject_key
 
 COMMAND_OF_TYP: dict[str, type[ExpiringClaims]] = {typ_header(command): command for command in COMMANDS}
 """The `typ` header to the command's class."""
@@ -78,6 +82,12 @@ class Authorised:
 
 UserLookup = Callable[[str], UserRecord | None]
 """A user id to the record that the local table holds, its chain not yet verified."""
+RecordLookup = Callable[[SubjectKind, str], AnyRecord | None]
+"""The same for the record of anything."""
+BY_AGENTS = (TaskDelegate, TaskEnd)
+"""The commands that agents give too."""
+INCOMPLETE = "chain_incomplete"
+"""The code of a chain that rests on a record which is not there, and may be on its way: nobody need have lied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +102,11 @@ class _Step:
 
 @dataclass(slots=True)
 class _History:
-    """A user's commands, and what folding them has come to so far: one step for each command, from the first on."""
+    """The commands of a user, or of an agent or a task that others rest on, and what folding them has come to so far:
+    one step for each command, from the first on.
+    """
 
-    record: UserRecord
+    record: AnyRecord
     appended_ms: list[int]
     steps: list[_Step]
 
@@ -102,10 +114,19 @@ class _History:
 class Chains:
     """Verifies commands and records against the root and the user records of a local table."""
 
-    def __init__(self, trust: TrustStore, unverified_user: UserLookup) -> None:
+    def __init__(
+        self,
+        trust: TrustStore,
+        unverified_user: UserLookup,
+        unverified: RecordLookup = lambda *_: None,
+    ) -> None:
+        """`unverified`: agents and tasks, which commands of agents rest on."""
         self._trust = trust
         self._unverified_user = unverified_user
+        self._unverified = unverified
         self._histories: dict[str, _History] = {}
+        self._others: dict[tuple[SubjectKind, str], _History] = {}
+        self._depth = 0
 
     def authorise(self, jws: UnverifiedJws, appended_at_ms: int, own: UserState | None = None) -> Authorised:
         """Verify the signature of a command as of its append time.
@@ -120,8 +141,11 @@ class Chains:
             raise InvalidMessageError(f"typ {jws.header.typ[:80]!r} names no command", code="typ_unexpected")
 
         def find(iss: str, kid: str) -> PublicKey | None:
-            root = self._trust.root_key(iss, kid, appended_at_ms / 1000)
-            return root or self.command_key(iss, kid, appended_at_ms, own)
+            key = self._trust.root_key(iss, kid, appended_at_ms / 1000)
+            key = key or self.command_key(iss, kid, appended_at_ms, own)
+            if key is None and model in BY_AGENTS:
+                key = self.agent_key(iss, kid, appended_at_ms)
+            return key
 
         signed = open_signed(
             jws, model, find, audience=self._trust.trust_domain, appended_at_ms=appended_at_ms
@@ -146,6 +170,12 @@ class Chains:
         user = self._user_of(iss, at_ms, own)
         return valid_key(user.keys, kid, at_ms / 1000) if user else None
 
+    def agent_key(self, iss: str, kid: str, at_ms: int) -> PublicKey | None:
+        """The key `kid` of the agent `iss` if it counted at `at_ms`, whatever the agent's status."""
+        agent_id = subject_of(self._trust.trust_domain, iss, "agent")
+        agent = self.agent_at(agent_id, at_ms) if agent_id else None
+        return valid_key(agent.keys, kid, at_ms / 1000) if agent else None
+
     def roles_at(self, user_id: str, at_ms: int, own: UserState | None = None) -> frozenset[Role]:
         """The roles of an active user just before `at_ms`; none where unknown or disabled."""
         user = self.user_at(user_id, at_ms, own)
@@ -165,6 +195,14 @@ class Chains:
         if len(history.steps) < wanted:
             self._fold_users(user_id, at_ms)
         return cast(UserState, history.steps[wanted - 1].state) if wanted else None
+
+    def agent_at(self, agent_id: str, at_ms: int) -> AgentState | None:
+        """An agent as of just before `at_ms`, folded from its commands. Raises ChainError."""
+        return cast("AgentState | None", self._other_at("agent", agent_id, at_ms))
+
+    def task_at(self, task_id: str, at_ms: int) -> TaskState | None:
+        """A task as of just before `at_ms`, folded from its commands. Raises ChainError."""
+        return cast("TaskState | None", self._other_at("task", task_id, at_ms))
 
     def verify(self, record: AnyRecord) -> None:
         """Raises ChainError where the record's commands do not give its state, or one was not authorised."""
@@ -235,6 +273,33 @@ class Chains:
                 raise ChainError(f"the commands in the record of user {current} are about something else")
             history.steps.append(step)
 
+    def _other_at(self, kind: SubjectKind, id: str, at_ms: int) -> AnyState | None:
+        record = self._unverified(kind, id)
+        if record is None:
+            return None
+        history = self._others.get((kind, id))
+        if history is None or history.record is not record:
+            _check_order(record)
+            same = _common(history.record.commands, record.commands) if history else 0
+            times = [command.appended_at_ms for command in record.commands]
+            history = _History(record, times, history.steps[:same] if history else [])
+            self._others[kind, id] = history
+        wanted = bisect_left(history.appended_ms, at_ms)
+        # What a task was handed on from lies before it, so this ends. Of a chain that is longer than any may be the
+        # rest is not looked at.
+        if self._depth > 2 * MAX_DEPTH + 2:
+            raise ChainError(f"the chain that leads to {record.sub} is longer than any may be")
+        self._depth += 1
+        try:
+            while len(history.steps) < wanted:
+                step = self._next(history.steps, record.commands[len(history.steps)])
+                if subject_key(step.state) != (kind, id):
+                    raise ChainError(f"the commands in the record of {kind} {id} are about something else")
+                history.steps.append(step)
+        finally:
+            self._depth -= 1
+        return history.steps[wanted - 1].state if wanted else None
+
     def _is_folded(self, user_id: str, before_ms: int) -> bool:
         history = self._history(user_id)
         return history is None or len(history.steps) >= bisect_left(history.appended_ms, before_ms)
@@ -266,18 +331,25 @@ class Chains:
                 at_s=at_ms // 1000,
                 command_id=given.command_id,
                 roles_of=lambda user_id: self.roles_at(user_id, at_ms, own),
+                task_at=lambda task_id: self.task_at(task_id, at_ms),
                 last_signed_s=signed_s,
                 consent_by=given.consent_by,
                 consent_problem=given.consent_problem,
             )
             state = apply(state, given.claims, context)
         except (InvalidMessageError, CommandRefusedError) as error:
-            raise ChainError(f"an embedded command does not hold: {error}") from None
+            code = INCOMPLETE if error.code == "unknown_parent" else None
+            raise ChainError(f"an embedded command does not hold: {error}", code=code) from None
         return _Step(state, given.command_id, max(signed_s, given.claims.iat))
 
     def _actor(self, iss: str, at_ms: int, own: UserState | None) -> Actor:
         if iss == self._trust.root_id:
             return Actor(None, frozenset({"operator"}))
+        if agent_id := subject_of(self._trust.trust_domain, iss, "agent"):
+            agent = self.agent_at(agent_id, at_ms)
+            if agent is None:  # whose key then was it?
+                raise ChainError(f"there was no agent {agent_id} then")
+            return Actor(None, frozenset(), agent=agent)
         user = self._user_of(iss, at_ms, own)
         if user is None:
             return Actor(subject_of(self._trust.trust_domain, iss, "user") or "", frozenset())

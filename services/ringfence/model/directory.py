@@ -35,7 +35,7 @@ from ringfence.messages.registry import (
     UserState,
 )
 from ringfence.messages.topics import AGENT, HEARTBEAT, TARGET, TASK, USER
-from ringfence.model.chains import ChainError, Chains, unverified_command
+from ringfence.model.chains import INCOMPLETE, ChainError, Chains, unverified_command
 from ringfence.model.identity import SubjectKind, subject_of
 from ringfence.model.lifecycle import may_be_dropped
 
@@ -89,7 +89,8 @@ class _Slot:
     verified: bool = False
     broken: ChainError | None = None
     broken_as_of: int = -1
-    """How many user records had been taken in when it was found broken: a signer may have been still to come."""
+    """How many records had been taken in when it was found broken: a signer, or a parent, may have been still to come.
+    """
 
 
 @dataclass(slots=True)
@@ -139,14 +140,14 @@ class Directory:
         self._listeners: list[Callable[[SubjectKind, str], None]] = []
         self.version = 0
         """Another one after each record that was taken in."""
-        self._users_taken_in = 0
+        self._taken_in = 0
         self._displaced: set[tuple[SubjectKind, str]] = set()
         self._last_beat_ms = 0
         self._beat_heard_ms = 0
         self._trust_version = trust.version
         self._unbelieved: deque[Received] = deque(maxlen=_REMEMBERED_UNBELIEVED)
         """Records by keys that the trust bundle did not have: the next one may, and may come a moment later."""
-        self.chains = Chains(trust, self._unverified_user)
+        self.chains = Chains(trust, self._unverified_user, self.unverified)
 
     @property
     def trust(self) -> TrustStore:
@@ -217,8 +218,8 @@ class Directory:
                 return f"history_changed: revision {record.revision} of {record.sub} {problem}"
         self._slots[kind][id] = _Slot(record, compact, source)
         self.version += 1
-        if kind == "user":
-            self._users_taken_in += 1
+        if kind != "target":  # what others rest on
+            self._taken_in += 1
         # The first record of all here: that there was none is what the last heartbeat confirmed, by not naming it.
         part = self._parts.setdefault((topic_name, partition), _Part(confirmed_at_ms=self._beat_heard_ms))
         part.change(_mark(id, record.revision), _mark(id, known.record.revision) if known else 0)
@@ -388,15 +389,17 @@ class Directory:
         return Entry(slot.record.state, slot.record.revision, slot.record, slot.compact)
 
     def _verify(self, slot: _Slot) -> None:
-        if slot.broken is not None and slot.broken_as_of == self._users_taken_in:
+        if slot.broken is not None and slot.broken_as_of == self._taken_in:
             raise slot.broken
         try:
             self.chains.verify(slot.record)
         except ChainError as error:
-            if slot.broken is None:
+            if error.code == INCOMPLETE:
+                log.info("the record of %s does not count yet: %s", slot.record.sub, error)
+            elif slot.broken is None or slot.broken.code == INCOMPLETE:
                 log.error("the record of %s counts for nothing: %s", slot.record.sub, error)
                 self._on_alarm(Alarm(error.code, str(error), slot.record.sub, slot.source))
-            slot.broken, slot.broken_as_of = error, self._users_taken_in
+            slot.broken, slot.broken_as_of = error, self._taken_in
             raise
         slot.verified, slot.broken = True, None
 

@@ -150,12 +150,30 @@ def sponsor_mark(user_id: str) -> str:
 
 
 def marks_of(lease: Lease) -> tuple[str, ...]:
-    """What the lease is found by, and fenced by besides `ALL_MARK`: each as `<kind>:<id>`."""
+    """What the lease is fenced by besides `ALL_MARK`, and ended with: each as `<kind>:<id>`.
+
+    Those of the agents that handed its task on are among them: a fence on one of them, or on its task, stops the lease
+    as well, in the same moment.
+    """
+    return (*own_marks_of(lease), *marks_of_delegators(lease))
+
+
+def own_marks_of(lease: Lease) -> tuple[str, ...]:
+    """What the lease is found by in Redis."""
     return (
         agent_mark(lease.agent_id),
         f"task:{lease.task_id}",
         f"target:{lease.target_id}",
         *wide_marks_of(lease),
+    )
+
+
+def marks_of_delegators(lease: Lease) -> tuple[str, ...]:
+    """Those of its marks that it bears as what came of other agents' tasks; each is found by the lease's own agent."""
+    return tuple(
+        mark
+        for one in lease.delegators or ()
+        for mark in (agent_mark(one.agent_id), f"task:{one.task_id}", sponsor_mark(one.sponsor))
     )
 
 

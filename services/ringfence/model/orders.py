@@ -87,8 +87,8 @@ def objection(order: Order, lease: Lease | None, directory: Directory) -> Reason
     else:
         entitled = _user_may(user_id or "", claims.selector, lease, directory)
         who = (
-            "leases are revoked by the agent's sponsor, the task's assigner, the user they are on behalf of, "
-            "or an operator"
+            "leases are revoked by the sponsor of an agent that acts, the task's assigner, the user they are on "
+            "behalf of, or an operator"
         )
     return None if entitled else Reason(code="not_entitled", message=who)
 
@@ -101,8 +101,11 @@ def _user_may(user_id: str, selector: Selector | None, lease: Lease | None, dire
         if "operator" in user.state.roles:
             return True
         if lease is not None:
-            return user_id == lease.on_behalf_of or _answers_for(
-                user_id, directory, agent_id=lease.agent_id, task_id=lease.task_id
+            held = [(lease.agent_id, lease.task_id)]
+            held += [(one.agent_id, one.task_id) for one in lease.delegators or ()]
+            return user_id == lease.on_behalf_of or any(
+                _answers_for(user_id, directory, agent_id=agent_id, task_id=task_id)
+                for agent_id, task_id in held
             )
         if selector is None:
             return False
@@ -123,9 +126,9 @@ def _answers_for(user_id: str, directory: Directory, *, agent_id: str | None, ta
 
 
 def agent_of_task(task_id: str, directory: Directory) -> str | None:
-    """The only agent that has leases of a task; None where it is not known.
+    """The only agent that has leases of a task itself; None where it is not known.
 
-    A task is assigned to one agent for good, and no other is issued a credential for it.
+    A task is one agent's for good, and no other is issued a credential for it; of its parts see `Delegations`.
     """
     try:
         task = directory.task(task_id)

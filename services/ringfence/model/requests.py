@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import Signed, parse
-from ringfence.messages.credential import CredentialRequest, Reason, Revisions
+from ringfence.messages.credential import CredentialRequest, DelegatorRevisions, Reason, Revisions
 from ringfence.messages.instances import InstanceEnrolment
+from ringfence.messages.lease import Delegator
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import AgentState, ApprovalClass, TargetState, TaskState, UserState
 from ringfence.model.chains import ChainError
@@ -30,6 +32,17 @@ class DeniedError(RingfenceError):
 
 
 @dataclass(frozen=True, slots=True)
+class Delegation:
+    """One step of a chain: an agent that handed its task on, who answers for it, and the task."""
+
+    agent: Entry[AgentState]
+    sponsor: Entry[UserState] | None
+    task: Entry[TaskState]
+    kid: str
+    """The key with which it handed the task on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ground:
     """The verified records that a request, or a grant, is held against."""
 
@@ -38,6 +51,30 @@ class Ground:
     task: Entry[TaskState]
     user: Entry[UserState]
     target: Entry[TargetState]
+    delegations: tuple[Delegation, ...] = field(default=(), kw_only=True)
+    """How the task came to its agent, where that was by other agents: the last step first."""
+
+    @property
+    def act(self) -> tuple[str, ...]:
+        """The agents that act: the one that asks first, then those that handed the task on."""
+        return (self.agent.state.agent_id, *(step.agent.state.agent_id for step in self.delegations))
+
+    @property
+    def sponsors(self) -> frozenset[str]:
+        """Everybody who answers for one of these agents."""
+        return frozenset((self.agent.state.sponsor, *(step.agent.state.sponsor for step in self.delegations)))
+
+    def delegators(self) -> tuple[Delegator, ...] | None:
+        """The agents that handed the task on, as a lease names them; None where nobody did."""
+        found = tuple(
+            Delegator(
+                agent_id=step.agent.state.agent_id,
+                task_id=step.task.state.task_id,
+                sponsor=step.agent.state.sponsor,
+            )
+            for step in self.delegations
+        )
+        return found or None
 
     def sides(self, now_s: float, entitlements_max_age_s: int) -> tuple[Side, ...]:
         """The sides that whatever is asked must be within. Entitlements past their age count for nothing."""
@@ -45,7 +82,10 @@ class Ground:
         fresh = entitlements.as_of + entitlements_max_age_s > now_s
         return sides_of(
             self.task.state.scope,
-            [(self.agent.state.agent_id, self.agent.state.ceiling)],
+            [
+                (agent.state.agent_id, agent.state.ceiling)
+                for agent in (self.agent, *(step.agent for step in self.delegations))
+            ],
             self.user.state.user_id,
             entitlements.scope if fresh else (),
         )
@@ -58,6 +98,11 @@ class Ground:
             task=self.task.revision,
             target=self.target.revision,
             policy=policy,
+            delegators=tuple(
+                DelegatorRevisions(agent=step.agent.revision, task=step.task.revision)
+                for step in self.delegations
+            )
+            or None,
         )
 
 
@@ -103,7 +148,7 @@ def gather(directory: Directory, request: Signed[CredentialRequest]) -> Facts:
     ground = find_ground(directory, agent_id, claims.task_id, target_id)
     return Facts(
         ground.agent, ground.sponsor, ground.task, ground.user, ground.target,
-        request, message_id(claims.iss, claims.jti), enrolment_of(claims),
+        request, message_id(claims.iss, claims.jti), enrolment_of(claims), delegations=ground.delegations,
     )  # fmt: skip
 
 
@@ -123,9 +168,29 @@ def find_ground(directory: Directory, agent_id: str, task_id: str, target_id: st
         if target is None:
             raise DeniedError(_reason("target_unknown", f"there is no target {target_id}"))
         sponsor = directory.user(agent.state.sponsor)
+        delegations = tuple(_delegations(directory, task))
     except ChainError as error:
         raise DeniedError(_reason("record_untrusted", str(error))) from None
-    return Ground(agent, sponsor, task, user, target)
+    return Ground(agent, sponsor, task, user, target, delegations=delegations)
+
+
+def _delegations(directory: Directory, task: Entry[TaskState]) -> Iterator[Delegation]:
+    """How a task came to its agent. It ends: who verified a task has verified that its chain is no longer than may be.
+
+    Raises DeniedError, ChainError.
+    """
+    while task.state.parent is not None:
+        parent = directory.task(task.state.parent)
+        agent = directory.agent(parent.state.agent_id) if parent else None
+        if parent is None or agent is None:
+            state = task.state
+            message = (
+                f"task {state.task_id} is a part of {state.parent}, which is not there, or whose agent is not"
+            )
+            raise DeniedError(_reason("task_unknown", message))
+        kid = parse(task.record.commands[0].jws).header.kid  # no command of a task is dropped
+        yield Delegation(agent, directory.user(agent.state.sponsor), parent, kid)
+        task = parent
 
 
 def violations(facts: Facts, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
@@ -164,16 +229,20 @@ def key_compromised(agent_id: str) -> Reason:
 def _standing(ground: Ground, wanted: Scope, now_s: float) -> list[Reason]:
     found: list[Reason] = []
     agent, task, user, target = ground.agent.state, ground.task.state, ground.user.state, ground.target.state
-    sponsor = ground.sponsor.state if ground.sponsor else None
-    if agent.status != "active":
-        found.append(_reason(f"agent_{agent.status}", f"agent {agent.agent_id} is {agent.status}"))
-    if sponsor is None or sponsor.status != "active" or "sponsor" not in sponsor.roles:
-        found.append(
-            _reason(
-                "agent_orphaned",
-                f"the sponsor {agent.sponsor} is no active sponsor; transfer the agent first",
+    found += _standing_of_agent(agent, ground.sponsor)
+    for step in ground.delegations:
+        found += _standing_of_agent(step.agent.state, step.sponsor)
+        if step.kid in step.agent.state.compromised:
+            message = (
+                f"the task was handed on with a key of agent {step.agent.state.agent_id} that is compromised"
             )
-        )
+            found.append(_reason("key_compromised", message))
+        above = step.task.state
+        if above.status != "active" or above.not_after <= now_s:
+            message = (
+                f"task {above.task_id} of agent {above.agent_id} has ended, and with it every part of it"
+            )
+            found.append(_reason("task_ended", message))
     if task.agent_id != agent.agent_id:
         found.append(_reason("task_other_agent", f"task {task.task_id} was assigned to another agent"))
     if task.status != "active" or task.not_after <= now_s:
@@ -193,6 +262,18 @@ def _standing(ground: Ground, wanted: Scope, now_s: float) -> list[Reason]:
             )
             found.append(_reason("verb_unknown", message, permission, "target"))
     return found
+
+
+def _standing_of_agent(agent: AgentState, sponsored_by: Entry[UserState] | None) -> Iterator[Reason]:
+    """What stands against one agent of the chain, whatever is wanted."""
+    if agent.status != "active":
+        yield _reason(f"agent_{agent.status}", f"agent {agent.agent_id} is {agent.status}")
+    sponsor = sponsored_by.state if sponsored_by else None
+    if sponsor is None or sponsor.status != "active" or "sponsor" not in sponsor.roles:
+        message = (
+            f"the sponsor {agent.sponsor} of {agent.agent_id} is no active sponsor; transfer the agent first"
+        )
+        yield _reason("agent_orphaned", message)
 
 
 def _reach(ground: Ground, wanted: Scope, now_s: float, entitlements_max_age_s: int) -> list[Reason]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from ringfence.messages.registry import AgentRecord, AnyState, UserState
 from ringfence.model.directory import Entry
+from ringfence.model.requests import Delegation
 
 # What no rule needs: keys and who may enrol some, names of people, and what only the gateway reads.
 _LEFT_OUT: Final = {"keys", "name", "requests", "attestation"}
@@ -30,6 +32,27 @@ class WrittenRecords:
             document["registered_at_s"] = entry.record.commands[0].appended_at_ms // 1000
         self._written[key] = (entry.record, document)
         return document
+
+    def of_delegations(self, steps: Sequence[Delegation]) -> list[dict[str, Any]]:
+        """How a task came to its agent, the last step first: who handed it on, their own task, who answers for them."""
+        return [
+            {
+                "agent": self.of(step.agent, step.agent.state.agent_id),
+                "task": self.of(step.task, step.task.state.task_id),
+                **({"sponsor": sponsor_of(step.sponsor.state)} if step.sponsor is not None else {}),
+            }
+            for step in steps
+        ]
+
+
+def revisions_of(step: Delegation) -> tuple[object, ...]:
+    """What tells the records of one step of a chain from later ones."""
+    sponsor = step.sponsor
+    return (
+        step.agent.revision,
+        step.task.revision,
+        (sponsor.state.user_id, sponsor.revision) if sponsor is not None else None,
+    )
 
 
 def sponsor_of(state: UserState) -> dict[str, Any]:

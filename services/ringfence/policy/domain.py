@@ -140,6 +140,8 @@ class InputBuilder:
             document["request"]["instance"] = ref_of(facts.instance).model_dump()
         if facts.sponsor is not None:
             document["sponsor"] = sponsor_of(facts.sponsor.state)
+        if facts.delegations:
+            document["delegations"] = self._records.of_delegations(facts.delegations)
         return document
 
 

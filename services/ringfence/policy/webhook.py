@@ -94,6 +94,7 @@ def body_of(asked: ApprovalRequest, facts: Facts) -> bytes:
     lines = [
         *(["*Break glass*: policy denies this; it can be allowed once."] if facts.break_glass else []),
         f"Agent {_code(facts.agent.state.agent_id)} asks for a credential; it needs {whom}.",
+        *(f"Its task was handed on by agent {_code(one)}." for one in facts.act[1:]),
         *(f"Wants: {_code(one)}" for one in wants),
         f"For: {asked.ttl_s} s, on behalf of {_code(facts.task.state.on_behalf_of)}",
         f"Task: {_code(facts.task.state.purpose)}",

@@ -4,7 +4,7 @@ see: other subjects, and the order of all commands. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,8 @@ from ringfence.messages.registry import (
     TargetSet,
     TargetState,
     TaskAssign,
+    TaskDelegate,
+    TaskState,
     UserSet,
     UserState,
 )
@@ -30,6 +32,7 @@ from ringfence.model.lifecycle import (
     MAY_WIDEN,
     CommandRefusedError,
     Context,
+    agents_of,
     apply,
     command_subject,
     still_needed,
@@ -37,6 +40,8 @@ from ringfence.model.lifecycle import (
 
 Subject = tuple[SubjectKind, str]
 
+MAX_PARTS = 32
+"""How many parts of one task an agent can hand on, those that have ended among them: no agent fills the tables."""
 MAX_NARROWING_BYTES = 8 * 1024
 """The longest command that only takes away."""
 MAX_RECORD_BYTES = MAX_JWS_BYTES * 3 // 4
@@ -63,8 +68,16 @@ class Surroundings(Protocol):
         """The roles of a user just before a moment."""
         ...
 
-    def changed_ms(self, user_id: str) -> int:
-        """The append time of the last command in a user's own record; 0 where there is none."""
+    def task_at(self, task_id: str, at_ms: int) -> TaskState | None:
+        """A task just before a moment."""
+        ...
+
+    def parts_of(self, task_id: str) -> int:
+        """How many parts of a task were handed on, those that have ended among them."""
+        ...
+
+    def changed_ms(self, kind: SubjectKind, id: str) -> int:
+        """The append time of the last command in the own record of a subject; 0 where there is none."""
         ...
 
     def holders(self, kid: str) -> Collection[tuple[str, str]]:
@@ -119,6 +132,7 @@ def decide(current: Current | None, given: Authorised, around: Surroundings) -> 
         at_s=at_ms // 1000,
         command_id=given.command_id,
         roles_of=lambda user_id: around.roles_at(user_id, at_ms),
+        task_at=lambda task_id: around.task_at(task_id, at_ms),
         last_signed_s=max((e.claims.iat for e in current.commands), default=0) if current else 0,
         consent_by=given.consent_by,
         consent_problem=given.consent_problem,
@@ -128,6 +142,8 @@ def decide(current: Current | None, given: Authorised, around: Surroundings) -> 
     _check_keys(command, command_subject(command, given.command_id), around)
     if isinstance(command, TaskAssign):
         _check_task(command, given, around)
+    if isinstance(command, TaskDelegate) and isinstance(state, TaskState):
+        _check_part(state, around)
     embedded = EmbeddedCommand(jws=compact, appended_at_ms=at_ms)
     if current is None:
         return Change(state, 1, (embedded,))
@@ -139,7 +155,7 @@ def decide(current: Current | None, given: Authorised, around: Surroundings) -> 
 
 def takes_away(command: Command) -> bool:
     """Whether a command can only leave less than there was: nothing may stand in its way."""
-    return not isinstance(command, (*MAY_WIDEN, AgentRegister, TaskAssign))
+    return not isinstance(command, (*MAY_WIDEN, AgentRegister, TaskAssign, TaskDelegate))
 
 
 def check_size(command: Command, size: int) -> None:
@@ -160,8 +176,10 @@ def _check_time(given: Authorised, around: Surroundings) -> None:
             "broker's clock went back; sign and send it again",
             code="too_early",
         )
-    signer = given.actor.user_id
-    if signer is not None and given.appended_at_ms <= around.changed_ms(signer):
+    user_id, agent = given.actor.user_id, given.actor.agent
+    signer = agent.agent_id if agent else user_id
+    kind: SubjectKind = "agent" if agent else "user"
+    if signer is not None and given.appended_at_ms <= around.changed_ms(kind, signer):
         raise CommandRefusedError(
             f"appended in the same moment as a change of its signer, {signer}; sign and send it again",
             code="too_early",
@@ -185,20 +203,36 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings) -> Non
 
 
 def _check_task(command: TaskAssign, given: Authorised, around: Surroundings) -> None:
-    agent = around.agent(command.terms.agent_id)
-    if agent is None:
-        raise CommandRefusedError(f"there is no agent {command.terms.agent_id}", code="unknown_agent")
-    if agent.status != "active":
-        raise CommandRefusedError(f"agent {agent.agent_id} is {agent.status}", code=f"agent_{agent.status}")
-    user = around.user(command.on_behalf_of)
-    if user is None or user.status != "active":
-        raise CommandRefusedError(f"{command.on_behalf_of} is no active user", code="user_disabled")
+    _check_people((command.terms.agent_id,), command.on_behalf_of, around)
     used = given.consent if uses_consent(command, given.actor.user_id) else None
     if used is not None and (task := around.task_of_consent(*used.mark)):
         raise CommandRefusedError(
             f"this consent was used for task {task}; ask {command.on_behalf_of} for another",
             code="consent_used",
         )
+
+
+def _check_part(task: TaskState, around: Surroundings) -> None:
+    """Of what an agent hands on, all that acts in it can act now, and it is not too much."""
+    _check_people(agents_of(task), task.on_behalf_of, around)
+    parent = task.parent or ""
+    if around.parts_of(parent) >= MAX_PARTS:
+        raise CommandRefusedError(
+            f"{MAX_PARTS} parts of task {parent} were handed on, and no more can be; have another task assigned",
+            code="too_many_parts",
+        )
+
+
+def _check_people(agent_ids: Iterable[str], user_id: str, around: Surroundings) -> None:
+    for agent_id in agent_ids:
+        agent = around.agent(agent_id)
+        if agent is None:
+            raise CommandRefusedError(f"there is no agent {agent_id}", code="unknown_agent")
+        if agent.status != "active":
+            raise CommandRefusedError(f"agent {agent_id} is {agent.status}", code=f"agent_{agent.status}")
+    user = around.user(user_id)
+    if user is None or user.status != "active":
+        raise CommandRefusedError(f"{user_id} is no active user", code="user_disabled")
 
 
 def uses_consent(command: TaskAssign, signer: str | None) -> bool:

@@ -22,6 +22,7 @@ from ringfence.messages.registry import (
     AnyRecord,
     TargetRecord,
     TaskAssign,
+    TaskDelegate,
     TaskRecord,
     TaskState,
     UserRecord,
@@ -203,7 +204,7 @@ class Registry:
         kind, id = command_subject(given.claims, given.command_id)
         if kind == "agent":
             return id
-        if isinstance(given.claims, TaskAssign):
+        if isinstance(given.claims, TaskAssign | TaskDelegate):
             return given.claims.terms.agent_id
         task = self._directory.unverified("task", id) if kind == "task" else None
         return task.state.agent_id if task and isinstance(task.state, TaskState) else None

@@ -1,7 +1,8 @@
 """What people read of the registry: users, agents, targets, tasks.
 
-Operators and auditors see all; sponsors their own agents and the tasks of those; everybody themself, the targets, and
-the tasks that they assigned or that are on behalf of them. `?records=1` adds the signed records, to be verified.
+Operators and auditors see all; sponsors their own agents, the tasks of those, and what they handed on; everybody
+themself, the targets, and the tasks that they assigned or that are on behalf of them. `?records=1` adds the signed
+records, to be verified.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ringfence.model.access import Caller, ForbiddenError, NotFoundError, authen
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory, Entry
 from ringfence.model.identity import SubjectKind
-from ringfence.model.lifecycle import subject_key
+from ringfence.model.lifecycle import agents_of, subject_key
 
 _PAUSE_EVERY = 50
 """So many entries are looked at before the rest of the process gets its turn: the first look verifies each chain."""
@@ -93,19 +94,36 @@ class Api:
             case AgentState():
                 return caller.may_see_agent_of(state.sponsor)
             case TaskState():
-                agent = self._state("agent", state.agent_id)
-                is_sponsor = isinstance(agent, AgentState) and caller.may_see_agent_of(agent.sponsor)
-                return is_sponsor or me in (state.assigned_by, state.on_behalf_of)
+                if me in (state.assigned_by, state.on_behalf_of):
+                    return True
+                agents = (self._state("agent", id) for id in agents_of(state))
+                return any(isinstance(a, AgentState) and caller.may_see_agent_of(a.sponsor) for a in agents)
             case _:
                 return True
 
     def _is_wanted_task(self, task: AnyState, request: Request) -> bool:
-        """`?agent=` and `?status=`: a task past its end has ended, whether or not somebody said so."""
+        """`?agent=`, `?parent=` and `?status=`: a task past its end has ended, whether or not somebody said so, and so
+        have its parts.
+        """
         if not isinstance(task, TaskState):
             return False
-        agent, status = request.query_params.get("agent"), request.query_params.get("status")
-        over = task.status == "ended" or task.not_after <= self._clock.now_ms() / 1000
-        return agent in (None, task.agent_id) and status in (None, "ended" if over else "active")
+        agent, parent, status = (request.query_params.get(name) for name in ("agent", "parent", "status"))
+        return (
+            agent in (None, task.agent_id)
+            and parent in (None, task.parent)
+            and status in (None, "ended" if self._is_over(task) else "active")
+        )
+
+    def _is_over(self, task: TaskState) -> bool:
+        now_s = self._clock.now_ms() / 1000
+        above: AnyState | None = task
+        while isinstance(above, TaskState):
+            if above.status == "ended" or above.not_after <= now_s:
+                return True
+            if above.parent is None:
+                return False
+            above = self._state("task", above.parent)
+        return True
 
     # --- looking up ---
 

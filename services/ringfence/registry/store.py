@@ -1,7 +1,7 @@
 """What the registry remembers besides the records: all in memory, all rebuilt from Kafka at the start.
 
 Which commands were handled where (so that a redelivery is told from a replay), who owns which key, which consents are
-used up, and the latest append time of all.
+used up, how many parts of a task were handed on, and the latest append time of all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ringfence.messages.registry import (
     Role,
     TaskAssign,
     TaskConsent,
+    TaskState,
     UserState,
 )
 from ringfence.model.chains import ChainError, unverified_command
@@ -55,6 +56,7 @@ class Memory:
         self._consents: dict[MessageKey, _Consent] = {}
         self._keys: dict[Subject, frozenset[str]] = {}
         self._holders: dict[str, set[Subject]] = {}
+        self._parts: dict[str, set[str]] = {}
         self._latest_ms = 0
         directory.on_change(self._on_change)
 
@@ -96,8 +98,14 @@ class Memory:
     def roles_at(self, user_id: str, at_ms: int) -> frozenset[Role]:
         return self._directory.chains.roles_at(user_id, at_ms)
 
-    def changed_ms(self, user_id: str) -> int:
-        record = self._directory.unverified("user", user_id)
+    def task_at(self, task_id: str, at_ms: int) -> TaskState | None:
+        return self._directory.chains.task_at(task_id, at_ms)
+
+    def parts_of(self, task_id: str) -> int:
+        return len(self._parts.get(task_id, ()))
+
+    def changed_ms(self, kind: SubjectKind, id: str) -> int:
+        record = self._directory.unverified(kind, id)
         return record.commands[-1].appended_at_ms if record else 0
 
     def holders(self, kid: str) -> Collection[tuple[str, str]]:
@@ -126,6 +134,8 @@ class Memory:
         for kid in keys:
             self._holders.setdefault(kid, set()).add(subject)
         self._keys[subject] = keys
+        if isinstance(record.state, TaskState) and record.state.parent:
+            self._parts.setdefault(record.state.parent, set()).add(id)
         for embedded in record.commands:
             if embedded.appended_at_ms >= self._horizon_ms:
                 self._on_embedded(embedded, id)

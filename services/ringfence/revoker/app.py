@@ -72,7 +72,7 @@ def build(
     rebuilder = Rebuilder(runtime, store, directory)
     orders = Orders(runtime, directory, patience_s=own.patience_s)
     revocations = RevocationHandler(runtime, orders, store, ender, cuts)
-    records = RecordHandler(runtime, directory, store, ender, patience_s=own.patience_s)
+    records = RecordHandler(runtime, directory, orders, store, ender, patience_s=own.patience_s)
     watch = LeaseWatch(store, runtime.trust, ender, rebuilder, runtime.clock)
 
     def on_heartbeats(records: Sequence[Received]) -> None:
@@ -128,7 +128,7 @@ def build(
         "revoker-issued", {LEASE: issued}, max_records=ISSUED_TOGETHER, linger_ms=ISSUED_LINGER_MS
     )
     runtime.routes += LeasesApi(
-        store, ender, overdue, directory, runtime.clock, settings.trust_domain
+        store, ender, overdue, directory, orders, runtime.clock, settings.trust_domain
     ).routes()
     return runtime
 

@@ -21,7 +21,7 @@ from ringfence.messages.topics import TRUST
 from ringfence.model.directory import TABLES, Directory
 from ringfence.model.lease_epochs import number_of
 from ringfence.model.lease_store import FENCE_KEEP_MS, Held, Restoration
-from ringfence.model.leases import is_over, marks_of, statement
+from ringfence.model.leases import is_over, own_marks_of, statement
 from ringfence.revoker.truth import Fold, Record, peek, read_leases, read_revocations, verified, whole
 
 log = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def _misplaced(held: Held, marks: Sequence[str], now_ms: int) -> Iterator[str]:
 
 def _marks(jws: bytes) -> tuple[str, ...]:
     try:
-        return marks_of(parse(jws).unverified_claims(Lease))  # compared, not believed
+        return own_marks_of(parse(jws).unverified_claims(Lease))  # compared, not believed
     except InvalidMessageError:
         return ()
 

@@ -156,22 +156,24 @@ def overtaken(lease: Lease, directory: Directory, entitlements_max_age_s: int) -
 
     Whether entitlements were too old is judged as of its issue. Raises ChainError where a record counts for nothing.
     """
-    entries: tuple[Entry[Any] | None, ...] = (
+    entries: list[Entry[Any] | None] = [
         directory.agent(lease.agent_id),
         directory.task(lease.task_id),
         directory.target(lease.target_id),
         directory.user(lease.on_behalf_of),
         directory.user(lease.sponsor),
-    )
+    ]
+    for one in lease.delegators or ():
+        entries += [directory.agent(one.agent_id), directory.task(one.task_id), directory.user(one.sponsor)]
     for entry in entries:
         if entry is None:
             continue
         record = (entry.record.sub, entry.revision)
-        for one in consequences(entry.state, entry.revision, lease.iat, entitlements_max_age_s):
-            if isinstance(one, Ending):
-                if bears(lease, mark_of(one.selector)):
-                    return Overtaken(one.kind, one.reason, record)
-            elif bears(lease, one.mark) and (why := one.unfit(lease)):
+        for found in consequences(entry.state, entry.revision, lease.iat, entitlements_max_age_s):
+            if isinstance(found, Ending):
+                if bears(lease, mark_of(found.selector)):
+                    return Overtaken(found.kind, found.reason, record)
+            elif bears(lease, found.mark) and (why := found.unfit(lease)):
                 return Overtaken(why.kind, why.reason, record)
     return None
 

@@ -94,13 +94,18 @@ class Ender:
         return found
 
     async def bearing(
-        self, mark: str, statuses: Collection[LeaseStatus] | None = None, *, agent_id: str | None = None
+        self,
+        mark: str,
+        statuses: Collection[LeaseStatus] | None = None,
+        *,
+        agent_id: str | None = None,
+        also: Collection[str] | None = (),
     ) -> AsyncIterator[dict[str, Lease]]:
         """The leases that bear a mark and have not ended, some at a time: the first can end before the last is read.
 
-        `statuses`: only these, as far as Redis says. `agent_id`: the only agent whose leases can bear it, where known.
+        `statuses`: only these, as far as Redis says. `agent_id`, `also`: whose leases can bear it (`LeaseStore.find`).
         """
-        ids = await self._store.find(mark, agent_id=agent_id)
+        ids = await self._store.find(mark, agent_id=agent_id, also=also)
         for start in range(0, len(ids), AT_A_TIME):
             yield await self._read_bearing(mark, ids[start : start + AT_A_TIME], statuses)
 
@@ -116,13 +121,19 @@ class Ender:
         return {id: lease for id, lease in (await self.read(stored)).items() if bears(lease, mark)}
 
     async def end_bearing(
-        self, mark: str, wish: Callable[[Lease], Wish | None], *, agent_id: str | None = None
+        self,
+        mark: str,
+        wish: Callable[[Lease], Wish | None],
+        *,
+        agent_id: str | None = None,
+        also: Collection[str] | None = (),
     ) -> list[Lease]:
         """End those of the leases that bear a mark for which there is a wish. Returns each as it is then, as `end`.
 
-        `agent_id`: the only agent whose leases can bear it, where that is known.
+        `agent_id`, `also`: whose leases can bear it (`LeaseStore.find`).
         """
-        ids, turns = await self._store.find(mark, agent_id=agent_id), asyncio.Semaphore(TOGETHER)
+        ids = await self._store.find(mark, agent_id=agent_id, also=also)
+        turns = asyncio.Semaphore(TOGETHER)
 
         async def part(some: Sequence[str]) -> list[Lease]:
             async with turns:

@@ -139,8 +139,9 @@ class RevocationHandler:
         def covered(lease: Lease) -> Wish | None:
             return Wish(lease, order.cause()) if is_covered(lease, first.appended_at_ms) else None
 
+        mark = mark_of(selector)
         ended = await self._ender.end_bearing(
-            mark_of(selector), covered, agent_id=self._orders.agent_of(selector)
+            mark, covered, agent_id=self._orders.agent_of(selector), also=await self._orders.holders(mark)
         )
         case.ended = _count(ended, order)
 
@@ -192,10 +193,18 @@ class RecordHandler:
     """The handler of users, agents, targets and tasks: what their change ends is ordered on `revocation.request`."""
 
     def __init__(
-        self, runtime: Runtime, directory: Directory, store: LeaseStore, ender: Ender, *, patience_s: float
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        orders: Orders,
+        store: LeaseStore,
+        ender: Ender,
+        *,
+        patience_s: float,
     ) -> None:
         self._runtime = runtime
         self._directory = directory
+        self._orders = orders
         self._store = store
         self._ender = ender
         self._patience_s = patience_s
@@ -285,9 +294,10 @@ class RecordHandler:
 
     async def _order_unfit(self, narrowing: Narrowing, sub: str, entry: Entry[AnyState]) -> None:
         acknowledged = []
+        also = await self._orders.holders(narrowing.mark)
         unfit = [
             (lease, why)
-            async for leases in self._ender.bearing(narrowing.mark)
+            async for leases in self._ender.bearing(narrowing.mark, also=also)
             for lease in leases.values()
             if (why := narrowing.unfit(lease))
         ]

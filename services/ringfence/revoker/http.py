@@ -15,14 +15,16 @@ from ringfence.model.access import Caller, ForbiddenError, NotFoundError, authen
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.leases import ALL_MARK
+from ringfence.model.leases import ALL_MARK, bears
 from ringfence.model.orders import agent_of_task
 from ringfence.revoker.ending import Ender
+from ringfence.revoker.orders import Orders
 from ringfence.revoker.overdue import Overdue
 
 MAX_LISTED = 1000
 _UNFINISHED: tuple[LeaseStatus, ...] = ("ending", "minting")
-_FILTERS = {"agent": "agent_id", "task": "task_id", "target": "target_id"}
+_FILTERS = ("agent", "task", "target")
+"""Those of an agent, or of a task, are also those of what it handed on."""
 
 
 class LeasesApi:
@@ -34,6 +36,7 @@ class LeasesApi:
         ender: Ender,
         overdue: Overdue,
         directory: Directory,
+        orders: Orders,
         clock: Clock,
         trust_domain: str,
     ) -> None:
@@ -41,6 +44,7 @@ class LeasesApi:
         self._ender = ender
         self._overdue = overdue
         self._directory = directory
+        self._orders = orders
         self._clock = clock
         self._trust_domain = trust_domain
 
@@ -59,11 +63,12 @@ class LeasesApi:
         mark = next((f"{kind}:{value}" for kind, value in wanted.items()), ALL_MARK)
         agent_id = agent_of_task(wanted["task"], self._directory) if "task" in wanted else None
         shown: list[Lease] = []
-        async for leases in self._ender.bearing(mark, statuses, agent_id=agent_id):
+        also = self._orders.known_holders(mark)
+        async for leases in self._ender.bearing(mark, statuses, agent_id=agent_id, also=also):
             shown += [
                 lease
                 for lease in leases.values()
-                if all(getattr(lease, _FILTERS[kind]) == value for kind, value in wanted.items())
+                if all(bears(lease, f"{kind}:{value}") for kind, value in wanted.items())
                 and status in (None, lease.status)
                 and not (late and self._overdue.since_ms(lease, self._clock.now_ms()) is None)
                 and self._may_see(caller, lease)
@@ -106,11 +111,14 @@ class LeasesApi:
         return {"id": lease.lease_id, "written_by": lease.iss, "written_at": lease.iat, **claims, **late}
 
     def _may_see(self, caller: Caller, lease: Lease) -> bool:
-        """Operators, auditors, the agent's sponsor of today, and the user on whose behalf it is."""
+        """Operators, auditors, the user on whose behalf it is, and the sponsors of today of the agents that act."""
         if caller.sees_all or caller.user.user_id == lease.on_behalf_of:
             return True
+        return any(self._is_sponsor(caller, agent_id) for agent_id in lease.act)
+
+    def _is_sponsor(self, caller: Caller, agent_id: str) -> bool:
         try:
-            agent = self._directory.agent(lease.agent_id)
+            agent = self._directory.agent(agent_id)
         except ChainError:
             return False
         return agent is not None and caller.may_see_agent_of(agent.state.sponsor)

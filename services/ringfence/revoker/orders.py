@@ -9,6 +9,7 @@ from ringfence.kernel.kafka import Received
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease, Selector
+from ringfence.model.delegations import Delegations
 from ringfence.model.directory import Directory
 from ringfence.model.orders import Order, agent_of_task, objection, open_order
 
@@ -21,6 +22,7 @@ class Orders:
         self._runtime = runtime
         self._directory = directory
         self._patience_s = patience_s
+        self._delegations = Delegations(directory)
 
     async def open(
         self, batch: Sequence[Received]
@@ -55,6 +57,20 @@ class Orders:
         if selector.task_id is not None:
             return agent_of_task(selector.task_id, self._directory)
         return selector.agent_id
+
+    def known_holders(self, mark: str) -> frozenset[str]:
+        """The agents that hold parts of what a mark is about, as far as has arrived here."""
+        return self._delegations.holders(mark)
+
+    async def holders(self, mark: str) -> frozenset[str] | None:
+        """All agents that hold parts of what a mark is about; None where nobody can say.
+
+        To be asked behind a fence: what comes into Redis behind it was asked for later, and what is there rests on
+        tasks that stood on Kafka by then.
+        """
+        if not await self._runtime.tables_caught_up(self._patience_s):
+            return None
+        return self._delegations.holders(mark)
 
     def _objection(self, order: Order, leases: Mapping[str, Lease]) -> Reason | None:
         return objection(order, leases.get(order.claims.lease_id or ""), self._directory)

@@ -18,7 +18,7 @@ from ringfence.kernel.keys import b64decode
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.base import Topic
-from ringfence.messages.lease import TERMINAL, Lease
+from ringfence.messages.lease import TERMINAL, Delegator, Lease
 from ringfence.messages.topics import LEASE, REVOCATION_REQUEST
 from ringfence.model.directory import Directory
 from ringfence.model.lease_epochs import Epochs
@@ -79,6 +79,8 @@ def unverified(jws: bytes) -> Lease | None:
         claims = orjson.loads(b64decode(jws.split(b".")[1]))
         names = [claims[name] for name in ("agent_id", "task_id", "sponsor", "target_id", "on_behalf_of")]
         right = all(type(name) is str for name in names) and type(claims["requested_at_ms"]) is int
+        if claims.get("delegators") is not None:
+            claims["delegators"] = tuple(Delegator.model_validate(one) for one in claims["delegators"])
     except (ValueError, LookupError, TypeError):
         return None
     return Lease.model_construct(**claims) if right else None

@@ -63,6 +63,7 @@ _NAMES = ("agent_id", "sponsor", "on_behalf_of", "target_id", "backend")
 _KINDS = {
     "agent": "agent_id", "task": "task_id", "sponsor": "sponsor", "user": "on_behalf_of", "target": "target_id"
 }  # fmt: skip
+_OF_DELEGATORS = ("agent", "task", "sponsor")
 _EDDSA, _GATEWAY, BOUND, _AT_DEADLINE, _IN_EPOCH, _TRACED, _MORE = (1 << n for n in range(7))
 THUMBPRINT_BYTES = 32
 STATE_BYTES = _STATE.size
@@ -121,17 +122,22 @@ def unverified_payload(stored: bytes) -> bytes | None:
     return parts[1] if parts is not None else None
 
 
-def unverified_name(stored: bytes, kind: str) -> str | None:
-    """The agent, task, sponsor, user or target of a lease, by what `condensed` wrote; None where that does not say."""
+def unverified_names(stored: bytes, kind: str) -> tuple[str, ...] | None:
+    """The agents, tasks, sponsors, user or target of a lease, by what `condensed` wrote; None where that does not say.
+
+    There are several of those where the task was handed on.
+    """
     try:
         if not stored.startswith(_APART):
-            return str(orjson.loads(unverified_payload(stored) or b"")[_KINDS[kind]])
+            claims = orjson.loads(unverified_payload(stored) or b"")
+            above = [one[_KINDS[kind]] for one in claims.get("delegators", ()) if kind in _OF_DELEGATORS]
+            return claims[_KINDS[kind]], *above
         at = _after_signer(stored)
         at += _signature_at(stored[at : at + STATE_BYTES]) + _SIGNATURE_BYTES
         *_, task, length = _FIXED.unpack_from(stored, at)
         at += _FIXED.size
         names = dict(zip(_NAMES, stored[at : at + length].decode().split(_BETWEEN), strict=False))
-        return unpacked(task) if kind == "task" else names[_KINDS[kind]]
+        return (unpacked(task) if kind == "task" else names[_KINDS[kind]],)
     except _UNFIT:
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.errors import UnavailableError
@@ -476,13 +476,19 @@ class LeaseStore(Shards):
         }
         return {id: StoredLease.unpack(record) for n, id in enumerate(lease_ids) if (record := records[n])}
 
-    async def find(self, mark: str, *, agent_id: str | None = None) -> list[str]:
+    async def find(
+        self, mark: str, *, agent_id: str | None = None, also: Collection[str] | None = ()
+    ) -> list[str]:
         """The ids of all leases that bear a mark and have not ended, whatever their shard, and maybe those of others.
 
         Which do, their records say (`StoredLease.may_bear`). `agent_id`: the only agent whose leases can bear the mark,
-        where that is known. Of a task it should be: otherwise, as of a target, all that there are are found.
+        where that is known. Of a task it should be: otherwise, as of a target, all that there are are found. `also`:
+        the agents that hold parts of what was handed on, whose leases may bear it besides; None where nobody knows, so
+        that all are found.
         """
-        agents = await self._agents(mark, agent_id)
+        agents = await self._agents(mark, agent_id) if also is not None else None
+        if agents is not None and also:
+            agents = [list(dict.fromkeys([*some, *also])) for some in agents]
         commands: list[Command] = []
         for n, at in enumerate(self.keys):
             if agents is None:

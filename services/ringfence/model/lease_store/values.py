@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ringfence.messages.lease import Lease, LeaseStatus
-from ringfence.model.lease_store.packing import condensed, expanded, unverified_name
+from ringfence.model.lease_store.packing import condensed, expanded, unverified_names
 from ringfence.model.leases import ALL_MARK
 
 LETTERS: dict[LeaseStatus, str] = {
@@ -61,7 +61,8 @@ class StoredLease:
         if mark == ALL_MARK:
             return True
         kind, _, id = mark.partition(":")
-        return unverified_name(self.record, kind) in (id, None)
+        names = unverified_names(self.record, kind)
+        return names is None or id in names
 
 
 @dataclass(frozen=True, slots=True)

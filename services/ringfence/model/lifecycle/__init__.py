@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from ringfence.model.lifecycle.applying import MAY_WIDEN, apply, command_subject, subject_key
 from ringfence.model.lifecycle.context import Actor, CommandRefusedError, Context
+from ringfence.model.lifecycle.delegation import MAX_DEPTH, agents_of
 from ringfence.model.lifecycle.evidence import may_be_dropped, still_needed
 
 __all__ = [
+    "MAX_DEPTH",
     "MAY_WIDEN",
     "Actor",
     "CommandRefusedError",
     "Context",
+    "agents_of",
     "apply",
     "command_subject",
     "may_be_dropped",

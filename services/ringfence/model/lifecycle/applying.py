@@ -20,6 +20,7 @@ from ringfence.messages.registry import (
     TargetSet,
     TargetState,
     TaskAssign,
+    TaskDelegate,
     TaskEnd,
     UserDisable,
     UserSet,
@@ -72,7 +73,7 @@ def apply(state: AnyState | None, command: Command, context: Context) -> AnyStat
             return apply_to_provisioner(held, command, context)
         case TargetSet() | TargetRemove():
             return apply_to_target(held, command, context)
-        case TaskAssign() | TaskEnd():
+        case TaskAssign() | TaskDelegate() | TaskEnd():
             return apply_to_task(held, command, context)
         case _:
             return apply_to_agent(held, command, context)
@@ -100,7 +101,7 @@ def command_subject(command: Command, command_id: str) -> tuple[SubjectKind, str
             return "user", command.provisioner_id
         case TargetSet() | TargetRemove():
             return "target", command.target_id
-        case TaskAssign():
+        case TaskAssign() | TaskDelegate():
             return "task", command_id
         case TaskEnd():
             return "task", command.task_id

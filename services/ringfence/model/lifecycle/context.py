@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.kernel.errors import RingfenceError
-from ringfence.messages.registry import Delegation, Role
+from ringfence.messages.registry import AgentState, Delegation, Role, TaskState
 
 
 class CommandRefusedError(RingfenceError):
@@ -17,7 +17,7 @@ class CommandRefusedError(RingfenceError):
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Whose verified signature a command bears. The root has no user id."""
+    """Whose verified signature a command bears. The root has no user id, and neither has an agent."""
 
     user_id: str | None
     roles: frozenset[Role]
@@ -25,10 +25,12 @@ class Actor:
     """Of a provisioner: all that it may do."""
     provisioned_by: str | None = None
     """The provisioner of a user who comes from a directory."""
+    agent: AgentState | None = None
+    """The agent that gave it, as it was then: few commands are for agents to give."""
 
     @property
     def is_root(self) -> bool:
-        return self.user_id is None
+        return self.user_id is None and self.agent is None
 
     @property
     def is_operator(self) -> bool:
@@ -54,3 +56,5 @@ class Context:
     """Why an embedded consent does not count."""
     sponsor_of: Callable[[str], str | None] | None = None
     """The sponsor of an agent at that time. None for a reader of records, which cannot know it any more."""
+    task_at: Callable[[str], TaskState | None] = lambda task_id: None
+    """A task as it was then."""

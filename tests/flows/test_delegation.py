@@ -1,0 +1,397 @@
+"""Parts of tasks that agents hand on: what is issued under them, and that all of it ends with what it is a part of.
+
+The test plays policy, and a policy that lies; registry, issuer and revoker are the real ones.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+
+from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.jws import open_signed, parse, sign
+from ringfence.messages.credential import DelegatorRevisions, ReplyContent
+from ringfence.messages.lease import TERMINAL, Delegator, Lease, RevocationRequest, Selector
+from ringfence.messages.operations import ServiceEvent
+from ringfence.messages.registry import (
+    AgentDecommission,
+    AgentSetCeiling,
+    AgentSuspend,
+    TaskDelegate,
+    TaskEnd,
+    TaskRecord,
+    TaskTerms,
+    UserDisable,
+)
+from ringfence.messages.topics import REVOCATION_REQUEST, TASK
+from ringfence.model.lease_store import RECORD_KEEP_MS
+from ringfence.revoker.checking import checking
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
+from tests.flows.desk import Asked, Desk, another, opened_desks
+from tests.flows.place import Place
+from tests.world import DeadLetteredError, Party, Scope, World
+
+
+@pytest.fixture(scope="module")
+async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+    """Registry, issuer and revoker, once for all tests here."""
+    async with (
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        opened_desks(world) as desk,
+        world.running("issuer", "revoker"),
+    ):
+        yield desk
+
+
+async def command(desk: Desk, by: Party, to: Party, scope: Scope, **fields: Any) -> ServiceEvent:
+    """What the registry says where an agent hands on a part of the desk's task."""
+    task = next(r for r in await desk.world.records(TASK) if r.key == desk.task)
+    find = desk.world.trust.finder("registry", at_s=task.appended_at_ms / 1000)
+    parent = open_signed(parse(task.value), TaskRecord, find, audience=desk.world.td).claims.state
+    terms = TaskTerms(
+        agent_id=to.name,
+        purpose="a part of it",
+        scope=scope,
+        not_after=fields.pop("not_after", parent.not_after),
+    )
+    claims = desk.world.claims(TaskDelegate, by, **{"parent": desk.task, "terms": terms, **fields})
+    return await desk.world.command(claims, by)
+
+
+async def handed(
+    desk: Desk, scope: Scope | None = None, *, ceiling: Scope | None = None, sponsor: Party | None = None
+) -> Desk:
+    """A desk whose agent, of another sponsor, was handed a part of this desk's task."""
+    everything = desk.scope("read", "deploy", "wipe", resource="**")
+    name = f"sub-{uuid.uuid4().hex[:8]}"
+    child = await desk.world.agent(name, sponsor=sponsor or desk.sue, ceiling=ceiling or everything)
+    event = await command(desk, desk.bot, child, scope or everything)
+    assert event.kind == "accepted", event.reasons
+    assert event.result is not None
+    below = Desk(desk.world, {"sam": desk.sam, "maria": desk.maria, "sue": desk.sue}, desk.target)
+    below.bot, below.task = child, event.result
+    below.revisions = desk.revisions.model_copy(
+        update={"delegators": (DelegatorRevisions(agent=1, task=1), *(desk.revisions.delegators or ()))}
+    )
+    return below
+
+
+async def issued(desk: Desk, *verbs: str) -> Asked:
+    return (await desk.issued(*verbs or ("read",)))[0]
+
+
+async def ended(desk: Desk, asked: Asked, kind: str) -> Lease:
+    """The last record of a lease, once it is over, and that for this cause."""
+    lease = await desk.lease(asked.lease_id, *TERMINAL)
+    assert lease.cause is not None
+    assert lease.cause.kind == kind
+    return lease
+
+
+async def still_lives(desk: Desk, *leases: Asked) -> None:
+    for asked in leases:
+        assert {one.claims.status for one in await desk.records(asked.lease_id)} == {"active"}
+
+
+async def is_active(desk: Desk, content: ReplyContent) -> bool:
+    """What the issuer's introspection says of a token."""
+    assert content.credential is not None
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{desk.world.ports['issuer']}") as http:
+        answer = await http.post(
+            "/oauth2/introspect",
+            data={"token": content.credential.value},
+            headers=desk.world.bearer(desk.target),
+        )
+    return bool(answer.json()["active"])
+
+
+# --- what is issued ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_credential_of_a_part_names_everybody_up_to_the_human(desk: Desk):
+    middle = await handed(desk)
+    below = await handed(middle, sponsor=desk.sam)
+    asked, content = await below.issued("read")
+    lease = await below.lease(asked.lease_id, "active")
+    names = (below.bot.name, middle.bot.name, desk.bot.name)
+    assert lease.act == names
+    assert lease.delegators == (
+        Delegator(agent_id=middle.bot.name, task_id=middle.task, sponsor="sue"),
+        Delegator(agent_id=desk.bot.name, task_id=desk.task, sponsor="sam"),
+    )
+    assert (lease.agent_id, lease.task_id, lease.sponsor) == (below.bot.name, below.task, "sam")
+    assert lease.on_behalf_of == "maria"
+    assert content.credential is not None
+    claims = jwt.decode(content.credential.value, options={"verify_signature": False})
+    ids = [f"spiffe://{desk.world.td}/agent/{name}" for name in names]
+    assert claims["sub"] == ids[0]
+    assert claims["act"] == {"sub": ids[0], "act": {"sub": ids[1], "act": {"sub": ids[2]}}}
+    assert [step["task"] for step in claims["delegation"]] == [middle.task, desk.task]
+    assert await is_active(below, content)
+
+
+async def test_a_part_that_nobody_handed_on_names_no_delegation(desk: Desk):
+    _, content = await desk.issued("read")
+    assert content.credential is not None
+    claims = jwt.decode(content.credential.value, options={"verify_signature": False})
+    assert "delegation" not in claims
+    assert claims["act"] == {"sub": desk.bot.id}
+
+
+@pytest.mark.parametrize("small", ["above", "below"])
+async def test_no_policy_gets_past_either_ceiling(desk: Desk, small: str):
+    """Policy allows it all the same: the issuer asks every ceiling of the chain."""
+    above = await another(desk, ceiling=desk.scope("read", resource="env/a")) if small == "above" else desk
+    below = await handed(above, ceiling=desk.scope("read", resource="env/a") if small == "below" else None)
+    asked = await below.ask("read")
+    await below.decide(asked)
+    refusal = await below.refused(asked)
+    name = above.bot.name if small == "above" else below.bot.name
+    assert [(reason.code, reason.side) for reason in refusal.reasons] == [("beyond_scope", f"ceiling:{name}")]
+    assert await below.is_finding(asked)
+
+
+async def test_no_policy_leaves_out_the_chain(desk: Desk):
+    """It says that it saw no delegators, or other ones: what it says of revisions is no ground for anything."""
+    below = await handed(desk)
+    await desk.world.accepted(
+        desk.world.claims(AgentSuspend, desk.sam, agent_id=desk.bot.name, reason="x"), desk.sam
+    )
+    for revisions in (below.revisions.model_copy(update={"delegators": None}), below.revisions):
+        asked = await below.ask("read")
+        await below.decide(asked, revisions=revisions)
+        assert "agent_suspended" in await below.refusal_codes(asked)
+
+
+# --- what the registry refuses, and audit is told ---------------------------------------------------------------------
+
+
+async def test_what_reaches_further_is_refused_with_the_reason(desk: Desk):
+    child = await desk.world.agent(f"sub-{uuid.uuid4().hex[:8]}", desk.sue, desk.scope("read"))
+    other = (await another(desk)).bot
+    narrow = desk.scope("read")
+    refusals = [
+        await command(desk, desk.bot, child, desk.scope("read", resource="**"), parent=str(uuid.uuid4())),
+        await command(desk, desk.bot, child, (*narrow, *_elsewhere(narrow))),
+        await command(desk, desk.bot, child, narrow, not_after=2_000_000_000),
+        await command(desk, desk.bot, desk.bot, narrow),
+        await command(desk, other, child, narrow),
+        await command(desk, desk.sam, child, narrow),
+    ]
+    assert [(event.kind, event.reasons[0].code) for event in refusals] == [
+        ("refused", "unknown_parent"),
+        ("refused", "beyond_parent"),
+        ("refused", "later_than_parent"),
+        ("refused", "delegation_loop"),
+        ("refused", "not_task_agent"),
+        ("refused", "not_task_agent"),
+    ]
+    assert {event.agent_id for event in refusals} == {child.name, desk.bot.name}
+
+
+def _elsewhere(scope: Scope) -> Scope:
+    return (scope[0].model_copy(update={"target": "production"}),)
+
+
+async def test_a_key_that_is_nobodys_hands_nothing_on(desk: Desk):
+    child = await desk.world.agent(f"sub-{uuid.uuid4().hex[:8]}", desk.sue, desk.scope("read"))
+    stranger = Party(desk.bot.name, desk.world.party("agent", desk.bot.name).key)
+    with pytest.raises(DeadLetteredError, match="no valid key"):
+        await command(desk, stranger, child, desk.scope("read"))
+
+
+async def test_who_is_suspended_hands_nothing_on(desk: Desk):
+    child = await desk.world.agent(f"sub-{uuid.uuid4().hex[:8]}", desk.sue, desk.scope("read"))
+    suspend = desk.world.claims(AgentSuspend, desk.sam, agent_id=desk.bot.name, reason="x")
+    await desk.world.accepted(suspend, desk.sam)
+    event = await command(desk, desk.bot, child, desk.scope("read"))
+    assert event.reasons[0].code == "agent_suspended"
+
+
+async def test_the_same_command_a_second_time_is_a_replay(desk: Desk):
+    below = await handed(desk)
+    terms = TaskTerms(
+        agent_id=below.bot.name, purpose="x", scope=desk.scope("read"), not_after=int(_now_s()) + 60
+    )
+    claims = desk.world.claims(TaskDelegate, desk.bot, parent=desk.task, terms=terms)
+    first = await desk.world.command(claims, desk.bot)
+    again = await desk.world.command(claims, desk.bot)
+    assert (first.kind, again.kind) == ("accepted", "replayed")
+    assert len([r for r in await desk.world.records(TASK) if r.key == first.result]) == 1
+
+
+def _now_s() -> float:
+    return SystemClock().now_ms() / 1000
+
+
+# --- what ends it -----------------------------------------------------------------------------------------------------
+
+
+async def test_the_end_of_a_task_ends_all_that_came_of_it(desk: Desk):
+    middle = await handed(desk)
+    below, beside = await handed(middle), await handed(desk)
+    other = await another(desk)
+    leases = [await issued(one) for one in (desk, middle, below, beside)]
+    elsewhere = await issued(other)
+    _, content = await below.issued("read")
+    await desk.world.accepted(
+        desk.world.claims(TaskEnd, desk.maria, task_id=desk.task, reason="done"), desk.maria
+    )
+    for one, asked in zip((desk, middle, below, beside), leases, strict=True):
+        lease = await ended(one, asked, "task_ended")
+        assert lease.cause is not None
+        assert desk.task in (lease.cause.reason or "")
+    assert not await is_active(below, content)
+    await still_lives(other, elsewhere)
+    # One order reached all of them, however often it was said.
+    orders = [r for r in await desk.world.records(REVOCATION_REQUEST) if r.key == desk.bot.name]
+    assert len({desk.world.opened(r, RevocationRequest, "revoker").jti for r in orders}) == 1
+    asked = await below.ask("read")
+    await below.decide(asked)
+    refusal = await below.refused(asked)
+    assert [reason.code for reason in refusal.reasons] == ["task_ended"]
+    assert desk.task in refusal.reasons[0].message
+
+
+async def test_the_end_of_a_part_leaves_the_task_as_it_is(desk: Desk):
+    """By the agent that handed it on."""
+    middle = await handed(desk)
+    below = await handed(middle)
+    mine, theirs = await issued(desk), await issued(below)
+    end = desk.world.claims(TaskEnd, desk.bot, task_id=middle.task, reason="not needed")
+    await desk.world.accepted(end, desk.bot)
+    await ended(below, theirs, "task_ended")
+    await still_lives(desk, mine)
+
+
+@pytest.mark.parametrize("what", ["suspended", "decommissioned", "narrowed", "orphaned"])
+async def test_what_befalls_an_agent_above_ends_what_is_below(desk: Desk, what: str):
+    sponsor = await desk.world.user(f"boss-{uuid.uuid4().hex[:8]}", ("sponsor",))
+    boss = await another(desk)
+    boss.sam = sponsor
+    await boss.staff()
+    below = await handed(boss)
+    asked = await issued(below)
+    w, name = desk.world, boss.bot.name
+    match what:
+        case "suspended":
+            await w.accepted(w.claims(AgentSuspend, sponsor, agent_id=name, reason="x"), sponsor)
+        case "decommissioned":
+            await w.accepted(w.claims(AgentDecommission, sponsor, agent_id=name, reason="x"), sponsor)
+        case "narrowed":
+            narrow = desk.scope("read", resource="env/other")
+            await w.accepted(w.claims(AgentSetCeiling, sponsor, agent_id=name, ceiling=narrow), sponsor)
+        case _:
+            await w.accepted(w.claims(UserDisable, w.operator, user_id=sponsor.name, reason="x"), w.operator)
+    kinds = {
+        "suspended": "agent_suspended",
+        "decommissioned": "agent_decommissioned",
+        "narrowed": "scope_narrowed",
+        "orphaned": "user_disabled",
+    }
+    await ended(below, asked, kinds[what])
+
+
+@pytest.mark.parametrize("how", ["agent", "task", "sponsor", "user"])
+async def test_the_kill_switch_on_what_is_above_reaches_what_is_below(desk: Desk, how: str):
+    middle = await handed(desk)
+    below = await handed(middle)
+    asked = await issued(below)
+    selector = {
+        "agent": Selector(agent_id=desk.bot.name),
+        "task": Selector(task_id=desk.task),
+        "sponsor": Selector(sponsor="sam"),
+        "user": Selector(user_id="maria"),
+    }[how]
+    claims, _ = await desk.revoke(desk.world.operator, selector=selector)
+    assert (await desk.verdict(claims)).kind == "accepted"
+    await ended(below, asked, "revocation")
+
+
+async def test_who_answers_for_an_agent_above_revokes_one_lease_below(desk: Desk):
+    """sam sponsors who handed it on; sue's agent holds it. Who sponsors neither may not."""
+    below = await handed(desk)
+    asked = await issued(below)
+    stranger = await desk.world.user(f"boss-{uuid.uuid4().hex[:8]}", ("sponsor",))
+    claims, _ = await below.revoke(stranger, lease_id=asked.lease_id)
+    assert (await below.verdict(claims)).kind == "refused"
+    claims, _ = await below.revoke(desk.sam, lease_id=asked.lease_id)
+    assert (await below.verdict(claims)).kind == "accepted"
+    await ended(below, asked, "revocation")
+
+
+async def test_what_is_under_way_when_the_task_above_is_cut_is_not_issued(desk: Desk):
+    """Asked for before, decided after: the fence on the task above stands in its way, though no record has changed."""
+    below = await handed(desk)
+    asked = await below.ask("read")
+    claims, _ = await desk.revoke(desk.maria, selector=Selector(task_id=desk.task))
+    assert (await desk.verdict(claims)).kind == "accepted"
+    await below.decide(asked)
+    assert await below.refusal_codes(asked) == ["fenced"]
+    # What is asked for from now on is another matter: the task goes on.
+    await issued(below)
+
+
+async def test_what_is_under_way_when_the_task_above_ends_is_not_issued(desk: Desk):
+    below = await handed(desk)
+    asked = [await below.ask("read") for _ in range(3)]
+    end = desk.world.claims(TaskEnd, desk.maria, task_id=desk.task, reason="done")
+    await desk.world.send_command(end, desk.maria)
+    for one in asked:  # while it ends
+        await below.decide(one)
+    for one in asked:
+        content = await below.answer(one)
+        if content.refusal is None:
+            await ended(below, one, "task_ended")
+        else:
+            codes = {reason.code for reason in below.refusal(content).reasons}
+            assert codes <= {"task_ended", "fenced"}
+            assert await below.records(one.lease_id) == []
+
+
+async def test_nobody_is_passed_over_where_the_records_cannot_be_read_to_their_end(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+):
+    """Which agents hold parts, the revoker then does not know: it looks at all leases."""
+    below = await handed(desk)
+    asked = await issued(below)
+
+    async def never(within_s: float) -> bool:
+        return False
+
+    monkeypatch.setattr(desk.world.runtimes["revoker"], "tables_caught_up", never)
+    monkeypatch.setattr("ringfence.model.delegations.Delegations.holders", lambda self, mark: frozenset())
+    claims, _ = await desk.revoke(desk.world.operator, selector=Selector(agent_id=desk.bot.name))
+    assert (await desk.verdict(claims)).kind == "accepted"
+    await ended(below, asked, "revocation")
+
+
+async def test_redis_holds_what_kafka_says_of_leases_of_parts(desk: Desk):
+    below = await handed(desk)
+    asked = await issued(below)
+    async with checking(
+        desk.world.settings("revoker"), SystemClock(), record_keep_ms=RECORD_KEEP_MS
+    ) as checker:
+        found = [one for one in await checker.differences() if one.about == asked.lease_id]
+    assert found == []
+
+
+async def test_an_order_on_the_task_above_holds_for_what_is_rebuilt(place: Place):
+    desk = place.desk
+    below = await handed(desk)
+    asked, kept = await issued(below), await issued(await another(desk))
+    before = await place.epochs()
+    await place.redis.flushed()
+    order = desk.world.claims(
+        RevocationRequest, desk.maria, kind="revocation", selector=Selector(task_id=desk.task), reason="stop"
+    )
+    await desk.world.send(REVOCATION_REQUEST, desk.bot.name, sign(order, desk.maria.key))
+    await place.rebuilt(before)
+    await ended(below, asked, "revocation")
+    await still_lives(desk, kept)

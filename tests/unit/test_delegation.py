@@ -1,0 +1,520 @@
+"""Agents that hand on parts of their tasks: what the registry refuses, and what no registry makes a reader believe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.jws import parse
+from ringfence.kernel.keys import SigningKey
+from ringfence.messages.base import Claims
+from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.registry import (
+    AgentDecommission,
+    AgentResume,
+    AgentRotateKey,
+    AgentSetCeiling,
+    AgentSuspend,
+    AgentTransfer,
+    AnyRecord,
+    TaskDelegate,
+    TaskEnd,
+    TaskState,
+    UserDisable,
+    VerbFloor,
+)
+from ringfence.model.approvals import may_approve
+from ringfence.model.chains import ChainError
+from ringfence.model.delegations import Delegations
+from ringfence.model.directory import Directory
+from ringfence.model.identity import SubjectKind
+from ringfence.model.lifecycle import MAX_DEPTH, CommandRefusedError
+from ringfence.model.requests import against, find_ground
+from ringfence.registry.domain import MAX_PARTS
+from tests.ledger import START_MS, Ledger, permission
+
+NOW_S = START_MS // 1000
+WIDE, NARROW = (permission("env/**"),), (permission("env/a"),)
+AGENTS = ("bot", "second", "third", "fourth", "fifth")
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    """sam's bot, suzy's other agents, uma who may do what she has done."""
+    ledger = Ledger()
+    ledger.organisation()
+    ledger.give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(*WIDE)))
+    ledger.give(
+        ledger.target_set("olga", "staging", verbs=(VerbFloor(verb="deploy"), VerbFloor(verb="read")))
+    )
+    for agent in AGENTS:
+        ledger.give(ledger.register("olga", agent, "sam" if agent == "bot" else "suzy", ceiling=WIDE))
+    return ledger
+
+
+@pytest.fixture
+def task(ledger: Ledger) -> str:
+    return made(ledger, ledger.assign("uma", "bot"))
+
+
+def made(ledger: Ledger, claims: Any, **how: Any) -> str:
+    """The id of a task that the registry takes."""
+    change = ledger.give(claims, **how)
+    assert change is not None
+    assert isinstance(change.state, TaskState)
+    return change.state.task_id
+
+
+def part(ledger: Ledger, by: str, parent: str, to: str, **terms: Any) -> TaskDelegate:
+    given = {"not_after": NOW_S + 600, **terms}
+    return ledger.claims(
+        TaskDelegate, by, iss=ledger.key(by, "agent").id, parent=parent, terms=ledger.terms(to, **given)
+    )
+
+
+def by_agent(ledger: Ledger, model: type[Any], agent: str, **fields: Any) -> Any:
+    return ledger.claims(model, agent, iss=ledger.key(agent, "agent").id, **fields)
+
+
+def refused(ledger: Ledger, claims: Claims, key: SigningKey | None = None) -> str:
+    """The code with which a command is refused."""
+    with pytest.raises(CommandRefusedError) as caught:
+        ledger.give(claims, key)
+    return caught.value.code
+
+
+def state_of(ledger: Ledger, id: str) -> TaskState:
+    entry = ledger.directory.task(id)
+    assert entry is not None
+    return entry.state
+
+
+def reader_of(ledger: Ledger, *, but_for: Sequence[str] = ()) -> Directory:
+    """Somebody who reads all records only now."""
+    reader = ledger.reader(ledger.alarms.append)
+    kinds: tuple[SubjectKind, ...] = ("task", "agent", "target", "user")  # those that rest on others first
+    for kind in kinds:
+        for entry in ledger.directory.entries(kind):
+            if entry.record.sub.rpartition("/")[2] not in but_for:
+                assert ledger.admit(ledger.sign_record(*_parts(entry.record)), reader) is None
+    return reader
+
+
+def _parts(record: AnyRecord) -> tuple[Any, Any, int]:
+    return record.state, record.commands, record.revision
+
+
+# --- what is handed on ------------------------------------------------------------------------------------------------
+
+
+def test_a_part_names_its_parent_its_chain_and_the_same_human(ledger: Ledger, task: str):
+    first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
+    second = made(ledger, part(ledger, "second", first, "third", scope=NARROW))
+    state = state_of(ledger, second)
+    assert (state.parent, state.act) == (first, ("third", "second", "bot"))
+    assert (state.on_behalf_of, state.assigned_by, state.agent_id) == ("uma", "uma", "third")
+    assert state_of(ledger, first).act == ("second", "bot")
+
+
+def test_a_task_of_nobody_elses_says_what_it_said_before_there_were_parts(ledger: Ledger, task: str):
+    entry = ledger.directory.task(task)
+    assert entry is not None
+    payload = parse(entry.compact).payload
+    assert b'"parent"' not in payload
+    assert b'"act"' not in payload
+    assert entry.state.act is None
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        (permission("env/**", verbs=("deploy", "read")),),
+        (permission("env/**", target="production"),),
+        (permission("**"),),
+        (permission("env/a"), permission("other")),
+    ],
+)
+def test_it_is_no_wider_than_the_task(ledger: Ledger, task: str, wanted: Scope):
+    assert refused(ledger, part(ledger, "bot", task, "second", scope=wanted)) == "beyond_parent"
+
+
+def test_it_is_no_wider_than_the_part_that_it_is_a_part_of(ledger: Ledger, task: str):
+    first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
+    assert refused(ledger, part(ledger, "second", first, "third", scope=WIDE)) == "beyond_parent"
+
+
+def test_it_ends_no_later(ledger: Ledger, task: str):
+    end = state_of(ledger, task).not_after
+    later = part(ledger, "bot", task, "second", not_after=end + 1)
+    assert refused(ledger, later) == "later_than_parent"
+    over = part(ledger, "bot", task, "second", not_after=ledger.clock.ms // 1000)
+    assert refused(ledger, over) == "task_over"
+    assert made(ledger, part(ledger, "bot", task, "second", not_after=end))
+
+
+def test_it_is_handed_on_so_often_and_no_further(ledger: Ledger, task: str):
+    at = task
+    for by, to in pairwise(AGENTS[: MAX_DEPTH + 1]):
+        at = made(ledger, part(ledger, by, at, to))
+    deeper = part(ledger, AGENTS[MAX_DEPTH], at, AGENTS[MAX_DEPTH + 1])
+    assert refused(ledger, deeper) == "delegation_too_deep"
+
+
+def test_it_does_not_come_back(ledger: Ledger, task: str):
+    assert refused(ledger, part(ledger, "bot", task, "bot")) == "delegation_loop"
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    second = made(ledger, part(ledger, "second", first, "third"))
+    for back in ("bot", "second", "third"):
+        assert refused(ledger, part(ledger, "third", second, back)) == "delegation_loop"
+
+
+def test_there_are_so_many_parts_of_a_task(ledger: Ledger, task: str):
+    for n in range(MAX_PARTS):
+        one = made(ledger, part(ledger, "bot", task, "second"))
+        if n % 2:  # those that have ended count too
+            ledger.give(by_agent(ledger, TaskEnd, "bot", task_id=one, reason="x"))
+    assert refused(ledger, part(ledger, "bot", task, "second")) == "too_many_parts"
+    other = made(ledger, ledger.assign("uma", "bot"))
+    assert made(ledger, part(ledger, "bot", other, "second"))
+
+
+# --- who hands on -----------------------------------------------------------------------------------------------------
+
+
+def test_another_agent_hands_nothing_on(ledger: Ledger, task: str):
+    assert refused(ledger, part(ledger, "second", task, "third")) == "not_task_agent"
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    # Not even one that is in the chain: that part is another's.
+    assert refused(ledger, part(ledger, "bot", first, "third")) == "not_task_agent"
+
+
+@pytest.mark.parametrize("who", ["uma", "sam", "olga", "root"])
+def test_no_person_hands_on(ledger: Ledger, task: str, who: str):
+    claims = ledger.claims(TaskDelegate, who, parent=task, terms=ledger.terms("second"))
+    assert refused(ledger, claims) == "not_task_agent"
+
+
+def test_another_agents_signature_is_none(ledger: Ledger, task: str):
+    with pytest.raises(InvalidMessageError, match="no valid key"):
+        ledger.give(part(ledger, "bot", task, "second"), ledger.key("second", "agent"))
+
+
+def test_an_old_key_hands_nothing_on(ledger: Ledger):
+    old, new = SigningKey.generate(ledger.key("bot", "agent").id), ledger.key("late", "agent")
+    keys = (old.record(ledger.clock.ms // 1000 + 10), ledger.key_record(new))
+    ledger.give(ledger.register("olga", "late", "sam", ceiling=WIDE, keys=keys))
+    task = made(ledger, ledger.assign("uma", "late"))
+    assert made(ledger, part(ledger, "late", task, "second"), key=old)
+    ledger.clock.ms += 60_000
+    with pytest.raises(InvalidMessageError, match="no valid key"):
+        ledger.give(part(ledger, "late", task, "second"), old)
+    # What it signed in its time holds for ever, and a registry that says that it came then is not believed later.
+    assert reader_of(ledger).task(task) is not None
+
+
+@pytest.mark.parametrize("model", [AgentSuspend, AgentDecommission])
+def test_who_is_stopped_hands_nothing_on(ledger: Ledger, task: str, model: type[Any]):
+    ledger.give(ledger.claims(model, "olga", agent_id="bot", reason="x"))
+    code = "agent_suspended" if model is AgentSuspend else "agent_decommissioned"
+    assert refused(ledger, part(ledger, "bot", task, "second")) == code
+
+
+def test_nothing_is_handed_on_to_or_through_who_is_stopped(ledger: Ledger, task: str):
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    assert refused(ledger, part(ledger, "bot", task, "nobody")) == "unknown_agent"
+    ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="third", reason="x"))
+    assert refused(ledger, part(ledger, "second", first, "third")) == "agent_suspended"
+    ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
+    assert refused(ledger, part(ledger, "second", first, "fourth")) == "agent_suspended"
+
+
+def test_nothing_is_handed_on_of_what_has_ended(ledger: Ledger, task: str):
+    first = made(ledger, part(ledger, "bot", task, "second", not_after=NOW_S + 60))
+    assert refused(ledger, part(ledger, "bot", "0b8a1a5c-9a3e-5d57-8a2b-4a8d2f7f5b11", "second")) == (
+        "unknown_parent"
+    )
+    ledger.give(ledger.claims(TaskEnd, "uma", task_id=task, reason="done"))
+    assert refused(ledger, part(ledger, "bot", task, "second")) == "task_ended"
+    # The part itself was not ended by anybody; what it is a part of was.
+    assert state_of(ledger, first).status == "active"
+    assert refused(ledger, part(ledger, "second", first, "third")) == "task_ended"
+    short = made(ledger, ledger.assign("uma", "bot", terms=ledger.terms("bot", not_after=NOW_S + 120)))
+    ledger.clock.ms = (NOW_S + 120) * 1000
+    assert refused(ledger, part(ledger, "bot", short, "second")) == "task_ended"
+
+
+def test_nothing_is_handed_on_on_behalf_of_who_is_disabled(ledger: Ledger, task: str):
+    ledger.give(ledger.claims(UserDisable, "olga", user_id="uma", reason="left"))
+    assert refused(ledger, part(ledger, "bot", task, "second")) == "user_disabled"
+
+
+# --- who ends it ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", ["bot", "second"])
+def test_whoever_handed_it_on_ends_it(ledger: Ledger, task: str, who: str):
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    second = made(ledger, part(ledger, "second", first, "third"))
+    ledger.give(by_agent(ledger, TaskEnd, who, task_id=second, reason="done"))
+    assert state_of(ledger, second).status == "ended"
+    reader = reader_of(ledger)
+    entry = reader.task(second)
+    assert entry is not None
+    assert entry.state.status == "ended"
+
+
+@pytest.mark.parametrize("who", ["third", "fourth"])
+def test_no_other_agent_ends_it(ledger: Ledger, task: str, who: str):
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    second = made(ledger, part(ledger, "second", first, "third"))
+    assert refused(ledger, by_agent(ledger, TaskEnd, who, task_id=second, reason="x")) == "not_entitled"
+    assert refused(ledger, by_agent(ledger, TaskEnd, "bot", task_id=task, reason="x")) == "not_entitled"
+    ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="second", reason="x"))
+    assert refused(ledger, by_agent(ledger, TaskEnd, "second", task_id=second, reason="x")) == (
+        "agent_suspended"
+    )
+
+
+@pytest.mark.parametrize("who", ["uma", "suzy", "olga"])
+def test_people_end_it_as_any_task(ledger: Ledger, task: str, who: str):
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    ledger.give(ledger.claims(TaskEnd, who, task_id=first, reason="x"))
+    assert state_of(ledger, first).status == "ended"
+
+
+# --- a registry that lies ---------------------------------------------------------------------------------------------
+
+
+def forged(ledger: Ledger, id: str, commands: Any = None, **state: Any) -> str:
+    """Why a reader who was given this record instead of the honest one does not believe it."""
+    entry = ledger.directory.task(id)
+    assert entry is not None
+    reader = reader_of(ledger, but_for=(id,))
+    record = ledger.sign_record(entry.state.model_copy(update=state), commands or entry.record.commands)
+    assert ledger.admit(record, reader) is None
+    with pytest.raises(ChainError) as caught:
+        reader.task(id)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"scope": (permission("**"),)},
+        {"not_after": NOW_S + 3599},
+        {"on_behalf_of": "sam"},
+        {"assigned_by": "sam"},
+        {"agent_id": "fourth"},
+        {"parent": None, "act": None},
+        {"act": ("second", "fifth")},
+    ],
+)
+def test_it_widens_no_part(ledger: Ledger, task: str, state: dict[str, Any]):
+    first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
+    assert "not what its commands say" in forged(ledger, first, **state)
+
+
+def test_it_invents_no_part(ledger: Ledger, task: str):
+    """It signs the command itself, with its own key or as the agent; or has none at all."""
+    first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
+    claims = part(ledger, "bot", task, "second")
+    assert "no valid key" in forged(ledger, first, (ledger.embed(claims, key=ledger.registry),))
+    own = ledger.claims(TaskDelegate, "x", iss=ledger.registry.id, parent=task, terms=ledger.terms("second"))
+    assert "no valid key" in forged(ledger, first, (ledger.embed(own, key=ledger.registry),))
+    assigned = ledger.directory.task(task)
+    assert assigned is not None
+    assert forged(ledger, first, assigned.record.commands)
+
+
+def test_what_the_registry_refuses_no_reader_believes(ledger: Ledger, task: str):
+    first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
+    at_ms = ledger.clock.ms
+    refusals = {
+        "does not allow": part(ledger, "bot", task, "second", scope=(permission("**"),)),
+        "s earlier than that": part(ledger, "bot", task, "second", not_after=NOW_S + 7200),
+        "only bot": part(ledger, "third", task, "second"),
+        "in the chain already": part(ledger, "bot", task, "bot"),
+        "to hand on a part of": part(ledger, "bot", "0b8a1a5c-9a3e-5d57-8a2b-4a8d2f7f5b11", "second"),
+    }
+    for why, claims in refusals.items():
+        assert why in forged(ledger, first, (ledger.embed(claims, at_ms),))
+    before = ledger.embed(part(ledger, "bot", task, "second", scope=NARROW), START_MS)
+    assert "no valid key" in forged(ledger, first, (before,))  # there was no agent yet
+
+
+def test_a_chain_that_is_too_deep_is_believed_by_nobody(ledger: Ledger, task: str):
+    """Agents that conspire with the registry make a chain of records as long as they like."""
+    names = [f"a{n}" for n in range(12)]
+    for name in names:
+        ledger.give(ledger.register("olga", name, "suzy", ceiling=WIDE))
+    reader, at, by = reader_of(ledger), state_of(ledger, task), "bot"
+    ids = []
+    for name in (names * 20)[:240]:
+        embedded = ledger.embed(part(ledger, by, at.task_id, name))
+        given = ledger.directory.chains.authorise(parse(embedded.jws), embedded.appended_at_ms)
+        at = at.model_copy(
+            update={
+                "task_id": given.command_id,
+                "agent_id": name,
+                "parent": at.task_id,
+                "act": (name, *(at.act or ("bot",))),
+                "not_after": NOW_S + 600,
+            }
+        )
+        assert ledger.admit(ledger.sign_record(at, (embedded,)), reader) is None
+        ledger.clock.ms += 1000
+        ids.append(at.task_id)
+        by = name
+    with pytest.raises(ChainError, match="longer than any may be"):
+        reader.task(ids[-1])
+    believed = []
+    for id in ids[:8]:
+        try:
+            believed.append(reader.task(id))
+        except ChainError:
+            continue
+    assert len(believed) == MAX_DEPTH
+
+
+# --- later ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_is_the_same_for_ever(ledger: Ledger, task: str):
+    """Whatever came after a command, to its signer, to the task above, to the people: it was in order then."""
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    second = made(ledger, part(ledger, "second", first, "third"))
+    later: list[Any] = [
+        ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"),
+        ledger.claims(AgentResume, "olga", agent_id="bot", reason="x"),
+        ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=()),
+        ledger.claims(AgentTransfer, "olga", agent_id="bot", sponsor="suzy"),
+        ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"),
+        ledger.claims(TaskEnd, "uma", task_id=first, reason="x"),
+        ledger.claims(TaskEnd, "uma", task_id=task, reason="x"),
+        ledger.claims(AgentDecommission, "olga", agent_id="second", reason="x"),
+        ledger.claims(UserDisable, "olga", user_id="uma", reason="x"),
+        ledger.claims(UserDisable, "olga", user_id="sam", reason="x"),
+    ]
+    for claims in later:
+        claims = claims.model_copy(
+            update={"iat": ledger.clock.ms // 1000, "exp": ledger.clock.ms // 1000 + 300}
+        )
+        ledger.give(claims)
+        reader = reader_of(ledger)
+        for id in (task, first, second):
+            assert reader.task(id) is not None
+    assert ledger.alarms == []
+
+
+def test_what_was_signed_while_suspended_counts_at_no_time(ledger: Ledger, task: str):
+    """Not even where the registry took it, and the agent is active again."""
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
+    embedded = ledger.embed(part(ledger, "bot", task, "second"))
+    ledger.clock.ms += 1000
+    ledger.give(ledger.claims(AgentResume, "olga", agent_id="bot", reason="x"))
+    assert "bot is suspended" in forged(ledger, first, (embedded,))
+
+
+def test_records_come_in_any_order_and_nobody_is_accused(ledger: Ledger, task: str):
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    reader = reader_of(ledger, but_for=(task,))
+    for _ in range(2):
+        with pytest.raises(ChainError) as caught:
+            reader.task(first)
+        assert caught.value.code == "chain_incomplete"
+    assert ledger.alarms == []
+    entry = ledger.directory.task(task)
+    assert entry is not None
+    assert ledger.admit(ledger.sign_record(*_parts(entry.record)), reader) is None
+    assert reader.task(first) is not None
+
+
+# --- the rule ---------------------------------------------------------------------------------------------------------
+
+
+def reasons(ledger: Ledger, agent: str, task: str, wanted: Permission) -> list[tuple[str, str | None]]:
+    ground = find_ground(ledger.directory, agent, task, "staging")
+    found = against(ground, (wanted,), ledger.clock.ms / 1000, 86_400)
+    return [(reason.code, reason.side) for reason in found]
+
+
+@pytest.mark.parametrize(("small", "other"), [("bot", "second"), ("second", "bot")])
+def test_every_ceiling_of_the_chain_counts(ledger: Ledger, small: str, other: str):
+    task = made(ledger, ledger.assign("uma", "bot"))
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    assert reasons(ledger, "second", first, permission("env/b")) == []
+    ledger.give(ledger.claims(AgentSetCeiling, "olga", agent_id=small, ceiling=NARROW))
+    assert reasons(ledger, "second", first, permission("env/b")) == [("beyond_scope", f"ceiling:{small}")]
+    assert reasons(ledger, "second", first, permission("env/a")) == []
+    ledger.give(ledger.claims(AgentSetCeiling, "olga", agent_id=other, ceiling=()))
+    assert ("beyond_scope", f"ceiling:{other}") in reasons(ledger, "second", first, permission("env/a"))
+
+
+def test_what_ends_above_ends_below(ledger: Ledger, task: str):
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    second = made(ledger, part(ledger, "second", first, "third"))
+    ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
+    assert reasons(ledger, "third", second, permission("env/a")) == [("agent_suspended", None)]
+    ledger.give(ledger.claims(AgentResume, "olga", agent_id="bot", reason="x"))
+    assert reasons(ledger, "third", second, permission("env/a")) == []
+    ledger.give(ledger.claims(TaskEnd, "uma", task_id=task, reason="x"))
+    assert reasons(ledger, "third", second, permission("env/a")) == [("task_ended", None)]
+    ledger.give(ledger.claims(UserDisable, "olga", user_id="sam", reason="x"))
+    assert ("agent_orphaned", None) in reasons(ledger, "third", second, permission("env/a"))
+
+
+def test_what_was_handed_on_with_a_compromised_key_is_good_for_nothing_more(ledger: Ledger, task: str):
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    assert reasons(ledger, "second", first, permission("env/a")) == []
+    new = SigningKey.generate(ledger.key("bot", "agent").id)
+    rotate = ledger.claims(
+        AgentRotateKey, "sam", agent_id="bot", key=ledger.key_record(new), compromised=True, reason="lost"
+    )
+    ledger.give(rotate)
+    assert reasons(ledger, "second", first, permission("env/a")) == [("key_compromised", None)]
+    with pytest.raises(InvalidMessageError, match="no valid key"):
+        ledger.give(part(ledger, "bot", task, "second"))
+    again = made(ledger, part(ledger, "bot", task, "second"), key=new)
+    assert reasons(ledger, "second", again, permission("env/a")) == []
+    assert reader_of(ledger).task(first) is not None  # it was in order when it was given
+
+
+def test_a_second_person_answers_for_no_agent_of_the_chain(ledger: Ledger, task: str):
+    """sam sponsors the bot, suzy the one that it handed a part to; otto is nobody's."""
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    ledger.give(ledger.user_set("olga", "otto", ["operator", "sponsor"]))
+    ground = find_ground(ledger.directory, "second", first, "staging")
+    may = {
+        who: may_approve(ledger.directory, who, "second_person", ground) for who in ("sam", "suzy", "otto")
+    }
+    assert may == {"sam": False, "suzy": False, "otto": True}
+    assert may_approve(ledger.directory, "suzy", "sponsor", ground)
+    assert not may_approve(ledger.directory, "sam", "sponsor", ground)
+
+
+def test_an_agent_of_the_chain_does_not_act_in_another_ones_part(ledger: Ledger, task: str):
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    assert ("task_other_agent", None) in reasons(ledger, "bot", first, permission("env/a"))
+
+
+# --- where to look ----------------------------------------------------------------------------------------------------
+
+
+def test_who_holds_parts_of_what(ledger: Ledger):
+    held = Delegations(ledger.directory)
+    task = made(ledger, ledger.assign("uma", "bot"))
+    first = made(ledger, part(ledger, "bot", task, "second"))
+    made(ledger, part(ledger, "second", first, "third"))
+    made(ledger, part(ledger, "bot", task, "fourth"))
+    assert held.holders(f"task:{task}") == {"second", "third", "fourth"}
+    assert held.holders(f"task:{first}") == {"third"}
+    assert held.holders("agent:bot") == {"second", "third", "fourth"}
+    assert held.holders("agent:second") == {"third"}
+    assert held.holders("agent:third") == frozenset()
+    assert held.holders("sponsor:sam") == {"second", "third", "fourth"}
+    assert held.holders("target:staging") == frozenset()
