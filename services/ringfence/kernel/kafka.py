@@ -154,6 +154,9 @@ class Publisher:
         except KafkaError as error:
             await producer.stop()
             raise no_answer(self._settings, error) from None
+        except BaseException:
+            await producer.stop()
+            raise
         self._producer = producer
 
     def _producer_options(self) -> dict[str, Any]:

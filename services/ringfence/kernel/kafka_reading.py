@@ -51,6 +51,9 @@ class Stretches:
         except KafkaError as error:
             await consumer.stop()
             raise no_answer(self._settings, error) from None
+        except BaseException:
+            await consumer.stop()
+            raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None

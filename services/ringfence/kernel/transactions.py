@@ -49,6 +49,9 @@ class TransactionalPublisher(Publisher):
         except KafkaError as error:
             await self.abandon()
             raise _given_up(self._id, error) from None
+        except BaseException:
+            await self.abandon()
+            raise
 
     def _producer_options(self) -> dict[str, Any]:
         return {"transactional_id": self._id, "transaction_timeout_ms": TRANSACTION_MS}
@@ -78,10 +81,12 @@ class TransactionalPublisher(Publisher):
         producer, self._producer = self._producer, None
         if producer is None:
             return
-        with contextlib.suppress(KafkaError, TimeoutError):
-            async with asyncio.timeout(_ABANDON_S):
-                await producer.stop()
-        await producer.client.close()
+        try:
+            with contextlib.suppress(KafkaError, TimeoutError):
+                async with asyncio.timeout(_ABANDON_S):
+                    await producer.stop()
+        finally:
+            await producer.client.close()
 
 
 def _given_up(id: str, error: KafkaError) -> UnavailableError:
