@@ -42,6 +42,7 @@ Handler = Callable[[Received], Awaitable[None]]
 
 MAX_INVALID_SIGNED = 20
 """So many invalid records with a valid *service* signature halt a consumer: a bad deploy must not divert everything."""
+_LEAVE_S = 2.0
 BURST_MS = 600_000
 """Within such a time."""
 
@@ -170,6 +171,11 @@ async def gather_all(work: Iterable[Awaitable[Any]]) -> list[Any]:
     return results
 
 
+async def _left(consumer: AIOKafkaConsumer) -> None:
+    with contextlib.suppress(KafkaError):
+        await consumer.stop()
+
+
 class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     """One member of a consumer group over some topics, each with its batch handler."""
 
@@ -233,8 +239,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         if self._settings.embedded_broker:
             adapt_to_embedded_broker(consumer, linger_ms=self._linger_ms or QUICK_MS)
         consumer.subscribe(list(self._topics), listener=self)
-        await self._start(consumer)
         try:
+            await self._start(consumer)
             self._consumer = consumer
             self.running = True
             while not self._draining.is_set():
@@ -242,8 +248,13 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         finally:
             self.running = False
             self._consumer = None
-            with contextlib.suppress(KafkaError):
-                await consumer.stop()
+            # Whoever is cancelled meanwhile still leaves the group: else the others wait until its session is over.
+            leaving = asyncio.create_task(_left(consumer), name=f"leaving {self.group}")
+            try:
+                await asyncio.shield(leaving)
+            except asyncio.CancelledError:
+                await asyncio.wait([leaving], timeout=_LEAVE_S)
+                raise
 
     async def drain(self) -> None:
         """Take nothing new, and return once what was taken is done and committed. It may never be: bound the wait."""
