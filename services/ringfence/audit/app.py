@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ringfence.audit.believing import Believer
 from ringfence.audit.chaining import GROUP, ChainWriter
+from ringfence.audit.detector import Detector
 from ringfence.audit.handlers import AuditHandlers
 from ringfence.audit.http import AuditApi
 from ringfence.audit.intake import Intake
@@ -31,8 +32,9 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
     believer = Believer(runtime.trust, directory, own)
     index = SqliteIndex(settings.state_dir / own.index_file if settings.state_dir is not None else None)
+    intake = Intake(runtime.publisher, lambda: runtime.key, settings.trust_domain, runtime.clock)
     handlers = AuditHandlers(
-        Intake(runtime.publisher, lambda: runtime.key, settings.trust_domain, runtime.clock),
+        intake,
         believer,
         runtime.clock,
         runtime.trust,
@@ -45,12 +47,19 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         runtime.trust, settings.state_dir / own.tree_file if settings.state_dir is not None else None
     )
 
+    detector = Detector(own, index, intake, runtime.clock, settings.trust_domain) if own.detect else None
+
     def on_events(records: Sequence[Received]) -> None:
         index.add(records)
         proofs.add_events(records)
+        if detector is not None:
+            detector.on_records(records)
 
     # Nobody waits for an event, so records gather first: a fetch and a commit cost as much for one as for hundreds.
     indexed = runtime.history([AUDIT], on_events, since_ms=0, linger_ms=own.linger_ms)
+    if detector is not None:
+        each_s = max(0.1, own.linger_ms / 1000)
+        runtime.background("detections", lambda: detector.tell_always(indexed.complete, each_s))
     runtime.history([AUDIT_CHECKPOINT], proofs.add_checkpoints, since_ms=0, linger_ms=own.linger_ms)
     runtime.consume("audit", handlers.batches(), max_records=500, linger_ms=own.linger_ms)
     _chain(runtime, own)

@@ -29,3 +29,26 @@ class AuditSettings(RingfenceSettings):
     """The file of the index inside `RINGFENCE_STATE_DIR`. It is rebuilt from the topic at each start."""
     tree_file: str = "audit-tree.sqlite"
     """The same, of the hashes that proofs are made of; some 150 bytes an event."""
+    detect: bool = True
+    """Whether what stands on the trail is looked at for what somebody should know of: `docs/detections.md`. Of the
+    following, 0 (or false) switches a rule off."""
+    detect_beyond_user: bool = True
+    """Agents that ask for what the user whom they act on behalf of may not do."""
+    detect_denials: Annotated[int, Field(ge=0, le=1000)] = 20
+    """So many denials of an agent within `detect_denials_s` are a burst."""
+    detect_denials_s: Annotated[int, Field(ge=1, le=3600)] = 60
+    """How long a burst may take."""
+    detect_first_use_s: Annotated[int, Field(ge=0)] = 7 * 86_400
+    """How long an agent has been at work before a target is told as new."""
+    detect_unused_s: Annotated[int, Field(ge=0)] = 30 * 86_400
+    """After how long a target in a ceiling that was never used is told."""
+    detect_unreviewed_s: Annotated[int, Field(ge=0)] = 86_400
+    """How long break glass may go without a review."""
+    detect_quick_approval_s: Annotated[float, Field(ge=0, le=3600)] = 3.0
+    """The least that a person takes to read what they approve."""
+    detect_impossible_s: Annotated[int, Field(ge=0, le=86_400)] = 300
+    """How long what comes before a step may be missing, while audit is up to date, before the sequence cannot be."""
+    detect_late_s: Annotated[int, Field(ge=0, le=86_400)] = 60
+    """How long after the end of its lease an action may be told of."""
+    detect_back_s: Annotated[int, Field(ge=60)] = 86_400
+    """What happened longer ago, before anybody looked for it, is no news."""

@@ -278,6 +278,15 @@ class SqliteIndex:
         row = self._db.execute(query, {**values, "uid": uid}).fetchone()
         return bytes(row[0]) if row is not None else None
 
+    def has(self, uid: str) -> bool:
+        """Whether this event is there."""
+        return self._db.execute("SELECT 1 FROM event WHERE uid = ?", (uid,)).fetchone() is not None
+
+    def tells(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool:
+        """Whether there is an event with one of these codes about a request or a lease."""
+        query = f"SELECT 1 FROM event WHERE {kind} = ? AND code IN ({_quoted(codes)}) LIMIT 1"  # noqa: S608 - own names
+        return self._db.execute(query, (id,)).fetchone() is not None
+
     def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
         """See `EventIndex`."""
         where, values = self._visible(viewer)
