@@ -1,5 +1,6 @@
 """The detector over events that audit made of real signed records, without a broker. Events are given the times and
-names that a story needs; what is found comes back as it would stand on `audit`.
+names that a story needs; what is found is valid OCSF,
+and comes back as it would stand on `audit`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ringfence.kernel.kafka import Received
 from ringfence.messages.topics import AUDIT
 from ringfence.model.audit_chain import Source
 from tests.audit_office import TD, KeptEvents, Office
+from tests.contract.test_ocsf import LATER_VERSION, problems
 
 DAY_MS = 86_400_000
 
@@ -72,6 +74,9 @@ class Watch:
         before = len(self.intake.events)
         await self.detector.tell()
         found = self.intake.events[before:]
+        for one in found:
+            assert not problems(one), problems(one)
+            assert not problems(one, LATER_VERSION), problems(one, LATER_VERSION)
         if found:
             self.follow(*found)
         return found
