@@ -14,6 +14,8 @@ from ringfence.messages.approval import BreakGlassReview
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.topics import AGENT, APPROVAL_RESPONSE
+from ringfence.model.audit_chain import NOTHING, Source, linked
+from ringfence.model.audit_verifying import ChainVerifier
 from tests.audit_office import Story
 from tests.watching import DAY_MS, Watch, other
 
@@ -386,7 +388,8 @@ async def test_nothing_is_found_about_findings_and_junk_stops_nothing(watch: Wat
 )
 def test_each_rule_can_be_switched_off(off: str) -> None:
     every = {type(rule) for rule in rules(AuditSettings(), SqliteIndex(None))}
-    left = {type(rule) for rule in rules(AuditSettings(**{f"detect_{off}": 0}), SqliteIndex(None))}
+    without: dict[str, Any] = {f"detect_{off}": 0}
+    left = {type(rule) for rule in rules(AuditSettings(**without), SqliteIndex(None))}
     assert len(every) == 7
     assert len(left) == 6
 
@@ -397,3 +400,19 @@ async def test_what_waits_is_bounded(watch: Watch, monkeypatch: pytest.MonkeyPat
     for n in range(9):
         watch.follow(other(action, lease=f"lease {n}"))
     assert [one["unmapped"]["lease"] for one in await watch.told(301)] == [f"lease {n}" for n in range(4, 9)]
+
+
+async def test_a_finding_is_never_taken_for_the_event_of_its_record(watch: Watch) -> None:
+    """`audit verify` asks by the uid of a record's own event: without that one it is missing, whatever was found."""
+    event = await refused(watch)
+    watch.follow(event)
+    (found,) = await watch.told()
+    verifier = ChainVerifier("0")
+    verifier.take(linked(found, "0", 1, NOTHING), 0)
+    verifier.finish()
+    assert verifier.faults == []
+    where = event["unmapped"]["source"]
+    source = Source(where["topic"], where["partition"], where["offset"])
+    assert verifier.sources == {found["metadata"]["uid"]: source}
+    assert source.uid == event["metadata"]["uid"]
+    assert source.uid not in verifier.sources
