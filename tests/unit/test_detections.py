@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from ringfence.audit import detecting_order
+from ringfence.audit import detecting_order, detecting_reach
+from ringfence.audit.detecting_reach import CeilingUnused
+from ringfence.audit.detections import seen
 from ringfence.audit.detector import rules
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.store import SqliteIndex
@@ -164,6 +166,21 @@ async def test_one_that_is_used_is_not(watch: Watch) -> None:
     _, events = await lived(watch, approved=False)
     watch.follow(events["request.allowed"], events["credential.issued"])
     assert await watch.told(60 * 86_400) == []
+
+
+async def test_ceilings_that_change_all_the_time_take_no_more_memory(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detecting_reach, "MOST_WAITING", 6)
+    event = await registered(watch)
+    event["metadata"]["event_code"] = "agent.ceiling_set"
+    rule = CeilingUnused(30 * 86_400)
+    for n in range(50):
+        event["entity_result"]["data"]["ceiling"] = [{"target": f"target {n}"}]
+        list(rule.take(seen(other(event, event["time"] + n), "deploy-bot"), event["time"]))
+        assert len(rule._waiting) <= 6
+    (found,) = rule.due(event["time"] + 31 * DAY_MS)
+    assert found.words == {"target": "target 49"}
 
 
 async def test_what_was_set_before_the_trail_began_is_not_judged(watch: Watch) -> None:

@@ -17,6 +17,8 @@ from ringfence.audit.domain import Recent
 AGENTS = 20_000
 TARGETS = 256
 """So many are remembered of one agent; of one that has more, no target is the first."""
+MOST_WAITING = 200_000
+"""Targets of all agents that may turn out never to be used."""
 _EVIDENCE = 50
 _REFUSED = frozenset({"request.refused", "credential.refused"})
 _DENIED = _REFUSED | {"action.denied", "action.by_another"}
@@ -188,6 +190,16 @@ class CeilingUnused:
             if target not in held.unused and target not in held.used:
                 held.unused[target] = seen.about
                 heapq.heappush(self._waiting, (seen.about.time_ms + self._after_ms, agent, target))
+        if len(self._waiting) > MOST_WAITING:
+            self._forget_what_was_used()
+
+    def _forget_what_was_used(self) -> None:
+        every = [
+            (about.time_ms + self._after_ms, agent, target)
+            for agent, held in self._by_agent.items()
+            for target, about in held.unused.items()
+        ]
+        self._waiting = heapq.nsmallest(MOST_WAITING // 2, every)  # sorted, and so a heap
 
     def due(self, now_ms: int) -> Iterator[Finding]:
         again: list[tuple[int, str, str]] = []
