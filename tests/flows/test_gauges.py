@@ -34,8 +34,8 @@ async def test_keys_that_end_are_counted_until_they_are_replaced(world: World) -
         uma = world.party("user", "uma")
         await world.accepted(world.user_set(world.operator, uma, keys=(uma.key_record(3),)), world.operator)
         await world.until(lambda: counted(3), "that three keys end")
-        fresh = world.user_set(world.operator, uma, keys=(uma.key_record(), uma.key_record(3)))
-        await world.accepted(fresh, world.operator)
+        fresh = world.party("user", "uma").key_record()
+        await world.accepted(world.user_set(world.operator, uma, keys=(fresh,)), world.operator)
         await world.until(lambda: counted(2), "that one was replaced")
 
 
