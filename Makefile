@@ -46,7 +46,7 @@ test: $(STAMP) ## all tests, on the embedded broker and a real Valkey
 test-apache: $(STAMP) ## the integration tests on a real Apache Kafka (needs a JDK 17+ and Maven)
 	$(BIN)/python -m pytest tests/integration -m "not tools" --kafka apache $(ARGS)
 
-test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, npm
+test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, npm, rsyslog, promtool
 	$(BIN)/python -m pytest tests/integration tests/gateway tests/flows -m tools $(ARGS)
 
 test-opa: $(STAMP) ## the policy tests on a real OPA as well (needs Go 1.21+; built once, in two minutes)

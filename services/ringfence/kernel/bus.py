@@ -20,7 +20,7 @@ from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError, Un
 
 from ringfence.kernel import metrics
 from ringfence.kernel.assignors import AllToOneAssignor
-from ringfence.kernel.clock import Clock
+from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.ids import derived_id, digest
@@ -308,6 +308,10 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             if name in by_topic and not await self._settle(consumer, name, by_topic[name]):
                 return
 
+    def _tell_lag(self, batch: Sequence[Received]) -> None:
+        oldest_ms = min(record.appended_at_ms for record in batch)
+        metrics.HANDLING_LAG.labels(self.group).set(max(0, SystemClock().now_ms() - oldest_ms) / 1000)
+
     async def _settle(self, consumer: AIOKafkaConsumer, name: str, batch: list[Received]) -> bool:
         """Handle a batch until it is done, then commit it. What was assigned away meanwhile is somebody else's.
 
@@ -321,6 +325,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 return True
             try:
                 await self._handlers[name](batch)
+                self._tell_lag(batch)
                 break
             except HaltedError as error:
                 self.halted = str(error)

@@ -10,7 +10,23 @@ BATCH_RETRIES = Counter("ringfence_batch_retries_total", "Batches tried again af
 HALTED = Gauge(
     "ringfence_consumer_halted", "1 where a consumer stopped at too many invalid signed records", ["group"]
 )
+HANDLING_LAG = Gauge(
+    "ringfence_handling_lag_seconds",
+    "From a record's append to Kafka until it was handled, for the oldest of the last batch",
+    ["group"],
+)
+CLOCK_AHEAD = Gauge(
+    "ringfence_clock_ahead_seconds",
+    "How far this process's clock is ahead of another one, at most; below 0 where it is behind",
+    ["whose"],
+)
+"""`whose`: broker, redis."""
+KEYS_ENDING = Gauge(
+    "ringfence_keys_ending",
+    "Keys of agents and users that end within two weeks and that nothing has replaced, by the registry that works",
+)
 DECISIONS = Counter("ringfence_decisions_total", "Decisions by outcome", ["outcome"])
+"""`outcome`: allowed, denied, approval_required."""
 BREAK_GLASS = Counter("ringfence_break_glass_total", "Break glass decisions by outcome", ["outcome"])
 BREAK_GLASS_UNREVIEWED = Gauge(
     "ringfence_break_glass_unreviewed", "Uses of break glass that nobody has reviewed, by audit's index"
@@ -28,6 +44,7 @@ NOTICES = Counter("ringfence_notices_total", "Webhooks that tell people of what 
 LEASES_ISSUED = Counter("ringfence_leases_issued_total", "Leases activated", ["backend"])
 ISSUE_REFUSED = Counter("ringfence_issue_refused_total", "Allowed requests that the issuer refused", ["code"])
 LEASES_ENDED = Counter("ringfence_leases_ended_total", "Terminal lease records written", ["status"])
+"""`status`: released, revoked, expired, aborted."""
 EXPIRY_LAG = Histogram(
     "ringfence_expiry_lag_seconds",
     "From a lease's deadline to its terminal record on Kafka",

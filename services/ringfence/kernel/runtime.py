@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.routing import BaseRoute
 
+from ringfence.kernel import metrics
 from ringfence.kernel.bus import BatchHandler, Consumer, DeadLetters
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
@@ -277,6 +278,7 @@ class Runtime:
         # While the tables are still being read, heartbeats are of any age.
         if records[0].topic is HEARTBEAT and self._table_follower and self._table_follower.complete.is_set():
             self._skew.heard(records[-1].appended_at_ms, self.clock.now_ms())
+            metrics.CLOCK_AHEAD.labels("broker").set((self._skew.ahead_ms() or 0) / 1000)
 
     def _on_trust(self, records: Sequence[Received]) -> None:
         for record in records:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from aiokafka.errors import KafkaError
 
+from ringfence.kernel import metrics
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.credential import Reason
@@ -60,6 +61,8 @@ class KeyWarnings:
                         await self.look()
                 except (KafkaError, RingfenceError, OSError) as error:
                     log.warning("keys that end are told of later: %s", str(error) or type(error).__name__)
+            else:
+                metrics.KEYS_ENDING.set(0)  # another replica says so
             await asyncio.sleep(every_s)
 
     async def look(self) -> None:
@@ -67,25 +70,30 @@ class KeyWarnings:
         now_s = self._runtime.clock.now_ms() / 1000
         # By then the key has ended.
         self._told = {told for told in self._told if told[2] / 1000 + WARN_BEFORE_S[0] > now_s}
+        count = 0
         for seen, (subject, ends) in enumerate(list(self._ends.items()), start=1):
             if any(now_s < end <= now_s + WARN_BEFORE_S[0] for end in ends):
-                await self._look_at(*subject, now_s)
+                count += await self._look_at(*subject, now_s)
             if seen % _PAUSE_EVERY == 0:
                 await asyncio.sleep(0)
+        metrics.KEYS_ENDING.set(count)
 
-    async def _look_at(self, kind: SubjectKind, id: str, now_s: float) -> None:
+    async def _look_at(self, kind: SubjectKind, id: str, now_s: float) -> int:
+        """Tell of the keys of one subject that end soon. Returns how many there are, told of before or not."""
         try:
             entry = self._directory.entry(kind, id)
         except ChainError:
-            return
+            return 0
         if entry is None:
-            return
+            return 0
         whose = subject_spiffe(self._runtime.settings.trust_domain, entry.state)
-        for ending in endings(entry.state, now_s):
+        ending_soon = list(endings(entry.state, now_s))
+        for ending in ending_soon:
             told = (whose, ending.key.kid, ending.since_s * 1000)
             if told not in self._told:
                 await self._tell(told, entry.state, ending)
                 self._told.add(told)
+        return len(ending_soon)
 
     async def _tell(self, told: _Told, state: AnyState, ending: KeyEnding) -> None:
         whose, kid, at_ms = told

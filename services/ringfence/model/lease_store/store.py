@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 
+from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.settings import ServiceSettings
@@ -145,6 +146,7 @@ class LeaseStore(Shards):
                 await self._guarded([], self.keys)
                 self._down = None
                 self._skew.heard((await self.look(_NO_LEASE)).now_ms, self._clock.now_ms())
+                metrics.CLOCK_AHEAD.labels("redis").set((self._skew.ahead_ms() or 0) / 1000)
             except UnavailableError as error:
                 self._down = str(error)
             await asyncio.sleep(_LOST_LOOK_S if self._lost.is_set() else _WATCH_EVERY_S)
