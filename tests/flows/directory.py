@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx
 
+from ringfence.kernel.bearer_tokens import new_token
 from ringfence.messages.registry import Delegation, GroupDelegation, ProvisionerSet, UserRecord, UserState
 from ringfence.messages.topics import USER
 from ringfence.scim.settings import ScimSettings
-from ringfence.scim.tokens import new_token
 from tests.world import Party, World, scope
 
 PATCH = "urn:ietf:params:scim:api:messages:2.0:PatchOp"

@@ -19,6 +19,7 @@ from scim2_tester import Status, check_server
 
 from ringfence.client.provisioner import Provisioner
 from ringfence.client.settings import ClientSettings
+from ringfence.kernel.bearer_tokens import MAX_WRONG, new_token
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.kafka import Follower
 from ringfence.kernel.settings import BusSettings
@@ -34,7 +35,6 @@ from ringfence.model.directory import Directory
 from ringfence.scim.keeping import Keeper
 from ringfence.scim.people import People
 from ringfence.scim.settings import ScimSettings
-from ringfence.scim.tokens import MAX_WRONG, new_token
 from ringfence.scim.writing import Writer
 from tests.conftest import Kafka
 from tests.flows.directory import GROUP_SCHEMA, GROUPS, USER_SCHEMA, Company, opened_company

@@ -105,7 +105,7 @@ def make_token(
     name: Annotated[str, typer.Option("--name", help="Whose it is; a line of the file.")],
 ) -> None:
     """Make a bearer token for the SCIM endpoint: print it, once, and add its hash to the file."""
-    from ringfence.scim.tokens import new_token
+    from ringfence.kernel.bearer_tokens import new_token
 
     token, line = new_token(name)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -19,6 +19,7 @@ _DECLARED_IN = (
     "ringfence.revoker.settings",
     "ringfence.registry.settings",
     "ringfence.scim.settings",
+    "ringfence.signals.settings",
     "ringfence.audit.settings",
     "ringfence.gateway.settings",
 )

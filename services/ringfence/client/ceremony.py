@@ -32,7 +32,7 @@ from ringfence.model.identity import spiffe_id
 _KEYS_BY_ROLE: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker", "audit")
 """All replicas of these have one key. A gateway has one of its own: cuts wait for the word of each."""
 SERVICE_ROLES: tuple[ServiceRole, ...] = (*_KEYS_BY_ROLE, "gateway")
-ON_DEMAND: tuple[ServiceRole, ...] = ("scim",)
+ON_DEMAND: tuple[ServiceRole, ...] = ("scim", "signals")
 """Services that have a key from the beginning, and that not everybody runs."""
 TOKEN_KEY = "issuer-token"  # noqa: S105 - the name of a file
 """The key that signs tokens is not the one that signs the issuer's messages."""

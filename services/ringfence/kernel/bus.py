@@ -189,6 +189,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         linger_ms: int = 0,
         on_assigned: Callable[[], Awaitable[None]] | None = None,
         alone: bool = False,
+        patience_ms: int = 600_000,
     ) -> None:
         """Args:
             group: the name of the group, without the topic prefix.
@@ -199,7 +200,9 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 take far less CPU than many small ones.
             on_assigned: awaited before the first record after each assignment, e.g. until a local table is complete.
             alone: one member has all partitions, the others stand by.
+            patience_ms: after so long over one batch a member counts as dead.
         """  # fmt: skip
+        self._patience_ms = patience_ms
         self.group = f"{settings.topic_prefix}.{group}"
         self._settings = settings
         self._handlers = {topic.name(settings.topic_prefix): handler for topic, handler in handlers.items()}
@@ -233,7 +236,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             **fetch_options(self._linger_ms),
             session_timeout_ms=10_000,
             heartbeat_interval_ms=1_000,
-            max_poll_interval_ms=600_000,
+            max_poll_interval_ms=self._patience_ms,
             partition_assignment_strategy=(self._assignor,),
         )
         if self._settings.embedded_broker:

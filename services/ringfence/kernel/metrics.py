@@ -41,6 +41,10 @@ POLICY_BUNDLE_REFUSED = Gauge(
 )
 NOTICES = Counter("ringfence_notices_total", "Webhooks that tell people of what waits for them", ["outcome"])
 """`outcome`: delivered, failed, dropped (too many under way), skipped (answered meanwhile)."""
+SIGNALS = Counter(
+    "ringfence_signals_total", "Ends of leases told to receivers of shared signals", ["outcome"]
+)
+"""`outcome`: delivered, failed (a push that is tried again), refused (the receiver will not have it)."""
 LEASES_ISSUED = Counter("ringfence_leases_issued_total", "Leases activated", ["backend"])
 ISSUE_REFUSED = Counter("ringfence_issue_refused_total", "Allowed requests that the issuer refused", ["code"])
 LEASES_ENDED = Counter("ringfence_leases_ended_total", "Terminal lease records written", ["status"])

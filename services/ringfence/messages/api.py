@@ -23,6 +23,7 @@ PORTS = {
     "audit": 8705,
     "gateway": 8706,
     "scim": 8708,
+    "signals": 8709,
 }
 """The port that each service's HTTP listens on where no other is set."""
 GATEWAY_PORT = 8707

@@ -50,6 +50,7 @@ from ringfence.messages.operations import (
     ServiceEvent,
 )
 from ringfence.messages.permission import Permission
+from ringfence.messages.signals import SignalStream
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 
 TD = "acme.example"
@@ -402,6 +403,18 @@ _ALL: tuple[Message, ...] = (
     ),
     LeaseEpoch(**_claims(_service("revoker")), epoch="7.5f0e8f4e", partition=0),
     RevocationRequest(**_claims(_BOT), kind="release", lease_id=_LEASE, reason="done"),
+    SignalStream(
+        **_claims(_service("signals")),
+        receiver="billing",
+        stream_id="6ba7b811-9dad-41d1-80b4-00c04fd430c8",
+        revision=2,
+        status="paused",
+        reason="maintenance",
+        method="urn:ietf:rfc:8935",
+        events_requested=("https://schemas.openid.net/secevent/caep/event-type/session-revoked",),
+        removed=({"format": "uri", "uri": f"spiffe://{TD}/user/maria"},),
+        since_ms=AT_MS,
+    ),
     RevocationAck(**_claims(f"spiffe://{TD}/service/gateway"), revocation_id="7d1c", cut_at_ms=AT_MS),
     ServiceEvent(
         **_claims(_service("registry")),

@@ -28,6 +28,7 @@ from ringfence.messages.instances import InstanceEnrol, InstanceEnrolment
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
 from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, Heartbeat, ServiceEvent
 from ringfence.messages.registry import COMMANDS, AgentRecord, TargetRecord, TaskRecord, UserRecord
+from ringfence.messages.signals import SignalStream
 from ringfence.messages.trust import TrustBundle
 
 _HOUR = 3600
@@ -116,7 +117,7 @@ LEASE = Topic(
     "lease id; epoch",
     "jws",
     ("issuer", "revoker"),
-    ("gateway", "revoker", "issuer", "policy", "console", "audit"),
+    ("gateway", "revoker", "issuer", "policy", "signals", "console", "audit"),
     min_compaction_lag_s=_DAY,
 )
 REVOCATION_REQUEST = Topic(
@@ -179,6 +180,7 @@ AUDIT = Topic(
     365 * _DAY,
     True,
 )
+SIGNAL_STREAM = Topic("signal.stream", (SignalStream,), "receiver", "jws", ("signals",), ("signals",))
 HEARTBEAT = Topic(
     "heartbeat",
     (Heartbeat,),
@@ -218,6 +220,7 @@ ALL: tuple[Topic[Any], ...] = (
     AUDIT_INTAKE,
     AUDIT,
     AUDIT_CHECKPOINT,
+    SIGNAL_STREAM,
     HEARTBEAT,
     DEAD_LETTER,
 )

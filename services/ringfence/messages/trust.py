@@ -9,7 +9,7 @@ from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.oidc import OidcIssuer
 
 ServiceRole = Literal[
-    "registry", "policy", "issuer", "revoker", "gateway", "audit", "scim", "runner", "console"
+    "registry", "policy", "issuer", "revoker", "gateway", "audit", "scim", "signals", "runner", "console"
 ]
 
 

@@ -6,6 +6,7 @@ import sys
 
 from ringfence.client.provisioner import Provisioner
 from ringfence.client.settings import ClientSettings
+from ringfence.kernel.bearer_tokens import Tokens
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import RingfenceError, UnavailableError
 from ringfence.kernel.keys import SigningKey
@@ -20,7 +21,6 @@ from ringfence.scim.http import Api
 from ringfence.scim.keeping import Keeper
 from ringfence.scim.people import People
 from ringfence.scim.settings import ScimSettings
-from ringfence.scim.tokens import Tokens
 from ringfence.scim.writing import Writer
 
 _CAUGHT_UP_S = 10.0
@@ -30,7 +30,7 @@ def build(settings: ServiceSettings, own: ScimSettings | None = None, clock: Clo
     """A SCIM endpoint, ready to run. Raises SettingsError, KeyFileError, IdentityError."""
     own = own or load(ScimSettings)
     runtime = Runtime("scim", settings, clock)
-    tokens = Tokens(own.tokens)
+    tokens = Tokens(own.tokens, "RINGFENCE_SCIM_TOKENS")
     provisioner = Provisioner.connect(
         SigningKey.load(own.provisioner), _as_client(settings), clock=runtime.clock
     )

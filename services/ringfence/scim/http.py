@@ -29,6 +29,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ringfence.client.errors import NotAnsweredError, RefusedError
+from ringfence.kernel.bearer_tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import RingfenceError, UnavailableError
 from ringfence.kernel.metrics import HTTP_REQUESTS
@@ -37,7 +38,6 @@ from ringfence.messages.registry import GroupLink, UserRecord
 from ringfence.scim import discovery
 from ringfence.scim.people import People
 from ringfence.scim.resources import Group, User, group_resource, user_resource
-from ringfence.scim.tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
 from ringfence.scim.writing import Writer
 
 log = logging.getLogger(__name__)

@@ -29,12 +29,12 @@ def new_token(name: str) -> tuple[str, str]:
     return token, f"{name} sha256:{_hash(token)}"
 
 
-def read_tokens(file: Path) -> Mapping[str, str]:
-    """The hashes in a file to the names of their tokens. Raises SettingsError."""
+def read_tokens(file: Path, setting: str) -> Mapping[str, str]:
+    """The hashes in a file to the names of their tokens; `setting` names the file, for errors. Raises SettingsError."""
     try:
         lines = read_place(f"file:{file}", "the bearer tokens").splitlines()
     except PlaceError as error:
-        raise SettingsError(f"RINGFENCE_SCIM_TOKENS: {error}") from None
+        raise SettingsError(f"{setting}: {error}") from None
     found: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -42,7 +42,7 @@ def read_tokens(file: Path) -> Mapping[str, str]:
         match = _LINE.fullmatch(line.strip())
         if match is None:
             raise SettingsError(
-                f"RINGFENCE_SCIM_TOKENS: line {number} of {file} is not NAME sha256:HASH; make one with: "
+                f"{setting}: line {number} of {file} is not NAME sha256:HASH; make one with: "
                 "ringfence provisioner new-token"
             )
         found[match["hash"]] = match["name"]
@@ -52,11 +52,12 @@ def read_tokens(file: Path) -> Mapping[str, str]:
 class Tokens:
     """The tokens that are let in. Their file is read again when it has changed: a token is replaced without a stop."""
 
-    def __init__(self, file: Path) -> None:
-        """Raises SettingsError."""
+    def __init__(self, file: Path, setting: str) -> None:
+        """`setting`: what names the file, for errors. Raises SettingsError."""
         self._file = file
+        self._setting = setting
         self._seen = file.stat().st_mtime_ns if file.exists() else 0
-        self._names = read_tokens(file)
+        self._names = read_tokens(file, setting)
 
     def name_of(self, authorization: str | None) -> str | None:
         """The name of the token in an `Authorization` header, or None where it is none that is let in."""
@@ -74,7 +75,7 @@ class Tokens:
         try:
             seen = self._file.stat().st_mtime_ns
             if seen != self._seen:
-                self._names, self._seen = read_tokens(self._file), seen
+                self._names, self._seen = read_tokens(self._file, self._setting), seen
         except (OSError, SettingsError):
             return {}  # whoever takes the file away lets nobody in
         return self._names

@@ -1,0 +1,36 @@
+"""What receivers of shared signals chose, as their streams stand."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from ringfence.messages.base import Claims, Millis, NonEmpty, Uuid
+
+StreamStatus = Literal["enabled", "paused", "disabled", "deleted"]
+"""The first three are those of SSF 1.0. A stream that is gone is said to be: a tombstone would be nobody's word."""
+DeliveryMethod = Literal["urn:ietf:rfc:8935", "urn:ietf:rfc:8936"]
+"""Push, and poll."""
+
+
+class SignalStream(Claims):
+    """One receiver's stream, as of one `revision`. Readers fold by the highest; lower ones count for nothing."""
+
+    typ: ClassVar[str] = "signal.stream"
+
+    receiver: NonEmpty
+    """By the name of its token; what it may hear of stands in the settings of the service, and not here."""
+    stream_id: Uuid
+    revision: Annotated[int, Field(ge=1)]
+    status: StreamStatus
+    reason: str | None = None
+    """Why the receiver changed the status last, in its words."""
+    method: DeliveryMethod
+    events_requested: tuple[str, ...] | None = None
+    """As the receiver gave them; all where it gave none."""
+    description: str | None = None
+    removed: tuple[dict[str, Any], ...] = ()
+    """Subject identifiers (RFC 9493) that the receiver wants to hear nothing of."""
+    since_ms: Millis | None = None
+    """Ends that Kafka had before are not told. Its own append time where None: it is new, or enabled again."""

@@ -1,0 +1,52 @@
+"""The shared signals' wiring."""
+
+from __future__ import annotations
+
+import sys
+
+from ringfence.kernel.bearer_tokens import Tokens
+from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.process import run
+from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.messages.topics import LEASE, SIGNAL_STREAM
+from ringfence.signals.following import Following
+from ringfence.signals.http import Api
+from ringfence.signals.receivers import read_receivers
+from ringfence.signals.settings import SignalsSettings
+from ringfence.signals.store import Streams
+
+
+def build(
+    settings: ServiceSettings, own: SignalsSettings | None = None, clock: Clock | None = None
+) -> Runtime:
+    """A transmitter of shared signals, ready to run. Raises SettingsError, KeyFileError."""
+    own = own or load(SignalsSettings)
+    runtime = Runtime("signals", settings, clock)
+    receivers = read_receivers(own.receivers)
+    tokens = Tokens(own.tokens, "RINGFENCE_SIGNALS_TOKENS")
+    streams = Streams(runtime)
+    following = Following(runtime, own, streams, receivers)
+    runtime.table((SIGNAL_STREAM,), streams.on_records)
+    # Of all that stands there only the markers are kept: which records count is known before the first is told.
+    runtime.history((LEASE,), following.on_leases, since_ms=0)
+    runtime.background("streams", following.run)
+    runtime.ready_when(following.unready)
+    runtime.warns_when(following.warning)
+    runtime.routes += Api(runtime, own, streams, following, receivers, tokens).routes()
+    return runtime
+
+
+def main() -> int:
+    """Run the shared signals until they are told to stop. Returns the exit status."""
+    try:
+        settings = load(ServiceSettings)
+        return run([build(settings)], settings)
+    except RingfenceError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What receivers ask for: the shapes of their requests (SSF 1.0, 8.1; RFC 8936, 2.2)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.jws import explain
+from ringfence.kernel.strict_json import json_object
+from ringfence.messages.base import Uuid
+from ringfence.messages.signals import DeliveryMethod
+
+_Text = Annotated[str, Field(max_length=512)]
+_Jti = Annotated[str, Field(max_length=128)]
+_MAX_SUBJECT_BYTES = 2048
+MAX_ACKS = 10_000
+
+A = TypeVar("A", bound="Asked")
+
+
+class AskedWronglyError(RingfenceError):
+    """A request that is none, or wants what it cannot have; `code` is the `err` of RFC 8935 where one fits."""
+
+    code = "invalid_request"
+
+
+class Asked(BaseModel):
+    """Base of all of them. What is not known is what a later version may mean, and is passed over."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+
+class DeliveryWanted(Asked):
+    """How events are to come. The URL of polls is ours to say."""
+
+    method: DeliveryMethod
+    endpoint_url: _Text | None = None
+    authorization_header: Any = None
+
+
+class StreamWanted(Asked):
+    """What a receiver chooses of its stream."""
+
+    delivery: DeliveryWanted | None = None
+    events_requested: Annotated[list[_Text], Field(max_length=100)] | None = None
+    description: _Text | None = None
+
+
+class StreamChange(StreamWanted):
+    """The same, of a stream that there is."""
+
+    stream_id: Uuid
+
+
+class StatusChange(Asked):
+    """A stream is enabled, paused or disabled."""
+
+    stream_id: Uuid
+    status: Annotated[str, Field(pattern=r"^(enabled|paused|disabled)$")]
+    reason: _Text | None = None
+
+
+class SubjectChange(Asked):
+    """A subject (RFC 9493) to hear of, or not to."""
+
+    stream_id: Uuid
+    subject: dict[str, Any]
+
+    @field_validator("subject")
+    @classmethod
+    def _is_one(cls, subject: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(subject.get("format"), str) or len(subject) < 2:
+            raise ValueError("a subject identifier has a format and what belongs to it (RFC 9493)")
+        if len(str(subject)) > _MAX_SUBJECT_BYTES:
+            raise ValueError(f"a subject identifier has at most {_MAX_SUBJECT_BYTES} bytes")
+        return subject
+
+
+class VerificationWanted(Asked):
+    """An event that shows that the stream works."""
+
+    stream_id: Uuid
+    state: _Text | None = None
+
+
+class SetError(Asked):
+    """Why a receiver will not have an event."""
+
+    err: _Text
+    description: _Text | None = None
+
+
+class Poll(Asked):
+    """Give me events; these I have, and these I will not have."""
+
+    max_events: Annotated[int, Field(ge=0, alias="maxEvents")] = 100
+    return_immediately: Annotated[bool, Field(alias="returnImmediately")] = False
+    acks: Annotated[list[_Jti], Field(max_length=MAX_ACKS)] = []
+    set_errs: Annotated[dict[_Jti, SetError], Field(alias="setErrs", max_length=MAX_ACKS)] = {}
+
+
+def understood(model: type[A], body: bytes) -> A:
+    """A request as one of these. Raises AskedWronglyError."""
+    try:
+        return model.model_validate(json_object(body))
+    except ValidationError as error:
+        raise AskedWronglyError(explain(error)) from None
+    except ValueError as error:
+        raise AskedWronglyError(f"the body is no JSON object: {error}") from None

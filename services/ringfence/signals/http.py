@@ -1,0 +1,410 @@
+"""What receivers call: the metadata, their streams (SSF 1.0, 7 and 8.1), and polls (RFC 8936)."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from ringfence.kernel import metrics
+from ringfence.kernel.bearer_tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
+from ringfence.kernel.errors import RingfenceError, UnavailableError
+from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.strict_json import json_object
+from ringfence.messages.credential import Reason
+from ringfence.signals.asked import (
+    AskedWronglyError,
+    DeliveryWanted,
+    Poll,
+    StatusChange,
+    StreamChange,
+    StreamWanted,
+    SubjectChange,
+    VerificationWanted,
+    understood,
+)
+from ringfence.signals.domain import SUPPORTED, verification
+from ringfence.signals.following import POLL, PUSH, Delivery, Following
+from ringfence.signals.receivers import Receiver
+from ringfence.signals.settings import SignalsSettings
+from ringfence.signals.store import Stream, Streams
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 1024 * 1024
+MAX_REMOVED = 1000
+METADATA = "/.well-known/ssf-configuration"
+JWKS = "/.well-known/jwks.json"
+STREAMS, STATUS, VERIFY = "/ssf/streams", "/ssf/status", "/ssf/verify"
+ADD, REMOVE, POLLS = "/ssf/subjects/add", "/ssf/subjects/remove", "/ssf/poll"
+_CACHING = {"Cache-Control": "public, max-age=300"}
+_NOT_KEPT = {"Cache-Control": "no-store"}
+
+Endpoint = Callable[[Request, Receiver], Awaitable[Response]]
+
+
+class NotThereError(RingfenceError):
+    """There is no such stream, or it is another's: which of the two is nobody's business."""
+
+    code = "not_found"
+
+
+class Api:
+    """The routes."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        settings: SignalsSettings,
+        streams: Streams,
+        following: Following,
+        receivers: Mapping[str, Receiver],
+        tokens: Tokens,
+    ) -> None:
+        self._runtime = runtime
+        self._settings = settings
+        self._streams = streams
+        self._following = following
+        self._receivers = receivers
+        self._tokens = tokens
+        self._wrong = WrongTokens()
+        self._verified_ms: dict[str, int] = {}
+
+    def routes(self) -> list[BaseRoute]:
+        """To be added to those of the runtime."""
+        guarded: tuple[tuple[str, str, Endpoint], ...] = (
+            ("POST", STREAMS, self._create),
+            ("GET", STREAMS, self._read),
+            ("PATCH", STREAMS, self._update),
+            ("PUT", STREAMS, self._replace),
+            ("DELETE", STREAMS, self._delete),
+            ("GET", STATUS, self._status),
+            ("POST", STATUS, self._set_status),
+            ("POST", ADD, self._add_subject),
+            ("POST", REMOVE, self._remove_subject),
+            ("POST", VERIFY, self._verify),
+            ("POST", POLLS + "/{stream_id}", self._poll),
+        )
+        return [
+            Route(METADATA, self._metadata),
+            Route(JWKS, self._jwks),
+            *(Route(path, self._guarded(endpoint, path), methods=[verb]) for verb, path, endpoint in guarded),
+        ]
+
+    # --- for everybody ---
+
+    async def _metadata(self, _: Request) -> Response:
+        url = self._settings.url
+        return JSONResponse(
+            {
+                "spec_version": "1_0",
+                "issuer": url,
+                "jwks_uri": url + JWKS,
+                "delivery_methods_supported": [PUSH, POLL],
+                "configuration_endpoint": url + STREAMS,
+                "status_endpoint": url + STATUS,
+                "add_subject_endpoint": url + ADD,
+                "remove_subject_endpoint": url + REMOVE,
+                "verification_endpoint": url + VERIFY,
+                "authorization_schemes": [{"spec_urn": "urn:ietf:rfc:6750"}],
+                "default_subjects": "ALL",
+            },
+            headers=_CACHING,
+        )
+
+    async def _jwks(self, _: Request) -> Response:
+        """Every key of this service that counts now: also the one that will follow."""
+        now_s = self._runtime.clock.now_ms() / 1000
+        keys = [
+            {**key.jwk.model_dump(exclude_none=True), "kid": key.kid, "use": "sig", "alg": _alg(key.jwk.kty)}
+            for service in self._runtime.trust.require(now_s).services
+            if service.id == self._runtime.key.id
+            for key in service.keys
+            if key.not_before <= now_s < key.not_after
+        ]
+        return JSONResponse({"keys": keys}, headers=_CACHING)
+
+    # --- streams ---
+
+    async def _create(self, request: Request, receiver: Receiver) -> Response:
+        wanted = understood(StreamWanted, await _body(request))
+        delivery = wanted.delivery or DeliveryWanted(method=POLL)
+        _check_delivery(delivery, receiver)
+        stream = await self._streams.create(receiver.name, delivery.method, **_chosen(wanted))
+        if stream is None:
+            return _failure(
+                409, "invalid_request", "there is a stream of yours already; each receiver has one"
+            )
+        await self._following.adapted()
+        log.info("receiver %s has a stream: %s", receiver.name, stream.id)
+        return JSONResponse(self._shown(stream, receiver), 201, _NOT_KEPT)
+
+    async def _read(self, request: Request, receiver: Receiver) -> Response:
+        await self._streams.caught_up()
+        stream_id = request.query_params.get("stream_id")
+        if stream_id is None:
+            stream = self._streams.of(receiver.name)
+            return _answer([] if stream is None else [self._shown(stream, receiver)])
+        return _answer(self._shown(self._own(receiver, stream_id), receiver))
+
+    async def _update(self, request: Request, receiver: Receiver) -> Response:
+        body = await _body(request)
+        wanted = understood(StreamChange, body)
+        given = json_object(body).keys() & {"events_requested", "description"}
+        changed = {name: value for name, value in _chosen(wanted).items() if name in given}
+        return await self._changed(receiver, wanted, body, changed)
+
+    async def _replace(self, request: Request, receiver: Receiver) -> Response:
+        body = await _body(request)
+        wanted = understood(StreamChange, body)
+        if wanted.delivery is None:
+            wanted = wanted.model_copy(update={"delivery": DeliveryWanted(method=POLL)})
+        return await self._changed(receiver, wanted, body, _chosen(wanted))
+
+    async def _changed(
+        self, receiver: Receiver, wanted: StreamChange, body: bytes, changed: dict[str, Any]
+    ) -> Response:
+        await self._streams.caught_up()
+        shown = self._shown(self._own(receiver, wanted.stream_id), receiver)
+        given = json_object(body)
+        for name in ("iss", "aud", "events_supported", "min_verification_interval"):
+            if name in given and given[name] != shown[name]:
+                raise AskedWronglyError(f"{name} is not the receiver's to set")
+        if wanted.delivery is not None:
+            _check_delivery(wanted.delivery, receiver, own_poll_url=self._poll_url(wanted.stream_id))
+            changed["method"] = wanted.delivery.method
+        return _answer(self._shown(await self._change(receiver, wanted.stream_id, **changed), receiver))
+
+    async def _delete(self, request: Request, receiver: Receiver) -> Response:
+        stream_id = request.query_params.get("stream_id", "")
+        await self._streams.caught_up()
+        self._own(receiver, stream_id)
+        await self._change(receiver, stream_id, status="deleted")
+        return Response(status_code=204)
+
+    # --- status, subjects, verification ---
+
+    async def _status(self, request: Request, receiver: Receiver) -> Response:
+        await self._streams.caught_up()
+        return _answer(_status_of(self._own(receiver, request.query_params.get("stream_id", ""))))
+
+    async def _set_status(self, request: Request, receiver: Receiver) -> Response:
+        wanted = understood(StatusChange, await _body(request))
+        changed = {"status": wanted.status, "reason": wanted.reason}
+        return _answer(_status_of(await self._change(receiver, wanted.stream_id, **changed)))
+
+    async def _add_subject(self, request: Request, receiver: Receiver) -> Response:
+        """Hear of a subject again. What the operator did not let it hear of stays unheard, and is not told either."""
+        wanted = understood(SubjectChange, await _body(request))
+        stream = await self._fresh(receiver, wanted.stream_id)
+        left = tuple(one for one in stream.claims.removed if one != wanted.subject)
+        if len(left) < len(stream.claims.removed):
+            await self._change(receiver, wanted.stream_id, removed=left)
+        return Response(status_code=200)
+
+    async def _remove_subject(self, request: Request, receiver: Receiver) -> Response:
+        wanted = understood(SubjectChange, await _body(request))
+        removed = (await self._fresh(receiver, wanted.stream_id)).claims.removed
+        if len(removed) >= MAX_REMOVED:
+            raise AskedWronglyError(f"a stream has at most {MAX_REMOVED} removed subjects; add some again")
+        if wanted.subject not in removed:
+            await self._change(receiver, wanted.stream_id, removed=(*removed, wanted.subject))
+        return Response(status_code=204)
+
+    async def _verify(self, request: Request, receiver: Receiver) -> Response:
+        wanted = understood(VerificationWanted, await _body(request))
+        stream = await self._fresh(receiver, wanted.stream_id)
+        delivery = self._following.of(stream.id)
+        if delivery is None:
+            raise AskedWronglyError(f"the stream is {stream.claims.status}, and carries nothing now")
+        now_ms = self._runtime.clock.now_ms()
+        wait_ms = self._settings.verification_interval_s * 1000
+        if now_ms - self._verified_ms.get(stream.id, -wait_ms) < wait_ms:
+            return _failure(
+                429, "invalid_request", "too soon after the one before: see min_verification_interval"
+            )
+        self._verified_ms[stream.id] = now_ms
+        delivery.verify(
+            verification(
+                stream_id=stream.id,
+                issuer=self._settings.url,
+                audience=receiver.audience,
+                state=wanted.state,
+                now_ms=now_ms,
+                jti=str(uuid.uuid4()),
+            )
+        )
+        return Response(status_code=204)
+
+    # --- polls ---
+
+    async def _poll(self, request: Request, receiver: Receiver) -> Response:
+        stream = self._own(receiver, request.path_params["stream_id"])
+        wanted = understood(Poll, await _body(request))
+        if stream.claims.method != POLL:
+            raise AskedWronglyError("this stream is pushed; change its delivery to poll")
+        delivery = self._following.of(stream.id)
+        if delivery is None:
+            return _answer({"sets": {}})
+        await _settle(delivery, wanted, receiver)
+        wait_s = 0.0 if wanted.return_immediately else self._settings.poll_s
+        events, more = await delivery.window.some(wanted.max_events, wait_s)
+        if not events and wanted.max_events and not delivery.here:
+            raise UnavailableError("another replica has this stream, or none yet; ask again")
+        sets = {event.jti: delivery.signed(event) for event in events}
+        return _answer({"sets": sets, **({"moreAvailable": True} if more else {})})
+
+    # --- what they share ---
+
+    def _own(self, receiver: Receiver, stream_id: str) -> Stream:
+        """The stream of that id, if it is the receiver's. Raises NotThereError."""
+        stream = self._streams.of(receiver.name)
+        if stream is None or stream.id != stream_id:
+            raise _not_there()
+        return stream
+
+    async def _fresh(self, receiver: Receiver, stream_id: str) -> Stream:
+        await self._streams.caught_up()
+        return self._own(receiver, stream_id)
+
+    async def _change(self, receiver: Receiver, stream_id: str, **changed: Any) -> Stream:
+        stream = await self._streams.change(receiver.name, stream_id, **changed)
+        if stream is None:
+            raise _not_there()
+        await self._following.adapted()  # what is paused says nothing once this is answered
+        return stream
+
+    def _poll_url(self, stream_id: str) -> str:
+        return f"{self._settings.url}{POLLS}/{stream_id}"
+
+    def _shown(self, stream: Stream, receiver: Receiver) -> dict[str, Any]:
+        """A stream's configuration (SSF 1.0, 8.1.1)."""
+        claims = stream.claims
+        url = receiver.push if claims.method == PUSH else self._poll_url(stream.id)
+        shown: dict[str, Any] = {
+            "stream_id": stream.id,
+            "iss": self._settings.url,
+            "aud": receiver.audience,
+            "delivery": {"method": claims.method, "endpoint_url": url},
+            "events_supported": list(SUPPORTED),
+            "events_delivered": list(stream.delivered),
+            "min_verification_interval": self._settings.verification_interval_s,
+        }
+        if claims.events_requested is not None:
+            shown["events_requested"] = list(claims.events_requested)
+        if claims.description is not None:
+            shown["description"] = claims.description
+        return shown
+
+    # --- around each ---
+
+    def _guarded(self, endpoint: Endpoint, path: str) -> Callable[[Request], Awaitable[Response]]:
+        """Let in who has a token of a receiver, and answer every failure."""
+
+        async def guarded(request: Request) -> Response:
+            name = self._tokens.name_of(request.headers.get("authorization"))
+            if name is None:
+                response = await self._stranger(request)
+            elif (receiver := self._receivers.get(name)) is None:
+                response = _failure(403, "access_denied", f"the operator declared no receiver {name}")
+            else:
+                response = await _answered(endpoint, request, receiver)
+            metrics.HTTP_REQUESTS.labels(f"{request.method} {path}", response.status_code).inc()
+            return response
+
+        return guarded
+
+    async def _stranger(self, request: Request) -> Response:
+        what = "this needs a bearer token of a receiver"
+        if not self._wrong.add(self._runtime.clock.now_ms()):
+            wait = {"Retry-After": str(WRONG_WINDOW_MS // 1000)}
+            return _failure(
+                429, "authentication_failed", "too many calls without a token that is let in", wait
+            )
+        where = request.client.host if request.client else "unknown"
+        log.warning("a call from %s without a token that is let in", where)
+        reason = Reason(code="token_unknown", message=f"a call from {where} without a token that is let in")
+        await self._runtime.event("refused", "signals", about=(uuid.uuid4(),), reasons=(reason,))
+        return _failure(401, "authentication_failed", what, {"WWW-Authenticate": 'Bearer realm="signals"'})
+
+
+async def _settle(delivery: Delivery, wanted: Poll, receiver: Receiver) -> None:
+    """What the receiver has, and what it will not have: neither is given again."""
+    for jti in wanted.acks:
+        if delivery.window.take(jti) is not None:
+            metrics.SIGNALS.labels("delivered").inc()
+    for jti, error in wanted.set_errs.items():
+        event = delivery.window.take(jti)
+        if event is not None:
+            await delivery.refused(event, error.err)
+
+
+async def _answered(endpoint: Endpoint, request: Request, receiver: Receiver) -> Response:
+    try:
+        return await endpoint(request, receiver)
+    except NotThereError as error:
+        return _failure(404, error.code, str(error))
+    except UnavailableError as error:
+        return _failure(503, error.code, str(error), {"Retry-After": "1"})
+    except RingfenceError as error:
+        return _failure(400, error.code, str(error))
+
+
+def _check_delivery(wanted: DeliveryWanted, receiver: Receiver, own_poll_url: str | None = None) -> None:
+    """Raises AskedWronglyError. Where events may go is the operator's word: nobody makes us call anything else."""
+    if wanted.authorization_header is not None:
+        raise AskedWronglyError(
+            "authorization_header is a secret, and kept by the operator: give it to them, and leave it out here"
+        )
+    if wanted.method == POLL:
+        if wanted.endpoint_url not in (None, own_poll_url):
+            raise AskedWronglyError("the endpoint_url of polls is not the receiver's to set; leave it out")
+    elif receiver.push is None:
+        raise AskedWronglyError("the operator declared no URL to push to; poll, or ask them for it")
+    elif wanted.endpoint_url != receiver.push:
+        raise AskedWronglyError(
+            "endpoint_url is not the one that the operator declared; ask them to change it"
+        )
+
+
+def _chosen(wanted: StreamWanted) -> dict[str, Any]:
+    events = wanted.events_requested
+    return {
+        "events_requested": None if events is None else tuple(events),
+        "description": wanted.description,
+    }
+
+
+def _status_of(stream: Stream) -> dict[str, Any]:
+    reason = {} if stream.claims.reason is None else {"reason": stream.claims.reason}
+    return {"stream_id": stream.id, "status": stream.claims.status, **reason}
+
+
+def _alg(kty: str) -> str:
+    return "ES256" if kty == "EC" else "EdDSA"
+
+
+def _not_there() -> NotThereError:
+    return NotThereError("you have no stream of that id")
+
+
+async def _body(request: Request) -> bytes:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise AskedWronglyError(f"a request has at most {MAX_BODY_BYTES} bytes")
+    return body
+
+
+def _answer(content: Any) -> Response:
+    return JSONResponse(content, headers=_NOT_KEPT)
+
+
+def _failure(status: int, code: str, description: str, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse({"err": code, "description": description}, status, {**_NOT_KEPT, **(headers or {})})

@@ -1,0 +1,237 @@
+"""What is said of the end of a lease to those outside, who may hear it, and what waits for who polls."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import jwt
+import pytest
+
+from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.errors import SettingsError
+from ringfence.kernel.keys import SigningKey
+from ringfence.messages.lease import EndCause, Lease
+from ringfence.signals.asked import AskedWronglyError, Poll, SubjectChange, understood
+from ringfence.signals.domain import (
+    SESSION_REVOKED,
+    Event,
+    has_ended,
+    is_removed,
+    session_revoked,
+    sign_set,
+    subject_of,
+)
+from ringfence.signals.polling import Window
+from ringfence.signals.receivers import Receiver, read_receivers
+from ringfence.signals.settings import SignalsSettings
+from tests.leases import lease
+
+TD = "acme.example"
+STREAM = "6ba7b811-9dad-41d1-80b4-00c04fd430c8"
+
+
+def ended(kind: str = "revocation", status: str = "ending", by: str | None = None, **fields: object) -> Lease:
+    cause = EndCause(kind=kind, at_ms=1_700_000_000_999, by=by, ref="order", reason="s3cret")  # type: ignore[arg-type]
+    return lease(status=status, cause=cause, **fields).claims
+
+
+def event_of(one: Lease, stream_id: str = STREAM, appended_at_ms: int = 1_700_000_005_000) -> Event:
+    return session_revoked(
+        one,
+        stream_id=stream_id,
+        issuer="https://signals.acme.example",
+        audience="https://billing.example",
+        trust_domain=TD,
+        appended_at_ms=appended_at_ms,
+    )
+
+
+@pytest.mark.parametrize("status", ["ending", "released", "revoked", "expired"])
+def test_every_end_is_one(status: str) -> None:
+    assert has_ended(ended(status=status))
+
+
+@pytest.mark.parametrize("one", [ended("mint_failed", "aborted"), ended("mint_failed", "ending")])
+def test_what_was_never_made_does_not_end(one: Lease) -> None:
+    assert not has_ended(one)
+
+
+@pytest.mark.parametrize("status", ["minting", "active"])
+def test_what_lives_has_not_ended(status: str) -> None:
+    assert not has_ended(lease(status=status).claims)
+
+
+def test_the_cut_and_what_follows_it_are_one_event_in_each_stream() -> None:
+    cut = ended()
+    over = cut.model_copy(update={"status": "revoked", "seq": cut.seq + 1})
+    assert event_of(cut).jti == event_of(over, appended_at_ms=1_700_000_009_000).jti
+    assert event_of(cut).claims == event_of(over).claims
+    assert event_of(cut).jti != event_of(cut, stream_id="another").jti
+    assert event_of(cut).jti != event_of(ended()).jti
+    assert event_of(cut).claims["txn"] == event_of(ended()).claims["txn"]  # one order ended both
+
+
+def test_an_event_says_who_and_why_and_quotes_nobody() -> None:
+    claims = event_of(ended()).claims
+    assert "s3cret" not in json.dumps(claims)
+    assert {"exp", "sub"}.isdisjoint(claims)
+    assert claims["events"] == {
+        SESSION_REVOKED: {
+            "event_timestamp": 1_700_000_000,
+            "initiating_entity": "system",
+            "reason_admin": {"en": "it was revoked"},
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "by", "said"),
+    [
+        ("deadline", None, "policy"),
+        ("revocation", f"spiffe://{TD}/user/maria", "user"),
+        ("revocation", f"spiffe://{TD}/user/olga", "admin"),
+        ("agent_suspended", f"spiffe://{TD}/user/olga", "admin"),
+        ("release", f"spiffe://{TD}/agent/bot", "system"),
+        ("revocation", f"spiffe://{TD}/service/audit", "system"),
+        ("agent_orphaned", f"spiffe://{TD}/service/revoker", "system"),
+        ("task_ended", f"spiffe://{TD}/service/revoker", "admin"),
+    ],
+)
+def test_who_ended_it(kind: str, by: str | None, said: str) -> None:
+    claims = event_of(ended(kind, by=by, on_behalf_of="maria")).claims
+    assert claims["events"][SESSION_REVOKED]["initiating_entity"] == said
+
+
+@pytest.mark.parametrize("alg", ["ES256", "EdDSA"])
+def test_a_set_is_typed_and_the_same_each_time(alg: str) -> None:
+    key, event = SigningKey.generate(f"spiffe://{TD}/service/signals", alg), event_of(ended())
+    compact = sign_set(event, key)
+    assert sign_set(event, key) == compact
+    assert jwt.get_unverified_header(compact) == {"alg": alg, "kid": key.kid, "typ": "secevent+jwt"}
+    verifier = jwt.PyJWK.from_dict({**key.public.model_dump(exclude_none=True), "alg": alg})
+    found = jwt.decode(compact, verifier.key, algorithms=[alg], audience="https://billing.example")
+    assert found == event.claims
+
+
+def test_what_a_receiver_left_out() -> None:
+    one = ended(agent_id="bot", on_behalf_of="maria")
+    subject = subject_of(one, TD)
+    bot = {"format": "uri", "uri": f"spiffe://{TD}/agent/bot"}
+    maria = {"format": "uri", "uri": f"spiffe://{TD}/user/maria"}
+    other = {"format": "uri", "uri": f"spiffe://{TD}/user/other"}
+    for fitting in (
+        bot,
+        maria,
+        {"format": "opaque", "id": one.lease_id},
+        {"format": "complex", "user": maria},
+        {"format": "complex", "application": bot, "user": maria},
+        subject,
+    ):
+        assert is_removed(subject, [other, fitting])
+    for passing in (
+        other,
+        {"format": "complex"},
+        {"format": "complex", "user": bot},
+        {"format": "complex", "application": bot, "user": other},
+        {"format": "complex", "device": bot},
+        {"format": "email", "email": "maria@acme.example"},
+    ):
+        assert not is_removed(subject, [passing])
+
+
+def receiver(**fields: object) -> Receiver:
+    given = {"name": "billing", "audience": "https://billing.example", "targets": ("billing",), **fields}
+    return Receiver.model_validate(given)
+
+
+def test_who_may_hear_of_what() -> None:
+    here, elsewhere = ended(target_id="billing"), ended(target_id="staging")
+    assert receiver().may_hear(here)
+    assert not receiver().may_hear(elsewhere)
+    assert receiver(targets=("*",)).may_hear(elsewhere)
+    narrow = receiver(ends=("revocation", "agent_suspended"))
+    assert narrow.may_hear(here)
+    assert not narrow.may_hear(ended("deadline", "expired", target_id="billing"))
+
+
+GOOD = 'name = "b"\naudience = "https://b.example"\ntargets = ["*"]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("[[receiver]", "no TOML"),
+        ('[[receiver]]\nname = "b"\naudience = "a"\ntargets = []', "targets"),
+        (f'[[receiver]]\n{GOOD}push = "http://b.example/"', "https"),
+        (f'[[receiver]]\n{GOOD}push = "https://user:s3cret@b.example/"', "without a user"),
+        (f'[[receiver]]\n{GOOD}authorization = "file:/x"', "without push"),
+        (
+            f'[[receiver]]\n{GOOD}push = "https://b.example/"\nauthorization = "Bearer s3cret"',
+            "authorization",
+        ),
+        (f'[[receiver]]\n{GOOD}target = ["x"]', "target"),
+        (f"[[receiver]]\n{GOOD}[[receiver]]\n{GOOD}", "twice"),
+        (f'[[receiver]]\n{GOOD}ends = ["whenever"]', "ends"),
+    ],
+)
+def test_a_file_that_is_wrong_says_where(tmp_path: Path, text: str, word: str) -> None:
+    file = tmp_path / "receivers.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=word) as caught:
+        read_receivers(file)
+    assert "s3cret" not in str(caught.value)
+    assert "RINGFENCE_SIGNALS_RECEIVERS" in str(caught.value)
+
+
+def test_receivers_by_their_names(tmp_path: Path) -> None:
+    file = tmp_path / "receivers.toml"
+    file.write_text(f'[[receiver]]\n{GOOD}push = "http://127.0.0.1:1/events"\nends = ["deadline"]')
+    assert read_receivers(file)["b"].ends == ("deadline",)
+    with pytest.raises(SettingsError, match="cannot read"):
+        read_receivers(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://signals.acme.example", "https://a.example/ssf", "https://a.example?x=1"]
+)
+def test_an_issuer_that_cannot_be_one(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ValueError, match="url"):
+        SignalsSettings(receivers=tmp_path, tokens=tmp_path, url=url)
+
+
+def test_requests_that_are_none() -> None:
+    for body in (b"", b"[]", b'{"acks": 1}', b'{"acks": [], "acks": []}', b'{"setErrs": {"x": {}}}'):
+        with pytest.raises(AskedWronglyError):
+            understood(Poll, body)
+    for subject in ({}, {"format": "opaque"}, {"id": "x"}, {"format": "opaque", "id": "x" * 4000}):
+        with pytest.raises(AskedWronglyError):
+            understood(SubjectChange, json.dumps({"stream_id": STREAM, "subject": subject}).encode())
+
+
+async def test_what_was_handed_over_is_done_when_all_is_taken() -> None:
+    window = Window(SystemClock())
+    events = {one.jti: one for one in (event_of(ended()), event_of(ended()))}
+    first, second = events
+    handing = asyncio.create_task(window.hand_over(events, lambda: True))
+    assert await window.some(1, 10) == ([events[first]], True)
+    assert window.take(first) is events[first]
+    assert window.take(first) is None
+    assert await window.some(10, 0) == ([events[second]], False)
+    assert not handing.done()
+    window.take(second)
+    await asyncio.wait_for(handing, 10)
+    assert await window.some(10, 0) == ([], False)
+    assert window.waiting_since_ms is None
+
+
+async def test_what_another_hands_over_is_dropped() -> None:
+    window = Window(SystemClock())
+    event = event_of(ended())
+    mine = True
+    handing = asyncio.create_task(window.hand_over({event.jti: event}, lambda: mine))
+    assert len((await window.some(1, 10))[0]) == 1
+    mine = False
+    await asyncio.wait_for(handing, 30)
+    assert await window.some(1, 0) == ([], False)
