@@ -13,6 +13,7 @@ import pytest
 from ringfence.audit.break_glass_events import uses
 from ringfence.audit.store import SqliteIndex, Viewer
 from ringfence.audit.trace import tree
+from ringfence.audit.wanted import Wanted
 from ringfence.kernel.kafka import Received
 from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.messages.lease import EndCause, RevocationRequest, Selector
@@ -280,7 +281,7 @@ async def test_pages_follow_each_other_without_gap_or_overlap(desk: Desk) -> Non
     assert [e["metadata"]["uid"] for e in desk.index.page(None, page.cursor, 9).events] == [
         last["metadata"]["uid"]
     ]
-    only = desk.index.page(None, None, 1000, lease=story.lease_id, class_uid=3003).events
+    only = desk.index.page(None, None, 1000, Wanted(lease=story.lease_id, class_uid=3003)).events
     codes = ["credential.issued", "release.requested", "credential.released"]
     assert [event["metadata"]["event_code"] for event in only] == codes
 
@@ -304,7 +305,7 @@ async def test_the_same_event_twice_counts_once(desk: Desk) -> None:
     before = desk.roots(story.lease_id)
     desk.index.add(as_records([*events, *({**event, "message": "another"} for event in events)]))
     assert desk.roots(story.lease_id) == before, "the first stands"
-    found = desk.index.page(None, None, 1000, lease=story.lease_id).events
+    found = desk.index.page(None, None, 1000, Wanted(lease=story.lease_id)).events
     assert len(found) == len({event["metadata"]["uid"] for event in found})
 
 

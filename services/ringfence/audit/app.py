@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ringfence.audit.asking_http import AskingApi
 from ringfence.audit.believing import Believer
 from ringfence.audit.chaining import GROUP, ChainWriter
 from ringfence.audit.detector import Detector
@@ -65,6 +66,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     _chain(runtime, own)
     api = AuditApi(index, directory, runtime.clock, settings.trust_domain, indexed.complete.is_set)
     runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]
+    runtime.routes += AskingApi(index, runtime.clock, api.viewer, indexed.complete.is_set).routes()
 
     async def close() -> None:
         index.close()

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from ringfence.audit.actions import counted
 from ringfence.audit.break_glass_events import uses
 from ringfence.audit.coverage import behind, count_actions, count_leases, went_through
+from ringfence.audit.queries import WrongQueryError, limit_of, number_of, wanted_of
 from ringfence.audit.store import STORY_KINDS, Actions, EventIndex, Viewer
 from ringfence.audit.trace import tree
 from ringfence.kernel import metrics
@@ -41,12 +42,6 @@ class NotFoundError(RingfenceError):
     """There is nothing with this id that the caller may see."""
 
     code = "not_found"
-
-
-class WrongQueryError(RingfenceError):
-    """A parameter of the query makes no sense."""
-
-    code = "query_invalid"
 
 
 class AuditApi:
@@ -84,7 +79,7 @@ class AuditApi:
         kind = request.query_params.get("kind")
         if kind is not None and kind not in STORY_KINDS:
             raise WrongQueryError(f"kind is one of {', '.join(STORY_KINDS)}")
-        story = self._index.story(id, kind, viewer, _limit(request, 50, _MAX_REQUESTS))
+        story = self._index.story(id, kind, viewer, limit_of(request, 50, _MAX_REQUESTS))
         if story is None:
             raise NotFoundError(
                 f"no lease, request, task, agent or user {id[:80]} that you may see was audited"
@@ -99,19 +94,11 @@ class AuditApi:
 
     async def _events(self, request: Request) -> Response:
         viewer = self.viewer(request)
-        query = request.query_params
-        class_uid = query.get("class")
-        if class_uid is not None and not class_uid.isdecimal():
-            raise WrongQueryError("class is the number of an OCSF class, such as 3003")
         page = self._index.page(
             viewer,
-            query.get("after"),
-            _limit(request, 100, _MAX_EVENTS),
-            agent=query.get("agent"),
-            task=query.get("task"),
-            request=query.get("request"),
-            lease=query.get("lease"),
-            class_uid=int(class_uid[:6]) if class_uid else None,
+            request.query_params.get("after"),
+            limit_of(request, 100, _MAX_EVENTS),
+            wanted_of(request),
         )
         metrics.HTTP_REQUESTS.labels("/v1/events", "200").inc()
         return JSONResponse({"events": page.events, "after": page.cursor})
@@ -123,7 +110,7 @@ class AuditApi:
             viewer,
             span_ms,
             query.get("after"),
-            _limit(request, _MAX_ACTIONS, _MAX_ACTIONS),
+            limit_of(request, _MAX_ACTIONS, _MAX_ACTIONS),
             agent=query.get("agent"),
             target=query.get("target"),
         )
@@ -135,7 +122,7 @@ class AuditApi:
 
     async def _leases_covered(self, request: Request) -> Response:
         viewer, span_ms = self._counting(request)
-        after, limit = request.query_params.get("after"), _limit(request, _MAX_COVERED, _MAX_COVERED)
+        after, limit = request.query_params.get("after"), limit_of(request, _MAX_COVERED, _MAX_COVERED)
         found = self._index.issued(viewer, span_ms, after, limit)
         rests_on = behind(self._index, {event["unmapped"].get("lease") or "" for event in found.events})
         counts = count_leases(
@@ -143,14 +130,14 @@ class AuditApi:
             rests_on,
             self._is_user,
             now_s=self._clock.now_ms() / 1000,
-            short_s=_number(request, "short_s", SHORT_LIVED_S, 86_400),
+            short_s=number_of(request, "short_s", SHORT_LIVED_S, 86_400),
         )
         metrics.HTTP_REQUESTS.labels("/v1/coverage/leases", "200").inc()
         return JSONResponse({**counts, "agents": self._agents(found.events), **_place(span_ms, found)})
 
     async def _actions_covered(self, request: Request) -> Response:
         viewer, span_ms = self._counting(request)
-        after, limit = request.query_params.get("after"), _limit(request, _MAX_COVERED, _MAX_COVERED)
+        after, limit = request.query_params.get("after"), limit_of(request, _MAX_COVERED, _MAX_COVERED)
         found = self._index.actions(viewer, span_ms, after, limit)
         done = went_through(found.events)
         rests_on = behind(self._index, {event["unmapped"].get("lease") or "" for event in done})
@@ -165,8 +152,8 @@ class AuditApi:
             raise UnavailableError(
                 "audit is reading what was audited; what it counted now would be too little"
             )
-        since_ms = _number(request, "since_ms", 0, _MAX_MS)
-        return viewer, (since_ms, _number(request, "until_ms", self._clock.now_ms(), _MAX_MS))
+        since_ms = number_of(request, "since_ms", 0, _MAX_MS)
+        return viewer, (since_ms, number_of(request, "until_ms", self._clock.now_ms(), _MAX_MS))
 
     def _agents(self, events: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
         """The agents that events name, and whether there is a verified record of each; "" is one that none names."""
@@ -199,20 +186,6 @@ class AuditApi:
         me = caller.user.user_id
         agents = (entry.state for entry in self._directory.entries("agent"))
         return Viewer(me, tuple(a.agent_id for a in agents if isinstance(a, AgentState) and a.sponsor == me))
-
-
-def _limit(request: Request, default: int, most: int) -> int:
-    text = request.query_params.get("limit", str(default))
-    if not text.isdecimal() or not 1 <= int(text[:9]) <= most:
-        raise WrongQueryError(f"limit is a number from 1 to {most}")
-    return int(text)
-
-
-def _number(request: Request, name: str, default: int, most: int) -> int:
-    text = request.query_params.get(name, str(default))
-    if not text.isdecimal() or not int(text[:17]) <= most:
-        raise WrongQueryError(f"{name} is a number from 0 to {most}")
-    return int(text)
 
 
 def _place(span_ms: tuple[int, int], found: Actions) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ringfence.audit.http import NotFoundError, WrongQueryError
+from ringfence.audit.http import NotFoundError
 from ringfence.audit.proofs import ProofStore
+from ringfence.audit.queries import WrongQueryError
 from ringfence.audit.store import EventIndex, Viewer
 from ringfence.kernel import metrics
 

@@ -14,6 +14,7 @@ import orjson
 
 from ringfence.audit.break_glass_events import USED, take_in
 from ringfence.audit.ocsf import DETECTION_FINDING, ENTITY_MANAGEMENT
+from ringfence.audit.wanted import EVERYTHING, Wanted
 from ringfence.kernel import metrics
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.kafka import Received
@@ -66,6 +67,19 @@ class Actions:
     cursor: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Some events of a span of time as they stand on the topic, to the byte, by time and uid.
+
+    `looked_at_ms` is the time of the last that was looked at, None where there was none; `cursor` is where to go on
+    from, None at the end. It holds whenever the index is built anew.
+    """
+
+    events: list[bytes]
+    looked_at_ms: int | None
+    cursor: str | None
+
+
 class CursorLostError(RingfenceError):
     """The index was built anew since this cursor was given: what was counted by it cannot be gone on with."""
 
@@ -92,6 +106,12 @@ class Trail(Protocol):
         """Issues of credentials, as `actions` gives actions. Raises CursorLostError."""
         ...
 
+    def at_target(
+        self, target: str, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
+    ) -> Actions:
+        """Actions at a target, and issues of credentials for it, as `actions` gives them. Raises CursorLostError."""
+        ...
+
     def behind(
         self, leases: Iterable[str], requests: Iterable[str], tasks: Iterable[str]
     ) -> list[dict[str, Any]]:
@@ -110,8 +130,22 @@ class EventIndex(Trail, Protocol):
         """The events of what has this id; at most `limit` requests, the latest. None where there is nothing to see."""
         ...
 
-    def page(self, viewer: Viewer | None, after: str | None, limit: int, **filters: str | int | None) -> Page:
-        """Events after a cursor, or the latest ones. `filters`: agent, task, request, lease, class_uid."""
+    def page(self, viewer: Viewer | None, after: str | None, limit: int, wanted: Wanted = EVERYTHING) -> Page:
+        """Events after a cursor, or the latest ones.
+
+        Where no index leads to what is `wanted`, a bounded number is looked at: the cursor is then past those.
+        """
+        ...
+
+    def copies(
+        self,
+        viewer: Viewer | None,
+        span_ms: tuple[int, int],
+        after: str | None,
+        limit: int,
+        wanted: Wanted = EVERYTHING,
+    ) -> Copies:
+        """Events of a span, at most `limit`, of a bounded number that are looked at. Raises CursorLostError."""
         ...
 
     def event(self, uid: str, viewer: Viewer | None) -> bytes | None:
@@ -131,7 +165,7 @@ _SCHEMA = """
 CREATE TABLE event (
     seq INTEGER PRIMARY KEY, uid TEXT NOT NULL UNIQUE, time INTEGER NOT NULL, class_uid INTEGER NOT NULL, code TEXT,
     request TEXT, lease TEXT, task TEXT, agent TEXT, target TEXT, sponsor TEXT, on_behalf_of TEXT, revocation TEXT,
-    parent TEXT, above TEXT, message TEXT NOT NULL, json BLOB NOT NULL
+    parent TEXT, above TEXT, status INTEGER, severity INTEGER, message TEXT NOT NULL, json BLOB NOT NULL
 );
 CREATE INDEX event_request ON event (request, code) WHERE request IS NOT NULL;
 CREATE INDEX event_lease ON event (lease, code) WHERE lease IS NOT NULL;
@@ -143,17 +177,23 @@ CREATE INDEX event_parent ON event (parent) WHERE parent IS NOT NULL;
 CREATE INDEX event_finding ON event (seq) WHERE class_uid = 2004;
 CREATE INDEX event_action ON event (time) WHERE class_uid = 6003;
 CREATE INDEX event_issued ON event (time) WHERE code = 'credential.issued';
+CREATE INDEX event_at_target ON event (target, time) WHERE code = 'credential.issued' OR class_uid = 6003;
+CREATE INDEX event_time ON event (time, uid);
 """
 _INSERT = """
 INSERT OR IGNORE INTO event (
     seq, uid, time, class_uid, code,
-    request, lease, task, agent, target, sponsor, on_behalf_of, revocation, parent, above, message, json
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    request, lease, task, agent, target, sponsor, on_behalf_of, revocation, parent, above, status, severity,
+    message, json
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _IDS = ("request", "lease", "task", "agent", "target", "sponsor", "on_behalf_of", "revocation", "parent")
 _CLASS_UID, _JSON = 3, -1
 _MOST_ROWS = 20_000
-_FILTERS = ("agent", "task", "request", "lease", "class_uid")
+_WINDOW = 50_000
+"""So many events are looked at for those that no index leads to."""
+_COPIED_AT_ONCE, _COPIED_BYTES = 5000, 4 * 1024 * 1024
+"""So many events are looked at, and so many bytes are given, for one page of copies."""
 _SEEN = (
     "(sponsor = :viewer OR on_behalf_of = :viewer OR "
     "agent IN (SELECT value FROM json_each(:agents)) OR (above IS NOT NULL AND "
@@ -215,17 +255,20 @@ class SqliteIndex:
                 return story
         return None
 
-    def page(self, viewer: Viewer | None, after: str | None, limit: int, **filters: str | int | None) -> Page:
+    def page(self, viewer: Viewer | None, after: str | None, limit: int, wanted: Wanted = EVERYTHING) -> Page:
         """See `EventIndex`."""
         where, values = self._visible(viewer)
-        for name in _FILTERS:
-            if filters.get(name) is not None:
-                where.append(f"{name} = :{name}")
-                values[name] = filters[name]
+        conditions, more = wanted.where()
+        where += conditions
+        values |= more
         start, values_of_start = self._start(after)
         if start:
             where.append(start)
             values |= values_of_start
+        end = self._window(start, values) if wanted.looks_at_all else None
+        if end is not None:
+            where.append("seq > :from AND seq <= :end")
+            values |= end
         condition = f"WHERE {' AND '.join(where)}" if where else ""
         order = "ASC" if start else "DESC"
         rows = self._db.execute(
@@ -234,6 +277,12 @@ class SqliteIndex:
         ).fetchall()
         if not start:
             rows.reverse()
+        if end is not None and len(rows) < limit:
+            last = self._db.execute(
+                "SELECT seq, time FROM event WHERE seq <= ? ORDER BY seq DESC LIMIT 1", (end["end"],)
+            ).fetchone()
+            if last is not None:
+                return Page([orjson.loads(row[2]) for row in rows], f"{self._epoch}.{last[0]}.{last[1]}")
         cursor = f"{self._epoch}.{rows[-1][0]}.{rows[-1][1]}" if rows else after or f"{self._epoch}.0.0"
         return Page([orjson.loads(row[2]) for row in rows], cursor)
 
@@ -259,6 +308,43 @@ class SqliteIndex:
         """See `EventIndex`."""
         wanted, values = self._visible(viewer)
         return self._span("event_issued", "code = 'credential.issued'", wanted, values, span_ms, after, limit)
+
+    def at_target(
+        self, target: str, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
+    ) -> Actions:
+        """See `EventIndex`."""
+        wanted, values = self._visible(viewer)
+        condition = "(code = 'credential.issued' OR class_uid = 6003) AND target = :target"
+        values |= {"target": target}
+        return self._span("event_at_target", condition, wanted, values, span_ms, after, limit)
+
+    def copies(
+        self,
+        viewer: Viewer | None,
+        span_ms: tuple[int, int],
+        after: str | None,
+        limit: int,
+        wanted: Wanted = EVERYTHING,
+    ) -> Copies:
+        """See `EventIndex`. Its cursor is a place in time: it stands for the same events in every index."""
+        where, values = self._visible(viewer)
+        conditions, more = wanted.where()
+        time, uid = _moment(after) if after is not None else (span_ms[0], "")
+        rows = self._db.execute(
+            f"SELECT time, uid, CASE WHEN {' AND '.join([*where, *conditions]) or '1'} THEN json END FROM event "  # noqa: S608 - own names
+            "INDEXED BY event_time WHERE (time, uid) > (:time, :uid) AND time <= :until ORDER BY time, uid LIMIT :most",
+            {**values, **more, "time": time, "uid": uid, "until": span_ms[1], "most": _COPIED_AT_ONCE},
+        )
+        found: list[bytes] = []
+        looked_at = size = 0
+        for time, uid, json in rows:
+            looked_at += 1
+            if json is not None:
+                found.append(bytes(json))
+                size += len(json)
+            if len(found) == limit or size > _COPIED_BYTES or looked_at == _COPIED_AT_ONCE:
+                return Copies(found, time, f"{time}.{uid}")
+        return Copies(found, time if looked_at else None, None)
 
     def behind(
         self, leases: Iterable[str], requests: Iterable[str], tasks: Iterable[str]
@@ -333,7 +419,16 @@ class SqliteIndex:
         epoch, seq, time = [*after.split("."), "", ""][:3]
         if epoch == self._epoch and seq.isdecimal():
             return "seq > :seq", {"seq": int(seq)}
-        return "time >= :time", {"time": int(time) if time.isdecimal() else 0}
+        # In the order of seq: a plus sign keeps SQLite from the index over times.
+        return "+time >= :time", {"time": int(time) if time.isdecimal() else 0}
+
+    def _window(self, start: str, values: Mapping[str, Any]) -> dict[str, int] | None:
+        """Which events are looked at: the latest, or those that follow; None after a restart, as that goes by time."""
+        if not start:
+            return {"from": self._seq - _WINDOW, "end": self._seq}
+        if "seq" not in values:
+            return None
+        return {"from": values["seq"], "end": min(values["seq"] + _WINDOW, self._seq)}
 
     def _place(self, cursor: str) -> tuple[int, int]:
         """Sequence number and time of the last that was looked at. Raises CursorLostError."""
@@ -424,6 +519,7 @@ def _row(value: bytes, seq: int) -> tuple[Any, ...] | None:
         texts = (event["metadata"]["uid"], event["message"])
         ids = [words.get(name) for name in _IDS]
         numbers, code = (event["time"], event["class_uid"]), event["metadata"].get("event_code")
+        weight = (event.get("status_id"), event.get("severity_id"))
         above = [name for name in words.get("act", ())[1:] if type(name) is str]
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -433,7 +529,16 @@ def _row(value: bytes, seq: int) -> tuple[Any, ...] | None:
     if not (strings and all(map(_is_int64, numbers))):
         return None
     handed_on_by = orjson.dumps(above).decode() if above else None
-    return (seq, texts[0], *numbers, code, *ids, handed_on_by, texts[1], value)
+    kept = [number if _is_int64(number) else None for number in weight]
+    return (seq, texts[0], *numbers, code, *ids, handed_on_by, *kept, texts[1], value)
+
+
+def _moment(cursor: str) -> tuple[int, str]:
+    """Time and uid of the last that was looked at. Raises CursorLostError."""
+    time, _, uid = cursor.partition(".")
+    if not (time.isdecimal() and len(time) <= 17 and uid):
+        raise CursorLostError("this is no cursor that audit gave; ask again from the beginning")
+    return int(time), uid
 
 
 def _quoted(codes: Iterable[str]) -> str:

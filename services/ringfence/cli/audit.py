@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Mapping
+import json
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,18 +16,38 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
+from ringfence.cli.audit_export import export
+from ringfence.cli.audit_filters import (
+    AgentFilter,
+    CodeFilter,
+    LeaseFilter,
+    SeverityFilter,
+    SponsorFilter,
+    StatusFilter,
+    TargetFilter,
+    TaskFilter,
+    UserFilter,
+    filters_of,
+)
+from ringfence.cli.audit_who import who
 from ringfence.cli.coverage import coverage
 from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.output import console, note, print_json, print_json_line, print_table, say, visible
-from ringfence.client.api import ReadApi
+from ringfence.cli.spans import when_ms
+from ringfence.client.api import Filters, ReadApi
 from ringfence.client.auditor import HEADS, SETTLE_S, TrailReport, read_heads, verify_trail, witness
 from ringfence.client.connection import load_key, load_settings
 
 app = typer.Typer(help="Follow the trail; trace one credential back to the human.", no_args_is_help=True)
 
 app.command()(coverage)
+app.command()(who)
+app.command()(export)
 
 _POLL_S = 0.5
+_SHOWN = 10_000
+"""So many events are remembered as shown, where two questions may give the same."""
+_END_OF_TIME_MS = 2**53
 _STYLES = {"user": "bold", "task": "bold", "lease": "green", "decision": "cyan", "approval": "magenta"}
 _ENDS = {"cut": "yellow", "end": "yellow", "revocation": "yellow"}
 _FAILED = "red"
@@ -38,9 +61,23 @@ def tail(
     follow: Annotated[
         bool, typer.Option("--follow/--no-follow", help="Go on as events come, until Ctrl-C.")
     ] = True,
-    agent: Annotated[str | None, typer.Option("--agent", metavar="AGENT", help="Only this agent.")] = None,
-    task: Annotated[str | None, typer.Option("--task", metavar="TASK", help="Only this task.")] = None,
-    lease: Annotated[str | None, typer.Option("--lease", metavar="LEASE", help="Only this lease.")] = None,
+    agent: AgentFilter = None,
+    task: TaskFilter = None,
+    lease: LeaseFilter = None,
+    target: TargetFilter = None,
+    user: UserFilter = None,
+    sponsor: SponsorFilter = None,
+    code: CodeFilter = None,
+    status: StatusFilter = None,
+    severity: SeverityFilter = None,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--since",
+            metavar="WHEN",
+            help="Begin with all since then, by their time: a duration ago, or a moment.",
+        ),
+    ] = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -49,21 +86,67 @@ def tail(
     Operators and auditors see all, sponsors what concerns their agents, others what is on their behalf.
     """
 
+    chosen: dict[str, str | int | None] = {
+        "agent": agent,
+        "task": task,
+        "lease": lease,
+        **filters_of(target=target, user=user, sponsor=sponsor, codes=code, status=status, severity=severity),
+    }
+    now_ms = int(time.time() * 1000)
+    since_ms = when_ms(since, now_ms) if since is not None else None
+
+    def show(event: Mapping[str, Any]) -> None:
+        if wants_json(as_json):
+            print_json_line(event)
+        else:
+            console().print(event_line(event), soft_wrap=True)
+
     async def work() -> None:
         async with ReadApi(identity(me)) as api:
-            page = await api.events(limit=lines, agent=agent, task=task, lease=lease)
-            while True:
-                for event in page["events"]:
-                    if wants_json(as_json):
-                        print_json_line(event)
-                    else:
-                        console().print(event_line(event), soft_wrap=True)
-                if not follow:
-                    return
-                await asyncio.sleep(_POLL_S if not page["events"] else 0)
-                page = await api.events(after=page["after"], limit=1000, agent=agent, task=task, lease=lease)
+            await _tail(api, chosen, show, lines=lines, since_ms=since_ms, follow=follow)
 
     run(work())
+
+
+async def _tail(
+    api: ReadApi,
+    chosen: Filters,
+    show: Callable[[Mapping[str, Any]], None],
+    *,
+    lines: int,
+    since_ms: int | None,
+    follow: bool,
+) -> None:
+    shown: deque[str] = deque(maxlen=_SHOWN)
+    page = await api.events(chosen, limit=lines if since_ms is None else 1)
+    if since_ms is not None:
+        page["events"] = []
+        async for text in _since(api, chosen, since_ms):
+            event = json.loads(text)
+            shown.append(event["metadata"]["uid"])
+            show(event)
+    known = set(shown)  # what came between the two questions is in both
+    while True:
+        for event in page["events"]:
+            if event["metadata"]["uid"] not in known:
+                show(event)
+        if not follow:
+            return
+        before = page["after"]
+        page = await api.events(chosen, after=before, limit=1000)
+        if page["after"] == before:
+            await asyncio.sleep(_POLL_S)
+
+
+async def _since(api: ReadApi, chosen: Filters, since_ms: int) -> AsyncIterator[str]:
+    after: str | None = None
+    while True:
+        page = await api.export(chosen, since_ms=since_ms, until_ms=_END_OF_TIME_MS, after=after)
+        for text in page["events"]:
+            yield text
+        after = page["after"]
+        if after is None:
+            return
 
 
 @app.command()

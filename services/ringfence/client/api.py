@@ -167,6 +167,7 @@ class ReadApi(Lifetime):
 
     async def events(
         self,
+        filters: Filters | None = None,
         *,
         after: str | None = None,
         limit: int = 100,
@@ -175,9 +176,22 @@ class ReadApi(Lifetime):
         request: str | None = None,
         lease: str | None = None,
     ) -> Any:
-        """`{events, after}`: the latest OCSF events, oldest first; or with `after`, those since."""
+        """`{events, after}`: the latest OCSF events, oldest first; or with `after`, those since.
+
+        `filters`: target, on_behalf_of, sponsor, class, status, severity; code (several with commas between).
+        """
+        named = {"agent": agent, "task": task, "request": request, "lease": lease}
+        return await self.get("audit", "events", after=after, limit=limit, **{**named, **(filters or {})})
+
+    async def export(
+        self, filters: Filters | None = None, *, since_ms: int, until_ms: int, after: str | None = None
+    ) -> Any:
+        """Some events by time and uid: `{events, until_ms, looked_at_ms, after}`; go on with `after` until it is None.
+
+        `events` are texts, to the byte as on the topic. `filters` as for `events`, and agent, task, request, lease.
+        """
         return await self.get(
-            "audit", "events", after=after, limit=limit, agent=agent, task=task, request=request, lease=lease
+            "audit", "export", since_ms=since_ms, until_ms=until_ms, after=after, **(filters or {})
         )
 
     async def actions(

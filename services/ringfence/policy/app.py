@@ -46,6 +46,7 @@ from ringfence.policy.judge import Judge
 from ringfence.policy.limits import Doorkeeper, Gatekeeper, Limits, PendingLimits
 from ringfence.policy.notices import Notices
 from ringfence.policy.opening import Opener
+from ringfence.policy.reach_http import ReachApi
 from ringfence.policy.roster import Roster
 from ringfence.policy.settings import PolicySettings
 from ringfence.policy.sharing import SharedKeys
@@ -175,6 +176,7 @@ def build(
     runtime.routes += Api(runtime, directory, decisions).routes()
     runtime.routes += UsageApi(runtime, directory, holdings, sightings).routes()
     runtime.routes += InventoryApi(runtime, directory, roster, directory.stale).routes()
+    runtime.routes += ReachApi(runtime, directory, roster, directory.stale).routes()
     runtime.routes += GrantApi(
         runtime, directory, grant_table, grants, lambda: judge.policy_revision
     ).routes()

@@ -1,0 +1,93 @@
+"""An audit event as a row, for what reads tables: CSV and Parquet have the same columns. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal, NamedTuple
+
+from ringfence.client.exports.ecs import actor_of, timestamp
+
+Cell = str | int | bool | None
+Kind = Literal["text", "number", "truth"]
+
+
+class Column(NamedTuple):
+    """One column: how it is called, what it holds, and where in an event that stands."""
+
+    name: str
+    kind: Kind
+    source: str
+    """As `docs/asking-audit.md` has it."""
+    value: Callable[[Mapping[str, Any]], Any]
+
+
+def _at(path: str, kind: Kind = "text", name: str | None = None) -> Column:
+    parts = path.split(".")
+
+    def value(event: Mapping[str, Any]) -> Any:
+        found: Any = event
+        for part in parts:
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
+
+    return Column(name or parts[-1], kind, path, value)
+
+
+def _word(word: str, kind: Kind = "text") -> Column:
+    return _at(f"unmapped.{word}", kind, word.replace(".", "_"))
+
+
+COLUMNS: Final = (
+    Column("time", "text", "time", lambda event: timestamp(event["time"])),
+    _at("time", "number", "time_ms"),
+    _at("metadata.uid"),
+    _at("metadata.event_code"),
+    _at("class_uid", "number"),
+    _at("class_name"),
+    _at("activity_name"),
+    _at("status"),
+    _at("status_code"),
+    _at("status_detail"),
+    _at("severity"),
+    _at("severity_id", "number"),
+    _at("is_alert", "truth"),
+    _at("message"),
+    Column("actor", "text", "actor.user.name", lambda event: actor_of(event).get("name")),
+    Column("actor_uid", "text", "actor.user.uid", lambda event: actor_of(event).get("uid")),
+    _word("agent"),
+    _word("act"),
+    _word("sponsor"),
+    _word("on_behalf_of"),
+    _word("task"),
+    _word("request"),
+    _word("lease"),
+    _word("target"),
+    _word("verb"),
+    _word("resource"),
+    _word("outcome"),
+    _word("approvers"),
+    _word("deadline", "number"),
+    _word("policy_revision"),
+    _word("trace_id"),
+    _word("verified.by"),
+    _word("chain.tree"),
+    _word("chain.seq", "number"),
+    _word("source.topic"),
+    _word("source.partition", "number"),
+    _word("source.offset", "number"),
+)
+
+
+def row_of(event: Mapping[str, Any]) -> dict[str, Cell]:
+    """The cells of an event by the names of their columns. What is of another kind than its column is left out."""
+    return {column.name: _cell(column.kind, column.value(event)) for column in COLUMNS}
+
+
+def _cell(kind: Kind, value: Any) -> Cell:
+    if kind == "truth":
+        return value if type(value) is bool else None
+    if kind == "number":
+        return value if type(value) is int and -(2**63) <= value < 2**63 else None
+    if isinstance(value, list):
+        return " ".join(one for one in value if isinstance(one, str))
+    return value if isinstance(value, str) else None

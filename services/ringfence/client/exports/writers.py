@@ -1,0 +1,117 @@
+"""The formats that are text: each turns a page of events, as they stand on the topic, into bytes."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import BinaryIO, Final, Literal, Protocol, get_args
+
+import orjson
+
+from ringfence.client.exports.columns import COLUMNS, Cell, row_of
+from ringfence.client.exports.ecs import ecs_of
+
+Format = Literal["ocsf", "ecs", "csv", "parquet"]
+FORMATS: Final[tuple[Format, ...]] = get_args(Format)
+
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+"""What a spreadsheet takes a cell for a formula by (OWASP, CSV Injection)."""
+
+
+class Writer(Protocol):
+    """Writes events to a file, page by page."""
+
+    resumable: bool
+    """Whether the file can be gone on with after a page."""
+
+    def page(self, events: Sequence[str]) -> None:
+        """Write some more, wholly."""
+        ...
+
+    def close(self) -> None:
+        """Write what ends the file. The file itself stays open."""
+        ...
+
+
+class OcsfWriter:
+    """One event a line, to the byte as on the topic: its hash is that in the chain."""
+
+    resumable = True
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def page(self, events: Sequence[str]) -> None:
+        """See `Writer`. An event with a line break in it was not written by audit: it is put on one line."""
+        whole = (
+            event if "\n" not in event else orjson.dumps(orjson.loads(event)).decode() for event in events
+        )
+        self._file.write("".join(f"{event}\n" for event in whole).encode())
+
+    def close(self) -> None:
+        """Nothing ends it."""
+
+
+class EcsWriter:
+    """One ECS document a line."""
+
+    resumable = True
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def page(self, events: Sequence[str]) -> None:
+        """See `Writer`."""
+        self._file.write(b"".join(orjson.dumps(ecs_of(orjson.loads(event))) + b"\n" for event in events))
+
+    def close(self) -> None:
+        """Nothing ends it."""
+
+
+class CsvWriter:
+    """One row an event (RFC 4180), with a header. No cell begins like a formula."""
+
+    resumable = True
+
+    def __init__(self, file: BinaryIO, *, header: bool = True) -> None:
+        self._file = file
+        if header:
+            self._write([[column.name for column in COLUMNS]])
+
+    def page(self, events: Sequence[str]) -> None:
+        """See `Writer`."""
+        self._write([[_safe(cell) for cell in row_of(orjson.loads(event)).values()] for event in events])
+
+    def close(self) -> None:
+        """Nothing ends it."""
+
+    def _write(self, rows: Sequence[Sequence[str]]) -> None:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(rows)
+        self._file.write(text.getvalue().encode())
+
+
+def writer_of(format: Format, file: BinaryIO, *, resumed: bool = False) -> Writer:
+    """The writer of a format. `resumed`: the file has a beginning. Raises ModuleNotFoundError without its extra."""
+    match format:
+        case "ocsf":
+            return OcsfWriter(file)
+        case "ecs":
+            return EcsWriter(file)
+        case "csv":
+            return CsvWriter(file, header=not resumed)
+        case "parquet":
+            from ringfence.client.exports.parquet import ParquetWriter
+
+            return ParquetWriter(file)
+
+
+def _safe(cell: Cell) -> str:
+    if cell is None:
+        return ""
+    if isinstance(cell, bool):
+        return "true" if cell else "false"
+    if isinstance(cell, int):
+        return str(cell)
+    return f"'{cell}" if cell.lstrip(" ").startswith(_FORMULA) else cell

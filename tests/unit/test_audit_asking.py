@@ -1,0 +1,412 @@
+"""What is asked of the index: events narrowed down, copies of a period, and who did something at a target."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from ringfence.audit import store
+from ringfence.audit.asking_http import AskingApi
+from ringfence.audit.http import AuditApi
+from ringfence.audit.store import CursorLostError, SqliteIndex, Viewer
+from ringfence.audit.wanted import EVERYTHING, Wanted
+from ringfence.audit.who import leases_of, who_did
+from ringfence.client.api import ReadApi
+from ringfence.client.errors import ApiError
+from ringfence.client.exports.running import (
+    ExportError,
+    Question,
+    State,
+    begin,
+    export_pages,
+    resume,
+)
+from ringfence.client.settings import ClientSettings
+from ringfence.client.who import who_report
+from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.http import application
+from ringfence.kernel.kafka import Received
+from ringfence.messages.credential import Reason
+from ringfence.messages.permission import Permission
+from ringfence.messages.topics import AUDIT
+from tests.audit_office import TD, Office
+
+ALWAYS = (0, 2**53)
+BEYOND = (Reason(code="beyond_scope", message="the task does not allow it"),)
+SAM, MARIA, STRANGER = Viewer("sam", ("deploy-bot",)), Viewer("maria", ()), Viewer("petra", ("other-bot",))
+
+
+class Shelf:
+    """An office, and an index of all that its audit wrote."""
+
+    def __init__(self) -> None:
+        self.office = Office()
+        self.index = SqliteIndex(None)
+        self.lines: list[bytes] = []
+        self.target = "staging"
+        self._offsets = itertools.count()
+
+    def put(self, *events: dict[str, Any]) -> None:
+        """Index events that stand on the topic."""
+        values = [orjson.dumps(event) for event in events]
+        self.lines += values
+        self.index.add([
+            Received(AUDIT, "ringfence.audit.v1", 0, next(self._offsets), event["time"], "k", value)
+            for event, value in zip(events, values, strict=True)
+        ])  # fmt: skip
+
+    async def tell(self, *records: Received) -> list[dict[str, Any]]:
+        events = await self.office.audit(*records)
+        self.put(*events)
+        return events
+
+    def copied(
+        self, viewer: Viewer | None = None, limit: int = 1000, wanted: Wanted = EVERYTHING
+    ) -> list[bytes]:
+        """All copies over all pages."""
+        found: list[bytes] = []
+        after: str | None = None
+        while True:
+            page = self.index.copies(viewer, ALWAYS, after, limit, wanted)
+            found += page.events
+            after = page.cursor
+            if after is None:
+                return found
+
+    def who(
+        self, viewer: Viewer | None = None, since_ms: int = 0, limit: int = 500, **asked: Any
+    ) -> list[dict[str, Any]]:
+        """The lines over all pages, as audit gives them."""
+        wanted = Permission.model_construct(
+            target=asked.get("target", self.target),
+            verbs=asked.get("verbs", ()),
+            resources=(asked.get("resource", "**"),),
+        )
+        found: list[dict[str, Any]] = []
+        after: str | None = None
+        while True:
+            page = self.index.at_target(wanted.target, viewer, ALWAYS, after, limit)
+            known = self.index.behind(leases_of(page.events), (), ())
+            found += who_did(page.events, known, wanted, since_ms)
+            after = page.cursor
+            if after is None:
+                return found
+
+
+@pytest.fixture
+async def shelf() -> Shelf:
+    """One credential with its whole life, three actions by deploy-bot, one by another agent."""
+    shelf = Shelf()
+    office = shelf.office
+    await shelf.tell(*office.staff())
+    story = office.credential("released")
+    await shelf.tell(*story.all)
+    known = {"lease_id": story.lease_id, "target_id": shelf.target}
+    await shelf.tell(
+        office.action(allowed=True, access="read", **known),
+        office.action(allowed=False, reasons=BEYOND, access="write", **known),
+        office.action(allowed=False, reasons=BEYOND, observed=True, access="write", **known),
+        office.action(allowed=False, reasons=BEYOND, agent_id="other-bot", target_id=shelf.target, lease_id=None),
+    )  # fmt: skip
+    return shelf
+
+
+def code_of(event: dict[str, Any]) -> str:
+    return str(event["metadata"]["event_code"])
+
+
+def ordered(lines: list[bytes]) -> list[bytes]:
+    def place(line: bytes) -> tuple[int, str]:
+        event = orjson.loads(line)
+        return event["time"], event["metadata"]["uid"]
+
+    return sorted(lines, key=place)
+
+
+# --- copies ---
+
+
+@pytest.mark.parametrize("limit", [1, 3, 1000])
+async def test_copies_are_whole_to_the_byte_and_by_time(shelf: Shelf, limit: int) -> None:
+    assert shelf.copied(limit=limit) == ordered(shelf.lines)
+
+
+async def test_a_page_is_bounded_by_what_is_looked_at_and_by_its_bytes(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = Wanted(codes=("action.allowed",))
+    monkeypatch.setattr(store, "_COPIED_AT_ONCE", 2)
+    page = shelf.index.copies(None, ALWAYS, None, 1000, only)
+    assert (page.events, page.cursor is not None) == ([], True), "two others were looked at"
+    assert len(shelf.copied(wanted=only)) == 1
+    monkeypatch.setattr(store, "_COPIED_AT_ONCE", 5000)
+    monkeypatch.setattr(store, "_COPIED_BYTES", 1)
+    assert len(shelf.index.copies(None, ALWAYS, None, 1000).events) == 1
+    assert shelf.copied() == ordered(shelf.lines)
+
+
+async def test_a_place_in_a_period_outlives_the_index(shelf: Shelf) -> None:
+    first = shelf.index.copies(None, ALWAYS, None, 4)
+    again = Shelf()
+    again.put(*map(orjson.loads, reversed(shelf.lines)))
+    rest = again.index.copies(None, ALWAYS, first.cursor, 1000)
+    assert [*first.events, *rest.events] == ordered(shelf.lines)
+    for wrong in ("", "x", "12", "x.y", "-1.u"):
+        with pytest.raises(CursorLostError):
+            again.index.copies(None, ALWAYS, wrong, 1)
+
+
+async def test_each_copies_what_concerns_them(shelf: Shelf) -> None:
+    for viewer in (SAM, MARIA, STRANGER):
+        found = [orjson.loads(line) for line in shelf.copied(viewer, limit=2)]
+        page = shelf.index.page(viewer, None, 1000).events
+        assert {e["metadata"]["uid"] for e in found} == {e["metadata"]["uid"] for e in page}
+    assert {orjson.loads(line)["unmapped"]["agent"] for line in shelf.copied(STRANGER)} == {"other-bot"}
+    assert shelf.copied(Viewer("mallory", ())) == []
+
+
+# --- narrowed down ---
+
+
+@pytest.mark.parametrize(
+    ("wanted", "codes"),
+    [
+        (Wanted(codes=("action.*",)), {"action.allowed", "action.denied", "action.observed"}),
+        (Wanted(codes=("action.allowed", "credential.issued")), {"action.allowed", "credential.issued"}),
+        (Wanted(codes=("action_*",)), set()),
+        (Wanted(codes=("action",)), set()),
+        (Wanted(codes=("action.*",), status=1), {"action.allowed"}),
+        (Wanted(codes=("action.*",), severity=2), {"action.denied", "action.observed"}),
+        (Wanted(class_uid=6003, on_behalf_of="maria", status=2), {"action.denied", "action.observed"}),
+        (Wanted(class_uid=6003, sponsor="petra"), set()),
+        (Wanted(target="elsewhere"), set()),
+    ],
+)
+async def test_pages_and_copies_are_narrowed_down_alike(
+    shelf: Shelf, wanted: Wanted, codes: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {code_of(orjson.loads(line)) for line in shelf.copied(wanted=wanted)} == codes
+    page = shelf.index.page(None, None, 1000, wanted)
+    assert {code_of(event) for event in page.events} == codes
+    # From the beginning, some at a time: a cursor goes on past what was looked at in vain.
+    monkeypatch.setattr(store, "_WINDOW", 2)
+    after = f"{page.cursor.partition('.')[0]}.0.0"
+    found: set[str] = set()
+    for _ in range(len(shelf.lines) + 1):
+        step = shelf.index.page(None, after, 1, wanted)
+        found |= {code_of(event) for event in step.events}
+        after = step.cursor
+    assert found == codes
+    assert shelf.index.page(None, after, 1, wanted).cursor == after
+
+
+async def test_only_the_latest_are_looked_at_where_no_index_leads(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_WINDOW", 2)
+    wanted = Wanted(codes=("credential.issued",))
+    assert shelf.index.page(None, None, 1000, wanted).events == []
+    assert len(shelf.copied(wanted=wanted)) == 1
+
+
+# --- who did ---
+
+
+@pytest.mark.parametrize("limit", [1, 500])
+async def test_who_did_is_counted_and_leads_to_people(shelf: Shelf, limit: int) -> None:
+    sums: dict[tuple[Any, ...], dict[str, int]] = {}
+    for line in shelf.who(limit=limit):
+        key = (line["agent"], line["sponsor"], line["on_behalf_of"])
+        for name in ("allowed", "denied", "observed", "leases", "unverified"):
+            known = sums.setdefault(key, {})
+            known[name] = known.get(name, 0) + line[name]
+    assert sums["deploy-bot", "sam", "maria"] == {
+        "allowed": 1, "denied": 1, "observed": 1, "leases": 1, "unverified": 0,
+    }  # fmt: skip
+    (other,) = [counts for key, counts in sums.items() if key[0] == "other-bot"]
+    assert (other["denied"], other["leases"]) == (1, 0)
+    assert shelf.who(target="elsewhere") == []
+
+
+async def test_each_sees_who_did_of_their_own(shelf: Shelf) -> None:
+    assert {line["agent"] for line in shelf.who(SAM)} == {"deploy-bot"}
+    assert {line["agent"] for line in shelf.who(MARIA)} == {"deploy-bot"}
+    assert {line["agent"] for line in shelf.who(STRANGER)} == {"other-bot"}
+    assert shelf.who(Viewer("mallory", ())) == []
+
+
+async def test_verb_and_resource_narrow_it_down(shelf: Shelf) -> None:
+    issued = next(e for e in map(orjson.loads, shelf.lines) if code_of(e) == "credential.issued")
+    (held,) = issued["unmapped"]["permissions"]
+    verb, resource = held["verbs"][0], held["resources"][0]
+
+    def leases(**asked: Any) -> int:
+        return sum(line["leases"] for line in shelf.who(**asked))
+
+    assert leases(verbs=(verb,), resource=resource) == 1
+    assert leases(verbs=("fly",)) == 0
+    assert leases(resource="quite/else/where") == 0
+    action = next(e for e in map(orjson.loads, shelf.lines) if code_of(e) == "action.allowed")["unmapped"]
+    found = shelf.who(verbs=(action["verb"],), resource=action["resource"])
+    assert sum(line["allowed"] for line in found) == 1
+    assert sum(line["allowed"] for line in shelf.who(verbs=("fly",))) == 0
+
+
+async def test_a_lease_counts_once_and_while_it_lives(shelf: Shelf) -> None:
+    events = list(map(orjson.loads, shelf.lines))
+    issued = next(e for e in events if code_of(e) == "credential.issued")
+    ended = next(e for e in events if code_of(e) == "credential.released")
+    again = {**issued, "time": issued["time"] + 1, "metadata": {**issued["metadata"], "uid": "again"}}
+    shelf.put(again)
+    assert sum(line["leases"] for line in shelf.who()) == 1
+
+    def held(since_ms: int) -> int:
+        return sum(line["leases"] for line in shelf.who(since_ms=since_ms))
+
+    assert held(ended["time"]) == (0 if ended["time"] > issued["time"] else 1), "it was over by then"
+    other = orjson.loads(orjson.dumps(issued).replace(issued["unmapped"]["lease"].encode(), b"other"))
+    other["metadata"]["uid"] = "other"
+    shelf.put(other)
+    assert held(ended["time"] + 1000) == 1, "issued before, and alive"
+    assert held(issued["unmapped"]["deadline"] * 1000) == 0
+
+
+async def test_what_no_issuer_signed_is_no_lease(shelf: Shelf) -> None:
+    issued = next(e for e in map(orjson.loads, shelf.lines) if code_of(e) == "credential.issued")
+    made_up = {
+        **issued,
+        "metadata": {**issued["metadata"], "uid": "made-up"},
+        "unmapped": {**issued["unmapped"], "lease": "made-up", "agent": "ghost", "verified": {"by": None}},
+    }
+    shelf.put(made_up)
+    (ghost,) = [line for line in shelf.who() if line["agent"] == "ghost"]
+    assert (ghost["leases"], ghost["unverified"]) == (0, 1)
+
+
+# --- over HTTP ---
+
+
+class Counter:
+    """Audit's HTTP over a shelf, as sam asks it."""
+
+    def __init__(self, shelf: Shelf, who: str = "sam") -> None:
+        self.complete = True
+        office, clock = shelf.office, SystemClock()
+        base = AuditApi(shelf.index, office.directory, clock, TD, lambda: self.complete)
+        asking = AskingApi(shelf.index, clock, base.viewer, lambda: self.complete)
+        self.api = ReadApi(office.key("user", who), ClientSettings(trust_domain=TD))
+        self.fail_after: int | None = None
+        inner = httpx.ASGITransport(application([*base.routes(), *asking.routes()], []))
+        self.api._http = httpx.AsyncClient(transport=_Flaky(self, inner))
+
+
+class _Flaky(httpx.AsyncBaseTransport):
+    """Passes on so many calls to audit, and none to anybody else."""
+
+    def __init__(self, counter: Counter, inner: httpx.AsyncBaseTransport) -> None:
+        self._counter, self._inner = counter, inner
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/reach" or self._counter.fail_after == 0:
+            raise httpx.ConnectError("away")
+        if self._counter.fail_after is not None:
+            self._counter.fail_after -= 1
+        return await self._inner.handle_async_request(request)
+
+
+def question(**fields: Any) -> Question:
+    return Question(**{"format": "ocsf", "since_ms": 0, "until_ms": 2**53, "filters": {}, **fields})
+
+
+async def test_an_export_that_stopped_goes_on_where_it_was(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_COPIED_BYTES", 1)
+    counter, out = Counter(shelf), tmp_path / "trail.ndjson"
+    counter.fail_after = 3
+    one = begin(out, question())
+    with pytest.raises(ApiError):
+        await export_pages(counter.api, one.state, one.writer, lambda share: None, one.keep)
+    # Killed in the middle of a page: what is written of it does not count.
+    one.file.write(b"half a li")
+    one.leave()
+    assert not out.exists()
+    with pytest.raises(ExportError, match="--resume"):
+        begin(out, question())
+    counter.fail_after = None
+    one = resume(out)
+    assert one.state.events == 3
+    await export_pages(counter.api, one.state, one.writer, lambda share: None, one.keep)
+    one.finish()
+    assert out.read_bytes() == b"".join(line + b"\n" for line in shelf.copied(SAM))
+    assert [path.name for path in tmp_path.iterdir()] == ["trail.ndjson"]
+    assert out.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ExportError, match="there already"):
+        begin(out, question())
+    with pytest.raises(ExportError, match="begin anew"):
+        resume(tmp_path / "other")
+
+
+async def test_nothing_is_left_of_an_export_that_never_began(shelf: Shelf, tmp_path: Path) -> None:
+    counter = Counter(shelf)
+    counter.fail_after = 0
+    one = begin(tmp_path / "trail.csv", question(format="csv"))
+    with pytest.raises(ApiError):
+        await export_pages(counter.api, one.state, one.writer, lambda share: None, one.keep)
+    one.leave()
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_who_says_what_is_not_known(shelf: Shelf) -> None:
+    async with Counter(shelf).api as api:
+        report = await who_report(api, shelf.target, 0, 2**52, lambda share: None)
+    assert report.could is None
+    assert report.gaps[0].startswith("who could: the policy at")
+    assert any("were handed to the agents themselves" in gap for gap in report.gaps) == bool(
+        report.total("handed_out")
+    )
+    assert (report.total("allowed"), report.total("leases")) == (1, 1)
+    async with Counter(shelf, "maria").api as api:
+        report = await who_report(api, shelf.target, 0, 2**52, lambda share: None, verb="fly")
+    assert any("no gateway told of an action" in gap for gap in report.gaps)
+
+
+async def test_an_index_that_is_being_built_answers_neither(shelf: Shelf) -> None:
+    counter = Counter(shelf)
+    counter.complete = False
+    for path in ("who", "export"):
+        with pytest.raises(ApiError, match="would be too little") as error:
+            await counter.api.get("audit", path, target=shelf.target)
+        assert error.value.status == 503
+
+
+async def test_questions_that_make_no_sense_are_refused(shelf: Shelf) -> None:
+    async with Counter(shelf).api as api:
+        for path, query in (
+            ("who", {}),
+            ("who", {"target": "Not A Target"}),
+            ("who", {"target": "platform", "verb": "No Verb"}),
+            ("who", {"target": "platform", "resource": "a//b"}),
+            ("who", {"target": "platform", "after": "x"}),
+            ("export", {"since_ms": "x"}),
+            ("export", {"after": "x"}),
+            ("export", {"class": "API"}),
+            ("export", {"status": "bad"}),
+            ("events", {"severity": "9"}),
+            ("events", {"code": "a*b"}),
+            ("events", {"code": "," .join(["a"] * 51)}),
+        ):  # fmt: skip
+            with pytest.raises(ApiError) as error:
+                await api.get("audit", path, **query)
+            assert error.value.status == 400, (path, query)
+
+
+async def test_state_of_another_question_is_no_state(tmp_path: Path) -> None:
+    (tmp_path / "t.part.json").write_text(State(question=question()).model_dump_json())
+    with pytest.raises(ExportError):
+        resume(tmp_path / "t")
