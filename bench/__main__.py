@@ -1,10 +1,11 @@
-"""`python -m bench [NAME...] [--kafka embedded|apache]`; all of them where none is named."""
+"""`python -m bench [NAME...] [--kafka embedded|apache] [--events N]`; all of them where none is named."""
 
 from __future__ import annotations
 
 import argparse
 
 from bench import (
+    audit,
     backends,
     bus,
     credentials,
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "rebuild": rebuild.run,
     "policy": policy.run,
     "inventory": inventory.run,
+    "audit": audit.run,
     "backends": backends.run,
     "gateway": gateway.run,
 }
@@ -39,11 +41,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], default=[], metavar="NAME")
     parser.add_argument("--kafka", choices=["embedded", "apache"], default="embedded")
+    parser.add_argument("--events", type=int, default=audit.EVENTS, help="of audit: how many its index has")
     options = parser.parse_args()
     print(f"machine: {describe()}")
     for name in options.names or BENCHMARKS:
         print(f"\n{name} (Kafka: {options.kafka})")
-        BENCHMARKS[name](options.kafka)
+        if name == "audit":
+            audit.run(options.kafka, options.events)
+        else:
+            BENCHMARKS[name](options.kafka)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import hashlib
 import json
 import signal
 import sys
@@ -175,6 +176,16 @@ async def test_an_export_is_the_topic_in_every_format(shell: Any, world: World) 
     assert (await shell("olga", *mine)).encode().splitlines() == raw, (
         "stdout is the same, and so is a second time"
     )
+
+    # All of it: each event has the leaf hash of the one before in its tree, as the lines stand in the file.
+    chains: dict[str, dict[int, tuple[str, str]]] = {}
+    for line in (await shell("olga", "audit", "export", *until)).encode().splitlines():
+        chain = json.loads(line)["unmapped"]["chain"]
+        leaf = hashlib.sha256(b"\0" + line).hexdigest()
+        chains.setdefault(chain["tree"], {})[chain["seq"]] = (chain["prev"], leaf)
+    for links in chains.values():
+        assert sorted(links) == list(range(1, len(links) + 1))
+        assert all(links[seq + 1][0] == links[seq][1] for seq in range(1, len(links)))
 
     # Narrowed down, and as others see it.
     actions = await shell("olga", *mine, "--class", "6003", "--target", "platform", "--status", "failure")

@@ -121,7 +121,7 @@ async def test_pages_go_on_where_they_ended(desk: Desk, monkeypatch: pytest.Monk
     for name, most in (("_ROWS", 2), ("_LOOKED_AT", 1)):
         monkeypatch.setattr(reach_http, name, most)
         found: list[str] = []
-        after = ""
+        after: Any = ""
         while after is not None:
             answer = (await desk.ask("olga", after=after)).json()
             found += [agent["id"] for agent in answer["agents"]]

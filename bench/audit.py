@@ -1,0 +1,267 @@
+"""Audit: how fast its index is built and how fast it answers, by its size; and how many records a second audit takes.
+
+The index is in a file, as with a state directory, and is fed what stands on the topic: the events of real stories, each
+told again under ids of its own, so many credentials and actions as make the number of events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import statistics
+import tempfile
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+import psutil
+
+from bench.machine import cpu_s
+from bench.stack import running
+from ringfence.audit.store import SqliteIndex
+from ringfence.audit.trace import tree
+from ringfence.audit.who import leases_of, who_did
+from ringfence.client.api import ReadApi
+from ringfence.dev.stack import Stack
+from ringfence.kernel.kafka import Publisher, Received
+from ringfence.messages.operations import ActionDecided
+from ringfence.messages.permission import Permission
+from ringfence.messages.topics import ACTION, AUDIT
+from tests.audit_office import Office
+
+EVENTS: Final = 100_000
+_AGENTS, _USERS, _SPONSORS, _TARGETS, _OF_A_TASK, _ACTIONS = 1000, 200, 100, 50, 10, 8
+_BATCH = 500
+_TIMES = 50
+_PAGES = 200
+_UUID = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_ALWAYS = (0, 2**53)
+_SERVED = 20_000
+_SERVED_AGENTS = 8
+
+
+class _Stories:
+    """A credential with its whole life and some actions by it, told again and again."""
+
+    def __init__(self, events: list[dict[str, Any]], task: str) -> None:
+        self._texts = [orjson.dumps(event) for event in events]
+        self._times = [str(event["time"]).encode() for event in events]
+        self._uids = [event["metadata"]["uid"].encode() for event in events]
+        self._task = task.encode()
+        self._of_story = {id for text in self._texts for id in _UUID.findall(text)} - {
+            *self._uids,
+            self._task,
+        }
+        self._lease, self._request = (
+            next(e["unmapped"][name] for e in events if name in e["unmapped"]).encode()
+            for name in ("lease", "request")
+        )
+        self._random = random.Random(8)
+        self.length = len(events)
+
+    def tell(self, number: int) -> tuple[list[bytes], str, str, str]:
+        """The events of one story; and the ids of its lease, request and task."""
+        task = uuid.UUID(int=(7 << 100) + number // _OF_A_TASK)
+        ids = {id: str(uuid.UUID(int=self._random.getrandbits(128))).encode() for id in self._of_story}
+        ids[self._task] = str(task).encode()
+        agent = number // _OF_A_TASK % _AGENTS
+        names = {
+            b"deploy-bot": b"agent-%d" % agent,
+            b'"maria"': b'"user-%d"' % (agent % _USERS),
+            b'"sam"': b'"sponsor-%d"' % (agent % _SPONSORS),
+            b'"staging"': b'"target-%d"' % (agent % _TARGETS),
+        }
+        found = []
+        for place, text in enumerate(self._texts):
+            at = number * self.length + place
+            uid = str(uuid.UUID(int=(9 << 100) + at)).encode()
+            text = text.replace(self._uids[place], uid)
+            text = text.replace(
+                b'"time":' + self._times[place], b'"time":%d' % (1_700_000_000_000 + at * 100)
+            )
+            for old, new in {**ids, **names}.items():
+                text = text.replace(old, new)
+            found.append(text)
+        return found, *(ids[id].decode() for id in (self._lease, self._request)), str(task)
+
+
+async def _stories() -> _Stories:
+    office = Office()
+    await office.audit(*office.staff())
+    story = office.credential("released")
+    events = await office.audit(*story.all)
+    events = [
+        *events,
+        *await office.audit(*(office.action(lease_id=story.lease_id) for _ in range(_ACTIONS))),
+    ]
+    return _Stories(events, office.task)
+
+
+def _rss() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def _build(index: SqliteIndex, stories: _Stories, events: int) -> tuple[float, list[tuple[str, str, str]]]:
+    """Seconds that the index took; and the ids of all stories' leases, requests and tasks."""
+    took, batch, ids = 0.0, list[Received](), list[tuple[str, str, str]]()
+    for number in range(events // stories.length):
+        texts, *known = stories.tell(number)
+        ids.append((known[0], known[1], known[2]))
+        batch += [
+            Received(AUDIT, "ringfence.audit.v1", 0, number * stories.length + place, 0, "k", text)
+            for place, text in enumerate(texts)
+        ]
+        if len(batch) >= _BATCH:
+            took += _added(index, batch)
+            batch.clear()
+    return took + _added(index, batch), ids
+
+
+def _added(index: SqliteIndex, batch: list[Received]) -> float:
+    return _timed(lambda: index.add(batch))
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _ms(works: Iterator[Callable[[], Any]]) -> str:
+    took = [_timed(work) * 1000 for work in works]
+    return f"median {statistics.median(took):,.1f} ms, at most {max(took):,.1f} ms ({len(took)} times)"
+
+
+def _ask(index: SqliteIndex, ids: list[tuple[str, str, str]]) -> None:
+    chosen = random.Random(1).choices(ids, k=_TIMES)
+
+    def trace(id: str, kind: Any) -> Callable[[], Any]:
+        def work() -> None:
+            story = index.story(id, kind, None, 50)
+            assert story is not None
+            tree(story.events)
+
+        return work
+
+    for place, kind in enumerate(("lease", "request", "task")):
+        print(f"    trace of a {kind:8} {_ms(trace(one[place], kind) for one in chosen)}")
+    for kind, most in (("agent", _AGENTS), ("user", _USERS)):
+        names = (f"{kind}-{number}" for number in range(0, most, most // 10) if _has(index, kind, number))
+        print(f"    trace of a {kind:8} {_ms(trace(name, kind) for name in names)}")
+    print(f"    trace of nothing    {_ms(_nothing(index) for _ in range(_TIMES))}")
+
+
+def _has(index: SqliteIndex, kind: Any, number: int) -> bool:
+    return index.story(f"{kind}-{number}", kind, None, 1) is not None
+
+
+def _nothing(index: SqliteIndex) -> Callable[[], Any]:
+    return lambda: index.story(str(uuid.uuid4()), None, None, 50)
+
+
+def _who(index: SqliteIndex) -> None:
+    wanted = Permission.model_construct(target="target-1", verbs=(), resources=("**",))
+    after: str | None = None
+    took: list[float] = []
+    looked_at = 0
+    while True:
+        began = time.perf_counter()
+        page = index.at_target("target-1", None, _ALWAYS, after, 500)
+        who_did(page.events, index.behind(leases_of(page.events), (), ()), wanted, 0)
+        took.append((time.perf_counter() - began) * 1000)
+        looked_at += len(page.events)
+        after = page.cursor
+        if after is None:
+            break
+    print(
+        f"    who at one target   {looked_at:,} actions and issues in {sum(took):,.0f} ms, pages of 500: "
+        f"median {statistics.median(took):,.1f} ms, at most {max(took):,.1f} ms"
+    )
+
+
+def _export(index: SqliteIndex) -> None:
+    after: str | None = None
+    given = size = 0
+    began = time.perf_counter()
+    for _ in range(_PAGES):
+        page = index.copies(None, _ALWAYS, after, 1000)
+        given += len(page.events)
+        size += sum(map(len, page.events))
+        after = page.cursor
+        if after is None:
+            break
+    took = time.perf_counter() - began
+    print(
+        f"    copies for exports  {given / took:,.0f} events/s, {size / took / 1e6:,.0f} MB/s ({given:,} events)"
+    )
+
+
+def _index(events: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="ringfence-bench-") as folder:
+        file = Path(folder) / "audit.sqlite"
+        stories = asyncio.run(_stories())
+        before = _rss()
+        index = SqliteIndex(file)
+        took, ids = _build(index, stories, events)
+        count = len(ids) * stories.length
+        print(
+            f"  index of {count:,} events ({len(ids):,} credentials, {stories.length} events each): built in "
+            f"{took:.1f} s, {count / took:,.0f} events/s; file {file.stat().st_size / 1e6:,.0f} MB, "
+            f"{file.stat().st_size / count:,.0f} B an event; memory {(_rss() - before) / 1e6:,.0f} MB more, "
+            "the ids that are asked for included"
+        )
+        _ask(index, ids)
+        _who(index)
+        _export(index)
+        index.close()
+
+
+async def _serve(stack: Stack, api: ReadApi, pids: dict[str, int], records: int) -> None:
+    """Actions, as gateways write them, until the last of each agent can be asked for."""
+    last: dict[str, str] = {}
+    began, before = time.perf_counter(), cpu_s(pids)
+    async with Publisher(stack.settings(), "spiffe://bench/gateway") as publisher:
+        sent: list[Awaitable[Any]] = []
+        for number in range(records):
+            agent, id = f"agent-{number % _SERVED_AGENTS}", str(uuid.uuid4())
+            last[agent] = id
+            action = ActionDecided(
+                action_id=id, gateway="spiffe://bench/service/gateway", agent_id=agent, target_id="platform",
+                verb="read", resource="env/staging/web", allowed=True, access="read", method="GET",
+                request_digest="ab" * 32, latency_us=180, at_ms=int(time.time() * 1000),
+            )  # fmt: skip
+            message = action.model_dump_json(exclude_none=True)
+            sent.append(await publisher.send(ACTION, agent, message, id=id, type=ACTION.what))
+            if len(sent) == _BATCH:
+                await asyncio.gather(*sent)
+                sent.clear()
+        await asyncio.gather(*sent)
+    written = time.perf_counter() - began
+    for agent, id in last.items():
+        while not any(
+            e["unmapped"]["action"] == id for e in (await api.events(agent=agent, limit=1))["events"]
+        ):
+            await asyncio.sleep(0.2)
+    took = time.perf_counter() - began
+    used = {name: after - before[name] for name, after in cpu_s(pids).items()}
+    print(
+        f"  service: {records:,} actions, written in {written:.1f} s, were chained and could be asked for after "
+        f"{took:.1f} s: {records / took:,.0f} events/s; CPU of audit {used['audit']:.1f} s"
+    )
+
+
+async def _service(stack: Stack, settings: Any, pids: dict[str, int], records: int) -> None:
+    key = stack.trust.user_key(stack.options.operator)
+    async with ReadApi(key, settings, timeout_s=60) as api:
+        await _serve(stack, api, pids, records)
+
+
+def run(kafka: str, events: int = EVENTS) -> None:
+    """Print it for an index of so many events, and for a service that takes some."""
+    _index(events)
+    with running(kafka, ("registry", "audit")) as (stack, settings, pids):
+        asyncio.run(_service(stack, settings, {"audit": pids["audit"]}, min(events, _SERVED)))
