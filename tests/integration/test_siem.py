@@ -149,24 +149,6 @@ async def test_a_file_that_cannot_be_opened_is_tried_until_it_can(trail: Trail, 
     assert broken_links(lines) == []
 
 
-async def test_what_rsyslog_loses_on_a_full_disk_is_told_by_the_chain(trail: Trail, folder: Path) -> None:
-    """rsyslog gives up what it could not write, and says so; what comes later is not linked to it."""
-    sink = Rsyslog(folder, trail.broker.bootstrap, AUDIT.name(trail.world.prefix))
-    sink.file.symlink_to("/dev/full")
-    sink.start()
-    try:
-        await trail.world.until(lambda: "message lost" in sink.log() or None, "a failure to write")
-        sink.file.unlink()
-        sink.stop()
-        sink.start()
-        await trail.goes_on()
-        last = (await trail.world.records(AUDIT))[-1].value
-        await trail.world.until(lambda: last in sink.lines() or None, "what came later")
-    finally:
-        sink.stop()
-    assert broken_links(sink.lines())
-
-
 async def test_what_was_changed_or_left_out_on_the_way_breaks_the_chain(trail: Trail, folder: Path) -> None:
     sink = Rsyslog(folder, trail.broker.bootstrap, AUDIT.name(trail.world.prefix))
     sink.start()
