@@ -22,6 +22,7 @@ from ringfence.kernel.settings import BusSettings
 TRANSACTION_MS = 30_000
 """A transaction that takes longer is aborted by the broker: readers wait for one that is open."""
 _ABANDON_S = 2.0
+_WITHIN_S = 10.0
 
 
 class FencedError(UnavailableError):
@@ -67,12 +68,18 @@ class TransactionalPublisher(Publisher):
         """
         producer = self._connected()
         try:
-            await producer.begin_transaction()
-            yield
-            if group is not None and offsets:
-                ends = {TopicPartition(*where): offset for where, offset in offsets.items()}
-                await producer.send_offsets_to_transaction(ends, group)
-            await producer.commit_transaction()
+            # Bounded: the client asks again for ever what the broker does not answer as it should.
+            async with asyncio.timeout(_WITHIN_S):
+                await producer.begin_transaction()
+                yield
+                if group is not None and offsets:
+                    ends = {TopicPartition(*where): offset for where, offset in offsets.items()}
+                    await producer.send_offsets_to_transaction(ends, group)
+                await producer.commit_transaction()
+        except TimeoutError:
+            raise UnavailableError(
+                f"the transaction of {self._id} took longer than {_WITHIN_S:.0f} s"
+            ) from None
         except KafkaError as error:
             raise _given_up(self._id, error) from None
 
