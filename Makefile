@@ -7,6 +7,9 @@ STAMP  := $(VENV)/.stamp
 UV     := .cache/uv
 # Passed on to the command, as in: make test ARGS="-k scope -x"
 ARGS   ?=
+# How many processes share the tests, each with a broker, a Redis and a stack of its own; 0: none besides pytest, as --pdb needs it
+JOBS   ?= 3
+SHARED := -n $(JOBS) --dist loadfile --max-worker-restart 0
 
 SUITES := tests/unit tests/contract tests/gateway tests/policy tests/flows tests/integration tests/chaos tests/e2e
 
@@ -41,10 +44,10 @@ dev: $(STAMP) ## the whole stack on this machine, with an embedded broker; Ctrl-
 	@$(BIN)/ringfence dev $(ARGS)
 
 test: $(STAMP) ## all tests, on the embedded broker and a real Valkey
-	$(BIN)/python -m pytest $(SUITES) -m "not tools" $(ARGS)
+	$(BIN)/python -m pytest $(SUITES) -m "not tools" $(SHARED) $(ARGS)
 
 test-apache: $(STAMP) ## the integration tests on a real Apache Kafka (needs a JDK 17+ and Maven)
-	$(BIN)/python -m pytest tests/integration -m "not tools" --kafka apache $(ARGS)
+	$(BIN)/python -m pytest tests/integration -m "not tools" --kafka apache $(SHARED) $(ARGS)
 
 test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, npm, rsyslog, promtool
 	$(BIN)/python -m pytest tests/integration tests/gateway tests/flows -m tools $(ARGS)
