@@ -16,8 +16,8 @@ from ringfence.cli.options import (
     wants_json,
 )
 from ringfence.cli.output import print_json, say
-from ringfence.client.administrator import TIMEOUT_S
 from ringfence.client.agent import Agent
+from ringfence.client.signatory import TIMEOUT_S
 
 
 def release(

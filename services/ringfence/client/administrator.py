@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Self
 
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import IdentityError, InvalidCallError, checked
-from ringfence.client.lifetime import Lifetime
-from ringfence.client.outcomes import Accepted, Outcomes
+from ringfence.client.outcomes import Accepted
 from ringfence.client.preview import Preview, preview
-from ringfence.client.settings import ClientSettings
-from ringfence.kernel.clock import Clock
+from ringfence.client.signatory import COMMAND_LIFE_S, Signatory
 from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import MAX_LIFE_S, sign
 from ringfence.kernel.keys import SigningKey, thumbprint
@@ -49,20 +45,20 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
-from ringfence.model.directory import Directory
 from ringfence.model.request_map import RequestMap
 from ringfence.model.scope import validate_scope
 
-COMMAND_LIFE_S = 120
-"""`exp` of a command: how long it may take to reach the broker, clocks that differ included."""
 KEY_LIFE_S = 365 * 24 * 3600
 """How long a key is valid where nothing else is said."""
-TIMEOUT_S = 15.0
 
 AnyKey = SigningKey | PublicJwk | KeyRecord
 
 
-class Administrator(Lifetime):
+def _by_root(connection: Connection) -> bool:
+    return connection.key.id == connection.trust.root_id
+
+
+class Administrator(Signatory):
     """A person (or the root) who gives commands, connected. Each method waits for the service's signed answer.
 
     ```python
@@ -70,45 +66,16 @@ class Administrator(Lifetime):
         await maria.register_agent("deploy-bot", description="deploys", keys=[bot_key], ceiling=ceiling)
         task_id = await maria.assign_task("deploy-bot", purpose="release 41", scope=scope, ends_in_s=3600)
     ```
-
-    Every command raises RefusedError (with the reasons), NotAnsweredError (nobody answered within `timeout_s`),
-    InvalidCallError or ScopeError (nothing was sent), UnavailableError (Kafka did not take it).
     """
 
-    def __init__(self, connection: Connection, *, timeout_s: float = TIMEOUT_S) -> None:
-        """Use `connect`. Raises IdentityError where the connection's key is no user's and not the root's."""
-        self.is_root = connection.key.id == connection.trust.root_id
-        self.id = "root" if self.is_root else subject(connection.key, "user", connection.settings)
-        self.connection = connection
-        self.timeout_s = timeout_s
-        self._outcomes = Outcomes(connection)
+    @property
+    def is_root(self) -> bool:
+        """Whether it is the root that speaks, and no user."""
+        return _by_root(self.connection)
 
-    @classmethod
-    def connect(
-        cls,
-        key: SigningKey | Path | str | None = None,
-        settings: ClientSettings | None = None,
-        *,
-        timeout_s: float = TIMEOUT_S,
-        clock: Clock | None = None,
-    ) -> Self:
-        """To be used as an async context manager. `timeout_s`: how long each answer is waited for.
-
-        See `Agent.connect`.
-        """
-        return cls(Connection(key, settings, clock), timeout_s=timeout_s)
-
-    async def start(self) -> None:
-        """Connect. `async with` does it."""
-        await self.connection.start()
-
-    async def close(self) -> None:
-        """Disconnect. `async with` does it."""
-        await self.connection.close()
-
-    async def directory(self) -> Directory:
-        """The verified records of users, agents, targets and tasks; kept up to date while connected."""
-        return await self.connection.directory()
+    @staticmethod
+    def _who(connection: Connection) -> str:
+        return "root" if _by_root(connection) else subject(connection.key, "user", connection.settings)
 
     # --- users ---
 

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from ringfence.client.administrator import TIMEOUT_S
 from ringfence.client.api import ReadApi
-from ringfence.client.connection import Connection, subject
+from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError, StaleApprovalError, checked
-from ringfence.client.lifetime import Lifetime
-from ringfence.client.outcomes import Accepted, Outcomes
-from ringfence.client.settings import ClientSettings
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.keys import SigningKey
+from ringfence.client.outcomes import Accepted
+from ringfence.client.signatory import COMMAND_LIFE_S, TIMEOUT_S, Signatory
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
 from ringfence.messages.credential import Delivery
 from ringfence.messages.permission import Permission, Scope
@@ -26,7 +21,6 @@ from ringfence.model.requests import DeniedError, find_ground
 from ringfence.model.rule import Side, effective, sides_of
 from ringfence.model.scope import validate_scope
 
-_WITHDRAWAL_LIFE_S = 120
 _CLASSES: tuple[ApprovalClass, ...] = ("sponsor", "second_person", "operator")
 
 
@@ -46,7 +40,7 @@ class Proposal:
     """The classes of approval that its signer can give here. Empty: it would count for nothing."""
 
 
-class Grantor(Lifetime):
+class Grantor(Signatory):
     """A person who approves ahead, connected.
 
     ```python
@@ -58,33 +52,14 @@ class Grantor(Lifetime):
     """
 
     def __init__(self, connection: Connection, *, timeout_s: float = TIMEOUT_S) -> None:
-        """Use `connect`. Raises IdentityError where the connection's key is no user's."""
-        self.id = subject(connection.key, "user", connection.settings)
-        self.connection = connection
-        self._timeout_s = timeout_s
-        self._outcomes = Outcomes(connection)
+        """Use `connect`."""
+        super().__init__(connection, timeout_s=timeout_s)
         self._api = ReadApi(connection.key, connection.settings, clock=connection.clock)
-
-    @classmethod
-    def connect(
-        cls,
-        key: SigningKey | Path | str | None = None,
-        settings: ClientSettings | None = None,
-        *,
-        timeout_s: float = TIMEOUT_S,
-        clock: Clock | None = None,
-    ) -> Self:
-        """To be used as an async context manager. `timeout_s`: how long policy's answers are waited for."""
-        return cls(Connection(key, settings, clock), timeout_s=timeout_s)
-
-    async def start(self) -> None:
-        """Connect. `async with` does it."""
-        await self.connection.start()
 
     async def close(self) -> None:
         """Disconnect. `async with` does it."""
         await self._api.close()
-        await self.connection.close()
+        await super().close()
 
     async def propose(
         self,
@@ -179,7 +154,7 @@ class Grantor(Lifetime):
         grant: dict[str, Any] = await self._api.get("policy", "grants", grant_id)
         with checked("the withdrawal"):
             claims = GrantWithdraw(
-                **self.connection.stamp(_WITHDRAWAL_LIFE_S), grant_id=grant["grant_id"], reason=reason
+                **self.connection.stamp(COMMAND_LIFE_S), grant_id=grant["grant_id"], reason=reason
             )
         return await self._send(grant["agent_id"], claims)
 
@@ -190,5 +165,5 @@ class Grantor(Lifetime):
 
     async def _send(self, agent_id: str, claims: Grant | GrantWithdraw) -> Accepted:
         return await self._outcomes.send(
-            APPROVAL_RESPONSE, agent_id, claims, by="policy", timeout_s=self._timeout_s
+            APPROVAL_RESPONSE, agent_id, claims, by="policy", timeout_s=self.timeout_s
         )

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Self
 
-from ringfence.client.administrator import COMMAND_LIFE_S, TIMEOUT_S
-from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import RefusedError, checked
-from ringfence.client.lifetime import Lifetime
-from ringfence.client.outcomes import Accepted, Outcomes
-from ringfence.client.settings import ClientSettings
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.keys import SigningKey
+from ringfence.client.outcomes import Accepted
+from ringfence.client.signatory import COMMAND_LIFE_S, Signatory
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.registry import (
     Delegation,
@@ -25,50 +18,14 @@ from ringfence.messages.registry import (
     UserSet,
 )
 from ringfence.messages.topics import REGISTRY_COMMAND
-from ringfence.model.directory import Directory
 from ringfence.model.provisioning import given_by
 
 _TRIES = 3
 """A command that came in the same moment as a change of its signer is refused as `too_early`, and given once more."""
 
 
-class Provisioner(Lifetime):
-    """The key of a directory that users come from, connected. Each method waits for the registry's signed answer.
-
-    Every command raises RefusedError (with the reasons), NotAnsweredError (nobody answered within `timeout_s`),
-    InvalidCallError (nothing was sent), UnavailableError (Kafka did not take it).
-    """
-
-    def __init__(self, connection: Connection, *, timeout_s: float = TIMEOUT_S) -> None:
-        """Use `connect`. Raises IdentityError where the connection's key is no user's: a provisioner signs like one."""
-        self.id = subject(connection.key, "user", connection.settings)
-        self.connection = connection
-        self.timeout_s = timeout_s
-        self._outcomes = Outcomes(connection)
-
-    @classmethod
-    def connect(
-        cls,
-        key: SigningKey | Path | str | None = None,
-        settings: ClientSettings | None = None,
-        *,
-        timeout_s: float = TIMEOUT_S,
-        clock: Clock | None = None,
-    ) -> Self:
-        """To be used as an async context manager. See `Administrator.connect`."""
-        return cls(Connection(key, settings, clock), timeout_s=timeout_s)
-
-    async def start(self) -> None:
-        """Connect. `async with` does it."""
-        await self.connection.start()
-
-    async def close(self) -> None:
-        """Disconnect. `async with` does it."""
-        await self.connection.close()
-
-    async def directory(self) -> Directory:
-        """The verified records of users; kept up to date while connected."""
-        return await self.connection.directory()
+class Provisioner(Signatory):
+    """The key of a directory that users come from, connected."""
 
     async def set_user(
         self,
