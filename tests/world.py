@@ -495,6 +495,14 @@ class World:
         token = self.claims(ApiToken, who, **{"exp": now + 60, **fields})
         return {"Authorization": f"Bearer {sign(token, who.key)}"}
 
+    async def known(self, who: Party, *roles: ServiceRole) -> None:
+        """Once these services (audit, policy) have heard of a user, whom they turn away until then."""
+        async with asyncio.timeout(WITHIN_S):
+            for role in roles:
+                path = "/v1/events" if role == "audit" else "/v1/inventory"
+                while (await self.get(role, path, who)).status_code == 401:
+                    await asyncio.sleep(0.05)
+
     async def get(
         self, role: ServiceRole, path: str, who: Party | None = None, **params: str
     ) -> httpx.Response:

@@ -9,7 +9,7 @@ import json
 import signal
 import sys
 import time
-from typing import Any, cast
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,9 +18,7 @@ from ringfence.kernel.keys import SigningKey
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.topics import ACTION, AUDIT
-from ringfence.messages.trust import ServiceRole
 from tests.flows import test_cli
-from tests.flows.test_audit_coverage import known
 from tests.world import WITHIN_S, Party, World
 
 organisation, shell = test_cli.organisation, test_cli.shell
@@ -59,15 +57,11 @@ async def strangers(shell: Any, world: World) -> None:
     for name, roles in (("petra", ("--role", "sponsor")), ("uma", ())):
         key = ("--new-key", str(shell.folder / f"{name}.json"))
         await shell("olga", "user", "add", name, "--name", name.title(), *roles, *key)
-        party = Party(name, SigningKey.load(shell.folder / f"{name}.json"))
-        async with asyncio.timeout(WITHIN_S):
-            for role, path in (("audit", "/v1/events"), ("policy", "/v1/inventory")):
-                while (await world.get(cast(ServiceRole, role), path, party)).status_code == 401:
-                    await asyncio.sleep(0.05)
+        await world.known(Party(name, SigningKey.load(shell.folder / f"{name}.json")), "audit", "policy")
 
 
 async def test_who_could_and_who_did_lead_to_people(shell: Any, world: World) -> None:
-    await known(world, "audit", "policy")
+    await world.known(world.operator, "audit", "policy")
     nothing = await shell.json("olga", *WHO)
     assert (nothing["could"], nothing["did"]) == ([], [])
     assert any("there is no target platform now" in gap for gap in nothing["gaps"])
@@ -134,7 +128,7 @@ async def test_who_could_and_who_did_lead_to_people(shell: Any, world: World) ->
 async def test_who_could_is_left_open_without_policy(
     shell: Any, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await known(world, "audit")
+    await world.known(world.operator, "audit")
     monkeypatch.setenv("RINGFENCE_POLICY_URL", "http://127.0.0.1:1")
     found = await shell.json("olga", *WHO)
     assert found["could"] is None
@@ -144,7 +138,7 @@ async def test_who_could_is_left_open_without_policy(
 
 
 async def test_an_export_is_the_topic_in_every_format(shell: Any, world: World) -> None:
-    await known(world, "audit", "policy")
+    await world.known(world.operator, "audit", "policy")
     task = await organisation(shell)
     issued = await shell.json("bot", "request", "--task", task, *ASK)
     await acted(world, task, issued["lease_id"])
@@ -212,7 +206,7 @@ async def test_an_export_is_the_topic_in_every_format(shell: Any, world: World) 
 
 
 async def test_a_tail_is_narrowed_down_and_begins_when_it_is_told_to(shell: Any, world: World) -> None:
-    await known(world, "audit", "policy")
+    await world.known(world.operator, "audit", "policy")
     task = await organisation(shell)
     issued = await shell.json("bot", "request", "--task", task, *ASK)
     await acted(world, task, issued["lease_id"])
@@ -240,7 +234,7 @@ async def test_a_tail_is_narrowed_down_and_begins_when_it_is_told_to(shell: Any,
 
 
 async def test_a_tail_goes_on_with_what_fits(shell: Any, world: World) -> None:
-    await known(world, "audit", "policy")
+    await world.known(world.operator, "audit", "policy")
     task = await organisation(shell)
     issued = await shell.json("bot", "request", "--task", task, *ASK)
     process = await asyncio.create_subprocess_exec(

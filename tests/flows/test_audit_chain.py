@@ -303,6 +303,7 @@ async def test_readers_of_what_is_committed_never_see_what_a_writer_left_behind(
 
 async def test_each_event_is_proved_to_be_under_the_signed_head(world: World, sam: Party) -> None:
     ali = await world.user("vera", ("auditor",))
+    await world.known(ali, "audit")
     await signed_up_to_the_end(world)
     for record in list(await world.records(AUDIT)):
         answer = (await once_signed(world, ali, f"/v1/events/{record.headers['ce_id']}/proof")).json()
@@ -326,6 +327,7 @@ async def once_signed(world: World, who: Party, path: str, since: int = 0) -> ht
 
 async def test_a_chain_is_proved_to_go_on_from_what_it_was(world: World, sam: Party) -> None:
     ali = await world.user("vera", ("auditor",))
+    await world.known(ali, "audit")
     (tree, (size, root)), *_ = (await verified(world)).heads.items()
     await told(world, sam)
     await signed_up_to_the_end(world)
@@ -342,6 +344,7 @@ async def test_proofs_are_for_those_who_may_see_the_event(world: World, sam: Par
     (record, *_) = await world.records(AUDIT)
     path = f"/v1/events/{record.headers['ce_id']}/proof"
     eve = await world.user("eve")
+    await world.known(eve, "audit")
     assert (await world.get("audit", path, eve)).status_code == 404
     assert (await world.get("audit", path)).status_code == 401
     assert (await world.get("audit", "/v1/checkpoints")).status_code == 401

@@ -13,21 +13,11 @@ from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.topics import ACTION, LEASE
-from ringfence.messages.trust import ServiceRole
 from tests.flows import test_cli
 from tests.world import WITHIN_S, World
 
 organisation, shell = test_cli.organisation, test_cli.shell
 ASK = ("--allow", "platform:read:env/staging/web", "--reason", "look")
-
-
-async def known(world: World, *roles: ServiceRole) -> None:
-    """Once these services have heard of the operator."""
-    async with asyncio.timeout(WITHIN_S):
-        for role in roles:
-            path = "/v1/events" if role == "audit" else "/v1/inventory"
-            while (await world.get(role, path, world.operator)).status_code == 401:
-                await asyncio.sleep(0.05)
 
 
 async def covered(shell: Any, who: str, **numbers: Any) -> Any:
@@ -40,7 +30,7 @@ async def covered(shell: Any, who: str, **numbers: Any) -> Any:
 
 
 async def test_what_leads_back_to_a_human_and_what_does_not(shell: Any, world: World) -> None:
-    await known(world, "audit", "policy")
+    await world.known(world.operator, "audit", "policy")
     nothing = await shell.json("olga", "audit", "coverage")
     assert nothing["leases_traced"] == {"part": 0, "whole": 0, "percent": None}
     assert "none" in await shell("olga", "audit", "coverage")
@@ -114,7 +104,7 @@ async def test_what_leads_back_to_a_human_and_what_does_not(shell: Any, world: W
 
 
 async def test_who_is_away_is_said(shell: Any, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    await known(world, "audit")
+    await world.known(world.operator, "audit")
     monkeypatch.setenv("RINGFENCE_POLICY_URL", "http://127.0.0.1:1")
     found = await shell.json("olga", "audit", "coverage")
     assert found["agents_sponsored"] is None
@@ -126,7 +116,7 @@ async def test_who_is_away_is_said(shell: Any, world: World, monkeypatch: pytest
 
 async def test_audit_shows_it_to_nobody_without_a_token(world: World) -> None:
     async with world.running("registry", "audit"):
-        await known(world, "audit")
+        await world.known(world.operator, "audit")
         for what in ("leases", "actions"):
             for who in (None, world.party("user", "eve")):
                 assert (await world.get("audit", f"/v1/coverage/{what}", who)).status_code == 401

@@ -613,15 +613,17 @@ async def test_a_record_that_comes_again_orders_the_same_again_and_ends_nothing_
     record = await record_of(desk, 2)
     await redeliver(desk, AGENT, record.coordinates)
 
-    def orders() -> list[RevocationRequest]:
+    def orders() -> list[str]:
         found = [r for r in seen if r.key == desk.bot.name]
-        return [desk.world.opened(r, RevocationRequest, "revoker") for r in found]
+        return [desk.world.opened(r, RevocationRequest, "revoker").jti for r in found]
 
     seen = await desk.world.records(REVOCATION_REQUEST)
     async with asyncio.timeout(WITHIN_S):
-        while len(orders()) < 2:
+        while len(orders()) == len(set(orders())):
             await asyncio.sleep(0.05)
-    assert {order.jti for order in orders()} == {cause.ref}
+    # One of its own for the lease as well, where the suspension was known before the lease was seen.
+    assert cause.ref in orders()
+    assert len(set(orders())) <= 2
     assert len(await ended(desk, asked)) == 3
 
 
