@@ -11,7 +11,7 @@ import pytest
 from ringfence.kernel.http import application
 from ringfence.kernel.jws import sign
 from ringfence.messages.api import ApiToken
-from ringfence.policy import inventory_http
+from ringfence.policy import inventory_http, roster_http
 from ringfence.policy.inventory_http import InventoryApi
 from tests.ledger import TD
 from tests.unit.test_inventory import Book
@@ -48,7 +48,7 @@ async def test_nothing_is_counted_before_the_tables_are_complete(desk: Desk):
 async def test_who_is_not_looked_at_yet_is_said_to_be_missing(desk: Desk, monkeypatch: pytest.MonkeyPatch):
     desk.roster.complete = True
     desk.register("robot")
-    monkeypatch.setattr(inventory_http, "_SETTLED_AT_ONCE", 0)
+    monkeypatch.setattr(roster_http, "_SETTLED_AT_ONCE", 0)
     answer = (await desk.get("adam")).json()
     assert (answer["totals"]["agents"], answer["agents"]) == (0, [])
     assert answer["gaps"][0].endswith("as they are now: 2; ask again")

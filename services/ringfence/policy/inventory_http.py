@@ -12,33 +12,21 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.kernel.errors import RingfenceError, UnavailableError
-from ringfence.kernel.runtime import Runtime
-from ringfence.model.access import Caller, authenticate_user
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
+from ringfence.model.access import Caller
 from ringfence.model.key_ends import WARN_BEFORE_S
 from ringfence.policy.inventory import Line, row_of, totals
-from ringfence.policy.roster import CursorLostError, Roster
+from ringfence.policy.roster import CursorLostError
+from ringfence.policy.roster_http import RosterApi, WrongQueryError, answered
 
 KEYS_WITHIN_S: Final = WARN_BEFORE_S[0]
 """How near the end of an agent's last key is that is about to end, where nobody says."""
 MAX_ROWS: Final = 5000
 _ROWS: Final = 100
-_SETTLED_AT_ONCE: Final = 4000
-"""So many agents that changed are looked at for one question; of more it is said that they are not in it yet."""
 _LINES_A_TURN, _ROWS_A_TURN = 1000, 20
-
-
-class WrongQueryError(RingfenceError):
-    """A parameter of the query makes no sense."""
-
-    code = "query_invalid"
 
 
 Condition = Callable[[str, Line], bool]
@@ -83,17 +71,8 @@ class _Wanted:
         return [condition for asked, condition in found if asked not in (None, False)]
 
 
-class InventoryApi:
-    """`GET /v1/inventory` and `GET /v1/inventory/changes`. Every replica knows all agents."""
-
-    def __init__(
-        self, runtime: Runtime, directory: Directory, roster: Roster, stale: Callable[[], str | None]
-    ) -> None:
-        """`stale`: why the records may be behind the registry's, or None."""
-        self._runtime = runtime
-        self._directory = directory
-        self._roster = roster
-        self._stale = stale
+class InventoryApi(RosterApi):
+    """`GET /v1/inventory` and `GET /v1/inventory/changes`."""
 
     def routes(self) -> list[BaseRoute]:
         """To be added to those of the runtime."""
@@ -122,7 +101,7 @@ class InventoryApi:
         }
         if not after:
             answer["totals"] = await self._totals(fitting, wanted)
-        return _json(answer)
+        return answered(answer)
 
     async def _changes(self, request: Request) -> Response:
         """The agents that the caller may see and that changed after a cursor; `fits` says whether they are wanted."""
@@ -137,7 +116,7 @@ class InventoryApi:
         visible = self._those(changed, wanted.sights())
         fitting = set(self._those(visible, wanted.filters()))
         rows = [{**row, "fits": row["id"] in fitting} async for row in self._rows(visible)]
-        return _json(
+        return answered(
             {
                 "at_ms": self._runtime.clock.now_ms(),
                 "agents": rows,
@@ -149,12 +128,7 @@ class InventoryApi:
     async def _asked(self, request: Request) -> tuple[_Wanted, list[str]]:
         """What is asked for, and what will be missing in the answer."""
         now_ms, query = self._runtime.clock.now_ms(), request.query_params
-        caller = authenticate_user(
-            request.headers.get("authorization"),
-            self._directory,
-            self._runtime.settings.trust_domain,
-            now_ms,
-        )
+        caller = self._caller(request, now_ms)
         wanted = _Wanted(
             caller,
             agent=query.get("agent"),
@@ -167,12 +141,7 @@ class InventoryApi:
             keys_ending=query.get("keys_ending") == "1",
             keys_by_s=now_ms // 1000 + _number(request, "keys_within_s", KEYS_WITHIN_S, 0, 10**9),
         )
-        if not self._roster.complete:
-            raise UnavailableError(
-                "policy is still reading its tables; what it counted now would be too little"
-            )
-        await self._roster.settle(_SETTLED_AT_ONCE)
-        return wanted, self._gaps(caller)
+        return wanted, await self._gaps(caller)
 
     def _among(self, wanted: _Wanted) -> list[str]:
         """The agents, sorted, among which those that are wanted are. Most people's questions look at few."""
@@ -215,37 +184,10 @@ class InventoryApi:
         for seen, agent_id in enumerate(ids, start=1):
             facts = self._roster.facts(agent_id)
             if facts is not None:
-                there = {p.target for p in facts.agent.ceiling if self._is_target(p.target)}
+                there = {p.target for p in facts.agent.ceiling if self._target(p.target)}
                 yield row_of(facts, there)
             if seen % _ROWS_A_TURN == 0:
                 await asyncio.sleep(0)
-
-    def _is_target(self, target_id: str) -> bool:
-        try:
-            entry = self._directory.target(target_id)
-        except ChainError:
-            return False
-        return entry is not None and entry.state.status == "active"
-
-    def _gaps(self, caller: Caller) -> list[str]:
-        gaps: list[str] = []
-        if not (caller.sees_all or "sponsor" in caller.user.roles):
-            return gaps  # they see no agent, and not how many there are
-        if self._roster.behind:
-            gaps.append(
-                f"agents that changed, or came, and are not in it as they are now: {self._roster.behind}; ask again"
-            )
-        if self._roster.broken:
-            gaps.append(
-                f"agents whose records do not verify, which count for nothing and are left out: {self._roster.broken}"
-            )
-        if stale := self._stale():
-            gaps.append(f"the records may be behind: {stale}")
-        return gaps
-
-
-def _json(document: Any) -> Response:
-    return Response(orjson.dumps(document), media_type="application/json")
 
 
 def _number(request: Request, name: str, default: int, least: int, most: int) -> int:

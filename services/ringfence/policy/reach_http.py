@@ -7,26 +7,19 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Callable
 from typing import Any, Final
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.runtime import Runtime
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import TargetState
-from ringfence.model.access import Caller, authenticate_user
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
+from ringfence.model.access import Caller
 from ringfence.model.requests import DeniedError, find_ground
 from ringfence.model.scope import ScopeError, validate_scope
-from ringfence.policy.inventory_http import WrongQueryError
 from ringfence.policy.reach import asked_for, by_ceiling, by_task, line_of
-from ringfence.policy.roster import Roster
+from ringfence.policy.roster_http import RosterApi, WrongQueryError, answered
 
 _ROWS: Final = 500
 _LOOKED_AT: Final = 5000
@@ -34,20 +27,10 @@ _LOOKED_AT: Final = 5000
 MAX_TASKS: Final = 20
 """So many running tasks of an agent are looked at; where there are more, that is said."""
 _A_TURN, _LINES_A_TURN = 5, 500
-_SETTLED_AT_ONCE: Final = 4000
 
 
-class ReachApi:
-    """`GET /v1/reach`. Every replica knows all agents."""
-
-    def __init__(
-        self, runtime: Runtime, directory: Directory, roster: Roster, stale: Callable[[], str | None]
-    ) -> None:
-        """`stale`: why the records may be behind the registry's, or None."""
-        self._runtime = runtime
-        self._directory = directory
-        self._roster = roster
-        self._stale = stale
+class ReachApi(RosterApi):
+    """`GET /v1/reach`."""
 
     def routes(self) -> list[BaseRoute]:
         """To be added to those of the runtime."""
@@ -55,20 +38,12 @@ class ReachApi:
 
     async def _reach(self, request: Request) -> Response:
         now_ms, query = self._runtime.clock.now_ms(), request.query_params
-        caller = authenticate_user(
-            request.headers.get("authorization"),
-            self._directory,
-            self._runtime.settings.trust_domain,
-            now_ms,
-        )
-        if not self._roster.complete:
-            raise UnavailableError("policy is still reading its tables; what it told now would be too little")
+        caller = self._caller(request, now_ms)
         target_id = query.get("target")
         if not target_id:
             raise WrongQueryError("target is the id of the target that is asked about")
-        await self._roster.settle(_SETTLED_AT_ONCE)
         target = self._target(target_id)
-        gaps = self._gaps(caller)
+        gaps = await self._gaps(caller)
         agents: list[Any] = []
         after = None
         if target is not None:
@@ -81,7 +56,7 @@ class ReachApi:
             "after": after,
             "gaps": gaps,
         }
-        return Response(orjson.dumps(document), media_type="application/json")
+        return answered(document)
 
     async def _page(
         self, caller: Caller, asked: Scope, target_id: str, after: str, gaps: list[str]
@@ -123,29 +98,6 @@ class ReachApi:
             if told := by_task(ground, asked, facts.now_s, max_age_s):
                 tasks.append(told)
         return line_of(facts, ceiling, tasks)
-
-    def _target(self, target_id: str) -> TargetState | None:
-        try:
-            entry = self._directory.target(target_id)
-        except ChainError:
-            return None
-        return entry.state if entry is not None and entry.state.status == "active" else None
-
-    def _gaps(self, caller: Caller) -> list[str]:
-        gaps: list[str] = []
-        if not (caller.sees_all or "sponsor" in caller.user.roles):
-            return gaps
-        if self._roster.behind:
-            gaps.append(
-                f"agents that changed and are not in it as they are now: {self._roster.behind}; ask again"
-            )
-        if self._roster.broken:
-            gaps.append(
-                f"agents whose records do not verify, and which can be given nothing: {self._roster.broken}"
-            )
-        if stale := self._stale():
-            gaps.append(f"the records may be behind: {stale}")
-        return gaps
 
 
 def _asked(target: TargetState, verb: str | None, resource: str | None) -> Scope:
