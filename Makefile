@@ -53,13 +53,13 @@ test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, npm,
 	$(BIN)/python -m pytest tests/integration tests/gateway tests/flows -m tools $(ARGS)
 
 test-opa: $(STAMP) ## the policy tests on a real OPA as well (needs Go 1.21+; built once, in two minutes)
-	$(BIN)/python -m pytest tests/policy --opa build $(ARGS)
+	$(BIN)/python -m pytest tests/policy --opa build $(SHARED) $(ARGS)
 
 test-backends: $(STAMP) ## every backend on its real server (PostgreSQL, OpenSSH, Go 1.21+; fetches OpenBao once, 75 MB)
-	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/backends $(ARGS)
+	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/backends $(SHARED) $(ARGS)
 
 test-gateways: $(STAMP) ## nginx, HAProxy, Envoy, Caddy and Traefik before a target (needs the first two; fetches the others once, 105 MB)
-	$(BIN)/python -m pytest tests/gateways $(ARGS)
+	$(BIN)/python -m pytest tests/gateways $(SHARED) $(ARGS)
 
 chaos: $(STAMP) ## everything fails for SECONDS=60, as SEED=n has it, and no lease may be forgotten (JDK 17+, Maven)
 	$(BIN)/python -m tests.chaos.run --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(ARGS)

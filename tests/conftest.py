@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,16 +74,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@contextmanager
+def needed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What was asked for and cannot start fails the test that wants it, and ends the run: it says why, once."""
+    try:
+        yield
+    except StackError as error:
+        request.session.shouldstop = error.message
+        pytest.fail(error.message, pytrace=False)
+
+
 @pytest.fixture(scope="session")
 def kafka(request: pytest.FixtureRequest) -> Iterator[Kafka]:
     """One broker for the whole run; give topics and groups names of their own. Restarting it disturbs
     others."""
     choice = request.config.getoption("--kafka")
     with tempfile.TemporaryDirectory(prefix="ringfence-kafka-") as folder:
-        try:
+        with needed(request):
             server = start_kafka(choice, Path(folder))
-        except StackError as error:
-            pytest.exit(error.message, returncode=1)
         yield Kafka(choice if choice in KINDS else "address", server)
         server.stop()
 
@@ -92,10 +101,8 @@ def redis_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
     """One Redis for the whole run; give keys a namespace of their own. Restarting it disturbs others."""
     choice = request.config.getoption("--redis")
     with tempfile.TemporaryDirectory(prefix="ringfence-redis-") as folder:
-        try:
+        with needed(request):
             server = start_redis(choice, Path(folder))
-        except StackError as error:
-            pytest.exit(error.message, returncode=1)
         yield server
         server.stop()
 
@@ -103,11 +110,9 @@ def redis_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
 @pytest.fixture(scope="session")
 def postgres_server(request: pytest.FixtureRequest) -> Iterator[PostgresServer]:
     """One PostgreSQL for the whole run; take databases of your own, and let PUBLIC connect to none of them."""
-    try:
+    with needed(request):
         server = PostgresServer(server_programs(request.config.getoption("--postgres")))
         server.start()
-    except StackError as error:
-        pytest.exit(error.message, returncode=1)
     yield server
     server.stop()
 

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from ringfence.dev.processes import StackError
 from tests.backends.gated import gated
 from tests.backends.kinds import (
     ODD_TABLES,
@@ -22,7 +21,7 @@ from tests.backends.kinds import (
     Stateful,
 )
 from tests.brokers import RedisServer
-from tests.conftest import Kafka
+from tests.conftest import Kafka, needed
 from tests.postgres import PostgresServer, PostgresTarget
 from tests.ssh import SshServer, SshTarget
 from tests.targets import valkey_target
@@ -46,13 +45,11 @@ async def postgres_kind(
 
 
 @pytest.fixture(scope="package")
-def ssh_server() -> Iterator[SshServer]:
+def ssh_server(request: pytest.FixtureRequest) -> Iterator[SshServer]:
     """One sshd for all tests of backends."""
-    try:
+    with needed(request):
         server = SshServer(SSH_USERS)
         server.start()
-    except StackError as error:
-        pytest.exit(error.message, returncode=1)
     yield server
     server.stop()
 
@@ -65,12 +62,9 @@ def ssh_kind(ssh_server: SshServer, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="package")
-def vault(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vault]:
-    try:
-        with running_vault(tmp_path_factory.mktemp("bao")) as vault:
-            yield vault
-    except StackError as error:
-        pytest.exit(error.message, returncode=1)
+def vault(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vault]:
+    with needed(request), running_vault(tmp_path_factory.mktemp("bao")) as vault:
+        yield vault
 
 
 @pytest.fixture(scope="package")

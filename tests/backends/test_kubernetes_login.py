@@ -28,11 +28,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ringfence.dev.processes import free_port
+from ringfence.dev.processes import StackError, free_port
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from tests.brokers import RedisServer
-from tests.conftest import Kafka
+from tests.conftest import Kafka, needed
 from tests.flows.desk import Desk, another, opened_desks
 from tests.world import WITHIN_S, Party, World, scope
 
@@ -148,10 +148,11 @@ async def with_tls(port: int, certificate_file: Path, key_file: Path, behind: st
 
 
 @pytest.fixture(scope="module")
-def program() -> Path:
+def program(request: pytest.FixtureRequest) -> Path:
     built = subprocess.run([ROOT / ".ci" / "kube-authn"], capture_output=True, text=True, check=False)
-    if built.returncode:
-        pytest.exit(f"the authenticator of Kubernetes is not to be had: {built.stderr}", returncode=1)
+    with needed(request):
+        if built.returncode:
+            raise StackError(f"the authenticator of Kubernetes is not to be had: {built.stderr}")
     return Path(built.stdout.strip())
 
 

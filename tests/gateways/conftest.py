@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.dev.processes import StackError
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from tests.brokers import RedisServer
 from tests.brokers.secured import Authority
-from tests.conftest import Kafka
+from tests.conftest import Kafka, needed
 from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.gating import Proxy, gateway, handle, secret_in
 from tests.gateways.agent import HOST, Agent
@@ -117,10 +116,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def running(name: str, stage: Stage) -> Iterator[Running]:
+def running(request: pytest.FixtureRequest, name: str, stage: Stage) -> Iterator[Running]:
     """Each of the programs, one after the other."""
-    try:
-        with started(name, stage.places, stage.folder / name) as port:
-            yield Running(name, PROGRAMS[name], port)
-    except StackError as error:
-        pytest.exit(error.message, returncode=1)
+    with needed(request), started(name, stage.places, stage.folder / name) as port:
+        yield Running(name, PROGRAMS[name], port)

@@ -20,7 +20,6 @@ from ringfence.client.administrator import Administrator
 from ringfence.client.agent import Agent
 from ringfence.client.settings import ClientSettings
 from ringfence.client.sponsor import Sponsor
-from ringfence.dev.processes import StackError
 from ringfence.kernel.errors import SettingsError, UnavailableError
 from ringfence.kernel.kafka import Publisher
 from ringfence.kernel.settings import BusSettings, ServiceSettings
@@ -31,6 +30,7 @@ from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, CREDENTIAL_REQ
 from ringfence.messages.trust import ServiceRole
 from tests.brokers import RedisServer
 from tests.brokers.secured import SecuredKafka
+from tests.conftest import needed
 from tests.flows.sdk import client, first
 from tests.world import World, scope
 
@@ -42,13 +42,11 @@ PASSWORD = "a-password-of-this-test"
 
 
 @pytest.fixture(scope="module")
-def secured() -> Iterator[SecuredKafka]:
+def secured(request: pytest.FixtureRequest) -> Iterator[SecuredKafka]:
     with tempfile.TemporaryDirectory(prefix="ringfence-secured-") as folder:
         kafka = SecuredKafka(Path(folder), [*PARTIES, "stranger"], {"mallory": PASSWORD})
-        try:
+        with needed(request):
             kafka.server.start()
-        except StackError as error:
-            pytest.exit(error.message, returncode=1)
         yield kafka
         kafka.server.stop()
 

@@ -12,11 +12,11 @@ import orjson
 import pytest
 
 from ringfence.audit.settings import AuditSettings
-from ringfence.dev.processes import StackError
 from ringfence.messages.registry import AgentResume, AgentSuspend
 from ringfence.messages.topics import AUDIT, SERVICE_EVENT
 from ringfence.model.audit_chain import Source
 from tests.brokers import KafkaServer, start_kafka
+from tests.conftest import needed
 from tests.contract.test_ocsf import problems
 from tests.siem import Kcat, Rsyslog, Sink, broken_links, once_each
 from tests.world import Party, World, scope
@@ -62,10 +62,8 @@ class Trail:
 @pytest.fixture(scope="module")
 def broker(request: pytest.FixtureRequest) -> Iterator[KafkaServer]:
     with tempfile.TemporaryDirectory(prefix="ringfence-siem-kafka-") as folder:
-        try:
+        with needed(request):
             server = start_kafka(request.config.getoption("--kafka"), Path(folder))
-        except StackError as error:
-            pytest.exit(error.message, returncode=1)
         yield server
         server.stop()
 

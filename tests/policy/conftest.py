@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.dev.processes import StackError
 from ringfence.rego.bundle import Bundle, load_bundle
 from ringfence.rego.embedded import EmbeddedEngine
 from ringfence.rego.engine import ACTION, ISSUANCE, PolicyEngine
 from ringfence.rego.opa import OpaEngine
+from tests.conftest import needed
 from tests.policy.opa_server import opa_binary, running_opa
 
 # Else regorus looks up where in its own code it was, for each mutant that does not compile: a tenth of a second each.
@@ -36,10 +36,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def opa(request: pytest.FixtureRequest) -> Path:
     """The OPA that was asked for; where it cannot be had, the run fails."""
-    try:
+    with needed(request):
         return opa_binary(request.config.getoption("--opa"))
-    except StackError as error:
-        pytest.exit(error.message, returncode=1)
 
 
 @pytest.fixture(scope="session")
