@@ -173,6 +173,21 @@ class Office:
         members = {"name": f'"{name}"', "audience": f'"https://{name}.example"', "targets": targets, **more}
         self._declared.append("\n".join(["[[receiver]]", *(f"{k} = {v}" for k, v in members.items())]))
 
+    def take_back(self, member: str) -> list[str]:
+        """Take a member out of every receiver; what was declared before is returned, for `restore`."""
+        before, self._declared = (
+            self._declared,
+            [
+                "\n".join(line for line in one.splitlines() if not line.startswith(f"{member} = "))
+                for one in self._declared
+            ],
+        )
+        return before
+
+    def restore(self, declared: list[str]) -> None:
+        """Declare what was declared before."""
+        self._declared = declared
+
     def settings(self, url: str, **own: Any) -> SignalsSettings:
         """The service's own, with all that was declared so far."""
         receivers, tokens = self.folder / "receivers.toml", self.folder / "tokens"

@@ -153,9 +153,9 @@ async def test_polls_give_until_they_are_acknowledged(desk: Desk, office: Office
         ids = [await ended(desk) for _ in range(2)]
         first = await client.polled(1, maxEvents=1)
         assert list(await client.polled(1, maxEvents=1)) == list(first)  # again, as it was not acknowledged
-        acked = await client.polled(1, acks=list(first))
+        acked = await client.polled(1, ack=list(first))
         assert sorted(map(lease_of, (*first.values(), *acked.values()))) == sorted(ids)
-        assert await client.poll(maxEvents=0, acks=list(acked)) == {"sets": {}}
+        assert await client.poll(maxEvents=0, ack=list(acked)) == {"sets": {}}
         assert await client.poll(returnImmediately=True) == {"sets": {}}
         third = await ended(desk)
         assert [lease_of(one) for one in (await client.polled(1)).values()] == [third]
@@ -204,7 +204,7 @@ async def test_subjects_are_left_out_and_heard_of_again(desk: Desk, office: Offi
         assert [lease_of(one) for one in told.values()] == [heard]
         await client.call("POST", "/ssf/subjects/add", body)
         again = await ended(desk)
-        assert [lease_of(one) for one in (await client.polled(1, acks=list(told))).values()] == [again]
+        assert [lease_of(one) for one in (await client.polled(1, ack=list(told))).values()] == [again]
 
 
 async def test_an_event_that_is_refused_again_and_again_is_told_and_passed_over(
@@ -372,8 +372,8 @@ async def test_what_nobody_signed_who_may_ends_nothing(desk: Desk, office: Offic
         await desk.world.send(LEASE, void.lease_id, sign(void, desk.world.key("revoker")))
         last = await ended(desk)
         first = await client.polled(1)
-        told = {**first, **await client.polled(0, acks=list(first), returnImmediately=True)}
+        told = {**first, **await client.polled(0, ack=list(first), returnImmediately=True)}
         async with asyncio.timeout(60):
             while last not in (heard := [lease_of(one) for one in told.values()]):
-                told |= await client.polled(0, acks=list(told), returnImmediately=True)
+                told |= await client.polled(0, ack=list(told), returnImmediately=True)
         assert sorted(heard) == sorted((lease_id, last))

@@ -21,6 +21,7 @@ from ringfence.signals.domain import (
     is_removed,
     session_revoked,
     sign_set,
+    still_removed,
     subject_of,
 )
 from ringfence.signals.polling import Window
@@ -141,6 +142,31 @@ def test_what_a_receiver_left_out() -> None:
         assert not is_removed(subject, [passing])
 
 
+def test_what_is_heard_again_once_a_subject_is_added() -> None:
+    maria = {"format": "email", "email": "maria@acme.example"}
+    other = {"format": "email", "email": "other@acme.example"}
+    bot = {"format": "opaque", "id": "bot"}
+    both = {"format": "complex", "user": maria, "application": bot}
+    for removed, added in (
+        (maria, maria),
+        (maria, both),  # less than was removed: what is about both has to go out
+        (both, maria),
+        (both, {"format": "complex", "user": maria}),
+        ({"format": "complex", "user": maria}, both),
+        ({"format": "complex", "user": maria, "device": bot}, both),
+    ):
+        assert still_removed([other, removed], added) == [other]
+    for removed, added in (
+        (maria, other),
+        (maria, bot),
+        (other, both),
+        (both, {"format": "complex", "user": other, "application": bot}),
+        ({"format": "complex", "user": maria}, {"format": "complex", "application": bot}),
+        ({"format": "complex"}, {"format": "complex"}),
+    ):
+        assert still_removed([removed], added) == [removed]
+
+
 def receiver(**fields: object) -> Receiver:
     given = {"name": "billing", "audience": "https://billing.example", "targets": ("billing",), **fields}
     return Receiver.model_validate(given)
@@ -202,7 +228,7 @@ def test_an_issuer_that_cannot_be_one(tmp_path: Path, url: str) -> None:
 
 
 def test_requests_that_are_none() -> None:
-    for body in (b"", b"[]", b'{"acks": 1}', b'{"acks": [], "acks": []}', b'{"setErrs": {"x": {}}}'):
+    for body in (b"", b"[]", b'{"ack": 1}', b'{"ack": [], "ack": []}', b'{"setErrs": {"x": {}}}'):
         with pytest.raises(AskedWronglyError):
             understood(Poll, body)
     for subject in ({}, {"format": "opaque"}, {"id": "x"}, {"format": "opaque", "id": "x" * 4000}):

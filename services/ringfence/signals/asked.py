@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import orjson
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.jws import explain
 from ringfence.kernel.strict_json import json_object
-from ringfence.messages.base import Uuid
 from ringfence.messages.signals import DeliveryMethod
 
 _Text = Annotated[str, Field(max_length=512)]
 _Jti = Annotated[str, Field(max_length=128)]
+_StreamId = Annotated[str, Field(max_length=128)]
+"""Any text: one that is no id of ours is a stream that is not there (404), and no request that is wrong (400)."""
 _MAX_SUBJECT_BYTES = 2048
+_MAX_DESCRIPTION = 512
+"""What goes beyond is cut off, as SSF lets us."""
 MAX_ACKS = 10_000
 
 A = TypeVar("A", bound="Asked")
@@ -45,19 +49,19 @@ class StreamWanted(Asked):
 
     delivery: DeliveryWanted | None = None
     events_requested: Annotated[list[_Text], Field(max_length=100)] | None = None
-    description: _Text | None = None
+    description: Annotated[str, AfterValidator(lambda text: text[:_MAX_DESCRIPTION])] | None = None
 
 
 class StreamChange(StreamWanted):
     """The same, of a stream that there is."""
 
-    stream_id: Uuid
+    stream_id: _StreamId
 
 
 class StatusChange(Asked):
     """A stream is enabled, paused or disabled."""
 
-    stream_id: Uuid
+    stream_id: _StreamId
     status: Annotated[str, Field(pattern=r"^(enabled|paused|disabled)$")]
     reason: _Text | None = None
 
@@ -65,7 +69,7 @@ class StatusChange(Asked):
 class SubjectChange(Asked):
     """A subject (RFC 9493) to hear of, or not to."""
 
-    stream_id: Uuid
+    stream_id: _StreamId
     subject: dict[str, Any]
 
     @field_validator("subject")
@@ -73,7 +77,7 @@ class SubjectChange(Asked):
     def _is_one(cls, subject: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(subject.get("format"), str) or len(subject) < 2:
             raise ValueError("a subject identifier has a format and what belongs to it (RFC 9493)")
-        if len(str(subject)) > _MAX_SUBJECT_BYTES:
+        if len(orjson.dumps(subject)) > _MAX_SUBJECT_BYTES:
             raise ValueError(f"a subject identifier has at most {_MAX_SUBJECT_BYTES} bytes")
         return subject
 
@@ -81,7 +85,7 @@ class SubjectChange(Asked):
 class VerificationWanted(Asked):
     """An event that shows that the stream works."""
 
-    stream_id: Uuid
+    stream_id: _StreamId
     state: _Text | None = None
 
 
@@ -97,7 +101,7 @@ class Poll(Asked):
 
     max_events: Annotated[int, Field(ge=0, alias="maxEvents")] = 100
     return_immediately: Annotated[bool, Field(alias="returnImmediately")] = False
-    acks: Annotated[list[_Jti], Field(max_length=MAX_ACKS)] = []
+    ack: Annotated[list[_Jti], Field(max_length=MAX_ACKS)] = []
     set_errs: Annotated[dict[_Jti, SetError], Field(alias="setErrs", max_length=MAX_ACKS)] = {}
 
 

@@ -92,6 +92,7 @@ def verification(
         "aud": audience,
         "iat": now_ms // 1000,
         "jti": jti,
+        "txn": derived_id("signal.txn", jti),
         "sub_id": {"format": "opaque", "id": stream_id},
         "events": {VERIFICATION: {} if state is None else {"state": state}},
     }
@@ -111,10 +112,10 @@ def subject_of(lease: Lease, trust_domain: str) -> Subject:
 
 def is_about(subject: Subject, wanted: Subject) -> bool:
     """Whether an event's complex subject is about `wanted`: every member of a complex one, any for a simple one."""
-    members = {name: value for name, value in subject.items() if name != "format"}
-    if wanted.get("format") != "complex":
+    members = _members(subject)
+    if not _is_complex(wanted):
         return wanted in members.values()
-    asked = {name: value for name, value in wanted.items() if name != "format"}
+    asked = _members(wanted)
     return bool(asked) and all(members.get(name) == value for name, value in asked.items())
 
 
@@ -123,11 +124,39 @@ def is_removed(subject: Subject, removed: Sequence[Subject]) -> bool:
     return any(is_about(subject, one) for one in removed)
 
 
+def still_removed(removed: Sequence[Subject], added: Subject) -> list[Subject]:
+    """What stays removed once a receiver wants to hear of `added`: all that has nothing to do with it.
+
+    Every event about what was added has to go out (SSF 1.0, 8.1.3.1), also where more was removed than that; and
+    receivers bear with events of what they removed (SSF 1.0, 9.3).
+    """
+    return [one for one in removed if not _may_meet(one, added)]
+
+
 def sign_set(event: Event, key: SigningKey) -> str:
     """The SET: explicitly typed (RFC 8417, 2.3), so that nobody takes it for another token."""
     header = json.dumps({"alg": key.alg, "kid": key.kid, "typ": SET_TYPE}, separators=(",", ":"))
     text = f"{b64encode(header.encode())}.{b64encode(orjson.dumps(event.claims, option=orjson.OPT_SORT_KEYS))}".encode()
     return compact_jws(text, key.sign(text))
+
+
+def _is_complex(subject: Subject) -> bool:
+    return bool(subject.get("format") == "complex")
+
+
+def _members(subject: Subject) -> dict[str, Any]:
+    return {name: value for name, value in subject.items() if name != "format"}
+
+
+def _may_meet(one: Subject, other: Subject) -> bool:
+    """Whether two subjects name the same thing, and nothing in which they differ."""
+    if not _is_complex(one) and not _is_complex(other):
+        return one == other
+    if not _is_complex(one) or not _is_complex(other):
+        whole, part = (one, other) if _is_complex(one) else (other, one)
+        return part in _members(whole).values()
+    shared = _members(one).keys() & _members(other).keys()
+    return bool(shared) and all(one[name] == other[name] for name in shared)
 
 
 def _initiator(cause: EndCause, user_id: str) -> str:

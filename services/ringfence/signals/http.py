@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hmac
+import json
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,6 +16,7 @@ from starlette.routing import BaseRoute, Route
 from ringfence.kernel import metrics
 from ringfence.kernel.bearer_tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
 from ringfence.kernel.errors import RingfenceError, UnavailableError
+from ringfence.kernel.places import PlaceError, read_place
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.strict_json import json_object
 from ringfence.messages.credential import Reason
@@ -28,7 +31,7 @@ from ringfence.signals.asked import (
     VerificationWanted,
     understood,
 )
-from ringfence.signals.domain import SUPPORTED, verification
+from ringfence.signals.domain import SUPPORTED, still_removed, verification
 from ringfence.signals.following import POLL, PUSH, Delivery, Following
 from ringfence.signals.receivers import Receiver
 from ringfence.signals.settings import SignalsSettings
@@ -38,12 +41,26 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1024 * 1024
 MAX_REMOVED = 1000
+MAX_REMOVED_BYTES = 256 * 1024
+"""They stand in one signed record, and such have at most 512 KiB, in base64url."""
 METADATA = "/.well-known/ssf-configuration"
 JWKS = "/.well-known/jwks.json"
 STREAMS, STATUS, VERIFY = "/ssf/streams", "/ssf/status", "/ssf/verify"
 ADD, REMOVE, POLLS = "/ssf/subjects/add", "/ssf/subjects/remove", "/ssf/poll"
 _CACHING = {"Cache-Control": "public, max-age=300"}
 _NOT_KEPT = {"Cache-Control": "no-store"}
+_OURS = (
+    "iss",
+    "aud",
+    "events_supported",
+    "events_delivered",
+    "min_verification_interval",
+    "inactivity_timeout",
+)
+"""Members of a stream that the transmitter supplies: a receiver may send them back as they are."""
+
+_NOTHING = b"{}"
+"""All members are optional, and so is the body."""
 
 Endpoint = Callable[[Request, Receiver], Awaitable[Response]]
 
@@ -132,7 +149,7 @@ class Api:
     # --- streams ---
 
     async def _create(self, request: Request, receiver: Receiver) -> Response:
-        wanted = understood(StreamWanted, await _body(request))
+        wanted = understood(StreamWanted, await _body(request) or _NOTHING)
         delivery = wanted.delivery or DeliveryWanted(method=POLL)
         _check_delivery(delivery, receiver)
         stream = await self._streams.create(receiver.name, delivery.method, **_chosen(wanted))
@@ -142,7 +159,7 @@ class Api:
             )
         await self._following.adapted()
         log.info("receiver %s has a stream: %s", receiver.name, stream.id)
-        return JSONResponse(self._shown(stream, receiver), 201, _NOT_KEPT)
+        return JSONResponse(self._shown(stream, receiver), 201)
 
     async def _read(self, request: Request, receiver: Receiver) -> Response:
         await self._streams.caught_up()
@@ -172,8 +189,8 @@ class Api:
         await self._streams.caught_up()
         shown = self._shown(self._own(receiver, wanted.stream_id), receiver)
         given = json_object(body)
-        for name in ("iss", "aud", "events_supported", "min_verification_interval"):
-            if name in given and given[name] != shown[name]:
+        for name in _OURS:
+            if name in given and given[name] not in (shown.get(name), [shown.get(name)]):
                 raise AskedWronglyError(f"{name} is not the receiver's to set")
         if wanted.delivery is not None:
             _check_delivery(wanted.delivery, receiver, own_poll_url=self._poll_url(wanted.stream_id))
@@ -191,18 +208,19 @@ class Api:
 
     async def _status(self, request: Request, receiver: Receiver) -> Response:
         await self._streams.caught_up()
-        return _answer(_status_of(self._own(receiver, request.query_params.get("stream_id", ""))))
+        stream = self._own(receiver, request.query_params.get("stream_id", ""))
+        return _answer(_status_of(stream, receiver))
 
     async def _set_status(self, request: Request, receiver: Receiver) -> Response:
         wanted = understood(StatusChange, await _body(request))
         changed = {"status": wanted.status, "reason": wanted.reason}
-        return _answer(_status_of(await self._change(receiver, wanted.stream_id, **changed)))
+        return _answer(_status_of(await self._change(receiver, wanted.stream_id, **changed), receiver))
 
     async def _add_subject(self, request: Request, receiver: Receiver) -> Response:
         """Hear of a subject again. What the operator did not let it hear of stays unheard, and is not told either."""
         wanted = understood(SubjectChange, await _body(request))
         stream = await self._fresh(receiver, wanted.stream_id)
-        left = tuple(one for one in stream.claims.removed if one != wanted.subject)
+        left = tuple(still_removed(stream.claims.removed, wanted.subject))
         if len(left) < len(stream.claims.removed):
             await self._change(receiver, wanted.stream_id, removed=left)
         return Response(status_code=200)
@@ -210,10 +228,12 @@ class Api:
     async def _remove_subject(self, request: Request, receiver: Receiver) -> Response:
         wanted = understood(SubjectChange, await _body(request))
         removed = (await self._fresh(receiver, wanted.stream_id)).claims.removed
-        if len(removed) >= MAX_REMOVED:
-            raise AskedWronglyError(f"a stream has at most {MAX_REMOVED} removed subjects; add some again")
         if wanted.subject not in removed:
-            await self._change(receiver, wanted.stream_id, removed=(*removed, wanted.subject))
+            more = (*removed, wanted.subject)
+            if len(more) > MAX_REMOVED or len(json.dumps(more)) > MAX_REMOVED_BYTES:
+                most = f"{MAX_REMOVED} removed subjects, of {MAX_REMOVED_BYTES} bytes together"
+                raise AskedWronglyError(f"a stream has at most {most}; add some again")
+            await self._change(receiver, wanted.stream_id, removed=more)
         return Response(status_code=204)
 
     async def _verify(self, request: Request, receiver: Receiver) -> Response:
@@ -225,9 +245,9 @@ class Api:
         now_ms = self._runtime.clock.now_ms()
         wait_ms = self._settings.verification_interval_s * 1000
         if now_ms - self._verified_ms.get(stream.id, -wait_ms) < wait_ms:
-            return _failure(
-                429, "invalid_request", "too soon after the one before: see min_verification_interval"
-            )
+            why = "too soon after the one before: see min_verification_interval"
+            wait = {"Retry-After": str(self._settings.verification_interval_s)}
+            return _failure(429, "invalid_request", why, wait)
         self._verified_ms[stream.id] = now_ms
         delivery.verify(
             verification(
@@ -245,7 +265,7 @@ class Api:
 
     async def _poll(self, request: Request, receiver: Receiver) -> Response:
         stream = self._own(receiver, request.path_params["stream_id"])
-        wanted = understood(Poll, await _body(request))
+        wanted = understood(Poll, await _body(request) or _NOTHING)
         if stream.claims.method != POLL:
             raise AskedWronglyError("this stream is pushed; change its delivery to poll")
         delivery = self._following.of(stream.id)
@@ -286,11 +306,12 @@ class Api:
         """A stream's configuration (SSF 1.0, 8.1.1)."""
         claims = stream.claims
         url = receiver.push if claims.method == PUSH else self._poll_url(stream.id)
+        delivery = {"method": claims.method, **({} if url is None else {"endpoint_url": url})}
         shown: dict[str, Any] = {
             "stream_id": stream.id,
             "iss": self._settings.url,
             "aud": receiver.audience,
-            "delivery": {"method": claims.method, "endpoint_url": url},
+            "delivery": delivery,
             "events_supported": list(SUPPORTED),
             "events_delivered": list(stream.delivered),
             "min_verification_interval": self._settings.verification_interval_s,
@@ -314,6 +335,7 @@ class Api:
                 response = _failure(403, "access_denied", f"the operator declared no receiver {name}")
             else:
                 response = await _answered(endpoint, request, receiver)
+            response.headers.update(_NOT_KEPT)
             metrics.HTTP_REQUESTS.labels(f"{request.method} {path}", response.status_code).inc()
             return response
 
@@ -335,7 +357,7 @@ class Api:
 
 async def _settle(delivery: Delivery, wanted: Poll, receiver: Receiver) -> None:
     """What the receiver has, and what it will not have: neither is given again."""
-    for jti in wanted.acks:
+    for jti in wanted.ack:
         if delivery.window.take(jti) is not None:
             metrics.SIGNALS.labels("delivered").inc()
     for jti, error in wanted.set_errs.items():
@@ -357,9 +379,10 @@ async def _answered(endpoint: Endpoint, request: Request, receiver: Receiver) ->
 
 def _check_delivery(wanted: DeliveryWanted, receiver: Receiver, own_poll_url: str | None = None) -> None:
     """Raises AskedWronglyError. Where events may go is the operator's word: nobody makes us call anything else."""
-    if wanted.authorization_header is not None:
+    if wanted.authorization_header is not None and not _is_known(wanted.authorization_header, receiver):
         raise AskedWronglyError(
             "authorization_header is a secret, and kept by the operator: give it to them, and leave it out here"
+            " or repeat it exactly"
         )
     if wanted.method == POLL:
         if wanted.endpoint_url not in (None, own_poll_url):
@@ -372,6 +395,17 @@ def _check_delivery(wanted: DeliveryWanted, receiver: Receiver, own_poll_url: st
         )
 
 
+def _is_known(header: object, receiver: Receiver) -> bool:
+    """Whether it is the `Authorization` header that pushes have anyway: the operator's word stays the only one."""
+    if receiver.authorization is None or not isinstance(header, str):
+        return False
+    try:
+        known = read_place(receiver.authorization, f"the Authorization header of receiver {receiver.name}")
+    except PlaceError:
+        return False
+    return hmac.compare_digest(header.encode(errors="replace"), known.encode())
+
+
 def _chosen(wanted: StreamWanted) -> dict[str, Any]:
     events = wanted.events_requested
     return {
@@ -380,7 +414,14 @@ def _chosen(wanted: StreamWanted) -> dict[str, Any]:
     }
 
 
-def _status_of(stream: Stream) -> dict[str, Any]:
+def _status_of(stream: Stream, receiver: Receiver) -> dict[str, Any]:
+    """How a stream stands. One that may be pushed nowhere any more is held, whatever the receiver wanted."""
+    if stream.claims.status == "enabled" and stream.claims.method == PUSH and receiver.push is None:
+        return {
+            "stream_id": stream.id,
+            "status": "paused",
+            "reason": "the operator declares no URL to push to",
+        }
     reason = {} if stream.claims.reason is None else {"reason": stream.claims.reason}
     return {"stream_id": stream.id, "status": stream.claims.status, **reason}
 
@@ -403,8 +444,8 @@ async def _body(request: Request) -> bytes:
 
 
 def _answer(content: Any) -> Response:
-    return JSONResponse(content, headers=_NOT_KEPT)
+    return JSONResponse(content)
 
 
 def _failure(status: int, code: str, description: str, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse({"err": code, "description": description}, status, {**_NOT_KEPT, **(headers or {})})
+    return JSONResponse({"err": code, "description": description}, status, headers)
