@@ -13,7 +13,9 @@ from jsonschema.validators import validator_for
 from ringfence.messages.api import PORTS
 
 ROOT = Path(__file__).parents[2]
-SERVICES = ("registry", "policy", "issuer", "revoker", "audit", "gateway")
+EVERYBODYS = ("registry", "policy", "issuer", "revoker", "audit", "gateway")
+ON_DEMAND = ("scim", "signals")
+SERVICES = (*EVERYBODYS, *ON_DEMAND)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,10 @@ def test_each_service_gets_its_own_key_and_no_other(compose: dict[str, Any], nam
         own["RINGFENCE_ISSUER_SEAL_KEY_FILE"] = "issuer-seal"
     if name == "gateway":
         own["RINGFENCE_GATEWAY_SEAL_KEY_FILE"] = "gateway-seal"
-    assert service["secrets"] == [f"{key}-key" for key in own.values()]
+    given = service["secrets"][len(own) :]
+    assert all(one.startswith(f"{name}-") for one in given)  # files that an operator writes for it
+    assert bool(given) == (name in ON_DEMAND)
+    assert service["secrets"][: len(own)] == [f"{key}-key" for key in own.values()]
     for setting, key in own.items():
         assert service["environment"][setting] == f"/run/secrets/{key}-key"
         assert compose["secrets"][f"{key}-key"]["file"].endswith(f"/{key}.json")
@@ -65,6 +70,11 @@ def test_each_service_gets_its_own_key_and_no_other(compose: dict[str, Any], nam
 
 def test_no_service_is_forgotten(compose: dict[str, Any]) -> None:
     assert set(compose["services"]) == {*SERVICES, "kafka", "valkey", "topics"}
+    profiles = {
+        name: service["profiles"] for name, service in compose["services"].items() if "profiles" in service
+    }
+    assert profiles == {name: [name] for name in ON_DEMAND}
+    assert {name.partition("-")[0] for name in compose["secrets"]} == set(SERVICES)
     assert compose["services"]["topics"]["command"] == ["topics", "apply"]
 
 

@@ -15,12 +15,15 @@ import httpx
 import pytest
 import yaml
 
-from ringfence.client.ceremony import SERVICE_ROLES
+from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES, make_trust
 from ringfence.dev.processes import free_port, spawn
 from ringfence.dev.stack import Stack, StackOptions
+from ringfence.kernel.bearer_tokens import new_token
+from ringfence.kernel.keys import SigningKey
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.lost_redis import declare_complete
+from tests.old_trust import without_signals
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -59,12 +62,32 @@ def prepared(
         yield stack
 
 
-@pytest.mark.parametrize("name", SERVICE_ROLES)
+def of_an_operator(stack: Stack) -> dict[str, str]:
+    """The files that services need which not everybody runs, by the names of their settings."""
+    folder = stack.options.state
+    provisioner = folder / "provisioner.json"
+    if not provisioner.exists():
+        SigningKey.generate(f"spiffe://{stack.options.trust_domain}/user/acme").save(provisioner)
+    (folder / "receivers.toml").write_text(
+        '[[receiver]]\nname = "billing"\naudience = "https://billing.example"\ntargets = ["*"]\n'
+    )
+    (folder / "tokens").write_text(new_token("billing")[1] + "\n")
+    (folder / "tokens").chmod(0o600)
+    return {
+        "RINGFENCE_SCIM_PROVISIONER": str(provisioner),
+        "RINGFENCE_SCIM_TOKENS": str(folder / "tokens"),
+        "RINGFENCE_SIGNALS_RECEIVERS": str(folder / "receivers.toml"),
+        "RINGFENCE_SIGNALS_TOKENS": str(folder / "tokens"),
+    }
+
+
+@pytest.mark.parametrize("name", [*SERVICE_ROLES, *ON_DEMAND])
 def test_a_service_starts_by_the_command_of_compose(prepared: Stack, name: str) -> None:
     service = COMPOSE["services"][name]
     given = {
         key: interpolated(str(value), {"RINGFENCE_TRUST_ROOT": prepared.trust.fingerprint()})
         for key, value in service["environment"].items()
+        if value is not None  # as it is outside, where it is set
     }
     port = free_port()
     assert given.keys() >= {"RINGFENCE_KAFKA", "RINGFENCE_REDIS_URL", "RINGFENCE_HTTP", "RINGFENCE_KEY_FILE"}
@@ -78,6 +101,7 @@ def test_a_service_starts_by_the_command_of_compose(prepared: Stack, name: str) 
             for key, value in given.items()
             if value.startswith("/run/secrets/")
         },
+        **{key: file for key, file in of_an_operator(prepared).items() if key in given},
     }
     plain = {key: value for key, value in os.environ.items() if not key.startswith("RINGFENCE_")}
     child = spawn(
@@ -98,3 +122,29 @@ def test_a_service_starts_by_the_command_of_compose(prepared: Stack, name: str) 
         child.wait_until(ready, READY_WITHIN_S, "was ready")
     finally:
         assert child.stop() == 0, f"{name} did not drain in good order: {child.log_tail()}"
+
+
+def test_a_stack_on_an_older_trust_folder_starts_a_service_that_is_younger(
+    kafka: Kafka, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    mark = f"older{uuid.uuid4().hex[:6]}"
+    options = StackOptions(
+        tmp_path,
+        kafka=kafka.bootstrap,
+        embedded_broker=kafka.kind == "embedded",
+        redis_url=redis_server.url,
+        topic_prefix=mark,
+        redis_prefix=mark,
+        services=("signals",),
+    )
+    stack = Stack(options)
+    make_trust(stack.trust, options.trust_domain, options.operator)
+    without_signals(stack.trust)
+    options.environment = {
+        key: file for key, file in of_an_operator(stack).items() if key.startswith("RINGFENCE_SIGNALS")
+    }
+    with stack:
+        about = httpx.get(f"{stack.url('signals')}/.well-known/ssf-configuration").json()
+        assert about["issuer"] == stack.url("signals")
+        (key,) = httpx.get(about["jwks_uri"]).json()["keys"]
+        assert key["kid"] == SigningKey.load(stack.trust.service_key("signals")).kid

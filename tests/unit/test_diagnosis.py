@@ -17,6 +17,13 @@ YEAR_S = 365 * 86_400
 REDIS = {"maxmemory-policy": "noeviction", "notify-keyspace-events": "xE", "appendonly": "yes", "save": ""}
 
 
+def test_services_without_keys_are_named_with_what_to_do() -> None:
+    found = {one.what: one for one in bundle_findings(trust(NOW_S + YEAR_S, NOW_S + YEAR_S), (), NOW_S)}
+    for role in ("scim", "signals"):  # not everybody runs them: it is no fault
+        assert found[f"keys of {role}"].verdict == "unknown"
+        assert f"ringfence init --add-service {role} --publish" in found[f"keys of {role}"].says
+
+
 def trust(ends_s: int, key_ends_s: int) -> TrustStore:
     """A bundle that ends then, with an issuer whose last key ends then, and one that ended before."""
     root = SigningKey.generate(f"spiffe://{TD}/root")

@@ -8,7 +8,15 @@ import pytest
 from joserfc import jwe
 from joserfc.jwk import ECKey, OKPKey
 
-from ringfence.client.ceremony import CeremonyError, TrustFolder, add_gateways, first_operator, make_trust
+from ringfence.client.ceremony import (
+    CeremonyError,
+    TrustFolder,
+    add_gateways,
+    add_services,
+    first_operator,
+    lacking,
+    make_trust,
+)
 from ringfence.kernel.envelope import EncryptionKey, enclose
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, SignatureError, UnavailableError
 from ringfence.kernel.jws import parse, sign
@@ -17,6 +25,7 @@ from ringfence.kernel.seal import ReplyKey, seal, unverified_kid
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.keys import PublicJwk
 from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
+from tests.old_trust import without_signals
 
 TD = "acme.example"
 NOW_S = 1_790_000_000
@@ -205,6 +214,31 @@ def test_one_more_gateway_changes_nothing_for_the_others(tmp_path: Path) -> None
     assert added.kid in {key.kid for key in store.encryption_keys("gateway", at_s + 1)}
     signing = SigningKey.load(folder.service_key("gw-2"))
     assert store.service_key(signing.id, signing.kid, ("gateway",), at_s + 1) is not None
+
+
+def test_an_installation_of_before_a_service_gets_its_key(tmp_path: Path) -> None:
+    folder = TrustFolder(tmp_path)
+    store = TrustStore(TD, make_trust(folder, TD, "olga"))
+    without_signals(folder)
+    assert store.load(folder.bundle.read_text().strip(), at_s := _iat(folder))
+    before = store.require()
+    assert lacking(before) == ["signals"]
+    for names, says in (
+        (["signals", "scim"], "scim is in the trust bundle already; a new key for it: --rotate-service scim"),
+        (["gateway"], "gateway is no service that can be added; these can: scim, signals"),
+        (["../x"], "no service that can be added"),
+    ):
+        with pytest.raises(CeremonyError, match=says):
+            add_services(folder, names)
+    assert not folder.service_key("signals").exists()
+    add_services(folder, ["signals", "signals"])
+    assert store.load(folder.bundle.read_text().strip(), at_s + 1)
+    after = store.require()
+    assert (after.version, after.exp, lacking(after)) == (before.version + 1, before.exp, [])
+    assert after.services[: len(before.services)] == before.services
+    key = SigningKey.load(folder.service_key("signals"))
+    assert store.service_key(key.id, key.kid, ("signals",), at_s + 1) is not None
+    assert store.service_key(key.id, key.kid, ("scim", "revoker"), at_s + 1) is None
 
 
 def test_an_installation_of_before_gets_the_keys_that_are_sealed_to(tmp_path: Path) -> None:

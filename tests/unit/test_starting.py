@@ -70,3 +70,8 @@ def test_keys_and_the_root_are_looked_at_too(monkeypatch: pytest.MonkeyPatch, so
     assert "chmod 600" in message
     assert "issuer.json" in message
     assert "RINGFENCE_TRUST_ROOT: not set" in message
+
+
+def test_a_service_that_is_younger_than_the_trust_is_told_how_it_gets_a_key() -> None:
+    assert "ringfence init --add-service signals --publish" in said("signals")
+    assert "--add-service" not in said("revoker")

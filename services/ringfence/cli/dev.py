@@ -7,17 +7,19 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES
 from ringfence.kernel.settings import FOUND_BY_ITSELF
 
 if TYPE_CHECKING:
     from ringfence.client.settings import ClientSettings
+    from ringfence.messages.trust import ServiceRole
 
 _LOOK_AGAIN_S = 0.5
 
@@ -28,6 +30,15 @@ def dev(
         bool, typer.Option("--free-ports", help="Take free ports instead of the usual ones.")
     ] = False,
     seed: Annotated[bool, typer.Option(help="Make a small organisation: people, a target, agents.")] = True,
+    besides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="SERVICE",
+            help="A service that not everybody runs, too: scim or signals, with its settings in the environment. "
+            "Repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Run all services with an embedded broker and Valkey. Ctrl-C ends everything.
 
@@ -40,6 +51,7 @@ def dev(
     out = Console()
     options = StackOptions(
         state.resolve(),
+        services=(*SERVICE_ROLES, *_wanted(besides or ())),
         fixed_ports=not free_ports,
         kafka_port=0 if free_ports else 9092,
         redis_port=0 if free_ports else 6379,
@@ -91,6 +103,14 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
+
+
+def _wanted(besides: Sequence[str]) -> list[ServiceRole]:
+    if unknown := [name for name in besides if name not in ON_DEMAND]:
+        raise typer.BadParameter(
+            f"unknown: {', '.join(unknown)}; known: {', '.join(ON_DEMAND)}", param_hint="--with"
+        )
+    return [role for role in ON_DEMAND if role in besides]
 
 
 def write_config(environment: dict[str, str], path: Path) -> Path:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ringfence.cli.finding import Finding
-from ringfence.client.ceremony import SEAL
+from ringfence.client.ceremony import SEAL, lacking
 from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.keys import SigningKey
@@ -57,6 +57,11 @@ def bundle_findings(trust: TrustStore, refused: Sequence[str], now_s: float) -> 
         yield Finding("trust bundle", "bad", f"{says}; {remedy}")
     else:
         yield Finding("trust bundle", "good", says)
+    for role in lacking(bundle):
+        says = (
+            f"no keys in the trust bundle; where it is wanted: ringfence init --add-service {role} --publish"
+        )
+        yield Finding(f"keys of {role}", "unknown", says)
     for service in bundle.services:
         if (ending := _ending(service, now_s)) is not None and ending < bundle.exp:
             yield _keys_end(service, ending, now_s)

@@ -13,7 +13,14 @@ import typer
 from rich.console import Console
 
 from ringfence.cli import oidc_issuers
-from ringfence.client.ceremony import TrustFolder, add_gateways, make_trust, publish_bundle, publish_trust
+from ringfence.client.ceremony import (
+    TrustFolder,
+    add_gateways,
+    add_services,
+    make_trust,
+    publish_bundle,
+    publish_trust,
+)
 from ringfence.client.rotation import OVERLAP_S, rotate_services
 from ringfence.client.rotation import renew as renewed
 from ringfence.client.rotation import rotate_root as root_rotated
@@ -35,6 +42,15 @@ def init(
             "--add-gateway",
             metavar="NAME",
             help="Sign the next trust bundle, with one more gateway, by the root that is there. Repeatable.",
+        ),
+    ] = None,
+    add_service: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--add-service",
+            metavar="NAME",
+            help="Sign the next trust bundle, with a key for a service (scim, signals) "
+            "that the trust was made without. Repeatable.",
         ),
     ] = None,
     oidc_issuer: oidc_issuers.IssuerOption = None,
@@ -101,13 +117,15 @@ def init(
         )
     if compromised_since and not rotate_root:
         raise typer.BadParameter("--compromised-since is about the root: add --rotate-root")
-    if sum(map(bool, (add_gateway, rotate_service, rotate_root, renew))) > 1:
+    if sum(map(bool, (add_gateway, add_service, rotate_service, rotate_root, renew))) > 1:
         raise typer.BadParameter(
-            "one change at a time: --add-gateway, --rotate-service, --rotate-root or --renew"
+            "one change at a time: --add-gateway, --add-service, --rotate-service, --rotate-root or --renew"
         )
     following: Callable[[], int] | None = None
     if add_gateway:
         following = partial(_add, trust, add_gateway, out)
+    elif add_service:
+        following = partial(_add_services, trust, add_service, out)
     elif rotate_service:
         overlap_s = 0 if compromised else overlap_h * 3600
         following = partial(_rotate_services, trust, rotate_service, out, overlap_s, compromised)
@@ -162,6 +180,14 @@ def _add(trust: TrustFolder, gateways: list[str], out: Console) -> int:
     for name in gateways:
         files = (trust.service_key(name), trust.encryption_key(name))
         out.print(f"Its keys:  {files[0]}, {files[1]}", soft_wrap=True)
+    return version
+
+
+def _add_services(trust: TrustFolder, names: list[str], out: Console) -> int:
+    version = add_services(trust, names).version
+    out.print(f"Trust bundle {version} has {', '.join(names)} now.")
+    for name in names:
+        out.print(f"Its key:  {trust.service_key(name)}", soft_wrap=True)
     return version
 
 

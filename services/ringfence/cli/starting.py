@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Iterator, Sequence
 
+from ringfence.client.ceremony import ON_DEMAND
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.settings import RingfenceSettings, ServiceSettings, problems, wrong
@@ -41,7 +42,8 @@ def _key(name: str, settings: ServiceSettings) -> str | None:
         SigningKey.load(file)
     except RingfenceError as error:
         setting = "RINGFENCE_KEY_FILE" if settings.key_file else "RINGFENCE_KEY_DIR"
-        return f"{setting}: {error}"
+        older = f"; where the trust is older than it: ringfence init --add-service {name} --publish"
+        return f"{setting}: {error}{older if name in ON_DEMAND and not file.exists() else ''}"
     return None
 
 

@@ -135,19 +135,34 @@ def add_gateways(folder: TrustFolder, gateways: Sequence[str]) -> TrustBundle:
     is taken, or there is no trust root, or its bundle has expired (see `ringfence.client.rotation`).
     """
     root, bundle = signed_before(folder)
-    now_s, trust_domain = int(time.time()), bundle.aud
-    if bundle.exp <= now_s:
-        raise CeremonyError(f"the trust bundle in {folder.bundle} has expired; first sign it anew: --renew")
     _check_names(gateways=gateways)
-    taken = {service.id for service in bundle.services}
-    for name in gateways:
-        if spiffe_id(trust_domain, "service", name) in taken:
-            raise CeremonyError(f"{name} is in the trust bundle already; give the gateway another name")
-    services = [_with_encryption_key(folder, service, now_s, bundle.exp) for service in bundle.services]
-    services += [
-        _service(folder, trust_domain, name, "gateway", now_s, bundle.exp) for name in dict.fromkeys(gateways)
-    ]
-    return sign_following(folder, bundle, root, now_s, services=tuple(services))
+    if taken := _taken(bundle, gateways):
+        raise CeremonyError(f"{taken} is in the trust bundle already; give the gateway another name")
+    return _with_more(folder, bundle, root, [(name, "gateway") for name in dict.fromkeys(gateways)])
+
+
+def add_services(folder: TrustFolder, roles: Sequence[str]) -> TrustBundle:
+    """Sign the next version of the trust bundle: with keys for services that not everybody runs (`ON_DEMAND`), where
+    the trust was made before there were such services.
+
+    Returns the bundle. Needs the root's key. Raises CeremonyError where there is no such service, it is in the bundle
+    already, or there is no trust root, or its bundle has expired.
+    """
+    root, bundle = signed_before(folder)
+    if unknown := [role for role in roles if role not in ON_DEMAND]:
+        raise CeremonyError(
+            f"{unknown[0]} is no service that can be added; these can: {', '.join(ON_DEMAND)}"
+        )
+    if taken := _taken(bundle, roles):
+        raise CeremonyError(
+            f"{taken} is in the trust bundle already; a new key for it: --rotate-service {taken}"
+        )
+    return _with_more(folder, bundle, root, [(role, role) for role in ON_DEMAND if role in roles])
+
+
+def lacking(bundle: TrustBundle) -> list[ServiceRole]:
+    """The services that not everybody runs and for which a trust bundle has no keys."""
+    return [role for role in ON_DEMAND if not any(role in service.roles for service in bundle.services)]
 
 
 def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
@@ -207,6 +222,24 @@ def _check_names(*names: str, gateways: Sequence[str]) -> None:
         raise CeremonyError(
             f"{ending[0]} ends in {SEAL} or {NEXT}, as the files of other keys do; give the gateway another"
         )
+
+
+def _taken(bundle: TrustBundle, names: Sequence[str]) -> str | None:
+    """The first of these names that a service of the bundle has."""
+    ids = {service.id for service in bundle.services}
+    return next((name for name in names if spiffe_id(bundle.aud, "service", name) in ids), None)
+
+
+def _with_more(
+    folder: TrustFolder, bundle: TrustBundle, root: SigningKey, more: Sequence[tuple[str, ServiceRole]]
+) -> TrustBundle:
+    """Sign the next version of a bundle: with these services beside all that is there. Raises CeremonyError."""
+    now_s = int(time.time())
+    if bundle.exp <= now_s:
+        raise CeremonyError(f"the trust bundle in {folder.bundle} has expired; first sign it anew: --renew")
+    services = [_with_encryption_key(folder, service, now_s, bundle.exp) for service in bundle.services]
+    services += [_service(folder, bundle.aud, name, role, now_s, bundle.exp) for name, role in more]
+    return sign_following(folder, bundle, root, now_s, services=tuple(services))
 
 
 def _service(

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import httpx
 
-from ringfence.client.ceremony import SERVICE_ROLES, TrustFolder, make_trust, publish_trust
+from ringfence.client.ceremony import (
+    SERVICE_ROLES,
+    TrustFolder,
+    add_services,
+    lacking,
+    make_trust,
+    publish_trust,
+    signed_before,
+)
 from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.dev.processes import LOOPBACK, Child, StackError, claim_port, free_port, spawn
 from ringfence.dev.redis import EmbeddedRedis
@@ -103,7 +111,8 @@ class Stack:
     def environment(self) -> dict[str, str]:
         """`RINGFENCE_*` for a client of this stack: an agent, a sponsor, the command line."""
         shared = {f"RINGFENCE_{name.upper()}": str(value) for name, value in self._shared().items()}
-        urls = {f"RINGFENCE_{role.upper()}_URL": self.url(role) for role in self.options.services}
+        asked = [role for role in self.options.services if role in SERVICE_ROLES]
+        urls = {f"RINGFENCE_{role.upper()}_URL": self.url(role) for role in asked}
         return shared | urls
 
     def child(self, role: ServiceRole) -> Child:
@@ -141,6 +150,9 @@ class Stack:
         if not self.trust.root_key.exists():
             self._say("making the trust root, service keys and the first operator")
             make_trust(self.trust, self.options.trust_domain, self.options.operator)
+        _, bundle = signed_before(self.trust)
+        if older := [role for role in lacking(bundle) if role in self.options.services]:
+            add_services(self.trust, older)
         asyncio.run(self._prepare())
         self._say(f"starting {', '.join(self.options.services)}")
         for role in self.options.services:
@@ -164,6 +176,7 @@ class Stack:
             "RINGFENCE_KEY_FILE": str(self.trust.service_key(role)),
             "RINGFENCE_KEY_DIR": str(self.options.state / "keys"),
             **(self._of_gateway() if role == "gateway" else {}),
+            **({"RINGFENCE_SIGNALS_URL": self.url(role)} if role == "signals" else {}),
             **self.options.environment,
         }
         self._children[role] = spawn(

@@ -64,6 +64,8 @@ class Runtime:
         """Whether the last record under the key of the bundle in force is another: compaction would let it vanish."""
         self._followers: list[Follower] = []
         self._consumers: list[Consumer] = []
+        self._started = False
+        """Whether all tables are complete, and work is taken."""
         self._background: list[tuple[str, Callable[[], Awaitable[None]]]] = []
         self._skew = SkewCheck("the broker")
         self._checks: list[ReadyCheck] = [
@@ -222,6 +224,7 @@ class Runtime:
             if started:
                 work += [asyncio.create_task(_forever(job), name=name) for name, job in self._background]
                 work += [asyncio.create_task(c.run(), name=c.group) for c in self._consumers]
+                self._started = True
                 log.info("%s ready", self.role)
                 await self.event("started", self.role, about=(self._instance,))
                 await asyncio.wait([stopping, *work], return_when=asyncio.FIRST_COMPLETED)
@@ -303,9 +306,8 @@ class Runtime:
         for follower in self._followers:
             if follower.failed:
                 return follower.failed
-            if not follower.complete.is_set():
-                return "local tables are not complete yet"
-        return None
+        # Before the start is over not even all followers are there, and those that are there may be complete.
+        return None if self._started else "local tables are not complete yet"
 
     def _consumer_check(self) -> str | None:
         for consumer in self._consumers:

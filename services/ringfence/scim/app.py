@@ -50,7 +50,6 @@ def build(settings: ServiceSettings, own: ScimSettings | None = None, clock: Clo
     runtime.on_start(provisioner.start)
     runtime.on_stop(provisioner.close)
     runtime.background("confirming", keeper.keep)
-    runtime.ready_when(keeper.unready)
     runtime.denies_when(lambda: _undelegated(people))
     runtime.routes += Api(
         people, writer, tokens, runtime.clock, url=own.url, heard=keeper.heard, tell=tell

@@ -29,11 +29,6 @@ class Keeper:
         self._settings = settings
         self._clock = clock
         self._heard_s = 0
-        self._keeping = False
-
-    def unready(self) -> str | None:
-        """Why nothing can be asked yet, or None."""
-        return None if self._keeping else "the records of users are not there yet"
 
     def heard(self) -> None:
         """The directory called, with a token that is let in."""
@@ -41,7 +36,6 @@ class Keeper:
 
     async def keep(self) -> None:
         """Every `check_s`. Does not end."""
-        self._keeping = True  # what runs beside the service starts when its tables are complete
         while True:
             try:
                 await self.once()

@@ -223,7 +223,6 @@ class Following:
         self._epochs = Epochs(runtime.trust)
         self._running: dict[str, tuple[Delivery, asyncio.Task[None]]] = {}
         self._next_pass = asyncio.Event()
-        self._begun = False
 
     def on_leases(self, records: Sequence[Received]) -> None:
         """Take note of the epochs of all partitions: which records of leases count."""
@@ -250,16 +249,13 @@ class Following:
                 adapted, self._next_pass = self._next_pass, asyncio.Event()
                 await self._adapt()
                 adapted.set()
-                self._begun = True
                 with contextlib.suppress(TimeoutError):  # one that ended by itself is begun again
                     await asyncio.wait_for(self._streams.changed.wait(), _AGAIN_S)
         finally:
             await gather_all(self._end(stream_id) for stream_id in tuple(self._running))
 
     def unready(self) -> str | None:
-        """Why a stream goes no further, or all of them are not followed yet; None where they are."""
-        if not self._begun:
-            return "streams are not followed yet"
+        """Why a stream goes no further, or None."""
         return next((one.consumer.halted for one, _ in self._running.values() if one.consumer.halted), None)
 
     def warning(self) -> str | None:

@@ -1,0 +1,44 @@
+"""A service that starts is ready when its tables are complete, and not before, whether it consumes anything or not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from ringfence.kernel.kafka import Received
+from ringfence.kernel.runtime import Runtime
+from ringfence.messages.topics import USER
+from tests.world import World
+
+
+async def test_it_is_not_ready_before_its_tables_though_it_has_no_consumer(world: World) -> None:
+    await world.send(USER, "maria", "a record")
+    read: list[str | None] = []
+    open_now, opening = asyncio.Event(), asyncio.Event()
+
+    def table(records: Sequence[Received]) -> None:
+        read.extend(record.key for record in records)
+
+    async def opened() -> None:  # comes after the trust bundle was read, and before any table is
+        opening.set()
+        await open_now.wait()
+
+    runtime = Runtime("signals", world.settings("signals"))
+    runtime.table((USER,), table)
+    runtime.on_start(opened)
+    stop = asyncio.Event()
+    running = asyncio.create_task(runtime.run(stop))
+    try:
+        await asyncio.wait_for(opening.wait(), 60)
+        assert runtime.trust.version is not None
+        assert runtime.unready() == ["local tables are not complete yet"]
+        open_now.set()
+        async with asyncio.timeout(60):
+            while runtime.unready():
+                assert not running.done()
+                await asyncio.sleep(0)
+        assert "maria" in read
+    finally:
+        open_now.set()
+        stop.set()
+        await running

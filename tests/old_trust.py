@@ -1,0 +1,13 @@
+"""A trust folder as it was made before there were shared signals."""
+
+from __future__ import annotations
+
+from ringfence.client.ceremony import TrustFolder, sign_following, signed_before
+
+
+def without_signals(folder: TrustFolder) -> None:
+    """Take the service out of the bundle, and its key out of the folder."""
+    root, bundle = signed_before(folder)
+    kept = tuple(service for service in bundle.services if "signals" not in service.roles)
+    sign_following(folder, bundle, root, bundle.iat, services=kept)
+    folder.service_key("signals").unlink()
