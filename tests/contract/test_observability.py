@@ -132,6 +132,18 @@ def test_every_alert_says_how_bad_and_what_to_do() -> None:
         assert set(rule["annotations"]) == {"summary", "action"}, rule["alert"]
 
 
+def test_every_alert_is_tested_where_it_fires_and_where_it_must_not() -> None:
+    """By promtool, where that is: here only that nothing is left out."""
+    tests = yaml.safe_load(RULES.with_name("alerts_test.yml").read_text())["tests"]
+    cases = [case for test in tests for case in test["alert_rule_test"]]
+    fires = {case["alertname"] for case in cases if case.get("exp_alerts")}
+    quiet = {case["alertname"] for case in cases if not case.get("exp_alerts")}
+    every = {
+        rule["alert"] for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
+    }
+    assert every - fires == every - quiet == set()
+
+
 def test_panels_lie_side_by_side_and_have_numbers_of_their_own() -> None:
     panels = json.loads(DASHBOARD.read_text())["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
+from ringfence.kernel import metrics
 from ringfence.kernel.bus import MAX_INVALID_SIGNED, Consumer, DeadLetters, one_by_one, side_by_side
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
@@ -141,11 +142,13 @@ async def test_a_batch_that_failed_comes_again_and_is_not_lost(
     settings: ServiceSettings, publisher: Publisher
 ) -> None:
     done, failures = Seen(), 0
+    behind_s: list[float] = []
 
     async def handle(record: Received) -> None:
         nonlocal failures
         if record.value == b"b" and failures < 3:
             failures += 1
+            behind_s.append(metrics.HANDLING_LAG.labels(f"{settings.topic_prefix}.g")._value.get())
             raise UnavailableError("Redis is away")
         await done.add(record)
 
@@ -155,6 +158,9 @@ async def test_a_batch_that_failed_comes_again_and_is_not_lost(
     ):
         await done.until(6)
     assert failures == 3
+    assert behind_s[0] == 0 < behind_s[1] < behind_s[2], (
+        "what is tried again and again is behind, and more and more"
+    )
     assert done.values[-3:] == ["a", "b", "c"], "the whole batch in its order"
 
 

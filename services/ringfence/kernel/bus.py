@@ -283,9 +283,10 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             log.warning("reading failed, trying again: %s", error)
             await asyncio.sleep(0.5)
             return
-        if (
-            not batches or self._draining.is_set()
-        ):  # what is not committed comes again, to whoever is there then
+        if not batches:
+            metrics.HANDLING_LAG.labels(self.group).set(0)
+            return
+        if self._draining.is_set():  # what is not committed comes again, to whoever is there then
             return
         # What comes while a batch is handled gathers at the broker for the next one: read ahead, every handler would be
         # given a batch of one or two.
@@ -339,6 +340,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 delay_s = min(5.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
                 attempt = min(attempt + 1, 10)
                 metrics.BATCH_RETRIES.labels(self.group).inc()
+                self._tell_lag(batch)
                 known = isinstance(error, RingfenceError | KafkaError | OSError)
                 why = str(error) or type(error).__name__
                 log.warning(

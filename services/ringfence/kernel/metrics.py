@@ -12,7 +12,8 @@ HALTED = Gauge(
 )
 HANDLING_LAG = Gauge(
     "ringfence_handling_lag_seconds",
-    "From a record's append to Kafka until it was handled, for the oldest of the last batch",
+    "From a record's append to Kafka until it was handled, or now where it is tried again, for the oldest of the last "
+    "batch; 0 once there is none to handle",
     ["group"],
 )
 CLOCK_AHEAD = Gauge(
@@ -27,6 +28,12 @@ KEYS_ENDING = Gauge(
 )
 DECISIONS = Counter("ringfence_decisions_total", "Decisions by outcome", ["outcome"])
 """`outcome`: allowed, denied, approval_required."""
+APPROVALS_WAITING = Gauge(
+    "ringfence_approvals_waiting", "Requests of agents that wait for approvals of people"
+)
+APPROVALS_OLDEST = Gauge(
+    "ringfence_approvals_oldest_seconds", "How long ago the oldest request that waits for approvals was made"
+)
 BREAK_GLASS = Counter("ringfence_break_glass_total", "Break glass decisions by outcome", ["outcome"])
 BREAK_GLASS_UNREVIEWED = Gauge(
     "ringfence_break_glass_unreviewed", "Uses of break glass that nobody has reviewed, by audit's index"
