@@ -10,6 +10,7 @@ from ringfence.client.auditor import verify_trail
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.kafka import Received
 from ringfence.messages.topics import AUDIT
+from tests.contract.test_sigma import matches
 from tests.flows.test_audit import check_ocsf
 from tests.flows.test_policy import DEPLOY, Office
 from tests.world import World, scope
@@ -47,6 +48,11 @@ async def test_a_bypass_is_found_once_also_after_a_restart_of_audit(world: World
     events = [json.loads(record.value) for record in await world.records(AUDIT)]
     rules = [event["unmapped"]["rule"] for event in events if "rule" in event["unmapped"]]
     assert sorted(rules) == ["beyond_user", "quick_approval"]
+    # The rules for a SIEM find the same in what stands on the topic, and nothing that did not happen.
+    assert matches("An Agent Asked For What Its User May Not Do", events) == 1
+    assert matches("Ringfence Found Something On Its Own Trail", events) == 2
+    for title in ("Break Glass Was Used", "One Key In Two Places", "A Burst Of Denials Of One Agent"):
+        assert matches(title, events) == 0
     by_uid = {event["metadata"]["uid"]: event for event in events}
     for one, code in ((found, "request.refused"), (quick, "approval.given")):
         evidence = by_uid[one["unmapped"]["evidence"][-1]]

@@ -12,7 +12,7 @@ from ringfence.audit.detections import seen
 from ringfence.audit.detector import rules
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.store import SqliteIndex
-from ringfence.messages.approval import BreakGlassReview
+from ringfence.messages.approval import BreakGlassReview, Grant
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.topics import AGENT, APPROVAL_RESPONSE
@@ -266,11 +266,99 @@ async def test_one_by_somebody_who_read_it_is_not(watch: Watch) -> None:
 async def test_neither_is_a_no_nor_a_grant_that_was_given_ahead(watch: Watch) -> None:
     _, events = await lived(watch)
     asked, given = events["approval.requested"], events["approval.given"]
-    for code in ("approval.denied", "grant.given"):
-        one = other(given, asked["time"] + 10)
+    for code, after_ms in (("grant.given", -10), ("approval.denied", 10)):
+        one = other(given, asked["time"] + after_ms)
         one["metadata"]["event_code"] = code
-        watch.follow(asked, one)
+        watch.follow(one, asked)
     assert await watch.told() == []
+
+
+@pytest.mark.parametrize("first", ["asked", "given"])
+async def test_a_yes_that_comes_before_the_question_was_not_read_either(watch: Watch, first: str) -> None:
+    """A script need not wait for the question: the decision that waits is enough to answer."""
+    _, events = await lived(watch)
+    asked, given = events["approval.requested"], events["approval.given"]
+    given = other(given, asked["time"] - 40)
+    watch.follow(*((asked, given) if first == "asked" else (given, asked)))
+    (found,) = await watch.told()
+    assert found["unmapped"]["waited_ms"] == -40
+    assert "40 ms before being asked" in found["message"]
+
+
+async def granted(watch: Watch, story: Story, at_ms: int, **words: Any) -> dict[str, Any]:
+    """The event of a grant in the task of a request."""
+    office, sam = watch.office, watch.office.key("user", "sam")
+    grant = office.claims(
+        Grant, sam, agent_id="deploy-bot", task_id=office.task, scope=office.scope, count=1, ttl_s=300,
+        delivery="agent", revisions=story.revisions,
+    )  # fmt: skip
+    made = await watch.event(office.signed(APPROVAL_RESPONSE, grant, sam), at_ms, **words)
+    assert made["metadata"]["event_code"] == "grant.given"
+    return made
+
+
+@pytest.mark.parametrize("first", ["asked", "given"])
+async def test_a_grant_that_answers_what_waits_is_as_quick_as_an_approval(watch: Watch, first: str) -> None:
+    story, events = await lived(watch)
+    asked = events["approval.requested"]
+    given = await granted(watch, story, asked["time"] + 2999)
+    watch.follow(*((asked, given) if first == "asked" else (given, asked)))
+    (found,) = await watch.told()
+    words = found["unmapped"]
+    assert (words["rule"], words["waited_ms"], words["approvers"]) == ("quick_approval", 2999, ["sam"])
+    assert words["request"] == asked["unmapped"]["request"]
+    assert words["evidence"] == [asked["metadata"]["uid"], given["metadata"]["uid"]]
+
+
+async def test_a_grant_by_somebody_who_read_the_first_question_is_none(watch: Watch) -> None:
+    story, events = await lived(watch)
+    asked = events["approval.requested"]
+    again = other(asked, asked["time"] + 59_000, request="the next one")
+    elsewhere = await granted(watch, story, asked["time"] + 1000, task="another task")
+    watch.follow(asked, again, elsewhere, await granted(watch, story, asked["time"] + 60_000))
+    assert await watch.told() == []
+
+
+async def test_denials_that_stand_there_twice_are_counted_once(watch: Watch) -> None:
+    event = await refused(watch, "task")
+    watch.follow(*([event] * 40))
+    assert await watch.told() == []
+
+
+async def test_a_flood_of_leases_makes_nobody_forget_when_one_was_over(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detecting_order, "REMEMBERED", 5)
+    story, events = await lived(watch, approved=False)
+    end = events["credential.released"]
+    watch.follow(events["request.allowed"], events["credential.issued"], end)
+    deadline = other(events["credential.issued"], lease="left to its deadline")
+    watch.follow(*(other(end, lease=f"flood {n}") for n in range(9)), deadline)
+    watch.follow(*(other(end, lease=f"flood {n}") for n in range(9, 18)))
+    action = await watch.event(watch.office.action(lease_id=story.lease_id), end["time"] + 61_000)
+    late_ms = deadline["unmapped"]["deadline"] * 1000 + 61_000
+    watch.follow(action, other(action, late_ms, lease="left to its deadline"))
+    found = await watch.told()
+    assert [(one["unmapped"]["lease"], one["unmapped"]["evidence"][0]) for one in found] == [
+        (story.lease_id, end["metadata"]["uid"]), ("left to its deadline", deadline["metadata"]["uid"]),
+    ]  # fmt: skip
+
+
+async def test_who_is_at_work_is_not_forgotten_for_those_that_come_and_go(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detecting_reach, "AGENTS", 5)
+    watch.start()
+    _, events = await lived(watch, approved=False)
+    issued = events["credential.issued"]
+    watch.follow(events["request.allowed"])
+    for day in range(10):
+        watch.follow(
+            other(issued, issued["time"] + day * DAY_MS),
+            *(other(issued, issued["time"] + day * DAY_MS, agent=f"of a day {day}-{n}") for n in range(4)),
+        )
+    watch.follow(other(issued, issued["time"] + 10 * DAY_MS, target="production"))
+    assert [one["unmapped"]["target"] for one in await watch.told()] == ["production"]
 
 
 # --- sequences --------------------------------------------------------------------------------------------------------
@@ -407,8 +495,8 @@ def test_each_rule_can_be_switched_off(off: str) -> None:
     every = {type(rule) for rule in rules(AuditSettings(), SqliteIndex(None))}
     without: dict[str, Any] = {f"detect_{off}": 0}
     left = {type(rule) for rule in rules(AuditSettings(**without), SqliteIndex(None))}
-    assert len(every) == 7
-    assert len(left) == 6
+    assert len(every) == 8  # an approval too quick is found by two: one for approvals, one for grants
+    assert len(left) == (6 if off == "quick_approval_s" else 7)
 
 
 async def test_what_waits_is_bounded(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,9 @@ _GIVEN = {"approval.given": "request", "action.approved": "question"}
 _ENDS = frozenset({"lease.ending", "credential.released", "credential.revoked", "lease.expired"})
 _ALLOWED = ("request.allowed", "break_glass.used")
 _ISSUED = ("credential.issued",)
+_AHEAD_MS = 60_000
+"""The question follows the decision that waits: who answers from that has not read the question. What lies further
+apart is an answer to a question of before."""
 
 
 class QuickApproval:
@@ -55,14 +58,15 @@ class QuickApproval:
 
     def _judged(self, id: str, asked: About, given: About) -> Iterator[Finding]:
         took_ms = given.time_ms - asked.time_ms
-        if not 0 <= took_ms < self._least_ms:
+        if not -_AHEAD_MS <= took_ms < self._least_ms:
             return
         who = given.word("approver") or "somebody"
+        when = f"{took_ms} ms after" if took_ms >= 0 else f"{-took_ms} ms before"
         yield Finding(
             "quick_approval",
             (id, given.uid),
             given.time_ms,
-            f"{who} approved what agent {given.word('agent')} asked for {took_ms} ms after being asked; nobody reads "
+            f"{who} approved what agent {given.word('agent')} asked for {when} being asked; nobody reads "
             f"in less than {self._least_ms / 1000:g} s",
             given,
             (asked.uid, given.uid),
@@ -110,7 +114,8 @@ class Unreviewed:
 class _Life:
     """What is known of one lease."""
 
-    over: About | None = None
+    over: str | None = None
+    """The uid of the event by which it was over."""
     over_ms: int | None = None
     acted: About | None = None
     """The last action by it that was let pass."""
@@ -187,14 +192,17 @@ class Sequences:
                 yield _impossible(what, id, one.about, (one.about.uid,))
 
     def _life(self, lease: str) -> _Life:
-        life = self._lives.get(lease) or _Life()
+        life = self._lives.get(lease)
+        if life is None:  # it is new, or so long ago that only the trail still knows when it was over
+            life = _Life()
+            life.over, life.over_ms = self._trail.over(lease, _ENDS) or (None, None)
         _keep(self._lives, lease, life)
         return life
 
     def _over(self, lease: str, about: About, over_ms: int) -> Iterator[Finding]:
         life = self._life(lease)
         if life.over_ms is None or over_ms < life.over_ms:
-            life.over, life.over_ms = about, over_ms
+            life.over, life.over_ms = about.uid, over_ms
         yield from self._after_end(lease, life)
 
     def _acted(self, lease: str, about: About) -> Iterator[Finding]:
@@ -207,7 +215,7 @@ class Sequences:
         if life.acted is None or life.over is None or life.over_ms is None:
             return
         if life.acted.time_ms - life.over_ms > self._late_ms:
-            yield _impossible("used_ended", lease, life.acted, (life.over.uid, life.acted.uid))
+            yield _impossible("used_ended", lease, life.acted, (life.over, life.acted.uid))
 
 
 _WHAT = {

@@ -77,7 +77,9 @@ class Denials:
         lately = self._by_agent.get(agent)
         if lately is None:
             lately = deque(maxlen=self._most)
-            self._by_agent.put(agent, lately)
+        self._by_agent.put(agent, lately)  # who is forgotten first is who was denied nothing for longest
+        if any(uid == seen.about.uid for _, _, uid in lately):
+            return  # it stands there twice, and was denied once
         lately.append((at_ms, int(seen.event.get("count", 1)), seen.about.uid))
         within = [one for one in lately if abs(at_ms - one[0]) < self._within_ms]
         count = sum(one[1] for one in within)
@@ -121,7 +123,7 @@ class FirstUse:
         habits = self._by_agent.get(agent)
         if habits is None:
             habits = _Habits(at_ms, seen.about.uid)
-            self._by_agent.put(agent, habits)
+        self._by_agent.put(agent, habits)
         if target in habits.targets or len(habits.targets) >= TARGETS:
             return
         habits.targets.add(target)

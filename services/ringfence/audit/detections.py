@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -90,6 +90,12 @@ class Told(Protocol):
 
     def tells(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool:
         """Whether there is an event with one of these codes about a `request` or a `lease`."""
+        ...
+
+    def over(self, lease: str, ends: Collection[str]) -> tuple[str, int] | None:
+        """The earliest moment at which a lease was over, in ms: that of an event with one of the codes `ends`, or its
+        deadline; with the uid of the event that says so. None where none does.
+        """
         ...
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import orjson
 
+from ringfence.audit.detecting_grants import QuickGrant
 from ringfence.audit.detecting_order import QuickApproval, Sequences, Unreviewed
 from ringfence.audit.detecting_reach import BeyondUser, CeilingUnused, Denials, FirstUse
 from ringfence.audit.detection_events import found
@@ -51,6 +52,7 @@ def rules(own: AuditSettings, trail: Told) -> tuple[Rule, ...]:
         (own.detect_unused_s, lambda: CeilingUnused(own.detect_unused_s)),
         (own.detect_unreviewed_s, lambda: Unreviewed(own.detect_unreviewed_s)),
         (own.detect_quick_approval_s, lambda: QuickApproval(own.detect_quick_approval_s)),
+        (own.detect_quick_approval_s, lambda: QuickGrant(own.detect_quick_approval_s)),
         (
             own.detect_impossible_s,
             lambda: Sequences(

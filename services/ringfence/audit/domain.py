@@ -25,6 +25,7 @@ class Recent(Generic[K, V]):
 
     def put(self, key: K, value: V) -> None:
         self._entries[key] = value
+        self._entries.move_to_end(key)
         if len(self._entries) > self._size:
             self._entries.popitem(last=False)
 

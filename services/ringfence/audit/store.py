@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -372,6 +372,17 @@ class SqliteIndex:
         """Whether there is an event with one of these codes about a request or a lease."""
         query = f"SELECT 1 FROM event WHERE {kind} = ? AND code IN ({_quoted(codes)}) LIMIT 1"  # noqa: S608 - own names
         return self._db.execute(query, (id,)).fetchone() is not None
+
+    def over(self, lease: str, ends: Collection[str]) -> tuple[str, int] | None:
+        """The earliest moment at which a lease was over, by an event with a code of `ends` or by its deadline."""
+        codes = _quoted((*ends, ISSUED))
+        query = f"SELECT uid, code, time, json FROM event WHERE lease = ? AND code IN ({codes})"  # noqa: S608 - own names
+        found: list[tuple[int, str]] = []
+        for uid, code, time_ms, text in self._db.execute(query, (lease,)):
+            deadline_s = orjson.loads(text)["unmapped"].get("deadline") if code == ISSUED else None
+            if code != ISSUED or isinstance(deadline_s, int):
+                found.append((time_ms if deadline_s is None else deadline_s * 1000, uid))
+        return (min(found)[1], min(found)[0]) if found else None
 
     def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
         """See `EventIndex`."""
