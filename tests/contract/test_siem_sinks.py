@@ -57,3 +57,46 @@ def test_no_property_is_said_twice() -> None:
     lines = (SIEM / "splunk-connect.properties").read_text().splitlines()
     names = [line.partition("=")[0] for line in lines if line and not line.startswith("#")]
     assert len(names) == len(set(names)), json.dumps(names)
+
+
+# As the programs declare them in their own sources: what is spelled otherwise, they refuse or pass over.
+VECTOR_KAFKA = {
+    "type", "acknowledgements", "auto_offset_reset", "bootstrap_servers", "commit_interval_ms", "decoding",
+    "decompression", "drain_timeout_ms", "fetch_wait_max_ms", "framing", "group_id", "headers_key", "key_field",
+    "librdkafka_options", "sasl", "tls", "topics",
+}  # fmt: skip
+VECTOR_FILE = {"type", "inputs", "path", "encoding", "acknowledgements", "compression", "idle_timeout_secs"}
+FLUENT_BIT_KAFKA = {
+    "name", "tag", "storage.type", "threaded", "poll_ms", "topics", "format", "brokers", "client_id", "group_id",
+    "buffer_max_size", "poll_timeout_ms", "enable_auto_commit",
+}  # fmt: skip
+FLUENT_BIT_FILE = {"name", "match", "retry_limit", "path", "file", "format", "template", "mkdir"}
+FLUENT_BIT_SERVICE = {"flush", "storage.path", "storage.sync", "storage.checksum"}
+SPLUNK = {
+    "splunk.hec.uri", "splunk.hec.token", "splunk.hec.ssl.validate.certs", "splunk.hec.ack.enabled",
+    "splunk.hec.max.retries", "splunk.indexes", "splunk.sourcetypes",
+}  # fmt: skip
+CONNECT = {"name", "connector.class", "tasks.max", "topics", "key.converter", "value.converter"}
+
+
+def test_vector_knows_every_option() -> None:
+    found = yaml.safe_load((SIEM / "vector.yaml").read_text())
+    assert found.keys() == {"data_dir", "sources", "sinks"}
+    assert found["sources"]["ringfence"].keys() <= VECTOR_KAFKA
+    assert found["sinks"]["file"].keys() <= VECTOR_FILE
+    assert found["sinks"]["file"]["inputs"] == list(found["sources"])
+
+
+def test_fluent_bit_knows_every_option() -> None:
+    found = yaml.safe_load((SIEM / "fluent-bit.yaml").read_text())
+    (source,), (sink,) = found["pipeline"]["inputs"], found["pipeline"]["outputs"]
+    assert {name for name in source if not name.startswith("rdkafka.")} <= FLUENT_BIT_KAFKA
+    assert sink.keys() <= FLUENT_BIT_FILE
+    assert found["service"].keys() <= FLUENT_BIT_SERVICE
+    assert source["tag"] == sink["match"]
+
+
+def test_splunk_connect_knows_every_option() -> None:
+    lines = (SIEM / "splunk-connect.properties").read_text().splitlines()
+    names = {line.partition("=")[0] for line in lines if line and not line.startswith("#")}
+    assert {name for name in names if not name.startswith("consumer.override.")} <= SPLUNK | CONNECT
