@@ -259,8 +259,13 @@ async def test_streams_are_their_receivers_own(desk: Desk, office: Office) -> No
         replaced = await one.call("PUT", "/ssf/streams", whole)
         assert (replaced["delivery"], replaced["events_delivered"]) == (to_push, [])
         assert "description" not in replaced
+        group = f"signals-{one.stream_id}"
+        await one.call("PATCH", "/ssf/streams", {**theirs, "delivery": {"method": POLL}})
+        while group not in (await one.http.get("/metrics")).text:
+            pass
         await one.call("DELETE", "/ssf/streams", status=204, **theirs)
         assert await one.call("GET", "/ssf/streams") == []
+        assert group not in (await one.http.get("/metrics")).text
         assert (await one.create())["stream_id"] != made["stream_id"]
 
 

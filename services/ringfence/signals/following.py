@@ -96,6 +96,12 @@ class Delivery:
                 task.cancel()
             if self._pusher is not None:
                 await self._pusher.close()
+            for metric in (
+                metrics.HANDLING_LAG,
+                metrics.BATCH_RETRIES,
+            ):  # streams come and go: their groups would add up
+                with contextlib.suppress(KeyError):
+                    metric.remove(self.consumer.group)
 
     @property
     def here(self) -> bool:

@@ -202,6 +202,7 @@ class Api:
         await self._streams.caught_up()
         self._own(receiver, stream_id)
         await self._change(receiver, stream_id, status="deleted")
+        self._verified_ms.pop(stream_id, None)
         return Response(status_code=204)
 
     # --- status, subjects, verification ---
