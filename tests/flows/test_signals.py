@@ -130,6 +130,7 @@ async def test_a_receiver_that_was_down_misses_nothing_and_delays_nobody(desk: D
 
             while not await warned():
                 pass
+            assert "ringfence_signals_stuck_receivers 1.0" in (await lost.http.get("/metrics")).text
         # It is stopped meanwhile, and started anew: what is outstanding stands on Kafka.
         async with office.running():
             ids.append(await ended(desk))

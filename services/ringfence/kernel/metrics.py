@@ -52,6 +52,10 @@ SIGNALS = Counter(
     "ringfence_signals_total", "Ends of leases told to receivers of shared signals", ["outcome"]
 )
 """`outcome`: delivered, failed (a push that is tried again), refused (the receiver will not have it)."""
+SIGNALS_STUCK = Gauge(
+    "ringfence_signals_stuck_receivers",
+    "Receivers of shared signals that have taken nothing for a while, though there is",
+)
 LEASES_ISSUED = Counter("ringfence_leases_issued_total", "Leases activated", ["backend"])
 ISSUE_REFUSED = Counter("ringfence_issue_refused_total", "Allowed requests that the issuer refused", ["code"])
 LEASES_ENDED = Counter("ringfence_leases_ended_total", "Terminal lease records written", ["status"])

@@ -229,6 +229,7 @@ class Following:
         self._epochs = Epochs(runtime.trust)
         self._running: dict[str, tuple[Delivery, asyncio.Task[None]]] = {}
         self._next_pass = asyncio.Event()
+        metrics.SIGNALS_STUCK.set_function(lambda: len(self._stuck()))
 
     def on_leases(self, records: Sequence[Received]) -> None:
         """Take note of the epochs of all partitions: which records of leases count."""
@@ -266,9 +267,11 @@ class Following:
 
     def warning(self) -> str | None:
         """What people should know, or None."""
+        return "; ".join(self._stuck()) or None
+
+    def _stuck(self) -> list[str]:
         now_ms = self._runtime.clock.now_ms()
-        found = [stuck for one, _ in self._running.values() if (stuck := one.stuck(now_ms))]
-        return "; ".join(found) or None
+        return [stuck for one, _ in self._running.values() if (stuck := one.stuck(now_ms))]
 
     async def _adapt(self) -> None:
         wanted = {one.id: one for one in self._streams.all() if self._is_delivered(one)}
