@@ -146,7 +146,7 @@ async def mcp_placed(
         place.leased(one)
     played = cast(Any, found)
     gate = DecisionGate(
-        played, targets, played, played, played, played, played, ledger.clock,
+        played, targets, played, played, played, played, played, played, ledger.clock,
         gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9, observe=observe,
     )  # fmt: skip
     found.plane = plane = DataPlane(gate, knows=targets.knows, hosts=targets.hosts(), answer=answer, tls=tls)

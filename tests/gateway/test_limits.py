@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from ringfence.gateway.forwarding import Patiences
-from ringfence.gateway.limits import Allowance, Limits
+from ringfence.gateway.limits import Allowance, Limits, sender_at
 from ringfence.gateway.refusals import RefusedError
 from ringfence.gateway.stream import ExpiredError, Patience, Stream
 from tests.gateway.conftest import placed
@@ -48,6 +48,22 @@ def test_a_rate_fills_up_again() -> None:
         limits.ask("a")
     with pytest.raises(RefusedError):
         limits.ask("a")
+
+
+def test_one_network_of_ipv6_is_one_sender() -> None:
+    assert sender_at("2001:db8::1") == sender_at("2001:db8::ffff:1") == sender_at("2001:db8::1%eth0")
+    assert sender_at("2001:db8::1") != sender_at("2001:db8:0:1::1")
+    assert sender_at("::ffff:192.0.2.1") == sender_at("192.0.2.1") != sender_at("192.0.2.2")
+
+
+def test_who_has_many_addresses_leaves_room_for_those_who_show_who_they_are() -> None:
+    limits = Limits(Allowance(connections=8, connections_each=2), Seconds())
+    came = [limits.connect(sender_at(f"192.0.2.{number}")) for number in range(8)]
+    assert came == [True] * 6 + [False] * 2
+    assert [limits.connect(task) for task in ("task:a", "task:b", "task:c")] == [True, True, False]
+    limits.disconnect(sender_at("192.0.2.0"))
+    assert limits.connect(sender_at("192.0.2.7"))
+    assert limits.connections == 8
 
 
 def test_who_has_not_asked_for_long_is_forgotten() -> None:

@@ -61,7 +61,8 @@ async def test_whole_requests_go_the_short_way(place: Place) -> None:
 
 
 async def test_a_body_that_decides_is_seen_on_the_short_way(place: Place) -> None:
-    head = b"POST /api/runs/x HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: 14\r\n\r\n"
+    head = b"POST /api/runs/x HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: 14\r\n"
+    head += b"Content-Type: application/json\r\n\r\n"
     async with place.connected() as raw:
         assert (await raw.ask(GET)).status == 200
         assert (await raw.ask(head + b'{"mode":"dry"}')).status == 200

@@ -403,7 +403,7 @@ async def test_what_stands_in_the_body_is_decided_on_where_the_program_shows_it(
         if not chunked:
             return [("Content-Type", "application/json")], body
         pieces = b"%x\r\n%s\r\n" % (len(body), body) if body else b""
-        return [("Transfer-Encoding", "chunked")], pieces + b"0\r\n\r\n"
+        return [("Transfer-Encoding", "chunked"), ("Content-Type", "application/json")], pieces + b"0\r\n\r\n"
 
     answer = await agent.send("POST", "/a/x", *sent(NOTE))
     if not running.program.shows_body:

@@ -92,7 +92,7 @@ class Gateway:
         )
         played = cast(Any, self)
         self.gate = DecisionGate(
-            played, targets, played, played, played, played, self.approvals, ledger.clock,
+            played, targets, played, played, played, played, played, self.approvals, ledger.clock,
             gateway=self.key.id, entitlements_max_age_s=10**9,
         )  # fmt: skip
 

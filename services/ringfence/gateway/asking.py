@@ -11,6 +11,7 @@ from typing import Final
 from ringfence.gateway.attempts import Attempt, Carried, Presented
 from ringfence.gateway.headers import HANDLE, LABEL, is_handle, own_names
 from ringfence.gateway.hosts import Scheme, canonical
+from ringfence.gateway.media import says_json
 from ringfence.gateway.refusals import RefusedError
 from ringfence.gateway.wire import RequestHead
 
@@ -18,10 +19,6 @@ _READ_OF_MCP: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})
 _OF_MCP: Final = frozenset({b"content-type", b"content-encoding", b"mcp-session-id", b"last-event-id"})
 _NOTHING: Final = Carried()
 _SCHEMES: Final[tuple[Scheme, ...]] = ("http", "https")
-
-
-ADDRESS = "address:"
-"""How a sender begins that is told by its address alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +35,8 @@ class Way:
     certificate: str | None = None
     challenge: bool = False
     """Whether to ask for `Proxy-Authorization` where nothing else tells who sends."""
+    address: str | None = None
+    """Where the connection came from, where nothing else tells who sends."""
     inside: str | None = None
     """The authority that a CONNECT was for, where the request came through one."""
     handle: str | None = None
@@ -60,15 +59,16 @@ def asked(request: RequestHead, way: Way, knows: Callable[[str], bool]) -> tuple
     if request.target.startswith("/") and way.inside is None and not knows(authority):
         target_id, target = _by_path(authority, target, way)
     presented = presented_by(request, way, htu=f"{scheme}://{host}{_path(request.target, target)}")
-    label = request.known.get(LABEL)
+    label, carried = request.known.get(LABEL), _carried(request)
     return presented, Attempt(
         authority=None if target_id is not None else authority,
         scheme=scheme,
         method=request.method,
         target=target,
         target_id=target_id,
+        json=carried.media is not None and says_json(carried.media, carried.coding),
         label=label.decode("latin-1") if label else None,
-        carried=_carried(request),
+        carried=carried,
         sent_by_gateway=True,
     )
 
@@ -106,7 +106,7 @@ def presented_by(request: RequestHead, way: Way, *, htu: str | None = None) -> P
         _handle(request, way),
         proof.decode("latin-1") if proof is not None else None,
         htu,
-        way.sender.removeprefix(ADDRESS) if way.sender.startswith(ADDRESS) else None,
+        way.address,
         own_names(request) if htu is not None else frozenset(),  # a CONNECT goes nowhere
     )
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from ringfence.gateway.wire import RequestHead, ResponseHead
+from ringfence.gateway.wire import OF_PROXIES, RequestHead, ResponseHead
 
 LABEL: Final = b"x-ringfence-label"
 """In it the sender's tooling says where a request came from, for the report alone."""
@@ -16,10 +16,12 @@ HANDLE: Final = b"x-ringfence-handle"
 _HOP_BY_HOP: Final = frozenset({
     b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length",
 })  # fmt: skip
-_FOR_THE_GATEWAY: Final = frozenset({b"host", b"expect", b"dpop", b"forwarded", b"x-real-ip"})
-_OF_THE_AGENT: Final = frozenset({b"authorization", b"accept-encoding", b"sec-websocket-extensions"})
-"""`Accept-Encoding` and the extensions of WebSocket are left out so that nothing comes compressed: there nobody finds
-an echoed secret. Where nothing is injected, all of these stay."""
+_FOR_THE_GATEWAY: Final = OF_PROXIES | {b"host", b"expect", b"dpop"}
+_OF_THE_AGENT: Final = frozenset({b"authorization", b"accept-encoding", b"a-im", b"sec-websocket-extensions"})
+"""`Accept-Encoding`, `A-IM` (RFC 3229) and the extensions of WebSocket are left out so that nothing comes compressed:
+there nobody finds an echoed secret. Where nothing is injected, all of these stay."""
+_NO_CONTENT: Final = 204
+"""It has no length (RFC 9110, 8.6): who believes one would take the next response for its body."""
 _OF_THE_TARGET: Final = frozenset({b"alt-svc"})
 """It would lead the agent past the gateway."""
 
@@ -127,7 +129,7 @@ def response_head(response: ResponseHead, *, chunked: bool, close: bool) -> byte
             lines.append(line)
     if chunked:
         lines.append(b"Transfer-Encoding: chunked")
-    elif response.length is not None and not response.chunked:
+    elif response.length is not None and not response.chunked and response.status != _NO_CONTENT:
         lines.append(b"Content-Length: %d" % response.length)
     if close:
         lines.append(b"Connection: close")

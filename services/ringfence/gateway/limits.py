@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,8 +11,28 @@ from ringfence.messages.credential import Reason
 
 TOO_MANY_CONNECTIONS = "too_many_connections"
 _TOO_MANY_KEYS = 10_000
+_KEPT_FROM_ADDRESSES = 4
+"""One in so many connections is for senders that a socket or a certificate shows: whoever has many addresses does not
+keep them out."""
 _HANDSHAKES_OF_ALL = 4
 """One in so many connections may be one whose TLS is not open yet: who never opens it stops nobody who has."""
+
+
+ADDRESS = "address:"
+"""How a sender begins that is told by its address alone."""
+
+
+def sender_at(address: str) -> str:
+    """The sender that an address is told by. Of IPv6 whoever has one has a /64 (RFC 6177): that counts as one."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return f"{ADDRESS}{address}"
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped is not None:
+            return f"{ADDRESS}{found.ipv4_mapped}"
+        found = ipaddress.IPv6Address(int(found) >> 64 << 64)
+    return f"{ADDRESS}{found}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +59,8 @@ class Limits:
         self._allowed = allowance
         self._seconds = seconds
         self.connections = 0
+        self.of_addresses = 0
+        """So many of them are of senders told by their addresses."""
         self.handshakes = 0
         self._connections: dict[str, int] = {}
         self._handshakes: dict[str, int] = {}
@@ -50,6 +73,11 @@ class Limits:
         having = self._connections.get(sender, 0)
         if self.connections >= self._allowed.connections or having >= self._allowed.connections_each:
             return False
+        if sender.startswith(ADDRESS):
+            most = self._allowed.connections
+            if self.of_addresses >= most - most // _KEPT_FROM_ADDRESSES:
+                return False
+            self.of_addresses += 1
         self.connections += 1
         self._connections[sender] = having + 1
         return True
@@ -57,6 +85,7 @@ class Limits:
     def disconnect(self, sender: str) -> None:
         """The sender has one connection less."""
         self.connections -= 1
+        self.of_addresses -= sender.startswith(ADDRESS)
         _less(self._connections, sender)
 
     def shake(self, address: str) -> bool:

@@ -89,10 +89,11 @@ class Connection:
         """The next head; None where a request was handed over instead, see `Shortcut`."""
         client, patiences, shortcut = self._client, self._desk.patiences, self._shortcut
         client.deadline = time.monotonic() + (patiences.head_s if client.buffer else patiences.idle_s)
-        begun = shortcut.taken if client.buffer else None
+        begun, seen = shortcut.taken if client.buffer else None, 0
         shortcut.open()
         try:
-            while (given := cut_head(client.buffer)) is None:
+            while (given := cut_head(client.buffer, seen)) is None:
+                seen = len(client.buffer)
                 try:
                     await client.more()
                 except ExpiredError:
@@ -101,6 +102,8 @@ class Connection:
                     raise RefusedError(408, "head_timeout", "the head of the request does not come") from None
                 if shortcut.handed_over:
                     return None
+                if begun != shortcut.taken:
+                    seen = 0
                 if client.buffer and begun != shortcut.taken:
                     begun = shortcut.taken
                     client.deadline = time.monotonic() + patiences.head_s

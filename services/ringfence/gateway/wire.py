@@ -31,6 +31,7 @@ _ONCE: Final = frozenset({
     b"upgrade", b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-accept", b"content-encoding",
     b"x-ringfence-label", b"x-ringfence-handle", b"content-type", b"mcp-session-id", b"last-event-id",
 })  # fmt: skip
+_OF_THE_BODY: Final = frozenset({b"content-type", b"content-encoding"})
 _NONE: Final = frozenset[bytes]()
 _WATCHED: Final = _ONCE | {b"connection"}
 
@@ -39,6 +40,14 @@ OVERRIDES: Final = frozenset({
     b"x-original-uri", b"x-original-method",
 })  # fmt: skip
 """By these a target may do another thing than the request line says, which is what is decided on."""
+
+OF_PROXIES: Final = frozenset({
+    b"forwarded", b"x-real-ip", b"client-ip", b"x-client-ip", b"true-client-ip", b"x-cluster-client-ip",
+    b"cf-connecting-ip", b"fastly-client-ip", b"x-originating-ip", b"x-remote-ip", b"x-remote-addr", b"client-cert",
+    b"client-cert-chain", b"x-client-cert", b"x-ssl-client-cert", b"remote-user", b"x-remote-user", b"x-webauth-user",
+    b"x-authenticated-user",
+})  # fmt: skip
+"""What a target may believe of the proxy before it (RFC 7239, RFC 9440, and older customs), besides `X-Forwarded-*`."""
 
 
 @dataclass(slots=True)
@@ -74,20 +83,21 @@ class ResponseHead(Head):
     line: bytes
 
 
-def cut_head(buffer: bytearray) -> bytes | None:
+def cut_head(buffer: bytearray, seen: int = 0) -> bytes | None:
     """Take a head out of what has come, without its empty line; None where more has to come.
 
+    `seen`: so much of it was looked at before, in vain: who sends byte by byte costs no more than others.
     Raises RefusedError for one that is too long, or can be none whatever comes.
     """
     if not buffer:
         return None
-    end = buffer.find(END, 0, MAX_HEAD_BYTES)
+    end = buffer.find(END, max(0, seen - len(END) + 1), MAX_HEAD_BYTES)
     if end < 0:
         if len(buffer) >= MAX_HEAD_BYTES:
             raise RefusedError(
                 431, "head_too_large", f"the head of a message may have {MAX_HEAD_BYTES} bytes"
             )
-        if _NEVER.search(buffer):
+        if _NEVER.search(buffer, max(0, seen - 1)):
             raise _malformed("a bare CR or LF, or a NUL, in its head")
         return None
     head = bytes(buffer[: end + 2])
@@ -106,6 +116,8 @@ def parse_request(head: bytes) -> RequestHead:
     fields, known = _parse_fields(head[line.end() :])
     minor = line[3][0] - 48
     length, chunked, named = _framing(known, minor)
+    if not named.isdisjoint(_OF_THE_BODY):
+        raise _malformed("Connection names what says how its body is to be read")
     if b"host" not in known and not (minor == 0 and line[1] == b"CONNECT"):
         raise _malformed("Host is missing")
     if not OVERRIDES.isdisjoint(dict(fields)):
@@ -203,7 +215,8 @@ def _reads_as_another(name: bytes) -> bool:
     return (
         dashed in _WATCHED
         or dashed in OVERRIDES
-        or dashed in (b"accept-encoding", b"x-real-ip")
+        or dashed in OF_PROXIES
+        or dashed == b"accept-encoding"
         or dashed.startswith((b"x-forwarded-", b"proxy-"))
     )
 
