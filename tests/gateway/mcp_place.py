@@ -90,6 +90,14 @@ class McpPlace:
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
         return {"Authorization": TOKEN}
 
+    def keep(self, key: str, id: str, value: bytes) -> None:
+        event = ActionDecided.model_validate_json(value)
+        assert (event.agent_id, event.action_id) == (key, id)
+        assert event.model_dump_json(exclude_none=True).encode() == value, (
+            "as it would be written by its model"
+        )
+        self.record(event)
+
     def record(self, event: ActionDecided | ActionAnswered) -> None:
         if isinstance(event, ActionDecided):
             self.events.append(event)

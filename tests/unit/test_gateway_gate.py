@@ -95,6 +95,14 @@ class Parts:
         return {"Authorization": "Bearer x"}
 
     # recorder
+    def keep(self, key: str, id: str, value: bytes) -> None:
+        event = ActionDecided.model_validate_json(value)
+        assert (event.agent_id, event.action_id) == (key, id)
+        assert event.model_dump_json(exclude_none=True).encode() == value, (
+            "as it would be written by its model"
+        )
+        self.record(event)
+
     def record(self, event: ActionDecided) -> None:
         if self.full:
             raise SpoolFullError("full")

@@ -351,7 +351,7 @@ class Exchange:
             or (length and self._injects and _is_compressed(response))
         ):
             return None
-        self._client.write(
+        self._client.write_soon(
             redact(
                 response_head(response, chunked=False, close=False) + came[end + len(END) :], self._needles
             )
@@ -404,10 +404,10 @@ class Exchange:
         """Write the head and what there is of the body; what is still to come is sent on beside all else."""
         asked = self._asked
         if self._whole is not None:
-            upstream.write(self._head + self._whole)
+            upstream.write_soon(self._head + self._whole)
             return
         if asked.body.done:
-            upstream.write(self._head)
+            upstream.write_soon(self._head)
             return
         first = (asked.read or b"") + asked.body.take(self._client.buffer)
         upstream.write(self._head + self._framed(first))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+import orjson
 from prometheus_client import Counter
 
 from ringfence.gateway.action_ids import ActionIds
@@ -39,8 +40,9 @@ from ringfence.gateway.injection import Injector
 from ringfence.gateway.mcp import McpDesk, Spoken, rpc_of
 from ringfence.gateway.observing import Observing
 from ringfence.gateway.questions import Question
+from ringfence.gateway.recalling import Found, Recalled
 from ringfence.gateway.recording import Recorder
-from ringfence.gateway.remembering import Remembered
+from ringfence.gateway.remembering import Remembered, lasts_until
 from ringfence.gateway.spool import SpoolFullError
 from ringfence.gateway.targets import Compiled, Targets
 from ringfence.gateway.view import View
@@ -125,6 +127,7 @@ class DecisionGate:
         self._entitlements_max_age_s = entitlements_max_age_s
         self._ids = ActionIds()
         self._remembered = Remembered(view.table, view.directory)
+        self._recalled = Recalled(view.table, view.directory)
         self._earlier = Earlier()
         self._observing = Observing(targets, observe)
         self._mcp = McpDesk(view.table)
@@ -254,7 +257,28 @@ class DecisionGate:
 
     def _at_hand(self, course: _Course, presented: Presented) -> Mapping[str, str] | None:
         """What is injected where it is allowed by what is known already, filling in `course`; else None."""
-        attempt = course.attempt
+        attempt, now_ms = course.attempt, self._clock.now_ms()
+        found = self._recalled.find(presented, attempt, now_ms / 1000) if attempt.body is None else None
+        if found is None:
+            found = self._found_at_hand(presented, attempt)
+            if found is None:
+                return None
+            self._recalled.keep(
+                presented, attempt, found, lasts_until(found.chosen, self._entitlements_max_age_s)
+            )
+        reads, chosen = attempt.method in SAFE_METHODS, found.chosen
+        if not self._evaluator.remembers(chosen, found.action, reads=reads, now_ms=now_ms):
+            return None
+        course.sender, course.target, course.action, course.chosen = (
+            found.sender, found.target, found.action, chosen,
+        )  # fmt: skip
+        injects = self._injector.at_hand(chosen.lease, found.target.state)
+        # Last, as in `_unequipped`; nothing was waited for, so nothing changed meanwhile.
+        if self._view.table.problem(chosen.lease) is not None or self._stale() is not None:
+            return None
+        return injects
+
+    def _found_at_hand(self, presented: Presented, attempt: Attempt) -> Found | None:
         sender = self._identifier.at_hand(presented)
         target = self._targets.find(attempt)
         if sender is None or isinstance(target, Refusal) or target.map.speaks_mcp(attempt.target):
@@ -265,15 +289,7 @@ class DecisionGate:
         chosen = self._weighed(sender, target, action) if action is not None else None
         if action is None or chosen is None or isinstance(chosen, Refusal):
             return None
-        reads, now_ms = attempt.method in SAFE_METHODS, self._clock.now_ms()
-        if not self._evaluator.remembers(chosen, action, reads=reads, now_ms=now_ms):
-            return None
-        course.sender, course.target, course.action, course.chosen = sender, target, action, chosen
-        injects = self._injector.at_hand(chosen.lease, target.state)
-        # Last, as in `_unequipped`; nothing was waited for, so nothing changed meanwhile.
-        if self._view.table.problem(chosen.lease) is not None or self._stale() is not None:
-            return None
-        return injects
+        return Found(sender, target, action, chosen)
 
     async def _decided(
         self, course: _Course, presented: Presented, attempt: Attempt, admits: Admits | None
@@ -512,8 +528,11 @@ class DecisionGate:
         for_target: str | None = None,
     ) -> None:
         """`for_target`: which it was for, where that was not looked at. Raises SpoolFullError."""
-        attempt, sender = course.attempt, course.sender
         access, target_id, now_ms = self._note(course, verdict)
+        if verdict.allowed and course.question is None and course.action is not None:
+            self._record_allowed(course, access, target_id, now_ms)
+            return
+        attempt, sender = course.attempt, course.sender
         self._recorder.record(
             ActionDecided(
                 action_id=course.id,
@@ -537,6 +556,23 @@ class DecisionGate:
                 at_ms=now_ms,
             )
         )
+
+    def _record_allowed(self, course: _Course, access: Access, target_id: str | None, now_ms: int) -> None:
+        """The same `ActionDecided` for what is simply allowed, which is most: written without a model in between."""
+        sender, lease, action, attempt = course.sender, course.lease, course.action, course.attempt
+        assert sender is not None, "it was allowed"
+        assert lease is not None, "it was allowed"
+        assert action is not None, "it was allowed"
+        event: dict[str, object] = {
+            "action_id": course.id, "gateway": self._gateway, "agent_id": sender.agent_id,
+            "act": _act_of(course), "task_id": lease.task_id, "lease_id": lease.lease_id, "target_id": target_id,
+            "verb": action.verb, "resource": action.resource, "allowed": True, "reasons": (), "access": access,
+            "method": attempt.method if _METHOD.fullmatch(attempt.method) else None,
+            "request_digest": _digest(attempt), "latency_us": course.took_ns // 1000, "label": _label_of(attempt),
+            "at_ms": now_ms,
+        }  # fmt: skip
+        value = orjson.dumps({name: value for name, value in event.items() if value is not None})
+        self._recorder.keep(sender.agent_id, course.id, value)
 
     def _record_answer(self, course: _Course, outcome: McpOutcome) -> None:
         """What came of it is too late to deny anything: where it cannot be kept, the decision still is."""

@@ -51,6 +51,7 @@ class Spool:
         self._max_bytes = max_bytes
         self._segment_bytes = segment_bytes
         try:
+            self._total = 0
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,6 +65,7 @@ class Spool:
         except (OSError, ValueError) as error:
             raise SpoolError(f"the spool {folder} cannot be used: {error}") from None
         self._unsynced = False
+        self._total = sum(self._sizes.values())
 
     # --- in ---
 
@@ -72,7 +74,7 @@ class Spool:
         if len(entry) > MAX_ENTRY_BYTES:
             raise SpoolFullError(f"an event of {len(entry)} bytes is larger than any may be")
         framed = _HEAD.pack(len(entry), zlib.crc32(entry)) + entry
-        if self.size() + len(framed) > self._max_bytes:
+        if self._total + len(framed) > self._max_bytes:
             raise SpoolFullError("events are not published, and there is no room for more: is Kafka away?")
         try:
             if self._sizes[self._writing] >= self._segment_bytes:
@@ -85,6 +87,7 @@ class Spool:
         if written != len(framed):
             raise SpoolFullError("an event could not be written to disk whole")
         self._sizes[self._writing] += written
+        self._total += written
         self._unsynced = True
 
     def sync(self) -> None:
@@ -98,7 +101,7 @@ class Spool:
 
     def size(self) -> int:
         """The bytes that wait to be published, and those that were published and are not removed yet."""
-        return sum(self._sizes.values())
+        return self._total
 
     # --- out ---
 
@@ -187,7 +190,7 @@ class Spool:
         self._number, self._offset = self._number + 1, 0
 
     def _forget(self, number: int) -> None:
-        self._sizes.pop(number, None)
+        self._total -= self._sizes.pop(number, 0)
         with contextlib.suppress(OSError):
             (self._folder / f"{number:012}{_SUFFIX}").unlink()
 
