@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -73,8 +74,11 @@ def test_the_very_same_request_is_recalled_and_no_other() -> None:
         Presented("a task", "C"),
     ):
         assert memory.recall(presented) is None
-    for other in ("method", "target", "authority", "target_id", "scheme"):
-        assert memory.recall(attempt=dataclasses.replace(ATTEMPT, **{other: "other"})) is None, other
+    others: list[dict[str, Any]] = [
+        {name: "other"} for name in ("method", "target", "authority", "target_id")
+    ]
+    for other in [*others, {"scheme": "http"}]:
+        assert memory.recall(attempt=dataclasses.replace(ATTEMPT, **other)) is None, other
     memory.recalled.keep(SHOWN, dataclasses.replace(ATTEMPT, target="/b", body=b"{}"), memory.course, 2**40)
     memory.recalled.keep(SHOWN, dataclasses.replace(ATTEMPT, target="/" + "c" * 600), memory.course, 2**40)
     assert memory.recall(attempt=dataclasses.replace(ATTEMPT, target="/b")) is None, "its body may matter"

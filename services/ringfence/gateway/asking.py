@@ -43,6 +43,11 @@ class Way:
     handle: str | None = None
     """What that CONNECT showed."""
 
+    @property
+    def shows_nobody(self) -> bool:
+        """Whether the connection alone says nothing of who sends."""
+        return self.task_id is None and self.certificate is None
+
 
 def asked(request: RequestHead, way: Way, knows: Callable[[str], bool]) -> tuple[Presented, Attempt]:
     """The attempt that a request is, and what it shows of its sender. Raises RefusedError."""

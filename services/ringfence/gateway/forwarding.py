@@ -503,7 +503,7 @@ class Exchange:
             if body.done and in_chunks:
                 out += LAST_CHUNK
             if out:
-                client.write(out)
+                (client.write_soon if body.done else client.write)(out)
                 out = b""
             if client.blocked:
                 await self._drain_client()

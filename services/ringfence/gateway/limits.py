@@ -10,6 +10,8 @@ from ringfence.gateway.refusals import RefusedError
 from ringfence.messages.credential import Reason
 
 TOO_MANY_CONNECTIONS = "too_many_connections"
+HANDSHAKE = 10
+"""To open TLS counts for so many requests: it takes the time of some of them."""
 _TOO_MANY_KEYS = 10_000
 _KEPT_FROM_ADDRESSES = 4
 """One in so many connections is for senders that a socket or a certificate shows: whoever has many addresses does not
@@ -67,6 +69,7 @@ class Limits:
         self._running: dict[str, int] = {}
         self._buckets: dict[str, tuple[float, float]] = {}
         """By sender: how many requests it had left, and when that was."""
+        self._forget_again = 0.0
 
     def connect(self, sender: str) -> bool:
         """Whether this sender may have one more connection; then it has."""
@@ -94,6 +97,11 @@ class Limits:
         most = max(1, self._allowed.connections // _HANDSHAKES_OF_ALL)
         if self.handshakes >= most or having >= self._allowed.handshakes_each or not self.connect(address):
             return False
+        try:
+            self.ask(address, HANDSHAKE)
+        except RefusedError:
+            self.disconnect(address)
+            return False
         self.handshakes += 1
         self._handshakes[address] = having + 1
         return True
@@ -104,16 +112,19 @@ class Limits:
         _less(self._handshakes, address)
         self.disconnect(address)
 
-    def ask(self, sender: str) -> None:
-        """Count a request against the sender's rate. Raises RefusedError (429), which counts for nothing."""
-        now = self._seconds()
+    def ask(self, sender: str, cost: float = 1) -> None:
+        """Count a request against the sender's rate. Raises RefusedError (429), which counts for nothing.
+
+        `cost`: for how many it counts, where it is more work than most; never more than there can be at once.
+        """
+        now, cost = self._seconds(), min(cost, self._allowed.burst_each)
         left, then = self._buckets.get(sender, (float(self._allowed.burst_each), now))
         left = min(self._allowed.burst_each, left + (now - then) * self._allowed.per_second_each)
-        if left < 1:
-            raise _too_many("requests a second", (1 - left) / self._allowed.per_second_each)
-        if len(self._buckets) > _TOO_MANY_KEYS:
+        if left < cost:
+            raise _too_many("requests a second", (cost - left) / self._allowed.per_second_each)
+        if len(self._buckets) > _TOO_MANY_KEYS and now >= self._forget_again:
             self._forget_the_idle(now)
-        self._buckets[sender] = (left - 1, now)
+        self._buckets[sender] = (left - cost, now)
 
     def begin(self, sender: str) -> None:
         """The sender has one more request under way. Raises RefusedError (429)."""
@@ -132,6 +143,7 @@ class Limits:
 
     def _forget_the_idle(self, now: float) -> None:
         full_s = self._allowed.burst_each / self._allowed.per_second_each
+        self._forget_again = now + full_s  # nobody is idle before: many who are not cost the others nothing
         for sender, (_, then) in list(self._buckets.items()):
             if now - then > full_s:
                 del self._buckets[sender]

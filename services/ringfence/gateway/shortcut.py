@@ -89,6 +89,8 @@ class Shortcut:
         if end < 0:
             self._seen = len(client.buffer)
             return False
+        if self.way.shows_nobody and b"DPoP:" in client.buffer:
+            return False  # a proof is waited for: it is read there, and not here too
         request = _plain_request(client, end)
         if request is None:
             return False

@@ -206,6 +206,12 @@ class Stream(asyncio.Protocol):
         if not self.transport.is_closing():
             self.transport.close()
 
+    def end(self) -> None:
+        """Say that nothing more is written, where that can be said."""
+        self._send_held()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
     def abort(self) -> None:
         """Close at once."""
         self._held = b""
