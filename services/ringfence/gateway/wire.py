@@ -228,6 +228,8 @@ def _framing(known: dict[bytes, bytes]) -> tuple[int | None, bool, frozenset[byt
     if given is not None:
         length = _length(given)
     connection = known.get(b"connection")
+    if connection is not None and connection.count(b",") > MAX_FIELDS:
+        raise _malformed("Connection names more than there can be")
     return length, coding is not None, _options(connection) if connection else _NONE
 
 

@@ -33,6 +33,9 @@ MAX_TARGET_CHARS: Final = 8192
 MAX_BODY_BYTES: Final = 1024 * 1024
 """So much of a body is looked at: a rule with conditions on the body of a larger one matches nothing."""
 
+_MAX_SEGMENTS: Final = 256
+"""More would only cost time: no resource has as many."""
+
 _MCP: Final = "MCP"
 """The method of rules that mean messages, and of no request."""
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -338,7 +341,7 @@ def _decoded(path: str) -> tuple[str, ...] | None:
     """The segments of a path, each decoded once; None for every path that others might read otherwise."""
     if path == "/":
         return ()
-    if not path.startswith("/"):
+    if not path.startswith("/") or path.count("/") > _MAX_SEGMENTS:
         return None
     if _PLAIN_PATH.fullmatch(path):  # nothing to decode, and no segment of dots
         return tuple(path[1:].split("/"))
