@@ -12,6 +12,7 @@ from urllib.parse import unquote
 import pytest
 
 from ringfence.dev.processes import LOOPBACK, free_port
+from ringfence.gateway.wire import OF_PROXIES
 from ringfence.model.request_map import MAX_BODY_BYTES
 from tests.flows.gating import action
 from tests.gateways.agent import HOST, Agent, Answer, request
@@ -309,6 +310,13 @@ async def test_a_header_that_is_spelled_otherwise_is_the_same_header(
     assert "_" not in header or answer.status == running.program.underscored
     for received in stage.target.received:
         assert "of-the-agent" not in str(received.headers)
+
+
+@pytest.mark.parametrize("header", sorted(name.decode() for name in OF_PROXIES))
+async def test_who_sends_it_no_agent_says_itself(stage: Stage, agent: Agent, header: str) -> None:
+    assert (await agent.send("GET", "/a/x", [(header, "of-the-agent")])).status == 200
+    [received] = stage.target.received
+    assert "of-the-agent" not in str(received.headers)
 
 
 async def test_an_upgrade_becomes_no_tunnel(stage: Stage, agent: Agent) -> None:

@@ -563,15 +563,25 @@ class DecisionGate:
         assert sender is not None, "it was allowed"
         assert lease is not None, "it was allowed"
         assert action is not None, "it was allowed"
+        assert target_id is not None, "it was allowed"
         event: dict[str, object] = {
-            "action_id": course.id, "gateway": self._gateway, "agent_id": sender.agent_id,
-            "act": _act_of(course), "task_id": lease.task_id, "lease_id": lease.lease_id, "target_id": target_id,
+            "action_id": course.id,
+            "gateway": self._gateway,
+            "agent_id": sender.agent_id,
+        }
+        if (act := _act_of(course)) is not None:
+            event["act"] = act
+        event |= {
+            "task_id": lease.task_id, "lease_id": lease.lease_id, "target_id": target_id,
             "verb": action.verb, "resource": action.resource, "allowed": True, "reasons": (), "access": access,
-            "method": attempt.method if _METHOD.fullmatch(attempt.method) else None,
-            "request_digest": _digest(attempt), "latency_us": course.took_ns // 1000, "label": _label_of(attempt),
-            "at_ms": now_ms,
         }  # fmt: skip
-        value = orjson.dumps({name: value for name, value in event.items() if value is not None})
+        if _METHOD.fullmatch(attempt.method):
+            event["method"] = attempt.method
+        event["request_digest"], event["latency_us"] = _digest(attempt), course.took_ns // 1000
+        if (label := _label_of(attempt)) is not None:
+            event["label"] = label
+        event["at_ms"] = now_ms
+        value = orjson.dumps(event)
         self._recorder.keep(sender.agent_id, course.id, value)
 
     def _record_answer(self, course: _Course, outcome: McpOutcome) -> None:

@@ -152,11 +152,13 @@ class Limits:
 class Turn:
     """The request of a connection that is under way: one of its sender, and of its agent once that is known."""
 
-    __slots__ = ("_asked", "_limits", "_running", "_sender")
+    __slots__ = ("_agent", "_asked", "_limits", "_running", "_sender")
 
     def __init__(self, limits: Limits, sender: str) -> None:
         self._limits = limits
         self._sender = sender
+        self._agent = ("", "")
+        """The agent that it was last, and by which sender that one is counted."""
         self._running: list[str] = []
         self._asked = False
         """Whether the next one was counted already."""
@@ -171,7 +173,9 @@ class Turn:
 
     def admits(self, agent_id: str) -> Reason | None:
         """See `Admits`: the limits of an agent, wherever it comes from."""
-        agent = f"agent:{agent_id}"
+        if self._agent[0] != agent_id:
+            self._agent = agent_id, f"agent:{agent_id}"
+        agent = self._agent[1]
         try:
             self._limits.ask(agent)
             self._limits.begin(agent)
