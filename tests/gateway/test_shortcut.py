@@ -252,15 +252,18 @@ async def test_a_connection_that_brought_much_serves_the_short_way_too(place: Pl
     assert place.plane.upstreams.open == 1
 
 
+@pytest.mark.parametrize(
+    "cut", [lambda gate: gate.end("api"), lambda gate: setattr(gate, "stood_still", True)]
+)
 async def test_what_is_cut_before_it_is_sent_is_not_sent(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch, cut: Any
 ) -> None:
     """What is sent goes out when all that came in a turn of the loop was seen to: a cut may come in between."""
     loop, at_once = asyncio.get_running_loop(), place.gate.allowed_at_once
 
     def then_cut(*asked: Any) -> Any:
         found = at_once(*asked)
-        loop.call_soon(place.gate.end, "api")
+        loop.call_soon(cut, place.gate)
         return found
 
     async with place.connected() as raw:

@@ -278,6 +278,12 @@ class Exchange:
         if self._refused is not None:
             raise self._refused
 
+    def _still_goes(self) -> bool:
+        """The same look at the moment of sending: this process may have stood still since."""
+        if self._refused is None and self._lapsed():
+            self.lease_ended()
+        return self._refused is None
+
     def drop(self) -> None:
         """Nothing of it goes on, and nobody waits for it."""
         if self.upstream is not None:
@@ -404,10 +410,10 @@ class Exchange:
         """Write the head and what there is of the body; what is still to come is sent on beside all else."""
         asked = self._asked
         if self._whole is not None:
-            upstream.write_soon(self._head + self._whole)
+            upstream.write_soon(self._head + self._whole, self._still_goes)
             return
         if asked.body.done:
-            upstream.write_soon(self._head)
+            upstream.write_soon(self._head, self._still_goes)
             return
         first = (asked.read or b"") + asked.body.take(self._client.buffer)
         upstream.write(self._head + self._framed(first))

@@ -9,6 +9,7 @@ of it. What was published and not yet marked as such comes again after a crash: 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -97,7 +98,10 @@ class Spool:
             try:
                 os.fsync(self._file)
             except OSError as error:
-                log.error("events of the last second may not outlive the machine: %s", error.strerror)
+                if (
+                    error.errno != errno.EBADF
+                ):  # then another file began meanwhile, and this one was synced there
+                    log.error("events of the last second may not outlive the machine: %s", error.strerror)
 
     def size(self) -> int:
         """The bytes that wait to be published, and those that were published and are not removed yet."""

@@ -33,8 +33,8 @@ class Stream(asyncio.Protocol):
     """A connection. One coroutine reads, one writes; they may be the same."""
 
     __slots__ = (
-        "_drained", "_expired", "_failure", "_held", "_loop", "_on_lost", "_on_made", "_paused", "_readable", "_unseen",
-        "blocked", "buffer", "deadline", "on_gone", "taker", "transport",
+        "_drained", "_expired", "_failure", "_goes", "_held", "_loop", "_on_lost", "_on_made", "_paused", "_readable",
+        "_unseen", "blocked", "buffer", "deadline", "on_gone", "taker", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +60,8 @@ class Stream(asyncio.Protocol):
         self._on_lost = on_lost
         self._held = b""
         """What is sent once the loop has handed out all that came."""
+        self._goes: Callable[[], bool] | None = None
+        """Asked then whether it still may be."""
         self._paused = False
         self._unseen = False
         """Whether something came while nobody waited."""
@@ -142,16 +144,16 @@ class Stream(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Send. See `blocked`."""
-        if self._held:
-            data, self._held = self._held + data, b""
+        self._send_held()
         self.transport.write(data)
 
-    def write_soon(self, data: bytes) -> None:
-        """Send, after what else came in this turn of the loop was seen to.
+    def write_soon(self, data: bytes, goes: Callable[[], bool] | None = None) -> None:
+        """Send, after what else came in this turn of the loop was seen to, where `goes` says yes then.
 
         To send wakes the other side, and that takes longer than most of what is done for a request: what is sent to
         several at once wakes each of them once.
         """
+        self._goes = goes
         if self._held:
             self._held += data
         else:
@@ -160,8 +162,8 @@ class Stream(asyncio.Protocol):
 
     def _send_held(self) -> None:
         if self._held:
-            data, self._held = self._held, b""
-            if not self.transport.is_closing():
+            data, self._held, goes, self._goes = self._held, b"", self._goes, None
+            if not self.transport.is_closing() and (goes is None or goes()):
                 self.transport.write(data)
 
     async def drained(self) -> None:
