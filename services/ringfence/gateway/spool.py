@@ -75,7 +75,7 @@ class Spool:
         if len(entry) > MAX_ENTRY_BYTES:
             raise SpoolFullError(f"an event of {len(entry)} bytes is larger than any may be")
         framed = _HEAD.pack(len(entry), zlib.crc32(entry)) + entry
-        if self._total + len(framed) > self._max_bytes:
+        if self.size() + len(framed) > self._max_bytes:
             raise SpoolFullError("events are not published, and there is no room for more: is Kafka away?")
         try:
             if self._sizes[self._writing] >= self._segment_bytes:
