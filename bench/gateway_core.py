@@ -28,6 +28,7 @@ from ringfence.client.proofs import Nonces, ProofChecker
 from ringfence.dev.processes import LOOPBACK
 from ringfence.gateway import authz_envoy, authz_forward
 from ringfence.gateway.authz import ProxyAuth
+from ringfence.gateway.counting import Counted
 from ringfence.gateway.evaluating import Evaluator
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.identifying import Identifier
@@ -164,10 +165,11 @@ class _World:
         access = TargetAccess(dict.fromkeys(("plain", "hub"), f"env:{SECRET}"))
         injector = Injector(self.table, None, StaticSecrets(access))  # type: ignore[arg-type]
         spool = Spool(Path(self._places.folder) / "spool", max_bytes=1 << 31)
+        recorder, name = Recorder(spool, None), f"spiffe://{TD}/service/gateway"  # type: ignore[arg-type]
         return DecisionGate(
             _View(self.ledger, self.table), self.targets, self.identifier, Evaluator(engine, declared),  # type: ignore[arg-type]
-            injector, Recorder(spool, None), None, self.clock,  # type: ignore[arg-type]
-            gateway=f"spiffe://{TD}/service/gateway", entitlements_max_age_s=30 * _DAY_S,
+            injector, recorder, Counted(recorder.record, self.clock, gateway=name), None, self.clock,  # type: ignore[arg-type]
+            gateway=name, entitlements_max_age_s=30 * _DAY_S,
         )  # fmt: skip
 
 

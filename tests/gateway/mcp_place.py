@@ -90,6 +90,14 @@ class McpPlace:
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
         return {"Authorization": TOKEN}
 
+    def keep(self, key: str, id: str, value: bytes) -> None:
+        event = ActionDecided.model_validate_json(value)
+        assert (event.agent_id, event.action_id) == (key, id)
+        assert event.model_dump_json(exclude_none=True).encode() == value, (
+            "as it would be written by its model"
+        )
+        self.record(event)
+
     def record(self, event: ActionDecided | ActionAnswered) -> None:
         if isinstance(event, ActionDecided):
             self.events.append(event)
@@ -146,7 +154,7 @@ async def mcp_placed(
         place.leased(one)
     played = cast(Any, found)
     gate = DecisionGate(
-        played, targets, played, played, played, played, played, ledger.clock,
+        played, targets, played, played, played, played, played, played, ledger.clock,
         gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9, observe=observe,
     )  # fmt: skip
     found.plane = plane = DataPlane(gate, knows=targets.knows, hosts=targets.hosts(), answer=answer, tls=tls)

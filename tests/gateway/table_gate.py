@@ -169,7 +169,8 @@ class TableGate:
         target_id = self._target(attempt)
         if target_id is None:
             return _denied(403, "target_unknown", "there is no such target")
-        action = self._maps[target_id].action(attempt.method, attempt.target, attempt.body)
+        body = attempt.body if attempt.json else None
+        action = self._maps[target_id].action(attempt.method, attempt.target, body)
         if action is None and attempt.body is None and self.reads_body(attempt):
             return _denied(413, "body_unseen", "the body was not seen whole")
         if action is None or action.verb not in self.targets[target_id].verbs:

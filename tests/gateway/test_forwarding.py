@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import html
+import json
+from urllib.parse import quote, quote_plus
 
 import h11
 import pytest
@@ -19,6 +22,9 @@ GET = b"GET /api/files/a HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
 
 def request(first: str, *lines: str, body: bytes = b"") -> bytes:
     return "\r\n".join([first, "Host: gateway.test", *lines, "", ""]).encode("latin-1") + body
+
+
+JSON = "Content-Type: application/json"
 
 
 def put(*lines: str, body: bytes = b"") -> bytes:
@@ -87,11 +93,11 @@ async def test_one_byte_at_a_time(place: Place) -> None:
 async def test_a_body_that_the_map_looks_at_is_read_before_the_decision(place: Place) -> None:
     body = b'{"mode": "dry"}'
     async with place.connected() as raw:
-        data = request("POST /api/runs/a HTTP/1.1", f"Content-Length: {len(body)}", body=body)
+        data = request("POST /api/runs/a HTTP/1.1", f"Content-Length: {len(body)}", JSON, body=body)
         assert (await raw.ask(data)).status == 200
-        data = request("POST /api/runs/a HTTP/1.1", "Transfer-Encoding: chunked")
+        data = request("POST /api/runs/a HTTP/1.1", "Transfer-Encoding: chunked", JSON)
         assert (await raw.ask(data + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))).status == 200
-        data = request("POST /api/runs/a HTTP/1.1", "Content-Length: 16", body=b'{"mode": "real"}')
+        data = request("POST /api/runs/a HTTP/1.1", "Content-Length: 16", JSON, body=b'{"mode": "real"}')
         assert (await raw.ask(data)).status == 403
     assert [one.body for one in place.target.requests] == [body, body]
     assert [one.values("content-length") for one in place.target.requests] == [["15"], ["15"]]
@@ -268,6 +274,13 @@ async def test_responses_that_end_for_certain_leave_both_connections_open(
         assert place.plane.upstreams.open == 1
 
 
+async def test_nothing_has_no_length() -> None:
+    answer = b"HTTP/1.1 204 No Content\r\nContent-Length: 30\r\n\r\n"
+    async with placed(saying(answer)) as place, place.connected() as raw:
+        for _ in range(2):  # once by each way through the plane
+            assert (await raw.ask(GET)).value("content-length") is None
+
+
 async def test_a_connection_on_which_more_comes_than_was_asked_for_is_not_used_again() -> None:
     async with placed(saying(OK + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")) as place:
         async with place.connected() as raw:
@@ -420,6 +433,40 @@ async def test_a_secret_that_the_target_echoes_is_not_shown(shown: bytes) -> Non
         assert shown not in seen
         assert b"*" * 20 in seen
     assert len(response.body) == len(shown) + 2
+
+
+ODD = "p+/=&<\"q' r`s!*(t)"
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        ODD,
+        quote(ODD, safe=""), quote(ODD, safe="").lower(), quote(ODD), quote_plus(ODD), quote(ODD, safe="!~*'()"),
+        quote(ODD, safe=";,/?:@&=+$!~*'()#"), "p%2b%2f%3d%26%3c%22q%27+r%60s%21%2a%28t%29",
+        json.dumps(ODD)[1:-1], json.dumps(ODD)[1:-1].replace("/", "\\/"),
+        'p+/=\\u0026\\u003c\\"q\' r`s!*(t)', 'p\\u002B/=\\u0026\\u003C\\u0022q\\u0027 r\\u0060s!*(t)',
+        html.escape(ODD), html.escape(ODD, quote=False), "p&#43;/=&amp;&lt;&#34;q&#39; r`s!*(t)",
+        "p+/=&amp;&lt;&quot;q&#39; r`s!*(t)", "p+&#x2F;&#x3D;&amp;&lt;&quot;q&#39; r&#x60;s!*(t)",
+        ODD.encode().hex(), ODD.encode().hex().upper(),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_secret_is_not_shown_in_the_ways_in_which_libraries_write_it(
+    shown: str, at_once: bool
+) -> None:
+    async def script(reader: Reader, writer: Writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        body = b"<" + shown.encode() + b">"
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+        for piece in [body] if at_once else [body[:7], body[7:9], body[9:]]:
+            await writer.drain()
+            await asyncio.sleep(0.01)
+            writer.write(piece)
+
+    async with placed(Target(script=script)) as place, place.connected() as raw:
+        with_entry(place.gate, "api", injected={"X-Api-Key": ODD})
+        assert (await raw.ask(GET)).body == b"<" + b"*" * len(shown) + b">"
 
 
 async def test_the_parts_of_basic_credentials_are_not_shown() -> None:

@@ -177,6 +177,45 @@ def test_a_head_that_is_accepted_means_the_same_to_another_parser(data: bytes) -
     assert parsed.known[b"authorization"] == b"Bearer x"
 
 
+@settings(max_examples=500)
+@given(st.one_of(REQUESTS, MUTATED.map(lambda one: mutated(one)[1])), st.lists(st.integers(1, 30)))
+def test_a_head_is_the_same_however_it_is_cut(data: bytes, cuts: list[int]) -> None:
+    def outcome(pieces: list[bytes]) -> bytes | str | None:
+        buffer, seen = bytearray(), 0
+        for piece in pieces:
+            buffer += piece
+            try:
+                head = cut_head(buffer, seen)
+            except RefusedError as error:
+                return error.code
+            if head is not None:
+                return head
+            seen = len(buffer)
+        return None
+
+    pieces, rest = [], data
+    for cut in [*cuts, len(data)]:
+        pieces.append(rest[:cut])
+        rest = rest[cut:]
+    in_pieces, whole = outcome(pieces), outcome([data])
+    assert in_pieces == whole or (
+        in_pieces == "malformed_http" and isinstance(whole, bytes) and refuses(whole)
+    )
+
+
+def refuses(head: bytes) -> bool:
+    try:
+        parse_request(head)
+    except RefusedError:
+        return True
+    return False
+
+
+def test_what_was_looked_at_is_not_looked_at_again() -> None:
+    """Else who sends byte by byte costs as much as the square of what it sends."""
+    assert cut_head(bytearray(b"GET / HTTP/1.1\x00\r\nX: y"), 20) is None
+
+
 @given(st.lists(st.binary(min_size=1, max_size=40)), st.lists(st.integers(1, 60)))
 def test_chunks_come_out_as_they_went_in_however_they_are_cut(pieces: list[bytes], cuts: list[int]) -> None:
     data = b"".join(chunk(piece) for piece in pieces) + b"0\r\n\r\nrest"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import socket
 
 import psutil
 import pytest
 
 from ringfence.gateway.forwarding import Patiences
-from ringfence.gateway.limits import Allowance, Limits
+from ringfence.gateway.limits import Allowance, Limits, sender_at
 from ringfence.gateway.refusals import RefusedError
 from ringfence.gateway.stream import ExpiredError, Patience, Stream
 from tests.gateway.conftest import placed
@@ -48,6 +49,36 @@ def test_a_rate_fills_up_again() -> None:
         limits.ask("a")
     with pytest.raises(RefusedError):
         limits.ask("a")
+
+
+def test_to_open_tls_counts_for_more() -> None:
+    seconds = Seconds()
+    limits = Limits(Allowance(per_second_each=10, burst_each=25), seconds)
+    assert [limits.shake("address:a") for _ in range(3)] == [True, True, False]
+    assert (limits.connections, limits.handshakes) == (2, 2)
+    limits.ask("address:b", 20)
+    with pytest.raises(RefusedError):
+        limits.ask("address:b", 20)
+    limits.ask("address:b")
+    seconds.now += 1
+    limits.ask("address:b", 10)
+    Limits(Allowance(burst_each=1), seconds).ask("address:a", 10)  # however little there can be at once
+
+
+def test_one_network_of_ipv6_is_one_sender() -> None:
+    assert sender_at("2001:db8::1") == sender_at("2001:db8::ffff:1") == sender_at("2001:db8::1%eth0")
+    assert sender_at("2001:db8::1") != sender_at("2001:db8:0:1::1")
+    assert sender_at("::ffff:192.0.2.1") == sender_at("192.0.2.1") != sender_at("192.0.2.2")
+
+
+def test_who_has_many_addresses_leaves_room_for_those_who_show_who_they_are() -> None:
+    limits = Limits(Allowance(connections=8, connections_each=2), Seconds())
+    came = [limits.connect(sender_at(f"192.0.2.{number}")) for number in range(8)]
+    assert came == [True] * 6 + [False] * 2
+    assert [limits.connect(task) for task in ("task:a", "task:b", "task:c")] == [True, True, False]
+    limits.disconnect(sender_at("192.0.2.0"))
+    assert limits.connect(sender_at("192.0.2.7"))
+    assert limits.connections == 8
 
 
 def test_who_has_not_asked_for_long_is_forgotten() -> None:
@@ -163,6 +194,38 @@ async def test_one_address_has_so_many_connections() -> None:
             await asyncio.sleep(0.01)
         async with limited.connected() as raw:
             assert (await raw.ask(GET)).status == 200
+
+
+@pytest.mark.parametrize("path", [b"/", b"/api/secrets"])
+async def test_who_takes_no_answers_gets_no_more_of_them(path: bytes) -> None:
+    """Refused by the plane or denied by the core: what nobody takes is not heaped up."""
+    loop, asked = asyncio.get_running_loop(), b"GET " + path + b" HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
+    async with placed(patiences=Patiences(piece_s=1.0)) as place:
+        with socket.create_connection(("127.0.0.1", place.port)) as client:
+            client.setblocking(False)
+            sending = loop.create_task(loop.sock_sendall(client, asked * 100_000))
+            heaped = 0
+            while not place.plane.connections:
+                await asyncio.sleep(0.005)
+            while place.plane.connections and heaped < 1024 * 1024:
+                sizes = [one.transport.get_write_buffer_size() for one in place.plane._patience._streams]
+                heaped = max([heaped, *sizes])
+                await asyncio.sleep(0.005)
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+        assert heaped < 1024 * 1024
+
+
+async def test_many_requests_at_once_are_answered_in_turns_with_others() -> None:
+    refused = b"GET /api/secrets HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
+    async with placed() as place, place.connected() as greedy, place.connected() as modest:
+        await greedy.send(refused * 1000)
+        await modest.send(GET)
+        assert (await modest.response()).status == 200
+        ahead = sum(attempt.target == "/secrets" for _, attempt, _ in place.gate.records)
+        assert ahead < 900, "all of the one before any of the other"
+        for _ in range(1000):
+            assert (await greedy.response()).status == 403
 
 
 async def test_those_who_send_nothing_or_slowly_do_not_stop_others() -> None:

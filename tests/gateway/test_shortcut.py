@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,8 @@ async def test_whole_requests_go_the_short_way(place: Place) -> None:
 
 
 async def test_a_body_that_decides_is_seen_on_the_short_way(place: Place) -> None:
-    head = b"POST /api/runs/x HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: 14\r\n\r\n"
+    head = b"POST /api/runs/x HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: 14\r\n"
+    head += b"Content-Type: application/json\r\n\r\n"
     async with place.connected() as raw:
         assert (await raw.ask(GET)).status == 200
         assert (await raw.ask(head + b'{"mode":"dry"}')).status == 200
@@ -248,3 +250,39 @@ async def test_a_connection_that_brought_much_serves_the_short_way_too(place: Pl
             place.target.respond = lambda _, answer=answer: answer  # type: ignore[misc]
             assert len((await raw.ask(GET)).body) == length
     assert place.plane.upstreams.open == 1
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda gate: gate.end("api"), lambda gate: setattr(gate, "stood_still", True)]
+)
+async def test_what_is_cut_before_it_is_sent_is_not_sent(
+    place: Place, monkeypatch: pytest.MonkeyPatch, cut: Any
+) -> None:
+    """What is sent goes out when all that came in a turn of the loop was seen to: a cut may come in between."""
+    loop, at_once = asyncio.get_running_loop(), place.gate.allowed_at_once
+
+    def then_cut(*asked: Any) -> Any:
+        found = at_once(*asked)
+        loop.call_soon(cut, place.gate)
+        return found
+
+    async with place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200
+        assert (await raw.ask(GET)).status == 200
+        seen = bytes(place.target.raw[0])
+        monkeypatch.setattr(place.gate, "allowed_at_once", then_cut)
+        answer = await raw.ask(GET)
+        assert (answer.status, b"lease_ended" in answer.body) == (403, True)
+        assert bytes(place.target.raw[0]) == seen
+        assert len(place.target.raw) == 1
+
+
+async def test_answers_in_one_turn_come_in_their_order(place: Place) -> None:
+    """One is held until the end of the turn, and the next one is written at once."""
+    refused = GET.replace(b"files", b"secrets")
+    async with place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200
+        for _ in range(20):
+            await raw.send(GET)
+            await raw.send(refused + GET)
+            assert [(await raw.response()).status for _ in range(3)] == [200, 403, 200]

@@ -98,6 +98,7 @@ REFUSED = {
     "a space after the version": get(first=b"GET /api/files/a HTTP/1.1 "),
     "a space before the method": get(first=b" GET /api/files/a HTTP/1.1"),
     "an empty line before": b"\r\n" + get(),
+    "Connection with names beyond all": get(b"Connection: " + b"a," * 200),
     "HTTP/0.9": b"GET /api/files/a\r\n\r\n",
     "HTTP/1.2": get(first=b"GET /api/files/a HTTP/1.2"),
     "HTTP/2": get(first=b"GET /api/files/a HTTP/2.0"),

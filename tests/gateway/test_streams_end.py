@@ -125,6 +125,7 @@ async def test_a_websocket_ends_for_both_when_one_leaves(client_leaves: bool) ->
         accepted(base64.b64encode(b"another key here")),
         accepted().replace(b"Upgrade: websocket", b"Upgrade: h2c"),
         accepted().replace(b"Connection: Upgrade\r\n", b""),
+        accepted().replace(b"\r\n\r\n", b"\r\nSec-WebSocket-Extensions: permessage-deflate\r\n\r\n"),
     ],
 )
 async def test_a_target_that_did_not_agree_to_a_websocket_gets_no_tunnel(answer: bytes) -> None:

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 import pytest
 
 from ringfence.dev.processes import LOOPBACK, free_port
+from ringfence.gateway.wire import OF_PROXIES
 from ringfence.model.request_map import MAX_BODY_BYTES
 from tests.flows.gating import action
 from tests.gateways.agent import HOST, Agent, Answer, request
@@ -311,6 +312,13 @@ async def test_a_header_that_is_spelled_otherwise_is_the_same_header(
         assert "of-the-agent" not in str(received.headers)
 
 
+@pytest.mark.parametrize("header", sorted(name.decode() for name in OF_PROXIES))
+async def test_who_sends_it_no_agent_says_itself(stage: Stage, agent: Agent, header: str) -> None:
+    assert (await agent.send("GET", "/a/x", [(header, "of-the-agent")])).status == 200
+    [received] = stage.target.received
+    assert "of-the-agent" not in str(received.headers)
+
+
 async def test_an_upgrade_becomes_no_tunnel(stage: Stage, agent: Agent) -> None:
     asked = [
         ("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"),
@@ -403,7 +411,7 @@ async def test_what_stands_in_the_body_is_decided_on_where_the_program_shows_it(
         if not chunked:
             return [("Content-Type", "application/json")], body
         pieces = b"%x\r\n%s\r\n" % (len(body), body) if body else b""
-        return [("Transfer-Encoding", "chunked")], pieces + b"0\r\n\r\n"
+        return [("Transfer-Encoding", "chunked"), ("Content-Type", "application/json")], pieces + b"0\r\n\r\n"
 
     answer = await agent.send("POST", "/a/x", *sent(NOTE))
     if not running.program.shows_body:

@@ -59,6 +59,9 @@ def told(method: str = "GET", uri: str = "/a/x") -> list[tuple[str, str]]:
     return [*FORWARDED, ("X-Forwarded-Method", method), ("X-Forwarded-Uri", uri)]
 
 
+JSON = ("Content-Type", "application/json")
+
+
 def allowed(answer: Answer) -> bool:
     """Whether it is a 200; else it is a refusal as it should be."""
     if answer.status == 200:
@@ -163,10 +166,10 @@ async def test_a_fragment_cannot_hide_the_rest(agent: Agent) -> None:
 
 async def test_a_body_counts_only_where_the_configuration_says_that_it_is_whole(agent: Agent) -> None:
     about = ("POST", f"https://{HOST}/a/x")
-    answer = await ask(agent, "/authz/fwd/hub", told("POST"), NOTE, about=about)
+    answer = await ask(agent, "/authz/fwd/hub", [*told("POST"), JSON], NOTE, about=about)
     assert not allowed(answer)
     assert answer.json()["code"] == "body_unseen"
-    assert allowed(await ask(agent, "/authz/fwd/hub?body=whole", told("POST"), NOTE, about=about))
+    assert allowed(await ask(agent, "/authz/fwd/hub?body=whole", [*told("POST"), JSON], NOTE, about=about))
     answer = await ask(agent, "/authz/fwd/hub?body=whole", told("POST"), about=about)
     assert not allowed(answer)
     assert answer.json()["code"] == "request_unmapped"
@@ -181,7 +184,7 @@ async def test_envoy_says_itself_whether_a_body_is_whole(agent: Agent) -> None:
         (["false", "true"], "question_invalid"),
         (["FALSE"], "question_invalid"),
     ):
-        headers = [FORWARDED[1], *(("X-Envoy-Auth-Partial-Body", value) for value in said)]
+        headers = [FORWARDED[1], JSON, *(("X-Envoy-Auth-Partial-Body", value) for value in said)]
         answer = await ask(agent, "/authz/envoy-target/hub/a/x", headers, NOTE, method="POST", about=about)
         assert allowed(answer) == (not code)
         assert not code or answer.json()["code"] == code
@@ -190,6 +193,33 @@ async def test_envoy_says_itself_whether_a_body_is_whole(agent: Agent) -> None:
 async def test_a_body_that_is_longer_than_what_is_looked_at_was_not_seen(agent: Agent) -> None:
     about = ("POST", f"https://{HOST}/a/x")
     for size, code in ((MAX_BODY_BYTES, "request_unmapped"), (MAX_BODY_BYTES + 1, "body_unseen")):
-        answer = await ask(agent, "/authz/fwd/hub?body=whole", told("POST"), b"x" * size, about=about)
+        answer = await ask(
+            agent, "/authz/fwd/hub?body=whole", [*told("POST"), JSON], b"x" * size, about=about
+        )
         assert not allowed(answer)
         assert answer.json()["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ([("Content-Type", "application/x-www-form-urlencoded")], "body_not_json"),
+        ([], "body_not_json"),
+        ([("Content-Type", "application/json; charset=utf-7")], "body_not_json"),
+        ([JSON, ("Content-Encoding", "gzip")], "body_not_json"),
+        ([JSON, JSON], "question_invalid"),
+        ([("Content-Type", "application/merge-patch+json; charset=utf-8")], ""),
+    ],
+)
+async def test_a_body_counts_only_as_what_its_head_says_it_is(
+    agent: Agent, said: list[tuple[str, str]], code: str
+) -> None:
+    about = ("POST", f"https://{HOST}/a/x")
+    whole = ("X-Envoy-Auth-Partial-Body", "false")
+    for path, headers in (
+        ("/authz/fwd/hub?body=whole", [*told("POST"), *said]),
+        ("/authz/envoy-target/hub/a/x", [FORWARDED[1], whole, *said]),
+    ):
+        answer = await ask(agent, path, headers, NOTE, method="POST", about=about)
+        assert allowed(answer) == (not code)
+        assert not code or answer.json()["code"] == code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from typing import Any
@@ -160,7 +161,7 @@ async def test_a_proof_does_not_come_again_as_long_as_its_time_counts(clock: Clo
 
 
 async def test_a_memory_that_is_full_takes_no_more_and_forgets_what_is_over(clock: Clock) -> None:
-    checker = ProofChecker(memory=ProofsInMemory(limit=3), clock=clock)
+    checker = ProofChecker(memory=ProofsInMemory(limit=6), clock=clock)
     for n in range(3):
         await check(checker, made(clock, jti=str(n)))
     with pytest.raises(UnavailableError):
@@ -169,6 +170,24 @@ async def test_a_memory_that_is_full_takes_no_more_and_forgets_what_is_over(cloc
         await check(checker, made(clock, jti="0"))
     clock.now += PROOF_LIFE_S
     await check(checker, made(clock, jti="0"))
+
+
+async def test_whoever_sends_all_they_can_leave_room_for_others() -> None:
+    memory = ProofsInMemory(limit=1000)
+
+    async def fill(key: str) -> int:
+        taken = 0
+        with contextlib.suppress(UnavailableError):
+            while await memory.remember(f"{key} {taken}", key=key, until_s=100, now_s=50):
+                taken += 1
+        return taken
+
+    taken = [await fill(f"greedy-{number}") for number in range(5)]
+    assert taken[0] == 500
+    assert all(taken)
+    assert await memory.remember("one", key="modest", until_s=100, now_s=50)
+    assert await memory.remember("other", key="modest", until_s=150, now_s=100)
+    assert await fill("greedy-0") == 500, "what is over takes no room"
 
 
 # --- nonces -----------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ class Gateway:
         )
         played = cast(Any, self)
         self.gate = DecisionGate(
-            played, targets, played, played, played, played, self.approvals, ledger.clock,
+            played, targets, played, played, played, played, played, self.approvals, ledger.clock,
             gateway=self.key.id, entitlements_max_age_s=10**9,
         )  # fmt: skip
 
@@ -115,6 +115,14 @@ class Gateway:
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
         self.equips()
         return {"Authorization": "Bearer x"}
+
+    def keep(self, key: str, id: str, value: bytes) -> None:
+        event = ActionDecided.model_validate_json(value)
+        assert (event.agent_id, event.action_id) == (key, id)
+        assert event.model_dump_json(exclude_none=True).encode() == value, (
+            "as it would be written by its model"
+        )
+        self.record(event)
 
     def record(self, event: ActionDecided) -> None:
         self.events.append(event)

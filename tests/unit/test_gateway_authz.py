@@ -103,6 +103,7 @@ def without(name: str) -> list[tuple[str, str]]:
         ("/authz/envoy-target//a", ENVOY),
         ("/", FORWARDED),
         ("/healthz", FORWARDED),
+        ("/healthz", [*FORWARDED, ("Host", "hub.example/authz/fwd?")]),
         ("/authz/envoy/a", [("Host", "hub.example")]),
         ("/authz/envoy/a", [*ENVOY, ("x-envoy-auth-partial-body", "true")]),
         ("/authz/envoy/a", [*ENVOY, ("DPoP", "a"), ("DPoP", "b")]),

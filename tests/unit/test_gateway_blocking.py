@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from ringfence.gateway.attempts import Attempt, Blocked, Presented
 from ringfence.gateway.blocking import BlockedRequests
+from ringfence.gateway.counting import Counted
 from ringfence.gateway.spool import SpoolFullError
 from ringfence.gateway.targets import Targets
 from ringfence.messages.operations import ActionDecided
@@ -24,10 +25,9 @@ class Parts:
         ledger = self.place.ledger
         self.events: list[ActionDecided] = []
         self.full = False
-        self.blocked = BlockedRequests(
-            cast(Any, self), ledger.directory, Targets(ledger.directory), ledger.clock,
-            gateway=GATEWAY, trust_domain="test.example",
-        )  # fmt: skip
+        counted = Counted(self.record, ledger.clock, gateway=GATEWAY)
+        targets = Targets(ledger.directory)
+        self.blocked = BlockedRequests(counted, ledger.directory, targets, trust_domain="test.example")
 
     def record(self, event: ActionDecided) -> None:
         if self.full:

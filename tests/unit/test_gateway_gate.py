@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from ringfence.gateway.attempts import Attempt, Carried, Gate, Presented, Rpc
+from ringfence.gateway.counting import Counted
 from ringfence.gateway.domain import Ask, Refusal, Sender, refused
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.mcp import Sessions
@@ -30,6 +31,9 @@ RULES = (
 )
 
 
+GATEWAY = "spiffe://acme.example/service/gateway"
+
+
 class Parts:
     """The core with a real table, records and map; what asks others is played."""
 
@@ -47,8 +51,9 @@ class Parts:
         self.equips: Callable[[], None] = lambda: None
         self.full = False
         played = cast(Any, self)
+        self.counted = Counted(self.record, ledger.clock, gateway=GATEWAY)
         self.gate: Gate = DecisionGate(
-            played, self.targets, played, played, played, played, played, ledger.clock,
+            played, self.targets, played, played, played, played, self.counted, played, ledger.clock,
             gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
         )  # fmt: skip
 
@@ -90,6 +95,14 @@ class Parts:
         return {"Authorization": "Bearer x"}
 
     # recorder
+    def keep(self, key: str, id: str, value: bytes) -> None:
+        event = ActionDecided.model_validate_json(value)
+        assert (event.agent_id, event.action_id) == (key, id)
+        assert event.model_dump_json(exclude_none=True).encode() == value, (
+            "as it would be written by its model"
+        )
+        self.record(event)
+
     def record(self, event: ActionDecided) -> None:
         if self.full:
             raise SpoolFullError("full")
@@ -260,6 +273,53 @@ async def test_a_plane_is_asked_for_its_limits_before_anything_is_recorded(parts
     assert asked == ["bot", "bot"], "nobody is asked about for whom nobody stands"
 
 
+async def test_a_flood_with_bad_credentials_is_told_of_once_a_second_and_whole(parts: Parts) -> None:
+    def others(code: str, lease_id: str) -> Refusal:
+        return refused(code, "x", status=401, sender=Sender("thief", None, lease_id))
+
+    answers = []
+    for lease_id in ("L1", "L2"):
+        parts.refuses = others("handle_other_agent", lease_id)
+        answers += [
+            await parts.gate.decide(Presented(handle="none"), attempt(label="pr")) for _ in range(100)
+        ]
+    parts.refuses = refused("proof_missing", "x", status=401)
+    answers += [await parts.gate.decide(Presented(handle="none"), attempt("PUT")) for _ in range(50)]
+    assert {one.status for one in answers} == {401}
+    assert [(one.agent_id, one.lease_id, one.method, one.count) for one in parts.events] == [
+        ("thief", "L1", "GET", None), ("thief", "L2", "GET", None), (None, None, "PUT", None),
+    ]  # fmt: skip
+    first, *_ = parts.events
+    assert (first.target_id, first.label, first.request_digest is not None) == ("staging", "pr", True)
+    parts.counted.tell()
+    told = parts.events[3:]
+    assert [
+        (one.agent_id, one.lease_id, one.target_id, one.label, one.reasons[0].code, one.access, one.count)
+        for one in told
+    ] == [
+        ("thief", "L1", "staging", "pr", "handle_other_agent", "read", 99),
+        ("thief", "L2", "staging", "pr", "handle_other_agent", "read", 99),
+        (None, None, "staging", None, "proof_missing", "write", 49),
+    ]
+    assert {one.action_id for one in answers} == {one.action_id for one in parts.events}, "each is found"
+
+
+async def test_so_is_one_while_nothing_can_be_decided_or_of_too_many(parts: Parts) -> None:
+    many = Reason(code="too_many_requests", message="wait")
+    parts.full = True
+    for _ in range(10):
+        assert (await parts.gate.decide(Presented(), attempt(), lambda agent_id: many)).status == 429
+    parts.problem = "old"
+    for _ in range(10):
+        verdict = await parts.gate.decide(Presented(), attempt())
+        assert verdict.reasons[0].code == "stale_view", "what is refused anyway needs no room"
+    parts.full = False
+    parts.counted.tell()
+    assert [(one.reasons[0].code, one.count) for one in parts.events] == [
+        ("too_many_requests", 10), ("stale_view", 10),
+    ]  # fmt: skip
+
+
 async def test_whatever_goes_wrong_denies_and_is_recorded(parts: Parts) -> None:
     parts.refuses = RuntimeError("boom, with a secret")
     verdict = await parts.gate.decide(Presented(), attempt())
@@ -338,11 +398,16 @@ async def test_a_body_that_decides_must_be_seen(parts: Parts) -> None:
     large = b'{"event": "COMMENT", "x": "' + b"x" * 2**20 + b'"}'
     verdict = await parts.gate.decide(Presented(), attempt("POST", "/r", body=large))
     assert verdict.reasons[0].code == "body_unseen"
-    verdict = await parts.gate.decide(Presented(), attempt("POST", "/r", body=b'{"event": "COMMENT"}'))
+    verdict = await parts.gate.decide(
+        Presented(), attempt("POST", "/r", body=b'{"event": "COMMENT"}', json=True)
+    )
     assert verdict.allowed
     for odd in (b"", b"[]", b'{"event": "COMMENT", "event": "x"}'):
-        verdict = await parts.gate.decide(Presented(), attempt("POST", "/r", body=odd))
+        verdict = await parts.gate.decide(Presented(), attempt("POST", "/r", body=odd, json=True))
         assert (verdict.status, verdict.reasons[0].code) == (403, "request_unmapped"), odd
+    form = b'{"event": "COMMENT", "x": "&event=APPROVE&"}'
+    verdict = await parts.gate.decide(Presented(), attempt("POST", "/r", body=form))
+    assert (verdict.status, verdict.reasons[0].code) == (403, "body_not_json"), "it may be read as a form"
     digests = {event.request_digest for event in parts.events}
     assert len(digests) == len(parts.events), "each was another request"
 

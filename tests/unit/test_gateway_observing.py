@@ -38,7 +38,7 @@ class Watched(Parts):
         backend = BackendSettings.model_validate({"kind": "jwt", "url": "https://other.example"})
         ledger.give(ledger.target_set("olga", "other", backend=backend, requests=RULES))
         self.gate = DecisionGate(
-            played, self.targets, played, played, played, played, played, ledger.clock,
+            played, self.targets, played, played, played, played, self.counted, played, ledger.clock,
             gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
             observe=observe or ("staging",),
         )  # fmt: skip

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from ringfence.gateway.action_ids import ActionIds
+from ringfence.gateway.attempts import Attempt, Presented
 from ringfence.gateway.domain import Chosen, Sender
-from ringfence.gateway.remembering import Remembered
+from ringfence.gateway.recalling import Found, Recalled
+from ringfence.gateway.remembering import Remembered, lasts_until
+from ringfence.gateway.targets import Compiled, Targets
+from ringfence.kernel.jws import sign
 from ringfence.messages.registry import AgentSetCeiling
+from ringfence.messages.trust import TrustBundle
 from ringfence.model.request_map import Action
 from tests.ledger import permission
 from tests.unit.test_gateway_domain import MAX_AGE_S, READ, WIDE, Place
+
+SHOWN = Presented(task_id="a task")
+ATTEMPT = Attempt(None, "https", "GET", "/env/staging/web", target_id="staging")
 
 
 class Memory:
@@ -27,6 +37,16 @@ class Memory:
         assert isinstance(chosen, Chosen)
         self.chosen = chosen
         self.remembered.keep(self.sender, READ, chosen, max_age_s)
+        directory = self.place.ledger.directory
+        self.recalled = Recalled(self.place.table, directory, limit=limit)
+        self.target = Targets(directory).find(ATTEMPT)
+        assert isinstance(self.target, Compiled)
+        self.course = Found(self.sender, self.target, READ, chosen)
+        self.recalled.keep(SHOWN, ATTEMPT, self.course, lasts_until(chosen, max_age_s))
+
+    def recall(self, presented: Presented | None = None, attempt: Attempt | None = None) -> Found | None:
+        now_s = self.place.ledger.clock.ms / 1000
+        return self.recalled.find(presented or SHOWN, attempt or ATTEMPT, now_s)
 
     def found(self, sender: Sender | None = None, action: Action = READ) -> Chosen | None:
         return self.remembered.chosen(
@@ -42,6 +62,30 @@ def test_the_same_sender_and_action_find_it_again() -> None:
     assert memory.found(Sender("bot", memory.place.task, memory.place.lease.lease_id)) is None
     assert memory.found(action=Action("deploy", READ.resource)) is None
     assert memory.found(action=Action("read", "env/staging/db")) is None
+
+
+def test_the_very_same_request_is_recalled_and_no_other() -> None:
+    memory = Memory()
+    assert memory.recall() is memory.course
+    for presented in (
+        Presented(),
+        Presented("other"),
+        Presented("a task", handle="L"),
+        Presented("a task", "C"),
+    ):
+        assert memory.recall(presented) is None
+    others: list[dict[str, Any]] = [
+        {name: "other"} for name in ("method", "target", "authority", "target_id")
+    ]
+    for other in [*others, {"scheme": "http"}]:
+        assert memory.recall(attempt=dataclasses.replace(ATTEMPT, **other)) is None, other
+    memory.recalled.keep(SHOWN, dataclasses.replace(ATTEMPT, target="/b", body=b"{}"), memory.course, 2**40)
+    memory.recalled.keep(SHOWN, dataclasses.replace(ATTEMPT, target="/" + "c" * 600), memory.course, 2**40)
+    assert memory.recall(attempt=dataclasses.replace(ATTEMPT, target="/b")) is None, "its body may matter"
+    assert memory.recall(attempt=dataclasses.replace(ATTEMPT, target="/" + "c" * 600)) is None
+    for number in range(20):
+        memory.recalled.keep(SHOWN, dataclasses.replace(ATTEMPT, target=f"/{number}"), memory.course, 2**40)
+    assert memory.recall() is None, "the oldest are forgotten first"
 
 
 def another_ceiling(memory: Memory) -> None:
@@ -66,15 +110,37 @@ def ended(memory: Memory) -> None:
     memory.place.table.take(lease.model_copy(update={"seq": lease.seq + 1, "status": "ending"}))
 
 
+def another_trust_bundle(memory: Memory) -> None:
+    """A key that is not believed any more may have signed what it rests on."""
+    ledger, now_s = memory.place.ledger, memory.place.ledger.clock.ms // 1000
+    bundle = TrustBundle(
+        iss=ledger.root.id,
+        aud="test.example",
+        iat=now_s,
+        exp=now_s + 10**6,
+        jti="next",
+        version=2,
+        services=(),
+    )
+    ledger.trust.load(sign(bundle, ledger.root, header_jwk=True), now_s)
+
+
 def at_its_deadline(memory: Memory) -> None:
     memory.place.ledger.clock.ms = memory.place.lease.deadline * 1000
 
 
-@pytest.mark.parametrize("change", [another_ceiling, another_lease, revoked, fenced, ended, at_its_deadline])
+@pytest.mark.parametrize(
+    "change",
+    [another_ceiling, another_lease, revoked, fenced, ended, another_trust_bundle, at_its_deadline],
+)
 def test_what_it_rests_on_changed(change: Callable[[Memory], None]) -> None:
     memory = Memory()
     change(memory)
     assert memory.found() is None
+    recalled = memory.recall()
+    assert recalled is None or memory.place.table.problem(recalled.chosen.lease) is not None, (
+        "asked each time"
+    )
 
 
 def test_a_lease_of_somebody_else_changes_nothing() -> None:

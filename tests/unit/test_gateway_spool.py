@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -83,6 +84,44 @@ def test_without_its_mark_everything_comes_again_rather_than_nothing(tmp_path: P
     again = opened(tmp_path)
     assert emptied(again) == entries(5)
     again.close()
+
+
+def test_what_is_damaged_while_it_is_written_to_stops_nothing(tmp_path: Path) -> None:
+    """Whoever publishes would look at it for ever."""
+    spool = opened(tmp_path, segment_bytes=10_000)
+    for entry in entries(3):
+        spool.append(entry)
+    (file,) = tmp_path.glob("*.spool")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert emptied(spool) == entries(2)
+    spool.append(b"later")
+    assert emptied(spool) == [b"later"]
+    assert not spool.waiting()
+    spool.close()
+
+
+def test_half_an_entry_that_cannot_be_taken_back_hides_none_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool, write = opened(tmp_path, segment_bytes=10_000), os.write
+
+    def half(file: int, data: bytes) -> int:
+        return write(file, data[: len(data) // 2])
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EIO, "no")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "write", half)
+        broken.setattr(os, "ftruncate", refused)
+        broken.setattr(os, "fsync", refused)
+        with pytest.raises(SpoolFullError):
+            spool.append(b"lost")
+    spool.append(b"kept")
+    assert emptied(spool) == [b"kept"]
+    spool.close()
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "length"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ringfence.gateway.attempts import Mcp, McpOutcome
 from ringfence.gateway.mcp_answers import MAX_LISTED, MAX_MESSAGE_BYTES, Answers, EventSieve, media_of
 from ringfence.gateway.refusals import RefusedError
-from ringfence.gateway.wire import ResponseHead
+from ringfence.gateway.wire import Fields, ResponseHead
 
 LIST = {
     "jsonrpc": "2.0",
@@ -31,7 +31,8 @@ def answers(id: int | str | None = 1, *, opens: bool = False, opened: bool = Tru
 
 def head(status: int = 200, **known: bytes) -> ResponseHead:
     values = {name.replace("_", "-").encode(): value for name, value in known.items()}
-    return ResponseHead(1, [], values, None, False, frozenset(), status, b"")
+    block = Fields([], values, None, False, frozenset())
+    return ResponseHead(1, block, [], values, None, False, frozenset(), status, b"")
 
 
 def data(message: Any) -> bytes:

@@ -71,6 +71,7 @@ def test_the_first_rule_that_matches_counts(method: str, target: str, verb: str,
         ("GET", "/envs/a#b"), ("GET", "/envs/a?x#b"), ("GET", "/envs/*"), ("GET", "/envs/%2A"),
         ("GET", "/envs/%7Bx%7D"),
         ("GET", "/envs/%EF%BC%8E"), ("GET", "/envs/%E2%80%8B"), ("GET", "/envs/%20a"),
+        ("PUT", "/files" + "/a" * 256),
         ("GET", "/envs/" + "a" * 600), ("GET", "/envs/" + "a/" * 9000), ("PUT", "/files"), ("PUT", "/files/"),
         ("PUT", "/files/a/../.ci/run.yml"), ("PUT", "/files/.ci%2Frun.yml"), ("PUT", "/files/./.ci/run.yml"),
         ("POST", "/envs/a/runs?dry=1&dry=0"), ("POST", "/envs/a/runs?dry=1;x"), ("POST", "/envs/a/runs?dry=+1"),
@@ -112,6 +113,51 @@ def test_the_weaker_verb_has_to_be_shown(body: bytes, verb: str) -> None:
 def test_a_body_that_cannot_be_read_for_certain_is_no_verb(body: bytes | None) -> None:
     """It does not fall through to the next rule: what was not seen is no proof of the stronger verb either."""
     assert MAP.action("POST", "/reviews", body) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["Event", "EVENT", "\u0065vent ", "event\\u0000x", "e_vent", "e-vent", "event[]", "event.", "ev\u1e9ent"],
+)
+def test_what_a_lax_reader_takes_for_the_name_of_a_condition_is_no_verb(other: str) -> None:
+    """Go takes `Event` for `event`, protobuf `dry_run` for `dryRun`: of two the last one counts there."""
+    body = f'{{"event": "COMMENT", "{other}": "APPROVE"}}'.encode()
+    expected = Action("comment", "reviews") if "\u1e9e" in other else None
+    assert MAP.action("POST", "/reviews", body) == expected
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "dry=1&Dry=0", "dry=1&DRY=0", "dry=1&dry[]=0", "dry=1&dry[x]=0", "dry[]=0&dry=1", "dry=1&dry%5B%5D=0",
+        "dry=1&dry%00x=0", "dry=1&%20dry=0", "dry=1&d.ry=0", "dry=1&d_ry=0",
+    ],
+)  # fmt: skip
+def test_so_is_a_parameter_that_pollutes_another(query: str) -> None:
+    assert MAP.action("POST", f"/envs/a/runs?{query}") is None
+    assert MAP.action("POST", "/envs/a/runs?dry=1&dryer=0&x[dry]=0") == Action("dry-run", "env/a")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "_method=DELETE", "x=1&_method=PUT", "x=1;_method=PUT", "_METHOD=put", "%5fmethod=DELETE", "%5F%6Dethod=x",
+        "_method[]=DELETE", "+_method=x", ".method=DELETE", "%20_method=x", "_method%00=x", "_method",
+        "X-HTTP-Method-Override=PUT",
+    ],
+)  # fmt: skip
+def test_what_makes_it_another_method_is_no_verb(query: str) -> None:
+    assert MAP.action("POST", f"/envs/a/runs?{query}") is None
+    assert MAP.action("GET", f"/envs/a?{query}") == Action("read", "env/a"), (
+        "of a POST alone others make another"
+    )
+
+
+@pytest.mark.parametrize(
+    "query", ["method=card", "x=_method", "my_method=1", "payment-method=x", "%", "&&=", "x=%5f"]
+)
+def test_what_only_looks_like_it_is_one(query: str) -> None:
+    assert RequestMap([rule("POST", "/x", "write")]).action("POST", f"/x?{query}") == Action("write", "x")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import logging
 import re
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import Field, model_validator
@@ -111,6 +112,8 @@ class StaticSecrets:
         self._access = access
         self._settings: dict[str, tuple[TargetState, HttpSettings]] = {}
         """By target: what its record says, as long as it is the same one."""
+        self._made: dict[str, tuple[HttpSettings, str, Mapping[str, str]]] = {}
+        """By target: what was made of it and the secret, as long as both are the same."""
 
     async def headers(self, target: TargetState) -> dict[str, str]:
         """The headers that carry the secret that is there now. None of the agent's of these names may stay.
@@ -120,10 +123,16 @@ class StaticSecrets:
         """
         return _headers(target, self._settings_of(target), await self._access.read(target.target_id))
 
-    def headers_at_hand(self, target: TargetState) -> dict[str, str] | None:
+    def headers_at_hand(self, target: TargetState) -> Mapping[str, str] | None:
         """The same where nobody has to be asked for the secret; else None. Raises as `headers` does."""
         settings, secret = self._settings_of(target), self._access.at_hand(target.target_id)
-        return _headers(target, settings, secret) if secret is not None else None
+        if secret is None:
+            return None
+        known = self._made.get(target.target_id)
+        if known is None or known[0] is not settings or known[1] != secret:
+            made = _headers(target, settings, secret)
+            known = self._made[target.target_id] = settings, secret, made
+        return known[2]
 
     async def close(self) -> None:
         """Let go of connections."""

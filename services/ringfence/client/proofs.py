@@ -24,7 +24,7 @@ PROOF_ALGORITHMS: Final = ("ES256", "EdDSA")
 PROOF_LIFE_S: Final = 60
 """How old a proof may be. So long its id is remembered, and the time by which clocks may differ."""
 NONCE_LIFE_S: Final = 300
-MAX_PROOFS: Final = 100_000
+MAX_PROOFS: Final = 200_000
 MAX_PROOF_BYTES: Final = 8192
 _MAX_JTI: Final = 256
 
@@ -32,32 +32,45 @@ _MAX_JTI: Final = 256
 class ProofMemory(Protocol):
     """Where the ids of proofs are remembered. Servers that share tokens share one, or a proof counts once at each."""
 
-    async def remember(self, id: str, *, until_s: int, now_s: int) -> bool:
-        """Keep `id` until then; False where it is there already. Raises UnavailableError where nobody can tell."""
+    async def remember(self, id: str, *, key: str, until_s: int, now_s: int) -> bool:
+        """Keep `id` until then; False where it is there already. Raises UnavailableError where nobody can tell.
+
+        `key`: the thumbprint of whose proof it is.
+        """
         ...
 
 
 class ProofsInMemory:
-    """The ids of one process. Full of those that still count, it takes no more: what it forgot could come again."""
+    """The ids of one process. Full of those that still count, it takes no more: what it forgot could come again.
+
+    Of one key it takes as many as there is still room for: however many keys send all they can, there is room for
+    others.
+    """
 
     def __init__(self, limit: int = MAX_PROOFS) -> None:
         self._limit = limit
-        self._until_s: OrderedDict[str, int] = OrderedDict()
+        self._until_s: OrderedDict[str, tuple[int, str]] = OrderedDict()
+        self._of_key: dict[str, int] = {}
 
-    async def remember(self, id: str, *, until_s: int, now_s: int) -> bool:
+    async def remember(self, id: str, *, key: str, until_s: int, now_s: int) -> bool:
         """See `ProofMemory`."""
         self._forget(now_s)
         if id in self._until_s:
             return False
-        if len(self._until_s) >= self._limit:
+        having = self._of_key.get(key, 0)
+        if having >= self._limit - len(self._until_s):
             raise UnavailableError("more proofs came in a minute than can be remembered; ask again later")
-        self._until_s[id] = until_s
+        self._until_s[id] = until_s, key
+        self._of_key[key] = having + 1
         return True
 
     def _forget(self, now_s: int) -> None:
         """Those that came first and are over; one with a late end may keep a few others a little longer."""
-        while self._until_s and next(iter(self._until_s.values())) <= now_s:
-            self._until_s.popitem(last=False)
+        while self._until_s and next(iter(self._until_s.values()))[0] <= now_s:
+            _, (_, key) = self._until_s.popitem(last=False)
+            self._of_key[key] -= 1
+            if not self._of_key[key]:
+                del self._of_key[key]
 
 
 class Nonces:
@@ -132,7 +145,7 @@ class ProofChecker:
         if not isinstance(jti, str) or not 0 < len(jti) <= _MAX_JTI:
             raise ProofError("the proof has no jti")
         id = b64encode(hashlib.sha256(f"{thumbprint} {jti}".encode()).digest())
-        if not await self._memory.remember(id, until_s=made_s + PROOF_LIFE_S, now_s=now_s):
+        if not await self._memory.remember(id, key=thumbprint, until_s=made_s + PROOF_LIFE_S, now_s=now_s):
             raise ProofError("the proof came before; make one for each request")
 
     def _signed_by(self, proof: str, thumbprint: str) -> dict[str, Any]:

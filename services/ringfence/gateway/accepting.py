@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Final
 
 from ringfence.gateway.attempts import Blocked, Blocks
-from ringfence.gateway.limits import TOO_MANY_CONNECTIONS, Limits
+from ringfence.gateway.limits import TOO_MANY_CONNECTIONS, Limits, sender_at
 from ringfence.gateway.stream import Stream
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class TlsDoor:
                 log.warning("a connection is not accepted: %s", error.strerror)
                 await asyncio.sleep(_AGAIN_S)
                 continue
-            address = f"address:{peer[0]}"
+            address = sender_at(peer[0])
             if self._limits.shake(address):
                 self._start(self._shake(connection, address, made, lost))
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -11,17 +12,14 @@ from typing import Final
 from ringfence.gateway.attempts import Attempt, Carried, Presented
 from ringfence.gateway.headers import HANDLE, LABEL, is_handle, own_names
 from ringfence.gateway.hosts import Scheme, canonical
+from ringfence.gateway.media import says_json
 from ringfence.gateway.refusals import RefusedError
-from ringfence.gateway.wire import RequestHead
+from ringfence.gateway.wire import Fields, RequestHead
 
 _READ_OF_MCP: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})
 _OF_MCP: Final = frozenset({b"content-type", b"content-encoding", b"mcp-session-id", b"last-event-id"})
 _NOTHING: Final = Carried()
 _SCHEMES: Final[tuple[Scheme, ...]] = ("http", "https")
-
-
-ADDRESS = "address:"
-"""How a sender begins that is told by its address alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +36,23 @@ class Way:
     certificate: str | None = None
     challenge: bool = False
     """Whether to ask for `Proxy-Authorization` where nothing else tells who sends."""
+    address: str | None = None
+    """Where the connection came from, where nothing else tells who sends."""
     inside: str | None = None
     """The authority that a CONNECT was for, where the request came through one."""
     handle: str | None = None
     """What that CONNECT showed."""
 
+    @property
+    def shows_nobody(self) -> bool:
+        """Whether the connection alone says nothing of who sends."""
+        return self.task_id is None and self.certificate is None
+
 
 def asked(request: RequestHead, way: Way, knows: Callable[[str], bool]) -> tuple[Presented, Attempt]:
     """The attempt that a request is, and what it shows of its sender. Raises RefusedError."""
-    host = request.known[b"host"].decode("latin-1")
+    said = _said(request.block)
+    host = said.host
     scheme, authority, target = _addressed(request.target, way)
     if authority is None:
         authority = canonical(host, scheme)
@@ -60,25 +66,47 @@ def asked(request: RequestHead, way: Way, knows: Callable[[str], bool]) -> tuple
     if request.target.startswith("/") and way.inside is None and not knows(authority):
         target_id, target = _by_path(authority, target, way)
     presented = presented_by(request, way, htu=f"{scheme}://{host}{_path(request.target, target)}")
-    label = request.known.get(LABEL)
     return presented, Attempt(
         authority=None if target_id is not None else authority,
         scheme=scheme,
         method=request.method,
         target=target,
         target_id=target_id,
-        label=label.decode("latin-1") if label else None,
-        carried=_carried(request),
+        json=said.json,
+        label=said.label,
+        carried=said.carried,
         sent_by_gateway=True,
     )
 
 
-def _carried(request: RequestHead) -> Carried:
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What the fields of a request say that is the same however it came."""
+
+    host: str
+    label: str | None
+    carried: Carried
+    json: bool
+    own: frozenset[str]
+    """See `Presented`."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _said(block: Fields) -> _Said:
+    label, carried = block.known.get(LABEL), _carried(block)
+    return _Said(
+        block.known[b"host"].decode("latin-1"),
+        label.decode("latin-1") if label else None,
+        carried,
+        says_json(carried.media, carried.coding),
+        own_names(block),
+    )
+
+
+def _carried(block: Fields) -> Carried:
     """What the head says of a message of MCP."""
-    known = request.known
-    others = [
-        (name, line) for name, line in request.fields if name[:4] == b"mcp-" and name not in _READ_OF_MCP
-    ]
+    known = block.known
+    others = [(name, line) for name, line in block.lines if name[:4] == b"mcp-" and name not in _READ_OF_MCP]
     if not others and _OF_MCP.isdisjoint(known):
         return _NOTHING
     media, coding, session = (
@@ -106,8 +134,8 @@ def presented_by(request: RequestHead, way: Way, *, htu: str | None = None) -> P
         _handle(request, way),
         proof.decode("latin-1") if proof is not None else None,
         htu,
-        way.sender.removeprefix(ADDRESS) if way.sender.startswith(ADDRESS) else None,
-        own_names(request) if htu is not None else frozenset(),  # a CONNECT goes nowhere
+        way.address,
+        _said(request.block).own if htu is not None else frozenset(),  # a CONNECT goes nowhere
     )
 
 

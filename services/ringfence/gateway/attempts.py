@@ -71,6 +71,8 @@ class Attempt:
     """Of a reverse request, `/<target>/...`."""
     body: bytes | None = None
     """All of it, or None where it was not seen. See `Gate.reads_body`."""
+    json: bool = False
+    """Whether its head says that the body is JSON (`media.says_json`): else no rule sees anything in it."""
     label: str | None = None
     """What the sender's tooling says about where the request came from, for the report alone."""
     carried: Carried | None = None

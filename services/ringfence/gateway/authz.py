@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ringfence.gateway.attempts import Attempt, Blocked, Blocks, Gate, Presented, Verdict
+from ringfence.gateway.media import says_json
 from ringfence.gateway.observing import own_headers
 from ringfence.gateway.problem import MEDIA_TYPE, headers, problem
 from ringfence.kernel.errors import UnavailableError
@@ -68,7 +69,7 @@ class ProxyAuth:
         await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
-        path = request.url.path
+        path: str = request.scope["path"]  # not `request.url`, which is made of the sender's `Host` too
         read = next((read for prefix, read in self._readers.items() if path.startswith(prefix)), None)
         if read is None:
             return _said(f"ask {' or '.join(self._readers)}")
@@ -109,6 +110,11 @@ def only(request: Request, name: str) -> str | None:
     if len(values) > 1:
         raise ValueError(name)
     return values[0] if values else None
+
+
+def shows_json(request: Request) -> bool:
+    """Whether the body is said to be JSON. Raises ValueError where that is said twice."""
+    return says_json(only(request, "content-type"), only(request, "content-encoding"))
 
 
 async def whole_body(request: Request) -> bytes | None:

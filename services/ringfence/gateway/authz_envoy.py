@@ -14,7 +14,7 @@ from typing import Final
 from starlette.requests import Request
 
 from ringfence.gateway.attempts import Attempt, Presented
-from ringfence.gateway.authz import LABEL, handle_and_own, only, whole_body
+from ringfence.gateway.authz import LABEL, handle_and_own, only, shows_json, whole_body
 
 PREFIX: Final = "/authz/envoy"
 _BY_TARGET: Final = re.compile(rb"/authz/envoy-target/([^/]+)(/.*)", re.DOTALL)
@@ -29,6 +29,7 @@ async def read(request: Request) -> tuple[Presented, Attempt] | None:
         host, proto = only(request, "host"), only(request, "x-forwarded-proto")
         (handle, own), proof = handle_and_own(request), only(request, "dpop")
         partial, label = only(request, PARTIAL), only(request, LABEL)
+        json = shows_json(request)
         target = (path + (b"?" + query if query else b"")).decode("ascii")
     except ValueError:
         return None
@@ -46,6 +47,7 @@ async def read(request: Request) -> tuple[Presented, Attempt] | None:
         target=target,
         target_id=target_id,
         body=body,
+        json=json,
         label=label,
     )
     return presented, attempt

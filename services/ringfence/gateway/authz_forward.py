@@ -13,7 +13,7 @@ from typing import Final
 from starlette.requests import Request
 
 from ringfence.gateway.attempts import Attempt, Presented
-from ringfence.gateway.authz import LABEL, handle_and_own, only, whole_body
+from ringfence.gateway.authz import LABEL, handle_and_own, only, shows_json, whole_body
 
 PREFIX: Final = "/authz/fwd"
 _BODY_SHOWN: Final = b"body=whole"
@@ -21,7 +21,7 @@ _BODY_SHOWN: Final = b"body=whole"
 
 async def read(request: Request) -> tuple[Presented, Attempt] | None:
     """What a question is about; None where something was left out or came twice."""
-    rest = request.url.path.removeprefix(PREFIX)
+    rest = request.scope["path"].removeprefix(PREFIX)
     target_id = rest.removeprefix("/") or None
     query = request.scope.get("query_string") or b""
     if (rest and not rest.startswith("/")) or query not in (b"", _BODY_SHOWN):
@@ -32,6 +32,7 @@ async def read(request: Request) -> tuple[Presented, Attempt] | None:
         )
         (handle, own), proof = handle_and_own(request), only(request, "dpop")
         label = only(request, LABEL)
+        json = shows_json(request)
     except ValueError:
         return None
     if not (method and uri and host) or proto not in ("http", "https") or not uri.startswith("/"):
@@ -45,6 +46,7 @@ async def read(request: Request) -> tuple[Presented, Attempt] | None:
         target=uri,
         target_id=target_id,
         body=await whole_body(request) if query else None,
+        json=json,
         label=label,
     )
     return presented, attempt

@@ -12,6 +12,7 @@ from ringfence.backends.http import StaticSecrets
 from ringfence.client.proofs import Nonces, ProofChecker
 from ringfence.gateway.approving import Approvals
 from ringfence.gateway.blocking import BlockedRequests
+from ringfence.gateway.counting import Counted
 from ringfence.gateway.evaluating import Evaluator
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.identifying import Identifier
@@ -70,17 +71,15 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     secrets = StaticSecrets(TargetAccess.of(load(BackendSettings)))
     injector = Injector(view.table, sealed, secrets)
     recorder = _recorder(runtime, settings, own)
-    blocked = BlockedRequests(
-        recorder, view.directory, targets, clock,
-        gateway=runtime.key.id, trust_domain=settings.trust_domain,
-    )  # fmt: skip
+    counted = Counted(recorder.record, clock, gateway=runtime.key.id)
+    blocked = BlockedRequests(counted, view.directory, targets, trust_domain=settings.trust_domain)
     approvals = Approvals(
         runtime, view.directory, view.table,
         Questions(each=own.agent_pending_approvals, all=own.pending_approvals),
         wait_s=own.approval_wait_s, life_s=own.approval_life_s,
     )  # fmt: skip
     gate = DecisionGate(
-        view, targets, identifier, Evaluator(engine, declared), injector, recorder, approvals, clock,
+        view, targets, identifier, Evaluator(engine, declared), injector, recorder, counted, approvals, clock,
         gateway=runtime.key.id, entitlements_max_age_s=settings.entitlements_max_age_s,
         observe=own.observe,
     )  # fmt: skip

@@ -46,6 +46,9 @@ from ringfence.messages.registry import TargetState
 
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """What may be sent again where a connection that was kept turns out to be closed (RFC 9110, 9.2.2)."""
+_WITHOUT_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "DELETE"})
+"""Some targets do not read the body of these, and take it for the next request of the connection: of another agent, if
+that connection were used again."""
 _MOST_INTERIM: Final = 8
 
 
@@ -214,7 +217,7 @@ class Exchange:
     """One request and its response."""
 
     __slots__ = (
-        "_answering", "_answers", "_asked", "_client", "_head", "_in_chunks", "_injects", "_lapsed", "_needles",
+        "_answering", "_answers", "_asked", "_client", "_head", "_in_chunks", "_injects", "_lapsed", "_needles", "_odd",
         "_patiences", "_refused", "_repeatable", "_upgrade", "_uploading", "_whole", "origin",
         "unsubscribe", "upstream",
     )  # fmt: skip
@@ -245,6 +248,7 @@ class Exchange:
         self._answers = Answers(asked.verdict.mcp) if asked.verdict.mcp is not None else None
         self._upgrade = self._answers is None and asks_for_websocket(asked.head)
         self._whole = whole = asked.read if asked.body.done else None
+        self._odd = asked.head.method in _WITHOUT_BODY and (asked.head.chunked or bool(asked.head.length))
         self._repeatable = asked.head.method in _REPEATABLE and asked.body.done and not asked.read
         chunked = asked.head.chunked
         self._in_chunks = chunked and whole is None
@@ -273,6 +277,12 @@ class Exchange:
             self.lease_ended()
         if self._refused is not None:
             raise self._refused
+
+    def _still_goes(self) -> bool:
+        """The same look at the moment of sending: this process may have stood still since."""
+        if self._refused is None and self._lapsed():
+            self.lease_ended()
+        return self._refused is None
 
     def drop(self) -> None:
         """Nothing of it goes on, and nobody waits for it."""
@@ -347,13 +357,13 @@ class Exchange:
             or (length and self._injects and _is_compressed(response))
         ):
             return None
-        self._client.write(
+        self._client.write_soon(
             redact(
                 response_head(response, chunked=False, close=False) + came[end + len(END) :], self._needles
             )
         )
         came.clear()
-        return response.minor == 1 and b"close" not in response.named
+        return response.minor == 1 and b"close" not in response.named and not self._odd
 
     async def answer(self, upstream: Stream, response: ResponseHead) -> tuple[bool, bool]:
         """Send the response to the client. Whether the connections of client and target can be used again."""
@@ -390,6 +400,7 @@ class Exchange:
             and b"close" not in response.named
             and self._asked.body.done
             and self._uploaded()
+            and not self._odd
         )
         return keep and self._uploaded(), clean
 
@@ -399,10 +410,10 @@ class Exchange:
         """Write the head and what there is of the body; what is still to come is sent on beside all else."""
         asked = self._asked
         if self._whole is not None:
-            upstream.write(self._head + self._whole)
+            upstream.write_soon(self._head + self._whole, self._still_goes)
             return
         if asked.body.done:
-            upstream.write(self._head)
+            upstream.write_soon(self._head, self._still_goes)
             return
         first = (asked.read or b"") + asked.body.take(self._client.buffer)
         upstream.write(self._head + self._framed(first))
@@ -498,7 +509,7 @@ class Exchange:
             if body.done and in_chunks:
                 out += LAST_CHUNK
             if out:
-                client.write(out)
+                (client.write_soon if body.done else client.write)(out)
                 out = b""
             if client.blocked:
                 await self._drain_client()
@@ -534,7 +545,7 @@ class Exchange:
 
     async def _switch(self, upstream: Stream, response: ResponseHead) -> None:
         """Let a WebSocket pass until it, or the lease, ends."""
-        if not self._upgrade or not accepts(self._asked.head, response):
+        if not self._upgrade or not accepts(self._asked.head, response, plain=self._injects):
             raise RefusedError(502, "target_unreadable", "the target switches to what nobody asked it for")
         self._answering = True
         self._client.write(redact(switching_head(response), self._needles))

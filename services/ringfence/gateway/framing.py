@@ -12,6 +12,7 @@ MAX_TRAILER_BYTES: Final = 8 * 1024
 LAST_CHUNK: Final = b"0\r\n\r\n"
 
 _SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,8}")
+_CHUNK_BEGINS: Final = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 _SIZE_LINE_BYTES: Final = 10
 
 
@@ -64,6 +65,8 @@ class ChunkedBody(Body):
 
     def take(self, buffer: bytearray) -> bytes:
         pieces: list[bytes] = []
+        if self._step == self._size:
+            _take_whole(buffer, pieces)
         while not self.done and self._step(buffer, pieces):
             pass
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -116,6 +119,26 @@ class ChunkedBody(Body):
         del buffer[: end + 4]
         self.done = True
         return True
+
+
+def _take_whole(buffer: bytearray, pieces: list[bytes]) -> None:
+    """Take the chunks that are all there and plain: a body of many small ones costs little more than another.
+
+    Whatever is not is left, with all behind it, to be read step by step.
+    """
+    found = _CHUNK_BEGINS.match(buffer)
+    if found is None:
+        return
+    came, at = bytes(buffer), 0
+    while found is not None:
+        begins = found.end()
+        ends = begins + int(found[1], 16)
+        if ends == begins or came[ends : ends + 2] != b"\r\n":
+            break
+        pieces.append(came[begins:ends])
+        at = ends + 2
+        found = _CHUNK_BEGINS.match(came, at)
+    del buffer[:at]
 
 
 class UntilClosed(Body):

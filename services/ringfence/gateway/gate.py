@@ -11,11 +11,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+import orjson
 from prometheus_client import Counter
 
 from ringfence.gateway.action_ids import ActionIds
 from ringfence.gateway.approving import Approvals, Waiting
 from ringfence.gateway.attempts import Admits, Attempt, Mcp, McpOutcome, Patient, Presented, Rpc, Verdict
+from ringfence.gateway.counting import Counted, Kind
 from ringfence.gateway.domain import (
     FORBIDDEN,
     SAFE_METHODS,
@@ -38,8 +40,9 @@ from ringfence.gateway.injection import Injector
 from ringfence.gateway.mcp import McpDesk, Spoken, rpc_of
 from ringfence.gateway.observing import Observing
 from ringfence.gateway.questions import Question
+from ringfence.gateway.recalling import Found, Recalled
 from ringfence.gateway.recording import Recorder
-from ringfence.gateway.remembering import Remembered
+from ringfence.gateway.remembering import Remembered, lasts_until
 from ringfence.gateway.spool import SpoolFullError
 from ringfence.gateway.targets import Compiled, Targets
 from ringfence.gateway.view import View
@@ -81,6 +84,8 @@ class _Course:
     waited_ns: int = 0
     injects: Mapping[str, str] | None = None
     observed: bool = False
+    unheard: bool = False
+    """Whether nothing of what it asks for was looked at: who sends it was not shown, or has too much."""
     took_ns: int = 0
     """What deciding took, without the credential, and without a person."""
 
@@ -100,6 +105,7 @@ class DecisionGate:
         evaluator: Evaluator,
         injector: Injector,
         recorder: Recorder,
+        counted: Counted,
         approvals: Approvals,
         clock: Clock,
         *,
@@ -114,12 +120,14 @@ class DecisionGate:
         self._evaluator = evaluator
         self._injector = injector
         self._recorder = recorder
+        self._counted = counted
         self._approvals = approvals
         self._clock = clock
         self._gateway = gateway
         self._entitlements_max_age_s = entitlements_max_age_s
         self._ids = ActionIds()
         self._remembered = Remembered(view.table, view.directory)
+        self._recalled = Recalled(view.table, view.directory)
         self._earlier = Earlier()
         self._observing = Observing(targets, observe)
         self._mcp = McpDesk(view.table)
@@ -145,15 +153,39 @@ class DecisionGate:
         except Exception:  # what cannot be decided is denied, whatever it is
             log.exception("a request could not be decided")
             refusal = refused("undecided", "the gateway could not decide this", status=UNAVAILABLE)
+        if refusal is not None and course.unheard and not course.observed:
+            return self._told_with_others(course, presented, attempt, refusal)
         verdict = self._verdict(course, presented, attempt, refusal)
         try:
-            self._record(course, presented, verdict, refusal)
+            self._record(course, presented, verdict)
         except SpoolFullError as error:
             log.error("nothing is let pass: %s", error)
             reason = Reason(
                 code=error.code, message="what is decided cannot be recorded now; ask again later"
             )
             return Verdict(course.id, allowed=False, status=UNAVAILABLE, reasons=(reason,))
+        return verdict
+
+    def _told_with_others(
+        self, course: _Course, presented: Presented, attempt: Attempt, refusal: Refusal
+    ) -> Verdict:
+        """The verdict on what was not even looked at: such a request costs its sender nothing, and no event each."""
+        if refusal.reasons[0].code == NONCE_WANTED:
+            return self._verdict(course, presented, attempt, refusal)
+        kind = self._kind(course, presented, attempt, refusal)
+        counted_by = self._counted.another(kind, refusal.reasons[0])
+        if counted_by is None:
+            verdict = self._verdict(course, presented, attempt, refusal)
+            try:
+                self._record(course, presented, verdict, kind.target_id)
+                return verdict
+            except SpoolFullError as error:
+                log.error("what is refused is counted, and not recorded yet: %s", error)
+                course.id = self._counted.missed(kind)
+                return self._verdict(course, presented, attempt, refusal)
+        course.id = counted_by
+        verdict = self._verdict(course, presented, attempt, refusal)
+        self._note(course, verdict)
         return verdict
 
     def allowed_at_once(
@@ -170,7 +202,7 @@ class DecisionGate:
         course.injects, course.took_ns = injects, time.perf_counter_ns() - began_ns
         verdict = self._verdict(course, presented, attempt, None)
         try:
-            self._record(course, presented, verdict, None)
+            self._record(course, presented, verdict)
         except SpoolFullError:
             return None
         return verdict, injects
@@ -225,30 +257,44 @@ class DecisionGate:
 
     def _at_hand(self, course: _Course, presented: Presented) -> Mapping[str, str] | None:
         """What is injected where it is allowed by what is known already, filling in `course`; else None."""
-        attempt = course.attempt
+        attempt, now_ms = course.attempt, self._clock.now_ms()
+        found = self._recalled.find(presented, attempt, now_ms / 1000) if attempt.body is None else None
+        if found is None:
+            found = self._found_at_hand(presented, attempt)
+            if found is None:
+                return None
+            self._recalled.keep(
+                presented, attempt, found, lasts_until(found.chosen, self._entitlements_max_age_s)
+            )
+        reads, chosen = attempt.method in SAFE_METHODS, found.chosen
+        if not self._evaluator.remembers(chosen, found.action, reads=reads, now_ms=now_ms):
+            return None
+        course.sender, course.target, course.action, course.chosen = (
+            found.sender, found.target, found.action, chosen,
+        )  # fmt: skip
+        injects = self._injector.at_hand(chosen.lease, found.target.state)
+        # Last, as in `_unequipped`; nothing was waited for, so nothing changed meanwhile.
+        if self._view.table.problem(chosen.lease) is not None or self._stale() is not None:
+            return None
+        return injects
+
+    def _found_at_hand(self, presented: Presented, attempt: Attempt) -> Found | None:
         sender = self._identifier.at_hand(presented)
         target = self._targets.find(attempt)
         if sender is None or isinstance(target, Refusal) or target.map.speaks_mcp(attempt.target):
             return None
         if _nowhere(target, attempt) is not None:
             return None
-        action = target.map.action(attempt.method, attempt.target, attempt.body)
+        action = target.map.action(attempt.method, attempt.target, attempt.body if attempt.json else None)
         chosen = self._weighed(sender, target, action) if action is not None else None
         if action is None or chosen is None or isinstance(chosen, Refusal):
             return None
-        reads, now_ms = attempt.method in SAFE_METHODS, self._clock.now_ms()
-        if not self._evaluator.remembers(chosen, action, reads=reads, now_ms=now_ms):
-            return None
-        course.sender, course.target, course.action, course.chosen = sender, target, action, chosen
-        injects = self._injector.at_hand(chosen.lease, target.state)
-        # Last, as in `_unequipped`; nothing was waited for, so nothing changed meanwhile.
-        if self._view.table.problem(chosen.lease) is not None or self._stale() is not None:
-            return None
-        return injects
+        return Found(sender, target, action, chosen)
 
     async def _decided(
         self, course: _Course, presented: Presented, attempt: Attempt, admits: Admits | None
     ) -> Refusal | None:
+        course.unheard = True
         if (stale := self._stale()) is not None:
             return stale
         sender = await self._identifier.sender(presented, attempt)
@@ -258,6 +304,7 @@ class DecisionGate:
         course.sender = sender
         if admits is not None and (reason := admits(sender.agent_id)) is not None:
             return Refusal(TOO_FAST, (reason,))
+        course.unheard = False
         said = await self._looked_at(course, sender)
         if not isinstance(said, Ask):
             return said
@@ -279,7 +326,7 @@ class DecisionGate:
             sender = spoken.sender
             action = spoken.action(target, attempt)
         else:
-            action = target.map.action(attempt.method, attempt.target, attempt.body)
+            action = target.map.action(attempt.method, attempt.target, attempt.body if attempt.json else None)
         if action is None:
             return self._no_action(target, attempt)
         course.action = action
@@ -388,6 +435,12 @@ class DecisionGate:
         ):
             message = f"what this request does at {id} stands in its body, which was not seen whole"
             return refused("body_unseen", message, status=TOO_LARGE)
+        if body and not attempt.json and target.map.reads_body(attempt.method, attempt.target):
+            message = (
+                f"what this request does at {id} stands in its body: send that with Content-Type: application/json, in "
+                "UTF-8 and without Content-Encoding, so that it cannot be read as something else"
+            )
+            return refused("body_not_json", message)
         return refused("request_unmapped", f"the map of target {id} does not say what this request does")
 
     # --- what comes of it ---
@@ -441,26 +494,45 @@ class DecisionGate:
             return course.chosen.lease.task_id
         return course.sender.task_id if course.sender is not None else None
 
+    def _note(self, course: _Course, verdict: Verdict) -> tuple[Access, str | None, int]:
+        """Count it where numbers are asked for. Its access, its target's id, and the time."""
+        access = _access(course)
+        outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
+        _counter_of(outcome, access).inc()
+        metrics.DECISION_TIME.observe(course.took_ns / 1e9)
+        now_ms = self._clock.now_ms()
+        target_id = verdict.target.target_id if verdict.target is not None else None
+        if verdict.task_id is not None:
+            verb = course.action.verb if course.action is not None else None
+            self._earlier.add(verdict.task_id, target_id, verb, allowed=verdict.allowed, now_ms=now_ms)
+        return access, target_id, now_ms
+
+    def _kind(self, course: _Course, presented: Presented, attempt: Attempt, refusal: Refusal) -> Kind:
+        """Who it was, what for and why not, as far as that is shown."""
+        target = self._targets.find(attempt)
+        return Kind(
+            course.sender.agent_id if course.sender is not None else None,
+            self._task_of(course),
+            target.state.target_id if isinstance(target, Compiled) else None,
+            attempt.method,
+            refusal.reasons[0].code,
+            self._lease_of(course, presented),
+            _label_of(attempt),
+        )
+
     def _record(
         self,
         course: _Course,
         presented: Presented,
         verdict: Verdict,
-        refusal: Refusal | None,
+        for_target: str | None = None,
     ) -> None:
-        """Raises SpoolFullError."""
-        attempt = course.attempt
-        if refusal is not None and refusal.reasons[0].code == NONCE_WANTED:
-            return  # nothing was decided: the same request comes again, with what it lacks
-        access = _access(course)
-        outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
-        _counter_of(outcome, access).inc()
-        metrics.DECISION_TIME.observe(course.took_ns / 1e9)
-        sender, now_ms = course.sender, self._clock.now_ms()
-        target_id = verdict.target.target_id if verdict.target is not None else None
-        if verdict.task_id is not None:
-            verb = course.action.verb if course.action is not None else None
-            self._earlier.add(verdict.task_id, target_id, verb, allowed=verdict.allowed, now_ms=now_ms)
+        """`for_target`: which it was for, where that was not looked at. Raises SpoolFullError."""
+        access, target_id, now_ms = self._note(course, verdict)
+        if verdict.allowed and course.question is None and course.action is not None:
+            self._record_allowed(course, access, target_id, now_ms)
+            return
+        attempt, sender = course.attempt, course.sender
         self._recorder.record(
             ActionDecided(
                 action_id=course.id,
@@ -469,7 +541,7 @@ class DecisionGate:
                 act=_act_of(course),
                 task_id=verdict.task_id,
                 lease_id=self._lease_of(course, presented),
-                target_id=target_id,
+                target_id=target_id or for_target,
                 verb=course.action.verb if course.action is not None else None,
                 resource=course.action.resource if course.action is not None else None,
                 allowed=verdict.allowed,
@@ -478,12 +550,39 @@ class DecisionGate:
                 method=attempt.method if _METHOD.fullmatch(attempt.method) else None,
                 request_digest=_digest(attempt),
                 latency_us=course.took_ns // 1000,
-                label=attempt.label if attempt.label and _LABEL.fullmatch(attempt.label) else None,
+                label=_label_of(attempt),
                 observed=True if verdict.observed else None,
                 asked=_asked_of(course),
                 at_ms=now_ms,
             )
         )
+
+    def _record_allowed(self, course: _Course, access: Access, target_id: str | None, now_ms: int) -> None:
+        """The same `ActionDecided` for what is simply allowed, which is most: written without a model in between."""
+        sender, lease, action, attempt = course.sender, course.lease, course.action, course.attempt
+        assert sender is not None, "it was allowed"
+        assert lease is not None, "it was allowed"
+        assert action is not None, "it was allowed"
+        assert target_id is not None, "it was allowed"
+        event: dict[str, object] = {
+            "action_id": course.id,
+            "gateway": self._gateway,
+            "agent_id": sender.agent_id,
+        }
+        if (act := _act_of(course)) is not None:
+            event["act"] = act
+        event |= {
+            "task_id": lease.task_id, "lease_id": lease.lease_id, "target_id": target_id,
+            "verb": action.verb, "resource": action.resource, "allowed": True, "reasons": (), "access": access,
+        }  # fmt: skip
+        if _METHOD.fullmatch(attempt.method):
+            event["method"] = attempt.method
+        event["request_digest"], event["latency_us"] = _digest(attempt), course.took_ns // 1000
+        if (label := _label_of(attempt)) is not None:
+            event["label"] = label
+        event["at_ms"] = now_ms
+        value = orjson.dumps(event)
+        self._recorder.keep(sender.agent_id, course.id, value)
 
     def _record_answer(self, course: _Course, outcome: McpOutcome) -> None:
         """What came of it is too late to deny anything: where it cannot be kept, the decision still is."""
@@ -571,6 +670,10 @@ def _asked_of(course: _Course) -> ActionAsked | None:
         by=question.by,
         waited_ms=course.waited_ns // 1_000_000,
     )
+
+
+def _label_of(attempt: Attempt) -> str | None:
+    return attempt.label if attempt.label and _LABEL.fullmatch(attempt.label) else None
 
 
 def _digest(attempt: Attempt) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final
 
-from ringfence.gateway.wire import RequestHead, ResponseHead
+from ringfence.gateway.wire import OF_PROXIES, Fields, RequestHead, ResponseHead
 
 LABEL: Final = b"x-ringfence-label"
 """In it the sender's tooling says where a request came from, for the report alone."""
@@ -16,10 +16,12 @@ HANDLE: Final = b"x-ringfence-handle"
 _HOP_BY_HOP: Final = frozenset({
     b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length",
 })  # fmt: skip
-_FOR_THE_GATEWAY: Final = frozenset({b"host", b"expect", b"dpop", b"forwarded", b"x-real-ip"})
-_OF_THE_AGENT: Final = frozenset({b"authorization", b"accept-encoding", b"sec-websocket-extensions"})
-"""`Accept-Encoding` and the extensions of WebSocket are left out so that nothing comes compressed: there nobody finds
-an echoed secret. Where nothing is injected, all of these stay."""
+_FOR_THE_GATEWAY: Final = OF_PROXIES | {b"host", b"expect", b"dpop"}
+_OF_THE_AGENT: Final = frozenset({b"authorization", b"accept-encoding", b"a-im", b"sec-websocket-extensions"})
+"""`Accept-Encoding`, `A-IM` (RFC 3229) and the extensions of WebSocket are left out so that nothing comes compressed:
+there nobody finds an echoed secret. Where nothing is injected, all of these stay."""
+_NO_CONTENT: Final = 204
+"""It has no length (RFC 9110, 8.6): who believes one would take the next response for its body."""
 _OF_THE_TARGET: Final = frozenset({b"alt-svc"})
 """It would lead the agent past the gateway."""
 
@@ -39,18 +41,15 @@ def is_handle(authorization: bytes) -> bool:
     return authorization.partition(b" ")[0].lower() == b"dpop"
 
 
-def own_names(request: RequestHead) -> frozenset[str]:
+def own_names(block: Fields) -> frozenset[str]:
     """Names, in lower case, of the headers that go on where a request goes on as it came."""
-    shows_handle = is_handle(request.known.get(b"authorization", b""))
-    return _own_of(tuple([name for name, _ in request.fields]), request.named, shows_handle)
-
-
-@functools.lru_cache(maxsize=1024)
-def _own_of(names: tuple[bytes, ...], ended: frozenset[bytes], shows_handle: bool) -> frozenset[str]:
+    shows_handle = is_handle(block.known.get(b"authorization", b""))
     return frozenset(
         name.decode("ascii")
-        for name in names
-        if not _ends_here(name) and name not in ended and not (name == b"authorization" and shows_handle)
+        for name, _ in block.lines
+        if not _ends_here(name)
+        and name not in block.named
+        and not (name == b"authorization" and shows_handle)
     )
 
 
@@ -74,27 +73,32 @@ def request_head(
         length: of the body, where it is known; a body of which it is not known is sent in chunks.
         upgrade: whether it asks for a WebSocket.
     """
-    lines = [f"{request.method} {target} HTTP/1.1".encode("ascii"), b"Host: " + authority.encode("ascii")]
-    lines += _as_they_came(request) if injected is None else _with(injected, request)
+    first = f"{request.method} {target} HTTP/1.1\r\nHost: {authority}\r\n".encode("ascii")
+    lines = (
+        _as_they_came(request)
+        if injected is None
+        else _with(request.block, *_carrying(tuple(injected.items())))
+    )
     if upgrade:
-        lines += (b"Connection: Upgrade", b"Upgrade: websocket")
+        framed = b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
     elif request.chunked and length is None:
-        lines.append(b"Transfer-Encoding: chunked")
-    elif length is not None:
-        lines.append(b"Content-Length: %d" % length)
-    lines += (b"", b"")
-    return b"\r\n".join(lines)
+        framed = b"Transfer-Encoding: chunked\r\n\r\n"
+    else:
+        framed = b"Content-Length: %d\r\n\r\n" % length if length is not None else b"\r\n"
+    return first + lines + framed
 
 
-def _with(injected: Mapping[str, str], request: RequestHead) -> list[bytes]:
-    replaced, put_in = _carrying(tuple(injected.items()))
-    lines = [
-        line
-        for name, line in request.fields
-        if (spelled := _kept(name)) is not None and spelled not in replaced and name not in request.named
-    ]
-    lines.append(put_in)
-    return lines
+@functools.lru_cache(maxsize=1024)
+def _with(block: Fields, replaced: frozenset[bytes], put_in: bytes) -> bytes:
+    """The lines that go on with what is put in. A program sends the same with each of its requests."""
+    return (
+        b"".join(
+            line + b"\r\n"
+            for name, line in block.lines
+            if (spelled := _kept(name)) is not None and spelled not in replaced and name not in block.named
+        )
+        + put_in
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -108,31 +112,32 @@ def _carrying(injected: tuple[tuple[str, str], ...]) -> tuple[frozenset[bytes], 
     """What carries a credential: the names that it replaces, and its lines."""
     names = frozenset(name.lower().replace("_", "-").encode("ascii") for name, _ in injected)
     lines = [
-        b"Accept-Encoding: identity",
-        *(f"{name}: {value}".encode("latin-1") for name, value in injected),
+        b"Accept-Encoding: identity\r\n",
+        *(f"{name}: {value}\r\n".encode("latin-1") for name, value in injected),
     ]
-    return names, b"\r\n".join(lines)
+    return names, b"".join(lines)
 
 
-def _as_they_came(request: RequestHead) -> Iterator[bytes]:
-    own = own_names(request)
-    return (line for name, line in request.fields if name.decode("ascii") in own)
+def _as_they_came(request: RequestHead) -> bytes:
+    own = own_names(request.block)
+    return b"".join(line + b"\r\n" for name, line in request.fields if name.decode("ascii") in own)
 
 
 def response_head(response: ResponseHead, *, chunked: bool, close: bool) -> bytes:
     """The head of a target's response for the agent."""
-    lines = [b"HTTP/1.1 " + response.line]
-    for name, line in response.fields:
-        if not _stays_here(name) and name not in response.named:
-            lines.append(line)
+    head = b"HTTP/1.1 %b\r\n%b" % (response.line, _lines_back(response.block))
     if chunked:
-        lines.append(b"Transfer-Encoding: chunked")
-    elif response.length is not None and not response.chunked:
-        lines.append(b"Content-Length: %d" % response.length)
-    if close:
-        lines.append(b"Connection: close")
-    lines += (b"", b"")
-    return b"\r\n".join(lines)
+        head += b"Transfer-Encoding: chunked\r\n"
+    elif response.length is not None and not response.chunked and response.status != _NO_CONTENT:
+        head += b"Content-Length: %d\r\n" % response.length
+    return head + (b"Connection: close\r\n\r\n" if close else b"\r\n")
+
+
+@functools.lru_cache(maxsize=256)
+def _lines_back(block: Fields) -> bytes:
+    return b"".join(
+        line + b"\r\n" for name, line in block.lines if not _stays_here(name) and name not in block.named
+    )
 
 
 @functools.lru_cache(maxsize=1024)

@@ -141,6 +141,11 @@ class Identifier:
         if kid is None:
             message = "not a proof: a JWT with typ dpop+jwt, alg ES256 or EdDSA and a public jwk"
             return refused("invalid_dpop_proof", message, status=UNAUTHORIZED)
+        now_s = self._clock.now_ms() / 1000
+        owner = self._keys.owner(self._trust_domain, kid, now_s) or _instance_of(lease, kid, now_s)
+        if owner is None:  # before it is verified and remembered: strangers take no room from agents
+            message = "the proof is by a key that is no agent's, or counts no more"
+            return refused("proof_by_stranger", message, status=UNAUTHORIZED)
         try:
             await self._proofs.check(proof, method=method, url=htu, access_token=handle, thumbprint=kid)
             wants_nonce = False
@@ -150,11 +155,6 @@ class Identifier:
                 return refused(error.code, str(error), status=UNAUTHORIZED)
         except UnavailableError as error:
             return refused("proofs_full", str(error), status=UNAVAILABLE)
-        now_s = self._clock.now_ms() / 1000
-        owner = self._keys.owner(self._trust_domain, kid, now_s) or _instance_of(lease, kid, now_s)
-        if owner is None:
-            message = "the proof is by a key that is no agent's, or counts no more"
-            return refused("proof_by_stranger", message, status=UNAUTHORIZED)
         if owner != lease.agent_id:
             return _stolen(lease, owner)
         if lease.key_thumbprint not in (None, kid):

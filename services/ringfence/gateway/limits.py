@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,9 +10,31 @@ from ringfence.gateway.refusals import RefusedError
 from ringfence.messages.credential import Reason
 
 TOO_MANY_CONNECTIONS = "too_many_connections"
+HANDSHAKE = 10
+"""To open TLS counts for so many requests: it takes the time of some of them."""
 _TOO_MANY_KEYS = 10_000
+_KEPT_FROM_ADDRESSES = 4
+"""One in so many connections is for senders that a socket or a certificate shows: whoever has many addresses does not
+keep them out."""
 _HANDSHAKES_OF_ALL = 4
 """One in so many connections may be one whose TLS is not open yet: who never opens it stops nobody who has."""
+
+
+ADDRESS = "address:"
+"""How a sender begins that is told by its address alone."""
+
+
+def sender_at(address: str) -> str:
+    """The sender that an address is told by. Of IPv6 whoever has one has a /64 (RFC 6177): that counts as one."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return f"{ADDRESS}{address}"
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped is not None:
+            return f"{ADDRESS}{found.ipv4_mapped}"
+        found = ipaddress.IPv6Address(int(found) >> 64 << 64)
+    return f"{ADDRESS}{found}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +61,26 @@ class Limits:
         self._allowed = allowance
         self._seconds = seconds
         self.connections = 0
+        self.of_addresses = 0
+        """So many of them are of senders told by their addresses."""
         self.handshakes = 0
         self._connections: dict[str, int] = {}
         self._handshakes: dict[str, int] = {}
         self._running: dict[str, int] = {}
         self._buckets: dict[str, tuple[float, float]] = {}
         """By sender: how many requests it had left, and when that was."""
+        self._forget_again = 0.0
 
     def connect(self, sender: str) -> bool:
         """Whether this sender may have one more connection; then it has."""
         having = self._connections.get(sender, 0)
         if self.connections >= self._allowed.connections or having >= self._allowed.connections_each:
             return False
+        if sender.startswith(ADDRESS):
+            most = self._allowed.connections
+            if self.of_addresses >= most - most // _KEPT_FROM_ADDRESSES:
+                return False
+            self.of_addresses += 1
         self.connections += 1
         self._connections[sender] = having + 1
         return True
@@ -57,6 +88,7 @@ class Limits:
     def disconnect(self, sender: str) -> None:
         """The sender has one connection less."""
         self.connections -= 1
+        self.of_addresses -= sender.startswith(ADDRESS)
         _less(self._connections, sender)
 
     def shake(self, address: str) -> bool:
@@ -64,6 +96,11 @@ class Limits:
         having = self._handshakes.get(address, 0)
         most = max(1, self._allowed.connections // _HANDSHAKES_OF_ALL)
         if self.handshakes >= most or having >= self._allowed.handshakes_each or not self.connect(address):
+            return False
+        try:
+            self.ask(address, HANDSHAKE)
+        except RefusedError:
+            self.disconnect(address)
             return False
         self.handshakes += 1
         self._handshakes[address] = having + 1
@@ -75,16 +112,19 @@ class Limits:
         _less(self._handshakes, address)
         self.disconnect(address)
 
-    def ask(self, sender: str) -> None:
-        """Count a request against the sender's rate. Raises RefusedError (429), which counts for nothing."""
-        now = self._seconds()
+    def ask(self, sender: str, cost: float = 1) -> None:
+        """Count a request against the sender's rate. Raises RefusedError (429), which counts for nothing.
+
+        `cost`: for how many it counts, where it is more work than most; never more than there can be at once.
+        """
+        now, cost = self._seconds(), min(cost, self._allowed.burst_each)
         left, then = self._buckets.get(sender, (float(self._allowed.burst_each), now))
         left = min(self._allowed.burst_each, left + (now - then) * self._allowed.per_second_each)
-        if left < 1:
-            raise _too_many("requests a second", (1 - left) / self._allowed.per_second_each)
-        if len(self._buckets) > _TOO_MANY_KEYS:
+        if left < cost:
+            raise _too_many("requests a second", (cost - left) / self._allowed.per_second_each)
+        if len(self._buckets) > _TOO_MANY_KEYS and now >= self._forget_again:
             self._forget_the_idle(now)
-        self._buckets[sender] = (left - 1, now)
+        self._buckets[sender] = (left - cost, now)
 
     def begin(self, sender: str) -> None:
         """The sender has one more request under way. Raises RefusedError (429)."""
@@ -103,6 +143,7 @@ class Limits:
 
     def _forget_the_idle(self, now: float) -> None:
         full_s = self._allowed.burst_each / self._allowed.per_second_each
+        self._forget_again = now + full_s  # nobody is idle before: many who are not cost the others nothing
         for sender, (_, then) in list(self._buckets.items()):
             if now - then > full_s:
                 del self._buckets[sender]
@@ -111,11 +152,13 @@ class Limits:
 class Turn:
     """The request of a connection that is under way: one of its sender, and of its agent once that is known."""
 
-    __slots__ = ("_asked", "_limits", "_running", "_sender")
+    __slots__ = ("_agent", "_asked", "_limits", "_running", "_sender")
 
     def __init__(self, limits: Limits, sender: str) -> None:
         self._limits = limits
         self._sender = sender
+        self._agent = ("", "")
+        """The agent that it was last, and by which sender that one is counted."""
         self._running: list[str] = []
         self._asked = False
         """Whether the next one was counted already."""
@@ -130,7 +173,9 @@ class Turn:
 
     def admits(self, agent_id: str) -> Reason | None:
         """See `Admits`: the limits of an agent, wherever it comes from."""
-        agent = f"agent:{agent_id}"
+        if self._agent[0] != agent_id:
+            self._agent = agent_id, f"agent:{agent_id}"
+        agent = self._agent[1]
         try:
             self._limits.ask(agent)
             self._limits.begin(agent)

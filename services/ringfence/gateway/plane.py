@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from ringfence.gateway.accepting import TlsDoor
-from ringfence.gateway.asking import ADDRESS, Way
+from ringfence.gateway.asking import Way
 from ringfence.gateway.attempts import Blocked, Blocks, Gate, Presented
 from ringfence.gateway.authority import Authority
 from ringfence.gateway.desk import Desk
 from ringfence.gateway.forwarding import Forwarder, Patiences
 from ringfence.gateway.hosts import Scheme, canonical
-from ringfence.gateway.limits import TOO_MANY_CONNECTIONS, Allowance, Limits
+from ringfence.gateway.limits import TOO_MANY_CONNECTIONS, Allowance, Limits, sender_at
 from ringfence.gateway.problem import answer as problem_of
 from ringfence.gateway.refusals import Answer
 from ringfence.gateway.serving import Connection
@@ -126,10 +126,11 @@ class DataPlane:
         known = frozenset(canonical(name, seen) for name in names)
 
         def way(stream: Stream) -> Way:
-            address = stream.transport.get_extra_info("peername")
+            peer = stream.transport.get_extra_info("peername")
             certificate = _spiffe_id(stream.peer_certificate()) if tls is not None else None
-            sender = certificate or f"{ADDRESS}{address[0] if address else ''}"
-            return Way(sender, seen, known, certificate=certificate, challenge=challenge)
+            address = (peer[0] if peer else "") if certificate is None else None
+            sender = certificate if certificate is not None else sender_at(address or "")
+            return Way(sender, seen, known, certificate=certificate, challenge=challenge, address=address)
 
         def serve(stream: Stream) -> None:
             self._serve(stream, way)

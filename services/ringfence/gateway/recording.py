@@ -37,10 +37,13 @@ class Recorder:
 
     def record(self, event: ActionDecided | ActionAnswered) -> None:
         """Keep one event. Raises SpoolFullError where it cannot be kept: then nothing may be forwarded."""
-        key = (event.agent_id or UNKNOWN).encode()
         value = event.model_dump_json(exclude_none=True).encode()
         id = event.action_id if isinstance(event, ActionDecided) else f"{event.action_id}:answer"
-        self._spool.append(b"\n".join((key, id.encode(), (event.traceparent or "").encode(), value)))
+        self.keep(event.agent_id or UNKNOWN, id, value, event.traceparent or "")
+
+    def keep(self, key: str, id: str, value: bytes, traceparent: str = "") -> None:
+        """The same for an event that is JSON already. Raises SpoolFullError."""
+        self._spool.append(f"{key}\n{id}\n{traceparent}\n".encode() + value)
         self._news.set()
 
     async def publish(self) -> None:

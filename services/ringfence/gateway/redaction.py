@@ -1,8 +1,8 @@
 """The injected secret, should a target echo it: replaced by as many asterisks, so that no length changes.
 
 Searched for are the secret as it stands in the header, without its scheme, as a Basic password, and each of these in
-base64 (in all three alignments), percent-encoded and escaped as in JSON. A target that compresses, encrypts or takes
-the secret apart hides it from this.
+base64 (in all three alignments), in hexadecimal, percent-encoded, and escaped as in JSON and HTML, in the ways in which
+the usual libraries do that. A target that compresses, encrypts or takes the secret apart hides it from this.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import html
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 from urllib.parse import quote
 
@@ -20,6 +21,15 @@ SHORTEST: Final = 6
 """What is shorter is not searched for: it would be found everywhere."""
 LOOSE: Final = 4
 
+_HTML: Final[tuple[dict[str, str], ...]] = (
+    {},
+    {'"': "&quot;", "'": "&#39;"},
+    {'"': "&#34;", "'": "&#39;", "+": "&#43;"},
+    {'"': "&quot;", "'": "&#x27;"},
+    {'"': "&quot;", "'": "&#x27;", "/": "&#x2F;"},
+    {'"': "&quot;", "'": "&#39;", "/": "&#x2F;", "=": "&#x3D;", "`": "&#x60;"},
+)
+"""What is written for characters besides `&`, `<` and `>`: by PHP, Go, Python, and what templates of JavaScript do."""
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,31} +(?=\S)")
 
 
@@ -88,7 +98,8 @@ def _secrets(value: str) -> set[str]:
 
 def _spellings(secret: str) -> set[bytes]:
     raw = secret.encode("utf-8")
-    found = {raw, quote(secret, safe="").encode(), json.dumps(secret)[1:-1].encode()}
+    found = {raw, raw.hex().encode(), raw.hex().upper().encode()}
+    found.update(one.encode() for one in (*_percent_encoded(secret), *_in_json(secret), *_in_html(secret)))
     for before in range(3):
         # Only the characters that depend on nothing but the secret, wherever it stands in what was encoded.
         shown = base64.b64encode(b"\x00" * before + raw).rstrip(b"=")
@@ -97,6 +108,32 @@ def _spellings(secret: str) -> set[bytes]:
         found.add(shown[first:last])
         found.add(shown[first:last].translate(bytes.maketrans(b"+/", b"-_")))
     return found
+
+
+def _percent_encoded(secret: str) -> Iterator[str]:
+    """By what is left as it is: nothing, paths, encodeURIComponent, encodeURI; a form's space is a plus."""
+    for safe in ("", "/", "!~*'()", ";,/?:@&=+$!~*'()#"):
+        for spaced in (quote(secret, safe=safe), quote(secret, safe=safe + " ").replace(" ", "+")):
+            yield spaced
+            yield re.sub(r"%[0-9A-F]{2}", lambda one: one[0].lower(), spaced)
+
+
+def _in_json(secret: str) -> Iterator[str]:
+    """Escaped no more than needed, with slashes (PHP), and what HTML might take for its own (Go, .NET)."""
+    plain = json.dumps(secret)[1:-1]
+    yield plain
+    yield plain.replace("/", "\\/")
+    for special in ("<>&", "<>&+'`", "<>&+'`/="):
+        for digits in ("04x", "04X"):
+            escaped = {ord(one): f"\\u{ord(one):{digits}}" for one in special}
+            yield plain.translate(escaped)
+            yield secret.replace("\\", "\\\\").translate({**escaped, 0x22: f"\\u{0x22:{digits}}"})
+
+
+def _in_html(secret: str) -> Iterator[str]:
+    named = html.escape(secret, quote=False)
+    for own in _HTML:
+        yield "".join(own.get(one, one) for one in named)
 
 
 def _begun(data: bytes, needle: bytes) -> int:

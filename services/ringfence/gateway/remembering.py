@@ -24,8 +24,8 @@ _Key = tuple[str, str | None, str | None, str, str, str]
 @dataclass(frozen=True, slots=True)
 class _Known:
     chosen: Chosen
-    records: int
-    """`Directory.version` when it was weighed."""
+    records: tuple[int, int | None]
+    """`Directory.versions` when it was weighed."""
     leases: int
     """`LeaseTable.version` of its agent and target then."""
     until_s: float
@@ -43,7 +43,7 @@ class Remembered:
     def chosen(self, sender: Sender, target: TargetState, action: Action, now_s: float) -> Chosen | None:
         """What would be found again now; None where that is not certain."""
         known = self._known.get(_key(sender, target.target_id, action))
-        if known is None or known.until_s <= now_s or known.records != self._directory.version:
+        if known is None or known.until_s <= now_s or known.records != self._directory.versions:
             return None
         if known.leases != self._table.version(sender.agent_id, target.target_id):
             return None
@@ -52,18 +52,20 @@ class Remembered:
 
     def keep(self, sender: Sender, action: Action, chosen: Chosen, entitlements_max_age_s: int) -> None:
         """Remember what was just found."""
-        lease, ground = chosen.lease, chosen.ground
-        until_s = min(
-            lease.deadline,
-            ground.task.state.not_after,
-            ground.user.state.entitlements.as_of + entitlements_max_age_s,
-        )
+        lease, until_s = chosen.lease, lasts_until(chosen, entitlements_max_age_s)
         key = _key(sender, lease.target_id, action)
         version = self._table.version(sender.agent_id, lease.target_id)
-        self._known[key] = _Known(chosen, self._directory.version, version, until_s)
+        self._known[key] = _Known(chosen, self._directory.versions, version, until_s)
         self._known.move_to_end(key)
         if len(self._known) > self._limit:
             self._known.popitem(last=False)
+
+
+def lasts_until(chosen: Chosen, entitlements_max_age_s: int) -> float:
+    """When time alone makes it another decision."""
+    lease, ground = chosen.lease, chosen.ground
+    as_of = ground.user.state.entitlements.as_of
+    return min(lease.deadline, ground.task.state.not_after, as_of + entitlements_max_age_s)
 
 
 def _key(sender: Sender, target_id: str, action: Action) -> _Key:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Awaitable, Mapping
@@ -16,6 +17,7 @@ from ringfence.gateway.desk import Desk
 from ringfence.gateway.forwarding import Asked, goes_on
 from ringfence.gateway.framing import Body, request_body
 from ringfence.gateway.hosts import split
+from ringfence.gateway.limits import HANDSHAKE
 from ringfence.gateway.refusals import RefusedError, head, problem
 from ringfence.gateway.sent import Sent
 from ringfence.gateway.shortcut import Shortcut
@@ -89,10 +91,11 @@ class Connection:
         """The next head; None where a request was handed over instead, see `Shortcut`."""
         client, patiences, shortcut = self._client, self._desk.patiences, self._shortcut
         client.deadline = time.monotonic() + (patiences.head_s if client.buffer else patiences.idle_s)
-        begun = shortcut.taken if client.buffer else None
+        begun, seen = shortcut.taken if client.buffer else None, 0
         shortcut.open()
         try:
-            while (given := cut_head(client.buffer)) is None:
+            while (given := cut_head(client.buffer, seen)) is None:
+                seen = len(client.buffer)
                 try:
                     await client.more()
                 except ExpiredError:
@@ -101,6 +104,8 @@ class Connection:
                     raise RefusedError(408, "head_timeout", "the head of the request does not come") from None
                 if shortcut.handed_over:
                     return None
+                if begun != shortcut.taken:
+                    seen = 0
                 if client.buffer and begun != shortcut.taken:
                     begun = shortcut.taken
                     client.deadline = time.monotonic() + patiences.head_s
@@ -162,7 +167,7 @@ class Connection:
     async def _connect(self, request: RequestHead) -> bool:
         desk = self._desk
         try:
-            desk.limits.ask(self._way.sender)
+            desk.limits.ask(self._way.sender, HANDSHAKE)
             authority = connect_authority(request, self._way, self._client)
             presented = presented_by(request, self._way)
             if self._way.challenge and presented == Presented():
@@ -229,15 +234,26 @@ class Connection:
         self._client.write(given + body)
         if close:
             await self._leave(unread=unread)
+        else:
+            await self._answered()
         return not close
+
+    async def _answered(self) -> None:
+        """Who takes no answers gets no more of them, and who sends many requests at once is no hindrance to others."""
+        client = self._client
+        if not client.blocked:
+            await asyncio.sleep(0)
+            return
+        client.deadline = time.monotonic() + self._desk.patiences.piece_s
+        await client.drained()
+        client.deadline = None
 
     async def _leave(self, *, unread: bool) -> None:
         """Close. What still comes is read for a moment, as the answer would be lost to who is still sending."""
         client = self._client
         if not unread or not client.alive:
             return
-        if client.transport.can_write_eof():
-            client.transport.write_eof()
+        client.end()
         left, client.deadline = _LINGER_BYTES, time.monotonic() + _LINGER_S
         try:
             while left > 0:

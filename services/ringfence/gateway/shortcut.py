@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class Shortcut:
     """That of one connection."""
 
-    __slots__ = ("_asked", "_client", "_desk", "_exchange", "_turn", "handed_over", "taken", "way")
+    __slots__ = ("_asked", "_client", "_desk", "_exchange", "_seen", "_turn", "handed_over", "taken", "way")
 
     def __init__(self, client: Stream, way: Way, desk: Desk, turn: Turn) -> None:
         """`turn`: the connection's own, which counts its requests whichever way they go."""
@@ -40,12 +40,15 @@ class Shortcut:
         self._turn = turn
         self._asked: Asked | None = None
         """What is under way."""
+        self._seen = 0
+        """So much of what came was searched for the end of a head, in vain."""
         self._exchange: Exchange | None = None
         """The same, once it was sent."""
 
     def open(self) -> None:
         """The connection waits for a request: take it where that can be done."""
         self._client.taker = self._take
+        self._seen = 0
 
     def close(self) -> None:
         """What comes is the coroutine's."""
@@ -82,7 +85,13 @@ class Shortcut:
 
     def _took(self) -> bool:
         client, desk = self._client, self._desk
-        request = _plain_request(client)
+        end = client.buffer.find(END, max(0, self._seen - len(END) + 1), MAX_HEAD_BYTES)
+        if end < 0:
+            self._seen = len(client.buffer)
+            return False
+        if self.way.shows_nobody and b"DPoP:" in client.buffer:
+            return False  # a proof is waited for: it is read there, and not here too
+        request = _plain_request(client, end)
         if request is None:
             return False
         read = bytes(client.buffer[-request.length :]) if request.length else None
@@ -99,6 +108,7 @@ class Shortcut:
             return False
         verdict, injected = allowed
         client.buffer.clear()
+        self._seen = 0
         client.deadline = None
         self.taken += 1
         self._asked = Asked(request, attempt, verdict, Body(), read)
@@ -136,11 +146,13 @@ class Shortcut:
         self._client.wake()
 
 
-def _plain_request(client: Stream) -> RequestHead | None:
-    """A request that is all there, with nothing behind it, and has nothing out of the ordinary. It stays there."""
+def _plain_request(client: Stream, end: int) -> RequestHead | None:
+    """A request that is all there, with nothing behind it, and has nothing out of the ordinary. It stays there.
+
+    `end`: where its head ends.
+    """
     came = client.buffer
-    end = came.find(END, 0, MAX_HEAD_BYTES)
-    if end < 0 or client.blocked or not client.alive:
+    if client.blocked or not client.alive:
         return None
     try:
         request = parse_request(bytes(came[: end + 2]))

@@ -9,6 +9,7 @@ of it. What was published and not yet marked as such comes again after a crash: 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -51,6 +52,7 @@ class Spool:
         self._max_bytes = max_bytes
         self._segment_bytes = segment_bytes
         try:
+            self._total = 0
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,6 +66,7 @@ class Spool:
         except (OSError, ValueError) as error:
             raise SpoolError(f"the spool {folder} cannot be used: {error}") from None
         self._unsynced = False
+        self._total = sum(self._sizes.values())
 
     # --- in ---
 
@@ -78,24 +81,31 @@ class Spool:
             if self._sizes[self._writing] >= self._segment_bytes:
                 self._turn()
             written = os.write(self._file, framed)
+            if written != len(framed):
+                self._take_back()
         except OSError as error:
             raise SpoolFullError(f"an event cannot be written to disk: {error.strerror}") from None
         if written != len(framed):
-            self._take_back()
             raise SpoolFullError("an event could not be written to disk whole")
         self._sizes[self._writing] += written
+        self._total += written
         self._unsynced = True
 
     def sync(self) -> None:
         """Make what was written outlive the machine. It may take milliseconds: call it in another thread."""
         if self._unsynced:
             self._unsynced = False
-            with contextlib.suppress(OSError):
+            try:
                 os.fsync(self._file)
+            except OSError as error:
+                if (
+                    error.errno != errno.EBADF
+                ):  # then another file began meanwhile, and this one was synced there
+                    log.error("events of the last second may not outlive the machine: %s", error.strerror)
 
     def size(self) -> int:
         """The bytes that wait to be published, and those that were published and are not removed yet."""
-        return sum(self._sizes.values())
+        return self._total
 
     # --- out ---
 
@@ -115,8 +125,10 @@ class Spool:
                 file.seek(self._offset)
                 data = file.read(_READ_AT_ONCE + MAX_ENTRY_BYTES)
             entries, length = _entries(data)
-            if entries or self._number == self._writing:
+            if entries or (self._number == self._writing and not data):
                 return entries, (self._number, self._offset + length)
+            if self._number == self._writing:
+                self._turn()  # what is damaged is passed over with its file, and nothing more goes there
             if length < len(data):
                 log.error(
                     "the end of %012d%s is damaged: %d bytes are lost", self._number, _SUFFIX, len(data)
@@ -155,20 +167,26 @@ class Spool:
         self._sizes[self._writing] = 0
 
     def _turn(self) -> None:
-        following = self._opened(self._writing + 1)
-        os.fsync(self._file)
-        os.close(self._file)
-        self._writing, self._file = self._writing + 1, following
+        before, self._file = self._file, self._opened(self._writing + 1)
+        self._writing += 1
         self._sizes[self._writing] = 0
+        try:
+            os.fsync(before)
+        except OSError as error:
+            log.error("events of the last second may not outlive the machine: %s", error.strerror)
+        finally:
+            os.close(before)
 
     def _opened(self, number: int) -> int:
         path = self._folder / f"{number:012}{_SUFFIX}"
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def _take_back(self) -> None:
-        """Half an entry must not stand before the next one."""
-        with contextlib.suppress(OSError):
+        """Half an entry must not stand before the next one. Raises OSError where there is no other file either."""
+        try:
             os.ftruncate(self._file, self._sizes[self._writing])
+        except OSError:
+            self._turn()
 
     def _remove(self) -> None:
         """The file that is read from is done with."""
@@ -176,7 +194,7 @@ class Spool:
         self._number, self._offset = self._number + 1, 0
 
     def _forget(self, number: int) -> None:
-        self._sizes.pop(number, None)
+        self._total -= self._sizes.pop(number, 0)
         with contextlib.suppress(OSError):
             (self._folder / f"{number:012}{_SUFFIX}").unlink()
 

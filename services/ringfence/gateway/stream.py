@@ -33,8 +33,8 @@ class Stream(asyncio.Protocol):
     """A connection. One coroutine reads, one writes; they may be the same."""
 
     __slots__ = (
-        "_drained", "_expired", "_failure", "_loop", "_on_lost", "_on_made", "_paused", "_readable", "_unseen",
-        "blocked", "buffer", "deadline", "on_gone", "taker", "transport",
+        "_drained", "_expired", "_failure", "_goes", "_held", "_loop", "_on_lost", "_on_made", "_paused", "_readable",
+        "_unseen", "blocked", "buffer", "deadline", "on_gone", "taker", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +58,10 @@ class Stream(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._on_made = on_made
         self._on_lost = on_lost
+        self._held = b""
+        """What is sent once the loop has handed out all that came."""
+        self._goes: Callable[[], bool] | None = None
+        """Asked then whether it still may be."""
         self._paused = False
         self._unseen = False
         """Whether something came while nobody waited."""
@@ -140,7 +144,27 @@ class Stream(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Send. See `blocked`."""
+        self._send_held()
         self.transport.write(data)
+
+    def write_soon(self, data: bytes, goes: Callable[[], bool] | None = None) -> None:
+        """Send, after what else came in this turn of the loop was seen to, where `goes` says yes then.
+
+        To send wakes the other side, and that takes longer than most of what is done for a request: what is sent to
+        several at once wakes each of them once.
+        """
+        self._goes = goes
+        if self._held:
+            self._held += data
+        else:
+            self._held = data
+            self._loop.call_soon(self._send_held)
+
+    def _send_held(self) -> None:
+        if self._held:
+            data, self._held, goes, self._goes = self._held, b"", self._goes, None
+            if not self.transport.is_closing() and (goes is None or goes()):
+                self.transport.write(data)
 
     async def drained(self) -> None:
         """Wait until the other side has taken most of what was written. Raises as `more` does."""
@@ -180,16 +204,25 @@ class Stream(asyncio.Protocol):
 
     def close(self) -> None:
         """Close once all is sent."""
+        self._send_held()
         if not self.transport.is_closing():
             self.transport.close()
 
+    def end(self) -> None:
+        """Say that nothing more is written, where that can be said."""
+        self._send_held()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
     def abort(self) -> None:
         """Close at once."""
+        self._held = b""
         self.transport.abort()
 
     async def open_tls(self, context: ssl.SSLContext, *, timeout_s: float) -> None:
         """Be the server of TLS from here on. Raises GoneError where the client does not agree to it in time."""
         loop = asyncio.get_running_loop()
+        self._send_held()
         try:
             transport = await loop.start_tls(
                 self.transport, self, context, server_side=True, ssl_handshake_timeout=timeout_s

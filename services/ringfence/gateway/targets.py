@@ -80,7 +80,11 @@ class Targets:
 
     def knows(self, authority: str) -> bool:
         """Whether a target may be there, by http or https: what is none is denied before anything else is looked at."""
-        return any(self._places.get(place) for scheme in _PORTS if (place := place_of(scheme, authority)))
+        for scheme in _PORTS:
+            place = place_of(scheme, authority)
+            if place is not None and self._places.get(place):
+                return True
+        return False
 
     def hosts(self) -> frozenset[str]:
         """The hosts of all targets, without their ports."""

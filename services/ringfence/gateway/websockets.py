@@ -31,8 +31,13 @@ def asks_for_websocket(head: RequestHead) -> bool:
     )
 
 
-def accepts(head: RequestHead, response: ResponseHead) -> bool:
-    """Whether a target that answered 101 opened the WebSocket that was asked for (RFC 6455, 4.1)."""
+def accepts(head: RequestHead, response: ResponseHead, *, plain: bool) -> bool:
+    """Whether a target that answered 101 opened the WebSocket that was asked for (RFC 6455, 4.1).
+
+    `plain`: no extension was asked for, so none may be agreed on: compressed, the secret would not be seen.
+    """
+    if plain and any(name == b"sec-websocket-extensions" for name, _ in response.fields):
+        return False
     key = head.known[b"sec-websocket-key"]
     expected = base64.b64encode(hashlib.sha1(key + _GUID, usedforsecurity=False).digest())
     return (

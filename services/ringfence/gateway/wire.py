@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +17,7 @@ from ringfence.gateway.refusals import RefusedError
 MAX_HEAD_BYTES: Final = 32 * 1024
 MAX_FIELDS: Final = 100
 MAX_LENGTH: Final = 1 << 50
+_REMEMBERED_BYTES: Final = 2048
 END: Final = b"\r\n\r\n"
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
@@ -31,6 +33,7 @@ _ONCE: Final = frozenset({
     b"upgrade", b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-accept", b"content-encoding",
     b"x-ringfence-label", b"x-ringfence-handle", b"content-type", b"mcp-session-id", b"last-event-id",
 })  # fmt: skip
+_OF_THE_BODY: Final = frozenset({b"content-type", b"content-encoding"})
 _NONE: Final = frozenset[bytes]()
 _WATCHED: Final = _ONCE | {b"connection"}
 
@@ -40,6 +43,29 @@ OVERRIDES: Final = frozenset({
 })  # fmt: skip
 """By these a target may do another thing than the request line says, which is what is decided on."""
 
+OF_PROXIES: Final = frozenset({
+    b"forwarded", b"x-real-ip", b"client-ip", b"x-client-ip", b"true-client-ip", b"x-cluster-client-ip",
+    b"cf-connecting-ip", b"fastly-client-ip", b"x-originating-ip", b"x-remote-ip", b"x-remote-addr", b"client-cert",
+    b"client-cert-chain", b"x-client-cert", b"x-ssl-client-cert", b"remote-user", b"x-remote-user", b"x-webauth-user",
+    b"x-authenticated-user",
+})  # fmt: skip
+"""What a target may believe of the proxy before it (RFC 7239, RFC 9440, and older customs), besides `X-Forwarded-*`."""
+
+
+@dataclass(slots=True, eq=False)
+class Fields:
+    """The field lines of a message. Not to be changed: those of many messages may be the same object."""
+
+    lines: Sequence[tuple[bytes, bytes]]
+    """In order: the name in lower case, and the whole line as it was sent, without its end."""
+    known: Mapping[bytes, bytes]
+    """The values of those that mean something here, each of which came once. Those of `Connection` are joined."""
+    length: int | None
+    """What `Content-Length` says."""
+    chunked: bool
+    named: frozenset[bytes]
+    """What `Connection` names, in lower case."""
+
 
 @dataclass(slots=True)
 class Head:
@@ -47,15 +73,13 @@ class Head:
 
     minor: int
     """Of the version: HTTP/1.`minor`."""
-    fields: list[tuple[bytes, bytes]]
-    """In order: the name in lower case, and the whole line as it was sent, without its end."""
-    known: dict[bytes, bytes]
-    """The values of those that mean something here, each of which came once. Those of `Connection` are joined."""
+    block: Fields
+    fields: Sequence[tuple[bytes, bytes]]
+    known: Mapping[bytes, bytes]
     length: int | None
-    """What `Content-Length` says."""
     chunked: bool
     named: frozenset[bytes]
-    """What `Connection` names, in lower case."""
+    """All of these as `Fields` has them."""
 
 
 @dataclass(slots=True)
@@ -74,20 +98,21 @@ class ResponseHead(Head):
     line: bytes
 
 
-def cut_head(buffer: bytearray) -> bytes | None:
+def cut_head(buffer: bytearray, seen: int = 0) -> bytes | None:
     """Take a head out of what has come, without its empty line; None where more has to come.
 
+    `seen`: so much of it was looked at before, in vain: who sends byte by byte costs no more than others.
     Raises RefusedError for one that is too long, or can be none whatever comes.
     """
     if not buffer:
         return None
-    end = buffer.find(END, 0, MAX_HEAD_BYTES)
+    end = buffer.find(END, max(0, seen - len(END) + 1), MAX_HEAD_BYTES)
     if end < 0:
         if len(buffer) >= MAX_HEAD_BYTES:
             raise RefusedError(
                 431, "head_too_large", f"the head of a message may have {MAX_HEAD_BYTES} bytes"
             )
-        if _NEVER.search(buffer):
+        if _NEVER.search(buffer, max(0, seen - 1)):
             raise _malformed("a bare CR or LF, or a NUL, in its head")
         return None
     head = bytes(buffer[: end + 2])
@@ -103,21 +128,17 @@ def parse_request(head: bytes) -> RequestHead:
     line = _REQUEST_LINE.match(head)
     if line is None:
         raise _malformed("its first line is not METHOD TARGET HTTP/1.1")
-    fields, known = _parse_fields(head[line.end() :])
-    minor = line[3][0] - 48
-    length, chunked, named = _framing(known, minor)
-    if b"host" not in known and not (minor == 0 and line[1] == b"CONNECT"):
+    lines, minor = head[line.end() :], line[3][0] - 48
+    again = len(lines) <= _REMEMBERED_BYTES and b"DPoP:" not in lines  # a proof comes once
+    block = _known_fields(lines) if again else _request_fields(lines)
+    if minor == 0 and block.chunked:
+        raise _chunked_of_old()
+    if b"host" not in block.known and not (minor == 0 and line[1] == b"CONNECT"):
         raise _malformed("Host is missing")
-    if not OVERRIDES.isdisjoint(dict(fields)):
-        name = next(name for name, _ in fields if name in OVERRIDES)
-        raise RefusedError(
-            400,
-            "override_refused",
-            f"{name.decode()} would make the target do another thing than what is decided on; leave it out",
-        )
     return RequestHead(
-        minor, fields, known, length, chunked, named, line[1].decode("ascii"), line[2].decode("ascii")
-    )
+        minor, block, block.lines, block.known, block.length, block.chunked, block.named,
+        line[1].decode("ascii"), line[2].decode("ascii"),
+    )  # fmt: skip
 
 
 def parse_response(head: bytes) -> ResponseHead:
@@ -125,11 +146,14 @@ def parse_response(head: bytes) -> ResponseHead:
     line = _STATUS_LINE.match(head)
     if line is None:
         raise _malformed("its first line is not HTTP/1.1 STATUS")
-    fields, known = _parse_fields(head[line.end() :])
-    length, chunked, named = _framing(known, line[1][0] - 48)
+    lines, minor = head[line.end() :], line[1][0] - 48
+    block = _known_answers(lines) if len(lines) <= _REMEMBERED_BYTES else _parse_fields(lines)
+    if minor == 0 and block.chunked:
+        raise _chunked_of_old()
     return ResponseHead(
-        line[1][0] - 48, fields, known, length, chunked, named, int(line[2]), head[9 : line.end() - 2]
-    )
+        minor, block, block.lines, block.known, block.length, block.chunked, block.named,
+        int(line[2]), head[9 : line.end() - 2],
+    )  # fmt: skip
 
 
 def check_trailers(lines: bytes) -> None:
@@ -138,7 +162,26 @@ def check_trailers(lines: bytes) -> None:
         raise _malformed("its trailers are no field lines")
 
 
-def _parse_fields(block: bytes) -> tuple[list[tuple[bytes, bytes]], dict[bytes, bytes]]:
+def _request_fields(block: bytes) -> Fields:
+    """The fields of a request. Raises RefusedError."""
+    found = _parse_fields(block)
+    if not found.named.isdisjoint(_OF_THE_BODY):
+        raise _malformed("Connection names what says how its body is to be read")
+    if not OVERRIDES.isdisjoint(dict(found.lines)):
+        name = next(name for name, _ in found.lines if name in OVERRIDES)
+        raise RefusedError(
+            400,
+            "override_refused",
+            f"{name.decode()} would make the target do another thing than what is decided on; leave it out",
+        )
+    return found
+
+
+_known_fields = functools.lru_cache(maxsize=1024)(_request_fields)
+"""A program sends nearly the same ones with each of its requests."""
+
+
+def _parse_fields(block: bytes) -> Fields:
     if _FIELDS.fullmatch(block) is None:
         raise _malformed(_complaint(block))
     lines = block.split(b"\r\n")
@@ -158,7 +201,7 @@ def _parse_fields(block: bytes) -> tuple[list[tuple[bytes, bytes]], dict[bytes, 
                 raise _malformed(f"{name.decode()} comes twice")
             else:
                 known[name] += b"," + value
-    return fields, known
+    return Fields(fields, known, *_framing(known))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -170,19 +213,23 @@ def _named(given: bytes) -> tuple[bytes, bool]:
     return name, name in _WATCHED
 
 
-def _framing(known: dict[bytes, bytes], minor: int) -> tuple[int | None, bool, frozenset[bytes]]:
+_known_answers = functools.lru_cache(maxsize=256)(_parse_fields)
+"""A target sends the same ones within a second, where what it answers is as long."""
+
+
+def _framing(known: dict[bytes, bytes]) -> tuple[int | None, bool, frozenset[bytes]]:
     coding, given = known.get(b"transfer-encoding"), known.get(b"content-length")
     if coding is not None:
         if coding != b"chunked":
             raise _malformed("a Transfer-Encoding other than 'chunked'")
         if given is not None:
             raise _malformed("both Transfer-Encoding and Content-Length")
-        if minor == 0:
-            raise _malformed("a Transfer-Encoding in HTTP/1.0")
     length = None
     if given is not None:
         length = _length(given)
     connection = known.get(b"connection")
+    if connection is not None and connection.count(b",") > MAX_FIELDS:
+        raise _malformed("Connection names more than there can be")
     return length, coding is not None, _options(connection) if connection else _NONE
 
 
@@ -203,7 +250,8 @@ def _reads_as_another(name: bytes) -> bool:
     return (
         dashed in _WATCHED
         or dashed in OVERRIDES
-        or dashed in (b"accept-encoding", b"x-real-ip")
+        or dashed in OF_PROXIES
+        or dashed == b"accept-encoding"
         or dashed.startswith((b"x-forwarded-", b"proxy-"))
     )
 
@@ -221,6 +269,10 @@ def _complaint(block: bytes) -> str:
         if name[-1:] in (b" ", b"\t"):
             return "white space before a colon"
     return "a header field that is none"
+
+
+def _chunked_of_old() -> RefusedError:
+    return _malformed("a Transfer-Encoding in HTTP/1.0")
 
 
 def _malformed(what: str) -> RefusedError:

@@ -154,6 +154,11 @@ class Directory:
         """The trust bundle that the registry's signatures are verified by."""
         return self._trust
 
+    @property
+    def versions(self) -> tuple[int, int | None]:
+        """Another pair after each record that was taken in, and with each trust bundle: what rests on both is anew."""
+        return self.version, self._trust.version
+
     # --- feeding ---
 
     def on_records(self, records: Sequence[Received]) -> None:

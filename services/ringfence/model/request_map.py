@@ -33,6 +33,9 @@ MAX_TARGET_CHARS: Final = 8192
 MAX_BODY_BYTES: Final = 1024 * 1024
 """So much of a body is looked at: a rule with conditions on the body of a larger one matches nothing."""
 
+_MAX_SEGMENTS: Final = 256
+"""More would only cost time: no resource has as many."""
+
 _MCP: Final = "MCP"
 """The method of rules that mean messages, and of no request."""
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -40,6 +43,9 @@ _LITERAL: Final = re.compile(r"[A-Za-z0-9._~!$&'()+,=:@-]+")
 _RAW_SEGMENT: Final = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,=:@-]|%[0-9A-Fa-f]{2})+")
 _PLAIN_PATH: Final = re.compile(r"(?:/[A-Za-z0-9_~!$&'()*+,=:@-][A-Za-z0-9._~!$&'()*+,=:@-]*)+")
 _NOT_IN_A_SEGMENT: Final = re.compile(r"[/\\%;\x00-\x1f\x7f]")
+_NOT_OF_A_NAME: Final = re.compile(r"[\[\]_. \t-]")
+_OVERRIDES: Final = frozenset({"_method", "x-http-method-override", "x-http-method", "x-method-override"})
+"""Parameters by which servers take a POST for another method."""
 
 
 class RequestMapError(RingfenceError):
@@ -150,7 +156,7 @@ class RequestMap:
         Args:
             method: as it was sent; case matters.
             target: path and query as they were sent (origin-form, RFC 9112, 3.2.1), nothing decoded.
-            body: as it was sent, or None where it was not seen.
+            body: as it was sent, or None where it was not seen, or is not said to be JSON.
         """
         if len(target) > MAX_TARGET_CHARS:
             return None
@@ -161,7 +167,7 @@ class RequestMap:
                 return None
         path, _, query = target.partition("?")
         segments = _decoded(path)
-        if segments is None or "#" in query:
+        if segments is None or "#" in query or (method == "POST" and _overrides(query)):
             return None
         if self._nearly and method == "POST" and self._is_nearly_endpoint(segments):
             return None
@@ -335,7 +341,7 @@ def _decoded(path: str) -> tuple[str, ...] | None:
     """The segments of a path, each decoded once; None for every path that others might read otherwise."""
     if path == "/":
         return ()
-    if not path.startswith("/"):
+    if not path.startswith("/") or path.count("/") > _MAX_SEGMENTS:
         return None
     if _PLAIN_PATH.fullmatch(path):  # nothing to decode, and no segment of dots
         return tuple(path[1:].split("/"))
@@ -356,8 +362,37 @@ def _decoded(path: str) -> tuple[str, ...] | None:
 def _query_fits(conditions: Mapping[str, tuple[str, ...]] | None, query: str) -> bool:
     if not conditions:
         return True
-    given = _query(query)
-    return all(given.get(name) in values for name, values in conditions.items())
+    return _fit(conditions, _query(query))
+
+
+def _fit(conditions: Mapping[str, tuple[str, ...]], given: Mapping[str, Any]) -> bool:
+    """Whether all are met. Raises CannotTellError where others might read one of the names in another of those given.
+
+    What is not met needs no certainty: the rule after it is the stronger.
+    """
+    if not all(given.get(name) in values for name, values in conditions.items()):
+        return False
+    meant = {plain for name in conditions for plain in _plainly(name)}
+    if any(not meant.isdisjoint(_plainly(name)) for name in given if name not in conditions):
+        raise CannotTellError
+    return True
+
+
+def _plainly(name: str) -> set[str]:
+    """How lax readers take a name: without case, what joins its words, or an index (`mode[]` is `mode` to some)."""
+    name = name.partition("\x00")[0].casefold()
+    return {_NOT_OF_A_NAME.sub("", one) for one in (name, name.partition("[")[0])}
+
+
+def _overrides(query: str) -> bool:
+    """Whether a parameter may make it another request than its method says (`_method=DELETE`)."""
+    if "ethod" not in query.lower() and "%" not in query:
+        return False
+    for pair in re.split("[&;]", query):
+        name = unquote_to_bytes(re.split("[=\\[]", pair.lstrip("+"), maxsplit=1)[0]).decode("latin-1")
+        if re.sub(r"^[ .[]|[.]", "_", name.partition("\x00")[0].strip()).lower() in _OVERRIDES:
+            return True
+    return False
 
 
 def _query(query: str) -> dict[str, str]:
@@ -384,8 +419,7 @@ def _word(raw: str) -> str:
 def _body_fits(conditions: Mapping[str, tuple[str, ...]] | None, body: bytes | None) -> bool:
     if not conditions:
         return True
-    given = _json_object(body)
-    return all(given.get(name) in values for name, values in conditions.items())
+    return _fit(conditions, _json_object(body))
 
 
 def _json_object(body: bytes | None) -> dict[str, Any]:

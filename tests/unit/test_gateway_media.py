@@ -1,0 +1,52 @@
+"""A body counts as JSON where its head leaves no other reading, and else as nothing that was seen."""
+
+from __future__ import annotations
+
+import pytest
+
+from ringfence.gateway.media import says_json
+
+
+@pytest.mark.parametrize(
+    ("media", "coding"),
+    [
+        ("application/json", None),
+        ("application/json", "identity"),
+        ("Application/JSON", ""),
+        ("application/json; charset=utf-8", None),
+        ('application/json;charset="UTF-8"', None),
+        ("application/json ; charset=utf8; q=1", None),
+        ("application/vnd.github+json", None),
+        ("application/merge-patch+json; v=1", None),
+    ],
+)
+def test_what_is_json(media: str, coding: str | None) -> None:
+    assert says_json(media, coding)
+
+
+@pytest.mark.parametrize(
+    ("media", "coding"),
+    [
+        (None, None),
+        ("", None),
+        ("application/x-www-form-urlencoded", None),
+        ("multipart/form-data; boundary=x", None),
+        ("text/plain", None),
+        ("application/xml", None),
+        ("application/json", "gzip"),
+        ("application/json", "identity, gzip"),
+        ("application/json; charset=utf-7", None),
+        ("application/json; charset=utf-16le", None),
+        ("application/json; charset=utf-8; charset=utf-7", None),
+        ("application/json; charset=utf-8, application/x-www-form-urlencoded", None),
+        ("application/json, text/plain", None),
+        ("application/json; x", None),
+        ('application/json; x="a\\"; charset=utf-7"', None),
+        ("application/jsonx", None),
+        ("application/json5", None),
+        ("xapplication/json", None),
+        ("application/json;", None),
+    ],
+)
+def test_what_may_be_read_otherwise(media: str | None, coding: str | None) -> None:
+    assert not says_json(media, coding)
