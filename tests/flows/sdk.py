@@ -23,6 +23,7 @@ from ringfence.messages.credential import (
     Coordinates,
     Credential,
     CredentialDecision,
+    CredentialDelivery,
     CredentialRequest,
     ReplyContent,
 )
@@ -133,9 +134,21 @@ class Played:
         await self.reply(
             decision,
             lease=sign(lease, by),
-            credential=Credential(kind="jwt", value=value, token_type="Bearer", expires_at=deadline),
+            delivery=sign(self.delivery(lease, value), by),
         )
         return lease.lease_id
+
+    def delivery(self, lease: Lease, value: str) -> CredentialDelivery:
+        credential = Credential(
+            kind=lease.backend, value=value, token_type="Bearer", expires_at=lease.deadline
+        )
+        return CredentialDelivery(
+            **self.stamp(self.world.key("issuer")),
+            request_id=lease.request_id,
+            lease_id=lease.lease_id,
+            target_id=lease.target_id,
+            credential=credential,
+        )
 
 
 def nowhere() -> Coordinates:

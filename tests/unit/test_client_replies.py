@@ -23,6 +23,7 @@ from ringfence.messages.credential import (
     Coordinates,
     Credential,
     CredentialDecision,
+    CredentialDelivery,
     CredentialRequest,
     IssuerRefusal,
     Reason,
@@ -112,9 +113,16 @@ def lease(sent: SentRequest, decided: str, by: SigningKey = ISSUER, **fields: An
     return sign(Lease(**claims), by)
 
 
-def credential(**fields: Any) -> Credential:
-    return Credential(
-        **{"kind": "jwt", "value": "s3cret-value", "token_type": "Bearer", "expires_at": NOW + 300, **fields}
+def delivery(sent: SentRequest, by: SigningKey = ISSUER, **fields: Any) -> str:
+    credential = {"kind": "jwt", "value": "s3cret-value", "token_type": "Bearer", "expires_at": NOW + 300}
+    about: dict[str, Any] = {
+        "request_id": sent.request_id,
+        "lease_id": lease_id(sent.request_id),
+        "target_id": "staging",
+    }
+    about |= {name: fields.pop(name) for name in about if name in fields}
+    return sign(
+        CredentialDelivery(**stamp(by), **about, credential=Credential(**{**credential, **fields})), by
     )
 
 
@@ -134,7 +142,7 @@ def test_an_issued_credential_says_what_it_is_and_hides_its_value(
 ) -> None:
     decided = decision(sent)
     answer = read(
-        sealed(sent, decision=decided, lease=lease(sent, decided), credential=credential()), sent, trust
+        sealed(sent, decision=decided, lease=lease(sent, decided), delivery=delivery(sent)), sent, trust
     )
     assert isinstance(answer, IssuedCredential)
     assert (answer.sponsor, answer.on_behalf_of, answer.target, answer.task_id) == (
@@ -147,6 +155,21 @@ def test_an_issued_credential_says_what_it_is_and_hides_its_value(
     assert answer.headers() == {"Authorization": "Bearer s3cret-value"}
     assert answer.trace_id == sent.traceparent.split("-")[1]
     assert "s3cret" not in repr(answer) + str(answer)
+
+
+def test_a_credential_that_nobody_signed_is_none(sent: SentRequest, trust: TrustStore) -> None:
+    """Decision and lease stand on topics for many to read: who can write a reply has these, and no issuer's key."""
+    decided = decision(sent)
+    own = {"kind": "jwt", "value": "the-attackers-account", "token_type": "Bearer", "expires_at": NOW + 300}
+    forged = {
+        "request_id": sent.request_id,
+        "decision": decided,
+        "lease": lease(sent, decided),
+        "credential": own,
+    }
+    reply = seal(json.dumps(forged).encode(), sent.claims.reply_key, kid=sent.request_id)
+    with pytest.raises(InvalidMessageError):
+        read(reply.encode(), sent, trust)
 
 
 def test_a_denial_carries_every_reason(sent: SentRequest, trust: TrustStore) -> None:
@@ -210,8 +233,26 @@ FORGERIES: dict[str, Callable[[SentRequest, str], dict[str, Any]]] = {
         )
     },
     "a lease that has ended": lambda sent, decided: {"lease": lease(sent, decided, status="revoked")},
-    "no credential": lambda sent, decided: {"credential": None},
-    "a credential beyond its lease": lambda sent, decided: {"credential": credential(expires_at=NOW + 301)},
+    "no credential": lambda sent, decided: {"delivery": None},
+    "a credential beyond its lease": lambda sent, decided: {"delivery": delivery(sent, expires_at=NOW + 301)},
+    "a credential of the attacker's own": lambda sent, decided: {"delivery": delivery(sent, by=AGENT)},
+    "a credential by policy": lambda sent, decided: {"delivery": delivery(sent, by=POLICY)},
+    "a credential with a signature that is another's": lambda sent, decided: {
+        "delivery": ".".join(
+            [*delivery(sent, value="attacker").split(".")[:2], delivery(sent).rpartition(".")[2]]
+        )
+    },
+    "the credential of another lease": lambda sent, decided: {
+        "delivery": delivery(sent, lease_id=str(uuid.uuid4()))
+    },
+    "the credential of another request": lambda sent, decided: {
+        "delivery": delivery(sent, request_id=str(uuid.uuid4()))
+    },
+    "a credential for another target": lambda sent, decided: {
+        "delivery": delivery(sent, target_id="production")
+    },
+    "a credential of another kind": lambda sent, decided: {"delivery": delivery(sent, kind="postgres")},
+    "the lease in place of the credential": lambda sent, decided: {"delivery": lease(sent, decided)},
     "a refusal by policy": lambda sent, decided: {
         "refusal": sign(IssuerRefusal(**stamp(POLICY), request_id=sent.request_id, reasons=()), POLICY)
     },
@@ -226,7 +267,7 @@ def test_what_does_not_prove_itself_is_no_answer(
     forged: Callable[[SentRequest, str], dict[str, Any]], sent: SentRequest, trust: TrustStore
 ) -> None:
     decided = decision(sent)
-    honest = {"decision": decided, "lease": lease(sent, decided), "credential": credential()}
+    honest = {"decision": decided, "lease": lease(sent, decided), "delivery": delivery(sent)}
     assert isinstance(read(sealed(sent, **honest), sent, trust), IssuedCredential)
     with pytest.raises(InvalidMessageError):
         read(sealed(sent, **{**honest, **forged(sent, decided)}), sent, trust)

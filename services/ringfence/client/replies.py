@@ -23,6 +23,7 @@ from ringfence.messages.base import Jws
 from ringfence.messages.credential import (
     Credential,
     CredentialDecision,
+    CredentialDelivery,
     CredentialRequest,
     IssuerRefusal,
     Reason,
@@ -159,16 +160,28 @@ def _issued(
         raise _wrong("the lease has another scope than what was asked for")
     if lease.status != "active":
         raise _wrong(f"the lease is {lease.status}")
-    credential = content.credential
     if lease.delivery == "gateway":
-        if credential is not None:
+        if content.delivery is not None:
             raise _wrong("the reply holds a credential that was to go to the gateway")
         return _typed(lease, None, sent)
-    if credential is None:
+    if content.delivery is None:
         raise _wrong("the reply holds a lease and no credential")
-    if credential.expires_at > lease.deadline:
+    return _typed(lease, _delivered(content.delivery, lease, trust, at_ms), sent)
+
+
+def _delivered(compact: Jws, lease: Lease, trust: TrustStore, at_ms: int) -> Credential:
+    """The credential, which the issuer says is this lease's: with another in its place the agent would act as whoever
+    made that one.
+    """
+    delivery = open_signed(
+        parse(compact), CredentialDelivery, trust.finder("issuer", at_s=at_ms / 1000), audience=trust.trust_domain
+    ).claims  # fmt: skip
+    about = (delivery.request_id, delivery.lease_id, delivery.target_id, delivery.credential.kind)
+    if about != (lease.request_id, lease.lease_id, lease.target_id, lease.backend):
+        raise _wrong("the credential is that of another lease")
+    if delivery.credential.expires_at > lease.deadline:
         raise _wrong("the credential claims to outlive its lease")
-    return _typed(lease, credential, sent)
+    return delivery.credential
 
 
 def _typed(lease: Lease, credential: Credential | None, sent: SentRequest) -> IssuedCredential:

@@ -1,6 +1,8 @@
-"""Credentials for gateways: sealed to each of them, and to the issuer itself for those that come later.
+"""Says whose a credential is; and seals those for gateways: to each of them, and to the issuer itself for those that
+come later.
 
-What was sealed stands on `credential.reply`, which is kept for as long as a lease can live, and nowhere else.
+What was sealed to gateways stands on `credential.reply`, which is kept for as long as a lease can live, and nowhere
+else.
 """
 
 from __future__ import annotations
@@ -17,11 +19,27 @@ from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.credential import Credential, CredentialDelivery, Reason
 from ringfence.messages.keys import KeyRecord
+from ringfence.messages.lease import Lease
 
 log = logging.getLogger(__name__)
 
 ENVELOPE_TYPE = "application/jose+json"
 """The media type of a JWE in JSON serialisation (RFC 7515, 9.2.1)."""
+
+
+def signed_delivery(lease: Lease, credential: Credential, key: SigningKey, *, id: str) -> str:
+    """What says that this is the credential of that lease; `id` is the message's. To be sealed, and nothing else."""
+    claims = CredentialDelivery(
+        iss=key.id,
+        aud=lease.aud,
+        iat=lease.iat,
+        jti=id,
+        request_id=lease.request_id,
+        lease_id=lease.lease_id,
+        target_id=lease.target_id,
+        credential=credential,
+    )
+    return sign(claims, key)
 
 
 class GatewayDelivery:
@@ -68,19 +86,9 @@ class GatewayDelivery:
         if self._own is None:
             raise UnavailableError("the key that credentials for gateways are kept by has gone; put it back")
         lease = issue.lease
-        key = self._key()
-        claims = CredentialDelivery(
-            iss=key.id,
-            aud=self._trust_domain,
-            iat=lease.iat,
-            jti=id,
-            request_id=lease.request_id,
-            lease_id=lease.lease_id,
-            target_id=lease.target_id,
-            credential=credential,
-        )
+        signed = signed_delivery(lease, credential, self._key(), id=id)
         to = [self._own.record(lease.deadline), *self._gateways()]
-        return enclose(sign(claims, key).encode(), to[:MAX_RECIPIENTS], about=lease.request_id)
+        return enclose(signed.encode(), to[:MAX_RECIPIENTS], about=lease.request_id)
 
     def _gateways(self) -> tuple[KeyRecord, ...]:
         return self._trust.encryption_keys("gateway", self._clock.now_ms() / 1000)

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ringfence.backends import Backend
-from ringfence.issuer.delivery import ENVELOPE_TYPE, GatewayDelivery
+from ringfence.issuer.delivery import ENVELOPE_TYPE, GatewayDelivery, signed_delivery
 from ringfence.issuer.domain import (
     FULL,
     FULL_RETRY_S,
@@ -307,12 +307,16 @@ class DecisionHandler:
             request_id=issue.lease.request_id,
             decision=decision.signed.compact,
             lease=live.jws,
-            credential=None if to_gateway else credential,
+            delivery=None if to_gateway or credential is None else self._signed(issue.lease, credential),
         )
         reply = self._sealed(decision, content, issue.request)
         if credential is None or not to_gateway:
             return reply
         return replace(reply, envelope=self._delivery.sealed(issue, credential, id=_envelope_id(reply)))
+
+    def _signed(self, lease: Lease, credential: Credential) -> str:
+        id = derived_id(CredentialDelivery.typ, lease.lease_id, "agent")
+        return signed_delivery(lease, credential, self._runtime.key, id=id)
 
     async def _made(self, live: _Live | Minted) -> Credential | None:
         """The credential; None where the gateway reads the secret from a source of its own."""

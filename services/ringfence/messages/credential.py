@@ -132,7 +132,7 @@ class IssuerRefusal(Claims):
 
 
 class Credential(Message):
-    """The credential itself. Only ever inside a sealed reply."""
+    """The credential itself. Only ever inside a sealed reply, within what the issuer signed."""
 
     kind: NonEmpty
     """The backend that made it, e.g. `jwt`."""
@@ -142,7 +142,7 @@ class Credential(Message):
 
 
 class ReplyContent(Message):
-    """What is sealed to the request's `reply_key`. `lease` and `credential` come together, or `refusal`, or neither.
+    """What is sealed to the request's `reply_key`. `lease` and `delivery` come together, or `refusal`, or neither.
 
     With delivery to the gateway the lease comes alone: it is the agent's handle, and no secret.
     """
@@ -150,7 +150,8 @@ class ReplyContent(Message):
     request_id: Uuid
     decision: Jws
     lease: Jws | None = None
-    credential: Credential | None = None
+    delivery: Jws | None = None
+    """The credential: a `CredentialDelivery`. Anybody can seal to `reply_key`: nothing in here goes unsigned."""
     refusal: Jws | None = None
 
 
@@ -164,7 +165,7 @@ class SealedReply(Message):
 
 
 class CredentialDelivery(Claims):
-    """The credential of one lease, for gateways: what they inject. By the issuer, only ever in an envelope."""
+    """The credential of one lease, as the issuer delivers it: only ever sealed, to the agent or to gateways."""
 
     typ: ClassVar[str] = "credential.delivery"
 
