@@ -17,15 +17,16 @@ from dataclasses import dataclass, field
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
+from ringfence.audit.handed_over import opened_intake
 from ringfence.audit.tips import TipsRead, read_tips
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import open_signed, parse, sign
+from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Outbound, Received
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.transactions import TransactionalPublisher
-from ringfence.messages.audit import AuditCheckpoint, AuditIntake, IntakeEntry
+from ringfence.messages.audit import AuditCheckpoint, IntakeEntry
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
 from ringfence.model.audit_chain import Tip, linked
 
@@ -123,14 +124,8 @@ class ChainWriter:
 
     async def _entries(self, record: Received) -> Sequence[IntakeEntry]:
         """What a message holds. What no audit service signed is dead-lettered."""
-        trust = self._runtime.trust
         try:
-            return open_signed(
-                parse(record.value),
-                AuditIntake,
-                trust.finder("audit", at_s=record.appended_at_ms / 1000),
-                audience=trust.trust_domain,
-            ).claims.entries
+            return opened_intake(record, self._runtime.trust).entries
         except InvalidMessageError as error:
             await self._runtime.letters.bury(record, error)
             return ()
@@ -192,8 +187,14 @@ class ChainWriter:
         publisher = TransactionalPublisher(runtime.settings, runtime.key.id, GROUP, runtime.clock)
         await publisher.start()
         try:
-            found = await read_tips(runtime.settings, runtime.trust, remember=_REMEMBERED_AT_FIRST)
             self._taken = await self._offsets_taken()
+            found = await read_tips(
+                runtime.settings,
+                runtime.trust,
+                remember=_REMEMBERED_AT_FIRST,
+                taken=self._taken,
+                now_ms=runtime.clock.now_ms(),
+            )
         except BaseException:
             await publisher.abandon()
             raise

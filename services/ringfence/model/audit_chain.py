@@ -35,7 +35,10 @@ class Tip:
 
     def followed_by(self, value: bytes) -> Tip:
         """The tip after one more event."""
-        last = leaf_hash(value)
+        return self.grown(leaf_hash(value))
+
+    def grown(self, last: Hash) -> Tip:
+        """The tip after an event with this hash."""
         return Tip(self.head.grown((last,)), last)
 
     def fits(self, link: ChainLink, tree: str) -> bool:
