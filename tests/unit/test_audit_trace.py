@@ -192,6 +192,29 @@ async def test_the_switch_that_ended_a_lease_is_in_its_story(desk: Desk) -> None
     assert "revoked (revocation) by olga" in titles
 
 
+async def test_a_switch_tells_nobody_whose_other_leases_it_ended(desk: Desk) -> None:
+    office = desk.office
+    olga, revoker = office.key("user", "olga"), office.key("service", "revoker")
+    story = office.credential("expired", approved=False)
+    order = office.claims(
+        RevocationRequest, olga, kind="revocation", selector=Selector(target_id="staging"), reason="break-in"
+    )
+    cause = EndCause(kind="revocation", at_ms=office.now_ms, by=olga.id, ref=order.jti)
+    await desk.file(story.request, story.allowed, story.active, story.reply)
+    await desk.file(office.signed(REVOCATION_REQUEST, order, olga))
+    (ended,) = await desk.file(story.lease("revoked", 2, revoker, cause=cause))
+    theirs = orjson.loads(orjson.dumps(ended))
+    theirs["metadata"]["uid"] = "theirs"
+    theirs["unmapped"] |= {"agent": "other-bot", "act": ["other-bot"], "sponsor": "petra", "on_behalf_of": "eve"}
+    theirs["unmapped"] |= {"request": "their-request", "lease": "their-lease", "task": "their-task"}
+    desk.index.add(as_records([theirs], 100))
+    for viewer in (SAM, MARIA, None):
+        found = desk.index.story(story.lease_id, None, viewer, 50)
+        assert found is not None
+        assert "theirs" not in [event["metadata"]["uid"] for event in found.events]
+        assert "revocation.requested" in [event["metadata"]["event_code"] for event in found.events]
+
+
 async def test_a_task_tells_of_all_its_requests_and_its_end(desk: Desk) -> None:
     office = desk.office
     first, second = await desk.credential("released"), await desk.credential("expired")

@@ -472,7 +472,8 @@ class SqliteIndex:
         self._collect(found, "task", tasks, "request IS NULL")
         leases = self._values("lease", "request", requests)
         self._collect(found, "lease", leases, "request IS NULL")
-        self._collect(found, "revocation", self._values("revocation", "request", requests))
+        # The orders, and what confirmed them: a switch has ended leases of others as well.
+        self._collect(found, "revocation", self._values("revocation", "request", requests), "lease IS NULL")
         if kind == "agent":
             seen, seen_values = self._visible(viewer)
             self._collect(found, "agent", [id], "request IS NULL", "task IS NULL", *seen, **seen_values)
