@@ -205,7 +205,12 @@ async def test_a_switch_tells_nobody_whose_other_leases_it_ended(desk: Desk) -> 
     (ended,) = await desk.file(story.lease("revoked", 2, revoker, cause=cause))
     theirs = orjson.loads(orjson.dumps(ended))
     theirs["metadata"]["uid"] = "theirs"
-    theirs["unmapped"] |= {"agent": "other-bot", "act": ["other-bot"], "sponsor": "petra", "on_behalf_of": "eve"}
+    theirs["unmapped"] |= {
+        "agent": "other-bot",
+        "act": ["other-bot"],
+        "sponsor": "petra",
+        "on_behalf_of": "eve",
+    }
     theirs["unmapped"] |= {"request": "their-request", "lease": "their-lease", "task": "their-task"}
     desk.index.add(as_records([theirs], 100))
     for viewer in (SAM, MARIA, None):

@@ -6,6 +6,7 @@ from starlette.requests import Request
 
 from ringfence.audit.wanted import Wanted
 from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.http import number_in
 
 _MAX_CODES = 50
 _STATUSES = {"success": 1, "failure": 2, "other": 99}
@@ -47,17 +48,19 @@ def wanted_of(request: Request) -> Wanted:
 def limit_of(request: Request, default: int, most: int) -> int:
     """The parameter `limit`. Raises WrongQueryError."""
     text = request.query_params.get("limit", str(default))
-    if not text.isdecimal() or not 1 <= int(text[:9]) <= most:
+    number = number_in(text, 1, most)
+    if number is None:
         raise WrongQueryError(f"limit is a number from 1 to {most}")
-    return int(text)
+    return number
 
 
 def number_of(request: Request, name: str, default: int, most: int) -> int:
     """A parameter that is a number. Raises WrongQueryError."""
     text = request.query_params.get(name, str(default))
-    if not text.isdecimal() or not int(text[:17]) <= most:
+    number = number_in(text, 0, most)
+    if number is None:
         raise WrongQueryError(f"{name} is a number from 0 to {most}")
-    return int(text)
+    return number
 
 
 def _one_of(request: Request, name: str, known: dict[str, int]) -> int | None:

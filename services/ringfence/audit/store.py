@@ -428,10 +428,10 @@ class SqliteIndex:
         if after is None:
             return "", {}
         epoch, seq, time = [*after.split("."), "", ""][:3]
-        if epoch == self._epoch and seq.isdecimal():
+        if epoch == self._epoch and _is_number(seq):
             return "seq > :seq", {"seq": int(seq)}
         # In the order of seq: a plus sign keeps SQLite from the index over times.
-        return "+time >= :time", {"time": int(time) if time.isdecimal() else 0}
+        return "+time >= :time", {"time": int(time) if _is_number(time) else 0}
 
     def _window(self, start: str, values: Mapping[str, Any]) -> dict[str, int] | None:
         """Which events are looked at: the latest, or those that follow; None after a restart, as that goes by time."""
@@ -444,7 +444,7 @@ class SqliteIndex:
     def _place(self, cursor: str) -> tuple[int, int]:
         """Sequence number and time of the last that was looked at. Raises CursorLostError."""
         epoch, seq, time = [*cursor.split("."), "", ""][:3]
-        if epoch != self._epoch or not (seq.isdecimal() and time.isdecimal()):
+        if epoch != self._epoch or not (_is_number(seq) and _is_number(time)):
             raise CursorLostError("audit built its index anew meanwhile; ask again from the beginning")
         return int(seq), int(time)
 
@@ -548,9 +548,14 @@ def _row(value: bytes, seq: int) -> tuple[Any, ...] | None:
 def _moment(cursor: str) -> tuple[int, str]:
     """Time and uid of the last that was looked at. Raises CursorLostError."""
     time, _, uid = cursor.partition(".")
-    if not (time.isdecimal() and len(time) <= 17 and uid):
+    if not (_is_number(time) and uid):
         raise CursorLostError("this is no cursor that audit gave; ask again from the beginning")
     return int(time), uid
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is a number that SQLite can hold."""
+    return text.isdecimal() and len(text) <= 18
 
 
 def _quoted(codes: Iterable[str]) -> str:

@@ -74,6 +74,14 @@ def application(
     return Starlette(routes=[*own, *routes], exception_handlers={RingfenceError: refused})
 
 
+def number_in(text: str, least: int, most: int) -> int | None:
+    """A whole number of a query, or None where it is none, or not from `least` to `most`. No zeros fill it up."""
+    if not text.isdecimal() or len(text) > len(str(most)):
+        return None
+    number = int(text)
+    return number if least <= number <= most else None
+
+
 class _WholeTargets(HttpToolsProtocol):
     """Reads requests. A `#`, behind which the target would be dropped unseen, is no part of one (RFC 9112, 3.2)."""
 

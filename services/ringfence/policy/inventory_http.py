@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from ringfence.kernel.http import number_in
 from ringfence.model.access import Caller
 from ringfence.model.key_ends import WARN_BEFORE_S
 from ringfence.policy.inventory import Line, row_of, totals
@@ -192,6 +193,7 @@ class InventoryApi(RosterApi):
 
 def _number(request: Request, name: str, default: int, least: int, most: int) -> int:
     text = request.query_params.get(name, str(default))
-    if not text.isdecimal() or not least <= int(text[:12]) <= most:
+    number = number_in(text, least, most)
+    if number is None:
         raise WrongQueryError(f"{name} is a number from {least} to {most}")
-    return int(text)
+    return number
