@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ringfence.kernel import jws
 from ringfence.kernel.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.jws import MAX_LIFE_S, ExpiredError, open_signed, parse, sign
 from ringfence.kernel.keys import PublicKey, SigningKey, b64decode, b64encode, public_key
@@ -46,6 +47,18 @@ def key(request: pytest.FixtureRequest) -> SigningKey:
 
 def pyjwk(key: SigningKey) -> Any:
     return jwt.PyJWK({**key.public.model_dump(exclude_none=True), "alg": key.alg})
+
+
+def test_no_header_of_a_strangers_is_kept_that_is_longer_than_any_of_ours() -> None:
+    """A topic takes a million bytes a record, and whoever writes there chooses them."""
+    kept = jws._remembered_header.cache_info().currsize
+    for number in range(3):
+        header = json.dumps({"alg": "ES256", "typ": "x", "kid": "k" * 100_000 + str(number)}).encode()
+        assert parse(f"{b64encode(header)}.e30.AA").header.kid.endswith(str(number))
+    assert jws._remembered_header.cache_info().currsize == kept
+    root = SigningKey.generate(f"spiffe://{TD}/root")
+    parse(sign(command(root), root, header_jwk=True))
+    assert jws._remembered_header.cache_info().currsize == kept + 1
 
 
 def test_what_we_sign_pyjwt_verifies(key: SigningKey) -> None:

@@ -131,7 +131,14 @@ def _payload(claims: Claims) -> bytes:
     return b64encode(claims.model_dump_json(exclude_none=True).encode()).encode()
 
 
-@lru_cache(maxsize=4096)
+_MAX_REMEMBERED = 512
+"""A header of Ringfence is shorter, also one with the root's key: strangers' are not kept, of whatever length."""
+
+
+def _header(segment: str) -> _Header:
+    return _remembered_header(segment) if len(segment) <= _MAX_REMEMBERED else _decoded_header(segment)
+
+
 def _decoded_header(segment: str) -> _Header:
     fields = json.loads(b64decode(segment))
     if not isinstance(fields, dict) or "crit" in fields or "b64" in fields:
@@ -140,6 +147,9 @@ def _decoded_header(segment: str) -> _Header:
     if not (isinstance(alg, str) and isinstance(kid, str) and isinstance(typ, str)):
         raise ValueError("header lacks alg, kid or typ")
     return _Header(alg, kid, typ, fields.get("jwk"))
+
+
+_remembered_header = lru_cache(maxsize=4096)(_decoded_header)
 
 
 def parse(compact: str | bytes) -> UnverifiedJws:
@@ -153,7 +163,7 @@ def parse(compact: str | bytes) -> UnverifiedJws:
         head, body, tail = text.split(".")
         return UnverifiedJws(
             text,
-            _decoded_header(head),
+            _header(head),
             b64decode(body),
             text[: len(head) + 1 + len(body)].encode(),
             b64decode(tail),
