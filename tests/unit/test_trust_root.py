@@ -157,6 +157,22 @@ def test_what_a_stolen_root_signed_counts_for_nothing(ledger: Ledger) -> None:
         ledger.directory.user("mallory")
 
 
+def test_what_an_agent_of_the_thiefs_signs_counts_for_nothing_either(ledger: Ledger) -> None:
+    """Its commands were believed, so its record has been folded: it is folded anew."""
+    ledger.give(ledger.user_set("root", "olga", ("operator",)))
+    stolen_s = ledger.clock.ms // 1000
+    ledger.clock.ms += 5000
+    ledger.give(ledger.user_set("root", "mallory", ("operator", "sponsor")))
+    ledger.give(ledger.register("mallory", "spy", "mallory"))
+    spy, chains, at_ms = ledger.key("spy", "agent"), ledger.directory.chains, ledger.clock.ms + 1000
+    assert chains.agent_key(spy.id, spy.kid, at_ms) is not None
+    renewed(ledger, new_root(), ledger.root.kid, ended_s=stolen_s)
+    with pytest.raises(ChainError):  # also where this is the first that is asked since
+        ledger.directory.chains.agent_key(spy.id, spy.kid, at_ms)
+    with pytest.raises(ChainError):
+        ledger.directory.agent("spy")
+
+
 def test_a_bundle_that_has_expired_denies_and_says_so(ledger: Ledger) -> None:
     clock = FixedClock()
     reader = ledger.reader(grace_ms=5000)

@@ -215,6 +215,7 @@ class Chains:
     def forget(self) -> None:
         """Fold everything anew when it is next looked at: another trust bundle may say otherwise."""
         self._histories.clear()
+        self._others.clear()
 
     # --- folding ---
 

@@ -147,7 +147,7 @@ class Directory:
         self._trust_version = trust.version
         self._unbelieved: deque[Received] = deque(maxlen=_REMEMBERED_UNBELIEVED)
         """Records by keys that the trust bundle did not have: the next one may, and may come a moment later."""
-        self.chains = Chains(trust, self._unverified_user, self.unverified)
+        self._chains = Chains(trust, self._unverified_user, self.unverified)
 
     @property
     def trust(self) -> TrustStore:
@@ -158,6 +158,12 @@ class Directory:
     def versions(self) -> tuple[int, int | None]:
         """Another pair after each record that was taken in, and with each trust bundle: what rests on both is anew."""
         return self.version, self._trust.version
+
+    @property
+    def chains(self) -> Chains:
+        """What verifies commands, by the trust bundle that is in force now."""
+        self._trust_as_it_is_now()
+        return self._chains
 
     # --- feeding ---
 
@@ -175,7 +181,7 @@ class Directory:
         if self._trust_version == self._trust.version:
             return
         self._trust_version = self._trust.version
-        self.chains.forget()
+        self._chains.forget()
         for slots in self._slots.values():
             for slot in slots.values():
                 slot.verified, slot.broken = False, None
@@ -397,7 +403,7 @@ class Directory:
         if slot.broken is not None and slot.broken_as_of == self._taken_in:
             raise slot.broken
         try:
-            self.chains.verify(slot.record)
+            self._chains.verify(slot.record)
         except ChainError as error:
             if error.code == INCOMPLETE:
                 log.info("the record of %s does not count yet: %s", slot.record.sub, error)
