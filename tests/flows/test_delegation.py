@@ -20,6 +20,7 @@ from ringfence.messages.lease import TERMINAL, Delegator, Lease, RevocationReque
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import (
     AgentDecommission,
+    AgentRotateKey,
     AgentSetCeiling,
     AgentSuspend,
     TaskDelegate,
@@ -35,6 +36,7 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Answer, Asked, Desk, another, opened_desks
 from tests.flows.place import Place
+from tests.stack import WITHIN_S
 from tests.world import DeadLetteredError, Party, Scope, World
 
 
@@ -122,8 +124,10 @@ async def test_a_credential_of_a_part_names_everybody_up_to_the_human(desk: Desk
     names = (below.bot.name, middle.bot.name, desk.bot.name)
     assert lease.act == names
     assert lease.delegators == (
-        Delegator(agent_id=middle.bot.name, task_id=middle.task, sponsor="sue"),
-        Delegator(agent_id=desk.bot.name, task_id=desk.task, sponsor="sam"),
+        Delegator(
+            agent_id=middle.bot.name, task_id=middle.task, sponsor="sue", key_thumbprint=middle.bot.key.kid
+        ),
+        Delegator(agent_id=desk.bot.name, task_id=desk.task, sponsor="sam", key_thumbprint=desk.bot.key.kid),
     )
     assert (lease.agent_id, lease.task_id, lease.sponsor) == (below.bot.name, below.task, "sam")
     assert lease.on_behalf_of == "maria"
@@ -296,6 +300,38 @@ async def test_what_befalls_an_agent_above_ends_what_is_below(desk: Desk, what: 
         "orphaned": "user_disabled",
     }
     await ended(below, asked, kinds[what])
+
+
+async def test_what_was_handed_on_with_a_compromised_key_ends_and_nothing_else(desk: Desk):
+    """A thief hands a part to an agent of their own: what that one holds ends with the key, and what is below it."""
+    boss = await another(desk)
+    stolen = boss.bot
+    part = await handed(boss)
+    below = await handed(part)
+    theirs = [await issued(part), await issued(below)]
+    boss.bot = await rotated(boss, overlap_s=3600)
+    boss.revisions = boss.revisions.model_copy(update={"agent": 2})
+    other = await handed(boss)
+    other.revisions = other.revisions.model_copy(
+        update={"agent": 1, "delegators": (DelegatorRevisions(agent=2, task=1),)}
+    )
+    mine = await issued(other)
+    await rotated(boss, replaces=(stolen.key.kid,), compromised=True)
+    for held in theirs:
+        await ended(boss, held, "key_compromised")
+    await still_lives(boss, mine)
+
+
+async def rotated(desk: Desk, **fields: Any) -> Party:
+    """The desk's agent with another key."""
+    new = desk.world.party("agent", desk.bot.name)
+    claims = desk.world.claims(
+        AgentRotateKey, desk.sam, agent_id=desk.bot.name, key=new.key_record(), **fields
+    )
+    await desk.world.accepted(claims, desk.sam)
+    for role in ("issuer", "revoker"):
+        assert await desk.world.runtimes[role].tables_caught_up(WITHIN_S)
+    return new
 
 
 @pytest.mark.parametrize("how", ["agent", "task", "sponsor", "user"])

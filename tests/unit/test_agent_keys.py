@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from ringfence.kernel.keys import SigningKey
 from ringfence.messages.base import Claims
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.keys import KeyRecord
-from ringfence.messages.lease import Lease
+from ringfence.messages.lease import Delegator, Lease
 from ringfence.messages.registry import (
     AgentActivate,
     AgentDecommission,
@@ -327,9 +328,19 @@ def test_which_leases_are_lost_with_a_key(ledger: Ledger):
     new = rotate(ledger, compromised=True)
 
     def lease(kid: str | None, at_ms: int = ended_ms - 60_000) -> Lease:
-        return leases.lease(key_thumbprint=kid, requested_at_ms=at_ms).claims
+        return leases.lease(agent_id="bot", key_thumbprint=kid, requested_at_ms=at_ms).claims
+
+    def below(kid: str | None, at_ms: int = ended_ms - 60_000) -> Lease:
+        by = Delegator(agent_id="bot", task_id=str(uuid.uuid4()), sponsor="sam", key_thumbprint=kid)
+        other = leases.lease(agent_id="other", key_thumbprint="others", requested_at_ms=at_ms).claims
+        return other.model_copy(update={"act": ("other", "bot"), "delegators": (by,)})
 
     state = agent(ledger)
+    for way in (lease, below):
+        assert is_lost(way(old.kid), state)
+        assert not is_lost(way(new.kid), state)
+        assert is_lost(way(None), state)
+        assert not is_lost(way(None, ended_ms), state)
     assert is_lost(lease(old.kid), state)
     assert is_lost(lease(old.kid, ended_ms + 60_000), state)
     assert not is_lost(lease(new.kid), state)

@@ -62,6 +62,8 @@ class Delegator(Message):
     agent_id: Name
     task_id: Uuid
     sponsor: Name
+    key_thumbprint: str | None = None
+    """The key with which it handed the task on."""
 
 
 class Lease(Claims):

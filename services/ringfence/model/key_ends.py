@@ -54,13 +54,16 @@ def _endings(state: AnyState, now_s: float) -> Iterator[KeyEnding]:
 
 
 def is_lost(lease: Lease, agent: AgentState) -> bool:
-    """Whether somebody else may have asked for a lease: with a key that is compromised, or it is not known with which.
+    """Whether somebody else may have asked for a lease, or handed on the task that it is in: with a key of the agent
+    that is compromised, or it is not known with which.
 
     What was asked for after such a key had ended was not asked for with it.
     """
     if not agent.compromised:
         return False
-    if lease.key_thumbprint is not None:
-        return lease.key_thumbprint in agent.compromised
+    kids = [lease.key_thumbprint] if lease.agent_id == agent.agent_id else []
+    kids += [one.key_thumbprint for one in lease.delegators or () if one.agent_id == agent.agent_id]
+    if not kids or None not in kids:
+        return any(kid in agent.compromised for kid in kids)
     ends = [key.not_after for key in agent.keys if key.kid in agent.compromised]
     return lease.requested_at_ms < max(ends, default=0) * 1000

@@ -71,6 +71,7 @@ class Ground:
                 agent_id=step.agent.state.agent_id,
                 task_id=step.task.state.task_id,
                 sponsor=step.agent.state.sponsor,
+                key_thumbprint=step.kid,
             )
             for step in self.delegations
         )

@@ -60,7 +60,8 @@ class Narrowing:
 
     def unfit(self, lease: Lease) -> Unfit | None:
         if self.agent is not None and is_lost(lease, self.agent):
-            reason = f"asked for with a key of agent {self.agent.agent_id} that is compromised"
+            how = "asked for" if lease.agent_id == self.agent.agent_id else "its task was handed on"
+            reason = f"{how} with a key of agent {self.agent.agent_id} that is compromised"
             return Unfit("key_compromised", reason)
         if self.agent is not None and lease.instance is not None:
             gone = ref_void(lease.instance, self.agent)
