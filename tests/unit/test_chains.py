@@ -362,8 +362,8 @@ def test_it_cannot_change_the_order_in_which_things_were_signed(ledger: Ledger):
 
 
 def test_it_cannot_use_an_earlier_resume_for_a_later_suspension(ledger: Ledger):
-    ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
-    resume = ledger.claims(AgentResume, "sam", agent_id="bot", reason="fine")
+    ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
+    resume = ledger.claims(AgentResume, "olga", agent_id="bot", reason="fine")
     ledger.give(resume)
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="not fine"))
     bot = the(ledger, "agent", "bot")
@@ -589,7 +589,36 @@ def test_what_somebody_narrowed_themselves_from_is_kept(ledger: Ledger):
 
 def test_a_suspension_by_an_operator_is_kept_while_it_lasts(ledger: Ledger):
     by_operator = ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x")
-    resumed = ledger.claims(AgentResume, "olga", agent_id="bot", reason="x")
     by_sponsor = ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x")
     assert still_needed([(by_operator, "kept")], by_sponsor) == ["kept"]
-    assert still_needed([(by_operator, "gone"), (resumed, "gone")], by_sponsor) == []
+
+
+def test_a_suspension_gives_way_to_one_of_the_same_person_alone(ledger: Ledger):
+    """Else a registry could leave out an operator's, and let the sponsor lift their own."""
+
+    def of(model: type[Any], who: str) -> Any:
+        return ledger.claims(model, who, agent_id="bot", reason="x")
+
+    olgas, sams = of(AgentSuspend, "olga"), of(AgentSuspend, "sam")
+    by_olga, by_sam = of(AgentResume, "olga"), of(AgentResume, "sam")
+    histories: list[tuple[list[Any], Any, list[Any]]] = [
+        ([olgas, by_olga], olgas, []),
+        ([olgas, by_olga], sams, [olgas, by_olga]),
+        ([sams, by_sam], olgas, [sams, by_sam]),
+        ([olgas, by_olga, sams, by_sam], sams, [olgas, by_olga]),
+        ([olgas, by_olga, sams, by_sam], olgas, [sams, by_sam]),
+        ([olgas, sams, by_olga], sams, [olgas, by_olga]),
+        ([sams, olgas, by_olga], olgas, [sams, by_olga]),
+        ([olgas, sams], sams, [olgas, sams]),
+    ]
+    for before, latest, kept in histories:
+        assert still_needed([(command, command) for command in before], latest) == kept
+
+
+def test_records_of_agents_that_many_suspend_do_not_grow(ledger: Ledger):
+    for who in ("olga", "sam", "otto") * 10:
+        ledger.give(ledger.claims(AgentSuspend, who, agent_id="bot", reason="x"))
+        ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
+        ledger.give(ledger.claims(AgentResume, "olga", agent_id="bot", reason="x"))
+        ledger.chains().verify(the(ledger, "agent", "bot"))
+    assert len(the(ledger, "agent", "bot").commands) <= 8

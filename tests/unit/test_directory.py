@@ -292,6 +292,18 @@ def test_an_order_of_the_past_cannot_undo_a_newer_one(ledger: Ledger, delay_ms: 
     assert ceiling(reader) == ()
 
 
+def test_a_sponsors_suspension_cannot_take_the_place_of_an_operators(ledger: Ledger):
+    """With the sponsor's help, who signs one of their own after it, to lift that."""
+    (registered,) = record(ledger).commands
+    ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="looking into it"))
+    reader = Reader(ledger)
+    reader.reads_all()
+    own = ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="lunch")
+    alone = next_record(ledger, [registered, ledger.embed(own)])
+    assert not alone.state.suspended_by_operator
+    assert reader.reads(alone) == ["history_changed"]
+
+
 def test_a_suspension_of_the_past_cannot_take_the_place_of_an_operators(ledger: Ledger):
     """The sponsor could lift their own."""
     ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="lunch"))

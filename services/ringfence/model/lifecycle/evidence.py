@@ -46,13 +46,30 @@ def still_needed(commands: Sequence[tuple[Command, T]], latest: Command) -> list
         stops = [command for command, _ in commands if isinstance(command, AgentSuspend | AgentResume)]
         # Not while it is suspended: by whom counts for who may resume it.
         if stops and isinstance(stops[-1], AgentResume):
-            superseded = (AgentSuspend, AgentResume)
+            return _without_stops_of(latest.iss, commands)
     elif isinstance(latest, UserSet) and len(commands) > 1:
         # Only the entitlements (or the name) changed, and changed again: the one between is not needed.
         (first, _), (between, _) = commands[-2:]
         if _same_standing(first, between, latest) and not _by_oneself(latest):
             return [item for _, item in commands[:-1]]
     return [item for command, item in commands if not isinstance(command, superseded)]
+
+
+def _without_stops_of(iss: str, commands: Sequence[tuple[Command, T]]) -> list[T]:
+    """Drop suspensions by one person that are over, and what only they were resumed from."""
+    kept: list[T] = []
+    stopped = False
+    for command, item in commands:
+        if isinstance(command, AgentSuspend):
+            if command.iss == iss:
+                continue
+            stopped = True
+        elif isinstance(command, AgentResume):
+            if not stopped:
+                continue
+            stopped = False
+        kept.append(item)
+    return kept
 
 
 def may_be_dropped(command: Command, before: Command | None, after: Sequence[Command]) -> bool:
@@ -69,7 +86,9 @@ def may_be_dropped(command: Command, before: Command | None, after: Sequence[Com
             return any(isinstance(later, AgentSetCeiling) for later in newer)
         case AgentSetAttestation():
             return any(isinstance(later, AgentSetAttestation) for later in newer)
-        case AgentSuspend() | AgentResume():
+        case AgentSuspend():  # no sponsor's takes the place of an operator's
+            return any(isinstance(later, AgentSuspend) and later.iss == command.iss for later in after)
+        case AgentResume():
             return any(isinstance(later, AgentSuspend) for later in after)
         case ProvisionerLink():
             return any(isinstance(later, ProvisionerLink) for later in newer)
