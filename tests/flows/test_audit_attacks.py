@@ -7,9 +7,10 @@ from itertools import pairwise
 from typing import Any
 
 import orjson
+import pytest
 
 from ringfence.audit.chaining import ChainWriter
-from ringfence.client.auditor import TrailReport
+from ringfence.client.auditor import TrailReport, witness
 from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Received
 from ringfence.messages.audit import AuditCheckpoint
@@ -17,6 +18,7 @@ from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
 from ringfence.model.audit_chain import Source, event_of, linked
 from ringfence.model.merkle import leaf_hash
 from tests.flows.test_audit_chain import (
+    client_settings,
     hand_over,
     kinds,
     load_trust,
@@ -58,6 +60,33 @@ def made_up(source: Source, message: str) -> dict[str, Any]:
 def of_the_chain(report: TrailReport) -> list[str]:
     """The faults of chains themselves: the tests make up what they are about."""
     return [kind for kind in kinds(report) if kind not in ("invented", "missing")]
+
+
+@pytest.mark.parametrize(
+    "what", ["nothing", "an earlier head", "the head of another chain", "a witness's word"]
+)
+async def test_what_would_take_the_place_of_a_signed_head_is_found(world: World, what: str) -> None:
+    """Compaction leaves the last under each key: then nobody could tell any more that events at the end are gone."""
+    async with world.running("registry"):
+        vera = await world.user("vera", ("auditor",))
+        for end in (2, 4):
+            await hand_over(world, *(Source("x", 0, offset) for offset in range(end)))
+            await chained_by_somebody(world, sign=True)
+        await witness(TrailReport(trees=(await verified(world)).trees), vera.key, client_settings(world))
+    assert of_the_chain(await verified(world)) == []
+    heads = [record for record in await world.records(AUDIT_CHECKPOINT) if "/" not in (record.key or "")]
+    (word,) = [record for record in await world.records(AUDIT_CHECKPOINT) if "/" in (record.key or "")]
+    tree = heads[0].key or ""
+    match what:
+        case "nothing":
+            await world.send(AUDIT_CHECKPOINT, tree, b"")
+        case "an earlier head":
+            await world.send(AUDIT_CHECKPOINT, tree, heads[0].value)
+        case "the head of another chain":
+            await world.send(AUDIT_CHECKPOINT, "5", heads[-1].value)
+        case _:
+            await world.send(AUDIT_CHECKPOINT, tree, word.value)
+    assert of_the_chain(await verified(world)) == ["foreign"]
 
 
 async def test_what_nobody_handed_over_is_chained_by_nobody_who_takes_over(world: World) -> None:

@@ -155,20 +155,34 @@ async def _signed(
 ) -> dict[str, _Signed]:
     found: dict[str, _Signed] = {}
     async for record in kafka.whole(AUDIT_CHECKPOINT):
-        if not record.value:
-            continue
         try:
             jws = parse(record.value)
             if jws.header.typ == typ_header(AuditWitness):
                 one = _witnessed(jws, record, directory, trust)
+                _check_place(record, f"{one.tree}/{subject_of(trust.trust_domain, one.iss, 'user')}")
                 found.setdefault(one.tree, _Signed()).witnessed.append(one)
             else:
                 checkpoint = _checkpoint(jws, record, trust)
-                found.setdefault(checkpoint.tree, _Signed()).checkpoints.append(checkpoint)
+                _check_place(record, checkpoint.tree)
+                before = found.setdefault(checkpoint.tree, _Signed()).checkpoints
+                _check_goes_on(before, checkpoint)
+                before.append(checkpoint)
         except (InvalidMessageError, ChainError, ValueError) as error:
             what = f"what stands on audit.checkpoint at offset {record.offset} is not believed: {error}"
             report.faults.append(Fault("foreign", record.key or "", what, None, None, record.offset))
     return found
+
+
+def _check_place(record: Received, key: str) -> None:
+    """Compaction lets the last record under each key stand: one under another's would take that one's place."""
+    if record.key != key:
+        raise ValueError(f"it stands under the key {record.key}")
+
+
+def _check_goes_on(before: Sequence[AuditCheckpoint], checkpoint: AuditCheckpoint) -> None:
+    """So would an earlier one that is put there again: a chain only grows."""
+    if before and before[-1].size > checkpoint.size:
+        raise ValueError(f"it signs {checkpoint.size} events, and {before[-1].size} were signed before it")
 
 
 def _checkpoint(jws: UnverifiedJws, record: Received, trust: TrustStore) -> AuditCheckpoint:
