@@ -215,6 +215,9 @@ async def test_a_token_is_good_for_one_key(yard: Yard) -> None:
     # An agent that lets the same workload in has nothing of it either.
     other = await yard.agent(yard.selector("kubernetes"))
     assert await refused(yard, other, token, fresh(other)) == "token_replayed"
+    assert await refused(yard, other, token, key) == "token_replayed", (
+        "by the same key, which no event would tell"
+    )
 
 
 async def test_two_requests_at_once_with_one_token_enrol_one_key(yard: Yard) -> None:

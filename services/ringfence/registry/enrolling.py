@@ -78,6 +78,13 @@ class _Let(NamedTuple):
     pinned: bool
 
 
+class _Spent(NamedTuple):
+    """What a token was used for."""
+
+    agent_id: str
+    enrolled: EnrolledInstance
+
+
 class Enroller:
     """Enrols instances; see the module."""
 
@@ -97,8 +104,8 @@ class Enroller:
         self._discovery = discovery
         self._ready = ready
         self._recalled = recalled
-        self._spent: dict[str, EnrolledInstance] = {}
-        """By the token's digest, for which key it was used."""
+        self._spent: dict[str, _Spent] = {}
+        """By the token's digest, for which agent and key it was used."""
         self._unsaid: set[str] = set()
         """Tokens of which Kafka has not confirmed yet that they are spent: nobody is told before."""
         self._told: dict[str, None] = {}
@@ -224,13 +231,13 @@ class Enroller:
         kid, digest = public_key(signed.claims.key).kid, let.token.digest
         now_s = self._runtime.clock.now_ms() // 1000
         known = self._spent.get(digest)
-        if known is not None and known.kid != kid:
+        if known is not None and (known.agent_id, known.enrolled.kid) != (let.agent.agent_id, kid):
             raise EnrolRefusedError(
-                "another key was enrolled with this token; get a new token for each key",
+                "another key, or the same for another agent, was enrolled with this token; get a new token for each",
                 code="token_replayed",
             )
         if known is not None:
-            return known, False
+            return known.enrolled, False
         ref = EnrolledInstance(
             instance_id=instance_id(digest, kid),
             issuer=let.token.issuer,
@@ -241,19 +248,19 @@ class Enroller:
             token_digest=digest,
             enrolled_at=now_s,
         )
-        self._remember(ref)
+        self._remember(_Spent(let.agent.agent_id, ref))
         return ref, True
 
-    def _remember(self, enrolled: EnrolledInstance) -> None:
-        self._spent.setdefault(enrolled.token_digest, enrolled)
+    def _remember(self, spent: _Spent) -> None:
+        self._spent.setdefault(spent.enrolled.token_digest, spent)
         if len(self._spent) % _SWEEP_EVERY == 0:
             horizon_s = self._runtime.clock.now_ms() // 1000 - TOKENS_REMEMBERED_S
-            self._spent = {k: v for k, v in self._spent.items() if v.enrolled_at >= horizon_s}
+            self._spent = {k: v for k, v in self._spent.items() if v.enrolled.enrolled_at >= horizon_s}
 
     def on_event(self, event: ServiceEvent) -> None:
         """Read back what this registry, or the replica before it, said."""
         if event.kind == "accepted" and event.enrolled is not None:
-            self._remember(event.enrolled)
+            self._remember(_Spent(event.agent_id or "", event.enrolled))
 
     # --- what is said ---
 
