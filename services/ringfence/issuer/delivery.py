@@ -14,7 +14,7 @@ from ringfence.issuer.domain import Issue, Refusal
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.envelope import MAX_RECIPIENTS, EncryptionKey, enclose
 from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import sign
+from ringfence.kernel.jws import compact_jws, signing_input
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.credential import Credential, CredentialDelivery, Reason
@@ -39,7 +39,10 @@ def signed_delivery(lease: Lease, credential: Credential, key: SigningKey, *, id
         target_id=lease.target_id,
         credential=credential,
     )
-    return sign(claims, key)
+    text = signing_input(claims, key)
+    return compact_jws(
+        text, key.sign(text, repeatable=False)
+    )  # what it is sealed in is another each time as well
 
 
 class GatewayDelivery:
