@@ -62,7 +62,9 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         each_s = max(0.1, own.linger_ms / 1000)
         runtime.background("detections", lambda: detector.tell_always(indexed.complete, each_s))
     runtime.history([AUDIT_CHECKPOINT], proofs.add_checkpoints, since_ms=0, linger_ms=own.linger_ms)
-    runtime.consume("audit", handlers.batches(), max_records=500, linger_ms=own.linger_ms)
+    runtime.consume(
+        "audit", handlers.batches(), max_records=500, linger_ms=own.linger_ms, from_the_first=True
+    )
     _chain(runtime, own)
     api = AuditApi(index, directory, runtime.clock, settings.trust_domain, indexed.complete.is_set)
     runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]
@@ -85,6 +87,7 @@ def _chain(runtime: Runtime, own: AuditSettings) -> None:
         linger_ms=own.linger_ms,
         on_assigned=chain.on_assigned,
         alone=True,
+        from_the_first=True,
     )
     runtime.background("checkpoints", chain.sign_now_and_then)
     runtime.on_stop(chain.close)
