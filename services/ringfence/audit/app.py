@@ -22,6 +22,7 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
 from ringfence.model.alarms import report_alarms
+from ringfence.model.audit_chain import loaded
 from ringfence.model.directory import TABLES, Directory
 
 
@@ -51,10 +52,11 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     detector = Detector(own, index, intake, runtime.clock, settings.trust_domain) if own.detect else None
 
     def on_events(records: Sequence[Received]) -> None:
-        index.add(records)
-        proofs.add_events(records)
+        events = [loaded(record.value) for record in records]
+        index.add(records, events)
+        proofs.add_events(records, events)
         if detector is not None:
-            detector.on_records(records)
+            detector.on_records(records, events)
 
     # Nobody waits for an event, so records gather first: a fetch and a commit cost as much for one as for hundreds.
     indexed = runtime.history([AUDIT], on_events, since_ms=0, linger_ms=own.linger_ms)

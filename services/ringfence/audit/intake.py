@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
 from ringfence.kernel.bus import gather_all
 from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import sign_payload
+from ringfence.kernel.jws import KeyFinder, UnverifiedJws, open_payload, sign_payload
 from ringfence.kernel.kafka import Outbound, Publisher, partition_of
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.audit import AuditIntake
@@ -65,6 +66,36 @@ class Intake:
         }
         compact = sign_payload(AuditIntake, orjson.dumps(claims), key)
         return Outbound(some[0].key, compact.encode(), jti)
+
+
+class Handed(NamedTuple):
+    """One event as it was handed over, to be chained."""
+
+    key: str
+    uid: str
+    event: dict[str, Any]
+    traceparent: str | None
+
+
+def handed_over(jws: UnverifiedJws, find_key: KeyFinder, trust_domain: str) -> list[Handed]:
+    """The events in a message of `audit.intake`. Raises InvalidMessageError where no audit service signed it, or it has
+    not that shape: looked at no further than the chain needs, as each event has its shape by what made it.
+    """
+    claims = open_payload(jws, AuditIntake, find_key, audience=trust_domain)
+    try:
+        return [_handed(entry) for entry in claims["entries"]]
+    except (KeyError, TypeError, ValueError):
+        raise InvalidMessageError("not an audit.intake: entries", code="claims_invalid") from None
+
+
+def _handed(entry: dict[str, Any]) -> Handed:
+    key, event, traceparent = entry["key"], entry["event"], entry.get("traceparent")
+    uid = event["metadata"]["uid"]
+    if not (type(key) is type(uid) is str and key and uid and type(event["unmapped"]) is dict):
+        raise ValueError("not an entry")
+    if not (traceparent is None or type(traceparent) is str):
+        raise ValueError("not a traceparent")
+    return Handed(key, uid, event, traceparent)
 
 
 def _entry(told: Told) -> dict[str, object]:

@@ -4,6 +4,7 @@ all of them. Pure; for who writes it and for whoever verifies it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,8 +36,11 @@ class Tip:
 
     def followed_by(self, value: bytes) -> Tip:
         """The tip after one more event."""
-        last = leaf_hash(value)
-        return Tip(self.head.grown((last,)), last)
+        return self.followed_by_leaves((leaf_hash(value),))
+
+    def followed_by_leaves(self, leaves: Sequence[Hash]) -> Tip:
+        """The tip after some more events, by their hashes."""
+        return Tip(self.head.grown(leaves), leaves[-1]) if leaves else self
 
     def fits(self, link: ChainLink, tree: str) -> bool:
         """Whether an event with this link is the one that comes next."""
@@ -72,8 +76,20 @@ class Chained(NamedTuple):
 
 def event_of(value: bytes) -> Chained | None:
     """What stands on `audit`, or None where it is no event."""
+    return chained(loaded(value))
+
+
+def loaded(value: bytes) -> Any:
+    """The JSON of an event, or None where it is none: whoever needs more than one thing of it parses it once."""
     try:
-        event = orjson.loads(value)
+        return orjson.loads(value)
+    except ValueError:
+        return None
+
+
+def chained(event: Any) -> Chained | None:
+    """What the chain needs of an event, given its JSON; None where it is no event."""
+    try:
         words = event["unmapped"]
         link = words.get("chain")
         source = words["source"]
