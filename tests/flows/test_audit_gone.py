@@ -91,3 +91,20 @@ async def test_what_was_gone_before_it_was_chained_is_told_as_well(world: World)
         f"{lost.topic}, partition {lost.partition}, went from Kafka before {world.prefix}.audit-chain"
         in message
     )
+
+
+async def test_a_trail_without_its_first_events_is_no_whole_one(world: World) -> None:
+    """They were not old enough to be gone by their age. What they were about is not held against audit as well."""
+    async with world.running("audit", own={"audit": QUICK}):
+        for _ in range(3):
+            await told_of(world, await junk(world))
+    first, *_ = [
+        record for record in await world.records(AUDIT) if record.key == "service.event" and record.value
+    ]
+    await remove(world, AUDIT, first.coordinates)
+    faults = (await verified(world)).faults
+    assert [(one.kind, one.tree, one.seq) for one in faults if one.kind != "missing"] == [
+        ("removed", str(first.partition), 1)
+    ]
+    gone = orjson.loads(first.value)["unmapped"]["source"]["offset"]
+    assert gone not in {one.offset for one in faults}
