@@ -287,7 +287,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _step(self, consumer: AIOKafkaConsumer) -> None:
         try:
-            batches = await self._next(consumer)
+            batches = await self._next(consumer, 1000)
         except KafkaError as error:
             log.warning("reading failed, trying again: %s", error)
             await asyncio.sleep(0.5)
@@ -307,28 +307,6 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         finally:
             self._idle.set()
             consumer.resume(*(held & consumer.assignment()))
-
-    async def _next(self, consumer: AIOKafkaConsumer) -> dict[TopicPartition, list[Any]]:
-        try:
-            found: dict[TopicPartition, list[Any]] = await consumer.getmany(
-                timeout_ms=1000, max_records=self._max_records
-            )
-            return found
-        except NO_POSITION as error:
-            await self._go_on_after(consumer, error)
-            return {}
-
-    async def _go_on_after(self, consumer: AIOKafkaConsumer, error: Exception) -> None:
-        try:
-            await find_gone(consumer, error, self.group, self._tell_gone, from_the_first=self._from_the_first)
-        except Exception as problem:  # noqa: BLE001 - it stays where it is, and asks again
-            log.warning("nobody could be told yet of what is gone, trying again: %s", problem)
-            await asyncio.sleep(0.5)
-
-    async def _tell_gone(self, gone: Gone) -> None:
-        if self._on_gone is not None:
-            await self._on_gone(gone)
-        self.gone[gone.topic_name, gone.partition] = gone
 
     async def _handle(self, consumer: AIOKafkaConsumer, batches: dict[TopicPartition, list[Any]]) -> None:
         while self._assigned_anew and self._on_assigned is not None:
@@ -397,6 +375,28 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         except KafkaError as error:
             log.warning("committing failed, the batch may come again: %s", error)
         return True
+
+    async def _next(self, consumer: AIOKafkaConsumer, timeout_ms: int) -> dict[TopicPartition, list[Any]]:
+        try:
+            found: dict[TopicPartition, list[Any]] = await consumer.getmany(
+                timeout_ms=timeout_ms, max_records=self._max_records
+            )
+            return found
+        except NO_POSITION as error:
+            await self._go_on_after(consumer, error)
+            return {}
+
+    async def _go_on_after(self, consumer: AIOKafkaConsumer, error: Exception) -> None:
+        try:
+            await find_gone(consumer, error, self.group, self._tell_gone, from_the_first=self._from_the_first)
+        except Exception as problem:  # noqa: BLE001 - it stays where it is, and asks again
+            log.warning("nobody could be told yet of what is gone, trying again: %s", problem)
+            await asyncio.sleep(0.5)
+
+    async def _tell_gone(self, gone: Gone) -> None:
+        if self._on_gone is not None:
+            await self._on_gone(gone)
+        self.gone[gone.topic_name, gone.partition] = gone
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
         """Called by aiokafka before a rebalance: the batch under way goes on, and comes again if its commit fails."""
