@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from ringfence.audit.intake import Handed, handed_over
+from ringfence.audit.intake import Handed, opened_intake
 from ringfence.audit.tips import TipsRead, read_tips
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import parse, sign
+from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Outbound, Received
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.runtime import Runtime
@@ -124,17 +124,15 @@ class ChainWriter:
                 leaves.append(last)
                 chain.remember(one.uid)
                 events.append(Outbound(one.key, body, one.uid, one.traceparent))
-        chain.tip = chain.tip.followed_by_leaves(leaves)
+        chain.tip = chain.tip.grown(*leaves)
         if events:
             await publisher.send_to(partition, AUDIT, "audit", events)
             log.debug("chained %d events after %d of partition %d", len(events), start, partition)
 
     async def _handed(self, record: Received) -> Sequence[Handed]:
         """What a message holds. What no audit service signed is dead-lettered."""
-        trust = self._runtime.trust
-        finder = trust.finder("audit", at_s=record.appended_at_ms / 1000)
         try:
-            return handed_over(parse(record.value), finder, trust.trust_domain)
+            return opened_intake(record, self._runtime.trust)
         except InvalidMessageError as error:
             await self._runtime.letters.bury(record, error)
             return ()

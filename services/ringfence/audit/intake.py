@@ -11,9 +11,10 @@ from ringfence.kernel.bus import gather_all
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import KeyFinder, UnverifiedJws, open_payload, sign_payload
-from ringfence.kernel.kafka import Outbound, Publisher, partition_of
+from ringfence.kernel.jws import open_payload, parse, sign_payload
+from ringfence.kernel.kafka import Outbound, Publisher, Received, partition_of
 from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.trust import TrustStore
 from ringfence.messages.audit import AuditIntake
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
 
@@ -77,11 +78,12 @@ class Handed(NamedTuple):
     traceparent: str | None
 
 
-def handed_over(jws: UnverifiedJws, find_key: KeyFinder, trust_domain: str) -> list[Handed]:
+def opened_intake(record: Received, trust: TrustStore) -> list[Handed]:
     """The events in a message of `audit.intake`. Raises InvalidMessageError where no audit service signed it, or it has
     not that shape: looked at no further than the chain needs, as each event has its shape by what made it.
     """
-    claims = open_payload(jws, AuditIntake, find_key, audience=trust_domain)
+    finder = trust.finder("audit", at_s=record.appended_at_ms / 1000)
+    claims = open_payload(parse(record.value), AuditIntake, finder, audience=trust.trust_domain)
     try:
         return [_handed(entry) for entry in claims["entries"]]
     except (KeyError, TypeError, ValueError):

@@ -4,7 +4,6 @@ all of them. Pure; for who writes it and for whoever verifies it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -36,10 +35,10 @@ class Tip:
 
     def followed_by(self, value: bytes) -> Tip:
         """The tip after one more event."""
-        return self.followed_by_leaves((leaf_hash(value),))
+        return self.grown(leaf_hash(value))
 
-    def followed_by_leaves(self, leaves: Sequence[Hash]) -> Tip:
-        """The tip after some more events, by their hashes."""
+    def grown(self, *leaves: Hash) -> Tip:
+        """The tip after events with these hashes."""
         return Tip(self.head.grown(leaves), leaves[-1]) if leaves else self
 
     def fits(self, link: ChainLink, tree: str) -> bool:
