@@ -1,4 +1,5 @@
-"""Audit: how fast its index is built and how fast it answers, by its size; and how many records a second audit takes.
+"""Audit: how fast its index is built and how fast it answers, by its size; how many records a second audit takes, until
+they are chained and until they can be asked for; and how fast the trail is verified.
 
 The index is in a file, as with a state directory, and is fed what stands on the topic: the events of real stories, each
 told again under ids of its own, so many credentials and actions as make the number of events.
@@ -13,7 +14,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,8 +27,10 @@ from ringfence.audit.store import SqliteIndex
 from ringfence.audit.trace import tree
 from ringfence.audit.who import leases_of, who_did
 from ringfence.client.api import ReadApi
+from ringfence.client.auditor import verify_trail
+from ringfence.client.settings import ClientSettings
 from ringfence.dev.stack import Stack
-from ringfence.kernel.kafka import Publisher, Received
+from ringfence.kernel.kafka import Follower, Publisher, Received
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.permission import Permission
 from ringfence.messages.topics import ACTION, AUDIT
@@ -42,6 +45,8 @@ _UUID = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{1
 _ALWAYS = (0, 2**53)
 _SERVED = 20_000
 _SERVED_AGENTS = 8
+_KEPT_BYTES: Final = 64 * 1024 * 1024
+"""Of each partition: all of it, so that it can be verified."""
 
 
 class _Stories:
@@ -220,7 +225,22 @@ def _index(events: int) -> None:
         index.close()
 
 
-async def _serve(stack: Stack, api: ReadApi, pids: dict[str, int], records: int) -> None:
+class _Chained:
+    """Counts what comes on `audit`."""
+
+    def __init__(self, settings: ClientSettings) -> None:
+        self.count = 0
+        self.follower = Follower(settings, [AUDIT], self._take, since_ms=None)
+
+    def _take(self, records: Sequence[Received]) -> None:
+        self.count += len(records)
+
+    async def until(self, count: int) -> None:
+        while self.count < count:
+            await asyncio.sleep(0.01)
+
+
+async def _serve(stack: Stack, api: ReadApi, chained: _Chained, pids: dict[str, int], records: int) -> None:
     """Actions, as gateways write them, until the last of each agent can be asked for."""
     last: dict[str, str] = {}
     began, before = time.perf_counter(), cpu_s(pids)
@@ -241,6 +261,8 @@ async def _serve(stack: Stack, api: ReadApi, pids: dict[str, int], records: int)
                 sent.clear()
         await asyncio.gather(*sent)
     written = time.perf_counter() - began
+    await chained.until(records)
+    on_topic = time.perf_counter() - began
     for agent, id in last.items():
         while not any(
             e["unmapped"]["action"] == id for e in (await api.events(agent=agent, limit=1))["events"]
@@ -249,19 +271,35 @@ async def _serve(stack: Stack, api: ReadApi, pids: dict[str, int], records: int)
     took = time.perf_counter() - began
     used = {name: after - before[name] for name, after in cpu_s(pids).items()}
     print(
-        f"  service: {records:,} actions, written in {written:.1f} s, were chained and could be asked for after "
-        f"{took:.1f} s: {records / took:,.0f} events/s; CPU of audit {used['audit']:.1f} s"
+        f"  service: {records:,} actions, written in {written:.1f} s, stood on the audit topic, chained, after "
+        f"{on_topic:.1f} s: {records / on_topic:,.0f} events/s; could be asked for after {took:.1f} s: "
+        f"{records / took:,.0f} events/s; CPU of audit {used['audit']:.1f} s, "
+        f"{used['audit'] / records * 1e6:.0f} µs an event"
+    )
+
+
+async def _verify(settings: ClientSettings) -> None:
+    """The whole trail, read from Kafka, held against its links, its heads and its records."""
+    began, before = time.perf_counter(), time.process_time()
+    report = await verify_trail(settings, settle_s=0)
+    took, used = time.perf_counter() - began, time.process_time() - before
+    events = sum(one.last - one.first + 1 for one in report.trees if one.last)
+    print(
+        f"  verify: {events:,} events and {report.records:,} records in {took:.1f} s, {events / took:,.0f} events/s; "
+        f"CPU {used / events * 1e6:.0f} µs an event; faults: {len(report.faults)}"
     )
 
 
 async def _service(stack: Stack, settings: Any, pids: dict[str, int], records: int) -> None:
     key = stack.trust.user_key(stack.options.operator)
-    async with ReadApi(key, settings, timeout_s=60) as api:
-        await _serve(stack, api, pids, records)
+    chained = _Chained(settings)
+    async with ReadApi(key, settings, timeout_s=60) as api, chained.follower:
+        await _serve(stack, api, chained, pids, records)
+    await _verify(settings)
 
 
 def run(kafka: str, events: int = EVENTS) -> None:
     """Print it for an index of so many events, and for a service that takes some."""
     _index(events)
-    with running(kafka, ("registry", "audit")) as (stack, settings, pids):
+    with running(kafka, ("registry", "audit"), keep_bytes=_KEPT_BYTES) as (stack, settings, pids):
         asyncio.run(_service(stack, settings, {"audit": pids["audit"]}, min(events, _SERVED)))

@@ -38,6 +38,7 @@ def running(
     services: Sequence[ServiceRole] = WITHOUT_GATEWAY,
     *,
     gateways: Sequence[str] = ("gateway",),
+    keep_bytes: int = KEEP_BYTES,
 ) -> Iterator[tuple[Stack, ClientSettings, dict[str, int]]]:
     """A fresh stack; yields it, a client's settings, and the pids of all its processes by name.
 
@@ -54,7 +55,7 @@ def running(
             if broker.child is not None:
                 pids["kafka"] = broker.child.pid
         options = StackOptions(
-            Path(folder) / "state", kafka=bootstrap, keep_bytes=KEEP_BYTES, environment=WITHOUT_LIMITS,
+            Path(folder) / "state", kafka=bootstrap, keep_bytes=keep_bytes, environment=WITHOUT_LIMITS,
             services=services,
         )  # fmt: skip
         make_trust(TrustFolder(options.state), options.trust_domain, options.operator, gateways=gateways)

@@ -26,7 +26,7 @@ from ringfence.kernel.transactions import FencedError, TransactionalPublisher
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.audit import AuditCheckpoint, AuditIntake, IntakeEntry
 from ringfence.messages.registry import AgentSuspend
-from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, SERVICE_EVENT
+from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, DEAD_LETTER, SERVICE_EVENT
 from ringfence.model.audit_chain import Source, Tip, event_of, linked
 from ringfence.model.merkle import Head, is_consistent, leaf_hash, root_by_inclusion
 from tests.world import Party, World, scope
@@ -172,6 +172,22 @@ async def test_what_no_audit_service_signed_is_not_chained(world: World) -> None
         await chained(world, good.uid)
         uids = [record.headers["ce_id"] for record in await world.records(AUDIT)]
     assert Source("x", 0, 1).uid not in uids
+
+
+@pytest.mark.parametrize("event", [{}, {"metadata": {}, "unmapped": {}}, {"metadata": {"uid": "1"}}])
+async def test_what_is_signed_and_has_not_the_shape_of_an_event_stops_nothing(
+    world: World, event: dict[str, Any]
+) -> None:
+    key, good = world.key("audit"), Source("x", 0, 2)
+    entries = (IntakeEntry(key="x", event=json.loads(told_of(good))), IntakeEntry(key="x", event=event))
+    await world.send(
+        AUDIT_INTAKE, "x", sign(AuditIntake(iss=key.id, aud=world.td, iat=1, jti="1", entries=entries), key)
+    )
+    async with world.running("registry", "audit", own={"audit": QUICK}):
+        await hand_over(world, good)
+        await chained(world, good.uid)
+        letters = [json.loads(record.value) for record in await world.records(DEAD_LETTER)]
+    assert [letter["code"] for letter in letters] == ["claims_invalid"]
 
 
 async def test_a_forged_checkpoint_moves_nothing_and_is_found(world: World, sam: Party) -> None:

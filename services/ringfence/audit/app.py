@@ -22,6 +22,7 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
 from ringfence.model.alarms import report_alarms
+from ringfence.model.audit_chain import loaded
 from ringfence.model.directory import TABLES, Directory
 
 
@@ -50,19 +51,25 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
 
     detector = Detector(own, index, intake, runtime.clock, settings.trust_domain) if own.detect else None
 
-    def on_events(records: Sequence[Received]) -> None:
-        index.add(records)
-        proofs.add_events(records)
+    def on_trail(records: Sequence[Received]) -> None:
+        """All of one topic, as they come."""
+        if records[0].topic is AUDIT_CHECKPOINT:
+            proofs.add_checkpoints(records)
+            return
+        events = [loaded(record.value) for record in records]
+        index.add(records, events)
+        proofs.add_events(records, events)
         if detector is not None:
-            detector.on_records(records)
+            detector.on_records(records, events)
 
     # Nobody waits for an event, so records gather first: a fetch and a commit cost as much for one as for hundreds.
-    indexed = runtime.history([AUDIT], on_events, since_ms=0, linger_ms=own.linger_ms)
+    indexed = runtime.history([AUDIT, AUDIT_CHECKPOINT], on_trail, since_ms=0, linger_ms=own.linger_ms)
     if detector is not None:
         each_s = max(0.1, own.linger_ms / 1000)
         runtime.background("detections", lambda: detector.tell_always(indexed.complete, each_s))
-    runtime.history([AUDIT_CHECKPOINT], proofs.add_checkpoints, since_ms=0, linger_ms=own.linger_ms)
-    runtime.consume("audit", handlers.batches(), max_records=500, linger_ms=own.linger_ms)
+    runtime.consume(
+        "audit", handlers.batches(), max_records=500, linger_ms=own.linger_ms, from_the_first=True
+    )
     _chain(runtime, own)
     api = AuditApi(index, directory, runtime.clock, settings.trust_domain, indexed.complete.is_set)
     runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]
@@ -85,6 +92,7 @@ def _chain(runtime: Runtime, own: AuditSettings) -> None:
         linger_ms=own.linger_ms,
         on_assigned=chain.on_assigned,
         alone=True,
+        from_the_first=True,
     )
     runtime.background("checkpoints", chain.sign_now_and_then)
     runtime.on_stop(chain.close)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from ringfence.audit.handed_over import opened_intake
+from ringfence.audit.intake import Handed, opened_intake
 from ringfence.audit.tips import TipsRead, read_tips
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.ids import derived_id
@@ -26,9 +26,10 @@ from ringfence.kernel.kafka import Outbound, Received
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.transactions import TransactionalPublisher
-from ringfence.messages.audit import AuditCheckpoint, IntakeEntry
+from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
 from ringfence.model.audit_chain import Tip, linked
+from ringfence.model.merkle import Hash, leaf_hash
 
 log = logging.getLogger(__name__)
 
@@ -110,35 +111,31 @@ class ChainWriter:
     async def _chain(
         self, publisher: TransactionalPublisher, partition: int, records: Iterable[Received]
     ) -> None:
-        chain = self._chains[partition]
-        start = chain.tip.head.size
+        chain, tree = self._chains[partition], str(partition)
+        start, last = chain.tip.head.size, chain.tip.last
         events: list[Outbound] = []
+        leaves: list[Hash] = []
         for record in records:
-            for entry in await self._entries(record):
-                told = self._next(chain, str(partition), entry)
-                if told is not None:
-                    events.append(told)
+            for one in await self._handed(record):
+                if one.uid in chain.recent:
+                    continue
+                body = linked(one.event, tree, start + len(leaves) + 1, last)
+                last = leaf_hash(body)
+                leaves.append(last)
+                chain.remember(one.uid)
+                events.append(Outbound(one.key, body, one.uid, one.traceparent))
+        chain.tip = chain.tip.grown(*leaves)
         if events:
             await publisher.send_to(partition, AUDIT, "audit", events)
             log.debug("chained %d events after %d of partition %d", len(events), start, partition)
 
-    async def _entries(self, record: Received) -> Sequence[IntakeEntry]:
+    async def _handed(self, record: Received) -> Sequence[Handed]:
         """What a message holds. What no audit service signed is dead-lettered."""
         try:
-            return opened_intake(record, self._runtime.trust).entries
+            return opened_intake(record, self._runtime.trust)
         except InvalidMessageError as error:
             await self._runtime.letters.bury(record, error)
             return ()
-
-    def _next(self, chain: _Chain, tree: str, entry: IntakeEntry) -> Outbound | None:
-        uid = str(entry.event["metadata"]["uid"])
-        if uid in chain.recent:
-            return None
-        tip = chain.tip
-        body = linked(entry.event, tree, tip.head.size + 1, tip.last)
-        chain.tip = tip.followed_by(body)
-        chain.remember(uid)
-        return Outbound(entry.key, body, uid, entry.traceparent)
 
     # --- checkpoints ---
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import orjson
 
@@ -28,6 +28,7 @@ from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.kafka import Received
+from ringfence.model.audit_chain import loaded
 
 log = logging.getLogger(__name__)
 
@@ -80,20 +81,23 @@ class Detector:
         """What has been found and may not be on the trail yet, by uid."""
         self._handed: Recent[str, bool] = Recent(_MOST_OPEN)
 
-    def on_records(self, records: Sequence[Received]) -> None:
-        """Take in what came from `audit`. What audit did not write, or a rule cannot read, is passed over."""
+    def on_records(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
+        """Take in what came from `audit`. What audit did not write, or a rule cannot read, is passed over.
+
+        `events`: the JSON of each, where it is parsed already.
+        """
         now_ms = self._clock.now_ms()
-        for record in records:
+        for record, event in zip(records, events or (loaded(one.value) for one in records), strict=True):
             try:
-                self._take(record, now_ms)
+                self._take(event, record.key or "", now_ms)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 log.warning(
                     "nothing can be told of %s/%d@%d: %s",
                     record.topic_name, record.partition, record.offset, type(error).__name__,
                 )  # fmt: skip
 
-    def _take(self, record: Received, now_ms: int) -> None:
-        one = seen(orjson.loads(record.value), record.key or "")
+    def _take(self, event: Any, key: str, now_ms: int) -> None:
+        one = seen(event, key)
         if one.code.startswith(CODE_PREFIX):
             self._open.pop(one.about.uid, None)
             return

@@ -7,17 +7,16 @@ what was chained last, which is all that is ever asked for, is found at once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import orjson
 
+from ringfence.audit.intake import Handed, opened_intake
 from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.kafka_reading import Stretches
 from ringfence.kernel.trust import TrustStore
-from ringfence.messages.audit import AuditIntake, IntakeEntry
 from ringfence.messages.topics import AUDIT_INTAKE
 
 _AT_FIRST = 50
@@ -56,22 +55,12 @@ class HandedOver:
         yield taken, end  # where somebody set back how far was read
 
 
-def entries_of(record: Received, trust: TrustStore) -> tuple[IntakeEntry, ...]:
+def entries_of(record: Received, trust: TrustStore) -> Sequence[Handed]:
     """What a message holds that an audit service signed; nothing where none did."""
     try:
-        return opened_intake(record, trust).entries
+        return opened_intake(record, trust)
     except InvalidMessageError:
         return ()
-
-
-def opened_intake(record: Received, trust: TrustStore) -> AuditIntake:
-    """A message of an audit service. Raises InvalidMessageError."""
-    return open_signed(
-        parse(record.value),
-        AuditIntake,
-        trust.finder("audit", at_s=record.appended_at_ms / 1000),
-        audience=trust.trust_domain,
-    ).claims
 
 
 def is_kept_for(record: Received, now_ms: int) -> bool:

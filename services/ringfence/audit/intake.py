@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
 from ringfence.kernel.bus import gather_all
 from ringfence.kernel.clock import Clock
+from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import sign_payload
-from ringfence.kernel.kafka import Outbound, Publisher, partition_of
+from ringfence.kernel.jws import open_payload, parse, sign_payload
+from ringfence.kernel.kafka import Outbound, Publisher, Received, partition_of
 from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.trust import TrustStore
 from ringfence.messages.audit import AuditIntake
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
 
@@ -65,6 +67,37 @@ class Intake:
         }
         compact = sign_payload(AuditIntake, orjson.dumps(claims), key)
         return Outbound(some[0].key, compact.encode(), jti)
+
+
+class Handed(NamedTuple):
+    """One event as it was handed over, to be chained."""
+
+    key: str
+    uid: str
+    event: dict[str, Any]
+    traceparent: str | None
+
+
+def opened_intake(record: Received, trust: TrustStore) -> list[Handed]:
+    """The events in a message of `audit.intake`. Raises InvalidMessageError where no audit service signed it, or it has
+    not that shape: looked at no further than the chain needs, as each event has its shape by what made it.
+    """
+    finder = trust.finder("audit", at_s=record.appended_at_ms / 1000)
+    claims = open_payload(parse(record.value), AuditIntake, finder, audience=trust.trust_domain)
+    try:
+        return [_handed(entry) for entry in claims["entries"]]
+    except (KeyError, TypeError, ValueError):
+        raise InvalidMessageError("not an audit.intake: entries", code="claims_invalid") from None
+
+
+def _handed(entry: dict[str, Any]) -> Handed:
+    key, event, traceparent = entry["key"], entry["event"], entry.get("traceparent")
+    uid = event["metadata"]["uid"]
+    if not (type(key) is type(uid) is str and key and uid and type(event["unmapped"]) is dict):
+        raise ValueError("not an entry")
+    if not (traceparent is None or type(traceparent) is str):
+        raise ValueError("not a traceparent")
+    return Handed(key, uid, event, traceparent)
 
 
 def _entry(told: Told) -> dict[str, object]:

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.jws import open_signed, parse
@@ -17,7 +18,7 @@ from ringfence.kernel.kafka import Received
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.base import typ_header
-from ringfence.model.audit_chain import Tip, event_of
+from ringfence.model.audit_chain import Tip, chained, loaded
 from ringfence.model.merkle import Hash, consistency_proof, inclusion_proof, leaf_hash, node_hash
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,13 @@ class Inclusion:
     head: SignedHead
 
 
+class _Leaf(NamedTuple):
+    uid: str
+    tree: str
+    place: int
+    hash: Hash
+
+
 class ProofStore:
     """Follows `audit` and `audit.checkpoint`. In memory, or in a file; built anew at each start."""
 
@@ -66,6 +74,8 @@ class ProofStore:
         self._db = sqlite3.connect(file if file is not None else ":memory:", isolation_level=None)
         self._db.executescript(f"PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF; {_SCHEMA}")
         self._sizes: dict[str, int] = {}
+        self._leaves: list[_Leaf] = []
+        """What is not in the database yet, within a batch."""
         self._heads: dict[str, SignedHead] = {}
 
     def close(self) -> None:
@@ -78,19 +88,23 @@ class ProofStore:
 
     # --- feeding ---
 
-    def add_events(self, records: Sequence[Received]) -> None:
-        """Take in what came on `audit`. What does not follow is passed over: whoever verifies the trail says so."""
+    def add_events(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
+        """Take in what came on `audit`. What does not follow is passed over: whoever verifies the trail says so.
+
+        `events`: the JSON of each, where it is parsed already.
+        """
         self._db.execute("BEGIN")
-        for record in records:
-            event = event_of(record.value)
+        for record, event in zip(records, map(chained, events or map(_loaded, records)), strict=True):
             if event is None or event.link is None or event.link.tree != str(record.partition):
                 continue
             tree, index = event.link.tree, event.link.seq - 1
             if index == self._sizes.get(tree, 0):
-                self._put(tree, 0, index, leaf_hash(record.value))
-                self._db.execute("INSERT OR IGNORE INTO leaf VALUES (?, ?, ?)", (event.uid, tree, index))
+                self._leaves.append(_Leaf(event.uid, tree, index, leaf_hash(record.value)))
                 self._sizes[tree] = index + 1
-                self._close_subtrees(tree, index + 1)
+                if (index + 1) % (1 << _STEP) == 0:
+                    self._put_leaves()
+                    self._close_subtrees(tree, index + 1)
+        self._put_leaves()
         self._db.execute("COMMIT")
 
     def add_checkpoints(self, records: Sequence[Received]) -> None:
@@ -181,5 +195,19 @@ class ProofStore:
             hashes = [node_hash(left, right) for left, right in zip(hashes[::2], hashes[1::2], strict=True)]
         return hashes[0]
 
+    def _put_leaves(self) -> None:
+        leaves, self._leaves = self._leaves, []
+        self._db.executemany(
+            "INSERT OR REPLACE INTO node VALUES (?, 0, ?, ?)",
+            [(one.tree, one.place, one.hash) for one in leaves],
+        )
+        self._db.executemany(
+            "INSERT OR IGNORE INTO leaf VALUES (?, ?, ?)", [(one.uid, one.tree, one.place) for one in leaves]
+        )
+
     def _put(self, tree: str, level: int, index: int, hash: Hash) -> None:
         self._db.execute("INSERT OR REPLACE INTO node VALUES (?, ?, ?, ?)", (tree, level, index, hash))
+
+
+def _loaded(record: Received) -> Any:
+    return loaded(record.value)

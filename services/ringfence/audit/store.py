@@ -18,6 +18,7 @@ from ringfence.audit.wanted import EVERYTHING, Wanted
 from ringfence.kernel import metrics
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.kafka import Received
+from ringfence.model.audit_chain import loaded
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +123,11 @@ class Trail(Protocol):
 class EventIndex(Trail, Protocol):
     """Finds audit events again."""
 
-    def add(self, records: Sequence[Received]) -> None:
-        """Take in what came from the `audit` topic. The same event twice counts once; what is no event is skipped."""
+    def add(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
+        """Take in what came from the `audit` topic. The same event twice counts once; what is no event is skipped.
+
+        `events`: the JSON of each, where it is parsed already.
+        """
         ...
 
     def story(self, id: str, kind: StoryKind | None, viewer: Viewer | None, limit: int) -> Story | None:
@@ -188,7 +192,8 @@ INSERT OR IGNORE INTO event (
 ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _IDS = ("request", "lease", "task", "agent", "target", "sponsor", "on_behalf_of", "revocation", "parent")
-_CLASS_UID, _JSON = 3, -1
+_CACHE_KIB = 64 * 1024
+"""Of pages in memory: ids are random, so each event touches some pages of every index."""
 _MOST_ROWS = 20_000
 _WINDOW = 50_000
 """So many events are looked at for those that no index leads to."""
@@ -211,7 +216,9 @@ class SqliteIndex:
                 leftover.unlink(missing_ok=True)
         self._db = sqlite3.connect(file if file is not None else ":memory:", isolation_level=None)
         # Durability is the topic's business: a torn file is thrown away at the next start anyway.
-        self._db.executescript(f"PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF; {_SCHEMA}")
+        self._db.executescript(
+            f"PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF; PRAGMA cache_size = {-_CACHE_KIB}; {_SCHEMA}"
+        )
         self._epoch = secrets.token_hex(4)
         self._seq = 0
         self._uses: dict[str, dict[str, Any]] = {}
@@ -222,16 +229,19 @@ class SqliteIndex:
 
     # --- feeding ---
 
-    def add(self, records: Sequence[Received]) -> None:
+    def add(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
         """See `EventIndex`."""
         rows: list[tuple[Any, ...]] = []
-        for record in records:
-            row = _row(record.value, self._seq + 1)
+        findings: list[dict[str, Any]] = []
+        for record, event in zip(records, events or map(_loaded, records), strict=True):
+            row = _row(event, record.value, self._seq + 1)
             if row is None:
                 log.warning("no event at %s/%d@%d", record.topic_name, record.partition, record.offset)
                 continue
             self._seq += 1
             rows.append(row)
+            if event["class_uid"] == DETECTION_FINDING:
+                findings.append(event)
         self._db.execute("BEGIN")
         try:
             self._db.executemany(_INSERT, rows)
@@ -239,7 +249,6 @@ class SqliteIndex:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
-        findings = [orjson.loads(row[_JSON]) for row in rows if row[_CLASS_UID] == DETECTION_FINDING]
         if findings:
             take_in(self._uses, findings)
             unreviewed = sum(use["review"] is None for use in self._uses.values())
@@ -523,10 +532,13 @@ class SqliteIndex:
         return [_SEEN], {"viewer": viewer.user_id, "agents": orjson.dumps(viewer.agents).decode()}
 
 
-def _row(value: bytes, seq: int) -> tuple[Any, ...] | None:
+def _loaded(record: Received) -> Any:
+    return loaded(record.value)
+
+
+def _row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:
     """The columns of an event, or None where the record is no event."""
     try:
-        event = orjson.loads(value)
         words = event["unmapped"]
         texts = (event["metadata"]["uid"], event["message"])
         ids = [words.get(name) for name in _IDS]

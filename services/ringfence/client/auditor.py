@@ -7,8 +7,9 @@ whoever asks saw before, and against the records that they are about.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from pydantic import TypeAdapter
 
@@ -95,17 +96,21 @@ async def verify_trail(
         trust, directory = await _believable(kafka, settings)
         signed = await _signed(kafka, trust, directory, report)
         verifiers = []
+        told_from_ms = 0.0
         for partition in await kafka.partitions(AUDIT):
             tree = str(partition)
             seen = [(one.size, one.root) for one in signed.setdefault(tree, _Signed()).witnessed]
             seen += [kept[tree]] if kept and tree in kept else []
             verifier = ChainVerifier(tree, signed[tree].checkpoints, seen)
-            await _take_all(kafka, partition, verifier)
+            began_ms = await _take_all(kafka, partition, verifier)
+            # What is older may have had an event that is gone by its own age.
+            told_from_ms = max(told_from_ms, began_ms if verifier.first > 1 else 0)
             verifiers.append(verifier)
         for verifier in verifiers:
             report.faults += verifier.faults
             report.trees.append(_told(verifier, signed[verifier.tree], settings.trust_domain))
-        await _hold_against_records(kafka, settings, verifiers, report, settle_s)
+        span_ms = (told_from_ms, (time.time() - settle_s) * 1000)
+        await _hold_against_records(kafka, settings, verifiers, report, span_ms)
     return report
 
 
@@ -209,7 +214,8 @@ def _witnessed(jws: UnverifiedJws, record: Received, directory: Directory, trust
 # --- the events -----------------------------------------------------------------------------------------------------
 
 
-async def _take_all(kafka: Stretches, partition: int, verifier: ChainVerifier) -> None:
+async def _take_all(kafka: Stretches, partition: int, verifier: ChainVerifier) -> int:
+    """Returns when the first event that is there came, 0 where none is."""
     began_ms: int | None = None
     async for record in kafka.records(AUDIT, partition, *await kafka.bounds(AUDIT, partition)):
         began_ms = began_ms if began_ms is not None else record.appended_at_ms
@@ -221,6 +227,7 @@ async def _take_all(kafka: Stretches, partition: int, verifier: ChainVerifier) -
             f"the events before event {verifier.first} are not there, and were not old enough to be removed"
         )
         verifier.faults.append(Fault("removed", verifier.tree, what, 1))
+    return began_ms or 0
 
 
 def _told(verifier: ChainVerifier, signed: _Signed, trust_domain: str) -> TreeReport:
@@ -245,12 +252,12 @@ async def _hold_against_records(
     settings: ClientSettings,
     verifiers: Sequence[ChainVerifier],
     report: TrailReport,
-    settle_s: float,
+    span_ms: tuple[float, float],
 ) -> None:
-    """Each record has an event, and each event a record, unless that may be gone by its age."""
+    """Each record of a span of time has an event, and each event a record, unless that may be gone by its age."""
     known = {uid for verifier in verifiers for uid in verifier.sources}
     claimed = _by_place(source for verifier in verifiers for source in verifier.sources.values())
-    until_ms = (time.time() - settle_s) * 1000
+    begun = [_firsts(verifier.sources.values()) for verifier in verifiers if verifier.first > 1]
     for topic in AUDITED:
         for partition in await kafka.partitions(topic):
             place = (topic.name(settings.topic_prefix), partition)
@@ -259,10 +266,13 @@ async def _hold_against_records(
             async for record in kafka.records(topic, partition, start, end):
                 there.add(record.offset)
                 source = Source(*place, record.offset)
-                if record.appended_at_ms < until_ms and source.uid not in known:
+                if span_ms[0] <= record.appended_at_ms < span_ms[1] and source.uid not in known:
                     report.faults.append(_about(source, "missing", "no event is about"))
             report.records += len(there)
-            for offset in sorted(claimed.pop(place, set()) - there):
+            told = claimed.pop(place, set())
+            if not topic.compacted:
+                report.faults += _never_told(place, told, _begin(place, begun, start), start)
+            for offset in sorted(told - there):
                 # Of a compacted topic a record may be gone; what is beyond the end never was.
                 if offset >= end or (offset >= start and not topic.compacted):
                     report.faults.append(_about(Source(*place, offset), "invented", "no record stands at"))
@@ -271,9 +281,30 @@ async def _hold_against_records(
             report.faults.append(_about(Source(*place, offset), "invented", "nothing is audited at"))
 
 
-def _about(source: Source, kind: FaultKind, what: str) -> Fault:
-    where = f"{source.topic_name}/{source.partition}@{source.offset}"
+def _begin(place: tuple[str, int], begun: Sequence[dict[tuple[str, int], int]], start: int) -> int:
+    """From which record on each must have an event that is still there. `begun`: of chains whose first events are gone,
+    the first record at each place that they tell of; where one tells of none, nobody knows.
+    """
+    return max((firsts.get(place, start) for firsts in begun), default=0)
+
+
+def _never_told(place: tuple[str, int], told: set[int], begin: int, start: int) -> Iterator[Fault]:
+    """Records that went before they were audited: offsets leave no holes, so those without an event are missing."""
+    missing = [offset for offset in range(begin, start) if offset not in told]
+    for _, run in groupby(enumerate(missing), key=lambda one: one[1] - one[0]):
+        offsets = [offset for _, offset in run]
+        which = f" to {offsets[-1]}" if len(offsets) > 1 else ""
+        yield _about(Source(*place, offsets[0]), "missing", "gone without an event:", which)
+
+
+def _about(source: Source, kind: FaultKind, what: str, which: str = "") -> Fault:
+    where = f"{source.topic_name}/{source.partition}@{source.offset}{which}"
     return Fault(kind, "", f"{what} {where}", None, source.uid, source.offset)
+
+
+def _firsts(sources: Iterable[Source]) -> dict[tuple[str, int], int]:
+    """The first record at each place."""
+    return {place: min(offsets) for place, offsets in _by_place(sources).items()}
 
 
 def _by_place(sources: Iterable[Source]) -> dict[tuple[str, int], set[int]]:

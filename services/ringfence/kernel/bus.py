@@ -23,6 +23,7 @@ from ringfence.kernel.assignors import AllToOneAssignor
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.gone import NO_POSITION, NO_RESET, Gone, OnGone, find_gone
 from ringfence.kernel.ids import derived_id, digest
 from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Publisher, Received, fetch_options, received
@@ -190,6 +191,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         on_assigned: Callable[[], Awaitable[None]] | None = None,
         alone: bool = False,
         patience_ms: int = 600_000,
+        on_gone: OnGone | None = None,
+        from_the_first: bool = False,
     ) -> None:
         """Args:
             group: the name of the group, without the topic prefix.
@@ -201,6 +204,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             on_assigned: awaited before the first record after each assignment, e.g. until a local table is complete.
             alone: one member has all partitions, the others stand by.
             patience_ms: after so long over one batch a member counts as dead.
+            on_gone: told of records that Kafka removed before this group had read them.
+            from_the_first: whether that counts as well of what was gone before the group read its first record.
         """  # fmt: skip
         self._patience_ms = patience_ms
         self.group = f"{settings.topic_prefix}.{group}"
@@ -216,6 +221,10 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._draining = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._on_gone = on_gone
+        self._from_the_first = from_the_first
+        self.gone: dict[tuple[str, int], Gone] = {}
+        """By topic's name and partition: the last that was gone before it was read."""
         self.halted: str | None = None
         self.running = False
 
@@ -232,7 +241,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             group_id=self.group,
             group_instance_id=self._settings.instance,
             enable_auto_commit=False,
-            auto_offset_reset="earliest",
+            auto_offset_reset=NO_RESET,
             **fetch_options(self._linger_ms),
             session_timeout_ms=10_000,
             heartbeat_interval_ms=1_000,
@@ -278,7 +287,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _step(self, consumer: AIOKafkaConsumer) -> None:
         try:
-            batches = await consumer.getmany(timeout_ms=1000, max_records=self._max_records)
+            batches = await self._next(consumer, 1000)
         except KafkaError as error:
             log.warning("reading failed, trying again: %s", error)
             await asyncio.sleep(0.5)
@@ -366,6 +375,28 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         except KafkaError as error:
             log.warning("committing failed, the batch may come again: %s", error)
         return True
+
+    async def _next(self, consumer: AIOKafkaConsumer, timeout_ms: int) -> dict[TopicPartition, list[Any]]:
+        try:
+            found: dict[TopicPartition, list[Any]] = await consumer.getmany(
+                timeout_ms=timeout_ms, max_records=self._max_records
+            )
+            return found
+        except NO_POSITION as error:
+            await self._go_on_after(consumer, error)
+            return {}
+
+    async def _go_on_after(self, consumer: AIOKafkaConsumer, error: Exception) -> None:
+        try:
+            await find_gone(consumer, error, self.group, self._tell_gone, from_the_first=self._from_the_first)
+        except Exception as problem:  # noqa: BLE001 - it stays where it is, and asks again
+            log.warning("nobody could be told yet of what is gone, trying again: %s", problem)
+            await asyncio.sleep(0.5)
+
+    async def _tell_gone(self, gone: Gone) -> None:
+        if self._on_gone is not None:
+            await self._on_gone(gone)
+        self.gone[gone.topic_name, gone.partition] = gone
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
         """Called by aiokafka before a rebalance: the batch under way goes on, and comes again if its commit fails."""

@@ -16,6 +16,12 @@ HANDLING_LAG = Gauge(
     "batch; 0 once there is none to handle",
     ["group"],
 )
+RECORDS_GONE = Counter(
+    "ringfence_records_gone_total",
+    "Records that Kafka removed before they were read",
+    ["topic", "group"],
+)
+"""`group`: who was to read them; a service, where it follows a topic for a table or an index."""
 CLOCK_AHEAD = Gauge(
     "ringfence_clock_ahead_seconds",
     "How far this process's clock is ahead of another one, at most; below 0 where it is behind",

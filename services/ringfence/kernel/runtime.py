@@ -15,6 +15,7 @@ from ringfence.kernel import metrics
 from ringfence.kernel.bus import BatchHandler, Consumer, DeadLetters
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.gone import Gone
 from ringfence.kernel.http import HttpServer, ReadyCheck, application
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.kafka import Follower, Publisher, Received
@@ -75,7 +76,7 @@ class Runtime:
             self._skew.unready,
         ]
         self._denials: list[ReadyCheck] = [lambda: self.trust.expired(self.clock.now_ms() / 1000)]
-        self._warnings: list[ReadyCheck] = []
+        self._warnings: list[ReadyCheck] = [self._gone_warning]
         self._opening: list[Callable[[], Awaitable[None]]] = []
         self._closing: list[Callable[[], Awaitable[None]]] = []
 
@@ -101,7 +102,15 @@ class Runtime:
         self, topics: Sequence[Topic[Any]], reader: TableReader, *, since_ms: int, linger_ms: int = 0
     ) -> Follower:
         """Read these topics from a moment on, and go on reading; complete before any work is taken."""
-        follower = Follower(self.settings, topics, reader, since_ms=since_ms, linger_ms=linger_ms)
+        follower = Follower(
+            self.settings,
+            topics,
+            reader,
+            since_ms=since_ms,
+            linger_ms=linger_ms,
+            reader=self.role,
+            on_gone=self._tell_gone,
+        )
         self._followers.append(follower)
         return follower
 
@@ -114,6 +123,7 @@ class Runtime:
         linger_ms: int = 0,
         on_assigned: Callable[[], Awaitable[None]] | None = None,
         alone: bool = False,
+        from_the_first: bool = False,
     ) -> Consumer:
         """Take work from these topics as a member of a group. See `Consumer` for what it is given and what it tells."""
         consumer = Consumer(
@@ -124,6 +134,8 @@ class Runtime:
             linger_ms=linger_ms,
             on_assigned=on_assigned,
             alone=alone,
+            on_gone=self._tell_gone,
+            from_the_first=from_the_first,
         )
         self._consumers.append(consumer)
         return consumer
@@ -261,7 +273,9 @@ class Runtime:
         # Trust comes first: a record that arrived before the bundle would be refused as signed by nobody.
         trust = self._trust_follower = Follower(self.settings, [TRUST], self._on_trust, linger_ms=_TRUST_MS)
         if self._tables:
-            self._table_follower = Follower(self.settings, list(self._tables), self._on_tables)
+            self._table_follower = Follower(
+                self.settings, list(self._tables), self._on_tables, reader=self.role, on_gone=self._tell_gone
+            )
             self._followers.insert(0, self._table_follower)
         tables, self._followers = self._followers, [trust]
         await _until_available(trust.start, stop, http)
@@ -301,6 +315,21 @@ class Runtime:
         if self._trust_follower is not None:
             await self._trust_follower.caught_up(_CATCH_UP_S)
         return self.trust.version != version
+
+    async def _tell_gone(self, gone: Gone) -> None:
+        """A service that loses work says so where people look: it must not be found out by what never happened."""
+        await self.event(
+            "finding",
+            "records gone",
+            about=("records_gone", *gone),
+            reasons=(Reason(code="records_gone", message=gone.message),),
+        )
+        metrics.RECORDS_GONE.labels(gone.topic_name, gone.by).inc(gone.until - gone.first)
+
+    def _gone_warning(self) -> str | None:
+        """The last that was gone; the log and the metric have all."""
+        readers: list[Consumer | Follower] = [*self._consumers, *self._followers]
+        return next((gone.message for reader in readers for gone in reversed(reader.gone.values())), None)
 
     def _follower_check(self) -> str | None:
         for follower in self._followers:

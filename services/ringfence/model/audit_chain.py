@@ -37,9 +37,9 @@ class Tip:
         """The tip after one more event."""
         return self.grown(leaf_hash(value))
 
-    def grown(self, last: Hash) -> Tip:
-        """The tip after an event with this hash."""
-        return Tip(self.head.grown((last,)), last)
+    def grown(self, *leaves: Hash) -> Tip:
+        """The tip after events with these hashes."""
+        return Tip(self.head.grown(leaves), leaves[-1]) if leaves else self
 
     def fits(self, link: ChainLink, tree: str) -> bool:
         """Whether an event with this link is the one that comes next."""
@@ -75,8 +75,20 @@ class Chained(NamedTuple):
 
 def event_of(value: bytes) -> Chained | None:
     """What stands on `audit`, or None where it is no event."""
+    return chained(loaded(value))
+
+
+def loaded(value: bytes) -> Any:
+    """The JSON of an event, or None where it is none: whoever needs more than one thing of it parses it once."""
     try:
-        event = orjson.loads(value)
+        return orjson.loads(value)
+    except ValueError:
+        return None
+
+
+def chained(event: Any) -> Chained | None:
+    """What the chain needs of an event, given its JSON; None where it is no event."""
+    try:
         words = event["unmapped"]
         link = words.get("chain")
         source = words["source"]

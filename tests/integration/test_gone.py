@@ -1,0 +1,171 @@
+"""Records that Kafka removes before they are read: whoever was to read them says so, and goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+
+from ringfence.kernel.bus import Consumer
+from ringfence.kernel.gone import Gone
+from ringfence.kernel.kafka import Follower, Publisher, Received
+from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.topics_admin import TopicsAdmin
+from ringfence.messages.topics import CREDENTIAL_REQUEST
+from tests.conftest import Kafka
+
+WITHIN_S = 60
+
+
+@pytest.fixture
+async def settings(kafka: Kafka) -> ServiceSettings:
+    made = ServiceSettings(
+        kafka=kafka.bootstrap,
+        topic_prefix=f"gone-{uuid.uuid4().hex[:8]}",
+        partitions=1,
+        embedded_broker=kafka.kind == "embedded",
+    )
+    async with TopicsAdmin(made) as admin:
+        await admin.apply()
+    return made
+
+
+@pytest.fixture
+async def publisher(settings: ServiceSettings) -> AsyncIterator[Publisher]:
+    async with Publisher(settings, "spiffe://acme.example/service/test") as made:
+        yield made
+
+
+async def send(publisher: Publisher, *values: str) -> None:
+    for value in values:
+        await (await publisher.send(CREDENTIAL_REQUEST, "bot", value, id=value, type="test"))
+
+
+async def remove(settings: ServiceSettings, until: int) -> None:
+    """As retention would."""
+    at = TopicPartition(CREDENTIAL_REQUEST.name(settings.topic_prefix), 0)
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka)
+    await admin.start()
+    try:
+        await admin.delete_records({at: RecordsToDelete(before_offset=until)})
+    finally:
+        await admin.close()
+
+
+class Reading:
+    """A member of a group, what it was given and told, and a way to wait for that."""
+
+    def __init__(self, settings: ServiceSettings, *, from_the_first: bool = False) -> None:
+        self.values: list[str] = []
+        self.told: list[Gone] = []
+        self.fails = 0
+        self._changed = asyncio.Event()
+        self.consumer = Consumer(
+            settings,
+            "readers",
+            {CREDENTIAL_REQUEST: self._on_batch},
+            on_gone=self._on_gone,
+            from_the_first=from_the_first,
+        )
+
+    async def _on_batch(self, batch: Sequence[Received]) -> None:
+        self.values += [record.value.decode() for record in batch]
+        self._changed.set()
+
+    async def _on_gone(self, gone: Gone) -> None:
+        if self.fails:
+            self.fails -= 1
+            raise OSError("nobody can be told now")
+        self.told.append(gone)
+
+    async def until(self, last: str) -> None:
+        async with asyncio.timeout(WITHIN_S):
+            while last not in self.values:
+                self._changed.clear()
+                await self._changed.wait()
+
+    @contextlib.asynccontextmanager
+    async def going_on(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self.consumer.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def span(told: Sequence[Gone]) -> list[tuple[int, int]]:
+    return [(gone.first, gone.until) for gone in told]
+
+
+async def test_a_group_whose_next_records_are_gone_says_which(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    first = Reading(settings)
+    await send(publisher, "0", "1")
+    async with first.going_on():
+        await first.until("1")
+    await send(publisher, "2", "3", "4", "5")
+    await remove(settings, 5)
+    second = Reading(settings)
+    async with second.going_on():
+        await second.until("5")
+    assert (first.told, span(second.told), second.values) == ([], [(2, 5)], ["5"])
+    (gone,) = second.told
+    assert gone.message == (
+        f"records 2 to 4 of {settings.topic_prefix}.credential.request.v1, partition 0, went from Kafka before "
+        f"{settings.topic_prefix}.readers had read it"
+    )
+
+
+async def test_it_does_not_go_on_before_somebody_was_told(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    await send(publisher, "0", "1", "2")
+    await remove(settings, 2)
+    reading = Reading(settings, from_the_first=True)
+    reading.fails = 2
+    async with reading.going_on():
+        await reading.until("2")
+    assert (span(reading.told), reading.values) == ([(0, 2)], ["2"])
+
+
+async def test_what_was_gone_before_a_group_began_is_no_loss_of_its_own(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    await send(publisher, "0", "1", "2")
+    await remove(settings, 2)
+    reading = Reading(settings)
+    async with reading.going_on():
+        await reading.until("2")
+    assert (reading.told, reading.values) == ([], ["2"])
+
+
+async def test_a_follower_whose_next_records_are_gone_notes_which_and_goes_on(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    values: list[str] = []
+    came = asyncio.Event()
+
+    def take(records: Sequence[Received]) -> None:
+        values.extend(record.value.decode() for record in records)
+        came.set()
+
+    async with asyncio.timeout(WITHIN_S), Follower(settings, [CREDENTIAL_REQUEST], take) as follower:
+        await send(publisher, "0", "1", "2", "3")
+        while len(values) < 4:
+            await came.wait()
+            came.clear()
+        await remove(settings, 3)
+        # As if it had not come further yet.
+        (at,) = follower._consumer.assignment()  # type: ignore[union-attr]
+        follower._consumer.seek(at, 1)  # type: ignore[union-attr]
+        while len(values) < 5:
+            await came.wait()
+            came.clear()
+    assert (span(list(follower.gone.values())), values[4:]) == ([(1, 3)], ["3"])

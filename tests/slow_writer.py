@@ -1,0 +1,38 @@
+"""The audit service, whose writer of the chain stops between what it has sent of a batch and its commit.
+
+python -m tests.slow_writer SENT GO: it makes the file SENT when it has sent, and goes on when there is a file GO.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from ringfence.audit.app import build
+from ringfence.audit.chaining import ChainWriter
+from ringfence.kernel.kafka import Received
+from ringfence.kernel.process import run
+from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.kernel.transactions import TransactionalPublisher
+
+
+def main(sent: Path, go: Path) -> int:
+    settings = load(ServiceSettings)
+    chain = ChainWriter._chain
+
+    async def slow(
+        self: ChainWriter, publisher: TransactionalPublisher, partition: int, records: Iterable[Received]
+    ) -> None:
+        await chain(self, publisher, partition, records)
+        sent.touch()
+        while not go.exists():
+            await asyncio.sleep(0.02)
+
+    ChainWriter._chain = slow  # type: ignore[method-assign]
+    return run([build(settings)], settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
