@@ -28,6 +28,7 @@ from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Publisher, Received, fetch_options, received
 from ringfence.kernel.kafka_connection import connection
 from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.tracing import NOT_TRACING, Tracing
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.base import Claims, Topic, typ_header
 from ringfence.messages.operations import DeadLetter
@@ -93,6 +94,7 @@ class DeadLetters:
             error,
             error.code,
         )
+        record.span.refused(error.code)
         metrics.RECORDS.labels(record.topic.what, "dead_lettered").inc()
         letter = DeadLetter(
             source=record.coordinates,
@@ -140,6 +142,7 @@ def one_by_one(handle: Handler, letters: DeadLetters) -> BatchHandler:
                 metrics.RECORDS.labels(record.topic.what, "done").inc()
             except InvalidMessageError as error:
                 await letters.bury(record, error)
+            record.span.end()
 
     return handle_batch
 
@@ -150,10 +153,12 @@ def side_by_side(handle: Handler, letters: DeadLetters) -> BatchHandler:
     async def settle(record: Received) -> bool:
         try:
             await handle(record)
-            return True
+            done = True
         except InvalidMessageError as error:
             await letters.bury(record, error)
-            return False
+            done = False
+        record.span.end()
+        return done
 
     async def handle_batch(batch: Sequence[Received]) -> None:
         done = await gather_all(settle(record) for record in batch)
@@ -190,6 +195,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         on_assigned: Callable[[], Awaitable[None]] | None = None,
         alone: bool = False,
         patience_ms: int = 600_000,
+        tracing: Tracing = NOT_TRACING,
     ) -> None:
         """Args:
             group: the name of the group, without the topic prefix.
@@ -203,6 +209,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             patience_ms: after so long over one batch a member counts as dead.
         """  # fmt: skip
         self._patience_ms = patience_ms
+        self._tracing = tracing
         self.group = f"{settings.topic_prefix}.{group}"
         self._settings = settings
         self._handlers = {topic.name(settings.topic_prefix): handler for topic, handler in handlers.items()}
@@ -328,7 +335,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             if not batch:
                 return True
             try:
-                await self._handlers[name](batch)
+                with self._tracing.received(batch, self.group) as traced:
+                    await self._handlers[name](traced)
                 self._tell_lag(batch)
                 break
             except HaltedError as error:

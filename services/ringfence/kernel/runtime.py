@@ -22,6 +22,8 @@ from ringfence.kernel.keys import KeyFileError, SigningKey
 from ringfence.kernel.service_keys import ServiceKeys
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.skew import SkewCheck
+from ringfence.kernel.tracing import Work
+from ringfence.kernel.tracing_settings import of_service
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.api import PORTS
 from ringfence.messages.base import Topic
@@ -53,10 +55,11 @@ class Runtime:
         self._keys = ServiceKeys(
             settings.key_file or settings.key_dir / f"{role}.json", self.trust, self.clock
         )
-        self.publisher = Publisher(settings, self.key.id, self.clock)
+        self._instance = secrets.token_hex(8)
+        self.tracing = of_service(role, self._instance, settings)
+        self.publisher = Publisher(settings, self.key.id, self.clock, self.tracing)
         self.letters = DeadLetters(self.publisher, role, self.clock, self.trust, self._trust_moved)
         self.routes: list[BaseRoute] = []
-        self._instance = secrets.token_hex(8)
         self._tables: dict[Topic[Any], TableReader] = {}
         self._table_follower: Follower | None = None
         self._trust_follower: Follower | None = None
@@ -124,6 +127,7 @@ class Runtime:
             linger_ms=linger_ms,
             on_assigned=on_assigned,
             alone=alone,
+            tracing=self.tracing,
         )
         self._consumers.append(consumer)
         return consumer
@@ -191,9 +195,13 @@ class Runtime:
             traceparent=traceparent,
             **fields,
         )
-        await self.publisher.publish_signed(
-            SERVICE_EVENT, self.role, event, self.key, traceparent=traceparent
-        )
+        ids = {name: value for name, value in fields.items() if name.endswith("_id")}
+        with self.tracing.step(f"{kind} {subject}", Work(traceparent, ids)) as span:
+            if reasons:
+                span.refused(*(reason.code for reason in reasons))
+            await self.publisher.publish_signed(
+                SERVICE_EVENT, self.role, event, self.key, traceparent=span.traceparent
+            )
 
     # --- the life ---
 
@@ -246,6 +254,7 @@ class Runtime:
             for closing in self._closing:
                 await closing()
             await self.publisher.stop()
+            await self.tracing.close()
 
     async def _drain(self) -> None:
         """Let the batches under way come to their ends, and their offsets be committed, within `DRAIN_S`."""
