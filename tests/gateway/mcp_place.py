@@ -90,7 +90,7 @@ class McpPlace:
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
         return {"Authorization": TOKEN}
 
-    def keep(self, key: str, id: str, value: bytes) -> None:
+    def keep(self, key: str, id: str, value: bytes, traceparent: str = "") -> None:
         event = ActionDecided.model_validate_json(value)
         assert (event.agent_id, event.action_id) == (key, id)
         assert event.model_dump_json(exclude_none=True).encode() == value, (

@@ -116,7 +116,7 @@ class Gateway:
         self.equips()
         return {"Authorization": "Bearer x"}
 
-    def keep(self, key: str, id: str, value: bytes) -> None:
+    def keep(self, key: str, id: str, value: bytes, traceparent: str = "") -> None:
         event = ActionDecided.model_validate_json(value)
         assert (event.agent_id, event.action_id) == (key, id)
         assert event.model_dump_json(exclude_none=True).encode() == value, (

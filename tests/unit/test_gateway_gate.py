@@ -95,7 +95,7 @@ class Parts:
         return {"Authorization": "Bearer x"}
 
     # recorder
-    def keep(self, key: str, id: str, value: bytes) -> None:
+    def keep(self, key: str, id: str, value: bytes, traceparent: str = "") -> None:
         event = ActionDecided.model_validate_json(value)
         assert (event.agent_id, event.action_id) == (key, id)
         assert event.model_dump_json(exclude_none=True).encode() == value, (

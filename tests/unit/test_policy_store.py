@@ -25,6 +25,7 @@ NOW_MS = NOW * 1000
 ROOT = SigningKey.generate(f"spiffe://{TD}/root")
 POLICY = SigningKey.generate(f"spiffe://{TD}/service/policy")
 ISSUER = SigningKey.generate(f"spiffe://{TD}/service/issuer")
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 BOT = SigningKey.generate(f"spiffe://{TD}/agent/deploy-bot")
 SAM = SigningKey.generate(f"spiffe://{TD}/user/sam")
 
@@ -68,7 +69,7 @@ def decision(of: CredentialRequest, outcome: Outcome, offset: int = 7, **more: A
 
 
 def record(of: CredentialDecision, offset: int, by: SigningKey = POLICY, at_ms: int = NOW_MS) -> Received:
-    headers = (("traceparent", b"tp"),)
+    headers = (("traceparent", TRACEPARENT.encode()),)
     return Received(
         CREDENTIAL_DECISION, "decisions", 1, offset, at_ms, "deploy-bot", sign(of, by).encode(), headers
     )
@@ -93,7 +94,7 @@ async def test_what_was_decided_is_known_after_a_restart(memory: DecisionsInMemo
     )
     pending = memory.get(message_id(BOT.id, "two"))
     assert pending is not None
-    assert (pending.pending, pending.traceparent) == (waiting, "tp")
+    assert (pending.pending, pending.traceparent) == (waiting, TRACEPARENT)
     assert pending.approvals == {message_id(SAM.id, "yes"): (digest(given), None)}
     assert list(memory.pending()) == [pending]
     assert memory.waiting() == {pending.agent_id: 1}

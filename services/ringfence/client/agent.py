@@ -34,7 +34,8 @@ from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.seal import ReplyKey, unverified_kid
-from ringfence.kernel.trace import in_trace, new_traceparent
+from ringfence.kernel.trace import new_traceparent
+from ringfence.kernel.tracing import Work
 from ringfence.messages.credential import CredentialRequest, Delivery
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.permission import Permission
@@ -212,7 +213,23 @@ class Agent(Lifetime):
     ) -> IssuedCredential:
         """Like `request`, with several permissions at the one target: different verbs on different resources."""
         await self.connection.renew()
-        waiting = self._prepare(task, tuple(scope), reason, ttl_s, delivery, break_glass)
+        facts = {"agent_id": self.id, "task_id": task}
+        with self.connection.tracing.step("request credential", Work(None, facts)) as span:
+            waiting = self._prepare(
+                task,
+                tuple(scope),
+                reason,
+                ttl_s,
+                delivery,
+                break_glass,
+                span.traceparent or new_traceparent(),
+            )
+            span.note(request_id=waiting.sent.request_id)
+            return await self._answer_to(waiting, timeout_s, on_pending)
+
+    async def _answer_to(
+        self, waiting: _Waiting, timeout_s: float | None, on_pending: OnPending | None
+    ) -> IssuedCredential:
         sent = waiting.sent
         self._waiting[sent.request_id] = waiting
         answered = told = False
@@ -314,8 +331,7 @@ class Agent(Lifetime):
                 reason=reason,
                 enrolment=self.connection.enrolment,
             )
-        trace = None if isinstance(credential, str) else credential.trace_id
-        traceparent = in_trace(trace) if trace else None
+        traceparent = None if isinstance(credential, str) else credential.traceparent
         if timeout_s is None:
             await self.connection.publish(REVOCATION_REQUEST, self.id, claims, traceparent=traceparent)
         else:
@@ -386,6 +402,7 @@ class Agent(Lifetime):
         ttl_s: int,
         delivery: Delivery,
         break_glass: bool,
+        traceparent: str,
     ) -> _Waiting:
         validate_scope(scope)
         self.connection.renew_key()
@@ -404,7 +421,7 @@ class Agent(Lifetime):
                 enrolment=self.connection.enrolment,
             )
         key = self.connection.key
-        return _Waiting(SentRequest(claims, sign(claims, key), reply_key, new_traceparent(), key))
+        return _Waiting(SentRequest(claims, sign(claims, key), reply_key, traceparent, key))
 
     def _abandon(self, waiting: _Waiting) -> None:
         waiting.abandoned = True

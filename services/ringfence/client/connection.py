@@ -24,6 +24,7 @@ from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Follower, Publisher, Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.settings import load
+from ringfence.kernel.tracing import of_application
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.operations import DeadLetter
@@ -148,7 +149,8 @@ class Connection(Lifetime):
         self.clock: Clock = clock or SystemClock()
         self.trust = TrustStore(self.settings.trust_domain, self.settings.trust_root)
         self.letters = DeadLetters()
-        self._publisher = Publisher(self.settings, self.key.id, self.clock)
+        self.tracing = of_application()
+        self._publisher = Publisher(self.settings, self.key.id, self.clock, self.tracing)
         self._followers: list[Follower] = []
         self._directory: Directory | None = None
         self._directory_lock = asyncio.Lock()

@@ -20,6 +20,7 @@ from ringfence.client.errors import CredentialOverError, CredentialUseError, Inv
 from ringfence.client.ssh_files import ssh_client
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.trace import trace_id
 from ringfence.messages.credential import Delivery
 from ringfence.messages.permission import Scope
 
@@ -74,10 +75,15 @@ class IssuedCredential:
     sponsor: str
     on_behalf_of: str
     delivery: Delivery
-    trace_id: str | None = None
-    """The W3C trace that request, decision, issue and end belong to."""
+    traceparent: str | None = field(default=None, repr=False)
+    """The W3C trace that request, decision, issue and end belong to, and where in it the request was made."""
     key: SigningKey | None = field(default=None, repr=False)
     """The agent's own: a credential that is bound to it (`token_type` is DPoP) is good only with proofs of it."""
+
+    @property
+    def trace_id(self) -> str | None:
+        """The id of that trace."""
+        return trace_id(self.traceparent)
 
     @property
     def value(self) -> str:

@@ -17,7 +17,6 @@ from ringfence.kernel.ids import digest, lease_id, message_id
 from ringfence.kernel.jws import explain, open_signed, parse
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.seal import ReplyKey
-from ringfence.kernel.trace import trace_id
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.base import Jws
 from ringfence.messages.credential import (
@@ -200,7 +199,7 @@ def _typed(lease: Lease, credential: Credential | None, sent: SentRequest) -> Is
         sponsor=lease.sponsor,
         on_behalf_of=lease.on_behalf_of,
         delivery=lease.delivery,
-        trace_id=trace_id(sent.traceparent),
+        traceparent=sent.traceparent,
         key=sent.key,
     )
 

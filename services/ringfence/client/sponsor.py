@@ -104,6 +104,7 @@ class _Asked:
     message: ApprovalRequest
     appended_at_ms: int
     people: frozenset[str]
+    traceparent: str | None = None
 
 
 class Sponsor(Lifetime):
@@ -344,7 +345,10 @@ class Sponsor(Lifetime):
                 revisions=pending.revisions,
                 comment=comment,
             )
-        await self.connection.publish(APPROVAL_RESPONSE, pending.agent, approval)
+        asked = self._asked.get(pending.request_id)
+        await self.connection.publish(
+            APPROVAL_RESPONSE, pending.agent, approval, traceparent=asked.traceparent if asked else None
+        )
         self._answered.add(pending.request_id)
         self._notify()
         return message_id(approval.iss, approval.jti)
@@ -461,7 +465,7 @@ class Sponsor(Lifetime):
                 continue
             before = self._asked.get(asked.request_id)
             people = (before.people if before else frozenset()) | {asked.approver}
-            self._asked[asked.request_id] = _Asked(asked, record.appended_at_ms, people)
+            self._asked[asked.request_id] = _Asked(asked, record.appended_at_ms, people, record.traceparent)
         self._forget_expired()
         self._notify()
 

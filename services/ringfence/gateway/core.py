@@ -120,7 +120,7 @@ def _observe_aloud(runtime: Runtime, own: GatewaySettings) -> None:
 
 def _recorder(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> Recorder:
     folder = own.spool or settings.key_dir.parent / "spool" / _name(runtime)
-    recorder = Recorder(Spool(folder, max_bytes=own.spool_max_bytes), runtime.publisher)
+    recorder = Recorder(Spool(folder, max_bytes=own.spool_max_bytes), runtime.publisher, runtime.tracing)
     runtime.background("actions", recorder.publish)
     runtime.background("spool", recorder.sync)
     return recorder

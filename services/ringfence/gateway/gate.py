@@ -554,6 +554,7 @@ class DecisionGate:
                 observed=True if verdict.observed else None,
                 asked=_asked_of(course),
                 at_ms=now_ms,
+                traceparent=course.lease.traceparent if course.lease is not None else None,
             )
         )
 
@@ -581,8 +582,10 @@ class DecisionGate:
         if (label := _label_of(attempt)) is not None:
             event["label"] = label
         event["at_ms"] = now_ms
+        if lease.traceparent is not None:
+            event["traceparent"] = lease.traceparent
         value = orjson.dumps(event)
-        self._recorder.keep(sender.agent_id, course.id, value)
+        self._recorder.keep(sender.agent_id, course.id, value, lease.traceparent or "")
 
     def _record_answer(self, course: _Course, outcome: McpOutcome) -> None:
         """What came of it is too late to deny anything: where it cannot be kept, the decision still is."""
@@ -603,6 +606,7 @@ class DecisionGate:
             http_status=outcome.status,
             rpc_code=outcome.code,
             at_ms=self._clock.now_ms(),
+            traceparent=course.lease.traceparent,
         )
         try:
             self._recorder.record(event)

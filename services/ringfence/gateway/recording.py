@@ -9,10 +9,12 @@ from typing import Final
 from aiokafka.errors import KafkaError
 
 from ringfence.gateway.spool import Spool
+from ringfence.gateway.steps import traced
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import gather_all
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.kafka import Outbound, Publisher
+from ringfence.kernel.tracing import NOT_TRACING, Tracing
 from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.topics import ACTION
 
@@ -30,19 +32,28 @@ _DRAIN_S: Final = 3.0
 class Recorder:
     """Keeps each event before its decision is told, and publishes it when Kafka takes it."""
 
-    def __init__(self, spool: Spool, publisher: Publisher) -> None:
+    def __init__(self, spool: Spool, publisher: Publisher, tracing: Tracing = NOT_TRACING) -> None:
         self._spool = spool
         self._publisher = publisher
+        self._tracing = tracing
         self._news = asyncio.Event()
 
     def record(self, event: ActionDecided | ActionAnswered) -> None:
         """Keep one event. Raises SpoolFullError where it cannot be kept: then nothing may be forwarded."""
+        if self._tracing is not NOT_TRACING:
+            event = event.model_copy(update={"traceparent": traced(self._tracing, event)})
         value = event.model_dump_json(exclude_none=True).encode()
         id = event.action_id if isinstance(event, ActionDecided) else f"{event.action_id}:answer"
-        self.keep(event.agent_id or UNKNOWN, id, value, event.traceparent or "")
+        self._append(event.agent_id or UNKNOWN, id, value, event.traceparent or "")
 
     def keep(self, key: str, id: str, value: bytes, traceparent: str = "") -> None:
-        """The same for an event that is JSON already. Raises SpoolFullError."""
+        """The same for an `ActionDecided` that is JSON already. Raises SpoolFullError."""
+        if self._tracing is not NOT_TRACING:
+            self.record(ActionDecided.model_validate_json(value))
+        else:
+            self._append(key, id, value, traceparent)
+
+    def _append(self, key: str, id: str, value: bytes, traceparent: str) -> None:
         self._spool.append(f"{key}\n{id}\n{traceparent}\n".encode() + value)
         self._news.set()
 

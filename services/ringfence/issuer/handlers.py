@@ -31,6 +31,7 @@ from ringfence.issuer.domain import (
 from ringfence.issuer.grants import GrantKeeper
 from ringfence.issuer.limits import Gatekeeper
 from ringfence.issuer.minting import REPLAYED, Minted, Minter, Replayed
+from ringfence.issuer.steps import say
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import gather_all
 from ringfence.kernel.errors import InvalidMessageError
@@ -39,6 +40,7 @@ from ringfence.kernel.jws import open_signed, parse, sign
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.seal import seal
+from ringfence.kernel.tracing import Work
 from ringfence.messages.credential import (
     Credential,
     CredentialDecision,
@@ -57,6 +59,7 @@ from ringfence.model.identity import subject_of
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, StoredLease
 from ringfence.model.leases import origin_of, springs_from
 from ringfence.model.opening import open_lease
+from ringfence.model.steps import step_of, work_on
 
 log = logging.getLogger(__name__)
 
@@ -124,9 +127,7 @@ class DecisionHandler:
         decisions = await self._open(batch)
         lasting: dict[str, list[tuple[Decision, Issue]]] = {}
         others: list[tuple[Decision, Issue | Refusal]] = []
-        deliverable = self._delivery.admit([self._sayable(one) for one in await self._weigh(decisions)])
-        admitted = await self._gatekeeper.admit(decisions, deliverable)
-        admitted = await self._grants.admit(admitted)
+        admitted = await self._admitted(decisions)
         for decision, one in zip(decisions, admitted, strict=True):
             if isinstance(one, Issue) and not self._backends[one.lease.backend].stateless:
                 lasting.setdefault(one.lease.target_id, []).append((decision, one))
@@ -136,9 +137,22 @@ class DecisionHandler:
         await gather_all([self._issue(others), *map(self._mint, lasting.values())])
         metrics.RECORDS.labels("credential.decision", "done").inc(len(decisions))
 
+    async def _admitted(self, decisions: Sequence[Decision]) -> list[Issue | Refusal]:
+        work = (Work(one.traceparent, {"request_id": one.claims.request_id}) for one in decisions)
+        with self._runtime.tracing.steps("check", work) as spans:
+            weighed = [self._sayable(one) for one in await self._weigh(decisions)]
+            admitted = await self._gatekeeper.admit(decisions, self._delivery.admit(weighed))
+            admitted = await self._grants.admit(admitted)
+            for span, one in zip(spans, admitted, strict=False):
+                say(span, one)
+        return admitted
+
     async def _issue(self, weighed: Sequence[tuple[Decision, Issue | Refusal]]) -> None:
         decisions = [decision for decision, _ in weighed]
-        await self._answer(decisions, await self._activate(decisions, [one for _, one in weighed]))
+        work = (work_on(one.lease) for _, one in weighed if isinstance(one, Issue))
+        with self._runtime.tracing.steps("activate", work):
+            outcomes = await self._activate(decisions, [one for _, one in weighed])
+        await self._answer(decisions, outcomes)
 
     def _sayable(self, one: Issue | Refusal) -> Issue | Refusal:
         """A pure token is made when its lease is there already, so what stands against it is asked before."""
@@ -323,7 +337,10 @@ class DecisionHandler:
         if isinstance(live, Minted):
             return live.credential
         issue, backend = live.issue, self._backends[live.issue.lease.backend]
-        return None if backend.enforced_by == "gateway" else await backend.mint(issue.lease, issue.target)
+        if backend.enforced_by == "gateway":
+            return None
+        with step_of(issue.lease, "mint", self._runtime.tracing):
+            return await backend.mint(issue.lease, issue.target)
 
     async def _say_no(self, decision: Decision, outcome: Refusal | Replayed) -> None:
         if isinstance(outcome, Refusal):

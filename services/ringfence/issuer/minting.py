@@ -24,6 +24,7 @@ from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import Activation, LeaseStore, Preparation, SignedLease, StoredLease
 from ringfence.model.leases import after_minting, before_minting, restated, springs_from
+from ringfence.model.steps import step_of
 
 log = logging.getLogger(__name__)
 
@@ -217,15 +218,17 @@ class Minter:
 
     async def _called(self, issue: Issue) -> Credential:
         lease, backend = issue.lease, self._backends[issue.lease.backend]
-        return await self._caller.call(lease.target_id, lambda: backend.mint(lease, issue.target))
+        with step_of(lease, "mint", self._runtime.tracing):
+            return await self._caller.call(lease.target_id, lambda: backend.mint(lease, issue.target))
 
     async def _undo(self, issue: Issue) -> None:
         """Take back what nobody was given. Where that fails a revoker does it, which finds it by itself."""
         lease, backend = issue.lease, self._backends[issue.lease.backend]
         try:
-            await self._caller.call(
-                lease.target_id, lambda: backend.undo(lease.lease_id, target_id=lease.target_id)
-            )
+            with step_of(lease, "undo", self._runtime.tracing):
+                await self._caller.call(
+                    lease.target_id, lambda: backend.undo(lease.lease_id, target_id=lease.target_id)
+                )
         except RingfenceError as error:
             log.warning("lease %s was refused and is not undone yet: %s", lease.lease_id, error)
 

@@ -29,6 +29,7 @@ from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Publisher, Received, fetch_options, received
 from ringfence.kernel.kafka_connection import connection
 from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.tracing import NOT_TRACING, Tracing
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.base import Claims, Topic, typ_header
 from ringfence.messages.operations import DeadLetter
@@ -94,6 +95,7 @@ class DeadLetters:
             error,
             error.code,
         )
+        record.span.refused(error.code)
         metrics.RECORDS.labels(record.topic.what, "dead_lettered").inc()
         letter = DeadLetter(
             source=record.coordinates,
@@ -141,6 +143,7 @@ def one_by_one(handle: Handler, letters: DeadLetters) -> BatchHandler:
                 metrics.RECORDS.labels(record.topic.what, "done").inc()
             except InvalidMessageError as error:
                 await letters.bury(record, error)
+            record.span.end()
 
     return handle_batch
 
@@ -151,10 +154,12 @@ def side_by_side(handle: Handler, letters: DeadLetters) -> BatchHandler:
     async def settle(record: Received) -> bool:
         try:
             await handle(record)
-            return True
+            done = True
         except InvalidMessageError as error:
             await letters.bury(record, error)
-            return False
+            done = False
+        record.span.end()
+        return done
 
     async def handle_batch(batch: Sequence[Received]) -> None:
         done = await gather_all(settle(record) for record in batch)
@@ -193,6 +198,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         patience_ms: int = 600_000,
         on_gone: OnGone | None = None,
         from_the_first: bool = False,
+        tracing: Tracing = NOT_TRACING,
     ) -> None:
         """Args:
             group: the name of the group, without the topic prefix.
@@ -208,6 +214,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             from_the_first: whether that counts as well of what was gone before the group read its first record.
         """  # fmt: skip
         self._patience_ms = patience_ms
+        self._tracing = tracing
         self.group = f"{settings.topic_prefix}.{group}"
         self._settings = settings
         self._handlers = {topic.name(settings.topic_prefix): handler for topic, handler in handlers.items()}
@@ -337,7 +344,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             if not batch:
                 return True
             try:
-                await self._handlers[name](batch)
+                with self._tracing.received(batch, self.group) as traced:
+                    await self._handlers[name](traced)
                 self._tell_lag(batch)
                 break
             except HaltedError as error:

@@ -27,7 +27,8 @@ from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.settings import BusSettings
-from ringfence.kernel.trace import child_of, new_traceparent
+from ringfence.kernel.trace import new_traceparent, well_formed
+from ringfence.kernel.tracing import NO_SPAN, NOT_TRACING, Span, Tracing
 from ringfence.messages.base import Claims, Message, Topic
 from ringfence.messages.credential import Coordinates
 
@@ -73,6 +74,8 @@ class Received(NamedTuple):
     value: bytes
     """Empty for a tombstone."""
     raw_headers: Sequence[tuple[str, bytes | None]] = ()
+    span: Span = NO_SPAN
+    """What this process does for it."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -83,9 +86,15 @@ class Received(NamedTuple):
 
     @property
     def traceparent(self) -> str | None:
+        """What comes of this record goes on from here."""
+        return self.span.traceparent or self.sent_traceparent
+
+    @property
+    def sent_traceparent(self) -> str | None:
+        """As it was sent. A header that is malformed is as good as none."""
         for name, value in self.raw_headers:
             if name == "traceparent" and value is not None:
-                return value.decode("ascii", "replace")
+                return well_formed(value.decode("ascii", "replace"))
         return None
 
     @property
@@ -129,8 +138,15 @@ def received(record: Any, topics: dict[str, Topic[Any]]) -> Received:
 class Publisher:
     """Publishes messages: idempotent producer, acks=all, CloudEvents attributes and `traceparent` as headers."""
 
-    def __init__(self, settings: BusSettings, source: str, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        settings: BusSettings,
+        source: str,
+        clock: Clock | None = None,
+        tracing: Tracing = NOT_TRACING,
+    ) -> None:
         """`source` is the `ce_source`: the SPIFFE ID of who publishes."""
+        self._tracing = tracing
         self._settings = settings
         self._source = source.encode()
         self._clock = clock or SystemClock()
@@ -203,13 +219,20 @@ class Publisher:
             content_type: what the value is; what the topic's usually are where None.
         """
         payload = value.encode() if isinstance(value, str) else value
-        future: Awaitable[Any] = await self._connected().send(
-            topic.name(self._settings.topic_prefix),
-            payload or None,
-            partition=partition,
-            key=key.encode(),
-            headers=self._headers(topic, id, type, traceparent, content_type),
-        )
+        producer, name = self._connected(), topic.name(self._settings.topic_prefix)
+        span = self._tracing.sending(name, id, key, traceparent)
+        try:
+            future: asyncio.Future[Any] = await producer.send(
+                name,
+                payload or None,
+                partition=partition,
+                key=key.encode(),
+                headers=self._headers(topic, id, type, span, content_type),
+            )
+        except BaseException as error:
+            span.end(error)
+            raise
+        span.end_when(future)
         return future
 
     async def send_many(
@@ -230,20 +253,33 @@ class Publisher:
     ) -> None:
         """Send messages of one type to one partition; all are acknowledged when this returns."""
         producer, name = self._connected(), topic.name(self._settings.topic_prefix)
-        batch = producer.create_batch()
+        batch, spans = producer.create_batch(), list[Span]()
         for record in records:
+            span = self._tracing.sending(name, record.id, record.key, record.traceparent)
             message = {
                 "key": record.key.encode(),
                 "value": record.value or None,
                 "timestamp": None,
-                "headers": self._headers(topic, record.id, type, record.traceparent),
+                "headers": self._headers(topic, record.id, type, span),
             }
             if batch.append(**message) is None:  # it is full; into an empty one goes a message of any size
-                await (await producer.send_batch(batch, name, partition=partition))
-                batch = producer.create_batch()
+                await self._send_batch(batch, spans, name, partition)
+                batch, spans = producer.create_batch(), []
                 batch.append(**message)
+            spans.append(span)
+        await self._send_batch(batch, spans, name, partition)
+
+    async def _send_batch(self, batch: Any, spans: Sequence[Span], name: str, partition: int) -> None:
         batch.close()
-        await (await producer.send_batch(batch, name, partition=partition))
+        try:
+            acknowledged = await self._connected().send_batch(batch, name, partition=partition)
+        except BaseException as error:
+            for span in spans:
+                span.end(error)
+            raise
+        for index, span in enumerate(spans):
+            span.end_when(acknowledged, index)
+        await acknowledged
 
     def _connected(self) -> AIOKafkaProducer:
         if self._producer is None:
@@ -255,7 +291,7 @@ class Publisher:
         topic: Topic[Any],
         id: str,
         type: str,
-        traceparent: str | None,
+        span: Span,
         content_type: str | None = None,
     ) -> list[tuple[str, bytes]]:
         return [
@@ -265,7 +301,7 @@ class Publisher:
             ("ce_source", self._source),
             ("ce_time", _ce_time(self._clock.now_ms())),
             ("content-type", content_type.encode() if content_type else _CONTENT_TYPES[topic.encoding]),
-            ("traceparent", (child_of(traceparent) if traceparent else new_traceparent()).encode()),
+            ("traceparent", (span.traceparent or new_traceparent()).encode()),
         ]
 
     async def partitions(self, topic: Topic[Any]) -> list[int]:

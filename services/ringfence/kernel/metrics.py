@@ -71,6 +71,8 @@ EXPIRY_LAG = Histogram(
     "From a lease's deadline to its terminal record on Kafka",
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60),
 )
+SPANS = Counter("ringfence_spans_total", "Spans that were made for traces", ["outcome"])
+"""`outcome`: sent, failed (what takes them was not there, or refused), dropped (too many waited)."""
 AUDIT_EVENTS = Counter("ringfence_audit_events_total", "OCSF events written", ["class_uid"])
 HTTP_REQUESTS = Counter("ringfence_http_requests_total", "HTTP requests answered", ["route", "status"])
 REVOCATIONS_OVERDUE = Gauge(

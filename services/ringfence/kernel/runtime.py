@@ -23,6 +23,8 @@ from ringfence.kernel.keys import KeyFileError, SigningKey
 from ringfence.kernel.service_keys import ServiceKeys
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.skew import SkewCheck
+from ringfence.kernel.tracing import Work
+from ringfence.kernel.tracing_settings import of_service
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.api import PORTS
 from ringfence.messages.base import Topic
@@ -54,10 +56,11 @@ class Runtime:
         self._keys = ServiceKeys(
             settings.key_file or settings.key_dir / f"{role}.json", self.trust, self.clock
         )
-        self.publisher = Publisher(settings, self.key.id, self.clock)
+        self._instance = secrets.token_hex(8)
+        self.tracing = of_service(role, self._instance, settings)
+        self.publisher = Publisher(settings, self.key.id, self.clock, self.tracing)
         self.letters = DeadLetters(self.publisher, role, self.clock, self.trust, self._trust_moved)
         self.routes: list[BaseRoute] = []
-        self._instance = secrets.token_hex(8)
         self._tables: dict[Topic[Any], TableReader] = {}
         self._table_follower: Follower | None = None
         self._trust_follower: Follower | None = None
@@ -136,6 +139,7 @@ class Runtime:
             alone=alone,
             on_gone=self._tell_gone,
             from_the_first=from_the_first,
+            tracing=self.tracing,
         )
         self._consumers.append(consumer)
         return consumer
@@ -203,9 +207,13 @@ class Runtime:
             traceparent=traceparent,
             **fields,
         )
-        await self.publisher.publish_signed(
-            SERVICE_EVENT, self.role, event, self.key, traceparent=traceparent
-        )
+        ids = {name: value for name, value in fields.items() if name.endswith("_id")}
+        with self.tracing.step(f"{kind} {subject}", Work(traceparent, ids)) as span:
+            if reasons:
+                span.refused(*(reason.code for reason in reasons))
+            await self.publisher.publish_signed(
+                SERVICE_EVENT, self.role, event, self.key, traceparent=span.traceparent
+            )
 
     # --- the life ---
 
@@ -258,6 +266,7 @@ class Runtime:
             for closing in self._closing:
                 await closing()
             await self.publisher.stop()
+            await self.tracing.close()
 
     async def _drain(self) -> None:
         """Let the batches under way come to their ends, and their offsets be committed, within `DRAIN_S`."""

@@ -159,6 +159,9 @@ class ServiceSettings(BusSettings):
     """Past this age a user's entitlements count for nothing."""
     state_dir: Path | None = None
     """Where indexes that can be rebuilt are kept; in memory where not set."""
+    otlp_endpoint: Annotated[str, Field(pattern=r"^(https?://\S+)?$")] = ""
+    """Where spans are sent (OTLP over HTTP), as `http://host:4318`; `OTEL_EXPORTER_OTLP_ENDPOINT` where not set, and
+    where that is not set either, none are made."""
     log_format: Annotated[str, Field(pattern=r"^(json|console)$")] = "json"
     log_level: Annotated[str, Field(pattern=r"^(debug|info|warning|error)$")] = "info"
 

@@ -5,29 +5,57 @@ from __future__ import annotations
 import random
 import re
 import secrets
+from typing import NamedTuple
 
-_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
-_ZERO = "0" * 32
+_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
+_SAMPLED = 1
 
 
-def new_traceparent() -> str:
+class Parent(NamedTuple):
+    """What a `traceparent` says."""
+
+    trace: str
+    span: str
+    sampled: bool
+    """Whether whoever wrote it asked for the trace to be kept."""
+
+
+def parsed(traceparent: str | None) -> Parent | None:
+    """What a `traceparent` says, or None where it is none: of another version, malformed, or all zeros."""
+    match = _TRACEPARENT.fullmatch(traceparent or "")
+    if match is None:
+        return None
+    trace, span, flags = match.groups()
+    return Parent(trace, span, bool(int(flags, 16) & _SAMPLED))
+
+
+def written(trace: str, span: str, *, sampled: bool) -> str:
+    """The `traceparent` that says this."""
+    return f"00-{trace}-{span}-{_SAMPLED if sampled else 0:02x}"
+
+
+def new_traceparent(*, sampled: bool = True) -> str:
     """A `traceparent` that starts a trace."""
-    return in_trace(secrets.token_hex(16))
+    # A span is told from others, not kept from anybody.
+    return written(secrets.token_hex(16), f"{random.getrandbits(63) + 1:016x}", sampled=sampled)
+
+
+def well_formed(traceparent: str | None) -> str | None:
+    """The `traceparent`, or None where it is none."""
+    return traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
 
 
 def trace_id(traceparent: str | None) -> str | None:
     """The trace id of a `traceparent`, or None where it is none."""
     match = _TRACEPARENT.fullmatch(traceparent or "")
-    return match.group(1) if match and match.group(1) != _ZERO else None
+    return match.group(1) if match else None
 
 
-def in_trace(trace: str) -> str:
-    """A `traceparent` with a new span in the trace of this id."""
-    # A span is told from others, not kept from anybody, and one is made for every record.
-    return f"00-{trace}-{random.getrandbits(63) + 1:016x}-01"
+def nearest(later: str | None, first: str | None) -> str | None:
+    """What to go on from, of two: `later`, as long as that is the same trace, else `first`.
 
-
-def child_of(traceparent: str | None) -> str:
-    """A `traceparent` for the next hop: the same trace, a new span. A malformed one starts a new trace."""
-    trace = trace_id(traceparent)
-    return in_trace(trace) if trace else new_traceparent()
+    So whoever sends something about a request cannot move it into a trace of their own.
+    """
+    if first is None or trace_id(later) == trace_id(first):
+        return later
+    return first

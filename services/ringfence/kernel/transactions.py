@@ -18,6 +18,7 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.kafka import Publisher
 from ringfence.kernel.settings import BusSettings
+from ringfence.kernel.tracing import NOT_TRACING, Tracing
 
 TRANSACTION_MS = 30_000
 """A transaction that takes longer is aborted by the broker: readers wait for one that is open."""
@@ -34,9 +35,16 @@ class FencedError(UnavailableError):
 class TransactionalPublisher(Publisher):
     """A publisher that publishes inside of `transaction` only."""
 
-    def __init__(self, settings: BusSettings, source: str, id: str, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        settings: BusSettings,
+        source: str,
+        id: str,
+        clock: Clock | None = None,
+        tracing: Tracing = NOT_TRACING,
+    ) -> None:
         """`id` is the `transactional.id`, without the topic prefix."""
-        super().__init__(settings, source, clock)
+        super().__init__(settings, source, clock, tracing)
         self._id = f"{settings.topic_prefix}.{id}"
 
     async def start(self) -> None:

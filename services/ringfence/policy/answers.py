@@ -19,6 +19,7 @@ from ringfence.model.directory import Directory
 from ringfence.model.requests import DeniedError, gather
 from ringfence.policy.domain import Case, Judgement, people_to_ask
 from ringfence.policy.notices import Notices
+from ringfence.policy.steps import say, step_of
 from ringfence.policy.store import Approvers, Decisions, Known, Place
 
 log = logging.getLogger(__name__)
@@ -81,15 +82,17 @@ class Answers:
         if len(jws) > MAX_JWS_BYTES:
             decision = _too_large(decision)
             jws = sign(decision, runtime.key)
-        acknowledged = await runtime.publisher.send(
-            CREDENTIAL_DECISION,
-            case.agent_id,
-            jws,
-            id=decision.jti,
-            type=decision.typ,
-            traceparent=case.traceparent,
-        )
-        at = await acknowledged
+        with step_of(case, "decide", runtime.tracing) as span:
+            say(span, decision.outcome, decision.reasons)
+            acknowledged = await runtime.publisher.send(
+                CREDENTIAL_DECISION,
+                case.agent_id,
+                jws,
+                id=decision.jti,
+                type=decision.typ,
+                traceparent=span.traceparent,
+            )
+            at = await acknowledged
         metrics.DECISIONS.labels(decision.outcome).inc()
         if case.request.claims.break_glass:
             metrics.BREAK_GLASS.labels(decision.outcome).inc()

@@ -10,6 +10,7 @@ from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import ExpiredError, Signed, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.trace import nearest
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
 from ringfence.model.approvals import approval_problem
@@ -79,6 +80,7 @@ class ApprovalHandler:
             return _reason(
                 "key_unexpected", f"the Kafka key of an approval is the agent's id, {known.agent_id}"
             )
+        known.traceparent = nearest(record.traceparent, known.traceparent)
         seen = known.approvals.get(message_id(claims.iss, claims.jti))
         if seen is not None:
             if seen[0] != approval.digest or seen[1] not in (None, place):

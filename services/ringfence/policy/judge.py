@@ -23,6 +23,7 @@ from ringfence.model.requests import DeniedError, gather, violations
 from ringfence.policy.domain import Case, InputBuilder, Judgement, Ruling, approver, denied, rule, signer
 from ringfence.policy.grants import GrantBook
 from ringfence.policy.holdings import MAX_HELD, Holdings
+from ringfence.policy.steps import say, step_of
 from ringfence.rego.engine import PolicyEngine, PolicyFailedError, PolicyResult
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,14 @@ class Judge:
         Nothing is refused for what has not arrived here *yet*: before a denial, the records are read up to their end.
         A view that stays stale for the grace denies.
         """
+        with step_of(case, "judge", self._runtime.tracing) as span:
+            judgement = await self._judged(case, at_ms, approvals, binding=binding)
+            say(span, judgement.ruling.outcome, judgement.ruling.reasons)
+            return judgement
+
+    async def _judged(
+        self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]], *, binding: bool
+    ) -> Judgement:
         if stale := await self.stale():
             return denied("stale_view", stale)
         left = _WEIGHINGS

@@ -64,7 +64,9 @@ def build(
     overdue = Overdue(
         runtime, store, after_ms=int(own.overdue_after_s * 1000), forget_ms=3 * longest_delay_ms
     )
-    undoer = Undoer(store, backends, caller, overdue, runtime.clock, longest_delay_ms=longest_delay_ms)
+    undoer = Undoer(
+        store, backends, caller, overdue, runtime.clock, runtime.tracing, longest_delay_ms=longest_delay_ms
+    )
     stateless = [kind for kind, backend in backends.items() if backend.stateless]
     ender = Ender(runtime, store, stateless, undoer.take, visibility_ms=own.visibility_ms)
     expiry = Expiry(store, ender, own, runtime.clock)

@@ -6,9 +6,10 @@ What is left at a target is handed over between the two, and comes back when it 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ringfence.kernel import metrics
@@ -30,6 +31,7 @@ from ringfence.model.lease_store import (
     StoredLease,
 )
 from ringfence.model.leases import bears, follow, is_over, restated
+from ringfence.model.steps import work_on
 from ringfence.revoker.domain import deadline_cause, next_status
 from ringfence.revoker.foresight import Foresight
 
@@ -50,6 +52,12 @@ class Wish:
 
     lease: Lease
     cause: EndCause
+    traceparent: str | None = None
+    """Of the order that ends it, where one does."""
+
+
+Traces = Mapping[str, str | None]
+"""By lease: the `traceparent` that its records go on from, where that is not its own."""
 
 
 class Ender:
@@ -154,18 +162,37 @@ class Ender:
         known = {wish.lease.lease_id: wish.lease for wish in wishes}
         causes = {wish.lease.lease_id: wish.cause for wish in reversed(wishes)}  # the first of several counts
         ids = list(known)
-        for start in range(0, len(ids), AT_A_TIME):
-            await self._end_some(ids[start : start + AT_A_TIME], known, causes, undone=False)
+        with self._traced(wishes, known) as traces:
+            for start in range(0, len(ids), AT_A_TIME):
+                await self._end_some(ids[start : start + AT_A_TIME], known, causes, traces, undone=False)
         return known
 
     async def end_undone(self, wishes: Sequence[Wish]) -> None:
         """Write the last records of leases that are undone at their targets."""
         known = {wish.lease.lease_id: wish.lease for wish in wishes}
         causes = {wish.lease.lease_id: wish.cause for wish in wishes}
-        await self._end_some(list(known), known, causes, undone=True)
+        with self._traced(wishes, known) as traces:
+            await self._end_some(list(known), known, causes, traces, undone=True)
+
+    @contextlib.contextmanager
+    def _traced(self, wishes: Sequence[Wish], known: Mapping[str, Lease]) -> Iterator[Traces]:
+        these = [wish for wish in wishes if not is_over(wish.lease)]
+        work = (work_on(wish.lease, wish.traceparent) for wish in these)
+        with self._runtime.tracing.steps("end lease", work) as spans:
+            traced = [(wish.lease.lease_id, span) for wish, span in zip(these, spans, strict=False)]
+            yield {id: span.traceparent for id, span in reversed(traced)}
+            for id, span in traced:
+                lease = known[id]
+                span.note(status=lease.status, cause=lease.cause.kind if lease.cause is not None else None)
 
     async def _end_some(
-        self, ids: Sequence[str], known: dict[str, Lease], causes: Mapping[str, EndCause], *, undone: bool
+        self,
+        ids: Sequence[str],
+        known: dict[str, Lease],
+        causes: Mapping[str, EndCause],
+        traces: Traces,
+        *,
+        undone: bool,
     ) -> None:
         ending = [id for id in ids if not is_over(known[id])]
         for round in range(_ROUNDS):
@@ -182,7 +209,7 @@ class Ender:
             done = [
                 step.lease for step, result in zip(steps, results, strict=True) if result.outcome == "done"
             ]
-            await self._publish(done)
+            await self._publish(done, traces)
             self._count([lease.claims for lease in done if is_over(lease.claims)])
             known |= {lease.claims.lease_id: lease.claims for lease in done}
             gone = set()
@@ -265,8 +292,13 @@ class Ender:
         known |= await self.read({id: one.stored for id, one in tried.items() if one.stored})
         return gone
 
-    async def _publish(self, leases: Sequence[SignedLease]) -> None:
-        await self._send([_outbound(one.claims, one.jws.encode("ascii")) for one in leases])
+    async def _publish(self, leases: Sequence[SignedLease], traces: Traces) -> None:
+        await self._send(
+            [
+                _outbound(one.claims, one.jws.encode("ascii"), traces.get(one.claims.lease_id))
+                for one in leases
+            ]
+        )
         self._store.published((one.claims.lease_id, one.claims.seq) for one in leases)
 
     async def republish(self, records: Sequence[Outgoing]) -> None:
@@ -315,5 +347,5 @@ class Ender:
         )
 
 
-def _outbound(claims: Lease, jws: bytes) -> Outbound:
-    return Outbound(claims.lease_id, jws, claims.jti, claims.traceparent)
+def _outbound(claims: Lease, jws: bytes, traceparent: str | None = None) -> Outbound:
+    return Outbound(claims.lease_id, jws, claims.jti, traceparent or claims.traceparent)

@@ -123,7 +123,7 @@ class RevocationHandler:
 
     async def _end_named(self, cases: Sequence[_Case], leases: dict[str, Lease]) -> None:
         ended = await self._ender.end(
-            [Wish(leases[case.order.claims.lease_id or ""], case.order.cause()) for case in cases]
+            [_wish(leases[case.order.claims.lease_id or ""], case.order) for case in cases]
         )
         now_ms = self._runtime.clock.now_ms()
         for case in cases:
@@ -137,7 +137,7 @@ class RevocationHandler:
         case.replayed = first != order.at
 
         def covered(lease: Lease) -> Wish | None:
-            return Wish(lease, order.cause()) if is_covered(lease, first.appended_at_ms) else None
+            return _wish(lease, order) if is_covered(lease, first.appended_at_ms) else None
 
         mark = mark_of(selector)
         ended = await self._ender.end_bearing(
@@ -177,6 +177,10 @@ class RevocationHandler:
             task_id=selector.task_id if selector else None,
             **fields,
         )
+
+
+def _wish(lease: Lease, order: Order) -> Wish:
+    return Wish(lease, order.cause(), order.traceparent)
 
 
 def _count(leases: Iterable[Lease], order: Order) -> int:
@@ -235,10 +239,10 @@ class RecordHandler:
         ):
             if isinstance(consequence, Ending):
                 # What was suspended and is active again was to lose its leases all the same.
-                await self._order_all(consequence, record)
+                await self._order_all(consequence, record, received.traceparent)
             elif not overtaken:  # else the later record says what still fits
                 await self._fence(consequence, record, received)
-                await self._order_unfit(consequence, record.sub, entry)
+                await self._order_unfit(consequence, record.sub, entry, received.traceparent)
 
     def _was_in_force(self, record: AnyRecord, now_ms: int) -> bool:
         """Whether a record that a later one has overtaken counted, and lately: it is no old one, put there again."""
@@ -267,7 +271,7 @@ class RecordHandler:
             f"the record of {record.sub} counts for nothing: {reason}", code="record_untrusted"
         )
 
-    async def _order_all(self, ending: Ending, record: AnyRecord) -> None:
+    async def _order_all(self, ending: Ending, record: AnyRecord, traceparent: str | None) -> None:
         order = derived_order(
             ending.kind,
             ending.reason,
@@ -280,7 +284,9 @@ class RecordHandler:
         selector = ending.selector
         agent_id = record.state.agent_id if isinstance(record.state, TaskState) else selector.agent_id
         key = agent_id or selector.user_id or selector.sponsor or selector.target_id or ""
-        await self._runtime.publisher.publish_signed(REVOCATION_REQUEST, key, order, self._runtime.key)
+        await self._runtime.publisher.publish_signed(
+            REVOCATION_REQUEST, key, order, self._runtime.key, traceparent=traceparent
+        )
 
     async def _fence(self, narrowing: Narrowing, record: AnyRecord, received: Received) -> None:
         """What is being issued at this moment may rest on the former record: it is fenced off, and asked for anew.
@@ -292,7 +298,9 @@ class RecordHandler:
         first = await self._store.first_seen({id: received.coordinates}, keep_ms=RECORD_AGE_MS)
         await self._store.fence({narrowing.mark: first[id].appended_at_ms})
 
-    async def _order_unfit(self, narrowing: Narrowing, sub: str, entry: Entry[AnyState]) -> None:
+    async def _order_unfit(
+        self, narrowing: Narrowing, sub: str, entry: Entry[AnyState], traceparent: str | None
+    ) -> None:
         acknowledged = []
         also = await self._orders.holders(narrowing.mark)
         unfit = [
@@ -312,7 +320,7 @@ class RecordHandler:
                 lease_id=lease.lease_id,
             )
             _, ack = await self._runtime.publisher.send_signed(
-                REVOCATION_REQUEST, lease.agent_id, order, self._runtime.key
+                REVOCATION_REQUEST, lease.agent_id, order, self._runtime.key, traceparent=traceparent
             )
             acknowledged.append(ack)
         await gather_all(acknowledged)

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from ringfence.backends import Backend, Caller, TargetShutError
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.tracing import Tracing
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import LeaseStore
+from ringfence.model.steps import step_of
 from ringfence.revoker.ending import Wish
 from ringfence.revoker.overdue import Overdue
 
@@ -64,6 +66,7 @@ class Undoer:
         caller: Caller,
         overdue: Overdue,
         clock: Clock,
+        tracing: Tracing,
         *,
         longest_delay_ms: int,
     ) -> None:
@@ -72,6 +75,7 @@ class Undoer:
         self._caller = caller
         self._overdue = overdue
         self._clock = clock
+        self._tracing = tracing
         self._longest_delay_ms = longest_delay_ms
         self._lines: dict[str, _Line] = {}
         self._held: set[str] = set()
@@ -142,9 +146,10 @@ class Undoer:
         backend = self._backends.get(lease.backend)
         if backend is None:
             raise NoBackendError(f"no backend {lease.backend}")
-        await self._caller.call(
-            lease.target_id, lambda: backend.undo(lease.lease_id, target_id=lease.target_id)
-        )
+        with step_of(lease, "undo", self._tracing):
+            await self._caller.call(
+                lease.target_id, lambda: backend.undo(lease.lease_id, target_id=lease.target_id)
+            )
 
     # --- what came of it ---
 
