@@ -80,7 +80,7 @@ def needed(request: pytest.FixtureRequest) -> Iterator[None]:
     try:
         yield
     except StackError as error:
-        request.session.shouldstop = error.message
+        request.session.shouldfail = error.message
         pytest.fail(error.message, pytrace=False)
 
 
