@@ -39,7 +39,8 @@ class _Audited:
 
     def __init__(self, settings: ClientSettings) -> None:
         self.count = 0
-        self._follower = Follower(settings, [AUDIT], self._on_records, since_ms=None)
+        # Seldom: it shares the process of the load client, and must not be what is measured.
+        self._follower = Follower(settings, [AUDIT], self._on_records, since_ms=None, linger_ms=100)
 
     async def __aenter__(self) -> _Audited:
         await self._follower.start()
