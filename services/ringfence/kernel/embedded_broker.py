@@ -16,8 +16,8 @@ _FETCH, _OFFSET_COMMIT = 1, 8
 _ILLEGAL_GENERATION, _REBALANCE_IN_PROGRESS = 22, 27
 
 
-QUICK_MS = 4
-"""From fetch to fetch where somebody waits for what comes of a record: a fetch costs about 0.5 ms of CPU."""
+QUICK_MS = 2
+"""From fetch to fetch where somebody waits for what comes of a record: one that brings nothing costs 0.3 ms of CPU."""
 TABLE_MS = 25
 """The same where a table is kept up to date."""
 CEILING_MS = 50
