@@ -196,7 +196,7 @@ async def noting_fetches(
 
 
 async def test_an_idle_consumer_of_the_embedded_broker_fetches_rarely(tmp_path: Path) -> None:
-    # Pauses of a sixteenth of the silence, of 4 ms at least: 100 ms after some seventy fetches.
+    # Pauses of a sixteenth of the silence, of 2 ms at least: 100 ms after some eighty fetches.
     async with noting_fetches(tmp_path, ceiling_ms=100) as (_, fetched, news), asyncio.timeout(WITHIN_S):
         while len(fetched) < 2 or fetched[-1] - fetched[-2] < 0.09:
             news.clear()

@@ -16,11 +16,12 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
-from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError, UnknownTopicOrPartitionError
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 
 from ringfence.kernel import metrics
 from ringfence.kernel.assignors import AllToOneAssignor
 from ringfence.kernel.clock import Clock, SystemClock
+from ringfence.kernel.committing import COMMIT_MS, Commits
 from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.gone import NO_POSITION, NO_RESET, Gone, OnGone, find_gone
@@ -47,6 +48,11 @@ MAX_INVALID_SIGNED = 20
 _LEAVE_S = 2.0
 BURST_MS = 600_000
 """Within such a time."""
+_IDLE_MS = 1000
+_GATHER_MS = 2
+_GATHER_AT_MOST_MS = 12
+"""For each further record of a batch, and at most, the next batch is left to grow: where many come at once, more are on
+their way."""
 
 
 class HaltedError(RingfenceError):
@@ -177,7 +183,8 @@ async def gather_all(work: Iterable[Awaitable[Any]]) -> list[Any]:
     return results
 
 
-async def _left(consumer: AIOKafkaConsumer) -> None:
+async def _left(consumer: AIOKafkaConsumer, commits: Commits) -> None:
+    await commits.flush()
     with contextlib.suppress(KafkaError):
         await consumer.stop()
 
@@ -225,6 +232,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._assignor = AllToOneAssignor if alone else RangePartitionAssignor
         self._assigned_anew = True
         self._consumer: AIOKafkaConsumer | None = None
+        self._commits: Commits | None = None
         self._draining = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -257,18 +265,19 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         )
         if self._settings.embedded_broker:
             adapt_to_embedded_broker(consumer, linger_ms=self._linger_ms or QUICK_MS)
+        commits = Commits(consumer)
         consumer.subscribe(list(self._topics), listener=self)
         try:
             await self._start(consumer)
-            self._consumer = consumer
+            self._consumer, self._commits = consumer, commits
             self.running = True
             while not self._draining.is_set():
-                await self._step(consumer)
+                await self._step(consumer, commits)
         finally:
             self.running = False
-            self._consumer = None
+            self._consumer = self._commits = None
             # Whoever is cancelled meanwhile still leaves the group: else the others wait until its session is over.
-            leaving = asyncio.create_task(_left(consumer), name=f"leaving {self.group}")
+            leaving = asyncio.create_task(_left(consumer, commits), name=f"leaving {self.group}")
             try:
                 await asyncio.shield(leaving)
             except asyncio.CancelledError:
@@ -280,6 +289,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._draining.set()
         if self.halted is None:
             await self._idle.wait()
+            if self._commits is not None:
+                await self._commits.flush()
 
     async def _start(self, consumer: AIOKafkaConsumer) -> None:
         while True:
@@ -292,17 +303,21 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 log.error("Kafka at %s does not answer: %s", self._settings.kafka, error)
             await asyncio.sleep(1)
 
-    async def _step(self, consumer: AIOKafkaConsumer) -> None:
+    async def _step(self, consumer: AIOKafkaConsumer, commits: Commits) -> None:
+        timeout_ms = COMMIT_MS if commits.waiting else _IDLE_MS
         try:
-            batches = await self._next(consumer, 1000)
+            batches = await self._next(consumer, timeout_ms)
         except KafkaError as error:
             log.warning("reading failed, trying again: %s", error)
             await asyncio.sleep(0.5)
             return
-        if not batches:
-            metrics.HANDLING_LAG.labels(self.group).set(0)
-            return
         if self._draining.is_set():  # what is not committed comes again, to whoever is there then
+            return
+        if not batches:
+            if commits.waiting:
+                await commits.flush()
+            else:
+                metrics.HANDLING_LAG.labels(self.group).set(0)
             return
         # What comes while a batch is handled gathers at the broker for the next one: read ahead, every handler would be
         # given a batch of one or two.
@@ -310,12 +325,26 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         consumer.pause(*held)
         self._idle.clear()
         try:
-            await self._handle(consumer, batches)
+            await self._handle(consumer, commits, batches)
+            if commits.due:
+                await commits.flush()
+            await asyncio.sleep(self._gathering_s(sum(map(len, batches.values()))))
         finally:
             self._idle.set()
             consumer.resume(*(held & consumer.assignment()))
 
-    async def _handle(self, consumer: AIOKafkaConsumer, batches: dict[TopicPartition, list[Any]]) -> None:
+    def _gathering_s(self, handled: int) -> float:
+        """How long to let the next records gather: a batch costs little more than one record.
+
+        Where records come one by one none waits; where a batch was full, the next are here already.
+        """
+        if self._linger_ms or handled >= self._max_records:
+            return 0
+        return min(_GATHER_MS * (handled - 1), _GATHER_AT_MOST_MS) / 1000
+
+    async def _handle(
+        self, consumer: AIOKafkaConsumer, commits: Commits, batches: dict[TopicPartition, list[Any]]
+    ) -> None:
         while self._assigned_anew and self._on_assigned is not None:
             self._assigned_anew = False  # before it is awaited: meanwhile there may be yet another assignment
             await self._on_assigned()
@@ -325,15 +354,17 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 received(record, self._topics) for record in records
             )
         for name in self._handlers:
-            if name in by_topic and not await self._settle(consumer, name, by_topic[name]):
+            if name in by_topic and not await self._settle(consumer, commits, name, by_topic[name]):
                 return
 
     def _tell_lag(self, batch: Sequence[Received]) -> None:
         oldest_ms = min(record.appended_at_ms for record in batch)
         metrics.HANDLING_LAG.labels(self.group).set(max(0, SystemClock().now_ms() - oldest_ms) / 1000)
 
-    async def _settle(self, consumer: AIOKafkaConsumer, name: str, batch: list[Received]) -> bool:
-        """Handle a batch until it is done, then commit it. What was assigned away meanwhile is somebody else's.
+    async def _settle(
+        self, consumer: AIOKafkaConsumer, commits: Commits, name: str, batch: list[Received]
+    ) -> bool:
+        """Handle a batch until it is done and may be committed. What was assigned away meanwhile is somebody else's.
 
         False where it failed and the consumer is to end: it is not committed, and comes again.
         """
@@ -352,6 +383,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 self.halted = str(error)
                 metrics.HALTED.labels(self.group).set(1)
                 log.critical("%s", error)
+                await commits.flush()
                 await asyncio.Event().wait()  # until a person restarts the service
             except Exception as error:
                 delay_s = min(5.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
@@ -368,20 +400,12 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                     why,
                     exc_info=None if known else error,
                 )
+                await commits.flush()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._draining.wait(), delay_s)
                 if self._draining.is_set():
                     return False
-        ends: dict[TopicPartition, int] = {}
-        for record in batch:
-            partition = TopicPartition(name, record.partition)
-            ends[partition] = max(ends.get(partition, 0), record.offset + 1)
-        try:
-            await consumer.commit(ends)
-        except (CommitFailedError, IllegalStateError) as error:
-            log.info("the batch was done, its commit was not: it comes again (%s)", error)
-        except KafkaError as error:
-            log.warning("committing failed, the batch may come again: %s", error)
+        commits.done(batch)
         return True
 
     async def _next(self, consumer: AIOKafkaConsumer, timeout_ms: int) -> dict[TopicPartition, list[Any]]:
@@ -408,6 +432,9 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
         """Called by aiokafka before a rebalance: the batch under way goes on, and comes again if its commit fails."""
+        # Not beside a batch, which may commit by itself, in a transaction: the group would be set back behind that.
+        if self._commits is not None and self._idle.is_set():
+            await self._commits.flush()
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
         """Called by aiokafka after a rebalance."""
