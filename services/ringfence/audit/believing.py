@@ -45,7 +45,8 @@ _MAY_REVOKE: tuple[ServiceRole, ...] = ("revoker", "registry", "issuer", "gatewa
 
 
 _OF_ORDERS = (
-    "revocation", "cause", "selector", "lease", "agent", "task", "sponsor", "on_behalf_of", "request", "target",
+    "revocation", "cause", "selector", "lease", "agent", "act", "delegators", "task", "sponsor", "on_behalf_of",
+    "request", "request_digest", "policy_revision", "target",
 )  # fmt: skip
 """What an event about an order says that is true of its confirmations too."""
 
@@ -301,6 +302,7 @@ class Believer:
         """Take down whom a verified grant is about; in the words of events."""
         words = {
             "agent": claims.agent_id,
+            "act": list(self._act(claims.agent_id, claims.task_id)),
             "task": claims.task_id,
             "sponsor": self.sponsor_of(claims.agent_id),
             "on_behalf_of": self._on_behalf_of(claims.task_id),
