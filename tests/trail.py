@@ -6,7 +6,9 @@ its end (`Trail.check`), and no test can forget it. `World.story` asserts what a
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from tests.world import World
 
 WITHIN_S = 60.0
+TOKEN = re.compile(r"eyJ[\w-]{8,}\.[\w-]+")
+"""A JWS or a JWE in compact serialisation; a thumbprint may well begin so, and has no dot."""
 _RECORDS = (USER, AGENT, TARGET, TASK)
 _READ = tuple(dict.fromkeys((*AUDITED, TRUST, AUDIT)))
 _ORDER = {topic: place for place, topic in enumerate(AUDITED)}
@@ -42,8 +46,19 @@ class Trail:
         self._records: list[Received] = []
         self._events: list[dict[str, Any]] = []
         self._told_of = -1
-        self._follower = Follower(world.settings("audit"), _READ, self._records.extend)
+        self._follower = Follower(world.settings("audit"), _READ, self._take)
         self._started = False
+        self._news = asyncio.Event()
+
+    def _take(self, records: Sequence[Received]) -> None:
+        self._records += records
+        self._news.set()
+
+    async def news(self) -> None:
+        """Return once there are records of which `events` has not told."""
+        while len(self._records) == self._told_of:
+            self._news.clear()
+            await self._news.wait()
 
     async def events(self) -> list[dict[str, Any]]:
         """One event for each record that stands there now, in the order in which they were appended."""
@@ -115,7 +130,7 @@ def faults(event: dict[str, Any]) -> list[str]:
     found = problems(event)
     if event.get("status_code") == "unreadable":
         found.append("no event could be made of it: see the log")
-    if "eyJ" in json.dumps(event):
+    if TOKEN.search(json.dumps(event)):
         found.append("it holds what looks like a token")
     return [f"{code} of {source}: {one}" for one in found]
 

@@ -41,7 +41,7 @@ P = TypeVar("P", bound=Message)
 _REMEMBERED_BYTES, _REMEMBERED_PERMISSIONS = 16 * 1024, 16
 """What is larger is verified again where it is embedded: it must not fill the memory."""
 _ALL_ROLES: tuple[ServiceRole, ...] = get_args(ServiceRole)
-_MAY_REVOKE: tuple[ServiceRole, ...] = ("revoker", "registry", "issuer", "gateway")
+_MAY_REVOKE: tuple[ServiceRole, ...] = ("revoker", "registry")
 
 
 _OF_ORDERS = (
