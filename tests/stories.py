@@ -61,7 +61,8 @@ async def realm_leaves(realm: Realm, seen: Seen, story: str) -> AsyncIterator[li
     """The same in a whole stack, by what its audit writes: of all that names somebody of the realm, and of the records
     of which the block puts the places on the list that it is given, as what nobody is believed for names nobody.
     """
-    since_ms, places = int(time.time() * 1000), list[Coordinates]()
+    since_ms = int(time.time() * 1000)
+    places: list[Coordinates] = []
     yield places
 
     async def told() -> list[str]:

@@ -330,9 +330,9 @@ async def test_a_change_between_the_decision_and_the_issue(world: World):
                     by, why = await one.came_to_nothing(request)
                     assert (by, bool(why)) == ("issuer", True), name
                     approval = waits("floor") + approved("sam") if request is asked[1] else ""
-                    why = "approval_stale" if name == "floor" and request is asked[1] else WHY[name]
+                    reason = "approval_stale" if name == "floor" and request is asked[1] else WHY[name]
                     await one.told(
-                        request, asked_for() + approval + allowed() + refused_by_issuer(why, finding=False)
+                        request, asked_for() + approval + allowed() + refused_by_issuer(reason, finding=False)
                     )
             # It was not for want of anything else.
             await world.consume_until(LEASE, lambda r: r.key == lease_id(good.id))
