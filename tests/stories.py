@@ -48,10 +48,15 @@ async def leaves(world: World, story: str, **names: str) -> AsyncIterator[None]:
 
 async def request_leaves(world: World, story: str, request: str, **names: str) -> None:
     """Fails unless this is all that is told about a request, by its id. `names` as for `leaves`."""
+    await is_told(world, story, {"request": request}, **names)
+
+
+async def is_told(world: World, story: str, words: dict[str, str], **names: str) -> None:
+    """Fails unless this is all that is told with these words of Ringfence's own. `names` as for `leaves`."""
 
     async def told() -> list[str]:
         every = await world.trail.events()
-        return [line(event, names) for event in every if event["unmapped"].get("request") == request]
+        return [line(event, names) for event in every if _has(event, words)]
 
     await comes_to(story, told, world.trail.news)
 
@@ -85,6 +90,10 @@ def _concerns(event: dict[str, Any], realm: Realm, places: Sequence[Coordinates]
         if one
     ]
     return realm.mark in json.dumps(event) or any((p.topic, p.partition, p.offset) in at for p in places)
+
+
+def _has(event: dict[str, Any], words: dict[str, str]) -> bool:
+    return all(event["unmapped"].get(name) == value for name, value in words.items())
 
 
 async def comes_to(
