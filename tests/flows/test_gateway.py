@@ -129,10 +129,11 @@ async def test_out_of_scope_is_blocked_and_reported(
     assert event.access == ("read" if method == "GET" else "write")
     assert problem["instance"] == f"urn:uuid:{event.action_id}"
     every = f"{code} {side}" if side else code
+    user = f"u-{desk.bot.name.removesuffix('-h')}"
     if code == "beyond_scope":  # nobody allows it
-        every += ", beyond_scope ceiling:bot, beyond_scope entitlements:u-bot, beyond_lease lease"
+        every += ", beyond_scope ceiling:bot, beyond_scope entitlements:user, beyond_lease lease"
     said = f"6003 {DID[method]}: Failure/Denied action.denied [{every}] by bot"
-    await is_told(desk.world, said, {"action": event.action_id}, bot=desk.bot.name)
+    await is_told(desk.world, said, {"action": event.action_id}, bot=desk.bot.name, user=user)
 
 
 async def test_it_says_how_to_ask_for_what_is_lacking(desk: Desk, proxy: Proxy) -> None:
