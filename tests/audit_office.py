@@ -99,6 +99,7 @@ from ringfence.messages.topics import (
     SERVICE_EVENT,
     TARGET,
     TASK,
+    TRUST,
     USER,
 )
 from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
@@ -163,6 +164,7 @@ class Office:
             for role in get_args(ServiceRole)
         )
         bundle = TrustBundle(**self._head(self.root, expires=True), version=1, services=services)
+        self.bundle = bundle
         self.trust.load(sign(bundle, self.root, header_jwk=True), self.now_ms / 1000)
         self.directory = Directory(self.trust, SystemClock(), grace_ms=None)
         self.own = AuditSettings(**{"settle_ms": 0, **settings})
@@ -241,6 +243,11 @@ class Office:
         return self.signed(
             LEASE, self.claims(LeaseEpoch, by, epoch=epoch, partition=0), by, key=marker_key(epoch)
         )
+
+    def trust_bundle(self, version: int, by: SigningKey | None = None, **fields: Any) -> Received:
+        """A trust bundle on its topic, signed by the root (or by whoever is named)."""
+        bundle = self.bundle.model_copy(update={"version": version, "jti": f"bundle-{version}", **fields})
+        return self.received(TRUST, sign(bundle, by or self.root, header_jwk=True), key=str(version))
 
     async def audit(self, *records: Received) -> list[dict[str, Any]]:
         """The events that audit makes of records, in order."""
@@ -613,14 +620,14 @@ def every_record(office: Office) -> dict[str, Received]:
         back = office.claims(GrantWithdraw, sam, grant_id=grant_id, reason="the release is off")
         found[f"{name} withdrawn"] = office.signed(APPROVAL_RESPONSE, back, sam)
     for status in ("minting", "ending", "aborted"):
-        found[f"lease {status}"] = denied.lease(
+        found[f"lease {status}"] = story.lease(
             status, 3, issuer, cause=EndCause(kind="mint_failed", at_ms=office.now_ms)
         )
     found["lease epoch"] = office.epoch("2.bbbbbbbb")
-    found["lease void"] = denied.lease("expired", 2, office.key("service", "revoker"), epoch="1.aaaaaaaa")
-    found["lease tombstone"] = office.received(LEASE, b"", key=denied.lease_id)
+    found["lease void"] = story.lease("expired", 2, office.key("service", "revoker"), epoch="1.aaaaaaaa")
+    found["lease tombstone"] = office.received(LEASE, b"", key=story.lease_id)
     seal_key = EncryptionKey.generate("spiffe://acme.example/service/gateway").record(2**40)
-    for name, request_id in (("known", denied.request_id), ("unknown", str(uuid.uuid4()))):
+    for name, request_id in (("known", story.request_id), ("unknown", str(uuid.uuid4()))):
         found[f"delivery of {name} request"] = office.received(
             CREDENTIAL_REPLY, enclose(b"{}", [seal_key], about=request_id), key="deploy-bot"
         )
@@ -653,32 +660,37 @@ def every_record(office: Office) -> dict[str, Received]:
     reason = (Reason(code="name_taken", message="the name was given before"),)
     about: dict[str, Any] = {"actor": sam.id, "ref": "j1", "source": office.coordinates(REGISTRY_COMMAND)}
     for subject in ("agent.register", "user.set", "target.set", "task.assign"):
-        found[f"refused {subject}"] = office.service_event("refused", subject, reasons=reason, **about)
+        agent = "deploy-bot" if subject.startswith(("agent", "task")) else None
+        found[f"refused {subject}"] = office.service_event(
+            "refused", subject, reasons=reason, agent_id=agent, **about
+        )
         found[f"accepted {subject}"] = office.service_event(
             "accepted", subject, result="x", agent_id="deploy-bot", **about
         )
     found["refused request"] = office.service_event(
-        "refused", "credential.request", "policy", reasons=reason, request_id=denied.request_id, **about
+        "refused", "credential.request", "policy", reasons=reason, request_id=story.request_id, **about
     )
     found["issuer refused"] = office.service_event(
-        "refused", "credential.decision", "issuer", reasons=reason, request_id=denied.request_id, **about
+        "refused", "credential.decision", "issuer", reasons=reason, request_id=story.request_id, **about
     )
     found["refused release"] = office.service_event(
-        "refused", "revocation.request", "revoker", reasons=reason, lease_id=denied.lease_id, **about
+        "refused", "revocation.request", "revoker", reasons=reason, lease_id=story.lease_id, **about
     )
     found["accepted release"] = office.service_event(
-        "accepted", "revocation.request", "revoker", lease_id=denied.lease_id, **about
+        "accepted", "revocation.request", "revoker", lease_id=story.lease_id, **about
     )
     found["service started"] = office.service_event("started", "policy", "policy")
     found["service stopped"] = office.service_event("stopped", "policy", "policy")
     found["replay told"] = office.service_event(
-        "replayed", "credential.request", "policy", request_id=denied.request_id, agent_id="deploy-bot", **about
+        "replayed", "credential.request", "policy", request_id=story.request_id, agent_id="deploy-bot", **about
     )  # fmt: skip
     ending = (Reason(code="key_ending", message="for sam, the sponsor: a key ends soon"),)
     found["key that ends"] = office.service_event(
         "finding", "key", reasons=ending, agent_id="deploy-bot", sponsor="sam"
     )
-    found["finding"] = office.service_event("finding", "record", "policy", reasons=reason)
+    found["finding"] = office.service_event(
+        "finding", "record", "policy", reasons=reason, result=office.key("agent", "deploy-bot").id
+    )
     for code in ("key_shared", "key_taken", "token_replayed"):
         why = (Reason(code=code, message="two at once"),)
         found[code] = office.service_event("finding", "x", "policy", reasons=why, agent_id="deploy-bot")
@@ -690,12 +702,29 @@ def every_record(office: Office) -> dict[str, Received]:
         "accepted", "instance.enrol", agent_id="deploy-bot", enrolled=enrolled, **about
     )
     found["dead letter"] = office.dead_letter()
-    found |= actions(office, denied.lease_id)
-    found |= asked(office, denied.lease_id)
+    found |= actions(office, story.lease_id)
+    found |= asked(office, story.lease_id)
     found |= broken_glass(office)
     found |= unbelievable(office)
+    found |= trusted(office)
     found |= changes(office)
     return found
+
+
+def trusted(office: Office) -> dict[str, Received]:
+    """Bundles that come into force, stand there again, are older, or no root's; after garbage on the same topic."""
+    stranger = SigningKey.generate(office.root.id)
+    first, second = office.trust_bundle(1), office.trust_bundle(2)
+    fewer = office.trust_bundle(3, services=office.bundle.services[1:])
+    return {
+        "first bundle": first,
+        "second bundle": second,
+        "bundle without a service": fewer,
+        "bundle again": office.received(TRUST, fewer.value, key="3"),
+        "bundle of before": office.trust_bundle(2),
+        "bundle of another root": office.trust_bundle(4, stranger),
+        "deleted bundle": office.received(TRUST, b"", key="3"),
+    }
 
 
 def broken_glass(office: Office) -> dict[str, Received]:
@@ -719,7 +748,11 @@ def broken_glass(office: Office) -> dict[str, Received]:
         "agent_id": "deploy-bot",
         "note": "the runbook was followed",
     }
-    office.uses[story.request_id] = {"decision_digest": given["decision_digest"], "approvers": ["sam"]}
+    office.uses[story.request_id] = {
+        "decision_digest": given["decision_digest"], "approvers": ["sam"], "agent": "deploy-bot",
+        "act": ["deploy-bot"], "task": office.task, "on_behalf_of": "maria", "sponsor": "sam",
+        "request_digest": digest(story.request_jws), "policy_revision": BUNDLE,
+    }  # fmt: skip
     for name, by in (("reviewed", olga), ("review refused", office.key("user", "sam"))):
         review = office.claims(BreakGlassReview, by, **given)
         found[f"break glass {name}"] = office.signed(APPROVAL_RESPONSE, review, by, key="deploy-bot")
@@ -848,13 +881,13 @@ def actions(office: Office, lease_id: str) -> dict[str, Received]:
     word = {"request_id": str(uuid.uuid4()), "request_digest": "ab" * 32, "waited_ms": 5000}
     every: dict[str, dict[str, Any]] = {
         "allowed": {"lease_id": lease_id},
-        "read": {"method": "GET", "access": "read"},
-        "created": {"method": "POST", "label": "pull-request"},
-        "deleted": {"method": "DELETE"},
-        "with a method of its own": {"method": "PURGE"},
+        "read": {"method": "GET", "access": "read", "lease_id": lease_id},
+        "created": {"method": "POST", "label": "pull-request", "lease_id": lease_id},
+        "deleted": {"method": "DELETE", "lease_id": lease_id},
+        "with a method of its own": {"method": "PURGE", "lease_id": lease_id},
         "denied": no,
         "observed": {**no, "observed": True},
-        "approved": {"asked": {**word, "by": "sam"}},
+        "approved": {"asked": {**word, "by": "sam"}, "lease_id": lease_id},
         "not answered": {**no, "asked": word},
         "with a stolen handle": {**no, "reasons": (stolen,), "lease_id": lease_id},
         "by nobody known": {
@@ -868,6 +901,7 @@ def actions(office: Office, lease_id: str) -> dict[str, Received]:
     }  # fmt: skip
     answers: dict[str, dict[str, Any]] = {
         "with a result": {"lease_id": lease_id},
+        "that it was heard": {"answer": "accepted", "lease_id": lease_id},
         "with a tool's error": {"answer": "tool_error"},
         "with an error of JSON-RPC": {"answer": "rpc_error", "rpc_code": -32602},
         "with an error of HTTP": {"answer": "transport_error", "http_status": 502},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ class Sink:
         assert self._child is not None
         self._child.kill()
         self._child = None
+
+    def pause(self) -> None:
+        """Let it hang, by SIGSTOP."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """After `pause`."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._child is not None
+        os.kill(self._child.pid, number)
 
     def lines(self) -> list[bytes]:
         """What is in the file, line by line; a last line that is not complete is not there yet."""

@@ -63,6 +63,11 @@ class Seen:
         except TimeoutError:
             raise AssertionError(f"did not come within {WITHIN_S:.0f} s: {what}") from None
 
+    async def news(self) -> None:
+        """Return when more has come."""
+        self._news.clear()
+        await self._news.wait()
+
     async def up_to_now(self) -> None:
         """Wait until all is here that stands on the topics now: before a test says what did *not* come."""
         assert await self._follower.caught_up(WITHIN_S), "the topics could not be read up to their ends"

@@ -19,7 +19,7 @@ from ringfence.kernel.kafka import Received
 from ringfence.messages.topics import AUDIT
 from ringfence.model.audit_chain import Source
 from tests.audit_office import TD, KeptEvents, Office
-from tests.contract.test_ocsf import LATER_VERSION, problems
+from tests.ocsf import LATER_VERSION, problems
 
 DAY_MS = 86_400_000
 

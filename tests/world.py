@@ -61,6 +61,7 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import ALL, DEAD_LETTER, REGISTRY_COMMAND, SERVICE_EVENT, TRUST
 from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
 from tests.lost_redis import declare_complete
+from tests.trail import Trail
 
 WITHIN_S = 60.0
 """How long anything is waited for before the test fails. Generous: no test asserts a time."""
@@ -139,6 +140,7 @@ class World:
         self._watched: dict[Topic[Any], _Watch] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._news = asyncio.Event()
+        self.trail = Trail(self)
 
     @classmethod
     @asynccontextmanager
@@ -155,9 +157,11 @@ class World:
                     try:
                         await world.publish_trust()
                         yield world
+                        await world.trail.check()
                     finally:
                         for watch in world._watched.values():
                             await watch.follower.stop()
+                        await world.trail.stop()
             finally:
                 await world.forget()
 

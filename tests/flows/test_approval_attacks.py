@@ -17,8 +17,41 @@ from ringfence.model.approvals import APPROVAL_SLACK_MS
 from tests.flows.desk import Desk
 from tests.flows.sdk import client
 from tests.flows.test_policy import DEPLOY, EVERYTHING, Office, codes
+from tests.stories import (
+    allowed,
+    answer_refused,
+    approved,
+    asked_for,
+    leaves,
+    refused_by_issuer,
+    request_leaves,
+    waits,
+)
 from tests.world import DAY_S, Party, World, scope
 
+OTHER_REQUEST = allowed() + refused_by_issuer("approval_other_request")
+REPEATED = "3002 Logon: Failure/Denied message.replayed [replayed] by issuer for bot"
+PAST = refused_by_issuer("approval_expired", finding=False)
+STALE = allowed() + refused_by_issuer("approval_stale", finding=False)
+BOT = "deploy-bot"
+HELD_BACK = (
+    f"3002 Logon: Failure/Denied message.replayed [replayed] by nobody known, signed by sam for {BOT}\n"
+    + approved("sam", BOT)
+    + answer_refused("approval_replayed", BOT)
+    + answer_refused("already_decided", BOT)
+)
+TWICE = f"""
+    {approved("rita", BOT)}
+    ~{approved("rita", BOT)}
+    ~3003 Decide: Pending/Observed approval.required [policy, floor] by policy for {BOT}
+    {answer_refused("approved_already", BOT)}
+"""
+OTHER_NAME = (
+    asked_for(BOT)
+    + waits("policy, floor", BOT)
+    + f"~3003 Ask for Approval: Requested/Observed approval.requested [policy, floor] by nobody known for {BOT}"
+)
+LACKING = allowed() + refused_by_issuer("approval_lacking")
 WIPE = scope("platform", ["wipe"], ["env/production/web"])
 """Wants the sponsor, by the bundle, and an operator, by the floor."""
 
@@ -32,17 +65,19 @@ async def test_an_approval_of_another_request_opens_nothing(desk: Desk) -> None:
     approval = desk.approval(shown, desk.sam)
     wider = await desk.ask(scope=desk.scope("deploy", resource="env/**"))
     for asked in (await desk.ask("deploy"), wider):
-        await desk.decide(asked, approvals=(approval,), required=("sponsor",))
-        assert await desk.refusal_codes(asked) == ["approval_other_request"]
-        assert await desk.is_finding(asked)
+        async with leaves(desk.world, OTHER_REQUEST, bot=desk.bot.name):
+            await desk.decide(asked, approvals=(approval,), required=("sponsor",))
+            assert await desk.refusal_codes(asked) == ["approval_other_request"]
     # Nor where the signature itself names the one and has the digest of the other.
     for fields in (
         {"request": shown.compact, "request_digest": digest(wider.compact)},
         {"request": wider.compact, "request_digest": digest(shown.compact)},
     ):
         asked = await desk.ask("deploy")
-        await desk.decide(asked, approvals=(desk.approval(asked, desk.sam, **fields),), required=("sponsor",))
-        assert await desk.refusal_codes(asked) == ["approval_other_request"]
+        async with leaves(desk.world, OTHER_REQUEST, bot=desk.bot.name):
+            approval = desk.approval(asked, desk.sam, **fields)
+            await desk.decide(asked, approvals=(approval,), required=("sponsor",))
+            assert await desk.refusal_codes(asked) == ["approval_other_request"]
 
 
 async def test_an_approval_opens_its_own_request_once(desk: Desk) -> None:
@@ -50,8 +85,9 @@ async def test_an_approval_opens_its_own_request_once(desk: Desk) -> None:
     approval = desk.approval(asked, desk.sam)
     await desk.decide(asked, approvals=(approval,), required=("sponsor",))
     assert (await desk.answer(asked)).credential is not None
-    await desk.decide(asked, approvals=(approval,), required=("sponsor",))
-    await desk.event("replayed", asked)
+    async with leaves(desk.world, allowed() + REPEATED, bot=desk.bot.name):
+        await desk.decide(asked, approvals=(approval,), required=("sponsor",))
+        await desk.event("replayed", asked)
     assert len([one for one in await desk.records(asked.lease_id) if one.claims.status == "active"]) == 1
 
 
@@ -65,16 +101,16 @@ async def test_an_approval_past_its_end_opens_nothing(desk: Desk) -> None:
             assert (await desk.answer(asked)).credential is not None
         else:
             assert await desk.refusal_codes(asked) == ["approval_expired"]
-            assert not await desk.is_finding(asked)
+            await request_leaves(desk.world, asked_for() + allowed() + PAST, asked.id, bot=desk.bot.name)
 
 
 @pytest.mark.parametrize("verb", ["deploy", "wipe"])
 async def test_allowed_by_a_policy_that_asked_nobody(desk: Desk, verb: str) -> None:
     for fields in ({}, {"required": ()}, {"required": ("sponsor",)}):
         asked = await desk.ask(verb)
-        await desk.decide(asked, **fields)
-        assert await desk.refusal_codes(asked) == ["approval_lacking"]
-        assert await desk.is_finding(asked)
+        async with leaves(desk.world, LACKING, bot=desk.bot.name):
+            await desk.decide(asked, **fields)
+            assert await desk.refusal_codes(asked) == ["approval_lacking"]
 
 
 async def test_a_sponsor_that_changed_between_approval_and_issue(desk: Desk) -> None:
@@ -83,8 +119,9 @@ async def test_a_sponsor_that_changed_between_approval_and_issue(desk: Desk) -> 
     transfer = desk.world.claims(AgentTransfer, desk.sam, agent_id=desk.bot.name, sponsor="sue")
     await desk.world.accepted(transfer, desk.sam)
     assert await desk.world.runtimes["issuer"].tables_caught_up(30)
-    await desk.decide(asked, approvals=(approval,), required=("sponsor",))
-    assert await desk.refusal_codes(asked) == ["approval_stale"]
+    async with leaves(desk.world, STALE, bot=desk.bot.name):
+        await desk.decide(asked, approvals=(approval,), required=("sponsor",))
+        assert await desk.refusal_codes(asked) == ["approval_stale"]
     # Nor does it help to say that the approval was given on what there is now: sam is not the sponsor any more.
     again = await desk.ask("deploy")
     now = desk.revisions.model_copy(update={"agent": 2})
@@ -101,8 +138,9 @@ async def test_two_keys_of_one_person_are_one_person(desk: Desk) -> None:
     second = await second_key(desk.world, "rita", roles=("sponsor", "operator"))
     asked = await desk.ask("deploy")
     approvals = tuple(desk.approval(asked, party) for party in second)
-    await desk.decide(asked, approvals=approvals, required=("second_person", "operator"))
-    assert await desk.refusal_codes(asked) == ["approval_lacking"]
+    async with leaves(desk.world, LACKING, bot=desk.bot.name):
+        await desk.decide(asked, approvals=approvals, required=("second_person", "operator"))
+        assert await desk.refusal_codes(asked) == ["approval_lacking"]
     alone = await desk.ask("deploy")
     given = (desk.approval(alone, desk.sam), desk.approval(alone, second[1]))
     await desk.decide(alone, approvals=given, required=("sponsor", "operator"))
@@ -133,7 +171,7 @@ async def test_an_operator_whose_own_it_is_anyway_is_nobody_else(desk: Desk, rol
             assert (await theirs.answer(asked)).credential is not None
         else:
             assert await theirs.refusal_codes(asked) == ["approval_lacking"]
-            assert await theirs.is_finding(asked)
+            await request_leaves(world, asked_for() + LACKING, asked.id, bot=theirs.bot.name)
 
 
 async def test_who_sponsors_the_agent_that_acts_for_them_gives_the_approval_of_the_sponsor(
@@ -163,8 +201,9 @@ async def test_an_operator_is_not_asked_for_what_is_their_own(world: World) -> N
         asked = await office.ask(WIPE)
         assert (await office.decision(asked)).required == ("sponsor", "operator")
         question = await office.question(asked, world.operator)
-        refusal = await office.refused(await office.approve(question, office.maria))
-        assert refusal == "not_approver"
+        async with leaves(world, approved("maria", BOT) + answer_refused("not_approver", BOT)):
+            refusal = await office.refused(await office.approve(question, office.maria))
+            assert refusal == "not_approver"
         await office.approve(question, office.sam)  # counts, as the sponsor's
         await office.approve(question, world.operator)
         assert (await office.final(asked)).outcome == "allowed"
@@ -181,8 +220,9 @@ async def test_two_keys_of_one_person_answer_once(world: World) -> None:
         await office.records_read()
         asked = await office.ask(WIPE)  # rita could be the sponsor, and the operator
         question = await office.question(asked, one)
-        await office.approve(question, one)
-        assert await office.refused(await office.approve(question, two)) == "approved_already"
+        async with leaves(world, TWICE):
+            await office.approve(question, one)
+            assert await office.refused(await office.approve(question, two)) == "approved_already"
         assert "allowed" not in await office.outcomes(asked)
         await office.approve(question, world.operator)
         assert (await office.final(asked)).outcome == "allowed"
@@ -197,10 +237,11 @@ async def test_an_approval_that_was_given_before_a_denial_and_comes_after_it(wor
         first = await office.approve(question, office.sam)
         await office.approve(question, world.operator, verdict="denied")
         assert codes(await office.final(asked)) == {"approval_denied"}
-        for replayed in (first, kept):
-            await office.send(APPROVAL_RESPONSE, replayed)
-        assert await office.refused(kept) == "already_decided"
-        assert await office.refused(first) == "approval_replayed"
+        async with leaves(world, HELD_BACK):
+            for replayed in (first, kept):
+                await office.send(APPROVAL_RESPONSE, replayed)
+            assert await office.refused(kept) == "already_decided"
+            assert await office.refused(first) == "approval_replayed"
         # Asked anew it is another request, for which neither counts.
         anew = await office.question(await office.ask(WIPE), office.sam)
         old = office.approval(
@@ -237,5 +278,6 @@ async def test_one_request_shown_under_the_name_of_another(world: World) -> None
             await sam.approve(shown[harmless.request_id])
         decision = await office.final(harmless.request_id)
         assert decision.outcome == "allowed"
+        await request_leaves(world, OTHER_NAME, harmful.request_id)
         decisions = [office.opened(r) for r in await world.records(CREDENTIAL_DECISION)]
         assert not [one for one in decisions if one.request_id == harmful.request_id and one.approvals]

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from jsonschema.validators import Draft202012Validator
-from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
 
 from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.ids import digest, lease_id, message_id
@@ -25,46 +23,27 @@ from ringfence.kernel.seal import ReplyKey, seal
 from ringfence.kernel.topics_admin import partitions_of
 from ringfence.kernel.trace import new_traceparent, trace_id
 from ringfence.messages.approval import Approval
-from ringfence.messages.audit import OCSF_VERSION, AuditIntake
+from ringfence.messages.audit import AuditIntake
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Revisions
 from ringfence.messages.lease import EndCause, Lease, RevocationRequest
 from ringfence.messages.registry import AgentSuspend
 from ringfence.messages.topics import (
-    AGENT,
-    APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
     AUDIT,
     AUDIT_INTAKE,
+    AUDITED,
     CREDENTIAL_DECISION,
     CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
-    DEAD_LETTER,
     LEASE,
-    REGISTRY_COMMAND,
-    REVOCATION_ACK,
     REVOCATION_REQUEST,
-    SERVICE_EVENT,
-    TARGET,
-    TASK,
-    USER,
 )
+from tests.ocsf import check_ocsf
 from tests.world import WITHIN_S, Party, World, scope
 
-AUDITED = (
-    REGISTRY_COMMAND, USER, AGENT, TARGET, TASK, CREDENTIAL_REQUEST, CREDENTIAL_DECISION, APPROVAL_REQUEST,
-    APPROVAL_RESPONSE, CREDENTIAL_REPLY, LEASE, REVOCATION_REQUEST, REVOCATION_ACK, SERVICE_EVENT, DEAD_LETTER,
-)  # fmt: skip
 DEPLOY = scope("staging", ("deploy",), ("env/staging/*",))
-SCHEMA = OcsfJsonSchemaEmbedded(get_ocsf_schema(version=OCSF_VERSION))
 QUICK = AuditSettings(linger_ms=10)
-
-
-def check_ocsf(event: dict[str, Any]) -> None:
-    """Fails where an event is not valid OCSF."""
-    name = SCHEMA.lookup_class_name_from_uid(event["class_uid"])
-    schema = SCHEMA.get_class_schema(name, event["metadata"].get("profiles", []))
-    Draft202012Validator(schema).validate(event)
 
 
 @dataclass

@@ -37,6 +37,7 @@ from tests.conftest import Kafka
 from tests.flows.desk import Answer, Asked, Desk, another, opened_desks
 from tests.flows.place import Place
 from tests.stack import WITHIN_S
+from tests.stories import buried, forged, leaves
 from tests.world import DeadLetteredError, Party, Scope, World
 
 
@@ -173,6 +174,12 @@ async def test_no_policy_leaves_out_the_chain(desk: Desk):
         assert "agent_suspended" in await below.refusal_codes(asked)
 
 
+HANDED_ON_AGAIN = """
+    3002 Logon: Failure/Denied message.replayed [replayed] by nobody known, signed by bot for below
+    3002 Logon: Failure/Denied message.replayed [replayed] by registry for below
+"""
+
+
 # --- what the registry refuses, and audit is told ---------------------------------------------------------------------
 
 
@@ -180,14 +187,24 @@ async def test_what_reaches_further_is_refused_with_the_reason(desk: Desk):
     child = await desk.world.agent(f"sub-{uuid.uuid4().hex[:8]}", desk.sue, desk.scope("read"))
     other = (await another(desk)).bot
     narrow = desk.scope("read")
-    refusals = [
-        await command(desk, desk.bot, child, desk.scope("read", resource="**"), parent=str(uuid.uuid4())),
-        await command(desk, desk.bot, child, (*narrow, *_elsewhere(narrow))),
-        await command(desk, desk.bot, child, narrow, not_after=2_000_000_000),
-        await command(desk, desk.bot, desk.bot, narrow),
-        await command(desk, other, child, narrow),
-        await command(desk, desk.sam, child, narrow),
-    ]
+    taken = (
+        (desk.bot, child, "unknown_parent"), (desk.bot, child, "beyond_parent"), (desk.bot, child, "later_than_parent"),
+        (desk.bot, desk.bot, "delegation_loop"), (other, child, "not_task_agent"), (desk.sam, child, "not_task_agent"),
+    )  # fmt: skip
+    story = "".join(
+        f"3004 Create: Requested task.delegate by {by.name}{f' for {to.name}' if by is not to else ''}\n"
+        f"3004 Create: Failure command.refused [{code}] by registry for {to.name}\n"
+        for by, to, code in taken
+    )
+    async with leaves(desk.world, story):
+        refusals = [
+            await command(desk, desk.bot, child, desk.scope("read", resource="**"), parent=str(uuid.uuid4())),
+            await command(desk, desk.bot, child, (*narrow, *_elsewhere(narrow))),
+            await command(desk, desk.bot, child, narrow, not_after=2_000_000_000),
+            await command(desk, desk.bot, desk.bot, narrow),
+            await command(desk, other, child, narrow),
+            await command(desk, desk.sam, child, narrow),
+        ]
     assert [(event.kind, event.reasons[0].code) for event in refusals] == [
         ("refused", "unknown_parent"),
         ("refused", "beyond_parent"),
@@ -206,8 +223,9 @@ def _elsewhere(scope: Scope) -> Scope:
 async def test_a_key_that_is_nobodys_hands_nothing_on(desk: Desk):
     child = await desk.world.agent(f"sub-{uuid.uuid4().hex[:8]}", desk.sue, desk.scope("read"))
     stranger = Party(desk.bot.name, desk.world.party("agent", desk.bot.name).key)
-    with pytest.raises(DeadLetteredError, match="no valid key"):
-        await command(desk, stranger, child, desk.scope("read"))
+    async with leaves(desk.world, forged() + buried()):
+        with pytest.raises(DeadLetteredError, match="no valid key"):
+            await command(desk, stranger, child, desk.scope("read"))
 
 
 async def test_who_is_suspended_hands_nothing_on(desk: Desk):
@@ -225,7 +243,8 @@ async def test_the_same_command_a_second_time_is_a_replay(desk: Desk):
     )
     claims = desk.world.claims(TaskDelegate, desk.bot, parent=desk.task, terms=terms)
     first = await desk.world.command(claims, desk.bot)
-    again = await desk.world.command(claims, desk.bot)
+    async with leaves(desk.world, HANDED_ON_AGAIN, bot=desk.bot.name, below=below.bot.name):
+        again = await desk.world.command(claims, desk.bot)
     assert (first.kind, again.kind) == ("accepted", "replayed")
     assert len([r for r in await desk.world.records(TASK) if r.key == first.result]) == 1
 

@@ -11,8 +11,8 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.kafka import Received
 from ringfence.messages.topics import AUDIT
 from tests.contract.test_sigma import matches
-from tests.flows.test_audit import check_ocsf
 from tests.flows.test_policy import DEPLOY, Office
+from tests.ocsf import check_ocsf
 from tests.world import World, scope
 
 # Nobody could read so slowly: how long the approval takes on this machine is no part of the test.

@@ -16,9 +16,20 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.gating import HUB, PARTNER, Proxy, action, gateway, handle, hub, leased, secret_in
+from tests.stories import is_told
 from tests.world import World
 
 A = f"https://{HUB}/a/x"
+
+
+DID = {
+    "GET": "Read",
+    "HEAD": "Read",
+    "POST": "Create",
+    "PUT": "Update",
+    "PATCH": "Update",
+    "DELETE": "Delete",
+}
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +128,12 @@ async def test_out_of_scope_is_blocked_and_reported(
     assert event.reasons[0].code == code
     assert event.access == ("read" if method == "GET" else "write")
     assert problem["instance"] == f"urn:uuid:{event.action_id}"
+    every = f"{code} {side}" if side else code
+    user = f"u-{desk.bot.name.removesuffix('-h')}"
+    if code == "beyond_scope":  # nobody allows it
+        every += ", beyond_scope ceiling:bot, beyond_scope entitlements:user, beyond_lease lease"
+    said = f"6003 {DID[method]}: Failure/Denied action.denied [{every}] by bot"
+    await is_told(desk.world, said, {"action": event.action_id}, bot=desk.bot.name, user=user)
 
 
 async def test_it_says_how_to_ask_for_what_is_lacking(desk: Desk, proxy: Proxy) -> None:
@@ -141,6 +158,8 @@ async def test_a_stolen_handle_is_refused_and_attributed(
     event = await action(desk.world, agent_id=thief.bot.name)
     assert (event.allowed, event.lease_id) == (False, lease)
     assert desk.bot.name in event.reasons[0].message
+    said = "6003 Read: Failure/Denied action.by_another [handle_other_agent] by thief"
+    await is_told(desk.world, said, {"agent": thief.bot.name, "lease": lease}, thief=thief.bot.name)
 
     for authorization, dpop, code in (
         (f"DPoP {lease}", None, "proof_missing"),

@@ -34,6 +34,7 @@ from tests.flows.gating import HUB, RULES, VERBS, action, gateway
 from tests.flows.sdk import READ, client
 from tests.flows.yard import Given, Yard, fresh
 from tests.oidc import TokenIssuer
+from tests.stories import leaves
 from tests.world import WITHIN_S, Party, World, scope
 
 ASK: dict[str, Any] = {
@@ -207,7 +208,10 @@ async def test_a_token_is_good_for_one_key(yard: Yard) -> None:
     agent = await yard.agent(yard.selector("kubernetes"))
     key, thief, token = fresh(agent), fresh(agent), yard.token("kubernetes")
     first = await yard.enrol(agent, token, key)
-    assert await refused(yard, agent, token, thief) == "token_replayed"
+    async with leaves(
+        yard.world, "2004 Create: New token.replayed [token_replayed] by registry for bot", bot=agent.name
+    ):
+        assert await refused(yard, agent, token, thief) == "token_replayed"
     event = await yard.world.event_where(lambda e: e.kind == "finding" and e.agent_id == agent.name)
     assert event.reasons[0].code == "token_replayed"
     again = await yard.enrol(agent, token, key)

@@ -28,6 +28,7 @@ from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_desks
+from tests.stories import buried, forged, leaves
 from tests.world import WITHIN_S, Party, World, scope
 
 QUICK: dict[ServiceRole, Any] = {"revoker": RevokerSettings(visibility_ms=300, outbox_age_ms=200)}
@@ -180,8 +181,9 @@ async def test_an_agent_gives_nobody_a_key(desk: Desk) -> None:
     claims = desk.world.claims(
         AgentRotateKey, desk.bot, agent_id=desk.bot.name, key=mine.key_record(), overlap_s=60
     )
-    with pytest.raises(AssertionError, match="key_unknown"):
-        await desk.world.command(claims, desk.bot)
+    async with leaves(desk.world, forged() + buried()):
+        with pytest.raises(AssertionError, match="key_unknown"):
+            await desk.world.command(claims, desk.bot)
 
 
 # --- the other steps --------------------------------------------------------------------------------------------------

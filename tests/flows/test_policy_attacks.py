@@ -33,8 +33,51 @@ from ringfence.policy.settings import PolicySettings
 from ringfence.rego.embedded import EmbeddedEngine
 from tests.flows.test_policy import DEPLOY, EVERYTHING, READ, Asked, Office, codes
 from tests.policy.bundles import ALLOWS, write
+from tests.stories import (
+    allowed,
+    answer_refused,
+    approved,
+    asked_for,
+    leaves,
+    refused_by_issuer,
+    refused_by_policy,
+    request_leaves,
+    waits,
+)
 from tests.world import WITHIN_S, Party, World, scope
 
+BOT = "deploy-bot"
+ROLLED_BACK = """
+    3004 Refuse Record: Failure record.revision_fell [revision_fell] by nobody known, signed by registry for deploy-bot
+    ~3002 Finding: Failure finding [revision_fell] by registry for deploy-bot
+    ~3002 Finding: Failure finding [revision_fell] by policy for deploy-bot
+    ~3002 Repeat: Success message.repeated by nobody known, signed by registry for deploy-bot
+"""
+"""The registry puts its own record back, for whoever reads the topic after compaction."""
+BEYOND_CEILING = asked_for(BOT) + refused_by_policy("beyond_scope ceiling:deploy-bot", BOT)
+OTHER_RULES = (
+    asked_for(BOT)
+    + waits("policy, ttl_shortened", BOT)
+    + approved("sam", BOT)
+    + refused_by_policy("approval_stale", BOT)
+)
+BEYOND_USER = asked_for(BOT) + refused_by_policy("beyond_scope entitlements:maria", BOT)
+LYING_POLICY = refused_by_issuer("beyond_scope entitlements:maria", BOT)
+USED = "2004 Create: New/Allowed break_glass.used by deploy-bot"
+LENT_BY_NOBODY = """
+    3004 Create: Requested task.assign by maria for deploy-bot
+    3004 Create: Failure command.refused [on_behalf_of_unsigned] by registry for deploy-bot
+"""
+WIDENED_HERSELF = """
+    3004 Update: Requested user.set by maria
+    3004 Update: Failure command.refused [not_operator] by registry
+"""
+WHY = {
+    "suspend": "agent_suspended", "ceiling": "beyond_scope ceiling:bot", "sponsor": "agent_orphaned",
+    "task": "task_ended", "entitlements": "beyond_scope entitlements:maria", "user": "user_disabled",
+    "floor": "approval_lacking", "target": "target_removed",
+}  # fmt: skip
+"""What an issuer says to what was allowed before a change."""
 STRICT = """
 decision := {"allow": true, "deny": [], "approvals": ["sponsor"], "max_ttl_s": 60}
 """
@@ -49,10 +92,15 @@ async def test_a_record_that_is_rolled_back_gives_nothing_back(world: World):
         wide = await world.consume_until(AGENT, lambda r: r.key == "deploy-bot")
         narrow = world.claims(AgentSetCeiling, office.sam, agent_id="deploy-bot", ceiling=READ)
         await world.accepted(narrow, office.sam)
-        await world.send(AGENT, "deploy-bot", wide.value)
-        finding = await world.event_where(lambda e: e.kind == "finding" and e.iss == world.key("policy").id)
-        assert "revision" in finding.reasons[0].message
-        decision = await office.final(await office.ask(DEPLOY))
+        async with leaves(world, ROLLED_BACK):
+            await world.send(AGENT, "deploy-bot", wide.value)
+            finding = await world.event_where(
+                lambda e: e.kind == "finding" and e.iss == world.key("policy").id
+            )
+            assert "revision" in finding.reasons[0].message
+        asked = await office.ask(DEPLOY)
+        decision = await office.final(asked)
+        await request_leaves(world, BEYOND_CEILING, asked.id)
         assert (decision.outcome, codes(decision)) == ("denied", {"beyond_scope"})
         assert {reason.side for reason in decision.reasons} == {"ceiling:deploy-bot"}
 
@@ -72,6 +120,7 @@ async def test_a_bundle_that_is_rolled_back_takes_no_approval_that_another_asked
         await office.approve(question, office.sam)
         decision = await office.final(asked)
         assert (decision.outcome, codes(decision)) == ("denied", {"approval_stale"})
+        await request_leaves(world, OTHER_RULES, asked.id)
 
 
 # --- a change between every two steps ---
@@ -114,6 +163,14 @@ class Case:
         leases = [record for record in await world.records(LEASE) if record.key == lease_id(asked.id)]
         assert leases == []
         return by, {reason.code for reason in reasons}
+
+    async def told(self, asked: Asked, story: str) -> None:
+        """Fails unless this is all that is told of the request."""
+        office = self.office
+        mine = {
+            name: f"{name}-{self.target.removeprefix('target-')}" for name in ("bot", "sam", "petra", "maria")
+        }
+        await request_leaves(office.world, story, asked.id, **mine, target=self.target)
 
 
 VERBS = (VerbFloor(verb="read"), VerbFloor(verb="deploy", floor="sponsor"))
@@ -226,6 +283,7 @@ async def test_a_change_while_the_rules_are_evaluated(world: World, monkeypatch:
             let_go[name].set()
             by, why = await one.came_to_nothing(asked)
             assert why, (name, by)
+            await one.told(asked, asked_for() + allowed() + refused_by_issuer(WHY[name], finding=False))
 
 
 async def test_a_change_while_an_approval_is_waited_for(world: World):
@@ -240,7 +298,13 @@ async def test_a_change_while_an_approval_is_waited_for(world: World):
                 await one.office.approve(question, one.office.petra)
             by, why = await one.came_to_nothing(asked)
             assert by == "policy", name
-            assert why & {"approval_stale", "not_approver", "target_unknown"} or why, name
+            assert why, name
+            no = (
+                answer_refused("not_approver") * 2
+                if name == "sponsor"
+                else refused_by_policy("approval_stale")
+            )
+            await one.told(asked, asked_for() + waits("floor") + approved("sam") + no)
 
 
 async def test_a_change_between_the_decision_and_the_issue(world: World):
@@ -265,6 +329,11 @@ async def test_a_change_between_the_decision_and_the_issue(world: World):
                 for request in asked:
                     by, why = await one.came_to_nothing(request)
                     assert (by, bool(why)) == ("issuer", True), name
+                    approval = waits("floor") + approved("sam") if request is asked[1] else ""
+                    reason = "approval_stale" if name == "floor" and request is asked[1] else WHY[name]
+                    await one.told(
+                        request, asked_for() + approval + allowed() + refused_by_issuer(reason, finding=False)
+                    )
             # It was not for want of anything else.
             await world.consume_until(LEASE, lambda r: r.key == lease_id(good.id))
 
@@ -291,7 +360,8 @@ async def test_a_reader_changes_nothing_in_production_by_any_way(world: World, t
 
         # Policy, whatever its rules say; also by break glass, which asks nobody then.
         for flag in (None, True):
-            decision = await office.final(await office.ask(production, break_glass=flag))
+            async with leaves(world, BEYOND_USER):
+                decision = await office.final(await office.ask(production, break_glass=flag))
             assert (decision.outcome, codes(decision)) == ("denied", {"beyond_scope"})
             assert {reason.side for reason in decision.reasons} == side
         # Hidden among what is allowed, by a glob, or by another spelling.
@@ -324,11 +394,15 @@ async def test_a_reader_changes_nothing_in_production_by_any_way(world: World, t
                 **fields, "source": honest.source, "revisions": honest.revisions, "outcome": "allowed", "ttl_s": 60,
                 "approvals": tuple(approvals),
             })  # fmt: skip
-            await world.send(CREDENTIAL_DECISION, office.bot.name, sign(forged, policy.key))
             one = Case(office, "platform")
-            event = await world.event_where(
-                lambda e: e.kind == "finding" and e.request_id == asked.id and e.iss == world.key("issuer").id
-            )
+            said = USED if more else allowed(BOT)
+            async with leaves(world, said + LYING_POLICY):
+                await world.send(CREDENTIAL_DECISION, office.bot.name, sign(forged, policy.key))
+                event = await world.event_where(
+                    lambda e: (
+                        e.kind == "finding" and e.request_id == asked.id and e.iss == world.key("issuer").id
+                    )
+                )
             assert {reason.side for reason in event.reasons} == side
             assert [r for r in await world.records(LEASE) if r.key == lease_id(asked.id)] == []
             assert (await one.came_to_nothing(asked))[0] == "policy"
@@ -347,10 +421,12 @@ async def test_a_reader_changes_nothing_in_production_by_any_way(world: World, t
         assert answer["decision"] is False
 
         # The registry: nobody lends her their entitlements without signing for it, and she gives herself none.
-        terms_by = await world.command(_assign(world, office, admin, on_behalf_of="sam"), office.maria)
-        assert terms_by.kind == "refused"
-        widen = world.user_set(office.maria, office.maria, entitlements=admin)
-        assert (await world.command(widen, office.maria)).kind == "refused"
+        async with leaves(world, LENT_BY_NOBODY):
+            terms_by = await world.command(_assign(world, office, admin, on_behalf_of="sam"), office.maria)
+            assert terms_by.kind == "refused"
+        async with leaves(world, WIDENED_HERSELF):
+            widen = world.user_set(office.maria, office.maria, entitlements=admin)
+            assert (await world.command(widen, office.maria)).kind == "refused"
         # What she may do her agent may do.
         assert (await office.final(await office.ask(scope("platform", ["read"], ["x"])))).outcome == "allowed"
 

@@ -42,9 +42,31 @@ from ringfence.messages.topics import (
 from ringfence.messages.trust import ServiceRole
 from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.test_policy import DEPLOY, EVERYTHING, READ, Office, codes
-from tests.world import Party, World
+from tests.stories import asked_for, buried, forged, leaves, request_leaves, sent
+from tests.world import WITHIN_S, Party, World
 
 ROLES: tuple[ServiceRole, ...] = get_args(ServiceRole)
+
+
+FORGED_RECORD = (
+    forged()
+    + """
+    ~3002 Finding: Failure finding [key_unknown] by registry for deploy-bot
+    ~3002 Finding: Failure finding [key_unknown] by policy for deploy-bot
+    ~3002 Repeat: Success message.repeated by nobody known, signed by registry for deploy-bot
+"""
+)
+SELF_WIDENED = """
+    3004 Update: Requested user.set by olga
+    3004 Update: Failure command.refused [self_widening] by registry
+"""
+PUT_BACK = "3004 Repeat: Success trust.repeated by root"
+WRITTEN_OVER = {
+    "garbage": forged("not_a_jws"),
+    "a tombstone": forged("tombstone"),
+    "an older bundle": "3004 Refuse Record: Failure trust.version_fell [version_fell] by root\n",
+    "another root's": forged("signature_invalid"),
+}
 
 
 def but(*roles: ServiceRole) -> list[ServiceRole]:
@@ -72,6 +94,7 @@ async def said_by_each(desk: Desk) -> list[tuple[Topic[Any], str]]:
     """What services that are taken over sign of what they have no say in: where to, and the message."""
     world = desk.world
     asked = await desk.ask("read")
+    await desk.answer(asked)
     everything = Selector(agent_id=desk.bot.name)
     said: list[tuple[Topic[Any], str]] = []
     for role in ROLES:
@@ -101,11 +124,13 @@ async def test_no_service_speaks_for_another(world: World):
     """Nor for a person, nor for an agent: whatever the key of one signs beyond its own part is dead-lettered."""
     async with opened_desks(world) as first, world.running("policy", "issuer", "revoker"):
         desk = await another(first)
-        places = [await world.send(topic, desk.bot.name, jws) for topic, jws in await said_by_each(desk)]
-        assert len(places) == (len(ROLES) - 1) + (len(ROLES) - 2) + 5 * len(ROLES)
-        for place in places:
-            letter = await letter_at(world, place)
-            assert letter.code in ("key_unknown", "signature_invalid"), letter
+        said = await said_by_each(desk)
+        assert len(said) == (len(ROLES) - 1) + (len(ROLES) - 2) + 5 * len(ROLES)
+        async with leaves(world, f"~{forged()}~{buried()}" * len(said)):
+            places = [await world.send(topic, desk.bot.name, jws) for topic, jws in said]
+            for place in places:
+                letter = await letter_at(world, place)
+                assert letter.code in ("key_unknown", "signature_invalid"), letter
         await desk.issued("read")
         ok = await world.command(
             world.claims(UserDisable, world.operator, user_id="sue", reason="x"), world.operator
@@ -121,10 +146,11 @@ async def test_no_other_service_writes_records(world: World, role: ServiceRole):
         mine = last_of(await world.records(AGENT), office.bot.name)
         record = world.opened(mine, AgentRecord, "registry")
         forged = record.model_copy(update={"iss": world.key(role).id, "revision": record.revision + 1})
-        place = await world.send(AGENT, office.bot.name, sign(forged, world.key(role)))
-        event = await world.event_where(
-            lambda e: e.kind == "finding" and e.source == place and e.iss == world.key("policy").id
-        )
+        async with leaves(world, FORGED_RECORD):
+            place = await world.send(AGENT, office.bot.name, sign(forged, world.key(role)))
+            event = await world.event_where(
+                lambda e: e.kind == "finding" and e.source == place and e.iss == world.key("policy").id
+            )
         assert event.reasons[0].code == "key_unknown"
         assert (await office.final(await office.ask(READ))).outcome == "allowed"
 
@@ -188,9 +214,11 @@ async def test_an_operator_whom_the_registry_makes_up_is_nobody(world: World):
         assert isinstance(state, UserState)
         made_up = olga.model_copy(update={"sub": eve.id, "state": state, "jti": "made-up", "revision": 1})
         await world.send(USER, "eve", sign(made_up, world.key("registry")))
-        claims = world.claims(UserDisable, eve, user_id="sam", reason="x")
-        letter = await letter_at(world, await world.send_command(claims, eve))
-        assert letter.code == "key_unknown"
+        assert await world.runtimes["registry"].tables_caught_up(WITHIN_S)
+        async with leaves(world, forged("chain_broken") + buried("chain_broken")):
+            claims = world.claims(UserDisable, eve, user_id="sam", reason="x")
+            letter = await letter_at(world, await world.send_command(claims, eve))
+            assert letter.code == "chain_broken"
         assert not (await world.get("policy", "/v1/approvals", eve)).is_success
         assert (await office.final(await office.ask(READ))).outcome == "allowed"
 
@@ -211,7 +239,8 @@ async def test_an_operator_raises_nothing_of_their_own(world: World, what: str):
                 update={"entitlements": younger}
             ),
         }[what]
-        event = await world.command(asked, olga)
+        async with leaves(world, SELF_WIDENED):
+            event = await world.command(asked, olga)
         assert (event.kind, event.reasons[0].code) == ("refused", "self_widening")
         record = world.opened(last_of(await world.records(USER), olga.name), UserRecord, "registry")
         assert isinstance(record.state, UserState)
@@ -229,8 +258,10 @@ async def test_an_expired_bundle_denies_and_says_why_until_the_next_one(world: W
         ending = world.make_bundle(2).model_copy(update={"exp": int(time.time()) + 2})
         await world.publish_trust(ending)
         await world.until(lambda: time.time() > ending.exp or None, "its end")
-        denied = await office.final(await office.ask(READ))
+        asked = await office.ask(READ)
+        denied = await office.final(asked)
         assert codes(denied) == {"stale_view"}
+        await request_leaves(world, asked_for("deploy-bot") + sent("deploy-bot"), asked.id)
         assert "trust bundle 2 expired" in denied.reasons[0].message
         (why, *_) = (await world.get("policy", "/readyz")).json()["denies"]
         assert "--renew" in why
@@ -254,6 +285,7 @@ async def test_a_bundle_that_was_written_over_is_put_back(world: World, over: st
             "an older bundle": sign(world.bundle, world.root.key, header_jwk=True),
             "another root's": sign(bundle, thief, header_jwk=True),
         }
-        sent = await world.send(TRUST, "2", values[over])
-        await world.consume_until(TRUST, lambda r: r.offset > sent.offset and r.value == mine)
+        async with leaves(world, WRITTEN_OVER[over] + PUT_BACK):
+            sent = await world.send(TRUST, "2", values[over])
+            await world.consume_until(TRUST, lambda r: r.offset > sent.offset and r.value == mine)
         assert world.runtimes["registry"].trust.version == 2

@@ -17,7 +17,7 @@ from ringfence.messages.topics import AUDIT, SERVICE_EVENT
 from ringfence.model.audit_chain import Source
 from tests.brokers import KafkaServer, start_kafka
 from tests.conftest import needed
-from tests.contract.test_ocsf import problems
+from tests.ocsf import problems
 from tests.siem import Kcat, Rsyslog, Sink, broken_links, once_each
 from tests.world import Party, World, scope
 

@@ -618,6 +618,28 @@ async def test_a_revocation_of_a_lease_names_what_it_ends(office: Office) -> Non
     assert (ended["actor"]["user"]["name"], ended["unmapped"]["cause"]) == ("sam", "revocation")
 
 
+async def test_orders_and_confirmations_of_services_that_are_given_again_are_no_alarm(office: Office) -> None:
+    """They are signed anew, with the same id. What a person signs is another message then, whoever put it there."""
+    revoker, gateway = office.key("service", "revoker"), office.key("service", "gateway")
+    sam = office.key("user", "sam")
+    order = {"kind": "revocation", "lease_id": office.task, "reason": "x", "jti": "j"}
+    told = []
+    for topic, model, by, fields in (
+        (REVOCATION_REQUEST, RevocationRequest, revoker, order),
+        (REVOCATION_REQUEST, RevocationRequest, sam, order),
+        (REVOCATION_ACK, RevocationAck, gateway, {"revocation_id": "r", "cut_at_ms": 1, "jti": "j"}),
+    ):
+        for iat in (1, 2):
+            claims = office.claims(model, by, **{**fields, "iat": office.now_ms // 1000 + iat})
+            told.append(await office.event(office.signed(topic, claims, by)))
+    assert steps(told)[1::2] == ["message.repeated", "message.replayed", "message.repeated"]
+    other = office.claims(
+        RevocationRequest, revoker, **{**order, "lease_id": None, "selector": Selector(all=True)}
+    )
+    again = await office.event(office.signed(REVOCATION_REQUEST, other, revoker))
+    assert steps([again]) == ["message.replayed"], "another order under the same id"
+
+
 async def test_a_stranger_revokes_in_nobodys_name(office: Office) -> None:
     thief = SigningKey.generate(office.key("user", "sam").id)
     ask = office.claims(RevocationRequest, thief, kind="revocation", lease_id=office.task, reason="mischief")

@@ -62,37 +62,30 @@ _SAID: Final[Mapping[str, str]] = {
 
 
 def acted(
-    record: Received, claims: ActionDecided, lease: LeaseFacts | None, sponsor: str | None, trust_domain: str
+    record: Received,
+    claims: ActionDecided,
+    lease: LeaseFacts | None,
+    about: Mapping[str, Any],
+    trust_domain: str,
 ) -> Event:
     """One request of an agent, let pass or not.
 
     Args:
         lease: that it went by, or whose handle was shown, where audit has seen it.
-        sponsor: the agent's.
+        about: the words of that lease where it is the agent's own; else of its task, or of the agent alone.
         trust_domain: of the agents.
     """
     agent = claims.agent_id
     own_lease = lease is not None and lease.agent == agent
     words: dict[str, Any] = {
-        "agent": agent,
-        "act": list(claims.act) if claims.act else None,
-        "sponsor": sponsor,
-        "on_behalf_of": lease.on_behalf_of if lease is not None and own_lease else None,
-        "task": claims.task_id,
-        "request": lease.request_id if lease is not None and own_lease else None,
-        "lease": claims.lease_id,
+        **_said(claims, about),
         "lease_agent": lease.agent if lease is not None and not own_lease else None,
-        "target": claims.target_id,
-        "action": claims.action_id,
-        "verb": claims.verb,
-        "resource": claims.resource,
         "access": claims.access,
         "method": claims.method,
         "request_digest": claims.request_digest,
         "latency_us": claims.latency_us,
         "label": claims.label,
         **_asked(claims),
-        "decided_by": claims.gateway,
         "outcome": _outcome(claims),
         "verified": {"by": None},
     }
@@ -117,31 +110,24 @@ def acted(
         own,
         words,
         key=agent or record.topic.what,
-        correlation=words["request"] or claims.task_id,
+        correlation=words.get("request") or claims.task_id,
         reasons=claims.reasons,
         traceparent=claims.traceparent or (lease.traceparent if lease is not None and own_lease else None),
     )
 
 
 def answered(
-    record: Received, claims: ActionAnswered, lease: LeaseFacts | None, sponsor: str | None, trust_domain: str
+    record: Received,
+    claims: ActionAnswered,
+    lease: LeaseFacts | None,
+    about: Mapping[str, Any],
+    trust_domain: str,
 ) -> Event:
     """What came of a request at an endpoint of MCP, once it was let pass. Arguments as for `acted`."""
     agent = claims.agent_id
     own_lease = lease if lease is not None and lease.agent == agent else None
     words: dict[str, Any] = {
-        "agent": agent,
-        "act": list(claims.act) if claims.act else None,
-        "sponsor": sponsor,
-        "on_behalf_of": own_lease.on_behalf_of if own_lease is not None else None,
-        "task": claims.task_id,
-        "request": own_lease.request_id if own_lease is not None else None,
-        "lease": claims.lease_id,
-        "target": claims.target_id,
-        "action": claims.action_id,
-        "verb": claims.verb,
-        "resource": claims.resource,
-        "decided_by": claims.gateway,
+        **_said(claims, about),
         "answer": claims.answer,
         "http_status": claims.http_status,
         "rpc_code": claims.rpc_code,
@@ -165,9 +151,28 @@ def answered(
         own,
         words,
         key=agent or record.topic.what,
-        correlation=words["request"] or claims.task_id,
+        correlation=words.get("request") or claims.task_id,
         traceparent=claims.traceparent or (own_lease.traceparent if own_lease is not None else None),
     )
+
+
+def _said(claims: ActionDecided | ActionAnswered, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What both kinds say, over what is known of the lease, the task or the agent. The digest of the credential's
+    request is not among it: `request_digest` is that of the agent's request here.
+    """
+    act = list(claims.act) if claims.act else [claims.agent_id] if claims.agent_id else None
+    return {
+        **{name: value for name, value in about.items() if name != "request_digest"},
+        "agent": claims.agent_id,
+        "act": act,
+        "task": claims.task_id,
+        "lease": claims.lease_id,
+        "target": claims.target_id,
+        "action": claims.action_id,
+        "verb": claims.verb,
+        "resource": claims.resource,
+        "decided_by": claims.gateway,
+    }
 
 
 def _asked(claims: ActionDecided) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ringfence.kernel.kafka import Received
 from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
-from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
+from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, TRUST
 from ringfence.model.alarms import report_alarms
 from ringfence.model.audit_chain import loaded
 from ringfence.model.directory import TABLES, Directory
@@ -44,6 +44,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         settle_ms=own.settle_ms,
     )
     directory.on_change(handlers.on_change)
+    runtime.history([TRUST], handlers.bundles.on_records, since_ms=0, linger_ms=own.linger_ms)
     runtime.table(TABLES, directory.on_records)
     proofs = ProofStore(
         runtime.trust, settings.state_dir / own.tree_file if settings.state_dir is not None else None

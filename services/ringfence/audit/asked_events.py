@@ -41,12 +41,11 @@ ANSWERS: Final[Mapping[str, Step]] = {
 def asked(
     record: Received,
     claims: ActionRequest,
-    sponsor: str | None,
-    request: str | None,
+    about: Mapping[str, Any],
     verified: dict[str, Any],
 ) -> Event:
-    """A gateway asked about one action. `request`: for the credential that it goes by, where audit knows the lease."""
-    words = {**_words(claims, sponsor, request), "asked": record.key, "verified": verified}
+    """A gateway asked about one action. `about`: the words of the lease that it goes by, or else of its agent."""
+    words = {**_words(claims, about), "asked": record.key, "verified": verified}
     message = f"{record.key} was asked about {_what(claims)}"
     return event(
         record,
@@ -55,7 +54,7 @@ def asked(
         _own(claims),
         words,
         key=claims.agent_id,
-        correlation=request or claims.task_id,
+        correlation=about.get("request") or claims.task_id,
     )
 
 
@@ -63,11 +62,10 @@ def answered(
     record: Received,
     claims: ActionApproval,
     asked: ActionRequest | None,
-    sponsor: str | None,
-    request: str | None,
+    about: Mapping[str, Any],
     verified: dict[str, Any],
 ) -> Event:
-    """A person said yes or no to one action. `asked`: what they signed, where a gateway signed that."""
+    """A person said yes or no to one action. `asked`: what they signed, where a gateway did; `about` as there."""
     who, comment = user_of(claims.iss), scrubbed(claims.comment) if claims.comment else None
     verb = "approved" if claims.verdict == "approved" else "denied"
     message = f"{who['name']} {verb} " + (
@@ -75,11 +73,7 @@ def answered(
     )
     own = _own(asked) if asked is not None else {"user": UNKNOWN_USER, "privileges": []}
     words = {
-        **(
-            _words(asked, sponsor, request)
-            if asked is not None
-            else {"agent": claims.agent_id, "sponsor": sponsor}
-        ),
+        **(_words(asked, about) if asked is not None else {**about, "agent": claims.agent_id}),
         "outcome": claims.verdict,
         "approvers": [who["name"]] if claims.verdict == "approved" else None,
         "comment": comment,
@@ -92,7 +86,7 @@ def answered(
         {**own, "actor": {"user": who}},
         words,
         key=claims.agent_id,
-        correlation=request or (asked.task_id if asked is not None else None),
+        correlation=about.get("request") or (asked.task_id if asked is not None else None),
     )
 
 
@@ -110,12 +104,11 @@ def _own(claims: ActionRequest) -> dict[str, Any]:
     }
 
 
-def _words(claims: ActionRequest, sponsor: str | None, request: str | None) -> dict[str, Any]:
+def _words(claims: ActionRequest, about: Mapping[str, Any]) -> dict[str, Any]:
     return {
+        **about,
         "agent": claims.agent_id,
-        "sponsor": sponsor,
         "task": claims.task_id,
-        "request": request,
         "lease": claims.lease_id,
         "target": claims.target_id,
         "action": claims.action_id,

@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_args
 from pydantic import ValidationError
 
 from ringfence.audit.domain import LeaseFacts, Recent, RequestFacts, SeenMessages, Sighting
-from ringfence.audit.ocsf import in_words, permission, privileges, scrubbed
+from ringfence.audit.ocsf import in_words, permission, privileges, scrubbed, user_of
 from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import derived_id, digest, message_id
@@ -24,7 +24,7 @@ from ringfence.kernel.trust import TrustStore
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
 from ringfence.messages.base import Claims, ExpiringClaims, Message
 from ringfence.messages.credential import CredentialRequest
-from ringfence.messages.lease import Lease, RevocationRequest
+from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.registry import AnyRecord, TaskAssign, TaskState
 from ringfence.messages.trust import ServiceRole
 from ringfence.model.chains import BY_AGENTS, COMMAND_OF_TYP, ChainError
@@ -41,13 +41,28 @@ P = TypeVar("P", bound=Message)
 _REMEMBERED_BYTES, _REMEMBERED_PERMISSIONS = 16 * 1024, 16
 """What is larger is verified again where it is embedded: it must not fill the memory."""
 _ALL_ROLES: tuple[ServiceRole, ...] = get_args(ServiceRole)
-_MAY_REVOKE: tuple[ServiceRole, ...] = ("revoker", "registry", "issuer", "gateway")
+_MAY_REVOKE: tuple[ServiceRole, ...] = ("revoker", "registry")
 
 
 _OF_ORDERS = (
-    "revocation", "cause", "selector", "lease", "agent", "task", "sponsor", "on_behalf_of", "request", "target",
+    "revocation", "cause", "selector", "lease", "agent", "act", "delegators", "task", "sponsor", "on_behalf_of",
+    "request", "request_digest", "policy_revision", "target",
 )  # fmt: skip
 """What an event about an order says that is true of its confirmations too."""
+
+
+def _mark(signed: Believed[Any]) -> str:
+    """What tells two messages of one id apart: the signature, but for what is the same though it was signed anew."""
+    match signed.claims:
+        case Lease() as lease if lease.epoch is not None:
+            return digest(statement(lease))  # a revoker says an end again in a later epoch
+        case RevocationAck() as ack:
+            return ack.revocation_id  # a gateway confirms an order wherever it stands again
+        case RevocationRequest() as order if user_of(order.iss)["type"] == "System":
+            # A revoker that does not know whether it gave an order gives it again.
+            return digest(order.model_dump_json(exclude={"iat"}))
+        case _:
+            return signed.compact[-43:]
 
 
 class OutdatedError(InvalidMessageError):
@@ -221,12 +236,7 @@ class Believer:
 
     def seen_before(self, record: Received, signed: Believed[Any]) -> tuple[Sighting, bool] | None:
         """Where the same message was seen first, and whether it is the same to the letter; None the first time."""
-        claims = signed.claims
-        # A revoker says an end again in a later epoch: that is the same record, signed anew.
-        anew = isinstance(claims, Lease) and claims.epoch is not None
-        here = Sighting(
-            record.partition, record.offset, digest(statement(claims)) if anew else signed.compact[-43:]
-        )
+        here = Sighting(record.partition, record.offset, _mark(signed))
         first = self._seen.first(record.topic.what, signed.claims.iss, signed.claims.jti, here)
         return None if first is None else (first, first.signature == here.signature)
 
@@ -301,6 +311,7 @@ class Believer:
         """Take down whom a verified grant is about; in the words of events."""
         words = {
             "agent": claims.agent_id,
+            "act": list(self._act(claims.agent_id, claims.task_id)),
             "task": claims.task_id,
             "sponsor": self.sponsor_of(claims.agent_id),
             "on_behalf_of": self._on_behalf_of(claims.task_id),

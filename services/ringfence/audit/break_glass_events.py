@@ -40,6 +40,7 @@ NO_DENIALS = frozenset({"break_glass", "ttl_shortened"})
 """What stands among the reasons of such a decision beside the denials that were outweighed."""
 _TITLE = "Break glass: a credential that policy denied"
 _OF_USE = ("agent", "act", "task", "on_behalf_of", "sponsor", "target", "permissions")
+_OF_REQUEST = ("request_digest", "policy_revision", "instance")
 
 
 def used(
@@ -84,7 +85,7 @@ def reviewed(
         "comment": note,
     }
     words = {
-        **{name: (use or {}).get(name) for name in _OF_USE},
+        **{name: (use or {}).get(name) for name in (*_OF_USE, *_OF_REQUEST)},
         "agent": claims.agent_id,
         "request": claims.request_id,
         "decision_digest": claims.decision_digest,

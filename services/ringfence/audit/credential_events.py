@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ringfence.audit import break_glass_events
+from ringfence.audit.about import delegators_of
 from ringfence.audit.domain import LeaseFacts, RequestFacts
 from ringfence.audit.ocsf import (
     ALLOWED,
@@ -33,7 +34,7 @@ from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import parse
 from ringfence.messages.approval import Approval, ApprovalRequest, Grant
 from ringfence.messages.credential import CredentialDecision, Reason
-from ringfence.messages.lease import Delegator, Lease, LeaseStatus, RevocationAck, RevocationRequest, Selector
+from ringfence.messages.lease import Lease, LeaseStatus, RevocationAck, RevocationRequest, Selector
 from ringfence.model.grants import id_of
 
 if TYPE_CHECKING:
@@ -268,7 +269,9 @@ def _sealed(
         "user": user_of(facts.signer) if facts is not None else UNKNOWN_USER,
         "privileges": facts.privileges if facts is not None else [],
     }
-    known = _words(facts) if facts is not None else {"request": request_id}
+    known: dict[str, Any] = {"request": request_id}
+    if facts is not None:
+        known = {**_words(facts), "policy_revision": facts.policy_revision}
     words = {**known, **(more or {}), "verified": {"by": None}}
     return event(
         record,
@@ -354,8 +357,13 @@ def leased(
     )
 
 
-def lease_void(record: Received, claims: Lease, lease: LeaseFacts, verified: dict[str, Any]) -> Event:
-    """A revoker's record of a lease arrived after Redis had been rebuilt without it: it ends nothing."""
+def lease_void(
+    record: Received, claims: Lease, lease: LeaseFacts, about: Mapping[str, Any], verified: dict[str, Any]
+) -> Event:
+    """A revoker's record of a lease arrived after Redis had been rebuilt without it: it ends nothing.
+
+    `about`: the words of the lease.
+    """
     signer = user_of(claims.iss)
     own: dict[str, Any] = {
         "user": user_of(_agent_id(claims.aud, claims.agent_id)),
@@ -364,14 +372,9 @@ def lease_void(record: Received, claims: Lease, lease: LeaseFacts, verified: dic
         "privileges": lease.privileges,
     }
     words: dict[str, Any] = {
-        "agent": claims.agent_id,
-        "task": claims.task_id,
-        "sponsor": claims.sponsor,
-        "on_behalf_of": claims.on_behalf_of,
-        "request": claims.request_id,
+        **about,
         "lease": claims.lease_id,
         "seq": claims.seq,
-        "target": claims.target_id,
         "epoch": claims.epoch,
         "cause": claims.cause.kind if claims.cause is not None else None,
         "revocation": claims.cause.ref if claims.cause is not None else None,
@@ -419,16 +422,18 @@ def cut_confirmed(
     return event(record, CUT_CONFIRMED, message, own, words, key=key, correlation=order.get("request"))
 
 
-def lease_forgotten(record: Received, lease_id: str, lease: LeaseFacts | None) -> Event:
-    """The last record of a lease gave way to a tombstone, long after its end."""
+def lease_forgotten(record: Received, lease_id: str, about: Mapping[str, Any]) -> Event:
+    """The last record of a lease gave way to a tombstone, long after its end. `about`: the words of the lease, if it is
+    known.
+    """
     own: dict[str, Any] = {
         "user": UNKNOWN_USER,
         "privileges": [],
         "session": {"uid": lease_id},
     }
-    words = {"lease": lease_id, "agent": lease.agent if lease else None, "verified": {"by": None}}
+    words = {**about, "lease": lease_id, "verified": {"by": None}}
     message = f"the topic keeps nothing more of lease {lease_id}"
-    return event(record, LEASE_FORGOTTEN, message, own, words, key=lease.agent if lease else lease_id)
+    return event(record, LEASE_FORGOTTEN, message, own, words, key=about.get("agent") or lease_id)
 
 
 def revocation_asked(
@@ -503,11 +508,6 @@ def _words(facts: RequestFacts) -> dict[str, Any]:
         "permissions": facts.permissions,
         "delivery": facts.delivery,
     }
-
-
-def delegators_of(delegators: tuple[Delegator, ...] | None) -> list[dict[str, str]] | None:
-    """The agents that handed a task on, with their own tasks and who answers for them; None where there are none."""
-    return [one.model_dump() for one in delegators or ()] or None
 
 
 def _lease_sentence(claims: Lease, scope: str, by: str, approvers: tuple[str, ...]) -> str:

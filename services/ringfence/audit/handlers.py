@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from ringfence.audit import (
+    about,
     action_events,
     asked_events,
     break_glass_events,
@@ -20,9 +21,11 @@ from ringfence.audit import (
     registry_events,
     service_events,
     sharing_events,
+    trust_events,
 )
 from ringfence.audit.believing import Believed, Believer, OutdatedError
 from ringfence.audit.break_glass_events import review_problem
+from ringfence.audit.bundles import Bundles
 from ringfence.audit.domain import RequestFacts
 from ringfence.audit.intake import Intake, Told
 from ringfence.audit.ocsf import MAX_EVENT_BYTES, Event, shortened
@@ -74,6 +77,7 @@ from ringfence.messages.topics import (
     SERVICE_EVENT,
     TARGET,
     TASK,
+    TRUST,
     USER,
 )
 from ringfence.model.chains import ChainError
@@ -123,7 +127,9 @@ class AuditHandlers:
         self._settle_ms = settle_ms
         self._tables_changed = asyncio.Event()
         self._epochs = Epochs(trust)
+        self.bundles = Bundles(trust.anew())
         self._by_topic: dict[Topic[Any], Callable[[Received], tuple[Event, bool]]] = {
+            TRUST: self._trust,
             REGISTRY_COMMAND: self._command,
             USER: self._record_of(UserRecord),
             AGENT: self._record_of(AgentRecord),
@@ -210,6 +216,9 @@ class AuditHandlers:
 
     # --- one method a topic: the event, and whether the local tables may know more a little later ---
 
+    def _trust(self, record: Received) -> tuple[Event, bool]:
+        return trust_events.told(record, self.bundles.seen(record)), False
+
     def _command(self, record: Received) -> tuple[Event, bool]:
         signed, consent_by = self._believer.command(record)
         kind, _, words = registry_events.subject_of_command(signed.claims)
@@ -254,7 +263,7 @@ class AuditHandlers:
 
     def _request(self, record: Received) -> tuple[Event, bool]:
         signed = self._believer.request(record)
-        replay = self._replay(record, signed, lambda: self._agent_words(signed))
+        replay = self._replay(record, signed, lambda: self._words_of(record, signed))
         if replay is not None:
             return replay, False
         facts = self._believer.remember_request(signed, record.sent_traceparent)
@@ -348,8 +357,8 @@ class AuditHandlers:
         replay = self._replay(record, signed, lambda: {"agent": claims.agent_id, "task": claims.task_id})
         if replay is not None:
             return replay, False
-        sponsor, request = self._believer.sponsor_of(claims.agent_id), self._request_of(claims.lease_id)
-        event = asked_events.asked(record, claims, sponsor, request, signed.verified())
+        words = self._of_lease(claims.lease_id, claims.agent_id, claims.task_id)
+        event = asked_events.asked(record, claims, words, signed.verified())
         return event, _lacks_sponsor(event)
 
     def _action_approval(self, record: Received) -> tuple[Event, bool]:
@@ -359,17 +368,11 @@ class AuditHandlers:
         if replay is not None:
             return replay, False
         asked = self._believer.embedded_question(claims, record.appended_at_ms)
-        agent = asked.agent_id if asked is not None else claims.agent_id
         embedded = ("action.request",) if asked is not None else ()
-        event = asked_events.answered(
-            record, claims, asked, self._believer.sponsor_of(agent),
-            self._request_of(asked.lease_id) if asked is not None else None, signed.verified(*embedded),
-        )  # fmt: skip
+        place = (asked.lease_id, asked.agent_id, asked.task_id) if asked else (None, claims.agent_id, None)
+        words = self._of_lease(*place)
+        event = asked_events.answered(record, claims, asked, words, signed.verified(*embedded))
         return event, _lacks_sponsor(event)
-
-    def _request_of(self, lease_id: str) -> str | None:
-        lease = self._believer.lease(lease_id)
-        return lease.request_id if lease is not None else None
 
     def _review(self, record: Received) -> tuple[Event, bool]:
         signed = self._believer.by_user(record, BreakGlassReview)
@@ -403,7 +406,7 @@ class AuditHandlers:
     def _lease(self, record: Received) -> tuple[Event, bool]:
         if not record.value:
             lease_id = record.key if record.key and _UUID.fullmatch(record.key) else "unknown"
-            return credential_events.lease_forgotten(record, lease_id, self._believer.lease(lease_id)), False
+            return credential_events.lease_forgotten(record, lease_id, self._of_lease(lease_id)), False
         if self._epochs.took(record):
             marker = self._believer.by_service(record, LeaseEpoch, "revoker")
             return service_events.epoch_began(record, marker.claims, marker.verified()), False
@@ -411,17 +414,17 @@ class AuditHandlers:
         claims = signed.claims
         if self._epochs.is_void(record, claims.epoch):
             void = self._believer.remember_lease(claims)
-            return credential_events.lease_void(record, claims, void, signed.verified()), False
+            words = about.of_credential(void, self._believer.facts(claims.request_id))
+            return credential_events.lease_void(record, claims, void, words, signed.verified()), False
         if claims.epoch is not None:
             self._epochs.begin(record, claims.epoch)  # its marker may stand before where this reader began
-        replay = self._replay(record, signed, lambda: {
-            "agent": claims.agent_id, "task": claims.task_id, "lease": claims.lease_id, "sponsor": claims.sponsor,
-            "on_behalf_of": claims.on_behalf_of, "request": claims.request_id,
-        })  # fmt: skip
-        if replay is not None:
-            return replay, False
         lease = self._believer.remember_lease(claims)
         facts = self._believer.facts(claims.request_id)
+        replay = self._replay(
+            record, signed, lambda: {**about.of_credential(lease, facts), "lease": claims.lease_id}
+        )
+        if replay is not None:
+            return replay, False
         return credential_events.leased(record, claims, lease, facts, signed.verified()), False
 
     def _revocation(self, record: Received) -> tuple[Event, bool]:
@@ -433,10 +436,9 @@ class AuditHandlers:
         if claims.selector is not None and claims.selector.agent_id is not None:
             words["agent"] = claims.selector.agent_id
         if claims.selector is not None and claims.selector.task_id is not None:
-            task = self._believer.task_of(claims.selector.task_id)
-            if task is not None:
-                words |= {"agent": task.agent_id, "on_behalf_of": task.on_behalf_of}
-        if "agent" in words:
+            words |= self._of_task(claims.selector.task_id)
+        words |= self._of_lease(claims.lease_id)
+        if "agent" in words and "sponsor" not in words:
             words["sponsor"] = self._believer.sponsor_of(words["agent"])
         replay = self._replay(record, signed, lambda: words)
         if replay is not None:
@@ -460,14 +462,7 @@ class AuditHandlers:
         request_id = claims.request_id or (lease.request_id if lease is not None else None)
         facts = self._believer.facts(request_id) if request_id is not None else None
         known = lease or facts
-        words: dict[str, Any] = {"agent": claims.agent_id} if claims.agent_id else {}
-        if known is not None:
-            words = {
-                "agent": known.agent, "task": known.task, "sponsor": known.sponsor,
-                "on_behalf_of": known.on_behalf_of, "request": known.request_id, "target": known.target,
-            }  # fmt: skip
-        elif claims.agent_id is not None:
-            words["sponsor"] = self._believer.sponsor_of(claims.agent_id)
+        words = about.of_credential(lease, facts) or self._of_agent(self._agent_in(claims), claims.task_id)
         replay = self._replay(record, signed, lambda: words)
         if replay is not None:
             return replay, False
@@ -483,11 +478,11 @@ class AuditHandlers:
     def _action(self, record: Received) -> tuple[Event, bool]:
         claims = self._action_of(record)
         lease = self._believer.lease(claims.lease_id) if claims.lease_id is not None else None
-        sponsor = self._believer.sponsor_of(claims.agent_id) if claims.agent_id is not None else None
+        words = self._of_lease(claims.lease_id, claims.agent_id, claims.task_id)
         if isinstance(claims, ActionDecided):
-            event = action_events.acted(record, claims, lease, sponsor, self._trust_domain)
+            event = action_events.acted(record, claims, lease, words, self._trust_domain)
         else:
-            event = action_events.answered(record, claims, lease, sponsor, self._trust_domain)
+            event = action_events.answered(record, claims, lease, words, self._trust_domain)
         return event, _lacks_sponsor(event)
 
     def _action_of(self, record: Received) -> ActionDecided | ActionAnswered:
@@ -503,6 +498,35 @@ class AuditHandlers:
         return service_events.dead_lettered(record, self._believer.plain(record, DeadLetter)), False
 
     # --- what several of them need ---
+
+    def _of_lease(
+        self, lease_id: str | None, agent: str | None = None, task: str | None = None
+    ) -> dict[str, Any]:
+        """The words of a lease that audit has seen; where it is not the agent's, or none, those of task and agent."""
+        lease = self._believer.lease(lease_id) if lease_id is not None else None
+        if lease is not None and agent in (None, lease.agent):
+            return about.of_credential(lease, self._believer.facts(lease.request_id))
+        return self._of_agent(agent, task)
+
+    def _of_agent(self, agent: str | None, task: str | None = None) -> dict[str, Any]:
+        """The words of an agent by the records, and of its task; a task of another agent says nothing of it."""
+        words: dict[str, Any] = {"agent": agent} if agent is not None else {}
+        if task is not None:
+            of_task = self._of_task(task)
+            words |= of_task if agent in (None, of_task.get("agent")) else {}
+        if "agent" in words:
+            words["sponsor"] = self._believer.sponsor_of(words["agent"])
+        return words
+
+    def _of_task(self, task: str) -> dict[str, Any]:
+        state = self._believer.task_of(task)
+        return about.of_task(state) if state is not None else {}
+
+    def _agent_in(self, claims: ServiceEvent) -> str | None:
+        """The agent that a service tells of: by its name, or by the record that it found something wrong with."""
+        if claims.agent_id is not None or claims.result is None:
+            return claims.agent_id
+        return subject_of(self._trust_domain, claims.result, "agent")
 
     def _replay(
         self, record: Received, signed: Believed[Any], about: Callable[[], dict[str, Any]]
@@ -521,20 +545,34 @@ class AuditHandlers:
 
     def _expired(self, record: Received, error: OutdatedError) -> Event:
         signed = error.believed
-        words = self._agent_words(signed)
-        if words:
+        words = self._words_of(record, signed)
+        if "agent" in words and "sponsor" not in words:
             words["sponsor"] = self._believer.sponsor_of(words["agent"])
         return service_events.expired(record, signed.claims.iss, error.code, words, signed.verified())
 
-    def _agent_words(self, signed: Believed[Any]) -> dict[str, Any]:
+    def _words_of(self, record: Received, signed: Believed[Any]) -> dict[str, Any]:
+        """What a message is about that counts for nothing, though its signature holds."""
         claims = signed.claims
-        agent = subject_of(self._trust_domain, claims.iss, "agent")
-        if agent is None:
-            return {}
-        words = {"agent": agent}
-        if type(claims) is CredentialRequest:
-            words |= {"task": claims.task_id, "request": message_id(claims.iss, claims.jti)}
-        return words
+        match claims:
+            case CredentialRequest():
+                agent = subject_of(self._trust_domain, claims.iss, "agent")
+                words = {**self._of_agent(agent, claims.task_id), "task": claims.task_id}
+                return words | {
+                    "request": message_id(claims.iss, claims.jti),
+                    "request_digest": digest(signed.compact),
+                    "target": claims.scope[0].target,
+                }
+            case Approval():
+                at_ms = record.appended_at_ms
+                facts = self._believer.embedded_request(claims.request, claims.request_id, at_ms)
+                return about.of_credential(None, facts) or {"request": claims.request_id}
+            case Grant() | ActionApproval() | ActionRequest():
+                return self._of_agent(claims.agent_id, getattr(claims, "task_id", None))
+            case ExpiringClaims() if claims.typ in registry_events.command_typs():
+                return registry_events.subject_of_command(claims)[2]
+            case _:
+                agent = subject_of(self._trust_domain, claims.iss, "agent")
+                return self._of_agent(agent)
 
 
 def _ready(event: Event, unsettled: bool) -> _Ready:

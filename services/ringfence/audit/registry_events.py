@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ringfence.audit.about import of_task
 from ringfence.audit.ocsf import (
     ENTITY_MANAGEMENT,
     FAILURE,
@@ -138,7 +139,7 @@ def commanded(
     """
     kind, id, words = subject_of_command(claims)
     if task is not None:
-        words |= {"agent": task.agent_id, "on_behalf_of": task.on_behalf_of}
+        words |= of_task(task)
     if parent is not None:
         words |= {"on_behalf_of": parent.on_behalf_of, "act": [words["agent"], *agents_of(parent)]}
     words.setdefault("sponsor", sponsor)
@@ -274,6 +275,7 @@ def subject_of_command(claims: ExpiringClaims) -> tuple[str, str, dict[str, Any]
             return "task", id, {
                 "task": id,
                 "agent": claims.terms.agent_id,
+                "act": [claims.terms.agent_id],
                 "on_behalf_of": claims.on_behalf_of,
                 "permissions": [permission(one) for one in claims.terms.scope],
             }  # fmt: skip

@@ -47,6 +47,10 @@ class TrustStore:
         self._services: dict[str, list[_Service]] = {}
         """Of the bundle, by their ids: they are looked up for every message."""
 
+    def anew(self) -> TrustStore:
+        """One with the same pin that has seen nothing yet."""
+        return TrustStore(self.trust_domain, self._fingerprint)
+
     @property
     def version(self) -> int | None:
         """The version of the bundle in force."""

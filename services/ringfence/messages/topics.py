@@ -226,6 +226,7 @@ ALL: tuple[Topic[Any], ...] = (
 )
 
 AUDITED: tuple[Topic[Any], ...] = (
+    TRUST,
     REGISTRY_COMMAND,
     USER,
     AGENT,
