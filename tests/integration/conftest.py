@@ -15,13 +15,13 @@ from tests.stack import Realm, realm_in
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without `--kafka apache`, what needs its TLS and its ACLs is deselected, and counted as such."""
+    """Without `--kafka apache`, what needs what only it does is deselected, and counted as such."""
     if config.getoption("--kafka") == "apache":
         return
-    without = [item for item in items if item.get_closest_marker("secured")]
+    without = [item for item in items if item.get_closest_marker("apache")]
     if without:
         config.hook.pytest_deselected(items=without)
-        items[:] = [item for item in items if not item.get_closest_marker("secured")]
+        items[:] = [item for item in items if not item.get_closest_marker("apache")]
 
 
 @pytest.fixture(scope="session")

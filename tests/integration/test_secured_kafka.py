@@ -34,7 +34,7 @@ from tests.conftest import needed
 from tests.flows.sdk import client, first
 from tests.world import World, scope
 
-pytestmark = pytest.mark.secured
+pytestmark = pytest.mark.apache
 READ = scope("platform", ["read"], ["env/**"])
 DEPLOY = scope("platform", ["deploy"], ["env/staging/*"])
 VERBS = (VerbFloor(verb="read"), VerbFloor(verb="deploy", floor="sponsor"))

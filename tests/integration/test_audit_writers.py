@@ -21,7 +21,7 @@ from ringfence.audit.chaining import ChainWriter
 from ringfence.audit.intake import Intake, Told
 from ringfence.client.auditor import verify_trail
 from ringfence.client.settings import ClientSettings
-from ringfence.dev.processes import Child, spawn
+from ringfence.dev.processes import Child, free_port, spawn
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.jws import sign
 from ringfence.kernel.runtime import Runtime
@@ -34,17 +34,19 @@ WITHIN_S = 60.0
 
 
 @asynccontextmanager
-async def writer(world: World, argv: Sequence[str], folder: Path) -> AsyncIterator[Child]:
+async def writer(
+    world: World, argv: Sequence[str], folder: Path, name: str = "audit"
+) -> AsyncIterator[Child]:
     """A replica of audit, ready. By its name the group knows it again."""
-    settings = world.settings("audit")
+    settings = world.settings("audit").model_copy(update={"http": f"127.0.0.1:{free_port()}"})
     given = settings.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     child = spawn(
-        "audit", list(argv), log_path=folder / "audit.log",
+        name, list(argv), log_path=folder / f"{name}.log",
         env={
             **os.environ,
             **{f"RINGFENCE_{field.upper()}": str(value) for field, value in given.items()},
             "RINGFENCE_CONFIG": os.devnull,
-            "RINGFENCE_INSTANCE": "audit",
+            "RINGFENCE_INSTANCE": name,
             "RINGFENCE_AUDIT_CHECKPOINT_S": "0.2",
             "RINGFENCE_AUDIT_LINGER_MS": "10",
         },
@@ -138,3 +140,22 @@ async def test_a_writer_that_is_killed_or_paused_in_mid_batch_never_forks_the_ch
         assert sorted(uid for uid in found if uid in {*before, *after}) == sorted([*before, *after])
         await faultless(world)
     assert ("another process writes as" in (tmp_path / "audit.log").read_text()) == (signum == signal.SIGSTOP)
+
+
+@pytest.mark.apache
+@pytest.mark.timeout(300)
+async def test_who_stands_by_takes_over_from_a_writer_that_is_gone(world: World, tmp_path: Path) -> None:
+    handed: list[str] = []
+    async with AsyncExitStack() as running:
+        replicas = [
+            await running.enter_async_context(writer(world, SERVE, tmp_path, name))
+            for name in ("a", "b", "c")
+        ]
+        # Two of three: whoever of them writes, one that wrote is killed or the last has it all along.
+        for killed in (None, *replicas[:2]):
+            if killed is not None:
+                killed.kill()
+            handed += await hand_over(world, range(len(handed), len(handed) + 20))
+            found = await chained(world, handed)
+            assert sorted(uid for uid in found if uid in handed) == sorted(handed)
+        await faultless(world)
