@@ -21,9 +21,7 @@ from ringfence.kernel.seal import ReplyKey, unverified_kid
 from ringfence.messages.approval import Approval
 from ringfence.messages.credential import (
     Coordinates,
-    Credential,
     CredentialDecision,
-    CredentialDelivery,
     CredentialRequest,
     IssuerRefusal,
     ReplyContent,
@@ -62,16 +60,6 @@ class Asked:
     @property
     def lease_id(self) -> str:
         return lease_id(self.id)
-
-
-class Answer(ReplyContent):
-    """What the agent of a desk was answered, with the credential at hand; the SDK is who verifies it."""
-
-    @property
-    def credential(self) -> Credential | None:
-        if self.delivery is None:
-            return None
-        return parse(self.delivery).unverified_claims(CredentialDelivery).credential
 
 
 class Desk:
@@ -114,7 +102,7 @@ class Desk:
         source = await self.world.send(CREDENTIAL_REQUEST, self.bot.name, compact)
         return Asked(claims, compact, reply_key, source)
 
-    async def answer(self, asked: Asked, after: int = 0) -> Answer:
+    async def answer(self, asked: Asked, after: int = 0) -> ReplyContent:
         """What was sealed to the request: the first time, or the one after so many."""
         places: list[tuple[int, int]] = []
 
@@ -128,7 +116,7 @@ class Desk:
             return places.index(place) >= after
 
         record = await self.world.consume_until(CREDENTIAL_REPLY, is_it)
-        return Answer.model_validate_json(asked.reply_key.open(record.value))
+        return ReplyContent.model_validate_json(asked.reply_key.open(record.value))
 
     # --- policy, as the test likes it ---
 
@@ -166,7 +154,7 @@ class Desk:
     async def append_decision(self, compact: str) -> Coordinates:
         return await self.world.send(CREDENTIAL_DECISION, self.bot.name, compact)
 
-    async def issued(self, *verbs: str, **fields: Any) -> tuple[Asked, Answer]:
+    async def issued(self, *verbs: str, **fields: Any) -> tuple[Asked, ReplyContent]:
         """A credential, asked for, decided and delivered."""
         asked = await self.ask(*verbs, **fields)
         await self.decide(asked)

@@ -18,10 +18,11 @@ from ringfence.client.dpop import proof
 from ringfence.dev.processes import free_port
 from ringfence.gateway.settings import GatewaySettings
 from ringfence.kernel.keys import SigningKey
+from ringfence.messages.credential import ReplyContent
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.messages.topics import ACTION
-from tests.flows.desk import Answer, Asked, Desk
+from tests.flows.desk import Asked, Desk
 from tests.world import WITHIN_S, World, scope
 
 HUB = "hub.test.example"
@@ -126,7 +127,7 @@ async def handle(desk: Desk, *verbs: str, target: str = "hub", resource: str = "
 
 async def leased(
     desk: Desk, *verbs: str, target: str = "hub", resource: str = "path/a/**"
-) -> tuple[Asked, Answer]:
+) -> tuple[Asked, ReplyContent]:
     asked = await desk.ask(scope=scope(target, verbs, (resource,)), delivery="gateway")
     await desk.decide(asked)
     content = await desk.answer(asked)

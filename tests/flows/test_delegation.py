@@ -15,7 +15,7 @@ import pytest
 
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.jws import open_signed, parse, sign
-from ringfence.messages.credential import DelegatorRevisions
+from ringfence.messages.credential import DelegatorRevisions, ReplyContent
 from ringfence.messages.lease import TERMINAL, Delegator, Lease, RevocationRequest, Selector
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import (
@@ -34,7 +34,7 @@ from ringfence.model.lease_store import RECORD_KEEP_MS
 from ringfence.revoker.checking import checking
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Answer, Asked, Desk, another, opened_desks
+from tests.flows.desk import Asked, Desk, another, opened_desks
 from tests.flows.place import Place
 from tests.stack import WITHIN_S
 from tests.stories import buried, forged, leaves
@@ -102,7 +102,7 @@ async def still_lives(desk: Desk, *leases: Asked) -> None:
         assert {one.claims.status for one in await desk.records(asked.lease_id)} == {"active"}
 
 
-async def is_active(desk: Desk, content: Answer) -> bool:
+async def is_active(desk: Desk, content: ReplyContent) -> bool:
     """What the issuer's introspection says of a token."""
     assert content.credential is not None
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{desk.world.ports['issuer']}") as http:

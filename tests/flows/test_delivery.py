@@ -20,7 +20,7 @@ from ringfence.kernel.jws import open_signed, parse, sign
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.trace import new_traceparent
-from ringfence.messages.credential import Credential, CredentialDelivery
+from ringfence.messages.credential import Credential, CredentialDelivery, ReplyContent
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
 from ringfence.messages.trust import ServiceIdentity
@@ -28,7 +28,7 @@ from ringfence.model.access import NotFoundError
 from ringfence.model.lease_store import LeaseStore
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Answer, Asked, Desk, another, opened_desks
+from tests.flows.desk import Asked, Desk, another, opened_desks
 from tests.world import DAY_S, Party, World, scope
 
 
@@ -55,7 +55,7 @@ def opened(desk: Desk, envelope: str | bytes, key: EncryptionKey) -> CredentialD
     return open_signed(parse(key.open(envelope)), CredentialDelivery, find, audience=desk.world.td).claims
 
 
-async def handed(desk: Desk, *verbs: str, **fields: Any) -> tuple[Asked, Answer]:
+async def handed(desk: Desk, *verbs: str, **fields: Any) -> tuple[Asked, ReplyContent]:
     """A lease for the gateway, asked for, decided and answered."""
     asked = await desk.ask(*verbs, delivery="gateway", **fields)
     await desk.decide(asked)

@@ -23,6 +23,7 @@ from ringfence.kernel.ids import derived_id
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import b64decode
+from ringfence.messages.credential import ReplyContent
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import TERMINAL, Lease, LeaseStatus, Selector
 from ringfence.messages.registry import (
@@ -43,7 +44,7 @@ from ringfence.revoker.settings import RevokerSettings
 from ringfence.revoker.undoing import Undoer
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Answer, Asked, Desk, opened_desks
+from tests.flows.desk import Asked, Desk, opened_desks
 from tests.targets import Gate, ValkeyTarget, valkey_target, works
 from tests.world import Party, World, scope
 
@@ -129,7 +130,7 @@ def user_of(asked: Asked) -> str:
     return f"ringfence.test.example.{asked.lease_id}"
 
 
-def url(content: Answer) -> str:
+def url(content: ReplyContent) -> str:
     assert content.credential is not None
     return content.credential.value
 

@@ -172,6 +172,25 @@ def test_a_credential_that_nobody_signed_is_none(sent: SentRequest, trust: Trust
         read(reply.encode(), sent, trust)
 
 
+def test_a_credential_that_is_not_the_one_that_was_signed_is_none(
+    sent: SentRequest, trust: TrustStore
+) -> None:
+    decided = decision(sent)
+    signed = {"decision": decided, "lease": lease(sent, decided), "delivery": delivery(sent)}
+    same: dict[str, Any] = {
+        "kind": "jwt",
+        "value": "s3cret-value",
+        "token_type": "Bearer",
+        "expires_at": NOW + 300,
+    }
+    assert isinstance(
+        read(sealed(sent, **signed, credential=Credential(**same)), sent, trust), IssuedCredential
+    )
+    for other in ({"value": "the-attackers-account"}, {"expires_at": NOW + 200}, {"token_type": "DPoP"}):
+        with pytest.raises(InvalidMessageError, match="another credential"):
+            read(sealed(sent, **signed, credential=Credential(**{**same, **other})), sent, trust)
+
+
 def test_a_denial_carries_every_reason(sent: SentRequest, trust: TrustStore) -> None:
     reasons = (Reason(code="beyond_scope", message="no", permission=SCOPE[0], side="task"),)
     answer = read(sealed(sent, decision=decision(sent, "denied", reasons=reasons)), sent, trust)

@@ -160,12 +160,15 @@ def _issued(
     if lease.status != "active":
         raise _wrong(f"the lease is {lease.status}")
     if lease.delivery == "gateway":
-        if content.delivery is not None:
+        if content.delivery is not None or content.credential is not None:
             raise _wrong("the reply holds a credential that was to go to the gateway")
         return _typed(lease, None, sent)
     if content.delivery is None:
         raise _wrong("the reply holds a lease and no credential")
-    return _typed(lease, _delivered(content.delivery, lease, trust, at_ms), sent)
+    delivered = _delivered(content.delivery, lease, trust, at_ms)
+    if content.credential not in (None, delivered):
+        raise _wrong("the reply holds another credential than the one that the issuer signed")
+    return _typed(lease, delivered, sent)
 
 
 def _delivered(compact: Jws, lease: Lease, trust: TrustStore, at_ms: int) -> Credential:

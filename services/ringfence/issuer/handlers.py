@@ -317,11 +317,13 @@ class DecisionHandler:
     async def _credential(self, decision: Decision, live: _Live | Minted) -> _Reply:
         issue = live.issue
         credential, to_gateway = await self._made(live), issue.lease.delivery == "gateway"
+        given = None if to_gateway else credential
         content = ReplyContent(
             request_id=issue.lease.request_id,
             decision=decision.signed.compact,
             lease=live.jws,
-            delivery=None if to_gateway or credential is None else self._signed(issue.lease, credential),
+            credential=given,
+            delivery=self._signed(issue.lease, given) if given else None,
         )
         reply = self._sealed(decision, content, issue.request)
         if credential is None or not to_gateway:

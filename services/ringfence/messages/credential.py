@@ -142,7 +142,8 @@ class Credential(Message):
 
 
 class ReplyContent(Message):
-    """What is sealed to the request's `reply_key`. `lease` and `delivery` come together, or `refusal`, or neither.
+    """What is sealed to the request's `reply_key`. `lease`, `credential` and `delivery` come together, or `refusal`, or
+    none of them.
 
     With delivery to the gateway the lease comes alone: it is the agent's handle, and no secret.
     """
@@ -150,8 +151,10 @@ class ReplyContent(Message):
     request_id: Uuid
     decision: Jws
     lease: Jws | None = None
+    credential: Credential | None = None
+    """What is in `delivery`, for who reads by hand. By itself it proves nothing: anybody can seal to `reply_key`."""
     delivery: Jws | None = None
-    """The credential: a `CredentialDelivery`. Anybody can seal to `reply_key`: nothing in here goes unsigned."""
+    """The credential, as the issuer signed it: a `CredentialDelivery`."""
     refusal: Jws | None = None
 
 
