@@ -114,8 +114,8 @@ def _made_private(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_mode & 0o022:
             raise SettingsError(f"RINGFENCE_GATEWAY_SOCKETS: others can write to {folder}; chmod go-w it")
-        for left in folder.glob("*.sock"):
-            if left.is_socket():
+        for left in folder.iterdir():
+            if left.suffix in (".sock", ".new") and left.is_socket():
                 left.unlink()
     except OSError as error:
         raise SettingsError(f"RINGFENCE_GATEWAY_SOCKETS: {folder}: {error.strerror}") from None

@@ -228,19 +228,20 @@ class DataPlane:
 
 
 def _bound(path: Path) -> socket.socket:
-    """A socket that was never open to others. One that a gateway left behind is replaced."""
-    try:
-        if stat.S_ISSOCK(path.lstat().st_mode):
-            path.unlink()
-        else:
+    """A socket that was never open to others. One that a gateway left behind is replaced.
+
+    It gets its name when it listens: whoever sees it may come in.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
             raise ListenError(f"{path} is there and is no socket: remove it, or name another")
-    except FileNotFoundError:
-        pass
-    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    bound, unready = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path.with_suffix(".new")
     before = os.umask(0o177)
     try:
-        bound.bind(str(path))
-        bound.listen(_BACKLOG)  # at once: whoever sees it may come in
+        _removed(unready)
+        bound.bind(str(unready))
+        bound.listen(_BACKLOG)
+        unready.rename(path)
     except OSError as error:
         bound.close()
         raise ListenError(f"cannot listen on {path}: {error.strerror}") from None
