@@ -7,6 +7,7 @@ the parent dies. Elsewhere a parent ended by SIGKILL leaves its children behind.
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import queue
@@ -16,8 +17,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -26,6 +29,10 @@ from ringfence.kernel.errors import RingfenceError
 
 LOOPBACK = "127.0.0.1"
 _LOWEST_PORT, _PORTS = 20_000, 12_000
+_RESERVED_AT_MOST = 200
+_reserved: deque[int] = deque()
+_reservations: int | None = None
+"""A file of which byte N is locked by who was given port N."""
 _next_port = itertools.count(random.randrange(_PORTS))  # noqa: S311 - so that processes do not begin with the same
 
 # How long a condition is left alone between two looks. The pause itself waits for the end of the child.
@@ -230,16 +237,33 @@ def free_port() -> int:
 
     Taken from below the range that systems give to outgoing connections (32768 and up on Linux): there, a
     client that keeps trying to reach a server which is just restarting may be given the server's own port and
-    take it. One after the other: who was given one before may not listen on it yet.
+    take it. Who was given one before may not listen on it yet: here the next is given, and other processes of this
+    user pass over what is reserved.
     """
-    for _ in range(100):
+    for _ in range(_PORTS):
         port = _LOWEST_PORT + next(_next_port) % _PORTS
-        if port_is_free(port):
+        if _reserve(port) and port_is_free(port):
             return port
     raise StackError(
         f"No free port between {_LOWEST_PORT} and {_LOWEST_PORT + _PORTS} on {LOOPBACK}: "
         "end some servers and try again."
     )
+
+
+def _reserve(port: int) -> bool:
+    """Keep a port from the other processes of this user until enough others were given after it, or this one ends."""
+    global _reservations
+    if _reservations is None:
+        path = Path(tempfile.gettempdir(), f"ringfence-ports-{os.getuid()}")
+        _reservations = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.lockf(_reservations, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+    except OSError:
+        return False
+    _reserved.append(port)
+    if len(_reserved) > _RESERVED_AT_MOST:
+        fcntl.lockf(_reservations, fcntl.LOCK_UN, 1, _reserved.popleft())
+    return True
 
 
 def claim_port(port: int, server: str, option: str) -> int:
