@@ -3,7 +3,8 @@
     python docs/examples/request_by_hand.py KEY_FILE TASK_ID TARGET VERB RESOURCE
 
 Reads RINGFENCE_KAFKA, RINGFENCE_TRUST_DOMAIN and RINGFENCE_TOPIC_PREFIX. Prints what the reply holds, without the
-credential itself. To keep it short it does not verify the signatures in the reply; the SDK does.
+credential itself. To keep it short it does not verify the signatures in the reply, as whoever uses the credential has
+to: anybody can seal to a reply key. The SDK does.
 """
 
 import asyncio
@@ -73,7 +74,7 @@ async def ask(key_file: str, task_id: str, target: str, verb: str, resource: str
                 reply = json.loads(opened.plaintext)
                 decision = jwt.decode(reply["decision"], options={"verify_signature": False})
                 if decision["outcome"] != "approval_required" and (
-                    "credential" in reply or "refusal" in reply or decision["outcome"] == "denied"
+                    "delivery" in reply or "refusal" in reply or decision["outcome"] == "denied"
                 ):
                     return {**reply, "decision": decision}
         raise AssertionError("not reached")
@@ -86,7 +87,8 @@ if __name__ == "__main__":
     if len(sys.argv) != 6:
         sys.exit(__doc__)
     answer = asyncio.run(ask(*sys.argv[1:6]))
-    credential = answer.get("credential")
+    delivery = answer.get("delivery")
+    credential = jwt.decode(delivery, options={"verify_signature": False})["credential"] if delivery else None
     print(json.dumps({
         "request_id": answer["request_id"],
         "outcome": answer["decision"]["outcome"],

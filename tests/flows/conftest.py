@@ -28,6 +28,17 @@ async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]
         yield desk
 
 
+@pytest.fixture(scope="module")
+async def company(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
+    """Registry, issuer and revoker, once for all tests of a module."""
+    async with (
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        opened_desks(world) as desk,
+        world.running("issuer", "revoker"),
+    ):
+        yield desk
+
+
 @pytest.fixture
 async def desk(office: Desk) -> Desk:
     """An agent and a task of the test's own."""

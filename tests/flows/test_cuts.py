@@ -23,8 +23,6 @@ from ringfence.model.lease_store import LeaseStore
 from ringfence.revoker.ending import Ender
 from ringfence.revoker.settings import RevokerSettings
 from tests import cut_listener
-from tests.brokers import RedisServer
-from tests.conftest import Kafka
 from tests.cut_listener import CutListener
 from tests.flows.desk import Desk, another, opened_desks
 from tests.world import WITHIN_S, World
@@ -167,20 +165,10 @@ async def test_the_listener_as_a_process(desk: Desk, tmp_path: Path) -> None:
 # --- Redis ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
-    """A world without gateways, once for all tests of introspection."""
-    async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
-        opened_desks(world) as desk,
-        world.running("issuer", "revoker"),
-    ):
-        yield desk
-
-
 @pytest.fixture
-async def shared(office: Desk) -> Desk:
-    return await another(office)
+async def shared(company: Desk) -> Desk:
+    """In a world without gateways."""
+    return await another(company)
 
 
 @pytest.mark.parametrize("selected", ["agent", "task", "sponsor", "target", "user", "all"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -15,9 +14,7 @@ from ringfence.kernel.jws import sign
 from ringfence.messages.signals import SignalStream
 from ringfence.messages.topics import LEASE, SERVICE_EVENT, SIGNAL_STREAM
 from ringfence.signals.pushing import REFUSALS
-from tests.brokers import RedisServer
-from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks
+from tests.flows.desk import Desk, another
 from tests.flows.signal_receivers import (
     POLL,
     PUSH,
@@ -29,20 +26,8 @@ from tests.flows.signal_receivers import (
     until,
 )
 from tests.gateway.certificates import Certificates
-from tests.world import World
 
 CAEP = "https://schemas.openid.net/secevent/caep/event-type/session-revoked"
-
-
-@pytest.fixture(scope="module")
-async def company(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
-    """Registry, issuer and revoker, once for all tests of the module."""
-    async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
-        opened_desks(world) as desk,
-        world.running("issuer", "revoker"),
-    ):
-        yield desk
 
 
 @pytest.fixture

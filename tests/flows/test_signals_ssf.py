@@ -13,27 +13,13 @@ from joserfc import jwt
 from joserfc.jwk import KeySet
 
 from ringfence.messages.topics import SIGNAL_STREAM
-from tests.brokers import RedisServer
-from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks
+from tests.flows.desk import Desk, another
 from tests.flows.signal_receivers import POLL, PUSH, Endpoint, Office, until
 from tests.flows.test_signals import ended
-from tests.world import World
 
 SSF = "https://schemas.openid.net/secevent/ssf/event-type/"
 CAEP = "https://schemas.openid.net/secevent/caep/event-type/"
 NOWHERE = ("f67e39a0a4d34d56b3aa1bc4cff0069f", "00000000-0000-4000-8000-000000000000", "")
-
-
-@pytest.fixture(scope="module")
-async def company(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
-    """Registry, issuer and revoker, once for all tests of the module."""
-    async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
-        opened_desks(world) as desk,
-        world.running("issuer", "revoker"),
-    ):
-        yield desk
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from ringfence.gateway.problem import answer
 from ringfence.gateway.targets import Targets
 from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
+from tests.gateway.recorder import PlayedRecorder
 from tests.ledger import permission
 from tests.unit.test_gateway_domain import Place
 
@@ -51,7 +52,7 @@ RULES = (
 
 
 @dataclass
-class McpPlace:
+class McpPlace(PlayedRecorder):
     """Agent `bot` with the leases of `leases`; `socket` is its task's."""
 
     place: Place
@@ -89,14 +90,6 @@ class McpPlace:
 
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
         return {"Authorization": TOKEN}
-
-    def keep(self, key: str, id: str, value: bytes, traceparent: str = "") -> None:
-        event = ActionDecided.model_validate_json(value)
-        assert (event.agent_id, event.action_id) == (key, id)
-        assert event.model_dump_json(exclude_none=True).encode() == value, (
-            "as it would be written by its model"
-        )
-        self.record(event)
 
     def record(self, event: ActionDecided | ActionAnswered) -> None:
         if isinstance(event, ActionDecided):

@@ -176,23 +176,8 @@ async def test_replays_and_repeats_are_no_steps(desk: Desk) -> None:
     assert desk.roots(story.lease_id) == before
 
 
-async def test_the_switch_that_ended_a_lease_is_in_its_story(desk: Desk) -> None:
-    office = desk.office
-    olga, revoker = office.key("user", "olga"), office.key("service", "revoker")
-    story = office.credential("expired", approved=False)
-    order = office.claims(
-        RevocationRequest, olga, kind="revocation", selector=Selector(target_id="staging"), reason="break-in"
-    )
-    cause = EndCause(kind="revocation", at_ms=office.now_ms, by=olga.id, ref=order.jti)
-    await desk.file(story.request, story.allowed, story.active, story.reply)
-    await desk.file(office.signed(REVOCATION_REQUEST, order, olga))
-    await desk.file(story.lease("revoked", 2, revoker, cause=cause))
-    titles = [node["title"] for node in flat(desk.roots(story.lease_id))]
-    assert "olga asked to revoke: break-in" in titles
-    assert "revoked (revocation) by olga" in titles
-
-
-async def test_a_switch_tells_nobody_whose_other_leases_it_ended(desk: Desk) -> None:
+async def switched_off(desk: Desk) -> tuple[Story, dict[str, Any]]:
+    """A credential that a switch ended, and the event of that."""
     office = desk.office
     olga, revoker = office.key("user", "olga"), office.key("service", "revoker")
     story = office.credential("expired", approved=False)
@@ -203,6 +188,18 @@ async def test_a_switch_tells_nobody_whose_other_leases_it_ended(desk: Desk) -> 
     await desk.file(story.request, story.allowed, story.active, story.reply)
     await desk.file(office.signed(REVOCATION_REQUEST, order, olga))
     (ended,) = await desk.file(story.lease("revoked", 2, revoker, cause=cause))
+    return story, ended
+
+
+async def test_the_switch_that_ended_a_lease_is_in_its_story(desk: Desk) -> None:
+    story, _ = await switched_off(desk)
+    titles = [node["title"] for node in flat(desk.roots(story.lease_id))]
+    assert "olga asked to revoke: break-in" in titles
+    assert "revoked (revocation) by olga" in titles
+
+
+async def test_a_switch_tells_nobody_whose_other_leases_it_ended(desk: Desk) -> None:
+    story, ended = await switched_off(desk)
     theirs = orjson.loads(orjson.dumps(ended))
     theirs["metadata"]["uid"] = "theirs"
     theirs["unmapped"] |= {

@@ -33,6 +33,7 @@ from ringfence.messages.registry import (
     UserDisable,
 )
 from ringfence.messages.topics import APPROVAL_RESPONSE
+from tests.gateway.recorder import PlayedRecorder
 from tests.ledger import TD
 from tests.unit.test_gateway_domain import WIDE, Place
 
@@ -59,7 +60,7 @@ class Sent:
         return lambda: None
 
 
-class Gateway:
+class Gateway(PlayedRecorder):
     """The decision core with real records, leases, questions and signatures; Kafka and the bundle are played."""
 
     def __init__(self, *, wait_s: float = WITHIN_S, each: int = 3, all: int = 5) -> None:
@@ -115,14 +116,6 @@ class Gateway:
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
         self.equips()
         return {"Authorization": "Bearer x"}
-
-    def keep(self, key: str, id: str, value: bytes, traceparent: str = "") -> None:
-        event = ActionDecided.model_validate_json(value)
-        assert (event.agent_id, event.action_id) == (key, id)
-        assert event.model_dump_json(exclude_none=True).encode() == value, (
-            "as it would be written by its model"
-        )
-        self.record(event)
 
     def record(self, event: ActionDecided) -> None:
         self.events.append(event)

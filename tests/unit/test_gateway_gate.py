@@ -21,6 +21,7 @@ from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import AgentSuspend, BackendSettings, McpRule, RequestRule, VerbFloor
+from tests.gateway.recorder import PlayedRecorder
 from tests.unit.test_gateway_domain import Place
 
 RULES = (
@@ -34,7 +35,7 @@ RULES = (
 GATEWAY = "spiffe://acme.example/service/gateway"
 
 
-class Parts:
+class Parts(PlayedRecorder):
     """The core with a real table, records and map; what asks others is played."""
 
     def __init__(self) -> None:
@@ -95,14 +96,6 @@ class Parts:
         return {"Authorization": "Bearer x"}
 
     # recorder
-    def keep(self, key: str, id: str, value: bytes, traceparent: str = "") -> None:
-        event = ActionDecided.model_validate_json(value)
-        assert (event.agent_id, event.action_id) == (key, id)
-        assert event.model_dump_json(exclude_none=True).encode() == value, (
-            "as it would be written by its model"
-        )
-        self.record(event)
-
     def record(self, event: ActionDecided) -> None:
         if self.full:
             raise SpoolFullError("full")

@@ -12,8 +12,9 @@ import pytest
 from ringfence.gateway.action_ids import ActionIds
 from ringfence.gateway.attempts import Attempt, Presented
 from ringfence.gateway.domain import Chosen, Sender
+from ringfence.gateway.lasting import lasts_until
 from ringfence.gateway.recalling import Found, Recalled
-from ringfence.gateway.remembering import Remembered, lasts_until
+from ringfence.gateway.remembering import Remembered
 from ringfence.gateway.targets import Compiled, Targets
 from ringfence.kernel.jws import sign
 from ringfence.messages.registry import AgentSetCeiling

@@ -529,14 +529,14 @@ class AuditHandlers:
         return subject_of(self._trust_domain, claims.result, "agent")
 
     def _replay(
-        self, record: Received, signed: Believed[Any], about: Callable[[], dict[str, Any]]
+        self, record: Received, signed: Believed[Any], words_of_it: Callable[[], dict[str, Any]]
     ) -> Event | None:
-        """The event of a message that was seen elsewhere before, or None; `about` tells what it is about."""
+        """The event of a message that was seen elsewhere before, or None; `words_of_it` tells what it is about."""
         first = self._believer.seen_before(record, signed)
         if first is None:
             return None
         where, same = first
-        words = about()
+        words = words_of_it()
         if words.get("agent") and "sponsor" not in words:
             words = {**words, "sponsor": self._believer.sponsor_of(words["agent"])}
         return service_events.replayed(

@@ -37,12 +37,13 @@ from ringfence.gateway.evaluating import Evaluator
 from ringfence.gateway.history import Earlier
 from ringfence.gateway.identifying import NONCE_WANTED, Identifier
 from ringfence.gateway.injection import Injector
+from ringfence.gateway.lasting import lasts_until
 from ringfence.gateway.mcp import McpDesk, Spoken, rpc_of
 from ringfence.gateway.observing import Observing
 from ringfence.gateway.questions import Question
 from ringfence.gateway.recalling import Found, Recalled
 from ringfence.gateway.recording import Recorder
-from ringfence.gateway.remembering import Remembered, lasts_until
+from ringfence.gateway.remembering import Remembered
 from ringfence.gateway.spool import SpoolFullError
 from ringfence.gateway.targets import Compiled, Targets
 from ringfence.gateway.view import View

@@ -51,8 +51,9 @@ class Spool:
         self._folder = folder
         self._max_bytes = max_bytes
         self._segment_bytes = segment_bytes
+        self._total = 0
+        """Of all files; kept along, as it is asked for with each entry."""
         try:
-            self._total = 0
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,9 +99,8 @@ class Spool:
             try:
                 os.fsync(self._file)
             except OSError as error:
-                if (
-                    error.errno != errno.EBADF
-                ):  # then another file began meanwhile, and this one was synced there
+                # EBADF: another file began meanwhile, and this one was synced there.
+                if error.errno != errno.EBADF:
                     log.error("events of the last second may not outlive the machine: %s", error.strerror)
 
     def size(self) -> int:

@@ -40,9 +40,8 @@ def signed_delivery(lease: Lease, credential: Credential, key: SigningKey, *, id
         credential=credential,
     )
     text = signing_input(claims, key)
-    return compact_jws(
-        text, key.sign(text, repeatable=False)
-    )  # what it is sealed in is another each time as well
+    # What it is sealed in is another each time as well.
+    return compact_jws(text, key.sign(text, repeatable=False))
 
 
 class GatewayDelivery:

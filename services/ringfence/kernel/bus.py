@@ -24,7 +24,7 @@ from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.committing import COMMIT_MS, Commits
 from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.gone import NO_POSITION, NO_RESET, Gone, OnGone, find_gone
+from ringfence.kernel.gone import NO_RESET, OnGone, Onward
 from ringfence.kernel.ids import derived_id, digest
 from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Publisher, Received, fetch_options, received
@@ -236,10 +236,9 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._draining = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._on_gone = on_gone
-        self._from_the_first = from_the_first
-        self.gone: dict[tuple[str, int], Gone] = {}
-        """By topic's name and partition: the last that was gone before it was read."""
+        self._onward = Onward(self.group, on_gone, from_the_first=from_the_first)
+        self.gone = self._onward.gone
+        """What Kafka removed before it was read."""
         self.halted: str | None = None
         self.running = False
 
@@ -306,7 +305,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     async def _step(self, consumer: AIOKafkaConsumer, commits: Commits) -> None:
         timeout_ms = COMMIT_MS if commits.waiting else _IDLE_MS
         try:
-            batches = await self._next(consumer, timeout_ms)
+            batches = await self._onward.next(consumer, timeout_ms=timeout_ms, max_records=self._max_records)
         except KafkaError as error:
             log.warning("reading failed, trying again: %s", error)
             await asyncio.sleep(0.5)
@@ -407,28 +406,6 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                     return False
         commits.done(batch)
         return True
-
-    async def _next(self, consumer: AIOKafkaConsumer, timeout_ms: int) -> dict[TopicPartition, list[Any]]:
-        try:
-            found: dict[TopicPartition, list[Any]] = await consumer.getmany(
-                timeout_ms=timeout_ms, max_records=self._max_records
-            )
-            return found
-        except NO_POSITION as error:
-            await self._go_on_after(consumer, error)
-            return {}
-
-    async def _go_on_after(self, consumer: AIOKafkaConsumer, error: Exception) -> None:
-        try:
-            await find_gone(consumer, error, self.group, self._tell_gone, from_the_first=self._from_the_first)
-        except Exception as problem:  # noqa: BLE001 - it stays where it is, and asks again
-            log.warning("nobody could be told yet of what is gone, trying again: %s", problem)
-            await asyncio.sleep(0.5)
-
-    async def _tell_gone(self, gone: Gone) -> None:
-        if self._on_gone is not None:
-            await self._on_gone(gone)
-        self.gone[gone.topic_name, gone.partition] = gone
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
         """Called by aiokafka before a rebalance: the batch under way goes on, and comes again if its commit fails."""

@@ -1,6 +1,6 @@
 """What a consumer of the embedded broker needs and one of Apache Kafka must not have.
 
-Measured with noida-db 0.2.3 and aiokafka 0.14. Both adapters stand around `AIOKafkaConsumer._client.send`,
+Measured with noida-db 0.2.3 and aiokafka 0.14. The adapters stand around `AIOKafkaConsumer._client.send`,
 the one way of all requests of a consumer, and touch only the answers of the one request they are about.
 
 For one thing there is no adapter: it never lets a member of a group go that died without leaving, so nobody takes over

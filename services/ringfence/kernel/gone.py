@@ -1,14 +1,15 @@
 """Records that Kafka removed, by age or by size, before they were read: to be told, and never passed over in silence.
 
-A client that resets its position by itself says nothing of it, so readers are told not to (`NO_RESET`), and go on by
-`find_gone` once what they find is told.
+A client that resets its position by itself says nothing of it, so readers are told not to (`NO_RESET`), and read by
+`Onward`, which goes on once what is gone is told.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
@@ -16,8 +17,8 @@ from aiokafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
 log = logging.getLogger(__name__)
 
 NO_RESET: Final = "none"
-"""The `auto_offset_reset` of whoever goes on by `find_gone`."""
-NO_POSITION = (OffsetOutOfRangeError, NoOffsetForPartitionError)
+"""The `auto_offset_reset` of whoever reads by `Onward`."""
+_NO_POSITION = (OffsetOutOfRangeError, NoOffsetForPartitionError)
 """What a reader raises whose place in a partition is not there."""
 
 
@@ -45,31 +46,61 @@ class Gone(NamedTuple):
 OnGone = Callable[[Gone], Awaitable[None]]
 
 
-async def find_gone(
-    consumer: AIOKafkaConsumer, error: Exception, by: str, on_gone: OnGone, *, from_the_first: bool
-) -> None:
-    """Tell what is gone where `consumer` was to read on, then let it go on with what is there.
+class Onward:
+    """How one reader reads on."""
 
-    Args:
-        error: one of `NO_POSITION`, which it raised.
-        by: who reads.
-        on_gone: told first; where it raises, the consumer stays where it is and raises `error` again.
-        from_the_first: whether what was gone before a group read its first record counts.
+    def __init__(self, by: str, on_gone: OnGone | None, *, from_the_first: bool = False) -> None:
+        """Args:
+            by: who reads.
+            on_gone: told first; while it raises, the reader stays where it is.
+            from_the_first: whether what was gone before a group read its first record counts.
+        """  # fmt: skip
+        self._by = by
+        self._on_gone = on_gone
+        self._from_the_first = from_the_first
+        self.gone: dict[tuple[str, int], Gone] = {}
+        """By topic's name and partition: the last that was gone before it was read."""
 
-    Raises KafkaError where the broker does not say what is there.
-    """
-    for at, wanted in _places(error).items():
-        if at not in consumer.assignment() or (wanted is not None and await consumer.position(at) != wanted):
-            continue  # of before it was assigned, or sought, anew
+    async def next(
+        self, consumer: AIOKafkaConsumer, *, timeout_ms: int, max_records: int
+    ) -> dict[TopicPartition, list[Any]]:
+        """What comes next; nothing after `timeout_ms`, or where something was gone. Raises KafkaError."""
+        try:
+            found: dict[TopicPartition, list[Any]] = await consumer.getmany(
+                timeout_ms=timeout_ms, max_records=max_records
+            )
+            return found
+        except _NO_POSITION as error:
+            await self._go_on_after(consumer, error)
+            return {}
+
+    async def _go_on_after(self, consumer: AIOKafkaConsumer, error: Exception) -> None:
+        try:
+            for at, wanted in _places(error).items():
+                if at in consumer.assignment():
+                    await self._go_on(consumer, at, wanted)
+        except Exception as problem:  # noqa: BLE001 - it stays where it is, and asks again
+            log.warning("nobody could be told yet of what is gone, trying again: %s", problem)
+            await asyncio.sleep(0.5)
+
+    async def _go_on(self, consumer: AIOKafkaConsumer, at: TopicPartition, wanted: int | None) -> None:
+        """Tell what is gone of one partition, then go on with what is there."""
+        if wanted is not None and await consumer.position(at) != wanted:
+            return  # of before it was assigned, or sought, anew
         start = (await consumer.beginning_offsets([at]))[at]
         end = (await consumer.end_offsets([at]))[at]
         if wanted is not None and start <= wanted <= end:
-            continue  # it was there again by now
-        gone = _gone(at, wanted, start, end, by)
-        if gone is not None and (wanted is not None or from_the_first):
-            await on_gone(gone)
-            log.critical("%s", gone.message)
+            return  # it was there again by now
+        gone = _gone(at, wanted, start, end, self._by)
+        if gone is not None and (wanted is not None or self._from_the_first):
+            await self._tell(gone)
         consumer.seek(at, start)
+
+    async def _tell(self, gone: Gone) -> None:
+        if self._on_gone is not None:
+            await self._on_gone(gone)
+        self.gone[gone.topic_name, gone.partition] = gone
+        log.critical("%s", gone.message)
 
 
 def _places(error: Exception) -> dict[TopicPartition, int | None]:

@@ -22,7 +22,7 @@ from aiokafka.partitioner import DefaultPartitioner
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.embedded_broker import QUICK_MS, TABLE_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.gone import NO_POSITION, NO_RESET, Gone, OnGone, find_gone
+from ringfence.kernel.gone import NO_RESET, OnGone, Onward
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.keys import SigningKey
@@ -381,8 +381,9 @@ class Follower:
             reader: who reads, in what is said of records that Kafka removed before they were read; `on_gone` is told.
         """  # fmt: skip
         self._key = key.encode() if key is not None else None
-        self._reader = reader
-        self._on_gone = on_gone
+        self._onward = Onward(reader, on_gone)
+        self.gone = self._onward.gone
+        """What Kafka removed before it was read."""
         self._settings = settings
         self._topics = {t.name(settings.topic_prefix): t for t in topics}
         self._on_records = on_records
@@ -396,8 +397,6 @@ class Follower:
         self._next_question: asyncio.Task[bool] | None = None
         self._questions: set[asyncio.Task[bool]] = set()
         self._advanced = asyncio.Event()
-        self.gone: dict[tuple[str, int], Gone] = {}
-        """By topic's name and partition: the last that was gone before it was read."""
         self.complete = asyncio.Event()
         """Set once everything has been read that was there at the start."""
 
@@ -464,7 +463,8 @@ class Follower:
             if not behind:
                 self.complete.set()
             try:
-                batches = await self._next(consumer, 200 if behind else 1000)
+                timeout_ms = 200 if behind else 1000
+                batches = await self._onward.next(consumer, timeout_ms=timeout_ms, max_records=2000)
             except KafkaError as error:
                 log.warning("reading failed, trying again: %s", error)
                 await asyncio.sleep(0.5)
@@ -476,28 +476,6 @@ class Follower:
                 advanced.set()
             if behind:
                 behind = {p for p in behind if await consumer.position(p) < self._goal[p]}
-
-    async def _next(self, consumer: AIOKafkaConsumer, timeout_ms: int) -> dict[TopicPartition, list[Any]]:
-        try:
-            found: dict[TopicPartition, list[Any]] = await consumer.getmany(
-                timeout_ms=timeout_ms, max_records=2000
-            )
-            return found
-        except NO_POSITION as error:
-            await self._go_on_after(consumer, error)
-            return {}
-
-    async def _go_on_after(self, consumer: AIOKafkaConsumer, error: Exception) -> None:
-        try:
-            await find_gone(consumer, error, self._reader, self._tell_gone, from_the_first=False)
-        except Exception as problem:  # noqa: BLE001 - it stays where it is, and asks again
-            log.warning("nobody could be told yet of what is gone, trying again: %s", problem)
-            await asyncio.sleep(0.5)
-
-    async def _tell_gone(self, gone: Gone) -> None:
-        if self._on_gone is not None:
-            await self._on_gone(gone)
-        self.gone[gone.topic_name, gone.partition] = gone
 
     async def positions(self) -> dict[tuple[str, int], int]:
         """By topic's name and partition: the offset after the last record that was handed on, or passed over."""

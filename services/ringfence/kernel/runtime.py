@@ -336,7 +336,7 @@ class Runtime:
         metrics.RECORDS_GONE.labels(gone.topic_name, gone.by).inc(gone.until - gone.first)
 
     def _gone_warning(self) -> str | None:
-        """The last that was gone; the log and the metric have all."""
+        """One of those that were gone; the log and the metric have all."""
         readers: list[Consumer | Follower] = [*self._consumers, *self._followers]
         return next((gone.message for reader in readers for gone in reversed(reader.gone.values())), None)
 

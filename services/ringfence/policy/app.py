@@ -53,7 +53,7 @@ from ringfence.policy.sharing import SharedKeys
 from ringfence.policy.sightings import Sightings
 from ringfence.policy.store import HISTORY_MS, Approvers, DecisionsInMemory
 from ringfence.policy.usage_http import UsageApi
-from ringfence.policy.waiting import Queue
+from ringfence.policy.waiting import count_what_waits
 from ringfence.rego.engine import ISSUANCE
 from ringfence.rego.reloading import BundleWatch
 from ringfence.rego.settings import OpaSettings, engine_of
@@ -115,7 +115,7 @@ def build(
                 log.warning("no requests are taken yet: %s", error)
                 await asyncio.sleep(0.5)
 
-    Queue(decisions, runtime.clock)
+    count_what_waits(decisions, runtime.clock)
     notices = Notices(own.webhooks, directory, decisions, runtime.clock)
     answers = Answers(runtime, directory, decisions, Approvers(directory), notices)
     opener = Opener(runtime, directory)

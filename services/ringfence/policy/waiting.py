@@ -7,22 +7,13 @@ from ringfence.kernel.clock import Clock
 from ringfence.policy.store import Decisions
 
 
-class Queue:
-    """The requests that wait for approvals, as Prometheus sees them. All replicas know of all of them."""
+def count_what_waits(decisions: Decisions, clock: Clock) -> None:
+    """Have Prometheus see the requests that wait for approvals, when it asks. All replicas know all of them."""
+    metrics.APPROVALS_WAITING.set_function(lambda: len(list(decisions.pending())))
+    metrics.APPROVALS_OLDEST.set_function(lambda: _oldest_s(decisions, clock.now_ms()))
 
-    def __init__(self, decisions: Decisions, clock: Clock) -> None:
-        self._decisions = decisions
-        self._clock = clock
-        metrics.APPROVALS_WAITING.set_function(self.waiting)
-        metrics.APPROVALS_OLDEST.set_function(self.oldest_s)
 
-    def waiting(self) -> float:
-        """How many wait."""
-        return len(list(self._decisions.pending()))
-
-    def oldest_s(self) -> float:
-        """How long the oldest of them has waited, by the time at which the broker appended it; 0 where none does."""
-        appended = [one.pending.source.appended_at_ms for one in self._decisions.pending() if one.pending]
-        if not appended:
-            return 0
-        return max(0, self._clock.now_ms() - min(appended)) / 1000
+def _oldest_s(decisions: Decisions, now_ms: int) -> float:
+    """How long the oldest of them has waited, by the time at which the broker appended it; 0 where none does."""
+    appended = [one.pending.source.appended_at_ms for one in decisions.pending() if one.pending]
+    return max(0, now_ms - min(appended)) / 1000 if appended else 0

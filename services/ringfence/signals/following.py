@@ -96,10 +96,8 @@ class Delivery:
                 task.cancel()
             if self._pusher is not None:
                 await self._pusher.close()
-            for metric in (
-                metrics.HANDLING_LAG,
-                metrics.BATCH_RETRIES,
-            ):  # streams come and go: their groups would add up
+            # Streams come and go: their groups would add up.
+            for metric in (metrics.HANDLING_LAG, metrics.BATCH_RETRIES):
                 with contextlib.suppress(KeyError):
                     metric.remove(self.consumer.group)
 
