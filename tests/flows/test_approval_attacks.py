@@ -51,6 +51,10 @@ OTHER_NAME = (
     + waits("policy, floor", BOT)
     + f"~3003 Ask for Approval: Requested/Observed approval.requested [policy, floor] by nobody known for {BOT}"
 )
+ISSUED = """
+    ~3003 Assign Privileges: Success/Allowed credential.issued by issuer for bot
+    ~3003 Deliver: Success/Observed reply.sent by nobody known for bot
+"""
 LACKING = allowed() + refused_by_issuer("approval_lacking")
 WIPE = scope("platform", ["wipe"], ["env/production/web"])
 """Wants the sponsor, by the bundle, and an operator, by the floor."""
@@ -186,6 +190,7 @@ async def test_who_sponsors_the_agent_that_acts_for_them_gives_the_approval_of_t
     asked = await theirs.ask("deploy")
     await theirs.decide(asked, approvals=(theirs.approval(asked, own),), required=("sponsor",))
     assert (await theirs.answer(asked)).credential is not None
+    await request_leaves(desk.world, asked_for() + allowed() + ISSUED, asked.id, bot=theirs.bot.name)
 
 
 # --- at policy ---

@@ -37,7 +37,7 @@ from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_desks
 from tests.flows.place import Place
 from tests.stack import WITHIN_S
-from tests.stories import buried, forged, leaves
+from tests.stories import allowed, asked_for, buried, forged, leaves, refused_by_issuer, request_leaves
 from tests.world import DeadLetteredError, Party, Scope, World
 
 
@@ -149,6 +149,12 @@ async def test_a_part_that_nobody_handed_on_names_no_delegation(desk: Desk):
     assert claims["act"] == {"sub": desk.bot.id}
 
 
+BELOW_A_SUSPENDED = (
+    asked_for("below") + allowed("below") + refused_by_issuer("agent_suspended", "below", finding=False)
+)
+"""No finding: policy may have decided before."""
+
+
 @pytest.mark.parametrize("small", ["above", "below"])
 async def test_no_policy_gets_past_either_ceiling(desk: Desk, small: str):
     """Policy allows it all the same: the issuer asks every ceiling of the chain."""
@@ -160,6 +166,10 @@ async def test_no_policy_gets_past_either_ceiling(desk: Desk, small: str):
     name = above.bot.name if small == "above" else below.bot.name
     assert [(reason.code, reason.side) for reason in refusal.reasons] == [("beyond_scope", f"ceiling:{name}")]
     assert await below.is_finding(asked)
+    story = (
+        asked_for("below") + allowed("below") + refused_by_issuer(f"beyond_scope ceiling:{small}", "below")
+    )
+    await request_leaves(desk.world, story, asked.id, above=above.bot.name, below=below.bot.name)
 
 
 async def test_no_policy_leaves_out_the_chain(desk: Desk):
@@ -172,11 +182,16 @@ async def test_no_policy_leaves_out_the_chain(desk: Desk):
         asked = await below.ask("read")
         await below.decide(asked, revisions=revisions)
         assert "agent_suspended" in await below.refusal_codes(asked)
+        await request_leaves(desk.world, BELOW_A_SUSPENDED, asked.id, below=below.bot.name)
 
 
 HANDED_ON_AGAIN = """
     3002 Logon: Failure/Denied message.replayed [replayed] by nobody known, signed by bot for below
     3002 Logon: Failure/Denied message.replayed [replayed] by registry for below
+"""
+SUSPENDED_HANDS_ON = """
+    3004 Create: Requested task.delegate by bot for child
+    3004 Create: Failure command.refused [agent_suspended] by registry for child
 """
 
 
@@ -232,7 +247,11 @@ async def test_who_is_suspended_hands_nothing_on(desk: Desk):
     child = await desk.world.agent(f"sub-{uuid.uuid4().hex[:8]}", desk.sue, desk.scope("read"))
     suspend = desk.world.claims(AgentSuspend, desk.sam, agent_id=desk.bot.name, reason="x")
     await desk.world.accepted(suspend, desk.sam)
-    event = await command(desk, desk.bot, child, desk.scope("read"))
+    await desk.world.event_where(  # what follows from it is told
+        lambda e: (e.kind, e.subject, e.agent_id) == ("accepted", "revocation.request", desk.bot.name)
+    )
+    async with leaves(desk.world, SUSPENDED_HANDS_ON, bot=desk.bot.name, child=child.name):
+        event = await command(desk, desk.bot, child, desk.scope("read"))
     assert event.reasons[0].code == "agent_suspended"
 
 

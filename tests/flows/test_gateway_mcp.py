@@ -77,12 +77,13 @@ async def office(
 
 
 async def leased(desk: Desk) -> str:
-    """The handle of a lease that reads one repository."""
+    """The handle of a lease that reads one repository. The gateway knows the target and the task."""
     narrow = scope("repos", ("connect", "read"), ("server", "repo/a"))
     asked = await desk.ask(scope=narrow, delivery="gateway")
     await desk.decide(asked)
     content = await desk.answer(asked)
     assert content.lease is not None, desk.refusal(content)
+    assert await desk.world.runtimes["gateway"].tables_caught_up(WITHIN_S)
     return asked.lease_id
 
 
@@ -128,6 +129,7 @@ async def test_a_task_uses_its_tools_through_its_socket(office: Office) -> None:
     assert all(token.startswith("Bearer ey") for token in office.server.tokens)
 
     read = await desk.world.consume_until(ACTION, lambda record: b'"verb":"read"' in record.value)
+    await desk.world.consume_until(ACTION, lambda record: b'"verb":"push"' in record.value)
     said = await until_said(desk.world, ActionDecided.model_validate_json(read.value).action_id)
     decided = [ActionDecided.model_validate_json(one) for one in said if b'"allowed"' in one]
     pushed = [one for one in decided if one.verb == "push"]

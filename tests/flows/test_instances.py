@@ -16,7 +16,6 @@ from ringfence.client.credentials import TokenCredential
 from ringfence.client.errors import EnrolmentRefusedError, IdentityError, InvalidCallError, RequestDeniedError
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.jws import compact_jws, parse, sign
-from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey, b64decode, b64encode
 from ringfence.kernel.seal import ReplyKey
 from ringfence.messages.credential import CredentialRequest
@@ -34,7 +33,7 @@ from tests.flows.gating import HUB, RULES, VERBS, action, gateway
 from tests.flows.sdk import READ, client
 from tests.flows.yard import Given, Yard, fresh
 from tests.oidc import TokenIssuer
-from tests.stories import leaves
+from tests.stories import buried, forged, leaves
 from tests.world import WITHIN_S, Party, World, scope
 
 ASK: dict[str, Any] = {
@@ -140,6 +139,9 @@ async def test_a_key_of_the_record_goes_on_counting_beside_instances(yard: Yard)
         await other.release(by_key, timeout_s=60)
 
 
+NOT_LET_IN = "3003 Refuse: Failure/Denied message.refused [{code}] by registry for bot"
+
+
 # --- what enrols nothing ----------------------------------------------------------------------------------------------
 
 
@@ -169,7 +171,8 @@ async def test_a_token_that_does_not_fit_enrols_nothing(
 ) -> None:
     agent = await yard.agent(yard.selector("github"))
     token = yard.token("github", **claims)
-    assert await refused(yard, agent, token, fresh(agent)) == code
+    async with leaves(yard.world, NOT_LET_IN.format(code=code), bot=agent.name):
+        assert await refused(yard, agent, token, fresh(agent)) == code
     event = await yard.world.event_where(
         lambda e: (e.subject, e.agent_id) == ("instance.enrol", agent.name) and e.kind == "refused"
     )
@@ -184,11 +187,12 @@ async def test_what_no_platform_signed_is_told_to_its_sender_alone(yard: Yard) -
     agent = await yard.agent(yard.selector("github"))
     forger = Given(TokenIssuer("https://github.acme.example"))
     token = await forger.token(audience("test.example"))
-    assert await refused(yard, agent, token, fresh(agent)) == "signature_invalid"
-    forger = Given(TokenIssuer("https://x.example"))
-    with pytest.raises(EnrolmentRefusedError, match="ringfence init --oidc-issuer"):
-        async with yard.connected(agent, forger):
-            pass
+    async with leaves(yard.world, ""):
+        assert await refused(yard, agent, token, fresh(agent)) == "signature_invalid"
+        forger = Given(TokenIssuer("https://x.example"))
+        with pytest.raises(EnrolmentRefusedError, match="ringfence init --oidc-issuer"):
+            async with yard.connected(agent, forger):
+                pass
     events = [yard.world.event(r) for r in await yard.world.records(SERVICE_EVENT)]
     assert not [e for e in events if e.agent_id == agent.name and e.subject == "instance.enrol"]
 
@@ -243,8 +247,12 @@ async def test_a_token_for_one_key_is_good_for_no_other(yard: Yard) -> None:
 async def test_suspended_and_decommissioned_agents_let_nobody_in(yard: Yard) -> None:
     agent = await yard.agent(yard.selector("github"))
     await yard.command(agent, AgentSuspend, reason="a look")
+    await yard.world.event_where(  # what follows from it is told
+        lambda e: (e.kind, e.subject, e.agent_id) == ("accepted", "revocation.request", agent.name)
+    )
     token, key = yard.token("github"), fresh(agent)
-    assert await refused(yard, agent, token, key) == "agent_suspended"
+    async with leaves(yard.world, NOT_LET_IN.format(code="agent_suspended"), bot=agent.name):
+        assert await refused(yard, agent, token, key) == "agent_suspended"
     await yard.command(agent, AgentResume, reason="fine")
     assert (await yard.enrol(agent, token, key)).status_code == 200
     await yard.command(agent, AgentDecommission, reason="old")
@@ -265,6 +273,7 @@ async def test_without_its_selector_an_instance_gets_nothing_new(yard: Yard) -> 
     ):
         ends, goes_on = await gone.request(task=task, **ASK), await stays.request(task=task, **ASK)
         await yard.attest(agent, yard.selector("gcp"))
+        await yard.known("policy")
         with pytest.raises(RequestDeniedError, match="enrol again") as denied:
             await gone.request(task=task, **ASK)
         assert denied.value.code == "instance_void"
@@ -284,15 +293,19 @@ async def test_a_decommissioned_agents_instances_get_nothing(yard: Yard) -> None
     task = await yard.task(agent)
     async with yard.connected(agent, Given(yard.pinned["github"])) as connected:
         await yard.command(agent, AgentDecommission, reason="old")
+        await yard.known("policy")
         with pytest.raises(RequestDeniedError) as denied:
             await connected.request(task=task, **ASK)
         assert denied.value.code == "agent_decommissioned"
 
 
-async def asked(
-    yard: Yard, agent: Party, key: SigningKey, enrolment: str, spelt: bytes = b"enrolment"
-) -> str:
-    """The code that a request with this enrolment is dead-lettered with. `spelt`: how the member is written."""
+async def counts_for_nothing(
+    yard: Yard, agent: Party, key: SigningKey, enrolment: str, code: str, spelt: bytes = b"enrolment"
+) -> None:
+    """A request with this enrolment is dead-lettered with the code, and nobody is believed to have written it.
+
+    `spelt`: how the member is written.
+    """
     claims = yard.world.claims(
         CredentialRequest, agent, task_id=await yard.task(agent), scope=READ, ttl_s=60, reason="x",
         reply_key=ReplyKey().public, enrolment=enrolment,
@@ -300,28 +313,26 @@ async def asked(
     head, payload, _ = sign(claims, key).split(".")
     payload = b64encode(b64decode(payload).replace(b'"enrolment"', b'"' + spelt + b'"'))
     text = f"{head}.{payload}".encode()
-    at = await yard.world.send(CREDENTIAL_REQUEST, agent.name, compact_jws(text, key.sign(text)))
-
-    def about(record: Received) -> bool:
-        return DeadLetter.model_validate_json(record.value).source == at
-
-    letter = await yard.world.consume_until(DEAD_LETTER, about)
-    return DeadLetter.model_validate_json(letter.value).code
+    async with leaves(yard.world, forged(code) + buried(code)):
+        at = await yard.world.send(CREDENTIAL_REQUEST, agent.name, compact_jws(text, key.sign(text)))
+        letter = await yard.world.consume_until(
+            DEAD_LETTER, lambda record: DeadLetter.model_validate_json(record.value).source == at
+        )
+    assert DeadLetter.model_validate_json(letter.value).code == code
 
 
 async def test_an_enrolment_is_for_its_key_its_agent_and_its_time(yard: Yard) -> None:
     agent, other = await yard.agent(yard.selector("github")), await yard.agent(yard.selector("github"))
     key = fresh(agent)
     enrolment = (await yard.enrol(agent, yard.token("github"), key)).json()["enrolment"]
-    assert await asked(yard, agent, fresh(agent), enrolment) == "key_unknown"
-    assert await asked(yard, other, key, enrolment) == "enrolment_invalid"
+    await counts_for_nothing(yard, agent, fresh(agent), enrolment, "key_unknown")
+    await counts_for_nothing(yard, other, key, enrolment, "enrolment_invalid")
     policy = yard.world.key("policy")
-    assert await asked(
-        yard, agent, key, sign(opened(enrolment).model_copy(update={"iss": policy.id}), policy)
-    ) == ("enrolment_invalid")
+    by_policy = sign(opened(enrolment).model_copy(update={"iss": policy.id}), policy)
+    await counts_for_nothing(yard, agent, key, by_policy, "enrolment_invalid")
     over = opened(enrolment)
     over = over.model_copy(update={"key": over.key.model_copy(update={"not_after": int(time.time()) - 1})})
-    assert await asked(yard, agent, key, sign(over, yard.world.key("registry"))) == "enrolment_ended"
+    await counts_for_nothing(yard, agent, key, sign(over, yard.world.key("registry")), "enrolment_ended")
 
 
 async def test_who_has_a_key_of_the_record_is_no_instance(yard: Yard) -> None:
@@ -332,8 +343,8 @@ async def test_who_has_a_key_of_the_record_is_no_instance(yard: Yard) -> None:
         update={"key": mine.key.model_copy(update={"kid": agent.key.kid, "jwk": agent.key.public})}
     )
     for spelt in (b"enrolment", rb"\u0065nrolment"):
-        assert await asked(yard, agent, agent.key, enrolment, spelt) == "key_unknown"
-        assert await asked(yard, agent, agent.key, sign(mine, agent.key), spelt) == "enrolment_invalid"
+        await counts_for_nothing(yard, agent, agent.key, enrolment, "key_unknown", spelt)
+        await counts_for_nothing(yard, agent, agent.key, sign(mine, agent.key), "enrolment_invalid", spelt)
 
 
 async def test_a_registry_that_lies_invents_no_instance_where_keys_are_pinned(yard: Yard) -> None:
@@ -355,7 +366,8 @@ async def test_a_registry_that_lies_invents_no_instance_where_keys_are_pinned(ya
         {"issuer": "https://x.example"},
     ):
         lied = sign(honest.model_copy(update={**mine, **lie}), liar)
-        assert await asked(yard, agent, key, lied) in ("enrolment_invalid", "issuer_untrusted"), lie
+        code = "issuer_untrusted" if "issuer" in lie else "enrolment_invalid"
+        await counts_for_nothing(yard, agent, key, lied, code)
 
 
 # --- the SDK ----------------------------------------------------------------------------------------------------------
@@ -462,8 +474,9 @@ async def test_an_instance_goes_through_a_gateway_with_the_key_that_it_enrolled(
     task = await world.task(agent, by=pia, scope=wide)
     async with gateway(world) as proxy, yard.connected(agent, Given(yard.pinned["github"])) as connected:
         credential = await connected.request(
-            task=task, target="hub", verbs=["read"], resources=["path/a"], reason="x", delivery="gateway"
-        )
+            task=task, target="hub", verbs=["read"], resources=["path/a"], reason="x", delivery="gateway",
+            timeout_s=WITHIN_S,
+        )  # fmt: skip
         handle, key = credential.lease_id, connected.connection.key
         url = f"https://{HUB}/a"
         async with asyncio.timeout(WITHIN_S):  # until the gateway has heard of the lease
@@ -471,9 +484,14 @@ async def test_an_instance_goes_through_a_gateway_with_the_key_that_it_enrolled(
                 await asyncio.sleep(0.05)
         assert (await proxy.as_agent(fresh(agent), handle, "GET", url)).status_code == 401
         await yard.attest(agent, yard.selector("gcp"))
-        async with asyncio.timeout(WITHIN_S):
-            while (await proxy.as_agent(key, handle, "GET", url)).status_code != 403:
-                await asyncio.sleep(0.05)
-        refusal = await action(world, lease_id=handle, allowed=False, agent_id=agent.name)
         # The gateway hears of the record, and of the order that the revoker makes of it, by different topics.
-        assert refusal.reasons[0].code in ("instance_void", "lease_cut")
+        over = ("instance_void", "lease_cut", "lease_ended")
+        async with asyncio.timeout(WITHIN_S):
+            while (answer := await proxy.as_agent(key, handle, "GET", url)).status_code == 200 or (
+                answer.json()["code"] not in over
+            ):
+                await asyncio.sleep(0.05)
+        problem = answer.json()
+        told = await action(world, action_id=problem["instance"].removeprefix("urn:uuid:"))
+        assert (answer.status_code, told.agent_id, told.lease_id) == (403, agent.name, handle)
+        assert told.reasons[0].code == problem["code"]

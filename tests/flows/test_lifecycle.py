@@ -28,7 +28,7 @@ from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_desks
-from tests.stories import buried, forged, leaves
+from tests.stories import allowed, asked_for, buried, forged, leaves, refused_by_issuer, request_leaves
 from tests.world import WITHIN_S, Party, World, scope
 
 QUICK: dict[ServiceRole, Any] = {"revoker": RevokerSettings(visibility_ms=300, outbox_age_ms=200)}
@@ -96,6 +96,20 @@ async def rotate(desk: Desk, by: Party | None = None, **fields: Any) -> Party:
     return new
 
 
+ENDED_KEY = """
+    3003 Decide: Success/Allowed request.allowed by policy
+    3003 Assign Privileges: Failure/Denied credential.refused [key_unknown] by issuer
+"""
+"""By whom the request is, nobody can say: there is no reply to it either."""
+DECOMMISSIONED = asked_for() + allowed() + refused_by_issuer("agent_decommissioned")
+NOT_TAKEN_ON = asked_for() + allowed() + refused_by_issuer("agent_registered, task_other_agent")
+ORPHANED = asked_for() + allowed() + refused_by_issuer("agent_orphaned")
+NO_NEW_KEY = """
+    3004 Update: Requested agent.rotate-key by sam for bot
+    3004 Update: Failure command.refused [decommissioned] by registry for bot
+"""
+
+
 # --- rotation ---------------------------------------------------------------------------------------------------------
 
 
@@ -120,6 +134,7 @@ async def test_a_key_that_was_replaced_asks_for_nothing_more(desk: Desk, store: 
     await desk.decide(late)
     assert (await desk.event("refused", late)).reasons[0].code == "key_unknown"
     assert not await desk.records(late.lease_id)
+    await request_leaves(desk.world, ENDED_KEY, late.id)
     after, _ = await desk.issued("read", by=new)
     await lives(desk, store, before, after)
 
@@ -156,6 +171,7 @@ async def test_what_a_compromised_key_asked_for_before_is_not_issued_after(desk:
     await desk.decide(late)
     assert (await desk.event("refused", late)).reasons[0].code == "key_unknown"
     assert not await desk.records(late.lease_id)
+    await request_leaves(desk.world, ENDED_KEY, late.id)
     assert (await desk.issued("read"))[1].credential is not None
 
 
@@ -196,6 +212,7 @@ async def test_nothing_is_issued_before_the_sponsor_has_taken_an_agent_on(office
     asked = await desk.ask("read")
     await desk.decide(asked)
     assert "agent_registered" in await desk.refusal_codes(asked)
+    await request_leaves(desk.world, NOT_TAKEN_ON, asked.id, bot=name)
     await order(desk, AgentActivate)
     desk.task = await world.task(desk.bot, desk.maria, desk.scope("read"))
     assert (await desk.issued("read"))[1].credential is not None
@@ -267,12 +284,14 @@ async def test_the_key_of_a_decommissioned_agent_opens_nothing(desk: Desk) -> No
     asked = await desk.ask("read")
     await desk.decide(asked)
     assert "agent_decommissioned" in await desk.refusal_codes(asked)
+    await request_leaves(desk.world, DECOMMISSIONED, asked.id, bot=desk.bot.name)
     claims, _ = await desk.revoke(desk.bot, "release", lease_id=held.lease_id)
     await desk.verdict(claims)  # to give back what has ended is no harm
     again = desk.world.claims(
         AgentRotateKey, desk.sam, agent_id=desk.bot.name, key=desk.world.party("agent", "x").key_record()
     )
-    assert (await desk.world.command(again, desk.sam)).reasons[0].code == "decommissioned"
+    async with leaves(desk.world, NO_NEW_KEY, bot=desk.bot.name):
+        assert (await desk.world.command(again, desk.sam)).reasons[0].code == "decommissioned"
 
 
 # --- orphans ----------------------------------------------------------------------------------------------------------
@@ -296,6 +315,7 @@ async def test_orphans_hold_nothing_and_get_nothing_until_somebody_is_accountabl
     asked = await desk.ask("read")
     await desk.decide(asked)
     assert "agent_orphaned" in await desk.refusal_codes(asked)
+    await request_leaves(world, ORPHANED, asked.id, bot=desk.bot.name)
     await order(desk, AgentTransfer, world.operator, sponsor="sue")
     revived, _ = await desk.issued("read")
     await lives(desk, store, revived)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -23,9 +24,12 @@ from ringfence.kernel.bearer_tokens import MAX_WRONG, new_token
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.kafka import Follower
 from ringfence.kernel.settings import BusSettings
+from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.registry import (
     AgentRegister,
+    Entitlements,
     GroupDelegation,
+    Provisioning,
     UserDisable,
     UserSet,
     UserState,
@@ -39,6 +43,7 @@ from ringfence.scim.writing import Writer
 from tests.conftest import Kafka
 from tests.flows.directory import GROUP_SCHEMA, GROUPS, USER_SCHEMA, Company, opened_company
 from tests.ledger import FixedClock
+from tests.stories import leaves
 from tests.world import Party, World, scope
 
 LONG = "x" * 3000
@@ -94,6 +99,35 @@ def enrolling(company: Company, state: UserState, key: Party | None = None) -> U
         name: getattr(state, name) for name in ("user_id", "name", "roles", "entitlements", "provisioned")
     }
     return company.world.claims(UserSet, company.world.operator, keys=(key.key_record(),), **fields)
+
+
+LET_ACT_AGAIN = """
+    3004 Update: Requested user.set by acme
+    3004 Update: Failure command.refused [disabled_by_operator] by registry
+"""
+WRONG_TOKENS = "3003 Refuse: Failure/Denied message.refused [token_unknown] by scim\n" * MAX_WRONG
+NOTHING = ""
+"""The endpoint says no to the directory that it serves, and commands nothing."""
+STOLEN_KEY = """
+    3004 Update: Requested user.set by acme
+    3004 Update: Failure command.refused [group_not_delegated] by registry
+    3004 Update: Requested user.set by acme
+    3004 Update: Failure command.refused [beyond_delegation] by registry
+    3004 Update: Requested user.set by acme
+    3004 Update: Failure command.refused [beyond_delegation] by registry
+    3004 Update: Requested user.set by acme
+    3004 Update: Failure command.refused [keys_not_delegated] by registry
+    3004 Update: Requested user.set by acme
+    3004 Update: Failure command.refused [not_its_user] by registry
+    3004 Disable: Requested user.disable by acme
+    3004 Disable: Failure command.refused [not_its_user] by registry
+    3004 Disable: Requested user.disable by acme
+    3004 Disable: Failure command.refused [not_its_user] by registry
+"""
+NO_SPONSOR_ANY_MORE = """
+    3004 Create: Requested agent.register by sam for second
+    3004 Create: Failure command.refused [not_sponsor] by registry for second
+"""
 
 
 # --- the specification, as somebody else reads it ---------------------------------------------------------------------
@@ -341,7 +375,9 @@ async def test_users_whom_an_operator_made_are_not_there_and_are_not_taken(share
 
 
 async def test_a_group_that_nobody_delegated_is_refused(shared: Company):
-    answer = await shared.call("POST", "Groups", {"schemas": [GROUP_SCHEMA], "displayName": "Admins"}, 403)
+    admins = {"schemas": [GROUP_SCHEMA], "displayName": "Admins"}
+    async with leaves(shared.world, NOTHING):
+        answer = await shared.call("POST", "Groups", admins, 403)
     assert "not delegated" in answer["detail"]
     path = f"Groups/{await group_id(shared, 'Developers')}"
     rename = {"op": "Replace", "path": "displayName", "value": "Leads"}
@@ -357,9 +393,10 @@ async def test_whom_an_operator_disabled_the_directory_lets_not_act_again(shared
         shared.world.claims(UserDisable, operator, user_id=user, reason="x"), operator
     )
     assert await shared.world.runtimes["scim"].tables_caught_up(30)
-    answer = await shared.patch(
-        f"Users/{user}", {"op": "replace", "path": "active", "value": True}, status=403
-    )
+    async with leaves(shared.world, LET_ACT_AGAIN, user=user):
+        answer = await shared.patch(
+            f"Users/{user}", {"op": "replace", "path": "active", "value": True}, status=403
+        )
     assert "disabled_by_operator" in answer["detail"]
     assert (await shared.state(user)).status == "disabled"
 
@@ -403,7 +440,7 @@ async def test_a_body_beyond_all_measure_is_not_read(shared: Company):
 
 
 async def test_nobody_calls_without_a_token_and_wrong_ones_are_told_and_limited(own: Company):
-    async with httpx.AsyncClient(base_url=f"{own.url}/") as http:
+    async with leaves(own.world, WRONG_TOKENS), httpx.AsyncClient(base_url=f"{own.url}/") as http:
         for number in range(MAX_WRONG):
             header = {} if number == 0 else {"Authorization": f"Bearer wrong{number}"}
             response = await http.get("Users", headers=header)
@@ -486,8 +523,40 @@ async def test_nothing_is_done_for_a_provisioner_that_was_disabled(own: Company)
         own.world.claims(UserDisable, operator, user_id="acme", reason="stolen"), operator
     )
     assert await own.world.runtimes["scim"].tables_caught_up(30)
-    answer = await own.call("POST", "Users", {"schemas": [USER_SCHEMA], "userName": "x"}, 503)
+    async with leaves(own.world, NOTHING):
+        answer = await own.call("POST", "Users", {"schemas": [USER_SCHEMA], "userName": "x"}, 503)
     assert "disabled the provisioner" in answer["detail"]
+
+
+async def test_a_key_that_was_stolen_from_the_directory_makes_nobody_more_than_was_delegated(own: Company):
+    """It is used without the endpoint, which would not say such things."""
+    world, olga, user = own.world, own.world.operator.name, fresh()
+    fields = {
+        "user_id": user,
+        "name": user,
+        "roles": (),
+        "keys": (),
+        "provisioned": Provisioning(groups=("Leads",)),
+    }
+    nothing = Entitlements(scope=(), source="scim:acme", as_of=int(time.time()))
+    wide = nothing.model_copy(update={"scope": scope("production", ["read"], ["**"])})
+
+    def synced(**more: Any) -> UserSet:
+        return world.claims(UserSet, own.key, **{**fields, "entitlements": nothing, **more})
+
+    tries: list[tuple[ExpiringClaims, str]] = [
+        (synced(provisioned=Provisioning(groups=("Admins",))), "group_not_delegated"),
+        (synced(roles=("operator",)), "beyond_delegation"),
+        (synced(entitlements=wide), "beyond_delegation"),
+        (synced(keys=(own.key.key_record(),)), "keys_not_delegated"),
+        (synced(user_id=olga), "not_its_user"),
+        (world.claims(UserDisable, own.key, user_id=olga, reason="x"), "not_its_user"),
+        (world.claims(UserDisable, own.key, user_id="acme", reason="x"), "not_its_user"),
+    ]
+    async with leaves(world, STOLEN_KEY):
+        codes = [(await world.command(claims, own.key)).reasons[0].code for claims, _ in tries]
+    assert codes == [code for _, code in tries]
+    assert await own.records(user) == []
 
 
 async def test_a_sponsor_from_the_directory_has_agents_until_they_leave_the_group(own: Company):
@@ -503,7 +572,8 @@ async def test_a_sponsor_from_the_directory_has_agents_until_they_leave_the_grou
         AgentRegister, sam, agent_id="second", sponsor=user, description="x",
         keys=(own.world.party("agent", "second").key_record(),), ceiling=(),
     )  # fmt: skip
-    event = await own.world.command(bot, sam)
+    async with leaves(own.world, NO_SPONSOR_ANY_MORE, sam=user):
+        event = await own.world.command(bot, sam)
     assert (event.kind, event.reasons[0].code) == ("refused", "not_sponsor")
 
 

@@ -56,6 +56,13 @@ FORGED_RECORD = (
     ~3002 Repeat: Success message.repeated by nobody known, signed by registry for deploy-bot
 """
 )
+_UNCOMMANDED = forged("chain_broken") + "~3002 Finding: Failure finding [chain_broken] by policy for narrow\n"
+MADE_UP = {
+    "a wider ceiling": _UNCOMMANDED,
+    "another sponsor": _UNCOMMANDED,
+    "other keys": _UNCOMMANDED + "~3002 Finding: Failure finding [chain_broken] by registry for narrow",
+}
+"""The registry looks at it itself where it has keys, which are nobody else's."""
 SELF_WIDENED = """
     3004 Update: Requested user.set by olga
     3004 Update: Failure command.refused [self_widening] by registry
@@ -191,8 +198,9 @@ async def test_a_record_of_the_registry_without_a_users_command_counts_for_nothi
             "other keys": {"keys": (thief.record(int(time.time()) + 3600),)},
         }
         state = record.state.model_copy(update=changes[what])
-        forged = record.model_copy(update={"revision": record.revision + 1, "state": state})
-        await world.send(AGENT, "narrow", sign(forged, world.key("registry")))
+        made_up = record.model_copy(update={"revision": record.revision + 1, "state": state})
+        async with leaves(world, MADE_UP[what]):
+            await world.send(AGENT, "narrow", sign(made_up, world.key("registry")))
         policy = world.key("policy").id
         key = thief if what == "other keys" else narrow.key
         told: list[str] = []

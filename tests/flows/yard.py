@@ -20,6 +20,7 @@ from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.instances import AttestationSelector, InstanceEnrol
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import AgentSetAttestation
+from ringfence.messages.trust import ServiceRole
 from ringfence.model.attestation import audience, bound_audience
 from ringfence.registry.settings import RegistrySettings
 from tests import platforms
@@ -27,7 +28,7 @@ from tests.flows.sdk import READ, client
 from tests.gateway.certificates import Certificates
 from tests.oidc import TokenIssuer
 from tests.oidc_server import OidcServer
-from tests.world import Party, World
+from tests.world import WITHIN_S, Party, World
 
 
 @dataclass
@@ -92,6 +93,10 @@ class Yard:
         """A command of the agent's sponsor about it."""
         claims = self.world.claims(model, self.sam, agent_id=agent.name, **fields)
         await self.world.accepted(claims, self.sam)
+
+    async def known(self, role: ServiceRole) -> None:
+        """Once this service has heard of what was commanded: until then it decides by what was."""
+        assert await self.world.runtimes[role].tables_caught_up(WITHIN_S)
 
     def selector(self, platform: str, **more: Any) -> AttestationSelector:
         return platforms.selector(platform, self.pinned[platform].issuer, **more)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.jws import parse, sign
+from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.operations import Heartbeat, PartitionDigest
 from ringfence.messages.registry import (
@@ -197,6 +198,39 @@ def test_a_lower_revision_is_refused_and_told(ledger: Ledger, reader: Reader):
     assert alarm.subject == "spiffe://test.example/agent/bot"
     assert alarm.source is not None
     assert alarm.source.topic == AGENT.name("ringfence")
+
+
+def test_what_a_registry_publishes_is_no_old_record_when_its_topic_brings_it_late(
+    ledger: Ledger, reader: Reader
+):
+    """It had published the next one by then. Put there again, the same bytes are an old record."""
+
+    def written() -> Received:
+        return ledger.received(
+            AGENT, "robot", sign(record(ledger, "agent", "robot"), ledger.registry).encode()
+        )
+
+    ledger.give(ledger.register("sam", "robot", "sam"))
+    first, again = written(), written()
+    ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="robot", reason="x"))
+    then = written()
+    for one in (first, again, then):
+        assert reader.directory.take_own("agent", one.value, one.coordinates) is None
+    reader.directory.on_records([first, again, then])
+    assert (reader.alarms, reader.directory.displaced()) == ([], [])
+    assert reader.reads(first.value, "robot") == ["revision_fell"]
+    assert reader.directory.displaced() == [("agent", "robot")]
+
+
+def test_what_the_topic_brought_first_is_awaited_no_more(ledger: Ledger, reader: Reader):
+    old = record(ledger)
+    ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
+    new = ledger.received(AGENT, "bot", sign(record(ledger), ledger.registry).encode())
+    reader.directory.on_records([new])
+    assert reader.directory.take_own("agent", new.value, new.coordinates) is None
+    assert reader.reads(old) == ["revision_fell"]
+    reader.directory.on_records([new._replace(value=b"x")])
+    assert [alarm.code for alarm in reader.alarms] == ["revision_fell", "not_a_jws"]
 
 
 def test_the_same_revision_that_says_something_else(ledger: Ledger, reader: Reader):

@@ -142,6 +142,9 @@ class Directory:
         """Another one after each record that was taken in."""
         self._taken_in = 0
         self._displaced: set[tuple[SubjectKind, str]] = set()
+        self._own: set[tuple[str, int, int]] = set()
+        """Where records stand that this registry has taken in, and that their topics have not brought back yet."""
+        self._read_to: dict[tuple[str, int], int] = {}
         self._last_beat_ms = 0
         self._beat_heard_ms = 0
         self._trust_version = trust.version
@@ -203,7 +206,7 @@ class Directory:
         source: Coordinates | None = None,
         key: str | None = None,
     ) -> str | None:
-        """Take in one record. Returns why not, or None. A registry calls this with what it has just published.
+        """Take in one record. Returns why not, or None.
 
         `key` is the Kafka key, where it must be the id: compaction would else let the record stand in another's place.
         """
@@ -238,9 +241,20 @@ class Directory:
             listener(kind, id)
         return None
 
+    def take_own(self, kind: SubjectKind, compact: bytes, at: Coordinates) -> str | None:
+        """Take in what this registry has just published. Returns why not, or None.
+
+        It may publish more on the same subject before the topic brings this back: then this is the older one, and
+        still nothing that somebody put there again.
+        """
+        problem = self.admit(kind, at.topic, at.partition, compact, at.appended_at_ms, at)
+        if problem is None and at.offset > self._read_to.get((at.topic, at.partition), -1):
+            self._own.add((at.topic, at.partition, at.offset))
+        return problem
+
     def _on_record(self, record: Received) -> None:
         kind = cast(SubjectKind, record.topic.what)
-        problem = self._problem(kind, record)
+        problem = None if self._is_own(record) else self._problem(kind, record)
         key = record.key or ""
         if problem is None:
             self._displaced.discard((kind, key))
@@ -255,6 +269,15 @@ class Directory:
         )
         subject = f"spiffe://{self._trust.trust_domain}/{kind}/{key}"
         self._on_alarm(Alarm(code, message, subject, record.coordinates))
+
+    def _is_own(self, record: Received) -> bool:
+        """Whether this brings back what was taken in when it was published: once each."""
+        place = (record.topic_name, record.partition, record.offset)
+        self._read_to[place[:2]] = record.offset
+        if place not in self._own:
+            return False
+        self._own.remove(place)
+        return True
 
     def _problem(self, kind: SubjectKind, record: Received) -> str | None:
         if not record.value:

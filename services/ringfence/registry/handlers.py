@@ -152,9 +152,11 @@ class Registry:
                 topic, id, compact, id=jti, type=topic.what, traceparent=traceparent
             )
         )
-        problem = self._directory.admit(
-            kind, written.topic, written.partition, compact.encode(), written.timestamp
-        )
+        at = Coordinates(
+            topic=written.topic, partition=written.partition, offset=written.offset,
+            appended_at_ms=written.timestamp,
+        )  # fmt: skip
+        problem = self._directory.take_own(kind, compact.encode(), at)
         if problem:
             raise RingfenceError(f"the record that was just published does not count: {problem}")
 
