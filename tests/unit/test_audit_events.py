@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.audit import credential_events
+from ringfence.audit import credential_events, ocsf, service_events
 from ringfence.audit.believing import Believer
 from ringfence.audit.handlers import AuditHandlers
 from ringfence.audit.ocsf import moment, privileges, scrubbed
@@ -19,6 +19,7 @@ from ringfence.kernel.ids import derived_id, digest, message_id
 from ringfence.kernel.jws import sign
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.approval import Approval
+from ringfence.messages.audit import IntakeEntry
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.messages.lease import EndCause, RevocationAck, RevocationRequest, Selector
@@ -45,6 +46,7 @@ from ringfence.messages.topics import (
     APPROVAL_RESPONSE,
     CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
+    DEAD_LETTER,
     LEASE,
     REGISTRY_COMMAND,
     REVOCATION_ACK,
@@ -200,6 +202,13 @@ async def test_an_event_quotes_nothing_of_what_a_stranger_wrote(office: Office) 
     assert steps([event]) == ["record.not_believed"]
     assert secret not in json.dumps(event)
     assert secret not in office.published.keys[-1]
+
+
+def test_a_key_of_any_length_makes_an_event_that_can_be_handed_over(office: Office) -> None:
+    """Whoever may write to a topic chooses the ids that findings are about; a key on `audit.intake` has a bound."""
+    record = office.received(DEAD_LETTER, b"")
+    told = ocsf.event(record, service_events._DEAD_LETTER, "told", {}, {}, key="k" * 5000)
+    IntakeEntry(key=told.key, event=told.body)
 
 
 async def test_an_expired_request_is_its_signers_and_counts_for_nothing(office: Office) -> None:

@@ -67,6 +67,7 @@ _MAX_WORD_BYTES = 4096
 _MAX_PRIVILEGES = 256
 _MAX_MESSAGE = 2000
 _MAX_TEXT = 500
+_MAX_KEY = 2048  # of an entry of audit.intake; of a stranger's record it may be anything
 _MAX_LOOKED_AT = 2048
 _LAST_WORD = re.compile(r"[\w.-]+$")
 _TOKEN = re.compile(r"[\w-]{8,}\.[\w-]*\.[\w-]{8,}(?:\.[\w-]+){0,2}")
@@ -195,7 +196,7 @@ def event(
     if people:
         body["observables"] = people
     body["unmapped"] = words
-    return Event(key, body)
+    return Event(_cut(key, _MAX_KEY), body)
 
 
 def shortened(told: Event) -> Event:
