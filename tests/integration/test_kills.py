@@ -23,7 +23,7 @@ from tests.conftest import Kafka
 from tests.stack import WITHIN_S, first_pending, realm_in
 
 REQUESTS = 60
-TTL_S = 20
+TTL_S = 40
 
 
 @pytest.fixture
