@@ -414,20 +414,7 @@ class Follower:
             )
         try:
             await consumer.start()
-            # `consumer.partitions_for_topic` knows nothing yet: Apache Kafka, unlike the embedded broker, tells a
-            # client that has just started of no topics.
-            await consumer._client.set_topics(list(self._topics))
-            cluster = consumer._client.cluster
-            partitions = [
-                TopicPartition(name, number)
-                for name in self._topics
-                for number in self._wanted(cluster.partitions_for_topic(name) or ())
-            ]
-            missing = self._topics.keys() - {partition.topic for partition in partitions}
-            if missing:
-                raise UnavailableError(
-                    f"missing on Kafka: {', '.join(sorted(missing))}; run: ringfence topics apply"
-                )
+            partitions = await self._partitions(consumer)
             consumer.assign(partitions)
             self._goal = dict(await consumer.end_offsets(partitions))
             await self._seek(consumer, partitions)
@@ -439,6 +426,19 @@ class Follower:
             raise
         self._consumer = consumer
         self._task = asyncio.create_task(self._run(consumer), name="follower")
+
+    async def _partitions(self, consumer: AIOKafkaConsumer) -> list[TopicPartition]:
+        """Of all topics. Raises UnavailableError where one is missing."""
+        # `consumer.partitions_for_topic` knows nothing yet: Apache Kafka, unlike the embedded broker, tells a client
+        # that has just started of no topics. An answer that was on its way before it named any may come first.
+        client = consumer._client
+        await client.set_topics(list(self._topics))
+        if any(client.cluster.partitions_for_topic(name) is None for name in self._topics):
+            await client.force_metadata_update()
+        found = {name: self._wanted(client.cluster.partitions_for_topic(name) or ()) for name in self._topics}
+        if missing := sorted(name for name, numbers in found.items() if not numbers):
+            raise UnavailableError(f"missing on Kafka: {', '.join(missing)}; run: ringfence topics apply")
+        return [TopicPartition(name, number) for name, numbers in found.items() for number in numbers]
 
     def _wanted(self, partitions: Iterable[int]) -> list[int]:
         every = sorted(partitions)
