@@ -33,8 +33,11 @@ from ringfence.messages.topics import AGENT, DEAD_LETTER, LEASE, REVOCATION_REQU
 from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, Step
 from ringfence.model.leases import follow, origin_of, record_id
+from ringfence.revoker import foresight
 from ringfence.revoker.ending import Ender
+from ringfence.revoker.foresight import ForeseenEnd, Foresight
 from ringfence.revoker.issued import IssuedHandler
+from ringfence.revoker.said import Said
 from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
@@ -203,6 +206,102 @@ async def test_an_end_that_kafka_did_not_take_is_published_later_as_it_was(
     assert len(lost) == 2
     assert set(lost) <= {record.compact for record in life}
     assert event.result == "1"
+
+
+# --- what was foreseen ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreseen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """However few leases are due soon, revokers look at them beforehand. What was remembered, and taken, by lease."""
+    monkeypatch.setattr(foresight, "MANY", 1)
+    seen: list[tuple[str, str]] = []
+    remember, take = Foresight.remember, Foresight.take
+
+    def remembering(self: Foresight, record: bytes, end: ForeseenEnd) -> None:
+        seen.append(("remembered", end.glance.lease_id))
+        remember(self, record, end)
+
+    def taking(self: Foresight, record: bytes) -> ForeseenEnd | None:
+        end = take(self, record)
+        if end is not None:
+            seen.append(("taken", end.glance.lease_id))
+        return end
+
+    monkeypatch.setattr(Foresight, "remember", remembering)
+    monkeypatch.setattr(Foresight, "take", taking)
+    return seen
+
+
+async def remembered(foreseen: list[tuple[str, str]], asked: Asked) -> None:
+    async with asyncio.timeout(WITHIN_S):
+        while ("remembered", asked.lease_id) not in foreseen:
+            await asyncio.sleep(0.02)
+
+
+async def test_an_end_that_was_foreseen_is_as_any_other(
+    desk: Desk, store: LeaseStore, foreseen: list[tuple[str, str]]
+) -> None:
+    asked, _ = await desk.issued("read", ttl_s=8)
+    life = await ended(desk, asked)
+    assert foreseen.count(("remembered", asked.lease_id)) == foreseen.count(("taken", asked.lease_id)) == 1
+    assert statuses(life) == ["active", "expired"]
+    end = life[-1].claims
+    assert end.cause == EndCause(kind="deadline", at_ms=end.deadline * 1000)
+    record = await desk.world.consume_until(
+        LEASE, lambda r: r.key == asked.lease_id and r.value.decode() == life[-1].compact
+    )
+    assert record.appended_at_ms >= end.deadline * 1000 - 20  # two clocks of one machine
+    assert (await store.get([asked.lease_id]))[asked.lease_id].jws.decode() == life[-1].compact
+    assert asked.lease_id not in await store.find(f"agent:{desk.bot.name}")
+    await until_published(store)
+
+
+async def until_published(store: LeaseStore) -> None:
+    """Nothing waits in the outbox."""
+    async with asyncio.timeout(WITHIN_S):
+        while await store.unpublished(older_than_ms=0):
+            await asyncio.sleep(0.05)
+
+
+async def test_a_lease_whose_end_was_foreseen_is_given_back(
+    desk: Desk, foreseen: list[tuple[str, str]]
+) -> None:
+    asked, _ = await desk.issued("read", ttl_s=30)
+    await remembered(foreseen, asked)
+    await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
+    assert statuses(await ended(desk, asked)) == ["active", "ending", "released"]
+
+
+async def test_a_foreseen_end_gives_way_to_another_that_came_first(desk: Desk, store: LeaseStore) -> None:
+    asked, _ = await desk.issued("read")
+    await store.connect()
+    ender = Ender(
+        desk.world.runtimes["revoker"], store, ["jwt"], lambda wishes: None, Said(), visibility_ms=1000
+    )
+    (before,) = (await store.get([asked.lease_id])).values()
+    end = ender.foresee(before.record)
+    assert end is not None
+    ender.foresight.remember(before.record, end)
+    await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
+    life = await ended(desk, asked)
+    left = await ender.end_foreseen({asked.lease_id: before})
+    assert {id: one and one.jws.decode() for id, one in left.items()} == {asked.lease_id: life[-1].compact}
+    assert len(await ended(desk, asked)) == 3
+
+
+async def test_what_nobody_of_authority_signed_is_not_foreseen(desk: Desk, store: LeaseStore) -> None:
+    asked, _ = await desk.issued("read")
+    await store.connect()
+    ender = Ender(
+        desk.world.runtimes["revoker"], store, ["jwt"], lambda wishes: None, Said(), visibility_ms=1000
+    )
+    lease = await desk.lease(asked.lease_id, "active")
+    by_a_stranger = sign(lease, desk.world.party("service", "issuer").key)
+    assert ender.foresee(by_a_stranger.encode()) is None
+    lasting = lease.model_copy(update={"backend": "redis"})
+    assert ender.foresee(sign(lasting, desk.world.key("issuer")).encode()) is None, "it is cut first"
+    assert ender.foresee(sign(lease, desk.world.key("issuer")).encode()) is not None
 
 
 # --- release ----------------------------------------------------------------------------------------------------------
@@ -578,7 +677,7 @@ async def test_a_lease_is_held_against_records_by_the_word_of_services_alone(
     await desk.world.accepted(claims, desk.sam)
     revoker = desk.world.runtimes["revoker"]
     directory = revoker._tables[AGENT].__self__  # type: ignore[attr-defined]
-    handler = IssuedHandler(revoker, directory, store, patience_s=WITHIN_S)
+    handler = IssuedHandler(revoker, directory, store, Said(), patience_s=WITHIN_S)
     lease = await desk.lease(asked.lease_id, "active")
     record = await desk.world.consume_until(LEASE, lambda r: r.key == asked.lease_id)
     beyond = lease.model_copy(update={"scope": desk.scope("wipe")})

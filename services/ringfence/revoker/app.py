@@ -32,6 +32,7 @@ from ringfence.revoker.issued import IssuedHandler
 from ringfence.revoker.orders import Orders
 from ringfence.revoker.overdue import Overdue
 from ringfence.revoker.rebuilding import Rebuilder
+from ringfence.revoker.said import Said
 from ringfence.revoker.settings import RevokerSettings
 from ringfence.revoker.sweeping import Sweeper
 from ringfence.revoker.undoing import Undoer
@@ -68,14 +69,15 @@ def build(
         store, backends, caller, overdue, runtime.clock, runtime.tracing, longest_delay_ms=longest_delay_ms
     )
     stateless = [kind for kind, backend in backends.items() if backend.stateless]
-    ender = Ender(runtime, store, stateless, undoer.take, visibility_ms=own.visibility_ms)
+    said = Said()
+    ender = Ender(runtime, store, stateless, undoer.take, said, visibility_ms=own.visibility_ms)
     expiry = Expiry(store, ender, own, runtime.clock)
     cuts = Cuts(runtime.trust, runtime.clock, grace_ms=int(settings.grace_s * 1000))
     rebuilder = Rebuilder(runtime, store, directory)
     orders = Orders(runtime, directory, patience_s=own.patience_s)
     revocations = RevocationHandler(runtime, orders, store, ender, cuts)
     records = RecordHandler(runtime, directory, orders, store, ender, patience_s=own.patience_s)
-    watch = LeaseWatch(store, runtime.trust, ender, rebuilder, runtime.clock)
+    watch = LeaseWatch(store, runtime.trust, ender, rebuilder, runtime.clock, said)
 
     def on_heartbeats(records: Sequence[Received]) -> None:
         directory.on_records(records)
@@ -106,7 +108,8 @@ def build(
     runtime.background("outbox-clearing", store.clear_outbox)
     runtime.background("undoing", partial(undoer.run, ender.end_undone))
     runtime.background("expiry", expiry.run)
-    runtime.background("foresight", Lookout(store, ender.foresee, expiry.is_busy).run)
+    lookout = Lookout(store, ender.foresight, ender.foresee, expiry.is_busy, runtime.clock)
+    runtime.background("foresight", lookout.run)
     runtime.background("expired-events", expiry.listen)
     runtime.background("outbox", expiry.sweep)
     consumer = runtime.consume("revoker", {REVOCATION_REQUEST: revocations})
@@ -125,7 +128,7 @@ def build(
     runtime.background("sweeping", sweeper.run)
     runtime.background("forgetting", forgetter.run)
     runtime.consume("revoker-records", dict.fromkeys(RECORD_TOPICS, one_by_one(records, runtime.letters)))
-    issued = IssuedHandler(runtime, directory, store, patience_s=own.patience_s)
+    issued = IssuedHandler(runtime, directory, store, said, patience_s=own.patience_s)
     runtime.consume(
         "revoker-issued", {LEASE: issued}, max_records=ISSUED_TOGETHER, linger_ms=ISSUED_LINGER_MS
     )

@@ -9,17 +9,18 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import gather_all
 from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import parse
+from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Outbound
 from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.tracing import Span
 from ringfence.messages.credential import Reason
-from ringfence.messages.lease import EndCause, Lease, LeaseStatus
+from ringfence.messages.lease import TERMINAL, EndCause, Lease, LeaseStatus
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import (
     CLOSING_TOKEN,
@@ -29,11 +30,17 @@ from ringfence.model.lease_store import (
     Step,
     Stepped,
     StoredLease,
+    expanded,
+    told_of,
+    unverified_payload,
 )
 from ringfence.model.leases import bears, follow, is_over, restated
+from ringfence.model.opening import open_lease
 from ringfence.model.steps import work_on
 from ringfence.revoker.domain import deadline_cause, next_status
-from ringfence.revoker.foresight import Foresight
+from ringfence.revoker.foresight import ForeseenEnd, Foresight
+from ringfence.revoker.said import Said, glance_of
+from ringfence.revoker.truth import Glance
 
 log = logging.getLogger(__name__)
 
@@ -69,20 +76,23 @@ class Ender:
         store: LeaseStore,
         stateless: Collection[str],
         hand_over: Callable[[Sequence[Wish]], None],
+        said: Said,
         *,
         visibility_ms: int,
     ) -> None:
         """Args:
             stateless: the backends of which nothing is left at a target.
             hand_over: takes leases that are to be undone, and does not wait for that.
+            said: is told of every record that is published.
             visibility_ms: how long others leave a lease alone that this revoker has cut.
         """  # fmt: skip
         self._runtime = runtime
         self._store = store
         self._stateless = frozenset(stateless)
         self._hand_over = hand_over
+        self._said = said
         self._visibility_ms = visibility_ms
-        self._foresight = Foresight(runtime.trust, lambda: runtime.key, runtime.clock)
+        self.foresight = Foresight(lambda: (runtime.trust.version, runtime.key.kid))
 
     async def read(self, stored: Mapping[str, StoredLease | None]) -> dict[str, Lease]:
         """The claims of stored records whose signatures hold. Others are reported, and left as they are."""
@@ -91,7 +101,7 @@ class Ender:
             if number % _PAUSE_EVERY == 0:
                 await asyncio.sleep(0)  # others get their turn
             try:
-                lease = self._foresight.open(one.record) if one else None
+                lease = self._opened(one.record) if one else None
             except InvalidMessageError as error:
                 await self._report(lease_id, f"the record in Redis does not hold: {error}")
                 continue
@@ -100,6 +110,10 @@ class Ender:
             else:
                 found[lease_id] = lease
         return found
+
+    def _opened(self, record: bytes) -> Lease:
+        """The claims of a record, as Redis holds it, that an issuer or a revoker signed. Raises InvalidMessageError."""
+        return open_lease(expanded(record), self._runtime.trust, self._runtime.clock)
 
     async def bearing(
         self,
@@ -167,6 +181,50 @@ class Ender:
                 await self._end_some(ids[start : start + AT_A_TIME], known, causes, traces, undone=False)
         return known
 
+    def foresee(self, record: bytes) -> ForeseenEnd | None:
+        """The end of an active lease at its deadline, by its record as Redis holds it.
+
+        None where the record does not hold, which is found out when the lease is due, or where more comes before the
+        end than one record.
+        """
+        try:
+            lease = self._opened(record)
+        except InvalidMessageError:
+            return None
+        cause = deadline_cause(lease, 0)
+        if next_status(lease, cause, self._stateless) not in TERMINAL:
+            return None
+        step = self._step(lease, cause)
+        return ForeseenEnd(glance_of(step.lease.claims), told_of(step), _outbound(step.lease))
+
+    async def end_foreseen(self, due: Mapping[str, StoredLease | None]) -> dict[str, StoredLease | None]:
+        """End those of these leases whose ends were foreseen. Returns the others, as Redis has them then.
+
+        Raises as `end`.
+        """
+        left, ends = dict(due), dict[str, ForeseenEnd]()
+        for id, one in due.items():
+            end = self.foresight.take(one.record) if one else None
+            if end is not None and end.step.lease_id == id and end.step.epoch == self._store.epoch:
+                ends[id] = end
+        if not ends:
+            return left
+        work = (work_on(_verified_before(one.record)) for id, one in due.items() if one and id in ends)
+        with self._runtime.tracing.steps("end lease", work) as spans:
+            results = await self._store.write(
+                [end.step for end in ends.values()], visibility_ms=self._visibility_ms
+            )
+            left |= {id: result.stored for id, result in zip(ends, results, strict=True)}
+            done = [id for id, result in zip(ends, results, strict=True) if result.outcome == "done"]
+            traced = dict(zip(ends, spans, strict=False))
+            await self._publish([(ends[id].glance, _traced(ends[id].record, traced.get(id))) for id in done])
+            for id in done:
+                del left[id]
+                if id in traced:
+                    traced[id].note(status="expired", cause="deadline")
+        self._count(ends[id].glance for id in done)
+        return left
+
     async def end_undone(self, wishes: Sequence[Wish]) -> None:
         """Write the last records of leases that are undone at their targets."""
         known = {wish.lease.lease_id: wish.lease for wish in wishes}
@@ -209,8 +267,10 @@ class Ender:
             done = [
                 step.lease for step, result in zip(steps, results, strict=True) if result.outcome == "done"
             ]
-            await self._publish(done, traces)
-            self._count([lease.claims for lease in done if is_over(lease.claims)])
+            glances = [glance_of(one.claims) for one in done]
+            records = [_outbound(one, traces.get(one.claims.lease_id)) for one in done]
+            await self._publish(list(zip(glances, records, strict=True)))
+            self._count(glances)
             known |= {lease.claims.lease_id: lease.claims for lease in done}
             gone = set()
             if len(done) < len(steps):
@@ -250,10 +310,6 @@ class Ender:
         """Whether something of it may be at its target, and nothing is between that and its end."""
         return lease.status in ("minting", "ending") and lease.backend not in self._stateless
 
-    def foresee(self, record: bytes) -> None:
-        """Do now, for an active lease, most of what its end will cost when its deadline has come."""
-        self._foresight.remember(record, lambda lease: self._following(lease, deadline_cause(lease, 0)))
-
     async def _steps(self, wishes: Sequence[tuple[Lease, EndCause]]) -> list[Step]:
         """The next steps of leases, those of each one after the other, up to its end or to its undoing."""
         steps: list[Step] = []
@@ -268,7 +324,10 @@ class Ender:
         return steps
 
     def _step(self, lease: Lease, cause: EndCause) -> Step:
-        return Step(self._foresight.sign(self._following(lease, cause)), lease)
+        return Step(self._signed(self._following(lease, cause)), lease)
+
+    def _signed(self, claims: Lease) -> SignedLease:
+        return SignedLease(claims, sign(claims, self._runtime.key))
 
     def _following(self, lease: Lease, cause: EndCause) -> Lease:
         status = next_status(lease, cause, self._stateless)
@@ -292,14 +351,11 @@ class Ender:
         known |= await self.read({id: one.stored for id, one in tried.items() if one.stored})
         return gone
 
-    async def _publish(self, leases: Sequence[SignedLease], traces: Traces) -> None:
-        await self._send(
-            [
-                _outbound(one.claims, one.jws.encode("ascii"), traces.get(one.claims.lease_id))
-                for one in leases
-            ]
-        )
-        self._store.published((one.claims.lease_id, one.claims.seq) for one in leases)
+    async def _publish(self, records: Sequence[tuple[Glance, Outbound]]) -> None:
+        for glance, record in records:
+            self._said.add(record.value, glance)
+        await self._send([record for _, record in records])
+        self._store.published((glance.lease_id, glance.seq) for glance, _ in records)
 
     async def republish(self, records: Sequence[Outgoing]) -> None:
         """Publish what somebody wrote to Redis and did not live to publish: the same bytes, where they still count.
@@ -309,32 +365,36 @@ class Ender:
         sent = []
         for one in records:
             try:
-                claims, jws = self._current(one.jws)
+                lease = self._current(one.jws)
             except InvalidMessageError as error:
                 await self._report(one.lease_id, f"the outbox holds something else than a record: {error}")
                 continue
-            sent.append((one, _outbound(claims, jws)))
+            sent.append((one, _outbound(lease)))
         await self._send([record for _, record in sent])
         self._store.published((one.lease_id, one.seq) for one, _ in sent)
 
-    def _current(self, jws: bytes) -> tuple[Lease, bytes]:
+    def _current(self, jws: bytes) -> SignedLease:
         """A record as it counts now. Raises InvalidMessageError."""
-        claims = parse(jws).unverified_claims(Lease)  # readers verify it
+        parsed = parse(jws)
+        claims = parsed.unverified_claims(Lease)  # readers verify it
         if claims.epoch is None or claims.epoch == self._store.epoch:
-            return claims, jws
-        claims = restated(self._foresight.open(jws), by=self._runtime.key.id, epoch=self._store.epoch)
-        return claims, self._foresight.sign(claims).jws.encode("ascii")
+            return SignedLease(claims, parsed.compact)
+        lease = open_lease(jws, self._runtime.trust, self._runtime.clock)
+        return self._signed(restated(lease, by=self._runtime.key.id, epoch=self._store.epoch))
 
     async def _send(self, records: Sequence[Outbound]) -> None:
         await gather_all(await self._runtime.publisher.send_many(LEASE, Lease.typ, records))
 
-    def _count(self, ended: Sequence[Lease]) -> None:
-        for status, count in Counter(lease.status for lease in ended).items():
+    def _count(self, records: Iterable[Glance]) -> None:
+        """Count those that are ends, by their statuses, and measure how late they are that end at deadlines."""
+        counts, now_s = Counter[str](), self._runtime.clock.now_ms() / 1000
+        for one in records:
+            if one.status in TERMINAL:
+                counts[one.status] += 1
+            if one.status == "expired":
+                metrics.EXPIRY_LAG.observe(max(0.0, now_s - one.deadline))
+        for status, count in counts.items():
             metrics.LEASES_ENDED.labels(status).inc(count)
-        now_s = self._runtime.clock.now_ms() / 1000
-        for lease in ended:
-            if lease.status == "expired":
-                metrics.EXPIRY_LAG.observe(max(0.0, now_s - lease.deadline))
 
     async def _report(self, lease_id: str, message: str) -> None:
         log.error("lease %s: %s", lease_id, message)
@@ -347,5 +407,16 @@ class Ender:
         )
 
 
-def _outbound(claims: Lease, jws: bytes, traceparent: str | None = None) -> Outbound:
-    return Outbound(claims.lease_id, jws, claims.jti, traceparent or claims.traceparent)
+def _outbound(lease: SignedLease, traceparent: str | None = None) -> Outbound:
+    claims = lease.claims
+    return Outbound(claims.lease_id, lease.jws.encode("ascii"), claims.jti, traceparent or claims.traceparent)
+
+
+def _traced(record: Outbound, span: Span | None) -> Outbound:
+    return record if span is None else record._replace(traceparent=span.traceparent)
+
+
+def _verified_before(record: bytes) -> Lease:
+    """The claims of a record, as Redis holds it, that was found to hold."""
+    payload = unverified_payload(record)
+    return parse(record).unverified_claims(Lease) if payload is None else Lease.model_validate_json(payload)

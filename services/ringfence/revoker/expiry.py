@@ -94,7 +94,7 @@ class Expiry:
 
     async def _end_some(self, due: Mapping[str, StoredLease | None]) -> None:
         try:
-            leases = await self._ender.read(due)
+            leases = await self._ender.read(await self._ender.end_foreseen(due))
             now_ms = self._clock.now_ms()
             await self._ender.end([Wish(lease, deadline_cause(lease, now_ms)) for lease in leases.values()])
         except Exception as error:  # noqa: BLE001 - `run` logs it; what did not end comes again

@@ -1,8 +1,8 @@
-"""Background work: where very many leases are due soon, most of what their ends cost is done ahead.
+"""Background work: where very many leases are due soon, nearly all that their ends cost is done ahead.
 
 That is to find out whose word their records are, and to sign their ends, which say the same whenever they are signed,
-and to make them small for Redis.
-Nothing rests on it: what was not foreseen is verified and signed when it is needed.
+and to put together what Redis and Kafka will be told. Nothing rests on it: what was not foreseen is verified and signed
+when its time has come.
 """
 
 from __future__ import annotations
@@ -12,23 +12,13 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.jws import compact_jws, parse, signing_input
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.trust import TrustStore
-from ringfence.messages.lease import Lease
-from ringfence.model.lease_store import (
-    LeaseStore,
-    Place,
-    SignedLease,
-    condensed,
-    expanded,
-    signature_of,
-    unverified_payload,
-)
-from ringfence.model.opening import open_lease
+from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.kafka import Outbound
+from ringfence.model.lease_store import LeaseStore, Place, Told
+from ringfence.revoker.truth import Glance
 
 log = logging.getLogger(__name__)
 
@@ -36,93 +26,87 @@ WITHIN_MS = 30_000
 MANY = 3_000
 """So many leases that are due within that time are worth it: fewer end as quickly by themselves."""
 MOST = 100_000
-"""So many are remembered: about 600 bytes each."""
+"""So many are remembered: some 2.5 kB each."""
+_LATE_S = 60
+"""So long after its deadline a lease has ended otherwise: what was foreseen of it goes."""
 _AT_A_TIME = 20
 _LOOK_EVERY_S = 1.0
 _BUSY_S = 0.02
 
 
+@dataclass(frozen=True, slots=True)
+class ForeseenEnd:
+    """The one record with which an active lease ends at its deadline: signed, and as Redis and Kafka are told of it."""
+
+    glance: Glance
+    step: Told
+    record: Outbound
+
+
 class Foresight:
-    """Opens and signs records of leases, and has done so already for those that it has foreseen."""
+    """The ends that this process has foreseen, each by the record, verified by then, that it follows."""
 
-    def __init__(
-        self, trust: TrustStore, key: Callable[[], SigningKey], clock: Clock, most: int = MOST
-    ) -> None:
-        """`key`: what to sign by, asked each time."""
-        self._trust = trust
-        self._clock = clock
-        self._key = key
+    def __init__(self, circumstances: Callable[[], object], most: int = MOST) -> None:
+        """`circumstances`: on what all that is remembered rests. Where it is another than before, nothing is known."""
+        self._circumstances = circumstances
+        self._rests_on = circumstances()
         self._most = most
-        self._version = trust.version
-        self._verified: OrderedDict[bytes, None] = OrderedDict()
-        """Digests of records that this process has verified."""
-        self._ends: OrderedDict[bytes, bytes] = OrderedDict()
-        """Records of this process as Redis will hold them, by the digests of what was signed."""
+        self._ends: OrderedDict[bytes, ForeseenEnd] = OrderedDict()
+        """By digests of records as Redis holds them."""
 
-    def open(self, record: bytes) -> Lease:
-        """The claims of a record that an issuer or a revoker signed: a JWS, or what Redis holds of it.
+    def remember(self, record: bytes, end: ForeseenEnd) -> None:
+        """Remember what the end of a lease will be, whose record, as Redis holds it, was found to hold now."""
+        self._forget_if_changed()
+        self._ends[hashlib.sha256(record).digest()] = end
+        while len(self._ends) > self._most:
+            self._ends.popitem(last=False)
 
-        Raises InvalidMessageError.
-        """
-        if self._verified and self._trusts_as_before():
-            digest = hashlib.sha256(record).digest()
-            if digest in self._verified:
-                del self._verified[digest]  # who needs it has it now
-                payload = unverified_payload(record)
-                if payload is None:
-                    return parse(record).unverified_claims(Lease)
-                return Lease.model_validate_json(payload)
-        return open_lease(expanded(record), self._trust, self._clock)
+    def take(self, record: bytes) -> ForeseenEnd | None:
+        """What was remembered for this very record, once."""
+        if not self._ends:
+            return None
+        self._forget_if_changed()
+        return self._ends.pop(hashlib.sha256(record).digest(), None)
 
-    def sign(self, claims: Lease) -> SignedLease:
-        """A record by this process."""
-        key = self._key()
-        text = signing_input(claims, key)
-        stored = self._ends.pop(hashlib.sha256(text).digest(), None) if self._ends else None
-        signature = signature_of(stored) if stored is not None else key.sign(text)
-        return SignedLease(claims, compact_jws(text, signature), stored)
+    def forget(self, due_before_s: float) -> None:
+        """Forget the ends of leases that were due before then. Some may stay for a while that were foreseen later."""
+        while self._ends and next(iter(self._ends.values())).glance.deadline < due_before_s:
+            self._ends.popitem(last=False)
 
-    def remember(self, record: bytes, end: Callable[[Lease], Lease]) -> None:
-        """Remember that a record holds, and the record of its `end`. What does not hold is found out later."""
-        try:
-            lease = open_lease(expanded(record), self._trust, self._clock)
-        except InvalidMessageError:
-            return
-        self._trusts_as_before()
-        key = self._key()
-        text = signing_input(end(lease), key)
-        self._verified[hashlib.sha256(record).digest()] = None
-        self._ends[hashlib.sha256(text).digest()] = condensed(compact_jws(text, key.sign(text)))
-        for remembered in (self._verified, self._ends):
-            while len(remembered) > self._most:
-                remembered.popitem(last=False)
-
-    def _trusts_as_before(self) -> bool:
-        """Whether the same trust bundle is in force. Where it is another, nothing is known any more."""
-        if self._version != self._trust.version:
-            self._version = self._trust.version
-            self._verified.clear()
-        return bool(self._verified)
+    def _forget_if_changed(self) -> None:
+        now = self._circumstances()
+        if now != self._rests_on:
+            self._rests_on = now
+            self._ends.clear()
 
 
 class Lookout:
     """Looks for what is due soon, while there is nothing else to do."""
 
     def __init__(
-        self, store: LeaseStore, foresee: Callable[[bytes], None], is_busy: Callable[[], bool]
+        self,
+        store: LeaseStore,
+        foresight: Foresight,
+        foresee: Callable[[bytes], ForeseenEnd | None],
+        is_busy: Callable[[], bool],
+        clock: Clock,
     ) -> None:
         """Args:
-            foresee: takes what Redis holds of the record of an active lease.
+            foresight: what remembers.
+            foresee: the end of an active lease, by what Redis holds of its record; None where it cannot be foreseen.
             is_busy: whether leases are being ended now.
         """  # fmt: skip
         self._store = store
+        self._foresight = foresight
         self._foresee = foresee
+        self._clock = clock
         self._is_busy = is_busy
         self._seen_to = [Place()] * len(store.shards)
 
     async def run(self) -> None:
         """Look out, for ever."""
         while True:
+            self._foresight.forget(self._clock.now_ms() / 1000 - _LATE_S)
             try:
                 if sum(await self._store.count_due(within_ms=WITHIN_MS)) >= MANY:
                     for shard in self._store.shards:
@@ -142,6 +126,8 @@ class Lookout:
             )
             self._seen_to[shard] = place
             for record in records:
-                self._foresee(record)
+                end = self._foresee(record)
+                if end is not None:
+                    self._foresight.remember(record, end)
             if len(records) < _AT_A_TIME:
                 return

@@ -23,7 +23,7 @@ from ringfence.model.directory import Directory
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.opening import open_lease
 from ringfence.revoker.domain import Overtaken, derived_order, overtaken
-from ringfence.revoker.truth import peek
+from ringfence.revoker.said import Said
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +36,12 @@ class IssuedHandler:
     """The batch handler of `lease`. A group of its own, so that each lease is looked at though revokers die."""
 
     def __init__(
-        self, runtime: Runtime, directory: Directory, store: LeaseStore, *, patience_s: float
+        self, runtime: Runtime, directory: Directory, store: LeaseStore, said: Said, *, patience_s: float
     ) -> None:
         self._runtime = runtime
         self._directory = directory
         self._store = store
+        self._said = said
         self._patience_s = patience_s
 
     async def __call__(self, batch: Sequence[Received]) -> None:
@@ -60,7 +61,7 @@ class IssuedHandler:
         await gather_all(acknowledged)
 
     def _is_active(self, record: Received) -> bool:
-        glance = peek(record.value)
+        glance = self._said.peek(record.value)
         if glance is None or glance.lease_id != record.key:
             return False
         return glance.status == "active" and glance.deadline * 1000 > self._runtime.clock.now_ms()

@@ -20,14 +20,15 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.kafka import Follower, Received
 from ringfence.kernel.trust import TrustStore
-from ringfence.messages.lease import Lease
+from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.model.lease_epochs import Epochs, number_of
 from ringfence.model.lease_store import LeaseStore, LostError, Outgoing, SignedLease, StoredLease
 from ringfence.model.leases import comes_after
 from ringfence.model.opening import open_lease
 from ringfence.revoker.ending import Ender
 from ringfence.revoker.rebuilding import Rebuilder
-from ringfence.revoker.truth import Glance, peek
+from ringfence.revoker.said import Said
+from ringfence.revoker.truth import Glance
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +58,20 @@ class LeaseWatch:
     """Takes the records of `lease` as they come; each revoker looks at all of them."""
 
     def __init__(
-        self, store: LeaseStore, trust: TrustStore, ender: Ender, rebuilder: Rebuilder, clock: Clock
+        self,
+        store: LeaseStore,
+        trust: TrustStore,
+        ender: Ender,
+        rebuilder: Rebuilder,
+        clock: Clock,
+        said: Said,
     ) -> None:
         self._store = store
         self._trust = trust
         self._ender = ender
         self._rebuilder = rebuilder
         self._clock = clock
+        self._said = said
         self._epochs = Epochs(trust)
         self._arrived: list[_Arrived] = []
         self._news = asyncio.Event()
@@ -73,7 +81,7 @@ class LeaseWatch:
         for record in records:
             if self._epochs.took(record):
                 continue
-            glance = peek(record.value)
+            glance = self._said.peek(record.value)
             if glance is not None and glance.lease_id == record.key:
                 void = self._epochs.is_void(record, glance.epoch)
                 known = self._epochs.of(record.partition) is not None
@@ -117,7 +125,8 @@ class LeaseWatch:
         return list(map(judged, records))
 
     async def _look(self, records: list[_Arrived], follower: Follower) -> None:
-        seqs = _highest(records)
+        at_their_ends = self._ended_here(records)
+        seqs = {id: seq for id, seq in _highest(records).items() if id not in at_their_ends}
         behind, ahead = await self._compare(seqs)
         # What waits in the outbox is on its way; what does not was acknowledged before now.
         waiting = await self._store.is_waiting(list(ahead.items()))
@@ -132,6 +141,15 @@ class LeaseWatch:
         behind, ahead = await self._compare({id: later[id] for id in {*behind, *acknowledged}})
         await self._restore([one for one in records if one.id in behind and not one.void])
         await self._heal(outdated | (ahead.keys() & acknowledged), records)
+
+    def _ended_here(self, records: Iterable[_Arrived]) -> set[str]:
+        """Leases of which Redis need not be asked: it took their ends from this very process, in this epoch."""
+        epoch = self._store.epoch
+        return {
+            one.id
+            for one in records
+            if one.glance.status in TERMINAL and one.glance.epoch == epoch and self._said.has(one.jws)
+        }
 
     async def _compare(self, seqs: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
         """Of leases by their highest `seq` on Kafka: those of which Redis has a lower one, and those of which it has a

@@ -7,6 +7,7 @@ not done again.
 
 from __future__ import annotations
 
+from ringfence.model.lease_store.arguments import told_of
 from ringfence.model.lease_store.keys import (
     CLOSING_TOKEN,
     DAY_MS,
@@ -17,7 +18,7 @@ from ringfence.model.lease_store.keys import (
     outbox_field,
 )
 from ringfence.model.lease_store.link import FullError, LostError
-from ringfence.model.lease_store.packing import condensed, expanded, signature_of, unverified_payload
+from ringfence.model.lease_store.packing import expanded, unverified_payload
 from ringfence.model.lease_store.restoring import Had, Held, Restoration
 from ringfence.model.lease_store.store import LeaseStore
 from ringfence.model.lease_store.values import (
@@ -31,6 +32,7 @@ from ringfence.model.lease_store.values import (
     Step,
     Stepped,
     StoredLease,
+    Told,
 )
 
 __all__ = [
@@ -56,9 +58,9 @@ __all__ = [
     "Step",
     "Stepped",
     "StoredLease",
-    "condensed",
+    "Told",
     "expanded",
     "outbox_field",
-    "signature_of",
+    "told_of",
     "unverified_payload",
 ]

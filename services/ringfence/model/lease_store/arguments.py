@@ -13,9 +13,12 @@ from ringfence.model.lease_store.values import (
     Activation,
     Preparation,
     SignedLease,
+    Step,
     Stepped,
     StoredLease,
+    Told,
 )
+from ringfence.model.leases import wide_marks_of
 
 MINTING_MS = 10_000
 """How long a lease that is restored while it was being minted is left to its issuer."""
@@ -105,6 +108,26 @@ def issuing(id: bytes, lease: SignedLease) -> tuple[Argument, ...]:
         lease.record,
         outbox_field(claims.lease_id, claims.seq),
         MIN_LEFT_MS,
+    )
+
+
+def told_of(step: Step) -> Told:
+    """What TRANSITION is told of a step."""
+    claims = step.lease.claims
+    over: tuple[Argument, ...] = ("",)
+    if claims.status in TERMINAL:
+        over = (claims.deadline * 1000, claims.agent_id, *wide_marks_of(claims))
+    return Told(
+        claims.lease_id,
+        claims.epoch,
+        (
+            packed(claims.lease_id),
+            following(step.after),
+            head_of(claims),
+            step.lease.record,
+            outbox_field(claims.lease_id, claims.seq),
+            *over,
+        ),
     )
 
 

@@ -104,10 +104,10 @@ def expanded(stored: bytes) -> bytes:
     if parts is None:
         return stored
     header, payload = parts
-    return ".".join(map(b64encode, (header, payload, signature_of(stored)))).encode()
+    return ".".join(map(b64encode, (header, payload, _signature_of(stored)))).encode()
 
 
-def signature_of(stored: bytes) -> bytes:
+def _signature_of(stored: bytes) -> bytes:
     """The signature in what `condensed` wrote of a JWS."""
     at = 1
     if stored.startswith(_APART):

@@ -13,15 +13,12 @@ from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.skew import SkewCheck
 from ringfence.messages.credential import Coordinates
-from ringfence.messages.lease import TERMINAL
 from ringfence.model.lease_store.arguments import (
     AT_A_TIME,
     DONE,
     FULL,
     NO_LIMIT,
     activation_of,
-    following,
-    head_of,
     in_parts,
     issuing,
     place_of_text,
@@ -31,6 +28,7 @@ from ringfence.model.lease_store.arguments import (
     stepped,
     stored_of,
     text_of,
+    told_of,
     uses_of,
     using,
 )
@@ -83,8 +81,9 @@ from ringfence.model.lease_store.values import (
     Step,
     Stepped,
     StoredLease,
+    Told,
 )
-from ringfence.model.leases import ALL_MARK, cut_mark, marks_of, wide_marks_of
+from ringfence.model.leases import ALL_MARK, cut_mark, marks_of
 
 log = logging.getLogger(__name__)
 
@@ -223,18 +222,21 @@ class LeaseStore(Shards):
         From `ending` on the credential is refused, and the lease counts as claimed for `visibility_ms`: if it has not
         ended then, it is claimed again. A terminal record takes the lease from all indexes.
         """
+        return await self.write(list(map(told_of, steps)), visibility_ms=visibility_ms)
+
+    async def write(self, steps: Sequence[Told], *, visibility_ms: int) -> list[Stepped]:
+        """`step`, of what was put together before."""
         together: dict[tuple[Keys, str | None], list[int]] = {}
         for number, step in enumerate(steps):
-            claims = step.lease.claims
-            together.setdefault((self.at(claims.lease_id), claims.epoch), []).append(number)
+            together.setdefault((self.at(step.lease_id), step.epoch), []).append(number)
         parts = [
             (at, epoch, part)
             for (at, epoch), numbers in together.items()
-            for part in in_parts(numbers, [steps[n].after.lease_id for n in numbers])
+            for part in in_parts(numbers, [steps[n].lease_id for n in numbers])
         ]
         answers = await self._run(
             [
-                self._step(at, epoch, [steps[n] for n in numbers], visibility_ms)
+                self._write(at, epoch, [steps[n] for n in numbers], visibility_ms)
                 for at, epoch, numbers in parts
             ]
         )
@@ -244,7 +246,7 @@ class LeaseStore(Shards):
                 found[number] = DONE if answer == [b"done"] else stepped(*answer)
         return [found[number] for number in range(len(steps))]
 
-    def _step(self, at: Keys, epoch: str | None, steps: Sequence[Step], visibility_ms: int) -> ShardCall:
+    def _write(self, at: Keys, epoch: str | None, steps: Sequence[Told], visibility_ms: int) -> ShardCall:
         args: list[Argument] = [
             at.live_prefix,
             at.index_prefix,
@@ -253,20 +255,8 @@ class LeaseStore(Shards):
             self.record_keep_ms,
         ]
         for step in steps:
-            claims = step.lease.claims
-            args += (
-                packed(claims.lease_id),
-                following(step.after),
-                head_of(claims),
-                step.lease.record,
-                outbox_field(claims.lease_id, claims.seq),
-            )
-            if claims.status in TERMINAL:
-                args += (claims.deadline * 1000, claims.agent_id, *wide_marks_of(claims))
-            else:
-                args.append("")
-        keys = (at.claimed, at.outbox, at.outbox_times)
-        return ShardCall(TRANSITION, at, keys, tuple(args), epoch)
+            args += step.args
+        return ShardCall(TRANSITION, at, (at.claimed, at.outbox, at.outbox_times), tuple(args), epoch)
 
     async def claim(self, shards: Iterable[int], *, limit: int, visibility_ms: int) -> list[Claimed]:
         """Take what is due in these shards, `limit` each, for `visibility_ms`: nobody else gets it until then.

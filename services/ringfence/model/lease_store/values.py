@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.model.lease_store.packing import condensed, expanded, unverified_names
+from ringfence.model.lease_store.scripts import Argument
 from ringfence.model.leases import ALL_MARK
 
 LETTERS: dict[LeaseStatus, str] = {
@@ -22,13 +23,11 @@ class SignedLease:
 
     claims: Lease
     jws: str
-    stored: bytes | None = field(default=None, compare=False, repr=False)
-    """The JWS as it stands in Redis, where that is known already: finding out takes a while."""
 
     @property
     def record(self) -> bytes:
         """The JWS as it stands in Redis."""
-        return self.stored or condensed(self.jws)
+        return condensed(self.jws)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +98,15 @@ class Step:
 
     lease: SignedLease
     after: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A step as the script is told of it, by `told_of`: that can be put together before it is time for it."""
+
+    lease_id: str
+    epoch: str | None
+    args: tuple[Argument, ...]
 
 
 @dataclass(frozen=True, slots=True)
