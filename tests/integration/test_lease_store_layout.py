@@ -199,6 +199,47 @@ async def test_a_lease_that_is_restored_before_its_minute_is_due_then(
     assert await read(store, far) == ended.jws
 
 
+# --- very many at once ------------------------------------------------------------------------------------------------
+
+
+async def test_more_are_claimed_at_once_than_a_command_takes(store: LeaseStore) -> None:
+    over = {one.claims.lease_id: one for one in (lease(deadline=int(time.time()) - 1) for _ in range(1_100))}
+    await store.restore(list(over.values()))
+    (first,) = await store.claim([0], limit=1_050, visibility_ms=0)
+    assert len(first.leases) == 1_050
+    (again,) = await store.claim([0], limit=10_000, visibility_ms=VISIBLE_MS)
+    assert {id: one and one.jws.decode() for id, one in again.leases.items()} == {
+        id: one.jws for id, one in over.items()
+    }
+    (none,) = await store.claim([0], limit=10_000, visibility_ms=VISIBLE_MS)
+    assert none.leases == {}
+
+
+async def test_leases_of_one_agent_that_end_together_leave_the_others(
+    store: LeaseStore, redis: Any, at: Keys
+) -> None:
+    """Also where the agent had another sponsor meanwhile: the key that their records share goes with the last."""
+
+    def of(sponsor: str) -> SignedLease:
+        return lease(agent_id="bot", sponsor=sponsor, on_behalf_of="maria")
+
+    sams, sues = [of("sam") for _ in range(3)], [of("sue") for _ in range(2)]
+    await store.activate([*sams, *sues])
+    marks = ["agent:bot", "sponsor:sam", "sponsor:sue"]
+
+    async def end(*leases: SignedLease) -> list[int]:
+        steps = [step(one, "expired") for one in leases]
+        assert {one.outcome for one in await store.step(steps, visibility_ms=VISIBLE_MS)} == {"done"}
+        return list((await store.count(marks)).values())
+
+    assert await end(*sams[:2], sues[0]) == [2, 1, 1]
+    assert await end(sues[1]) == [1, 1, 0]
+    assert await redis.hexists(at.index("bot"), THUMBPRINT)
+    assert await read(store, sams[2]) == sams[2].jws
+    assert await end(sams[2]) == [0, 0, 0]
+    assert await redis.exists(at.index("bot"), at.agents("sponsor:sam"), at.agents("user:maria")) == 0
+
+
 # --- other layouts ----------------------------------------------------------------------------------------------------
 
 

@@ -52,10 +52,12 @@ KEPT, KEPT_SHORT = 4, 5
 thumbprint of the agent's key is left out, which stands with the agent's leases. Where no head comes before, the record
 is an active one, and the head follows from it. No reader sees them."""
 _MOST_SIGNERS = 255
+_MOST_AT_ONCE = 1000
+"""So many arguments a command takes in Lua; some thousand more do not fit on its stack."""
 
 # What is kept of leases. In a hash those that have not ended; the others by themselves: they are forgotten one by one.
 # `known`: head and record as they were written; without the record where something is gone that was left out of it.
-# `head_of`: status, seq, deadline in s, epoch or token.
+# `head_of`: status, seq, deadline in s, epoch or token. Who keeps one as ended (`keep_ended`) takes it from `leases`.
 _RECORDS = f"""
 local base = string.match(guard, '^.*:')
 local leases, ended = base .. '{LEASES}', base .. '{ENDED}'
@@ -95,8 +97,17 @@ local function told(text)
         .. string.sub(after, 1, {STATE_BYTES}) .. thumbprint .. string.sub(after, {STATE_BYTES} + 1)
 end
 local function known(id) return told(kept(id)) end
-local function head_of(id)
-    local text = kept(id)
+local function all_kept(ids)
+    local found = {{}}
+    for first = 1, #ids, {_MOST_AT_ONCE} do
+        local last = math.min(first + {_MOST_AT_ONCE - 1}, #ids)
+        for i, text in ipairs(redis.call('HMGET', leases, unpack(ids, first, last))) do
+            found[first + i - 1] = text or redis.call('GET', ended .. ids[first + i - 1])
+        end
+    end
+    return found
+end
+local function head_in(text)
     if not text then return end
     if is_headless(text) then
         local _, seq, deadline_s = state_of(text, 3)
@@ -104,6 +115,7 @@ local function head_of(id)
     end
     return string.match(text, '^(%a)(%d+) (%d+) ?([^\\n]*)\\n')
 end
+local function head_of(id) return head_in(kept(id)) end
 local function number_of(signer)
     local number = numbers[signer] or redis.call('HGET', signers, signer)
     if not number then
@@ -141,7 +153,6 @@ end
 local function keep(id, head, record) redis.call('HSET', leases, id, slimmest(head, record)) end
 local function keep_ended(id, head, record, until_ms)
     redis.call('SET', ended .. id, (slim(head, record)), 'PXAT', until_ms)
-    redis.call('HDEL', leases, id)
 end
 """
 
@@ -184,18 +195,22 @@ local function open(limit)
 end
 """
 
-# A lease among those of its agent (keys[1], a hash), and its agent among those of its sponsor and user (the others), by
-# the number of its leases there. The thumbprint of the agent's key goes with the last.
+# Leases among those of their agent (keys[1], a hash), and the agent among those of their sponsor and user (the others),
+# by the number of its leases there. The thumbprint of the agent's key goes with the last of all, which is the last of
+# its sponsor too.
 _INDEXES = f"""
 local function enter(keys, id, agent)
     if redis.call('HSETNX', keys[1], id, '') == 0 then return end
     for i = 2, #keys do redis.call('HINCRBY', keys[i], agent, 1) end
 end
-local function leave(keys, id, agent)
-    if redis.call('HDEL', keys[1], id) == 0 then return end
-    if redis.call('HLEN', keys[1]) == 1 then redis.call('HDEL', keys[1], '{THUMBPRINT}') end
+local function leave(keys, ids, agent)
+    local count = redis.call('HDEL', keys[1], unpack(ids))
+    if count == 0 then return end
     for i = 2, #keys do
-        if redis.call('HINCRBY', keys[i], agent, -1) <= 0 then redis.call('HDEL', keys[i], agent) end
+        if redis.call('HINCRBY', keys[i], agent, -count) <= 0 then
+            redis.call('HDEL', keys[i], agent)
+            if redis.call('HLEN', keys[1]) == 1 then redis.call('HDEL', keys[1], '{THUMBPRINT}') end
+        end
     end
 end
 """
@@ -398,16 +413,17 @@ local limit, visible = tonumber(ARGV[1]), now + ARGV[2]
 open(limit)
 local ids = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, limit)
 if #ids < limit then
-    for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, limit - #ids)) do
-        redis.call('ZREM', KEYS[1], id)
-        ids[#ids + 1] = id
-    end
+    local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, limit - #ids)
+    for first = 1, #due, MOST do redis.call('ZREM', KEYS[1], unpack(due, first, math.min(first + MOST - 1, #due))) end
+    for _, id in ipairs(due) do ids[#ids + 1] = id end
 end
-local found = {}
-for _, id in ipairs(ids) do
-    redis.call('ZADD', KEYS[2], visible, id)
-    found[#found + 1] = id
-    found[#found + 1] = known(id)
+local claimed, found = {}, {}
+for i, text in ipairs(all_kept(ids)) do
+    claimed[2 * i - 1], claimed[2 * i] = visible, ids[i]
+    found[2 * i - 1], found[2 * i] = ids[i], told(text)
+end
+for first = 1, #claimed, MOST do
+    redis.call('ZADD', KEYS[2], unpack(claimed, first, math.min(first + MOST - 1, #claimed)))
 end
 local next = false
 for _, key in ipairs(KEYS) do
@@ -415,7 +431,7 @@ for _, key in ipairs(KEYS) do
     if first[2] and (not next or tonumber(first[2]) < next) then next = tonumber(first[2]) end
 end
 return {now, next, found}
-""",
+""".replace("MOST", str(_MOST_AT_ONCE)),
     always=True,
 )
 
@@ -461,29 +477,38 @@ TRANSITION = Script(
     + _DEADLINES
     + _INDEXES
     + """
-local answers, done, due_s, over, claimed, live = {}, {}, {}, {}, {}, {}
-local records, times, moved = {}, {}, {}
-local i = 6
+local ids, i = {}, 6
 while i <= #ARGV do
-    local id, deadline = ARGV[i], ARGV[i + 5]
-    local status, seq, deadline_s, epoch = head_of(id)
+    ids[#ids + 1] = ARGV[i]
+    i = i + (ARGV[i + 5] == '' and 6 or 9)
+end
+local now_kept = {}
+for n, text in ipairs(all_kept(ids)) do now_kept[ids[n]] = text end
+local answers, done, due_s, over, claimed, live = {}, {}, {}, {}, {}, {}
+local records, times, moved, left = {}, {}, {}, {}
+i = 6
+for n, id in ipairs(ids) do
+    local deadline = ARGV[i + 5]
+    local status, seq, deadline_s, epoch = head_in(now_kept[id])
     if status == 'm' then epoch = '' end
     if not status then
-        answers[#answers + 1] = {'unknown'}
+        answers[n] = {'unknown'}
     elseif moved[id] or status .. seq .. ' ' .. epoch ~= ARGV[i + 1] then
         moved[id] = true
-        answers[#answers + 1] = {'moved', known(id)}
+        answers[n] = {'moved'}
     else
-        answers[#answers + 1] = {'done'}
+        answers[n] = {'done'}
+        now_kept[id] = ARGV[i + 2] .. '\\n'
         done[#done + 1] = id
         due_s[#done] = deadline_s
         live[#live + 1] = ARGV[1] .. id
         if deadline ~= '' then
             over[#over + 1] = id
             keep_ended(id, ARGV[i + 2], ARGV[i + 3], math.max(now, tonumber(deadline)) + ARGV[5])
-            local keys = {ARGV[2] .. ARGV[i + 6]}
-            for n = 7, 8 do keys[#keys + 1] = ARGV[3] .. ARGV[i + n] end
-            leave(keys, id, ARGV[i + 6])
+            local agent, a, b = ARGV[i + 6], ARGV[i + 7], ARGV[i + 8]
+            local together = agent .. ' ' .. a .. ' ' .. b
+            left[together] = left[together] or {{ARGV[2] .. agent, ARGV[3] .. a, ARGV[3] .. b}, {}, agent}
+            table.insert(left[together][2], id)
         else
             keep(id, ARGV[i + 2], ARGV[i + 3])
             claimed[#claimed + 1] = now + ARGV[4]
@@ -500,9 +525,16 @@ if #done > 0 then
     redis.call('UNLINK', unpack(live))
     forget(done, due_s)
     if #claimed > 0 then redis.call('ZADD', KEYS[1], unpack(claimed)) end
-    if #over > 0 then redis.call('ZREM', KEYS[1], unpack(over)) end
+    if #over > 0 then
+        redis.call('HDEL', leases, unpack(over))
+        redis.call('ZREM', KEYS[1], unpack(over))
+        for _, some in pairs(left) do leave(unpack(some)) end
+    end
     redis.call('HSET', KEYS[2], unpack(records))
     redis.call('ZADD', KEYS[3], unpack(times))
+end
+for n, id in ipairs(ids) do
+    if answers[n][1] == 'moved' then answers[n][2] = known(id) end
 end
 return answers
 """,
@@ -606,8 +638,9 @@ if ARGV[3] ~= 'active' then
 end
 if ARGV[7] ~= '' then
     keep_ended(id, ARGV[5], ARGV[6], deadline + ARGV[7])
+    redis.call('HDEL', leases, id)
     redis.call('ZREM', KEYS[2], id)
-    leave({unpack(KEYS, 5)}, id, ARGV[10])
+    leave({unpack(KEYS, 5)}, {id}, ARGV[10])
     return 1
 end
 keep(id, ARGV[5], ARGV[6])
