@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.kafka import Outbound
-from ringfence.model.lease_store import LeaseStore, Place, Told
+from ringfence.model.lease_store import AHEAD_MS, LeaseStore, Place, Told
 from ringfence.revoker.truth import Glance
 
 log = logging.getLogger(__name__)
 
-WITHIN_MS = 30_000
+WITHIN_MS = AHEAD_MS
+"""As far ahead as there is an order of what is due: a busy machine has time for 100,000 then, too."""
 MANY = 3_000
 """So many leases that are due within that time are worth it: fewer end as quickly by themselves."""
 MOST = 100_000

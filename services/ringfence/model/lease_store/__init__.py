@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ringfence.model.lease_store.arguments import told_of
 from ringfence.model.lease_store.keys import (
+    AHEAD_MS,
     CLOSING_TOKEN,
     DAY_MS,
     FENCE_KEEP_MS,
@@ -36,6 +37,7 @@ from ringfence.model.lease_store.values import (
 )
 
 __all__ = [
+    "AHEAD_MS",
     "CLOSING_TOKEN",
     "DAY_MS",
     "FENCE_KEEP_MS",
