@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Self
 import orjson
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
-from aiokafka.partitioner import DefaultPartitioner
 
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.embedded_broker import QUICK_MS, TABLE_MS, adapt_to_embedded_broker
@@ -26,6 +25,7 @@ from ringfence.kernel.gone import NO_RESET, OnGone, Onward
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.partitioning import partition_number
 from ringfence.kernel.settings import BusSettings
 from ringfence.kernel.trace import new_traceparent, well_formed
 from ringfence.kernel.tracing import NO_SPAN, NOT_TRACING, Span, Tracing
@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 @lru_cache(maxsize=8192)
 def _partition_of(key: bytes, count: int) -> int:
-    """Where records with this key go. Remembered: the client counts it in Python, and few keys come again and again."""
-    return int(DefaultPartitioner()(key, range(count), ()))
+    """Where records with this key go. Remembered: it is counted in Python, and few keys come again and again."""
+    return partition_number(key, count)
 
 
 def _partitioner(key: bytes, every: Sequence[int], available: Sequence[int]) -> int:
