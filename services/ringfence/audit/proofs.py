@@ -94,9 +94,8 @@ class ProofStore:
         `events`: the JSON of each, where it is parsed already.
         """
         self._db.execute("BEGIN")
-        for record, event in zip(
-            records, map(chained, events or (loaded(record.value) for record in records)), strict=True
-        ):
+        parsed = events or [loaded(record.value) for record in records]
+        for record, event in zip(records, map(chained, parsed), strict=True):
             if event is None or event.link is None or event.link.tree != str(record.partition):
                 continue
             tree, index = event.link.tree, event.link.seq - 1

@@ -18,7 +18,7 @@ HANDLING_LAG = Gauge(
 )
 RECORDS_GONE = Counter(
     "ringfence_records_gone_total",
-    "Records that Kafka removed before they were read",
+    "Records that Kafka removed before they were read, or lost after that",
     ["topic", "group"],
 )
 """`group`: who was to read them; a service, where it follows a topic for a table or an index."""
