@@ -136,6 +136,10 @@ def test_every_import_is_the_sdks_or_of_an_extra_that_can_be_named() -> None:
             "none of agent, gateway",
         ),
         (["key", "new", "k.json", "--id", "maria"], "user/NAME"),
+        (["key", "new", "k.json", "--id", "agent/My-Bot"], "must be a name"),
+        (["key", "new", "k.json", "--id", "agent/" + "a" * 64], "must be a name"),
+        (["key", "new", "k.json", "--id", "target/the_shop"], "a target's name"),
+        (["key", "new", "k.json", "--id", "spiffe://acme.example/service/the issuer"], "a SPIFFE ID"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -12,7 +12,7 @@ import typer
 from pydantic import TypeAdapter
 
 from ringfence.cli.options import duration_s, moment_s
-from ringfence.cli.output import span, visible, visible_name
+from ringfence.cli.output import moment, span, until, visible, visible_name
 from ringfence.cli.scopes import (
     parse_permission,
     parse_scope,
@@ -167,3 +167,10 @@ def test_what_has_another_shape_is_told_in_words(wanted: Any, says: str) -> None
     ):
         TypeAdapter(wanted).validate_python("NOT SO")
     assert "pattern" not in str(refused.value)
+
+
+@pytest.mark.parametrize("seconds", [253_402_300_800, 2**53 - 1])
+def test_an_end_beyond_all_calendars_can_be_shown(seconds: int) -> None:
+    assert moment(seconds) == "the end of time"
+    assert until(seconds, 0).startswith("the end of time (in ")
+    assert moment(0) == "1970-01-01 00:00:00Z"

@@ -96,7 +96,10 @@ def moment(seconds: float | None) -> str:
     """A time of day, UTC, to the second."""
     if seconds is None:
         return ""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return "the end of time"  # a task may say so
 
 
 def span(seconds: float) -> str:
