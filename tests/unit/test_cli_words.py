@@ -20,6 +20,7 @@ from ringfence.cli.scopes import (
     show_scope,
     write_permission,
 )
+from ringfence.cli.spans import when_ms
 from ringfence.cli.usage import set_ceiling_command
 from ringfence.client.errors import InvalidCallError, checked
 from ringfence.messages.base import Name, SpiffeId, TargetId, Uuid
@@ -174,3 +175,8 @@ def test_an_end_beyond_all_calendars_can_be_shown(seconds: int) -> None:
     assert moment(seconds) == "the end of time"
     assert until(seconds, 0).startswith("the end of time (in ")
     assert moment(0) == "1970-01-01 00:00:00Z"
+
+
+@pytest.mark.parametrize("since", ["1969-01-01T00:00:00Z", "0001-01-01T00:00:00+14:00", "99999999d"])
+def test_what_began_before_all_records_is_from_the_first(since: str) -> None:
+    assert when_ms(since, 1_700_000_000_000) == 0
