@@ -18,7 +18,7 @@ import socket
 import ssl
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,6 +42,8 @@ from ringfence.kernel.errors import RingfenceError
 log = logging.getLogger(__name__)
 
 _BACKLOG: Final = 1024
+_LONGEST_ADDRESS: Final = 107
+"""Bytes of a unix socket's address (unix(7))."""
 _SWEEP_EVERY_S: Final = 5.0
 
 
@@ -239,15 +241,29 @@ def _bound(path: Path) -> socket.socket:
     before = os.umask(0o177)
     try:
         _removed(unready)
-        bound.bind(str(unready))
+        with _addressed(unready) as address:
+            bound.bind(address)
         bound.listen(_BACKLOG)
         unready.rename(path)
     except OSError as error:
         bound.close()
-        raise ListenError(f"cannot listen on {path}: {error.strerror}") from None
+        raise ListenError(f"cannot listen on {path}: {error.strerror or error}") from None
     finally:
         os.umask(before)
     return bound
+
+
+@contextlib.contextmanager
+def _addressed(path: Path) -> Iterator[str]:
+    """The path, or a short one that leads there: an address has 107 bytes, and folders of projects are deep."""
+    if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
 
 
 def _removed(path: Path) -> None:
