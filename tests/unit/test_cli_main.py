@@ -192,6 +192,18 @@ def test_an_agents_key_gives_no_commands(
     assert "speaks for spiffe://ringfence.local/agent/bot; this needs a key of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("id", ["", "a/b", "../users"])
+def test_what_can_be_no_id_is_not_asked_for(
+    id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x")
+    file = tmp_path / "olga.json"
+    SigningKey.generate("spiffe://ringfence.local/user/olga").save(file)
+    for command in (("agent", "show"), ("audit", "trace"), ("lease", "show")):
+        assert main(["--identity", str(file), *command, id]) == 1
+        assert f"there is no {id!r}" in capsys.readouterr().err
+
+
 def test_a_key_is_made_once_and_never_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "keys" / "maria.json"
     assert main(["--json", "key", "new", str(file), "--id", "user/maria"]) == 0
