@@ -181,7 +181,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.EPIPE:  # else nobody reads any more, and nobody asks why
             name = f"{error.filename}: " if error.filename else ""
-            _say(f"error: {name}{error.strerror or error}")
+            _say(f"error: {name}{error.strerror or str(error) or type(error).__name__}")
         _drop_what_is_left()
         return 1
     return status
