@@ -12,6 +12,7 @@ import pytest
 from ringfence.gateway.attempts import Admits, Attempt, Carried, Gate, Presented, Rpc, Verdict
 from ringfence.gateway.counting import Counted
 from ringfence.gateway.domain import Ask, Refusal, Sender, refused
+from ringfence.gateway.evaluating import NO_ANSWER, Allowed
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.mcp import Sessions
 from ringfence.gateway.problem import answer
@@ -81,8 +82,11 @@ class Parts(PlayedRecorder):
         return {"Authorization": "Bearer x"}
 
     # evaluator
-    def remembers(self, *args: Any, **kwargs: Any) -> bool:
+    def holds(self, *args: Any) -> bool:
         return self.refuses is None
+
+    def remembered(self, *args: Any) -> Allowed:
+        return NO_ANSWER
 
     async def answer(self, *args: Any, **kwargs: Any) -> Refusal | Ask | None:
         self.meanwhile()

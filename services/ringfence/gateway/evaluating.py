@@ -26,6 +26,21 @@ Kind = tuple[object, ...]
 _CLASSES: Final[tuple[ActionClass, ...]] = ("sponsor", "second_person", "operator")
 
 
+class Allowed:
+    """An answer that allowed something as it was."""
+
+    __slots__ = ("revision", "until_ms")
+
+    def __init__(self, revision: str, until_ms: int) -> None:
+        self.revision = revision
+        """Of the bundle."""
+        self.until_ms = until_ms
+        """So long it is gone by."""
+
+
+NO_ANSWER: Final = Allowed("", 0)
+
+
 class Evaluator:
     """Asks the engine, where no answer that still holds is at hand for this lease, action and these revisions."""
 
@@ -34,14 +49,15 @@ class Evaluator:
         self._declared = declared
         self._engine = engine
         self._records = WrittenRecords()
-        self._remembered: OrderedDict[Kind, int] = OrderedDict()
-        """Until when, in ms, each was allowed,"""
-        self._revision = engine.revision
-        """by this revision of the bundle."""
+        self._remembered: OrderedDict[Kind, Allowed] = OrderedDict()
 
-    def remembers(self, kind: Kind, now_ms: int) -> bool:
-        """Whether an answer that still holds allows it. `kind`: see `kind_of`."""
-        return self._remembered.get(kind, 0) > now_ms and self._revision == self._engine.revision
+    def remembered(self, kind: Kind) -> Allowed:
+        """The last answer that allowed it, whether that holds or not. `kind`: see `kind_of`."""
+        return self._remembered.get(kind, NO_ANSWER)
+
+    def holds(self, answer: Allowed, now_ms: int) -> bool:
+        """Whether an answer is gone by at this moment."""
+        return answer.until_ms > now_ms and answer.revision == self._engine.revision
 
     async def answer(
         self,
@@ -63,7 +79,7 @@ class Evaluator:
             earlier: tells what the task did before (`Earlier.of`), where the bundle is asked.
         """
         kind = kind_of(chosen, action, reads=reads)
-        if self.remembers(kind, now_ms):
+        if self.holds(self.remembered(kind), now_ms):
             return None
         document = self._input(chosen, action, id=id, reads=reads, earlier=earlier(), now_ms=now_ms)
         try:
@@ -77,14 +93,11 @@ class Evaluator:
             return _ask(wanted, answer.revision)
         for_ms = min(answer.result.max_ttl_s * 1000, LONGEST_MS)
         if for_ms > 0 and answer.revision == self._engine.revision:
-            self._remember(kind, answer.revision, now_ms + for_ms)
+            self._remember(kind, Allowed(answer.revision, now_ms + for_ms))
         return None
 
-    def _remember(self, kind: Kind, revision: str, until_ms: int) -> None:
-        if self._revision != revision:
-            self._remembered.clear()
-            self._revision = revision
-        self._remembered[kind] = until_ms
+    def _remember(self, kind: Kind, answer: Allowed) -> None:
+        self._remembered[kind] = answer
         self._remembered.move_to_end(kind)
         if len(self._remembered) > MAX_REMEMBERED:
             self._remembered.popitem(last=False)

@@ -126,7 +126,9 @@ class Limits:
     def take(self, sender: str) -> Share:
         """Count a request against the sender's rate, and begin it. Raises RefusedError (429)."""
         now = self._seconds()
-        share = self._share(sender, now)
+        share = self._shares.get(sender)
+        if share is None:
+            share = self._share(sender, now)
         self._ask(share, now, 1)
         return self._begin(share)
 
@@ -140,7 +142,8 @@ class Limits:
 
     def _ask(self, share: Share, now: float, cost: float) -> None:
         burst = self._allowed.burst_each
-        cost = min(cost, burst)
+        if cost > burst:
+            cost = burst
         left = share.left + (now - share.then) * self._allowed.per_second_each
         if left > burst:
             left = burst

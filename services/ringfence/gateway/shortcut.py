@@ -129,10 +129,8 @@ class Shortcut:
         if end < 0:
             return False
         key = self._key + data[: end + len(END)]
-        plan = desk.plans.get(key)
-        fresh = plan is None or not plan.standing.holds()
-        if plan is None or fresh:
-            plan = self._planned(data, end, key)
+        kept = desk.plans.get(key)
+        plan = kept if kept is not None else self._planned(data, end, key)
         if plan is None or len(data) != end + len(END) + plan.length:
             return False
         try:
@@ -140,7 +138,10 @@ class Shortcut:
         except RefusedError:
             return False
         allowed = plan.standing.allowed(turn.admits, self._when_kept)
-        if allowed is None:
+        if allowed is None and kept is not None and not kept.standing.holds():
+            plan = self._planned(data, end, key)
+            allowed = plan.standing.allowed(turn.admits, self._when_kept) if plan is not None else None
+        if allowed is None or plan is None:
             turn.put_off()
             return False
         self._plan, self._come, self.ended = plan, data, False

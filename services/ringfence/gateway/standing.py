@@ -11,12 +11,10 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 
-from prometheus_client import Counter
-
 from ringfence.gateway.action_ids import ActionIds
 from ringfence.gateway.attempts import Admits, Attempt, Verdict
 from ringfence.gateway.domain import Chosen, Sender, access_of
-from ringfence.gateway.evaluating import Evaluator, kind_of
+from ringfence.gateway.evaluating import NO_ANSWER, Evaluator, kind_of
 from ringfence.gateway.history import Earlier
 from ringfence.gateway.injection import Injector
 from ringfence.gateway.lasting import Basis
@@ -25,6 +23,7 @@ from ringfence.gateway.view import View
 from ringfence.gateway.written import AllowedEvents
 from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
+from ringfence.kernel.tallies import TalliedCounter
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
 from ringfence.model.request_map import Action
@@ -62,7 +61,7 @@ class Standing:
     """See `attempts.Standing`."""
 
     __slots__ = (
-        "_action", "_at_hand", "_basis", "_count", "_events", "_kind", "_sender", "lease", "target",
+        "_action", "_answer", "_at_hand", "_basis", "_count", "_events", "_kind", "_sender", "lease", "target",
     )  # fmt: skip
 
     def __init__(
@@ -84,8 +83,10 @@ class Standing:
         self._action = action
         self._basis = basis
         self._kind = kind_of(chosen, action, reads=access == "read")
+        self._answer = NO_ANSWER
+        """The bundle's, as long as it holds."""
         self._events = AllowedEvents(at_hand.gateway, sender.agent_id, self.lease, action, access, attempt)
-        self._count: Counter = counter_of("allowed", access)
+        self._count = counter_of("allowed", access)
 
     def holds(self) -> bool:
         """See `attempts.Standing`."""
@@ -107,8 +108,8 @@ class Standing:
             return None
         id, took_ns = at_hand.ids.fresh(), time.perf_counter_ns() - began_ns
         at_hand.recorder.keep_soon(self._events.entry(id, took_ns // 1000, now_ms), then)
-        self._count.inc()
-        metrics.DECISION_TIME.observe(took_ns / 1e9)
+        self._count.tally()
+        metrics.DECISION_TIME.tally(took_ns / 1e9)
         at_hand.earlier.add(
             self.lease.task_id, self.lease.target_id, self._action.verb, allowed=True, now_ms=now_ms
         )
@@ -124,8 +125,12 @@ class Standing:
     def _injects(self, now_ms: int) -> Mapping[str, str] | None:
         """What is injected where it is allowed now; else None. Raises what stands against it."""
         at_hand, lease = self._at_hand, self.lease
-        if not self._basis.holds(now_ms / 1000) or not at_hand.evaluator.remembers(self._kind, now_ms):
+        if not self._basis.holds(now_ms / 1000):
             return None
+        if not at_hand.evaluator.holds(self._answer, now_ms):
+            self._answer = at_hand.evaluator.remembered(self._kind)
+            if not at_hand.evaluator.holds(self._answer, now_ms):
+                return None
         injects = at_hand.injector.at_hand(lease, self.target)
         # Last, as in `decide`; nothing was waited for, so nothing changed meanwhile.
         if not at_hand.view.table.lives(lease.lease_id, now_ms) or at_hand.view.stale() is not None:
@@ -134,6 +139,6 @@ class Standing:
 
 
 @functools.cache
-def counter_of(outcome: str, access: str) -> Counter:
+def counter_of(outcome: str, access: str) -> TalliedCounter:
     """What counts decisions of this outcome."""
     return metrics.ACTIONS.labels(outcome, access)
