@@ -71,7 +71,9 @@ class TableStanding:
     entry: Entry
 
     def holds(self) -> bool:
-        same = self.gate.targets.get(self.target.target_id) is self.entry
+        """The secret is asked for each time."""
+        entry = self.gate.targets.get(self.target.target_id)
+        same = entry is not None and dataclasses.replace(entry, injected=self.entry.injected) == self.entry
         return same and self._verdict().allowed
 
     def allowed(self, admits: Admits, then: Callable[[bool], None]) -> tuple[str, Mapping[str, str]] | None:

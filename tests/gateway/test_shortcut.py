@@ -335,3 +335,30 @@ async def test_what_changed_is_read_anew(place: Place) -> None:
     names = [[name for name, _ in one.headers] for one in place.target.requests]
     assert ["x-api-key" in one for one in names] == [False, False, False, True]
     assert ["authorization" in one for one in names] == [True, True, True, False]
+
+
+async def test_the_secret_that_was_sent_is_the_one_that_is_looked_for() -> None:
+    """It may be replaced while the target thinks, and others go on with the new one meanwhile."""
+    other = "another-secret-0123456789"
+    slow, count = Slow(), 0
+
+    async def script(reader: Reader, writer: Writer) -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            await slow.script(reader, writer)
+            return
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(OK)
+
+    async with placed(Target(script=script)) as place, place.connected() as one, place.connected() as two:
+        assert (await one.ask(GET)).status == 200
+        await one.send(GET)
+        await slow.asked.wait()
+        with_entry(place.gate, "api", injected={"Authorization": f"Bearer {other}"})
+        for _ in range(2):
+            assert (await two.ask(GET)).status == 200
+        assert place.gate.at_once == 4
+        body = f"{SECRET} {other}".encode()
+        slow.answers.put_nowait(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        assert (await one.response()).body == b"*" * len(SECRET) + f" {other}".encode()

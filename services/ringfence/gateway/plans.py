@@ -29,7 +29,7 @@ MAX_KEPT_BYTES: Final = 2048
 class Plan:
     """How one request is sent on."""
 
-    __slots__ = ("_head", "_injects", "attempt", "length", "needles", "odd", "origin", "request", "standing")
+    __slots__ = ("_head", "_injects", "_needles", "attempt", "length", "odd", "origin", "request", "standing")
 
     def __init__(self, request: RequestHead, attempt: Attempt, standing: Standing, origin: Origin) -> None:
         self.request = request
@@ -40,16 +40,15 @@ class Plan:
         """Of its body."""
         self.odd = request.method in WITHOUT_BODY and self.length > 0
         """Whether its connection to the target is not used again."""
-        self.needles: tuple[bytes, ...] = ()
-        """What is searched for in the answer, once `head` was asked."""
+        self._needles: tuple[bytes, ...] = ()
         self._injects: Mapping[str, str] | None = None
         self._head = b""
 
-    def head(self, injects: Mapping[str, str]) -> bytes:
-        """The head that goes to the target, with what is injected now."""
+    def head(self, injects: Mapping[str, str]) -> tuple[bytes, tuple[bytes, ...]]:
+        """The head that goes to the target, with what is injected now, and what is searched for in its answer."""
         if injects is not self._injects:
             if self._injects is None or injects != self._injects:
-                self.needles = needles_of(tuple(injects.values()))
+                self._needles = needles_of(tuple(injects.values()))
                 self._head = request_head(
                     self.request,
                     self.attempt.target,
@@ -59,7 +58,7 @@ class Plan:
                     upgrade=False,
                 )
             self._injects = injects
-        return self._head
+        return self._head, self._needles
 
 
 class Plans:

@@ -37,7 +37,7 @@ class Shortcut:
     """That of one connection."""
 
     __slots__ = (
-        "_action_id", "_client", "_come", "_desk", "_injects", "_key", "_plan", "_turn", "_upstream", "_way",
+        "_action_id", "_client", "_come", "_desk", "_injects", "_key", "_needles", "_plan", "_turn", "_upstream", "_way",
         "_when_answered", "_when_ended", "_when_gone", "_when_kept", "ended", "handed_over", "taken",
     )  # fmt: skip
 
@@ -58,8 +58,10 @@ class Shortcut:
         """which came so,"""
         self._action_id = ""
         self._injects: Mapping[str, str] = _NOTHING
+        self._needles: tuple[bytes, ...] = ()
+        """What its answer is searched for,"""
         self._upstream: Stream | None = None
-        """and was sent there."""
+        """and where it was sent."""
         # Made once: they are handed out with each request.
         self._when_kept, self._when_ended = self._kept, self._lease_ended
         self._when_answered, self._when_gone = self._answer, self._hand_over
@@ -200,13 +202,14 @@ class Shortcut:
         self._upstream = upstream
         upstream.deadline = time.monotonic() + desk.patiences.response_s
         upstream.taker, upstream.on_gone = self._when_answered, self._when_gone
-        head = plan.head(self._injects)
+        head, self._needles = plan.head(self._injects)
         upstream.write(head + self._come[-plan.length :] if plan.length else head)
 
     def _leave(self, plan: Plan) -> None:
         """Nothing of it goes on: it is decided anew by the coroutine, which says what is wrong."""
         client = self._client
         self._forget(plan)
+        self.handed_over = self.ended = False
         self._turn.put_off()
         client.buffer[:0] = self._come
         client.deadline = time.monotonic() + self._desk.patiences.head_s
@@ -242,7 +245,7 @@ class Shortcut:
             self._hand_over()
             return not data
         client, desk = self._client, self._desk
-        client.write_soon(redact(begins.head + data[end + len(END) :], plan.needles))
+        client.write_soon(redact(begins.head + data[end + len(END) :], self._needles))
         self._forget(plan)
         if begins.again and not plan.odd:
             desk.upstreams.give_back(plan.origin, upstream)
