@@ -37,8 +37,8 @@ class Shortcut:
     """That of one connection."""
 
     __slots__ = (
-        "_action_id", "_client", "_come", "_desk", "_injects", "_key", "_needles", "_plan", "_turn", "_upstream", "_way",
-        "_when_answered", "_when_ended", "_when_gone", "_when_kept", "ended", "handed_over", "taken",
+        "_action_id", "_client", "_come", "_desk", "_injects", "_key", "_needles", "_plan", "_turn", "_upstream",
+        "_way", "_when_answered", "_when_ended", "_when_gone", "_when_kept", "ended", "handed_over", "taken",
     )  # fmt: skip
 
     def __init__(self, client: Stream, way: Way, desk: Desk, turn: Turn) -> None:
