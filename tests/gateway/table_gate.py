@@ -77,7 +77,7 @@ class TableStanding:
         return same and self._verdict().allowed
 
     def allowed(self, admits: Admits, then: Callable[[bool], None]) -> tuple[str, Mapping[str, str]] | None:
-        return self.gate.at_hand(self.presented, self.attempt, admits, then)
+        return self.gate.at_hand(self.presented, self.attempt, admits, then) if self.holds() else None
 
     def verdict(self, action_id: str, injects: Mapping[str, str]) -> Verdict:
         return dataclasses.replace(self._verdict(), action_id=action_id)

@@ -205,7 +205,7 @@ class Standing(Protocol):
 
         It is recorded together with what else is allowed in this turn of the loop: `then` is called, later in this
         turn, with whether it is. Nothing may be forwarded before, and nothing where it is not. None for everything
-        else, whatever `Gate.decide` would say: that is to be asked then.
+        else, whatever `Gate.decide` would say, and where it does not hold any more: that is to be asked then.
         """
         ...
 
