@@ -30,10 +30,11 @@ from ringfence.gateway.desk import Desk
 from ringfence.gateway.forwarding import Forwarder, Patiences
 from ringfence.gateway.hosts import Scheme, canonical
 from ringfence.gateway.limits import TOO_MANY_CONNECTIONS, Allowance, Limits, sender_at
+from ringfence.gateway.plans import Plans
 from ringfence.gateway.problem import answer as problem_of
 from ringfence.gateway.refusals import Answer
 from ringfence.gateway.serving import Connection
-from ringfence.gateway.stream import Patience, Stream
+from ringfence.gateway.stream import Outbox, Patience, Stream
 from ringfence.gateway.upstream import Upstreams
 from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock, SystemClock
@@ -79,15 +80,20 @@ class DataPlane:
             name: of this gateway, in its CA's certificate.
             tls: how targets are verified; the machine's authorities if not given.
         """  # fmt: skip
-        self._patience = Patience()
+        self._patience, self._outbox = Patience(), Outbox()
         self.upstreams = Upstreams(
-            tls or ssl.create_default_context(), self._patience, connect_s=patiences.connect_s
+            tls or ssl.create_default_context(),
+            self._patience,
+            connect_s=patiences.connect_s,
+            outbox=self._outbox,
         )
         self.authority = Authority(name, hosts, clock or SystemClock())
         self._loop: asyncio.AbstractEventLoop | None = None
         self.limits = Limits(allowance, time.monotonic)
         forwarder = Forwarder(gate, self.upstreams, patiences)
-        self._desk = Desk(gate, knows, answer, self.authority, forwarder, self.limits, patiences, blocked)
+        self._desk = Desk(
+            gate, knows, answer, self.authority, forwarder, self.upstreams, Plans(), self.limits, patiences, blocked
+        )  # fmt: skip
         self._servers: list[asyncio.Server] = []
         self._doors: list[TlsDoor] = []
         self._tasks: dict[Path, tuple[asyncio.Server, set[Stream]]] = {}
@@ -139,12 +145,18 @@ class DataPlane:
 
         try:
             if tls is not None:
-                door = TlsDoor(tls, self.limits, self._desk.blocked, handshake_s=self._desk.patiences.head_s)
+                door = TlsDoor(
+                    tls,
+                    self.limits,
+                    self._desk.blocked,
+                    self._outbox,
+                    handshake_s=self._desk.patiences.head_s,
+                )
                 taken_port = await door.open(host, port, _BACKLOG, serve, self._lost)
                 self._doors.append(door)
                 return taken_port
             server = await asyncio.get_running_loop().create_server(
-                lambda: Stream(serve, self._lost), host, port, backlog=_BACKLOG
+                lambda: Stream(serve, self._lost, self._outbox), host, port, backlog=_BACKLOG
             )
         except OSError:
             raise ListenError(
@@ -170,7 +182,9 @@ class DataPlane:
             self._lost(stream)
 
         server = await asyncio.get_running_loop().create_unix_server(
-            lambda: Stream(lambda stream: self._serve(stream, way), lost), sock=listening, backlog=_BACKLOG
+            lambda: Stream(lambda stream: self._serve(stream, way), lost, self._outbox),
+            sock=listening,
+            backlog=_BACKLOG,
         )
         self._tasks[path] = (server, streams)
 
