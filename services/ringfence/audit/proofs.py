@@ -94,7 +94,8 @@ class ProofStore:
         `events`: the JSON of each, where it is parsed already.
         """
         self._db.execute("BEGIN")
-        for record, event in zip(records, map(chained, events or map(_loaded, records)), strict=True):
+        parsed = events or [loaded(record.value) for record in records]
+        for record, event in zip(records, map(chained, parsed), strict=True):
             if event is None or event.link is None or event.link.tree != str(record.partition):
                 continue
             tree, index = event.link.tree, event.link.seq - 1
@@ -207,7 +208,3 @@ class ProofStore:
 
     def _put(self, tree: str, level: int, index: int, hash: Hash) -> None:
         self._db.execute("INSERT OR REPLACE INTO node VALUES (?, ?, ?, ?)", (tree, level, index, hash))
-
-
-def _loaded(record: Received) -> Any:
-    return loaded(record.value)
