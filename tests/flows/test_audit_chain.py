@@ -27,7 +27,7 @@ from ringfence.kernel.trust import TrustStore
 from ringfence.messages.audit import AuditCheckpoint, AuditIntake, IntakeEntry
 from ringfence.messages.registry import AgentSuspend
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, DEAD_LETTER, SERVICE_EVENT
-from ringfence.model.audit_chain import Source, Tip, event_of, linked
+from ringfence.model.audit_chain import Source, Tip, event_of, linkable, linked
 from ringfence.model.merkle import Head, is_consistent, leaf_hash, root_by_inclusion
 from tests.world import Party, World, scope
 
@@ -375,7 +375,7 @@ def test_the_nodes_that_are_kept_give_the_roots_of_all_subtrees() -> None:
     store = ProofStore(TrustStore("example.org", "x"), None)
     tip, values = Tip(), []
     for offset in range(700):
-        value = linked(json.loads(told_of(Source("x", 0, offset))), "0", offset + 1, tip.last)
+        value = linked(linkable(json.loads(told_of(Source("x", 0, offset)))), "0", offset + 1, tip.last)
         tip = tip.followed_by(value)
         values.append(value)
     for start in range(0, 700, 100):

@@ -10,7 +10,7 @@ from ringfence.audit.chaining import GROUP, ChainWriter
 from ringfence.audit.detector import Detector
 from ringfence.audit.handlers import AuditHandlers
 from ringfence.audit.http import AuditApi
-from ringfence.audit.intake import Intake
+from ringfence.audit.intake import Intake, Lately
 from ringfence.audit.proofs import ProofStore
 from ringfence.audit.proofs_http import ProofApi
 from ringfence.audit.settings import AuditSettings
@@ -38,7 +38,8 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
     believer = Believer(runtime.trust, directory, own)
     index = SqliteIndex(settings.state_dir / own.index_file if settings.state_dir is not None else None)
-    intake = Intake(runtime.publisher, lambda: runtime.key, settings.trust_domain, runtime.clock)
+    lately = Lately()
+    intake = Intake(runtime.publisher, lambda: runtime.key, settings.trust_domain, runtime.clock, lately)
     handlers = AuditHandlers(
         intake,
         believer,
@@ -77,7 +78,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     runtime.consume(
         "audit", handlers.batches(), max_records=500, linger_ms=own.linger_ms, from_the_first=True
     )
-    _chain(runtime, own)
+    _chain(runtime, own, lately)
     api = AuditApi(index, directory, runtime.clock, settings.trust_domain, indexed.complete.is_set)
     runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]
     runtime.routes += AskingApi(index, runtime.clock, api.viewer, indexed.complete.is_set).routes()
@@ -90,8 +91,8 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     return runtime
 
 
-def _chain(runtime: Runtime, own: AuditSettings) -> None:
-    chain = ChainWriter(runtime, own.checkpoint_s)
+def _chain(runtime: Runtime, own: AuditSettings, lately: Lately) -> None:
+    chain = ChainWriter(runtime, own.checkpoint_s, lately)
     runtime.consume(
         GROUP,
         {AUDIT_INTAKE: chain.on_batch},

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
-import orjson
-
 from ringfence.audit.detecting_grants import QuickGrant
 from ringfence.audit.detecting_order import QuickApproval, Sequences, Unreviewed
 from ringfence.audit.detecting_reach import BeyondUser, CeilingUnused, Denials, FirstUse
@@ -29,7 +27,7 @@ from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.kafka import Received
-from ringfence.model.audit_chain import loaded
+from ringfence.model.audit_chain import linkable, loaded
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +130,7 @@ class Detector:
             for uid, finding in looked_at.items()
             if not self._handed.get(uid) and not self._trail.has(uid)
         ]
-        await self._intake.hand_over(Handed(one.key, one.uid, orjson.dumps(one.body), None) for one in events)
+        await self._intake.hand_over(Handed(one.key, one.uid, linkable(one.body), None) for one in events)
         for uid in looked_at:
             self._open.pop(uid, None)
         for one in events:

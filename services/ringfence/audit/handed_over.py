@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from ringfence.audit.intake import Handed, opened_intake
+from ringfence.audit.intake import Told, opened_intake
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.kafka_reading import Stretches
@@ -41,7 +41,9 @@ class HandedOver:
             if not missing:
                 break
             async for record in self._kafka.records(AUDIT_INTAKE, partition, *stretch):
-                missing.difference_update(mark_of(one.event) for one in entries_of(record, self._trust))
+                missing.difference_update(
+                    mark_of(orjson.loads(one.body)) for one in entries_of(record, self._trust)
+                )
         return marks - missing
 
     async def _stretches(self, partition: int) -> AsyncIterator[tuple[int, int]]:
@@ -55,7 +57,7 @@ class HandedOver:
         yield taken, end  # where somebody set back how far was read
 
 
-def entries_of(record: Received, trust: TrustStore) -> Sequence[Handed]:
+def entries_of(record: Received, trust: TrustStore) -> Sequence[Told]:
     """What a message holds that an audit service signed; nothing where none did."""
     try:
         return opened_intake(record, trust)

@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import orjson
-
 from ringfence.audit import (
     about,
     action_events,
@@ -80,6 +78,7 @@ from ringfence.messages.topics import (
     TRUST,
     USER,
 )
+from ringfence.model.audit_chain import linkable
 from ringfence.model.chains import ChainError
 from ringfence.model.grants import kind_of
 from ringfence.model.identity import subject_of
@@ -576,9 +575,9 @@ class AuditHandlers:
 
 
 def _ready(event: Event, unsettled: bool) -> _Ready:
-    body = orjson.dumps(event.body)
+    body = linkable(event.body)
     if len(body) > MAX_EVENT_BYTES:
-        body = orjson.dumps(shortened(event).body)
+        body = linkable(shortened(event).body)
     return _Ready(event.key, event.uid, body, int(event.body["class_uid"]), unsettled)
 
 
