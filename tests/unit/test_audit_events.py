@@ -7,6 +7,7 @@ import base64
 import json
 from typing import Any
 
+import orjson
 import pytest
 
 from ringfence.audit import credential_events, ocsf, service_events
@@ -44,6 +45,7 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import (
     AGENT,
     APPROVAL_RESPONSE,
+    AUDITED,
     CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
     DEAD_LETTER,
@@ -145,6 +147,25 @@ async def test_a_batch_that_could_not_be_published_comes_again_and_makes_the_sam
         await office.batches[CREDENTIAL_REQUEST](batch)
     await office.batches[CREDENTIAL_REQUEST](batch)
     assert steps(office.published.events) == ["credential.requested", "message.replayed"]
+
+
+async def test_records_of_several_topics_that_come_together_have_the_events_that_they_have_one_by_one(
+    office: Office,
+) -> None:
+    story = office.credential()
+    expected = await office.audit(*story.all)
+    handlers = AuditHandlers(
+        office.published, Believer(office.trust, office.directory, office.own), SystemClock(), office.trust,
+        office.uses.get, settle_ms=0,
+    )  # fmt: skip
+    places = list(AUDITED)
+    batch = sorted(story.all, key=lambda record: places.index(record.topic))
+    await handlers.batches()[batch[0].topic](batch)
+    told = office.published.events[-len(batch) :]
+    assert [one["metadata"]["uid"] for one in told] == [
+        Source(r.topic_name, r.partition, r.offset).uid for r in batch
+    ]
+    assert sorted(map(orjson.dumps, told)) == sorted(map(orjson.dumps, expected))
 
 
 async def test_a_restarted_audit_says_the_same_of_a_decision_without_the_request(office: Office) -> None:
