@@ -18,7 +18,7 @@ from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.envelope import EncryptionKey, enclose
 from ringfence.kernel.ids import derived_id, digest, message_id
 from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.keys import PublicKey, SigningKey
 from ringfence.messages.approval import Approval
 from ringfence.messages.audit import IntakeEntry
 from ringfence.messages.base import ExpiringClaims
@@ -244,6 +244,39 @@ async def test_an_expired_request_is_its_signers_and_counts_for_nothing(office: 
     )
     assert event["unmapped"]["sponsor"] == "sam"
     assert event["unmapped"]["request"] == message_id(bot.id, old.jti)
+
+
+async def test_a_request_that_was_verified_where_it_is_embedded_is_not_verified_once_more(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = office.credential(approved=False)
+    expected = await office.audit(story.request)
+    office.believer = office.handlers._believer = Believer(office.trust, office.directory, office.own)
+    await office.audit(story.allowed)
+    looked_at: list[bytes] = []
+    verifies = PublicKey.verifies
+
+    def counted(key: PublicKey, signature: bytes, data: bytes) -> bool:
+        looked_at.append(data)
+        return verifies(key, signature, data)
+
+    monkeypatch.setattr(PublicKey, "verifies", counted)
+    assert await office.audit(story.request) == expected
+    assert looked_at == []
+    another = story.request_jws[:-1] + ("A" if story.request_jws[-1] != "A" else "Q")
+    event = await office.event(office.received(CREDENTIAL_REQUEST, another))
+    assert looked_at, "its text is another one"
+    assert steps([event]) == ["record.not_believed"]
+
+
+async def test_a_key_that_has_ended_signs_no_request_though_it_was_verified_where_it_is_embedded(
+    office: Office,
+) -> None:
+    story = office.credential(approved=False)
+    await office.audit(story.allowed)
+    late = story.request._replace(appended_at_ms=office.now_ms + 2 * 86_400_000)
+    event = await office.event(late)
+    assert (steps([event]), event["status_code"]) == (["record.not_believed"], "key_unknown")
 
 
 async def test_a_replay_is_told_and_blamed_on_nobody(office: Office) -> None:

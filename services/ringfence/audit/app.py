@@ -76,7 +76,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         each_s = max(0.1, own.linger_ms / 1000)
         runtime.background("detections", lambda: detector.tell_always(indexed.complete, each_s))
     runtime.consume(
-        "audit", handlers.batches(), max_records=500, linger_ms=own.linger_ms, from_the_first=True
+        "audit", handlers.batches(), max_records=1000, linger_ms=own.linger_ms, from_the_first=True
     )
     _chain(runtime, own, lately)
     api = AuditApi(index, directory, runtime.clock, settings.trust_domain, indexed.complete.is_set)
@@ -96,7 +96,7 @@ def _chain(runtime: Runtime, own: AuditSettings, lately: Lately) -> None:
     runtime.consume(
         GROUP,
         {AUDIT_INTAKE: chain.on_batch},
-        max_records=500,
+        max_records=1000,
         linger_ms=own.linger_ms,
         on_assigned=chain.on_assigned,
         alone=True,
