@@ -7,6 +7,9 @@ In clear the embedded plane is reached through the socket of a task, so who send
 sides and a proof (RFC 9449) with each request, which costs the gateway more than everything else: so a proxy has to be
 asked, and so the embedded plane is where an agent comes from elsewhere. `direct` is the same load on the target.
 
+A gateway scales by replicas: two of them, each on a core of its own with a task's socket, share the load in a row of
+their own. On two cores the load and the target take theirs from them all the same.
+
 `--kafka` changes nothing here: events stay in the spool.
 """
 
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,6 +45,8 @@ from tests.ledger import START_MS
 
 LEASES = (1, 100, 10_000)
 CONNECTIONS, TUNNELS = 16, 8
+REPLICAS = 2
+"""So many gateways are measured side by side, where there are as many cores."""
 DIRECT, EMBEDDED, PROVEN, TUNNELLED = 100_000, 40_000, 3_200, 20_000
 MITM = 2_400
 ALONE, ALONE_PROVEN = 3_000, 400
@@ -104,11 +109,13 @@ class _Bench:
         child.wait_until(lambda: _listens(self.tls), _START_S, "listens")
 
     @contextlib.contextmanager
-    def gateway(self, leases: int) -> Iterator[tuple[Child, Places]]:
-        folder = self.folder / f"gateway-{leases}"
+    def gateway(self, leases: int, *, core: int | None = None) -> Iterator[tuple[Child, Places]]:
+        """`core`: the one that it has, where it does not take whichever is free; then others run beside it."""
+        folder = self.folder / (f"gateway-{leases}" if core is None else f"gateway-{leases}-{core}")
         folder.mkdir()
+        listen, authz = (self.listen, self.authz) if core is None else (free_port(), free_port())
         places = Places(
-            str(folder), leases, self.plain, self.tls, self.listen, self.authz,
+            str(folder), leases, self.plain, self.tls, listen, authz,
             str(self._certificate), str(self._authority.file),
         )  # fmt: skip
         said = folder / "places.json"
@@ -117,7 +124,10 @@ class _Bench:
             "gateway", [sys.executable, "-m", "bench.gateway_core", str(said)], log_path=folder / "log"
         )
         try:
-            child.wait_until(lambda: places.ready.exists() and _listens(self.authz), _START_S, "listens")
+            child.wait_until(lambda: places.ready.exists() and _listens(authz), _START_S, "listens")
+            if core is not None:
+                for thread in psutil.Process(child.pid).threads():
+                    os.sched_setaffinity(thread.id, {core})
             yield child, places
         finally:
             child.kill()
@@ -147,10 +157,11 @@ class _Bench:
         processes: _Processes,
         count: int,
         alone: int,
+        also: Sequence[Way] = (),
     ) -> None:
         found = await measure(
-            way, requests, connections=CONNECTIONS, count=count, alone=alone, before=[processes.begin]
-        )
+            way, requests, connections=CONNECTIONS, count=count, alone=alone, before=[processes.begin], also=also
+        )  # fmt: skip
         base = self.direct[direct]
         print(
             f"{name:26} {_row(found)}; {found.rate / base.rate:.3f} of direct; alone "
@@ -220,6 +231,16 @@ async def _in_clear(bench: _Bench, leases: int, child: Child, places: Places) ->
     )  # fmt: skip
 
 
+async def _side_by_side(bench: _Bench, leases: int, running: Sequence[tuple[Child, Places]]) -> None:
+    requests = itertools.cycle([request(f"/plain/files/{n}", "gateway") for n in range(PATHS)])
+    first, *others = (Way(socket=places.socket) for _, places in running)
+    pids = {f"gateway {at}": child.pid for at, (child, _) in enumerate(running, 1)}
+    await bench.row(
+        f"{len(running)} gateways, {leases:,} leases", "direct", first, requests, _Processes.of(**pids),
+        EMBEDDED, ALONE, others,
+    )  # fmt: skip
+
+
 async def _with_proofs(
     bench: _Bench, leases: int, child: Child, places: Places, ports: dict[str, int]
 ) -> None:
@@ -269,12 +290,9 @@ async def _through_connect(bench: _Bench, child: Child, places: Places) -> None:
 @contextlib.contextmanager
 def _mitmproxy(bench: _Bench) -> Iterator[tuple[Child, int, Path]]:
     """It, its port, and the certificate that it is trusted by. It trusts the target as the gateway does."""
-    found = subprocess.run(
-        [_FETCH], stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHON": sys.executable}
-    )
     port, folder = free_port(), bench.folder / "mitmproxy"
     argv = [
-        found.stdout.strip(), "--quiet", "--listen-host", LOOPBACK, "--listen-port", str(port),
+        _mitmdump(), "--quiet", "--listen-host", LOOPBACK, "--listen-port", str(port),
         "--set", f"confdir={folder}", "--set", f"ssl_verify_upstream_trusted_ca={bench.folder / 'authority.pem'}",
     ]  # fmt: skip
     child = spawn("mitmproxy", argv, log_path=folder / "log")
@@ -286,6 +304,16 @@ def _mitmproxy(bench: _Bench) -> Iterator[tuple[Child, int, Path]]:
         child.kill()
 
 
+def _mitmdump() -> str:
+    """Where it is, fetched the first time. Raises SystemExit where that fails."""
+    found = subprocess.run(
+        [_FETCH], stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, "PYTHON": sys.executable}
+    )
+    if found.returncode != 0:
+        raise SystemExit(f"gateway: {_FETCH} failed: mitmproxy could not be fetched from PyPI")
+    return found.stdout.strip()
+
+
 def _listens(port: int) -> bool:
     import socket
 
@@ -294,7 +322,10 @@ def _listens(port: int) -> bool:
 
 
 def run(kafka: str) -> None:
-    """Print all of it."""
+    """Print all of it. Raises SystemExit where something is missing that it is compared with."""
+    if (lacking := programs.lacking()) is not None:
+        raise SystemExit(f"gateway: {lacking}")
+    _mitmdump()
     with tempfile.TemporaryDirectory(prefix="ringfence-bench-") as name, contextlib.ExitStack() as stack:
         bench = _Bench(Path(name), stack)
         bench.start_target()
@@ -310,6 +341,10 @@ def _rows(bench: _Bench, stack: contextlib.ExitStack) -> None:
             if leases == LEASES[-1]:
                 uvloop.run(_through_connect(bench, child, places))
         _forget(bench, leases)
+    with contextlib.ExitStack() as beside:
+        cores = sorted(os.sched_getaffinity(0))[:REPLICAS]
+        running = [beside.enter_context(bench.gateway(LEASES[1], core=core)) for core in cores]
+        uvloop.run(_side_by_side(bench, LEASES[1], running))
     print("with TLS on both sides, and a proof each:")
     uvloop.run(bench.direct_on("direct, TLS", Way(bench.tls, trust=bench.trust, name="localhost")))
     ports: dict[str, int] = {}

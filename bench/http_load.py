@@ -203,13 +203,15 @@ async def measure(
     count: int,
     alone: int,
     before: Iterable[Any] = (),
+    also: Sequence[Way] = (),
 ) -> Measured:
-    """First one connection, then several."""
+    """First one connection, then several. `also`: other ways, that have their share of these."""
     [single] = clients = await connected(way, requests, 1)
     await asked(clients, alone // 5)
     _, one = await asked(clients, alone)
     single.transport.close()
-    clients = await connected(way, requests, connections)
+    ways = (way, *also)
+    clients = [one for each in ways for one in await connected(each, requests, connections // len(ways))]
     await asked(clients, max(count // 10, connections))
     for start in before:
         start()

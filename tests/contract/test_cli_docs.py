@@ -61,3 +61,10 @@ def test_pages_use_commands_and_options_that_exist(page: Path) -> None:
         known = {opt for param in command.params for opt in [*param.opts, *param.secondary_opts]} | {"--help"}
         own = takewhile(lambda word: word != "--", words)  # after it stands another program's
         assert {word for word in own if word.startswith("--")} <= known, line
+
+
+def test_what_the_readme_says_is_not_there_yet_is_not_there() -> None:
+    readme = (ROOT / "README.md").read_text()
+    missing = re.findall(r"`ringfence (\w+)`", readme[readme.index("## What is not there yet") :])
+    assert missing
+    assert not set(missing) & set(COMMANDS)

@@ -238,7 +238,7 @@ async def test_a_tail_goes_on_with_what_fits(shell: Any, world: World) -> None:
     task = await organisation(shell)
     issued = await shell.json("bot", "request", "--task", task, *ASK)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "ringfence.cli.main", "--identity", str(shell.folder / "sam.json"), "--json",
+        sys.executable, "-c", test_cli.INTERRUPTIBLE, "--identity", str(shell.folder / "sam.json"), "--json",
         "audit", "tail", "--since", "1h", "--code", "credential.issued", "--code", "action.denied",
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
@@ -250,7 +250,7 @@ async def test_a_tail_goes_on_with_what_fits(shell: Any, world: World) -> None:
             second = json.loads(await process.stdout.readline())
     finally:
         process.send_signal(signal.SIGINT)
-        rest, _ = await process.communicate()
+        rest, _ = await asyncio.wait_for(process.communicate(), WITHIN_S)
     codes = [event["metadata"]["event_code"] for event in (first, second)]
     assert codes == ["credential.issued", "action.denied"]
     assert rest == b""

@@ -225,8 +225,15 @@ async def test_a_release_that_nobody_answers(world: World, agent: Agent) -> None
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"task": "not-a-uuid"}, {"ttl_s": 0}, {"reason": ""}, {"verbs": []}, {"target": "No Target"}],
-    ids=str,
+    [
+        {"task": "not-a-uuid"},
+        {"ttl_s": 0},
+        {"reason": ""},
+        {"verbs": []},
+        {"target": "No Target"},
+        {"resources": [f"{'ü' * 500}/{number}" for number in range(64)]},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
 )
 async def test_what_makes_no_request_is_not_sent(world: World, agent: Agent, wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidCallError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.gating import gateway
+from tests.flows.test_gateway_attacks import ASSIGNED, ISSUED, blocked, did
 from tests.gateway.mcp_server import McpServer, mcp_serving
+from tests.stories import is_told
 from tests.world import WITHIN_S, World, scope
 
 
@@ -51,6 +54,7 @@ class Office:
     server: McpServer
     port: int
     sockets: Path
+    user: str
 
 
 @pytest.fixture
@@ -73,7 +77,7 @@ async def office(
         user = await world.user(f"u-{uuid.uuid4().hex[:8]}", entitlements=WIDE)
         desk.bot = await world.agent(f"b-{uuid.uuid4().hex[:8]}", sponsor=desk.sam, ceiling=WIDE)
         desk.task = await world.task(desk.bot, by=user, scope=WIDE)
-        yield Office(desk, server, port, sockets)
+        yield Office(desk, server, port, sockets, user.name)
 
 
 async def leased(desk: Desk) -> str:
@@ -162,6 +166,68 @@ async def test_with_a_handle_and_until_its_lease_is_revoked(office: Office) -> N
             await desk.revoke(desk.bot, "release", lease_id=lease_id)
             with pytest.raises(httpx.RemoteProtocolError):
                 await stream.aread()
+
+
+async def test_an_agent_that_tries_to_call_more_than_its_task_has_leaves_this_story(office: Office) -> None:
+    """Talked into it by an issue that it read, say: a tool that is not its own, then ways around the answer."""
+    desk = office.desk
+    lease_id = await leased(desk)
+    socket = office.sockets / f"{desk.task}.sock"
+    about = f"/v1/leases/{lease_id}"
+    async with asyncio.timeout(WITHIN_S):
+        while not socket.exists() or not (
+            (known := await desk.world.get("gateway", about, desk.world.operator)).status_code == 200
+            and known.json()["usable"]
+        ):
+            await asyncio.sleep(0.02)
+    transport, url = httpx.AsyncHTTPTransport(uds=str(socket)), "http://gateway/repos/mcp"
+    async with httpx.AsyncClient(transport=transport, timeout=WITHIN_S) as http:
+        accepts = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
+        asks = json.dumps(call("get_issue", "a"))
+
+        async def code(text: str, **headers: str) -> str:
+            answer = await http.post(url, content=text, headers={**accepts, **own, **headers})
+            said = answer.json()
+            return str(said["error"]["data"]["code"] if "jsonrpc" in said else said["code"])
+
+        opening = {**call("", ""), "method": "initialize", "params": OPENING}
+        answer = await http.post(url, json=opening, headers=accepts)
+        own = {"Mcp-Session-Id": answer.headers["mcp-session-id"]}
+        tried = {
+            "another tool": await code(json.dumps(call("push", "a"))),
+            "another repository": await code(json.dumps(call("get_issue", "b"))),
+            "a tool that nobody knows": await code(json.dumps(call("format_disk", "a"))),
+            "several at once": await code(f"[{asks}]"),
+            "two repositories": await code(asks.replace('"repo": "a"', '"repo": "a", "repo": "b"')),
+            "another name beside it": await code(asks, **{"Mcp-Name": "push"}),
+            "a session that is nobody's": await code(asks, **{"Mcp-Session-Id": "made-up"}),
+        }
+    assert tried == {
+        "another tool": "beyond_lease",
+        "another repository": "beyond_lease",
+        "a tool that nobody knows": "request_unmapped",
+        "several at once": "mcp_batch",
+        "two repositories": "mcp_unreadable",
+        "another name beside it": "mcp_header",
+        "a session that is nobody's": "mcp_session_unknown",
+    }
+    assert office.server.calls == []
+    story = ASSIGNED + ISSUED + did("Create") + "~6003 Call: Success action.answered by bot\n"
+    for why in ("beyond_lease lease", "beyond_lease lease", *list(tried.values())[2:]):
+        story += "~" + blocked("Create", why)
+    await is_told(desk.world, story, {"task": str(desk.task)}, bot=desk.bot.name, maria=office.user)
+
+
+def call(tool: str, repo: str) -> dict[str, Any]:
+    """A message that calls a tool."""
+    return {
+        "jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool, "arguments": {"repo": repo}},
+    }  # fmt: skip
+
+
+OPENING = {
+    "protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "x", "version": "1"},
+}  # fmt: skip
 
 
 async def until_said(world: World, action_id: str) -> list[Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
 from ringfence.messages.operations import ActionDecided
 
 
@@ -11,9 +14,17 @@ class PlayedRecorder:
     def record(self, event: ActionDecided) -> None:
         raise NotImplementedError
 
-    def keep(self, key: str, id: str, value: bytes, traceparent: str = "") -> None:
+    def keep(self, entry: bytes) -> None:
+        key, id, traceparent, value = entry.split(b"\n", 3)
         event = ActionDecided.model_validate_json(value)
-        assert (event.agent_id, event.action_id) == (key, id)
+        assert event.agent_id is not None
+        assert (event.agent_id.encode(), event.action_id.encode()) == (key, id)
+        assert (event.traceparent or "").encode() == traceparent
         as_by_its_model = event.model_dump_json(exclude_none=True).encode()
         assert value == as_by_its_model
         self.record(event)
+
+    def keep_soon(self, entry: bytes, then: Callable[[bool], None]) -> None:
+        """Not in this very moment, as the real one."""
+        self.keep(entry)
+        asyncio.get_running_loop().call_soon(then, True)

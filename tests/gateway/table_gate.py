@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import uuid
 from collections.abc import Callable, Mapping
@@ -58,6 +59,33 @@ def lease_of(target_id: str, agent_id: str = "helper", number: int = 1) -> Lease
     )  # fmt: skip
 
 
+@dataclass
+class TableStanding:
+    """What the table said of one request."""
+
+    gate: TableGate
+    presented: Presented
+    attempt: Attempt
+    lease: Lease
+    target: TargetState
+    entry: Entry
+
+    def holds(self) -> bool:
+        """The secret is asked for each time."""
+        entry = self.gate.targets.get(self.target.target_id)
+        same = entry is not None and dataclasses.replace(entry, injected=self.entry.injected) == self.entry
+        return same and self._verdict().allowed
+
+    def allowed(self, admits: Admits, then: Callable[[bool], None]) -> tuple[str, Mapping[str, str]] | None:
+        return self.gate.at_hand(self.presented, self.attempt, admits, then) if self.holds() else None
+
+    def verdict(self, action_id: str, injects: Mapping[str, str]) -> Verdict:
+        return dataclasses.replace(self._verdict(), action_id=action_id)
+
+    def _verdict(self) -> Verdict:
+        return self.gate._decided(self.presented, self.attempt, lambda agent_id: None)
+
+
 class TableGate:
     """Decides by the table. `records` has all of it."""
 
@@ -73,6 +101,8 @@ class TableGate:
         self.leases = {id: lease_of(id, number=at) for at, id in enumerate(self.targets, 1)}
         self.watching: dict[str, list[Callable[[], None]]] = {}
         self.keeps_records = True
+        self.full = False
+        """Whether what is allowed at once cannot be recorded."""
         self.stood_still = False
         """Whether its view got too old, and nobody was told yet."""
         self.at_once = 0
@@ -109,18 +139,26 @@ class TableGate:
             self.records.append((presented, attempt, verdict))
         return verdict
 
-    def allowed_at_once(
-        self, presented: Presented, attempt: Attempt, admits: Admits
-    ) -> tuple[Verdict, Mapping[str, str]] | None:
+    def standing(self, presented: Presented, attempt: Attempt) -> TableStanding | None:
+        verdict = self._decided(presented, attempt, lambda agent_id: None)
+        if not verdict.allowed or verdict.target is None or verdict.lease is None:
+            return None
+        entry = self.targets[verdict.target.target_id]
+        return TableStanding(self, presented, attempt, verdict.lease, verdict.target, entry)
+
+    def at_hand(
+        self, presented: Presented, attempt: Attempt, admits: Admits, then: Callable[[bool], None]
+    ) -> tuple[str, Mapping[str, str]] | None:
         verdict = self._decided(presented, attempt, lambda agent_id: None)
         if not verdict.allowed or not self.credentials or verdict.target is None:
             return None
         if admits(presented.handle or "helper") is not None:
             return None
-        if self.keeps_records:
+        if self.keeps_records and not self.full:
             self.records.append((presented, attempt, verdict))
         self.at_once += 1
-        return verdict, self.targets[verdict.target.target_id].injected
+        asyncio.get_running_loop().call_soon(then, not self.full)
+        return verdict.action_id, self.targets[verdict.target.target_id].injected
 
     async def injected(self, verdict: Verdict) -> Mapping[str, str]:
         if not self.credentials:
@@ -135,6 +173,14 @@ class TableGate:
         watching = self.watching.setdefault(lease_id, [])
         watching.append(ended)
         return lambda: watching.remove(ended)
+
+    def watch(self, lease_id: str, ended: Callable[[], None]) -> None:
+        self.watching.setdefault(lease_id, []).append(ended)
+
+    def unwatch(self, lease_id: str, ended: Callable[[], None]) -> None:
+        watching = self.watching.get(lease_id, [])
+        if ended in watching:
+            watching.remove(ended)
 
     def lapsed(self) -> bool:
         return self.stood_still

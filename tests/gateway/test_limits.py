@@ -88,17 +88,17 @@ def test_who_has_not_asked_for_long_is_forgotten() -> None:
         limits.ask(f"address:{number}")
     seconds.now += 2
     limits.ask("one more")
-    assert len(limits._buckets) == 1
+    assert len(limits._shares) == 1
 
 
 def test_requests_at_a_time_are_counted_by_sender() -> None:
     limits = Limits(Allowance(concurrent_each=2), Seconds())
     limits.begin("a")
-    limits.begin("a")
+    second = limits.begin("a")
     with pytest.raises(RefusedError):
         limits.begin("a")
     limits.begin("b")
-    limits.end("a")
+    second.end()
     limits.begin("a")
 
 

@@ -296,6 +296,23 @@ async def test_a_tasks_socket_is_its_own(place: Place, tmp_path: Path) -> None:
     assert not path.exists()
 
 
+async def test_a_tasks_socket_may_lie_deep(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deeper than an address of a socket can say: agents reach it from a folder near by."""
+    folder = tmp_path.joinpath(*["a-folder-of-a-project"] * 8)
+    folder.mkdir(parents=True)
+    path = folder / f"{TASK}.sock"
+    await place.plane.listen_for_task(path, TASK)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    monkeypatch.chdir(folder)
+    async with connected_unix(path.name) as raw:
+        assert (await raw.ask(GET)).status == 200
+    assert place.gate.last[0].task_id == TASK
+    await place.plane.close_for_task(path)
+    assert list(folder.iterdir()) == []
+
+
 async def test_a_socket_that_was_left_behind_is_replaced_and_nothing_else(
     place: Place, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from ringfence.gateway.forwarding import Patiences
 from ringfence.gateway.limits import Allowance
 from tests.gateway.conftest import Place, placed
 from tests.gateway.raw import connected
-from tests.gateway.table_gate import SECRET
+from tests.gateway.table_gate import SECRET, with_entry
 from tests.gateway.target import OK, Reader, Received, Target, Writer
 
 GET = b"GET /api/files/a HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
@@ -259,18 +259,17 @@ async def test_what_is_cut_before_it_is_sent_is_not_sent(
     place: Place, monkeypatch: pytest.MonkeyPatch, cut: Any
 ) -> None:
     """What is sent goes out when all that came in a turn of the loop was seen to: a cut may come in between."""
-    loop, at_once = asyncio.get_running_loop(), place.gate.allowed_at_once
+    loop, at_once = asyncio.get_running_loop(), place.gate.at_hand
 
     def then_cut(*asked: Any) -> Any:
-        found = at_once(*asked)
         loop.call_soon(cut, place.gate)
-        return found
+        return at_once(*asked)
 
     async with place.connected() as raw:
         assert (await raw.ask(GET)).status == 200
         assert (await raw.ask(GET)).status == 200
         seen = bytes(place.target.raw[0])
-        monkeypatch.setattr(place.gate, "allowed_at_once", then_cut)
+        monkeypatch.setattr(place.gate, "at_hand", then_cut)
         answer = await raw.ask(GET)
         assert (answer.status, b"lease_ended" in answer.body) == (403, True)
         assert bytes(place.target.raw[0]) == seen
@@ -286,3 +285,80 @@ async def test_answers_in_one_turn_come_in_their_order(place: Place) -> None:
             await raw.send(GET)
             await raw.send(refused + GET)
             assert [(await raw.response()).status for _ in range(3)] == [200, 403, 200]
+
+
+async def test_what_cannot_be_recorded_is_not_sent_and_decided_anew(place: Place) -> None:
+    """Nothing of it is lost, nor of what came behind it."""
+    async with place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200
+        assert (await raw.ask(GET)).status == 200
+        place.gate.full = place.gate.keeps_records = True
+        before = len(place.gate.records)
+        for data in (GET, PUT):
+            answer = await raw.ask(data)
+            assert answer.status == 200
+        assert place.gate.at_once == 4
+        assert len(place.gate.records) == before + 2, "by the long way, which recorded it"
+        place.gate.available = False
+        assert (await raw.ask(GET)).status == 503
+        place.gate.available, place.gate.full = True, False
+        assert (await raw.ask(GET)).status == 200
+    assert [one.method for one in place.target.requests] == ["GET", "GET", "GET", "PUT", "GET"]
+    assert left(place) == []
+
+
+async def test_the_same_head_with_another_body_is_another_request(place: Place) -> None:
+    """Of what a body decides nothing is kept; where it does not matter each is sent with its own."""
+    head = b"POST /api/runs/x HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: 14\r\n"
+    head += b"Content-Type: application/json\r\n\r\n"
+    put = PUT.removesuffix(b"hello")
+    async with place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200
+        for _ in range(2):
+            assert (await raw.ask(head + b'{"mode":"dry"}')).status == 200
+            assert (await raw.ask(head + b'{"mode":"wet"}')).status == 403
+            assert (await raw.ask(put + b"hello")).status == 200
+            assert (await raw.ask(put + b"there")).status == 200
+    assert [one.body for one in place.target.requests][1:] == [b'{"mode":"dry"}', b"hello", b"there"] * 2
+    assert place.gate.at_once == 7
+
+
+async def test_what_changed_is_read_anew(place: Place) -> None:
+    """A plan is kept by every byte of a head, and only as long as it stands."""
+    async with place.connected() as raw:
+        for _ in range(3):
+            assert (await raw.ask(GET)).status == 200
+        with_entry(place.gate, "api", injected={"X-Api-Key": "another-secret-0123"})
+        assert (await raw.ask(GET)).status == 200
+        with_entry(place.gate, "api", verbs=frozenset({"write"}))
+        assert (await raw.ask(GET)).status == 403
+    names = [[name for name, _ in one.headers] for one in place.target.requests]
+    assert ["x-api-key" in one for one in names] == [False, False, False, True]
+    assert ["authorization" in one for one in names] == [True, True, True, False]
+
+
+async def test_the_secret_that_was_sent_is_the_one_that_is_looked_for() -> None:
+    """It may be replaced while the target thinks, and others go on with the new one meanwhile."""
+    other = "another-secret-0123456789"
+    slow, count = Slow(), 0
+
+    async def script(reader: Reader, writer: Writer) -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            await slow.script(reader, writer)
+            return
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(OK)
+
+    async with placed(Target(script=script)) as place, place.connected() as one, place.connected() as two:
+        assert (await one.ask(GET)).status == 200
+        await one.send(GET)
+        await slow.asked.wait()
+        with_entry(place.gate, "api", injected={"Authorization": f"Bearer {other}"})
+        for _ in range(2):
+            assert (await two.ask(GET)).status == 200
+        assert place.gate.at_once == 4
+        body = f"{SECRET} {other}".encode()
+        slow.answers.put_nowait(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        assert (await one.response()).body == b"*" * len(SECRET) + f" {other}".encode()

@@ -22,6 +22,8 @@ from tests.gateways.agent import HOST
 ROOT = Path(__file__).parents[2]
 CONFIGURATIONS = ROOT / "deploy" / "gateway"
 FETCH = ROOT / ".ci" / "gateways"
+INSTALLED = ("nginx", "haproxy")
+"""Those that come with the system."""
 _START_TIMEOUT_S = 60.0
 
 
@@ -69,9 +71,28 @@ def fetched() -> Path:
     return Path(done.stdout.strip())
 
 
+def lacking() -> str | None:
+    """What has to be done before all of them can be started, in one line; None where nothing is to be done.
+
+    Those that come in wheels are fetched where they are not there yet.
+    """
+    absent = [name for name in INSTALLED if _path_of(name) is None]
+    if absent:
+        return f"{' and '.join(absent)} not installed: apt-get install {' '.join(absent)}, or the like"
+    try:
+        fetched()
+    except (StackError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _path_of(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+
+
 def _installed(name: str) -> str:
     """One that comes with the system. Raises StackError."""
-    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    found = _path_of(name)
     if found is None:
         raise StackError(f"{name} is not installed: apt-get install {name}, or the like")
     return found

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from ringfence.kernel.bus import Consumer
@@ -144,6 +144,33 @@ async def test_what_was_gone_before_a_group_began_is_no_loss_of_its_own(
     async with reading.going_on():
         await reading.until("2")
     assert (reading.told, reading.values) == ([], ["2"])
+
+
+async def test_records_that_were_read_and_are_lost_afterwards_are_told_as_such(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    await send(publisher, "0", "1")
+    at = TopicPartition(CREDENTIAL_REQUEST.name(settings.topic_prefix), 0)
+    committed = AIOKafkaConsumer(
+        bootstrap_servers=settings.kafka,
+        group_id=f"{settings.topic_prefix}.readers",
+        enable_auto_commit=False,
+    )
+    await committed.start()
+    try:
+        committed.assign([at])
+        await committed.commit(
+            {at: 5}
+        )  # as if a broker that had five of them was replaced by one that was behind
+    finally:
+        await committed.stop()
+    reading = Reading(settings)
+    async with reading.going_on():
+        await reading.until("1")
+    assert (span(reading.told), reading.values) == ([(2, 5)], ["0", "1"])
+    (gone,) = reading.told
+    assert "records 2 to 4" in gone.message
+    assert "went from Kafka after" in gone.message
 
 
 async def test_a_follower_whose_next_records_are_gone_notes_which_and_goes_on(

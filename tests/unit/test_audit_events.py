@@ -561,6 +561,26 @@ async def test_an_agent_that_is_known_a_moment_later_has_its_sponsor_in_the_even
     assert (event["unmapped"]["agent"], event["unmapped"]["sponsor"]) == ("late-bot", "sam")
 
 
+async def test_a_task_that_is_known_a_moment_later_says_on_whose_behalf_it_was() -> None:
+    clock = HandClock()
+    office = Office(clock, settle_ms=20_000)
+    office.staff()
+    maria = office.key("user", "maria")
+    terms = TaskTerms(
+        agent_id="deploy-bot", purpose="x", scope=office.scope, not_after=office.now_ms // 1000 + 60
+    )
+    assign = office.claims(TaskAssign, maria, terms=terms, on_behalf_of="maria")
+    task = message_id(assign.iss, assign.jti)
+    record = office.action(task_id=task)
+    clock.at_ms = record.appended_at_ms
+    waiting = asyncio.create_task(office.audit(record))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    office.carry_out(TASK, task, assign, maria)
+    (event,) = await asyncio.wait_for(waiting, 20)
+    assert (event["unmapped"]["task"], event["unmapped"]["on_behalf_of"]) == (task, "maria")
+
+
 async def test_an_old_record_of_nobody_is_not_waited_for() -> None:
     clock = HandClock()
     office = Office(clock, settle_ms=20_000)

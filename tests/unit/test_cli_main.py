@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,6 +137,10 @@ def test_every_import_is_the_sdks_or_of_an_extra_that_can_be_named() -> None:
             "none of agent, gateway",
         ),
         (["key", "new", "k.json", "--id", "maria"], "user/NAME"),
+        (["key", "new", "k.json", "--id", "agent/My-Bot"], "must be a name"),
+        (["key", "new", "k.json", "--id", "agent/" + "a" * 64], "must be a name"),
+        (["key", "new", "k.json", "--id", "target/the_shop"], "a target's name"),
+        (["key", "new", "k.json", "--id", "spiffe://acme.example/service/the issuer"], "a SPIFFE ID"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -185,6 +190,18 @@ def test_an_agents_key_gives_no_commands(
     SigningKey.generate("spiffe://ringfence.local/agent/bot").save(file)
     assert main(["--identity", str(file), "agent", "suspend", "t", "--reason", "x"]) == 1
     assert "speaks for spiffe://ringfence.local/agent/bot; this needs a key of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("id", ["", "a/b", "../users"])
+def test_what_can_be_no_id_is_not_asked_for(
+    id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x")
+    file = tmp_path / "olga.json"
+    SigningKey.generate("spiffe://ringfence.local/user/olga").save(file)
+    for command in (("agent", "show"), ("audit", "trace"), ("lease", "show")):
+        assert main(["--identity", str(file), *command, id]) == 1
+        assert f"there is no {id!r}" in capsys.readouterr().err
 
 
 def test_a_key_is_made_once_and_never_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,3 +254,49 @@ def test_a_settings_file_that_was_named_must_be_there(
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("ringfence 0.")
+
+
+SHOWS = """
+import sys
+from ringfence.cli import output
+from ringfence.cli.main import main
+import ringfence.cli.key as key
+text = "d\\u00e9ploie \\u2713 \\U0001f916 \\u202e"
+key._print = lambda *_: (output.print_json({"says": text}), output.print_json_line([text]), output.say(text))
+sys.exit(main(["key", "show", sys.argv[1]]))
+"""
+
+
+def shown(tmp_path: Path, stdout: Any, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """A command that prints what somebody wrote, in a process of its own."""
+    file = tmp_path / "bot.json"
+    SigningKey.generate("spiffe://ringfence.local/agent/bot").save(file)
+    return subprocess.run(
+        [sys.executable, "-c", SHOWS, str(file)], stdout=stdout, stderr=subprocess.PIPE, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "utf-8"])
+def test_what_a_terminal_has_no_signs_for_is_printed_all_the_same(tmp_path: Path, encoding: str) -> None:
+    done = shown(tmp_path, subprocess.PIPE, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    *document, line, said = done.stdout.decode(encoding).splitlines()
+    text = "d\u00e9ploie \u2713 \U0001f916 \u202e"
+    assert json.loads("".join(document)) == {"says": text}
+    assert json.loads(line) == [text]
+    assert said.startswith("d\\xe9ploie \\u2713" if encoding == "ascii" else "d\u00e9ploie ")
+
+
+def test_what_cannot_be_written_is_a_failure_with_one_line(tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = shown(tmp_path, full)
+    assert (done.returncode, done.stderr.decode()) == (1, "error: No space left on device\n")
+
+
+def test_a_reader_that_has_gone_is_no_reason_to_complain(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as pipe:
+        done = shown(tmp_path, pipe)
+    assert (done.returncode, done.stderr) == (1, b"")

@@ -12,7 +12,7 @@ import typer
 from pydantic import TypeAdapter
 
 from ringfence.cli.options import duration_s, moment_s
-from ringfence.cli.output import span, visible, visible_name
+from ringfence.cli.output import moment, span, until, visible, visible_name
 from ringfence.cli.scopes import (
     parse_permission,
     parse_scope,
@@ -20,6 +20,7 @@ from ringfence.cli.scopes import (
     show_scope,
     write_permission,
 )
+from ringfence.cli.spans import when_ms
 from ringfence.cli.usage import set_ceiling_command
 from ringfence.client.errors import InvalidCallError, checked
 from ringfence.messages.base import Name, SpiffeId, TargetId, Uuid
@@ -167,3 +168,15 @@ def test_what_has_another_shape_is_told_in_words(wanted: Any, says: str) -> None
     ):
         TypeAdapter(wanted).validate_python("NOT SO")
     assert "pattern" not in str(refused.value)
+
+
+@pytest.mark.parametrize("seconds", [253_402_300_800, 2**53 - 1])
+def test_an_end_beyond_all_calendars_can_be_shown(seconds: int) -> None:
+    assert moment(seconds) == "the end of time"
+    assert until(seconds, 0).startswith("the end of time (in ")
+    assert moment(0) == "1970-01-01 00:00:00Z"
+
+
+@pytest.mark.parametrize("since", ["1969-01-01T00:00:00Z", "0001-01-01T00:00:00+14:00", "99999999d"])
+def test_what_began_before_all_records_is_from_the_first(since: str) -> None:
+    assert when_ms(since, 1_700_000_000_000) == 0

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import pytest
 
-from ringfence.gateway.attempts import Attempt, Carried, Gate, Presented, Rpc
+from ringfence.gateway.attempts import Admits, Attempt, Carried, Gate, Presented, Rpc, Verdict
 from ringfence.gateway.counting import Counted
 from ringfence.gateway.domain import Ask, Refusal, Sender, refused
+from ringfence.gateway.evaluating import NO_ANSWER, Allowed
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.mcp import Sessions
 from ringfence.gateway.problem import answer
@@ -81,8 +82,11 @@ class Parts(PlayedRecorder):
         return {"Authorization": "Bearer x"}
 
     # evaluator
-    def remembers(self, *args: Any, **kwargs: Any) -> bool:
+    def holds(self, *args: Any) -> bool:
         return self.refuses is None
+
+    def remembered(self, *args: Any) -> Allowed:
+        return NO_ANSWER
 
     async def answer(self, *args: Any, **kwargs: Any) -> Refusal | Ask | None:
         self.meanwhile()
@@ -128,12 +132,20 @@ def admits(agent_id: str) -> Reason | None:
     return None
 
 
+def allowed_at_once(
+    parts: Parts, presented: Presented, attempt: Attempt, admits: Admits = admits
+) -> tuple[Verdict, Mapping[str, str]] | None:
+    standing = parts.gate.standing(presented, attempt)
+    allowed = standing.allowed(admits, lambda kept: None) if standing is not None else None
+    return (standing.verdict(*allowed), allowed[1]) if standing is not None and allowed is not None else None
+
+
 async def test_what_is_allowed_at_once_is_what_would_be_decided(parts: Parts) -> None:
     decided = await parts.gate.decide(Presented(), attempt(label="pr"))
-    allowed = parts.gate.allowed_at_once(Presented(), attempt(label="pr"), admits)
+    allowed = allowed_at_once(parts, Presented(task_id=parts.place.task), attempt(label="pr"))
     assert allowed is not None
     verdict, injected = allowed
-    assert dataclasses.replace(verdict, action_id=decided.action_id) == decided
+    assert dataclasses.replace(verdict, action_id=decided.action_id, nonce="fresh") == decided
     assert injected == await parts.gate.injected(verdict) == {"Authorization": "Bearer x"}
     one, other = (event.model_dump(exclude={"action_id", "latency_us"}) for event in parts.events)
     assert one == other
@@ -145,8 +157,8 @@ async def test_what_is_allowed_at_once_is_what_would_be_decided(parts: Parts) ->
     [
         lambda parts: setattr(parts, "problem", "old"),
         lambda parts: setattr(parts, "refuses", refused("policy_denied", "no")),
-        lambda parts: setattr(parts, "full", True),
         lambda parts: parts.table.revoke(parts.place.lease.lease_id, parts.place.ledger.clock.ms),
+        lambda parts: parts.table.fence("agent:bot", parts.place.lease.requested_at_ms),
         lambda parts: setattr(
             parts,
             "equips",
@@ -161,11 +173,32 @@ async def test_what_is_allowed_at_once_is_what_would_be_decided(parts: Parts) ->
 async def test_what_is_in_doubt_is_not_allowed_at_once(
     parts: Parts, change: Callable[[Parts], object]
 ) -> None:
-    assert parts.gate.allowed_at_once(Presented(), attempt(), admits) is not None
+    standing = parts.gate.standing(Presented(), attempt())
+    assert standing is not None
+    assert standing.allowed(admits, lambda kept: None) is not None
     change(parts)
-    assert parts.gate.allowed_at_once(Presented(), attempt(), admits) is None
+    assert standing.allowed(admits, lambda kept: None) is None, "whoever kept it has to ask"
+    assert allowed_at_once(parts, Presented(), attempt()) is None
     assert len(parts.events) == 1, "nothing was decided"
     assert not (await parts.gate.decide(Presented(), attempt())).allowed
+
+
+async def test_what_stands_is_found_anew_when_a_record_or_its_lease_changed(parts: Parts) -> None:
+    standing = parts.gate.standing(Presented(), attempt())
+    assert standing is not None
+    assert parts.gate.standing(Presented(), attempt()) is standing
+    parts.place.leased(agent_id="thief", act=("thief",))
+    assert standing.holds()
+    other = parts.place.leased()
+    assert not standing.holds()
+    found = parts.gate.standing(Presented(), attempt())
+    assert found is not None
+    parts.table.revoke(found.lease.lease_id, parts.place.ledger.clock.ms)
+    assert not found.holds()
+    found = parts.gate.standing(Presented(), attempt())
+    assert found is not None
+    assert {found.lease.lease_id, standing.lease.lease_id} <= {other.lease_id, parts.place.lease.lease_id}
+    assert found.holds()
 
 
 async def test_nothing_but_what_is_allowed_is_decided_at_once(parts: Parts) -> None:
@@ -175,13 +208,13 @@ async def test_nothing_but_what_is_allowed_is_decided_at_once(parts: Parts) -> N
     def broken() -> None:
         raise UnavailableError("the issuer has none")
 
-    assert parts.gate.allowed_at_once(Presented(handle="none"), attempt(), admits) is None
-    assert parts.gate.allowed_at_once(Presented(), attempt(method="PUT"), admits) is None
-    assert parts.gate.allowed_at_once(Presented(), attempt(authority="other.example"), admits) is None
-    assert parts.gate.allowed_at_once(Presented(), attempt(method="POST", target="/r"), admits) is None
-    assert parts.gate.allowed_at_once(Presented(), attempt(), full) is None
+    assert allowed_at_once(parts, Presented(handle="none"), attempt()) is None
+    assert allowed_at_once(parts, Presented(), attempt(method="PUT")) is None
+    assert allowed_at_once(parts, Presented(), attempt(authority="other.example")) is None
+    assert allowed_at_once(parts, Presented(), attempt(method="POST", target="/r")) is None
+    assert allowed_at_once(parts, Presented(), attempt(), full) is None
     parts.equips = broken
-    assert parts.gate.allowed_at_once(Presented(), attempt(), admits) is None
+    assert allowed_at_once(parts, Presented(), attempt()) is None
     assert parts.events == []
 
 

@@ -13,9 +13,8 @@ from ringfence.gateway.action_ids import ActionIds
 from ringfence.gateway.attempts import Attempt, Presented
 from ringfence.gateway.domain import Chosen, Sender
 from ringfence.gateway.lasting import lasts_until
-from ringfence.gateway.recalling import Found, Recalled
+from ringfence.gateway.recalling import Recalled
 from ringfence.gateway.remembering import Remembered
-from ringfence.gateway.targets import Compiled, Targets
 from ringfence.kernel.jws import sign
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.trust import TrustBundle
@@ -39,13 +38,10 @@ class Memory:
         self.chosen = chosen
         self.remembered.keep(self.sender, READ, chosen, max_age_s)
         directory = self.place.ledger.directory
-        self.recalled = Recalled(self.place.table, directory, limit=limit)
-        self.target = Targets(directory).find(ATTEMPT)
-        assert isinstance(self.target, Compiled)
-        self.course = Found(self.sender, self.target, READ, chosen)
-        self.recalled.keep(SHOWN, ATTEMPT, self.course, lasts_until(chosen, max_age_s))
+        self.recalled: Recalled[Chosen] = Recalled(self.place.table, directory, limit=limit)
+        self.recalled.keep(SHOWN, ATTEMPT, chosen, chosen, lasts_until(chosen, max_age_s))
 
-    def recall(self, presented: Presented | None = None, attempt: Attempt | None = None) -> Found | None:
+    def recall(self, presented: Presented | None = None, attempt: Attempt | None = None) -> Chosen | None:
         now_s = self.place.ledger.clock.ms / 1000
         return self.recalled.find(presented or SHOWN, attempt or ATTEMPT, now_s)
 
@@ -67,7 +63,7 @@ def test_the_same_sender_and_action_find_it_again() -> None:
 
 def test_the_very_same_request_is_recalled_and_no_other() -> None:
     memory = Memory()
-    assert memory.recall() is memory.course
+    assert memory.recall() is memory.chosen
     for presented in (
         Presented(),
         Presented("other"),
@@ -76,16 +72,22 @@ def test_the_very_same_request_is_recalled_and_no_other() -> None:
     ):
         assert memory.recall(presented) is None
     others: list[dict[str, Any]] = [
-        {name: "other"} for name in ("method", "target", "authority", "target_id")
+        {name: "other"} for name in ("method", "target", "authority", "target_id", "label")
     ]
     for other in [*others, {"scheme": "http"}]:
         assert memory.recall(attempt=dataclasses.replace(ATTEMPT, **other)) is None, other
-    memory.recalled.keep(SHOWN, dataclasses.replace(ATTEMPT, target="/b", body=b"{}"), memory.course, 2**40)
-    memory.recalled.keep(SHOWN, dataclasses.replace(ATTEMPT, target="/" + "c" * 600), memory.course, 2**40)
+    memory.recalled.keep(
+        SHOWN, dataclasses.replace(ATTEMPT, target="/b", body=b"{}"), memory.chosen, memory.chosen, 2**40
+    )
+    memory.recalled.keep(
+        SHOWN, dataclasses.replace(ATTEMPT, target="/" + "c" * 600), memory.chosen, memory.chosen, 2**40
+    )
     assert memory.recall(attempt=dataclasses.replace(ATTEMPT, target="/b")) is None, "its body may matter"
     assert memory.recall(attempt=dataclasses.replace(ATTEMPT, target="/" + "c" * 600)) is None
     for number in range(20):
-        memory.recalled.keep(SHOWN, dataclasses.replace(ATTEMPT, target=f"/{number}"), memory.course, 2**40)
+        memory.recalled.keep(
+            SHOWN, dataclasses.replace(ATTEMPT, target=f"/{number}"), memory.chosen, memory.chosen, 2**40
+        )
     assert memory.recall() is None, "the oldest are forgotten first"
 
 
@@ -139,9 +141,7 @@ def test_what_it_rests_on_changed(change: Callable[[Memory], None]) -> None:
     change(memory)
     assert memory.found() is None
     recalled = memory.recall()
-    assert recalled is None or memory.place.table.problem(recalled.chosen.lease) is not None, (
-        "asked each time"
-    )
+    assert recalled is None or memory.place.table.problem(recalled.lease) is not None, "asked each time"
 
 
 def test_a_lease_of_somebody_else_changes_nothing() -> None:

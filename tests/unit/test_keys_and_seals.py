@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,12 @@ def test_a_reply_opens_with_its_own_key_alone() -> None:
         other.open(sealed)
     with pytest.raises(InvalidMessageError):
         mine.open(sealed[:-4] + "AAAA")
+
+
+def test_a_long_reply_is_opened_as_well() -> None:
+    """One that repeats a request of 64 KiB; joserfc opens no more than that by itself."""
+    mine, long = ReplyKey(), os.urandom(700_000)
+    assert mine.open(seal(long, mine.public, kid="request-1")) == long
 
 
 @pytest.mark.parametrize("key", [ECKey.generate_key("P-256"), OKPKey.generate_key("X25519")])

@@ -1,14 +1,16 @@
 """Which events on `audit` an audit service handed over: of what stands there unsigned, anybody may have written some.
 
 What was handed over stands on `audit.intake`, signed. It is read backwards from where the chains have read to, so that
-what was chained last, which is all that is ever asked for, is found at once.
+what was chained last, which is all that is ever asked for, is found at once. As events are chained in the order in
+which they were handed over, none of it stands before many that are not asked for. So whoever makes events up, which are
+never found, or repeats old ones, makes nobody read all that is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
 
 import orjson
 
@@ -19,7 +21,12 @@ from ringfence.kernel.kafka_reading import Stretches
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.topics import AUDIT_INTAKE
 
-_AT_FIRST = 50
+_AT_FIRST, _MOST = 50, 3200
+"""Messages, read at a time."""
+ENOUGH: Final = 50_000
+"""Past so many events that an audit service handed over, and that are not asked for, none is looked at. Some stand
+among those that are, as they were handed over twice and chained once: no more than a chain remembers.
+"""
 _KEPT_MS = (AUDIT_INTAKE.retention_s or 0) * 1000
 Mark = bytes
 """What an event is known by, whatever its place in a chain."""
@@ -28,33 +35,47 @@ Mark = bytes
 class HandedOver:
     """Looks for events on `audit.intake`."""
 
-    def __init__(self, kafka: Stretches, trust: TrustStore, taken: Mapping[int, int]) -> None:
+    def __init__(
+        self, kafka: Stretches, trust: TrustStore, taken: Mapping[int, int], *, enough: int = ENOUGH
+    ) -> None:
         """`taken`: by partition, the offset after the last message whose events are chained."""
         self._kafka = kafka
         self._trust = trust
         self._taken = taken
+        self._enough = enough
 
     async def among(self, partition: int, marks: frozenset[Mark]) -> frozenset[Mark]:
         """Those of these that an audit service handed over, as far as its messages are still kept."""
+        start, end = await self._kafka.bounds(AUDIT_INTAKE, partition)
+        taken = min(max(self._taken.get(partition, start), start), end)
         missing = set(marks)
-        async for stretch in self._stretches(partition):
-            if not missing:
+        others = 0
+        for begin, until in _backwards(start, taken):
+            if not missing or others >= self._enough:
                 break
-            async for record in self._kafka.records(AUDIT_INTAKE, partition, *stretch):
-                missing.difference_update(
-                    mark_of(orjson.loads(one.body)) for one in entries_of(record, self._trust)
-                )
+            found, read = await self._look(partition, begin, until, missing)
+            others += read - found
+        if missing:  # where somebody set back how far was read
+            await self._look(partition, taken, end, missing)
         return marks - missing
 
-    async def _stretches(self, partition: int) -> AsyncIterator[tuple[int, int]]:
-        start, end = await self._kafka.bounds(AUDIT_INTAKE, partition)
-        taken = at = min(max(self._taken.get(partition, start), start), end)
-        count = _AT_FIRST
-        while at > start:
-            begin = max(start, at - count)
-            yield begin, at
-            at, count = begin, count * 4
-        yield taken, end  # where somebody set back how far was read
+    async def _look(self, partition: int, begin: int, until: int, missing: set[Mark]) -> tuple[int, int]:
+        """Take out of `missing` what was handed over in these messages: how many that are, and of how many in all."""
+        before, read = len(missing), 0
+        async for record in self._kafka.records(AUDIT_INTAKE, partition, begin, until):
+            marks = [mark_of(orjson.loads(one.body)) for one in entries_of(record, self._trust)]
+            missing.difference_update(marks)
+            read += len(marks)
+        return before - len(missing), read
+
+
+def _backwards(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Stretches from the end on, growing as nothing is found."""
+    at, count = end, _AT_FIRST
+    while at > start:
+        begin = max(start, at - count)
+        yield begin, at
+        at, count = begin, min(count * 4, _MOST)
 
 
 def entries_of(record: Received, trust: TrustStore) -> Sequence[Told]:

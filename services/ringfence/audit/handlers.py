@@ -243,7 +243,7 @@ class AuditHandlers:
             task=task,
             parent=self._believer.task_of(words["parent"]) if "parent" in words else None,
         )
-        return event, _lacks_sponsor(event)
+        return event, _lacks_people(event)
 
     def _record_of(self, model: type[AnyRecord]) -> Callable[[Received], tuple[Event, bool]]:
         def read(record: Received) -> tuple[Event, bool]:
@@ -264,7 +264,7 @@ class AuditHandlers:
             event = registry_events.recorded(
                 record, claims, last, verified, sponsor=sponsor, sponsors=self._believer.sponsors_of(act)
             )
-            return event, _lacks_sponsor(event)
+            return event, _lacks_people(event)
 
         return read
 
@@ -330,7 +330,7 @@ class AuditHandlers:
         if replay is not None:
             return replay, False
         event = grant_events.given(record, claims, words, signed.verified())
-        return event, _lacks_sponsor(event)
+        return event, _lacks_people(event)
 
     def _withdrawal(self, record: Received) -> tuple[Event, bool]:
         signed = self._believer.by_user(record, GrantWithdraw)
@@ -366,7 +366,7 @@ class AuditHandlers:
             return replay, False
         words = self._of_lease(claims.lease_id, claims.agent_id, claims.task_id)
         event = asked_events.asked(record, claims, words, signed.verified())
-        return event, _lacks_sponsor(event)
+        return event, _lacks_people(event)
 
     def _action_approval(self, record: Received) -> tuple[Event, bool]:
         signed = self._believer.by_user(record, ActionApproval)
@@ -379,7 +379,7 @@ class AuditHandlers:
         place = (asked.lease_id, asked.agent_id, asked.task_id) if asked else (None, claims.agent_id, None)
         words = self._of_lease(*place)
         event = asked_events.answered(record, claims, asked, words, signed.verified(*embedded))
-        return event, _lacks_sponsor(event)
+        return event, _lacks_people(event)
 
     def _review(self, record: Received) -> tuple[Event, bool]:
         signed = self._believer.by_user(record, BreakGlassReview)
@@ -452,7 +452,7 @@ class AuditHandlers:
             return replay, False
         event = credential_events.revocation_asked(record, claims, lease, words, signed.verified())
         self._believer.remember_order(claims, event.body["unmapped"])
-        return event, _lacks_sponsor(event)
+        return event, _lacks_people(event)
 
     def _ack(self, record: Received) -> tuple[Event, bool]:
         signed = self._believer.by_service(record, RevocationAck, "gateway")
@@ -480,7 +480,7 @@ class AuditHandlers:
         else:
             trace = known.traceparent if known is not None else None
             event = service_events.reported(record, claims, words, signed.verified(), trace)
-        return event, _lacks_sponsor(event)
+        return event, _lacks_people(event)
 
     def _action(self, record: Received) -> tuple[Event, bool]:
         claims = self._action_of(record)
@@ -490,7 +490,7 @@ class AuditHandlers:
             event = action_events.acted(record, claims, lease, words, self._trust_domain)
         else:
             event = action_events.answered(record, claims, lease, words, self._trust_domain)
-        return event, _lacks_sponsor(event)
+        return event, _lacks_people(event)
 
     def _action_of(self, record: Received) -> ActionDecided | ActionAnswered:
         try:
@@ -589,9 +589,9 @@ def _ready(event: Event, unsettled: bool) -> _Ready:
     return _Ready(event.key, event.uid, body, int(event.body["class_uid"]), unsettled)
 
 
-def _lacks_sponsor(event: Event) -> bool:
+def _lacks_people(event: Event) -> bool:
     words = event.body["unmapped"]
-    return "agent" in words and "sponsor" not in words
+    return ("agent" in words and "sponsor" not in words) or ("task" in words and "on_behalf_of" not in words)
 
 
 def _incomplete(facts: RequestFacts) -> bool:

@@ -90,7 +90,8 @@ class ProofStore:
 
         `events`: the JSON of each, where it is parsed already.
         """
-        for record, event in zip(records, map(chained, events or map(_loaded, records)), strict=True):
+        parsed = events or [loaded(record.value) for record in records]
+        for record, event in zip(records, map(chained, parsed), strict=True):
             if event is None or event.link is None or event.link.tree != str(record.partition):
                 continue
             tree, place = event.link.tree, event.link.seq
@@ -205,7 +206,3 @@ def _root(hashes: list[Hash]) -> Hash:
     while len(hashes) > 1:
         hashes = [node_hash(left, right) for left, right in zip(hashes[::2], hashes[1::2], strict=True)]
     return hashes[0]
-
-
-def _loaded(record: Received) -> Any:
-    return loaded(record.value)

@@ -242,7 +242,9 @@ class SqliteIndex:
         """See `EventIndex`."""
         rows: list[tuple[Any, ...]] = []
         findings: list[dict[str, Any]] = []
-        for record, event in zip(records, events or map(_loaded, records), strict=True):
+        for record, event in zip(
+            records, events or (loaded(record.value) for record in records), strict=True
+        ):
             row = _row(event, record.value, self._seq + 1)
             if row is None:
                 log.warning("no event at %s/%d@%d", record.topic_name, record.partition, record.offset)
@@ -533,10 +535,6 @@ class SqliteIndex:
         if viewer is None:
             return [], {}
         return [_SEEN], {"viewer": viewer.user_id, "agents": orjson.dumps(viewer.agents).decode()}
-
-
-def _loaded(record: Received) -> Any:
-    return loaded(record.value)
 
 
 def _row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:

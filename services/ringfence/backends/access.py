@@ -41,6 +41,8 @@ class TargetAccess:
         """`places` by target; `sources` by what stands before the colon: `env` and `file`, if not given."""
         self._places = dict(places)
         self._sources = sources or _LOCAL
+        self._read_at: dict[str, tuple[SecretSource, str, str]] = {}
+        """By target: what reads its secret, where, and how that is called."""
 
     @classmethod
     def of(cls, settings: BackendSettings) -> TargetAccess:
@@ -73,15 +75,19 @@ class TargetAccess:
 
     async def read(self, target_id: str) -> str:
         """The URL for a target. Raises AccessError."""
-        self.check(target_id)
-        kind, _, where = self._places[target_id].partition(":")
-        return await self._sources[kind].read(where, f"the rights at target {target_id}")
+        source, where, what = self._source_of(target_id)
+        return await source.read(where, what)
 
     def at_hand(self, target_id: str) -> str | None:
         """The same where nobody has to be asked; else None. Raises AccessError."""
+        source, where, what = self._read_at.get(target_id) or self._source_of(target_id)
+        return source.at_hand(where, what)
+
+    def _source_of(self, target_id: str) -> tuple[SecretSource, str, str]:
         self.check(target_id)
         kind, _, where = self._places[target_id].partition(":")
-        return self._sources[kind].at_hand(where, f"the rights at target {target_id}")
+        found = self._read_at[target_id] = self._sources[kind], where, f"the rights at target {target_id}"
+        return found
 
     async def close(self) -> None:
         """Let go of connections."""

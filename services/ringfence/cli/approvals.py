@@ -19,13 +19,15 @@ from ringfence.cli.scopes import show_scope
 from ringfence.client.actions import PendingAction
 from ringfence.client.alike import Alike, AlikeKey, key_of
 from ringfence.client.errors import InvalidCallError
+from ringfence.client.naming import named
 from ringfence.client.sponsor import PendingApproval, Sponsor
 from ringfence.client.usual import Comparison
 
 app = typer.Typer(help="As a sponsor: see what waits, approve, deny; approve ahead.", no_args_is_help=True)
 
 RequestArgument = Annotated[
-    str, typer.Argument(metavar="REQUEST", help="The request's id, or how it begins if that is clear.")
+    str,
+    typer.Argument(metavar="REQUEST", help="The request's id, or how it begins: four characters or more."),
 ]
 EveryoneOption = Annotated[bool, typer.Option("--everyone", help="Also what others have to decide.")]
 CommentOption = Annotated[str | None, typer.Option("--comment", help="Stands in the trail.")]
@@ -212,10 +214,9 @@ def _look(
 def _find(sponsor: Sponsor, request: str) -> PendingApproval:
     pending = sponsor.find(request)
     if pending is None:
-        why = next((text for id, text in sponsor.unshowable.items() if id.startswith(request)), "")
-        raise InvalidCallError(
-            f"no single open request {request}{': ' + why if why else ''}; see: ringfence approvals list"
-        )
+        unshowable = named(request, sponsor.unshowable.items(), lambda one: one[0])
+        why = f": {unshowable[1]}" if unshowable else ""
+        raise InvalidCallError(f"no single open request {request!r}{why}; see: ringfence approvals list")
     return pending
 
 

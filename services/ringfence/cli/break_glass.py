@@ -53,7 +53,10 @@ def list_uses(
 @app.command()
 def review(
     request: Annotated[
-        str, typer.Argument(metavar="REQUEST", help="The request's id, or how it begins if that is clear.")
+        str,
+        typer.Argument(
+            metavar="REQUEST", help="The request's id, or how it begins: four characters or more."
+        ),
     ],
     note: Annotated[str, typer.Option("--note", help="What you found; it stands in the trail.")],
     me: IdentityOption = None,

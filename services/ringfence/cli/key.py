@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import typer
+from pydantic import TypeAdapter, ValidationError
 
 from ringfence.cli.options import JsonOption, settings, wants_json
 from ringfence.cli.output import print_fields, print_json
+from ringfence.kernel.jws import explain
 from ringfence.kernel.keys import SigningKey
-from ringfence.model.identity import SUBJECT_KINDS
+from ringfence.messages.base import Name, SpiffeId, TargetId
 
 app = typer.Typer(help="Make and show identity keys.", no_args_is_help=True)
 
+_NAMES: Final[dict[str, TypeAdapter[str]]] = {
+    "user": TypeAdapter(Name),
+    "agent": TypeAdapter(Name),
+    "target": TypeAdapter(TargetId),
+}
+_WHOLE: Final[TypeAdapter[str]] = TypeAdapter(SpiffeId)
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The key file.")]
 
 
@@ -39,13 +47,20 @@ def show(file: FileArgument, as_json: JsonOption = False) -> None:
 
 
 def _spiffe(id: str) -> str:
-    trust_domain = settings().trust_domain
     if id.startswith("spiffe://"):
-        return id
+        return _checked(_WHOLE, id)
     kind, _, name = id.partition("/")
-    if kind not in SUBJECT_KINDS or not name or "/" in name:
+    if kind not in _NAMES or not name or "/" in name:
         raise typer.BadParameter(f"{id!r}: write user/NAME, agent/NAME or target/NAME", param_hint="--id")
-    return f"spiffe://{trust_domain}/{kind}/{name}"
+    return f"spiffe://{settings().trust_domain}/{kind}/{_checked(_NAMES[kind], name)}"
+
+
+def _checked(names: TypeAdapter[str], said: str) -> str:
+    """A key whose name nothing can be registered under would be found out only when it is."""
+    try:
+        return names.validate_python(said)
+    except ValidationError as error:
+        raise typer.BadParameter(f"{said!r}: {explain(error)}", param_hint="--id") from None
 
 
 def _print(file: Path, key: SigningKey, as_json: bool) -> None:

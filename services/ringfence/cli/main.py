@@ -5,7 +5,10 @@ Nothing is imported at the start but typer: `--help` must come at once, and a co
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,6 +172,22 @@ def ringfence(
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 done, 1 refused or failed, 2 wrong use."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What others wrote may have signs that this terminal has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status = _run(args)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.EPIPE:  # else nobody reads any more, and nobody asks why
+            name = f"{error.filename}: " if error.filename else ""
+            _say(f"error: {name}{error.strerror or str(error) or type(error).__name__}")
+        _drop_what_is_left()
+        return 1
+    return status
+
+
+def _run(args: Sequence[str] | None) -> int:
     try:
         typer.main.get_command(app).main(
             args=list(sys.argv[1:] if args is None else args), prog_name="ringfence"
@@ -187,6 +206,14 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+def _drop_what_is_left() -> None:
+    """What could not be written would be tried again, and complained of, when the process ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(message: str) -> None:

@@ -6,6 +6,8 @@ never reach the terminal, nothing is read as markup, and what looks like somethi
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -24,6 +26,7 @@ __all__ = [
     "console", "moment", "note", "print_fields", "print_json", "print_json_line", "print_table", "say", "span",
     "table_of", "until", "visible", "visible_name",
 ]  # fmt: skip
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _PIPE_WIDTH = 200
 """Columns where nobody looks at a terminal: lines that programs cut apart should not be folded."""
 
@@ -37,13 +40,20 @@ def console(*, stderr: bool = False) -> Console:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(orjson.dumps(document, option=orjson.OPT_INDENT_2, default=_plain).decode() + "\n")
+    _write(orjson.dumps(document, option=orjson.OPT_INDENT_2, default=_plain).decode())
 
 
 def print_json_line(document: Any) -> None:
     """One JSON object on a line of its own, at once: for what goes on and on."""
-    sys.stdout.write(orjson.dumps(document, default=_plain).decode() + "\n")
+    _write(orjson.dumps(document, default=_plain).decode())
     sys.stdout.flush()
+
+
+def _write(text: str) -> None:
+    """JSON is UTF-8 (RFC 8259, 8.1): where stdout is something else it is written so that every reader can read it."""
+    if (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8":
+        text = _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text)
+    sys.stdout.write(text + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -96,7 +106,10 @@ def moment(seconds: float | None) -> str:
     """A time of day, UTC, to the second."""
     if seconds is None:
         return ""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return "the end of time"  # a task may say so
 
 
 def span(seconds: float) -> str:

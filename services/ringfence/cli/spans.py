@@ -21,5 +21,5 @@ def when_ms(text: str, now_ms: int) -> int:
         return max(now_ms - duration_s(text) * 1000, 0)
     except typer.BadParameter:
         if text[:4].isdecimal() and "-" in text:
-            return moment_s(text) * 1000
+            return max(moment_s(text) * 1000, 0)
         raise

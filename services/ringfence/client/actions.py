@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ringfence.client.connection import Connection
@@ -203,9 +202,3 @@ def is_action(record: Received, model: type[ActionRequest] | type[ActionApproval
         return parse(record.value).header.typ == typ_header(model)
     except InvalidMessageError:
         return False
-
-
-def only(found: Sequence[PendingAction], request_id: str) -> PendingAction | None:
-    """The one with this id, or the only one whose id begins so."""
-    some = [one for one in found if one.request_id.startswith(request_id)]
-    return some[0] if len(some) == 1 else None

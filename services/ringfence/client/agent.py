@@ -36,7 +36,7 @@ from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.seal import ReplyKey, unverified_kid
 from ringfence.kernel.trace import new_traceparent
 from ringfence.kernel.tracing import Work
-from ringfence.messages.credential import CredentialRequest, Delivery
+from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, Delivery
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TaskDelegate, TaskEnd, TaskTerms
@@ -421,7 +421,13 @@ class Agent(Lifetime):
                 enrolment=self.connection.enrolment,
             )
         key = self.connection.key
-        return _Waiting(SentRequest(claims, sign(claims, key), reply_key, traceparent, key))
+        compact = sign(claims, key)
+        if len(compact) > MAX_REQUEST_BYTES:
+            raise InvalidCallError(
+                f"the request has {len(compact)} bytes, and policy weighs no more than {MAX_REQUEST_BYTES}: name fewer "
+                "resources, or what they have in common"
+            )
+        return _Waiting(SentRequest(claims, compact, reply_key, traceparent, key))
 
     def _abandon(self, waiting: _Waiting) -> None:
         waiting.abandoned = True

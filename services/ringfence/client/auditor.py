@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 from pydantic import TypeAdapter
 
@@ -290,11 +289,18 @@ def _begin(place: tuple[str, int], begun: Sequence[dict[tuple[str, int], int]], 
 
 def _never_told(place: tuple[str, int], told: set[int], begin: int, start: int) -> Iterator[Fault]:
     """Records that went before they were audited: offsets leave no holes, so those without an event are missing."""
-    missing = [offset for offset in range(begin, start) if offset not in told]
-    for _, run in groupby(enumerate(missing), key=lambda one: one[1] - one[0]):
-        offsets = [offset for _, offset in run]
-        which = f" to {offsets[-1]}" if len(offsets) > 1 else ""
-        yield _about(Source(*place, offsets[0]), "missing", "gone without an event:", which)
+    for first, last in holes(told, begin, start):
+        which = f" to {last}" if last > first else ""
+        yield _about(Source(*place, first), "missing", "gone without an event:", which)
+
+
+def holes(offsets: Iterable[int], begin: int, until: int) -> Iterator[tuple[int, int]]:
+    """What is missing among these from `begin` up to and without `until`: the first and last of each run."""
+    at = begin
+    for offset in sorted(offset for offset in {*offsets, until} if begin <= offset <= until):
+        if offset > at:
+            yield at, offset - 1
+        at = offset + 1
 
 
 def _about(source: Source, kind: FaultKind, what: str, which: str = "") -> Fault:

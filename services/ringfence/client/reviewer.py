@@ -9,6 +9,7 @@ from typing import Any
 from ringfence.client.api import ReadApi
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import InvalidCallError, NotAnsweredError, RefusedError, checked
+from ringfence.client.naming import named
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.approval import BreakGlassReview
@@ -43,7 +44,7 @@ async def review_break_glass(
     """Sign a review of one use, and wait until audit shows it. Returns the use with its review.
 
     Args:
-        request_id: the id of the request that was allowed by break glass, or how it begins if that is clear.
+        request_id: the id of the request that was allowed by break glass, or how it begins: four characters or more.
         note: what was found.
 
     Raises:
@@ -54,21 +55,19 @@ async def review_break_glass(
     """
     async with Connection(key, settings) as connection, ReadApi(connection.key, connection.settings) as api:
         subject(connection.key, "user", connection.settings)
-        found = [use for use in await api.break_glass() if str(use["request_id"]).startswith(request_id)]
-        if len(found) != 1:
+        use = named(request_id, await api.break_glass(), lambda one: str(one["request_id"]))
+        if use is None:
             raise InvalidCallError(
                 f"no single use of break glass {request_id} that you may see; see: ringfence break-glass list"
             )
-        if (before := found[0]["review"]) is not None:
-            raise InvalidCallError(
-                f"request {found[0]['request_id']} was reviewed already, by {before['by']}"
-            )
+        if (before := use["review"]) is not None:
+            raise InvalidCallError(f"request {use['request_id']} was reviewed already, by {before['by']}")
         with checked("the review"):
             review = BreakGlassReview(
                 **connection.stamp(0),
-                request_id=found[0]["request_id"],
-                decision_digest=found[0]["decision_digest"],
-                agent_id=found[0]["agent"],
+                request_id=use["request_id"],
+                decision_digest=use["decision_digest"],
+                agent_id=use["agent"],
                 note=note,
             )
         await connection.publish(APPROVAL_RESPONSE, review.agent_id, review)

@@ -11,11 +11,12 @@ from typing import Literal, Self
 
 from pydantic import ValidationError
 
-from ringfence.client.actions import OpenActions, PendingAction, is_action, only
+from ringfence.client.actions import OpenActions, PendingAction, is_action
 from ringfence.client.alike import Alike, alike, key_of
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import NotYoursError, StaleApprovalError, checked
 from ringfence.client.lifetime import Lifetime
+from ringfence.client.naming import named
 from ringfence.client.replies import who
 from ringfence.client.settings import ClientSettings
 from ringfence.client.usual import DAYS, Usual
@@ -222,9 +223,8 @@ class Sponsor(Lifetime):
         return self._usual[agent]
 
     def find(self, request_id: str) -> PendingApproval | None:
-        """The open request with this id, or with the only id that begins so; None where there is none."""
-        found = [p for p in self.pending(everyone=True) if p.request_id.startswith(request_id)]
-        return found[0] if len(found) == 1 else None
+        """The open request with this id, or the only one whose id begins so (four characters or more), or None."""
+        return named(request_id, self.pending(everyone=True), lambda one: one.request_id)
 
     @property
     def unshowable(self) -> dict[str, str]:
@@ -249,8 +249,8 @@ class Sponsor(Lifetime):
             await changed.wait()
 
     def find_action(self, request_id: str) -> PendingAction | None:
-        """The open action with this id, or with the only id that begins so; None where there is none."""
-        return only(self.actions(everyone=True), request_id)
+        """The open action with this id, or the only one whose id begins so (four characters or more), or None."""
+        return named(request_id, self.actions(everyone=True), lambda one: one.request_id)
 
     async def approve_action(self, pending: PendingAction, comment: str | None = None) -> str:
         """Sign a yes to exactly this action, once. Returns the approval's id once Kafka holds it.

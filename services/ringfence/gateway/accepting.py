@@ -14,7 +14,7 @@ from typing import Final
 
 from ringfence.gateway.attempts import Blocked, Blocks
 from ringfence.gateway.limits import TOO_MANY_CONNECTIONS, Limits, sender_at
-from ringfence.gateway.stream import Stream
+from ringfence.gateway.stream import Outbox, Stream
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +28,13 @@ Told = Callable[[Stream], None]
 class TlsDoor:
     """One listener."""
 
-    def __init__(self, tls: ssl.SSLContext, limits: Limits, blocked: Blocks, *, handshake_s: float) -> None:
+    def __init__(
+        self, tls: ssl.SSLContext, limits: Limits, blocked: Blocks, outbox: Outbox, *, handshake_s: float
+    ) -> None:
         self._tls = tls
         self._limits = limits
         self._blocked = blocked
+        self._outbox = outbox
         self._handshake_s = handshake_s
         self._listening: list[socket.socket] = []
         self._work: set[asyncio.Task[None]] = set()
@@ -99,7 +102,7 @@ class TlsDoor:
 
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: Stream(opened, lost),
+                lambda: Stream(opened, lost, self._outbox),
                 connection,
                 ssl=self._tls,
                 ssl_handshake_timeout=self._handshake_s,

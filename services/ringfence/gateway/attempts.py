@@ -180,6 +180,40 @@ class Patient(Protocol):
         ...
 
 
+class Standing(Protocol):
+    """What the very same request comes to each time, for as long as nothing that it rests on changed.
+
+    Nothing is allowed by having it: what may be another from one moment to the next is asked by `allowed`.
+    """
+
+    @property
+    def lease(self) -> Lease:
+        """By which it goes."""
+        ...
+
+    @property
+    def target(self) -> TargetState:
+        """To which it goes."""
+        ...
+
+    def holds(self) -> bool:
+        """Whether `Gate.standing` would find the same now."""
+        ...
+
+    def allowed(self, admits: Admits, then: Callable[[bool], None]) -> tuple[str, Mapping[str, str]] | None:
+        """The id of the action and what it injects, where it is allowed and nothing has to be waited for.
+
+        It is recorded together with what else is allowed in this turn of the loop: `then` is called, later in this
+        turn, with whether it is. Nothing may be forwarded before, and nothing where it is not. None for everything
+        else, whatever `Gate.decide` would say, and where it does not hold any more: that is to be asked then.
+        """
+        ...
+
+    def verdict(self, action_id: str, injects: Mapping[str, str]) -> Verdict:
+        """What was allowed, for who goes on with it by `Gate.injected`."""
+        ...
+
+
 class Gate(Protocol):
     """The decision core, as data planes know it."""
 
@@ -202,12 +236,10 @@ class Gate(Protocol):
         """
         ...
 
-    def allowed_at_once(
-        self, presented: Presented, attempt: Attempt, admits: Admits
-    ) -> tuple[Verdict, Mapping[str, str]] | None:
-        """The verdict, recorded, and what it injects, where it is `allowed` and nothing has to be waited for.
+    def standing(self, presented: Presented, attempt: Attempt) -> Standing | None:
+        """What such a request comes to, where that needs no waiting; None for everything else: ask `decide`.
 
-        None for everything else, whatever `decide` would say: that is to be asked then.
+        One with a body that was seen is the same again only with the same body.
         """
         ...
 
@@ -227,6 +259,14 @@ class Gate(Protocol):
 
         At once where that is so already. Returns what unsubscribes.
         """
+        ...
+
+    def watch(self, lease_id: str, ended: Callable[[], None]) -> None:
+        """The same for what was allowed just now, until `unwatch`."""
+        ...
+
+    def unwatch(self, lease_id: str, ended: Callable[[], None]) -> None:
+        """Call `ended` no more."""
         ...
 
     def lapsed(self) -> bool:

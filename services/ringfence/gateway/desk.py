@@ -9,7 +9,9 @@ from ringfence.gateway.attempts import Blocks, Gate
 from ringfence.gateway.authority import Authority
 from ringfence.gateway.forwarding import Forwarder, Patiences
 from ringfence.gateway.limits import Limits
+from ringfence.gateway.plans import Plans
 from ringfence.gateway.refusals import Answer
+from ringfence.gateway.upstream import Upstreams
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,8 @@ class Desk:
     answer: Answer
     authority: Authority
     forwarder: Forwarder
+    upstreams: Upstreams
+    plans: Plans
     limits: Limits
     patiences: Patiences
     blocked: Blocks

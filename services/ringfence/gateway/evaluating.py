@@ -21,8 +21,24 @@ MAX_REMEMBERED: Final = 20_000
 _RATE: Final = "rate_exceeded"
 _MAX_REASONS: Final = 50
 
-_Key = tuple[object, ...]
+Kind = tuple[object, ...]
+"""What answers are told apart by, besides the revision of the bundle."""
 _CLASSES: Final[tuple[ActionClass, ...]] = ("sponsor", "second_person", "operator")
+
+
+class Allowed:
+    """An answer that allowed something as it was."""
+
+    __slots__ = ("revision", "until_ms")
+
+    def __init__(self, revision: str, until_ms: int) -> None:
+        self.revision = revision
+        """Of the bundle."""
+        self.until_ms = until_ms
+        """So long it is gone by."""
+
+
+NO_ANSWER: Final = Allowed("", 0)
 
 
 class Evaluator:
@@ -33,12 +49,15 @@ class Evaluator:
         self._declared = declared
         self._engine = engine
         self._records = WrittenRecords()
-        self._remembered: OrderedDict[_Key, int] = OrderedDict()
-        """Until when, in ms, each was allowed."""
+        self._remembered: OrderedDict[Kind, Allowed] = OrderedDict()
 
-    def remembers(self, chosen: Chosen, action: Action, *, reads: bool, now_ms: int) -> bool:
-        """Whether an answer that still holds allows it."""
-        return self._remembered.get(self._key(chosen, action, reads=reads), 0) > now_ms
+    def remembered(self, kind: Kind) -> Allowed:
+        """The last answer that allowed it, whether that holds or not. `kind`: see `kind_of`."""
+        return self._remembered.get(kind, NO_ANSWER)
+
+    def holds(self, answer: Allowed, now_ms: int) -> bool:
+        """Whether an answer is gone by at this moment."""
+        return answer.until_ms > now_ms and answer.revision == self._engine.revision
 
     async def answer(
         self,
@@ -59,8 +78,8 @@ class Evaluator:
             action: what the request does; `id`: its own id; `reads`: whether its method only reads.
             earlier: tells what the task did before (`Earlier.of`), where the bundle is asked.
         """
-        key = self._key(chosen, action, reads=reads)
-        if self._remembered.get(key, 0) > now_ms:
+        kind = kind_of(chosen, action, reads=reads)
+        if self.holds(self.remembered(kind), now_ms):
             return None
         document = self._input(chosen, action, id=id, reads=reads, earlier=earlier(), now_ms=now_ms)
         try:
@@ -74,20 +93,14 @@ class Evaluator:
             return _ask(wanted, answer.revision)
         for_ms = min(answer.result.max_ttl_s * 1000, LONGEST_MS)
         if for_ms > 0 and answer.revision == self._engine.revision:
-            self._remembered[key] = now_ms + for_ms
-            self._remembered.move_to_end(key)
-            if len(self._remembered) > MAX_REMEMBERED:
-                self._remembered.popitem(last=False)
+            self._remember(kind, Allowed(answer.revision, now_ms + for_ms))
         return None
 
-    def _key(self, chosen: Chosen, action: Action, *, reads: bool) -> _Key:
-        ground, sponsor = chosen.ground, chosen.ground.sponsor
-        return (
-            chosen.lease.lease_id, chosen.lease.seq, action.verb, action.resource, reads, self._engine.revision,
-            ground.agent.revision, ground.task.revision, ground.user.revision, ground.target.revision,
-            (sponsor.state.user_id, sponsor.revision) if sponsor is not None else None,
-            tuple(map(revisions_of, ground.delegations)),
-        )  # fmt: skip
+    def _remember(self, kind: Kind, answer: Allowed) -> None:
+        self._remembered[kind] = answer
+        self._remembered.move_to_end(kind)
+        if len(self._remembered) > MAX_REMEMBERED:
+            self._remembered.popitem(last=False)
 
     def _input(
         self,
@@ -132,6 +145,17 @@ class Evaluator:
         if ground.delegations:
             document["delegations"] = self._records.of_delegations(ground.delegations)
         return document
+
+
+def kind_of(chosen: Chosen, action: Action, *, reads: bool) -> Kind:
+    """The lease, what is done by it, and the revisions of the records."""
+    ground, sponsor = chosen.ground, chosen.ground.sponsor
+    return (
+        chosen.lease.lease_id, chosen.lease.seq, action.verb, action.resource, reads,
+        ground.agent.revision, ground.task.revision, ground.user.revision, ground.target.revision,
+        (sponsor.state.user_id, sponsor.revision) if sponsor is not None else None,
+        tuple(map(revisions_of, ground.delegations)),
+    )  # fmt: skip
 
 
 def _denied(result: PolicyResult) -> Refusal | None:

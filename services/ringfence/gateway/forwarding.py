@@ -34,19 +34,16 @@ from ringfence.gateway.stream import ExpiredError, GoneError, Stream
 from ringfence.gateway.upstream import Upstreams
 from ringfence.gateway.websockets import accepts, asks_for_websocket, tunnel
 from ringfence.gateway.wire import (
-    END,
-    MAX_HEAD_BYTES,
     RequestHead,
     ResponseHead,
     cut_head,
     parse_response,
 )
 from ringfence.kernel.errors import RingfenceError, UnavailableError
-from ringfence.messages.registry import TargetState
 
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """What may be sent again where a connection that was kept turns out to be closed (RFC 9110, 9.2.2)."""
-_WITHOUT_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "DELETE"})
+WITHOUT_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "DELETE"})
 """Some targets do not read the body of these, and take it for the next request of the connection: of another agent, if
 that connection were used again."""
 _MOST_INTERIM: Final = 8
@@ -117,51 +114,24 @@ class Forwarder:
         finally:
             exchange.finish()
 
-    def begin(self, client: Stream, asked: Asked, injected: Mapping[str, str]) -> Exchange | None:
-        """Send an allowed request without waiting for anything. None where no connection to its target idles.
-
-        Whoever gets the exchange looks after its answer, or hands it to `go_on`; and calls its `finish`.
-        """
-        verdict = asked.verdict
-        if verdict.target is None or verdict.lease is None:
-            return None
-        origin = self._origin(verdict.target)
-        upstream = self._upstreams.idling(origin) if origin is not None else None
-        if origin is None or upstream is None:
-            return None
+    def take_over(
+        self, client: Stream, asked: Asked, injected: Mapping[str, str], origin: Origin, upstream: Stream
+    ) -> Exchange:
+        """The exchange of an allowed request that was sent to `upstream` already. Hand it to `go_on`."""
+        assert asked.verdict.lease is not None, "it was allowed"
         exchange = Exchange(client, asked, injected, origin, self._patiences, self._gate.lapsed)
-        exchange.unsubscribe = self._gate.on_end(verdict.lease.lease_id, exchange.lease_ended)
-        try:
-            exchange.begin(upstream)
-        except RefusedError:
-            exchange.finish()
-            upstream.abort()
-            return None
+        exchange.upstream = upstream
+        client.on_gone = exchange.client_left
+        exchange.unsubscribe = self._gate.on_end(asked.verdict.lease.lease_id, exchange.lease_ended)
         return exchange
 
     async def go_on(self, exchange: Exchange) -> bool:
-        """Wait for the answer to a request that was sent by `begin`. See `forward`."""
-        assert exchange.upstream is not None, "it was begun"
+        """Wait for the answer to a request that was taken over. See `forward`."""
+        assert exchange.upstream is not None, "it was sent"
         try:
             return await self._exchange(exchange, exchange.upstream, reused=True, begun=True)
         finally:
             exchange.finish()
-
-    def end(self, exchange: Exchange, *, clean: bool) -> None:
-        """The answer to what was sent by `begin` is complete."""
-        upstream = exchange.upstream
-        assert upstream is not None, "it was begun"
-        exchange.finish()
-        if clean:
-            self._upstreams.give_back(exchange.origin, upstream)
-        else:
-            exchange.drop()
-
-    def _origin(self, target: TargetState) -> Origin | None:
-        try:
-            return origin_of(self._gate.upstream(target))
-        except (RefusedError, UnavailableError):
-            return None
 
     async def _prepared(self, verdict: Verdict) -> tuple[Mapping[str, str] | None, Origin]:
         """What to inject, None where the request goes on as it came; and where to."""
@@ -248,7 +218,7 @@ class Exchange:
         self._answers = Answers(asked.verdict.mcp) if asked.verdict.mcp is not None else None
         self._upgrade = self._answers is None and asks_for_websocket(asked.head)
         self._whole = whole = asked.read if asked.body.done else None
-        self._odd = asked.head.method in _WITHOUT_BODY and (asked.head.chunked or bool(asked.head.length))
+        self._odd = asked.head.method in WITHOUT_BODY and (asked.head.chunked or bool(asked.head.length))
         self._repeatable = asked.head.method in _REPEATABLE and asked.body.done and not asked.read
         chunked = asked.head.chunked
         self._in_chunks = chunked and whole is None
@@ -269,7 +239,7 @@ class Exchange:
 
     def lease_ended(self) -> None:
         """Nothing goes on under this lease any more, in neither direction."""
-        self._drop(RefusedError(403, "lease_ended", "the lease that allowed this has ended"))
+        self._drop(lease_ended())
 
     def _look(self) -> None:
         """What came while this process stood still goes nowhere. Raises RefusedError."""
@@ -283,12 +253,6 @@ class Exchange:
         if self._refused is None and self._lapsed():
             self.lease_ended()
         return self._refused is None
-
-    def drop(self) -> None:
-        """Nothing of it goes on, and nobody waits for it."""
-        if self.upstream is not None:
-            self.upstream.taker = self.upstream.on_gone = None
-            self.upstream.abort()
 
     def finish(self) -> None:
         """Leave nothing behind."""
@@ -305,7 +269,7 @@ class Exchange:
         self._look()
         if not self._client.alive:
             raise GoneError("the client left")
-        self._client.on_gone = self._client_left
+        self._client.on_gone = self.client_left
         self._send(upstream)
 
     async def final(self, upstream: Stream) -> ResponseHead:
@@ -331,47 +295,13 @@ class Exchange:
                 raise _unreadable(error) from None
             await self._more(upstream, self._patiences.response_s, began=began or bool(upstream.buffer))
 
-    def answer_at_once(self) -> bool | None:
-        """Send the response on where all of it is there and nothing of it needs a second look.
-
-        Whether the target's connection can be used again; None where it has to be waited for, or looked at by `final`
-        and `answer`: then nothing was taken of it.
-        """
-        upstream, asked = self.upstream, self._asked
-        assert upstream is not None, "it was begun"
-        came = upstream.buffer
-        end = came.find(END, 0, MAX_HEAD_BYTES)
-        if end < 0 or self._refused is not None or self._answers is not None or self._lapsed():
-            return None
-        try:
-            response = parse_response(bytes(came[: end + 2]))
-        except RefusedError:
-            return None
-        body = response_body(response, asked.head.method)
-        sized = isinstance(body, SizedBody)
-        length = (response.length or 0) if sized else 0
-        if (
-            response.status < 200
-            or not (sized or type(body) is Body)
-            or len(came) != end + len(END) + length
-            or (length and self._injects and _is_compressed(response))
-        ):
-            return None
-        self._client.write_soon(
-            redact(
-                response_head(response, chunked=False, close=False) + came[end + len(END) :], self._needles
-            )
-        )
-        came.clear()
-        return response.minor == 1 and b"close" not in response.named and not self._odd
-
     async def answer(self, upstream: Stream, response: ResponseHead) -> tuple[bool, bool]:
         """Send the response to the client. Whether the connections of client and target can be used again."""
         if response.status == 101:
             await self._switch(upstream, response)
             return False, False
         body = response_body(response, self._asked.head.method)
-        if self._injects and not body.done and _is_compressed(response):
+        if self._injects and not body.done and is_compressed(response):
             raise RefusedError(
                 502,
                 "target_compresses",
@@ -571,7 +501,8 @@ class Exchange:
         finally:
             upstream.deadline = None
 
-    def _client_left(self) -> None:
+    def client_left(self) -> None:
+        """Nobody waits for an answer any more."""
         if self.upstream is not None:
             self.upstream.abort()
 
@@ -584,7 +515,13 @@ class Exchange:
             self._client.fail(GoneError(error.message))
 
 
-def _is_compressed(response: ResponseHead) -> bool:
+def lease_ended() -> RefusedError:
+    """What is told where nothing goes on any more."""
+    return RefusedError(403, "lease_ended", "the lease that allowed this has ended")
+
+
+def is_compressed(response: ResponseHead) -> bool:
+    """Whether a response is compressed: nobody would find the secret in it."""
     return response.known.get(b"content-encoding", b"identity").lower() != b"identity"
 
 

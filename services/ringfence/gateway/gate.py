@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
-import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
-
-import orjson
-from prometheus_client import Counter
 
 from ringfence.gateway.action_ids import ActionIds
 from ringfence.gateway.approving import Approvals, Waiting
@@ -37,16 +31,18 @@ from ringfence.gateway.evaluating import Evaluator
 from ringfence.gateway.history import Earlier
 from ringfence.gateway.identifying import NONCE_WANTED, Identifier
 from ringfence.gateway.injection import Injector
-from ringfence.gateway.lasting import lasts_until
+from ringfence.gateway.lasting import Basis, lasts_until
 from ringfence.gateway.mcp import McpDesk, Spoken, rpc_of
 from ringfence.gateway.observing import Observing
 from ringfence.gateway.questions import Question
-from ringfence.gateway.recalling import Found, Recalled
+from ringfence.gateway.recalling import Recalled
 from ringfence.gateway.recording import Recorder
 from ringfence.gateway.remembering import Remembered
 from ringfence.gateway.spool import SpoolFullError
+from ringfence.gateway.standing import AtHand, Standing, counter_of
 from ringfence.gateway.targets import Compiled, Targets
 from ringfence.gateway.view import View
+from ringfence.gateway.written import AllowedEvents, act_of, digest_of, label_of, method_of
 from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import UnavailableError
@@ -59,8 +55,6 @@ from ringfence.model.request_map import MAX_BODY_BYTES, Action
 
 log = logging.getLogger(__name__)
 
-_LABEL: Final = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
-_METHOD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
 _MAX_REASONS: Final = 20
 _READ_VERB: Final = "read"
 """What a target's map calls a call that changes nothing."""
@@ -128,8 +122,11 @@ class DecisionGate:
         self._entitlements_max_age_s = entitlements_max_age_s
         self._ids = ActionIds()
         self._remembered = Remembered(view.table, view.directory)
-        self._recalled = Recalled(view.table, view.directory)
+        self._recalled: Recalled[Standing] = Recalled(view.table, view.directory)
         self._earlier = Earlier()
+        self._at_hand = AtHand(
+            view, evaluator, injector, recorder, self._earlier, self._ids, clock, gateway=gateway
+        )
         self._observing = Observing(targets, observe)
         self._mcp = McpDesk(view.table)
 
@@ -189,24 +186,12 @@ class DecisionGate:
         self._note(course, verdict)
         return verdict
 
-    def allowed_at_once(
-        self, presented: Presented, attempt: Attempt, admits: Admits
-    ) -> tuple[Verdict, Mapping[str, str]] | None:
+    def standing(self, presented: Presented, attempt: Attempt) -> Standing | None:
         """See `Gate`. The same steps as `decide` takes, by what is at hand; what is in doubt is left to that."""
-        course, began_ns = _Course(self._ids.fresh(), attempt), time.perf_counter_ns()
         try:
-            injects = self._at_hand(course, presented)
+            return self._standing(presented, attempt)
         except Exception:  # noqa: BLE001 - whatever it is, `decide` comes upon it too, and says so
             return None
-        if injects is None or course.sender is None or admits(course.sender.agent_id) is not None:
-            return None
-        course.injects, course.took_ns = injects, time.perf_counter_ns() - began_ns
-        verdict = self._verdict(course, presented, attempt, None)
-        try:
-            self._record(course, presented, verdict)
-        except SpoolFullError:
-            return None
-        return verdict, injects
 
     async def injected(self, verdict: Verdict) -> Mapping[str, str]:
         """See `Gate`."""
@@ -232,6 +217,14 @@ class DecisionGate:
             return lambda: None
         return self._view.table.watch(lease_id, ended)
 
+    def watch(self, lease_id: str, ended: Callable[[], None]) -> None:
+        """See `Gate`."""
+        self._view.table.watch_living(lease_id, ended)
+
+    def unwatch(self, lease_id: str, ended: Callable[[], None]) -> None:
+        """See `Gate`."""
+        self._view.table.unwatch(lease_id, ended)
+
     def lapsed(self) -> bool:
         """See `Gate`."""
         return self._view.lapsed()
@@ -256,30 +249,10 @@ class DecisionGate:
             self._observe(course, refusal, presented, attempt)
         return refusal
 
-    def _at_hand(self, course: _Course, presented: Presented) -> Mapping[str, str] | None:
-        """What is injected where it is allowed by what is known already, filling in `course`; else None."""
-        attempt, now_ms = course.attempt, self._clock.now_ms()
-        found = self._recalled.find(presented, attempt, now_ms / 1000) if attempt.body is None else None
-        if found is None:
-            found = self._found_at_hand(presented, attempt)
-            if found is None:
-                return None
-            self._recalled.keep(
-                presented, attempt, found, lasts_until(found.chosen, self._entitlements_max_age_s)
-            )
-        reads, chosen = attempt.method in SAFE_METHODS, found.chosen
-        if not self._evaluator.remembers(chosen, found.action, reads=reads, now_ms=now_ms):
-            return None
-        course.sender, course.target, course.action, course.chosen = (
-            found.sender, found.target, found.action, chosen,
-        )  # fmt: skip
-        injects = self._injector.at_hand(chosen.lease, found.target.state)
-        # Last, as in `_unequipped`; nothing was waited for, so nothing changed meanwhile.
-        if self._view.table.problem(chosen.lease) is not None or self._stale() is not None:
-            return None
-        return injects
-
-    def _found_at_hand(self, presented: Presented, attempt: Attempt) -> Found | None:
+    def _standing(self, presented: Presented, attempt: Attempt) -> Standing | None:
+        recalled = self._recalled.find(presented, attempt, self._clock.now_ms() / 1000)
+        if recalled is not None and recalled.holds():
+            return recalled
         sender = self._identifier.at_hand(presented)
         target = self._targets.find(attempt)
         if sender is None or isinstance(target, Refusal) or target.map.speaks_mcp(attempt.target):
@@ -290,7 +263,11 @@ class DecisionGate:
         chosen = self._weighed(sender, target, action) if action is not None else None
         if action is None or chosen is None or isinstance(chosen, Refusal):
             return None
-        return Found(sender, target, action, chosen)
+        until_s = lasts_until(chosen, self._entitlements_max_age_s)
+        basis = Basis(self._view.table, self._view.directory, chosen, until_s)
+        standing = Standing(self._at_hand, sender, target.state, action, chosen, attempt, basis)
+        self._recalled.keep(presented, attempt, standing, chosen, until_s)
+        return standing
 
     async def _decided(
         self, course: _Course, presented: Presented, attempt: Attempt, admits: Admits | None
@@ -499,8 +476,8 @@ class DecisionGate:
         """Count it where numbers are asked for. Its access, its target's id, and the time."""
         access = _access(course)
         outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
-        _counter_of(outcome, access).inc()
-        metrics.DECISION_TIME.observe(course.took_ns / 1e9)
+        counter_of(outcome, access).tally()
+        metrics.DECISION_TIME.tally(course.took_ns / 1e9)
         now_ms = self._clock.now_ms()
         target_id = verdict.target.target_id if verdict.target is not None else None
         if verdict.task_id is not None:
@@ -518,7 +495,7 @@ class DecisionGate:
             attempt.method,
             refusal.reasons[0].code,
             self._lease_of(course, presented),
-            _label_of(attempt),
+            label_of(attempt),
         )
 
     def _record(
@@ -531,7 +508,7 @@ class DecisionGate:
         """`for_target`: which it was for, where that was not looked at. Raises SpoolFullError."""
         access, target_id, now_ms = self._note(course, verdict)
         if verdict.allowed and course.question is None and course.action is not None:
-            self._record_allowed(course, access, target_id, now_ms)
+            self._record_allowed(course, access, now_ms)
             return
         attempt, sender = course.attempt, course.sender
         self._recorder.record(
@@ -548,10 +525,10 @@ class DecisionGate:
                 allowed=verdict.allowed,
                 reasons=verdict.reasons,
                 access=access,
-                method=attempt.method if _METHOD.fullmatch(attempt.method) else None,
-                request_digest=_digest(attempt),
+                method=method_of(attempt),
+                request_digest=digest_of(attempt),
                 latency_us=course.took_ns // 1000,
-                label=_label_of(attempt),
+                label=label_of(attempt),
                 observed=True if verdict.observed else None,
                 asked=_asked_of(course),
                 at_ms=now_ms,
@@ -559,34 +536,14 @@ class DecisionGate:
             )
         )
 
-    def _record_allowed(self, course: _Course, access: Access, target_id: str | None, now_ms: int) -> None:
+    def _record_allowed(self, course: _Course, access: Access, now_ms: int) -> None:
         """The same `ActionDecided` for what is simply allowed, which is most: written without a model in between."""
         sender, lease, action, attempt = course.sender, course.lease, course.action, course.attempt
         assert sender is not None, "it was allowed"
         assert lease is not None, "it was allowed"
         assert action is not None, "it was allowed"
-        assert target_id is not None, "it was allowed"
-        event: dict[str, object] = {
-            "action_id": course.id,
-            "gateway": self._gateway,
-            "agent_id": sender.agent_id,
-        }
-        if (act := _act_of(course)) is not None:
-            event["act"] = act
-        event |= {
-            "task_id": lease.task_id, "lease_id": lease.lease_id, "target_id": target_id,
-            "verb": action.verb, "resource": action.resource, "allowed": True, "reasons": (), "access": access,
-        }  # fmt: skip
-        if _METHOD.fullmatch(attempt.method):
-            event["method"] = attempt.method
-        event["request_digest"], event["latency_us"] = _digest(attempt), course.took_ns // 1000
-        if (label := _label_of(attempt)) is not None:
-            event["label"] = label
-        event["at_ms"] = now_ms
-        if lease.traceparent is not None:
-            event["traceparent"] = lease.traceparent
-        value = orjson.dumps(event)
-        self._recorder.keep(sender.agent_id, course.id, value, lease.traceparent or "")
+        events = AllowedEvents(self._gateway, sender.agent_id, lease, action, access, attempt)
+        self._recorder.keep(events.entry(course.id, course.took_ns // 1000, now_ms))
 
     def _record_answer(self, course: _Course, outcome: McpOutcome) -> None:
         """What came of it is too late to deny anything: where it cannot be kept, the decision still is."""
@@ -644,11 +601,6 @@ def _access(course: _Course) -> Access:
     return "read" if message.only_asks or (message.method == CALL and reads) else "write"
 
 
-@functools.cache
-def _counter_of(outcome: str, access: str) -> Counter:
-    return metrics.ACTIONS.labels(outcome, access)
-
-
 def _waiting(course: _Course, ask: Ask) -> Waiting | None:
     """What a person is asked about: exactly what would go on. None where something of it is not known."""
     chosen, target, action, attempt = course.chosen, course.target, course.action, course.attempt
@@ -660,9 +612,8 @@ def _waiting(course: _Course, ask: Ask) -> Waiting | None:
 
 def _act_of(course: _Course) -> tuple[str, ...] | None:
     """The agents that act, where there are several."""
-    lease = course.lease
-    sent = course.sender.agent_id if course.sender is not None else None
-    return lease.act if lease is not None and lease.delegators and lease.agent_id == sent else None
+    lease, sender = course.lease, course.sender
+    return act_of(lease, sender.agent_id if sender is not None else None) if lease is not None else None
 
 
 def _asked_of(course: _Course) -> ActionAsked | None:
@@ -675,15 +626,3 @@ def _asked_of(course: _Course) -> ActionAsked | None:
         by=question.by,
         waited_ms=course.waited_ns // 1_000_000,
     )
-
-
-def _label_of(attempt: Attempt) -> str | None:
-    return attempt.label if attempt.label and _LABEL.fullmatch(attempt.label) else None
-
-
-def _digest(attempt: Attempt) -> str:
-    """Over method, URL and the digest of the body, where that was seen."""
-    body = hashlib.sha256(attempt.body).hexdigest() if attempt.body is not None else "-"
-    where = attempt.target_id if attempt.target_id is not None else attempt.authority
-    text = f"{attempt.method}\n{attempt.scheme}\n{where}\n{attempt.target}\n{body}"
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

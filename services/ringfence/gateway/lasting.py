@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from ringfence.gateway.domain import Chosen
 from ringfence.gateway.leases import LeaseTable
@@ -17,14 +17,28 @@ K = TypeVar("K", bound=Hashable)
 F = TypeVar("F")
 
 
-class _Ground(NamedTuple):
-    records: tuple[int, int | None]
-    """`Directory.versions` when it was found."""
-    place: tuple[str, str]
-    """The agent and the target whose leases it rests on."""
-    leases: int
-    """`LeaseTable.version` of them then."""
-    until_s: float
+class Basis:
+    """What one thing that was found rests on, as that was then."""
+
+    __slots__ = ("_directory", "_leases", "_place", "_records", "_table", "_trust", "_until_s")
+
+    def __init__(self, table: LeaseTable, directory: Directory, chosen: Chosen, until_s: float) -> None:
+        """`chosen`: the lease that was chosen for it; `until_s`: when time alone makes it another."""
+        self._table = table
+        self._directory = directory
+        self._place = chosen.lease.agent_id, chosen.lease.target_id
+        self._records, self._trust = directory.versions
+        self._leases = table.version(self._place)
+        self._until_s = until_s
+
+    def holds(self, now_s: float) -> bool:
+        """Whether the same would be found again now."""
+        return (
+            now_s < self._until_s
+            and self._records == self._directory.version
+            and self._leases == self._table.version(self._place)
+            and self._trust == self._directory.trust.version
+        )
 
 
 class Lasting(Generic[K, F]):
@@ -34,23 +48,19 @@ class Lasting(Generic[K, F]):
         self._table = table
         self._directory = directory
         self._limit = limit
-        self._known: OrderedDict[K, tuple[F, _Ground]] = OrderedDict()
+        self._known: OrderedDict[K, tuple[F, Basis]] = OrderedDict()
 
     def get(self, key: K, now_s: float) -> F | None:
         """What would be found again now; None where that is not certain."""
         known = self._known.get(key)
         if known is None:
             return None
-        found, ground = known
-        if ground.until_s <= now_s or ground.records != self._directory.versions:
-            return None
-        return found if ground.leases == self._table.version(*ground.place) else None
+        found, basis = known
+        return found if basis.holds(now_s) else None
 
     def keep(self, key: K, found: F, chosen: Chosen, until_s: float) -> None:
         """Remember what was just found, by the lease that was chosen for it."""
-        place = chosen.lease.agent_id, chosen.lease.target_id
-        ground = _Ground(self._directory.versions, place, self._table.version(*place), until_s)
-        self._known[key] = found, ground
+        self._known[key] = found, Basis(self._table, self._directory, chosen, until_s)
         self._known.move_to_end(key)
         if len(self._known) > self._limit:
             self._known.popitem(last=False)

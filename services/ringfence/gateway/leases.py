@@ -34,6 +34,10 @@ class _Known:
 
     seq: int
     lease: Lease | None
+    judged: int = -1
+    """How many changes of the fences there had been when it was held against them,"""
+    fenced: bool = False
+    """and what came of it."""
 
 
 class LeaseTable:
@@ -52,7 +56,8 @@ class LeaseTable:
         """Leases revoked one by one, and when their orders were appended."""
         self._fences: dict[str, int] = {}
         """By mark: leases that were requested until then are cut."""
-        self._watchers: dict[str, dict[int, Ended]] = {}
+        self._fence_changes = 0
+        self._watchers: dict[str, dict[Ended, None]] = {}
         self._numbers = itertools.count()
         self._listeners: list[Callable[[str], None]] = []
         self._pruned_ms = 0
@@ -97,6 +102,7 @@ class LeaseTable:
         if self._fences.get(mark, -1) >= issued_before_ms:
             return
         self._fences[mark] = issued_before_ms
+        self._fence_changes += 1
         for lease_id in list(self._watchers):
             known = self._known.get(lease_id)
             lease = known.lease if known is not None else None
@@ -112,6 +118,7 @@ class LeaseTable:
         if now_ms - self._pruned_ms >= ENDED_KEPT_MS:
             self._pruned_ms = now_ms
             oldest_ms = now_ms - ORDERS_KEPT_MS
+            self._fence_changes += 1
             for some in (self._revoked, self._fences):
                 for key in [key for key, at_ms in some.items() if at_ms < oldest_ms]:
                     del some[key]
@@ -157,9 +164,9 @@ class LeaseTable:
         some = [tasks.get(task_id, {})] if task_id is not None else list(tasks.values())
         return [lease for leases in some for lease in leases.values() if self.problem(lease) is None]
 
-    def version(self, agent_id: str, target_id: str) -> int:
-        """Another one from each lease on that an agent gets at a target; -1 where it has none."""
-        return self._versions.get((agent_id, target_id), -1)
+    def version(self, place: tuple[str, str]) -> int:
+        """Another one from each lease on that an agent gets at a target (their ids); -1 where it has none."""
+        return self._versions.get(place, -1)
 
     def tasks(self) -> set[str]:
         """The tasks that have leases for gateways."""
@@ -167,18 +174,28 @@ class LeaseTable:
 
     def problem(self, lease: Lease) -> Reason | None:
         """Why a lease may be used no more, or None."""
-        known = self._known.get(lease.lease_id)
+        against = self._against(lease.lease_id, self._clock.now_ms())
+        return _reason(*against, lease) if against is not None else None
+
+    def lives(self, lease_id: str, now_ms: int) -> bool:
+        """Whether `problem` would find none at this moment of this gateway's own clock."""
+        return self._against(lease_id, now_ms) is None
+
+    def _against(self, lease_id: str, now_ms: int) -> tuple[str, str] | None:
+        """Code and words of what stands against it."""
+        known = self._known.get(lease_id)
         if known is None or known.lease is None or known.lease.status != "active":
-            return _reason("lease_ended", lease, "has ended")
-        if known.lease.deadline * 1000 <= self._clock.now_ms():
-            return _reason("lease_ended", lease, "has passed its deadline")
-        if lease.lease_id in self._revoked:
-            return _reason("lease_cut", lease, "was revoked")
-        if self._fences and any(
-            is_covered(lease, self._fences.get(mark, -1)) for mark in (*marks_of(lease), ALL_MARK)
-        ):
-            return _reason("lease_cut", lease, "was revoked together with others")
-        return None
+            return "lease_ended", "has ended"
+        if known.lease.deadline * 1000 <= now_ms:
+            return "lease_ended", "has passed its deadline"
+        if lease_id in self._revoked:
+            return "lease_cut", "was revoked"
+        if known.judged != self._fence_changes:
+            known.fenced, known.judged = self._is_fenced(known.lease), self._fence_changes
+        return ("lease_cut", "was revoked together with others") if known.fenced else None
+
+    def _is_fenced(self, lease: Lease) -> bool:
+        return any(is_covered(lease, self._fences.get(mark, -1)) for mark in (*marks_of(lease), ALL_MARK))
 
     # --- telling ---
 
@@ -192,16 +209,23 @@ class LeaseTable:
         if lease is None or self.problem(lease) is not None:
             ended()
             return lambda: None
-        number = next(self._numbers)
-        self._watchers.setdefault(lease_id, {})[number] = ended
+        self.watch_living(lease_id, ended)
+        return lambda: self.unwatch(lease_id, ended)
 
-        def unsubscribe() -> None:
-            watching = self._watchers.get(lease_id, {})
-            watching.pop(number, None)
+    def watch_living(self, lease_id: str, ended: Ended) -> None:
+        """The same for a lease of which the caller knows that it may be used at this moment; see `unwatch`."""
+        watching = self._watchers.get(lease_id)
+        if watching is None:
+            watching = self._watchers[lease_id] = {}
+        watching[ended] = None
+
+    def unwatch(self, lease_id: str, ended: Ended) -> None:
+        """Call `ended` no more."""
+        watching = self._watchers.get(lease_id)
+        if watching is not None:
+            watching.pop(ended, None)
             if not watching:
-                self._watchers.pop(lease_id, None)
-
-        return unsubscribe
+                del self._watchers[lease_id]
 
     def end_watched(self) -> None:
         """Whoever watches a lease is told that it may be used no more: nobody knows whether it may."""
@@ -214,9 +238,9 @@ class LeaseTable:
         self._tell(lease_id)
 
     def _tell(self, lease_id: str) -> None:
-        for ended in self._watchers.pop(lease_id, {}).values():
+        for ended in self._watchers.pop(lease_id, ()):
             ended()
 
 
-def _reason(code: str, lease: Lease, what: str) -> Reason:
+def _reason(code: str, what: str, lease: Lease) -> Reason:
     return Reason(code=code, message=f"lease {lease.lease_id} {what}; ask for a new credential", side="lease")

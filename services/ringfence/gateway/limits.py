@@ -66,9 +66,8 @@ class Limits:
         self.handshakes = 0
         self._connections: dict[str, int] = {}
         self._handshakes: dict[str, int] = {}
-        self._running: dict[str, int] = {}
-        self._buckets: dict[str, tuple[float, float]] = {}
-        """By sender: how many requests it had left, and when that was."""
+        self._shares: dict[str, Share] = {}
+        """By sender."""
         self._forget_again = 0.0
 
     def connect(self, sender: str) -> bool:
@@ -117,25 +116,46 @@ class Limits:
 
         `cost`: for how many it counts, where it is more work than most; never more than there can be at once.
         """
-        now, cost = self._seconds(), min(cost, self._allowed.burst_each)
-        left, then = self._buckets.get(sender, (float(self._allowed.burst_each), now))
-        left = min(self._allowed.burst_each, left + (now - then) * self._allowed.per_second_each)
+        now = self._seconds()
+        self._ask(self._share(sender, now), now, cost)
+
+    def begin(self, sender: str) -> Share:
+        """The sender has one more request under way, until `Share.end`. Raises RefusedError (429)."""
+        return self._begin(self._share(sender, self._seconds()))
+
+    def take(self, sender: str) -> Share:
+        """Count a request against the sender's rate, and begin it. Raises RefusedError (429)."""
+        now = self._seconds()
+        share = self._shares.get(sender)
+        if share is None:
+            share = self._share(sender, now)
+        self._ask(share, now, 1)
+        return self._begin(share)
+
+    def _share(self, sender: str, now: float) -> Share:
+        share = self._shares.get(sender)
+        if share is None:
+            if len(self._shares) > _TOO_MANY_KEYS and now >= self._forget_again:
+                self._forget_the_idle(now)
+            share = self._shares[sender] = Share(float(self._allowed.burst_each), now)
+        return share
+
+    def _ask(self, share: Share, now: float, cost: float) -> None:
+        burst = self._allowed.burst_each
+        if cost > burst:
+            cost = burst
+        left = share.left + (now - share.then) * self._allowed.per_second_each
+        if left > burst:
+            left = burst
         if left < cost:
             raise _too_many("requests a second", (cost - left) / self._allowed.per_second_each)
-        if len(self._buckets) > _TOO_MANY_KEYS and now >= self._forget_again:
-            self._forget_the_idle(now)
-        self._buckets[sender] = (left - cost, now)
+        share.left, share.then = left - cost, now
 
-    def begin(self, sender: str) -> None:
-        """The sender has one more request under way. Raises RefusedError (429)."""
-        running = self._running.get(sender, 0)
-        if running >= self._allowed.concurrent_each:
+    def _begin(self, share: Share) -> Share:
+        if share.running >= self._allowed.concurrent_each:
             raise _too_many("requests at a time", 1.0)
-        self._running[sender] = running + 1
-
-    def end(self, sender: str) -> None:
-        """The sender has one request less under way."""
-        _less(self._running, sender)
+        share.running += 1
+        return share
 
     def turn_of(self, sender: str) -> Turn:
         """What counts the requests of one connection."""
@@ -144,51 +164,69 @@ class Limits:
     def _forget_the_idle(self, now: float) -> None:
         full_s = self._allowed.burst_each / self._allowed.per_second_each
         self._forget_again = now + full_s  # nobody is idle before: many who are not cost the others nothing
-        for sender, (_, then) in list(self._buckets.items()):
-            if now - then > full_s:
-                del self._buckets[sender]
+        for sender, share in list(self._shares.items()):
+            if not share.running and now - share.then > full_s:
+                del self._shares[sender]
+
+
+class Share:
+    """What one sender has at the moment."""
+
+    __slots__ = ("left", "running", "then")
+
+    def __init__(self, left: float, then: float) -> None:
+        self.left = left
+        """How many requests it had left"""
+        self.then = then
+        """at this time."""
+        self.running = 0
+        """How many are under way."""
+
+    def end(self) -> None:
+        """One less is under way."""
+        self.running -= 1
 
 
 class Turn:
     """The request of a connection that is under way: one of its sender, and of its agent once that is known."""
 
-    __slots__ = ("_agent", "_asked", "_limits", "_running", "_sender")
+    __slots__ = ("_agent", "_asked", "_limits", "_of_agent", "_of_sender", "_sender")
 
     def __init__(self, limits: Limits, sender: str) -> None:
         self._limits = limits
         self._sender = sender
         self._agent = ("", "")
         """The agent that it was last, and by which sender that one is counted."""
-        self._running: list[str] = []
+        self._of_sender: Share | None = None
+        self._of_agent: Share | None = None
+        """Where it is under way, what it counts for."""
         self._asked = False
         """Whether the next one was counted already."""
 
     def begin(self) -> None:
         """One more. Raises RefusedError (429)."""
-        if not self._asked:
-            self._limits.ask(self._sender)
+        take = self._limits.begin if self._asked else self._limits.take
         self._asked = False
-        self._limits.begin(self._sender)
-        self._running.append(self._sender)
+        self._of_sender = take(self._sender)
 
     def admits(self, agent_id: str) -> Reason | None:
         """See `Admits`: the limits of an agent, wherever it comes from."""
         if self._agent[0] != agent_id:
             self._agent = agent_id, f"agent:{agent_id}"
-        agent = self._agent[1]
         try:
-            self._limits.ask(agent)
-            self._limits.begin(agent)
+            self._of_agent = self._limits.take(self._agent[1])
         except RefusedError as error:
             return Reason(code=error.code, message=error.message)
-        self._running.append(agent)
         return None
 
     def end(self) -> None:
         """It is over."""
-        for one in self._running:
-            self._limits.end(one)
-        self._running.clear()
+        if self._of_sender is not None:
+            self._of_sender.end()
+            self._of_sender = None
+        if self._of_agent is not None:
+            self._of_agent.end()
+            self._of_agent = None
 
     def put_off(self) -> None:
         """It is over for now: the same one begins anew, and counts once."""

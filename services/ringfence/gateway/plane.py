@@ -18,7 +18,7 @@ import socket
 import ssl
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,10 +30,11 @@ from ringfence.gateway.desk import Desk
 from ringfence.gateway.forwarding import Forwarder, Patiences
 from ringfence.gateway.hosts import Scheme, canonical
 from ringfence.gateway.limits import TOO_MANY_CONNECTIONS, Allowance, Limits, sender_at
+from ringfence.gateway.plans import Plans
 from ringfence.gateway.problem import answer as problem_of
 from ringfence.gateway.refusals import Answer
 from ringfence.gateway.serving import Connection
-from ringfence.gateway.stream import Patience, Stream
+from ringfence.gateway.stream import Outbox, Patience, Stream
 from ringfence.gateway.upstream import Upstreams
 from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock, SystemClock
@@ -42,6 +43,8 @@ from ringfence.kernel.errors import RingfenceError
 log = logging.getLogger(__name__)
 
 _BACKLOG: Final = 1024
+_LONGEST_ADDRESS: Final = 107
+"""Bytes of a unix socket's address (unix(7))."""
 _SWEEP_EVERY_S: Final = 5.0
 
 
@@ -77,15 +80,20 @@ class DataPlane:
             name: of this gateway, in its CA's certificate.
             tls: how targets are verified; the machine's authorities if not given.
         """  # fmt: skip
-        self._patience = Patience()
+        self._patience, self._outbox = Patience(), Outbox()
         self.upstreams = Upstreams(
-            tls or ssl.create_default_context(), self._patience, connect_s=patiences.connect_s
+            tls or ssl.create_default_context(),
+            self._patience,
+            connect_s=patiences.connect_s,
+            outbox=self._outbox,
         )
         self.authority = Authority(name, hosts, clock or SystemClock())
         self._loop: asyncio.AbstractEventLoop | None = None
         self.limits = Limits(allowance, time.monotonic)
         forwarder = Forwarder(gate, self.upstreams, patiences)
-        self._desk = Desk(gate, knows, answer, self.authority, forwarder, self.limits, patiences, blocked)
+        self._desk = Desk(
+            gate, knows, answer, self.authority, forwarder, self.upstreams, Plans(), self.limits, patiences, blocked
+        )  # fmt: skip
         self._servers: list[asyncio.Server] = []
         self._doors: list[TlsDoor] = []
         self._tasks: dict[Path, tuple[asyncio.Server, set[Stream]]] = {}
@@ -137,12 +145,18 @@ class DataPlane:
 
         try:
             if tls is not None:
-                door = TlsDoor(tls, self.limits, self._desk.blocked, handshake_s=self._desk.patiences.head_s)
+                door = TlsDoor(
+                    tls,
+                    self.limits,
+                    self._desk.blocked,
+                    self._outbox,
+                    handshake_s=self._desk.patiences.head_s,
+                )
                 taken_port = await door.open(host, port, _BACKLOG, serve, self._lost)
                 self._doors.append(door)
                 return taken_port
             server = await asyncio.get_running_loop().create_server(
-                lambda: Stream(serve, self._lost), host, port, backlog=_BACKLOG
+                lambda: Stream(serve, self._lost, self._outbox), host, port, backlog=_BACKLOG
             )
         except OSError:
             raise ListenError(
@@ -168,7 +182,9 @@ class DataPlane:
             self._lost(stream)
 
         server = await asyncio.get_running_loop().create_unix_server(
-            lambda: Stream(lambda stream: self._serve(stream, way), lost), sock=listening, backlog=_BACKLOG
+            lambda: Stream(lambda stream: self._serve(stream, way), lost, self._outbox),
+            sock=listening,
+            backlog=_BACKLOG,
         )
         self._tasks[path] = (server, streams)
 
@@ -239,15 +255,29 @@ def _bound(path: Path) -> socket.socket:
     before = os.umask(0o177)
     try:
         _removed(unready)
-        bound.bind(str(unready))
+        with _addressed(unready) as address:
+            bound.bind(address)
         bound.listen(_BACKLOG)
         unready.rename(path)
     except OSError as error:
         bound.close()
-        raise ListenError(f"cannot listen on {path}: {error.strerror}") from None
+        raise ListenError(f"cannot listen on {path}: {error.strerror or error}") from None
     finally:
         os.umask(before)
     return bound
+
+
+@contextlib.contextmanager
+def _addressed(path: Path) -> Iterator[str]:
+    """The path, or a short one that leads there: an address has 107 bytes, and folders of projects are deep."""
+    if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
 
 
 def _removed(path: Path) -> None:

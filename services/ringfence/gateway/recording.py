@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Final
 
 from aiokafka.errors import KafkaError
 
-from ringfence.gateway.spool import Spool
+from ringfence.gateway.spool import Spool, SpoolFullError
 from ringfence.gateway.steps import traced
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import gather_all
@@ -37,25 +38,56 @@ class Recorder:
         self._publisher = publisher
         self._tracing = tracing
         self._news = asyncio.Event()
+        self._held: list[tuple[bytes, Callable[[bool], None]]] = []
+        """Entries that are kept before this turn of the loop is over, and who waits for that."""
 
     def record(self, event: ActionDecided | ActionAnswered) -> None:
         """Keep one event. Raises SpoolFullError where it cannot be kept: then nothing may be forwarded."""
+        self._keep_held()  # they were decided before
+        self._spool.append(self._entry(event))
+        self._news.set()
+
+    def keep(self, entry: bytes) -> None:
+        """The same for an `ActionDecided` that is written already, see `written.entry`. Raises SpoolFullError."""
+        self._keep_held()
+        self._spool.append(self._traced(entry))
+        self._news.set()
+
+    def keep_soon(self, entry: bytes, then: Callable[[bool], None]) -> None:
+        """Keep it together with what else is decided in this turn of the loop, in one write.
+
+        `then` is called before the turn is over, or by the next event, with whether it is kept: before that nothing of
+        what it is about may be forwarded.
+        """
+        if not self._held:
+            asyncio.get_running_loop().call_soon(self._keep_held)
+        self._held.append((self._traced(entry), then))
+
+    def _keep_held(self) -> None:
+        if not self._held:
+            return
+        held, self._held = self._held, []
+        try:
+            self._spool.append(*[entry for entry, _ in held])
+            kept = True
+            self._news.set()
+        except SpoolFullError as error:
+            log.error("nothing is let pass: %s", error)
+            kept = False
+        for _, then in held:
+            then(kept)
+
+    def _entry(self, event: ActionDecided | ActionAnswered) -> bytes:
         if self._tracing is not NOT_TRACING:
             event = event.model_copy(update={"traceparent": traced(self._tracing, event)})
         value = event.model_dump_json(exclude_none=True).encode()
         id = event.action_id if isinstance(event, ActionDecided) else f"{event.action_id}:answer"
-        self._append(event.agent_id or UNKNOWN, id, value, event.traceparent or "")
+        return entry_head(event.agent_id or UNKNOWN, id, event.traceparent) + value
 
-    def keep(self, key: str, id: str, value: bytes, traceparent: str = "") -> None:
-        """The same for an `ActionDecided` that is JSON already. Raises SpoolFullError."""
-        if self._tracing is not NOT_TRACING:
-            self.record(ActionDecided.model_validate_json(value))
-        else:
-            self._append(key, id, value, traceparent)
-
-    def _append(self, key: str, id: str, value: bytes, traceparent: str) -> None:
-        self._spool.append(f"{key}\n{id}\n{traceparent}\n".encode() + value)
-        self._news.set()
+    def _traced(self, entry: bytes) -> bytes:
+        if self._tracing is NOT_TRACING:
+            return entry
+        return self._entry(ActionDecided.model_validate_json(_parts(entry)[3]))
 
     async def publish(self) -> None:
         """Publish what is there and what comes, for ever."""
@@ -85,6 +117,7 @@ class Recorder:
 
     async def close(self) -> None:
         """Publish what is left, if that can be done soon; the rest waits on disk for the next start."""
+        self._keep_held()
         try:
             async with asyncio.timeout(_DRAIN_S):
                 while self._spool.waiting():
@@ -101,6 +134,16 @@ class Recorder:
         self._spool.published(mark)
 
 
-def _outbound(entry: bytes) -> Outbound:
+def entry_head(key: str, id: str, traceparent: str | None) -> bytes:
+    """How an entry of the spool begins; then comes the event, as JSON."""
+    return f"{key}\n{id}\n{traceparent or ''}\n".encode()
+
+
+def _parts(entry: bytes) -> tuple[bytes, bytes, bytes, bytes]:
     key, id, traceparent, value = entry.split(b"\n", 3)
+    return key, id, traceparent, value
+
+
+def _outbound(entry: bytes) -> Outbound:
+    key, id, traceparent, value = _parts(entry)
     return Outbound(key.decode(), value, id.decode(), traceparent.decode() or None)

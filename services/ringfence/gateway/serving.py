@@ -14,7 +14,7 @@ from ringfence.gateway.asking import Way, asked, presented_by
 from ringfence.gateway.attempts import Attempt, Blocked, Presented, Verdict
 from ringfence.gateway.connect import AGREED, connect_authority
 from ringfence.gateway.desk import Desk
-from ringfence.gateway.forwarding import Asked, goes_on
+from ringfence.gateway.forwarding import Asked, goes_on, lease_ended
 from ringfence.gateway.framing import Body, request_body
 from ringfence.gateway.hosts import split
 from ringfence.gateway.limits import HANDSHAKE
@@ -81,6 +81,8 @@ class Connection:
         """Go on with what was handed over on the short way. Whether there may be another."""
         going, exchange = self._shortcut.handed()
         try:
+            if self._shortcut.ended:
+                return await self._tell(lease_ended(), going.head, close=False)
             if exchange is None:
                 return await self._forward(going)
             return await self._forwarded(going, self._desk.forwarder.go_on(exchange))
@@ -192,7 +194,7 @@ class Connection:
             self._block(TLS_FAILED, error.message, request)
             raise
         self._way = dataclasses.replace(self._way, scheme="https", inside=authority, handle=presented.handle)
-        self._shortcut.way = self._way
+        self._shortcut.come_by(self._way)
         return True
 
     def _unknown(self, verdict: Verdict) -> tuple[int, Mapping[str, str], bytes]:

@@ -1,7 +1,7 @@
 """Events on disk until Kafka has them: nothing that was decided is forgotten, and nobody waits for Kafka.
 
 A folder of numbered files, written to the end and never changed. An entry is its length and CRC-32 (4 bytes each,
-big-endian) and its bytes. An entry is in the file before `append` returns, so it outlives this process however that
+big-endian) and its bytes. Entries are in the file before `append` returns, so they outlive this process however that
 ends; `sync`, called once a second, makes what was written outlive the machine too. A file is removed when Kafka has all
 of it. What was published and not yet marked as such comes again after a crash: every event has an id of its own.
 """
@@ -71,11 +71,9 @@ class Spool:
 
     # --- in ---
 
-    def append(self, entry: bytes) -> None:
-        """Keep one entry. Raises SpoolFullError."""
-        if len(entry) > MAX_ENTRY_BYTES:
-            raise SpoolFullError(f"an event of {len(entry)} bytes is larger than any may be")
-        framed = _HEAD.pack(len(entry), zlib.crc32(entry)) + entry
+    def append(self, *entries: bytes) -> None:
+        """Keep entries, all or none: one write for all of them. Raises SpoolFullError."""
+        framed = b"".join([_framed(entry) for entry in entries])
         if self.size() + len(framed) > self._max_bytes:
             raise SpoolFullError("events are not published, and there is no room for more: is Kafka away?")
         try:
@@ -197,6 +195,12 @@ class Spool:
         self._total -= self._sizes.pop(number, 0)
         with contextlib.suppress(OSError):
             (self._folder / f"{number:012}{_SUFFIX}").unlink()
+
+
+def _framed(entry: bytes) -> bytes:
+    if len(entry) > MAX_ENTRY_BYTES:
+        raise SpoolFullError(f"an event of {len(entry)} bytes is larger than any may be")
+    return _HEAD.pack(len(entry), zlib.crc32(entry)) + entry
 
 
 def _entries(data: bytes) -> tuple[list[bytes], int]:

@@ -33,16 +33,17 @@ class Stream(asyncio.Protocol):
     """A connection. One coroutine reads, one writes; they may be the same."""
 
     __slots__ = (
-        "_drained", "_expired", "_failure", "_goes", "_held", "_loop", "_on_lost", "_on_made", "_paused", "_readable",
-        "_unseen", "blocked", "buffer", "deadline", "on_gone", "taker", "transport",
+        "_drained", "_expired", "_failure", "_goes", "_held", "_loop", "_on_lost", "_on_made", "_outbox", "_paused",
+        "_readable", "_unseen", "blocked", "buffer", "deadline", "on_gone", "taker", "transport",
     )  # fmt: skip
 
     def __init__(
         self,
         on_made: Callable[[Stream], None] | None = None,
         on_lost: Callable[[Stream], None] | None = None,
+        outbox: Outbox | None = None,
     ) -> None:
-        """Each is called once: when the connection is there, and when it is lost."""
+        """Each is called once: when the connection is there, and when it is lost. `outbox`: see `write_soon`."""
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
         self.buffer = bytearray()
         """What has come and was not taken yet."""
@@ -52,12 +53,14 @@ class Stream(asyncio.Protocol):
         """Whether the other side takes too little: wait in `drained` before you write more."""
         self.on_gone: Callable[[], None] | None = None
         """Called once when the connection is lost, by whoever uses it now."""
-        self.taker: Callable[[], bool] | None = None
-        """Asked when something came, or patience ended, before any coroutine is woken: True where it saw to that."""
+        self.taker: Callable[[bytes], bool] | None = None
+        """Given what came, or nothing where patience ended, before any coroutine is woken: True where it saw to that,
+        else it stays here."""
         # Kept, as to look for it asks the kernel each time in Python 3.11.
         self._loop = asyncio.get_running_loop()
         self._on_made = on_made
         self._on_lost = on_lost
+        self._outbox = outbox if outbox is not None else Outbox()
         self._held = b""
         """What is sent once the loop has handed out all that came."""
         self._goes: Callable[[], bool] | None = None
@@ -80,12 +83,8 @@ class Stream(asyncio.Protocol):
             self._on_made(self)
 
     def data_received(self, data: bytes) -> None:
-        self.buffer += data
-        taken = self.taker is not None and self.taker()
-        if len(self.buffer) > HIGH_BYTES and not self._paused:
-            self._paused = True
-            self.transport.pause_reading()
-        if not taken:
+        if self.taker is None or not self.taker(data):
+            self.keep(data)
             self.wake()
 
     def pause_writing(self) -> None:
@@ -110,6 +109,13 @@ class Stream(asyncio.Protocol):
     def alive(self) -> bool:
         """Whether something could still be read or written."""
         return self._failure is None and not self.transport.is_closing()
+
+    def keep(self, data: bytes) -> None:
+        """It came, and waits for who takes it."""
+        self.buffer += data
+        if len(self.buffer) > HIGH_BYTES and not self._paused:
+            self._paused = True
+            self.transport.pause_reading()
 
     async def more(self) -> None:
         """Wait until more has come since somebody was last told. Raises GoneError, ExpiredError, or what `fail` got."""
@@ -144,7 +150,7 @@ class Stream(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Send. See `blocked`."""
-        self._send_held()
+        self.send_held()
         self.transport.write(data)
 
     def write_soon(self, data: bytes, goes: Callable[[], bool] | None = None) -> None:
@@ -158,9 +164,10 @@ class Stream(asyncio.Protocol):
             self._held += data
         else:
             self._held = data
-            self._loop.call_soon(self._send_held)
+            self._outbox.add(self)
 
-    def _send_held(self) -> None:
+    def send_held(self) -> None:
+        """Send what `write_soon` holds."""
         if self._held:
             data, self._held, goes, self._goes = self._held, b"", self._goes, None
             if not self.transport.is_closing() and (goes is None or goes()):
@@ -191,7 +198,7 @@ class Stream(asyncio.Protocol):
         Where nobody waits at this moment, as something just came, whoever waits again is told the next time.
         """
         ended, self.deadline = self.deadline, None
-        if self.taker is not None and self.taker():
+        if self.taker is not None and self.taker(b""):
             self._expired = True
             return
         error, told = ExpiredError("the other side took too long"), False
@@ -204,13 +211,13 @@ class Stream(asyncio.Protocol):
 
     def close(self) -> None:
         """Close once all is sent."""
-        self._send_held()
+        self.send_held()
         if not self.transport.is_closing():
             self.transport.close()
 
     def end(self) -> None:
         """Say that nothing more is written, where that can be said."""
-        self._send_held()
+        self.send_held()
         if self.transport.can_write_eof():
             self.transport.write_eof()
 
@@ -222,7 +229,7 @@ class Stream(asyncio.Protocol):
     async def open_tls(self, context: ssl.SSLContext, *, timeout_s: float) -> None:
         """Be the server of TLS from here on. Raises GoneError where the client does not agree to it in time."""
         loop = asyncio.get_running_loop()
-        self._send_held()
+        self.send_held()
         try:
             transport = await loop.start_tls(
                 self.transport, self, context, server_side=True, ssl_handshake_timeout=timeout_s
@@ -244,6 +251,26 @@ class Stream(asyncio.Protocol):
         for waiter in (self._readable, self._drained):
             if waiter is not None and not waiter.done():
                 waiter.set_exception(self._failure)
+
+
+class Outbox:
+    """The streams that send something at the end of this turn of the loop."""
+
+    __slots__ = ("_streams",)
+
+    def __init__(self) -> None:
+        self._streams: list[Stream] = []
+
+    def add(self, stream: Stream) -> None:
+        """This one too."""
+        if not self._streams:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._streams.append(stream)
+
+    def _send(self) -> None:
+        streams, self._streams = self._streams, []
+        for stream in streams:
+            stream.send_held()
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:

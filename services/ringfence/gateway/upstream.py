@@ -10,7 +10,7 @@ from typing import Final
 
 from ringfence.gateway.hosts import Origin
 from ringfence.gateway.refusals import RefusedError
-from ringfence.gateway.stream import Patience, Stream
+from ringfence.gateway.stream import Outbox, Patience, Stream
 
 IDLE_S: Final = 15.0
 IDLE_EACH: Final = 128
@@ -20,14 +20,25 @@ IDLE_EACH: Final = 128
 class Upstreams:
     """All connections to targets. A secret is written to one only after its TLS was verified for the target's name."""
 
-    def __init__(self, tls: ssl.SSLContext, patience: Patience, *, connect_s: float) -> None:
-        """`tls` verifies certificates and names: one that does not is refused here. Raises ValueError."""
+    def __init__(
+        self,
+        tls: ssl.SSLContext,
+        patience: Patience,
+        *,
+        connect_s: float,
+        outbox: Outbox | None = None,
+    ) -> None:
+        """`tls` verifies certificates and names: one that does not is refused here. Raises ValueError.
+
+        `outbox`: that of connections, see `Stream.write_soon`.
+        """
         if tls.verify_mode is not ssl.CERT_REQUIRED or not tls.check_hostname:
             raise ValueError("a gateway verifies the certificates of targets; this context does not")
         tls.set_alpn_protocols(["http/1.1"])
         self._tls = tls
         self._patience = patience
         self._connect_s = connect_s
+        self._outbox = outbox
         self._idle: dict[Origin, deque[tuple[Stream, float]]] = {}
         self.open = 0
         """How many connections there are."""
@@ -86,7 +97,7 @@ class Upstreams:
         try:
             async with asyncio.timeout(self._connect_s):
                 _, stream = await asyncio.get_running_loop().create_connection(
-                    lambda: Stream(self._opened, self._lost),
+                    lambda: Stream(self._opened, self._lost, self._outbox),
                     origin.host,
                     origin.port,
                     ssl=tls,

@@ -240,7 +240,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._idle.set()
         self._onward = Onward(self.group, on_gone, from_the_first=from_the_first)
         self.gone = self._onward.gone
-        """What Kafka removed before it was read."""
+        """What Kafka removed, or lost."""
         self.halted: str | None = None
         self.running = False
 

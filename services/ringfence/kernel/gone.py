@@ -1,4 +1,5 @@
-"""Records that Kafka removed, by age or by size, before they were read: to be told, and never passed over in silence.
+"""Records that Kafka removed, by age or by size, before they were read, or lost afterwards: to be told, and never
+passed over in silence.
 
 A client that resets its position by itself says nothing of it, so readers are told not to (`NO_RESET`), and read by
 `Onward`, which goes on once what is gone is told.
@@ -59,7 +60,7 @@ class Onward:
         self._on_gone = on_gone
         self._from_the_first = from_the_first
         self.gone: dict[tuple[str, int], Gone] = {}
-        """By topic's name and partition: the last that was gone before it was read."""
+        """By topic's name and partition: what was gone last."""
 
     async def next(
         self, consumer: AIOKafkaConsumer, *, timeout_ms: int, max_records: int

@@ -383,7 +383,7 @@ class Follower:
         self._key = key.encode() if key is not None else None
         self._onward = Onward(reader, on_gone)
         self.gone = self._onward.gone
-        """What Kafka removed before it was read."""
+        """What Kafka removed, or lost."""
         self._settings = settings
         self._topics = {t.name(settings.topic_prefix): t for t in topics}
         self._on_records = on_records

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from ringfence.kernel.tallies import TalliedCounter, TalliedHistogram
+
 RECORDS = Counter("ringfence_records_total", "Kafka records handled", ["topic", "outcome"])
 """`outcome`: done, dead_lettered."""
 BATCH_RETRIES = Counter("ringfence_batch_retries_total", "Batches tried again after a failure", ["group"])
@@ -18,7 +20,7 @@ HANDLING_LAG = Gauge(
 )
 RECORDS_GONE = Counter(
     "ringfence_records_gone_total",
-    "Records that Kafka removed before they were read",
+    "Records that Kafka removed before they were read, or lost after that",
     ["topic", "group"],
 )
 """`group`: who was to read them; a service, where it follows a topic for a table or an index."""
@@ -101,7 +103,7 @@ GATEWAY_CONNECTIONS = Gauge("ringfence_gateway_connections", "Connections of age
 TOMBSTONES = Counter(
     "ringfence_lease_tombstones_total", "Leases deleted from the lease topic, long after their end"
 )
-ACTIONS = Counter(
+ACTIONS = TalliedCounter(
     "ringfence_actions_total", "Requests of agents decided by the gateway", ["outcome", "access"]
 )
 """`outcome`: allowed, denied, observed. `access`: read, write."""
@@ -119,7 +121,7 @@ ACTIONS_SPOOLED = Gauge("ringfence_actions_spooled_bytes", "Events on disk that 
 ACTIONS_WAITING = Gauge(
     "ringfence_actions_waiting", "Requests that the gateway holds back for a person's word"
 )
-DECISION_TIME = Histogram(
+DECISION_TIME = TalliedHistogram(
     "ringfence_action_decision_seconds",
     "What deciding on one request took",
     buckets=(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1),

@@ -65,7 +65,7 @@ def labels_of(metric: Metric) -> tuple[str, ...]:
 def _row(name: str, metric: Metric) -> str:
     constant = next(key for key, value in vars(metrics).items() if value is metric)
     labels = ", ".join(f"`{label}`" for label in labels_of(metric))
-    kind = type(metric).__name__.lower()
+    kind = metric._type
     about = f"{metric._documentation}. {_remarks().get(constant, '')}".strip().replace("|", "\\|")
     return f"| `{name}` ({kind}) | {labels} | {', '.join(_writers(constant))} | {about} |"
 

@@ -25,9 +25,14 @@ def read_place(place: str, what: str) -> str:
     kind, _, where = place.partition(":")
     if kind == "file":
         return _file(Path(where), what)
-    value = os.environ.get(where, "").strip()
+    return read_variable(where, what)
+
+
+def read_variable(name: str, what: str) -> str:
+    """The same for `env:NAME`."""
+    value = os.environ.get(name, "").strip()
     if not value:
-        raise PlaceError(f"{where} is not set, where {what} should be")
+        raise PlaceError(f"{name} is not set, where {what} should be")
     return value
 
 

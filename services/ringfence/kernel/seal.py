@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import ec, x25519
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -16,8 +17,10 @@ from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.keys import b64decode, b64encode
 from ringfence.messages.keys import PublicJwk
 
+MAX_SEALED_BYTES: Final = 2 * 1024 * 1024
+"""More than any message on Kafka has: a reply repeats a request and its scope several times."""
 _REGISTRY = jwe.JWERegistry(algorithms=["ECDH-ES", "A256GCM"])
-
+_REGISTRY.max_ciphertext_length = MAX_SEALED_BYTES
 
 _MALFORMED = (
     JoseError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError

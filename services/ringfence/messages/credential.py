@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
@@ -37,6 +37,10 @@ class Coordinates(Message):
     partition: Annotated[int, Field(ge=0)]
     offset: Annotated[int, Field(ge=0)]
     appended_at_ms: Millis
+
+
+MAX_REQUEST_BYTES: Final = 64 * 1024
+"""Of a request as a JWS: its decision holds it whole, and has a limit too. Policy weighs no larger one."""
 
 
 class CredentialRequest(ExpiringClaims):

@@ -14,7 +14,7 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.seal import check_reply_key
 from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
 from ringfence.messages.base import ExpiringClaims, typ_header
-from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.identity import subject_of
@@ -24,8 +24,6 @@ from ringfence.policy.store import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS
 
 C = TypeVar("C", bound=ExpiringClaims)
 
-MAX_REQUEST_BYTES = 64 * 1024
-"""The largest request that is weighed: its decision holds it whole, and has a limit too."""
 MAX_APPROVAL_BYTES = 192 * 1024
 
 

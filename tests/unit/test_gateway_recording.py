@@ -1,0 +1,128 @@
+"""What is decided in one turn of the loop is kept in one write, before anybody who waits for that is told."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import orjson
+import pytest
+
+from ringfence.gateway.attempts import Attempt
+from ringfence.gateway.recording import Recorder
+from ringfence.gateway.spool import Spool, SpoolFullError
+from ringfence.gateway.written import AllowedEvents
+from ringfence.messages.operations import ActionDecided
+from ringfence.model.request_map import Action
+from tests import leases
+
+GATEWAY = "spiffe://acme.example/service/gateway"
+ID = "d9428888-122b-41e1-b85c-61cd3cbb3210"
+
+
+class Watched(Spool):
+    """Counts its writes."""
+
+    def __init__(self, folder: Path, max_bytes: int = 1 << 20) -> None:
+        super().__init__(folder, max_bytes=max_bytes)
+        self.writes: list[tuple[bytes, ...]] = []
+
+    def append(self, *entries: bytes) -> None:
+        super().append(*entries)
+        self.writes.append(entries)
+
+
+def recorder_on(spool: Spool) -> Recorder:
+    return Recorder(spool, cast(Any, None))
+
+
+def denied(id: str) -> ActionDecided:
+    return ActionDecided(action_id=id, gateway=GATEWAY, allowed=False, reasons=(), at_ms=1)
+
+
+async def test_what_one_turn_decides_is_one_write_and_then_goes_on(tmp_path: Path) -> None:
+    spool = Watched(tmp_path)
+    recorder, told = recorder_on(spool), list[tuple[int, bool, int]]()
+    for number in range(3):
+        recorder.keep_soon(
+            b"a\n%d\n\n{}" % number,
+            lambda kept, number=number: told.append((number, kept, len(spool.writes))),  # type: ignore[misc]
+        )
+    assert (spool.writes, told) == ([], [])
+    await asyncio.sleep(0)
+    assert spool.writes == [(b"a\n0\n\n{}", b"a\n1\n\n{}", b"a\n2\n\n{}")]
+    assert told == [(0, True, 1), (1, True, 1), (2, True, 1)], "each once, and not before it was written"
+    assert spool.peek()[0] == [*spool.writes[0]]
+    await asyncio.sleep(0)
+    assert len(told) == 3
+
+
+async def test_what_is_decided_before_is_kept_before(tmp_path: Path) -> None:
+    spool = Watched(tmp_path)
+    recorder, told = recorder_on(spool), list[bool]()
+    recorder.keep_soon(b"a\none\n\n{}", told.append)
+    recorder.record(denied("two"))
+    assert told == [True]
+    recorder.keep_soon(b"a\nthree\n\n{}", told.append)
+    recorder.keep(b"a\nfour\n\n{}")
+    await asyncio.sleep(0)
+    ids = [entry.split(b"\n")[1] for entry in spool.peek()[0]]
+    assert ids == [b"one", b"two", b"three", b"four"]
+    assert told == [True, True]
+
+
+async def test_what_cannot_be_kept_goes_nowhere_and_the_next_is_asked_anew(tmp_path: Path) -> None:
+    spool = Watched(tmp_path, max_bytes=100)
+    recorder, told = recorder_on(spool), list[bool]()
+    recorder.keep_soon(b"x" * 60, told.append)
+    recorder.keep_soon(b"y" * 60, told.append)
+    await asyncio.sleep(0)
+    assert told == [False, False], "one write: all of it or nothing"
+    assert spool.size() == 0
+    recorder.keep_soon(b"x" * 60, told.append)
+    with pytest.raises(SpoolFullError):
+        recorder.keep(b"y" * 60)
+    assert told == [False, False, True]
+
+
+async def test_what_waits_is_kept_when_the_process_ends(tmp_path: Path) -> None:
+    recorder, told = Recorder(Watched(tmp_path), cast(Any, Gone())), list[bool]()
+    recorder.keep_soon(b"a\none\n\n{}", told.append)
+    await recorder.close()
+    assert told == [True]
+    assert Spool(tmp_path, max_bytes=1000).peek()[0] == [b"a\none\n\n{}"]
+
+
+class Gone:
+    async def send_many(self, *args: Any) -> Any:
+        raise OSError("no Kafka")
+
+
+@pytest.mark.parametrize(
+    ("fields", "lease_fields"),
+    [
+        ({}, {}),
+        ({"label": "pr/7"}, {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}),
+        ({"label": "not a label"}, {}),
+        ({"method": "M" * 40, "target": "/a%2fb%d?c=%s"}, {}),
+        ({"target_id": None, "authority": "hub.example", "body": b'{"a": 1}'}, {}),
+    ],
+)
+def test_an_event_is_what_its_model_writes(fields: dict[str, Any], lease_fields: dict[str, Any]) -> None:
+    attempt = Attempt(**{
+        "authority": None, "scheme": "https", "method": "GET", "target": "/x", "target_id": "hub", **fields,
+    })  # fmt: skip
+    lease = leases.lease(agent_id="bot", target_id="hub", delivery="gateway", **lease_fields).claims
+    action = Action("read", 'odd/100%b"é/%d')
+    entry = AllowedEvents(GATEWAY, "bot", lease, action, "read", attempt).entry(ID, 17, 1_700_000_000_123)
+    key, id, traceparent, value = entry.split(b"\n", 3)
+    assert (key, id, traceparent.decode()) == (b"bot", ID.encode(), lease.traceparent or "")
+    event = ActionDecided.model_validate_json(value)
+    assert event.model_dump_json(exclude_none=True).encode() == value
+    assert (event.action_id, event.latency_us, event.at_ms) == (ID, 17, 1_700_000_000_123)
+    assert (event.resource, event.lease_id, event.task_id) == (action.resource, lease.lease_id, lease.task_id)
+    assert orjson.loads(value).get("label") == (
+        fields.get("label") if fields.get("label") == "pr/7" else None
+    )
+    assert event.method == (attempt.method if attempt.method == "GET" else None)

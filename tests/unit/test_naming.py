@@ -1,0 +1,28 @@
+"""Ids as people write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from ringfence.client.naming import named
+
+IDS = ["ce60feae-3234", "ce60feae-9999", "5d35cb05-b1f2"]
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("ce60feae-3234", "ce60feae-3234"),
+        ("ce60feae-3", "ce60feae-3234"),
+        ("5d35", "5d35cb05-b1f2"),
+        ("ce60", None),  # two begin so
+        ("5d3", None),  # too short to mean it
+        ("zzzz", None),
+    ],
+)
+def test_an_id_or_how_it_begins_names_one_thing(written: str, found: str | None) -> None:
+    assert named(written, IDS, str) == found
+
+
+def test_nothing_names_nothing_even_where_a_single_thing_is_there() -> None:
+    assert named("", IDS[:1], str) is None
