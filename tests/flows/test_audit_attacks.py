@@ -15,7 +15,7 @@ from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Received
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
-from ringfence.model.audit_chain import Source, event_of, linked
+from ringfence.model.audit_chain import Source, event_of, linkable, linked
 from ringfence.model.merkle import leaf_hash
 from tests.flows.test_audit_chain import (
     client_settings,
@@ -46,7 +46,11 @@ async def put_next(world: World, event: dict[str, Any]) -> Received:
     told = event_of(last.value)
     assert told is not None
     assert told.link is not None
-    await put(world, last.partition, linked(event, told.link.tree, told.link.seq + 1, leaf_hash(last.value)))
+    await put(
+        world,
+        last.partition,
+        linked(linkable(event), told.link.tree, told.link.seq + 1, leaf_hash(last.value)),
+    )
     return last
 
 

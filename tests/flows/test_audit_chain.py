@@ -13,7 +13,7 @@ from aiokafka import AIOKafkaProducer
 
 from ringfence.audit.chaining import GROUP, ChainWriter
 from ringfence.audit.intake import Intake, Told
-from ringfence.audit.proofs import ProofStore
+from ringfence.audit.proofs import NoProofError, ProofStore
 from ringfence.audit.settings import AuditSettings
 from ringfence.client.auditor import TrailReport, verify_trail, witness
 from ringfence.client.settings import ClientSettings
@@ -27,7 +27,7 @@ from ringfence.kernel.trust import TrustStore
 from ringfence.messages.audit import AuditCheckpoint, AuditIntake, IntakeEntry
 from ringfence.messages.registry import AgentSuspend
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, DEAD_LETTER, SERVICE_EVENT
-from ringfence.model.audit_chain import Source, Tip, event_of, linked
+from ringfence.model.audit_chain import Source, Tip, event_of, linkable, linked
 from ringfence.model.merkle import Head, is_consistent, leaf_hash, root_by_inclusion
 from tests.world import Party, World, scope
 
@@ -375,7 +375,7 @@ def test_the_nodes_that_are_kept_give_the_roots_of_all_subtrees() -> None:
     store = ProofStore(TrustStore("example.org", "x"), None)
     tip, values = Tip(), []
     for offset in range(700):
-        value = linked(json.loads(told_of(Source("x", 0, offset))), "0", offset + 1, tip.last)
+        value = linked(linkable(json.loads(told_of(Source("x", 0, offset)))), "0", offset + 1, tip.last)
         tip = tip.followed_by(value)
         values.append(value)
     for start in range(0, 700, 100):
@@ -390,3 +390,18 @@ def test_the_nodes_that_are_kept_give_the_roots_of_all_subtrees() -> None:
         for index in range(700 >> level):
             expected = Head().grown(leaves[index << level : (index + 1) << level]).root
             assert store._subtree("0", level, index) == expected
+
+
+@pytest.mark.parametrize("place", ["taken", "next", "of another chain"])
+def test_what_stands_in_no_chain_has_no_proof(place: str) -> None:
+    store = ProofStore(TrustStore("example.org", "x"), None)
+    tip, value = Tip(), b""
+    for offset in range(300):
+        value = linked(linkable(json.loads(told_of(Source("x", 0, offset)))), "0", offset + 1, tip.last)
+        store.add_events([Received(AUDIT, "audit", 0, offset, 0, "k", value)])
+        tip = tip.followed_by(value)
+    with pytest.raises(NoProofError, match="not signed yet"):
+        store.inclusion(value)
+    tree, seq = {"taken": ("0", 7), "next": ("0", 301), "of another chain": ("1", 1)}[place]
+    with pytest.raises(NoProofError, match="no such event"):
+        store.inclusion(linked(linkable(json.loads(told_of(Source("x", 0, 299)))), tree, seq, tip.last))

@@ -6,16 +6,25 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import pytest
 
 from ringfence.kernel import metrics
-from ringfence.kernel.bus import MAX_INVALID_SIGNED, Consumer, DeadLetters, one_by_one, side_by_side
+from ringfence.kernel.bus import (
+    MAX_INVALID_SIGNED,
+    BatchHandler,
+    Consumer,
+    DeadLetters,
+    one_by_one,
+    side_by_side,
+)
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.kafka import Follower, Publisher, Received
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.topics_admin import TopicsAdmin
+from ringfence.messages.base import Topic
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import ALL, CREDENTIAL_REQUEST, DEAD_LETTER, LEASE
 from tests.conftest import Kafka
@@ -161,6 +170,32 @@ async def test_a_batch_that_failed_comes_again_and_is_not_lost(
         "what is tried again and again is behind, and more and more"
     )
     assert done.values[-3:] == ["a", "b", "c"], "the whole batch in its order"
+
+
+async def test_what_one_handler_takes_comes_in_one_batch_topic_after_topic(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    mixed, batches = asyncio.Event(), list[list[str]]()
+
+    async def together(batch: Sequence[Received]) -> None:
+        batches.append([record.topic.what for record in batch])
+        if len(set(batches[-1])) == 2:
+            mixed.set()
+
+    async def apart(batch: Sequence[Received]) -> None:
+        assert {record.topic.what for record in batch} == {"dead-letter"}
+
+    handlers: dict[Topic[Any], BatchHandler] = {
+        LEASE: together,
+        CREDENTIAL_REQUEST: together,
+        DEAD_LETTER: apart,
+    }
+    async with consuming(Consumer(settings, "g", handlers, linger_ms=100)), asyncio.timeout(WITHIN_S):
+        while not mixed.is_set():  # what is sent together may still be read apart
+            for topic in (DEAD_LETTER, CREDENTIAL_REQUEST, LEASE):
+                await (await publisher.send(topic, "bot", "x", id="x", type="test"))
+    for batch in batches:
+        assert batch == sorted(batch, key=["lease", "credential.request"].index)
 
 
 async def test_what_was_committed_does_not_come_again(

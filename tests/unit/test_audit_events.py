@@ -7,6 +7,7 @@ import base64
 import json
 from typing import Any
 
+import orjson
 import pytest
 
 from ringfence.audit import credential_events, ocsf, service_events
@@ -17,7 +18,7 @@ from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.envelope import EncryptionKey, enclose
 from ringfence.kernel.ids import derived_id, digest, message_id
 from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.keys import PublicKey, SigningKey
 from ringfence.messages.approval import Approval
 from ringfence.messages.audit import IntakeEntry
 from ringfence.messages.base import ExpiringClaims
@@ -44,6 +45,7 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import (
     AGENT,
     APPROVAL_RESPONSE,
+    AUDITED,
     CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
     DEAD_LETTER,
@@ -147,6 +149,25 @@ async def test_a_batch_that_could_not_be_published_comes_again_and_makes_the_sam
     assert steps(office.published.events) == ["credential.requested", "message.replayed"]
 
 
+async def test_records_of_several_topics_that_come_together_have_the_events_that_they_have_one_by_one(
+    office: Office,
+) -> None:
+    story = office.credential()
+    expected = await office.audit(*story.all)
+    handlers = AuditHandlers(
+        office.published, Believer(office.trust, office.directory, office.own), SystemClock(), office.trust,
+        office.uses.get, settle_ms=0,
+    )  # fmt: skip
+    places = list(AUDITED)
+    batch = sorted(story.all, key=lambda record: places.index(record.topic))
+    await handlers.batches()[batch[0].topic](batch)
+    told = office.published.events[-len(batch) :]
+    assert [one["metadata"]["uid"] for one in told] == [
+        Source(r.topic_name, r.partition, r.offset).uid for r in batch
+    ]
+    assert sorted(map(orjson.dumps, told)) == sorted(map(orjson.dumps, expected))
+
+
 async def test_a_restarted_audit_says_the_same_of_a_decision_without_the_request(office: Office) -> None:
     """Nothing rests on the memory: what a decision embeds is verified anew."""
     story = office.credential()
@@ -223,6 +244,39 @@ async def test_an_expired_request_is_its_signers_and_counts_for_nothing(office: 
     )
     assert event["unmapped"]["sponsor"] == "sam"
     assert event["unmapped"]["request"] == message_id(bot.id, old.jti)
+
+
+async def test_a_request_that_was_verified_where_it_is_embedded_is_not_verified_once_more(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = office.credential(approved=False)
+    expected = await office.audit(story.request)
+    office.believer = office.handlers._believer = Believer(office.trust, office.directory, office.own)
+    await office.audit(story.allowed)
+    looked_at: list[bytes] = []
+    verifies = PublicKey.verifies
+
+    def counted(key: PublicKey, signature: bytes, data: bytes) -> bool:
+        looked_at.append(data)
+        return verifies(key, signature, data)
+
+    monkeypatch.setattr(PublicKey, "verifies", counted)
+    assert await office.audit(story.request) == expected
+    assert looked_at == []
+    another = story.request_jws[:-1] + ("A" if story.request_jws[-1] != "A" else "Q")
+    event = await office.event(office.received(CREDENTIAL_REQUEST, another))
+    assert looked_at, "its text is another one"
+    assert steps([event]) == ["record.not_believed"]
+
+
+async def test_a_key_that_has_ended_signs_no_request_though_it_was_verified_where_it_is_embedded(
+    office: Office,
+) -> None:
+    story = office.credential(approved=False)
+    await office.audit(story.allowed)
+    late = story.request._replace(appended_at_ms=office.now_ms + 2 * 86_400_000)
+    event = await office.event(late)
+    assert (steps([event]), event["status_code"]) == (["record.not_believed"], "key_unknown")
 
 
 async def test_a_replay_is_told_and_blamed_on_nobody(office: Office) -> None:

@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from ringfence.messages.audit import AuditCheckpoint
-from ringfence.model.audit_chain import Source, Tip, linked
+from ringfence.model.audit_chain import Source, Tip, linkable, linked
 from ringfence.model.audit_verifying import ChainVerifier, Fault
 
 TREES = ("0", "1", "2")
@@ -41,7 +41,7 @@ def event(tree: str, number: int) -> dict[str, object]:
 def chain(tree: str) -> tuple[list[bytes], list[AuditCheckpoint]]:
     tip, values, signed = Tip(), list[bytes](), list[AuditCheckpoint]()
     for number in range(COUNT):
-        value = linked(event(tree, number), tree, tip.head.size + 1, tip.last)
+        value = linked(linkable(event(tree, number)), tree, tip.head.size + 1, tip.last)
         tip = tip.followed_by(value)
         values.append(value)
         if tip.head.size % SIGNED == 0:

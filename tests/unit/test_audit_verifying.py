@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.messages.audit import AuditCheckpoint
-from ringfence.model.audit_chain import Source, Tip, linked
+from ringfence.model.audit_chain import Source, Tip, linkable, linked
 from ringfence.model.audit_verifying import ChainVerifier, Fault
 
 TREE = "3"
@@ -31,7 +31,7 @@ def chain(events: Sequence[dict[str, object]], tip: Tip | None = None) -> tuple[
     """The events as they are published, and how far the chain has come after each."""
     tip, values, tips = tip or Tip(), [], []
     for one in events:
-        value = linked(one, TREE, tip.head.size + 1, tip.last)
+        value = linked(linkable(one), TREE, tip.head.size + 1, tip.last)
         tip = tip.followed_by(value)
         values.append(value)
         tips.append(tip)
@@ -155,7 +155,7 @@ def test_a_chain_that_was_written_anew_is_not_the_signed_one(at: int) -> None:
     [
         lambda: b"not even JSON",
         lambda: orjson.dumps(event(99)),
-        lambda: linked(event(99), "4", 5, bytes(32)),
+        lambda: linked(linkable(event(99)), "4", 5, bytes(32)),
         lambda: orjson.dumps({"unmapped": {"chain": 7}}),
     ],
 )

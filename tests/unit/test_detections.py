@@ -16,7 +16,7 @@ from ringfence.messages.approval import BreakGlassReview, Grant
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.topics import AGENT, APPROVAL_RESPONSE
-from ringfence.model.audit_chain import NOTHING, Source, linked
+from ringfence.model.audit_chain import NOTHING, Source, linkable, linked
 from ringfence.model.audit_verifying import ChainVerifier
 from tests.audit_office import Story
 from tests.watching import DAY_MS, Watch, other
@@ -513,7 +513,7 @@ async def test_a_finding_is_never_taken_for_the_event_of_its_record(watch: Watch
     watch.follow(event)
     (found,) = await watch.told()
     verifier = ChainVerifier("0")
-    verifier.take(linked(found, "0", 1, NOTHING), 0)
+    verifier.take(linked(linkable(found), "0", 1, NOTHING), 0)
     verifier.finish()
     assert verifier.faults == []
     where = event["unmapped"]["source"]

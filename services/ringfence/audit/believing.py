@@ -40,6 +40,7 @@ P = TypeVar("P", bound=Message)
 
 _REMEMBERED_BYTES, _REMEMBERED_PERMISSIONS = 16 * 1024, 16
 """What is larger is verified again where it is embedded: it must not fill the memory."""
+_REMEMBERED_EMBEDDED = 2000
 _ALL_ROLES: tuple[ServiceRole, ...] = get_args(ServiceRole)
 _MAY_REVOKE: tuple[ServiceRole, ...] = ("revoker", "registry")
 
@@ -96,6 +97,8 @@ class Believer:
         self._directory = directory
         self._seen = SeenMessages(settings.remembered_messages)
         self._requests: Recent[str, RequestFacts] = Recent(settings.remembered_requests)
+        self._embedded: Recent[str, CredentialRequest] = Recent(_REMEMBERED_EMBEDDED)
+        """By their text: requests that were verified where they are embedded, and that may be read themselves later."""
         self._leases: Recent[str, LeaseFacts] = Recent(settings.remembered_requests)
         self._orders: Recent[str, Mapping[str, Any]] = Recent(settings.remembered_requests)
         self._approvals: Recent[str, str] = Recent(settings.remembered_requests)
@@ -107,7 +110,8 @@ class Believer:
     def request(self, record: Received) -> Believed[CredentialRequest]:
         """A request, signed by an agent."""
         at_ms, jws = record.appended_at_ms, parse(record.value)
-        return self._open(jws, CredentialRequest, self._agents(jws, CredentialRequest, at_ms), at_ms)
+        find = self._agents(jws, CredentialRequest, at_ms)
+        return self._open(jws, CredentialRequest, find, at_ms, self._embedded.get(jws.compact))
 
     def by_service(self, record: Received, model: type[C], *roles: ServiceRole) -> Believed[C]:
         """A message that services of these roles sign; of any role where none is named."""
@@ -195,6 +199,8 @@ class Believer:
             return None
         if message_id(claims.iss, claims.jti) != request_id:
             return None
+        if len(compact) <= _REMEMBERED_BYTES:
+            self._embedded.put(compact, claims)
         return self.remember_request(Believed(claims, compact, jws.header.kid))
 
     def approver(self, compact: str, appended_at_ms: int) -> str | None:
@@ -395,15 +401,18 @@ class Believer:
 
     # --- keys ---
 
-    def _open(self, jws: UnverifiedJws, model: type[C], find: KeyFinder, at_ms: int) -> Believed[C]:
+    def _open(
+        self, jws: UnverifiedJws, model: type[C], find: KeyFinder, at_ms: int, verified: C | None = None
+    ) -> Believed[C]:
+        """`verified`: see `open_signed`."""
         audience = self._trust.trust_domain
         try:
-            claims = open_signed(jws, model, find, audience=audience, appended_at_ms=at_ms).claims
+            claims = open_signed(
+                jws, model, find, audience=audience, appended_at_ms=at_ms, verified=verified
+            ).claims
         except ExpiredError as error:  # it was verified before its time was looked at
-            late = Believed(
-                open_signed(jws, model, find, audience=audience).claims, jws.compact, jws.header.kid
-            )
-            raise OutdatedError(late, error.code) from None
+            late = open_signed(jws, model, find, audience=audience, verified=verified).claims
+            raise OutdatedError(Believed(late, jws.compact, jws.header.kid), error.code) from None
         return Believed(claims, jws.compact, jws.header.kid)
 
     def _agents(self, jws: UnverifiedJws, model: type[Claims], at_ms: int) -> KeyFinder:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from ringfence.audit.intake import Handed, opened_intake
+from ringfence.audit.intake import Lately, Told, opened_intake
 from ringfence.audit.tips import TipsRead, read_tips
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.ids import derived_id
@@ -58,7 +58,9 @@ class _Chain:
 class ChainWriter:
     """See the module. `on_batch` is the handler of `audit.intake`; `sign_now_and_then` runs in the background."""
 
-    def __init__(self, runtime: Runtime, checkpoint_s: float) -> None:
+    def __init__(self, runtime: Runtime, checkpoint_s: float, lately: Lately | None = None) -> None:
+        """`lately`: what this process handed over itself."""
+        self._lately = lately or Lately()
         self._runtime = runtime
         self._checkpoint_s = checkpoint_s
         self._one_at_a_time = asyncio.Lock()
@@ -119,7 +121,7 @@ class ChainWriter:
             for one in await self._handed(record):
                 if one.uid in chain.recent:
                     continue
-                body = linked(one.event, tree, start + len(leaves) + 1, last)
+                body = linked(one.body, tree, start + len(leaves) + 1, last)
                 last = leaf_hash(body)
                 leaves.append(last)
                 chain.remember(one.uid)
@@ -129,8 +131,11 @@ class ChainWriter:
             await publisher.send_to(partition, AUDIT, "audit", events)
             log.debug("chained %d events after %d of partition %d", len(events), start, partition)
 
-    async def _handed(self, record: Received) -> Sequence[Handed]:
+    async def _handed(self, record: Received) -> Sequence[Told]:
         """What a message holds. What no audit service signed is dead-lettered."""
+        known = self._lately.events(record, self._runtime.trust)
+        if known is not None:
+            return known
         try:
             return opened_intake(record, self._runtime.trust)
         except InvalidMessageError as error:

@@ -28,6 +28,9 @@ class QuickGrant:
         """The first question since something was answered."""
         self._given: Recent[Task, About] = Recent(REMEMBERED)
 
+    def wants(self, code: str, log_name: str) -> bool:
+        return code in ("approval.requested", "grant.given") or code in _ANSWERED
+
     def take(self, seen: Seen, now_ms: int) -> Iterator[Finding]:
         agent, id = seen.about.word("agent"), seen.about.word("task")
         if agent is None or id is None:

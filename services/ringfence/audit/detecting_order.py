@@ -35,6 +35,9 @@ class QuickApproval:
         self._asked: OrderedDict[str, About] = OrderedDict()
         self._given: OrderedDict[str, list[About]] = OrderedDict()
 
+    def wants(self, code: str, log_name: str) -> bool:
+        return code in _ASKED or code in _GIVEN
+
     def take(self, seen: Seen, now_ms: int) -> Iterator[Finding]:
         word = _ASKED.get(seen.code) or _GIVEN.get(seen.code)
         id = seen.word(word) if word else None
@@ -85,6 +88,9 @@ class Unreviewed:
         self._open: OrderedDict[str, About] = OrderedDict()
         self._reviewed: OrderedDict[str, bool] = OrderedDict()
 
+    def wants(self, code: str, log_name: str) -> bool:
+        return code in ("break_glass.used", "break_glass.reviewed")
+
     def take(self, seen: Seen, now_ms: int) -> Iterator[Finding]:
         request = seen.about.word("request")
         if request is not None and seen.code == "break_glass.used" and request not in self._reviewed:
@@ -112,13 +118,13 @@ class Unreviewed:
 
 @dataclass(slots=True)
 class _Life:
-    """What is known of one lease."""
+    """What is known of one lease by which something was done."""
 
+    acted: About
+    """The last action by it that was let pass."""
     over: str | None = None
     """The uid of the event by which it was over."""
     over_ms: int | None = None
-    acted: About | None = None
-    """The last action by it that was let pass."""
 
 
 @dataclass(slots=True)
@@ -147,8 +153,13 @@ class Sequences:
         self._back_ms = back_s * 1000
         self._behind_ms = 0
         self._lives: OrderedDict[str, _Life] = OrderedDict()
+        self._allowed: OrderedDict[str, bool] = OrderedDict()
+        """Requests that were allowed lately: the trail need not be asked for them."""
         self._undecided: OrderedDict[str, _Waiting] = OrderedDict()
         self._unissued: OrderedDict[str, _Waiting] = OrderedDict()
+
+    def wants(self, code: str, log_name: str) -> bool:
+        return True  # also how old they are
 
     def take(self, seen: Seen, now_ms: int) -> Iterator[Finding]:
         about = seen.about
@@ -157,10 +168,12 @@ class Sequences:
         if now_ms - about.time_ms > self._back_ms:
             return
         lease, request = about.word("lease"), about.word("request")
+        if seen.code in _ALLOWED and request is not None:
+            _keep(self._allowed, request, True)
         if lease is None:
             return
         if seen.code == "credential.issued" and request is not None:
-            if not self._trail.tells("request", request, _ALLOWED):
+            if request not in self._allowed and not self._trail.tells("request", request, _ALLOWED):
                 _keep(self._undecided, request, _Waiting(now_ms, about))
             deadline = seen.word("deadline")
             if isinstance(deadline, int):
@@ -191,28 +204,25 @@ class Sequences:
             if not self._trail.tells(kind, id, codes):
                 yield _impossible(what, id, one.about, (one.about.uid,))
 
-    def _life(self, lease: str) -> _Life:
-        life = self._lives.get(lease)
-        if life is None:  # it is new, or so long ago that only the trail still knows when it was over
-            life = _Life()
-            life.over, life.over_ms = self._trail.over(lease, _ENDS) or (None, None)
-        _keep(self._lives, lease, life)
-        return life
-
     def _over(self, lease: str, about: About, over_ms: int) -> Iterator[Finding]:
-        life = self._life(lease)
+        life = self._lives.get(lease)
+        if life is None:
+            return  # the trail tells it to whoever asks when something is done by the lease
         if life.over_ms is None or over_ms < life.over_ms:
             life.over, life.over_ms = about.uid, over_ms
         yield from self._after_end(lease, life)
 
     def _acted(self, lease: str, about: About) -> Iterator[Finding]:
-        life = self._life(lease)
-        if life.acted is None or about.time_ms > life.acted.time_ms:
+        life = self._lives.get(lease)
+        if life is None:
+            life = _Life(about, *(self._trail.over(lease, _ENDS) or ()))
+        if about.time_ms > life.acted.time_ms:
             life.acted = about
+        _keep(self._lives, lease, life)
         yield from self._after_end(lease, life)
 
     def _after_end(self, lease: str, life: _Life) -> Iterator[Finding]:
-        if life.acted is None or life.over is None or life.over_ms is None:
+        if life.over is None or life.over_ms is None:
             return
         if life.acted.time_ms - life.over_ms > self._late_ms:
             yield _impossible("used_ended", lease, life.acted, (life.over, life.acted.uid))

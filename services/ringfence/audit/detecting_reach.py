@@ -33,6 +33,9 @@ class BeyondUser:
         """`quiet_s`: once in so long for an agent, user and target."""
         self._quiet_ms = quiet_s * 1000
 
+    def wants(self, code: str, log_name: str) -> bool:
+        return code in _REFUSED
+
     def take(self, seen: Seen, now_ms: int) -> Iterator[Finding]:
         agent = seen.about.word("agent")
         if seen.code not in _REFUSED or agent is None:
@@ -69,6 +72,9 @@ class Denials:
         self._within_ms = within_s * 1000
         self._quiet_ms = quiet_s * 1000
         self._by_agent: Recent[str, deque[tuple[int, int, str]]] = Recent(AGENTS)
+
+    def wants(self, code: str, log_name: str) -> bool:
+        return code in _DENIED
 
     def take(self, seen: Seen, now_ms: int) -> Iterator[Finding]:
         agent, at_ms = seen.about.word("agent"), seen.about.time_ms
@@ -115,6 +121,9 @@ class FirstUse:
         self._known_for_ms = known_for_s * 1000
         self._by_agent: Recent[str, _Habits] = Recent(AGENTS)
 
+    def wants(self, code: str, log_name: str) -> bool:
+        return code == "credential.issued"
+
     def take(self, seen: Seen, now_ms: int) -> Iterator[Finding]:
         agent, target = seen.about.word("agent"), seen.about.word("target")
         if seen.code != "credential.issued" or agent is None or target is None:
@@ -158,6 +167,9 @@ class CeilingUnused:
         self._after_ms = after_s * 1000
         self._by_agent: OrderedDict[str, _Ceiling] = OrderedDict()
         self._waiting: list[tuple[int, str, str]] = []
+
+    def wants(self, code: str, log_name: str) -> bool:
+        return code in _USED or log_name == "agent"
 
     def take(self, seen: Seen, now_ms: int) -> Iterator[Finding]:
         agent = seen.about.word("agent")

@@ -76,6 +76,10 @@ class Finding:
 class Rule(Protocol):
     """State in, event in, findings out."""
 
+    def wants(self, code: str, log_name: str) -> bool:
+        """Whether an event with this code, about a record of this topic, may mean anything to it."""
+        ...
+
     def take(self, seen: Seen, now_ms: int) -> Iterable[Finding]:
         """An event came; what it completes. `now_ms`: when it came, for what waits for others to come."""
         ...
@@ -112,7 +116,7 @@ def seen(event: Mapping[str, Any], key: str) -> Seen:
         key,
         str(metadata["log_name"]),
         Source(str(source["topic"]), int(source["partition"]), int(source["offset"])),
-        {name: words[name] for name in _NAMES if isinstance(words.get(name), str)}
+        {name: value for name in _NAMES if isinstance(value := words.get(name), str)}
         | {name: words[name] for name in _MORE if name in words},
     )
     return Seen(about, event)

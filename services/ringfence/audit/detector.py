@@ -11,9 +11,8 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
-
-import orjson
 
 from ringfence.audit.detecting_grants import QuickGrant
 from ringfence.audit.detecting_order import QuickApproval, Sequences, Unreviewed
@@ -28,7 +27,7 @@ from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.kafka import Received
-from ringfence.model.audit_chain import loaded
+from ringfence.model.audit_chain import linkable, loaded
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +71,7 @@ class Detector:
     ) -> None:
         """`trail`: the index; it has taken in what `on_records` is given."""
         self._rules = rules(own, trail)
+        self._wanting = lru_cache(maxsize=1024)(self._rules_for)
         self._back_ms = own.detect_back_s * 1000
         self._trail = trail
         self._intake = intake
@@ -101,11 +101,14 @@ class Detector:
         if one.code.startswith(CODE_PREFIX):
             self._open.pop(one.about.uid, None)
             return
-        for rule in self._rules:
+        for rule in self._wanting(one.code, one.about.log_name):
             for finding in rule.take(one, now_ms):
                 # What happened long before anybody looked for it is history, and no news.
                 if finding.standing or finding.at_ms >= now_ms - self._back_ms:
                     self._keep(finding)
+
+    def _rules_for(self, code: str, log_name: str) -> tuple[Rule, ...]:
+        return tuple(rule for rule in self._rules if rule.wants(code, log_name))
 
     def _keep(self, finding: Finding) -> None:
         self._open.setdefault(finding.uid, finding)
@@ -127,7 +130,7 @@ class Detector:
             for uid, finding in looked_at.items()
             if not self._handed.get(uid) and not self._trail.has(uid)
         ]
-        await self._intake.hand_over(Handed(one.key, one.uid, orjson.dumps(one.body), None) for one in events)
+        await self._intake.hand_over(Handed(one.key, one.uid, linkable(one.body), None) for one in events)
         for uid in looked_at:
             self._open.pop(uid, None)
         for one in events:

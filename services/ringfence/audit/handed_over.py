@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import orjson
 
-from ringfence.audit.intake import Handed, opened_intake
+from ringfence.audit.intake import Told, opened_intake
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.kafka_reading import Stretches
@@ -63,7 +63,7 @@ class HandedOver:
         """Take out of `missing` what was handed over in these messages: how many that are, and of how many in all."""
         before, read = len(missing), 0
         async for record in self._kafka.records(AUDIT_INTAKE, partition, begin, until):
-            marks = [mark_of(one.event) for one in entries_of(record, self._trust)]
+            marks = [mark_of(orjson.loads(one.body)) for one in entries_of(record, self._trust)]
             missing.difference_update(marks)
             read += len(marks)
         return before - len(missing), read
@@ -78,7 +78,7 @@ def _backwards(start: int, end: int) -> Iterator[tuple[int, int]]:
         at, count = begin, min(count * 4, _MOST)
 
 
-def entries_of(record: Received, trust: TrustStore) -> Sequence[Handed]:
+def entries_of(record: Received, trust: TrustStore) -> Sequence[Told]:
     """What a message holds that an audit service signed; nothing where none did."""
     try:
         return opened_intake(record, trust)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,13 +18,16 @@ from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.audit import AuditIntake
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
+from ringfence.model.audit_chain import linkable
 
 MOST_BYTES = 320 * 1024
 """Of events in one message: as a JWS it is a third longer, and no message may be over 512 KiB."""
 
 
 class Told(NamedTuple):
-    """One event that is to be chained: its Kafka key, its uid, its JSON, and the trace that it belongs to."""
+    """One event that is to be chained: its Kafka key, its uid, its JSON as `linkable` makes it, and the trace that it
+    belongs to.
+    """
 
     key: str
     uid: str
@@ -31,13 +35,58 @@ class Told(NamedTuple):
     traceparent: str | None
 
 
+class Lately:
+    """What this process signed and handed over lately: when it comes back to the letter, it need not be taken apart.
+
+    What stands on the topic is still what counts: another text, or a key that no longer may, is looked at as all
+    others are.
+    """
+
+    def __init__(self, most_bytes: int = 16 * 1024 * 1024) -> None:
+        """`most_bytes` of messages are kept, and as much again of what is in them; the oldest go first."""
+        self._left = most_bytes
+        self._kept: OrderedDict[str, tuple[bytes, SigningKey, Sequence[Told]]] = OrderedDict()
+
+    def put(self, message: Outbound, key: SigningKey, events: Sequence[Told]) -> None:
+        """Keep a message that `key` has signed, and what is in it."""
+        self.take(message.id)
+        self._kept[message.id] = (message.value, key, events)
+        self._left -= len(message.value)
+        while self._left < 0:
+            self.take(next(iter(self._kept)))
+
+    def take(self, id: str) -> tuple[bytes, SigningKey, Sequence[Told]] | None:
+        """What is kept under an id; it is kept no longer."""
+        known = self._kept.pop(id, None)
+        if known is not None:
+            self._left += len(known[0])
+        return known
+
+    def events(self, record: Received, trust: TrustStore) -> Sequence[Told] | None:
+        """The events in a message of `audit.intake`, or None where it is not known to the letter."""
+        value, key, events = self.take(record.headers.get("ce_id", "")) or (None, None, ())
+        if key is None or value != record.value:
+            return None
+        finder = trust.finder("audit", at_s=record.appended_at_ms / 1000)
+        return events if finder(key.id, key.kid) is not None else None
+
+
 class Intake:
     """Hands events over. All of one partition of `audit` go into one partition of `audit.intake`, in their order."""
 
     def __init__(
-        self, publisher: Publisher, key: Callable[[], SigningKey], trust_domain: str, clock: Clock
+        self,
+        publisher: Publisher,
+        key: Callable[[], SigningKey],
+        trust_domain: str,
+        clock: Clock,
+        lately: Lately | None = None,
     ) -> None:
-        """`key`: what to sign by, asked each time."""
+        """Args:
+            key: what to sign by, asked each time.
+            lately: keeps what is handed over, where this process may be the one that chains it.
+        """  # fmt: skip
+        self._lately = lately
         self._publisher = publisher
         self._key = key
         self._trust_domain = trust_domain
@@ -66,38 +115,34 @@ class Intake:
             "entries": [_entry(told) for told in some],
         }
         compact = sign_payload(AuditIntake, orjson.dumps(claims), key)
-        return Outbound(some[0].key, compact.encode(), jti)
+        message = Outbound(some[0].key, compact.encode(), jti)
+        if self._lately is not None:
+            self._lately.put(message, key, some)
+        return message
 
 
-class Handed(NamedTuple):
-    """One event as it was handed over, to be chained."""
-
-    key: str
-    uid: str
-    event: dict[str, Any]
-    traceparent: str | None
-
-
-def opened_intake(record: Received, trust: TrustStore) -> list[Handed]:
+def opened_intake(record: Received, trust: TrustStore) -> list[Told]:
     """The events in a message of `audit.intake`. Raises InvalidMessageError where no audit service signed it, or it has
     not that shape: looked at no further than the chain needs, as each event has its shape by what made it.
     """
     finder = trust.finder("audit", at_s=record.appended_at_ms / 1000)
     claims = open_payload(parse(record.value), AuditIntake, finder, audience=trust.trust_domain)
     try:
-        return [_handed(entry) for entry in claims["entries"]]
+        return [_told(entry) for entry in claims["entries"]]
     except (KeyError, TypeError, ValueError):
         raise InvalidMessageError("not an audit.intake: entries", code="claims_invalid") from None
 
 
-def _handed(entry: dict[str, Any]) -> Handed:
+def _told(entry: dict[str, Any]) -> Told:
     key, event, traceparent = entry["key"], entry["event"], entry.get("traceparent")
     uid = event["metadata"]["uid"]
     if not (type(key) is type(uid) is str and key and uid and type(event["unmapped"]) is dict):
         raise ValueError("not an entry")
+    if not event["unmapped"].keys() - {"chain"}:
+        raise ValueError("not an event")
     if not (traceparent is None or type(traceparent) is str):
         raise ValueError("not a traceparent")
-    return Handed(key, uid, event, traceparent)
+    return Told(key, uid, linkable(event), traceparent)
 
 
 def _entry(told: Told) -> dict[str, object]:

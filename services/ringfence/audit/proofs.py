@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.jws import open_signed, parse
@@ -18,16 +18,20 @@ from ringfence.kernel.kafka import Received
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.base import typ_header
-from ringfence.model.audit_chain import Tip, chained, loaded
+from ringfence.model.audit_chain import Tip, chained, event_of, loaded
 from ringfence.model.merkle import Hash, consistency_proof, inclusion_proof, leaf_hash, node_hash
 
 log = logging.getLogger(__name__)
 
 _STEP = 8
 """Each eighth level is kept, from the leaves on: what is between is made of at most 256 hashes when it is needed."""
-_SCHEMA = """
-CREATE TABLE node (tree TEXT, level INTEGER, idx INTEGER, hash BLOB, PRIMARY KEY (tree, level, idx)) WITHOUT ROWID;
-CREATE TABLE leaf (uid TEXT PRIMARY KEY, tree TEXT, idx INTEGER) WITHOUT ROWID;
+_ROW = 1 << _STEP
+"""So many hashes of a level stand together, and have one parent on the next level that is kept."""
+_HASH_BYTES = 32
+_OPENING = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+CREATE TABLE hashes (tree TEXT, level INTEGER, row INTEGER, hashes BLOB, PRIMARY KEY (tree, level, row)) WITHOUT ROWID;
 """
 
 
@@ -55,13 +59,6 @@ class Inclusion:
     head: SignedHead
 
 
-class _Leaf(NamedTuple):
-    uid: str
-    tree: str
-    place: int
-    hash: Hash
-
-
 class ProofStore:
     """Follows `audit` and `audit.checkpoint`. In memory, or in a file; built anew at each start."""
 
@@ -72,10 +69,10 @@ class ProofStore:
             for leftover in (file, file.with_name(f"{file.name}-journal")):
                 leftover.unlink(missing_ok=True)
         self._db = sqlite3.connect(file if file is not None else ":memory:", isolation_level=None)
-        self._db.executescript(f"PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF; {_SCHEMA}")
+        self._db.executescript(_OPENING)
         self._sizes: dict[str, int] = {}
-        self._leaves: list[_Leaf] = []
-        """What is not in the database yet, within a batch."""
+        self._open: dict[tuple[str, int], bytearray] = {}
+        """By tree and level: the last row, which is not full yet."""
         self._heads: dict[str, SignedHead] = {}
 
     def close(self) -> None:
@@ -93,20 +90,14 @@ class ProofStore:
 
         `events`: the JSON of each, where it is parsed already.
         """
-        self._db.execute("BEGIN")
         parsed = events or [loaded(record.value) for record in records]
         for record, event in zip(records, map(chained, parsed), strict=True):
             if event is None or event.link is None or event.link.tree != str(record.partition):
                 continue
-            tree, index = event.link.tree, event.link.seq - 1
-            if index == self._sizes.get(tree, 0):
-                self._leaves.append(_Leaf(event.uid, tree, index, leaf_hash(record.value)))
-                self._sizes[tree] = index + 1
-                if (index + 1) % (1 << _STEP) == 0:
-                    self._put_leaves()
-                    self._close_subtrees(tree, index + 1)
-        self._put_leaves()
-        self._db.execute("COMMIT")
+            tree, place = event.link.tree, event.link.seq
+            if place == self._sizes.get(tree, 0) + 1:
+                self._sizes[tree] = place
+                self._append(tree, 0, leaf_hash(record.value))
 
     def add_checkpoints(self, records: Sequence[Received]) -> None:
         """Take in what came on `audit.checkpoint`; only what an audit service signed counts."""
@@ -127,20 +118,26 @@ class ProofStore:
 
     # --- asking ---
 
-    def inclusion(self, uid: str) -> Inclusion:
-        """Proof that an event is in the tree whose head was signed last. Raises NoProofError."""
-        row = self._db.execute("SELECT tree, idx FROM leaf WHERE uid = ?", (uid,)).fetchone()
-        if row is None:
+    def inclusion(self, value: bytes) -> Inclusion:
+        """Proof that an event, as it stands on the topic, is in the tree whose head was signed last.
+
+        Raises NoProofError.
+        """
+        event, leaf = event_of(value), leaf_hash(value)
+        link = event.link if event is not None else None
+        index = link.seq - 1 if link is not None else 0
+        if link is None or index >= self._sizes.get(link.tree, 0) or self._hash(link.tree, 0, index) != leaf:
             raise NoProofError(
                 "there is no such event in a chain, or events before it are gone by their age, without which nothing "
                 "can be proved"
             )
-        tree, index = row
-        head = self._head(tree)
+        head = self._head(link.tree)
         if index >= head.claims.size:
             raise NoProofError("no checkpoint covers this event yet; ask again in a few seconds")
-        proof = inclusion_proof(index, head.claims.size, lambda level, at: self._subtree(tree, level, at))
-        return Inclusion(index, self._subtree(tree, 0, index), proof, head)
+        proof = inclusion_proof(
+            index, head.claims.size, lambda level, at: self._subtree(link.tree, level, at)
+        )
+        return Inclusion(index, leaf, proof, head)
 
     def consistency(self, tree: str, old: int) -> tuple[list[Hash], SignedHead]:
         """Proof that the tree whose head was signed last goes on from what it was with `old` leaves.
@@ -166,45 +163,46 @@ class ProofStore:
 
     # --- nodes ---
 
-    def _close_subtrees(self, tree: str, size: int) -> None:
-        """Keep the root of each subtree that the last leaf has made complete, on the levels that are kept."""
-        level = _STEP
-        while size % (1 << level) == 0:
-            index = (size >> level) - 1
-            self._put(tree, level, index, self._made(tree, level, index))
-            level += _STEP
+    def _append(self, tree: str, level: int, hash: Hash) -> None:
+        """One more node of a level that is kept; with it perhaps the parent of a row."""
+        row = self._open.setdefault((tree, level), bytearray())
+        row += hash
+        if len(row) < _ROW * _HASH_BYTES:
+            return
+        del self._open[tree, level]
+        index = (self._sizes[tree] >> (level + _STEP)) - 1
+        self._db.execute(
+            "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", (tree, level, index, bytes(row))
+        )
+        self._append(tree, level + _STEP, _root(_split(row)))
 
     def _subtree(self, tree: str, level: int, index: int) -> Hash:
-        if level % _STEP:
-            return self._made(tree, level, index)
-        row = self._db.execute(
-            "SELECT hash FROM node WHERE tree = ? AND level = ? AND idx = ?", (tree, level, index)
-        ).fetchone()
-        found: Hash = row[0]
-        return found
-
-    def _made(self, tree: str, level: int, index: int) -> Hash:
-        """The root of a complete subtree, made of what is kept below it."""
-        below = (level - 1) // _STEP * _STEP
+        """The root of a complete subtree: it is kept, or made of what is kept below it."""
+        if level % _STEP == 0:
+            return self._hash(tree, level, index)
+        below = level // _STEP * _STEP
         count = 1 << (level - below)
-        rows = self._db.execute(
-            "SELECT hash FROM node WHERE tree = ? AND level = ? AND idx >= ? AND idx < ? ORDER BY idx",
-            (tree, below, index * count, (index + 1) * count),
-        ).fetchall()
-        hashes: list[Hash] = [row[0] for row in rows]
-        while len(hashes) > 1:
-            hashes = [node_hash(left, right) for left, right in zip(hashes[::2], hashes[1::2], strict=True)]
-        return hashes[0]
+        return _root(self._hashes(tree, below, index * count, count))
 
-    def _put_leaves(self) -> None:
-        leaves, self._leaves = self._leaves, []
-        self._db.executemany(
-            "INSERT OR REPLACE INTO node VALUES (?, 0, ?, ?)",
-            [(one.tree, one.place, one.hash) for one in leaves],
-        )
-        self._db.executemany(
-            "INSERT OR IGNORE INTO leaf VALUES (?, ?, ?)", [(one.uid, one.tree, one.place) for one in leaves]
-        )
+    def _hash(self, tree: str, level: int, index: int) -> Hash:
+        return self._hashes(tree, level, index, 1)[0]
 
-    def _put(self, tree: str, level: int, index: int, hash: Hash) -> None:
-        self._db.execute("INSERT OR REPLACE INTO node VALUES (?, ?, ?, ?)", (tree, level, index, hash))
+    def _hashes(self, tree: str, level: int, first: int, count: int) -> list[Hash]:
+        """Nodes of a level that is kept, all in one row."""
+        number, place = divmod(first, _ROW)
+        found = self._db.execute(
+            "SELECT hashes FROM hashes WHERE tree = ? AND level = ? AND row = ?", (tree, level, number)
+        ).fetchone()
+        row: bytes | bytearray = found[0] if found is not None else self._open[tree, level]
+        return _split(row[place * _HASH_BYTES : (place + count) * _HASH_BYTES])
+
+
+def _split(row: bytes | bytearray) -> list[Hash]:
+    return [bytes(row[at : at + _HASH_BYTES]) for at in range(0, len(row), _HASH_BYTES)]
+
+
+def _root(hashes: list[Hash]) -> Hash:
+    """The root over so many nodes, a power of two."""
+    while len(hashes) > 1:
+        hashes = [node_hash(left, right) for left, right in zip(hashes[::2], hashes[1::2], strict=True)]
+    return hashes[0]

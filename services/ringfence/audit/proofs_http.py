@@ -39,7 +39,7 @@ class ProofApi:
         event = self._index.event(uid, self._viewer_of(request))
         if event is None:
             raise NotFoundError(f"no event {uid[:80]} that you may see was audited")
-        found = self._proofs.inclusion(uid)
+        found = self._proofs.inclusion(event)
         metrics.HTTP_REQUESTS.labels("/v1/events/proof", "200").inc()
         return JSONResponse({
             "event": event.decode(),

@@ -194,6 +194,18 @@ INSERT OR IGNORE INTO event (
 _IDS = ("request", "lease", "task", "agent", "target", "sponsor", "on_behalf_of", "revocation", "parent")
 _CACHE_KIB = 64 * 1024
 """Of pages in memory: ids are random, so each event touches some pages of every index."""
+_OPENING = f"""
+PRAGMA page_size = 8192;
+PRAGMA locking_mode = EXCLUSIVE;
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+PRAGMA cache_size = {-_CACHE_KIB};
+{_SCHEMA}
+BEGIN;
+"""
+"""Nobody else opens the file, and what it holds is the topic's business: a torn file is thrown away at the next start
+anyway. So all is one transaction that is never committed: pages are written when the cache is full, and not each time
+that something on them changes."""
 _MOST_ROWS = 20_000
 _WINDOW = 50_000
 """So many events are looked at for those that no index leads to."""
@@ -215,10 +227,7 @@ class SqliteIndex:
             for leftover in (file, file.with_name(f"{file.name}-journal")):
                 leftover.unlink(missing_ok=True)
         self._db = sqlite3.connect(file if file is not None else ":memory:", isolation_level=None)
-        # Durability is the topic's business: a torn file is thrown away at the next start anyway.
-        self._db.executescript(
-            f"PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF; PRAGMA cache_size = {-_CACHE_KIB}; {_SCHEMA}"
-        )
+        self._db.executescript(_OPENING)
         self._epoch = secrets.token_hex(4)
         self._seq = 0
         self._uses: dict[str, dict[str, Any]] = {}
@@ -244,13 +253,7 @@ class SqliteIndex:
             rows.append(row)
             if event["class_uid"] == DETECTION_FINDING:
                 findings.append(event)
-        self._db.execute("BEGIN")
-        try:
-            self._db.executemany(_INSERT, rows)
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        self._db.executemany(_INSERT, rows)
         if findings:
             take_in(self._uses, findings)
             unreviewed = sum(use["review"] is None for use in self._uses.values())

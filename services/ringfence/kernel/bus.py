@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -210,7 +211,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         """Args:
             group: the name of the group, without the topic prefix.
             handlers: topics of one partition count are assigned together (range assignor), so that whatever is keyed
-                alike comes to the same member. Of what came together, earlier topics are handled before later ones.
+                alike comes to the same member. Of what came together, earlier topics are handled before later ones; in
+                one batch, where topics that follow each other have the same handler.
             max_records: small batches keep latency even; 32 was the best of those measured.
             linger_ms: let records gather for so long, where nobody waits for what comes of them: few large batches
                 take far less CPU than many small ones.
@@ -352,8 +354,10 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             by_topic.setdefault(partition.topic, []).extend(
                 received(record, self._topics) for record in records
             )
-        for name in self._handlers:
-            if name in by_topic and not await self._settle(consumer, commits, name, by_topic[name]):
+        # What one handler takes comes to it together.
+        for handler, names in itertools.groupby(self._handlers, self._handlers.__getitem__):
+            batch = [record for name in names for record in by_topic.get(name, ())]
+            if batch and not await self._settle(consumer, commits, handler, batch):
                 return
 
     def _tell_lag(self, batch: Sequence[Received]) -> None:
@@ -361,7 +365,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         metrics.HANDLING_LAG.labels(self.group).set(max(0, SystemClock().now_ms() - oldest_ms) / 1000)
 
     async def _settle(
-        self, consumer: AIOKafkaConsumer, commits: Commits, name: str, batch: list[Received]
+        self, consumer: AIOKafkaConsumer, commits: Commits, handler: BatchHandler, batch: list[Received]
     ) -> bool:
         """Handle a batch until it is done and may be committed. What was assigned away meanwhile is somebody else's.
 
@@ -369,13 +373,13 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         """
         attempt = 0
         while True:
-            mine = {p.partition for p in consumer.assignment() if p.topic == name}
-            batch = [record for record in batch if record.partition in mine]
+            mine = consumer.assignment()
+            batch = [record for record in batch if (record.topic_name, record.partition) in mine]
             if not batch:
                 return True
             try:
                 with self._tracing.received(batch, self.group) as traced:
-                    await self._handlers[name](traced)
+                    await handler(traced)
                 self._tell_lag(batch)
                 break
             except HaltedError as error:
@@ -394,7 +398,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 log.warning(
                     "a batch of %d from %s failed, again in %.1f s: %s",
                     len(batch),
-                    name,
+                    batch[0].topic_name,
                     delay_s,
                     why,
                     exc_info=None if known else error,

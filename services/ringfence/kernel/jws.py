@@ -180,6 +180,7 @@ def open_signed(
     *,
     audience: str,
     appended_at_ms: int | None = None,
+    verified: C | None = None,
 ) -> Signed[C]:
     """Verify a message and return its claims.
 
@@ -190,14 +191,18 @@ def open_signed(
         audience: the trust domain.
         appended_at_ms: the broker's append time of the record; `exp` and `iat` are judged against it. None where the
             message does not expire, or where its expiry was judged when it was first read.
+        verified: what this returned for the same text before. A signature that held goes on holding; whether its key
+            may sign, and the times, are looked at anew.
 
     Raises:
         SignatureError: unknown key, other algorithm than the key's, or a bad signature.
         ExpiredError: appended after `exp`, or `exp` too far from `iat`, or `iat` in the broker's future.
         InvalidMessageError: another `typ` or `aud`, or claims not of the message's shape.
     """
-    claims = jws.unverified_claims(model)
-    _check_signature(jws, model, claims.iss, claims.aud, find_key, audience)
+    claims = verified or jws.unverified_claims(model)
+    key = _signing_key(jws, model, claims.iss, claims.aud, find_key, audience)
+    if verified is None:
+        _check_signature(jws, model, claims.iss, key)
     if appended_at_ms is not None:
         _check_times(claims, appended_at_ms)
     return Signed(claims, jws.compact)
@@ -218,13 +223,14 @@ def open_payload(
         iss, aud = str(claims["iss"]), str(claims["aud"])
     except (ValueError, KeyError, TypeError):
         raise InvalidMessageError(f"not a {model.typ}", code="claims_invalid") from None
-    _check_signature(jws, model, iss, aud, find_key, audience)
+    _check_signature(jws, model, iss, _signing_key(jws, model, iss, aud, find_key, audience))
     return claims
 
 
-def _check_signature(
+def _signing_key(
     jws: UnverifiedJws, model: type[Claims], iss: str, aud: str, find_key: KeyFinder, audience: str
-) -> None:
+) -> PublicKey:
+    """The key that may sign this and says that it did."""
     if aud != audience:
         raise InvalidMessageError(
             f"aud is {aud[:80]!r}; this trust domain is {audience!r}", code="aud_unexpected"
@@ -236,6 +242,10 @@ def _check_signature(
         )
     if jws.header.alg != key.alg:
         raise SignatureError(f"alg is {jws.header.alg[:16]!r}, the key's is {key.alg}", code="alg_unexpected")
+    return key
+
+
+def _check_signature(jws: UnverifiedJws, model: type[Claims], iss: str, key: PublicKey) -> None:
     if not key.verifies(jws.signature, jws.signing_input):
         raise SignatureError(f"the signature of this {model.typ} by {iss} does not verify")
 

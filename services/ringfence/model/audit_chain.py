@@ -46,10 +46,20 @@ class Tip:
         return (link.tree, link.seq, link.prev) == (tree, self.head.size + 1, self.last.hex())
 
 
-def linked(event: dict[str, Any], tree: str, seq: int, prev: Hash) -> bytes:
-    """The JSON of an event with its link, as it is published. `event` is changed."""
-    event["unmapped"]["chain"] = {"tree": tree, "seq": seq, "prev": prev.hex()}
+def linkable(event: dict[str, Any]) -> bytes:
+    """The JSON of an event without its link: its words, of which there are some, stand last. `event` is changed."""
+    words = event.pop("unmapped")
+    words.pop("chain", None)
+    event["unmapped"] = words
     return orjson.dumps(event)
+
+
+def linked(body: bytes, tree: str, seq: int, prev: Hash) -> bytes:
+    """The JSON of an event with its link, as it is published. `body` is what `linkable` made: the link is put behind
+    the last of its words, as taking it apart for that would cost more than all the rest of chaining it.
+    """
+    link = orjson.dumps({"tree": tree, "seq": seq, "prev": prev.hex()})
+    return b'%b,"chain":%b}}' % (body[:-2], link)
 
 
 class Source(NamedTuple):

@@ -1,0 +1,106 @@
+"""What is handed over to be chained: as it comes back to who handed it over, and as others read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+import pytest
+
+from ringfence.audit.intake import Intake, Lately, Told, opened_intake
+from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.kafka import Outbound, Publisher, Received
+from ringfence.messages.base import Topic
+from ringfence.messages.topics import AUDIT_INTAKE
+from ringfence.model.audit_chain import linkable, linked
+from tests.audit_office import TD, Office
+
+HASH = bytes(range(32))
+
+
+class Sent(Publisher):
+    """Keeps what is published."""
+
+    def __init__(self) -> None:
+        self.messages: list[Outbound] = []
+
+    async def partitions(self, topic: Topic[Any]) -> list[int]:
+        return [0]
+
+    async def send_to(
+        self, partition: int, topic: Topic[Any], type: str, records: Iterable[Outbound]
+    ) -> None:
+        self.messages += records
+
+
+def event(number: int) -> dict[str, Any]:
+    words = {"source": {"topic": "x", "partition": 0, "offset": number}, "nested": {"a": {}}}
+    return {"unmapped": words, "metadata": {"uid": f"uid {number}"}, "message": "ähnlich"}
+
+
+async def handed_over(office: Office, lately: Lately, *numbers: int) -> Received:
+    sent = Sent()
+    intake = Intake(sent, lambda: office.key("service", "audit"), TD, SystemClock(), lately)
+    told = (Told("bot", f"uid {n}", linkable(event(n)), None if n % 2 else "trace") for n in numbers)
+    await intake.hand_over(told)
+    (message,) = sent.messages
+    return came_back(office, message)
+
+
+def came_back(office: Office, message: Outbound) -> Received:
+    record = office.received(AUDIT_INTAKE, message.value, key=message.key)
+    return record._replace(raw_headers=[("ce_id", message.id.encode())])
+
+
+async def test_what_comes_back_is_what_others_read_of_it() -> None:
+    office, lately = Office(), Lately()
+    record = await handed_over(office, lately, 1, 2, 3)
+    assert lately.events(record, office.trust) == opened_intake(record, office.trust)
+    assert lately.events(record, office.trust) is None, "it is kept for the once that it is chained"
+
+
+async def test_another_text_under_the_same_id_is_not_taken_for_it() -> None:
+    office, lately = Office(), Lately()
+    record = await handed_over(office, lately, 1)
+    another = record._replace(value=record.value[:-1] + (b"A" if record.value[-1:] != b"A" else b"Q"))
+    assert lately.events(another, office.trust) is None
+
+
+async def test_what_was_signed_by_a_key_that_no_longer_may_is_not_believed() -> None:
+    office, lately = Office(), Lately()
+    record = await handed_over(office, lately, 1)
+    others = tuple(one for one in office.bundle.services if "audit" not in one.roles)
+    office.trust.load(office.trust_bundle(2, services=others).value, office.now_ms / 1000)
+    assert lately.events(record, office.trust) is None
+    with pytest.raises(InvalidMessageError, match="no valid key"):
+        opened_intake(record, office.trust)
+
+
+async def test_the_oldest_are_forgotten_and_not_the_latest() -> None:
+    office = Office()
+    size = len((await handed_over(office, Lately(), 10)).value)
+    lately = Lately(most_bytes=2 * size)
+    records = [await handed_over(office, lately, number) for number in (10, 20, 30)]
+    known = [lately.events(record, office.trust) is not None for record in records]
+    assert known == [False, True, True]
+    again = [await handed_over(office, lately, number) for number in (40, 50)]
+    assert all(lately.events(record, office.trust) for record in again), "what is taken makes room"
+
+
+def test_a_link_stands_at_the_end_of_the_words_wherever_those_stood() -> None:
+    told = {**event(1), "unmapped": {"chain": "of somebody's", **event(1)["unmapped"]}}
+    expected = {
+        **event(1),
+        "unmapped": {**event(1)["unmapped"], "chain": {"tree": "3", "seq": 7, "prev": HASH.hex()}},
+    }
+    assert json.loads(linked(linkable(told), "3", 7, HASH)) == expected
+
+
+def test_a_link_is_added_to_the_byte_as_if_the_event_were_written_with_it() -> None:
+    body = linkable(event(1))
+    whole = orjson.loads(body)
+    whole["unmapped"]["chain"] = {"tree": "3", "seq": 7, "prev": HASH.hex()}
+    assert linked(body, "3", 7, HASH) == orjson.dumps(whole)
