@@ -17,7 +17,7 @@ class AuditSettings(RingfenceSettings):
 
     settle_ms: Annotated[int, Field(ge=0, le=60_000)] = 1000
     """How old a record may become while the local tables do not know its signer yet, before it is not believed."""
-    linger_ms: Annotated[int, Field(ge=0, le=10_000)] = 200
+    linger_ms: Annotated[int, Field(ge=0, le=10_000)] = 100
     """How long records gather before they are read, and events before they are indexed."""
     checkpoint_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
     """How often a chain that has grown is signed."""
@@ -28,7 +28,7 @@ class AuditSettings(RingfenceSettings):
     index_file: str = "audit.sqlite"
     """The file of the index inside `RINGFENCE_STATE_DIR`. It is rebuilt from the topic at each start."""
     tree_file: str = "audit-tree.sqlite"
-    """The same, of the hashes that proofs are made of; some 33 bytes an event."""
+    """The same, of the hashes that proofs are made of; some 150 bytes an event."""
     detect: bool = True
     """Whether what stands on the trail is looked at for what somebody should know of: `docs/detections.md`. Of the
     following, 0 (or false) switches a rule off."""
