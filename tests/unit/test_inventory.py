@@ -30,7 +30,7 @@ from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.policy.holdings import Holdings
 from ringfence.policy.inventory import Line, row_of, totals
-from ringfence.policy.roster import CursorLostError, Roster
+from ringfence.policy.roster import _IDLE_S, CursorLostError, Roster
 from ringfence.policy.sightings import MAX_KEYS, Sightings
 from ringfence.policy.usage import DAY_S
 from tests.ledger import TD, Ledger
@@ -230,6 +230,16 @@ def test_a_lease_stands_that_is_long_or_that_no_running_task_bounds(book: Book):
     assert book.sums()["standing_leases"] == 3
 
 
+def test_leases_that_stand_are_named_and_no_others(book: Book):
+    task = book.assign(life_s=20_000)
+    named = [lease_id(book.allow(task, ttl_s=7200)) for _ in range(2)]
+    book.clock.ms += 6_000_000
+    book.allow(task, ttl_s=1200)  # it ends with them, and is short-lived
+    row = book.row()
+    assert (row["standing_leases"], row["leases"]) == (named, 3)
+    assert row["leases_until"] == book.now_s + 1200
+
+
 def test_what_was_used_of_a_ceiling_is_known_for_30_days(book: Book):
     task = book.assign()
     assert (book.line().granted, book.line().unused, book.line().seen) == (2, 2, False)
@@ -324,6 +334,31 @@ def test_what_changed_after_a_cursor_is_told_once_and_the_latest_first(book: Boo
 def test_a_cursor_of_another_table_is_refused(book: Book, cursor: str):
     with pytest.raises(CursorLostError):
         list(book.roster.changed(cursor))
+
+
+async def test_an_agent_that_changes_all_the_time_is_looked_at_once_a_round(
+    book: Book, monkeypatch: pytest.MonkeyPatch
+):
+    book.register("robot", "suzy")
+    task, looked, pauses = book.assign(), list[str](), list[float]()
+    facts = book.roster.facts
+
+    def changing(agent_id: str) -> Any:
+        looked.append(agent_id)
+        book.allow(task)
+        return facts(agent_id)
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(book.roster, "facts", changing)
+    monkeypatch.setattr("ringfence.policy.roster.asyncio.sleep", pause)
+    with pytest.raises(asyncio.CancelledError):
+        await book.roster.keep()
+    assert looked == ["bot", "robot", "bot", "bot"]
+    assert set(pauses) == {_IDLE_S}
 
 
 def test_a_record_that_does_not_verify_has_no_line_and_is_counted(book: Book):
