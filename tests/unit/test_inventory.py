@@ -389,3 +389,11 @@ def test_an_agent_that_cannot_be_told_of_ends_nothing(book: Book, monkeypatch: p
     book.assign("robot")
     assert book.line("robot").tasks == 2
     assert (book.roster.ids(), book.roster.broken) == (["bot", "robot"], 0)
+
+
+@pytest.mark.parametrize("head", ["e30", "bnVsbA", "W10", "!", "", "x" * 600])
+def test_a_decision_on_what_names_no_key_is_no_sighting(head: str):
+    example = cast(CredentialDecision, EXAMPLES[CredentialDecision])
+    sightings = Sightings()
+    sightings.on_decision(example.model_copy(update={"request": f"{head}.e30.AA"}), "bot")
+    assert not sightings.of("bot")

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -53,6 +54,8 @@ MAX_HELD = 32
 _REFUSED_KEPT = 10_000
 """So many refusals are remembered of decisions that have not been read yet."""
 _SWEPT_AT_ONCE = 1000
+_lease_id = lru_cache(maxsize=1024)(lease_id)
+"""Asked for three times while a request is decided."""
 _NEVER_ISSUED = frozenset({"minting", "aborted"})
 
 
@@ -197,7 +200,7 @@ class Holdings:
         holder = self._holders.get(agent_id)
         if holder is None or not holder.held:
             return []
-        own = lease_id(but_for) if but_for else None
+        own = _lease_id(but_for) if but_for else None
         found = []
         for alike in holder.held.values():
             for id, deadline_s in reversed(alike.leases.items()):
@@ -260,7 +263,7 @@ class Holdings:
 
     def judged(self, case: Case, judgement: Judgement) -> None:
         """Take in how a request was judged, before anybody hears of it: what is allowed is held from now on."""
-        id, document = lease_id(case.request_id), judgement.input
+        id, document = _lease_id(case.request_id), judgement.input
         if judgement.ruling.outcome != "allowed" or document is None:
             known = self._leases.get(id)
             if known is not None and not known.decided:
@@ -276,7 +279,7 @@ class Holdings:
         end_s = at_ms // 1000 + (decision.ttl_s or 0)
         if end_s <= self._now_s() - SLACK_S:
             return
-        id = lease_id(decision.request_id)
+        id = _lease_id(decision.request_id)
         known = self._leases.get(id)
         if known is None:
             # The request stands inside a decision of this service: it was verified before that was signed.
