@@ -6,9 +6,6 @@
 #   task, ceiling and entitlements allow by now; a rule can only deny, ask for approval or shorten.
 package ringfence.action
 
-import data.ringfence.identity
-import data.ringfence.scope
-
 # A gateway may go by one decision for so long, for the same action.
 longest_s := 5
 
@@ -36,7 +33,8 @@ approvals contains class if {
 	class != "none"
 }
 
-denials := (identity.deny | scope.lacking) | deny
+# By their whole names: see decision.rego.
+denials := (data.ringfence.identity.deny | data.ringfence.scope.lacking) | deny
 
 # One task may do so much in a minute, at all targets together, by each gateway.
 longest_minute := 6000

@@ -6,13 +6,8 @@
 #   the task, the agent's ceiling or the user's entitlements do not allow is denied by code, whatever is said here.
 package ringfence.issuance
 
-import data.ringfence.approval
-import data.ringfence.combinations
-import data.ringfence.delivery
-import data.ringfence.history
-import data.ringfence.identity
-import data.ringfence.limits
-import data.ringfence.scope
+# Rules of other packages are called by their whole names: of an imported package regorus would evaluate every rule for
+# each of them, at more than twice the time.
 
 # What stands where the rules below cannot be evaluated at all.
 default decision := {
@@ -25,9 +20,16 @@ default decision := {
 decision := {
 	"allow": count(denials) == 0,
 	"deny": sort(denials),
-	"approvals": sort(approval.required | history.required),
-	"max_ttl_s": limits.max_ttl_s,
-	"notes": sort(history.notes),
+	"approvals": sort(data.ringfence.approval.required | data.ringfence.history.required),
+	"max_ttl_s": data.ringfence.limits.max_ttl_s,
+	"notes": sort(data.ringfence.history.notes),
 }
 
-denials := ((((identity.deny | scope.deny) | limits.deny) | combinations.deny) | history.deny) | delivery.deny
+denials := union({
+	data.ringfence.identity.deny,
+	data.ringfence.scope.deny,
+	data.ringfence.limits.deny,
+	data.ringfence.combinations.deny,
+	data.ringfence.history.deny,
+	data.ringfence.delivery.deny,
+})

@@ -3,8 +3,6 @@
 # refuses what is beyond the scope, "target" or "gateway".
 package ringfence.delivery
 
-import data.ringfence.limits
-
 # For so long at most does an agent hold what nobody can take back. What a gateway uses for it is never in its hands.
 longest_unrecallable_s := 300
 
@@ -29,7 +27,7 @@ for_a_gateway if input.request.delivery == "gateway"
 # As long as it would live: what is asked for, or what the limits leave of it.
 short if {
 	is_number(input.request.ttl_s)
-	min([input.request.ttl_s, limits.max_ttl_s]) <= longest_unrecallable_s
+	min([input.request.ttl_s, data.ringfence.limits.max_ttl_s]) <= longest_unrecallable_s
 }
 
 target_id := object.get(input, ["target", "target_id"], "unknown")

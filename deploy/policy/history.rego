@@ -3,7 +3,6 @@
 package ringfence.history
 
 import data.ringfence.approval
-import data.ringfence.identity
 
 # An agent is new for 7 days: its sponsor has just said what it may do, and there is no past to compare with.
 new_for_s := 604800
@@ -20,13 +19,13 @@ times_the_used := 4
 required contains "sponsor" if count(notes) > 0
 
 # The first use of a target, even for reading.
-notes contains {"code": "first_use", "message": sprintf("%v has not used %v in the last 30 days", [identity.agent_id, input.target.target_id])} if {
+notes contains {"code": "first_use", "message": sprintf("%v has not used %v in the last 30 days", [data.ringfence.identity.agent_id, input.target.target_id])} if {
 	not is_new
 	not target_used
 }
 
 # The first change of a kind at a target that was used for something else.
-notes contains {"code": "first_use", "message": sprintf("%v has not done %v at %v in the last 30 days", [identity.agent_id, verb, input.target.target_id])} if {
+notes contains {"code": "first_use", "message": sprintf("%v has not done %v at %v in the last 30 days", [data.ringfence.identity.agent_id, verb, input.target.target_id])} if {
 	not is_new
 	target_used
 	some permission in input.request.scope
@@ -36,7 +35,7 @@ notes contains {"code": "first_use", "message": sprintf("%v has not done %v at %
 }
 
 # Any change, while the agent could do far more than it does. Reading is not held up.
-notes contains {"code": "ceiling_too_wide", "message": sprintf("%v used %v of the %v verbs that its ceiling allows; ringfence agent show proposes a narrower one", [identity.agent_id, used_count, input.history.granted])} if {
+notes contains {"code": "ceiling_too_wide", "message": sprintf("%v used %v of the %v verbs that its ceiling allows; ringfence agent show proposes a narrower one", [data.ringfence.identity.agent_id, used_count, input.history.granted])} if {
 	not too_early
 	input.history.unused >= many_unused
 	input.history.unused > times_the_used * used_count

@@ -25,7 +25,7 @@ _SWAPS = (
     (": code,", ": message,"),
 )
 _SET = re.compile(r":= \{\w+ \|.*\}", re.DOTALL)
-_PART = re.compile(r"\b\w+\.(?:deny|lacking|required)\b")
+_PART = re.compile(r"\bdata\.ringfence\.\w+\.(?:deny|lacking|required)\b")
 
 
 @dataclass(frozen=True)

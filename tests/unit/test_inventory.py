@@ -30,7 +30,7 @@ from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.policy.holdings import Holdings
 from ringfence.policy.inventory import Line, row_of, totals
-from ringfence.policy.roster import CursorLostError, Roster
+from ringfence.policy.roster import _IDLE_S, CursorLostError, Roster
 from ringfence.policy.sightings import MAX_KEYS, Sightings
 from ringfence.policy.usage import DAY_S
 from tests.ledger import TD, Ledger
@@ -230,6 +230,16 @@ def test_a_lease_stands_that_is_long_or_that_no_running_task_bounds(book: Book):
     assert book.sums()["standing_leases"] == 3
 
 
+def test_leases_that_stand_are_named_and_no_others(book: Book):
+    task = book.assign(life_s=20_000)
+    named = [lease_id(book.allow(task, ttl_s=7200)) for _ in range(2)]
+    book.clock.ms += 6_000_000
+    book.allow(task, ttl_s=1200)  # it ends with them, and is short-lived
+    row = book.row()
+    assert (row["standing_leases"], row["leases"]) == (named, 3)
+    assert row["leases_until"] == book.now_s + 1200
+
+
 def test_what_was_used_of_a_ceiling_is_known_for_30_days(book: Book):
     task = book.assign()
     assert (book.line().granted, book.line().unused, book.line().seen) == (2, 2, False)
@@ -326,6 +336,31 @@ def test_a_cursor_of_another_table_is_refused(book: Book, cursor: str):
         list(book.roster.changed(cursor))
 
 
+async def test_an_agent_that_changes_all_the_time_is_looked_at_once_a_round(
+    book: Book, monkeypatch: pytest.MonkeyPatch
+):
+    book.register("robot", "suzy")
+    task, looked, pauses = book.assign(), list[str](), list[float]()
+    facts = book.roster.facts
+
+    def changing(agent_id: str) -> Any:
+        looked.append(agent_id)
+        book.allow(task)
+        return facts(agent_id)
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(book.roster, "facts", changing)
+    monkeypatch.setattr("ringfence.policy.roster.asyncio.sleep", pause)
+    with pytest.raises(asyncio.CancelledError):
+        await book.roster.keep()
+    assert looked == ["bot", "robot", "bot", "bot"]
+    assert set(pauses) == {_IDLE_S}
+
+
 def test_a_record_that_does_not_verify_has_no_line_and_is_counted(book: Book):
     entry = book.ledger.directory.agent("bot")
     assert entry is not None
@@ -354,3 +389,11 @@ def test_an_agent_that_cannot_be_told_of_ends_nothing(book: Book, monkeypatch: p
     book.assign("robot")
     assert book.line("robot").tasks == 2
     assert (book.roster.ids(), book.roster.broken) == (["bot", "robot"], 0)
+
+
+@pytest.mark.parametrize("head", ["e30", "bnVsbA", "W10", "!", "", "x" * 600])
+def test_a_decision_on_what_names_no_key_is_no_sighting(head: str):
+    example = cast(CredentialDecision, EXAMPLES[CredentialDecision])
+    sightings = Sightings()
+    sightings.on_decision(example.model_copy(update={"request": f"{head}.e30.AA"}), "bot")
+    assert not sightings.of("bot")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import Any, cast
 
 import pytest
@@ -22,6 +23,7 @@ from ringfence.messages.topics import LEASE, SERVICE_EVENT
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.lease_epochs import marker_key
 from ringfence.model.opening import open_lease
+from ringfence.model.short_lived import is_short_lived
 from ringfence.policy.domain import Case, Judgement, Ruling, denied
 from ringfence.policy.holdings import _REFUSED_KEPT, SLACK_S, Holdings
 from ringfence.policy.usage import DAY_S, WINDOW_DAYS
@@ -390,3 +392,37 @@ def test_a_version_for_each_change_of_one_agent(table: Table):
     seen.append(table.version(AGENT))
     assert len(set(seen)) == 4
     assert table.version("other") == 0
+
+
+def test_endings_add_up_what_lives(table: Table):
+    longer = table.publish("1")
+    for jti in ("2", "3"):
+        table.allow(jti)
+    table.allow("4", OTHER)
+    table.lease(table.publish("5", OTHER), "active", deadline=NOW + 7200, scope=OTHER)
+    assert _added_up(table) == _counted(table)
+    table.publish("2")  # which was held for longer until it was decided
+    table.refuse(table.publish("3"))
+    table.lease(longer, "revoked", 2)
+    assert _added_up(table) == _counted(table)
+    assert {(short, until_s) for _, short, until_s in _counted(table)} == {
+        (True, NOW + TTL_S), (True, NOW + TTL_S + SLACK_S), (False, NOW + 7200)
+    }  # fmt: skip
+    table.clock.ms += (TTL_S + 1) * 1000
+    assert _added_up(table) == _counted(table)
+    table.clock.ms += 10_000_000
+    table.on_leases([])
+    assert (_added_up(table), table.held(AGENT, 0)) == ({}, [])
+
+
+def _added_up(table: Table) -> Counter[tuple[str, bool, int]]:
+    sums: Counter[tuple[str, bool, int]] = Counter()
+    for ending in table.endings(AGENT, table.clock.now_ms() // 1000):
+        sums[ending[:3]] += ending.leases
+    return sums
+
+
+def _counted(table: Table) -> Counter[tuple[str, bool, int]]:
+    """The same, lease by lease."""
+    live = table.live(AGENT, table.clock.now_ms() // 1000)
+    return Counter((one.task_id, is_short_lived(one.since_s, one.until_s), one.until_s) for one in live)

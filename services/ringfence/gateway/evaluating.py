@@ -12,7 +12,7 @@ from ringfence.kernel.kafka import to_json
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState
 from ringfence.model.request_map import Action
-from ringfence.model.written import WrittenRecords, revisions_of, sponsor_of
+from ringfence.model.written import WrittenRecords, revisions_of
 from ringfence.rego.engine import Answer, PolicyEngine, PolicyFailedError, PolicyResult
 
 LONGEST_MS: Final = 5000
@@ -141,7 +141,7 @@ class Evaluator:
             "earlier": dict(earlier),
         }
         if ground.sponsor is not None:
-            document["sponsor"] = sponsor_of(ground.sponsor.state)
+            document["sponsor"] = self._records.of_sponsor(ground.sponsor)
         if ground.delegations:
             document["delegations"] = self._records.of_delegations(ground.delegations)
         return document

@@ -100,6 +100,8 @@ def unmet(
     `approvals` are those without a problem (`approval_problem`, `grant_problem`). As many classes as can be are met:
     who stands for one is moved to another where that makes room (a maximum matching, by Kuhn's augmenting paths).
     """
+    if not required:
+        return ()
     people = sorted({subject_of(a.claims.aud, a.claims.iss, "user") or "" for a in approvals} - {""})
     fitting = [
         [person for person in people if may_approve(directory, person, wanted, facts)] for wanted in required

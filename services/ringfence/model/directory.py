@@ -91,6 +91,11 @@ class _Slot:
     broken_as_of: int = -1
     """How many records had been taken in when it was found broken: a signer, or a parent, may have been still to come.
     """
+    entry: Entry[AnyState] = field(init=False)
+    """What is handed out of it: the same each time, once it is verified."""
+
+    def __post_init__(self) -> None:
+        self.entry = Entry(self.record.state, self.record.revision, self.record, self.compact)
 
 
 @dataclass(slots=True)
@@ -147,6 +152,8 @@ class Directory:
         self._read_to: dict[tuple[str, int], int] = {}
         self._last_beat_ms = 0
         self._beat_heard_ms = 0
+        self._oldest: tuple[int, str] | None = None
+        """When, and of which topic, what was confirmed longest ago; None where that has to be looked for."""
         self._trust_version = trust.version
         self._unbelieved: deque[Received] = deque(maxlen=_REMEMBERED_UNBELIEVED)
         """Records by keys that the trust bundle did not have: the next one may, and may come a moment later."""
@@ -237,6 +244,7 @@ class Directory:
         # The first record of all here: that there was none is what the last heartbeat confirmed, by not naming it.
         part = self._parts.setdefault((topic_name, partition), _Part(confirmed_at_ms=self._beat_heard_ms))
         part.change(_mark(id, record.revision), _mark(id, known.record.revision) if known else 0)
+        self._oldest = None
         for listener in self._listeners:
             listener(kind, id)
         return None
@@ -307,6 +315,7 @@ class Directory:
             return
         self._last_beat_ms = heartbeat.at_ms
         self._beat_heard_ms = record.appended_at_ms
+        self._oldest = None
         for table in heartbeat.tables:
             part = self._parts.setdefault((table.topic, table.partition), _Part())
             part.compare((table.count, int(table.digest, 16)), record.appended_at_ms)
@@ -390,9 +399,11 @@ class Directory:
             return expired
         if not self._last_beat_ms:
             return "no heartbeat of the registry was seen yet"
-        confirmed = [(part.confirmed_at_ms, topic) for (topic, _), part in self._parts.items()]
-        # Before the first record of all, what is confirmed is that there is none.
-        oldest_ms, name = min(confirmed, default=(self._beat_heard_ms, "records"))
+        if self._oldest is None:
+            confirmed = [(part.confirmed_at_ms, topic) for (topic, _), part in self._parts.items()]
+            # Before the first record of all, what is confirmed is that there is none.
+            self._oldest = min(confirmed, default=(self._beat_heard_ms, "records"))
+        oldest_ms, name = self._oldest
         age_ms = self._clock.now_ms() - oldest_ms
         if age_ms <= self._grace_ms:
             return None
@@ -420,7 +431,7 @@ class Directory:
             return None
         if not slot.verified:
             self._verify(slot)
-        return Entry(slot.record.state, slot.record.revision, slot.record, slot.compact)
+        return slot.entry
 
     def _verify(self, slot: _Slot) -> None:
         if slot.broken is not None and slot.broken_as_of == self._taken_in:

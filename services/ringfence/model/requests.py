@@ -133,8 +133,8 @@ class Facts(Ground):
         return frozenset(v.floor for v in self.target.state.verbs if v.verb in wanted and v.floor != "none")
 
 
-def gather(directory: Directory, request: Signed[CredentialRequest]) -> Facts:
-    """Look up what a verified request names.
+def gather(directory: Directory, request: Signed[CredentialRequest], request_id: str | None = None) -> Facts:
+    """Look up what a verified request names. Its id is derived where it is not given.
 
     Raises DeniedError where a record is missing or its chain is broken: there is nothing to weigh then.
     """
@@ -149,7 +149,7 @@ def gather(directory: Directory, request: Signed[CredentialRequest]) -> Facts:
     ground = find_ground(directory, agent_id, claims.task_id, target_id)
     return Facts(
         ground.agent, ground.sponsor, ground.task, ground.user, ground.target,
-        request, message_id(claims.iss, claims.jti), enrolment_of(claims), delegations=ground.delegations,
+        request, request_id or message_id(claims.iss, claims.jti), enrolment_of(claims), delegations=ground.delegations,
     )  # fmt: skip
 
 

@@ -86,7 +86,10 @@ def lacking(wanted: Scope, sides: Iterable[Side]) -> tuple[Lack, ...]:
     given = tuple(sides)
     if not given:
         return tuple(Lack(permission, NO_SIDE) for permission in wanted)
-    return tuple(Lack(permission, side.name) for side in given for permission in missing(wanted, side.scope))
+    found: list[Lack] = []
+    for side in given:
+        found += [Lack(permission, side.name) for permission in missing(wanted, side.scope)]
+    return tuple(found)
 
 
 def effective(sides: Iterable[Side]) -> Scope:

@@ -424,7 +424,10 @@ def missing(wanted: Scope, allowed: Scope) -> tuple[Permission, ...]:
     Raises nothing. What breaks the grammar, or has a field that this version does not know (it may limit the
     permission), is lacking where it is wanted and counts for nothing where it is allowed.
     """
-    return tuple(lack for permission in wanted for lack in _missing_of(permission, allowed))
+    found: list[Permission] = []
+    for permission in wanted:
+        found += _missing_of(permission, allowed)
+    return tuple(found)
 
 
 def _missing_of(permission: Permission, allowed: Scope) -> Iterable[Permission]:
@@ -434,7 +437,7 @@ def _missing_of(permission: Permission, allowed: Scope) -> Iterable[Permission]:
     verbs_by_lack: dict[tuple[str, ...], list[str]] = {}
     for verb in dict.fromkeys(permission.verbs):
         granted = tuple([other.resources for other in relevant if verb in other.verbs])
-        if lack := _lack(permission.resources, granted if _VERB.fullmatch(verb) else ()):
+        if lack := _lack(permission.resources, granted if _is_verb(verb) else ()):
             verbs_by_lack.setdefault(lack, []).append(verb)
     if not verbs_by_lack:
         return ()
@@ -463,6 +466,11 @@ def _is_plain(permission: Permission) -> bool:
 @lru_cache(maxsize=4096)
 def _is_target_id(text: str) -> bool:
     return _TARGET_ID.fullmatch(text) is not None
+
+
+@lru_cache(maxsize=4096)
+def _is_verb(text: str) -> bool:
+    return _VERB.fullmatch(text) is not None
 
 
 @lru_cache(maxsize=16384)

@@ -37,7 +37,9 @@ class KeyUses:
 
         Uses come in their order: one that is no later than another that was seen is a repeat, and says nothing new.
         """
-        uses = self._keys.setdefault((agent_id, kid), _Uses())
+        uses = self._keys.get((agent_id, kid))
+        if uses is None:
+            uses = self._keys[agent_id, kid] = _Uses()
         self._keys.move_to_end((agent_id, kid))
         while len(self._keys) > self._most_keys:
             self._keys.popitem(last=False)

@@ -19,6 +19,7 @@ class WrittenRecords:
 
     def __init__(self) -> None:
         self._written: dict[tuple[type[AnyState], str], tuple[Any, dict[str, Any]]] = {}
+        self._sponsors: dict[str, tuple[Any, dict[str, Any]]] = {}
 
     def of(self, entry: Entry[Any], id: str) -> dict[str, Any]:
         """The state of a record as JSON, to be shared and not to be changed."""
@@ -33,13 +34,22 @@ class WrittenRecords:
         self._written[key] = (entry.record, document)
         return document
 
+    def of_sponsor(self, entry: Entry[UserState]) -> dict[str, Any]:
+        """What rules see of an agent's sponsor, to be shared and not to be changed."""
+        id = entry.state.user_id
+        kept = self._sponsors.get(id)
+        if kept is None or kept[0] is not entry.record:
+            document = entry.state.model_dump(mode="json", include=_OF_SPONSOR)
+            kept = self._sponsors[id] = (entry.record, document)
+        return kept[1]
+
     def of_delegations(self, steps: Sequence[Delegation]) -> list[dict[str, Any]]:
         """How a task came to its agent, the last step first: who handed it on, their own task, who answers for them."""
         return [
             {
                 "agent": self.of(step.agent, step.agent.state.agent_id),
                 "task": self.of(step.task, step.task.state.task_id),
-                **({"sponsor": sponsor_of(step.sponsor.state)} if step.sponsor is not None else {}),
+                **({"sponsor": self.of_sponsor(step.sponsor)} if step.sponsor is not None else {}),
             }
             for step in steps
         ]
@@ -53,8 +63,3 @@ def revisions_of(step: Delegation) -> tuple[object, ...]:
         step.task.revision,
         (sponsor.state.user_id, sponsor.revision) if sponsor is not None else None,
     )
-
-
-def sponsor_of(state: UserState) -> dict[str, Any]:
-    """What rules see of an agent's sponsor."""
-    return state.model_dump(mode="json", include=_OF_SPONSOR)

@@ -23,7 +23,7 @@ from ringfence.model.directory import Directory
 from ringfence.model.identity import subject_of
 from ringfence.model.instances import ref_of
 from ringfence.model.requests import Facts
-from ringfence.model.written import WrittenRecords, sponsor_of
+from ringfence.model.written import WrittenRecords
 from ringfence.rego.engine import PolicyResult
 
 MAX_ASKED = 20
@@ -139,7 +139,7 @@ class InputBuilder:
         if facts.instance is not None:
             document["request"]["instance"] = ref_of(facts.instance).model_dump()
         if facts.sponsor is not None:
-            document["sponsor"] = sponsor_of(facts.sponsor.state)
+            document["sponsor"] = self._records.of_sponsor(facts.sponsor)
         if facts.delegations:
             document["delegations"] = self._records.of_delegations(facts.delegations)
         return document

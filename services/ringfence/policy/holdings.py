@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -35,6 +36,7 @@ from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentState
 from ringfence.model.lease_epochs import Epochs
 from ringfence.model.opening import open_lease
+from ringfence.model.short_lived import is_short_lived
 from ringfence.policy.domain import Case, Judgement
 from ringfence.policy.usage import DAY_S, WINDOW_DAYS, Usage, Used, Verb, summary, verbs_of
 
@@ -52,7 +54,19 @@ MAX_HELD = 32
 _REFUSED_KEPT = 10_000
 """So many refusals are remembered of decisions that have not been read yet."""
 _SWEPT_AT_ONCE = 1000
+_lease_id = lru_cache(maxsize=1024)(lease_id)
+"""Asked for three times while a request is decided."""
 _NEVER_ISSUED = frozenset({"minting", "aborted"})
+
+
+class Ending(NamedTuple):
+    """Leases of one task that live and end together, all of them short-lived or none."""
+
+    task_id: str
+    short_lived: bool
+    until_s: int
+    leases: int
+    """How many."""
 
 
 class Live(NamedTuple):
@@ -63,25 +77,6 @@ class Live(NamedTuple):
     since_s: int
     """When it was allowed."""
     until_s: int
-
-
-@dataclass(slots=True)
-class _Holder:
-    """One agent."""
-
-    held: dict[bytes, dict[str, int]] = field(default_factory=dict)
-    """By what they allow in which task (`_what`): its leases that live, with their deadlines."""
-    usage: Usage = field(default_factory=Usage)
-    version: int = 0
-    """Grows with each change of the two."""
-    kinds: int = 0
-    """Grows with each new kind of what is held."""
-    uses: int = 0
-    """Grows with each change of the usage."""
-    asked_ms: int = 0
-    """When the latest request was appended that led to a lease whose record was verified."""
-    told: tuple[object, dict[str, Any]] | None = None
-    """The last summary, and what it was made of."""
 
 
 @dataclass(slots=True)
@@ -97,6 +92,64 @@ class _Known:
     seq: int = 0
     """The highest verified; 0 where no record was needed."""
     over: bool = False
+
+
+@dataclass(slots=True)
+class _Alike:
+    """The leases of one agent that allow the same in the same task."""
+
+    task_id: str
+    scope: list[dict[str, Any]]
+    leases: dict[str, int] = field(default_factory=dict)
+    """Their deadlines by their ids, the latest lease last."""
+    endings: dict[tuple[bool, int], int] = field(default_factory=dict)
+    """How many of them, by whether they are short-lived and by their deadlines: there may be very many leases."""
+
+    def put(self, id: str, known: _Known) -> None:
+        self.leases[id] = known.deadline_s
+        ending = (is_short_lived(known.since_s, known.deadline_s), known.deadline_s)
+        self.endings[ending] = self.endings.get(ending, 0) + 1
+
+    def drop(self, id: str, known: _Known) -> bool:
+        """Whether it was among them; `known` as it was put."""
+        if self.leases.pop(id, None) is None:
+            return False
+        self._uncount(known)
+        return True
+
+    def change(self, id: str, known: _Known, since_s: int, until_s: int) -> None:
+        """Give a lease another life, wherever it is."""
+        counted = id in self.leases
+        if counted:
+            self._uncount(known)
+        known.since_s, known.deadline_s = since_s, until_s
+        if counted:
+            self.put(id, known)
+
+    def _uncount(self, known: _Known) -> None:
+        ending = (is_short_lived(known.since_s, known.deadline_s), known.deadline_s)
+        self.endings[ending] -= 1
+        if not self.endings[ending]:
+            del self.endings[ending]
+
+
+@dataclass(slots=True)
+class _Holder:
+    """One agent."""
+
+    held: dict[bytes, _Alike] = field(default_factory=dict)
+    """By what they allow in which task (`_what`): its leases that live."""
+    usage: Usage = field(default_factory=Usage)
+    version: int = 0
+    """Grows with each change of the two."""
+    kinds: int = 0
+    """Grows with each new kind of what is held."""
+    uses: int = 0
+    """Grows with each change of the usage."""
+    asked_ms: int = 0
+    """When the latest request was appended that led to a lease whose record was verified."""
+    told: tuple[object, dict[str, Any]] | None = None
+    """The last summary, and what it was made of."""
 
 
 class Holdings:
@@ -147,17 +200,16 @@ class Holdings:
         holder = self._holders.get(agent_id)
         if holder is None or not holder.held:
             return []
-        own = lease_id(but_for) if but_for else None
+        own = _lease_id(but_for) if but_for else None
         found = []
-        for what, leases in holder.held.items():
-            for id, deadline_s in reversed(leases.items()):
+        for alike in holder.held.values():
+            for id, deadline_s in reversed(alike.leases.items()):
                 if deadline_s > now_s and id != own:
-                    task_id, _, scope = what.partition(b" ")
                     found.append(
                         {
                             "lease_id": id,
-                            "task_id": task_id.decode(),
-                            "scope": orjson.loads(scope),
+                            "task_id": alike.task_id,
+                            "scope": alike.scope,
                             "deadline": deadline_s,
                         }
                     )
@@ -165,12 +217,22 @@ class Holdings:
         return found
 
     def live(self, agent_id: str, now_s: int) -> list[Live]:
-        """Every lease of an agent that lives, or is about to."""
+        """Every lease of an agent that lives, or is about to: there may be very many."""
         holder = self._holders.get(agent_id)
         return [
-            Live(id, what.partition(b" ")[0].decode(), self._leases[id].since_s, until_s)
-            for what, leases in (holder.held.items() if holder else ())
-            for id, until_s in leases.items()
+            Live(id, alike.task_id, self._leases[id].since_s, until_s)
+            for alike in (holder.held.values() if holder else ())
+            for id, until_s in alike.leases.items()
+            if until_s > now_s
+        ]
+
+    def endings(self, agent_id: str, now_s: int) -> list[Ending]:
+        """When what `live` tells of ends, without a look at each: no more of them than seconds until the last end."""
+        holder = self._holders.get(agent_id)
+        return [
+            Ending(alike.task_id, short_lived, until_s, count)
+            for alike in (holder.held.values() if holder else ())
+            for (short_lived, until_s), count in alike.endings.items()
             if until_s > now_s
         ]
 
@@ -201,7 +263,7 @@ class Holdings:
 
     def judged(self, case: Case, judgement: Judgement) -> None:
         """Take in how a request was judged, before anybody hears of it: what is allowed is held from now on."""
-        id, document = lease_id(case.request_id), judgement.input
+        id, document = _lease_id(case.request_id), judgement.input
         if judgement.ruling.outcome != "allowed" or document is None:
             known = self._leases.get(id)
             if known is not None and not known.decided:
@@ -217,7 +279,7 @@ class Holdings:
         end_s = at_ms // 1000 + (decision.ttl_s or 0)
         if end_s <= self._now_s() - SLACK_S:
             return
-        id = lease_id(decision.request_id)
+        id = _lease_id(decision.request_id)
         known = self._leases.get(id)
         if known is None:
             # The request stands inside a decision of this service: it was verified before that was signed.
@@ -227,8 +289,7 @@ class Holdings:
             if self._refused.pop(id, True) is None:
                 self._let_go(id, known)
         elif not known.decided:
-            known.since_s = at_ms // 1000
-            self._until(id, known, end_s)
+            self._lives(id, known, at_ms // 1000, end_s)
         known.decided = True
 
     # --- what becomes of it ---
@@ -345,24 +406,28 @@ class Holdings:
         elif known.what != what:
             self._let_go(id, known)
         holder = self._holder(agent_id)
-        leases = holder.held.setdefault(what, {})
-        if not leases or next(reversed(leases.values())) <= self._now_s() + SLACK_S:
+        alike = holder.held.get(what)
+        if alike is None:
+            alike = holder.held[what] = _Alike(task_id, scope)
+        if not alike.leases or next(reversed(alike.leases.values())) <= self._now_s() + SLACK_S:
             holder.kinds += (
                 1  # also where all that it had of this kind may be over by the clock of the broker
             )
-        leases[id] = until_s
         known.what, known.over = what, False
-        self._until(id, known, until_s)
+        self._lives(id, known, known.since_s, until_s)
+        if id not in alike.leases:
+            alike.put(id, known)
         self._changed(agent_id, holder)
         return known
 
-    def _until(self, id: str, known: _Known, until_s: int) -> None:
-        leases = self._holder(known.agent_id).held.get(known.what)
-        if leases is not None and id in leases:
-            leases[id] = until_s
+    def _lives(self, id: str, known: _Known, since_s: int, until_s: int) -> None:
         if until_s != known.deadline_s:
-            known.deadline_s = until_s
             heapq.heappush(self._ends, (until_s, id))
+        alike = self._holder(known.agent_id).held.get(known.what)
+        if alike is not None:
+            alike.change(id, known, since_s, until_s)
+        else:
+            known.since_s, known.deadline_s = since_s, until_s
 
     def _remember(self, id: str, known: _Known) -> None:
         self._leases[id] = known
@@ -372,10 +437,10 @@ class Holdings:
         """The agent holds it no more. What ended stays known, so that no older record brings it back."""
         known.over = True
         holder = self._holders.get(known.agent_id)
-        leases = holder.held.get(known.what) if holder else None
-        if holder is None or leases is None or leases.pop(id, None) is None:
+        alike = holder.held.get(known.what) if holder else None
+        if holder is None or alike is None or not alike.drop(id, known):
             return
-        if not leases:
+        if not alike.leases:
             del holder.held[known.what]
         self._changed(known.agent_id, holder)
 

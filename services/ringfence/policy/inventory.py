@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -12,7 +12,7 @@ import orjson
 from ringfence.kernel.jws import parse
 from ringfence.messages.registry import AgentState, EmbeddedCommand, TaskState, UserState
 from ringfence.model.short_lived import is_short_lived, is_task_bound
-from ringfence.policy.holdings import Live
+from ringfence.policy.holdings import Ending, Live
 from ringfence.policy.usage import DAY_S, Verb, verbs_of
 
 MAX_TASKS = 20
@@ -33,7 +33,10 @@ class Facts:
     sponsor: UserState | None
     tasks: Sequence[TaskState]
     """Those that run."""
-    live: Sequence[Live]
+    endings: Sequence[Ending]
+    """Of its leases that live."""
+    live: Callable[[], Sequence[Live]]
+    """Each of these: there may be very many."""
     used: AbstractSet[Verb]
     seen: Mapping[str, int]
     """By key, when it was last seen with it, as far as this process knows."""
@@ -95,8 +98,8 @@ def line_of(facts: Facts) -> Line:
         key_end_s=max(
             (key.not_after for key in agent.keys if key.kid not in agent.compromised), default=None
         ),
-        leases=len(facts.live),
-        standing=len(_standing(facts)),
+        leases=sum(ending.leases for ending in facts.endings),
+        standing=sum(ending.leases for ending in _standing(facts)),
         tasks=len(facts.tasks),
         granted=len(granted),
         unused=len(granted - facts.used),
@@ -107,7 +110,7 @@ def line_of(facts: Facts) -> Line:
 def next_change_s(facts: Facts) -> int:
     """When time alone changes what is known of an agent, at the latest with the day."""
     moments = [
-        *(lease.until_s for lease in facts.live),
+        *(ending.until_s for ending in facts.endings),
         *(task.not_after for task in facts.tasks),
         *(key.not_after for key in facts.agent.keys),
     ]
@@ -140,8 +143,8 @@ def row_of(facts: Facts, targets: AbstractSet[str]) -> dict[str, Any]:
             for task in sorted(facts.tasks, key=lambda task: task.not_after)[:MAX_TASKS]
         ],
         "leases": line.leases,
-        "leases_until": max((lease.until_s for lease in facts.live), default=None),
-        "standing_leases": [lease.lease_id for lease in _standing(facts)],
+        "leases_until": max((ending.until_s for ending in facts.endings), default=None),
+        "standing_leases": _standing_leases(facts),
         "granted": line.granted,
         "unused": line.unused,
         "reach": _reach(facts, targets),
@@ -193,13 +196,24 @@ def totals(lines: Iterable[Line], now_s: int, keys_by_s: int) -> dict[str, int]:
     return sums
 
 
-def _standing(facts: Facts) -> list[Live]:
+def _standing(facts: Facts) -> list[Ending]:
     ends = {task.task_id: task.not_after for task in facts.tasks}
     return [
-        lease
-        for lease in facts.live
-        if not is_short_lived(lease.since_s, lease.until_s)
-        or not is_task_bound(lease.until_s, ends.get(lease.task_id))
+        ending
+        for ending in facts.endings
+        if not ending.short_lived or not is_task_bound(ending.until_s, ends.get(ending.task_id))
+    ]
+
+
+def _standing_leases(facts: Facts) -> list[str]:
+    """Their ids: mostly nothing stands, and none is looked at."""
+    standing = {ending[:3] for ending in _standing(facts)}
+    if not standing:
+        return []
+    return [
+        lease.lease_id
+        for lease in facts.live()
+        if (lease.task_id, is_short_lived(lease.since_s, lease.until_s), lease.until_s) in standing
     ]
 
 

@@ -159,7 +159,7 @@ class Judge:
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval] | Signed[Grant]]
     ) -> Judgement:
         try:
-            facts = gather(self._directory, case.request)
+            facts = gather(self._directory, case.request, case.request_id)
         except DeniedError as error:
             return Judgement(Ruling("denied", (error.reason,)))
         max_age_s = self._runtime.settings.entitlements_max_age_s

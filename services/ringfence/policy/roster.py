@@ -12,6 +12,7 @@ import logging
 import secrets
 from bisect import bisect_left, insort
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 from ringfence.kernel.clock import Clock
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 AT_ONCE: Final = 4
 """So many agents are looked at before the rest of the process gets its turn: the first look verifies each chain."""
 _PAUSE_S, _IDLE_S = 0.003, 0.25
-"""Between those; and where none is marked. Nobody who asked for a credential should notice."""
+"""Between those; and after all of them. Nobody who asked for a credential should notice."""
 
 
 class CursorLostError(RingfenceError):
@@ -122,7 +123,8 @@ class Roster:
             commands=entry.record.commands,
             sponsor=sponsor.state if sponsor else None,
             tasks=self._running(agent_id, now_s),
-            live=self._holdings.live(agent_id, now_s),
+            endings=self._holdings.endings(agent_id, now_s),
+            live=partial(self._holdings.live, agent_id, now_s),
             used=self._holdings.used_verbs(agent_id, now_s),
             seen=self._sightings.of(agent_id),
             asked_ms=self._holdings.asked_ms(agent_id),
@@ -132,12 +134,19 @@ class Roster:
     # --- keeping up ---
 
     async def keep(self) -> None:
-        """Look at what is marked, for ever."""
+        """Look at what is marked, for ever: in rounds, so that an agent that asks all the time is not looked at all the
+        time.
+        """
         self.complete = True
         while True:
             self._mark_due()
-            self.look(AT_ONCE)
-            await asyncio.sleep(_PAUSE_S if self._marked else _IDLE_S)
+            left = len(self._marked)
+            while left > AT_ONCE:
+                self.look(AT_ONCE)
+                left -= AT_ONCE
+                await asyncio.sleep(_PAUSE_S)
+            self.look(left)
+            await asyncio.sleep(_IDLE_S)
 
     async def settle(self, most: int) -> None:
         """Look at what is marked, at most at so many; in turns with the rest of the process."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ringfence.kernel.jws import parse
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.model.sharing import WINDOW_MS, KeyUses
 from ringfence.policy.domain import Case
+from ringfence.policy.signers import kid_of
 
 
 class SharedKeys:
@@ -19,7 +19,7 @@ class SharedKeys:
     async def look(self, case: Case) -> None:
         """Take down who signed a request, and tell where somebody else does at the same time."""
         claims, at_ms = case.request.claims, case.source.appended_at_ms
-        kid = parse(case.request.compact).header.kid
+        kid = kid_of(case.request.compact)
         other = self._uses.saw(case.agent_id, kid, claims.process, at_ms)
         if other is None:
             return

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import parse
 from ringfence.messages.credential import CredentialDecision
+from ringfence.policy.signers import kid_of
 
 MAX_KEYS: Final = 32
 """So many keys are remembered of an agent; beyond, the one that was seen longest ago is forgotten."""
@@ -27,7 +27,7 @@ class Sightings:
     def on_decision(self, decision: CredentialDecision, agent_id: str) -> None:
         """Take in a decision of policy, which verified the request inside before it signed."""
         try:
-            kid = parse(decision.request).header.kid
+            kid = kid_of(decision.request)
         except InvalidMessageError:
             return
         at_ms, keys = decision.source.appended_at_ms, self._seen.setdefault(agent_id, {})
