@@ -333,8 +333,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     def _gathering_s(self, handled: int) -> float:
         """How long to let the next records gather: a batch costs little more than one record.
 
-        Where records come one by one none waits, nor after a moment in which several had to; where a batch was full, the
-        next are here already.
+        Where records come one by one none waits, nor after a moment in which several had to; where a batch was full,
+        the next are here already.
         """
         before, self._handled = self._handled, handled
         if self._linger_ms or handled >= self._max_records:
