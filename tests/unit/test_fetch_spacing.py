@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ringfence.kernel.embedded_broker import hold_fetches
-from ringfence.kernel.fetching import MUCH_BYTES, Fetches
+from ringfence.kernel.fetching import MUCH_BYTES, Fetches, Gathering
 
 _FETCH, _HEARTBEAT = 1, 12
 
@@ -101,9 +101,17 @@ async def test_nothing_is_fetched_while_a_batch_is_handled() -> None:
     fetches = Fetches(of(client))
     fetches.hold()
     fetching = asyncio.create_task(client.send(1, FETCH))
+    for _ in range(10):  # the fetch has its turns
+        await asyncio.sleep(0)
     await client.send(1, HEARTBEAT)
     assert at(client, 1) == []
     done_s = asyncio.get_running_loop().time()
     fetches.go_on(0.05)
     await fetching
     assert at(client, 1)[0] - done_s >= 0.049
+
+
+def test_records_gather_where_several_come_twice_in_a_row_and_are_not_here_already() -> None:
+    gathering = Gathering(full=32)
+    waits_ms = [round(gathering.after(handled) * 1000) for handled in (1, 1, 5, 1, 3, 4, 20, 30, 32, 31)]
+    assert waits_ms == [0, 0, 0, 0, 0, 4, 6, 12, 0, 12]

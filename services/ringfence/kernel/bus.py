@@ -23,7 +23,7 @@ from ringfence.kernel.assignors import AllToOneAssignor
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.committing import COMMIT_MS, Commits
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.fetching import FETCH_OPTIONS, Fetches
+from ringfence.kernel.fetching import FETCH_OPTIONS, Fetches, Gathering
 from ringfence.kernel.gone import NO_RESET, OnGone, Onward
 from ringfence.kernel.ids import derived_id, digest
 from ringfence.kernel.jws import parse
@@ -49,10 +49,6 @@ _LEAVE_S = 2.0
 BURST_MS = 600_000
 """Within such a time."""
 _IDLE_MS = 1000
-_GATHER_MS = 2
-_GATHER_AT_MOST_MS = 12
-"""For each further record of a batch, and at most, the next batch is left to grow: where many come at once, more are on
-their way."""
 
 
 class HaltedError(RingfenceError):
@@ -231,8 +227,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._on_assigned = on_assigned
         self._assignor = AllToOneAssignor if alone else RangePartitionAssignor
         self._assigned_anew = True
-        self._handled = 1
-        """How many records the last batch had."""
+        self._gathering = Gathering(max_records)
         self._consumer: AIOKafkaConsumer | None = None
         self._commits: Commits | None = None
         self._draining = asyncio.Event()
@@ -324,22 +319,12 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._idle.clear()
         try:
             await self._handle(consumer, commits, batches)
-            fetches.go_on(self._gathering_s(sum(map(len, batches.values()))))
+            gathering_s = self._gathering.after(sum(map(len, batches.values())))
+            fetches.go_on(0 if self._linger_ms else gathering_s)
             if commits.due:
                 await commits.flush()
         finally:
             self._idle.set()
-
-    def _gathering_s(self, handled: int) -> float:
-        """How long to let the next records gather: a batch costs little more than one record.
-
-        Where records come one by one none waits, nor after a moment in which several had to; where a batch was full,
-        the next are here already.
-        """
-        before, self._handled = self._handled, handled
-        if self._linger_ms or handled >= self._max_records:
-            return 0
-        return min(_GATHER_MS * (min(before, handled) - 1), _GATHER_AT_MOST_MS) / 1000
 
     async def _handle(
         self, consumer: AIOKafkaConsumer, commits: Commits, batches: dict[TopicPartition, list[Any]]

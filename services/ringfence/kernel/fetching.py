@@ -23,6 +23,32 @@ FETCH_OPTIONS: Final[dict[str, Any]] = {"isolation_level": "read_committed", "fe
 """What is fetched: what is committed, where it was written in a transaction."""
 
 
+_GATHER_MS = 2
+_GATHER_AT_MOST_MS = 12
+
+
+class Gathering:
+    """How long to let records gather between batches, where somebody waits for what comes of them.
+
+    Where many come at once, more are on their way, and a batch costs little more than one record.
+    """
+
+    def __init__(self, full: int) -> None:
+        """`full`: how many records a batch has at most."""
+        self._full = full
+        self._before = 1
+
+    def after(self, handled: int) -> float:
+        """In seconds, after a batch of so many records.
+
+        Where they come one by one none waits, nor after a moment in which several had to; where a batch was full, the
+        next are here already.
+        """
+        fewer = min(self._before, handled)
+        self._before = handled
+        return 0 if handled >= self._full else min(_GATHER_MS * (fewer - 1), _GATHER_AT_MOST_MS) / 1000
+
+
 class Fetches:
     """The fetches of one consumer. Make it once, before `consumer.start()`."""
 
