@@ -30,7 +30,7 @@ TABLE_MS = 25
 """The same where a table is kept up to date."""
 CEILING_MS = 50
 """The longest that a record waits for the consumer of a topic on which nothing happens."""
-HOLD_MS = 500
+HOLD_MS = 100
 """How long an empty fetch is kept from aiokafka at most."""
 _SHARE_OF_SILENCE = 1 / 16
 

@@ -362,11 +362,6 @@ def paced(
     return Fetches(consumer, linger_ms=linger_ms)
 
 
-_FOLLOWER_WAIT_MS = 2000
-"""So long a broker holds the fetch of a follower that finds nothing. Hardly anything else is asked on
-its connection."""
-
-
 class Follower:
     """Reads whole topics, every partition, from a starting point on and for ever. No group, nothing committed."""
 
@@ -416,7 +411,7 @@ class Follower:
             **connection(self._settings),
             enable_auto_commit=False,
             auto_offset_reset=NO_RESET,
-            **FETCH_OPTIONS | {"fetch_max_wait_ms": _FOLLOWER_WAIT_MS},
+            **FETCH_OPTIONS,
         )
         paced(
             consumer, self._settings, self._linger_ms, quick_ms=TABLE_MS if self._since_ms == 0 else QUICK_MS
