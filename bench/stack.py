@@ -48,7 +48,7 @@ def running(
         bootstrap: str | None = None
         pids: dict[str, int] = {}
         if kafka == "apache":
-            broker = ApacheKafka(Path(folder) / "apache")
+            broker = ApacheKafka(Path(folder) / "apache", long_lived=True)
             broker.start()
             cleanup.callback(broker.stop)
             bootstrap = broker.bootstrap

@@ -17,6 +17,7 @@ POM = Path(__file__).with_name("apache-jars") / "pom.xml"
 
 _START_TIMEOUT_S = 60.0
 _GRACE_S = 30.0
+_COMPILE_QUICKLY = "-XX:TieredStopAtLevel=1"
 _CLUSTER_ID = "cmluZ2ZlbmNlLXRlc3RzLQ"  # any 16 bytes in base64url; the cluster lives in a folder of its own
 
 
@@ -26,6 +27,7 @@ class ApacheKafka:
     Its data are in a folder of its own inside `data_dir`, deleted at `stop`. `port` 0 takes a free one, once.
     `more` are further ports to listen on, each with the address that clients which come there are told to come back to.
     `adapt` changes the server's properties before its storage is formatted, with `format_options` besides.
+    `long_lived` has Java compile as it does for servers: that takes more CPU than the broker, for about a minute.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class ApacheKafka:
         more: Mapping[int, str] | None = None,
         adapt: Callable[[dict[str, str]], None] | None = None,
         format_options: Sequence[str] = (),
+        long_lived: bool = False,
     ) -> None:
         self.port = port
+        self._long_lived = long_lived
         self._more = more or {}
         self._adapt = adapt
         self._format_options = format_options
@@ -71,7 +75,7 @@ class ApacheKafka:
             self._adapt(properties)
         text = "".join(f"{name}={value}\n" for name, value in properties.items())
         self._properties.write_text(text)
-        java = _java(jars, "-XX:TieredStopAtLevel=1")
+        java = _java(jars, _COMPILE_QUICKLY)
         argv = [*java, "kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, "-c", str(self._properties)]
         argv += self._format_options
         formatting = spawn("kafka.tools.StorageTool", argv, log_path=self._log_path)
@@ -98,7 +102,8 @@ class ApacheKafka:
         return self._store / "server.properties"
 
     def _launch(self) -> None:
-        argv = [*_java(kafka_jars(), "-Xmx512m"), "kafka.Kafka", str(self._properties)]
+        options = ["-Xmx512m"] if self._long_lived else ["-Xmx512m", _COMPILE_QUICKLY]
+        argv = [*_java(kafka_jars(), *options), "kafka.Kafka", str(self._properties)]
         self.child = spawn("Apache Kafka", argv, log_path=self._log_path)
         try:
             self.child.wait_until(

@@ -26,9 +26,11 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import CommitFailedError, KafkaError
 
-from ringfence.dev.kafka import EmbeddedKafka
+from ringfence.dev.holding import hold_thread
+from ringfence.dev.kafka import EmbeddedKafka, kafka_answers
 from ringfence.dev.processes import LOOPBACK, StackError, free_port, spawn
 from ringfence.dev.redis import EmbeddedRedis
+from ringfence.kernel import embedded_broker
 from ringfence.kernel.embedded_broker import adapt_to_embedded_broker
 from tests.brokers import start_kafka
 from tests.conftest import Kafka
@@ -163,16 +165,29 @@ async def test_a_restarted_broker_still_has_its_records_and_continues_behind_the
 
 @asynccontextmanager
 async def noting_fetches(
-    tmp_path: Path, **pace: Any
+    tmp_path: Path, patched: pytest.MonkeyPatch, **pace: Any
 ) -> AsyncIterator[tuple[Any, list[float], asyncio.Event]]:
     """A paced consumer of a topic on which nothing happens, when it fetched, and that this has changed."""
+    again = embedded_broker._Again.send
+
+    async def noting_again(one: Any) -> Any:
+        response = await again(one)
+        fetched.append(time.monotonic())
+        news.set()
+        return response
+
+    patched.setattr(embedded_broker._Again, "send", noting_again)
     broker = EmbeddedKafka(tmp_path)
     broker.start()
     try:
         kafka = Kafka("embedded", broker)
         await create_topics(kafka, "quiet")
         consumer = AIOKafkaConsumer(
-            "quiet", bootstrap_servers=kafka.bootstrap, group_id="g", enable_auto_commit=False
+            "quiet",
+            bootstrap_servers=kafka.bootstrap,
+            group_id="g",
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
         )
         fetched, news = list[float](), asyncio.Event()
         send = consumer._client.send
@@ -195,21 +210,66 @@ async def noting_fetches(
         broker.stop()
 
 
-async def test_an_idle_consumer_of_the_embedded_broker_fetches_rarely(tmp_path: Path) -> None:
+async def test_an_idle_consumer_of_the_embedded_broker_fetches_rarely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Pauses of a sixteenth of the silence, of 2 ms at least: 100 ms after some eighty fetches.
-    async with noting_fetches(tmp_path, ceiling_ms=100) as (_, fetched, news), asyncio.timeout(WITHIN_S):
+    async with (
+        noting_fetches(tmp_path, monkeypatch, ceiling_ms=100) as (_, fetched, news),
+        asyncio.timeout(WITHIN_S),
+    ):
         while len(fetched) < 2 or fetched[-1] - fetched[-2] < 0.09:
             news.clear()
             await news.wait()
-        assert len(fetched) < 150
+        assert 30 < len(fetched) < 150
 
 
-async def test_a_commit_passes_by_the_pause_of_an_idle_consumer(tmp_path: Path) -> None:
-    async with noting_fetches(tmp_path, linger_ms=600_000) as (consumer, fetched, news):
+async def test_a_fetch_that_is_sent_again_brings_what_came_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        noting_fetches(tmp_path, monkeypatch) as (consumer, fetched, news),
+        asyncio.timeout(WITHIN_S),
+        AIOKafkaProducer(bootstrap_servers=consumer._client._bootstrap_servers) as producer,
+    ):
+        for number in range(3):
+            reading, seen = asyncio.create_task(consumer.getone()), len(fetched)
+            while len(fetched) < seen + 3:
+                news.clear()
+                await news.wait()
+            await producer.send_and_wait("quiet", str(number).encode())
+            assert (await reading).value == str(number).encode()
+
+
+async def test_a_commit_passes_by_the_pause_of_an_idle_consumer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with noting_fetches(tmp_path, monkeypatch, linger_ms=600_000) as (consumer, fetched, news):
         async with asyncio.timeout(WITHIN_S):
             await news.wait()  # it pauses for ten minutes now
             await consumer.commit({TopicPartition("quiet", 0): 0})
         assert len(fetched) == 1
+
+
+def test_a_broker_that_is_not_to_save_its_data_answers_all_the_same_and_can_be_killed(tmp_path: Path) -> None:
+    broker = EmbeddedKafka(tmp_path, save=False)
+    broker.start()
+    try:
+        assert broker.child is not None
+        states = {
+            (task / "comm").read_text().strip(): (task / "stat").read_text().rpartition(")")[2].split()[0]
+            for task in Path(f"/proc/{broker.child.pid}/task").glob("*")
+        }
+        assert states["autosave"] == "t", "held by a tracer"
+        assert kafka_answers(broker.port)
+        os.kill(broker.child.pid, signal.SIGKILL)
+        assert broker.child.wait(WITHIN_S) == -signal.SIGKILL, "its end is noticed"
+    finally:
+        broker.stop()
+
+
+def test_nobody_is_held_who_is_not_there() -> None:
+    assert not hold_thread(os.getpid(), "no such thread")
 
 
 async def test_redis_tells_that_a_key_expired(redis_server: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whoever is in no hurry fetches from the embedded broker seldom, and nothing else of the consumer waits."""
+"""Consumers fetch when it is worth a request, and nothing else of them waits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ringfence.kernel.embedded_broker import hold_fetches
-from ringfence.kernel.kafka import fetch_options
+from ringfence.kernel.fetching import MUCH_BYTES, Fetches, Gathering
 
 _FETCH, _HEARTBEAT = 1, 12
 
@@ -26,10 +26,16 @@ class Client:
 
     answers: list[Any] = field(default_factory=list)
     sent: list[tuple[int, int, float]] = field(default_factory=list)
+    _conns: dict[Any, Any] = field(default_factory=dict)
 
     async def send(self, node_id: int, request: Any, **_: Any) -> Any:
         self.sent.append((node_id, request.API_KEY, asyncio.get_running_loop().time()))
         return self.answers.pop(0) if self.answers and request.API_KEY == _FETCH else answer()
+
+
+def of(client: Client) -> Any:
+    """A consumer that has this client."""
+    return SimpleNamespace(_client=client)
 
 
 def at(client: Client, node: int, api_key: int = _FETCH) -> list[float]:
@@ -41,12 +47,11 @@ FETCH, HEARTBEAT = SimpleNamespace(API_KEY=_FETCH), SimpleNamespace(API_KEY=_HEA
 
 async def test_fetches_from_one_broker_start_apart() -> None:
     client = Client([answer(b"record")] * 6)
-    consumer: Any = SimpleNamespace(_client=client)
-    hold_fetches(consumer, linger_ms=50)
+    hold_fetches(of(client), linger_ms=50)
     for _ in range(3):
-        await consumer._client.send(1, FETCH)
-        await consumer._client.send(2, FETCH)
-        await consumer._client.send(1, HEARTBEAT)
+        await client.send(1, FETCH)
+        await client.send(2, FETCH)
+        await client.send(1, HEARTBEAT)
     first, second, third = at(client, 1)
     assert second - first >= 0.049
     assert third - second >= 0.049
@@ -57,22 +62,56 @@ async def test_fetches_from_one_broker_start_apart() -> None:
 @pytest.mark.parametrize("last", [answer(b"record"), answer(error_code=6)])
 async def test_a_fetch_that_brings_nothing_is_sent_again_until_it_brings_something(last: Any) -> None:
     client = Client([answer(), answer(), last])
-    consumer: Any = SimpleNamespace(_client=client)
-    hold_fetches(consumer, linger_ms=1, ceiling_ms=1, hold_ms=600_000)
-    assert await consumer._client.send(1, FETCH) is last
+    hold_fetches(of(client), linger_ms=1, ceiling_ms=1, hold_ms=600_000)
+    assert await client.send(1, FETCH) is last
     assert len(at(client, 1)) == 3
 
 
 async def test_a_fetch_that_brings_nothing_for_too_long_is_answered_with_nothing() -> None:
     client = Client()
-    consumer: Any = SimpleNamespace(_client=client)
-    hold_fetches(consumer, linger_ms=10, ceiling_ms=10, hold_ms=25)
-    assert (await consumer._client.send(1, FETCH)).topics == answer().topics
+    hold_fetches(of(client), linger_ms=10, ceiling_ms=10, hold_ms=25)
+    assert (await client.send(1, FETCH)).topics == answer().topics
     assert 1 <= len(at(client, 1)) <= 3
-    assert (await consumer._client.send(1, HEARTBEAT)).topics == answer().topics, "nothing else waits"
+    assert (await client.send(1, HEARTBEAT)).topics == answer().topics, "nothing else waits"
 
 
-def test_a_real_broker_does_the_waiting_itself_and_gives_what_is_committed() -> None:
-    committed = {"isolation_level": "read_committed"}
-    assert fetch_options(100) == {**committed, "fetch_min_bytes": 256 * 1024, "fetch_max_wait_ms": 100}
-    assert fetch_options(0) == {**committed, "fetch_max_wait_ms": 500}
+async def test_after_what_came_records_gather_and_the_first_after_a_silence_does_not_wait() -> None:
+    client = Client([answer(), answer(b"record"), answer(b"record")])
+    Fetches(of(client), linger_ms=50)
+    for _ in range(3):
+        await client.send(1, FETCH)
+        await client.send(1, HEARTBEAT)
+    first, second, third = at(client, 1)
+    assert second - first < 0.049, "nothing came, so there is nothing to gather behind"
+    assert third - second >= 0.049
+    assert at(client, 1, _HEARTBEAT)[1] - second < 0.049, "nothing else waits"
+    assert await asyncio.wait_for(client.send(2, FETCH), 0.049), "nor does another broker"
+
+
+async def test_behind_a_broker_that_has_much_nobody_waits() -> None:
+    client = Client([answer(b"x" * MUCH_BYTES)])
+    Fetches(of(client), linger_ms=600_000)
+    async with asyncio.timeout(10):
+        await client.send(1, FETCH)
+        await client.send(1, FETCH)
+
+
+async def test_nothing_is_fetched_while_a_batch_is_handled() -> None:
+    client = Client([answer(b"record")])
+    fetches = Fetches(of(client))
+    fetches.hold()
+    fetching = asyncio.create_task(client.send(1, FETCH))
+    for _ in range(10):  # the fetch has its turns
+        await asyncio.sleep(0)
+    await client.send(1, HEARTBEAT)
+    assert at(client, 1) == []
+    done_s = asyncio.get_running_loop().time()
+    fetches.go_on(0.05)
+    await fetching
+    assert at(client, 1)[0] - done_s >= 0.049
+
+
+def test_records_gather_where_several_come_twice_in_a_row_and_are_not_here_already() -> None:
+    gathering = Gathering(full=32)
+    waits_ms = [round(gathering.after(handled) * 1000) for handled in (1, 1, 5, 1, 3, 4, 20, 30, 32, 31)]
+    assert waits_ms == [0, 0, 0, 0, 0, 4, 6, 12, 0, 12]

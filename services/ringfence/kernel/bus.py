@@ -23,12 +23,12 @@ from ringfence.kernel import metrics
 from ringfence.kernel.assignors import AllToOneAssignor
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.committing import COMMIT_MS, Commits
-from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.fetching import FETCH_OPTIONS, Fetches, Gathering
 from ringfence.kernel.gone import NO_RESET, OnGone, Onward
 from ringfence.kernel.ids import derived_id, digest
 from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Publisher, Received, fetch_options, received
+from ringfence.kernel.kafka import Publisher, Received, paced, received
 from ringfence.kernel.kafka_connection import connection
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.tracing import NOT_TRACING, Tracing
@@ -50,10 +50,6 @@ _LEAVE_S = 2.0
 BURST_MS = 600_000
 """Within such a time."""
 _IDLE_MS = 1000
-_GATHER_MS = 2
-_GATHER_AT_MOST_MS = 12
-"""For each further record of a batch, and at most, the next batch is left to grow: where many come at once, more are on
-their way."""
 
 
 class HaltedError(RingfenceError):
@@ -233,6 +229,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._on_assigned = on_assigned
         self._assignor = AllToOneAssignor if alone else RangePartitionAssignor
         self._assigned_anew = True
+        self._gathering = Gathering(max_records)
         self._consumer: AIOKafkaConsumer | None = None
         self._commits: Commits | None = None
         self._draining = asyncio.Event()
@@ -258,22 +255,20 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             group_instance_id=self._settings.instance,
             enable_auto_commit=False,
             auto_offset_reset=NO_RESET,
-            **fetch_options(self._linger_ms),
+            **FETCH_OPTIONS,
             session_timeout_ms=10_000,
             heartbeat_interval_ms=1_000,
             max_poll_interval_ms=self._patience_ms,
             partition_assignment_strategy=(self._assignor,),
         )
-        if self._settings.embedded_broker:
-            adapt_to_embedded_broker(consumer, linger_ms=self._linger_ms or QUICK_MS)
-        commits = Commits(consumer)
+        fetches, commits = paced(consumer, self._settings, self._linger_ms), Commits(consumer)
         consumer.subscribe(list(self._topics), listener=self)
         try:
             await self._start(consumer)
             self._consumer, self._commits = consumer, commits
             self.running = True
             while not self._draining.is_set():
-                await self._step(consumer, commits)
+                await self._step(consumer, fetches, commits)
         finally:
             self.running = False
             self._consumer = self._commits = None
@@ -304,7 +299,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 log.error("Kafka at %s does not answer: %s", self._settings.kafka, error)
             await asyncio.sleep(1)
 
-    async def _step(self, consumer: AIOKafkaConsumer, commits: Commits) -> None:
+    async def _step(self, consumer: AIOKafkaConsumer, fetches: Fetches, commits: Commits) -> None:
         timeout_ms = COMMIT_MS if commits.waiting else _IDLE_MS
         try:
             batches = await self._onward.next(consumer, timeout_ms=timeout_ms, max_records=self._max_records)
@@ -322,26 +317,16 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             return
         # What comes while a batch is handled gathers at the broker for the next one: read ahead, every handler would be
         # given a batch of one or two.
-        held = consumer.assignment()
-        consumer.pause(*held)
+        fetches.hold()
         self._idle.clear()
         try:
             await self._handle(consumer, commits, batches)
+            gathering_s = self._gathering.after(sum(map(len, batches.values())))
+            fetches.go_on(0 if self._linger_ms else gathering_s)
             if commits.due:
                 await commits.flush()
-            await asyncio.sleep(self._gathering_s(sum(map(len, batches.values()))))
         finally:
             self._idle.set()
-            consumer.resume(*(held & consumer.assignment()))
-
-    def _gathering_s(self, handled: int) -> float:
-        """How long to let the next records gather: a batch costs little more than one record.
-
-        Where records come one by one none waits; where a batch was full, the next are here already.
-        """
-        if self._linger_ms or handled >= self._max_records:
-            return 0
-        return min(_GATHER_MS * (handled - 1), _GATHER_AT_MOST_MS) / 1000
 
     async def _handle(
         self, consumer: AIOKafkaConsumer, commits: Commits, batches: dict[TopicPartition, list[Any]]

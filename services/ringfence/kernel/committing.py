@@ -17,7 +17,7 @@ from ringfence.kernel.kafka import Received
 
 log = logging.getLogger(__name__)
 
-COMMIT_MS = 50
+COMMIT_MS = 200
 """So long after a batch its offsets are committed at the latest, together with those of the batches that followed."""
 
 

@@ -1,7 +1,8 @@
 """What a consumer of the embedded broker needs and one of Apache Kafka must not have.
 
 Measured with noida-db 0.2.3 and aiokafka 0.14. The adapters stand around `AIOKafkaConsumer._client.send`,
-the one way of all requests of a consumer, and touch only the answers of the one request they are about.
+the one way of all requests of a consumer, and touch only the answers of the one request they are about. Fetches are
+sent again beneath it.
 
 For one thing there is no adapter: it never lets a member of a group go that died without leaving, so nobody takes over
 from it. Whoever comes back under the same name goes on.
@@ -10,9 +11,13 @@ from it. Whoever comes back under the same name goes on.
 from __future__ import annotations
 
 import asyncio
+import io
+import struct
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer
+from aiokafka.client import ConnectionGroup
+from aiokafka.errors import KafkaConnectionError
 
 # Api keys and error codes of the Kafka protocol.
 _FETCH, _OFFSET_COMMIT = 1, 8
@@ -20,7 +25,7 @@ _ILLEGAL_GENERATION, _REBALANCE_IN_PROGRESS = 22, 27
 
 
 QUICK_MS = 2
-"""From fetch to fetch where somebody waits for what comes of a record: one that brings nothing costs 0.3 ms of CPU."""
+"""From fetch to fetch where somebody waits for what comes of a record: one that brings nothing costs 0.1 ms of CPU."""
 TABLE_MS = 25
 """The same where a table is kept up to date."""
 CEILING_MS = 50
@@ -70,14 +75,16 @@ def hold_fetches(
             return await send(node_id, request, **options)
         loop = asyncio.get_running_loop()
         hold_until_s = loop.time() + hold_ms / 1000
+        again: _Again | None = None
         while True:
             await asyncio.sleep(due_s.get(node_id, 0) - loop.time())
             due_s[node_id] = loop.time() + linger_ms / 1000
-            response = await send(node_id, request, **options)
+            response = await (send(node_id, request, **options) if again is None else again.send())
             now_s = loop.time()
             if not _brought_nothing(response):
                 heard_s[node_id] = now_s
                 return response
+            again = again or _Again.on(client, node_id, request, response)
             silence_ms = (now_s - heard_s.setdefault(node_id, now_s)) * 1000
             pause_ms = min(max(linger_ms, silence_ms * _SHARE_OF_SILENCE), ceiling_ms)
             due_s[node_id] = now_s + pause_ms / 1000
@@ -85,6 +92,47 @@ def hold_fetches(
                 return response
 
     client.send = held_send
+
+
+class _Again:
+    """One fetch that brought nothing, sent again: encoded once, its answers decoded only where they are not the same.
+
+    By way of the client it takes half as much CPU again, and that is most of what an idle service takes.
+    """
+
+    def __init__(self, connection: Any, request: Any, nothing: Any) -> None:
+        self._connection = connection
+        self._request = request.prepare(connection._versions)
+        header = self._request.build_request_header(correlation_id=0, client_id=connection._client_id)
+        message = header.encode() + self._request.encode()
+        self._frame = struct.pack(">i", len(message)) + message
+        self._nothing = nothing
+        self._raw = b""
+        """How `_nothing` looks."""
+
+    @classmethod
+    def on(cls, client: Any, node_id: int, request: Any, nothing: Any) -> _Again | None:
+        """None where there is no connection any more: the client makes another one."""
+        connection = client._conns.get((node_id, ConnectionGroup.DEFAULT))
+        return cls(connection, request, nothing) if connection and connection.connected() else None
+
+    async def send(self) -> Any:
+        """Raises KafkaError where the connection ended."""
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        if not self._connection.connected():
+            raise KafkaConnectionError("the connection to the broker ended")
+        self._connection._writer.write(self._frame)
+        # Without a correlation id, as packets of SASL, it is handed on as it came.
+        self._connection._requests.append((None, None, answer))
+        raw = await answer
+        if raw != self._raw:
+            stream = io.BytesIO(raw)
+            self._request.parse_response_header(stream)
+            response = self._request.RESPONSE_TYPE.decode(stream)
+            if not _brought_nothing(response):
+                return response
+            self._raw, self._nothing = raw, response
+        return self._nothing
 
 
 def rejoin_on_refused_commit(consumer: AIOKafkaConsumer) -> None:

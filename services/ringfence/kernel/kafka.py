@@ -21,6 +21,7 @@ from aiokafka.errors import KafkaError
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.embedded_broker import QUICK_MS, TABLE_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.fetching import FETCH_OPTIONS, Fetches
 from ringfence.kernel.gone import NO_RESET, OnGone, Onward
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka_connection import connection, no_answer
@@ -346,15 +347,19 @@ def to_json(value: Any) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
 
 
-def fetch_options(linger_ms: int) -> dict[str, Any]:
-    """What is fetched: what is committed, where it was written in a transaction. And how long a broker holds a fetch:
-    until anything is there, or (`linger_ms`) until much is there or time is up.
+def paced(
+    consumer: AIOKafkaConsumer, settings: BusSettings, linger_ms: int = 0, *, quick_ms: int = QUICK_MS
+) -> Fetches:
+    """See that `consumer` asks for records when it should. Call it once, before `consumer.start()`.
+
+    Args:
+        linger_ms: let records gather for so long after others came, where nobody waits for them.
+        quick_ms: where somebody does: from fetch to fetch of the embedded broker, which holds none.
     """
-    if linger_ms:
-        waiting = {"fetch_min_bytes": 256 * 1024, "fetch_max_wait_ms": linger_ms}
-    else:
-        waiting = {"fetch_max_wait_ms": 500}
-    return {"isolation_level": "read_committed", **waiting}
+    if settings.embedded_broker:
+        adapt_to_embedded_broker(consumer, linger_ms=linger_ms or quick_ms)
+        return Fetches(consumer)
+    return Fetches(consumer, linger_ms=linger_ms)
 
 
 class Follower:
@@ -406,12 +411,11 @@ class Follower:
             **connection(self._settings),
             enable_auto_commit=False,
             auto_offset_reset=NO_RESET,
-            **fetch_options(self._linger_ms),
+            **FETCH_OPTIONS,
         )
-        if self._settings.embedded_broker:
-            adapt_to_embedded_broker(
-                consumer, linger_ms=self._linger_ms or (TABLE_MS if self._since_ms == 0 else QUICK_MS)
-            )
+        paced(
+            consumer, self._settings, self._linger_ms, quick_ms=TABLE_MS if self._since_ms == 0 else QUICK_MS
+        )
         try:
             await consumer.start()
             partitions = await self._partitions(consumer)

@@ -11,9 +11,9 @@ from typing import Any, Self
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from ringfence.kernel.embedded_broker import adapt_to_embedded_broker
 from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.kafka import Received, fetch_options, received
+from ringfence.kernel.fetching import FETCH_OPTIONS
+from ringfence.kernel.kafka import Received, paced, received
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.settings import BusSettings
 from ringfence.messages.base import Topic
@@ -35,10 +35,9 @@ class Stretches:
             **connection(self._settings),
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            **fetch_options(0),
+            **FETCH_OPTIONS,
         )
-        if self._settings.embedded_broker:
-            adapt_to_embedded_broker(consumer)
+        paced(consumer, self._settings)
         return consumer
 
     async def __aenter__(self) -> Self:

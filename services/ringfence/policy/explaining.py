@@ -8,9 +8,9 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.jws import open_signed, parse
+from ringfence.kernel.kafka import paced
 from ringfence.kernel.kafka_connection import connection
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.approval import Grant
@@ -76,8 +76,7 @@ class Explainer:
         settings = self._runtime.settings
         partition = TopicPartition(CREDENTIAL_DECISION.name(settings.topic_prefix), at.partition)
         consumer = AIOKafkaConsumer(**connection(settings), enable_auto_commit=False)
-        if settings.embedded_broker:
-            adapt_to_embedded_broker(consumer, linger_ms=QUICK_MS)
+        paced(consumer, settings)
         async with self._one_at_a_time:
             try:
                 async with asyncio.timeout(READ_TIMEOUT_S):

@@ -9,9 +9,8 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from ringfence.kernel.clock import Clock
-from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.kafka import Follower, Received, received
+from ringfence.kernel.kafka import Follower, Received, paced, received
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.settings import BusSettings
 from ringfence.kernel.trust import TrustStore
@@ -53,8 +52,7 @@ async def recorded_decisions(settings: BusSettings, since_ms: int) -> AsyncItera
     consumer = AIOKafkaConsumer(
         **connection(settings), enable_auto_commit=False, auto_offset_reset="earliest"
     )
-    if settings.embedded_broker:
-        adapt_to_embedded_broker(consumer, linger_ms=QUICK_MS)
+    paced(consumer, settings)
     try:
         await consumer.start()
         await consumer._client.set_topics(

@@ -15,9 +15,9 @@ from aiokafka.errors import KafkaError
 
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import gather_all
-from ringfence.kernel.embedded_broker import QUICK_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.kafka import Received, fetch_options, received
+from ringfence.kernel.fetching import FETCH_OPTIONS
+from ringfence.kernel.kafka import Received, paced, received
 from ringfence.kernel.kafka_connection import connection
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.lease import Lease
@@ -65,10 +65,9 @@ class Forgetter:
         settings = self._runtime.settings
         consumer = AIOKafkaConsumer(
             **connection(settings), enable_auto_commit=False, auto_offset_reset="earliest",
-            **fetch_options(0),
+            **FETCH_OPTIONS,
         )  # fmt: skip
-        if settings.embedded_broker:
-            adapt_to_embedded_broker(consumer, linger_ms=QUICK_MS)
+        paced(consumer, settings)
         await consumer.start()
         try:
             name = LEASE.name(settings.topic_prefix)

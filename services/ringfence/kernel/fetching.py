@@ -1,0 +1,94 @@
+"""When a consumer asks the broker for more: not while it is told to wait, and no sooner than is worth a request.
+
+aiokafka asks again as soon as it has handed out what came. This stands around `AIOKafkaConsumer._client.send`, the
+one way of all requests of a consumer; only fetches wait: heartbeats, commits, joins and metadata pass. Stopping it
+or a rebalance cancels the wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from aiokafka import AIOKafkaConsumer
+
+_FETCH = 1
+"""Its key in the Kafka protocol."""
+MUCH_BYTES = 256 * 1024
+"""What brings so much is followed by the next fetch at once: more is there."""
+WAIT_MS = 500
+"""So long a broker holds a fetch that finds nothing. What is asked meanwhile on the same connection waits behind it."""
+
+FETCH_OPTIONS: Final[dict[str, Any]] = {"isolation_level": "read_committed", "fetch_max_wait_ms": WAIT_MS}
+"""What is fetched: what is committed, where it was written in a transaction."""
+
+
+_GATHER_MS = 2
+_GATHER_AT_MOST_MS = 12
+
+
+class Gathering:
+    """How long to let records gather between batches, where somebody waits for what comes of them.
+
+    Where many come at once, more are on their way, and a batch costs little more than one record.
+    """
+
+    def __init__(self, full: int) -> None:
+        """`full`: how many records a batch has at most."""
+        self._full = full
+        self._before = 1
+
+    def after(self, handled: int) -> float:
+        """In seconds, after a batch of so many records.
+
+        Where they come one by one none waits, nor after a moment in which several had to; where a batch was full, the
+        next are here already.
+        """
+        fewer = min(self._before, handled)
+        self._before = handled
+        return 0 if handled >= self._full else min(_GATHER_MS * (fewer - 1), _GATHER_AT_MOST_MS) / 1000
+
+
+class Fetches:
+    """The fetches of one consumer. Make it once, before `consumer.start()`."""
+
+    def __init__(self, consumer: AIOKafkaConsumer, *, linger_ms: int = 0) -> None:
+        """`linger_ms`: so long after an answer of a broker that brought something, but not much, records gather there.
+
+        The first record after a silence is read at once all the same.
+        """
+        self._linger_s = linger_ms / 1000
+        self._open = asyncio.Event()
+        self._open.set()
+        self._not_before_s = 0.0
+        self._due_s: dict[int, float] = {}
+        client = consumer._client
+        self._send = client.send
+        client.send = self._spaced
+
+    def hold(self) -> None:
+        """Ask for nothing more until `go_on`. A fetch under way still comes."""
+        self._open.clear()
+
+    def go_on(self, after_s: float = 0) -> None:
+        """Ask for more, in so many seconds."""
+        self._not_before_s = asyncio.get_running_loop().time() + after_s
+        self._open.set()
+
+    async def _spaced(self, node_id: int, request: Any, **options: Any) -> Any:
+        if request.API_KEY != _FETCH:
+            return await self._send(node_id, request, **options)
+        loop = asyncio.get_running_loop()
+        await self._open.wait()
+        wait_s = max(self._not_before_s, self._due_s.get(node_id, 0)) - loop.time()
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
+        response = await self._send(node_id, request, **options)
+        if self._linger_s and 0 < _size(response) < MUCH_BYTES:
+            self._due_s[node_id] = loop.time() + self._linger_s
+        return response
+
+
+def _size(response: Any) -> int:
+    """Bytes of records in a fetch response: they come last of what is told of each partition."""
+    return sum(len(partition[-1] or b"") for _, partitions in response.topics for partition in partitions)
