@@ -10,14 +10,12 @@ import ctypes
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 # From linux/ptrace.h and linux/wait.h.
 _SEIZE, _INTERRUPT = 0x4206, 0x4207
 _WALL = 0x40000000
 _WITHIN_S = 2.0
-_NAMED_WITHIN_S = 0.5
 
 
 def hold_thread(pid: int, name: str) -> bool:
@@ -25,9 +23,7 @@ def hold_thread(pid: int, name: str) -> bool:
 
     To be called while the thread sleeps: a lock that it has then, it keeps.
     """
-    until_s = time.monotonic() + _NAMED_WITHIN_S  # a thread that has just started has no name of its own yet
-    while (tid := _thread(pid, name)) is None and time.monotonic() < until_s:
-        time.sleep(0.01)
+    tid = _thread(pid, name)
     if sys.platform != "linux" or tid is None:
         return False
     tried, held = threading.Event(), threading.Event()
