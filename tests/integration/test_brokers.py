@@ -26,8 +26,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import CommitFailedError, KafkaError
 
-from ringfence.dev.holding import hold_thread
-from ringfence.dev.kafka import EmbeddedKafka, kafka_answers
+from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.dev.processes import LOOPBACK, StackError, free_port, spawn
 from ringfence.dev.redis import EmbeddedRedis
 from ringfence.kernel import embedded_broker
@@ -249,27 +248,6 @@ async def test_a_commit_passes_by_the_pause_of_an_idle_consumer(
             await news.wait()  # it pauses for ten minutes now
             await consumer.commit({TopicPartition("quiet", 0): 0})
         assert len(fetched) == 1
-
-
-def test_a_broker_that_is_not_to_save_its_data_answers_all_the_same_and_can_be_killed(tmp_path: Path) -> None:
-    broker = EmbeddedKafka(tmp_path, save=False)
-    broker.start()
-    try:
-        assert broker.child is not None
-        states = {
-            (task / "comm").read_text().strip(): (task / "stat").read_text().rpartition(")")[2].split()[0]
-            for task in Path(f"/proc/{broker.child.pid}/task").glob("*")
-        }
-        assert states["autosave"] == "t", "held by a tracer"
-        assert kafka_answers(broker.port)
-        os.kill(broker.child.pid, signal.SIGKILL)
-        assert broker.child.wait(WITHIN_S) == -signal.SIGKILL, "its end is noticed"
-    finally:
-        broker.stop()
-
-
-def test_nobody_is_held_who_is_not_there() -> None:
-    assert not hold_thread(os.getpid(), "no such thread")
 
 
 async def test_redis_tells_that_a_key_expired(redis_server: Any) -> None:

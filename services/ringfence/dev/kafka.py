@@ -4,9 +4,8 @@ What differs from Apache Kafka, as measured with 0.2.3:
 - It answers a fetch that finds nothing at once, whatever the consumer asked for: pace consumers of it with
   `ringfence.kernel.embedded_broker`.
 - All data is in memory. About every two seconds in which something changed it writes all of it as one JSON
-  file, so records acknowledged since then are lost where it is killed, and every megabyte it holds costs CPU
-  (at saturation three quarters of what it takes): `save`, and bound topics by `retention.ms` and
-  `retention.bytes`, which it honours. It accepts `cleanup.policy=compact`
+  file, so records acknowledged since then are lost where it is killed, and every megabyte it holds costs CPU:
+  bound topics by `retention.ms` and `retention.bytes`, which it honours. It accepts `cleanup.policy=compact`
   but does not compact.
 - It writes no log of its requests, and its wrapper script leaves the server behind when killed: the binary
   inside the package is started here instead.
@@ -21,16 +20,12 @@ import socket
 import struct
 from pathlib import Path
 
-from ringfence.dev.holding import hold_thread
 from ringfence.dev.processes import LOOPBACK, Child, StackError, claim_port, spawn
 
 _ANSWER_TIMEOUT_S = 1.0
 _START_TIMEOUT_S = 20.0
 # With its data kept, it writes all of it before it ends.
 _KEEPING_GRACE_S = 30.0
-
-_SAVING = "autosave"
-"""Its thread that writes all that it holds, every other second. Under load that is most of its CPU."""
 
 _METADATA, _ALTER_CONFIGS = 3, 33  # api keys of the Kafka protocol
 _BROKER_RESOURCE = 4
@@ -42,25 +37,17 @@ class EmbeddedKafka:
 
     Its data are in a folder of its own inside `data_dir`, emptied at start and at stop unless `keep`. `port`
     0 takes a free one, once, for the life of this object. Its output is appended to `log_path`
-    (`data_dir/kafka.log`). With `save` false it has them in memory alone, where this system lets us see to it, and
-    loses them in `restart`.
+    (`data_dir/kafka.log`).
     """
 
     def __init__(
-        self,
-        data_dir: Path,
-        port: int = 0,
-        log_path: Path | None = None,
-        *,
-        keep: bool = False,
-        save: bool = True,
+        self, data_dir: Path, port: int = 0, log_path: Path | None = None, *, keep: bool = False
     ) -> None:
         self.port = port
         self.child: Child | None = None
         self._store = data_dir / "noida-db"
         self._log_path = log_path or data_dir / "kafka.log"
         self._keep = keep
-        self._save = save or keep
 
     @property
     def bootstrap(self) -> str:
@@ -106,8 +93,6 @@ class EmbeddedKafka:
                 f"answers Kafka requests on {self.bootstrap}",
             )
             _refuse_unknown_topics(self.port)
-            if not self._save:
-                hold_thread(self.child.pid, _SAVING)
         except BaseException:
             self.child.kill()
             self.child = None

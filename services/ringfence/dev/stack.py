@@ -58,7 +58,8 @@ class StackOptions:
     redis_port: int = 0
     partitions: int = 4
     keep_bytes: int = 16 * 1024 * 1024
-    """What the embedded broker keeps of each partition that is not compacted. It holds all in memory."""
+    """What the embedded broker keeps of each partition that is not compacted. It holds all in memory, and writes all of
+    it again every other second."""
     environment: dict[str, str] = field(default_factory=dict)
     """More `RINGFENCE_*` for the services."""
 
@@ -135,10 +136,7 @@ class Stack:
         if not self.kafka:
             self._say("starting the broker")
             self._broker = EmbeddedKafka(
-                state / "kafka",
-                self.options.kafka_port,
-                log_path=state / "logs" / "kafka.log",
-                save=False,  # it is started empty each time
+                state / "kafka", self.options.kafka_port, log_path=state / "logs" / "kafka.log"
             )
             self._broker.start()
             self.kafka = self._broker.bootstrap
