@@ -176,6 +176,9 @@ class CredentialDelivery(Claims):
     lease_id: Uuid
     target_id: TargetId
     credential: Credential
+    lease_digest: Digest | None = None
+    """The SHA-256 of the lease's record that comes with it in a reply, where the issuer itself has just signed that:
+    who has verified this need not verify the record's own signature, by the same issuer, as well."""
 
 
 class EnvelopeHeader(Message):
