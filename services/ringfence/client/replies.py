@@ -21,9 +21,9 @@ from ringfence.kernel.trust import TrustStore
 from ringfence.messages.base import Jws
 from ringfence.messages.credential import (
     Credential,
-    CredentialDecision,
     CredentialDelivery,
     CredentialRequest,
+    DecidedTerms,
     IssuerRefusal,
     Reason,
     ReplyContent,
@@ -97,7 +97,7 @@ class SentRequest:
 
 
 class _Opened(ReplyContent):
-    """What was sealed. Its messages are read as any text: each is parsed, and verified, before anything is made of it."""
+    """What was sealed. Its messages are read as any text: each is parsed and verified before anything is made of it."""
 
     decision: str
     lease: str | None = None
@@ -125,7 +125,7 @@ def read_reply(value: bytes, sent: SentRequest, trust: TrustStore, at_ms: int) -
             f"not the content of a reply: {explain(error)}", code="claims_invalid"
         ) from None
     decision = open_signed(
-        parse(content.decision), CredentialDecision, trust.finder("policy", at_s=at_ms / 1000),
+        parse(content.decision), DecidedTerms, trust.finder("policy", at_s=at_ms / 1000),
         audience=trust.trust_domain,
     ).claims  # fmt: skip
     if decision.request != sent.compact or decision.request_id != sent.request_id:
@@ -180,7 +180,7 @@ def _issued(
 
 
 def _delivery(content: ReplyContent, trust: TrustStore, at_ms: int) -> CredentialDelivery | None:
-    """The credential as the issuer signed it: with another in its place the agent would act as whoever made that one."""
+    """The credential as the issuer signed it: with another the agent would act as whoever made that one."""
     if content.delivery is None:
         return None
     return open_signed(

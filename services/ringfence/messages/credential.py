@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from ringfence.messages.base import (
     Claims,
@@ -118,6 +118,14 @@ class CredentialDecision(Claims):
     """Until when approvals are waited for (`approval_required` only)."""
     retry_after_s: int | None = None
     """Set on a denial where asking again with a new request may work."""
+
+
+class DecidedTerms(CredentialDecision):
+    """A decision as issuer and agents read it: what the policy was given, half of it, is passed over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    input: ClassVar[None] = None  # type: ignore[misc]
 
 
 class IssuerRefusal(Claims):
