@@ -19,10 +19,10 @@ from ringfence.dev.redis import EmbeddedRedis
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.ids import digest
-from ringfence.kernel.jws import sign
+from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Received
 from ringfence.messages.base import Topic
-from ringfence.messages.credential import Coordinates
+from ringfence.messages.credential import Coordinates, CredentialDelivery, ReplyContent
 from ringfence.messages.keys import PublicJwk
 from ringfence.messages.lease import EndCause
 from ringfence.messages.registry import AgentSetCeiling, AgentSuspend, BackendSettings, TaskEnd
@@ -78,6 +78,11 @@ async def arrived(desk: Desk) -> None:
     assert await desk.world.runtimes["issuer"].tables_caught_up(30)
 
 
+def delivered(content: ReplyContent) -> CredentialDelivery:
+    assert content.delivery is not None
+    return parse(content.delivery).unverified_claims(CredentialDelivery)
+
+
 async def token_claims(desk: Desk, token: str) -> dict[str, Any]:
     """The claims, verified by a stranger's tools: discovery, JWKS, PyJWT."""
     async with httpx.AsyncClient(base_url=url(desk), timeout=WITHIN_S) as http:
@@ -109,6 +114,7 @@ async def test_an_allowed_request_becomes_a_lease_and_a_credential(desk: Desk, s
     lease = await desk.lease(asked.lease_id, "active")
     (record,) = await desk.records(asked.lease_id)
     assert content.lease == record.compact
+    assert delivered(content).lease_digest == digest(content.lease)
 
     assert (lease.agent_id, lease.act, lease.sponsor) == (desk.bot.name, (desk.bot.name,), "sam")
     assert (lease.on_behalf_of, lease.task_id, lease.target_id) == ("maria", desk.task, "staging")
@@ -449,15 +455,15 @@ async def test_what_fails_between_redis_and_kafka_is_finished_with_the_same_leas
     desk: Desk, store: LeaseStore, monkeypatch: pytest.MonkeyPatch, lost: Topic[Any]
 ) -> None:
     publisher = desk.world.runtimes["issuer"].publisher
-    send, failures = publisher.send, list[Topic[Any]]()
+    send_to, failures = publisher.send_to, list[Topic[Any]]()
 
-    async def failing(topic: Topic[Any], *args: Any, **more: Any) -> Any:
+    async def failing(partition: int, topic: Topic[Any], *args: Any) -> None:
         if topic is lost and len(failures) < 2:
             failures.append(topic)
             raise UnavailableError("the broker went away")
-        return await send(topic, *args, **more)
+        await send_to(partition, topic, *args)
 
-    monkeypatch.setattr(publisher, "send", failing)
+    monkeypatch.setattr(publisher, "send_to", failing)
     asked = await desk.ask("read")
     await desk.decide(asked)
     content = await desk.answer(asked)
@@ -482,6 +488,7 @@ async def test_a_lease_of_a_crashed_issuer_is_answered_whatever_changed_since(de
     second = await desk.answer(asked, after=1)
     assert second.lease == first.lease
     assert second.credential is not None
+    assert delivered(second).lease_digest is None, "it vouches for nothing that it found in Redis"
 
 
 # --- views that are too old -------------------------------------------------------------------------------------------

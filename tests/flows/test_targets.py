@@ -270,11 +270,17 @@ async def test_after_a_crash_at_any_step_the_agent_is_served_and_nothing_is_left
                 crashing(RedisBackend.mint, lambda self, lease, target: lease.lease_id == asked.lease_id),
             )
         case "reply":
-            is_reply = lambda topic, key, *_, **__: topic.what == "credential.reply" and key == desk.bot.name  # noqa: E731
-            monkeypatch.setattr(publisher, "send", crashing(publisher.send, is_reply))
+            is_reply = lambda partition, topic, what, records: (  # noqa: E731
+                topic.what == "credential.reply" and any(one.key == desk.bot.name for one in records)
+            )
+            monkeypatch.setattr(publisher, "send_to", crashing(publisher.send_to, is_reply))
+        case "active record":
+            is_active = lambda partition, topic, what, records: any(  # noqa: E731
+                one.key == asked.lease_id and one.id.endswith(".2") for one in records
+            )
+            monkeypatch.setattr(publisher, "send_to", crashing(publisher.send_to, is_active))
         case _:
-            seq = 1 if step == "minting record" else 2
-            is_it = lambda topic, key, *_, **more: key == asked.lease_id and more["id"].endswith(f".{seq}")  # noqa: E731
+            is_it = lambda topic, key, *_, **more: key == asked.lease_id and more["id"].endswith(".1")  # noqa: E731
             monkeypatch.setattr(publisher, "send", crashing(publisher.send, is_it))
     await desk.decide(asked)
     content = await desk.answer(asked)

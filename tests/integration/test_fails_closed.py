@@ -56,11 +56,13 @@ async def test_no_credential_goes_out_before_kafka_acknowledged_its_lease(
 
     async def send_many_slowly(topic: Topic[Any], *args: Any, **more: Any) -> Any:
         acks = await send_many(topic, *args, **more)
+        if topic is CREDENTIAL_REPLY and acks:
+            order.append("reply")
         if topic is not LEASE:
             return acks
         order.append("lease")
         sent.set()
-        return [acknowledged(ack) for ack in acks]
+        return [acknowledged(asyncio.ensure_future(ack)) for ack in acks]
 
     monkeypatch.setattr(publisher, "send", send_slowly)
     monkeypatch.setattr(publisher, "send_many", send_many_slowly)

@@ -120,7 +120,7 @@ def delivery(sent: SentRequest, by: SigningKey = ISSUER, **fields: Any) -> str:
         "lease_id": lease_id(sent.request_id),
         "target_id": "staging",
     }
-    about |= {name: fields.pop(name) for name in about if name in fields}
+    about |= {name: fields.pop(name) for name in (*about, "lease_digest") if name in fields}
     return sign(
         CredentialDelivery(**stamp(by), **about, credential=Credential(**{**credential, **fields})), by
     )
@@ -155,6 +155,18 @@ def test_an_issued_credential_says_what_it_is_and_hides_its_value(
     assert answer.headers() == {"Authorization": "Bearer s3cret-value"}
     assert answer.trace_id == sent.traceparent.split("-")[1]
     assert "s3cret" not in repr(answer) + str(answer)
+
+
+def test_a_lease_is_the_issuers_word_where_the_credential_names_its_digest(
+    sent: SentRequest, trust: TrustStore
+) -> None:
+    decided = decision(sent)
+    leased = lease(sent, decided)
+    named = {"decision": decided, "lease": leased, "delivery": delivery(sent, lease_digest=digest(leased))}
+    assert isinstance(read(sealed(sent, **named), sent, trust), IssuedCredential)
+    other = lease(sent, decided, sponsor="mallory")
+    with pytest.raises(InvalidMessageError, match="another lease"):
+        read(sealed(sent, **{**named, "lease": other}), sent, trust)
 
 
 def test_a_credential_that_nobody_signed_is_none(sent: SentRequest, trust: TrustStore) -> None:
@@ -271,6 +283,24 @@ FORGERIES: dict[str, Callable[[SentRequest, str], dict[str, Any]]] = {
         "delivery": delivery(sent, target_id="production")
     },
     "a credential of another kind": lambda sent, decided: {"delivery": delivery(sent, kind="postgres")},
+    "a credential that was delivered with another lease": lambda sent, decided: {
+        "delivery": delivery(sent, lease_digest=digest("other"))
+    },
+    "a lease by policy that only policy vouches for": lambda sent, decided: {
+        "lease": (leased := lease(sent, decided, by=POLICY)),
+        "delivery": delivery(sent, by=POLICY, lease_digest=digest(leased)),
+    },
+    "a lease that is named in another's name": lambda sent, decided: {
+        "lease": (leased := lease(sent, decided, by=POLICY)),
+        "delivery": delivery(sent, lease_digest=digest(leased)),
+    },
+    "a lease that is named and of another task": lambda sent, decided: {
+        "lease": (leased := lease(sent, decided, task_id=str(uuid.uuid4()))),
+        "delivery": delivery(sent, lease_digest=digest(leased)),
+    },
+    "a lease with a signature that is another's": lambda sent, decided: {
+        "lease": ".".join([*lease(sent, decided).split(".")[:2], delivery(sent).rpartition(".")[2]])
+    },
     "the lease in place of the credential": lambda sent, decided: {"delivery": lease(sent, decided)},
     "a refusal by policy": lambda sent, decided: {
         "refusal": sign(IssuerRefusal(**stamp(POLICY), request_id=sent.request_id, reasons=()), POLICY)

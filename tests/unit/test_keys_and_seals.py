@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import x25519
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from joserfc import jwe
 from joserfc.jwk import ECKey, OKPKey
 
@@ -21,7 +25,7 @@ from ringfence.client.ceremony import (
 from ringfence.kernel.envelope import EncryptionKey, enclose
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, SignatureError, UnavailableError
 from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.keys import KeyFileError, SigningKey
+from ringfence.kernel.keys import KeyFileError, SigningKey, b64decode, b64encode
 from ringfence.kernel.seal import ReplyKey, seal, unverified_kid
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.keys import PublicJwk
@@ -88,6 +92,82 @@ def test_a_long_reply_is_opened_as_well() -> None:
     """One that repeats a request of 64 KiB; joserfc opens no more than that by itself."""
     mine, long = ReplyKey(), os.urandom(700_000)
     assert mine.open(seal(long, mine.public, kid="request-1")) == long
+
+
+def test_a_reply_that_others_sealed_opens_as_well() -> None:
+    mine = ReplyKey()
+    key = OKPKey.import_key(mine.public.model_dump(exclude_none=True))
+    header = {"alg": "ECDH-ES", "enc": "A256GCM", "kid": "r"}
+    sealed = jwe.encrypt_compact(header, b"secret", key, algorithms=["ECDH-ES", "A256GCM"])
+    assert mine.open(sealed) == b"secret"
+
+
+def by_hand(to: ReplyKey, header: dict[str, object]) -> str:
+    """The same, by RFC 7518, 4.6, whatever the header says besides."""
+    own = x25519.X25519PrivateKey.generate()
+    epk = {"kty": "OKP", "crv": "X25519", "x": b64encode(own.public_key().public_bytes_raw())}
+    head = b64encode(json.dumps({"alg": "ECDH-ES", "enc": "A256GCM", "epk": epk, **header}).encode())
+    secret = own.exchange(x25519.X25519PublicKey.from_public_bytes(b64decode(to.public.x)))
+    info = b"\0\0\0\7A256GCM" + bytes(8) + (256).to_bytes(4)
+    key = hashlib.sha256(b"\0\0\0\1" + secret + info).digest()
+    sealed = AESGCM(key).encrypt(bytes(12), b"secret", head.encode())
+    return f"{head}..{b64encode(bytes(12))}.{b64encode(sealed[:-16])}.{b64encode(sealed[-16:])}"
+
+
+@pytest.mark.parametrize("name", ["crit", "zip", "apu", "apv"])
+def test_what_changes_the_meaning_of_a_seal_is_refused(name: str) -> None:
+    mine = ReplyKey()
+    assert mine.open(by_hand(mine, {"from_a_newer_writer": 1})) == b"secret"
+    with pytest.raises(InvalidMessageError, match="cannot open"):
+        mine.open(by_hand(mine, {name: "DEF"}))
+
+
+EPK = {"kty": "OKP", "crv": "X25519", "x": ReplyKey().public.x}
+HOW = {"alg": "ECDH-ES", "enc": "A256GCM", "epk": EPK}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        None,
+        {},
+        {**HOW, "alg": "dir"},
+        {**HOW, "enc": "A128GCM"},
+        {**HOW, "crit": ["exp"]},
+        {**HOW, "epk": "x"},
+        {**HOW, "epk": {**EPK, "x": 5}},
+        {**HOW, "epk": {**EPK, "x": "AAAA"}},
+        {**HOW, "epk": {**EPK, "x": b64encode(bytes(32))}},
+        {**HOW, "epk": {**EPK, "crv": "P-256"}},
+    ],
+)
+def test_a_seal_that_strangers_made_up_is_refused(header: object) -> None:
+    head = b64encode(json.dumps(header).encode())
+    iv, tag = b64encode(bytes(12)), b64encode(bytes(16))
+    for compact in (
+        head,
+        f"{head}..{iv}.AAAA.{tag}",
+        f"{head}.AAAA.{iv}.AAAA.{tag}",
+        f"{head}..{iv}.é.{tag}",
+    ):
+        with pytest.raises(InvalidMessageError, match="cannot open"):
+            ReplyKey().open(compact)
+
+
+def test_a_seal_is_whole_or_refused() -> None:
+    mine = ReplyKey()
+    head, _, iv, ciphertext, tag = seal(b"secret", mine.public, kid="r").split(".")
+    for broken in (
+        f"{head}..{iv}.{ciphertext}.{tag[:16]}",
+        f"{head}..{iv}.{ciphertext}.",
+        f"{head}..{iv}AAAA.{ciphertext}.{tag}",
+        f"{head}..{iv}..{tag}",
+        f"{head}.AAAA.{iv}.{ciphertext}.{tag}",
+        f"{head}..{iv}.{ciphertext}.{tag}.",
+    ):
+        with pytest.raises(InvalidMessageError, match="cannot open"):
+            mine.open(broken)
 
 
 @pytest.mark.parametrize("key", [ECKey.generate_key("P-256"), OKPKey.generate_key("X25519")])

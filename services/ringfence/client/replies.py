@@ -21,9 +21,9 @@ from ringfence.kernel.trust import TrustStore
 from ringfence.messages.base import Jws
 from ringfence.messages.credential import (
     Credential,
-    CredentialDecision,
     CredentialDelivery,
     CredentialRequest,
+    DecidedTerms,
     IssuerRefusal,
     Reason,
     ReplyContent,
@@ -90,10 +90,19 @@ class SentRequest:
     traceparent: str
     key: SigningKey | None = field(default=None, repr=False)
     """The agent's, with which the request was signed."""
+    request_id: str = field(init=False)
 
-    @property
-    def request_id(self) -> str:
-        return message_id(self.claims.iss, self.claims.jti)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "request_id", message_id(self.claims.iss, self.claims.jti))
+
+
+class _Opened(ReplyContent):
+    """What was sealed. Its messages are read as any text: each is parsed and verified before anything is made of it."""
+
+    decision: str
+    lease: str | None = None
+    delivery: str | None = None
+    refusal: str | None = None
 
 
 def read_reply(value: bytes, sent: SentRequest, trust: TrustStore, at_ms: int) -> Answer:
@@ -110,13 +119,13 @@ def read_reply(value: bytes, sent: SentRequest, trust: TrustStore, at_ms: int) -
             request.
     """
     try:
-        content = ReplyContent.model_validate_json(sent.reply_key.open(value))
+        content = _Opened.model_validate_json(sent.reply_key.open(value))
     except ValidationError as error:
         raise InvalidMessageError(
             f"not the content of a reply: {explain(error)}", code="claims_invalid"
         ) from None
     decision = open_signed(
-        parse(content.decision), CredentialDecision, trust.finder("policy", at_s=at_ms / 1000),
+        parse(content.decision), DecidedTerms, trust.finder("policy", at_s=at_ms / 1000),
         audience=trust.trust_domain,
     ).claims  # fmt: skip
     if decision.request != sent.compact or decision.request_id != sent.request_id:
@@ -144,9 +153,8 @@ def _refused(compact: Jws, sent: SentRequest, trust: TrustStore, at_ms: int) -> 
 def _issued(
     content: ReplyContent, compact: Jws, sent: SentRequest, trust: TrustStore, at_ms: int
 ) -> IssuedCredential:
-    lease = open_signed(
-        parse(compact), Lease, trust.finder("issuer", at_s=at_ms / 1000), audience=trust.trust_domain
-    ).claims
+    delivery = _delivery(content, trust, at_ms)
+    lease = _lease(compact, delivery, trust, at_ms)
     wanted = sent.claims
     agent_id = subject_of(wanted.aud, wanted.iss, "agent")
     if (lease.request_id, lease.lease_id) != (sent.request_id, lease_id(sent.request_id)):
@@ -160,30 +168,48 @@ def _issued(
     if lease.status != "active":
         raise _wrong(f"the lease is {lease.status}")
     if lease.delivery == "gateway":
-        if content.delivery is not None or content.credential is not None:
+        if delivery is not None or content.credential is not None:
             raise _wrong("the reply holds a credential that was to go to the gateway")
         return _typed(lease, None, sent)
-    if content.delivery is None:
+    if delivery is None:
         raise _wrong("the reply holds a lease and no credential")
-    delivered = _delivered(content.delivery, lease, trust, at_ms)
-    if content.credential not in (None, delivered):
+    _check_delivered(delivery, lease)
+    if content.credential not in (None, delivery.credential):
         raise _wrong("the reply holds another credential than the one that the issuer signed")
-    return _typed(lease, delivered, sent)
+    return _typed(lease, delivery.credential, sent)
 
 
-def _delivered(compact: Jws, lease: Lease, trust: TrustStore, at_ms: int) -> Credential:
-    """The credential, which the issuer says is this lease's: with another in its place the agent would act as whoever
-    made that one.
-    """
-    delivery = open_signed(
-        parse(compact), CredentialDelivery, trust.finder("issuer", at_s=at_ms / 1000), audience=trust.trust_domain
+def _delivery(content: ReplyContent, trust: TrustStore, at_ms: int) -> CredentialDelivery | None:
+    """The credential as the issuer signed it: with another the agent would act as whoever made that one."""
+    if content.delivery is None:
+        return None
+    return open_signed(
+        parse(content.delivery), CredentialDelivery, trust.finder("issuer", at_s=at_ms / 1000),
+        audience=trust.trust_domain,
     ).claims  # fmt: skip
+
+
+def _lease(compact: Jws, delivery: CredentialDelivery | None, trust: TrustStore, at_ms: int) -> Lease:
+    """The lease's record: signed by the issuer, or named, to the last character, in what the issuer signed."""
+    jws = parse(compact)
+    if delivery is None or delivery.lease_digest is None:
+        return open_signed(
+            jws, Lease, trust.finder("issuer", at_s=at_ms / 1000), audience=trust.trust_domain
+        ).claims
+    if delivery.lease_digest != digest(compact):
+        raise _wrong("the credential was delivered with another lease")
+    lease = jws.unverified_claims(Lease)  # the issuer's word by its digest
+    if (lease.iss, lease.aud) != (delivery.iss, delivery.aud):
+        raise _wrong("the lease is another issuer's")
+    return lease
+
+
+def _check_delivered(delivery: CredentialDelivery, lease: Lease) -> None:
     about = (delivery.request_id, delivery.lease_id, delivery.target_id, delivery.credential.kind)
     if about != (lease.request_id, lease.lease_id, lease.target_id, lease.backend):
         raise _wrong("the credential is that of another lease")
     if delivery.credential.expires_at > lease.deadline:
         raise _wrong("the credential claims to outlive its lease")
-    return delivery.credential
 
 
 def _typed(lease: Lease, credential: Credential | None, sent: SentRequest) -> IssuedCredential:

@@ -27,8 +27,13 @@ ENVELOPE_TYPE = "application/jose+json"
 """The media type of a JWE in JSON serialisation (RFC 7515, 9.2.1)."""
 
 
-def signed_delivery(lease: Lease, credential: Credential, key: SigningKey, *, id: str) -> str:
-    """What says that this is the credential of that lease; `id` is the message's. To be sealed, and nothing else."""
+def signed_delivery(
+    lease: Lease, credential: Credential, key: SigningKey, *, id: str, lease_digest: str | None = None
+) -> str:
+    """What says that this is the credential of that lease; `id` is the message's. To be sealed, and nothing else.
+
+    `lease_digest`: that of the lease's record, where this issuer has just signed it and it goes along.
+    """
     claims = CredentialDelivery(
         iss=key.id,
         aud=lease.aud,
@@ -38,6 +43,7 @@ def signed_delivery(lease: Lease, credential: Credential, key: SigningKey, *, id
         lease_id=lease.lease_id,
         target_id=lease.target_id,
         credential=credential,
+        lease_digest=lease_digest,
     )
     text = signing_input(claims, key)
     # What it is sealed in is another each time as well.

@@ -35,9 +35,9 @@ from ringfence.issuer.steps import say
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import gather_all
 from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import derived_id, lease_id
-from ringfence.kernel.jws import open_signed, parse, sign
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.ids import derived_id, digest, lease_id
+from ringfence.kernel.jws import Signed, open_signed, parse, sign
+from ringfence.kernel.kafka import Outbound, Received
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.seal import seal
 from ringfence.kernel.tracing import Work
@@ -46,6 +46,7 @@ from ringfence.messages.credential import (
     CredentialDecision,
     CredentialDelivery,
     CredentialRequest,
+    DecidedTerms,
     IssuerRefusal,
     Reason,
     ReplyContent,
@@ -72,6 +73,8 @@ class _Live:
 
     issue: Issue
     jws: str
+    fresh: bool = False
+    """This issuer has just signed its record; else that was found in Redis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,10 @@ class _Reply:
     traceparent: str | None
     envelope: str | None = None
     """The credential, where it goes to gateways and not to the agent."""
+
+    def outbound(self) -> Outbound:
+        """The record of `credential.reply`."""
+        return Outbound(self.agent_id, self.jwe.encode(), self.id, self.traceparent)
 
 
 _Outcome = _Live | Minted | Refusal | Replayed
@@ -169,17 +176,22 @@ class DecisionHandler:
     async def _answer(self, decisions: Sequence[Decision], outcomes: Sequence[_Outcome]) -> None:
         done = list(zip(decisions, outcomes, strict=True))
         live = [(decision, one) for decision, one in done if isinstance(one, _Live | Minted)]
-        acknowledged = await self._publish([one for _, one in live])
-        replies = [
-            await self._credential(decision, one) for decision, one in live
-        ]  # while Kafka writes the leases
-        await gather_all(acknowledged)
+        leases = await self._publish([one for _, one in live])
+        replies: list[_Reply] = []
+        try:
+            for decision, one in live:
+                await asyncio.sleep(0)  # Kafka is sent the leases, and writes them, meanwhile
+                replies.append(await self._credential(decision, one))
+        finally:
+            await gather_all(leases)
         self._store.published((one.issue.lease.lease_id, one.issue.lease.seq) for _, one in live)
         for epoch in {lease.epoch for _, one in live if (lease := one.issue.lease).epoch is not None}:
             await self._store.confirm(epoch)
         # Who has the handle of a lease may use it at once: gateways have what they inject before.
         await gather_all([await self._send_envelope(reply) for reply in replies if reply.envelope])
-        sent = [await self._send(reply) for reply in replies]
+        sent = await self._runtime.publisher.send_many(
+            CREDENTIAL_REPLY, CREDENTIAL_REPLY.what, [reply.outbound() for reply in replies]
+        )
         no = [(decision, one) for decision, one in done if isinstance(one, Refusal | Replayed)]
         await gather_all([*sent, *(self._say_no(decision, one) for decision, one in no)])
 
@@ -190,9 +202,9 @@ class DecisionHandler:
         opened = []
         for record in batch:
             try:
-                signed = open_signed(
+                signed: Signed[CredentialDecision] = open_signed(
                     parse(record.value),
-                    CredentialDecision,
+                    DecidedTerms,
                     self._runtime.trust.finder("policy", at_s=record.appended_at_ms / 1000),
                     audience=self._terms.trust_domain,
                     appended_at_ms=record.appended_at_ms,
@@ -247,7 +259,7 @@ class DecisionHandler:
         match activation.outcome:
             case "activated":
                 metrics.LEASES_ISSUED.labels(issue.lease.backend).inc()
-                return _Live(issue, signed.jws)
+                return _Live(issue, signed.jws, fresh=True)
             case "fenced":
                 return Refusal(fenced(activation.mark or ""), issue.request)
             case "late":
@@ -299,17 +311,15 @@ class DecisionHandler:
 
     # --- 3: Kafka has the lease ---
 
-    async def _publish(self, live: Sequence[_Live | Minted]) -> list[Awaitable[object]]:
-        return [
-            await self._runtime.publisher.send(
-                LEASE,
-                one.issue.lease.lease_id,
-                one.jws,
-                id=one.issue.lease.jti,
-                type=Lease.typ,
-                traceparent=one.issue.lease.traceparent,
-            )
+    async def _publish(self, live: Sequence[_Live | Minted]) -> list[asyncio.Task[None]]:
+        records = [
+            Outbound(lease.lease_id, one.jws.encode(), lease.jti, lease.traceparent)
             for one in live
+            for lease in (one.issue.lease,)
+        ]
+        return [
+            asyncio.ensure_future(sending)
+            for sending in await self._runtime.publisher.send_many(LEASE, Lease.typ, records)
         ]
 
     # --- 4: the agent has its answer, and audit the reasons ---
@@ -318,21 +328,26 @@ class DecisionHandler:
         issue = live.issue
         credential, to_gateway = await self._made(live), issue.lease.delivery == "gateway"
         given = None if to_gateway else credential
-        content = ReplyContent(
+        # Of what was verified, or made, here: to look at it all once more costs as much as to write it.
+        content = ReplyContent.model_construct(
             request_id=issue.lease.request_id,
             decision=decision.signed.compact,
             lease=live.jws,
             credential=given,
-            delivery=self._signed(issue.lease, given) if given else None,
+            delivery=self._signed(live, given) if given else None,
         )
         reply = self._sealed(decision, content, issue.request)
         if credential is None or not to_gateway:
             return reply
         return replace(reply, envelope=self._delivery.sealed(issue, credential, id=_envelope_id(reply)))
 
-    def _signed(self, lease: Lease, credential: Credential) -> str:
+    def _signed(self, live: _Live | Minted, credential: Credential) -> str:
+        lease = live.issue.lease
         id = derived_id(CredentialDelivery.typ, lease.lease_id, "agent")
-        return signed_delivery(lease, credential, self._runtime.key, id=id)
+        fresh = isinstance(live, _Live) and live.fresh
+        return signed_delivery(
+            lease, credential, self._runtime.key, id=id, lease_digest=digest(live.jws) if fresh else None
+        )
 
     async def _made(self, live: _Live | Minted) -> Credential | None:
         """The credential; None where the gateway reads the secret from a source of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from ringfence.messages.base import (
     Claims,
@@ -124,6 +124,14 @@ class CredentialDecision(Claims):
     """Set on a denial where asking again with a new request may work."""
 
 
+class DecidedTerms(CredentialDecision):
+    """A decision as issuer and agents read it: what the policy was given, half of it, is passed over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    input: ClassVar[None] = None  # type: ignore[misc]
+
+
 class IssuerRefusal(Claims):
     """The issuer's signed no: policy allowed, but the rule, a signature or a revision did not hold."""
 
@@ -180,6 +188,9 @@ class CredentialDelivery(Claims):
     lease_id: Uuid
     target_id: TargetId
     credential: Credential
+    lease_digest: Digest | None = None
+    """The SHA-256 of the lease's record that comes with it in a reply, where the issuer itself has just signed that:
+    who has verified this need not verify the record's own signature, by the same issuer, as well."""
 
 
 class EnvelopeHeader(Message):

@@ -26,4 +26,5 @@ def step_of(lease: Lease, name: str, tracing: Tracing) -> Span:
 
 def work_on(lease: Lease, order: str | None = None) -> Work:
     """The same, for one of many leases. `order`: the `traceparent` of what was said about it, where something was."""
-    return Work(nearest(order, lease.traceparent), ids_of(lease), because_of=order)
+    parent = nearest(order, lease.traceparent) if order is not None else lease.traceparent
+    return Work(parent, ids_of(lease), because_of=order)

@@ -87,7 +87,7 @@ from ringfence.model.leases import ALL_MARK, cut_mark, marks_of
 
 log = logging.getLogger(__name__)
 
-_GATHER_S = 0.05
+_GATHER_S = 0.09
 """How long acknowledgements gather before they are cleared: less than a sweeper takes for old."""
 _WATCH_EVERY_S = 1.0
 _NO_LEASE = "00000000-0000-0000-0000-000000000000"
