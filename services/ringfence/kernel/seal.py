@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Final
 
 import orjson
 from cryptography.exceptions import InvalidTag
