@@ -230,6 +230,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._assignor = AllToOneAssignor if alone else RangePartitionAssignor
         self._assigned_anew = True
         self._gathering = Gathering(max_records)
+        self._gathering_s = 0.0
         self._consumer: AIOKafkaConsumer | None = None
         self._commits: Commits | None = None
         self._draining = asyncio.Event()
@@ -300,9 +301,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             await asyncio.sleep(1)
 
     async def _step(self, consumer: AIOKafkaConsumer, fetches: Fetches, commits: Commits) -> None:
-        timeout_ms = COMMIT_MS if commits.waiting else _IDLE_MS
         try:
-            batches = await self._onward.next(consumer, timeout_ms=timeout_ms, max_records=self._max_records)
+            batches = await self._next(consumer, fetches, commits)
         except KafkaError as error:
             log.warning("reading failed, trying again: %s", error)
             await asyncio.sleep(0.5)
@@ -321,12 +321,25 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._idle.clear()
         try:
             await self._handle(consumer, commits, batches)
-            gathering_s = self._gathering.after(sum(map(len, batches.values())))
-            fetches.go_on(0 if self._linger_ms else gathering_s)
-            if commits.due:
-                await commits.flush()
+            if not self._linger_ms:
+                self._gathering_s = self._gathering.after(sum(map(len, batches.values())))
         finally:
             self._idle.set()
+
+    async def _next(
+        self, consumer: AIOKafkaConsumer, fetches: Fetches, commits: Commits
+    ) -> dict[TopicPartition, list[Any]]:
+        """What is left of what came before; then what comes. Raises KafkaError."""
+        if fetches.held:
+            batches = await self._onward.next(consumer, timeout_ms=0, max_records=self._max_records)
+            if not batches:
+                fetches.go_on(self._gathering_s)
+            if commits.due:
+                await commits.flush()
+            if batches:
+                return batches
+        timeout_ms = COMMIT_MS if commits.waiting else _IDLE_MS
+        return await self._onward.next(consumer, timeout_ms=timeout_ms, max_records=self._max_records)
 
     async def _handle(
         self, consumer: AIOKafkaConsumer, commits: Commits, batches: dict[TopicPartition, list[Any]]

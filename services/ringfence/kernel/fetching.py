@@ -8,6 +8,7 @@ or a rebalance cancels the wait.
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer
@@ -25,6 +26,9 @@ FETCH_OPTIONS: Final[dict[str, Any]] = {"isolation_level": "read_committed", "fe
 
 _GATHER_MS = 2
 _GATHER_AT_MOST_MS = 12
+
+
+_NOTHING = SimpleNamespace(topics=())
 
 
 class Gathering:
@@ -58,6 +62,8 @@ class Fetches:
         The first record after a silence is read at once all the same.
         """
         self._linger_s = linger_ms / 1000
+        self.held = False
+        """Whether it is told to ask for nothing more."""
         self._open = asyncio.Event()
         self._open.set()
         self._not_before_s = 0.0
@@ -68,10 +74,12 @@ class Fetches:
 
     def hold(self) -> None:
         """Ask for nothing more until `go_on`. A fetch under way still comes."""
+        self.held = True
         self._open.clear()
 
     def go_on(self, after_s: float = 0) -> None:
-        """Ask for more, in so many seconds."""
+        """Ask for more, in so many seconds. Only when all that came was taken: see `_spaced`."""
+        self.held = False
         self._not_before_s = asyncio.get_running_loop().time() + after_s
         self._open.set()
 
@@ -79,7 +87,11 @@ class Fetches:
         if request.API_KEY != _FETCH:
             return await self._send(node_id, request, **options)
         loop = asyncio.get_running_loop()
-        await self._open.wait()
+        if self.held:
+            # It was made when records of some partitions were still here, and leaves those out: sent now, the broker would
+            # hold it for as long as the others have nothing. Answered with nothing, aiokafka makes it anew, of all.
+            await self._open.wait()
+            return _NOTHING
         wait_s = max(self._not_before_s, self._due_s.get(node_id, 0)) - loop.time()
         if wait_s > 0:
             await asyncio.sleep(wait_s)
