@@ -88,8 +88,8 @@ class Fetches:
             return await self._send(node_id, request, **options)
         loop = asyncio.get_running_loop()
         if self.held:
-            # It was made when records of some partitions were still here, and leaves those out: sent now, the broker would
-            # hold it for as long as the others have nothing. Answered with nothing, aiokafka makes it anew, of all.
+            # Made when records of some partitions were still here, it leaves those out, and the broker would
+            # hold it for as long as the others have nothing. Answered with nothing, aiokafka makes it anew.
             await self._open.wait()
             return _NOTHING
         wait_s = max(self._not_before_s, self._due_s.get(node_id, 0)) - loop.time()
