@@ -29,16 +29,11 @@ CAUSE = EndCause(kind="deadline", at_ms=1)
 
 
 @contextlib.asynccontextmanager
-async def held_end(
-    monkeypatch: pytest.MonkeyPatch, place: Place, lease_id: str
+async def held(
+    monkeypatch: pytest.MonkeyPatch, is_it: Callable[[Outbound], bool]
 ) -> AsyncIterator[tuple[asyncio.Event, asyncio.Event]]:
-    """Whoever ends a lease in the epoch of now is held up on the way to Kafka. Yields: it is; let it go on."""
-    await place.store.connect()
-    epoch, send = place.store.epoch, Publisher.send_many
-    is_held, goes_on = asyncio.Event(), asyncio.Event()
-
-    def is_it(one: Outbound) -> bool:
-        return one.key == lease_id and parse(one.value).unverified_claims(Lease).epoch == epoch
+    """Whoever sends such a record of a lease is held up on the way to Kafka. Yields: it is; let it go on."""
+    is_held, goes_on, send = asyncio.Event(), asyncio.Event(), Publisher.send_many
 
     async def holding(
         self: Publisher, topic: Topic[Any], type: str, records: Sequence[Outbound]
@@ -56,6 +51,21 @@ async def held_end(
             goes_on.set()
 
 
+@contextlib.asynccontextmanager
+async def held_end(
+    monkeypatch: pytest.MonkeyPatch, place: Place, lease_id: str
+) -> AsyncIterator[tuple[asyncio.Event, asyncio.Event]]:
+    """Whoever ends a lease in the epoch of now is held up."""
+    await place.store.connect()
+    epoch = place.store.epoch
+
+    def is_it(one: Outbound) -> bool:
+        return one.key == lease_id and parse(one.value).unverified_claims(Lease).epoch == epoch
+
+    async with held(monkeypatch, is_it) as events:
+        yield events
+
+
 @pytest.fixture
 def lasting(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is issued counts as something that stays at its target; revokers soon abort what is not finished."""
@@ -67,22 +77,18 @@ def lasting(monkeypatch: pytest.MonkeyPatch) -> None:
 async def held_activation(
     monkeypatch: pytest.MonkeyPatch, lease_id: str
 ) -> AsyncIterator[tuple[asyncio.Event, asyncio.Event]]:
-    """Who activates a lease is held up on the way to Kafka, once. Yields: it is; let it go on."""
-    is_held, goes_on, send = asyncio.Event(), asyncio.Event(), Publisher.send
+    """Who activates a lease is held up, once."""
+    seen: set[str] = set()
 
-    async def holding(self: Publisher, topic: Topic[Any], key: str, value: str, **more: Any) -> Any:
-        its = topic is LEASE and key == lease_id and not is_held.is_set()
-        if its and parse(value).unverified_claims(Lease).status == "active":
-            is_held.set()
-            await goes_on.wait()
-        return await send(self, topic, key, value, **more)
+    def is_it(one: Outbound) -> bool:
+        first = one.key == lease_id and not seen
+        if first and parse(one.value).unverified_claims(Lease).status == "active":
+            seen.add(one.key)
+            return True
+        return False
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Publisher, "send", holding)
-        try:
-            yield is_held, goes_on
-        finally:
-            goes_on.set()
+    async with held(monkeypatch, is_it) as events:
+        yield events
 
 
 async def counted(place: Place, lease_id: str) -> list[LeaseStatus]:

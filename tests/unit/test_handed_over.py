@@ -22,7 +22,7 @@ EACH = 10
 
 
 def event(number: int) -> dict[str, Any]:
-    return {"metadata": {"uid": f"event-{number}"}, "unmapped": {}}
+    return {"metadata": {"uid": f"event-{number}"}, "unmapped": {"event_code": "made"}}
 
 
 def marks(*numbers: int) -> frozenset[Mark]:
