@@ -231,6 +231,19 @@ async def _in_clear(bench: _Bench, leases: int, child: Child, places: Places) ->
     )  # fmt: skip
 
 
+async def _never_the_same(bench: _Bench, leases: int, child: Child, places: Places) -> None:
+    """Each head has a trace of its own, as an agent's tracing sends it, so nothing is remembered of a whole head."""
+    total = int(EMBEDDED * 1.1 + ALONE * 1.2) + 4 * CONNECTIONS
+    requests = [
+        request(f"/plain/files/{n % PATHS}", "gateway", f"traceparent: 00-{n:032x}-{n:016x}-01")
+        for n in range(1, total)
+    ]
+    await bench.row(
+        f"heads all new, {leases:,} leases", "direct", Way(socket=places.socket), iter(requests),
+        _Processes.of(gateway=child.pid), EMBEDDED, ALONE,
+    )  # fmt: skip
+
+
 async def _side_by_side(bench: _Bench, leases: int, running: Sequence[tuple[Child, Places]]) -> None:
     requests = itertools.cycle([request(f"/plain/files/{n}", "gateway") for n in range(PATHS)])
     first, *others = (Way(socket=places.socket) for _, places in running)
@@ -338,6 +351,8 @@ def _rows(bench: _Bench, stack: contextlib.ExitStack) -> None:
     for leases in LEASES:
         with bench.gateway(leases) as (child, places):
             uvloop.run(_in_clear(bench, leases, child, places))
+            if leases == LEASES[1]:
+                uvloop.run(_never_the_same(bench, leases, child, places))
             if leases == LEASES[-1]:
                 uvloop.run(_through_connect(bench, child, places))
         _forget(bench, leases)
