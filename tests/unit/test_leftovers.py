@@ -1,0 +1,34 @@
+"""What is left of a fetch is handled before the next one is made."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from ringfence.kernel.bus import Consumer
+from ringfence.kernel.fetching import Fetches
+
+
+class Kept:
+    """Hands out what is here of a fetch, and notes whether the next one was held back meanwhile."""
+
+    def __init__(self, fetches: Fetches, *kept: dict[Any, list[Any]]) -> None:
+        self._fetches, self._kept = fetches, list(kept)
+        self.asked: list[tuple[bool, bool]] = []
+
+    async def next(self, consumer: Any, *, timeout_ms: int, max_records: int) -> dict[Any, list[Any]]:
+        self.asked.append((self._fetches.held, timeout_ms > 0))
+        return self._kept.pop(0) if self._kept else {}
+
+
+async def test_nothing_is_fetched_before_what_is_here_was_handled() -> None:
+    fetches = Fetches(SimpleNamespace(_client=SimpleNamespace(send=None)))
+    consumer = Consumer.__new__(Consumer)
+    consumer._max_records, consumer._gathering_s = 32, 0.0
+    consumer._onward = kept = Kept(fetches, {"here": [1]})  # type: ignore[assignment]
+    commits: Any = SimpleNamespace(waiting=False, due=False)
+    fetches.hold()
+    assert await consumer._next(None, fetches, commits) == {"here": [1]}
+    assert kept.asked == [(True, False)], "it is taken without waiting, and the next fetch stays held"
+    assert await consumer._next(None, fetches, commits) == {}
+    assert kept.asked[1:] == [(True, False), (False, True)], "only then is more asked for, and waited for"
