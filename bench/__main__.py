@@ -18,7 +18,7 @@ from bench import (
     policy,
     rebuild,
 )
-from bench.machine import describe
+from bench.machine import describe, pace
 
 BENCHMARKS = {
     "credentials": credentials.run,
@@ -43,13 +43,14 @@ def main() -> None:
     parser.add_argument("--kafka", choices=["embedded", "apache"], default="embedded")
     parser.add_argument("--events", type=int, default=audit.EVENTS, help="of audit: how many its index has")
     options = parser.parse_args()
-    print(f"machine: {describe()}")
+    print(f"machine: {describe()}\n{pace()}")
     for name in options.names or BENCHMARKS:
         print(f"\n{name} (Kafka: {options.kafka})")
         if name == "audit":
             audit.run(options.kafka, options.events)
         else:
             BENCHMARKS[name](options.kafka)
+        print(pace())
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
+
+from ringfence.kernel.keys import SigningKey, public_key
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -25,6 +28,25 @@ def describe() -> str:
         f"{len(os.sched_getaffinity(0))} cores, {model}, {memory_gib:.0f} GiB, {platform.system()} "
         f"{platform.release()}, Python {platform.python_version()}, load before: {load:.2f}"
     )
+
+
+def pace() -> str:
+    """One line on how fast this machine is just now: where others share it, figures of two runs compare only by this.
+
+    To verify a signature is compiled code, to count in a loop the interpreter. Means, not the best: what is measured
+    beside it is slowed down as well.
+    """
+    key = SigningKey.generate("bench")
+    message = b"as long as a signed request is, about" * 22
+    signature, public = key.sign(message), public_key(key.public)
+    start = time.process_time()
+    for _ in range(2000):
+        public.verifies(signature, message)
+    verified = time.process_time()
+    for _ in range(2_000_000):
+        pass
+    verify_us, turn_ns = (verified - start) * 500, (time.process_time() - verified) * 500
+    return f"pace: {verify_us:.0f} µs to verify ES256, {turn_ns:.0f} ns a turn of a loop"
 
 
 def cpu_s(pids: Mapping[str, int]) -> dict[str, float]:
