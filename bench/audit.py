@@ -91,7 +91,7 @@ class _Stories:
             for old, new in {**ids, **names}.items():
                 text = text.replace(old, new)
             found.append(text)
-        return found, *(ids[id].decode() for id in (self._lease, self._request)), str(task)
+        return found, ids[self._lease].decode(), ids[self._request].decode(), str(task)
 
 
 async def _stories() -> _Stories:

@@ -162,6 +162,7 @@ async def _connected(way: Way, requests: Iterator[bytes]) -> _Client:
     if way.socket is not None:
         transport, _ = await loop.create_unix_connection(lambda: first, str(way.socket))
     else:
+        assert way.port is not None
         transport, _ = await loop.create_connection(
             lambda: first, LOOPBACK, way.port, ssl=tls, server_hostname=way.name if tls else None
         )
