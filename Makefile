@@ -59,7 +59,7 @@ test-backends: $(STAMP) ## every backend on its real server (PostgreSQL, OpenSSH
 	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/backends $(SHARED) $(ARGS)
 
 test-gateways: $(STAMP) ## nginx, HAProxy, Envoy, Caddy and Traefik before a target (needs the first two; fetches the others once, 105 MB)
-	$(BIN)/python -m pytest tests/gateways $(SHARED) $(ARGS)
+	$(BIN)/python -m pytest tests/gateway_external $(SHARED) $(ARGS)
 
 chaos: $(STAMP) ## everything fails for SECONDS=60, as SEED=n has it, and no lease may be forgotten (JDK 17+, Maven)
 	$(BIN)/python -m tests.chaos.run --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(ARGS)

@@ -39,8 +39,8 @@ from ringfence.client.dpop import proof
 from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
 from ringfence.kernel.keys import SigningKey
 from tests.brokers.secured import Authority
-from tests.gateways import programs
-from tests.gateways.agent import HOST
+from tests.gateway_external import programs
+from tests.gateway_external.agent import HOST
 from tests.ledger import START_MS
 
 LEASES = (1, 100, 10_000)

@@ -25,7 +25,7 @@ from tests.backends.through import ThroughGateway
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk
-from tests.gateways.agent import Answer
+from tests.gateway_external.agent import Answer
 from tests.world import WITHIN_S, World, scope
 
 VERBS = ("read", "write", "delete")

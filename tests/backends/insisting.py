@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from ringfence.dev.processes import LOOPBACK, free_port
-from tests.gateways.target import Received, read_request
+from tests.gateway_external.target import Received, read_request
 
 MARK = "X-Mark"
 """By this header a request is found again."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ringfence.client.dpop import proof
 from ringfence.dev.processes import LOOPBACK
 from ringfence.kernel.keys import SigningKey
-from tests.gateways.agent import Answer, Headers, exchange, parsed, request
+from tests.gateway_external.agent import Answer, Headers, exchange, parsed, request
 from tests.world import WITHIN_S
 
 

@@ -15,10 +15,10 @@ from ringfence.dev.processes import LOOPBACK, free_port
 from ringfence.gateway.wire import OF_PROXIES
 from ringfence.model.request_map import MAX_BODY_BYTES
 from tests.flows.gating import action
-from tests.gateways.agent import HOST, Agent, Answer, request
-from tests.gateways.conftest import SECRET, Running, Stage
-from tests.gateways.programs import PROGRAMS, started
-from tests.gateways.target import EVENTS, FIRST, FORBIDDEN, SECOND, Received
+from tests.gateway_external.agent import HOST, Agent, Answer, request
+from tests.gateway_external.conftest import SECRET, Running, Stage
+from tests.gateway_external.programs import PROGRAMS, started
+from tests.gateway_external.target import EVENTS, FIRST, FORBIDDEN, SECOND, Received
 from tests.world import WITHIN_S
 
 SPOOFED = (

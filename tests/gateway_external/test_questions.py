@@ -12,8 +12,8 @@ from ringfence.client.dpop import proof
 from ringfence.dev.processes import LOOPBACK
 from ringfence.gateway.authz import PROBLEM
 from ringfence.model.request_map import MAX_BODY_BYTES
-from tests.gateways.agent import HOST, Agent, Answer, Headers, exchange, request
-from tests.gateways.conftest import HUB, Stage
+from tests.gateway_external.agent import HOST, Agent, Answer, Headers, exchange, request
+from tests.gateway_external.conftest import HUB, Stage
 
 FORWARDED = (("X-Forwarded-Host", HOST), ("X-Forwarded-Proto", "https"))
 NOTE = b'{"kind": "note"}'

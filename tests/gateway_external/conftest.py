@@ -17,9 +17,9 @@ from tests.brokers.secured import Authority
 from tests.conftest import Kafka, needed
 from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.gating import Proxy, gateway, handle, secret_in
-from tests.gateways.agent import HOST, Agent
-from tests.gateways.programs import PROGRAMS, Places, Program, started
-from tests.gateways.target import Target, running_target
+from tests.gateway_external.agent import HOST, Agent
+from tests.gateway_external.programs import PROGRAMS, Places, Program, started
+from tests.gateway_external.target import Target, running_target
 from tests.world import WITHIN_S, World, scope
 
 HUB = "hub.example"

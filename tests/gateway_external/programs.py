@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringfence.dev.processes import LOOPBACK, StackError, free_port, spawn
-from tests.gateways.agent import HOST
+from tests.gateway_external.agent import HOST
 
 ROOT = Path(__file__).parents[2]
 CONFIGURATIONS = ROOT / "deploy" / "gateway"
