@@ -108,7 +108,12 @@ async def test_a_question_about_an_agent_that_once_lost_a_key(world: World):
         desk = await Desk.open(world)
         key = world.party("agent", "deploy-bot").key_record()
         lost = world.claims(
-            AgentRotateKey, world.operator, agent_id="deploy-bot", key=key, compromised=True, reason="in a log"
+            AgentRotateKey,
+            world.operator,
+            agent_id="deploy-bot",
+            key=key,
+            compromised=True,
+            reason="in a log",
         )
         await world.accepted(lost, world.operator)
         await desk.read()
