@@ -266,10 +266,19 @@ class World:
         }
         return self.claims(UserSet, by, **{**given, **fields})
 
-    async def send(self, topic: Topic[Any], key: str, value: str | bytes, type: str = "test") -> Coordinates:
-        """Append one record as it is; where it came to stand."""
+    async def send(
+        self,
+        topic: Topic[Any],
+        key: str,
+        value: str | bytes,
+        type: str = "test",
+        *,
+        partition: int | None = None,
+    ) -> Coordinates:
+        """Append one record as it is; where it came to stand. `partition`: where to, whatever the key says."""
         id = derived_id("test", uuid.uuid4().hex)
-        metadata = await (await self.publisher.send(topic, key, value, id=id, type=type))
+        sending = await self.publisher.send(topic, key, value, id=id, type=type, partition=partition)
+        metadata = await sending
         return Coordinates(
             topic=metadata.topic,
             partition=metadata.partition,

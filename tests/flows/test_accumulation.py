@@ -8,8 +8,9 @@ from collections import Counter
 from itertools import count
 from typing import Any, cast
 
-from ringfence.kernel.ids import lease_id
+from ringfence.kernel.ids import lease_id, message_id
 from ringfence.kernel.jws import sign
+from ringfence.kernel.kafka import partition_of
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease, LeaseStatus, RevocationRequest
@@ -254,6 +255,21 @@ async def test_of_two_halves_asked_for_side_by_side_one_is_allowed(world: World)
             assert len(allowed) == 1
             assert Counter(d.outcome for d in made) == {"allowed": 3, "denied": 3}
             assert {code for d in made for code in codes(d)} == {"combination"}
+
+
+async def test_of_two_halves_in_two_partitions_one_is_decided(world: World):
+    """Each partition has a replica of its own, and neither knows yet what the other allows."""
+    async with world.running("registry", "policy"), world.running("policy"):
+        office = await clerk(world)
+        own = partition_of(office.bot.name, await world.publisher.partitions(CREDENTIAL_REQUEST))
+        reading, _ = office.request(READ_CODE)
+        writing, _ = office.request(WRITE_CI)
+        sent, _ = await asyncio.gather(
+            world.send(CREDENTIAL_REQUEST, office.bot.name, sign(reading, office.bot.key), partition=1 - own),
+            world.send(CREDENTIAL_REQUEST, office.bot.name, sign(writing, office.bot.key), partition=own),
+        )
+        assert (await office.final(message_id(writing.iss, writing.jti))).outcome == "allowed"
+        assert (await office.letter(sent)).code == "partition_unexpected"
 
 
 async def test_what_is_under_way_is_held_by_whoever_takes_over(world: World):

@@ -471,6 +471,9 @@ async def test_approvals_that_do_not_count_are_refused_and_the_request_goes_on_w
         astray = office.approval(question, office.sam)
         await office.send(APPROVAL_RESPONSE, astray, key="other-bot")
         assert await office.refused(astray) == "key_unexpected"
+        elsewhere, own = office.approval(question, office.sam), question.source.partition
+        await world.send(APPROVAL_RESPONSE, office.bot.name, elsewhere, partition=1 - own)
+        assert await office.refused(elsewhere) == "partition_unexpected"
 
         # Too old, and of a request that nobody knows.
         past = int(time.time()) - 10

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ringfence.messages.registry import AgentSuspend, VerbFloor
+from ringfence.messages.registry import AgentRotateKey, AgentSuspend, VerbFloor
 from ringfence.policy.judge import Judge
 from tests.world import WITHIN_S, Party, World, scope
 
@@ -100,6 +100,24 @@ async def test_one_question(world: World):
         await world.accepted(suspend, world.operator)
         await desk.read()
         assert "agent_suspended" in await desk.codes()
+
+
+async def test_a_question_about_an_agent_that_once_lost_a_key(world: World):
+    """Nobody signs a question: which keys are in other hands says nothing about it."""
+    async with world.running("registry", "policy"):
+        desk = await Desk.open(world)
+        key = world.party("agent", "deploy-bot").key_record()
+        lost = world.claims(
+            AgentRotateKey,
+            world.operator,
+            agent_id="deploy-bot",
+            key=key,
+            compromised=True,
+            reason="in a log",
+        )
+        await world.accepted(lost, world.operator)
+        await desk.read()
+        assert (await desk.ask())["decision"] is True
 
 
 async def test_many_questions(world: World):

@@ -49,6 +49,15 @@ def test_one_person_fills_nobodys_memory(table: GrantTable) -> None:
     assert taken == [1, 1, 1, 0, 1]
 
 
+def test_who_took_back_very_much_still_takes_back_what_was_given(table: GrantTable) -> None:
+    for number in range(5):
+        table.take_back(str(uuid.uuid4()), "sam", AT_MS)
+        grant = signed(f"sponsor-{number}").claims
+        table.keep(Signed(grant, "a.b.c"), 0, number)
+        table.take_back(message_id(grant.iss, grant.jti), "sam", AT_MS)
+        assert table.is_withdrawn(grant, sponsor="sam", on_behalf_of="maria")
+
+
 def test_what_is_over_goes_and_makes_room(table: GrantTable) -> None:
     old, later = signed(exp=EXAMPLE.iat + 60), signed(exp=EXAMPLE.iat + 7200, task_id=str(uuid.uuid4()))
     for grant in (old, later, signed(exp=EXAMPLE.iat + 61)):

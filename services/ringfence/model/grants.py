@@ -30,7 +30,8 @@ KEEP_MS = (MAX_GRANT_LIFE_S + 3600) * 1000
 """How long a grant, and that it was taken back, is remembered."""
 _FORGET_EVERY_MS = 60_000
 MOST_OF_ONE = 1000
-"""So many grants, and so many withdrawals, of one person are remembered at most: nobody fills the memory of others."""
+"""So many grants of one person are remembered at most, and so many withdrawals of grants that nobody has heard of:
+nobody fills the memory of others."""
 
 
 def id_of(grant: Grant) -> str:
@@ -97,7 +98,7 @@ class GrantTable:
         self._by_task: dict[str, list[str]] = {}
         self._withdrawn: dict[str, tuple[int, frozenset[str]]] = {}
         self._given_by: Counter[str] = Counter()
-        self._withdrawn_by: Counter[str] = Counter()
+        self._withdrawn_unheard: Counter[str] = Counter()
         self._unread: list[Received] | None = []
         self._forgot_ms = 0
 
@@ -130,9 +131,13 @@ class GrantTable:
     def take_back(self, grant_id: str, user_id: str, at_ms: int) -> None:
         """Take in that a user withdrew a grant, at an append time."""
         _, users = self._withdrawn.get(grant_id, (0, frozenset()))
-        if user_id not in users and self._withdrawn_by[user_id] < MOST_OF_ONE:
-            self._withdrawn[grant_id] = (at_ms, users | {user_id})
-            self._withdrawn_by[user_id] += 1
+        if user_id in users:
+            return
+        if grant_id not in self._grants:  # else there is no more of it than of grants
+            if self._withdrawn_unheard[user_id] >= MOST_OF_ONE:
+                return
+            self._withdrawn_unheard[user_id] += 1
+        self._withdrawn[grant_id] = (at_ms, users | {user_id})
 
     def get(self, grant_id: str) -> Given | None:
         """A grant that somebody signed, or None."""
@@ -164,7 +169,9 @@ class GrantTable:
             self._by_task.setdefault(given.signed.claims.task_id, []).append(id)
             self._given_by[given.signed.claims.iss] += 1
         self._withdrawn = {id: one for id, one in self._withdrawn.items() if one[0] + KEEP_MS >= now_ms}
-        self._withdrawn_by = Counter(user for _, users in self._withdrawn.values() for user in users)
+        self._withdrawn_unheard = Counter(
+            user for id, (_, users) in self._withdrawn.items() if id not in self._grants for user in users
+        )
 
     def _read(self, record: Received) -> None:
         at_s = record.appended_at_ms / 1000

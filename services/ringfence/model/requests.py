@@ -214,9 +214,10 @@ def against(ground: Ground, wanted: Scope, now_s: float, entitlements_max_age_s:
 
 def _signature(facts: Facts) -> tuple[Reason, ...]:
     """Whoever had the key may have made the request, though it counted when it was appended."""
-    agent = facts.agent.state
-    kid = parse(facts.request.compact).header.kid if agent.compromised else None
-    return (key_compromised(agent.agent_id),) if kid in agent.compromised else ()
+    agent, compact = facts.agent.state, facts.request.compact
+    if not agent.compromised or not compact:  # what an enforcement point asks is signed by nobody
+        return ()
+    return (key_compromised(agent.agent_id),) if parse(compact).header.kid in agent.compromised else ()
 
 
 def key_compromised(agent_id: str) -> Reason:

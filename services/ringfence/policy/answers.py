@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import orjson
+
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import gather_all
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import MAX_JWS_BYTES, Signed, sign
+from ringfence.kernel.jws import MAX_JWS_BYTES, Signed, sign, sign_payload
+from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.seal import seal
 from ringfence.messages.approval import Approval, ApprovalRequest
@@ -78,7 +81,7 @@ class Answers:
             expires_at=expires_at,
             retry_after_s=ruling.retry_after_s,
         )
-        jws = sign(decision, runtime.key)
+        jws = _signed(decision, judgement.input_json, runtime.key)
         if len(jws) > MAX_JWS_BYTES:
             decision = _too_large(decision)
             jws = sign(decision, runtime.key)
@@ -163,6 +166,15 @@ class Answers:
             traceparent=case.traceparent,
         )
         await acknowledged
+
+
+def _signed(decision: CredentialDecision, input_json: bytes | None, key: SigningKey) -> str:
+    """The decision as a compact JWS. The input, half of it, goes in as it was judged: as JSON that it is already."""
+    if input_json is None:
+        return sign(decision, key)
+    said = decision.model_dump(mode="json", exclude={"input"}, exclude_none=True)
+    payload = orjson.dumps({**said, "input": orjson.Fragment(input_json)})
+    return sign_payload(CredentialDecision, payload, key)
 
 
 def _decision_id(case: Case, judgement: Judgement, approvals: Sequence[Signed[Approval]]) -> str:

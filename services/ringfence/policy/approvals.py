@@ -19,7 +19,7 @@ from ringfence.model.requests import DeniedError, gather
 from ringfence.policy.answers import Answers
 from ringfence.policy.domain import Case, Judgement, Ruling, may_approve_any, signer
 from ringfence.policy.judge import Judge
-from ringfence.policy.opening import Opener, is_for_others
+from ringfence.policy.opening import MISPLACED, Opener, is_for_others
 from ringfence.policy.store import Decisions, Known, Place
 
 log = logging.getLogger(__name__)
@@ -76,10 +76,11 @@ class ApprovalHandler:
         if known is None or known.outcome is None:
             return _reason("request_unknown", "no request with this id waits for an approval")
         if record.key != known.agent_id:
-            # The key leads an agent's requests and the answers to them to one replica.
             return _reason(
                 "key_unexpected", f"the Kafka key of an approval is the agent's id, {known.agent_id}"
             )
+        if problem := await self._opener.misplaced(record, known.agent_id):
+            return _reason(MISPLACED, problem)
         known.traceparent = nearest(record.traceparent, known.traceparent)
         seen = known.approvals.get(message_id(claims.iss, claims.jti))
         if seen is not None:

@@ -70,6 +70,8 @@ class Judgement:
     revisions: Revisions | None = None
     input: dict[str, Any] | None = None
     input_digest: str | None = None
+    input_json: bytes | None = None
+    """The input as the bundle was given it, where it was given it just now; the digest is of this."""
     grants: tuple[Signed[Grant], ...] = ()
     """Those that it rests on."""
 

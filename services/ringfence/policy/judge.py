@@ -184,7 +184,7 @@ class Judge:
             result = PolicyResult(False, (Reason(code=error.code, message=str(error)),), (), 0)
             revision = self._engine.revision
         ruling = rule(facts, against, result, approvals, self._directory)
-        return Judgement(ruling, facts, facts.revisions(revision), document, digest(input_json))
+        return Judgement(ruling, facts, facts.revisions(revision), document, digest(input_json), input_json)
 
     def _approvers(self, approvals: Sequence[Signed[Approval] | Signed[Grant]]) -> list[dict[str, object]]:
         found = []

@@ -8,7 +8,7 @@ from typing import TypeVar
 from ringfence.kernel.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import ExpiredError, KeyFinder, Signed, open_signed, parse
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.kafka import Received, partition_of
 from ringfence.kernel.keys import PublicKey, valid_key
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.seal import check_reply_key
@@ -25,6 +25,8 @@ from ringfence.policy.store import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS
 C = TypeVar("C", bound=ExpiringClaims)
 
 MAX_APPROVAL_BYTES = 192 * 1024
+MISPLACED = "partition_unexpected"
+"""The code of what `Opener.misplaced` finds."""
 
 
 FindKey = Callable[[str, str, float, KeyFinder], PublicKey | None]
@@ -47,6 +49,7 @@ class Opener:
     def __init__(self, runtime: Runtime, directory: Directory) -> None:
         self._runtime = runtime
         self._directory = directory
+        self._partitions: list[int] = []
 
     async def request(self, record: Received) -> tuple[Case, ExpiredError | None]:
         """The request in a record, signed by an agent, and why it came too late, if it did."""
@@ -60,13 +63,31 @@ class Opener:
             raise late
         agent_id = subject_of(claims.aud, claims.iss, "agent") or ""
         if record.key != agent_id:
-            # The key leads all of an agent's requests to one replica, in their order.
             raise InvalidMessageError(
                 f"the Kafka key of a request is the agent's id, {agent_id}", code="key_unexpected"
             )
+        if problem := await self.misplaced(record, agent_id):
+            raise InvalidMessageError(problem, code=MISPLACED)
         check_reply_key(claims.reply_key)
         id = message_id(claims.iss, claims.jti)
         return Case(request, id, agent_id, record.coordinates, record.traceparent), late
+
+    async def misplaced(self, record: Received, agent_id: str) -> str | None:
+        """Why a record about an agent stands in the wrong partition, or None.
+
+        One replica takes all of an agent's requests and the answers to them, in their order: two that weigh side by
+        side do not know what the other allows. A producer may write a key to whichever partition it likes.
+        """
+        if self._partitions and record.partition == partition_of(agent_id, self._partitions):
+            return None
+        self._partitions = await self._runtime.publisher.partitions(record.topic)
+        right = partition_of(agent_id, self._partitions)
+        if record.partition == right:
+            return None
+        return (
+            f"what is about agent {agent_id} belongs in partition {right} of {record.topic_name}: use Kafka's default "
+            "partitioner (murmur2 of the key)"
+        )
 
     async def approval(self, record: Received) -> tuple[Signed[Approval], ExpiredError | None]:
         """The approval in a record, signed by a user (active or not) or an agent, and why it came too late, if it did.
