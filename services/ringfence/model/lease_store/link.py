@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 _PIPELINE = 500
 """The most commands in one round trip: others must get their turn."""
 _ANSWERS_WITHIN_S = 5
+"""All that is sent at once. A timer for each answer, as redis-py sets it, costs as much as all else that it does."""
 _CONNECTS_WITHIN_S = 2
 _CLUSTER_SCHEMES = {"redis+cluster": False, "rediss+cluster": True}
 """Schemes of the URL of a cluster, and whether they speak TLS."""
@@ -130,14 +131,14 @@ class Link:
 
     async def load(self, scripts: Iterable[Script]) -> None:
         """Make every server know these scripts."""
-        with self._answered():
+        async with self._in_time():
             for script in scripts:
                 await self._client.script_load(script.text)
 
     async def _send(self, commands: Sequence[Command]) -> list[Any]:
         answers: list[Any] = []
         for start in range(0, len(commands), _PIPELINE):
-            with self._answered():
+            async with self._in_time():
                 pipeline = self._client.pipeline(transaction=False)
                 for command in commands[start : start + _PIPELINE]:
                     pipeline.execute_command(*command)
@@ -148,7 +149,7 @@ class Link:
 
     async def inspect(self, keys: Sequence[str]) -> list[tuple[str, bytes | None]]:
         """For each key: the `run_id` of the server that holds it now, whoever that is, and its value."""
-        with self._answered():
+        async with self._in_time():
             client = self._address.client(None)
             try:
                 return [one async for one in self._inspected(client, keys)]
@@ -210,7 +211,8 @@ class Link:
             client = connect()
             try:
                 async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
-                    await pubsub.subscribe(f"__keyevent@{self._address.db}__:expired")
+                    async with asyncio.timeout(_ANSWERS_WITHIN_S):
+                        await pubsub.subscribe(f"__keyevent@{self._address.db}__:expired")
                     async for message in pubsub.listen():
                         await told.put(message["data"])
             except (RedisError, OSError) as error:
@@ -224,7 +226,8 @@ class Link:
         if isinstance(self._client, Redis):
             return {"": lambda: cast(Redis, self._address.client(None))}
         with contextlib.suppress(RedisError, OSError):
-            await self._client.initialize()
+            async with asyncio.timeout(_ANSWERS_WITHIN_S):
+                await self._client.initialize()
         return {
             node.name: lambda node=node: self._address.node_client(node)  # type: ignore[misc]
             for node in self._client.get_primaries()
@@ -235,6 +238,13 @@ class Link:
     async def close(self) -> None:
         """Disconnect."""
         await _close(self._client)
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """`_answered`, and within a bound: a connection that is cut off in between is not used again."""
+        with self._answered():
+            async with asyncio.timeout(_ANSWERS_WITHIN_S):
+                yield
 
     @contextlib.contextmanager
     def _answered(self) -> Any:
@@ -307,7 +317,7 @@ class _Address:
             self.url,
             decode_responses=False,
             socket_connect_timeout=_CONNECTS_WITHIN_S,
-            socket_timeout=_ANSWERS_WITHIN_S,
+            socket_timeout=None,
             # Repeating is harmless here; waiting long is not: somebody asks whether a credential is still good.
             retry=_retry(),
             **({"redis_connect_func": greet} if greet else {}),
@@ -322,7 +332,7 @@ class _Address:
             username=self.username,
             password=self.password,
             socket_connect_timeout=_CONNECTS_WITHIN_S,
-            socket_timeout=_ANSWERS_WITHIN_S,
+            socket_timeout=None,
             retry=_retry(),
             dynamic_startup_nodes=False,
         )
