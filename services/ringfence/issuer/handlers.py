@@ -12,6 +12,8 @@ import logging
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import orjson
+
 from ringfence.backends import Backend
 from ringfence.issuer.delivery import ENVELOPE_TYPE, GatewayDelivery, signed_delivery
 from ringfence.issuer.domain import (
@@ -399,9 +401,9 @@ class DecisionHandler:
 
     def _sealed(self, decision: Decision, content: ReplyContent, request: CredentialRequest) -> _Reply:
         """Raises InvalidMessageError where `reply_key` is no key; what is issued has been checked for that."""
-        sealed = seal(
-            content.model_dump_json(exclude_none=True).encode(), request.reply_key, kid=content.request_id
-        )
+        # orjson looks for what is to be escaped in a third of the time, and nearly all of it is a few long texts.
+        text = orjson.dumps(content.model_dump(exclude_none=True))
+        sealed = seal(text, request.reply_key, kid=content.request_id)
         return _Reply(
             agent_id=subject_of(self._terms.trust_domain, request.iss, "agent") or "",
             id=derived_id("credential.reply", self._terms.id, *_place(decision)),
