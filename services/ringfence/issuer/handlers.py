@@ -273,8 +273,13 @@ class DecisionHandler:
                 return self._known(issue, activation.stored)
 
     def _known(self, issue: Issue, stored: StoredLease) -> _Outcome:
-        # Its claims need no proof here: they only tell on which record it was issued.
-        lease = parse(stored.jws).unverified_claims(Lease)
+        try:
+            # Its claims need no proof here: they only tell on which record it was issued.
+            lease = parse(stored.jws).unverified_claims(Lease)
+        except InvalidMessageError as error:
+            # The same batch again would find the same: all others wait behind it.
+            log.error("the record of lease %s in Redis cannot be read: %s", issue.lease.lease_id, error)
+            return REPLAYED
         if not springs_from(lease, issue.origin):
             return REPLAYED
         if stored.status == "active" and lease.backend == issue.lease.backend:
