@@ -29,7 +29,6 @@ from ringfence.model.lease_store import (
     Preparation,
     SignedLease,
     expanded,
-    link,
     outbox_field,
 )
 from ringfence.model.lease_store.keys import AHEAD_MS
@@ -701,7 +700,7 @@ async def test_a_redis_that_stands_still_holds_nobody_up_and_its_late_answers_ar
         await store.activate([one])
         await store.prepare([other], token="mine", mint_ms=60_000)
         os.kill(server.child.pid, signal.SIGSTOP)
-        monkeypatch.setattr(link, "_ANSWERS_WITHIN_S", 0.2)
+        monkeypatch.setattr(store.link, "_within_s", 0.2)
         async with asyncio.timeout(WITHIN_S):
             with pytest.raises(UnavailableError, match="does not answer"):
                 await store.look(one.claims.lease_id)

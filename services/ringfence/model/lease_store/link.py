@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 _PIPELINE = 500
 """The most commands in one round trip: others must get their turn."""
 _ANSWERS_WITHIN_S = 5
-"""All that is sent at once. A timer for each answer, as redis-py sets it, costs as much as all else that it does."""
+_ALL_WITHIN_S = 15
+"""All that is sent at once to a Redis that stands alone: as long as three tries for one answer. A timer for each, as
+redis-py sets it, costs as much as all else that it does."""
 _CONNECTS_WITHIN_S = 2
 _CLUSTER_SCHEMES = {"redis+cluster": False, "rediss+cluster": True}
 """Schemes of the URL of a cluster, and whether they speak TLS."""
@@ -90,6 +92,7 @@ class Link:
         try:
             self._address = _Address.parse(url)
             self._client = self._address.client(self._greet)
+            self._within_s = None if self._address.nodes else _ALL_WITHIN_S
         except ValueError as error:
             raise SettingsError(f"RINGFENCE_REDIS_URL: {error}") from None
 
@@ -149,7 +152,7 @@ class Link:
 
     async def inspect(self, keys: Sequence[str]) -> list[tuple[str, bytes | None]]:
         """For each key: the `run_id` of the server that holds it now, whoever that is, and its value."""
-        async with self._in_time():
+        with self._answered():
             client = self._address.client(None)
             try:
                 return [one async for one in self._inspected(client, keys)]
@@ -211,8 +214,7 @@ class Link:
             client = connect()
             try:
                 async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
-                    async with asyncio.timeout(_ANSWERS_WITHIN_S):
-                        await pubsub.subscribe(f"__keyevent@{self._address.db}__:expired")
+                    await pubsub.subscribe(f"__keyevent@{self._address.db}__:expired")
                     async for message in pubsub.listen():
                         await told.put(message["data"])
             except (RedisError, OSError) as error:
@@ -226,8 +228,7 @@ class Link:
         if isinstance(self._client, Redis):
             return {"": lambda: cast(Redis, self._address.client(None))}
         with contextlib.suppress(RedisError, OSError):
-            async with asyncio.timeout(_ANSWERS_WITHIN_S):
-                await self._client.initialize()
+            await self._client.initialize()
         return {
             node.name: lambda node=node: self._address.node_client(node)  # type: ignore[misc]
             for node in self._client.get_primaries()
@@ -243,7 +244,7 @@ class Link:
     async def _in_time(self) -> AsyncIterator[None]:
         """`_answered`, and within a bound: a connection that is cut off in between is not used again."""
         with self._answered():
-            async with asyncio.timeout(_ANSWERS_WITHIN_S):
+            async with asyncio.timeout(self._within_s):
                 yield
 
     @contextlib.contextmanager
@@ -317,7 +318,7 @@ class _Address:
             self.url,
             decode_responses=False,
             socket_connect_timeout=_CONNECTS_WITHIN_S,
-            socket_timeout=None,
+            socket_timeout=_ANSWERS_WITHIN_S if greet is None else None,  # else see `_in_time`
             # Repeating is harmless here; waiting long is not: somebody asks whether a credential is still good.
             retry=_retry(),
             **({"redis_connect_func": greet} if greet else {}),
@@ -332,7 +333,7 @@ class _Address:
             username=self.username,
             password=self.password,
             socket_connect_timeout=_CONNECTS_WITHIN_S,
-            socket_timeout=None,
+            socket_timeout=_ANSWERS_WITHIN_S,
             retry=_retry(),
             dynamic_startup_nodes=False,
         )
