@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import jwt
 import pytest
+import redis.asyncio
 
 from ringfence.client.errors import TokenRejectedError
 from ringfence.client.verify import TokenVerifier
@@ -29,6 +30,7 @@ from ringfence.messages.registry import AgentSetCeiling, AgentSuspend, BackendSe
 from ringfence.messages.topics import CREDENTIAL_DECISION, CREDENTIAL_REPLY, DEAD_LETTER, LEASE
 from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import LeaseStore, SignedLease, Step
+from ringfence.model.lease_store.keys import packed
 from ringfence.model.leases import follow
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
@@ -185,6 +187,25 @@ async def test_the_sponsors_approval_opens_what_needs_it(desk: Desk) -> None:
     await desk.decide(asked, approvals=(desk.approval(asked, desk.sam),), required=("sponsor",))
     content = await desk.answer(asked)
     assert content.credential is not None
+
+
+async def test_a_record_in_redis_that_nobody_can_read_holds_up_no_other(
+    desk: Desk, store: LeaseStore
+) -> None:
+    asked = await desk.ask("read")
+    place = await desk.decide(asked)
+    await desk.answer(asked)
+    lease = await desk.lease(asked.lease_id, "active")
+    at, id = store.at(lease.lease_id), packed(lease.lease_id)
+    async with redis.asyncio.Redis.from_url(desk.world.redis_url) as client:
+        kept = await client.hget(at.leases, id)
+        try:
+            await client.hset(at.leases, id, f"a1 {lease.deadline}\nno record")
+            async with asyncio.timeout(WITHIN_S):
+                await redeliver(desk, place)
+            await desk.event("replayed", asked)
+        finally:
+            await client.hset(at.leases, id, kept)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from tests.flows.desk import Asked, Desk, another, opened_desks
 from tests.stories import allowed, asked_for, buried, forged, leaves, refused_by_issuer, request_leaves
 from tests.world import WITHIN_S, Party, World, scope
 
-QUICK: dict[ServiceRole, Any] = {"revoker": RevokerSettings(visibility_ms=300, outbox_age_ms=200)}
+QUICK: dict[ServiceRole, Any] = {"revoker": RevokerSettings(visibility_ms=300, outbox_age_ms=500)}
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_desks
 from tests.world import WITHIN_S, Party, World, scope
 
-QUICK: dict[ServiceRole, Any] = {"revoker": RevokerSettings(visibility_ms=300, outbox_age_ms=200)}
+QUICK: dict[ServiceRole, Any] = {"revoker": RevokerSettings(visibility_ms=300, outbox_age_ms=500)}
 
 
 @pytest.fixture(scope="module")

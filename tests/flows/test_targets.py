@@ -52,7 +52,7 @@ QUICK: dict[ServiceRole, Any] = {
     "issuer": IssuerSettings(mint_deadline_s=1.0, mint_within_s=8.0),
     "revoker": RevokerSettings(
         visibility_ms=500,
-        outbox_age_ms=200,
+        outbox_age_ms=500,
         undo_deadline_s=1.0,
         undo_longest_delay_s=1.0,
         overdue_after_s=2.0,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -34,6 +36,7 @@ from ringfence.model.leases import ALL_MARK, marks_of, wide_marks_of
 from tests.brokers import RedisServer
 from tests.leases import VISIBLE_MS, bearing, claimed, lease, minted, minting, soon, step, until
 from tests.lost_redis import declare_complete
+from tests.world import WITHIN_S
 
 
 @pytest.fixture
@@ -678,6 +681,35 @@ async def test_readiness_follows_redis(settings: ServiceSettings, tmp_path: Path
         await until(is_ready)
     finally:
         watching.cancel()
+        await store.close()
+        server.stop()
+
+
+async def test_a_redis_that_stands_still_holds_nobody_up_and_its_late_answers_are_nobodys(
+    settings: ServiceSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = EmbeddedRedis(tmp_path)
+    server.start()
+    own = settings.model_copy(update={"redis_url": server.url})
+    await declare_complete(own)
+    store = LeaseStore(own)
+    await store.connect()
+    one, other = lease(), lease(status="minting", backend="redis")
+    assert server.child is not None
+    try:
+        await store.activate([one])
+        await store.prepare([other], token="mine", mint_ms=60_000)
+        os.kill(server.child.pid, signal.SIGSTOP)
+        monkeypatch.setattr(store.link, "_within_s", 0.2)
+        async with asyncio.timeout(WITHIN_S):
+            with pytest.raises(UnavailableError, match="does not answer"):
+                await store.look(one.claims.lease_id)
+        monkeypatch.undo()
+        os.kill(server.child.pid, signal.SIGCONT)
+        assert not (await store.look(other.claims.lease_id)).active
+        assert (await store.look(one.claims.lease_id)).active
+    finally:
+        os.kill(server.child.pid, signal.SIGCONT)
         await store.close()
         server.stop()
 

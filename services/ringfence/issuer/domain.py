@@ -239,7 +239,7 @@ def _issue(decision: Decision, asked: _Asked, directory: Directory, terms: Terms
     if at_ms - claims.source.appended_at_ms > REQUEST_LIFE_MS:
         raise _RefusedError(_reason("request_too_old", "the request is days old; ask anew"))
     try:
-        facts = gather(directory, asked.signed)
+        facts = gather(directory, asked.signed, claims.request_id)
     except DeniedError as error:
         raise _RefusedError(error.reason) from None
     if claims.revisions is None:

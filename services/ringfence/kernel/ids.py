@@ -8,6 +8,8 @@ import uuid
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "urn:ringfence")
 """The namespace of every id that Ringfence derives."""
 _NAMESPACE = NAMESPACE.bytes
+_VARIANT = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
+"""What becomes of a digit whose first two bits say the variant (RFC 9562, 4.1)."""
 
 
 def derived_id(*parts: str | int) -> str:
@@ -31,9 +33,6 @@ def digest(data: str | bytes) -> str:
 
 
 def _uuid5(namespace: bytes, name: str) -> str:
-    """`str(uuid.uuid5(...))` at a quarter of its time: several ids are derived for every message."""
-    number = bytearray(hashlib.sha1(namespace + name.encode(), usedforsecurity=False).digest()[:16])
-    number[6] = number[6] & 0x0F | 0x50
-    number[8] = number[8] & 0x3F | 0x80
-    text = number.hex()
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    """`str(uuid.uuid5(...))` at a fifth of its time: several ids are derived for every message."""
+    text = hashlib.sha1(namespace + name.encode(), usedforsecurity=False).hexdigest()
+    return f"{text[:8]}-{text[8:12]}-5{text[13:16]}-{_VARIANT[text[16]]}{text[17:20]}-{text[20:32]}"

@@ -21,7 +21,7 @@ class RevokerSettings(RingfenceSettings):
     """How long a lease that one revoker took is left to it: then that one is thought dead, or its undo failed."""
     record_keep_s: Annotated[int, Field(ge=0)] = 24 * 3600
     """How long Redis keeps the record of a lease past its end."""
-    outbox_age_ms: Annotated[int, Field(ge=100)] = 2_000
+    outbox_age_ms: Annotated[int, Field(ge=500)] = 2_000
     """How long a lease record may wait for whoever wrote it to publish it, before a revoker does."""
     patience_s: Annotated[float, Field(ge=0, le=60)] = 5.0
     """How long records that have not arrived here yet are waited for."""

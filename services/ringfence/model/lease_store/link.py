@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 _PIPELINE = 500
 """The most commands in one round trip: others must get their turn."""
 _ANSWERS_WITHIN_S = 5
+_ALL_WITHIN_S = 15
+"""All that is sent at once to a Redis that stands alone: as long as three tries for one answer. A timer for each, as
+redis-py sets it, costs as much as all else that it does."""
 _CONNECTS_WITHIN_S = 2
 _CLUSTER_SCHEMES = {"redis+cluster": False, "rediss+cluster": True}
 """Schemes of the URL of a cluster, and whether they speak TLS."""
@@ -89,6 +92,7 @@ class Link:
         try:
             self._address = _Address.parse(url)
             self._client = self._address.client(self._greet)
+            self._within_s = None if self._address.nodes else _ALL_WITHIN_S
         except ValueError as error:
             raise SettingsError(f"RINGFENCE_REDIS_URL: {error}") from None
 
@@ -130,14 +134,14 @@ class Link:
 
     async def load(self, scripts: Iterable[Script]) -> None:
         """Make every server know these scripts."""
-        with self._answered():
+        async with self._in_time():
             for script in scripts:
                 await self._client.script_load(script.text)
 
     async def _send(self, commands: Sequence[Command]) -> list[Any]:
         answers: list[Any] = []
         for start in range(0, len(commands), _PIPELINE):
-            with self._answered():
+            async with self._in_time():
                 pipeline = self._client.pipeline(transaction=False)
                 for command in commands[start : start + _PIPELINE]:
                     pipeline.execute_command(*command)
@@ -236,6 +240,13 @@ class Link:
         """Disconnect."""
         await _close(self._client)
 
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """`_answered`, and within a bound: a connection that is cut off in between is not used again."""
+        with self._answered():
+            async with asyncio.timeout(self._within_s):
+                yield
+
     @contextlib.contextmanager
     def _answered(self) -> Any:
         try:
@@ -307,7 +318,7 @@ class _Address:
             self.url,
             decode_responses=False,
             socket_connect_timeout=_CONNECTS_WITHIN_S,
-            socket_timeout=_ANSWERS_WITHIN_S,
+            socket_timeout=_ANSWERS_WITHIN_S if greet is None else None,  # else see `_in_time`
             # Repeating is harmless here; waiting long is not: somebody asks whether a credential is still good.
             retry=_retry(),
             **({"redis_connect_func": greet} if greet else {}),

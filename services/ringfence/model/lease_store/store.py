@@ -87,8 +87,8 @@ from ringfence.model.leases import ALL_MARK, cut_mark, marks_of
 
 log = logging.getLogger(__name__)
 
-_GATHER_S = 0.09
-"""How long acknowledgements gather before they are cleared: less than a sweeper takes for old."""
+_GATHER_S = 0.3
+"""How long acknowledgements gather before they are cleared, by two commands a shard. A sweeper takes none so young."""
 _WATCH_EVERY_S = 1.0
 _NO_LEASE = "00000000-0000-0000-0000-000000000000"
 """Looked at for Redis's time alone."""
