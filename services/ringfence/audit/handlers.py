@@ -48,7 +48,7 @@ from ringfence.messages.approval import (
     GrantWithdraw,
 )
 from ringfence.messages.base import ExpiringClaims, Topic, typ_header
-from ringfence.messages.credential import CredentialDecision, CredentialRequest
+from ringfence.messages.credential import CredentialRequest, DecidedTerms
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
 from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, ServiceEvent
 from ringfence.messages.registry import (
@@ -98,7 +98,7 @@ class _Ready(NamedTuple):
     key: str
     uid: str
     body: bytes
-    class_uid: int
+    event: dict[str, Any]
     unsettled: bool
 
 
@@ -213,10 +213,10 @@ class AuditHandlers:
 
     async def _publish(self, batch: Sequence[Received], ready: Sequence[_Ready]) -> None:
         await self._intake.hand_over(
-            Told(one.key, one.uid, one.body, record.traceparent)
+            Told(one.key, one.uid, one.body, record.traceparent, one.event)
             for record, one in zip(batch, ready, strict=True)
         )
-        for class_uid, count in Counter(one.class_uid for one in ready).items():
+        for class_uid, count in Counter(one.event["class_uid"] for one in ready).items():
             metrics.AUDIT_EVENTS.labels(str(class_uid)).inc(count)
         for what, count in Counter(record.topic.what for record in batch).items():
             metrics.RECORDS.labels(what, "done").inc(count)
@@ -277,7 +277,7 @@ class AuditHandlers:
         return credential_events.requested(record, facts, signed.verified()), _incomplete(facts)
 
     def _decision(self, record: Received) -> tuple[Event, bool]:
-        signed = self._believer.by_service(record, CredentialDecision, "policy")
+        signed = self._believer.by_service(record, DecidedTerms, "policy")
         claims = signed.claims
         facts = self._believer.embedded_request(
             claims.request, claims.request_id, claims.source.appended_at_ms
@@ -585,8 +585,9 @@ class AuditHandlers:
 def _ready(event: Event, unsettled: bool) -> _Ready:
     body = linkable(event.body)
     if len(body) > MAX_EVENT_BYTES:
-        body = linkable(shortened(event).body)
-    return _Ready(event.key, event.uid, body, int(event.body["class_uid"]), unsettled)
+        event = shortened(event)
+        body = linkable(event.body)
+    return _Ready(event.key, event.uid, body, event.body, unsettled)
 
 
 def _lacks_people(event: Event) -> bool:
