@@ -779,16 +779,25 @@ async def test_a_decision_is_judged_whole_though_what_policy_was_given_is_not_re
     policy, story = office.key("service", "policy"), office.credential()
     claims = orjson.loads(parse(story.decision("allowed").value).payload)
 
-    def told(number: int, given: Any) -> Received:
+    def told(number: int, given: object) -> Received:
         payload = orjson.dumps({**claims, "jti": f"another {number}", "input": given})
         return office.received(CREDENTIAL_DECISION, sign_payload(CredentialDecision, payload, policy))
 
-    every = [
-        told(number, given) for number, given in enumerate(({"a": [1, {"b": None}]}, None, "text", [], 7))
-    ]
+    inputs: tuple[object, ...] = ({"a": [1, {"b": None}]}, None, "text", [], 7)
+    every = [told(number, given) for number, given in enumerate(inputs)]
     assert [steps([await office.event(one)])[0] for one in every] == [
         "request.allowed", "request.allowed", *["record.not_believed"] * 3,
     ]  # fmt: skip
+
+
+async def test_nobody_stands_behind_an_agent_that_names_the_task_of_another(office: Office) -> None:
+    office.agent("stray")
+    by = office.key("agent", "stray")
+    request = office.signed(CREDENTIAL_REQUEST, office.request(iss=by.id), by)
+    event = await office.event(request)
+    assert (event["unmapped"]["agent"], event["unmapped"]["task"]) == ("stray", office.task)
+    assert "on_behalf_of" not in event["unmapped"], "maria gave that task to deploy-bot"
+    assert "maria" not in event["message"]
 
 
 # --- words ---

@@ -274,7 +274,7 @@ class AuditHandlers:
         if replay is not None:
             return replay, False
         facts = self._believer.remember_request(signed, record.sent_traceparent)
-        return credential_events.requested(record, facts, signed.verified()), _incomplete(facts)
+        return credential_events.requested(record, facts, signed.verified()), self._incomplete(facts)
 
     def _decision(self, record: Received) -> tuple[Event, bool]:
         signed = self._believer.by_service(record, DecidedTerms, "policy")
@@ -298,7 +298,7 @@ class AuditHandlers:
         event = credential_events.decided(
             record, claims, digest(signed.compact), facts, signed.verified(*embedded)
         )
-        return event, facts is None or _incomplete(facts)
+        return event, facts is None or self._incomplete(facts)
 
     def _approval_request(self, record: Received) -> tuple[Event, bool]:
         if not record.value.startswith(b"{"):
@@ -310,7 +310,7 @@ class AuditHandlers:
         if facts is None:
             raise InvalidMessageError("the embedded request does not hold", code="key_unknown")
         verified = {"by": None, "embedded": ["credential.request"]}
-        return credential_events.approval_asked(record, claims, facts, verified), _incomplete(facts)
+        return credential_events.approval_asked(record, claims, facts, verified), self._incomplete(facts)
 
     def _response(self, record: Received) -> tuple[Event, bool]:
         """What a person answered, said ahead, or took back."""
@@ -356,7 +356,7 @@ class AuditHandlers:
         self._believer.remember_approval(signed.compact, claims)
         embedded = ("credential.request",) if facts is not None else ()
         event = credential_events.approval_given(record, claims, facts, signed.verified(*embedded))
-        return event, facts is None or _incomplete(facts)
+        return event, facts is None or self._incomplete(facts)
 
     def _action_request(self, record: Received) -> tuple[Event, bool]:
         signed = self._believer.by_service(record, ActionRequest, "gateway")
@@ -535,6 +535,12 @@ class AuditHandlers:
             return claims.agent_id
         return subject_of(self._trust_domain, claims.result, "agent")
 
+    def _incomplete(self, facts: RequestFacts) -> bool:
+        """Whether the local tables may know more a little later; that a task is another agent's is known for good."""
+        return facts.sponsor is None or (
+            facts.on_behalf_of is None and self._believer.task_of(facts.task) is None
+        )
+
     def _replay(
         self, record: Received, signed: Believed[Any], words_of_it: Callable[[], dict[str, Any]]
     ) -> Event | None:
@@ -593,10 +599,6 @@ def _ready(event: Event, unsettled: bool) -> _Ready:
 def _lacks_people(event: Event) -> bool:
     words = event.body["unmapped"]
     return ("agent" in words and "sponsor" not in words) or ("task" in words and "on_behalf_of" not in words)
-
-
-def _incomplete(facts: RequestFacts) -> bool:
-    return facts.sponsor is None or facts.on_behalf_of is None
 
 
 def _consent_in(claims: ExpiringClaims) -> str:
