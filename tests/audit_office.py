@@ -142,6 +142,7 @@ class KeptEvents(Intake):
             raise OSError("the broker went away")
         for told in events:
             self.events.append(orjson.loads(told.body))
+            assert told.event == self.events[-1], "what is not parsed again must be what would be parsed"
             self.keys.append(told.key)
             self.ids.append(told.uid)
 

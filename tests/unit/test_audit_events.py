@@ -17,12 +17,13 @@ from ringfence.audit.ocsf import moment, privileges, scrubbed
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.envelope import EncryptionKey, enclose
 from ringfence.kernel.ids import derived_id, digest, message_id
-from ringfence.kernel.jws import sign
+from ringfence.kernel.jws import parse, sign, sign_payload
+from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import PublicKey, SigningKey
 from ringfence.messages.approval import Approval
 from ringfence.messages.audit import IntakeEntry
 from ringfence.messages.base import ExpiringClaims
-from ringfence.messages.credential import CredentialRequest, Reason
+from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
 from ringfence.messages.lease import EndCause, RevocationAck, RevocationRequest, Selector
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.permission import Permission
@@ -46,6 +47,7 @@ from ringfence.messages.topics import (
     AGENT,
     APPROVAL_RESPONSE,
     AUDITED,
+    CREDENTIAL_DECISION,
     CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
     DEAD_LETTER,
@@ -771,6 +773,31 @@ async def test_only_services_speak_as_services(office: Office) -> None:
     sam = office.key("user", "sam")
     claims = office.claims(ServiceEvent, sam, kind="stopped", subject="policy", at_ms=office.now_ms)
     assert steps([await office.event(office.signed(SERVICE_EVENT, claims, sam))]) == ["record.not_believed"]
+
+
+async def test_a_decision_is_judged_whole_though_what_policy_was_given_is_not_read(office: Office) -> None:
+    policy, story = office.key("service", "policy"), office.credential()
+    claims = orjson.loads(parse(story.decision("allowed").value).payload)
+
+    def told(number: int, given: object) -> Received:
+        payload = orjson.dumps({**claims, "jti": f"another {number}", "input": given})
+        return office.received(CREDENTIAL_DECISION, sign_payload(CredentialDecision, payload, policy))
+
+    inputs: tuple[object, ...] = ({"a": [1, {"b": None}]}, None, "text", [], 7)
+    every = [told(number, given) for number, given in enumerate(inputs)]
+    assert [steps([await office.event(one)])[0] for one in every] == [
+        "request.allowed", "request.allowed", *["record.not_believed"] * 3,
+    ]  # fmt: skip
+
+
+async def test_nobody_stands_behind_an_agent_that_names_the_task_of_another(office: Office) -> None:
+    office.agent("stray")
+    by = office.key("agent", "stray")
+    request = office.signed(CREDENTIAL_REQUEST, office.request(iss=by.id), by)
+    event = await office.event(request)
+    assert (event["unmapped"]["agent"], event["unmapped"]["task"]) == ("stray", office.task)
+    assert "on_behalf_of" not in event["unmapped"], "maria gave that task to deploy-bot"
+    assert "maria" not in event["message"]
 
 
 # --- words ---

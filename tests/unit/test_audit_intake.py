@@ -10,12 +10,14 @@ import orjson
 import pytest
 
 from ringfence.audit.intake import Intake, Lately, Told, opened_intake
+from ringfence.audit.read_back import ReadBack
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.kafka import Outbound, Publisher, Received
 from ringfence.messages.base import Topic
-from ringfence.messages.topics import AUDIT_INTAKE
-from ringfence.model.audit_chain import linkable, linked
+from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
+from ringfence.model.audit_chain import linkable, linked, linked_event
+from ringfence.model.merkle import leaf_hash
 from tests.audit_office import TD, Office
 
 HASH = bytes(range(32))
@@ -41,11 +43,15 @@ def event(number: int) -> dict[str, Any]:
     return {"unmapped": words, "metadata": {"uid": f"uid {number}"}, "message": "ähnlich"}
 
 
+def told(number: int) -> Told:
+    words = event(number)
+    return Told("bot", f"uid {number}", linkable(words), None if number % 2 else "trace", words)
+
+
 async def handed_over(office: Office, lately: Lately, *numbers: int) -> Received:
     sent = Sent()
     intake = Intake(sent, lambda: office.key("service", "audit"), TD, SystemClock(), lately)
-    told = (Told("bot", f"uid {n}", linkable(event(n)), None if n % 2 else "trace") for n in numbers)
-    await intake.hand_over(told)
+    await intake.hand_over(told(number) for number in numbers)
     (message,) = sent.messages
     return came_back(office, message)
 
@@ -91,12 +97,12 @@ async def test_the_oldest_are_forgotten_and_not_the_latest() -> None:
 
 
 def test_a_link_stands_at_the_end_of_the_words_wherever_those_stood() -> None:
-    told = {**event(1), "unmapped": {"chain": "of somebody's", **event(1)["unmapped"]}}
+    one = {**event(1), "unmapped": {"chain": "of somebody's", **event(1)["unmapped"]}}
     expected = {
         **event(1),
         "unmapped": {**event(1)["unmapped"], "chain": {"tree": "3", "seq": 7, "prev": HASH.hex()}},
     }
-    assert json.loads(linked(linkable(told), "3", 7, HASH)) == expected
+    assert json.loads(linked(linkable(one), "3", 7, HASH)) == expected
 
 
 def test_a_link_is_added_to_the_byte_as_if_the_event_were_written_with_it() -> None:
@@ -104,3 +110,52 @@ def test_a_link_is_added_to_the_byte_as_if_the_event_were_written_with_it() -> N
     whole = orjson.loads(body)
     whole["unmapped"]["chain"] = {"tree": "3", "seq": 7, "prev": HASH.hex()}
     assert linked(body, "3", 7, HASH) == orjson.dumps(whole)
+
+
+def test_an_event_with_its_link_is_what_its_bytes_say_and_the_one_without_stays() -> None:
+    before = event(1)
+    assert linked_event(before, "3", 7, HASH) == orjson.loads(linked(linkable(event(1)), "3", 7, HASH))
+    assert before == event(1)
+
+
+def trailed(office: Office, number: int) -> tuple[Received, dict[str, Any]]:
+    """An event as it stands on the trail."""
+    value = linked(linkable(event(number)), "0", number, HASH)
+    return office.received(AUDIT, value), linked_event(event(number), "0", number, HASH)
+
+
+def test_what_is_read_back_to_the_letter_is_not_taken_apart_again() -> None:
+    office, read_back = Office(), ReadBack()
+    (own, words), (others, _) = trailed(office, 1), trailed(office, 2)
+    read_back.put(own.value, words, HASH)
+    found = read_back.of([own, others])
+    assert found[0].event is words
+    assert found[0].leaf == HASH, "it was hashed when it was chained"
+    assert found[1] == (orjson.loads(others.value), leaf_hash(others.value))
+    assert read_back.of([own])[0] == (words, leaf_hash(own.value)), "it is kept for the once that it is read"
+
+
+def test_other_bytes_of_the_same_event_are_looked_at() -> None:
+    office, read_back = Office(), ReadBack()
+    own, words = trailed(office, 1)
+    read_back.put(own.value, words, leaf_hash(own.value))
+    changed = own._replace(value=own.value.replace("ähnlich".encode(), b"another"))
+    ((told, leaf),) = read_back.of([changed])
+    assert (told["message"], leaf) == ("another", leaf_hash(changed.value))
+
+
+def test_what_is_never_read_back_goes_at_last_and_counts_once() -> None:
+    office = Office()
+    every = [trailed(office, number) for number in range(1, 6)]
+    read_back = ReadBack(most_bytes=2 * len(every[0][0].value))
+
+    def known() -> list[bool]:
+        return [found.event is words for record, words in every for found in read_back.of([record])]
+
+    for record, words in every:
+        read_back.put(record.value, words, HASH)
+        read_back.put(record.value, words, HASH)  # chained anew, where a transaction failed
+    assert known() == [False, False, False, True, True]
+    for record, words in every[:2]:
+        read_back.put(record.value, words, HASH)
+    assert known() == [True, True, False, False, False], "what is taken makes room"

@@ -13,6 +13,7 @@ from ringfence.audit.http import AuditApi
 from ringfence.audit.intake import Intake, Lately
 from ringfence.audit.proofs import ProofStore
 from ringfence.audit.proofs_http import ProofApi
+from ringfence.audit.read_back import ReadBack
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.store import SqliteIndex
 from ringfence.kernel.clock import Clock
@@ -22,7 +23,6 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, TRUST
 from ringfence.model.alarms import report_alarms
-from ringfence.model.audit_chain import loaded
 from ringfence.model.directory import TABLES, Directory
 
 _AT_ONCE = 32
@@ -38,7 +38,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
     believer = Believer(runtime.trust, directory, own)
     index = SqliteIndex(settings.state_dir / own.index_file if settings.state_dir is not None else None)
-    lately = Lately()
+    lately, read_back = Lately(), ReadBack()
     intake = Intake(runtime.publisher, lambda: runtime.key, settings.trust_domain, runtime.clock, lately)
     handlers = AuditHandlers(
         intake,
@@ -64,9 +64,10 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
             return
         for start in range(0, len(records), _AT_ONCE):
             some = records[start : start + _AT_ONCE]
-            events = [loaded(record.value) for record in some]
+            trailed = read_back.of(some)
+            events = [one.event for one in trailed]
             index.add(some, events)
-            proofs.add_events(some, events)
+            proofs.add_events(some, trailed)
             if detector is not None:
                 detector.on_records(some, events)
 
@@ -78,7 +79,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     runtime.consume(
         "audit", handlers.batches(), max_records=1000, linger_ms=own.linger_ms, from_the_first=True
     )
-    _chain(runtime, own, lately)
+    _chain(runtime, own, lately, read_back)
     api = AuditApi(index, directory, runtime.clock, settings.trust_domain, indexed.complete.is_set)
     runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]
     runtime.routes += AskingApi(index, runtime.clock, api.viewer, indexed.complete.is_set).routes()
@@ -91,8 +92,8 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     return runtime
 
 
-def _chain(runtime: Runtime, own: AuditSettings, lately: Lately) -> None:
-    chain = ChainWriter(runtime, own.checkpoint_s, lately)
+def _chain(runtime: Runtime, own: AuditSettings, lately: Lately, read_back: ReadBack) -> None:
+    chain = ChainWriter(runtime, own.checkpoint_s, lately, read_back)
     runtime.consume(
         GROUP,
         {AUDIT_INTAKE: chain.on_batch},

@@ -262,7 +262,8 @@ class Believer:
         """What is known of a request."""
         facts = self._requests.get(request_id)
         if facts is not None and (facts.sponsor is None or facts.on_behalf_of is None):
-            facts.sponsor, facts.on_behalf_of = self.sponsor_of(facts.agent), self._on_behalf_of(facts.task)
+            facts.sponsor = self.sponsor_of(facts.agent)
+            facts.on_behalf_of = self._on_behalf_of(facts.agent, facts.task)
         return facts
 
     def lease(self, lease_id: str) -> LeaseFacts | None:
@@ -296,7 +297,7 @@ class Believer:
             delivery=claims.delivery,
             reason=scrubbed(claims.reason),
             sponsor=self.sponsor_of(agent),
-            on_behalf_of=self._on_behalf_of(claims.task_id),
+            on_behalf_of=self._on_behalf_of(agent, claims.task_id),
             break_glass=claims.break_glass is True,
             instance=ref_of(enrolment).model_dump() if enrolment else None,
             traceparent=traceparent,
@@ -320,7 +321,7 @@ class Believer:
             "act": list(self._act(claims.agent_id, claims.task_id)),
             "task": claims.task_id,
             "sponsor": self.sponsor_of(claims.agent_id),
-            "on_behalf_of": self._on_behalf_of(claims.task_id),
+            "on_behalf_of": self._on_behalf_of(claims.agent_id, claims.task_id),
         }
         self._grants.put(id_of(claims), words)
         return words
@@ -390,14 +391,20 @@ class Believer:
             return None
         return entry.state if entry is not None else None
 
-    def _on_behalf_of(self, task: str) -> str | None:
-        state = self.task_of(task)
+    def _on_behalf_of(self, agent: str, task: str) -> str | None:
+        """Whom an agent acts for in a task."""
+        state = self._own_task(agent, task)
         return state.on_behalf_of if state is not None else None
 
     def _act(self, agent: str, task: str) -> tuple[str, ...]:
         """The agents that act where an agent asks for something in a task."""
+        state = self._own_task(agent, task)
+        return agents_of(state) if state is not None else (agent,)
+
+    def _own_task(self, agent: str, task: str) -> TaskState | None:
+        """The task, where it is the agent's: whoever assigned one to another agent is not who this one acts for."""
         state = self.task_of(task)
-        return agents_of(state) if state is not None and state.agent_id == agent else (agent,)
+        return state if state is not None and state.agent_id == agent else None
 
     # --- keys ---
 

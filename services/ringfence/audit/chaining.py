@@ -18,6 +18,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from ringfence.audit.intake import Lately, Told, opened_intake
+from ringfence.audit.read_back import ReadBack
 from ringfence.audit.tips import TipsRead, read_tips
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.ids import derived_id
@@ -28,7 +29,7 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.transactions import TransactionalPublisher
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
-from ringfence.model.audit_chain import Tip, linked
+from ringfence.model.audit_chain import Tip, linked, linked_event
 from ringfence.model.merkle import Hash, leaf_hash
 
 log = logging.getLogger(__name__)
@@ -58,9 +59,19 @@ class _Chain:
 class ChainWriter:
     """See the module. `on_batch` is the handler of `audit.intake`; `sign_now_and_then` runs in the background."""
 
-    def __init__(self, runtime: Runtime, checkpoint_s: float, lately: Lately | None = None) -> None:
-        """`lately`: what this process handed over itself."""
+    def __init__(
+        self,
+        runtime: Runtime,
+        checkpoint_s: float,
+        lately: Lately | None = None,
+        read_back: ReadBack | None = None,
+    ) -> None:
+        """Args:
+            lately: what this process handed over itself.
+            read_back: keeps what is chained, where this process reads the trail as well.
+        """  # fmt: skip
         self._lately = lately or Lately()
+        self._read_back = read_back
         self._runtime = runtime
         self._checkpoint_s = checkpoint_s
         self._one_at_a_time = asyncio.Lock()
@@ -121,8 +132,11 @@ class ChainWriter:
             for one in await self._handed(record):
                 if one.uid in chain.recent:
                     continue
-                body = linked(one.body, tree, start + len(leaves) + 1, last)
+                link = (tree, start + len(leaves) + 1, last)
+                body = linked(one.body, *link)
                 last = leaf_hash(body)
+                if self._read_back is not None and one.event is not None:
+                    self._read_back.put(body, linked_event(one.event, *link), last)
                 leaves.append(last)
                 chain.remember(one.uid)
                 events.append(Outbound(one.key, body, one.uid, one.traceparent))

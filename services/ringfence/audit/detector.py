@@ -130,7 +130,9 @@ class Detector:
             for uid, finding in looked_at.items()
             if not self._handed.get(uid) and not self._trail.has(uid)
         ]
-        await self._intake.hand_over(Handed(one.key, one.uid, linkable(one.body), None) for one in events)
+        await self._intake.hand_over(
+            Handed(one.key, one.uid, linkable(one.body), None, one.body) for one in events
+        )
         for uid in looked_at:
             self._open.pop(uid, None)
         for one in events:

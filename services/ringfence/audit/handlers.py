@@ -48,7 +48,7 @@ from ringfence.messages.approval import (
     GrantWithdraw,
 )
 from ringfence.messages.base import ExpiringClaims, Topic, typ_header
-from ringfence.messages.credential import CredentialDecision, CredentialRequest
+from ringfence.messages.credential import CredentialRequest, DecidedTerms
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
 from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, ServiceEvent
 from ringfence.messages.registry import (
@@ -98,7 +98,7 @@ class _Ready(NamedTuple):
     key: str
     uid: str
     body: bytes
-    class_uid: int
+    event: dict[str, Any]
     unsettled: bool
 
 
@@ -213,10 +213,10 @@ class AuditHandlers:
 
     async def _publish(self, batch: Sequence[Received], ready: Sequence[_Ready]) -> None:
         await self._intake.hand_over(
-            Told(one.key, one.uid, one.body, record.traceparent)
+            Told(one.key, one.uid, one.body, record.traceparent, one.event)
             for record, one in zip(batch, ready, strict=True)
         )
-        for class_uid, count in Counter(one.class_uid for one in ready).items():
+        for class_uid, count in Counter(one.event["class_uid"] for one in ready).items():
             metrics.AUDIT_EVENTS.labels(str(class_uid)).inc(count)
         for what, count in Counter(record.topic.what for record in batch).items():
             metrics.RECORDS.labels(what, "done").inc(count)
@@ -274,10 +274,10 @@ class AuditHandlers:
         if replay is not None:
             return replay, False
         facts = self._believer.remember_request(signed, record.sent_traceparent)
-        return credential_events.requested(record, facts, signed.verified()), _incomplete(facts)
+        return credential_events.requested(record, facts, signed.verified()), self._incomplete(facts)
 
     def _decision(self, record: Received) -> tuple[Event, bool]:
-        signed = self._believer.by_service(record, CredentialDecision, "policy")
+        signed = self._believer.by_service(record, DecidedTerms, "policy")
         claims = signed.claims
         facts = self._believer.embedded_request(
             claims.request, claims.request_id, claims.source.appended_at_ms
@@ -298,7 +298,7 @@ class AuditHandlers:
         event = credential_events.decided(
             record, claims, digest(signed.compact), facts, signed.verified(*embedded)
         )
-        return event, facts is None or _incomplete(facts)
+        return event, facts is None or self._incomplete(facts)
 
     def _approval_request(self, record: Received) -> tuple[Event, bool]:
         if not record.value.startswith(b"{"):
@@ -310,7 +310,7 @@ class AuditHandlers:
         if facts is None:
             raise InvalidMessageError("the embedded request does not hold", code="key_unknown")
         verified = {"by": None, "embedded": ["credential.request"]}
-        return credential_events.approval_asked(record, claims, facts, verified), _incomplete(facts)
+        return credential_events.approval_asked(record, claims, facts, verified), self._incomplete(facts)
 
     def _response(self, record: Received) -> tuple[Event, bool]:
         """What a person answered, said ahead, or took back."""
@@ -356,7 +356,7 @@ class AuditHandlers:
         self._believer.remember_approval(signed.compact, claims)
         embedded = ("credential.request",) if facts is not None else ()
         event = credential_events.approval_given(record, claims, facts, signed.verified(*embedded))
-        return event, facts is None or _incomplete(facts)
+        return event, facts is None or self._incomplete(facts)
 
     def _action_request(self, record: Received) -> tuple[Event, bool]:
         signed = self._believer.by_service(record, ActionRequest, "gateway")
@@ -535,6 +535,12 @@ class AuditHandlers:
             return claims.agent_id
         return subject_of(self._trust_domain, claims.result, "agent")
 
+    def _incomplete(self, facts: RequestFacts) -> bool:
+        """Whether the local tables may know more a little later; that a task is another agent's is known for good."""
+        return facts.sponsor is None or (
+            facts.on_behalf_of is None and self._believer.task_of(facts.task) is None
+        )
+
     def _replay(
         self, record: Received, signed: Believed[Any], words_of_it: Callable[[], dict[str, Any]]
     ) -> Event | None:
@@ -585,17 +591,14 @@ class AuditHandlers:
 def _ready(event: Event, unsettled: bool) -> _Ready:
     body = linkable(event.body)
     if len(body) > MAX_EVENT_BYTES:
-        body = linkable(shortened(event).body)
-    return _Ready(event.key, event.uid, body, int(event.body["class_uid"]), unsettled)
+        event = shortened(event)
+        body = linkable(event.body)
+    return _Ready(event.key, event.uid, body, event.body, unsettled)
 
 
 def _lacks_people(event: Event) -> bool:
     words = event.body["unmapped"]
     return ("agent" in words and "sponsor" not in words) or ("task" in words and "on_behalf_of" not in words)
-
-
-def _incomplete(facts: RequestFacts) -> bool:
-    return facts.sponsor is None or facts.on_behalf_of is None
 
 
 def _consent_in(claims: ExpiringClaims) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -25,14 +25,15 @@ MOST_BYTES = 320 * 1024
 
 
 class Told(NamedTuple):
-    """One event that is to be chained: its Kafka key, its uid, its JSON as `linkable` makes it, and the trace that it
-    belongs to.
+    """One event that is to be chained: its Kafka key, its uid, its JSON as `linkable` makes it, the trace that it
+    belongs to; and what that is the JSON of, where it is at hand.
     """
 
     key: str
     uid: str
     body: bytes
     traceparent: str | None
+    event: Mapping[str, Any] | None = None
 
 
 class Lately:
@@ -42,8 +43,8 @@ class Lately:
     others are.
     """
 
-    def __init__(self, most_bytes: int = 16 * 1024 * 1024) -> None:
-        """`most_bytes` of messages are kept, and as much again of what is in them; the oldest go first."""
+    def __init__(self, most_bytes: int = 8 * 1024 * 1024) -> None:
+        """`most_bytes` of messages are kept, and some three times as much of what is in them; the oldest go first."""
         self._left = most_bytes
         self._kept: OrderedDict[str, tuple[bytes, SigningKey, Sequence[Told]]] = OrderedDict()
 
@@ -142,7 +143,7 @@ def _told(entry: dict[str, Any]) -> Told:
         raise ValueError("not an event")
     if not (traceparent is None or type(traceparent) is str):
         raise ValueError("not a traceparent")
-    return Told(key, uid, linkable(event), traceparent)
+    return Told(key, uid, linkable(event), traceparent, event)
 
 
 def _entry(told: Told) -> dict[str, object]:

@@ -10,15 +10,15 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ringfence.audit.read_back import ReadBack, Trailed
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.base import typ_header
-from ringfence.model.audit_chain import Tip, chained, event_of, loaded
+from ringfence.model.audit_chain import Tip, chained, event_of
 from ringfence.model.merkle import Hash, consistency_proof, inclusion_proof, leaf_hash, node_hash
 
 log = logging.getLogger(__name__)
@@ -85,19 +85,19 @@ class ProofStore:
 
     # --- feeding ---
 
-    def add_events(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
+    def add_events(self, records: Sequence[Received], trailed: Sequence[Trailed] | None = None) -> None:
         """Take in what came on `audit`. What does not follow is passed over: whoever verifies the trail says so.
 
-        `events`: the JSON of each, where it is parsed already.
+        `trailed`: what each is, where that is known already.
         """
-        parsed = events or [loaded(record.value) for record in records]
-        for record, event in zip(records, map(chained, parsed), strict=True):
+        for record, (parsed, leaf) in zip(records, trailed or ReadBack().of(records), strict=True):
+            event = chained(parsed)
             if event is None or event.link is None or event.link.tree != str(record.partition):
                 continue
             tree, place = event.link.tree, event.link.seq
             if place == self._sizes.get(tree, 0) + 1:
                 self._sizes[tree] = place
-                self._append(tree, 0, leaf_hash(record.value))
+                self._append(tree, 0, leaf)
 
     def add_checkpoints(self, records: Sequence[Received]) -> None:
         """Take in what came on `audit.checkpoint`; only what an audit service signed counts."""

@@ -124,12 +124,18 @@ class CredentialDecision(Claims):
     """Set on a denial where asking again with a new request may work."""
 
 
-class DecidedTerms(CredentialDecision):
-    """A decision as issuer and agents read it: what the policy was given, half of it, is passed over."""
+class PassedOver(Message):
+    """An object of which nothing is read."""
 
     model_config = ConfigDict(extra="ignore")
 
-    input: ClassVar[None] = None  # type: ignore[misc]
+
+class DecidedTerms(CredentialDecision):
+    """A decision as issuer, audit and agents read it: what the policy was given, half of it, is passed over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    input: PassedOver | None = None  # type: ignore[assignment]
 
 
 class IssuerRefusal(Claims):

@@ -4,6 +4,7 @@ all of them. Pure; for who writes it and for whoever verifies it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -58,8 +59,16 @@ def linked(body: bytes, tree: str, seq: int, prev: Hash) -> bytes:
     """The JSON of an event with its link, as it is published. `body` is what `linkable` made: the link is put behind
     the last of its words, as taking it apart for that would cost more than all the rest of chaining it.
     """
-    link = orjson.dumps({"tree": tree, "seq": seq, "prev": prev.hex()})
-    return b'%b,"chain":%b}}' % (body[:-2], link)
+    return b'%b,"chain":%b}}' % (body[:-2], orjson.dumps(_link(tree, seq, prev)))
+
+
+def linked_event(event: Mapping[str, Any], tree: str, seq: int, prev: Hash) -> dict[str, Any]:
+    """What `linked` makes of an event, not as bytes: what `loaded` would make of those. `event` is not changed."""
+    return {**event, "unmapped": {**event["unmapped"], "chain": _link(tree, seq, prev)}}
+
+
+def _link(tree: str, seq: int, prev: Hash) -> dict[str, Any]:
+    return {"tree": tree, "seq": seq, "prev": prev.hex()}
 
 
 class Source(NamedTuple):
