@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import (
@@ -26,7 +28,15 @@ from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.topics_admin import TopicsAdmin
 from ringfence.messages.base import Topic
 from ringfence.messages.operations import DeadLetter
-from ringfence.messages.topics import ALL, CREDENTIAL_DECISION, CREDENTIAL_REQUEST, DEAD_LETTER, LEASE
+from ringfence.messages.topics import (
+    ALL,
+    AUDIT,
+    CREDENTIAL_DECISION,
+    CREDENTIAL_REQUEST,
+    DEAD_LETTER,
+    HEARTBEAT,
+    LEASE,
+)
 from tests.conftest import Kafka
 
 WITHIN_S = 60
@@ -108,6 +118,25 @@ async def test_topics_are_what_the_contract_says(settings: ServiceSettings) -> N
     async with TopicsAdmin(settings) as admin:
         assert await admin.check() == []
         assert await admin.apply() == [], "applying again changes nothing"
+
+
+async def test_of_a_bounded_broker_heartbeats_take_little_and_what_is_compacted_is_whole(
+    settings: ServiceSettings,
+) -> None:
+    bounded = settings.model_copy(update={"topic_prefix": f"bounded-{uuid.uuid4().hex[:8]}"})
+    kept = {AUDIT: "8388608", HEARTBEAT: "524288", LEASE: "-1"}
+    async with TopicsAdmin(bounded) as admin:
+        await admin.apply(keep_bytes=8 * 1024 * 1024)
+    client = AIOKafkaAdminClient(bootstrap_servers=bounded.kafka)
+    await client.start()
+    try:
+        for topic, expected in kept.items():
+            asked = ConfigResource(ConfigResourceType.TOPIC, topic.name(bounded.topic_prefix))
+            [answer] = await client.describe_configs([asked])
+            found = {entry[0]: entry[1] for *_, entries in answer.resources for entry in entries}
+            assert found.get("retention.bytes", "-1") == expected
+    finally:
+        await client.close()
 
 
 async def test_topics_of_another_prefix_are_all_missing(settings: ServiceSettings) -> None:
