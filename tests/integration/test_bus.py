@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
+from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import (
     MAX_INVALID_SIGNED,
@@ -121,15 +123,17 @@ async def test_topics_are_what_the_contract_says(settings: ServiceSettings) -> N
 
 
 async def test_of_a_bounded_broker_heartbeats_take_little_and_what_is_compacted_is_whole(
-    settings: ServiceSettings,
+    tmp_path: Path,
 ) -> None:
-    bounded = settings.model_copy(update={"topic_prefix": f"bounded-{uuid.uuid4().hex[:8]}"})
-    kept = {AUDIT: "8388608", HEARTBEAT: "524288", LEASE: "-1"}
-    async with TopicsAdmin(bounded) as admin:
-        await admin.apply(keep_bytes=8 * 1024 * 1024)
-    client = AIOKafkaAdminClient(bootstrap_servers=bounded.kafka)
-    await client.start()
+    kept: dict[Topic[Any], str] = {AUDIT: "8388608", HEARTBEAT: "524288", LEASE: "-1"}
+    broker = EmbeddedKafka(tmp_path)  # bounds are for it alone: Apache Kafka wants larger segments
+    broker.start()
+    client = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap)
     try:
+        bounded = ServiceSettings(kafka=broker.bootstrap, embedded_broker=True)
+        async with TopicsAdmin(bounded) as admin:
+            await admin.apply(keep_bytes=8 * 1024 * 1024)
+        await client.start()
         for topic, expected in kept.items():
             asked = ConfigResource(ConfigResourceType.TOPIC, topic.name(bounded.topic_prefix))
             [answer] = await client.describe_configs([asked])
@@ -137,6 +141,7 @@ async def test_of_a_bounded_broker_heartbeats_take_little_and_what_is_compacted_
             assert found.get("retention.bytes", "-1") == expected
     finally:
         await client.close()
+        broker.stop()
 
 
 async def test_topics_of_another_prefix_are_all_missing(settings: ServiceSettings) -> None:
