@@ -6,10 +6,14 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
+from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import (
     MAX_INVALID_SIGNED,
@@ -21,12 +25,20 @@ from ringfence.kernel.bus import (
 )
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.kafka import Follower, Publisher, Received
+from ringfence.kernel.kafka import Follower, Publisher, Reader, Received
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.topics_admin import TopicsAdmin
 from ringfence.messages.base import Topic
 from ringfence.messages.operations import DeadLetter
-from ringfence.messages.topics import ALL, CREDENTIAL_REQUEST, DEAD_LETTER, LEASE
+from ringfence.messages.topics import (
+    ALL,
+    AUDIT,
+    CREDENTIAL_DECISION,
+    CREDENTIAL_REQUEST,
+    DEAD_LETTER,
+    HEARTBEAT,
+    LEASE,
+)
 from tests.conftest import Kafka
 
 WITHIN_S = 60
@@ -108,6 +120,28 @@ async def test_topics_are_what_the_contract_says(settings: ServiceSettings) -> N
     async with TopicsAdmin(settings) as admin:
         assert await admin.check() == []
         assert await admin.apply() == [], "applying again changes nothing"
+
+
+async def test_of_a_bounded_broker_heartbeats_take_little_and_what_is_compacted_is_whole(
+    tmp_path: Path,
+) -> None:
+    kept: dict[Topic[Any], str] = {AUDIT: "8388608", HEARTBEAT: "524288", LEASE: "-1"}
+    broker = EmbeddedKafka(tmp_path)  # bounds are for it alone: Apache Kafka wants larger segments
+    broker.start()
+    client = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap)
+    try:
+        bounded = ServiceSettings(kafka=broker.bootstrap, embedded_broker=True)
+        async with TopicsAdmin(bounded) as admin:
+            await admin.apply(keep_bytes=8 * 1024 * 1024)
+        await client.start()
+        for topic, expected in kept.items():
+            asked = ConfigResource(ConfigResourceType.TOPIC, topic.name(bounded.topic_prefix))
+            [answer] = await client.describe_configs([asked])
+            found = {entry[0]: entry[1] for *_, entries in answer.resources for entry in entries}
+            assert found.get("retention.bytes", "-1") == expected
+    finally:
+        await client.close()
+        broker.stop()
 
 
 async def test_topics_of_another_prefix_are_all_missing(settings: ServiceSettings) -> None:
@@ -299,6 +333,43 @@ async def test_a_follower_that_starts_at_the_end_sees_only_what_comes(
         await send(publisher, "new")
         await asyncio.wait_for(came.wait(), WITHIN_S)
     assert [record.value for record in seen] == [b"new"]
+
+
+async def test_a_follower_of_several_topics_reads_each_from_its_own_start_for_its_own_reader(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    async def write(value: str) -> int:
+        """To each topic; returns when the last was appended."""
+        written = [
+            await (await publisher.send(topic, "bot", value, id=value, type="test"))
+            for topic in (CREDENTIAL_REQUEST, CREDENTIAL_DECISION, LEASE)
+        ]
+        return int(written[-1].timestamp)
+
+    whole, since, coming = Seen(), Seen(), Seen()
+    tasks: list[asyncio.Future[None]] = []
+
+    def into(seen: Seen) -> Reader:
+        return lambda records: tasks.extend(asyncio.ensure_future(seen.add(record)) for record in records)
+
+    old_ms = await write("old")
+    while SystemClock().now_ms() <= old_ms:
+        await asyncio.sleep(0.001)
+    await write("then")
+    follower = Follower(settings, [LEASE], into(whole))
+    follower.also([CREDENTIAL_REQUEST], into(since), since_ms=old_ms + 1)
+    follower.also([CREDENTIAL_DECISION], into(coming), since_ms=None)
+    with pytest.raises(ValueError, match="followed already"):
+        follower.also([LEASE], into(since), since_ms=0)
+    async with follower:
+        await write("new")
+        for seen, values in ((whole, ["old", "then", "new"]), (since, ["then", "new"]), (coming, ["new"])):
+            await seen.until(len(values))
+            assert seen.values == values
+        assert await follower.caught_up(WITHIN_S)
+        positions = await follower.positions([LEASE])
+        assert {name for name, _ in positions} == {LEASE.name(settings.topic_prefix)}
+        assert sum(positions.values()) == 3
 
 
 async def test_two_members_share_the_partitions(settings: ServiceSettings, publisher: Publisher) -> None:

@@ -57,9 +57,9 @@ class StackOptions:
     kafka_port: int = 0
     redis_port: int = 0
     partitions: int = 4
-    keep_bytes: int = 16 * 1024 * 1024
-    """What the embedded broker keeps of each partition that is not compacted. It holds all in memory, and writes all of
-    it again every other second."""
+    keep_bytes: int = 4 * 1024 * 1024
+    """What the embedded broker keeps of each partition that is not compacted. It holds all in memory, some three times,
+    and writes all of it again every other second, on an idle stack too: heartbeats come."""
     environment: dict[str, str] = field(default_factory=dict)
     """More `RINGFENCE_*` for the services."""
 

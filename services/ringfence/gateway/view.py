@@ -19,7 +19,7 @@ from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_REQUEST
 from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
-from ringfence.model.streams import Partition, StreamCheck, Streams
+from ringfence.model.streams import CONFIRMED, StreamCheck, Streams
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +68,10 @@ class View:
         runtime.table(TABLES, on_tables)
         runtime.table([HEARTBEAT], self._on_heartbeats)
         leases = runtime.history([LEASE], on_leases, since_ms=max(now_ms - LEASES_SINCE_MS, 1))
-        orders = runtime.history([REVOCATION_REQUEST], on_orders, since_ms=max(now_ms - ORDERS_KEPT_MS, 1))
+        runtime.history([REVOCATION_REQUEST], on_orders, since_ms=max(now_ms - ORDERS_KEPT_MS, 1))
         self._cutter.knows_leases_by(leases)
-        self._followers: tuple[Follower, ...] = (leases, orders)
+        self._follower: Follower = leases
+        """Of the orders too."""
         runtime.background("view", self._look)
         runtime.background("heartbeat", self._beat)
         runtime.denies_when(self.stale)
@@ -95,11 +96,11 @@ class View:
 
     async def _look(self) -> None:
         """Compare, sweep, and tell those that watch a lease where the view has got too old; for ever."""
-        self._check.begin(await self._positions())
+        self._check.begin(await self._follower.positions(CONFIRMED))
         turn = 0
         while True:
             if turn % _COMPARE_EVERY == 0:
-                positions = await self._positions()
+                positions = await self._follower.positions(CONFIRMED)
                 self._fresh_at_ms = 0
                 self._check.compare(positions)
             turn += 1
@@ -108,12 +109,6 @@ class View:
                 self.table.end_watched()
             self._looked_ms = suspend_aware_ms()
             await asyncio.sleep(_LOOK_EVERY_S)
-
-    async def _positions(self) -> dict[Partition, int]:
-        positions: dict[Partition, int] = {}
-        for follower in self._followers:
-            positions |= await follower.positions()
-        return positions
 
     async def _beat(self) -> None:
         """Say that it is alive, for ever: cuts wait for its word."""

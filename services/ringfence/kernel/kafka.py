@@ -362,6 +362,15 @@ def paced(
     return Fetches(consumer, linger_ms=linger_ms)
 
 
+Reader = Callable[[Sequence[Received]], None]
+"""Takes what came of one partition, in its order. Must not block, must not raise."""
+
+
+class _Followed(NamedTuple):
+    reader: Reader
+    since_ms: int | None
+
+
 class Follower:
     """Reads whole topics, every partition, from a starting point on and for ever. No group, nothing committed."""
 
@@ -369,7 +378,7 @@ class Follower:
         self,
         settings: BusSettings,
         topics: Sequence[Topic[Any]],
-        on_records: Callable[[Sequence[Received]], None],
+        on_records: Reader,
         *,
         since_ms: int | None = 0,
         linger_ms: int = 0,
@@ -378,7 +387,6 @@ class Follower:
         on_gone: OnGone | None = None,
     ) -> None:
         """Args:
-            on_records: takes what came, in the order of each partition. Must not block, must not raise.
             since_ms: where to start: 0 at the beginning, a time at the first record appended then or later, None at
                 the present end.
             linger_ms: let records gather for so long, where nobody waits for them.
@@ -390,9 +398,8 @@ class Follower:
         self.gone = self._onward.gone
         """What Kafka removed, or lost."""
         self._settings = settings
-        self._topics = {t.name(settings.topic_prefix): t for t in topics}
-        self._on_records = on_records
-        self._since_ms = since_ms
+        self._topics: dict[str, Topic[Any]] = {}
+        self._followed: dict[str, _Followed] = {}
         self._linger_ms = linger_ms
         self._consumer: AIOKafkaConsumer | None = None
         self._goal: dict[TopicPartition, int] = {}
@@ -404,6 +411,16 @@ class Follower:
         self._advanced = asyncio.Event()
         self.complete = asyncio.Event()
         """Set once everything has been read that was there at the start."""
+        self.also(topics, on_records, since_ms=since_ms)
+
+    def also(self, topics: Sequence[Topic[Any]], on_records: Reader, *, since_ms: int | None) -> None:
+        """Read these too, to be said before `start`. A fetch costs little more for many topics than for one."""
+        for topic in topics:
+            name = topic.name(self._settings.topic_prefix)
+            if name in self._topics:
+                raise ValueError(f"{name} is followed already")
+            self._topics[name] = topic
+            self._followed[name] = _Followed(on_records, since_ms)
 
     async def start(self) -> None:
         """Connect, find the starting points, begin to read. Raises UnavailableError where topics are missing."""
@@ -413,9 +430,8 @@ class Follower:
             auto_offset_reset=NO_RESET,
             **FETCH_OPTIONS,
         )
-        paced(
-            consumer, self._settings, self._linger_ms, quick_ms=TABLE_MS if self._since_ms == 0 else QUICK_MS
-        )
+        whole = all(followed.since_ms == 0 for followed in self._followed.values())
+        paced(consumer, self._settings, self._linger_ms, quick_ms=TABLE_MS if whole else QUICK_MS)
         try:
             await consumer.start()
             partitions = await self._partitions(consumer)
@@ -449,17 +465,22 @@ class Follower:
         return every if self._key is None or not every else [_partitioner(self._key, every, every)]
 
     async def _seek(self, consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> None:
-        if self._since_ms is None:
-            for partition in partitions:
-                consumer.seek(partition, self._goal[partition])
-        elif self._since_ms == 0:
-            for partition, offset in (await consumer.beginning_offsets(partitions)).items():
+        together: dict[int | None, list[TopicPartition]] = {}
+        for partition in partitions:
+            together.setdefault(self._followed[partition.topic].since_ms, []).append(partition)
+        for since_ms, some in together.items():
+            for partition, offset in (await self._starts(consumer, some, since_ms)).items():
                 consumer.seek(partition, offset)
-        else:
-            found = await consumer.offsets_for_times(dict.fromkeys(partitions, self._since_ms))
-            for partition in partitions:
-                at = found.get(partition)
-                consumer.seek(partition, at.offset if at else self._goal[partition])
+
+    async def _starts(
+        self, consumer: AIOKafkaConsumer, partitions: list[TopicPartition], since_ms: int | None
+    ) -> dict[TopicPartition, int]:
+        if since_ms is None:
+            return {partition: self._goal[partition] for partition in partitions}
+        if since_ms == 0:
+            return dict(await consumer.beginning_offsets(partitions))
+        found = await consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
+        return {p: at.offset if (at := found.get(p)) else self._goal[p] for p in partitions}
 
     async def _run(self, consumer: AIOKafkaConsumer) -> None:
         behind = {p for p, end in self._goal.items() if await consumer.position(p) < end}
@@ -473,20 +494,28 @@ class Follower:
                 log.warning("reading failed, trying again: %s", error)
                 await asyncio.sleep(0.5)
                 continue
-            for records in batches.values():
-                self._on_records([received(record, self._topics) for record in records])
+            for partition, records in batches.items():
+                reader = self._followed[partition.topic].reader
+                reader([received(record, self._topics) for record in records])
             if batches:
                 advanced, self._advanced = self._advanced, asyncio.Event()
                 advanced.set()
             if behind:
                 behind = {p for p in behind if await consumer.position(p) < self._goal[p]}
 
-    async def positions(self) -> dict[tuple[str, int], int]:
-        """By topic's name and partition: the offset after the last record that was handed on, or passed over."""
+    async def positions(self, topics: Iterable[Topic[Any]]) -> dict[tuple[str, int], int]:
+        """By the name and partition of these topics: the offset after the last record that was handed on, or passed
+        over.
+        """
         consumer = self._consumer
         if consumer is None:
             return {}
-        return {(at.topic, at.partition): await consumer.position(at) for at in consumer.assignment()}
+        names = {topic.name(self._settings.topic_prefix) for topic in topics}
+        return {
+            (at.topic, at.partition): await consumer.position(at)
+            for at in consumer.assignment()
+            if at.topic in names
+        }
 
     async def caught_up(self, timeout_s: float) -> bool:
         """Wait until everything is taken in that stood on the topics when this was called.

@@ -18,7 +18,7 @@ from ringfence.kernel.errors import InvalidMessageError, RingfenceError, Unavail
 from ringfence.kernel.gone import Gone
 from ringfence.kernel.http import HttpServer, ReadyCheck, application
 from ringfence.kernel.ids import derived_id
-from ringfence.kernel.kafka import Follower, Publisher, Received
+from ringfence.kernel.kafka import Follower, Publisher, Reader, Received
 from ringfence.kernel.keys import KeyFileError, SigningKey
 from ringfence.kernel.service_keys import ServiceKeys
 from ringfence.kernel.settings import ServiceSettings
@@ -41,7 +41,6 @@ _TRUST_MS = 200
 _CATCH_UP_S = 2.0
 DRAIN_S = 10.0
 """What a batch under way is given to end once the service is told to stop."""
-TableReader = Callable[[Sequence[Received]], None]
 
 
 class Runtime:
@@ -61,12 +60,14 @@ class Runtime:
         self.publisher = Publisher(settings, self.key.id, self.clock, self.tracing)
         self.letters = DeadLetters(self.publisher, role, self.clock, self.trust, self._trust_moved)
         self.routes: list[BaseRoute] = []
-        self._tables: dict[Topic[Any], TableReader] = {}
+        self._tables: dict[Topic[Any], Reader] = {}
         self._table_follower: Follower | None = None
         self._trust_follower: Follower | None = None
         self.bundle_overwritten = False
         """Whether the last record under the key of the bundle in force is another: compaction would let it vanish."""
         self._followers: list[Follower] = []
+        self._histories: dict[int, Follower] = {}
+        """By how long they linger."""
         self._consumers: list[Consumer] = []
         self._started = False
         """Whether all tables are complete, and work is taken."""
@@ -97,15 +98,21 @@ class Runtime:
 
     # --- what `app.py` says before the start ---
 
-    def table(self, topics: Sequence[Topic[Any]], reader: TableReader) -> None:
+    def table(self, topics: Sequence[Topic[Any]], reader: Reader) -> None:
         """Read these topics whole, from their beginnings, and go on reading; complete before any work is taken."""
         self._tables |= dict.fromkeys(topics, reader)
 
     def history(
-        self, topics: Sequence[Topic[Any]], reader: TableReader, *, since_ms: int, linger_ms: int = 0
+        self, topics: Sequence[Topic[Any]], reader: Reader, *, since_ms: int, linger_ms: int = 0
     ) -> Follower:
-        """Read these topics from a moment on, and go on reading; complete before any work is taken."""
-        follower = Follower(
+        """Read these topics from a moment on, and go on reading; complete before any work is taken.
+
+        Those that linger alike are read by one follower, so that each fetch is for all of them.
+        """
+        if (shared := self._histories.get(linger_ms)) is not None:
+            shared.also(topics, reader, since_ms=since_ms)
+            return shared
+        follower = self._histories[linger_ms] = Follower(
             self.settings,
             topics,
             reader,

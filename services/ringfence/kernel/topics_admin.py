@@ -16,10 +16,15 @@ from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.topics_acls import Acl, Party
 from ringfence.messages.base import Topic
-from ringfence.messages.topics import ALL, LEASE
+from ringfence.messages.topics import ALL, HEARTBEAT, LEASE
 
 _ANY_HOST, _ALLOW = "*", 3
 """In Kafka's protocol: ACLs hold from everywhere, and allow (`AclPermissionType`)."""
+
+_HEARTBEAT_BYTES = 512 * 1024
+"""Kept of them at most, where anything is bounded: some two minutes. They come on an idle system too, and only the
+last of each service counts.
+"""
 
 
 class TopicError(RingfenceError):
@@ -47,6 +52,8 @@ def _bounds(topic: Topic[Any], keep_bytes: int | None) -> dict[str, str]:
     """Kafka deletes whole segments: four of them make the bound."""
     if keep_bytes is None or topic.compacted:
         return {}
+    if topic is HEARTBEAT:
+        keep_bytes = min(keep_bytes, _HEARTBEAT_BYTES)
     return {"retention.bytes": str(keep_bytes), "segment.bytes": str(keep_bytes // 4)}
 
 

@@ -14,16 +14,21 @@ import hashlib
 import logging
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.trust import TrustStore
+from ringfence.messages.base import Topic
 from ringfence.messages.operations import Heartbeat, StreamDigest
+from ringfence.messages.topics import LEASE, REVOCATION_REQUEST
 
 log = logging.getLogger(__name__)
 
+CONFIRMED: Final[tuple[Topic[Any], ...]] = (LEASE, REVOCATION_REQUEST)
+"""What revokers sign about."""
 Partition = tuple[str, int]
 """Topic's name and number."""
 REMEMBERED = 10_000

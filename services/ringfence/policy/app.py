@@ -95,9 +95,9 @@ def build(
         since_ms = max(runtime.clock.now_ms() - for_ms, 1)
         return runtime.history([topic], reader, since_ms=since_ms, linger_ms=_READ_BACK_MS)
 
+    read_back(LEASE, holdings.on_leases, LEASES_SINCE_MS)
+    read_back(SERVICE_EVENT, holdings.on_events, REFUSALS_SINCE_MS)
     history = read_back(CREDENTIAL_DECISION, decisions.on_records, HISTORY_MS)
-    leases = read_back(LEASE, holdings.on_leases, LEASES_SINCE_MS)
-    refusals = read_back(SERVICE_EVENT, holdings.on_events, REFUSALS_SINCE_MS)
     read_back(APPROVAL_RESPONSE, grant_table.on_records, GRANTS_KEEP_MS)
 
     async def recall() -> None:
@@ -120,7 +120,7 @@ def build(
     answers = Answers(runtime, directory, decisions, Approvers(directory), notices)
     opener = Opener(runtime, directory)
     declared = Declared(all_backends(Material(settings.trust_domain, settings.issuer_url)))
-    judge = Judge(runtime, directory, engine, holdings, (leases, refusals), grants, declared)
+    judge = Judge(runtime, directory, engine, holdings, (history,), grants, declared)
     limits = Limits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
     pending = PendingLimits(own.agent_pending_approvals, own.sponsor_pending_approvals)
     requests = RequestHandler(

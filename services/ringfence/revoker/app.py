@@ -93,8 +93,8 @@ def build(
         watch.on_records(records)
 
     leases = runtime.history([LEASE], on_leases, since_ms=since_ms, linger_ms=LINGER_MS)
-    given = runtime.history([REVOCATION_REQUEST], streams.on_records, since_ms=since_ms, linger_ms=LINGER_MS)
-    runtime.background("heartbeat", Beating(runtime, streams, (leases, given)).run)
+    runtime.history([REVOCATION_REQUEST], streams.on_records, since_ms=since_ms, linger_ms=LINGER_MS)
+    runtime.background("heartbeat", Beating(runtime, streams, leases).run)
     runtime.on_start(rebuilder.connect)
     runtime.on_stop(store.close)
     for backend in backends.values():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 
 from aiokafka.errors import KafkaError
 
@@ -14,7 +13,7 @@ from ringfence.kernel.kafka import Follower
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT
-from ringfence.model.streams import Partition, Streams
+from ringfence.model.streams import CONFIRMED, Streams
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +21,12 @@ _EVERY_S = 1.0
 
 
 class Beating:
-    """Signs heartbeats over what `followers` brought to `streams`."""
+    """Signs heartbeats over what `follower` brought to `streams`."""
 
-    def __init__(self, runtime: Runtime, streams: Streams, followers: Sequence[Follower]) -> None:
+    def __init__(self, runtime: Runtime, streams: Streams, follower: Follower) -> None:
         self._runtime = runtime
         self._streams = streams
-        self._followers = followers
+        self._follower = follower
 
     async def run(self) -> None:
         """Beat, for ever."""
@@ -40,9 +39,7 @@ class Beating:
 
     async def beat(self) -> None:
         """Say what has come since the last time."""
-        positions: dict[Partition, int] = {}
-        for follower in self._followers:
-            positions |= await follower.positions()
+        positions = await self._follower.positions(CONFIRMED)
         key, now_ms = self._runtime.key, self._runtime.clock.now_ms()
         heartbeat = Heartbeat(
             iss=key.id,
