@@ -126,6 +126,8 @@ async def expired_in_time(desk: Desk, store: LeaseStore, asked: Asked) -> None:
         LEASE, lambda r: r.key == asked.lease_id and r.value.decode() == life[-1].compact
     )
     assert record.appended_at_ms >= end.deadline * 1000 - 20  # two clocks of one machine
+    every = await desk.world.records(LEASE)
+    assert {r.partition for r in every if r.key == asked.lease_id} == {record.partition}
     assert (await store.get([asked.lease_id]))[asked.lease_id].jws.decode() == life[-1].compact
     assert asked.lease_id not in await store.find(f"agent:{desk.bot.name}")
 

@@ -17,6 +17,7 @@ from ringfence.kernel.bus import gather_all
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Outbound
+from ringfence.kernel.partitioning import key_number
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.tracing import Span
 from ringfence.messages.credential import Reason
@@ -194,9 +195,8 @@ class Ender:
         if next_status(lease, cause, self._stateless) not in TERMINAL:
             return None
         step = self._step(lease, cause)
-        return ForeseenEnd(
-            digest_of(record), glance_of(step.lease.claims), told_of(step), _outbound(step.lease)
-        )
+        sent = _outbound(step.lease)._replace(key_number=key_number(lease.lease_id.encode()))
+        return ForeseenEnd(digest_of(record), glance_of(step.lease.claims), told_of(step), sent)
 
     async def end_foreseen(self, due: Mapping[str, StoredLease | None]) -> dict[str, StoredLease | None]:
         """End those of these leases whose ends were foreseen. Returns the others, as Redis has them then.
