@@ -1,4 +1,4 @@
-"""`python -m bench [NAME...] [--kafka embedded|apache] [--events N]`; all of them where none is named."""
+"""`python -m bench [NAME...] [--kafka embedded|apache] [--events N] [--revokers N]`; all where none is named."""
 
 from __future__ import annotations
 
@@ -42,12 +42,15 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], default=[], metavar="NAME")
     parser.add_argument("--kafka", choices=["embedded", "apache"], default="embedded")
     parser.add_argument("--events", type=int, default=audit.EVENTS, help="of audit: how many its index has")
+    parser.add_argument("--revokers", type=int, default=1, help="of ends: how many share the work")
     options = parser.parse_args()
     print(f"machine: {describe()}\n{pace()}")
     for name in options.names or BENCHMARKS:
         print(f"\n{name} (Kafka: {options.kafka})")
         if name == "audit":
             audit.run(options.kafka, options.events)
+        elif name == "ends":
+            ends.run(options.kafka, options.revokers)
         else:
             BENCHMARKS[name](options.kafka)
         print(pace())

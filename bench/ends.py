@@ -1,6 +1,7 @@
 """Very many leases that are due in the same second: how long until all have their signed ends, and what that costs.
 
-First with the revoker alone, then with all services and somebody who asks for credentials all the while.
+First with nothing but revokers (`--revokers`: how many), then with all services and somebody who asks for credentials
+all the while.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from bench import credentials
 from bench.filling import Valkey, signed_leases
 from bench.machine import cpu_s, percentile
-from bench.stack import running
+from bench.stack import more_of, running
 from ringfence.client.agent import Agent
 from ringfence.dev.stack import Stack
 from ringfence.kernel.errors import RingfenceError
@@ -120,7 +121,8 @@ async def _drain(stack: Stack, pids: dict[str, int]) -> tuple[float, float]:
     for what, since, until in (("meanwhile", before, done), ("and after", done, after)):
         each = {name: (until[name] - since[name]) / DUE * 1e6 for name in pids}
         print(f"  CPU µs a lease {what}: " + ", ".join(f"{name} {us:.0f}" for name, us in each.items()))
-    print(f"  CPU of the revoker before, since they were there: {before['revoker'] - idle['revoker']:.1f} s")
+    ahead_s = [before[name] - idle[name] for name in pids if name.startswith("revoker")]
+    print("  CPU of each revoker before, since they were there: " + ", ".join(f"{s:.1f} s" for s in ahead_s))
     return due_s, due_s + max(lags_s)
 
 
@@ -149,18 +151,21 @@ async def _while_issuing(stack: Stack, pids: dict[str, int], agents: credentials
     print(f"  refused or unanswered: {len(asking.refused)} {sorted(set(asking.refused)) or ''}")
 
 
-def run(kafka: str) -> None:
-    """Print the numbers on this broker."""
+def run(kafka: str, revokers: int = 1) -> None:
+    """Print the numbers on this broker, with so many revokers."""
     import uvloop
 
-    with running(kafka, ("registry", "revoker")) as (stack, _, pids):
-        print(f"{DUE} leases due in the same second, the revoker alone")
-        uvloop.run(_drain(stack, pids))
-    with running(kafka) as (stack, settings, pids):
+    with (
+        running(kafka, ("registry", "revoker")) as (stack, _, pids),
+        more_of(stack, "revoker", revokers - 1) as more,
+    ):
+        print(f"{DUE} leases due in the same second, revokers alone: {revokers}")
+        uvloop.run(_drain(stack, pids | more))
+    with running(kafka) as (stack, settings, pids), more_of(stack, "revoker", revokers - 1) as more:
         print(f"the same with all services, and {RATE} credentials a second asked for")
 
         async def work() -> None:
             async with credentials.agents_of(stack, settings) as agents:
-                await _while_issuing(stack, pids, agents)
+                await _while_issuing(stack, pids | more, agents)
 
         uvloop.run(work())

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+
+import httpx
 
 from ringfence.cli.dev import client_settings
 from ringfence.client.ceremony import SERVICE_ROLES, TrustFolder, make_trust
 from ringfence.client.settings import ClientSettings
-from ringfence.dev.stack import Stack, StackOptions
+from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
+from ringfence.dev.stack import READY_WITHIN_S, Stack, StackOptions
 from ringfence.messages.trust import ServiceRole
 from tests.brokers.apache import ApacheKafka
 
@@ -61,3 +67,39 @@ def running(
         make_trust(TrustFolder(options.state), options.trust_domain, options.operator, gateways=gateways)
         stack = cleanup.enter_context(Stack(options))
         yield stack, client_settings(stack.environment()), pids | stack.children()
+
+
+@contextlib.contextmanager
+def more_of(stack: Stack, role: ServiceRole, count: int) -> Iterator[dict[str, int]]:
+    """So many more processes of a service, once they are ready; yields their pids by name."""
+    children: dict[str, Child] = {}
+    try:
+        for number in range(2, count + 2):
+            name, http = f"{role}-{number}", f"{LOOPBACK}:{free_port()}"
+            of_its_own = {
+                "RINGFENCE_CONFIG": os.devnull,
+                "RINGFENCE_HTTP": http,
+                "RINGFENCE_INSTANCE": name,
+                "RINGFENCE_KEY_FILE": str(stack.trust.service_key(role)),
+                "RINGFENCE_KEY_DIR": str(stack.options.state / "keys"),
+            }
+            children[name] = spawn(
+                name,
+                [sys.executable, "-m", "ringfence.cli.main", "serve", role],
+                env={**os.environ, **stack.environment(), **of_its_own, **stack.options.environment},
+                log_path=stack.options.state / "logs" / f"{name}.log",
+            )
+            children[name].wait_until(partial(_is_ready, http), READY_WITHIN_S, "was ready")
+        yield {name: child.pid for name, child in children.items()}
+    finally:
+        for child in children.values():
+            child.terminate()
+        for child in children.values():
+            child.stop()
+
+
+def _is_ready(http: str) -> bool:
+    try:
+        return httpx.get(f"http://{http}/readyz", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -126,6 +126,8 @@ async def expired_in_time(desk: Desk, store: LeaseStore, asked: Asked) -> None:
         LEASE, lambda r: r.key == asked.lease_id and r.value.decode() == life[-1].compact
     )
     assert record.appended_at_ms >= end.deadline * 1000 - 20  # two clocks of one machine
+    every = await desk.world.records(LEASE)
+    assert {r.partition for r in every if r.key == asked.lease_id} == {record.partition}
     assert (await store.get([asked.lease_id]))[asked.lease_id].jws.decode() == life[-1].compact
     assert asked.lease_id not in await store.find(f"agent:{desk.bot.name}")
 
@@ -223,18 +225,26 @@ def foreseen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     seen: list[tuple[str, str]] = []
     remember, take = Foresight.remember, Foresight.take
 
-    def remembering(self: Foresight, record: bytes, end: ForeseenEnd) -> None:
-        seen.append(("remembered", end.glance.lease_id))
-        remember(self, record, end)
+    take_due = Foresight.take_due
 
-    def taking(self: Foresight, record: bytes) -> ForeseenEnd | None:
-        end = take(self, record)
+    def remembering(self: Foresight, end: ForeseenEnd) -> None:
+        seen.append(("remembered", end.glance.lease_id))
+        remember(self, end)
+
+    def taking(self: Foresight, lease_id: str, record: bytes) -> ForeseenEnd | None:
+        end = take(self, lease_id, record)
         if end is not None:
-            seen.append(("taken", end.glance.lease_id))
+            seen.append(("taken", lease_id))
         return end
+
+    def taking_due(self: Foresight, shard: int, by_ms: int, most: int) -> list[ForeseenEnd]:
+        ends = take_due(self, shard, by_ms, most)
+        seen.extend(("taken unclaimed", end.glance.lease_id) for end in ends)
+        return ends
 
     monkeypatch.setattr(Foresight, "remember", remembering)
     monkeypatch.setattr(Foresight, "take", taking)
+    monkeypatch.setattr(Foresight, "take_due", taking_due)
     return seen
 
 
@@ -260,6 +270,20 @@ async def until_published(store: LeaseStore) -> None:
             await asyncio.sleep(0.05)
 
 
+async def test_of_more_than_is_claimed_at_a_time_what_was_foreseen_ends_without_a_claim(
+    world: World, foreseen: list[tuple[str, str]]
+) -> None:
+    own: dict[ServiceRole, Any] = {"revoker": RevokerSettings(claim_limit=1)}
+    async with opened_desks(world) as first, world.running("issuer", "revoker", own=own):
+        desk, store = await another(first), LeaseStore(world.settings("issuer"))
+        leases = await asyncio.gather(*(desk.issued("read", ttl_s=15) for _ in range(24)))
+        for asked, _ in leases:
+            await expired_in_time(desk, store, asked)
+        assert "taken unclaimed" in {name for name, _ in foreseen}, "24 leases are due in 16 shards"
+        await until_published(store)
+        await store.close()
+
+
 async def test_a_lease_whose_end_was_foreseen_is_given_back(
     desk: Desk, foreseen: list[tuple[str, str]]
 ) -> None:
@@ -278,9 +302,10 @@ async def test_a_foreseen_end_gives_way_to_another_that_came_first(desk: Desk, s
     (before,) = (await store.get([asked.lease_id])).values()
     end = ender.foresee(before.record)
     assert end is not None
-    ender.foresight.remember(before.record, end)
+    ender.foresight.remember(end)
     await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
     life = await ended(desk, asked)
+    assert await ender.end_due([end]) == 0
     left = await ender.end_foreseen({asked.lease_id: before})
     assert {id: one and one.jws.decode() for id, one in left.items()} == {asked.lease_id: life[-1].compact}
     assert len(await ended(desk, asked)) == 3

@@ -30,6 +30,7 @@ from ringfence.model.lease_store import (
     SignedLease,
     expanded,
     outbox_field,
+    told_of,
 )
 from ringfence.model.lease_store.keys import AHEAD_MS
 from ringfence.model.leases import ALL_MARK, marks_of, wide_marks_of
@@ -463,6 +464,35 @@ async def test_where_a_record_does_not_follow_none_that_comes_after_it_does(
     answers = await store.step(both, visibility_ms=VISIBLE_MS)
     assert {one.outcome for one in answers} == {"moved"}
     assert {(one.stored.status, one.stored.seq) for one in answers if one.stored} == {(won, 2)}
+
+
+async def test_what_is_due_and_nobody_has_claimed_can_be_ended_without_a_claim(store: LeaseStore) -> None:
+    taken, lasting = lease(deadline=soon()), lease()
+    await store.activate([taken, lasting])
+
+    async def ended(*leases: SignedLease) -> list[str]:
+        steps = [told_of(step(one, "expired")) for one in leases]
+        return [one.outcome for one in await store.write(steps, visibility_ms=VISIBLE_MS, only_due=True)]
+
+    assert await ended(taken, lasting) == ["undue", "undue"], "neither is due"
+    await until(lambda: claimed(store))
+    due = lease(deadline=soon())
+    await store.activate([due])
+    assert await ended(due, taken, lasting) == ["undue", "undue", "undue"], "one is claimed"
+
+    async def ended_now() -> bool:
+        found = await ended(due, lasting)
+        assert found[1] == "undue"
+        return found[0] == "done"
+
+    await until(ended_now)
+    assert (await store.look(due.claims.lease_id)).now_ms >= due.claims.deadline * 1000
+    assert await ended(due) == ["moved"]
+    (stored,) = (await store.get([due.claims.lease_id])).values()
+    assert (stored.status, await claimed(store)) == ("expired", {})
+    assert await bearing(store, f"agent:{due.claims.agent_id}") == []
+    waiting = [one.lease_id for one in await store.unpublished(older_than_ms=0)]
+    assert waiting.count(due.claims.lease_id) == 2
 
 
 async def test_a_lease_nobody_knows_cannot_be_ended(store: LeaseStore) -> None:

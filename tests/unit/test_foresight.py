@@ -2,57 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ringfence.kernel.kafka import Outbound
 from ringfence.model.lease_store import told_of
-from ringfence.revoker.foresight import ForeseenEnd, Foresight
+from ringfence.revoker.foresight import ForeseenEnd, Foresight, digest_of
 from ringfence.revoker.said import glance_of
 from tests.leases import lease, step
 
 
-def foreseen(deadline: int = 2_000_000_000) -> ForeseenEnd:
+def foreseen(record: bytes = b"one", deadline: int = 2_000_000_000) -> ForeseenEnd:
     end = step(lease(deadline=deadline), "expired")
     claims = end.lease.claims
-    return ForeseenEnd(
-        glance_of(claims), told_of(end), Outbound(claims.lease_id, end.lease.jws.encode(), claims.jti)
-    )
+    sent = Outbound(claims.lease_id, end.lease.jws.encode(), claims.jti)
+    return ForeseenEnd(digest_of(record), glance_of(claims), told_of(end), sent)
+
+
+def made(
+    circumstances: Callable[[], object] = lambda: 1,
+    *,
+    shard_of: Callable[[str], int] = lambda _: 0,
+    most: int = 100,
+) -> Foresight:
+    return Foresight(circumstances, shard_of, most)
+
+
+def taken(foresight: Foresight, *ends: ForeseenEnd, record: bytes = b"one") -> list[bool]:
+    """Which of these are remembered for a lease whose record this is."""
+    return [foresight.take(end.step.lease_id, record) is end for end in ends]
 
 
 def test_it_is_taken_once_and_by_the_very_record() -> None:
-    foresight, end = Foresight(lambda: 1), foreseen()
-    foresight.remember(b"one", end)
-    assert foresight.take(b"other") is None
-    assert foresight.take(b"one") is end
-    assert foresight.take(b"one") is None
+    foresight, end, other = made(), foreseen(), foreseen()
+    foresight.remember(end)
+    assert taken(foresight, other) == [False]
+    assert taken(foresight, end) == [True]
+    assert taken(foresight, end) == [False]
+    foresight.remember(end)
+    assert taken(foresight, end, record=b"another") == [False]
+    assert taken(foresight, end) == [False], "it follows a record that is there no more"
 
 
 def test_what_it_rests_on_has_changed() -> None:
     version = 1
-    foresight = Foresight(lambda: version)
-    foresight.remember(b"one", foreseen())
+    foresight, ends = made(lambda: version), [foreseen() for _ in range(4)]
+    foresight.remember(ends[0])
     version = 2
-    assert foresight.take(b"one") is None
-    foresight.remember(b"two", foreseen())
-    assert foresight.take(b"two") is not None
-    foresight.remember(b"three", foreseen())
+    assert taken(foresight, ends[0]) == [False]
+    foresight.remember(ends[1])
+    assert taken(foresight, ends[1]) == [True]
+    foresight.remember(ends[2])
     version = 3
-    foresight.remember(b"four", foreseen())
-    assert (foresight.take(b"three"), foresight.take(b"four") is None) == (None, False)
+    foresight.remember(ends[3])
+    assert taken(foresight, *ends[2:]) == [False, True]
+    foresight.remember(ends[2])
+    version = 4
+    assert foresight.take_due(0, 3_000_000_000_000, 10) == []
 
 
 def test_it_remembers_the_latest_only() -> None:
-    foresight = Foresight(lambda: 1, most=2)
-    for record in (b"one", b"two", b"three"):
-        foresight.remember(record, foreseen())
-    assert [foresight.take(record) is not None for record in (b"one", b"two", b"three")] == [
-        False,
-        True,
-        True,
-    ]
+    foresight, ends = made(most=2), [foreseen() for _ in range(3)]
+    for end in ends:
+        foresight.remember(end)
+    assert taken(foresight, *ends) == [False, True, True]
 
 
 def test_leases_that_were_due_long_ago_are_forgotten() -> None:
-    foresight = Foresight(lambda: 1)
-    for record, deadline in ((b"one", 1000), (b"two", 1010)):
-        foresight.remember(record, foreseen(deadline))
+    foresight, ends = made(), [foreseen(deadline=deadline) for deadline in (1000, 1010)]
+    for end in ends:
+        foresight.remember(end)
     foresight.forget(1010)
-    assert [foresight.take(record) is not None for record in (b"one", b"two")] == [False, True]
+    assert taken(foresight, *ends) == [False, True]
+
+
+def test_what_is_due_in_a_shard_is_taken_once_and_nothing_before_its_time() -> None:
+    shards: dict[str, int] = {}
+    foresight = made(shard_of=shards.__getitem__)
+    ends = [foreseen(deadline=deadline) for deadline in (1000, 1000, 1000, 1001, 1000)]
+    for end, shard in zip(ends, (3, 3, 3, 3, 4), strict=True):
+        shards[end.step.lease_id] = shard
+        foresight.remember(end)
+    assert foresight.take_due(3, 999_999, 10) == []
+    assert foresight.take_due(3, 1_000_000, 2) == ends[:2]
+    assert foresight.take_due(3, 1_000_000, 2) == ends[2:3]
+    assert foresight.take_due(3, 1_000_000, 2) == []
+    assert taken(foresight, *ends) == [False, False, False, True, True]

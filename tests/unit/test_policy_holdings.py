@@ -371,6 +371,19 @@ def test_records_are_verified_where_they_change_something_only(table: Table, mon
     assert len(opened) == 2  # and an end that comes before its time
 
 
+def test_an_end_in_time_is_not_verified(table: Table, monkeypatch: pytest.MonkeyPatch):
+    known, early = table.publish("known"), table.allow("early")
+    table.lease(known, "active")
+    opened = count_opened(monkeypatch)
+    table.clock.ms += TTL_S * 1000
+    for request in (known, message_id(BOT.id, "unknown")):
+        table.lease(request, "expired", 2, by="revoker")
+    assert opened == []
+    assert table.ids() == [lease_id(early)], "until its decision is read it may be of a later one"
+    table.lease(early, "expired", 2, by="revoker")
+    assert table.ids() == []
+
+
 def count_opened(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     opened: list[bytes] = []
 

@@ -115,6 +115,8 @@ class Outbound(NamedTuple):
     value: bytes
     id: str
     traceparent: str | None = None
+    key_number: int | None = None
+    """That of the key (`partitioning.key_number`), where it was counted before."""
 
 
 def partition_of(key: str, partitions: Sequence[int]) -> int:
@@ -246,7 +248,9 @@ class Publisher:
         every = await self.partitions(topic)
         by_partition: dict[int, list[Outbound]] = {}
         for record in records:
-            by_partition.setdefault(partition_of(record.key, every), []).append(record)
+            number = record.key_number
+            to = partition_of(record.key, every) if number is None else every[number % len(every)]
+            by_partition.setdefault(to, []).append(record)
         return [self.send_to(partition, topic, type, some) for partition, some in by_partition.items()]
 
     async def send_to(

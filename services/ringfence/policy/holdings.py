@@ -335,8 +335,10 @@ class Holdings:
             id, seq, status = unverified["lease_id"], unverified["seq"], unverified["status"]
             if id != key or seq < 1:
                 return False
-            known = self._leases.get(id)
-            if unverified["deadline"] > self._now_s() - SLACK_S:
+            known, now_s, deadline_s = self._leases.get(id), self._now_s(), unverified["deadline"]
+            # What is past its deadline is held no more, whether or not it is known to have ended.
+            in_time = status in TERMINAL and max(deadline_s, known.deadline_s if known else 0) <= now_s
+            if deadline_s > now_s - SLACK_S and not in_time:
                 if known is None:
                     return True
                 if seq > known.seq and known.over != (status in TERMINAL):

@@ -17,6 +17,7 @@ from ringfence.kernel.bus import gather_all
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Outbound
+from ringfence.kernel.partitioning import key_number
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.tracing import Span
 from ringfence.messages.credential import Reason
@@ -32,13 +33,12 @@ from ringfence.model.lease_store import (
     StoredLease,
     expanded,
     told_of,
-    unverified_payload,
 )
 from ringfence.model.leases import bears, follow, is_over, restated
 from ringfence.model.opening import open_lease
 from ringfence.model.steps import work_on
 from ringfence.revoker.domain import deadline_cause, next_status
-from ringfence.revoker.foresight import ForeseenEnd, Foresight
+from ringfence.revoker.foresight import ForeseenEnd, Foresight, digest_of
 from ringfence.revoker.said import Said, glance_of
 from ringfence.revoker.truth import Glance
 
@@ -92,7 +92,7 @@ class Ender:
         self._hand_over = hand_over
         self._said = said
         self._visibility_ms = visibility_ms
-        self.foresight = Foresight(lambda: (runtime.trust.version, runtime.key.kid))
+        self.foresight = Foresight(lambda: (runtime.trust.version, runtime.key.kid), store.shard_of)
 
     async def read(self, stored: Mapping[str, StoredLease | None]) -> dict[str, Lease]:
         """The claims of stored records whose signatures hold. Others are reported, and left as they are."""
@@ -195,7 +195,8 @@ class Ender:
         if next_status(lease, cause, self._stateless) not in TERMINAL:
             return None
         step = self._step(lease, cause)
-        return ForeseenEnd(glance_of(step.lease.claims), told_of(step), _outbound(step.lease))
+        sent = _outbound(step.lease)._replace(key_number=key_number(lease.lease_id.encode()))
+        return ForeseenEnd(digest_of(record), glance_of(step.lease.claims), told_of(step), sent)
 
     async def end_foreseen(self, due: Mapping[str, StoredLease | None]) -> dict[str, StoredLease | None]:
         """End those of these leases whose ends were foreseen. Returns the others, as Redis has them then.
@@ -204,26 +205,50 @@ class Ender:
         """
         left, ends = dict(due), dict[str, ForeseenEnd]()
         for id, one in due.items():
-            end = self.foresight.take(one.record) if one else None
-            if end is not None and end.step.lease_id == id and end.step.epoch == self._store.epoch:
+            end = self.foresight.take(id, one.record) if one else None
+            if end is not None and end.step.epoch == self._store.epoch:
                 ends[id] = end
+        for id, result in (await self._end_as_foreseen(list(ends.values()))).items():
+            left[id] = result.stored
+            if result.outcome == "done":
+                del left[id]
+        return left
+
+    def take_foreseen(self, shard: int, by_ms: int, most: int) -> list[ForeseenEnd]:
+        """Foreseen ends of leases of a shard that are due by then, for `end_due`."""
+        return [
+            end for end in self.foresight.take_due(shard, by_ms, most) if end.step.epoch == self._store.epoch
+        ]
+
+    async def end_due(self, ends: Sequence[ForeseenEnd]) -> int:
+        """End leases as was foreseen that nobody has claimed and that are due. Returns how many.
+
+        The others are left to whoever claims them. Raises as `end`.
+        """
+        results = await self._end_as_foreseen(ends, only_due=True)
+        return sum(result.outcome == "done" for result in results.values())
+
+    async def _end_as_foreseen(
+        self, ends: Sequence[ForeseenEnd], *, only_due: bool = False
+    ) -> dict[str, Stepped]:
+        """End these leases; `only_due`: see `LeaseStore.write`. Returns what came of each."""
         if not ends:
-            return left
-        work = (work_on(_verified_before(one.record)) for id, one in due.items() if one and id in ends)
+            return {}
+        work = (work_on(parse(end.record.value).unverified_claims(Lease)) for end in ends)  # its own record
         with self._runtime.tracing.steps("end lease", work) as spans:
             results = await self._store.write(
-                [end.step for end in ends.values()], visibility_ms=self._visibility_ms
+                [end.step for end in ends], visibility_ms=self._visibility_ms, only_due=only_due
             )
-            left |= {id: result.stored for id, result in zip(ends, results, strict=True)}
-            done = [id for id, result in zip(ends, results, strict=True) if result.outcome == "done"]
-            traced = dict(zip(ends, spans, strict=False))
-            await self._publish([(ends[id].glance, _traced(ends[id].record, traced.get(id))) for id in done])
-            for id in done:
-                del left[id]
-                if id in traced:
-                    traced[id].note(status="expired", cause="deadline")
-        self._count(ends[id].glance for id in done)
-        return left
+            done = [end for end, result in zip(ends, results, strict=True) if result.outcome == "done"]
+            traced = {end.step.lease_id: span for end, span in zip(ends, spans, strict=False)}
+            await self._publish(
+                [(end.glance, _traced(end.record, traced.get(end.step.lease_id))) for end in done]
+            )
+            for end in done:
+                if end.step.lease_id in traced:
+                    traced[end.step.lease_id].note(status="expired", cause="deadline")
+        self._count(end.glance for end in done)
+        return {end.step.lease_id: result for end, result in zip(ends, results, strict=True)}
 
     async def end_undone(self, wishes: Sequence[Wish]) -> None:
         """Write the last records of leases that are undone at their targets."""
@@ -414,9 +439,3 @@ def _outbound(lease: SignedLease, traceparent: str | None = None) -> Outbound:
 
 def _traced(record: Outbound, span: Span | None) -> Outbound:
     return record if span is None else record._replace(traceparent=span.traceparent)
-
-
-def _verified_before(record: bytes) -> Lease:
-    """The claims of a record, as Redis holds it, that was found to hold."""
-    payload = unverified_payload(record)
-    return parse(record).unverified_claims(Lease) if payload is None else Lease.model_validate_json(payload)

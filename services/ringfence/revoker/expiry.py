@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 
 from aiokafka.errors import KafkaError
 
@@ -15,6 +17,7 @@ from ringfence.kernel.errors import RingfenceError
 from ringfence.model.lease_store import MIN_LEFT_MS, Claimed, LeaseStore, LostError, StoredLease
 from ringfence.revoker.domain import deadline_cause
 from ringfence.revoker.ending import AT_A_TIME, TOGETHER, Ender, Wish
+from ringfence.revoker.foresight import ForeseenEnd
 from ringfence.revoker.settings import RevokerSettings
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,8 @@ _HINTED_AGAIN_S = 0.025
 _HINTS, _HINTS_WITHIN_S = 100, 1.0
 _DEAF_S = 1.0
 """So long no hints are heard after so many came within so short a time."""
+_FORESEEN_AT_A_TIME = 500
+"""So many leases whose ends were foreseen go together: little is left to do for each."""
 _FAILED_S = 0.5
 _SWEEP_EVERY_S = 1.0
 
@@ -45,6 +50,10 @@ class Expiry:
         self._outbox_age_ms = settings.outbox_age_ms
         self._look_at = [0.0] * len(store.shards)
         self._looked_at = [0.0] * len(store.shards)
+        self._more_by_ms = [0] * len(store.shards)
+        """When, by Redis's clock, more was due in a shard than was claimed: what of it was foreseen need not be."""
+        self._turn_of = random.sample(store.shards, len(store.shards))
+        """Where more is due in several shards, one comes after the other: of several revokers each begins elsewhere."""
         self._hinted = asyncio.Event()
         self._turns = asyncio.Semaphore(TOGETHER)
         self._under_way = 0
@@ -65,6 +74,7 @@ class Expiry:
                 except Exception as error:  # noqa: BLE001 - logged below
                     failure = error
                 if failure is not None:
+                    self._more_by_ms = [0] * len(self._look_at)  # what was foreseen may not hold any more
                     log.log(
                         _level(failure),
                         "ending leases failed, again in %.1f s: %s",
@@ -82,26 +92,54 @@ class Expiry:
 
     async def _end_due(self, shards: Sequence[int], now: float, ending: asyncio.TaskGroup) -> None:
         """Claim what is due, and begin to end all of it: the next is claimed while the last is on its way."""
+        foreseen = self._take_foreseen(shards)
+        if foreseen is not None:
+            shard, ends = foreseen
+            await self._begin(ending, partial(self._end_foreseen, shard, ends))
+        shards = [shard for shard in shards if not self._more_by_ms[shard]]
+        if not shards:
+            return
         claimed = await self._store.claim(shards, limit=self._limit, visibility_ms=self._visibility_ms)
         for one in claimed:
             self._looked_at[one.shard] = now
             self._look_at[one.shard] = now + self._pause_s(one, now)
+            if len(one.leases) >= self._limit:
+                self._more_by_ms[one.shard] = one.now_ms
         due = [(id, lease) for one in claimed for id, lease in one.leases.items()]
         for start in range(0, len(due), AT_A_TIME):
-            await self._turns.acquire()
-            self._under_way += 1
-            ending.create_task(self._end_some(dict(due[start : start + AT_A_TIME])))
+            await self._begin(ending, partial(self._end_claimed, dict(due[start : start + AT_A_TIME])))
 
-    async def _end_some(self, due: Mapping[str, StoredLease | None]) -> None:
+    def _take_foreseen(self, shards: Sequence[int]) -> tuple[int, list[ForeseenEnd]] | None:
+        """A shard of these in which more is due than was claimed, and foreseen ends of it; None where none are."""
+        for shard in sorted(shards, key=self._turn_of.__getitem__):
+            if self._more_by_ms[shard]:
+                if ends := self._ender.take_foreseen(shard, self._more_by_ms[shard], _FORESEEN_AT_A_TIME):
+                    return shard, ends
+                self._more_by_ms[shard] = 0
+        return None
+
+    async def _begin(self, ending: asyncio.TaskGroup, work: Callable[[], Awaitable[None]]) -> None:
+        await self._turns.acquire()
+        self._under_way += 1
+        ending.create_task(self._in_turn(work))
+
+    async def _in_turn(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
-            leases = await self._ender.read(await self._ender.end_foreseen(due))
-            now_ms = self._clock.now_ms()
-            await self._ender.end([Wish(lease, deadline_cause(lease, now_ms)) for lease in leases.values()])
+            await work()
         except Exception as error:  # noqa: BLE001 - `run` logs it; what did not end comes again
             self._failure = error
         finally:
             self._turns.release()
             self._under_way -= 1
+
+    async def _end_claimed(self, due: Mapping[str, StoredLease | None]) -> None:
+        leases = await self._ender.read(await self._ender.end_foreseen(due))
+        now_ms = self._clock.now_ms()
+        await self._ender.end([Wish(lease, deadline_cause(lease, now_ms)) for lease in leases.values()])
+
+    async def _end_foreseen(self, shard: int, ends: Sequence[ForeseenEnd]) -> None:
+        if await self._ender.end_due(ends) < len(ends) / 2:
+            self._more_by_ms[shard] = 0  # another revoker is at it: claims tell what is left
 
     def is_busy(self) -> bool:
         """Whether leases are being ended now."""

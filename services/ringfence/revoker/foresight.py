@@ -39,46 +39,70 @@ _BUSY_S = 0.02
 class ForeseenEnd:
     """The one record with which an active lease ends at its deadline: signed, and as Redis and Kafka are told of it."""
 
+    follows: bytes
+    """A digest of the record, as Redis holds it, that was verified."""
     glance: Glance
     step: Told
     record: Outbound
 
 
 class Foresight:
-    """The ends that this process has foreseen, each by the record, verified by then, that it follows."""
+    """The ends that this process has foreseen, each of a lease whose record was verified by then."""
 
-    def __init__(self, circumstances: Callable[[], object], most: int = MOST) -> None:
-        """`circumstances`: on what all that is remembered rests. Where it is another than before, nothing is known."""
+    def __init__(
+        self, circumstances: Callable[[], object], shard_of: Callable[[str], int], most: int = MOST
+    ) -> None:
+        """Args:
+            circumstances: on what all that is remembered rests. Where it is another than before, nothing is known.
+            shard_of: the shard of a lease.
+        """  # fmt: skip
         self._circumstances = circumstances
         self._rests_on = circumstances()
+        self._shard_of = shard_of
         self._most = most
-        self._ends: OrderedDict[bytes, ForeseenEnd] = OrderedDict()
-        """By digests of records as Redis holds them."""
+        self._ends: dict[int, OrderedDict[str, ForeseenEnd]] = {}
+        """By shard and lease, about in the order in which they are due."""
 
-    def remember(self, record: bytes, end: ForeseenEnd) -> None:
-        """Remember what the end of a lease will be, whose record, as Redis holds it, was found to hold now."""
+    def remember(self, end: ForeseenEnd) -> None:
+        """Remember what the end of a lease will be, whose record was found to hold now."""
         self._forget_if_changed()
-        self._ends[hashlib.sha256(record).digest()] = end
-        while len(self._ends) > self._most:
-            self._ends.popitem(last=False)
+        ends = self._ends.setdefault(self._shard_of(end.step.lease_id), OrderedDict())
+        ends[end.step.lease_id] = end
+        while sum(map(len, self._ends.values())) > self._most:
+            ends.popitem(last=False)
 
-    def take(self, record: bytes) -> ForeseenEnd | None:
-        """What was remembered for this very record, once."""
-        if not self._ends:
+    def take(self, lease_id: str, record: bytes) -> ForeseenEnd | None:
+        """What was remembered of a lease, once: if this, as Redis holds it, is the very record that was verified."""
+        if not any(self._ends.values()):
             return None
         self._forget_if_changed()
-        return self._ends.pop(hashlib.sha256(record).digest(), None)
+        end = self._ends.get(self._shard_of(lease_id), OrderedDict()).pop(lease_id, None)
+        return end if end is not None and end.follows == digest_of(record) else None
+
+    def take_due(self, shard: int, by_ms: int, most: int) -> list[ForeseenEnd]:
+        """What was remembered of leases of a shard that are due by then, once, and only so many; not always of all."""
+        self._forget_if_changed()
+        ends, found = self._ends.get(shard, OrderedDict()), list[ForeseenEnd]()
+        while ends and len(found) < most and next(iter(ends.values())).glance.deadline * 1000 <= by_ms:
+            found.append(ends.popitem(last=False)[1])
+        return found
 
     def forget(self, due_before_s: float) -> None:
         """Forget the ends of leases that were due before then. Some may stay for a while that were foreseen later."""
-        while self._ends and next(iter(self._ends.values())).glance.deadline < due_before_s:
-            self._ends.popitem(last=False)
+        for ends in self._ends.values():
+            while ends and next(iter(ends.values())).glance.deadline < due_before_s:
+                ends.popitem(last=False)
 
     def _forget_if_changed(self) -> None:
         now = self._circumstances()
         if now != self._rests_on:
             self._rests_on = now
             self._ends.clear()
+
+
+def digest_of(record: bytes) -> bytes:
+    """What tells a record, as Redis holds it, from every other."""
+    return hashlib.sha256(record).digest()
 
 
 class Lookout:
@@ -129,6 +153,6 @@ class Lookout:
             for record in records:
                 end = self._foresee(record)
                 if end is not None:
-                    self._foresight.remember(record, end)
+                    self._foresight.remember(end)
             if len(records) < _AT_A_TIME:
                 return

@@ -19,7 +19,7 @@ from ringfence.model.lease_store.keys import (
     outbox_field,
 )
 from ringfence.model.lease_store.link import FullError, LostError
-from ringfence.model.lease_store.packing import expanded, unverified_payload
+from ringfence.model.lease_store.packing import expanded
 from ringfence.model.lease_store.restoring import Had, Held, Restoration
 from ringfence.model.lease_store.store import LeaseStore
 from ringfence.model.lease_store.values import (
@@ -64,5 +64,4 @@ __all__ = [
     "expanded",
     "outbox_field",
     "told_of",
-    "unverified_payload",
 ]

@@ -469,7 +469,8 @@ return {}
 # The next records of many leases of a shard. Where one of a lease does not follow, none that come after it do.
 # KEYS: claimed, outbox, outbox times.
 # ARGV: prefixes of live keys, leases of agents and agents of marks (same slot), how long a lease that has not
-#       ended is claimed, how long the record of one that has is kept,
+#       ended is claimed, how long the record of one that has is kept, `due` if only leases that are due and that
+#       nobody has claimed, else '',
 #       (id, status, seq and epoch of the record that is expected there, head of the record, record, outbox field,
 #       deadline, agent and two marks if terminal, else '' and nothing more)...
 TRANSITION = Script(
@@ -477,7 +478,7 @@ TRANSITION = Script(
     + _DEADLINES
     + _INDEXES
     + """
-local ids, i = {}, 6
+local ids, i = {}, 7
 while i <= #ARGV do
     ids[#ids + 1] = ARGV[i]
     i = i + (ARGV[i + 5] == '' and 6 or 9)
@@ -486,7 +487,9 @@ local now_kept = {}
 for n, text in ipairs(all_kept(ids)) do now_kept[ids[n]] = text end
 local answers, done, due_s, over, claimed, live = {}, {}, {}, {}, {}, {}
 local records, times, moved, left = {}, {}, {}, {}
-i = 6
+local only_due, due_at = ARGV[6] == 'due', {}
+if only_due then due_at = redis.call('ZMSCORE', deadlines, unpack(ids)) end
+i = 7
 for n, id in ipairs(ids) do
     local deadline = ARGV[i + 5]
     local status, seq, deadline_s, epoch = head_in(now_kept[id])
@@ -496,6 +499,8 @@ for n, id in ipairs(ids) do
     elseif moved[id] or status .. seq .. ' ' .. epoch ~= ARGV[i + 1] then
         moved[id] = true
         answers[n] = {'moved'}
+    elseif only_due and not (due_at[n] and tonumber(due_at[n]) <= now) then
+        answers[n] = {'undue'}
     else
         answers[n] = {'done'}
         now_kept[id] = ARGV[i + 2] .. '\\n'

@@ -224,8 +224,13 @@ class LeaseStore(Shards):
         """
         return await self.write(list(map(told_of, steps)), visibility_ms=visibility_ms)
 
-    async def write(self, steps: Sequence[Told], *, visibility_ms: int) -> list[Stepped]:
-        """`step`, of what was put together before."""
+    async def write(
+        self, steps: Sequence[Told], *, visibility_ms: int, only_due: bool = False
+    ) -> list[Stepped]:
+        """`step`, of what was put together before.
+
+        `only_due`: of leases that `claim` would give to whoever asks now, and no others: that need not be asked first.
+        """
         together: dict[tuple[Keys, str | None], list[int]] = {}
         for number, step in enumerate(steps):
             together.setdefault((self.at(step.lease_id), step.epoch), []).append(number)
@@ -236,7 +241,7 @@ class LeaseStore(Shards):
         ]
         answers = await self._run(
             [
-                self._write(at, epoch, [steps[n] for n in numbers], visibility_ms)
+                self._write(at, epoch, [steps[n] for n in numbers], visibility_ms, only_due)
                 for at, epoch, numbers in parts
             ]
         )
@@ -246,13 +251,16 @@ class LeaseStore(Shards):
                 found[number] = DONE if answer == [b"done"] else stepped(*answer)
         return [found[number] for number in range(len(steps))]
 
-    def _write(self, at: Keys, epoch: str | None, steps: Sequence[Told], visibility_ms: int) -> ShardCall:
+    def _write(
+        self, at: Keys, epoch: str | None, steps: Sequence[Told], visibility_ms: int, only_due: bool
+    ) -> ShardCall:
         args: list[Argument] = [
             at.live_prefix,
             at.index_prefix,
             at.agents_prefix,
             visibility_ms,
             self.record_keep_ms,
+            "due" if only_due else "",
         ]
         for step in steps:
             args += step.args

@@ -111,9 +111,12 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """`done`, or `moved`: another record came first, see `stored`; or the lease is `unknown`."""
+    """`done`, or `moved`: another record came first, see `stored`; or the lease is `unknown`.
 
-    outcome: Literal["done", "moved", "unknown"]
+    `undue`, of those that are to be due: its deadline has not come, or somebody has claimed it.
+    """
+
+    outcome: Literal["done", "moved", "unknown", "undue"]
     stored: StoredLease | None = None
 
 
