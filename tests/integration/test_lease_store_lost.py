@@ -251,6 +251,20 @@ async def test_fences_and_first_sightings_are_put_back(restoration: Restoration,
     assert await store.first_seen({id: replayed}, keep_ms=60_000) == {id: AT}
 
 
+async def test_there_may_be_as_many_fences_as_tasks_were_ended_in_a_week(
+    restoration: Restoration, store: LeaseStore
+) -> None:
+    fences = {f"task:{number}": 1000 + number for number in range(20_000)}
+    await restoration.begin(anyway=True)
+    await restoration.fence(fences)
+    await restoration.resume(restoration.epoch(1))
+    with pytest.raises(LostError):
+        await store.find(ALL_MARK)
+    assert await restoration.fences() == [fences] * 4
+    await store.fence({mark: 90_000 for mark in fences}, cut=True)
+    assert {len(found) for found in await restoration.fences()} == {40_000}
+
+
 async def test_what_another_has_just_rebuilt_is_not_rebuilt_once_more(settings: ServiceSettings) -> None:
     restoration = Restoration(settings)
     assert not await restoration.begin()

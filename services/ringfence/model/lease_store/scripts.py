@@ -243,12 +243,13 @@ return now
 def fencing(fences: str, marks: Mapping[str, int], keep_ms: int) -> list[Command]:
     """What puts fences (mark: `issued_before` in ms) into a shard, even where Redis is full. It answers when, in ms.
 
-    Those that can cover nothing more, `keep_ms` older than the newest, go.
+    Those that can cover nothing more, `keep_ms` older than the newest, go. Each command takes some: after a week there
+    are as many fences as tasks were ended.
     """
-    if not marks:
-        return []
-    scored = [part for mark, before_ms in marks.items() for part in (before_ms, mark)]
-    return [("EVAL", _FENCE, 1, fences, max(marks.values()) - keep_ms, *scored)]
+    oldest_ms = max(marks.values(), default=0) - keep_ms
+    scored = [(before_ms, mark) for mark, before_ms in marks.items()]
+    parts = [scored[start : start + _MOST_AT_ONCE] for start in range(0, len(scored), _MOST_AT_ONCE)]
+    return [("EVAL", _FENCE, 1, fences, oldest_ms, *(one for pair in part for one in pair)) for part in parts]
 
 
 # --- issuing ----------------------------------------------------------------------------------------------------------
