@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import redis
+from redis.crc import key_slot
 
 from ringfence.dev.processes import LOOPBACK, free_port
 from ringfence.dev.redis import EmbeddedRedis
@@ -200,3 +202,26 @@ def _join(nodes: Sequence[ChaosValkey]) -> None:
         node.call("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
     for node in nodes[1:]:
         node.call("CLUSTER", "MEET", LOOPBACK, nodes[0].port, nodes[0].bus_port)
+
+
+@contextlib.contextmanager
+def moving_slot(nodes: Sequence[ChaosValkey], key: str) -> Iterator[Callable[[str], None]]:
+    """The slot of a key is on its way to another node, key by key: first those that are moved by what is yielded, the
+    others at the end.
+    """
+    slot = key_slot(key.encode())
+    named = [(node, node.call("CLUSTER", "MYID")) for node in nodes]
+    here, here_id = next(one for one in named if one[0].call("CLUSTER", "COUNTKEYSINSLOT", slot))
+    there, there_id = next(one for one in named if one[0] is not here)
+    there.call("CLUSTER", "SETSLOT", slot, "IMPORTING", here_id)
+    here.call("CLUSTER", "SETSLOT", slot, "MIGRATING", there_id)
+    with redis.Redis(port=here.port) as client:
+
+        def move(*keys: str | bytes) -> None:
+            client.execute_command("MIGRATE", LOOPBACK, there.port, "", 0, 5000, "KEYS", *keys)
+
+        yield move
+        while keys := client.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
+            move(*keys)
+    for node in (there, here, *nodes):
+        node.call("CLUSTER", "SETSLOT", slot, "NODE", there_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -14,13 +15,19 @@ import pytest
 from ringfence.dev.processes import free_port
 from ringfence.kernel.errors import SettingsError, UnavailableError
 from ringfence.kernel.settings import ServiceSettings
-from ringfence.model.lease_store import Activation, LeaseStore, LostError, Preparation
+from ringfence.model.lease_store import (
+    Activation,
+    LeaseStore,
+    LostError,
+    Preparation,
+    SignedLease,
+)
 from ringfence.model.leases import ALL_MARK, marks_of
 from tests.chaos.proxy import Link
-from tests.chaos.valkey import ChaosValkey, join
+from tests.chaos.valkey import ChaosValkey, join, moving_slot
 from tests.conftest import Kafka
 from tests.flows.desk import another, opened_desks
-from tests.leases import VISIBLE_MS, bearing, lease, minted, minting, step, until
+from tests.leases import VISIBLE_MS, bearing, lease, minted, minting, soon, step, until
 from tests.lost_redis import declare_complete
 from tests.world import World
 
@@ -122,6 +129,34 @@ async def test_scripts_that_a_node_forgot_are_loaded_again(
     assert await store.activate([lease() for _ in range(32)]) == [Activation("activated")] * 32
 
 
+@pytest.mark.parametrize("opens", [False, True], ids=["due now", "due in the next minute too"])
+async def test_a_claim_that_breaks_off_while_a_slot_moves_loses_no_lease(
+    store: LeaseStore, nodes: list[ChaosValkey], opens: bool
+) -> None:
+    at, deadline = store.keys[0], soon()
+
+    def on_shard(**fields: Any) -> SignedLease:
+        some = (lease(**fields) for _ in itertools.count())
+        return next(one for one in some if store.at(one.claims.lease_id) == at)
+
+    unfinished, due, *others = on_shard(status="minting"), on_shard(deadline=deadline), on_shard(), on_shard()
+    await store.prepare([unfinished], token="a", mint_ms=VISIBLE_MS)
+    await store.activate([due, *others])
+    minute = others[0].claims.deadline // 60
+    if opens:  # as if that minute had nearly come
+        await store.link.pipeline([("ZADD", at.minutes, 0, str(minute))])
+    await until(lambda: _is_past(deadline))
+    with moving_slot(nodes, at.epoch) as move:
+        move(at.leases)  # a script may no longer look there, and breaks off where it does
+        with pytest.raises(UnavailableError, match="non local key"):
+            await store.claim([0], limit=10, visibility_ms=VISIBLE_MS)
+    all_of_them = sorted(one.claims.lease_id for one in (unfinished, due, *others))
+    assert sorted(await store.find(ALL_MARK)) == all_of_them
+    (claimed,) = await store.claim([0], limit=10, visibility_ms=VISIBLE_MS)
+    assert list(claimed.leases) == [due.claims.lease_id]
+    assert sorted(await store.find(ALL_MARK)) == all_of_them
+
+
 async def test_every_node_tells_of_expired_keys(store: LeaseStore) -> None:
     found = await store.link.inspect([at.epoch for at in store.keys])
     node_of_shard = [run_id for run_id, _ in found]
@@ -200,6 +235,10 @@ async def test_services_on_a_cluster_rebuild_the_node_that_was_lost(
         assert content.credential is not None
         assert (await store.look(later.lease_id)).active
         await store.close()
+
+
+async def _is_past(deadline_s: int) -> bool:
+    return time.time() > deadline_s + 0.1
 
 
 @pytest.mark.parametrize("url", ["redis+cluster://nowhere", "redis+cluster://h:1,", "redis+cluster://h:1/3"])
