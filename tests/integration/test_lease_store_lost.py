@@ -261,7 +261,7 @@ async def test_there_may_be_as_many_fences_as_tasks_were_ended_in_a_week(
     with pytest.raises(LostError):
         await store.find(ALL_MARK)
     assert await restoration.fences() == [fences] * 4
-    await store.fence({mark: 90_000 for mark in fences}, cut=True)
+    await store.fence(dict.fromkeys(fences, 90000), cut=True)
     assert {len(found) for found in await restoration.fences()} == {40_000}
 
 
