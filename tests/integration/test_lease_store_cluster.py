@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ringfence.cli.diagnosis_redis import redis_findings
 from ringfence.dev.processes import free_port
 from ringfence.kernel.errors import SettingsError, UnavailableError
 from ringfence.kernel.settings import ServiceSettings
@@ -227,6 +228,23 @@ async def _declared_complete(settings: ServiceSettings) -> bool:
     except UnavailableError:
         return False
     return True
+
+
+async def test_the_doctor_looks_at_each_node(settings: ServiceSettings, nodes: list[ChaosValkey]) -> None:
+    verdicts = {one.what: one.verdict async for one in redis_findings(settings)}
+    assert len(verdicts) == 9
+    assert set(verdicts.values()) == {"good"}
+    nodes[1].call("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    bad = [one async for one in redis_findings(settings) if one.verdict != "good"]
+    nodes[1].call("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    assert [one.what for one in bad] == [f"Redis at 127.0.0.1:{nodes[1]._options['cluster-announce-port']}"]
+    assert "set it to noeviction" in bad[0].says
+
+
+async def test_each_node_is_asked_for_its_time(store: LeaseStore, nodes: list[ChaosValkey]) -> None:
+    assert len(await store.link.ask_each([("TIME",)])) == len(nodes)
+    await store._ask_servers()
+    assert (store.unready(), store.warning()) == (None, None)
 
 
 async def test_every_node_tells_of_expired_keys(store: LeaseStore) -> None:

@@ -148,6 +148,22 @@ class Link:
 
     # --- who is there ---
 
+    async def ask_each(self, commands: Sequence[Command]) -> dict[str, list[Any]]:
+        """What each server answers that holds keys, by its address: several where Redis is a cluster.
+
+        Raises as `pipeline`.
+        """
+        if isinstance(self._client, Redis):
+            return {str(self._address): await self.pipeline(commands)}
+        found: dict[str, list[Any]] = {}
+        with self._answered():
+            await self._client.initialize()
+            for node in self._client.get_primaries():
+                found[node.name] = [
+                    await self._client.execute_command(*command, target_nodes=node) for command in commands
+                ]
+        return found
+
     async def inspect(self, keys: Sequence[str]) -> list[tuple[str, bytes | None]]:
         """For each key: the `run_id` of the server that holds it now, whoever that is, and its value."""
         with self._answered():

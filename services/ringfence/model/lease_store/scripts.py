@@ -157,9 +157,9 @@ end
 """
 
 # Deadlines. What is due in a later minute waits in a set with all that is: an id there weighs a quarter of what it does
-# with a deadline of its own. `open` takes some to the deadlines, of the minutes that have nearly come. What goes from one
-# place to another is in the new one first: while a cluster moves a slot key by key, a script breaks off at a key that is
-# gone already, and what it has done by then stays done.
+# with a deadline of its own. `open` takes some to the deadlines, of the minutes that have nearly come. What goes from
+# one place to another is in the new one first: while a cluster moves a slot key by key, a script breaks off at a key
+# that is gone already, and what it has done by then stays done.
 _DEADLINES = f"""
 local deadlines, minutes, due = base .. '{DEADLINES}', base .. '{MINUTES}', base .. '{DUE}'
 local function await(id, deadline)
