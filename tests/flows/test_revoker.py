@@ -42,6 +42,7 @@ from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_desks
+from tests.ledger import FixedClock
 from tests.world import WITHIN_S, Party, World, scope
 
 QUICK: dict[ServiceRole, Any] = {"revoker": RevokerSettings(visibility_ms=300, outbox_age_ms=200)}
@@ -664,7 +665,7 @@ async def test_what_is_issued_after_a_revoker_has_looked_by_who_had_not_heard_of
 
 
 async def test_a_lease_is_held_against_records_by_the_word_of_services_alone(
-    desk: Desk, store: LeaseStore
+    desk: Desk, store: LeaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who can write to the topic could otherwise end what they like, by saying that it allows too much."""
     asked, _ = await desk.issued("read")
@@ -684,7 +685,8 @@ async def test_a_lease_is_held_against_records_by_the_word_of_services_alone(
     orders = await desk.world.records(REVOCATION_REQUEST)
     assert not [r for r in orders if r.key == desk.bot.name]
     await lives(desk, store, asked)
-    await handler([record._replace(value=by_the_issuer.encode())])
+    monkeypatch.setattr(revoker, "clock", FixedClock(revoker.clock.now_ms() + 3_600_000))
+    await handler([record._replace(value=by_the_issuer.encode())])  # also by a clock that is ahead
     assert (await cause_of(desk, asked)).kind == "scope_narrowed"
 
 
