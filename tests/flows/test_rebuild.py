@@ -22,6 +22,7 @@ from ringfence.model.grants import id_of
 from ringfence.model.lease_store import LeaseStore, Restoration, SignedLease, Step, StoredLease
 from ringfence.model.lease_store.keys import Keys, packed
 from ringfence.model.leases import ALL_MARK, follow
+from ringfence.revoker.rebuilding import Rebuilder
 from tests.flows.granting import claims_of, grant, granted
 from tests.flows.place import Place, late, publish
 
@@ -400,6 +401,22 @@ async def test_what_nobody_of_authority_wrote_is_listed_and_a_rebuild_puts_what_
         async with asyncio.timeout(60):
             while (await store.get([asked.lease_id]))[asked.lease_id].status != "released":
                 await asyncio.sleep(0.05)
+
+
+async def test_that_redis_is_lost_is_a_difference(
+    place: Place, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nobody_does(self: Rebuilder) -> bool:
+        return False
+
+    monkeypatch.setattr(Rebuilder, "rebuild", nobody_does)
+    assert await command("--check") == {"differences": []}
+    before = await place.epochs()
+    async with Redis.from_url(place.world.settings("revoker").redis_url) as redis:
+        await redis.delete(place.store.keys[0].epoch)  # one shard of several
+    assert await command.differences() == {("missing", "epoch")}
+    monkeypatch.undo()
+    await place.rebuilt(before)
 
 
 async def test_what_would_let_too_much_or_too_little_happen_later_is_listed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -100,6 +100,8 @@ class Checker:
         fold_anew = partial(Fold, trust=self._trust, over_before_s=(now_ms - self._record_keep_ms) / 1000)
         fold = fold_anew(held=frozenset(ids))
         await read_leases(self._settings, fold)
+        if not restoration.complete:
+            yield Difference("epoch", "missing", str(fold.epochs.highest()), "")
         for epoch in sorted(restoration.epochs):
             if number_of(epoch) < fold.epochs.highest():
                 yield Difference("epoch", "behind", str(fold.epochs.highest()), epoch)
@@ -113,7 +115,7 @@ class Checker:
                     id, records.get(id), held, marks[id], waiting, now_ms, self._record_keep_ms
                 ):
                     yield one
-        async for one in self._uncounted(restoration, fold, now_ms):
+        async for one in self._uncounted(restoration, records, now_ms):
             yield one
         revocations = await read_revocations(self._settings, self._directory, self._trust)
         fences = revocations.fences(now_ms - FENCE_KEEP_MS)
@@ -135,9 +137,9 @@ class Checker:
                 yield Difference(id, "unseen", _place(at), _place(seen[id]) if id in seen else "")
 
     async def _uncounted(
-        self, restoration: Restoration, fold: Fold, now_ms: int
+        self, restoration: Restoration, records: Mapping[str, Record], now_ms: int
     ) -> AsyncIterator[Difference]:
-        granted = (parse(one.jws).unverified_claims(Lease) for one in fold.highest.values() if one.granted)
+        granted = (parse(one.jws).unverified_claims(Lease) for one in records.values() if one.granted)
         uses = [use for one in granted if one.iat * 1000 > now_ms - GRANT_KEEP_MS for use in uses_of(one)]
         for start in range(0, len(uses), _AT_A_TIME):
             some = uses[start : start + _AT_A_TIME]
@@ -164,7 +166,10 @@ class Checker:
             self._settings, self._trust, self._clock, unlike, fold.contested, fold_anew
         ):
             for one in leases:
-                record = Record(one.claims.seq, one.claims.status, one.jws.encode())
+                claims = one.claims
+                record = Record(
+                    claims.seq, claims.status, one.jws.encode(), granted=claims.grants is not None
+                )
                 found[one.claims.lease_id] = record
         return found
 

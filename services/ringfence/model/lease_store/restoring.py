@@ -99,7 +99,8 @@ class Restoration:
         """Those that the shards had; known from `look`."""
         self._claim = ""
         """What stands for this rebuild while it lasts: the server of the first shard, and a nonce."""
-        self._complete = False
+        self.complete = False
+        """Whether each shard has an epoch, of the server that holds it; known from `look`."""
         self.anew = False
         """Whether all leases are to be written again, also those that Redis has; known from `begin`."""
 
@@ -114,7 +115,7 @@ class Restoration:
         found = await self._link.inspect([at.epoch for at in self._keys])
         self._run_ids = [run_id for run_id, _ in found]
         self._claim = f"{self._run_ids[0]}.{self._nonce}"
-        self._complete = all(epoch is not None and epoch_run_id(epoch) == run_id for run_id, epoch in found)
+        self.complete = all(epoch is not None and epoch_run_id(epoch) == run_id for run_id, epoch in found)
         self.anew = any(epoch == ANEW for _, epoch in found)
         self.epochs = {epoch_name(epoch) for _, epoch in found if epoch and epoch != ANEW}
 
@@ -130,7 +131,7 @@ class Restoration:
         if not (await self._link.pipeline([lock]))[0]:
             return False
         await self.look()  # whoever had the claim before may have finished
-        if self._complete and not anyway:
+        if self.complete and not anyway:
             await self._link.scripts([self._call(GIVE_UP, first, (), ())])
             return False
         await self._link.pipeline(
