@@ -388,7 +388,7 @@ async def test_what_nobody_of_authority_wrote_is_listed_and_a_rebuild_puts_what_
             if asked is everywhere:
                 await publish(place, forged)
             keys = store.at(asked.lease_id)
-            await redis.hset(keys.leases, packed(asked.lease_id), f"a50 {claims.deadline}\n{forged.jws}")  # type: ignore[misc]
+            await redis.hset(keys.leases, packed(asked.lease_id), f"a50 {claims.deadline}\n{forged.jws}")
     found = {one for one in await command.differences() if one[0] != "misplaced"}
     assert found == {("ahead", here.lease_id), ("ahead", everywhere.lease_id)}
     before = await place.epochs()
@@ -434,7 +434,7 @@ async def test_what_would_let_too_much_or_too_little_happen_later_is_listed(
     stray, later_ms = str(uuid.uuid4()), (time.time_ns() // 1_000_000) + 3_600_000
     async with Redis.from_url(place.world.settings("revoker").redis_url) as redis:
         await redis.delete(store.at(grant_id).grant(grant_id), store.at(order_id).selector(order_id))
-        await redis.hset(store.at(stray).leases, packed(stray), "a1 1790000000\nx.y.z")  # type: ignore[misc]
+        await redis.hset(store.at(stray).leases, packed(stray), "a1 1790000000\nx.y.z")
         await redis.zadd(store.keys[1].fences, {ALL_MARK: later_ms})
     assert await command.differences() == {
         ("uncounted", f"{asked.lease_id} on grant {grant_id}"),
