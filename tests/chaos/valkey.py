@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import redis
+from redis.crc import key_slot
 
 from ringfence.dev.processes import LOOPBACK, free_port
 from ringfence.dev.redis import EmbeddedRedis
@@ -153,7 +155,7 @@ class ChaosValkey:
             try:
                 await asyncio.to_thread(self._server.call, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
                 await asyncio.to_thread(replica.call, "REPLICAOF", LOOPBACK, str(link.port))
-                await self._in_sync(replica)
+                await is_replica(replica)
                 link.hold()
                 await asyncio.sleep(lag_s)
                 link.cut()
@@ -166,11 +168,6 @@ class ChaosValkey:
         for way in self._links:
             way.switch(replica.port)
         await asyncio.to_thread(former.stop)
-
-    async def _in_sync(self, replica: _Server) -> None:
-        async with asyncio.timeout(_SYNC_WITHIN_S):
-            while "connected" not in await asyncio.to_thread(replica.call, "ROLE"):
-                await asyncio.sleep(0.05)
 
 
 # --- a cluster --------------------------------------------------------------------------------------------------------
@@ -200,3 +197,43 @@ def _join(nodes: Sequence[ChaosValkey]) -> None:
         node.call("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
     for node in nodes[1:]:
         node.call("CLUSTER", "MEET", LOOPBACK, nodes[0].port, nodes[0].bus_port)
+
+
+async def follow(replica: ChaosValkey, node: ChaosValkey, nodes: int) -> None:
+    """Make a server that has just started a replica of a node of a cluster, its member number `nodes`."""
+    await asyncio.to_thread(replica.call, "CLUSTER", "MEET", LOOPBACK, node.port, node.bus_port)
+    async with asyncio.timeout(_SYNC_WITHIN_S):
+        while not all([await asyncio.to_thread(one.in_cluster, nodes) for one in (replica, node)]):
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(replica.call, "CLUSTER", "REPLICATE", node.call("CLUSTER", "MYID"))
+        await is_replica(replica)
+
+
+async def is_replica(node: _Server | ChaosValkey) -> None:
+    """Return once a node has what the one has that it follows."""
+    async with asyncio.timeout(_SYNC_WITHIN_S):
+        while "connected" not in await asyncio.to_thread(node.call, "ROLE"):
+            await asyncio.sleep(0.05)
+
+
+@contextlib.contextmanager
+def moving_slot(nodes: Sequence[ChaosValkey], key: str) -> Iterator[Callable[[str], None]]:
+    """The slot of a key is on its way to another node, key by key: first those that are moved by what is yielded, the
+    others at the end.
+    """
+    slot = key_slot(key.encode())
+    named = [(node, node.call("CLUSTER", "MYID")) for node in nodes]
+    here, here_id = next(one for one in named if one[0].call("CLUSTER", "COUNTKEYSINSLOT", slot))
+    there, there_id = next(one for one in named if one[0] is not here)
+    there.call("CLUSTER", "SETSLOT", slot, "IMPORTING", here_id)
+    here.call("CLUSTER", "SETSLOT", slot, "MIGRATING", there_id)
+    with redis.Redis(port=here.port) as client:
+
+        def move(*keys: str | bytes) -> None:
+            client.execute_command("MIGRATE", LOOPBACK, there.port, "", 0, 5000, "KEYS", *keys)
+
+        yield move
+        while keys := client.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
+            move(*keys)
+    for node in (there, here, *nodes):
+        node.call("CLUSTER", "SETSLOT", slot, "NODE", there_id)

@@ -119,6 +119,10 @@ async def test_nobody_answers(world: World) -> None:
             NotAnsweredError, match=r"the registry did not answer the agent\.suspend within 0\.5 s"
         ):
             await olga.suspend_agent("bot", reason="x")
+        with pytest.raises(NotAnsweredError, match=r"stands on Kafka .*ringfence lease list"):
+            await olga.revoke(agent_id="bot", reason="x")
+        with pytest.raises(NotAnsweredError, match="It may still be carried out"):
+            await olga.revoke(lease_id=str(uuid.uuid4()), reason="x")
 
 
 async def test_a_command_that_counts_for_nothing_says_why(world: World) -> None:

@@ -14,6 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from ringfence.cli.main import main
+from ringfence.kernel.ids import derived_id
 from ringfence.kernel.jws import sign
 from ringfence.messages.lease import TERMINAL, EndCause, Selector
 from ringfence.messages.topics import LEASE
@@ -21,6 +22,7 @@ from ringfence.model.grants import id_of
 from ringfence.model.lease_store import LeaseStore, Restoration, SignedLease, Step, StoredLease
 from ringfence.model.lease_store.keys import Keys, packed
 from ringfence.model.leases import ALL_MARK, follow
+from ringfence.revoker.rebuilding import Rebuilder
 from tests.flows.granting import claims_of, grant, granted
 from tests.flows.place import Place, late, publish
 
@@ -361,3 +363,86 @@ async def test_each_difference_is_listed_and_a_rebuild_mends_it(
     for lease_id in (missing, unindexed, dead, undue):
         assert (await store.look(lease_id)).active
         assert lease_id in await store.find(f"agent:{desk.bot.name}")
+
+
+async def test_what_nobody_of_authority_wrote_is_listed_and_a_rebuild_puts_what_counts_in_its_place(
+    place: Place, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it such a lease would never end: revokers act on no record that does not hold."""
+    desk, store, world = place.desk, place.store, place.world
+
+    async def nothing(self: LeaseStore, leases: Sequence[SignedLease]) -> int:
+        return 0
+
+    monkeypatch.setattr(LeaseStore, "restore", nothing)  # see above
+    here, everywhere = [(await desk.issued("read", ttl_s=60))[0] for _ in range(2)]
+    stranger = world.party("service", "issuer").key
+    async with Redis.from_url(world.settings("revoker").redis_url) as redis:
+        for asked in (here, everywhere):
+            lease = await desk.lease(asked.lease_id, "active")
+            origin = lease.jti.rpartition(".")[0]
+            claims = lease.model_copy(
+                update={"seq": 50, "jti": f"{origin}.50", "deadline": lease.deadline + 900}
+            )
+            forged = SignedLease(claims, sign(claims, stranger))
+            if asked is everywhere:
+                await publish(place, forged)
+            keys = store.at(asked.lease_id)
+            await redis.hset(keys.leases, packed(asked.lease_id), f"a50 {claims.deadline}\n{forged.jws}")
+    found = {one for one in await command.differences() if one[0] != "misplaced"}
+    assert found == {("ahead", here.lease_id), ("ahead", everywhere.lease_id)}
+    before = await place.epochs()
+    assert (await command())["rebuilt"] is True
+    await place.rebuilt(before)
+    monkeypatch.undo()
+    for asked in (here, everywhere):
+        assert (await store.get([asked.lease_id]))[asked.lease_id].seq == 1
+        await place.release(asked)
+        async with asyncio.timeout(60):
+            while (await store.get([asked.lease_id]))[asked.lease_id].status != "released":
+                await asyncio.sleep(0.05)
+
+
+async def test_that_redis_is_lost_is_a_difference(
+    place: Place, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nobody_does(self: Rebuilder) -> bool:
+        return False
+
+    monkeypatch.setattr(Rebuilder, "rebuild", nobody_does)
+    assert await command("--check") == {"differences": []}
+    before = await place.epochs()
+    async with Redis.from_url(place.world.settings("revoker").redis_url) as redis:
+        await redis.delete(place.store.keys[0].epoch)  # one shard of several
+    assert await command.differences() == {("missing", "epoch")}
+    monkeypatch.undo()
+    await place.rebuilt(before)
+
+
+async def test_what_would_let_too_much_or_too_little_happen_later_is_listed(
+    place: Place, command: Command
+) -> None:
+    desk, store = place.desk, place.store
+    compact = grant(desk, count=2)
+    grant_id = id_of(claims_of(compact))
+    asked = await granted(desk, compact)
+    assert (await desk.answer(asked)).credential is not None
+    claims, _ = await desk.revoke(desk.sue, selector=Selector(sponsor="sue"), reason="enough")
+    await desk.verdict(claims)
+    order_id = derived_id("revocation", claims.iss, claims.jti)
+    assert await command("--check") == {"differences": []}
+    stray, later_ms = str(uuid.uuid4()), (time.time_ns() // 1_000_000) + 3_600_000
+    async with Redis.from_url(place.world.settings("revoker").redis_url) as redis:
+        await redis.delete(store.at(grant_id).grant(grant_id), store.at(order_id).selector(order_id))
+        await redis.hset(store.at(stray).leases, packed(stray), "a1 1790000000\nx.y.z")
+        await redis.zadd(store.keys[1].fences, {ALL_MARK: later_ms})
+    assert await command.differences() == {
+        ("uncounted", f"{asked.lease_id} on grant {grant_id}"),
+        ("unseen", order_id),
+        ("unknown", stray),
+        ("overfenced", "all in shard 1"),
+    }
+    before = await place.epochs()
+    assert (await command())["rebuilt"] is True
+    await place.rebuilt(before)
+    assert await command.differences() == {("unknown", stray), ("overfenced", "all in shard 1")}

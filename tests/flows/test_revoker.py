@@ -42,6 +42,7 @@ from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_desks
+from tests.ledger import FixedClock
 from tests.world import WITHIN_S, Party, World, scope
 
 QUICK: dict[ServiceRole, Any] = {"revoker": RevokerSettings(visibility_ms=300, outbox_age_ms=500)}
@@ -466,6 +467,25 @@ async def test_a_selector_ends_all_that_it_covers_and_nothing_else(
     await lives(desk, store, theirs)
 
 
+@pytest.mark.parametrize(
+    ("selector", "said"),
+    [
+        (Selector(agent_id="deploy-bto"), "no agent deploy-bto"),
+        (Selector(task_id=str(uuid.uuid4())), "no task"),
+        (Selector(target_id="stagign"), "no target stagign"),
+        (Selector(sponsor="smith"), "no user smith"),
+        (Selector(user_id="smith"), "no user smith"),
+    ],
+)
+async def test_who_mistypes_a_name_is_told_that_nobody_was_stopped(
+    desk: Desk, selector: Selector, said: str
+) -> None:
+    claims, _ = await desk.revoke(desk.world.operator, selector=selector)
+    verdict = await desk.verdict(claims)
+    assert (verdict.kind, [reason.code for reason in verdict.reasons]) == ("refused", ["subject_unknown"])
+    assert said in verdict.reasons[0].message
+
+
 async def test_what_was_asked_for_before_a_selector_is_not_issued_after_it(desk: Desk) -> None:
     before = await desk.ask("read")
     await accepted(desk, desk.sam, selector=Selector(agent_id=desk.bot.name))
@@ -581,6 +601,27 @@ async def test_disabling_a_user_ends_what_is_on_their_behalf_and_what_their_agen
     await lives(other, store, theirs)
 
 
+@pytest.mark.parametrize("how", ["disabled", "no sponsor any more"])
+async def test_an_agent_without_its_sponsor_keeps_nothing_that_was_issued_under_another(
+    office: Desk, store: LeaseStore, how: str
+) -> None:
+    world, name = office.world, f"u{uuid.uuid4().hex[:8]}"
+    user = await world.user(name, roles=("sponsor",))
+    handed_over, stays = await another(office), await another(office)
+    asked, _ = await handed_over.issued("read")
+    theirs, _ = await stays.issued("read")
+    transfer = world.claims(AgentTransfer, office.sam, agent_id=handed_over.bot.name, sponsor=name)
+    await world.accepted(transfer, office.sam)
+    await lives(handed_over, store, asked)
+    disable = world.claims(UserDisable, world.operator, user_id=name, reason="left")
+    await world.accepted(
+        disable if how == "disabled" else world.user_set(world.operator, user, roles=()), world.operator
+    )
+    kind = "user_disabled" if how == "disabled" else "agent_orphaned"
+    assert (await cause_of(handed_over, asked)).kind == kind
+    await lives(stays, store, theirs)
+
+
 async def test_removing_a_target_ends_the_leases_for_it(office: Desk, store: LeaseStore) -> None:
     world, name = office.world, f"t{uuid.uuid4().hex[:8]}"
     target = await world.target(name)
@@ -689,7 +730,7 @@ async def test_what_is_issued_after_a_revoker_has_looked_by_who_had_not_heard_of
 
 
 async def test_a_lease_is_held_against_records_by_the_word_of_services_alone(
-    desk: Desk, store: LeaseStore
+    desk: Desk, store: LeaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who can write to the topic could otherwise end what they like, by saying that it allows too much."""
     asked, _ = await desk.issued("read")
@@ -709,7 +750,8 @@ async def test_a_lease_is_held_against_records_by_the_word_of_services_alone(
     orders = await desk.world.records(REVOCATION_REQUEST)
     assert not [r for r in orders if r.key == desk.bot.name]
     await lives(desk, store, asked)
-    await handler([record._replace(value=by_the_issuer.encode())])
+    monkeypatch.setattr(revoker, "clock", FixedClock(revoker.clock.now_ms() + 3_600_000))
+    await handler([record._replace(value=by_the_issuer.encode())])  # also by a clock that is ahead
     assert (await cause_of(desk, asked)).kind == "scope_narrowed"
 
 

@@ -4,49 +4,67 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ringfence.cli.diagnosis_redis import redis_findings
 from ringfence.dev.processes import free_port
 from ringfence.kernel.errors import SettingsError, UnavailableError
 from ringfence.kernel.settings import ServiceSettings
-from ringfence.model.lease_store import Activation, LeaseStore, LostError, Preparation
+from ringfence.model.lease_store import (
+    Activation,
+    LeaseStore,
+    LostError,
+    Preparation,
+    SignedLease,
+)
 from ringfence.model.leases import ALL_MARK, marks_of
 from tests.chaos.proxy import Link
-from tests.chaos.valkey import ChaosValkey, join
+from tests.chaos.valkey import ChaosValkey, follow, is_replica, join, moving_slot
 from tests.conftest import Kafka
 from tests.flows.desk import another, opened_desks
-from tests.leases import VISIBLE_MS, bearing, lease, minted, minting, step, until
+from tests.leases import VISIBLE_MS, bearing, lease, minted, minting, soon, step, until
 from tests.lost_redis import declare_complete
 from tests.world import World
+
+
+@contextlib.asynccontextmanager
+async def started(folder: Path, count: int) -> AsyncIterator[list[ChaosValkey]]:
+    """Servers that may become nodes of a cluster."""
+    async with contextlib.AsyncExitStack() as cleanup:
+        nodes = []
+        for number in range(count):
+            link = await cleanup.enter_async_context(Link(f"node-{number}", free_port()))
+            node = ChaosValkey(folder, f"node-{number}", announced=link.port)
+            node.start()
+            cleanup.callback(node.stop)
+            node.lead([link])
+            nodes.append(node)
+        yield nodes
 
 
 @pytest.fixture(scope="module")
 async def nodes(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[list[ChaosValkey]]:
     """The nodes of one cluster."""
-    async with contextlib.AsyncExitStack() as cleanup:
-        nodes = []
-        for number in range(3):
-            link = await cleanup.enter_async_context(Link(f"node-{number}", free_port()))
-            node = ChaosValkey(
-                tmp_path_factory.mktemp(f"node-{number}"), f"node-{number}", announced=link.port
-            )
-            node.start()
-            cleanup.callback(node.stop)
-            node.lead([link])
-            nodes.append(node)
+    async with started(tmp_path_factory.mktemp("nodes"), 3) as nodes:
         await join(nodes)
         yield nodes
 
 
+def settings_for(nodes: Sequence[ChaosValkey]) -> ServiceSettings:
+    hosts = ",".join(f"127.0.0.1:{node.port}" for node in nodes)
+    return ServiceSettings(redis_url=f"redis+cluster://{hosts}", redis_prefix=f"t{uuid.uuid4().hex[:8]}")
+
+
 @pytest.fixture
 async def settings(nodes: list[ChaosValkey]) -> ServiceSettings:
-    hosts = ",".join(f"127.0.0.1:{node.port}" for node in nodes)
-    settings = ServiceSettings(redis_url=f"redis+cluster://{hosts}", redis_prefix=f"t{uuid.uuid4().hex[:8]}")
+    settings = settings_for(nodes)
     await declare_complete(settings)
     return settings
 
@@ -120,6 +138,113 @@ async def test_scripts_that_a_node_forgot_are_loaded_again(
     for node in nodes:
         node.call("SCRIPT", "FLUSH")
     assert await store.activate([lease() for _ in range(32)]) == [Activation("activated")] * 32
+
+
+@pytest.mark.parametrize("opens", [False, True], ids=["due now", "due in the next minute too"])
+async def test_a_claim_that_breaks_off_while_a_slot_moves_loses_no_lease(
+    store: LeaseStore, settings: ServiceSettings, nodes: list[ChaosValkey], opens: bool
+) -> None:
+    at, deadline = store.keys[0], soon()
+
+    def on_shard(**fields: Any) -> SignedLease:
+        some = (lease(**fields) for _ in itertools.count())
+        return next(one for one in some if store.at(one.claims.lease_id) == at)
+
+    unfinished, due, *others = on_shard(status="minting"), on_shard(deadline=deadline), on_shard(), on_shard()
+    await store.prepare([unfinished], token="a", mint_ms=VISIBLE_MS)
+    await store.activate([due, *others])
+    minute = others[0].claims.deadline // 60
+    if opens:  # as if that minute had nearly come
+        await store.link.pipeline([("ZADD", at.minutes, 0, str(minute))])
+    await until(lambda: _is_past(deadline))
+    with moving_slot(nodes, at.epoch) as move:
+        move(at.leases)  # a script may no longer look there, and breaks off where it does
+        with pytest.raises(UnavailableError, match="non local key"):
+            await store.claim([0], limit=10, visibility_ms=VISIBLE_MS)
+    with pytest.raises(LostError):
+        await store.find(ALL_MARK)
+    await declare_complete(settings)
+    all_of_them = sorted(one.claims.lease_id for one in (unfinished, due, *others))
+    assert sorted(await store.find(ALL_MARK)) == all_of_them
+    (claimed,) = await store.claim([0], limit=10, visibility_ms=VISIBLE_MS)
+    assert list(claimed.leases) == [due.claims.lease_id]
+    assert sorted(await store.find(ALL_MARK)) == all_of_them
+
+
+async def test_a_slot_that_moved_to_another_node_is_noticed_by_those_who_run(
+    store: LeaseStore, settings: ServiceSettings, nodes: list[ChaosValkey]
+) -> None:
+    """Whoever starts now finds a shard on another server than its epoch is bound to, and waits for a rebuild."""
+    issued = [lease() for _ in range(48)]
+    await store.activate(issued)
+    with moving_slot(nodes, store.keys[3].epoch):
+        pass
+    with pytest.raises(LostError):
+        await store.get([one.claims.lease_id for one in issued])
+    await declare_complete(settings)
+    assert [a.outcome for a in await store.activate(issued)] == ["known"] * 48
+
+
+async def test_a_node_that_leads_again_after_its_replica_did_is_not_taken_for_what_it_was(
+    tmp_path: Path,
+) -> None:
+    async with started(tmp_path, 4) as (first, *others, replica):
+        await join([first, *others])
+        await follow(replica, first, 4)
+        settings = settings_for([first, *others])
+        await declare_complete(settings)
+        store = LeaseStore(settings)
+        await store.connect()
+        for leader in (replica, first):
+            await store.activate([lease() for _ in range(48)])
+            await is_replica(leader)
+            leader.call("CLUSTER", "FAILOVER", "TAKEOVER")
+            await until(lambda: _is_lost(store))
+            await until(lambda: _declared_complete(settings))
+            await until(lambda: _answers(store))
+        await store.close()
+
+
+async def _is_lost(store: LeaseStore) -> bool:
+    try:
+        await store.find(ALL_MARK)
+    except LostError:
+        return True
+    except UnavailableError:
+        return False
+    return False
+
+
+async def _answers(store: LeaseStore) -> bool:
+    try:
+        return await store.find(ALL_MARK) is not None
+    except UnavailableError:
+        return False
+
+
+async def _declared_complete(settings: ServiceSettings) -> bool:
+    try:
+        await declare_complete(settings)
+    except UnavailableError:
+        return False
+    return True
+
+
+async def test_the_doctor_looks_at_each_node(settings: ServiceSettings, nodes: list[ChaosValkey]) -> None:
+    verdicts = {one.what: one.verdict async for one in redis_findings(settings)}
+    assert len(verdicts) == 9
+    assert set(verdicts.values()) == {"good"}
+    nodes[1].call("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    bad = [one async for one in redis_findings(settings) if one.verdict != "good"]
+    nodes[1].call("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    assert [one.what for one in bad] == [f"Redis at 127.0.0.1:{nodes[1]._options['cluster-announce-port']}"]
+    assert "set it to noeviction" in bad[0].says
+
+
+async def test_each_node_is_asked_for_its_time(store: LeaseStore, nodes: list[ChaosValkey]) -> None:
+    assert len(await store.link.ask_each([("TIME",)])) == len(nodes)
+    await store._ask_servers()
+    assert (store.unready(), store.warning()) == (None, None)
 
 
 async def test_every_node_tells_of_expired_keys(store: LeaseStore) -> None:
@@ -200,6 +325,10 @@ async def test_services_on_a_cluster_rebuild_the_node_that_was_lost(
         assert content.credential is not None
         assert (await store.look(later.lease_id)).active
         await store.close()
+
+
+async def _is_past(deadline_s: int) -> bool:
+    return time.time() > deadline_s + 0.1
 
 
 @pytest.mark.parametrize("url", ["redis+cluster://nowhere", "redis+cluster://h:1,", "redis+cluster://h:1/3"])

@@ -22,7 +22,7 @@ from ringfence.model.leases import ALL_MARK, marks_of
 from tests.brokers import RedisServer
 from tests.chaos.proxy import Link
 from tests.chaos.valkey import ChaosValkey
-from tests.leases import VISIBLE_MS, bearing, claimed, lease, minted, minting, step
+from tests.leases import VISIBLE_MS, bearing, claimed, lease, minted, minting, step, until
 from tests.lost_redis import declare_complete
 
 SOME = lease(deadline=int(time.time()) + 80_000)
@@ -249,6 +249,58 @@ async def test_fences_and_first_sightings_are_put_back(restoration: Restoration,
     assert [a.outcome for a in answers] == ["fenced", "activated", *["fenced"] * 8]
     replayed = AT.model_copy(update={"offset": 7, "appended_at_ms": 9})
     assert await store.first_seen({id: replayed}, keep_ms=60_000) == {id: AT}
+
+
+async def test_there_may_be_as_many_fences_as_tasks_were_ended_in_a_week(
+    restoration: Restoration, store: LeaseStore
+) -> None:
+    fences = {f"task:{number}": 1000 + number for number in range(20_000)}
+    await restoration.begin(anyway=True)
+    await restoration.fence(fences)
+    await restoration.resume(restoration.epoch(1))
+    with pytest.raises(LostError):
+        await store.find(ALL_MARK)
+    assert await restoration.fences() == [fences] * 4
+    await store.fence(dict.fromkeys(fences, 90000), cut=True)
+    assert {len(found) for found in await restoration.fences()} == {40_000}
+
+
+async def test_a_redis_that_evicts_is_warned_of_and_rebuilt_once_it_did(
+    settings: ServiceSettings, tmp_path: Path
+) -> None:
+    redis = ChaosValkey(tmp_path, "redis")
+    redis.start()
+    own = settings.model_copy(update={"redis_url": f"redis://127.0.0.1:{redis.port}/0"})
+    await declare_complete(own)
+    store = LeaseStore(own)
+    await store.connect()
+    watching = asyncio.create_task(store.watch())
+
+    async def is_warned_of() -> bool:
+        return "volatile-ttl" in (store.warning() or "")
+
+    async def is_lost() -> bool:
+        return "not known to be complete" in (store.unready() or "")
+
+    try:
+        await store.activate([lease() for _ in range(200)])
+        assert store.warning() is None
+        redis.call("CONFIG", "SET", "maxmemory-policy", "volatile-ttl", "maxmemory", str(1 << 30))
+        await until(is_warned_of)
+        redis.call("CONFIG", "SET", "maxmemory", redis.call("INFO", "memory")["used_memory"] - 5_000)
+        await until(is_lost)  # some live keys are gone: their credentials would be refused before their time
+        redis.call("CONFIG", "SET", "maxmemory", "0", "maxmemory-policy", "noeviction")
+        await declare_complete(own)
+        await until(lambda: _is_ready(store))
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await store.close()
+        redis.stop()
+
+
+async def _is_ready(store: LeaseStore) -> bool:
+    return (store.unready(), store.warning()) == (None, None)
 
 
 async def test_what_another_has_just_rebuilt_is_not_rebuilt_once_more(settings: ServiceSettings) -> None:

@@ -192,6 +192,16 @@ async def test_the_grace_stands_for_the_word_of_a_gateway_that_gives_none(
     assert await judged(measured) == (1, GRACE_MS, 1)
 
 
+async def test_a_clock_that_was_set_back_makes_the_grace_no_longer(
+    cuts: Cuts, clock: FixedClock, measured: Measured, judging: Judging
+) -> None:
+    cuts._grace_ms = 50
+    cuts.on_heartbeats([beat(ONE, START_MS), beat(TWO, START_MS)])
+    clock.ms = START_MS - 3_600_000
+    cuts.refused(order(), START_MS)
+    assert await judged(measured) == (1, 50, 1)
+
+
 async def test_a_word_that_is_read_late_counts_from_when_it_stood_on_kafka(
     cuts: Cuts, clock: FixedClock, measured: Measured, judging: Judging
 ) -> None:

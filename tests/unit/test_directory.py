@@ -29,6 +29,7 @@ from ringfence.model.chains import ChainError
 from ringfence.model.directory import Alarm, Directory
 from ringfence.model.identity import SubjectKind
 from tests.ledger import TOPICS, Ledger, permission
+from tests.waiting import until
 
 WIDE, NARROW = (permission("env/**"),), (permission("env/a"),)
 KINDS: tuple[SubjectKind, ...] = ("user", "agent", "target", "task")
@@ -461,6 +462,14 @@ def test_it_denies_when_the_grace_is_over(ledger: Ledger, guarded: Reader):
     assert guarded.directory.stale()
     guarded.beats()
     assert guarded.directory.stale() is None
+
+
+def test_a_clock_that_is_set_back_makes_it_no_younger(ledger: Ledger):
+    reader = Reader(ledger, 200)
+    reader.reads_all()
+    reader.beats()
+    ledger.clock.ms -= 3_600_000
+    until(lambda: reader.directory.stale() is not None)
 
 
 def test_it_denies_while_a_record_is_missing(ledger: Ledger, guarded: Reader):

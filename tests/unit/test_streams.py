@@ -13,6 +13,7 @@ from ringfence.messages.topics import HEARTBEAT, LEASE
 from ringfence.model.streams import REMEMBERED, StreamCheck, Streams
 from tests.ledger import FixedClock
 from tests.unit.test_lease_epochs import TD, Markers
+from tests.waiting import until
 
 NAME = "t.lease.v1"
 P0, P1 = (NAME, 0), (NAME, 1)
@@ -31,10 +32,10 @@ def records(*values: bytes, start: int = 0, partition: int = 0) -> list[Received
 class Reader:
     """A reader from the beginning of two partitions, and the revoker that it hears."""
 
-    def __init__(self, since: int = 0) -> None:
+    def __init__(self, since: int = 0, grace_ms: int = GRACE_MS) -> None:
         self.clock = FixedClock(NOW_MS)
         self.streams = Streams()
-        self.check = StreamCheck(self.streams, MARKERS.trust, self.clock, grace_ms=GRACE_MS)
+        self.check = StreamCheck(self.streams, MARKERS.trust, self.clock, grace_ms=grace_ms)
         self.check.begin({P0: since, P1: 0})
         self.signed = Streams()
 
@@ -68,6 +69,15 @@ def test_who_read_the_same_is_fresh_until_the_grace_is_over() -> None:
     reader.beat({P0: 2, P1: 1})
     reader.check.compare({P0: 2, P1: 1})
     assert reader.check.stale() is None, "nothing came, and that is confirmed as well"
+
+
+def test_a_clock_that_is_set_back_makes_no_view_younger() -> None:
+    reader = Reader(grace_ms=200)
+    reader.beat({P0: 0, P1: 0})
+    reader.check.compare({P0: 0, P1: 0})
+    assert reader.check.stale() is None
+    reader.clock.ms -= 3_600_000
+    until(lambda: reader.check.stale() is not None)
 
 
 def test_who_has_not_got_as_far_is_not_fresh_until_it_has() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 
 from ringfence.cli.finding import Finding, clock
 from ringfence.kernel.clock import SystemClock
@@ -14,7 +15,7 @@ _OPTIONS = ("maxmemory-policy", "notify-keyspace-events", "appendonly", "save")
 
 
 async def redis_findings(settings: ServiceSettings) -> AsyncIterator[Finding]:
-    """Whether it answers, how it is set up, and how far its clock is from ours."""
+    """Whether it answers, how it is set up, and how far its clock is from ours: each node that holds keys."""
     try:
         from ringfence.model.lease_store.link import Link
     except ModuleNotFoundError:
@@ -22,21 +23,22 @@ async def redis_findings(settings: ServiceSettings) -> AsyncIterator[Finding]:
         yield Finding("Redis", "unknown", says)
         return
     link = Link(settings.redis_url, lambda run_id: True)
-    skew = SkewCheck("Redis")
     try:
-        (seconds, micros), *answers = await link.pipeline(
-            [("TIME",), *(("CONFIG", "GET", name) for name in _OPTIONS)]
-        )
-        skew.heard(int(seconds) * 1000 + int(micros) // 1000, SystemClock().now_ms())
+        servers = await link.ask_each([("TIME",), *(("CONFIG", "GET", name) for name in _OPTIONS)])
+        now_ms = SystemClock().now_ms()
     except RingfenceError as error:
         yield Finding("Redis", "bad", str(error))
         return
     finally:
         await link.close()
-    yield clock("Redis", skew)
-    said = {name: _option(answer) for name, answer in zip(_OPTIONS, answers, strict=True)}
-    yield eviction(said)
-    yield persistence(said)
+    for address, ((seconds, micros), *answers) in servers.items():
+        name = "Redis" if len(servers) == 1 else f"Redis at {address}"
+        skew = SkewCheck(name)
+        skew.heard(int(seconds) * 1000 + int(micros) // 1000, now_ms)
+        yield clock(name, skew)
+        said = {option: _option(answer) for option, answer in zip(_OPTIONS, answers, strict=True)}
+        for finding in (eviction(said), persistence(said)):
+            yield replace(finding, what=finding.what.replace("Redis", name))
 
 
 def eviction(said: Mapping[str, str]) -> Finding:

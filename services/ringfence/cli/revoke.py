@@ -19,6 +19,10 @@ from ringfence.cli.options import (
 from ringfence.cli.outcome import print_accepted
 from ringfence.client.administrator import Administrator
 from ringfence.client.outcomes import Accepted
+from ringfence.client.signatory import TIMEOUT_S
+
+_ENDS_WITHIN_S = 60.0
+"""The answer comes when all has ended; so long some ten thousand leases may take. They are refused long before."""
 
 
 def revoke(
@@ -57,7 +61,8 @@ def revoke(
         confirm("Revoke every lease of every agent?", yes)
 
     async def work() -> Accepted:
-        async with Administrator.connect(identity(me)) as administrator:
+        wait_s = TIMEOUT_S if lease else _ENDS_WITHIN_S
+        async with Administrator.connect(identity(me), timeout_s=wait_s) as administrator:
             return await administrator.revoke(
                 reason=reason,
                 lease_id=lease,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import IdentityError, InvalidCallError, checked
-from ringfence.client.outcomes import Accepted
+from ringfence.client.outcomes import MEANWHILE, Accepted
 from ringfence.client.preview import Preview, preview
 from ringfence.client.signatory import COMMAND_LIFE_S, Signatory
 from ringfence.kernel.ids import message_id
@@ -56,6 +56,13 @@ AnyKey = SigningKey | PublicJwk | KeyRecord
 
 def _by_root(connection: Connection) -> bool:
     return connection.key.id == connection.trust.root_id
+
+
+_CUT_MEANWHILE = (
+    "The order stands on Kafka and does not expire: what it covers is refused as soon as a revoker and the gateways "
+    "have read it. The answer comes when all of that has ended, and very many leases take longer "
+    "(ringfence lease list); ringfence doctor says whether the revoker runs"
+)
 
 
 class Administrator(Signatory):
@@ -421,8 +428,9 @@ class Administrator(Signatory):
             )
         key = agent_id or lease_id or task_id or sponsor or target_id or user_id or "all"
         return await self._outcomes.send(
-            REVOCATION_REQUEST, key, claims, by="revoker", timeout_s=self.timeout_s
-        )
+            REVOCATION_REQUEST, key, claims, by="revoker", timeout_s=self.timeout_s,
+            meanwhile=MEANWHILE if lease_id else _CUT_MEANWHILE,
+        )  # fmt: skip
 
     # --- ---
 

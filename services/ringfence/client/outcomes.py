@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _LETTER_GRACE_S = 2.0
 """After a dead letter, how long a signed answer may still come: the letter alone is nobody's word."""
+MEANWHILE = "It may still be carried out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,11 @@ class Outcomes:
         by: ServiceRole,
         timeout_s: float,
         traceparent: str | None = None,
+        meanwhile: str = MEANWHILE,
     ) -> Accepted:
         """Publish a command and wait for the answer of the service with the role `by`.
+
+        `meanwhile`: what is said of a command that nobody answered in time.
 
         Raises:
             RefusedError: with the service's reasons.
@@ -69,7 +73,7 @@ class Outcomes:
         self._waiting[claims.jti] = (by, answer)
         try:
             at = await self._connection.publish(topic, key, claims, traceparent=traceparent)
-            event = await self._answer(answer, at, claims, by, timeout_s)
+            event = await self._answer(answer, at, claims, by, timeout_s, meanwhile)
         finally:
             del self._waiting[claims.jti]
         if event.kind == "refused":
@@ -83,6 +87,7 @@ class Outcomes:
         claims: Claims,
         by: ServiceRole,
         timeout_s: float,
+        meanwhile: str,
     ) -> ServiceEvent:
         letter = asyncio.create_task(self._connection.letters.about(at))
         try:
@@ -99,7 +104,7 @@ class Outcomes:
             raise NotAnsweredError(f"the {claims.typ} counted for nothing: {letter.result()}")
         raise NotAnsweredError(
             f"the {by} did not answer the {claims.typ} within {timeout_s:g} s: is it running, and on the same "
-            f"Kafka ({self._connection.settings.kafka}) and topic prefix? It may still be carried out"
+            f"Kafka ({self._connection.settings.kafka}) and topic prefix? {meanwhile}"
         )
 
     async def _listen(self) -> None:

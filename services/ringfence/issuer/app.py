@@ -99,6 +99,7 @@ def build(
         runtime.on_stop(backend.close)
     runtime.on_stop(access.close)
     runtime.ready_when(store.unready)
+    runtime.warns_when(store.warning)
     runtime.denies_when(directory.stale)
     runtime.background("redis-watch", store.watch)
     runtime.background("outbox-clearing", store.clear_outbox)

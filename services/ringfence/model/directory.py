@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
-from ringfence.kernel.clock import Clock
+from ringfence.kernel.clock import CarriedOn, Clock
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.keys import PublicKey, valid_key
@@ -152,6 +152,7 @@ class Directory:
         self._read_to: dict[tuple[str, int], int] = {}
         self._last_beat_ms = 0
         self._beat_heard_ms = 0
+        self._broker = CarriedOn()
         self._oldest: tuple[int, str] | None = None
         """When, and of which topic, what was confirmed longest ago; None where that has to be looked for."""
         self._trust_version = trust.version
@@ -315,6 +316,7 @@ class Directory:
             return
         self._last_beat_ms = heartbeat.at_ms
         self._beat_heard_ms = record.appended_at_ms
+        self._broker.heard(record.appended_at_ms)
         self._oldest = None
         for table in heartbeat.tables:
             part = self._parts.setdefault((table.topic, table.partition), _Part())
@@ -404,7 +406,8 @@ class Directory:
             # Before the first record of all, what is confirmed is that there is none.
             self._oldest = min(confirmed, default=(self._beat_heard_ms, "records"))
         oldest_ms, name = self._oldest
-        age_ms = self._clock.now_ms() - oldest_ms
+        # Our own clock may be set back, and then an old table is none the younger.
+        age_ms = max(self._clock.now_ms(), self._broker.now_ms()) - oldest_ms
         if age_ms <= self._grace_ms:
             return None
         if not oldest_ms:

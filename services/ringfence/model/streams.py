@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from ringfence.kernel.clock import Clock
+from ringfence.kernel.clock import CarriedOn, Clock
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka import Received
@@ -94,6 +94,7 @@ class StreamCheck:
         self._since: dict[Partition, int] = {}
         self._waiting: dict[Partition, deque[tuple[StreamDigest, int]]] = {}
         self._confirmed_ms: dict[Partition, int] = {}
+        self._broker = CarriedOn()
         self._broken: str | None = None
 
     def begin(self, positions: Mapping[Partition, int]) -> None:
@@ -113,6 +114,7 @@ class StreamCheck:
                 continue
             # One that was sent before must not make an old view young.
             if abs(beat.at_ms - record.appended_at_ms) <= _CLOCKS_DIFFER_MS:
+                self._broker.heard(record.appended_at_ms)
                 for stream in beat.streams:
                     waiting = self._waiting.setdefault((stream.topic, stream.partition), deque(maxlen=100))
                     waiting.append((stream, min(beat.at_ms, record.appended_at_ms)))
@@ -141,7 +143,8 @@ class StreamCheck:
         if not self._confirmed_ms:
             return "nothing has been read yet"
         oldest_ms, partition = min((at_ms, one) for one, at_ms in self._confirmed_ms.items())
-        age_ms = self._clock.now_ms() - oldest_ms
+        # Our own clock may be set back, and then an old view is none the younger.
+        age_ms = max(self._clock.now_ms(), self._broker.now_ms()) - oldest_ms
         if age_ms <= self._grace_ms:
             return None
         return f"{partition[0]}/{partition[1]} was not confirmed by a revoker within the grace"

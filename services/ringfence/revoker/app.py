@@ -101,6 +101,7 @@ def build(
         runtime.on_stop(backend.close)
     runtime.on_stop(access.close)
     runtime.ready_when(store.unready)
+    runtime.warns_when(store.warning)
     runtime.background("redis-watch", store.watch)
     runtime.background("rebuilding", rebuilder.run)
     runtime.background("lease-watch", partial(watch.run, leases))

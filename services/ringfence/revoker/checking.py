@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -16,11 +16,12 @@ from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Follower, Received
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.trust import TrustStore
+from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import TRUST
 from ringfence.model.directory import TABLES, Directory
 from ringfence.model.lease_epochs import number_of
-from ringfence.model.lease_store import FENCE_KEEP_MS, Held, Restoration
+from ringfence.model.lease_store import FENCE_KEEP_MS, GRANT_KEEP_MS, Held, Restoration, uses_of
 from ringfence.model.leases import is_over, own_marks_of, statement
 from ringfence.revoker.truth import Fold, Record, peek, read_leases, read_revocations, verified, whole
 
@@ -29,15 +30,26 @@ log = logging.getLogger(__name__)
 AGAIN_S = 1.0
 _AT_A_TIME = 500
 
-What = Literal["missing", "behind", "ahead", "differs", "unknown", "misplaced", "unfenced"]
+_LATER_MS = 60_000
+"""So far beyond our own clock a fence is nobody's: it stands for the moment at which somebody revoked something."""
+
+What = Literal[
+    "missing", "behind", "ahead", "differs", "unknown", "misplaced",
+    "unfenced", "overfenced", "unseen", "uncounted",
+]  # fmt: skip
 """`missing`: Redis has no record of a lease. `behind`, `ahead`: it has another `seq`, or is of an older epoch.
 `differs`: its record of the same `seq` says something else. `unknown`: Kafka does not know the lease. `misplaced`: it
-is not where its status says. `unfenced`: a revocation does not stand in the way of what was asked for before it."""
+is not where its status says. `unfenced`: a revocation does not stand in the way of what was asked for before it.
+`overfenced`: something stands in the way of what will be asked for. `unseen`: where a revocation stood first is not
+known, so that the same one, sent again, covers more. `uncounted`: a lease does not count for the grant that it names.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that Redis has otherwise than Kafka. `about` is a lease's id, a mark and a shard, or `epoch`."""
+    """One thing that Redis has otherwise than Kafka. `about` is a lease's id, that and a grant's, a mark and a shard, a
+    revocation's id, or `epoch`.
+    """
 
     about: str
     what: What
@@ -88,6 +100,8 @@ class Checker:
         fold_anew = partial(Fold, trust=self._trust, over_before_s=(now_ms - self._record_keep_ms) / 1000)
         fold = fold_anew(held=frozenset(ids))
         await read_leases(self._settings, fold)
+        if not restoration.complete:
+            yield Difference("epoch", "missing", str(fold.epochs.highest()), "")
         for epoch in sorted(restoration.epochs):
             if number_of(epoch) < fold.epochs.highest():
                 yield Difference("epoch", "behind", str(fold.epochs.highest()), epoch)
@@ -101,6 +115,8 @@ class Checker:
                     id, records.get(id), held, marks[id], waiting, now_ms, self._record_keep_ms
                 ):
                     yield one
+        async for one in self._uncounted(restoration, records, now_ms):
+            yield one
         revocations = await read_revocations(self._settings, self._directory, self._trust)
         fences = revocations.fences(now_ms - FENCE_KEEP_MS)
         for shard, known in enumerate(await restoration.fences()):
@@ -109,24 +125,51 @@ class Checker:
                     yield Difference(
                         f"{mark} in shard {shard}", "unfenced", str(before_ms), str(known.get(mark, ""))
                     )
+            for mark, before_ms in known.items():
+                if before_ms > max(now_ms + _LATER_MS, fences.get(mark, 0)):
+                    yield Difference(
+                        f"{mark} in shard {shard}", "overfenced", str(fences.get(mark, "")), str(before_ms)
+                    )
+        first = {id: order.at for id, order in revocations.orders.items()}
+        seen = await restoration.sightings(list(first))
+        for id, at in first.items():
+            if seen.get(id) != at:
+                yield Difference(id, "unseen", _place(at), _place(seen[id]) if id in seen else "")
+
+    async def _uncounted(
+        self, restoration: Restoration, records: Mapping[str, Record], now_ms: int
+    ) -> AsyncIterator[Difference]:
+        granted = (parse(one.jws).unverified_claims(Lease) for one in records.values() if one.granted)
+        uses = [use for one in granted if one.iat * 1000 > now_ms - GRANT_KEEP_MS for use in uses_of(one)]
+        for start in range(0, len(uses), _AT_A_TIME):
+            some = uses[start : start + _AT_A_TIME]
+            for (grant_id, lease_id), is_counted in zip(some, await restoration.counted(some), strict=True):
+                if not is_counted:
+                    yield Difference(f"{lease_id} on grant {grant_id}", "uncounted", "named", "")
 
     async def _believed(
         self, restoration: Restoration, fold: Fold, fold_anew: Callable[..., Fold]
     ) -> dict[str, Record]:
-        """The highest records, but for those that nobody signed who may: what Redis has too is not looked at."""
+        """The highest records, but for those that nobody signed who may: what has ended, and Redis has too, is not
+        looked at.
+        """
         unlike: dict[str, Record] = {}
         ids = list(fold.highest)
         for start in range(0, len(ids), _AT_A_TIME):
             some = ids[start : start + _AT_A_TIME]
             for id, held in (await restoration.held(dict.fromkeys(some, ()))).items():
-                if held.stored is None or held.stored.jws != fold.highest[id].jws:
-                    unlike[id] = fold.highest[id]
+                record = fold.highest[id]
+                if held.stored is None or held.stored.jws != record.jws or record.status not in TERMINAL:
+                    unlike[id] = record
         found = {id: record for id, record in fold.highest.items() if id not in unlike}
         async for leases in verified(
             self._settings, self._trust, self._clock, unlike, fold.contested, fold_anew
         ):
             for one in leases:
-                record = Record(one.claims.seq, one.claims.status, one.jws.encode())
+                claims = one.claims
+                record = Record(
+                    claims.seq, claims.status, one.jws.encode(), granted=claims.grants is not None
+                )
                 found[one.claims.lease_id] = record
         return found
 
@@ -178,6 +221,12 @@ def _misplaced(held: Held, marks: Sequence[str], now_ms: int) -> Iterator[str]:
         yield "not found by: " + ", ".join(sorted(set(marks) - held.marks))
     if stored.status == "active" and not held.live and stored.deadline_ms > now_ms:
         yield "active, and its credential is refused"
+    if stored.status == "ending" and held.live:
+        yield "cut, and not refused by its live key"
+
+
+def _place(at: Coordinates) -> str:
+    return f"{at.topic}/{at.partition}@{at.offset}"
 
 
 def _marks(jws: bytes) -> tuple[str, ...]:

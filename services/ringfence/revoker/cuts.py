@@ -126,7 +126,8 @@ class Cuts:
             self._complete(order.id, cut)
             return
         self._open[order.id] = cut
-        left_ms = max(0, ordered_at_ms + self._grace_ms - self._clock.now_ms())
+        # Whatever our own clock says, it is no longer than the grace.
+        left_ms = min(self._grace_ms, max(0, ordered_at_ms + self._grace_ms - self._clock.now_ms()))
         cut.timer = asyncio.get_running_loop().call_later(left_ms / 1000, self._grace_over, order.id)
 
     async def run(self, caught_up: Callable[[float], Awaitable[bool]]) -> None:

@@ -130,8 +130,18 @@ def _of_user(
     own = Narrowing(f"user:{state.user_id}", entitled, Unfit("scope_narrowed", reason))
     if "sponsor" in state.roles or not ever_sponsor:
         return (own,)
-    left = Unfit("agent_orphaned", f"user {state.user_id}, the sponsor, is no sponsor any more")
-    return own, Narrowing(f"sponsor:{state.user_id}", (), left)
+    orphaned = orphaning(state)
+    assert orphaned is not None
+    return own, Narrowing(f"sponsor:{state.user_id}", (), Unfit(*orphaned))
+
+
+def orphaning(state: UserState) -> tuple[EndKind, str] | None:
+    """Why an agent that this user sponsors has no sponsor, or None where it has."""
+    if state.status != "active":
+        return "user_disabled", f"user {state.user_id}, the sponsor, was disabled"
+    if "sponsor" not in state.roles:
+        return "agent_orphaned", f"user {state.user_id}, the sponsor, is no sponsor any more"
+    return None
 
 
 def was_sponsor(record: AnyRecord) -> bool:

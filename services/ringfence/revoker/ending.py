@@ -52,6 +52,8 @@ _PAUSE_EVERY = 25
 _ROUNDS = 8
 """More records than a lease's end has: enough to meet others that end the same lease on the way."""
 
+_MEND = "it is not ended by that: ringfence rebuild"
+
 
 @dataclass(frozen=True, slots=True)
 class Wish:
@@ -103,10 +105,10 @@ class Ender:
             try:
                 lease = self._opened(one.record) if one else None
             except InvalidMessageError as error:
-                await self._report(lease_id, f"the record in Redis does not hold: {error}")
+                await self._report(lease_id, f"the record in Redis does not hold: {error}; {_MEND}")
                 continue
             if lease is None or lease.lease_id != lease_id:
-                await self._report(lease_id, "Redis holds the lease and not its record")
+                await self._report(lease_id, f"Redis holds the lease and not its record; {_MEND}")
             else:
                 found[lease_id] = lease
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ringfence.messages.lease import TERMINAL, Lease, RevocationRequest, Selecto
 from ringfence.messages.operations import EventKind
 from ringfence.messages.registry import (
     AgentRecord,
+    AgentState,
     AnyRecord,
     AnyState,
     TargetRecord,
@@ -35,7 +37,14 @@ from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases import is_covered, mark_of
 from ringfence.model.orders import Order
 from ringfence.revoker.cuts import Cuts
-from ringfence.revoker.domain import Ending, Narrowing, consequences, derived_order, was_sponsor
+from ringfence.revoker.domain import (
+    Ending,
+    Narrowing,
+    consequences,
+    derived_order,
+    orphaning,
+    was_sponsor,
+)
 from ringfence.revoker.ending import Ender, Wish
 from ringfence.revoker.fencing import fence
 from ringfence.revoker.orders import Orders
@@ -53,6 +62,7 @@ _RECORDS: dict[Topic[Any], type[AnyRecord]] = {
 }
 RECORD_TOPICS = tuple(_RECORDS)
 _CUT = TERMINAL | {"ending"}
+_PAUSE_EVERY = 100
 
 
 @dataclass(slots=True)
@@ -140,10 +150,14 @@ class RevocationHandler:
             return _wish(lease, order) if is_covered(lease, first.appended_at_ms) else None
 
         mark = mark_of(selector)
+        also = await self._orders.holders(mark)
         ended = await self._ender.end_bearing(
-            mark, covered, agent_id=self._orders.agent_of(selector), also=await self._orders.holders(mark)
+            mark, covered, agent_id=self._orders.agent_of(selector), also=also
         )
         case.ended = _count(ended, order)
+        if not case.ended and also is not None and subject_of(self._td, order.claims.iss, "user"):
+            # It stands all the same; but who mistyped a name must not think that they stopped somebody.
+            case.objection = self._orders.unknown(selector)
 
     def _is_own(self, order: Order) -> bool:
         return order.claims.iss == self._runtime.key.id
@@ -243,6 +257,22 @@ class RecordHandler:
             elif not overtaken:  # else the later record says what still fits
                 await self._fence(consequence, record, received)
                 await self._order_unfit(consequence, record.sub, entry, received.traceparent)
+        if not overtaken and isinstance(record, UserRecord) and was_sponsor(record):
+            await self._order_orphans(record, received.traceparent)
+
+    async def _order_orphans(self, record: UserRecord, traceparent: str | None) -> None:
+        """Order the end of what agents hold that are without a sponsor now: it may have been issued under another."""
+        orphaned = orphaning(record.state)
+        if orphaned is None:
+            return
+        kind, reason = orphaned
+        for number, agent in enumerate(self._directory.entries("agent"), start=1):
+            if number % _PAUSE_EVERY == 0:
+                await asyncio.sleep(0)  # others get their turn
+            state = agent.state
+            if isinstance(state, AgentState) and state.sponsor == record.state.user_id:
+                ending = Ending(kind, Selector(agent_id=state.agent_id), reason)
+                await self._order_all(ending, record, traceparent)
 
     def _was_in_force(self, record: AnyRecord, now_ms: int) -> bool:
         """Whether a record that a later one has overtaken counted, and lately: it is no old one, put there again."""

@@ -32,6 +32,10 @@ LINGER_MS = 250
 """So many leases are looked at together, and gather for so long: the tables are read to their ends once for all."""
 
 
+_LONG_AGO_S = 24 * 3600
+"""Long enough for a clock of ours that is hours ahead: what lives by Redis's must not be passed over."""
+
+
 class IssuedHandler:
     """The batch handler of `lease`. A group of its own, so that each lease is looked at though revokers die."""
 
@@ -61,10 +65,13 @@ class IssuedHandler:
         await gather_all(acknowledged)
 
     def _is_active(self, record: Received) -> bool:
+        """Whether it may be the record of a lease that lives: what ended long ago is not looked at. Redis says more."""
         glance = self._said.peek(record.value)
         if glance is None or glance.lease_id != record.key:
             return False
-        return glance.status == "active" and glance.deadline * 1000 > self._runtime.clock.now_ms()
+        return (
+            glance.status == "active" and glance.deadline > self._runtime.clock.now_ms() / 1000 - _LONG_AGO_S
+        )
 
     def _overtaken(self, records: Sequence[Received]) -> Iterator[tuple[Lease, Overtaken]]:
         max_age_s = self._runtime.settings.entitlements_max_age_s

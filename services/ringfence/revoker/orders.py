@@ -9,8 +9,10 @@ from ringfence.kernel.kafka import Received
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease, Selector
+from ringfence.model.chains import ChainError
 from ringfence.model.delegations import Delegations
 from ringfence.model.directory import Directory
+from ringfence.model.identity import SubjectKind
 from ringfence.model.orders import Order, agent_of_task, objection, open_order
 
 
@@ -57,6 +59,26 @@ class Orders:
         if selector.task_id is not None:
             return agent_of_task(selector.task_id, self._directory)
         return selector.agent_id
+
+    def unknown(self, selector: Selector) -> Reason | None:
+        """That there is nobody, or nothing, of the name that a selector gives. To be asked once the tables are read."""
+        named: dict[SubjectKind, str | None] = {
+            "agent": selector.agent_id,
+            "task": selector.task_id,
+            "target": selector.target_id,
+            "user": selector.sponsor or selector.user_id,
+        }
+        for kind, id in named.items():
+            if id is not None and not self._is_known(kind, id):
+                message = f"there is no {kind} {id}, so nothing was ended; look it up: ringfence {kind} list"
+                return Reason(code="subject_unknown", message=message)
+        return None
+
+    def _is_known(self, kind: SubjectKind, id: str) -> bool:
+        try:
+            return self._directory.entry(kind, id) is not None
+        except ChainError:
+            return True  # it is there, and counts for nothing
 
     def known_holders(self, mark: str) -> frozenset[str]:
         """The agents that hold parts of what a mark is about, as far as has arrived here."""

@@ -132,6 +132,11 @@ class Rebuilder:
             self._settings, self._runtime.trust, self._runtime.clock, wanted, fold.contested, fold_anew
         ):
             await restoration.count_grants(leases)
+            # Where Kafka's highest record was nobody's word, Redis may have that, too.
+            doubtful = [
+                id for one in leases if one.claims.seq < had.get(id := one.claims.lease_id, _NONE).seq
+            ]
+            over |= await self._nobodys(restoration, doubtful, had)
             leases = [
                 one for one in leases
                 if one.claims.lease_id not in only_counted
@@ -203,13 +208,18 @@ class Rebuilder:
         ahead = [
             id
             for id, one in had.items()
-            if one.epoch is not None and one.seq > (highest[id].seq if id in highest else 0)
+            if (one.epoch is not None or id in highest)
+            and one.seq > (highest[id].seq if id in highest else 0)
         ]
         for start in range(0, len(ahead), _AT_A_TIME):
             for id, stored in (await restoration.records(ahead[start : start + _AT_A_TIME])).items():
                 lease, before = self._opened(id, stored.jws), None
                 if lease is None:
+                    if id in highest:  # nobody's word: what Kafka has is put in its place
+                        over[id] = had[id].seq
                     continue  # reported by whoever comes upon it
+                if lease.epoch is None:
+                    continue
                 if id in highest:
                     before = self._opened(id, highest[id].jws)
                     if before is None:
@@ -227,6 +237,15 @@ class Rebuilder:
                     ]
                 )
         return over
+
+    async def _nobodys(
+        self, restoration: Restoration, ids: Sequence[str], had: Mapping[str, Had]
+    ) -> dict[str, int]:
+        """Those of these leases of which the record in Redis does not hold, with its `seq`."""
+        if not ids:
+            return {}
+        stored = await restoration.records(ids)
+        return {id: had[id].seq for id in ids if id in stored and self._opened(id, stored[id].jws) is None}
 
     async def _count_unpublished(self, restoration: Restoration, ids: Sequence[str]) -> None:
         """Count leases that only Redis has for the grants that they name: those may be on a shard that was lost."""

@@ -7,12 +7,13 @@ not done again.
 
 from __future__ import annotations
 
-from ringfence.model.lease_store.arguments import told_of
+from ringfence.model.lease_store.arguments import told_of, uses_of
 from ringfence.model.lease_store.keys import (
     AHEAD_MS,
     CLOSING_TOKEN,
     DAY_MS,
     FENCE_KEEP_MS,
+    GRANT_KEEP_MS,
     MIN_LEFT_MS,
     RECORD_KEEP_MS,
     SELECTOR_KEEP_MS,
@@ -41,6 +42,7 @@ __all__ = [
     "CLOSING_TOKEN",
     "DAY_MS",
     "FENCE_KEEP_MS",
+    "GRANT_KEEP_MS",
     "MIN_LEFT_MS",
     "RECORD_KEEP_MS",
     "SELECTOR_KEEP_MS",
@@ -64,4 +66,5 @@ __all__ = [
     "expanded",
     "outbox_field",
     "told_of",
+    "uses_of",
 ]

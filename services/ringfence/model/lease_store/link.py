@@ -89,6 +89,8 @@ class Link:
     def __init__(self, url: str, knows: Callable[[str], bool]) -> None:
         """`url`: `redis://`, `rediss://`, `unix://`, or `redis+cluster://host:port,host:port`. Raises SettingsError."""
         self._knows = knows
+        self._servers: dict[tuple[str, int], str] = {}
+        """Of a cluster: the `run_id` that stands behind each node's host and port."""
         try:
             self._address = _Address.parse(url)
             self._client = self._address.client(self._greet)
@@ -150,6 +152,22 @@ class Link:
 
     # --- who is there ---
 
+    async def ask_each(self, commands: Sequence[Command]) -> dict[str, list[Any]]:
+        """What each server answers that holds keys, by its address: several where Redis is a cluster.
+
+        Raises as `pipeline`.
+        """
+        if isinstance(self._client, Redis):
+            return {str(self._address): await self.pipeline(commands)}
+        found: dict[str, list[Any]] = {}
+        with self._answered():
+            await self._client.initialize()
+            for node in self._client.get_primaries():
+                found[node.name] = [
+                    await self._client.execute_command(*command, target_nodes=node) for command in commands
+                ]
+        return found
+
     async def inspect(self, keys: Sequence[str]) -> list[tuple[str, bytes | None]]:
         """For each key: the `run_id` of the server that holds it now, whoever that is, and its value."""
         with self._answered():
@@ -178,8 +196,23 @@ class Link:
     async def _greet(self, connection: AbstractConnection) -> None:
         await connection.on_connect()
         await connection.send_command("INFO", "server")
-        if not self._knows(_run_id(await connection.read_response(disable_decoding=True))):
+        run_id = _run_id(await connection.read_response(disable_decoding=True))
+        if not self._knows(run_id):
             raise _StrangerError
+        if self._address.nodes:
+            to = cast(Connection, connection)
+            self._servers[to.host, int(to.port)] = run_id
+
+    def server_of(self, key: str) -> str | None:
+        """The `run_id` of the node of a cluster that holds a key now; None where that is not known, or Redis is alone.
+
+        A connection that was made before its server became a replica is as good as ever when it leads again: so to have
+        been known when it was made is not enough.
+        """
+        with contextlib.suppress(RedisClusterException):
+            if node := _node_of(self._client, key):
+                return self._servers.get((node.host, int(node.port)))
+        return None
 
     # --- what Redis tells by itself ---
 

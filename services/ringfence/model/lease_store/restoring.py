@@ -10,10 +10,18 @@ from typing import Any
 
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
-from ringfence.model.lease_store.arguments import NO_LIMIT, place_text, restoring, uses_of, using
+from ringfence.model.lease_store.arguments import (
+    NO_LIMIT,
+    place_of_text,
+    place_text,
+    restoring,
+    uses_of,
+    using,
+)
 from ringfence.model.lease_store.keys import (
     ANEW,
     FENCE_KEEP_MS,
+    ID_BYTES,
     RECORD_KEEP_MS,
     SELECTOR_KEEP_MS,
     Keys,
@@ -91,7 +99,8 @@ class Restoration:
         """Those that the shards had; known from `look`."""
         self._claim = ""
         """What stands for this rebuild while it lasts: the server of the first shard, and a nonce."""
-        self._complete = False
+        self.complete = False
+        """Whether each shard has an epoch, of the server that holds it; known from `look`."""
         self.anew = False
         """Whether all leases are to be written again, also those that Redis has; known from `begin`."""
 
@@ -106,7 +115,7 @@ class Restoration:
         found = await self._link.inspect([at.epoch for at in self._keys])
         self._run_ids = [run_id for run_id, _ in found]
         self._claim = f"{self._run_ids[0]}.{self._nonce}"
-        self._complete = all(epoch is not None and epoch_run_id(epoch) == run_id for run_id, epoch in found)
+        self.complete = all(epoch is not None and epoch_run_id(epoch) == run_id for run_id, epoch in found)
         self.anew = any(epoch == ANEW for _, epoch in found)
         self.epochs = {epoch_name(epoch) for _, epoch in found if epoch and epoch != ANEW}
 
@@ -122,7 +131,7 @@ class Restoration:
         if not (await self._link.pipeline([lock]))[0]:
             return False
         await self.look()  # whoever had the claim before may have finished
-        if self._complete and not anyway:
+        if self.complete and not anyway:
             await self._link.scripts([self._call(GIVE_UP, first, (), ())])
             return False
         await self._link.pipeline(
@@ -239,9 +248,10 @@ class Restoration:
     # --- what there is, as it is ---
 
     async def ids(self) -> list[str]:
-        """All leases that Redis thinks have not ended."""
-        answers = await self._link.pipeline([all_ids(at) for at in self._keys])
-        return list(dict.fromkeys(unpacked(id) for ids in answers for id in ids))
+        """All leases that Redis thinks have not ended: those that somebody will come to, and those that nobody will."""
+        commands = [one for at in self._keys for one in (all_ids(at), ("HKEYS", at.leases))]
+        answers = await self._link.pipeline(commands)
+        return list(dict.fromkeys(unpacked(id) for ids in answers for id in ids if len(id) == ID_BYTES))
 
     async def records(self, lease_ids: Sequence[str]) -> dict[str, StoredLease]:
         """The records of these leases, as far as there are any. In a rebuild."""
@@ -272,6 +282,18 @@ class Restoration:
         """The fences of each shard: mark and `issued_before` in ms."""
         answers = await self._link.pipeline([("ZRANGE", at.fences, 0, -1, "WITHSCORES") for at in self._keys])
         return [{mark.decode(): int(before) for mark, before in found} for found in answers]
+
+    async def counted(self, uses: Sequence[tuple[str, str]]) -> list[bool]:
+        """Of each use of a grant (its id, the lease's): whether it is counted."""
+        commands: list[Command] = [
+            ("SISMEMBER", self._at(grant_id).grant(grant_id), packed(lease_id)) for grant_id, lease_id in uses
+        ]
+        return [bool(answer) for answer in await self._link.pipeline(commands)]
+
+    async def sightings(self, ids: Sequence[str]) -> dict[str, Coordinates]:
+        """Where selectors (derived ids) were seen first, as far as that is known."""
+        answers = await self._link.pipeline([("GET", self._at(id).selector(id)) for id in ids])
+        return {id: place_of_text(text) for id, text in zip(ids, answers, strict=True) if text is not None}
 
     def _at(self, id: str) -> Keys:
         return self._keys[shard_of(id, len(self._keys))]

@@ -157,7 +157,9 @@ end
 """
 
 # Deadlines. What is due in a later minute waits in a set with all that is: an id there weighs a quarter of what it does
-# with a deadline of its own. `open` takes some to the deadlines, of the minutes that have nearly come.
+# with a deadline of its own. `open` takes some to the deadlines, of the minutes that have nearly come. What goes from
+# one place to another is in the new one first: while a cluster moves a slot key by key, a script breaks off at a key
+# that is gone already, and what it has done by then stays done.
 _DEADLINES = f"""
 local deadlines, minutes, due = base .. '{DEADLINES}', base .. '{MINUTES}', base .. '{DUE}'
 local function await(id, deadline)
@@ -169,6 +171,9 @@ local function await(id, deadline)
         redis.call('SADD', due .. minute, id)
         redis.call('ZADD', minutes, open_at, minute)
     end
+end
+local function in_parts(all, call)
+    for first = 1, #all, {_MOST_AT_ONCE} do call(unpack(all, first, math.min(first + {_MOST_AT_ONCE - 1}, #all))) end
 end
 local function forget(ids, deadlines_s)
     redis.call('ZREM', deadlines, unpack(ids))
@@ -183,14 +188,17 @@ end
 local function open(limit)
     local minute = redis.call('ZRANGEBYSCORE', minutes, '-inf', now, 'LIMIT', 0, 1)[1]
     if not minute then return end
-    local ids = redis.call('SPOP', due .. minute, limit)
+    local ids, scored = redis.call('SRANDMEMBER', due .. minute, limit), {{}}
     for _, id in ipairs(ids) do
         local status, _, deadline_s = head_of(id)
         -- Without a record it comes to whoever claims it, who sees what is wrong.
         if status == 'a' or not status then
-            redis.call('ZADD', deadlines, (deadline_s or minute * 60) * 1000, id)
+            scored[#scored + 1] = (deadline_s or minute * 60) * 1000
+            scored[#scored + 1] = id
         end
     end
+    in_parts(scored, function(...) redis.call('ZADD', deadlines, ...) end)
+    in_parts(ids, function(...) redis.call('SREM', due .. minute, ...) end)
     if #ids < limit then redis.call('ZREM', minutes, minute) end
 end
 """
@@ -243,12 +251,13 @@ return now
 def fencing(fences: str, marks: Mapping[str, int], keep_ms: int) -> list[Command]:
     """What puts fences (mark: `issued_before` in ms) into a shard, even where Redis is full. It answers when, in ms.
 
-    Those that can cover nothing more, `keep_ms` older than the newest, go.
+    Those that can cover nothing more, `keep_ms` older than the newest, go. Each command takes some: after a week there
+    are as many fences as tasks were ended.
     """
-    if not marks:
-        return []
-    scored = [part for mark, before_ms in marks.items() for part in (before_ms, mark)]
-    return [("EVAL", _FENCE, 1, fences, max(marks.values()) - keep_ms, *scored)]
+    oldest_ms = max(marks.values(), default=0) - keep_ms
+    scored = [(before_ms, mark) for mark, before_ms in marks.items()]
+    parts = [scored[start : start + _MOST_AT_ONCE] for start in range(0, len(scored), _MOST_AT_ONCE)]
+    return [("EVAL", _FENCE, 1, fences, oldest_ms, *(one for pair in part for one in pair)) for part in parts]
 
 
 # --- issuing ----------------------------------------------------------------------------------------------------------
@@ -411,27 +420,25 @@ CLAIM = Script(
     + """
 local limit, visible = tonumber(ARGV[1]), now + ARGV[2]
 open(limit)
-local ids = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, limit)
+local ids, due_now = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, limit), {}
 if #ids < limit then
-    local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, limit - #ids)
-    for first = 1, #due, MOST do redis.call('ZREM', KEYS[1], unpack(due, first, math.min(first + MOST - 1, #due))) end
-    for _, id in ipairs(due) do ids[#ids + 1] = id end
+    due_now = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, limit - #ids)
+    for _, id in ipairs(due_now) do ids[#ids + 1] = id end
 end
 local claimed, found = {}, {}
 for i, text in ipairs(all_kept(ids)) do
     claimed[2 * i - 1], claimed[2 * i] = visible, ids[i]
     found[2 * i - 1], found[2 * i] = ids[i], told(text)
 end
-for first = 1, #claimed, MOST do
-    redis.call('ZADD', KEYS[2], unpack(claimed, first, math.min(first + MOST - 1, #claimed)))
-end
+in_parts(claimed, function(...) redis.call('ZADD', KEYS[2], ...) end)
+in_parts(due_now, function(...) redis.call('ZREM', KEYS[1], ...) end)
 local next = false
 for _, key in ipairs(KEYS) do
     local first = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
     if first[2] and (not next or tonumber(first[2]) < next) then next = tonumber(first[2]) end
 end
 return {now, next, found}
-""".replace("MOST", str(_MOST_AT_ONCE)),
+""",
     always=True,
 )
 

@@ -128,6 +128,7 @@ class Shards:
                 ],
                 full=full,
             )
+            self._look_where([one.at for one in calls], epochs)
         if suspend_aware_ms() - start_ms > _SLOW_MS:
             # This process stood still, or Redis did: what was done there may have been lost meanwhile.
             await self._guarded([], [one.at for one in calls])
@@ -143,7 +144,14 @@ class Shards:
             answers = await self.link.pipeline([*commands, *(("GET", keys.epoch) for keys in shards)])
             if answers[len(commands) :] != [epochs[keys.shard] for keys in shards]:
                 raise LostError("Redis was emptied, or is being rebuilt")
+            self._look_where(shards, epochs)
         return answers[: len(commands)]
+
+    def _look_where(self, shards: Iterable[Keys], epochs: Sequence[bytes]) -> None:
+        """Raises LostError where a cluster has given one of these shards to another node than its epoch is bound to."""
+        for keys in dict.fromkeys(shards):
+            if self.link.server_of(keys.epoch) not in (None, epoch_run_id(epochs[keys.shard])):
+                raise LostError(f"shard {keys.shard} is on another node of the cluster than it was")
 
     @property
     def epoch(self) -> str:

@@ -11,7 +11,6 @@ from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.skew import SkewCheck
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store.arguments import (
     AT_A_TIME,
@@ -69,6 +68,7 @@ from ringfence.model.lease_store.scripts import (
     counted,
     fencing,
 )
+from ringfence.model.lease_store.servers import QUESTIONS, Servers
 from ringfence.model.lease_store.shards import ShardCall, Shards
 from ringfence.model.lease_store.values import (
     Activation,
@@ -90,8 +90,6 @@ log = logging.getLogger(__name__)
 _GATHER_S = 0.3
 """How long acknowledgements gather before they are cleared, by two commands a shard. A sweeper takes none so young."""
 _WATCH_EVERY_S = 1.0
-_NO_LEASE = "00000000-0000-0000-0000-000000000000"
-"""Looked at for Redis's time alone."""
 _LOST_LOOK_S = 0.1
 """How often it is looked whether a lost Redis has been rebuilt."""
 
@@ -111,7 +109,7 @@ class LeaseStore(Shards):
         self.record_keep_ms = record_keep_ms
         self._down: str | None = "Redis was not asked yet"
         self._clock = clock or SystemClock()
-        self._skew = SkewCheck("Redis")
+        self._servers = Servers()
         self._acknowledged: list[tuple[str, int]] = []
         self._to_clear = asyncio.Event()
 
@@ -136,7 +134,11 @@ class LeaseStore(Shards):
 
     def unready(self) -> str | None:
         """Why leases cannot be read or written now, or this clock cannot be trusted, or None; known from `watch`."""
-        return self._down or self._skew.unready()
+        return self._down or self._servers.unready()
+
+    def warning(self) -> str | None:
+        """What people should know of how Redis is set up, or None; known from `watch`."""
+        return self._servers.warning()
 
     async def watch(self) -> None:
         """Ask Redis each second whether it is there and holds what it held, for ever; more often while it is lost."""
@@ -144,11 +146,19 @@ class LeaseStore(Shards):
             try:
                 await self._guarded([], self.keys)
                 self._down = None
-                self._skew.heard((await self.look(_NO_LEASE)).now_ms, self._clock.now_ms())
-                metrics.CLOCK_AHEAD.labels("redis").set((self._skew.ahead_ms() or 0) / 1000)
+                await self._ask_servers()
             except UnavailableError as error:
                 self._down = str(error)
             await asyncio.sleep(_LOST_LOOK_S if self._lost.is_set() else _WATCH_EVERY_S)
+
+    async def _ask_servers(self) -> None:
+        """What has evicted keys has forgotten something, nobody knows what: it is rebuilt."""
+        epoch, said = self.epoch, await self.link.ask_each(QUESTIONS)
+        evicted = self._servers.heard(said, epoch=epoch, now_ms=self._clock.now_ms())
+        metrics.CLOCK_AHEAD.labels("redis").set(self._servers.ahead_ms() / 1000)
+        if evicted:
+            log.error("Redis evicted keys at %s, and is rebuilt: it must never do that", ", ".join(evicted))
+            await self.disown()
 
     # --- issuing ---
 
