@@ -104,7 +104,7 @@ class DeadLetters:
             source=record.coordinates,
             service=self._service,
             code=error.code,
-            reason=str(error)[:2000],
+            reason=str(error)[:2000].encode(errors="replace").decode(),  # it may quote what is no text
             at_ms=self._clock.now_ms(),
         )
         id = derived_id("dead-letter", self._service, record.topic_name, record.partition, record.offset)

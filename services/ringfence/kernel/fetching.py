@@ -13,6 +13,8 @@ from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer
 
+from ringfence.kernel.unreadable import pass_over_unreadable
+
 _FETCH = 1
 """Its key in the Kafka protocol."""
 MUCH_BYTES = 256 * 1024
@@ -68,6 +70,7 @@ class Fetches:
         self._open.set()
         self._not_before_s = 0.0
         self._due_s: dict[int, float] = {}
+        self._consumer = consumer
         client = consumer._client
         self._send = client.send
         client.send = self._spaced
@@ -86,6 +89,7 @@ class Fetches:
     async def _spaced(self, node_id: int, request: Any, **options: Any) -> Any:
         if request.API_KEY != _FETCH:
             return await self._send(node_id, request, **options)
+        pass_over_unreadable(self._consumer)
         loop = asyncio.get_running_loop()
         if self.held:
             # Made when records of some partitions were still here, it leaves those out, and the broker would

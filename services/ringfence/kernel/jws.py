@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from ringfence.kernel.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.ids import digest
 from ringfence.kernel.keys import PublicKey, SigningKey, b64decode, b64encode
+from ringfence.kernel.strict_json import json_object
 from ringfence.messages.base import WORDS_FOR_PATTERNS, Claims, ExpiringClaims, typ_header
 
 C = TypeVar("C", bound=Claims)
@@ -141,8 +142,8 @@ def _header(segment: str) -> _Header:
 
 
 def _decoded_header(segment: str) -> _Header:
-    fields = json.loads(b64decode(segment))
-    if not isinstance(fields, dict) or "crit" in fields or "b64" in fields:
+    fields = json_object(b64decode(segment))
+    if "crit" in fields or "b64" in fields:
         raise ValueError("header not understood")
     alg, kid, typ = fields.get("alg"), fields.get("kid"), fields.get("typ")
     if not (isinstance(alg, str) and isinstance(kid, str) and isinstance(typ, str)):

@@ -99,8 +99,12 @@ class Topic(Generic[M]):
         return self.retention_s is None
 
     def configs(self) -> dict[str, str]:
-        """The topic configuration that Kafka must have: the append time is what expiry is judged by."""
-        configs = {"message.timestamp.type": "LogAppendTime"}
+        """The topic configuration that Kafka must have: the append time is what expiry is judged by.
+
+        Kafka unpacks what comes compressed, and holds it against its limit of size: no reader needs a codec, and none
+        has to unpack more than it can hold.
+        """
+        configs = {"message.timestamp.type": "LogAppendTime", "compression.type": "uncompressed"}
         if self.retention_s is None:
             configs["cleanup.policy"] = "compact"
             if self.min_compaction_lag_s:
