@@ -1,5 +1,5 @@
-"""Records that a client of this language cannot read, on a real broker: nobody stops at them, and nothing that stands
-beside or behind them is lost."""
+"""Records that a client of this language cannot read, or that are never committed, on a real broker: nobody stops at
+them, and nothing that stands beside or behind them is lost."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from aiokafka.record.util import calc_crc32c
 
 from ringfence.kernel.bus import Consumer, DeadLetters, one_by_one
 from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.fetching import fetch_options
 from ringfence.kernel.kafka import Follower, Publisher, Received
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.topics_admin import TopicsAdmin
 from ringfence.kernel.unreadable import UNREADABLE
-from ringfence.messages.topics import CREDENTIAL_REQUEST, LEASE
+from ringfence.messages.topics import ALL, AUDIT, CREDENTIAL_REQUEST, LEASE
 from tests.conftest import Kafka
 from tests.integration.test_bus import Seen, consuming
 
@@ -163,6 +164,37 @@ async def test_whoever_follows_reads_on(settings: ServiceSettings, producer: AIO
     assert of(seen, 0) == wanted
     assert of(seen, 1) == BESIDE
     assert all(r.appended_at_ms > 1_700_000_000_000 for r in seen if r.value != UNREADABLE)
+
+
+async def test_a_transaction_that_is_left_open_holds_up_nobody(
+    settings: ServiceSettings, producer: AIOKafkaProducer
+) -> None:
+    name = CREDENTIAL_REQUEST.name(settings.topic_prefix)
+    leaves_open = AIOKafkaProducer(
+        bootstrap_servers=settings.kafka, transactional_id=f"{settings.topic_prefix}.left-open"
+    )
+    await leaves_open.start()
+    await leaves_open.begin_transaction()
+    await leaves_open.send_and_wait(name, b"never ends", partition=0)
+    await put(producer, settings, batch_of("behind it"))
+    seen: list[Received] = []
+    async with Publisher(settings, "spiffe://acme.example/service/test") as publisher:
+        works = Seen()
+        handler = one_by_one(works.add, DeadLetters(publisher, "test", SystemClock()))
+        async with (
+            consuming(Consumer(settings, "test", {CREDENTIAL_REQUEST: handler})),
+            Follower(settings, [CREDENTIAL_REQUEST], seen.extend) as follower,
+        ):
+            await works.until(2)
+            assert await follower.caught_up(60)
+    assert works.values == of(seen, 0) == ["never ends", "behind it"]
+    await leaves_open.abort_transaction()
+    await leaves_open.stop()
+
+
+def test_what_audit_chains_is_read_when_it_is_committed() -> None:
+    assert {topic.what for topic in ALL if topic.in_transactions} == {"audit", "audit.checkpoint"}
+    assert fetch_options([LEASE, AUDIT])["isolation_level"] == "read_committed"
 
 
 async def test_a_time_that_the_writer_chose_is_none(settings: ServiceSettings, kafka: Kafka) -> None:

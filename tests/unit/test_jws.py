@@ -157,6 +157,18 @@ def test_deeply_nested_json_in_the_header_is_refused() -> None:
         parse(f"{b64encode(b'[' * 100_000)}.e30.YQ")
 
 
+@pytest.mark.parametrize(("nbf", "counts"), [(NOW_S, True), (NOW_S + 3600, False), ("soon", False)])
+def test_what_does_not_count_yet_is_refused(key: SigningKey, nbf: Any, counts: bool) -> None:
+    """RFC 7519, 4.1.5: writers of their own may set it, though nothing here does."""
+    compact = sign(command(key, nbf=nbf), key)
+    if counts:
+        assert open_as(compact, key)
+        return
+    with pytest.raises(ExpiredError, match="nbf") as refused:
+        open_as(compact, key)
+    assert refused.value.code == "not_yet"
+
+
 @pytest.mark.parametrize(
     "header",
     [

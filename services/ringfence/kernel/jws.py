@@ -197,7 +197,7 @@ def open_signed(
 
     Raises:
         SignatureError: unknown key, other algorithm than the key's, or a bad signature.
-        ExpiredError: appended after `exp`, or `exp` too far from `iat`, or `iat` in the broker's future.
+        ExpiredError: appended after `exp`, or `exp` too far from `iat`, or `iat` or `nbf` in the broker's future.
         InvalidMessageError: another `typ` or `aud`, or claims not of the message's shape.
     """
     claims = verified or jws.unverified_claims(model)
@@ -253,6 +253,9 @@ def _check_signature(jws: UnverifiedJws, model: type[Claims], iss: str, key: Pub
 
 def _check_times(claims: Claims, appended_at_ms: int) -> None:
     at_s = appended_at_ms / 1000
+    nbf = claims.model_extra.get("nbf") if claims.model_extra else None
+    if nbf is not None and not (isinstance(nbf, int | float) and nbf <= at_s + LEEWAY_S):
+        raise ExpiredError("nbf lies ahead of the broker; send it once it counts", code="not_yet")
     if claims.iat > at_s + LEEWAY_S:
         raise ExpiredError(
             f"iat lies {claims.iat - at_s:.0f} s ahead of the broker; set the clock", code="iat_in_future"

@@ -87,6 +87,8 @@ class Topic(Generic[M]):
     by_agent: bool = False
     """Keyed by agent id. All such topics have one partition count, so one consumer owns an agent in all of them."""
     min_compaction_lag_s: int = 0
+    in_transactions: bool = False
+    """Whether its writer writes in Kafka transactions: only what is committed counts."""
     also_json: tuple[type[Message], ...] = ()
     """Payloads inside a sealed (JWE) message, and what else belongs to one, for the published schemas."""
 
