@@ -176,7 +176,6 @@ REQUESTS = {
     "text behind it": lambda text: text + "x",
     "a list": lambda text: f"[{text}]",
     "half of it": lambda text: text[: len(text) // 2],
-    "a key with its private half": lambda text: text.replace('"reply_key":{', '"reply_key":{"d":"AAAA",'),
     "an id that is none": lambda text: text.replace('"task_id":"', '"task_id":"A'),
 }
 

@@ -14,9 +14,6 @@ class PublicJwk(Message):
     crv: Literal["P-256", "Ed25519", "X25519"]
     x: NonEmpty
     y: str | None = None
-    d: None = None
-    """Never there: it is the private half. A client that sends it whole would let everybody open what is sealed to it.
-    """
 
 
 class KeyRecord(Message):
