@@ -19,7 +19,7 @@ from ringfence.client.errors import ApiError, RefusedError
 from ringfence.kernel.ids import digest, lease_id, message_id
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Publisher, Received
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.keys import SigningKey, b64encode
 from ringfence.kernel.seal import ReplyKey
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.base import Topic
@@ -608,6 +608,7 @@ async def test_a_stolen_key_opens_nothing_after_its_rotation(realm: Realm) -> No
         assert [lease.status for lease in realm.leases(agent, seen, mine.lease_id)] == ["active"]
 
 
+HALF_A_CHARACTER = b64encode(rb'{"alg":"ES256","typ":"ringfence.lease+jwt","kid":"\ud800"}')
 GARBAGE = [
     b"",
     b"\x00\xff",
@@ -616,6 +617,7 @@ GARBAGE = [
     b"[" * 5000,
     "ü".encode() * 100,
     b"eyJhbGciOiJub25lIn0.e30.",
+    b".".join([HALF_A_CHARACTER.encode(), b"e30", b"AA"]),
     b"x" * 600_000,
 ]
 EVERYWHERE = [
@@ -631,7 +633,7 @@ RECORDS = {USER, AGENT, TARGET, TASK}
 def garbage_story(topic: Topic[Any]) -> str:
     """Each is told by audit, buried by who consumes the topic, and a finding of everybody where it is a record."""
     unread = "not_json" if topic is DEAD_LETTER else "not_a_jws"
-    codes = [unread] * 7 + ["not_json" if topic is DEAD_LETTER else "too_large"]
+    codes = [unread] * (len(GARBAGE) - 1) + ["not_json" if topic is DEAD_LETTER else "too_large"]
     buried_codes = list(codes) if topic in CONSUMED else []
     story = ""
     if topic in RECORDS:

@@ -206,6 +206,7 @@ SAID_OTHERWISE: list[tuple[dict[str, Any], str]] = [
     ({"crit": ["exp"]}, "not_a_jws"),
     ({"kid": "0" * 43}, "key_unknown"),
     ({"kid": None}, "not_a_jws"),
+    ({"kid": "\ud800" + "0" * 42}, "not_a_jws"),
     ({"b64": False}, "not_a_jws"),
 ]
 

@@ -35,7 +35,7 @@ class Client:
 
 def of(client: Client) -> Any:
     """A consumer that has this client."""
-    return SimpleNamespace(_client=client)
+    return SimpleNamespace(_client=client, _fetcher=SimpleNamespace(_records={}))
 
 
 def at(client: Client, node: int, api_key: int = _FETCH) -> list[float]:

@@ -157,6 +157,35 @@ def test_deeply_nested_json_in_the_header_is_refused() -> None:
         parse(f"{b64encode(b'[' * 100_000)}.e30.YQ")
 
 
+@pytest.mark.parametrize(("nbf", "counts"), [(NOW_S, True), (NOW_S + 3600, False), ("soon", False)])
+def test_what_does_not_count_yet_is_refused(key: SigningKey, nbf: Any, counts: bool) -> None:
+    """RFC 7519, 4.1.5: writers of their own may set it, though nothing here does."""
+    compact = sign(command(key, nbf=nbf), key)
+    if counts:
+        assert open_as(compact, key)
+        return
+    with pytest.raises(ExpiredError, match="nbf") as refused:
+        open_as(compact, key)
+    assert refused.value.code == "not_yet"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        rb'{"alg":"ES256","typ":"ringfence.user.disable+jwt","kid":"\ud800"}',
+        b'{"alg":"ES256","typ":"ringfence.user.disable+jwt","kid":"k","kid":"another"}',
+        '{"alg":"ES256","typ":"ringfence.user.disable+jwt","kid":"k"}'.encode("utf-16"),
+        b'{"alg":"ES256","typ":"ringfence.user.disable+jwt","kid":"\xed\xa0\x80"}',
+        b'{"alg":"ES256","typ":"ringfence.user.disable+jwt","kid":"k","n":NaN}',
+    ],
+    ids=["half a character", "twice", "utf-16", "half a character in utf-8", "no number"],
+)
+def test_a_header_that_not_all_would_read_alike_is_refused(header: bytes) -> None:
+    """What is quoted of it goes into letters and events, which are UTF-8."""
+    with pytest.raises(InvalidMessageError, match="not a JWS"):
+        parse(f"{b64encode(header)}.e30.AA")
+
+
 def test_a_huge_message_is_refused_before_it_is_read() -> None:
     with pytest.raises(InvalidMessageError, match="limit"):
         parse(b"a" * 600_000)

@@ -81,6 +81,11 @@ def test_keys_that_do_not_work(key: PublicJwk):
     assert not sealable(key)
 
 
+def test_a_key_that_comes_with_its_private_half_is_refused():
+    """As clients of others write keys out that are not told to leave it away. It would stand on the topic."""
+    assert not accepted(PublicJwk(**ReplyKey().public.model_dump(exclude_none=True), d="AAAA"))  # type: ignore[call-arg]
+
+
 def test_a_point_is_written_in_one_way_only():
     assert accepted(point(0, ON_CURVE_AT_0))
     assert not accepted(

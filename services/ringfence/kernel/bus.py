@@ -24,7 +24,7 @@ from ringfence.kernel.assignors import AllToOneAssignor
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.committing import COMMIT_MS, Commits
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.fetching import FETCH_OPTIONS, Fetches, Gathering
+from ringfence.kernel.fetching import Fetches, Gathering, fetch_options
 from ringfence.kernel.gone import NO_RESET, OnGone, Onward
 from ringfence.kernel.ids import derived_id, digest
 from ringfence.kernel.jws import parse
@@ -104,7 +104,7 @@ class DeadLetters:
             source=record.coordinates,
             service=self._service,
             code=error.code,
-            reason=str(error)[:2000],
+            reason=str(error)[:2000].encode(errors="replace").decode(),  # it may quote what is no text
             at_ms=self._clock.now_ms(),
         )
         id = derived_id("dead-letter", self._service, record.topic_name, record.partition, record.offset)
@@ -256,7 +256,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             group_instance_id=self._settings.instance,
             enable_auto_commit=False,
             auto_offset_reset=NO_RESET,
-            **FETCH_OPTIONS,
+            **fetch_options(self._topics.values()),
             session_timeout_ms=10_000,
             heartbeat_interval_ms=1_000,
             max_poll_interval_ms=self._patience_ms,

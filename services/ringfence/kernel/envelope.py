@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import orjson
 from cryptography.hazmat.primitives.asymmetric import x25519
 from joserfc import jwe
 from joserfc.errors import JoseError
@@ -132,7 +133,7 @@ def enclose(plaintext: bytes, to: Iterable[KeyRecord], *, about: str) -> str:
 def unverified_about(envelope: bytes) -> str | None:
     """What an envelope says that it is about, unverified: good to find one, as opening it proves the rest."""
     try:
-        header = json.loads(b64decode(_parsed(envelope)["protected"]))
+        header = orjson.loads(b64decode(_parsed(envelope)["protected"]))
         about = header[ABOUT]
     except (InvalidMessageError, ValueError, LookupError, TypeError, RecursionError):
         return None
@@ -148,8 +149,8 @@ def _parsed(envelope: str | bytes) -> dict[str, Any]:
     if len(envelope) > MAX_ENVELOPE_BYTES:
         raise InvalidMessageError("the envelope is too large", code="too_large")
     try:
-        data = json.loads(envelope)
-    except (ValueError, RecursionError):
+        data = orjson.loads(envelope)
+    except ValueError:
         data = None
     if not isinstance(data, dict) or not isinstance(data.get("recipients"), list):
         raise InvalidMessageError("not a JWE in General JSON serialisation", code="not_an_envelope")

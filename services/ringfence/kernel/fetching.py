@@ -8,10 +8,14 @@ or a rebalance cancels the wait.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any
 
 from aiokafka import AIOKafkaConsumer
+
+from ringfence.kernel.unreadable import pass_over_unreadable
+from ringfence.messages.base import Topic
 
 _FETCH = 1
 """Its key in the Kafka protocol."""
@@ -20,8 +24,18 @@ MUCH_BYTES = 256 * 1024
 WAIT_MS = 500
 """So long a broker holds a fetch that finds nothing. What is asked meanwhile on the same connection waits behind it."""
 
-FETCH_OPTIONS: Final[dict[str, Any]] = {"isolation_level": "read_committed", "fetch_max_wait_ms": WAIT_MS}
-"""What is fetched: what is committed, where it was written in a transaction."""
+
+def fetch_options(topics: Iterable[Topic[Any]]) -> dict[str, Any]:
+    """How a reader of these topics fetches: of those that are written in transactions, what is committed.
+
+    And of no others: whoever may write could leave a transaction open there, and readers of what is committed would
+    come to nothing behind it for a quarter of an hour.
+    """
+    committed = any(topic.in_transactions for topic in topics)
+    return {
+        "isolation_level": "read_committed" if committed else "read_uncommitted",
+        "fetch_max_wait_ms": WAIT_MS,
+    }
 
 
 _GATHER_MS = 2
@@ -68,6 +82,7 @@ class Fetches:
         self._open.set()
         self._not_before_s = 0.0
         self._due_s: dict[int, float] = {}
+        self._consumer = consumer
         client = consumer._client
         self._send = client.send
         client.send = self._spaced
@@ -86,6 +101,7 @@ class Fetches:
     async def _spaced(self, node_id: int, request: Any, **options: Any) -> Any:
         if request.API_KEY != _FETCH:
             return await self._send(node_id, request, **options)
+        pass_over_unreadable(self._consumer)
         loop = asyncio.get_running_loop()
         if self.held:
             # Made when records of some partitions were still here, it leaves those out, and the broker would

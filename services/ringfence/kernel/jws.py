@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from ringfence.kernel.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.ids import digest
 from ringfence.kernel.keys import PublicKey, SigningKey, b64decode, b64encode
+from ringfence.kernel.strict_json import json_object
 from ringfence.messages.base import WORDS_FOR_PATTERNS, Claims, ExpiringClaims, typ_header
 
 C = TypeVar("C", bound=Claims)
@@ -141,8 +142,8 @@ def _header(segment: str) -> _Header:
 
 
 def _decoded_header(segment: str) -> _Header:
-    fields = json.loads(b64decode(segment))
-    if not isinstance(fields, dict) or "crit" in fields or "b64" in fields:
+    fields = json_object(b64decode(segment))
+    if "crit" in fields or "b64" in fields:
         raise ValueError("header not understood")
     alg, kid, typ = fields.get("alg"), fields.get("kid"), fields.get("typ")
     if not (isinstance(alg, str) and isinstance(kid, str) and isinstance(typ, str)):
@@ -196,7 +197,7 @@ def open_signed(
 
     Raises:
         SignatureError: unknown key, other algorithm than the key's, or a bad signature.
-        ExpiredError: appended after `exp`, or `exp` too far from `iat`, or `iat` in the broker's future.
+        ExpiredError: appended after `exp`, or `exp` too far from `iat`, or `iat` or `nbf` in the broker's future.
         InvalidMessageError: another `typ` or `aud`, or claims not of the message's shape.
     """
     claims = verified or jws.unverified_claims(model)
@@ -252,6 +253,9 @@ def _check_signature(jws: UnverifiedJws, model: type[Claims], iss: str, key: Pub
 
 def _check_times(claims: Claims, appended_at_ms: int) -> None:
     at_s = appended_at_ms / 1000
+    nbf = claims.model_extra.get("nbf") if claims.model_extra else None
+    if nbf is not None and not (isinstance(nbf, int | float) and nbf <= at_s + LEEWAY_S):
+        raise ExpiredError("nbf lies ahead of the broker; send it once it counts", code="not_yet")
     if claims.iat > at_s + LEEWAY_S:
         raise ExpiredError(
             f"iat lies {claims.iat - at_s:.0f} s ahead of the broker; set the clock", code="iat_in_future"

@@ -21,7 +21,7 @@ from aiokafka.errors import KafkaError
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.embedded_broker import QUICK_MS, TABLE_MS, adapt_to_embedded_broker
 from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.fetching import FETCH_OPTIONS, Fetches
+from ringfence.kernel.fetching import Fetches, fetch_options
 from ringfence.kernel.gone import NO_RESET, OnGone, Onward
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka_connection import connection, no_answer
@@ -432,7 +432,7 @@ class Follower:
             **connection(self._settings),
             enable_auto_commit=False,
             auto_offset_reset=NO_RESET,
-            **FETCH_OPTIONS,
+            **fetch_options(self._topics.values()),
         )
         whole = all(followed.since_ms == 0 for followed in self._followed.values())
         paced(consumer, self._settings, self._linger_ms, quick_ms=TABLE_MS if whole else QUICK_MS)

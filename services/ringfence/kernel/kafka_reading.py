@@ -12,7 +12,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.fetching import FETCH_OPTIONS
+from ringfence.kernel.fetching import WAIT_MS
 from ringfence.kernel.kafka import Received, paced, received
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.settings import BusSettings
@@ -35,7 +35,8 @@ class Stretches:
             **connection(self._settings),
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            **FETCH_OPTIONS,
+            isolation_level="read_committed",
+            fetch_max_wait_ms=WAIT_MS,
         )
         paced(consumer, self._settings)
         return consumer

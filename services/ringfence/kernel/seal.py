@@ -143,6 +143,8 @@ def check_reply_key(to: PublicJwk) -> None:
     Raises InvalidMessageError where the key is no valid point of P-256 or X25519.
     """
     try:
+        if to.model_extra and "d" in to.model_extra:
+            raise ValueError("it comes with its private half, so that everybody could open the reply")
         x = b64decode(to.x)
         if (to.kty, to.crv) == ("EC", "P-256"):
             y = b64decode(to.y or "")

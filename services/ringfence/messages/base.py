@@ -87,6 +87,8 @@ class Topic(Generic[M]):
     by_agent: bool = False
     """Keyed by agent id. All such topics have one partition count, so one consumer owns an agent in all of them."""
     min_compaction_lag_s: int = 0
+    in_transactions: bool = False
+    """Whether its writer writes in Kafka transactions: only what is committed counts."""
     also_json: tuple[type[Message], ...] = ()
     """Payloads inside a sealed (JWE) message, and what else belongs to one, for the published schemas."""
 
@@ -99,8 +101,12 @@ class Topic(Generic[M]):
         return self.retention_s is None
 
     def configs(self) -> dict[str, str]:
-        """The topic configuration that Kafka must have: the append time is what expiry is judged by."""
-        configs = {"message.timestamp.type": "LogAppendTime"}
+        """The topic configuration that Kafka must have: the append time is what expiry is judged by.
+
+        Kafka unpacks what comes compressed, and holds it against its limit of size: no reader needs a codec, and none
+        has to unpack more than it can hold.
+        """
+        configs = {"message.timestamp.type": "LogAppendTime", "compression.type": "uncompressed"}
         if self.retention_s is None:
             configs["cleanup.policy"] = "compact"
             if self.min_compaction_lag_s:

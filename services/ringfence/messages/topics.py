@@ -169,6 +169,7 @@ AUDIT_CHECKPOINT = Topic(
     "jws",
     ("audit", "users (role auditor)"),
     ("anyone",),
+    in_transactions=True,
 )
 AUDIT = Topic(
     "audit",
@@ -179,6 +180,7 @@ AUDIT = Topic(
     ("the SIEM", "audit (for its index)"),
     365 * _DAY,
     True,
+    in_transactions=True,
 )
 SIGNAL_STREAM = Topic("signal.stream", (SignalStream,), "receiver", "jws", ("signals",), ("signals",))
 HEARTBEAT = Topic(

@@ -16,7 +16,7 @@ from aiokafka.errors import KafkaError
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import gather_all
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.fetching import FETCH_OPTIONS
+from ringfence.kernel.fetching import fetch_options
 from ringfence.kernel.kafka import Received, paced, received
 from ringfence.kernel.kafka_connection import connection
 from ringfence.kernel.runtime import Runtime
@@ -65,7 +65,7 @@ class Forgetter:
         settings = self._runtime.settings
         consumer = AIOKafkaConsumer(
             **connection(settings), enable_auto_commit=False, auto_offset_reset="earliest",
-            **FETCH_OPTIONS,
+            **fetch_options([LEASE]),
         )  # fmt: skip
         paced(consumer, settings)
         await consumer.start()
