@@ -22,12 +22,15 @@ from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.topics import (
+    ACTION,
     AGENT,
     AUDIT,
     CREDENTIAL_DECISION,
     CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
+    DEAD_LETTER,
     LEASE,
+    REGISTRY_COMMAND,
     REVOCATION_ACK,
     REVOCATION_REQUEST,
     SERVICE_EVENT,
@@ -43,9 +46,12 @@ from ringfence.model.leases import statement
 from tests.chaos.history import Ack, Followed, History, LeaseRecord, Order
 
 TABLES = (USER, AGENT, TARGET, TASK)
-TOLD = (CREDENTIAL_REQUEST, CREDENTIAL_DECISION, LEASE, REVOCATION_REQUEST, REVOCATION_ACK)
+TOLD = (
+    REGISTRY_COMMAND, CREDENTIAL_REQUEST, CREDENTIAL_DECISION, LEASE, REVOCATION_REQUEST, REVOCATION_ACK, ACTION,
+    SERVICE_EVENT, DEAD_LETTER,
+)  # fmt: skip
 """Each record here is a step that audit has to tell."""
-TOPICS = (TRUST, *TABLES, *TOLD, CREDENTIAL_REPLY, SERVICE_EVENT, AUDIT)
+TOPICS = (TRUST, *TABLES, *TOLD, CREDENTIAL_REPLY, AUDIT)
 _READ_WITHIN_S = 120.0
 
 

@@ -27,14 +27,15 @@ from ringfence.messages.registry import BackendSettings
 from ringfence.model.identity import spiffe_id
 from tests.chaos import reading
 from tests.chaos.checker import Problem, check, lives_of, tally
-from tests.chaos.doors import GatewayDoor, IntrospectionDoor
+from tests.chaos.doors import ForwardingDoor, GatewayDoor, IntrospectionDoor
 from tests.chaos.faults import KINDS, Blow, Fault, faults_of
 from tests.chaos.history import History
 from tests.chaos.nemesis import Nemesis, plan
 from tests.chaos.organisation import Organisation
 from tests.chaos.prober import Prober
-from tests.chaos.system import System, running
+from tests.chaos.system import CUT_LISTENER, GATEWAY, System, running
 from tests.chaos.target import TARGET, ValkeyDoor, leftovers
+from tests.chaos.upstream import HUB
 from tests.chaos.watch import Watch
 from tests.chaos.workload import Workload
 
@@ -127,12 +128,15 @@ async def run(options: Options) -> Outcome:
         )
         stack.callback(door.close)
         domain = system.settings().trust_domain
-        gateways = {
-            spiffe_id(domain, "service", one.name): GatewayDoor(one.url) for one in system.of("gateway")
-        }
-        for gateway in gateways.values():
-            stack.callback(gateway.close)
-        prober = Prober({"jwt": door, "redis": ValkeyDoor()}, gateways)
+        listener = GatewayDoor(system.instances[CUT_LISTENER].url)
+        gateway = ForwardingDoor(system.instances[GATEWAY].door)
+        stack.callback(listener.close)
+        stack.callback(gateway.close)
+        prober = Prober(
+            {"jwt": door, "redis": ValkeyDoor()},
+            {spiffe_id(domain, "service", CUT_LISTENER): listener},
+            {spiffe_id(domain, "service", GATEWAY): gateway},
+        )
         watch = await stack.enter_async_context(Watch(system.settings(), prober.nudge))
         workload = Workload(organisation, seed, prober.add)
         nemesis = Nemesis(system, faults, blows)
@@ -170,6 +174,7 @@ def _organisation(system: System) -> Organisation:
     base = system.stack
     operator = SigningKey.load(base.trust.user_key(base.options.operator))
     targets = {id: BackendSettings(kind="jwt") for id in RESOURCE_SERVERS}
+    targets[HUB] = BackendSettings.model_validate({"kind": "jwt", "url": system.hub})
     targets[TARGET] = BackendSettings.model_validate({"kind": "redis", "address": system.target.address})
     return Organisation(system.settings(), operator, AGENTS, targets)
 
