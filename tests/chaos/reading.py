@@ -102,7 +102,8 @@ class _History:
                 ).claims
                 history.requests.setdefault(message_id(request.iss, request.jti), record.appended_at_ms)
         # Sealed: only its agent can tell what a reply says, but whom it is for stands outside.
-        history.answered = {unverified_kid(record.value) or "" for record in self._of(CREDENTIAL_REPLY)}
+        for record in self._of(CREDENTIAL_REPLY):
+            history.answered.setdefault(unverified_kid(record.value) or "", record.appended_at_ms)
         history.steps = [record.coordinates for record in self._records if record.topic in TOLD]
         for record in self._of(AUDIT):
             source = orjson.loads(record.value)["unmapped"]["source"]

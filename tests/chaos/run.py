@@ -184,6 +184,7 @@ def report(outcome: Outcome, seed: int) -> None:
     _say(f"requests and commands: {', '.join(f'{what} {n}' for what, n in sorted(outcome.counts.items()))}")
     _say(f"uses of credentials: {outcome.probes}")
     _say(f"longest time in which nothing was issued: {_longest_pause_s(outcome.history):.1f} s")
+    _say(f"longest time until a reply: {_longest_wait_s(outcome.history):.1f} s")
     for crash in outcome.crashes:
         _say(f"ended by itself and was started again: {crash}")
     if outcome.failed:
@@ -199,6 +200,11 @@ def report(outcome: Outcome, seed: int) -> None:
 def _longest_pause_s(history: History) -> float:
     issued = sorted(r.at.appended_at_ms for r in history.leases if r.claims.status == "active")
     return max((after - before for before, after in pairwise(issued)), default=0) / 1000
+
+
+def _longest_wait_s(history: History) -> float:
+    waits = [history.answered[id] - at_ms for id, at_ms in history.requests.items() if id in history.answered]
+    return max(waits, default=0) / 1000
 
 
 def _problems(outcome: Outcome) -> None:
