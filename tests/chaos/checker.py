@@ -316,6 +316,8 @@ def _escaped(history: History, lives: dict[str, list[LeaseRecord]], orders: _Ord
             over_ms = followed_ms.get((order.claims.iss, order.claims.jti))
             if over_ms is None:
                 continue
+            if lease.delivery == "gateway":  # the word of gateways, or their grace, completes this cut
+                over_ms = max(over_ms, order.at.appended_at_ms + GRACE_MS)
             late = [began_ms for began_ms in worked[lease_id] if began_ms > over_ms]
             if late and not session:
                 what = f"worked at {late[0]}, after {order.claims.jti} was followed at {over_ms}"

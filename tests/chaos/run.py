@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import pickle
 import random
 import shutil
 import sys
@@ -156,6 +157,7 @@ async def run(options: Options) -> Outcome:
         supervising.cancel()
         history.probes, history.received, history.leftovers = prober.probes, prober.received, left
         history.forwarded = prober.forwarded
+        (folder / "history.pickle").write_bytes(pickle.dumps(history))  # so that it can be judged once more
         worked = sum(probe.worked for probe in prober.probes)
         return Outcome(
             blows=blows,

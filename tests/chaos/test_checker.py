@@ -175,8 +175,10 @@ def clean() -> Past:
     past.probe(session, T0 + 2_001, worked=False)
     # A gateway that hears nothing forwards until what it knows is too old.
     delivered = past.issue(delivery="gateway")
-    past.end(delivered, past.order(T0 + 700, delivered), T0 + 720)
-    past.probe(delivered, T0 + 720 + GRACE_MS, worked=True)
+    cause = past.order(T0 + 700, delivered)
+    past.end(delivered, cause, T0 + 720)
+    past.follow(cause, T0 + 730)
+    past.probe(delivered, T0 + 700 + GRACE_MS, worked=True)
     # What is delivered twice is the same, and the last word stands.
     twice = past.issue()
     past.record(twice, T0 + 150)
@@ -313,8 +315,8 @@ def delivered_and_behind_a_kill_switch(past: Past) -> None:
     lease = past.issue(delivery="gateway")
     cause = past.order(T0 + 500, sponsor=lease.sponsor)
     past.follow(cause, T0 + 600)
-    past.probe(lease, T0 + 650, worked=True)
-    past.end(lease, cause, T0 + 700)
+    past.probe(lease, T0 + 501 + GRACE_MS, worked=True)
+    past.end(lease, cause, T0 + 502 + GRACE_MS)
 
 
 def behind_a_kill_switch(past: Past) -> None:
