@@ -55,8 +55,11 @@ TOPICS = (TRUST, *TABLES, *TOLD, CREDENTIAL_REPLY, AUDIT)
 _READ_WITHIN_S = 120.0
 
 
-async def read(settings: ClientSettings) -> History:
-    """Everything that stands on the topics now. Raises UnavailableError where Kafka does not give it."""
+async def read(settings: ClientSettings, over_ms: int) -> History:
+    """Everything that stands on the topics now; what came after `over_ms`, audit need not have told yet.
+
+    Raises UnavailableError where Kafka does not give it.
+    """
     records: list[Received] = []
     async with Follower(settings, TOPICS, records.extend) as follower:
         try:
@@ -64,13 +67,14 @@ async def read(settings: ClientSettings) -> History:
                 await follower.complete.wait()
         except TimeoutError:
             raise UnavailableError("the topics could not be read to their ends") from None
-    return await asyncio.to_thread(_History(settings, records).build)
+    return await asyncio.to_thread(_History(settings, records, over_ms).build)
 
 
 class _History:
     """Puts a history together from raw records."""
 
-    def __init__(self, settings: ClientSettings, records: Sequence[Received]) -> None:
+    def __init__(self, settings: ClientSettings, records: Sequence[Received], over_ms: int) -> None:
+        self._over_ms = over_ms
         self._domain = settings.trust_domain
         self._records = records
         self._trust = TrustStore(settings.trust_domain, settings.trust_root)
@@ -104,7 +108,8 @@ class _History:
         # Sealed: only its agent can tell what a reply says, but whom it is for stands outside.
         for record in self._of(CREDENTIAL_REPLY):
             history.answered.setdefault(unverified_kid(record.value) or "", record.appended_at_ms)
-        history.steps = [record.coordinates for record in self._records if record.topic in TOLD]
+        told = (record for record in self._records if record.topic in TOLD)
+        history.steps = [one.coordinates for one in told if one.appended_at_ms <= self._over_ms]
         for record in self._of(AUDIT):
             source = orjson.loads(record.value)["unmapped"]["source"]
             history.audited.add((source["topic"], source["partition"], source["offset"]))

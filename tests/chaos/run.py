@@ -152,7 +152,10 @@ async def run(options: Options) -> Outcome:
         await prober.finish()
         unsettled = await watch.settled(SETTLE_WITHIN_S)
         left = [*await prober.leftovers(), *await leftovers(system.target)]
-        history = await reading.read(system.settings())
+        # Gateways record that last use as well, and whenever they have counted others; audit tells it a moment later.
+        over_ms = time.time_ns() // 1_000_000
+        unsettled = unsettled or await watch.settled(SETTLE_WITHIN_S)
+        history = await reading.read(system.settings(), over_ms)
         history.trail = (await verify_trail(system.settings(), settle_s=TOLD_WITHIN_S)).faults
         supervising.cancel()
         history.probes, history.received, history.leftovers = prober.probes, prober.received, left

@@ -51,6 +51,8 @@ class Watch:
         """
         try:
             async with asyncio.timeout(within_s):
+                while not await self._follower.caught_up(within_s):
+                    await asyncio.sleep(0.1)
                 while self._open or self._untold or self._asked - self._answered:
                     await asyncio.sleep(0.1)
         except TimeoutError:
