@@ -29,7 +29,7 @@ from ringfence.model.identity import spiffe_id
 from tests.chaos import reading
 from tests.chaos.checker import Problem, check, lives_of, tally
 from tests.chaos.doors import ForwardingDoor, GatewayDoor, IntrospectionDoor
-from tests.chaos.faults import KINDS, Blow, Fault, faults_of
+from tests.chaos.faults import KINDS, Fault, faults_of
 from tests.chaos.history import History
 from tests.chaos.nemesis import Nemesis, plan
 from tests.chaos.organisation import Organisation
@@ -67,7 +67,7 @@ _TOLD = {
 class Outcome:
     """What came of a run."""
 
-    blows: Sequence[Blow]
+    faults: int
     history: History
     problems: list[Problem]
     unsettled: str | None
@@ -85,7 +85,7 @@ class Outcome:
         found = tally(self.problems)
         leases, void = len(lives_of(self.history)), sum(record.void for record in self.history.leases)
         figures = " ".join(f"{kind}={n}" for kind, n in found.items())
-        return f"faults={len(self.blows)} leases={leases} {figures} void={void}"
+        return f"faults={self.faults} leases={leases} {figures} void={void}"
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ async def run(options: Options) -> Outcome:
         (folder / "history.pickle").write_bytes(pickle.dumps(history))  # so that it can be judged once more
         worked = sum(probe.worked for probe in prober.probes)
         return Outcome(
-            blows=blows,
+            faults=nemesis.struck,
             history=history,
             problems=await asyncio.to_thread(check, history),
             unsettled=unsettled if history.leases else "no lease was issued: this proves nothing",
