@@ -47,20 +47,28 @@ class Watch:
     async def settled(self, within_s: float) -> str | None:
         """Return when every request is answered, every lease is over, and audit has told everything.
 
-        What is missing where that takes too long.
+        What is missing where nothing more of that came about for `within_s`.
         """
         try:
-            async with asyncio.timeout(within_s):
+            async with asyncio.timeout(within_s) as patience:
                 while not await self._follower.caught_up(within_s):
                     await asyncio.sleep(0.1)
-                while self._open or self._untold or self._asked - self._answered:
+                least = self._missing
+                while self._missing:
                     await asyncio.sleep(0.1)
+                    if self._missing < least:
+                        least = self._missing
+                        patience.reschedule(asyncio.get_running_loop().time() + within_s)
         except TimeoutError:
             return (
                 f"{len(self._open)} leases have not ended, {len(self._untold)} records have no audit event, "
                 f"{len(self._asked - self._answered)} requests are not answered"
             )
         return None
+
+    @property
+    def _missing(self) -> int:
+        return len(self._open) + len(self._untold) + len(self._asked - self._answered)
 
     def _take(self, records: Sequence[Received]) -> None:
         for record in records:
