@@ -26,6 +26,14 @@ class CutListener:
         self._view = View(runtime, gives_its_word=gives_its_word)
         runtime.routes.append(Route("/v1/forwards/{lease}", self._told))
 
+    def knows(self, lease_id: str) -> bool:
+        """Whether it has heard of this lease."""
+        return self._view.table.get(lease_id) is not None
+
+    def stale(self) -> str | None:
+        """Why it denies everything, or None."""
+        return self._view.stale()
+
     def forwards(self, lease_id: str) -> bool:
         """Whether a request under this lease could go on to its target now."""
         lease = self._view.table.get(lease_id)

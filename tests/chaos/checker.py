@@ -49,6 +49,9 @@ KINDS: dict[Kind, str] = {
     "tampered": "the chain of audit events is not whole, though nobody touched it",
 }
 
+GRACE_MS = 5000
+"""How old what a gateway knows may be (`RINGFENCE_GRACE_S`)."""
+
 _SAME = (
     "request_id", "decision_digest", "agent_id", "act", "sponsor", "on_behalf_of", "task_id", "target_id", "backend",
     "delivery", "scope", "requested_at_ms", "deadline",
@@ -264,6 +267,8 @@ def cut_at_ms(life: Sequence[LeaseRecord], history: History) -> int | None:
     `instant`: its cut is on Kafka. `session`: its end is. `ttl`: its deadline, which holds for all.
     """
     lease = life[0].claims
+    if lease.delivery == "gateway":
+        return _cut_at_gateways_ms(life)
     kind = history.revocability.get(lease.backend, "instant")
     ends = {
         "instant": TERMINAL | {"ending"},
@@ -274,6 +279,15 @@ def cut_at_ms(life: Sequence[LeaseRecord], history: History) -> int | None:
     if kind != "session":
         cuts.append(lease.deadline * 1000)
     return min(cuts, default=None)
+
+
+def _cut_at_gateways_ms(life: Sequence[LeaseRecord]) -> int:
+    """The moment from which no gateway forwards, whatever it hears or does not hear: with an older view it denies.
+
+    That each keeps its word, and that a revoker's is kept, is looked at elsewhere.
+    """
+    ended = [r.at.appended_at_ms for r in life if r.claims.status not in ("minting", "active")]
+    return min([life[0].claims.deadline * 1000, *ended]) + GRACE_MS
 
 
 def _worked(history: History, lives: dict[str, list[LeaseRecord]]) -> Iterator[Problem]:
@@ -302,6 +316,8 @@ def _escaped(history: History, lives: dict[str, list[LeaseRecord]], orders: _Ord
             over_ms = followed_ms.get((order.claims.iss, order.claims.jti))
             if over_ms is None:
                 continue
+            if lease.delivery == "gateway":  # the word of gateways, or their grace, completes this cut
+                over_ms = max(over_ms, order.at.appended_at_ms + GRACE_MS)
             late = [began_ms for began_ms in worked[lease_id] if began_ms > over_ms]
             if late and not session:
                 what = f"worked at {late[0]}, after {order.claims.jti} was followed at {over_ms}"

@@ -88,10 +88,10 @@ class History:
     leftovers: list[Leftover] = field(default_factory=list)
     requests: dict[str, int] = field(default_factory=dict)
     """By request id: when an agent's signed request was appended first, in ms."""
-    answered: set[str] = field(default_factory=set)
-    """The requests to which a sealed reply was put out."""
+    answered: dict[str, int] = field(default_factory=dict)
+    """The requests to which a sealed reply was put out, and when the first was appended, in ms."""
     steps: list[Coordinates] = field(default_factory=list)
-    """Where everything stands that audit must tell: requests, decisions, leases, orders."""
+    """Where everything stands that audit must tell: all that anybody asked for, decided, did, or found."""
     audited: set[tuple[str, int, int]] = field(default_factory=set)
     """Topic, partition and offset of every record that has an event on `audit`."""
     trail: list[Fault] = field(default_factory=list)

@@ -11,12 +11,16 @@ from ringfence.client.agent import Agent
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.permission import Permission
-from ringfence.messages.registry import BackendSettings, VerbFloor
+from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.model.identity import Kind, spiffe_id
 
 SPONSORS = ("sam", "petra")
 USERS = ("maria", "mike")
 TASK_S = 3600
+REQUESTS = (
+    RequestRule(method="GET", path="/env/{path*}", verb="read", resource="env/{path*}"),
+    RequestRule(method="PUT", path="/env/{path*}", verb="write", resource="env/{path*}"),
+)
 
 
 @dataclass
@@ -68,7 +72,7 @@ class Organisation:
         for target, backend in self.targets.items():
             await olga.set_target(
                 target, description="a target", backend=backend, keys=[self.key("target", target)],
-                verbs=[VerbFloor(verb="read"), VerbFloor(verb="write")],
+                verbs=[VerbFloor(verb="read"), VerbFloor(verb="write")], requests=REQUESTS,
             )  # fmt: skip
         for agent in self.agents:
             await self.administrators[self.sponsor_of(agent)].register_agent(

@@ -21,11 +21,19 @@ BEYOND_S = 3
 class Prober:
     """One task for each credential, from when an agent has it until a while after its deadline."""
 
-    def __init__(self, doors: Mapping[str, Door], gateways: Mapping[str, GatewayDoor]) -> None:
-        """`doors`: by the kind of the credential; `gateways`: by their SPIFFE IDs."""
+    def __init__(
+        self,
+        doors: Mapping[str, Door],
+        gateways: Mapping[str, GatewayDoor],
+        forwarding: Mapping[str, Door],
+    ) -> None:
+        """`doors`: by the kind of the credential; `gateways`, by their SPIFFE IDs: those that say of each lease whether
+        they would forward; `forwarding`: the one that credentials are delivered to.
+        """
         self._doors = doors
         self._gateways = gateways
-        self.forwarded: dict[str, list[Probe]] = {gateway: [] for gateway in gateways}
+        ((self._gateway, self._forwarding),) = forwarding.items()
+        self.forwarded: dict[str, list[Probe]] = {gateway: [] for gateway in (*gateways, *forwarding)}
         self._tasks: set[asyncio.Task[None]] = set()
         self._asking: set[asyncio.Task[None]] = set()
         self._nudges: dict[str, asyncio.Event] = {}
@@ -70,7 +78,7 @@ class Prober:
         try:
             return await self._once(credential)
         finally:
-            await self._doors[credential.kind].forget(credential)
+            await self._door(credential).forget(credential)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -88,18 +96,24 @@ class Prober:
                 pass
             nudge.clear()
         del self._nudges[credential.lease_id]
-        await self._doors[credential.kind].forget(credential)
+        await self._door(credential).forget(credential)
+
+    def _door(self, credential: IssuedCredential) -> Door:
+        return self._forwarding if credential.delivery == "gateway" else self._doors[credential.kind]
 
     async def _once(self, credential: IssuedCredential) -> bool | None:
         async with self._free:
             began_ms = time.time_ns() // 1_000_000
             self._ask_gateways(credential.lease_id)
-            worked = await self._doors[credential.kind].opens(credential)
+            worked = await self._door(credential).opens(credential)
             ended_ms = time.time_ns() // 1_000_000
         if worked is None:
             self.unanswered += 1
         else:
-            self.probes.append(Probe(credential.lease_id, began_ms, ended_ms, worked))
+            probe = Probe(credential.lease_id, began_ms, ended_ms, worked)
+            self.probes.append(probe)
+            if credential.delivery == "gateway":
+                self.forwarded[self._gateway].append(probe)
         return worked
 
     def _ask_gateways(self, lease_id: str) -> None:

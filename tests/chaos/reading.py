@@ -22,12 +22,15 @@ from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.topics import (
+    ACTION,
     AGENT,
     AUDIT,
     CREDENTIAL_DECISION,
     CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
+    DEAD_LETTER,
     LEASE,
+    REGISTRY_COMMAND,
     REVOCATION_ACK,
     REVOCATION_REQUEST,
     SERVICE_EVENT,
@@ -43,14 +46,20 @@ from ringfence.model.leases import statement
 from tests.chaos.history import Ack, Followed, History, LeaseRecord, Order
 
 TABLES = (USER, AGENT, TARGET, TASK)
-TOLD = (CREDENTIAL_REQUEST, CREDENTIAL_DECISION, LEASE, REVOCATION_REQUEST, REVOCATION_ACK)
+TOLD = (
+    REGISTRY_COMMAND, CREDENTIAL_REQUEST, CREDENTIAL_DECISION, LEASE, REVOCATION_REQUEST, REVOCATION_ACK, ACTION,
+    SERVICE_EVENT, DEAD_LETTER,
+)  # fmt: skip
 """Each record here is a step that audit has to tell."""
-TOPICS = (TRUST, *TABLES, *TOLD, CREDENTIAL_REPLY, SERVICE_EVENT, AUDIT)
+TOPICS = (TRUST, *TABLES, *TOLD, CREDENTIAL_REPLY, AUDIT)
 _READ_WITHIN_S = 120.0
 
 
-async def read(settings: ClientSettings) -> History:
-    """Everything that stands on the topics now. Raises UnavailableError where Kafka does not give it."""
+async def read(settings: ClientSettings, over_ms: int) -> History:
+    """Everything that stands on the topics now; what came after `over_ms`, audit need not have told yet.
+
+    Raises UnavailableError where Kafka does not give it.
+    """
     records: list[Received] = []
     async with Follower(settings, TOPICS, records.extend) as follower:
         try:
@@ -58,13 +67,14 @@ async def read(settings: ClientSettings) -> History:
                 await follower.complete.wait()
         except TimeoutError:
             raise UnavailableError("the topics could not be read to their ends") from None
-    return await asyncio.to_thread(_History(settings, records).build)
+    return await asyncio.to_thread(_History(settings, records, over_ms).build)
 
 
 class _History:
     """Puts a history together from raw records."""
 
-    def __init__(self, settings: ClientSettings, records: Sequence[Received]) -> None:
+    def __init__(self, settings: ClientSettings, records: Sequence[Received], over_ms: int) -> None:
+        self._over_ms = over_ms
         self._domain = settings.trust_domain
         self._records = records
         self._trust = TrustStore(settings.trust_domain, settings.trust_root)
@@ -96,8 +106,10 @@ class _History:
                 ).claims
                 history.requests.setdefault(message_id(request.iss, request.jti), record.appended_at_ms)
         # Sealed: only its agent can tell what a reply says, but whom it is for stands outside.
-        history.answered = {unverified_kid(record.value) or "" for record in self._of(CREDENTIAL_REPLY)}
-        history.steps = [record.coordinates for record in self._records if record.topic in TOLD]
+        for record in self._of(CREDENTIAL_REPLY):
+            history.answered.setdefault(unverified_kid(record.value) or "", record.appended_at_ms)
+        told = (record for record in self._records if record.topic in TOLD)
+        history.steps = [one.coordinates for one in told if one.appended_at_ms <= self._over_ms]
         for record in self._of(AUDIT):
             source = orjson.loads(record.value)["unmapped"]["source"]
             history.audited.add((source["topic"], source["partition"], source["offset"]))

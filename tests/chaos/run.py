@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import pickle
 import random
 import shutil
 import sys
@@ -27,14 +28,15 @@ from ringfence.messages.registry import BackendSettings
 from ringfence.model.identity import spiffe_id
 from tests.chaos import reading
 from tests.chaos.checker import Problem, check, lives_of, tally
-from tests.chaos.doors import GatewayDoor, IntrospectionDoor
-from tests.chaos.faults import KINDS, Blow, Fault, faults_of
+from tests.chaos.doors import ForwardingDoor, GatewayDoor, IntrospectionDoor
+from tests.chaos.faults import KINDS, Fault, faults_of
 from tests.chaos.history import History
 from tests.chaos.nemesis import Nemesis, plan
 from tests.chaos.organisation import Organisation
 from tests.chaos.prober import Prober
-from tests.chaos.system import System, running
+from tests.chaos.system import CUT_LISTENER, GATEWAY, System, running
 from tests.chaos.target import TARGET, ValkeyDoor, leftovers
+from tests.chaos.upstream import HUB
 from tests.chaos.watch import Watch
 from tests.chaos.workload import Workload
 
@@ -65,7 +67,7 @@ _TOLD = {
 class Outcome:
     """What came of a run."""
 
-    blows: Sequence[Blow]
+    faults: int
     history: History
     problems: list[Problem]
     unsettled: str | None
@@ -83,7 +85,7 @@ class Outcome:
         found = tally(self.problems)
         leases, void = len(lives_of(self.history)), sum(record.void for record in self.history.leases)
         figures = " ".join(f"{kind}={n}" for kind, n in found.items())
-        return f"faults={len(self.blows)} leases={leases} {figures} void={void}"
+        return f"faults={self.faults} leases={leases} {figures} void={void}"
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,15 @@ async def run(options: Options) -> Outcome:
         )
         stack.callback(door.close)
         domain = system.settings().trust_domain
-        gateways = {
-            spiffe_id(domain, "service", one.name): GatewayDoor(one.url) for one in system.of("gateway")
-        }
-        for gateway in gateways.values():
-            stack.callback(gateway.close)
-        prober = Prober({"jwt": door, "redis": ValkeyDoor()}, gateways)
+        listener = GatewayDoor(system.instances[CUT_LISTENER].url)
+        gateway = ForwardingDoor(system.instances[GATEWAY].door)
+        stack.callback(listener.close)
+        stack.callback(gateway.close)
+        prober = Prober(
+            {"jwt": door, "redis": ValkeyDoor()},
+            {spiffe_id(domain, "service", CUT_LISTENER): listener},
+            {spiffe_id(domain, "service", GATEWAY): gateway},
+        )
         watch = await stack.enter_async_context(Watch(system.settings(), prober.nudge))
         workload = Workload(organisation, seed, prober.add)
         nemesis = Nemesis(system, faults, blows)
@@ -147,14 +152,18 @@ async def run(options: Options) -> Outcome:
         await prober.finish()
         unsettled = await watch.settled(SETTLE_WITHIN_S)
         left = [*await prober.leftovers(), *await leftovers(system.target)]
-        history = await reading.read(system.settings())
+        # Gateways record that last use as well, and whenever they have counted others; audit tells it a moment later.
+        over_ms = time.time_ns() // 1_000_000
+        unsettled = unsettled or await watch.settled(SETTLE_WITHIN_S)
+        history = await reading.read(system.settings(), over_ms)
         history.trail = (await verify_trail(system.settings(), settle_s=TOLD_WITHIN_S)).faults
         supervising.cancel()
         history.probes, history.received, history.leftovers = prober.probes, prober.received, left
         history.forwarded = prober.forwarded
+        (folder / "history.pickle").write_bytes(pickle.dumps(history))  # so that it can be judged once more
         worked = sum(probe.worked for probe in prober.probes)
         return Outcome(
-            blows=blows,
+            faults=nemesis.struck,
             history=history,
             problems=await asyncio.to_thread(check, history),
             unsettled=unsettled if history.leases else "no lease was issued: this proves nothing",
@@ -170,6 +179,7 @@ def _organisation(system: System) -> Organisation:
     base = system.stack
     operator = SigningKey.load(base.trust.user_key(base.options.operator))
     targets = {id: BackendSettings(kind="jwt") for id in RESOURCE_SERVERS}
+    targets[HUB] = BackendSettings.model_validate({"kind": "jwt", "url": system.hub})
     targets[TARGET] = BackendSettings.model_validate({"kind": "redis", "address": system.target.address})
     return Organisation(system.settings(), operator, AGENTS, targets)
 
@@ -179,6 +189,7 @@ def report(outcome: Outcome, seed: int) -> None:
     _say(f"requests and commands: {', '.join(f'{what} {n}' for what, n in sorted(outcome.counts.items()))}")
     _say(f"uses of credentials: {outcome.probes}")
     _say(f"longest time in which nothing was issued: {_longest_pause_s(outcome.history):.1f} s")
+    _say(f"longest time until a reply: {_longest_wait_s(outcome.history):.1f} s")
     for crash in outcome.crashes:
         _say(f"ended by itself and was started again: {crash}")
     if outcome.failed:
@@ -194,6 +205,11 @@ def report(outcome: Outcome, seed: int) -> None:
 def _longest_pause_s(history: History) -> float:
     issued = sorted(r.at.appended_at_ms for r in history.leases if r.claims.status == "active")
     return max((after - before for before, after in pairwise(issued)), default=0) / 1000
+
+
+def _longest_wait_s(history: History) -> float:
+    waits = [history.answered[id] - at_ms for id, at_ms in history.requests.items() if id in history.answered]
+    return max(waits, default=0) / 1000
 
 
 def _problems(outcome: Outcome) -> None:

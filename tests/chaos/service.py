@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from ringfence.gateway.settings import GatewaySettings
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
@@ -46,7 +47,7 @@ def main() -> int:
 
 
 def _built(role: str, settings: ServiceSettings, clock: Clock) -> Runtime:
-    if role == "gateway":  # the part of one that cuts are about
+    if role == "gateway" and load(GatewaySettings).listen is None:  # the part of one that cuts are about
         return cut_listener.build(settings, clock)[0]
     runtime: Runtime = importlib.import_module(f"ringfence.{role}.app").build(settings, clock=clock)
     return runtime

@@ -29,6 +29,7 @@ from tests.brokers.apache import ApacheKafka
 from tests.chaos.proxy import Link
 from tests.chaos.service import set_ahead
 from tests.chaos.target import TARGET, target_behind
+from tests.chaos.upstream import upstream
 from tests.chaos.valkey import ChaosValkey, join
 from tests.targets import ValkeyTarget
 
@@ -41,9 +42,11 @@ REPLICAS: dict[ServiceRole, int] = {
     "issuer": 2,
     "revoker": 2,
     "audit": 2,
-    "gateway": 1,
+    "gateway": 2,
 }
 """Two of those that share their work, so that one takes over from the other."""
+CUT_LISTENER, GATEWAY = "gateway-1", "gateway-2"
+"""The first says of every lease whether it would forward; the second is a whole one, with a target behind it."""
 READY_WITHIN_S = 90.0
 SERVICES = tuple((f"{role}-{n}", role) for role, count in REPLICAS.items() for n in range(1, count + 1))
 REDIS, NODES, KAFKA = "redis", ("node-1", "node-2", "node-3"), "kafka"
@@ -91,6 +94,11 @@ class Instance:
         if self.child is not None and self.child.alive:
             os.kill(self.child.pid, signum)
 
+    @property
+    def door(self) -> str:
+        """Where agents come in, of the gateway."""
+        return f"http://{self.environment['RINGFENCE_GATEWAY_LISTEN']}"
+
     async def unready(self) -> str | None:
         """Why it is not ready, or None."""
         if self.child is not None and not self.child.alive:
@@ -112,6 +120,8 @@ class System:
     redis: dict[str, ChaosValkey]
     """By name: one server, or the nodes of a cluster."""
     target: ValkeyTarget
+    hub: str
+    """The URL of the target behind the gateway."""
     links: Links
     instances: dict[str, Instance]
 
@@ -180,6 +190,7 @@ async def running(
         links = await _links(stack, apache=kafka == "apache", cluster=cluster)
         redis = await _redis(stack, folder, links, cluster=cluster)
         target = await stack.enter_async_context(target_behind(links["target", TARGET], folder))
+        hub = await stack.enter_async_context(upstream())
         broker: Broker
         if kafka == "apache":
             ways = [link for (way, _), link in links.items() if way == "kafka"]
@@ -199,7 +210,7 @@ async def running(
         stack.push_async_callback(asyncio.to_thread, _end, list(instances.values()))
         for one in instances.values():
             one.start()
-        system = System(base, broker, redis, target, links, instances)
+        system = System(base, broker, redis, target, hub, links, instances)
         await system.first_ready()
         yield system
 
@@ -285,6 +296,9 @@ def _instances(base: Stack, folder: Path, links: Links, target: ValkeyTarget) ->
         }
         if kafka is not None:
             environment["RINGFENCE_KAFKA"] = f"{LOOPBACK}:{kafka.port}"
+        if name == GATEWAY:
+            environment["RINGFENCE_GATEWAY_LISTEN"] = f"{LOOPBACK}:{next(ports)}"
+            environment["RINGFENCE_GATEWAY_SPOOL"] = str(folder / "spool")
         instances[name] = Instance(name, role, environment, folder, urls[name])
     return instances
 

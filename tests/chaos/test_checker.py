@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from ringfence.kernel.ids import derived_id, digest
-from ringfence.messages.credential import Coordinates
+from ringfence.messages.credential import Coordinates, Delivery
 from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, RevocationRequest, Selector
 from ringfence.messages.permission import Permission
 from ringfence.model.audit_verifying import Fault
 from ringfence.model.leases import end_status, record_id, restated, statement
-from tests.chaos.checker import KINDS, check, tally
+from tests.chaos.checker import GRACE_MS, KINDS, check, tally
 from tests.chaos.history import Ack, Followed, History, LeaseRecord, Leftover, Order, Probe
 
 TD = "acme.example"
@@ -52,6 +52,7 @@ class Past:
         backend: str = "jwt",
         status: LeaseStatus = "active",
         like: Lease | None = None,
+        delivery: Delivery = "agent",
     ) -> Lease:
         """A lease, active, received by its agent and used at once."""
         self._number += 1
@@ -60,12 +61,12 @@ class Past:
             iss=ISSUER, aud=TD, iat=ms // 1000, jti=record_id(id, 1), lease_id=id, seq=1, status=status,
             request_id=str(uuid.uuid4()), decision_id="d", decision_digest="0" * 64, agent_id=f"bot-{n}",
             act=(f"bot-{n}",), sponsor=f"sam-{n}", on_behalf_of="maria",
-            task_id=f"00000000-0000-0000-0000-{n:0>12}", target_id="shop", backend=backend, delivery="agent",
+            task_id=f"00000000-0000-0000-0000-{n:0>12}", target_id="shop", backend=backend, delivery=delivery,
             scope=(Permission(target="shop", verbs=("read",), resources=("env/a",)),),
             requested_at_ms=T0, deadline=T0_S + TTL_S,
         )  # fmt: skip
         self.history.requests[lease.request_id] = T0
-        self.history.answered.add(lease.request_id)
+        self.history.answered[lease.request_id] = ms
         self.record(lease, ms)
         if status == "active":
             self.received(lease, ms)
@@ -172,6 +173,12 @@ def clean() -> Past:
     past.probe(session, T0 + 1_500, worked=True)
     past.next(ending, "revoked", T0 + 2_000)
     past.probe(session, T0 + 2_001, worked=False)
+    # A gateway that hears nothing forwards until what it knows is too old.
+    delivered = past.issue(delivery="gateway")
+    cause = past.order(T0 + 700, delivered)
+    past.end(delivered, cause, T0 + 720)
+    past.follow(cause, T0 + 730)
+    past.probe(delivered, T0 + 700 + GRACE_MS, worked=True)
     # What is delivered twice is the same, and the last word stands.
     twice = past.issue()
     past.record(twice, T0 + 150)
@@ -290,6 +297,26 @@ def session_alive_after_its_end(past: Past) -> None:
     lease = past.issue(backend="redis")
     past.end(lease, past.order(T0 + 500, lease), T0 + 510)
     past.probe(lease, T0 + 600, worked=True)
+
+
+def forwarded_by_a_view_that_is_too_old(past: Past) -> None:
+    lease = past.issue(delivery="gateway")
+    past.end(lease, past.order(T0 + 500, lease), T0 + 510)
+    past.probe(lease, T0 + 511 + GRACE_MS, worked=True)
+
+
+def forwarded_long_after_its_deadline(past: Past) -> None:
+    lease = past.issue(delivery="gateway")
+    past.expire(lease, DEADLINE + 2 * GRACE_MS)
+    past.probe(lease, DEADLINE + 1 + GRACE_MS, worked=True)
+
+
+def delivered_and_behind_a_kill_switch(past: Past) -> None:
+    lease = past.issue(delivery="gateway")
+    cause = past.order(T0 + 500, sponsor=lease.sponsor)
+    past.follow(cause, T0 + 600)
+    past.probe(lease, T0 + 501 + GRACE_MS, worked=True)
+    past.end(lease, cause, T0 + 502 + GRACE_MS)
 
 
 def behind_a_kill_switch(past: Past) -> None:
@@ -424,6 +451,9 @@ PLANTED: list[tuple[str, Plant]] = [
     ("worked", accepted_after_its_cut),
     ("worked", accepted_after_its_deadline),
     ("worked", session_alive_after_its_end),
+    ("worked", forwarded_by_a_view_that_is_too_old),
+    ("worked", forwarded_long_after_its_deadline),
+    ("escaped", delivered_and_behind_a_kill_switch),
     ("escaped", behind_a_kill_switch),
     ("escaped", missed_by_a_kill_switch),
     ("forwarded", forwarded_behind_a_gateways_word),

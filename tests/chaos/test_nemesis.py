@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any, cast
+
 import pytest
 
-from tests.chaos.faults import KINDS, faults_of
-from tests.chaos.nemesis import SPARED_S, plan
+from tests.chaos.faults import KINDS, Blow, Fault, faults_of
+from tests.chaos.nemesis import SPARED_S, Nemesis, plan
+from tests.chaos.system import System
 
 FAULTS = faults_of(apache=True, cluster=False)
 
@@ -31,3 +35,28 @@ def test_a_subject_is_struck_once_at_a_time_and_faults_end_with_the_run(seed: in
 def test_a_fault_strikes_only_whom_it_may() -> None:
     allowed = {(fault.kind, subject) for fault in FAULTS for subject in fault.subjects}
     assert {(blow.kind, blow.subject) for blow in plan(3, 3600, FAULTS)} <= allowed
+
+
+async def test_a_subject_is_struck_by_one_at_a_time_and_what_comes_meanwhile_is_left_out() -> None:
+    """A fault may be there for longer than was planned."""
+    over, struck = asyncio.Event(), list[Blow]()
+
+    async def strike(_: Any, blow: Blow) -> None:
+        struck.append(blow)
+        if blow.subject == "kafka":
+            await over.wait()
+        else:
+            over.set()
+
+    faults = [Fault("kill", ("kafka", "issuer-1"), 1, (0, 1), strike)]
+    blows = [
+        Blow(0.0, "kill", "kafka", 0, 0),
+        Blow(0.02, "kill", "kafka", 0, 0),
+        Blow(0.04, "kill", "issuer-1", 0, 0),
+        Blow(0.06, "kill", "issuer-1", 0, 0),
+    ]
+    nemesis = Nemesis(cast(System, None), faults, blows)
+    await nemesis.run()
+    assert [blow.subject for blow in struck] == ["kafka", "issuer-1", "issuer-1"]
+    assert nemesis.struck == 3
+    assert [line for line in nemesis.journal if "left out" in line and "kafka" in line]

@@ -9,12 +9,15 @@ import orjson
 
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.seal import unverified_kid
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.base import typ_header
+from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import TERMINAL, Lease, LeaseEpoch
-from ringfence.messages.topics import AUDIT, LEASE
+from ringfence.messages.topics import AUDIT, CREDENTIAL_REPLY, CREDENTIAL_REQUEST, LEASE
 from ringfence.model.lease_epochs import Epochs
 from tests.chaos.reading import TOLD
 
@@ -23,13 +26,16 @@ class Watch:
     """Nothing is verified here, and nothing is judged by it."""
 
     def __init__(self, settings: ClientSettings, nudge: Callable[[str], None]) -> None:
-        self._follower = Follower(settings, (*TOLD, AUDIT), self._take, since_ms=None)
+        self._follower = Follower(settings, (*TOLD, CREDENTIAL_REPLY, AUDIT), self._take, since_ms=None)
         self._nudge = nudge
         self._epochs = Epochs(TrustStore(settings.trust_domain, settings.trust_root))
         self._open: set[str] = set()
         self._over: set[str] = set()
         self._untold: set[tuple[str, int, int]] = set()
         self._told: set[tuple[str, int, int]] = set()
+        self._asked: set[str] = set()
+        """Requests, as to whom a reply must be sealed."""
+        self._answered: set[str] = set()
 
     async def __aenter__(self) -> Watch:
         await self._follower.start()
@@ -39,14 +45,30 @@ class Watch:
         await self._follower.stop()
 
     async def settled(self, within_s: float) -> str | None:
-        """Return when every lease is over and audit has told everything; what is missing where that takes too long."""
+        """Return when every request is answered, every lease is over, and audit has told everything.
+
+        What is missing where nothing more of that came about for `within_s`.
+        """
         try:
-            async with asyncio.timeout(within_s):
-                while self._open or self._untold:
+            async with asyncio.timeout(within_s) as patience:
+                while not await self._follower.caught_up(within_s):
                     await asyncio.sleep(0.1)
+                least = self._missing
+                while self._missing:
+                    await asyncio.sleep(0.1)
+                    if self._missing < least:
+                        least = self._missing
+                        patience.reschedule(asyncio.get_running_loop().time() + within_s)
         except TimeoutError:
-            return f"{len(self._open)} leases have not ended, {len(self._untold)} records have no audit event"
+            return (
+                f"{len(self._open)} leases have not ended, {len(self._untold)} records have no audit event, "
+                f"{len(self._asked - self._answered)} requests are not answered"
+            )
         return None
+
+    @property
+    def _missing(self) -> int:
+        return len(self._open) + len(self._untold) + len(self._asked - self._answered)
 
     def _take(self, records: Sequence[Received]) -> None:
         for record in records:
@@ -54,15 +76,27 @@ class Watch:
                 source = orjson.loads(record.value)["unmapped"]["source"]
                 self._tell((source["topic"], source["partition"], source["offset"]))
                 continue
+            if record.topic is CREDENTIAL_REPLY:
+                self._answered.add(unverified_kid(record.value) or "")
+                continue
             at = (record.topic_name, record.partition, record.offset)
             if at not in self._told:
                 self._untold.add(at)
             if record.topic is LEASE:
                 self._lease(record)
+            elif record.topic is CREDENTIAL_REQUEST:
+                self._request(record)
 
     def _tell(self, at: tuple[str, int, int]) -> None:
         self._told.add(at)
         self._untold.discard(at)
+
+    def _request(self, record: Received) -> None:
+        try:
+            request = parse(record.value).unverified_claims(CredentialRequest)
+        except InvalidMessageError:
+            return
+        self._asked.add(message_id(request.iss, request.jti))
 
     def _lease(self, record: Received) -> None:
         try:

@@ -12,6 +12,7 @@ from ringfence.client.credentials import IssuedCredential
 from ringfence.client.errors import NotAnsweredError, RefusedError, RequestDeniedError, RequestTimeoutError
 from ringfence.kernel.errors import UnavailableError
 from tests.chaos.organisation import SPONSORS, USERS, Organisation
+from tests.chaos.upstream import HUB
 
 HANDS = 2
 """So many requests of one agent are on their way at a time."""
@@ -68,15 +69,17 @@ class Workload:
 
     async def _ask(self, agent: str, chance: random.Random) -> IssuedCredential | None:
         organisation = self.organisation
+        target = chance.choice(list(organisation.targets))
         try:
             credential = await organisation.connected[agent].request(
                 task=organisation.tasks[agent],
-                target=chance.choice(list(organisation.targets)),
+                target=target,
                 verbs=chance.choice((["read"], ["write"], ["read", "write"])),
                 resources=[f"env/{chance.choice('abcdef')}"],
                 reason="chaos",
                 ttl_s=chance.choice(TTLS_S),
                 timeout_s=PATIENCE_S,
+                delivery="gateway" if target == HUB else "agent",
             )
         except RequestDeniedError:
             self.counts["denied"] += 1

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from ringfence.dev.processes import Child, free_port, spawn
+from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.lease import Lease, RevocationAck, Selector
 from ringfence.messages.operations import Heartbeat
@@ -29,11 +31,13 @@ from tests.world import WITHIN_S, World
 
 
 @asynccontextmanager
-async def listening(world: World, *, gives_its_word: bool = True) -> AsyncIterator[CutListener]:
+async def listening(
+    world: World, *, gives_its_word: bool = True, clock: Clock | None = None
+) -> AsyncIterator[CutListener]:
     """A listener in this process, once it is alive to the revoker."""
     stop = asyncio.Event()
     runtime: Runtime
-    runtime, listener = cut_listener.build(world.settings("gateway"), gives_its_word=gives_its_word)
+    runtime, listener = cut_listener.build(world.settings("gateway"), clock, gives_its_word=gives_its_word)
     running = asyncio.create_task(runtime.run(stop))
     try:
         await heard(world)
@@ -93,6 +97,28 @@ async def test_a_gateway_whose_view_no_revoker_confirms_forwards_nothing(world: 
         await world.until(lambda: not gateway.forwards(asked.lease_id) or None, "the end of the grace")
         async with world.running("revoker"):
             await world.until(lambda: gateway.forwards(asked.lease_id) or None, "another confirmation")
+
+
+@dataclass
+class _Behind:
+    """A clock that is so much behind all others."""
+
+    by_ms: int
+
+    def now_ms(self) -> int:
+        return SystemClock().now_ms() - self.by_ms
+
+
+async def test_a_gateway_whose_clock_is_behind_forwards_nothing_until_it_is_right(desk: Desk) -> None:
+    """By it deadlines are not there yet, and what it knows is younger than it is."""
+    world, clock = desk.world, _Behind(8000)
+    async with listening(world, clock=clock) as gateway:
+        asked, _ = await desk.issued("read")
+        await world.until(lambda: gateway.knows(asked.lease_id) or None, "the lease at the gateway")
+        await world.until(lambda: "behind" in (gateway.stale() or "") or None, "its word on its clock")
+        assert not gateway.forwards(asked.lease_id)
+        clock.by_ms = 0
+        await world.until(lambda: gateway.forwards(asked.lease_id) or None, "a clock that is right")
 
 
 async def test_a_gateway_does_not_follow_who_may_not_revoke(desk: Desk) -> None:

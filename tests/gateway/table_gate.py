@@ -182,6 +182,9 @@ class TableGate:
         if ended in watching:
             watching.remove(ended)
 
+    def stale(self) -> str | None:
+        return "it stood still" if self.stood_still else None
+
     def lapsed(self) -> bool:
         return self.stood_still
 

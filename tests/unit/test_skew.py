@@ -33,6 +33,13 @@ def test_beyond_it_says_which_way_and_how_far(ahead_ms: int, said: str):
     assert "the broker" in reason
 
 
+@pytest.mark.parametrize(
+    ("ahead_ms", "behind"), [(7000, False), (-1001, True), (-MAX_SKEW_MS, False), (0, False)]
+)
+def test_only_a_clock_that_is_behind_is_behind(ahead_ms: int, behind: bool):
+    assert (check(ahead_ms).behind() is not None) == behind
+
+
 def test_what_was_long_under_way_does_not_make_a_clock_wrong():
     assert check(5000, 20, 9000).unready() is None
 

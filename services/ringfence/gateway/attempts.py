@@ -269,6 +269,10 @@ class Gate(Protocol):
         """Call `ended` no more."""
         ...
 
+    def stale(self) -> str | None:
+        """Why the gateway's view is too old to go by, or None."""
+        ...
+
     def lapsed(self) -> bool:
         """Whether this process stood still for so long that its view is too old, and nobody was told yet.
 

@@ -225,6 +225,10 @@ class DecisionGate:
         """See `Gate`."""
         self._view.table.unwatch(lease_id, ended)
 
+    def stale(self) -> str | None:
+        """See `Gate`."""
+        return self._view.stale()
+
     def lapsed(self) -> bool:
         """See `Gate`."""
         return self._view.lapsed()

@@ -14,7 +14,7 @@ from ringfence.gateway.asking import Way, asked, presented_by
 from ringfence.gateway.attempts import Attempt, Blocked, Presented, Verdict
 from ringfence.gateway.connect import AGREED, connect_authority
 from ringfence.gateway.desk import Desk
-from ringfence.gateway.forwarding import Asked, goes_on, lease_ended
+from ringfence.gateway.forwarding import Asked, goes_no_further, goes_on
 from ringfence.gateway.framing import Body, request_body
 from ringfence.gateway.hosts import split
 from ringfence.gateway.limits import HANDSHAKE
@@ -82,7 +82,8 @@ class Connection:
         going, exchange = self._shortcut.handed()
         try:
             if self._shortcut.ended:
-                return await self._tell(lease_ended(), going.head, close=False)
+                over = goes_no_further(self._desk.gate.stale())
+                return await self._tell(over, going.head, close=False)
             if exchange is None:
                 return await self._forward(going)
             return await self._forwarded(going, self._desk.forwarder.go_on(exchange))

@@ -179,6 +179,10 @@ class Runtime:
 
     # --- what handlers use ---
 
+    def clock_behind(self) -> str | None:
+        """Why this process's clock holds for young, and for still to come, what is not; or None."""
+        return self._skew.behind()
+
     async def tables_caught_up(self, timeout_s: float) -> bool:
         """Wait until the tables hold what stood on their topics when this was called. See `Follower.caught_up`."""
         return self._table_follower is not None and await self._table_follower.caught_up(timeout_s)

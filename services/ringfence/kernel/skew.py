@@ -6,7 +6,7 @@ from collections import deque
 
 MAX_SKEW_MS = 1000
 """A clock that is further off than this says so. Deadlines are Redis's time, expiry is judged by the broker's: being
-off delays and denies, and never lets anything live longer."""
+off delays and denies, and never lets anything live longer. Who goes by this clock alone denies while it is `behind`."""
 _REMEMBERED = 10
 
 
@@ -27,6 +27,11 @@ class SkewCheck:
     def ahead_ms(self) -> int | None:
         """How far our clock is ahead (below 0: behind), at most; None before anything was heard."""
         return min(self._ahead_ms, default=None)
+
+    def behind(self) -> str | None:
+        """Why what this clock says is over may be over for longer, or None."""
+        ahead_ms = self.ahead_ms()
+        return self.unready() if ahead_ms is not None and ahead_ms < 0 else None
 
     def unready(self) -> str | None:
         """Why the clock cannot be trusted, or None."""
