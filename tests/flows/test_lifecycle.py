@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -96,6 +97,11 @@ async def rotate(desk: Desk, by: Party | None = None, **fields: Any) -> Party:
     return new
 
 
+async def a_second_begins() -> None:
+    """Keys end with the second of the clock: what policy allows in a later one would be a finding about policy, too."""
+    await asyncio.sleep(1 - time.time() % 1)
+
+
 ENDED_KEY = """
     3003 Decide: Success/Allowed request.allowed by policy
     3003 Assign Privileges: Failure/Denied credential.refused [key_unknown] by issuer
@@ -129,6 +135,7 @@ async def test_a_rotation_with_an_overlap_stops_nothing(desk: Desk, store: Lease
 
 async def test_a_key_that_was_replaced_asks_for_nothing_more(desk: Desk, store: LeaseStore) -> None:
     before, _ = await desk.issued("read")
+    await a_second_begins()
     new = await rotate(desk)
     late = await desk.ask("read")
     await desk.decide(late)
@@ -157,6 +164,7 @@ async def test_a_compromised_key_takes_what_it_asked_for_with_it_and_nothing_els
 
 
 async def test_what_a_compromised_key_asked_for_before_is_not_issued_after(desk: Desk) -> None:
+    await a_second_begins()
     pending = await desk.ask("read")
     stolen = desk.bot
     new = await rotate(desk, compromised=True)

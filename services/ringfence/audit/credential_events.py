@@ -150,7 +150,7 @@ def decided(
         "decision_digest": decision_digest,
         "decision_input_digest": claims.input_digest,
         "policy_revision": revision,
-        "revisions": claims.revisions.model_dump(exclude_none=True) if claims.revisions is not None else None,
+        "revisions": _revisions(claims),
         "ttl_s": claims.ttl_s,
         "delivery": claims.delivery,
         "required": list(claims.required) or None,
@@ -563,6 +563,11 @@ def _approved_by(approvers: tuple[str, ...]) -> str:
 
 def _why(reasons: tuple[Any, ...]) -> str:
     return scrubbed("; ".join(reason.message for reason in reasons)) or "no reason was given"
+
+
+def _revisions(decision: CredentialDecision) -> dict[str, Any] | None:
+    seen = decision.revisions
+    return seen.model_dump(mode="json", exclude_none=True) if seen is not None else None
 
 
 def _grants_of(decision: CredentialDecision) -> list[str] | None:
