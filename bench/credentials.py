@@ -103,8 +103,7 @@ async def _measure(stack: Stack, settings: ClientSettings, pids: dict[str, int],
     async with agents_of(stack, settings) as agents, _Audited(settings) as audited:
         await _warm_up(agents, warm_up)
         await audited.until(warm_up)
-        # First, as the embedded broker, where nobody may keep it from that, stands still every other second for as long
-        # as it takes to write what it holds.
+        # First, as the embedded broker answers later every other second, as long as it takes to write what it holds.
         await audited.until(warm_up + await _at_a_rate(agents))
         await _saturate(agents, audited, pids | {"client": os.getpid()})
 
