@@ -39,6 +39,7 @@ from ringfence.revoker.foresight import ForeseenEnd, Foresight
 from ringfence.revoker.issued import IssuedHandler
 from ringfence.revoker.said import Said
 from ringfence.revoker.settings import RevokerSettings
+from ringfence.revoker.watching import LeaseWatch
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_desks
@@ -214,6 +215,46 @@ async def test_an_end_that_kafka_did_not_take_is_published_later_as_it_was(
     assert len(lost) == 2
     assert set(lost) <= {record.compact for record in life}
     assert event.result == "1"
+
+
+async def test_what_comes_after_an_end_that_has_not_left_the_outbox_yet_is_gone_beyond_once_it_has(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, _ = await desk.issued("read")
+    look, waits = LeaseWatch._look, LeaseStore.is_waiting
+    seen: list[tuple[str, str]] = []
+    cleared, asked_for = asyncio.Event(), asyncio.Event()
+
+    async def looking(watch: LeaseWatch, records: Any, follower: Any) -> Any:
+        undecided = await look(watch, records, follower)
+        seen.extend((one.id, one.glance.status) for one in records)
+        return undecided
+
+    async def not_cleared_at_first(store: LeaseStore, records: Sequence[tuple[str, int]]) -> list[bool]:
+        answers = await waits(store, records)
+        if cleared.is_set() or asked.lease_id not in dict(records):
+            return answers
+        asked_for.set()
+        return [True] * len(records)
+
+    async def stands_last(status: LeaseStatus, count: int) -> None:
+        async with asyncio.timeout(WITHIN_S):
+            while [one.claims.status for one in await desk.records(asked.lease_id)][count:] != [status]:
+                await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(LeaseWatch, "_look", looking)
+    await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
+    async with asyncio.timeout(WITHIN_S):
+        while (asked.lease_id, "released") not in seen:
+            await asyncio.sleep(0.05)
+    life = await desk.records(asked.lease_id)
+    monkeypatch.setattr(LeaseStore, "is_waiting", not_cleared_at_first)
+    # As somebody publishes it who found it in the outbox, and was held up.
+    await desk.world.send(LEASE, asked.lease_id, life[0].compact)
+    await asyncio.wait_for(asked_for.wait(), WITHIN_S)
+    await stands_last("active", len(life))
+    cleared.set()
+    await stands_last("released", len(life) + 1)
 
 
 # --- what was foreseen ------------------------------------------------------------------------------------------------

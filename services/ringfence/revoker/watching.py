@@ -97,7 +97,11 @@ class LeaseWatch:
             try:
                 await self._heed_epochs()
                 records = self._judged(records)
-                await self._look(records, follower)
+                undecided = await self._look(records, follower)
+                if undecided:
+                    self._arrived = undecided + self._arrived
+                    self._news.set()
+                    await asyncio.sleep(LINGER_MS / 1000)
             except UnavailableError as error:
                 log.info("records of leases are looked at later: %s", error)
                 self._arrived = records + self._arrived
@@ -124,15 +128,19 @@ class LeaseWatch:
 
         return list(map(judged, records))
 
-    async def _look(self, records: list[_Arrived], follower: Follower) -> None:
+    async def _look(self, records: list[_Arrived], follower: Follower) -> list[_Arrived]:
+        """Returns those to be looked at once more: a later record of the same lease waits in the outbox.
+
+        It may be on its way, or have come before these: what Kafka has acknowledged leaves the outbox a moment after.
+        """
         at_their_ends = self._ended_here(records)
         seqs = {id: seq for id, seq in _highest(records).items() if id not in at_their_ends}
         behind, ahead = await self._compare(seqs)
-        # What waits in the outbox is on its way; what does not was acknowledged before now.
         waiting = await self._store.is_waiting(list(ahead.items()))
         acknowledged = {id for id, waits in zip(ahead, waiting, strict=True) if not waits}
+        undecided = [one for one in records if one.id in ahead.keys() - acknowledged]
         if not (behind or acknowledged or _outdated(records)):
-            return
+            return undecided
         if not await follower.caught_up(_CAUGHT_UP_WITHIN_S):
             raise UnavailableError("Kafka does not say what else there is")
         records += self._judged(self._arrived)
@@ -141,6 +149,7 @@ class LeaseWatch:
         behind, ahead = await self._compare({id: later[id] for id in {*behind, *acknowledged}})
         await self._restore([one for one in records if one.id in behind and not one.void])
         await self._heal(outdated | (ahead.keys() & acknowledged), records)
+        return [one for one in undecided if one.id not in outdated]
 
     def _ended_here(self, records: Iterable[_Arrived]) -> set[str]:
         """Leases of which Redis need not be asked: it took their ends from this very process, in this epoch."""
