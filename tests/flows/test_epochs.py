@@ -143,6 +143,23 @@ async def test_an_end_that_was_held_up_is_void_where_the_lease_ended_otherwise_m
         assert await counted(place, asked.lease_id) == ["active", "expired"]
 
 
+async def test_an_issue_that_was_held_up_is_answered_once_redis_knows_of_it_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = place.desk
+    asked = await desk.ask("read")
+    async with held_activation(monkeypatch, asked.lease_id) as (is_held, goes_on):
+        await desk.decide(asked)
+        await asyncio.wait_for(is_held.wait(), 30)
+        await place.lose("empty")
+        assert not (await place.store.look(asked.lease_id)).active, "Kafka had not heard of it"
+        goes_on.set()
+        content = await desk.answer(asked)
+    assert (await place.store.look(asked.lease_id)).active, "what is handed out can be used"
+    assert content.credential is not None
+    assert await counted(place, asked.lease_id) == ["active"]
+
+
 async def test_an_activation_that_was_held_up_is_void_where_the_lease_was_aborted_meanwhile(
     lasting: None, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

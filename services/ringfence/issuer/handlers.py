@@ -67,6 +67,8 @@ from ringfence.model.steps import step_of, work_on
 log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 0.02
+_SOON_S = 0.1
+"""Redis is asked whether it was lost meanwhile where Kafka takes longer to have a lease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +132,8 @@ class DecisionHandler:
     async def __call__(self, batch: Sequence[Received]) -> None:
         """Take a batch of decisions to their durable effects.
 
-        Raises LostError where Redis was rebuilt before Kafka had what was made at a target: that may be void there, and
-        a revoker may have aborted it. The same decisions come again.
+        Raises LostError where Redis was rebuilt before Kafka had a lease: it does not know of that, and what was made
+        at a target may be void there, or aborted by a revoker. The same decisions come again.
         """
         decisions = await self._open(batch)
         lasting: dict[str, list[tuple[Decision, Issue]]] = {}
@@ -178,6 +180,9 @@ class DecisionHandler:
     async def _answer(self, decisions: Sequence[Decision], outcomes: Sequence[_Outcome]) -> None:
         done = list(zip(decisions, outcomes, strict=True))
         live = [(decision, one) for decision, one in done if isinstance(one, _Live | Minted)]
+        epochs = {epoch for _, one in live if (epoch := one.issue.lease.epoch) is not None}
+        written_in, loop = self._store.epoch if live else None, asyncio.get_running_loop()
+        until = loop.time() + _SOON_S
         leases = await self._publish([one for _, one in live])
         replies: list[_Reply] = []
         try:
@@ -187,7 +192,9 @@ class DecisionHandler:
         finally:
             await gather_all(leases)
         self._store.published((one.issue.lease.lease_id, one.issue.lease.seq) for _, one in live)
-        for epoch in {lease.epoch for _, one in live if (lease := one.issue.lease).epoch is not None}:
+        if written_in is not None and loop.time() > until:
+            epochs.add(written_in)
+        for epoch in epochs:
             await self._store.confirm(epoch)
         # Who has the handle of a lease may use it at once: gateways have what they inject before.
         await gather_all([await self._send_envelope(reply) for reply in replies if reply.envelope])
