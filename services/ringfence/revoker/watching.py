@@ -129,9 +129,9 @@ class LeaseWatch:
         return list(map(judged, records))
 
     async def _look(self, records: list[_Arrived], follower: Follower) -> list[_Arrived]:
-        """Returns those to be looked at once more: a later record of the same lease waits in the outbox.
+        """Returns those to be looked at once more: what came meanwhile, and where a later record waits in the outbox.
 
-        It may be on its way, or have come before these: what Kafka has acknowledged leaves the outbox a moment after.
+        That may be on its way, or have come before these: what Kafka has acknowledged leaves the outbox a moment after.
         """
         at_their_ends = self._ended_here(records)
         seqs = {id: seq for id, seq in _highest(records).items() if id not in at_their_ends}
@@ -143,13 +143,13 @@ class LeaseWatch:
             return undecided
         if not await follower.caught_up(_CAUGHT_UP_WITHIN_S):
             raise UnavailableError("Kafka does not say what else there is")
-        records += self._judged(self._arrived)
-        self._arrived = []
-        outdated, later = _outdated(records), _highest(records)
-        behind, ahead = await self._compare({id: later[id] for id in {*behind, *acknowledged}})
+        arrived, self._arrived = self._judged(self._arrived), []
+        records += arrived
+        outdated, later, compared = _outdated(records), _highest(records), {*behind, *acknowledged}
+        behind, ahead = await self._compare({id: later[id] for id in compared})
         await self._restore([one for one in records if one.id in behind and not one.void])
         await self._heal(outdated | (ahead.keys() & acknowledged), records)
-        return [one for one in undecided if one.id not in outdated]
+        return [one for one in (*undecided, *arrived) if one.id not in outdated | compared]
 
     def _ended_here(self, records: Iterable[_Arrived]) -> set[str]:
         """Leases of which Redis need not be asked: it took their ends from this very process, in this epoch."""
