@@ -152,7 +152,7 @@ class SigningKey:
     def sign(self, data: bytes, *, repeatable: bool = True) -> bytes:
         """The signature in JWS form (RFC 7518, 3.4: raw R||S for ES256).
 
-        `repeatable`: the same data always has the same one. What need not be, costs half.
+        `repeatable`: the same data always has the same one. What need not be, costs a little less.
         """
         if self.alg == "EdDSA":
             return cast(ed25519.Ed25519PrivateKey, self._key).sign(data)
