@@ -26,7 +26,7 @@ from ringfence.messages.topics import (
     USER,
 )
 from ringfence.registry.store import Memory
-from tests.flows.test_policy import Asked, Office, codes
+from tests.flows.office import Asked, Office, codes
 from tests.ledger import FixedClock, Ledger
 from tests.world import DAY_S, Party, Scope, World, scope
 

@@ -15,8 +15,8 @@ from ringfence.messages.registry import AgentTransfer
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
 from ringfence.model.approvals import APPROVAL_SLACK_MS
 from tests.flows.desk import Desk
+from tests.flows.office import DEPLOY, EVERYTHING, Office, codes
 from tests.flows.sdk import client
-from tests.flows.test_policy import DEPLOY, EVERYTHING, Office, codes
 from tests.stories import (
     allowed,
     answer_refused,

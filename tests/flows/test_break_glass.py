@@ -36,7 +36,7 @@ from ringfence.messages.trust import ServiceRole
 from ringfence.model.approvals import BREAK_GLASS_TTL_S
 from ringfence.policy.settings import PolicySettings
 from tests.flows.desk import Desk
-from tests.flows.test_policy import DEPLOY, EVERYTHING, READ, Asked, Office, codes
+from tests.flows.office import DEPLOY, EVERYTHING, READ, Asked, Office, codes
 from tests.ocsf import check_ocsf
 from tests.policy.bundles import write
 from tests.world import DAY_S, Party, World, scope

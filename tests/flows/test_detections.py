@@ -11,7 +11,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.kafka import Received
 from ringfence.messages.topics import AUDIT
 from tests.contract.test_sigma import matches
-from tests.flows.test_policy import DEPLOY, Office
+from tests.flows.office import DEPLOY, Office
 from tests.ocsf import check_ocsf
 from tests.world import World, scope
 

@@ -6,7 +6,7 @@ from prometheus_client import REGISTRY
 
 from ringfence.audit.settings import AuditSettings
 from ringfence.registry.settings import RegistrySettings
-from tests.flows.test_policy import DEPLOY, Office
+from tests.flows.office import DEPLOY, Office
 from tests.world import World
 
 

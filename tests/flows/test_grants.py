@@ -17,14 +17,14 @@ from ringfence.messages.credential import CredentialDecision, Revisions
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentResume, AgentSetCeiling, AgentSuspend, AgentTransfer
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
-from tests.flows.test_policy import DEPLOY, EVERYTHING, READ, Asked, HeldUp, Office, codes
+from tests.flows.office import DEPLOY, EVERYTHING, READ, Asked, HeldUp, Office, codes
 from tests.world import Party, World, scope
 
 STAGING = scope("platform", ["read", "deploy"], ["env/staging/**"])
 
 
 class Grants:
-    """The office of `test_policy`, in which sam approves ahead."""
+    """The office, in which sam approves ahead."""
 
     def __init__(self, office: Office) -> None:
         self.office = office

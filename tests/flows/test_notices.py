@@ -22,7 +22,7 @@ from ringfence.kernel import metrics
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REQUEST
 from ringfence.messages.trust import ServiceRole
 from ringfence.policy.settings import PolicySettings
-from tests.flows.test_policy import DEPLOY, READ, Office, rewind
+from tests.flows.office import DEPLOY, READ, Office, rewind
 from tests.world import World, scope
 
 KEY = b"0123456789abcdef0123456789abcdef"

@@ -31,7 +31,7 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import AGENT, CREDENTIAL_DECISION, CREDENTIAL_REQUEST, LEASE, SERVICE_EVENT
 from ringfence.policy.settings import PolicySettings
 from ringfence.rego.embedded import EmbeddedEngine
-from tests.flows.test_policy import DEPLOY, EVERYTHING, READ, Asked, Office, codes
+from tests.flows.office import DEPLOY, EVERYTHING, READ, Asked, Office, codes
 from tests.policy.bundles import ALLOWS, write
 from tests.stories import (
     allowed,

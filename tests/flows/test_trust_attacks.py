@@ -41,7 +41,7 @@ from ringfence.messages.topics import (
 )
 from ringfence.messages.trust import ServiceRole
 from tests.flows.desk import Desk, another, opened_desks
-from tests.flows.test_policy import DEPLOY, EVERYTHING, READ, Office, codes
+from tests.flows.office import DEPLOY, EVERYTHING, READ, Office, codes
 from tests.stories import asked_for, buried, forged, leaves, request_leaves, sent
 from tests.world import WITHIN_S, Party, World
 

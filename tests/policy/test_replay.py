@@ -18,7 +18,7 @@ from ringfence.messages.topics import CREDENTIAL_DECISION
 from ringfence.policy.domain import INPUT_FIELDS
 from ringfence.policy.replaying import Standing, changes_between, fields_of
 from ringfence.rego.bundle import OWN_BUNDLE, load_bundle
-from tests.flows.test_policy import DEPLOY, READ, Office
+from tests.flows.office import DEPLOY, READ, Office
 from tests.policy.bundles import ALLOWS, write
 from tests.world import Party, World, scope
 

@@ -21,7 +21,7 @@ from ringfence.messages.topics import CREDENTIAL_DECISION
 from ringfence.policy.settings import PolicySettings
 from ringfence.policy.store import DecisionsInMemory
 from ringfence.rego.bundle import Bundle, load_bundle
-from tests.flows.test_policy import DEPLOY, READ, Office, codes
+from tests.flows.office import DEPLOY, READ, Office, codes
 from tests.policy.bundles import ALLOWS, EXPLODES, write
 from tests.policy.opa_server import running_opa
 from tests.world import WITHIN_S, Party, World, scope

@@ -1,0 +1,254 @@
+"""What waits for people: which of their answers count, who sees it, and how it ends when nobody answers."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from ringfence.kernel.ids import digest
+from ringfence.kernel.kafka import to_json
+from ringfence.messages.approval import ApprovalRequest
+from ringfence.messages.registry import AgentTransfer, UserDisable
+from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION
+from ringfence.messages.trust import ServiceRole
+from ringfence.policy.settings import PolicySettings
+from tests.flows.office import DEPLOY, READ, Office, codes
+from tests.world import World, scope
+
+# --- answers that do not count ---
+
+
+async def test_approvals_that_do_not_count_are_refused_and_the_request_goes_on_waiting(world: World):
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        asked = await office.ask(DEPLOY)
+        question = await office.question(asked, office.sam)
+        other = await office.question(await office.ask(DEPLOY), office.sam)
+
+        # By somebody else, by the agent itself, by a user who was disabled.
+        assert await office.refused(await office.approve(question, office.petra)) == "not_approver"
+        assert await office.refused(await office.approve(question, office.bot)) == "not_a_person"
+        disable = world.claims(UserDisable, world.operator, user_id="petra", reason="left")
+        await world.accepted(disable, world.operator)
+        assert await office.refused(await office.approve(question, office.petra)) == "not_approver"
+
+        # For another digest, another request under this id, other terms, other revisions than were shown.
+        wrong = await office.approve(question, office.sam, request_digest=digest("something else"))
+        assert await office.refused(wrong) == "approval_other_request"
+        swapped = await office.approve(other, office.sam, request_id=question.request_id)
+        assert await office.refused(swapped) == "approval_other_request"
+        assert (
+            await office.refused(await office.approve(question, office.sam, ttl_s=3600))
+            == "approval_other_terms"
+        )
+        invented = question.revisions.model_copy(update={"task": 7})
+        assert (
+            await office.refused(await office.approve(question, office.sam, revisions=invented))
+            == "approval_stale"
+        )
+
+        no = await office.approve(other, office.sam, request_id=question.request_id, verdict="denied")
+        assert await office.refused(no) == "approval_other_request"
+        astray = office.approval(question, office.sam)
+        await office.send(APPROVAL_RESPONSE, astray, key="other-bot")
+        assert await office.refused(astray) == "key_unexpected"
+        elsewhere, own = office.approval(question, office.sam), question.source.partition
+        await world.send(APPROVAL_RESPONSE, office.bot.name, elsewhere, partition=1 - own)
+        assert await office.refused(elsewhere) == "partition_unexpected"
+
+        # Too old, and of a request that nobody knows.
+        past = int(time.time()) - 10
+        assert (
+            await office.refused(await office.approve(question, office.sam, iat=past - 60, exp=past))
+            == "expired"
+        )
+        nowhere = await office.approve(question, office.sam, request_id=str(uuid.uuid4()))
+        assert await office.refused(nowhere) == "request_unknown"
+
+        assert await office.outcomes(asked) == {"approval_required": 1}
+        await office.approve(question, office.sam)
+        assert (await office.final(asked)).outcome == "allowed"
+
+
+async def test_a_forged_signature_approves_nothing_and_is_dead_lettered(world: World):
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        asked = await office.ask(DEPLOY)
+        question = await office.question(asked, office.sam)
+        impostor = world.party("user", "sam")
+        sent = await office.send(APPROVAL_RESPONSE, office.approval(question, impostor))
+        assert (await office.letter(sent)).code == "key_unknown"
+        head, body, _ = office.approval(question, office.sam).split(".")
+        tail = office.approval(question, office.sam).split(".")[2]
+        sent = await office.send(APPROVAL_RESPONSE, f"{head}.{body}.{tail}")
+        assert (await office.letter(sent)).code == "signature_invalid"
+        assert await office.outcomes(asked) == {"approval_required": 1}
+
+
+async def test_an_approval_counts_once(world: World):
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        asked = await office.ask(scope("platform", ["wipe"], ["env/production/web"]))
+        question = await office.question(asked, office.sam)
+        approval = await office.approve(question, office.sam)
+        await office.send(APPROVAL_RESPONSE, approval)  # the same, replayed
+        assert await office.refused(approval) == "approval_replayed"
+        again = await office.approve(question, office.sam)  # the same person once more
+        assert await office.refused(again) == "approved_already"
+        assert await office.outcomes(asked) == {"approval_required": 2}
+        await office.approve(await office.question(asked, world.operator), world.operator)
+        assert (await office.final(asked)).outcome == "allowed"
+        late = await office.approve(question, office.sam)
+        assert await office.refused(late) == "already_decided"
+
+
+async def test_a_person_says_no(world: World):
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        asked = await office.ask(DEPLOY)
+        question = await office.question(asked, office.sam)
+        nobodys = await office.approve(question, office.petra, verdict="denied")
+        assert await office.refused(nobodys) == "not_approver"
+        no = await office.approve(question, office.sam, verdict="denied", comment="not on a Friday")
+        decision = await office.final(asked)
+        assert (decision.outcome, codes(decision), decision.approvals) == (
+            "denied",
+            {"approval_denied"},
+            (no,),
+        )
+        assert "not on a Friday" in decision.reasons[0].message
+        await office.reply(asked, "denied")
+        yes = await office.approve(question, office.sam)
+        assert await office.refused(yes) == "already_decided"
+
+
+async def test_what_changed_while_it_waited_is_asked_anew(world: World):
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        asked = await office.ask(DEPLOY)
+        question = await office.question(asked, office.sam)
+        transfer = world.claims(AgentTransfer, office.sam, agent_id="deploy-bot", sponsor="petra")
+        await world.accepted(transfer, office.sam)
+        # sam is not the sponsor any more; petra is, and approves what was true before.
+        assert await office.refused(await office.approve(question, office.sam)) == "not_approver"
+        await office.approve(question, office.petra)
+        decision = await office.final(asked)
+        assert (decision.outcome, codes(decision)) == ("denied", {"approval_stale"})
+
+
+# --- its end by time ---
+
+
+async def test_what_nobody_approves_ends_by_time(world: World):
+    own: dict[ServiceRole, Any] = {"policy": PolicySettings(approval_timeout_s=1)}
+    async with world.running("registry", "policy", own=own):
+        office = await Office.open(world)
+        asked = await office.ask(DEPLOY)
+        question = await office.question(asked, office.sam)
+        assert question.expires_at <= asked.sent.appended_at_ms // 1000 + 1
+        decision = await office.final(asked)
+        assert (decision.outcome, codes(decision)) == ("denied", {"approval_expired"})
+        await office.reply(asked, "denied")
+        late = await office.approve(question, office.sam)
+        assert await office.refused(late) == "already_decided"
+        assert await office.outcomes(asked) == {"approval_required": 1, "denied": 1}
+
+
+async def test_an_approval_that_waits_for_others_ends_by_time_too(world: World):
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        asked = await office.ask(scope("platform", ["wipe"], ["env/production/web"]))
+        question = await office.question(asked, office.sam)
+        exp = int(time.time()) + 4
+        first = await office.approve(question, office.sam, exp=exp)
+        await world.consume_until(CREDENTIAL_DECISION, lambda r: office.opened(r).approvals == (first,))
+        await world.until(lambda: time.time() > exp or None, "the end of the first approval")
+        second = await office.approve(await office.question(asked, world.operator), world.operator)
+        assert codes(await office.final(asked)) == {"approval_expired"}
+        assert await office.refused(second) == "approval_expired"
+
+
+# --- restarts ---
+
+
+async def test_a_restarted_policy_knows_what_waits(world: World):
+    async with world.running("registry"):
+        async with world.running("policy"):
+            office = await Office.open(world)
+            asked = await office.ask(scope("platform", ["wipe"], ["env/production/web"]))
+            question = await office.question(asked, office.sam)
+            given = await office.approve(question, office.sam)
+            await world.consume_until(CREDENTIAL_DECISION, lambda r: office.opened(r).approvals == (given,))
+        async with world.running("policy"):
+            shown = (await world.get("policy", "/v1/approvals", world.operator)).json()["approvals"]
+            assert [view["request_id"] for view in shown] == [asked.id]
+            await office.approve(question, world.operator)
+            decision = await office.final(asked)
+            assert (decision.outcome, len(decision.approvals)) == ("allowed", 2)
+            assert await office.outcomes(asked) == {"approval_required": 2, "allowed": 1}
+
+
+async def test_an_approval_that_waited_for_a_restart_is_taken_in(world: World):
+    async with world.running("registry"):
+        async with world.running("policy"):
+            office = await Office.open(world)
+            asked = await office.ask(DEPLOY)
+            question = await office.question(asked, office.sam)
+        await office.approve(question, office.sam)
+        async with world.running("policy"):
+            assert (await office.final(asked)).outcome == "allowed"
+
+
+# --- who sees it, and how much of it there may be ---
+
+
+async def test_who_sees_what_waits(world: World):
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        asked = await office.ask(DEPLOY)
+        await office.question(asked, office.sam)
+        path = f"/v1/approvals/{asked.id}"
+        shown = await world.get("policy", path, office.sam)
+        assert shown.status_code == 200
+        view = shown.json()
+        assert (view["request"], view["you_can_give"], view["agent_id"]) == (
+            asked.jws,
+            ["sponsor"],
+            "deploy-bot",
+        )
+        seen = (await world.get("policy", path, world.operator)).json()
+        assert seen["you_can_give"] == []
+        for stranger in (office.petra, office.maria):
+            assert (await world.get("policy", path, stranger)).status_code == 404
+            assert (await world.get("policy", "/v1/approvals", stranger)).json() == {"approvals": []}
+        assert (await world.get("policy", path)).status_code == 401
+        assert (await world.get("policy", "/v1/approvals/nothing", office.sam)).status_code == 404
+
+        await office.approve(
+            ApprovalRequest.model_validate_json(to_json({**view, "approver": "sam"})), office.sam
+        )
+        await office.final(asked)
+        assert (await world.get("policy", path, office.sam)).status_code == 404
+        decided = (await world.get("policy", f"/v1/decisions/{asked.id}", office.sam)).json()
+        assert (decided["outcome"], decided["ttl_s"]) == ("allowed", 300)
+        assert (await world.get("policy", f"/v1/decisions/{asked.id}", office.petra)).status_code == 404
+
+
+async def test_who_has_too_much_wait_for_people_is_refused_until_something_is_answered(world: World):
+    own: dict[ServiceRole, Any] = {"policy": PolicySettings(agent_pending_approvals=2)}
+    async with world.running("registry"):
+        async with world.running("policy", own=own):
+            office = await Office.open(world)
+            asked = [await office.ask(DEPLOY) for _ in range(4)]
+            outcomes = [(await office.decision(one)).outcome for one in asked]
+            assert outcomes == ["approval_required"] * 2 + ["denied"] * 2
+            denied = await office.final(asked[2])
+            assert (codes(denied), denied.retry_after_s) == ({"approvals_pending_limit"}, 60)
+            await office.reply(asked[2], "denied")
+            assert (await office.final(await office.ask(READ))).outcome == "allowed"  # needs nobody
+        async with world.running("policy", own=own):
+            assert codes(await office.final(await office.ask(DEPLOY))) == {"approvals_pending_limit"}
+            await office.approve(await office.question(asked[0], office.sam), office.sam)
+            await office.final(asked[0])
+            assert (await office.decision(await office.ask(DEPLOY))).outcome == "approval_required"
