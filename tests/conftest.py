@@ -36,10 +36,15 @@ os.environ.setdefault("RINGFENCE_AUDIT_DETECT", "false")
 
 @dataclass(frozen=True)
 class Kafka:
-    """The broker of this run. `kind` is embedded (pace its consumers), apache, docker or address."""
+    """The broker of this run. `kind` is embedded, apache, docker or address."""
 
     kind: str
     server: KafkaServer
+
+    @property
+    def embedded(self) -> bool:
+        """It answers an empty fetch at once: its consumers have to be paced."""
+        return self.kind == "embedded"
 
     @property
     def bootstrap(self) -> str:
@@ -120,5 +125,5 @@ def postgres_server(request: pytest.FixtureRequest) -> Iterator[PostgresServer]:
 @pytest.fixture
 async def world(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[World]:
     """An organisation of its own for one test: root, trust, topics, an operator. No service runs yet."""
-    async with World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world:
+    async with World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world:
         yield world

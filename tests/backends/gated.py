@@ -173,7 +173,7 @@ async def gated(
 ) -> AsyncIterator[Gated]:
     """One, with the gateway running. `settings`: of the target, besides its URL."""
     async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         InsistingApi({("Authorization", f"Bearer {SECRET}")}).serving() as api,
     ):
         source = folder / "api-key"

@@ -62,7 +62,7 @@ async def running(
             Path(folder) / "state",
             trust_domain="acme.example",
             kafka=kafka.bootstrap,
-            embedded_broker=kafka.kind == "embedded",
+            embedded_broker=kafka.embedded,
             redis_url=redis_server.url,
             topic_prefix=name,
             redis_prefix=name,

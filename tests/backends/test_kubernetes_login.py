@@ -169,7 +169,7 @@ async def cluster(
     configuration.write_text(documented.replace("https://issuer.example", issuer))
     everything = scope(CLUSTER, ("assume", "look"), ("**",))
     async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         opened_desks(world) as office,
         world.running("issuer", issuer_url=issuer),
         with_tls(port, authority, key_file, f"http://127.0.0.1:{world.ports['issuer']}"),

@@ -88,7 +88,7 @@ async def federation(
     issuer = f"http://127.0.0.1:{port}"
     own = IssuerSettings(rs256_token_key_file=rsa_key_file(tmp_path_factory.mktemp("keys")))
     async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         opened_desks(world) as office,
         world.running("revoker"),
         world.running("issuer", own={"issuer": own}, http=f"127.0.0.1:{port}", issuer_url=issuer),

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from ringfence.dev.processes import free_port
+from ringfence.model.lease_store import LeaseStore
 from tests.brokers import RedisServer
 from tests.chaos.proxy import Link
 from tests.chaos.valkey import ChaosValkey
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks
+from tests.flows.desk import Desk, another, opened_desks, opened_office
 from tests.flows.place import Place
 from tests.world import World
 
@@ -20,22 +21,14 @@ from tests.world import World
 @pytest.fixture(scope="module")
 async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
     """Registry and issuer, once for all tests of a module; those that need more have an office of their own."""
-    async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
-        opened_desks(world) as desk,
-        world.running("issuer"),
-    ):
+    async with opened_office(kafka, redis_server, "issuer") as desk:
         yield desk
 
 
 @pytest.fixture(scope="module")
 async def company(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
     """Registry, issuer and revoker, once for all tests of a module."""
-    async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
-        opened_desks(world) as desk,
-        world.running("issuer", "revoker"),
-    ):
+    async with opened_office(kafka, redis_server, "issuer", "revoker") as desk:
         yield desk
 
 
@@ -43,6 +36,14 @@ async def company(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk
 async def desk(office: Desk) -> Desk:
     """An agent and a task of the test's own."""
     return await another(office)
+
+
+@pytest.fixture
+async def store(office: Desk) -> AsyncIterator[LeaseStore]:
+    """What Redis has of the office's leases."""
+    store = LeaseStore(office.world.settings("issuer"))
+    yield store
+    await store.close()
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ async def place(kafka: Kafka, tmp_path: Path) -> AsyncIterator[Place]:
             redis.lead([link])
             url = f"redis://127.0.0.1:{link.port}/0"
             async with (
-                World.open(kafka.bootstrap, url, paced=kafka.kind == "embedded") as world,
+                World.open(kafka.bootstrap, url, paced=kafka.embedded) as world,
                 opened_desks(world) as first,
                 world.running("issuer", "revoker"),
             ):

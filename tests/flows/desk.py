@@ -38,6 +38,9 @@ from ringfence.messages.topics import (
     REVOCATION_REQUEST,
     SERVICE_EVENT,
 )
+from ringfence.messages.trust import ServiceRole
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
 from tests.world import Party, Scope, World, scope
 
 POLICY_REVISION = "0" * 64
@@ -258,6 +261,19 @@ async def opened_desks(world: World) -> AsyncIterator[Desk]:
         )
         target = await world.target("staging", verbs=verbs)
         yield Desk(world, people, target)
+
+
+@asynccontextmanager
+async def opened_office(
+    kafka: Kafka, redis_server: RedisServer, *services: ServiceRole, **running: Any
+) -> AsyncIterator[Desk]:
+    """A world of its own with people, a target, the registry and these services. `running`: as of `World.running`."""
+    async with (
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
+        opened_desks(world) as desk,
+        world.running(*services, **running),
+    ):
+        yield desk
 
 
 async def another(desk: Desk, **fields: Any) -> Desk:

@@ -34,21 +34,17 @@ from ringfence.model.lease_store import RECORD_KEEP_MS
 from ringfence.revoker.checking import checking
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Asked, Desk, another, opened_desks
+from tests.flows.desk import Asked, Desk, another, opened_office
 from tests.flows.place import Place
 from tests.stack import WITHIN_S
 from tests.stories import allowed, asked_for, buried, forged, leaves, refused_by_issuer, request_leaves
-from tests.world import DeadLetteredError, Party, Scope, World
+from tests.world import DeadLetteredError, Party, Scope
 
 
 @pytest.fixture(scope="module")
 async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
     """Registry, issuer and revoker, once for all tests here."""
-    async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
-        opened_desks(world) as desk,
-        world.running("issuer", "revoker"),
-    ):
+    async with opened_office(kafka, redis_server, "issuer", "revoker") as desk:
         yield desk
 
 

@@ -37,7 +37,7 @@ async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]
     """Registry, issuer and revoker, once for all tests here."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         opened_desks(world) as desk,
         world.running("revoker"),
         world.running("issuer", http=f"127.0.0.1:{port}", issuer_url=url),
@@ -269,7 +269,7 @@ async def test_what_strangers_put_beside_it_is_passed_over(desk: Desk) -> None:
 async def test_without_a_gateway_that_could_open_it_nothing_is_issued(
     kafka: Kafka, redis_server: RedisServer
 ) -> None:
-    async with World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world:
+    async with World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world:
         bare = tuple(
             one.model_copy(update={"encryption_keys": ()}) if "gateway" in one.roles else one
             for one in world.bundle.services

@@ -115,7 +115,7 @@ async def federation(
         Permission(target=platform.target, verbs=("assume",), resources=("**",)) for platform in PLATFORMS
     )
     async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         world.running("registry", "policy", "issuer", "revoker", own=own, issuer_url=ISSUER),
     ):
         world.operator.key.save(folder / "olga.json")

@@ -42,7 +42,7 @@ async def office(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RINGFENCE_BACKENDS_ACCESS", json.dumps({"partner": place}))
         async with (
-            World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+            World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
             opened_desks(world) as first,
             world.running("issuer", "revoker"),
             gateway(world) as proxy,

@@ -133,7 +133,7 @@ async def stage(
     own = {"sockets": folder / "tasks", "targets_ca_file": certificates.file}
     async with (
         Target().serving(certificates.server("localhost")) as target,
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         world.running("registry"),
         world.running(
             "policy",

@@ -82,7 +82,7 @@ async def office(
     sockets = tmp_path_factory.mktemp("gw") / "tasks"
     async with (
         Target().serving() as target,
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         opened_desks(world) as first,
         world.running("issuer", "revoker"),
         gateway(world, sockets=sockets) as proxy,

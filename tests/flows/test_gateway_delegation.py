@@ -25,7 +25,7 @@ WIDE = scope("hub", ("read", "write"), ("path/**",))
 async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[tuple[Desk, Proxy]]:
     """Registry, issuer, revoker and a gateway, once for all tests here."""
     async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         opened_desks(world) as first,
         world.running("issuer", "revoker"),
         gateway(world) as proxy,

@@ -65,7 +65,7 @@ async def office(
     own = {"listen": str(port), "sockets": sockets}
     async with (
         mcp_serving() as server,
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         opened_desks(world) as first,
         world.running("issuer", "revoker"),
         gateway(world, **own),

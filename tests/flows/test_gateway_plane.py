@@ -56,7 +56,7 @@ async def office(
     }  # fmt: skip
     async with (
         Target().serving(certificates.server("localhost")) as target,
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         opened_desks(world) as first,
         world.running("issuer", "revoker"),
         gateway(world, **own),

@@ -51,7 +51,7 @@ async def yard(
 ) -> AsyncIterator[Yard]:
     """All of Ringfence, once for all tests of this module."""
     async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         Yard.open(world, tmp_path_factory.mktemp("yard")) as yard,
         world.running("registry", "policy", "issuer", "revoker", "audit", own={"registry": yard.own}),
     ):
@@ -444,7 +444,7 @@ async def test_what_was_spent_stays_spent_when_the_registry_starts_again(
     kafka: Kafka, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         Yard.open(world, tmp_path) as yard,
     ):
         async with world.running("registry", own={"registry": yard.own}):

@@ -34,7 +34,7 @@ from ringfence.model.lease_store.keys import packed
 from ringfence.model.leases import follow
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Desk, another, opened_desks
+from tests.flows.desk import Desk, another, opened_desks, opened_office
 from tests.world import WITHIN_S, Party, World, scope
 
 
@@ -42,19 +42,8 @@ from tests.world import WITHIN_S, Party, World, scope
 async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
     """Registry and issuer, once for all tests here."""
     url = f"http://127.0.0.1:{(port := free_port())}"
-    async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
-        opened_desks(world) as desk,
-        world.running("issuer", http=f"127.0.0.1:{port}", issuer_url=url),
-    ):
+    async with opened_office(kafka, redis_server, "issuer", http=f"127.0.0.1:{port}", issuer_url=url) as desk:
         yield desk
-
-
-@pytest.fixture
-async def store(office: Desk) -> AsyncIterator[LeaseStore]:
-    store = LeaseStore(office.world.settings("issuer"))
-    yield store
-    await store.close()
 
 
 def url(desk: Desk) -> str:
@@ -688,7 +677,7 @@ async def test_without_redis_introspection_says_so_and_answers_nothing(kafka: Ka
     redis.start()
     try:
         async with (
-            World.open(kafka.bootstrap, redis.url, paced=kafka.kind == "embedded") as world,
+            World.open(kafka.bootstrap, redis.url, paced=kafka.embedded) as world,
             opened_desks(world) as first,
             world.running("issuer", "revoker"),
         ):

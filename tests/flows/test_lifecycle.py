@@ -23,26 +23,21 @@ from ringfence.messages.registry import (
     UserDisable,
 )
 from ringfence.messages.topics import AGENT
-from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import LeaseStore
-from ringfence.revoker.settings import RevokerSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.flows.desk import Asked, Desk, another, opened_desks
+from tests.flows.desk import Asked, Desk, another, opened_office
+from tests.flows.revoking import QUICK, lives
 from tests.stories import allowed, asked_for, buried, forged, leaves, refused_by_issuer, request_leaves
-from tests.world import WITHIN_S, Party, World, scope
-
-QUICK: dict[ServiceRole, Any] = {"revoker": RevokerSettings(visibility_ms=300, outbox_age_ms=500)}
+from tests.world import WITHIN_S, Party, scope
 
 
 @pytest.fixture(scope="module")
 async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[Desk]:
     """Registry, issuer and revoker, once for all tests here. The grace is long: a test may hold a service back."""
-    async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
-        opened_desks(world) as desk,
-        world.running("issuer", "revoker", own=QUICK, grace_s=2 * WITHIN_S),
-    ):
+    async with opened_office(
+        kafka, redis_server, "issuer", "revoker", own=QUICK, grace_s=2 * WITHIN_S
+    ) as desk:
         yield desk
 
 
@@ -53,25 +48,12 @@ async def desk(office: Desk) -> Desk:
 
 
 @pytest.fixture
-async def store(office: Desk) -> AsyncIterator[LeaseStore]:
-    store = LeaseStore(office.world.settings("issuer"))
-    yield store
-    await store.close()
-
-
-@pytest.fixture
 async def theirs(office: Desk, store: LeaseStore) -> AsyncIterator[Asked]:
     """A lease of another agent, which lives on, whatever the test does."""
     other = await another(office)
     asked, _ = await other.issued("read")
     yield asked
     await lives(other, store, asked)
-
-
-async def lives(desk: Desk, store: LeaseStore, *leases: Asked) -> None:
-    for asked in leases:
-        assert (await store.look(asked.lease_id)).active
-        assert {record.claims.status for record in await desk.issued_records(asked.lease_id)} == {"active"}
 
 
 async def cause_of(desk: Desk, asked: Asked) -> EndCause:

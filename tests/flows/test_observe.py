@@ -200,7 +200,7 @@ async def week(
     monkeypatch.setenv("RINGFENCE_BACKENDS_ACCESS", json.dumps({"partner": secret_in(tmp_path, "s")}))
     upstream, port = Upstream(), free_port()
     async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         opened_desks(world) as first,
         world.running("issuer", "revoker", "audit", own={"audit": AuditSettings(linger_ms=10)}),
         gateway(world, observe=("hub",), listen=f"127.0.0.1:{port}", evaluation_timeout_ms=30_000) as proxy,

@@ -24,7 +24,7 @@ from tests.world import Party, World
 @pytest.fixture(scope="module")
 async def office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[World]:
     async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         world.running("registry", "policy", "audit"),
     ):
         await world.target("staging")

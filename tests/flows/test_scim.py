@@ -54,7 +54,7 @@ _numbers = itertools.count()
 async def shared(kafka: Kafka) -> AsyncIterator[Company]:
     """One endpoint for all tests that look at users of their own. It has both groups."""
     async with (
-        World.open(kafka.bootstrap, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, paced=kafka.embedded) as world,
         opened_company(world) as company,
     ):
         for group in GROUPS:
@@ -66,7 +66,7 @@ async def shared(kafka: Kafka) -> AsyncIterator[Company]:
 async def own(kafka: Kafka) -> AsyncIterator[Company]:
     """An endpoint of the test's own."""
     async with (
-        World.open(kafka.bootstrap, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, paced=kafka.embedded) as world,
         opened_company(world) as company,
     ):
         yield company
@@ -497,7 +497,7 @@ def _settings(company: Company) -> ScimSettings:
 
 async def test_another_delegation_counts_for_those_who_are_there(kafka: Kafka):
     async with (
-        World.open(kafka.bootstrap, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, paced=kafka.embedded) as world,
         opened_company(world, check_s=0.05) as company,
     ):
         await company.group("Leads")

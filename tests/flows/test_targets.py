@@ -87,7 +87,7 @@ async def yard(
         valkey_target("queue", folder) as queue,
         Gate(cache.address) as to_cache,
         Gate(queue.address) as to_queue,
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         opened_desks(world) as desk,
     ):
         targets, gates = {"cache": cache, "queue": queue}, {"cache": to_cache, "queue": to_queue}

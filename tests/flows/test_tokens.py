@@ -268,7 +268,7 @@ async def test_one_key_follows_another_and_nobody_is_refused_meanwhile(
     kafka: Kafka, redis_server: RedisServer
 ) -> None:
     async with (
-        World.open(kafka.bootstrap, redis_server.url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
         opened_desks(world) as office,
     ):
         first = world.folder / "keys" / "issuer-token.json"

@@ -32,7 +32,7 @@ def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
             Path(folder) / "state",
             trust_domain="acme.example",
             kafka=kafka.bootstrap,
-            embedded_broker=kafka.kind == "embedded",
+            embedded_broker=kafka.embedded,
             redis_url=redis_server.url,
             topic_prefix="stack",
             redis_prefix="stack",

@@ -74,7 +74,7 @@ async def consuming(kafka: Kafka, *topics: str, **options: Any) -> AsyncIterator
     consumer = AIOKafkaConsumer(
         *topics, bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest", **options
     )
-    if kafka.kind == "embedded":
+    if kafka.embedded:
         adapt_to_embedded_broker(consumer)
     await consumer.start()
     try:

@@ -50,7 +50,7 @@ async def settings(kafka: Kafka) -> ServiceSettings:
         kafka=kafka.bootstrap,
         topic_prefix=f"bus-{uuid.uuid4().hex[:8]}",
         partitions=2,
-        embedded_broker=kafka.kind == "embedded",
+        embedded_broker=kafka.embedded,
     )
     async with TopicsAdmin(made) as admin:
         assert len(await admin.apply()) == len(ALL)

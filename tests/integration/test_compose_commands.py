@@ -51,7 +51,7 @@ def prepared(
     options = StackOptions(
         tmp_path_factory.mktemp("compose"),
         kafka=kafka.bootstrap,
-        embedded_broker=kafka.kind == "embedded",
+        embedded_broker=kafka.embedded,
         redis_url=redis_server.url,
         topic_prefix=mark,
         redis_prefix=mark,
@@ -131,7 +131,7 @@ def test_a_stack_on_an_older_trust_folder_starts_a_service_that_is_younger(
     options = StackOptions(
         tmp_path,
         kafka=kafka.bootstrap,
-        embedded_broker=kafka.kind == "embedded",
+        embedded_broker=kafka.embedded,
         redis_url=redis_server.url,
         topic_prefix=mark,
         redis_prefix=mark,

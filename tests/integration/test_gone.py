@@ -28,7 +28,7 @@ async def settings(kafka: Kafka) -> ServiceSettings:
         kafka=kafka.bootstrap,
         topic_prefix=f"gone-{uuid.uuid4().hex[:8]}",
         partitions=1,
-        embedded_broker=kafka.kind == "embedded",
+        embedded_broker=kafka.embedded,
     )
     async with TopicsAdmin(made) as admin:
         await admin.apply()

@@ -32,7 +32,7 @@ def own_stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
     with tempfile.TemporaryDirectory(prefix="ringfence-kills-") as folder:
         mark = f"kills{random.randrange(10**6)}"
         options = StackOptions(
-            Path(folder) / "state", kafka=kafka.bootstrap, embedded_broker=kafka.kind == "embedded",
+            Path(folder) / "state", kafka=kafka.bootstrap, embedded_broker=kafka.embedded,
             redis_url=redis_server.url, topic_prefix=mark, redis_prefix=mark,
         )  # fmt: skip
         with Stack(options) as running:

@@ -300,7 +300,7 @@ async def test_services_on_a_cluster_rebuild_the_node_that_was_lost(
 ) -> None:
     more: Any = {"redis_shards": 16}
     async with (
-        World.open(kafka.bootstrap, settings.redis_url, paced=kafka.kind == "embedded") as world,
+        World.open(kafka.bootstrap, settings.redis_url, paced=kafka.embedded) as world,
         opened_desks(world) as first,
         world.running("issuer", "revoker", **more),
     ):

@@ -46,7 +46,7 @@ def own_stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
     with tempfile.TemporaryDirectory(prefix="ringfence-rotation-") as folder:
         mark = f"rotation{uuid.uuid4().hex[:8]}"
         options = StackOptions(
-            Path(folder) / "state", kafka=kafka.bootstrap, embedded_broker=kafka.kind == "embedded",
+            Path(folder) / "state", kafka=kafka.bootstrap, embedded_broker=kafka.embedded,
             redis_url=redis_server.url, topic_prefix=mark, redis_prefix=mark,
         )  # fmt: skip
         with Stack(options) as running:

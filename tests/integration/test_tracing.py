@@ -71,7 +71,7 @@ def traced_stack(kafka: Kafka, redis_server: RedisServer, collector: Collector) 
         options = StackOptions(
             Path(folder) / "s",
             kafka=kafka.bootstrap,
-            embedded_broker=kafka.kind == "embedded",
+            embedded_broker=kafka.embedded,
             redis_url=redis_server.url,
             topic_prefix="traced",
             redis_prefix="traced",
