@@ -23,7 +23,8 @@ from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import COMMANDS
 from ringfence.messages.topics import ALL, AUDITED
 from ringfence.model.chains import COMMAND_OF_TYP
-from tests.audit_office import Office, every_record, steps
+from tests.audit_office import Office, steps
+from tests.audit_records import every_record
 
 NOT_READ: dict[str, str] = {
     "heartbeat": "one a second and service says that all is as it was; who misses one, or finds another table in it, "

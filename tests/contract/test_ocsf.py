@@ -26,7 +26,8 @@ from ringfence.messages.audit import OCSF_VERSION, AuditEvent
 from ringfence.messages.registry import COMMANDS
 from ringfence.messages.topics import ALL
 from ringfence.model.audit_chain import Source
-from tests.audit_office import Office, every_record, steps
+from tests.audit_office import Office, steps
+from tests.audit_records import every_record
 from tests.ocsf import LATER_VERSION, problems
 from tests.trail import TOKEN
 

@@ -61,7 +61,8 @@ from ringfence.messages.topics import (
     USER,
 )
 from ringfence.model.audit_chain import Source
-from tests.audit_office import TRACE_ID, Office, steps, unbelievable
+from tests.audit_office import TRACE_ID, Office, steps
+from tests.audit_records import unbelievable
 
 
 @pytest.fixture
