@@ -43,7 +43,7 @@ from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
-from ringfence.model.scope import parse_glob
+from ringfence.model.globs import parse_glob
 from tests import postgres, ssh
 from tests.backends.gated import SECRET, Gated
 from tests.postgres import PostgresTarget

@@ -19,7 +19,8 @@ from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.jws import LEEWAY_S
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.permission import PERMISSION_TYPE, Permission, Scope
-from ringfence.model.scope import ScopeError, missing, parse_name
+from ringfence.model.globs import ScopeError, parse_name
+from ringfence.model.scope import missing
 
 TOKEN_TYPE: Final = "at+jwt"  # noqa: S105 - a media type
 """The `typ` of an access token (RFC 9068, 2.1)."""

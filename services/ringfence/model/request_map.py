@@ -16,6 +16,7 @@ from urllib.parse import unquote_to_bytes
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.strict_json import json_object
 from ringfence.messages.registry import RequestRule
+from ringfence.model.globs import ScopeError, parse_glob, parse_name
 from ringfence.model.mcp import McpMessage, McpMessageError, read_message
 from ringfence.model.mcp_rules import (
     ARGUMENT,
@@ -27,7 +28,6 @@ from ringfence.model.mcp_rules import (
     check_segments,
     takes_arguments,
 )
-from ringfence.model.scope import ScopeError, parse_glob, parse_name
 
 MAX_TARGET_CHARS: Final = 8192
 MAX_BODY_BYTES: Final = 1024 * 1024

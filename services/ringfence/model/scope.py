@@ -1,379 +1,24 @@
-"""Scopes: the grammar of resource globs, and exact comparison of one scope with another.
-
-A *name* is the name of one resource at a target: segments separated by `/`, for example
-`env/staging/deploy`. A *glob* stands for a set of names:
-
-    *     any run of characters inside one segment, also an empty one
-    **    only as a whole segment: any number of whole segments, also none, so `a/**` contains `a`
-    else  itself, code point by code point; case matters
-
-Text outside this grammar is refused, never repaired, and accepted text is its own canonical form: the
-characters that a human signed are the characters that are compared. A name is a glob without wildcards, so
-both have one grammar. Refused are:
-
-- an empty text, a leading, trailing or double `/`, and the segments `.` and `..`. No such names exist, so no
-  wildcard stands for them either: `*` is every segment except `.` and `..`;
-- `***`, `**` as a part of a segment, and `**/**` (it is `**`);
-- `%` (names are compared decoded: a percent sign means that somebody did not decode), `\\`, `?`, `[`, `]`,
-  `{`, `}` (wildcards or escapes in other glob dialects), `#` and `;` (they end a path, or a segment of one,
-  for readers of URLs);
-- text that is not in Unicode NFC, or that NFKC would change: fullwidth, ligature and superscript forms,
-  `U+2024 ONE DOT LEADER` and the like are a second spelling of something else;
-- signs that look like `/`, `*`, `.` or a refused one without being it (`U+2215 DIVISION SLASH`), and
-  characters that are invisible: control, format, surrogate, private-use, unassigned, default-ignorable, and
-  any white space except U+0020, which in turn may not begin or end a segment;
-- a combining mark at the start of a segment or after a wildcard, where it would join what it does not belong
-  to;
-- more than 512 characters or 8 wildcards.
-
-Letters of other scripts that resemble Latin ones (Cyrillic `а`) are letters and are accepted. They never
-compare equal; whoever shows a scope to a human has to make them visible.
-"""
+"""Scopes: what is one, what one lacks of another, and what two share. How resources are spelled is in `globs`."""
 
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import islice, product
 from typing import Final
 
-from ringfence.kernel.errors import RingfenceError
 from ringfence.messages.permission import Permission, Scope
+from ringfence.model.glob_meeting import meet, without_contained
+from ringfence.model.globs import ScopeError as ScopeError
+from ringfence.model.globs import is_glob, parse_glob, quoted, within
 
-MAX_GLOB_CHARS: Final = 512
-MAX_WILDCARDS: Final = 8
 MAX_PAIRS: Final = 4096
 """The most verb-resource pairs in one scope, so that comparing it is bounded work."""
-STEP_LIMIT: Final = 4096
-"""The most states that one inclusion check visits; beyond, its answer is False."""
-
-# Limits of `intersect`, which only informs: what lies beyond them is left out of what it shows.
 _MEET_PAIRS: Final = 16384
-_MEET_CELLS: Final = 4096
-_MEET_GLOBS: Final = 32
-_TIDY_GLOBS: Final = 64
-
-_REFUSED: Final = {
-    "%": "names are compared decoded: decode it",
-    "\\": "separate segments with '/'",
-    "?": "'*' is the only wildcard inside a segment",
-    "[": "'*' is the only wildcard inside a segment",
-    "]": "'*' is the only wildcard inside a segment",
-    "{": "write one glob for each alternative",
-    "}": "write one glob for each alternative",
-    "#": "readers of URLs cut a name there: use another name",
-    ";": "readers of URLs cut a segment there: use another name",
-}
-_PLAIN: Final = re.compile(r"[ -~]*")
-_REFUSED_ASCII: Final = re.compile(r"[%\\?\[\]{}#;]")
+"""The most pairs of globs that `intersect`, which only informs, looks at; what lies beyond is left out."""
 _TARGET_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _VERB: Final = re.compile(r"[a-z][a-z0-9_.:-]{0,63}")
-
-# Signs, not letters, that a human would read as a sign of the grammar and that NFKC leaves alone (compare the
-# confusables of UTS 39). The list serves the reader only: comparison is by code point and needs no such help.
-_LOOKALIKES: Final = frozenset(
-    "\u1735\u2041\u2044\u2215\u2571\u27cb\u29f8\u2cc6"  # /
-    "\u066d\u204e\u2217\u2731\U0001031f"  # *
-    "\u06d4\u0701\u0702\ua4f8\ua60e\U00010a50"  # .
-    "\u2216\u2572\u27cd\u29f5\u29f9"  # \
-    "\u0609\u060a\u066a\u2030\u2031\u2052"  # %
-    "\u037e\u061b\u204f\u266f"  # ; and #
-)
-# Invisible although their category says letter, mark or symbol: Default_Ignorable_Code_Point of UAX 44, and
-# the empty Braille pattern, U+2800.
-_INVISIBLE: Final = frozenset(
-    [
-        *(0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0),
-        *range(0x180B, 0x1810),
-        *range(0xFE00, 0xFE10),
-        *range(0xE0100, 0xE01F0),
-    ]
-)
-_REFUSED_CATEGORIES: Final = frozenset(["Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"])
-
-
-class ScopeError(RingfenceError):
-    """A glob, verb, target id or scope is outside the grammar. The message says where, and what to write
-    instead."""
-
-    code = "scope_invalid"
-
-
-@dataclass(frozen=True, slots=True)
-class Glob:
-    """One resource glob that obeys the grammar; making one from any other text raises `ScopeError`."""
-
-    text: str
-    segments: tuple[str, ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "segments", _segments(self.text))
-
-    def __str__(self) -> str:
-        return self.text
-
-    @property
-    def is_name(self) -> bool:
-        """True if it has no wildcard, and so stands for one name: itself."""
-        return "*" not in self.text
-
-    def reaches(self, depth: int) -> bool:
-        """Whether it can stand for a name of so many segments."""
-        loops = self.segments.count("**")
-        fixed = len(self.segments) - loops
-        return depth == fixed if not loops else depth >= fixed
-
-    def matches(self, name: str) -> bool:
-        """Whether `name` is one of the names that this glob stands for. What is not a legal name never is."""
-        try:
-            return is_within(parse_name(name), (self,))
-        except ScopeError:
-            return False
-
-
-@lru_cache(maxsize=4096)
-def parse_glob(text: str) -> Glob:
-    """The glob that `text` spells. Raises `ScopeError` if it is outside the grammar."""
-    return Glob(text)
-
-
-def parse_name(text: str) -> Glob:
-    """Like `parse_glob` for the name of one resource: raises `ScopeError` for wildcards too."""
-    glob = parse_glob(text)
-    if not glob.is_name:
-        raise ScopeError(
-            f"{_show(text)} has a wildcard where one name is needed: write the resource's full name"
-        )
-    return glob
-
-
-def _segments(text: str) -> tuple[str, ...]:
-    if not text:
-        raise ScopeError("a resource is empty: write a name, or '**' for every resource of the target")
-    if len(text) > MAX_GLOB_CHARS:
-        raise ScopeError(
-            f"{_show(text)} is {len(text)} characters long: write at most {MAX_GLOB_CHARS}, or a wildcard"
-        )
-    _check_characters(text)
-    segments = tuple(text.split("/"))
-    before = ""
-    for segment in segments:
-        _check_segment(text, segment)
-        if segment == before == "**":
-            raise ScopeError(f"{_show(text)} has '**/**': write '**', which is the same")
-        before = segment
-    wildcards = text.count("*") - text.count("**")
-    if wildcards > MAX_WILDCARDS:
-        raise ScopeError(f"{_show(text)} has {wildcards} wildcards: write at most {MAX_WILDCARDS}")
-    return segments
-
-
-def _check_segment(text: str, segment: str) -> None:
-    if not segment:
-        raise ScopeError(f"{_show(text)} has an empty segment: remove the leading, trailing or double '/'")
-    if segment in (".", ".."):
-        raise ScopeError(f"{_show(text)} has the segment {segment!r}: write the name that it leads to")
-    if "**" in segment and segment != "**":
-        raise ScopeError(
-            f"{_show(text)} has '**' in the segment {_show(segment)}: '**' must be a whole segment"
-        )
-    if segment[0] == " " or segment[-1] == " ":
-        raise ScopeError(f"{_show(text)} has a space at the start or end of a segment: remove it")
-
-
-def _check_characters(text: str) -> None:
-    if found := _REFUSED_ASCII.search(text):
-        raise ScopeError(f"{_show(text)} has {found[0]!r}: {_REFUSED[found[0]]}")
-    if _PLAIN.fullmatch(text):
-        return
-    for character in text:
-        code = ord(character)
-        if character == " " or (code < 0x7F and code > 0x20):
-            continue
-        if unicodedata.category(character) in _REFUSED_CATEGORIES or code in _INVISIBLE:
-            raise ScopeError(
-                f"{_show(text)} has the invisible or unassigned character U+{code:04X}: remove it"
-            )
-        if character in _LOOKALIKES:
-            raise ScopeError(
-                f"{_show(text)} has U+{code:04X}, which only looks like a sign of the grammar: replace it"
-            )
-    if not unicodedata.is_normalized("NFC", text):
-        raise ScopeError(f"{_show(text)} is not in Unicode NFC: normalise it before it is signed")
-    if not unicodedata.is_normalized("NFKC", text):
-        raise ScopeError(
-            f"{_show(text)} has a Unicode compatibility form: write {_show(_nfkc(text))} if that is meant"
-        )
-    before = "/"
-    for character in text:
-        if before in "/*" and unicodedata.category(character)[0] == "M":
-            raise ScopeError(
-                f"{_show(text)} has the combining mark U+{ord(character):04X} after no letter: remove it"
-            )
-        before = character
-
-
-def _nfkc(text: str) -> str:
-    return unicodedata.normalize("NFKC", text)
-
-
-def _show(text: str) -> str:
-    # ascii(): what a message quotes must not be able to hide or reorder anything in a terminal or a log.
-    return ascii(text if len(text) <= 80 else text[:77] + "...")
-
-
-# Inclusion --------------------------------------------------------------------------------------------------
-#
-# Is every name of the glob P a name of one of the globs Q1..Qn? Let x be a character that no Q and no P
-# contains, and call a word of P *generic* if each `*` in it was replaced by one x and each `**` by some
-# number of segments `x`.
-#
-#   P is within the union of the Qi  <=>  every generic word of P is.
-#
-# "=>" holds because generic words are names of P (x makes no segment empty, `.` or `..`). "<=": take a name
-# of P, and the generic word with as many segments for each `**`. Some Qi accepts it. No literal character of
-# Qi is x, so each x stands under a wildcard of Qi, and each segment that is only x under `**` or under a
-# segment `*`. A wildcard that accepts x accepts any run of characters in its place, `**` and `*` accept any
-# legal segment for a segment x: Qi accepts the name too.
-#
-# So segments can be treated as the letters of an alphabet: P is a chain of letters with a loop of the letter
-# x for each `**`, and the Qi together are a chain automaton whose states are the bits of an integer. The
-# search below walks P together with the *set* of states that the Qi can be in (the subset construction, made
-# on the fly); P is not within them exactly if it reaches P's end with a set that has no final state.
-#
-# In code the x of a segment is its `*` itself, which indeed is in no literal piece of any glob.
-#
-# The empty name is the one word that is not legal, and only a lone `**` could stand for it: there it reads as
-# `*/**`.
-
-
-@dataclass(frozen=True, slots=True)
-class _Union:
-    """Several globs as one automaton over segments, each with a bit per segment and one for its end."""
-
-    start: int
-    final: int
-    loops: int
-    """The states at a `**`."""
-    whatever_follows: int
-    """The states at a `**` that ends its glob: in one of them, nothing that follows can leave the union."""
-    any_segment: int
-    """The states whose segment is `*`."""
-    literal: dict[str, int]
-    """The states by the literal segment that they want."""
-    partial: tuple[tuple[tuple[str, ...], int], ...]
-    """For each other segment with wildcards: its pieces between them, and the states that want it."""
-
-    def accepting(self, segment: str) -> int:
-        """The states whose segment accepts the generic word of `segment`."""
-        states = self.any_segment | self.literal.get(segment, 0)
-        for pieces, mask in self.partial:
-            if _accepts(pieces, segment):
-                states |= mask
-        return states
-
-    def close(self, states: int) -> int:
-        """`states`, and those reached by letting a `**` stand for no (further) segment. No two `**` are
-        neighbours."""
-        return states | (states & self.loops) << 1
-
-
-@lru_cache(maxsize=1024)
-def _union(texts: tuple[str, ...]) -> _Union:
-    start = final = loops = whatever_follows = any_segment = 0
-    literal: dict[str, int] = {}
-    partial: dict[str, int] = {}
-    bit = 1
-    for text in texts:
-        start |= bit
-        for segment in parse_glob(text).segments:
-            if segment == "**":
-                loops |= bit
-            elif segment == "*":
-                any_segment |= bit
-            elif "*" in segment:
-                partial[segment] = partial.get(segment, 0) | bit
-            else:
-                literal[segment] = literal.get(segment, 0) | bit
-            bit <<= 1
-        if loops & bit >> 1:
-            whatever_follows |= bit >> 1
-        final |= bit
-        bit <<= 1
-    pieces = tuple((tuple(segment.split("*")), mask) for segment, mask in partial.items())
-    return _Union(start, final, loops, whatever_follows, any_segment, literal, pieces)
-
-
-def _accepts(pieces: tuple[str, ...], segment: str) -> bool:
-    """Whether `segment` is the pieces (two or more) in order with any runs between. Leftmost first is exact."""
-    head, tail = pieces[0], pieces[-1]
-    at, end = len(head), len(segment) - len(tail)
-    if end < at or not (segment.startswith(head) and segment.endswith(tail)):
-        return False
-    for piece in pieces[1:-1]:
-        at = segment.find(piece, at, end)
-        if at < 0:
-            return False
-        at += len(piece)
-    return True
-
-
-def _search(text: str, texts: tuple[str, ...]) -> tuple[bool, int]:
-    """Whether the glob `text` is within the union of `texts`, and how many states it took to tell."""
-    union = _union(texts)
-    segments = parse_glob(text).segments
-    if segments == ("**",):
-        segments = ("*", "**")
-    end = len(segments)
-    moves = [union.any_segment if segment == "**" else union.accepting(segment) for segment in segments]
-    first = (0, union.close(union.start))
-    seen = {first}
-    todo = [first]
-    steps = 0
-    while todo:
-        steps += 1
-        if steps > STEP_LIMIT:
-            return False, steps
-        at, states = todo.pop()
-        if states & union.whatever_follows:
-            continue
-        if at == end:
-            if not states & union.final:
-                return False, steps
-            continue
-        moved = union.close((states & moves[at]) << 1 | states & union.loops)
-        following = [(at + 1, moved)]
-        if segments[at] == "**":
-            following = [(at, moved), (at + 1, states)]
-        for state in following:
-            if not state[1]:
-                # The union is left behind, and what remains of `text` can always be completed to a name.
-                return False, steps
-            if state not in seen:
-                seen.add(state)
-                todo.append(state)
-    return True, steps
-
-
-@lru_cache(maxsize=16384)
-def _within(text: str, texts: tuple[str, ...]) -> bool:
-    """`is_within` on texts, whose hashes Python keeps. All must obey the grammar."""
-    return text in texts or "**" in texts or (bool(texts) and _search(text, texts)[0])
-
-
-def is_within(glob: Glob, globs: tuple[Glob, ...]) -> bool:
-    """Whether every name of `glob` is a name of at least one of `globs`.
-
-    Exact, with one exception: after `STEP_LIMIT` states the answer is False, which denies. Globs that someone
-    would write take a few dozen at most.
-    """
-    return _within(glob.text, tuple([other.text for other in globs]))
-
-
-# Scopes -----------------------------------------------------------------------------------------------------
 
 
 def validate_scope(scope: Scope, *, allow_empty: bool = False) -> None:
@@ -385,13 +30,13 @@ def validate_scope(scope: Scope, *, allow_empty: bool = False) -> None:
     if not scope and not allow_empty:
         raise ScopeError("the scope is empty: name at least one permission")
     for number, permission in enumerate(scope, start=1):
-        where = f"permission {number} (target {_show(permission.target)})"
+        where = f"permission {number} (target {quoted(permission.target)})"
         if not _TARGET_ID.fullmatch(permission.target):
             raise ScopeError(
                 f"{where}: a target id is 1 to 63 of a-z, 0-9 and '-', and no wildcard: correct it"
             )
         if permission.model_extra:
-            extra = ", ".join(_show(name) for name in sorted(permission.model_extra))
+            extra = ", ".join(quoted(name) for name in sorted(permission.model_extra))
             raise ScopeError(
                 f"{where}: unknown field {extra}, which may limit the permission: remove it or upgrade"
             )
@@ -400,7 +45,7 @@ def validate_scope(scope: Scope, *, allow_empty: bool = False) -> None:
         for verb in permission.verbs:
             if not _VERB.fullmatch(verb):
                 raise ScopeError(
-                    f"{where}: the verb {_show(verb)} is not 1 to 64 of a-z, 0-9 and '_.:-' after a letter, "
+                    f"{where}: the verb {quoted(verb)} is not 1 to 64 of a-z, 0-9 and '_.:-' after a letter, "
                     "without wildcards: name each verb as the target declares it"
                 )
         for resource in permission.resources:
@@ -450,8 +95,8 @@ def _missing_of(permission: Permission, allowed: Scope) -> Iterable[Permission]:
 @lru_cache(maxsize=4096)
 def _lack(wanted: tuple[str, ...], granted: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
     """The globs of `wanted` that are not within all of `granted` together."""
-    globs = tuple(text for texts in granted for text in texts if _is_glob(text))
-    return tuple(text for text in dict.fromkeys(wanted) if not (_is_glob(text) and _within(text, globs)))
+    globs = tuple(text for texts in granted for text in texts if is_glob(text))
+    return tuple(text for text in dict.fromkeys(wanted) if not (is_glob(text) and within(text, globs)))
 
 
 def _is_plain(permission: Permission) -> bool:
@@ -473,18 +118,6 @@ def _is_verb(text: str) -> bool:
     return _VERB.fullmatch(text) is not None
 
 
-@lru_cache(maxsize=16384)
-def _is_glob(text: str) -> bool:
-    try:
-        parse_glob(text)
-    except ScopeError:
-        return False
-    return True
-
-
-# Intersection -----------------------------------------------------------------------------------------------
-
-
 def intersect(a: Scope, b: Scope) -> Scope:
     """The permissions that both scopes hold, for showing what will be possible before anything runs.
 
@@ -504,106 +137,16 @@ def intersect(a: Scope, b: Scope) -> Scope:
             verbs = [verb for verb in one.verbs if verb in other.verbs and _VERB.fullmatch(verb)]
             if not verbs:
                 continue
-            both = product(filter(_is_glob, one.resources), filter(_is_glob, other.resources))
-            texts = [text for left, right in islice(both, pairs) for text in _meet(left, right)]
+            both = product(filter(is_glob, one.resources), filter(is_glob, other.resources))
+            texts = [text for left, right in islice(both, pairs) for text in meet(left, right)]
             pairs = max(0, pairs - len(one.resources) * len(other.resources))
             for verb in verbs:
                 shared.setdefault((one.target, verb), {}).update(dict.fromkeys(texts))
     groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (target, verb), found in sorted(shared.items()):
         if found:
-            groups.setdefault((target, _tidy(tuple(sorted(found)))), []).append(verb)
+            groups.setdefault((target, without_contained(tuple(sorted(found)))), []).append(verb)
     return tuple(
         Permission.model_construct(target=target, verbs=tuple(verbs), resources=resources)
         for (target, resources), verbs in sorted(groups.items(), key=lambda group: (group[0][0], group[1]))
     )
-
-
-_Tokens = tuple[str, ...]
-_Cell = tuple[int, int]
-
-
-@lru_cache(maxsize=4096)
-def _meet(left: str, right: str) -> tuple[str, ...]:
-    """Globs that together stand for the names that two globs share."""
-    if _within(left, (right,)):
-        return (left,)
-    if _within(right, (left,)):
-        return (right,)
-    found = _meet_tokens(parse_glob(left).segments, parse_glob(right).segments, "**", _meet_segments)
-    # What breaks the grammar is no name at all (`.`) or too long to be written down: left out either way.
-    return _tidy(tuple(sorted(filter(_is_glob, map("/".join, found)))))
-
-
-@lru_cache(maxsize=4096)
-def _meet_segments(left: str, right: str) -> tuple[str, ...]:
-    if left == right or right == "*":
-        return (left,)
-    if left == "*":
-        return (right,)
-    if "*" not in left:
-        return (left,) if "*" in right and _accepts(tuple(right.split("*")), left) else ()
-    if "*" not in right:
-        return _meet_segments(right, left)
-    found = _meet_tokens(left, right, "*", lambda one, other: (one,) if one == other else ())
-    return tuple(sorted(map("".join, found)))
-
-
-def _meet_tokens(
-    left: Sequence[str], right: Sequence[str], loop: str, both: Callable[[str, str], Iterable[str]]
-) -> set[_Tokens]:
-    """The token sequences that two patterns share, `loop` being the token that stands for any run of tokens.
-
-    A path through the product of the two chains loops only where both stand at `loop`, so the paths are
-    finitely many and each is again a pattern. `both` gives what two other tokens share. Beyond the limits the
-    result is a part of it.
-    """
-
-    def ways(i: int, j: int) -> list[tuple[_Tokens, _Cell]]:
-        """The tokens that may come next (none where a loop ends), and the cell that each leads to."""
-        left_loops = i < len(left) and left[i] == loop
-        right_loops = j < len(right) and right[j] == loop
-        if left_loops and right_loops:
-            return [((loop,), (i + 1, j)), ((loop,), (i, j + 1))]
-        if left_loops:
-            absorbed: list[tuple[_Tokens, _Cell]] = [((right[j],), (i, j + 1))] if j < len(right) else []
-            return [*absorbed, ((), (i + 1, j))]
-        if right_loops:
-            absorbed = [((left[i],), (i + 1, j))] if i < len(left) else []
-            return [*absorbed, ((), (i, j + 1))]
-        if i < len(left) and j < len(right):
-            return [((token,), (i + 1, j + 1)) for token in both(left[i], right[j])]
-        return []
-
-    reached: dict[_Cell, list[tuple[_Tokens, _Cell]]] = {}
-    todo = [(0, 0)]
-    while todo:
-        cell = todo.pop()
-        if cell in reached:
-            continue
-        if len(reached) >= _MEET_CELLS:
-            break
-        reached[cell] = ways(*cell)
-        todo.extend(following for _, following in reached[cell])
-    end = (len(left), len(right))
-    shared: dict[_Cell, set[_Tokens]] = {}
-    # Every way leads to a cell further down or right: from the end backwards, what follows is known.
-    for cell in sorted(reached, key=sum, reverse=True):
-        found: set[_Tokens] = {()} if cell == end else set()
-        for tokens, following in reached[cell]:
-            found.update(tokens + rest for rest in shared.get(following, ()))
-        shared[cell] = found if len(found) <= _MEET_GLOBS else set(sorted(found)[:_MEET_GLOBS])
-    return shared.get((0, 0), set())
-
-
-@lru_cache(maxsize=4096)
-def _tidy(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """The same names without the globs that the others contain; of very many, only names are dropped."""
-    wild = tuple(text for text in texts if "*" in text)
-    kept = [text for text in texts if "*" in text or not _within(text, wild)]
-    if len(wild) <= _TIDY_GLOBS:
-        for text in sorted(wild, key=len, reverse=True):
-            others = tuple(other for other in kept if other != text)
-            if _within(text, others):
-                kept.remove(text)
-    return tuple(kept)
