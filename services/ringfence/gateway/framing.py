@@ -31,10 +31,6 @@ class Body:
         """
         return b""
 
-    def at_end(self) -> bool:
-        """Whether the body is complete where the connection ended here."""
-        return self.done
-
 
 class SizedBody(Body):
     """As many bytes as `Content-Length` says."""
@@ -153,9 +149,6 @@ class UntilClosed(Body):
         piece = bytes(buffer)
         buffer.clear()
         return piece
-
-    def at_end(self) -> bool:
-        return True
 
 
 def request_body(head: RequestHead) -> Body:

@@ -9,7 +9,6 @@ from typing import Any
 from ringfence.kernel.ids import digest
 from ringfence.messages.instances import AttestationSelector
 
-MAX_SELECTORS = 32
 _IDENTIFYING = ("sub", "repository", "repository_id", "/kubernetes.io/serviceaccount/uid")
 """Claims that name one workload, or one project, among all those of an issuer."""
 _LONGEST_VALUE = 2048

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from ringfence.kernel.clock import CarriedOn, Clock
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.keys import PublicKey, valid_key
 from ringfence.kernel.trust import TrustStore
@@ -413,12 +413,6 @@ class Directory:
         if not oldest_ms:
             return f"the local table of {name} was never what the registry says that it is"
         return f"the local table of {name} was last confirmed by the registry {age_ms} ms ago"
-
-    def require_fresh(self) -> None:
-        """Raises UnavailableError where the table is stale."""
-        reason = self.stale()
-        if reason:
-            raise UnavailableError(f"{reason}; denied until a heartbeat matches", code="stale_view")
 
     def digests(self) -> tuple[PartitionDigest, ...]:
         """What the registry's heartbeat says of its tables."""

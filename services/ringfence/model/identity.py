@@ -7,7 +7,6 @@ from typing import Literal
 Kind = Literal["user", "agent", "target", "task", "service"]
 SubjectKind = Literal["user", "agent", "target", "task"]
 """What the registry keeps records of."""
-SUBJECT_KINDS: tuple[Kind, ...] = ("user", "agent", "target", "task", "service")
 
 
 def spiffe_id(trust_domain: str, kind: Kind, id: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from typing import BinaryIO, Final, Literal, Protocol, get_args
+from typing import BinaryIO, Final, Literal, Protocol
 
 import orjson
 
@@ -13,7 +13,6 @@ from ringfence.client.exports.columns import COLUMNS, Cell, row_of
 from ringfence.client.exports.ecs import ecs_of
 
 Format = Literal["ocsf", "ecs", "csv", "parquet"]
-FORMATS: Final[tuple[Format, ...]] = get_args(Format)
 
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 """What a spreadsheet takes a cell for a formula by (OWASP, CSV Injection)."""
