@@ -11,7 +11,7 @@ import pytest
 
 from ringfence.kernel.ids import digest, message_id
 from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import to_json
+from ringfence.kernel.kafka import Received, to_json
 from ringfence.kernel.trace import trace_id
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
@@ -109,7 +109,10 @@ async def test_one_request_is_one_trace(world: World):
         )
         await acknowledged
         id = message_id(claims.iss, claims.jti)
-        about = lambda r: office.opened(r).request_id == id  # noqa: E731
+
+        def about(record: Received) -> bool:
+            return office.opened(record).request_id == id
+
         record = await world.consume_until(CREDENTIAL_DECISION, about)
         asked = await world.consume_until(APPROVAL_REQUEST, lambda r: json_of(r)["request_id"] == id)
         await office.approve(ApprovalRequest.model_validate_json(asked.value), office.sam)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ringfence.kernel import jws
 from ringfence.kernel.errors import InvalidMessageError, SignatureError
-from ringfence.kernel.jws import MAX_LIFE_S, ExpiredError, open_signed, parse, sign
+from ringfence.kernel.jws import MAX_LIFE_S, ExpiredError, kid_of, open_signed, parse, sign
 from ringfence.kernel.keys import PublicKey, SigningKey, b64decode, b64encode, public_key
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.registry import UserDisable
@@ -155,6 +155,13 @@ def test_garbage_is_no_jws(text: str) -> None:
 def test_deeply_nested_json_in_the_header_is_refused() -> None:
     with pytest.raises(InvalidMessageError):
         parse(f"{b64encode(b'[' * 100_000)}.e30.YQ")
+
+
+def test_the_key_that_a_message_names_is_told_by_its_header_alone(key: SigningKey) -> None:
+    assert kid_of(sign(command(key), key)) == key.kid
+    for none in ("", "a.b.c", "eyJ9.e30.YQ", "e30.e30.YQ"):
+        with pytest.raises(InvalidMessageError):
+            kid_of(none)
 
 
 @pytest.mark.parametrize(("nbf", "counts"), [(NOW_S, True), (NOW_S + 3600, False), ("soon", False)])

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -196,7 +197,7 @@ class Stack:
     def wait_ready(self, roles: Sequence[ServiceRole] | None = None) -> None:
         """Return when these services (all where None) are ready. Raises StackError."""
         for role in roles or self.options.services:
-            self._children[role].wait_until(lambda role=role: self._ready(role), READY_WITHIN_S, "was ready")  # type: ignore[misc]
+            self._children[role].wait_until(partial(self._ready, role), READY_WITHIN_S, "was ready")
 
     def _ready(self, role: ServiceRole) -> bool:
         try:

@@ -154,6 +154,17 @@ def _decoded_header(segment: str) -> _Header:
 _remembered_header = lru_cache(maxsize=4096)(_decoded_header)
 
 
+def kid_of(compact: str) -> str:
+    """The `kid` of a JWS that was verified before, without taking it apart once more.
+
+    Raises InvalidMessageError where its header is none.
+    """
+    try:
+        return _header(compact.partition(".")[0]).kid
+    except (ValueError, RecursionError):
+        raise InvalidMessageError("not a JWS in compact serialisation", code="not_a_jws") from None
+
+
 def parse(compact: str | bytes) -> UnverifiedJws:
     """Take a compact JWS apart. Raises InvalidMessageError where it is none, or is over 512 KiB."""
     if len(compact) > MAX_JWS_BYTES:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.jws import kid_of
 from ringfence.messages.credential import CredentialDecision
-from ringfence.policy.signers import kid_of
 
 MAX_KEYS: Final = 32
 """So many keys are remembered of an agent; beyond, the one that was seen longest ago is forgotten."""

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import Consumer, gather_all
@@ -152,10 +153,7 @@ class Delivery:
         events = await self._events(batch)
         if self._pusher is not None:
             pusher = self._pusher
-            await gather_all(
-                pusher.deliver(one, lambda one=one: self.signed(one))  # type: ignore[misc]
-                for one in events.values()
-            )
+            await gather_all(pusher.deliver(one, partial(self.signed, one)) for one in events.values())
         elif events:
             await self.window.hand_over(events, lambda: self.here)
         self._remember(events)

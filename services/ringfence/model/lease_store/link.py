@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
@@ -262,10 +263,7 @@ class Link:
             return {"": lambda: cast(Redis, self._address.client(None))}
         with contextlib.suppress(RedisError, OSError):
             await self._client.initialize()
-        return {
-            node.name: lambda node=node: self._address.node_client(node)  # type: ignore[misc]
-            for node in self._client.get_primaries()
-        }
+        return {node.name: partial(self._address.node_client, node) for node in self._client.get_primaries()}
 
     # --- the rest ---
 
