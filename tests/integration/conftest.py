@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from ringfence.dev.stack import Stack, StackOptions
+from ringfence.kernel.kafka import Publisher
+from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.topics_admin import TopicsAdmin
+from ringfence.messages.topics import ALL
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.stack import Realm, realm_in
@@ -45,4 +50,31 @@ def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
 async def realm(stack: Stack) -> AsyncIterator[Realm]:
     """A small organisation of this test's own."""
     async with realm_in(stack) as made:
+        yield made
+
+
+@pytest.fixture
+def partitions() -> int:
+    """How many the topics of `settings` have."""
+    return 2
+
+
+@pytest.fixture
+async def settings(kafka: Kafka, partitions: int) -> ServiceSettings:
+    """Of a service that no other part of Ringfence is beside: its topics are made, and the test's own."""
+    made = ServiceSettings(
+        kafka=kafka.bootstrap,
+        topic_prefix=f"test-{uuid.uuid4().hex[:8]}",
+        partitions=partitions,
+        embedded_broker=kafka.embedded,
+    )
+    async with TopicsAdmin(made) as admin:
+        assert len(await admin.apply()) == len(ALL)
+    return made
+
+
+@pytest.fixture
+async def publisher(settings: ServiceSettings) -> AsyncIterator[Publisher]:
+    """Writes to the topics of `settings`."""
+    async with Publisher(settings, "spiffe://acme.example/service/test") as made:
         yield made

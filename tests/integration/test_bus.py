@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,28 +38,8 @@ from ringfence.messages.topics import (
     HEARTBEAT,
     LEASE,
 )
-from tests.conftest import Kafka
 
 WITHIN_S = 60
-
-
-@pytest.fixture
-async def settings(kafka: Kafka) -> ServiceSettings:
-    made = ServiceSettings(
-        kafka=kafka.bootstrap,
-        topic_prefix=f"bus-{uuid.uuid4().hex[:8]}",
-        partitions=2,
-        embedded_broker=kafka.embedded,
-    )
-    async with TopicsAdmin(made) as admin:
-        assert len(await admin.apply()) == len(ALL)
-    return made
-
-
-@pytest.fixture
-async def publisher(settings: ServiceSettings) -> AsyncIterator[Publisher]:
-    async with Publisher(settings, "spiffe://acme.example/service/test") as made:
-        yield made
 
 
 async def send(publisher: Publisher, *values: str, key: str = "bot") -> None:

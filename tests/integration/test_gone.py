@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
@@ -15,30 +14,14 @@ from ringfence.kernel.bus import Consumer
 from ringfence.kernel.gone import Gone
 from ringfence.kernel.kafka import Follower, Publisher, Received
 from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.topics_admin import TopicsAdmin
 from ringfence.messages.topics import CREDENTIAL_REQUEST
-from tests.conftest import Kafka
 
 WITHIN_S = 60
 
 
 @pytest.fixture
-async def settings(kafka: Kafka) -> ServiceSettings:
-    made = ServiceSettings(
-        kafka=kafka.bootstrap,
-        topic_prefix=f"gone-{uuid.uuid4().hex[:8]}",
-        partitions=1,
-        embedded_broker=kafka.embedded,
-    )
-    async with TopicsAdmin(made) as admin:
-        await admin.apply()
-    return made
-
-
-@pytest.fixture
-async def publisher(settings: ServiceSettings) -> AsyncIterator[Publisher]:
-    async with Publisher(settings, "spiffe://acme.example/service/test") as made:
-        yield made
+def partitions() -> int:
+    return 1
 
 
 async def send(publisher: Publisher, *values: str) -> None:

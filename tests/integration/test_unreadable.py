@@ -31,19 +31,6 @@ NOBODYS = b"\xff\xfe"
 
 
 @pytest.fixture
-async def settings(kafka: Kafka) -> ServiceSettings:
-    made = ServiceSettings(
-        kafka=kafka.bootstrap,
-        topic_prefix=f"unreadable-{uuid.uuid4().hex[:8]}",
-        partitions=2,
-        embedded_broker=kafka.embedded,
-    )
-    async with TopicsAdmin(made) as admin:
-        await admin.apply()
-    return made
-
-
-@pytest.fixture
 async def producer(settings: ServiceSettings) -> AsyncIterator[AIOKafkaProducer]:
     made = AIOKafkaProducer(bootstrap_servers=settings.kafka)
     await made.start()
