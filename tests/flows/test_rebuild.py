@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from ringfence.cli.main import main
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.jws import sign
+from ringfence.kernel.kafka import Follower, Received
 from ringfence.messages.lease import TERMINAL, EndCause, Selector
 from ringfence.messages.topics import LEASE
 from ringfence.model.grants import id_of
@@ -23,6 +24,7 @@ from ringfence.model.lease_store import LeaseStore, Restoration, SignedLease, St
 from ringfence.model.lease_store.keys import Keys, packed
 from ringfence.model.leases import ALL_MARK, follow
 from ringfence.revoker.rebuilding import Rebuilder
+from ringfence.revoker.watching import LeaseWatch
 from tests.flows.granting import claims_of, grant, granted
 from tests.flows.place import Place, late, publish
 
@@ -246,6 +248,47 @@ async def test_an_old_record_that_comes_after_a_newer_one_is_followed_by_the_new
             await asyncio.sleep(0.05)
     assert [one.claims.seq for one in records] == [1, 2, 3, 1, 3]
     assert records[-1].compact == records[2].compact
+
+
+async def test_a_lease_that_is_published_while_an_older_record_is_gone_beyond_is_given_to_redis_too(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk, look, arrive = place.desk, LeaseWatch._look, LeaseWatch.on_records
+    asked, _ = await desk.issued("read")
+    first = (await desk.issued_records(asked.lease_id))[0]
+    await place.release(asked)
+    assert await place.life(asked) == ["active", "ending", "released"]
+    one = await late(place)
+    at_it, has_come = asyncio.Event(), asyncio.Event()
+
+    class HeldUp:
+        """The follower of a watch, which does not say that all is read before something else has come."""
+
+        def __init__(self, follower: Follower) -> None:
+            self._follower = follower
+
+        async def caught_up(self, within_s: float) -> bool:
+            at_it.set()
+            await asyncio.wait_for(has_come.wait(), 60)
+            return await self._follower.caught_up(within_s)
+
+    async def looking(watch: LeaseWatch, records: Any, follower: Follower) -> Any:
+        is_it = any(record.id == asked.lease_id for record in records)
+        return await look(watch, records, cast(Follower, HeldUp(follower)) if is_it else follower)
+
+    def arriving(watch: LeaseWatch, records: Sequence[Received]) -> None:
+        arrive(watch, records)
+        if any(record.key == one.claims.lease_id for record in records):
+            has_come.set()
+
+    monkeypatch.setattr(LeaseWatch, "on_records", arriving)
+    monkeypatch.setattr(LeaseWatch, "_look", looking)
+    await publish(place, SignedLease(first.claims, first.compact))
+    await asyncio.wait_for(at_it.wait(), 60)
+    await publish(place, one)
+    async with asyncio.timeout(60):
+        while not (await place.store.look(one.claims.lease_id)).active:
+            await asyncio.sleep(0.05)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
