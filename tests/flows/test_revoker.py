@@ -20,7 +20,7 @@ from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, Step
 from ringfence.model.leases import follow, origin_of, record_id
-from ringfence.revoker import foresight
+from ringfence.revoker import app, foresight
 from ringfence.revoker.ending import Ender
 from ringfence.revoker.foresight import ForeseenEnd, Foresight
 from ringfence.revoker.said import Said
@@ -161,6 +161,24 @@ async def test_what_comes_after_an_end_that_has_not_left_the_outbox_yet_is_gone_
     await stands_last("active", len(life))
     cleared.set()
     await stands_last("released", len(life) + 1)
+
+
+async def test_what_came_while_no_revoker_was_there_is_gone_beyond_by_the_next(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by an issuer that wrote a lease to Redis, was held up until it had ended, and died before it was told."""
+    monkeypatch.setattr(app, "BACK_MS", 0)  # far longer than this test lasts
+    async with opened_desks(world) as first, world.running("issuer"):
+        desk = await another(first)
+        async with world.running("revoker"):
+            asked, _ = await desk.issued("read")
+            await accepted(desk, desk.bot, kind="release", lease_id=asked.lease_id)
+            life = await ended(desk, asked)
+        await world.send(LEASE, asked.lease_id, life[0].compact)
+        async with world.running("revoker"), asyncio.timeout(WITHIN_S):
+            while (last := (await desk.records(asked.lease_id))[-1]).claims.status != "released":
+                await asyncio.sleep(0.05)
+        assert last.compact == life[-1].compact
 
 
 # --- what was foreseen ------------------------------------------------------------------------------------------------

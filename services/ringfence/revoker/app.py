@@ -36,7 +36,7 @@ from ringfence.revoker.said import Said
 from ringfence.revoker.settings import RevokerSettings
 from ringfence.revoker.sweeping import Sweeper
 from ringfence.revoker.undoing import Undoer
-from ringfence.revoker.watching import LINGER_MS, LeaseWatch
+from ringfence.revoker.watching import BACK_MS, LINGER_MS, LeaseWatch
 
 _ACKS_BACK_MS = 10 * 60 * 1000
 """How far back the word of gateways is read at the start: orders that waited for this revoker may have it already."""
@@ -77,7 +77,8 @@ def build(
     orders = Orders(runtime, directory, patience_s=own.patience_s)
     revocations = RevocationHandler(runtime, orders, store, ender, cuts)
     records = RecordHandler(runtime, directory, orders, store, ender, patience_s=own.patience_s)
-    watch = LeaseWatch(store, runtime.trust, ender, rebuilder, runtime.clock, said)
+    since_ms = runtime.clock.now_ms() - BACK_MS
+    watch = LeaseWatch(store, runtime.trust, ender, rebuilder, runtime.clock, said, since_ms=since_ms)
 
     def on_heartbeats(records: Sequence[Received]) -> None:
         directory.on_records(records)
@@ -86,7 +87,7 @@ def build(
     runtime.table(TABLES, directory.on_records)
     runtime.table([HEARTBEAT], on_heartbeats)
     acks = runtime.history([REVOCATION_ACK], cuts.on_acks, since_ms=runtime.clock.now_ms() - _ACKS_BACK_MS)
-    streams, since_ms = Streams(), runtime.clock.now_ms()
+    streams = Streams()
 
     def on_leases(records: Sequence[Received]) -> None:
         streams.on_records(records)
@@ -130,8 +131,13 @@ def build(
     runtime.background("forgetting", forgetter.run)
     runtime.consume("revoker-records", dict.fromkeys(RECORD_TOPICS, one_by_one(records, runtime.letters)))
     issued = IssuedHandler(runtime, directory, store, said, patience_s=own.patience_s)
+
+    async def on_issued(batch: Sequence[Received]) -> None:
+        await issued(batch)
+        await watch.catch_up(batch)
+
     runtime.consume(
-        "revoker-issued", {LEASE: issued}, max_records=ISSUED_TOGETHER, linger_ms=ISSUED_LINGER_MS
+        "revoker-issued", {LEASE: on_issued}, max_records=ISSUED_TOGETHER, linger_ms=ISSUED_LINGER_MS
     )
     runtime.routes += LeasesApi(
         store, ender, overdue, directory, orders, runtime.clock, settings.trust_domain

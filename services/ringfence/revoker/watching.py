@@ -7,6 +7,8 @@ break that, both by a process that was paused, or cut off, at the wrong moment:
 - it publishes what others have gone beyond, or a revoker what is void by now: then what counts is published again.
 
 And Redis may be the one that is behind: where Kafka has a marker of a newer epoch, it is rebuilt.
+
+Every revoker sees what comes while it runs. What came while none did, a consumer group remembers.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 
 LINGER_MS = 250
 """Records are looked at together: nobody waits for what comes of them."""
+BACK_MS = 15_000
+"""So far back a revoker begins: what one that was killed had read it may not have looked at yet."""
 _CAUGHT_UP_WITHIN_S = 5.0
 _FAILED_S = 1.0
 _AT_A_TIME = 500
@@ -54,6 +58,14 @@ class _Arrived:
         return self.glance.lease_id
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """Who waits until the records of these leases have been looked at."""
+
+    ids: frozenset[str]
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class LeaseWatch:
     """Takes the records of `lease` as they come; each revoker looks at all of them."""
 
@@ -65,7 +77,10 @@ class LeaseWatch:
         rebuilder: Rebuilder,
         clock: Clock,
         said: Said,
+        *,
+        since_ms: int,
     ) -> None:
+        """`since_ms`: from then on `on_records` is given all that was appended; what came before that, `catch_up`."""
         self._store = store
         self._trust = trust
         self._ender = ender
@@ -73,7 +88,9 @@ class LeaseWatch:
         self._clock = clock
         self._said = said
         self._epochs = Epochs(trust)
+        self._since_ms = since_ms
         self._arrived: list[_Arrived] = []
+        self._waiting: list[_Waiting] = []
         self._news = asyncio.Event()
 
     def on_records(self, records: Sequence[Received]) -> None:
@@ -88,16 +105,40 @@ class LeaseWatch:
                 self._arrived.append(_Arrived(glance, record.value, void, known))
         self._news.set()
 
+    async def catch_up(self, records: Sequence[Received]) -> None:
+        """Return once those of these records have been looked at that came before all that `on_records` is given.
+
+        But for those of leases that Redis need not know any more.
+        """
+        known_since_s = (self._clock.now_ms() - self._store.record_keep_ms) / 1000
+        glances = [
+            (glance, record.value)
+            for record in records
+            if record.appended_at_ms < self._since_ms
+            if (glance := self._said.peek(record.value)) is not None
+            if glance.lease_id == record.key and glance.deadline > known_since_s
+        ]
+        if not glances:
+            return
+        # What revokers published too late, they look at themselves when they wake.
+        self._arrived += [_Arrived(glance, jws, void=False, known=True) for glance, jws in glances]
+        waiting = _Waiting(frozenset(glance.lease_id for glance, _ in glances))
+        self._waiting.append(waiting)
+        self._news.set()
+        await waiting.done.wait()
+
     async def run(self, follower: Follower) -> None:
         """Look at what `follower` brings, for ever."""
         while True:
             await self._news.wait()
             self._news.clear()
             records, self._arrived = self._arrived, []
+            waiting = list(self._waiting)
             try:
                 await self._heed_epochs()
                 records = self._judged(records)
                 undecided = await self._look(records, follower)
+                self._tell(waiting, {one.id for one in undecided})
                 if undecided:
                     self._arrived = undecided + self._arrived
                     self._news.set()
@@ -107,6 +148,12 @@ class LeaseWatch:
                 self._arrived = records + self._arrived
                 self._news.set()
                 await asyncio.sleep(_FAILED_S)
+
+    def _tell(self, waiting: Iterable[_Waiting], undecided: Collection[str]) -> None:
+        for one in waiting:
+            if one.ids.isdisjoint(undecided):
+                one.done.set()
+                self._waiting.remove(one)
 
     async def _heed_epochs(self) -> None:
         """Have Redis rebuilt where Kafka is in a newer epoch: what is written in the old one is void.
