@@ -32,7 +32,7 @@ from ringfence.model.lease_store import (
     outbox_field,
     told_of,
 )
-from ringfence.model.lease_store.keys import AHEAD_MS
+from ringfence.model.lease_store.keys import AHEAD_MS, FENCE_KEEP_MS
 from ringfence.model.leases import ALL_MARK, marks_of, wide_marks_of
 from tests.brokers import RedisServer
 from tests.leases import VISIBLE_MS, bearing, claimed, lease, minted, minting, soon, step, until
@@ -144,6 +144,19 @@ async def test_the_fence_around_all_covers_every_lease_and_never_falls_back(stor
     await store.fence({ALL_MARK: 3000})
     answers = await store.activate([lease(requested_at_ms=at_ms) for at_ms in (4000, 5000, 5001)])
     assert [a.outcome for a in answers] == ["fenced", "fenced", "activated"]
+
+
+async def test_fences_go_when_they_are_old_and_not_because_a_later_one_is_far_ahead(
+    store: LeaseStore,
+) -> None:
+    now_ms = time.time_ns() // 1_000_000
+    old, lately, ahead = (lease(requested_at_ms=1) for _ in range(3))
+    marks = [f"agent:{one.claims.agent_id}" for one in (old, lately, ahead)]
+    await store.fence({marks[0]: now_ms - FENCE_KEEP_MS - 60_000})
+    await store.fence({marks[1]: now_ms})
+    await store.fence({marks[2]: now_ms + 2 * FENCE_KEEP_MS})  # a broker's clock was wrong
+    answers = await store.activate([old, lately, ahead])
+    assert [answer.outcome for answer in answers] == ["activated", "fenced", "fenced"]
 
 
 async def test_a_grant_counts_each_lease_that_names_it_once_and_no_more_than_it_may(

@@ -241,9 +241,10 @@ def always(name: str, key: str | bytes, *args: Argument) -> Command:
     return ("EVAL", _COMMAND, 1, key, name, *args)
 
 
+# Of a fence that stands for a time that has not come, as a broker's clock that is wrong gives it, no other grows old.
 _FENCE = f"""{_ALWAYS}{_NOW}
-redis.call('ZADD', KEYS[1], 'GT', unpack(ARGV, 2))
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[1])
+redis.call('ZADD', KEYS[1], 'GT', unpack(ARGV, 3))
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', math.min(now, ARGV[1]) - ARGV[2])
 return now
 """
 
@@ -254,10 +255,13 @@ def fencing(fences: str, marks: Mapping[str, int], keep_ms: int) -> list[Command
     Those that can cover nothing more, `keep_ms` older than the newest, go. Each command takes some: after a week there
     are as many fences as tasks were ended.
     """
-    oldest_ms = max(marks.values(), default=0) - keep_ms
+    newest_ms = max(marks.values(), default=0)
     scored = [(before_ms, mark) for mark, before_ms in marks.items()]
     parts = [scored[start : start + _MOST_AT_ONCE] for start in range(0, len(scored), _MOST_AT_ONCE)]
-    return [("EVAL", _FENCE, 1, fences, oldest_ms, *(one for pair in part for one in pair)) for part in parts]
+    return [
+        ("EVAL", _FENCE, 1, fences, newest_ms, keep_ms, *(one for pair in part for one in pair))
+        for part in parts
+    ]
 
 
 # --- issuing ----------------------------------------------------------------------------------------------------------
