@@ -32,7 +32,7 @@ from ringfence.model.lease_store import (
     outbox_field,
     told_of,
 )
-from ringfence.model.lease_store.keys import AHEAD_MS, FENCE_KEEP_MS
+from ringfence.model.lease_store.keys import AHEAD_MS, FENCE_KEEP_MS, packed
 from ringfence.model.leases import ALL_MARK, marks_of, wide_marks_of
 from tests.brokers import RedisServer
 from tests.leases import VISIBLE_MS, bearing, claimed, lease, minted, minting, soon, step, until
@@ -506,6 +506,33 @@ async def test_what_is_due_and_nobody_has_claimed_can_be_ended_without_a_claim(s
     assert await bearing(store, f"agent:{due.claims.agent_id}") == []
     waiting = [one.lease_id for one in await store.unpublished(older_than_ms=0)]
     assert waiting.count(due.claims.lease_id) == 2
+
+
+async def test_what_was_foreseen_is_the_end_whatever_somebody_put_in_the_place_of_the_record(
+    store: LeaseStore,
+) -> None:
+    """The script compares what stands at the head of a record: what was verified is the end, and nothing else is."""
+    one, other = lease(deadline=soon()), lease()
+    claims, at, id = one.claims, store.at(one.claims.lease_id), packed(one.claims.lease_id)
+    await store.activate([one])
+    foreseen = step(one, "expired")
+    await store.link.pipeline([("HSET", at.leases, id, f"a1 {claims.deadline}\n{other.jws}")])
+
+    async def ended() -> bool:
+        (answer,) = await store.write([told_of(foreseen)], visibility_ms=VISIBLE_MS, only_due=True)
+        return answer.outcome == "done"
+
+    await until(ended)
+    (stored,) = (await store.get([claims.lease_id])).values()
+    assert stored.jws.decode() == foreseen.lease.jws
+    (waiting,) = [
+        one.jws.decode()
+        for one in await store.unpublished(older_than_ms=0)
+        if one.lease_id == claims.lease_id and one.seq == foreseen.lease.claims.seq
+    ]
+    assert waiting == foreseen.lease.jws
+    assert await bearing(store, f"agent:{claims.agent_id}") == []
+    assert await store.get([other.claims.lease_id]) == {}
 
 
 async def test_a_lease_nobody_knows_cannot_be_ended(store: LeaseStore) -> None:
