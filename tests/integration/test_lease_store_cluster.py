@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -242,9 +242,36 @@ async def test_the_doctor_looks_at_each_node(settings: ServiceSettings, nodes: l
 
 
 async def test_each_node_is_asked_for_its_time(store: LeaseStore, nodes: list[ChaosValkey]) -> None:
-    assert len(await store.link.ask_each([("TIME",)])) == len(nodes)
+    assert len([name async for name, _ in store.link.ask_each([("TIME",)])]) == len(nodes)
     await store._ask_servers()
     assert (store.unready(), store.warning()) == (None, None)
+
+
+async def test_a_clock_is_not_off_by_how_long_nodes_take_to_answer_other_questions(
+    store: LeaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        """That of all: of this process and of each node."""
+
+        at_ms = 1_790_000_000_000
+
+        def now_ms(self) -> int:
+            return self.at_ms
+
+    clock, execute = Clock(), cast(Any, store.link._client).execute_command
+
+    async def slowly(*command: Any, **options: Any) -> Any:
+        if command[0] == "TIME":
+            return clock.at_ms // 1000, clock.at_ms % 1000 * 1000
+        answer = await execute(*command, **options)
+        clock.at_ms += 2_000
+        return answer
+
+    monkeypatch.setattr(store.link._client, "execute_command", slowly)
+    monkeypatch.setattr(store, "_clock", clock)
+    await store._ask_servers()
+    assert clock.at_ms > Clock.at_ms
+    assert "the clock is" not in str(store.unready())
 
 
 async def test_every_node_tells_of_expired_keys(store: LeaseStore) -> None:

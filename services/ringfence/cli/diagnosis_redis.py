@@ -23,15 +23,15 @@ async def redis_findings(settings: ServiceSettings) -> AsyncIterator[Finding]:
         yield Finding("Redis", "unknown", says)
         return
     link = Link(settings.redis_url, lambda run_id: True)
+    questions, ours = [*(("CONFIG", "GET", name) for name in _OPTIONS), ("TIME",)], SystemClock()
     try:
-        servers = await link.ask_each([("TIME",), *(("CONFIG", "GET", name) for name in _OPTIONS)])
-        now_ms = SystemClock().now_ms()
+        servers = {name: (ours.now_ms(), answers) async for name, answers in link.ask_each(questions)}
     except RingfenceError as error:
         yield Finding("Redis", "bad", str(error))
         return
     finally:
         await link.close()
-    for address, ((seconds, micros), *answers) in servers.items():
+    for address, (now_ms, (*answers, (seconds, micros))) in servers.items():
         name = "Redis" if len(servers) == 1 else f"Redis at {address}"
         skew = SkewCheck(name)
         skew.heard(int(seconds) * 1000 + int(micros) // 1000, now_ms)

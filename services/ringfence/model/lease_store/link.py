@@ -153,21 +153,21 @@ class Link:
 
     # --- who is there ---
 
-    async def ask_each(self, commands: Sequence[Command]) -> dict[str, list[Any]]:
-        """What each server answers that holds keys, by its address: several where Redis is a cluster.
+    async def ask_each(self, commands: Sequence[Command]) -> AsyncIterator[tuple[str, list[Any]]]:
+        """What each server answers that holds keys, and its address: several where Redis is a cluster.
 
-        Raises as `pipeline`.
+        One after the other, as soon as it has answered the last command. Raises as `pipeline`.
         """
         if isinstance(self._client, Redis):
-            return {str(self._address): await self.pipeline(commands)}
-        found: dict[str, list[Any]] = {}
+            yield str(self._address), await self.pipeline(commands)
+            return
         with self._answered():
             await self._client.initialize()
             for node in self._client.get_primaries():
-                found[node.name] = [
+                answers = [
                     await self._client.execute_command(*command, target_nodes=node) for command in commands
                 ]
-        return found
+                yield node.name, answers
 
     async def inspect(self, keys: Sequence[str]) -> list[tuple[str, bytes | None]]:
         """For each key: the `run_id` of the server that holds it now, whoever that is, and its value."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from ringfence.kernel.skew import SkewCheck
 
-QUESTIONS = (("TIME",), ("INFO", "memory"), ("INFO", "stats"))
+QUESTIONS = (("INFO", "memory"), ("INFO", "stats"), ("TIME",))
+"""The time last: it is held against ours when the answer comes."""
 NOEVICTION = "noeviction"
 
 
@@ -22,15 +23,18 @@ class Servers:
         self._evicted: dict[str, int] = {}
         """In this epoch: how many keys each had evicted when that was asked first."""
 
-    def heard(self, said: Mapping[str, Sequence[Any]], *, epoch: str, now_ms: int) -> list[str]:
-        """Take in answers to `QUESTIONS`, by the server's name. Returns those that have evicted keys in this epoch."""
+    def heard(self, said: Mapping[str, tuple[int, Sequence[Any]]], *, epoch: str) -> list[str]:
+        """Take in answers to `QUESTIONS`, by the server's name, each with when it came, in ms.
+
+        Returns those that have evicted keys in this epoch.
+        """
         whose = {name: "Redis" if len(said) == 1 else f"Redis at {name}" for name in said}
         self._skews = {name: self._skews.get(name) or SkewCheck(whose[name]) for name in said}
         self._evicting = {}
         if epoch != self._epoch:
             self._epoch, self._evicted = epoch, {}
         forgetful = []
-        for name, ((seconds, micros), memory, stats) in said.items():
+        for name, (now_ms, (memory, stats, (seconds, micros))) in said.items():
             self._skews[name].heard(int(seconds) * 1000 + int(micros) // 1000, now_ms)
             if int(memory["maxmemory"]) and memory["maxmemory_policy"] != NOEVICTION:
                 self._evicting[name] = memory["maxmemory_policy"]

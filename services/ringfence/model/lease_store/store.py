@@ -153,8 +153,9 @@ class LeaseStore(Shards):
 
     async def _ask_servers(self) -> None:
         """What has evicted keys has forgotten something, nobody knows what: it is rebuilt."""
-        epoch, said = self.epoch, await self.link.ask_each(QUESTIONS)
-        evicted = self._servers.heard(said, epoch=epoch, now_ms=self._clock.now_ms())
+        epoch, each = self.epoch, self.link.ask_each(QUESTIONS)
+        said = {name: (self._clock.now_ms(), answers) async for name, answers in each}
+        evicted = self._servers.heard(said, epoch=epoch)
         metrics.CLOCK_AHEAD.labels("redis").set(self._servers.ahead_ms() / 1000)
         if evicted:
             log.error("Redis evicted keys at %s, and is rebuilt: it must never do that", ", ".join(evicted))
