@@ -60,9 +60,12 @@ _CLOCKS_DIFFER_MS = 60_000
 """How far the registry's clock may be from the broker's before its heartbeats count as old ones, sent again."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Entry(Generic[S]):
-    """A verified record: its state, revision, and the record as it was signed."""
+    """A verified record: its state, revision, and the record as it was signed.
+
+    Equal to itself alone, so that what follows from it can be remembered by it.
+    """
 
     state: S
     revision: int

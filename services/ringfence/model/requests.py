@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.ids import message_id
@@ -19,6 +20,9 @@ from ringfence.model.identity import subject_of
 from ringfence.model.instances import enrolment_of, void
 from ringfence.model.rule import Side, lacking, sides_of
 from ringfence.model.scope import ScopeError, validate_scope
+
+_REMEMBERED_WISHES = 512
+"""Each keeps the records that it was held against from being let go of, though others may have followed."""
 
 
 class DeniedError(RingfenceError):
@@ -79,17 +83,26 @@ class Ground:
 
     def sides(self, now_s: float, entitlements_max_age_s: int) -> tuple[Side, ...]:
         """The sides that whatever is asked must be within. Entitlements past their age count for nothing."""
-        entitlements = self.user.state.entitlements
-        fresh = entitlements.as_of + entitlements_max_age_s > now_s
-        return sides_of(
-            self.task.state.scope,
-            [
-                (agent.state.agent_id, agent.state.ceiling)
-                for agent in (self.agent, *(step.agent for step in self.delegations))
-            ],
-            self.user.state.user_id,
-            entitlements.scope if fresh else (),
+        return _sides(
+            self.task, self._agents, self.user, entitled=self._entitled(now_s, entitlements_max_age_s)
         )
+
+    def beyond(self, wanted: Scope, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
+        """What of the wish is not within every side."""
+        return _beyond(
+            wanted,
+            self.task,
+            self._agents,
+            self.user,
+            entitled=self._entitled(now_s, entitlements_max_age_s),
+        )
+
+    @property
+    def _agents(self) -> tuple[Entry[AgentState], ...]:
+        return (self.agent, *(step.agent for step in self.delegations))
+
+    def _entitled(self, now_s: float, entitlements_max_age_s: int) -> bool:
+        return self.user.state.entitlements.as_of + entitlements_max_age_s > now_s
 
     def revisions(self, policy: str) -> Revisions:
         """What an approval, or a decision, was made on."""
@@ -209,7 +222,7 @@ def violations(facts: Facts, now_s: float, entitlements_max_age_s: int) -> tuple
 
 def against(ground: Ground, wanted: Scope, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
     """Everything that these records say against what is wanted: the whole of a request, or one action."""
-    return (*_standing(ground, wanted, now_s), *_reach(ground, wanted, now_s, entitlements_max_age_s))
+    return (*_standing(ground, wanted, now_s), *ground.beyond(wanted, now_s, entitlements_max_age_s))
 
 
 def _signature(facts: Facts) -> tuple[Reason, ...]:
@@ -278,19 +291,39 @@ def _standing_of_agent(agent: AgentState, sponsored_by: Entry[UserState] | None)
         yield _reason("agent_orphaned", message)
 
 
-def _reach(ground: Ground, wanted: Scope, now_s: float, entitlements_max_age_s: int) -> list[Reason]:
+def _sides(
+    task: Entry[TaskState], agents: Sequence[Entry[AgentState]], user: Entry[UserState], *, entitled: bool
+) -> tuple[Side, ...]:
+    return sides_of(
+        task.state.scope,
+        [(agent.state.agent_id, agent.state.ceiling) for agent in agents],
+        user.state.user_id,
+        user.state.entitlements.scope if entitled else (),
+    )
+
+
+@lru_cache(maxsize=_REMEMBERED_WISHES)
+def _beyond(
+    wanted: Scope,
+    task: Entry[TaskState],
+    agents: tuple[Entry[AgentState], ...],
+    user: Entry[UserState],
+    *,
+    entitled: bool,
+) -> tuple[Reason, ...]:
+    """Remembered by all that it follows from: agents ask for the same again and again, on the very same records."""
     try:
         validate_scope(wanted)
     except ScopeError as error:
-        return [_reason("scope_invalid", str(error))]
+        return (_reason("scope_invalid", str(error)),)
     found: list[Reason] = []
-    for lack in lacking(wanted, ground.sides(now_s, entitlements_max_age_s)):
+    for lack in lacking(wanted, _sides(task, agents, user, entitled=entitled)):
         verbs, resources = ", ".join(lack.permission.verbs), ", ".join(lack.permission.resources)
         names = f"{verbs} on {resources} at {lack.permission.target}"
         found.append(
             _reason("beyond_scope", f"{lack.side} does not allow {names}", lack.permission, lack.side)
         )
-    return found
+    return tuple(found)
 
 
 def _reason(code: str, message: str, permission: Permission | None = None, side: str | None = None) -> Reason:
