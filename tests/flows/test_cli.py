@@ -661,3 +661,25 @@ async def test_an_agent_waits_for_its_sponsor_and_a_key_that_ends_is_marked(shel
     await shell("maria", *wanted)
     assert "a key ends in" in await shell("sam", "agent", "list")
     assert "ends soon" in await shell("sam", "agent", "show", "late")
+
+
+async def test_a_later_trust_bundle_leaves_the_first_operator_as_they_are(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Disabled, perhaps because their key was stolen, they were an operator again after a routine renewal."""
+    for name in ("kafka", "topic_prefix", "trust_domain", "embedded_broker"):
+        monkeypatch.setenv(f"RINGFENCE_{name.upper()}", str(getattr(world.settings("registry"), name)))
+
+    async def init(*args: str) -> Any:
+        status = await asyncio.to_thread(main, ["--json", "init", "--folder", str(tmp_path), *args])
+        said = capsys.readouterr()
+        assert status == 0, said.err
+        return json.loads(said.out)
+
+    await init("--operator", "ada")
+    first = await init("--publish")
+    assert (first["operator"], first["trust_bundle"], first["published"]) == ("ada", 1, True)
+    await init("--renew")
+    later = await init("--publish")
+    assert ("operator" in later, later["trust_bundle"], later["published"]) == (False, 2, True)
+    assert (await init("--publish", "--operator", "ada"))["operator"] == "ada"

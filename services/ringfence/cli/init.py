@@ -7,12 +7,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ringfence.cli import oidc_issuers
+from ringfence.cli.options import JsonOption, wants_json
+from ringfence.cli.output import print_json, say
 from ringfence.client.ceremony import (
     TrustFolder,
     add_gateways,
@@ -20,17 +21,27 @@ from ringfence.client.ceremony import (
     make_trust,
     publish_bundle,
     publish_trust,
+    signed_before,
 )
+from ringfence.client.errors import InvalidCallError
 from ringfence.client.rotation import OVERLAP_S, rotate_services
 from ringfence.client.rotation import renew as renewed
 from ringfence.client.rotation import rotate_root as root_rotated
 from ringfence.kernel.service_keys import next_file
 from ringfence.kernel.settings import BusSettings, load
 
+_OPERATOR = "operator"
+
 
 def init(
     folder: Annotated[Path, typer.Option(help="Where to keep what is made.")] = Path(".ringfence"),
-    operator: Annotated[str, typer.Option(help="User id of the first operator.")] = "operator",
+    operator: Annotated[
+        str | None,
+        typer.Option(
+            help="User id of the first operator. With --publish, later: their key and role are given to them anew.",
+            show_default=_OPERATOR,
+        ),
+    ] = None,
     name: Annotated[str, typer.Option(help="Their name.")] = "First operator",
     gateway: Annotated[
         list[str] | None,
@@ -70,7 +81,10 @@ def init(
         ),
     ] = None,
     overlap_h: Annotated[
-        int, typer.Option("--overlap-hours", min=0, help="How long the old key of a service still counts.")
+        int,
+        typer.Option(
+            "--overlap-hours", min=0, max=8760, help="How long the old key of a service still counts."
+        ),
     ] = OVERLAP_S // 3600,
     compromised: Annotated[
         bool,
@@ -103,123 +117,205 @@ def init(
     publish: Annotated[
         bool,
         typer.Option(
-            "--publish", help="Put bundle and first operator on Kafka; makes them where they are not."
+            "--publish",
+            help="Put the bundle on Kafka, and with the first one the first operator; makes them where they are not.",
         ),
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Make the offline root key, a key for each service, and the first operator's key."""
-    settings = load(BusSettings)
-    trust = TrustFolder(folder)
-    out = Console()
+    if not name.strip():
+        raise typer.BadParameter("say what they are called", param_hint="--name")
     if compromised and not rotate_service:
         raise typer.BadParameter(
             "--compromised says of a service's key that it was stolen: add --rotate-service"
         )
     if compromised_since and not rotate_root:
         raise typer.BadParameter("--compromised-since is about the root: add --rotate-root")
-    if sum(map(bool, (add_gateway, add_service, rotate_service, rotate_root, renew))) > 1:
+    changes = (add_gateway, add_service, rotate_service, rotate_root, renew, oidc_issuer, remove_oidc_issuer)
+    if sum(map(bool, changes)) > 1:
         raise typer.BadParameter(
-            "one change at a time: --add-gateway, --add-service, --rotate-service, --rotate-root or --renew"
+            "one change at a time: --add-gateway, --add-service, --rotate-service, --rotate-root, --renew, "
+            "--oidc-issuer or --remove-oidc-issuer"
         )
+    settings, trust, told = load(BusSettings), TrustFolder(folder), _Told(wants_json(as_json))
     following: Callable[[], int] | None = None
     if add_gateway:
-        following = partial(_add, trust, add_gateway, out)
+        following = partial(_add, trust, add_gateway, told)
     elif add_service:
-        following = partial(_add_services, trust, add_service, out)
+        following = partial(_add_services, trust, add_service, told)
     elif rotate_service:
         overlap_s = 0 if compromised else overlap_h * 3600
-        following = partial(_rotate_services, trust, rotate_service, out, overlap_s, compromised)
+        following = partial(_rotate_services, trust, rotate_service, told, overlap_s, compromised)
     elif rotate_root:
-        since_s = int(compromised_since.replace(tzinfo=UTC).timestamp()) if compromised_since else None
-        following = partial(_rotate_root, trust, out, since_s)
+        following = partial(_rotate_root, trust, told, _moment_s(compromised_since))
     elif renew:
-        following = partial(_renew, trust, out)
-    if following is not None:
-        _next_version(following(), trust, settings, out, publish=publish)
-        return
-    if oidc_issuer or remove_oidc_issuer:
-        if oidc_issuer and remove_oidc_issuer:
-            raise typer.BadParameter("set one issuer, or remove one", param_hint="--remove-oidc-issuer")
-        if oidc_issuer:
-            version, said = oidc_issuers.add(
-                trust, oidc_issuer, jwks, oidc_for, discovery=oidc_discovery,
-                claim=oidc_user_claim, suffix=oidc_user_suffix, external=oidc_external_id,
-            )  # fmt: skip
+        following = partial(_renew, trust, told)
+    elif oidc_issuer:
+        following = partial(
+            _add_issuer, trust, oidc_issuer, told, jwks, oidc_for, discovery=oidc_discovery,
+            claim=oidc_user_claim, suffix=oidc_user_suffix, external=oidc_external_id,
+        )  # fmt: skip
+    elif remove_oidc_issuer:
+        following = partial(_remove_issuer, trust, remove_oidc_issuer, told)
+    try:
+        if following is not None:
+            told.data["trust_bundle"] = following()
+            _next_version(trust, settings, told, publish=publish)
         else:
-            version, said = oidc_issuers.remove(trust, remove_oidc_issuer or "")
-        out.print(said, soft_wrap=True)
-        _next_version(version, trust, settings, out, publish=publish)
-        return
-    if not (publish and trust.root_key.exists()):
-        fingerprint = make_trust(trust, settings.trust_domain, operator, gateways=gateway or ["gateway"])
-        out.print(f"Trust root for [bold]{settings.trust_domain}[/], fingerprint:")
-        out.print(f"  export RINGFENCE_TRUST_ROOT={fingerprint}", soft_wrap=True)
-        out.print(f"Root key:      {trust.root_key}   move it off this machine")
-        out.print(f"Service keys:  {folder / 'keys'}   one file for each service, and no other")
-        out.print(f"Operator key:  {trust.user_key(operator)}")
-    if publish:
-        asyncio.run(publish_trust(trust, settings, operator, name))
-        out.print(f"Trust bundle and operator [bold]{operator}[/] are on Kafka at {settings.kafka}.")
+            first = operator or (None if trust.root_key.exists() else _OPERATOR)
+            if not (publish and trust.root_key.exists()):
+                _make(trust, settings, first or _OPERATOR, gateway or ["gateway"], told)
+            if publish:
+                _publish(trust, settings, first, name, told)
+            else:
+                told.line("Next: ringfence topics apply, then ringfence init --publish")
+    finally:
+        told.end()
+
+
+class _Told:
+    """What was done: a line at once for people, one document at the end for programs."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self.data: dict[str, Any] = {}
+
+    def line(self, text: str) -> None:
+        if not self._as_json:
+            say(text)
+
+    def end(self) -> None:
+        if self._as_json and self.data:
+            print_json({"published": False, **self.data})
+
+
+def _make(trust: TrustFolder, settings: BusSettings, operator: str, gateways: list[str], told: _Told) -> None:
+    fingerprint = make_trust(trust, settings.trust_domain, operator, gateways=gateways)
+    told.data |= {
+        "trust_bundle": 1,
+        "trust_domain": settings.trust_domain,
+        "trust_root": fingerprint,
+        "root_key": str(trust.root_key),
+        "service_keys": str(trust.path / "keys"),
+        "operator_key": str(trust.user_key(operator)),
+    }
+    told.line(f"Trust root for {settings.trust_domain}, fingerprint:")
+    told.line(f"  export RINGFENCE_TRUST_ROOT={fingerprint}")
+    told.line(f"Root key:      {trust.root_key}   move it off this machine")
+    told.line(f"Service keys:  {trust.path / 'keys'}   one file for each service, and no other")
+    told.line(f"Operator key:  {trust.user_key(operator)}")
+
+
+def _publish(trust: TrustFolder, settings: BusSettings, operator: str | None, name: str, told: _Told) -> None:
+    """Put what there is on Kafka: the bundle, and the first operator where they are named, or the bundle is the first.
+
+    A later bundle leaves them alone: they may have been disabled since, and have other roles and keys.
+    """
+    version = signed_before(trust)[1].version
+    if operator is None and version == 1:
+        operator = _made_operator(trust)
+    if operator is None:
+        asyncio.run(publish_bundle(trust, settings))
+        told.line(f"Trust bundle {version} is on Kafka at {settings.kafka}.")
+        told.line(
+            "The first operator stays as they are; to give them their key and role anew: --operator NAME"
+        )
     else:
-        out.print("Next: ringfence topics apply, then ringfence init --publish")
+        asyncio.run(publish_trust(trust, settings, operator, name))
+        told.line(f"Trust bundle {version} and operator {operator} are on Kafka at {settings.kafka}.")
+        told.data["operator"] = operator
+    told.data |= {"trust_bundle": version, "published": True}
 
 
-def _next_version(
-    version: int, trust: TrustFolder, settings: BusSettings, out: Console, *, publish: bool
-) -> None:
+def _made_operator(trust: TrustFolder) -> str:
+    """Whose key was made with the root, where it is the only one."""
+    made = sorted(file.stem for file in trust.user_key(_OPERATOR).parent.glob("*.json"))
+    return made[0] if len(made) == 1 else _OPERATOR
+
+
+def _moment_s(since: datetime | None) -> int | None:
+    """UTC, unless it says otherwise."""
+    if since is None:
+        return None
+    at = since if since.tzinfo else since.replace(tzinfo=UTC)
+    if at > datetime.now(UTC):
+        raise InvalidCallError(
+            f"--compromised-since {at.isoformat()} is still to come; say since when it was"
+        )
+    return int(at.timestamp())
+
+
+def _next_version(trust: TrustFolder, settings: BusSettings, told: _Told, *, publish: bool) -> None:
     if publish:
         asyncio.run(publish_bundle(trust, settings))
-        out.print(f"Trust bundle {version} is on Kafka at {settings.kafka}.")
+        told.line(f"Trust bundle {told.data['trust_bundle']} is on Kafka at {settings.kafka}.")
+        told.data["published"] = True
     else:
-        out.print("Next: ringfence init --publish")
+        told.line("Next: ringfence init --publish")
 
 
-def _add(trust: TrustFolder, gateways: list[str], out: Console) -> int:
+def _add(trust: TrustFolder, gateways: list[str], told: _Told) -> int:
     version = add_gateways(trust, gateways).version
-    out.print(f"Trust bundle {version} has gateway {', '.join(gateways)} now.")
+    told.line(f"Trust bundle {version} has gateway {', '.join(gateways)} now.")
     for name in gateways:
-        files = (trust.service_key(name), trust.encryption_key(name))
-        out.print(f"Its keys:  {files[0]}, {files[1]}", soft_wrap=True)
+        told.line(f"Its keys:  {trust.service_key(name)}, {trust.encryption_key(name)}")
     return version
 
 
-def _add_services(trust: TrustFolder, names: list[str], out: Console) -> int:
+def _add_services(trust: TrustFolder, names: list[str], told: _Told) -> int:
     version = add_services(trust, names).version
-    out.print(f"Trust bundle {version} has {', '.join(names)} now.")
+    told.line(f"Trust bundle {version} has {', '.join(names)} now.")
     for name in names:
-        out.print(f"Its key:  {trust.service_key(name)}", soft_wrap=True)
+        told.line(f"Its key:  {trust.service_key(name)}")
     return version
 
 
 def _rotate_services(
-    trust: TrustFolder, names: list[str], out: Console, overlap_s: int, compromised: bool
+    trust: TrustFolder, names: list[str], told: _Told, overlap_s: int, compromised: bool
 ) -> int:
     version = rotate_services(trust, names, overlap_s=overlap_s, compromised=compromised).version
     for name in names:
         files = (trust.service_key(name), next_file(trust.service_key(name)))
-        out.print(f"Its keys, until now and from now on:  {files[0]}, {files[1]}", soft_wrap=True)
+        told.line(f"Its keys, until now and from now on:  {files[0]}, {files[1]}")
     ends = "ends at once" if compromised else f"counts for {overlap_s // 3600} h more"
-    out.print(f"Trust bundle {version} has a new key of {', '.join(names)}; the old one {ends}.")
-    out.print(
+    told.line(f"Trust bundle {version} has a new key of {', '.join(names)}; the old one {ends}.")
+    told.line(
         "Put both files where the service runs, before the bundle is on Kafka: it reads them by itself then."
     )
     return version
 
 
-def _rotate_root(trust: TrustFolder, out: Console, compromised_since_s: int | None) -> int:
+def _rotate_root(trust: TrustFolder, told: _Told, compromised_since_s: int | None) -> int:
     rotated = root_rotated(trust, compromised_since_s=compromised_since_s)
-    out.print(
+    told.data |= {"trust_root": rotated.fingerprint, "root_key": str(trust.root_key)}
+    told.data["former_root_key"] = str(rotated.former)
+    told.line(
         f"Trust bundle {rotated.bundle.version} is signed by a new root. What runs follows it by itself."
     )
-    out.print("Whatever starts from now on should pin the new one:")
-    out.print(f"  export RINGFENCE_TRUST_ROOT={rotated.fingerprint}", soft_wrap=True)
-    out.print(f"Root key:      {trust.root_key}   move it off this machine", soft_wrap=True)
-    out.print(f"The one before: {rotated.former}   destroy it once that bundle is on Kafka", soft_wrap=True)
+    told.line("Whatever starts from now on should pin the new one:")
+    told.line(f"  export RINGFENCE_TRUST_ROOT={rotated.fingerprint}")
+    told.line(f"Root key:      {trust.root_key}   move it off this machine")
+    told.line(f"The one before: {rotated.former}   destroy it once that bundle is on Kafka")
     return rotated.bundle.version
 
 
-def _renew(trust: TrustFolder, out: Console) -> int:
+def _renew(trust: TrustFolder, told: _Told) -> int:
     bundle = renewed(trust)
     until = datetime.fromtimestamp(bundle.exp, UTC).date()
-    out.print(f"Trust bundle {bundle.version} holds until {until}.")
+    told.line(f"Trust bundle {bundle.version} holds until {until}.")
     return bundle.version
+
+
+def _add_issuer(
+    trust: TrustFolder, issuer: str, told: _Told, jwks: Path | None, uses: list[str] | None, **how: Any
+) -> int:
+    version, said = oidc_issuers.add(trust, issuer, jwks, uses, **how)
+    told.line(said)
+    return version
+
+
+def _remove_issuer(trust: TrustFolder, issuer: str, told: _Told) -> int:
+    version, said = oidc_issuers.remove(trust, issuer)
+    told.line(said)
+    return version

@@ -105,6 +105,19 @@ def make_trust(
     if folder.root_key.exists():
         raise CeremonyError(f"{folder.root_key} exists already; remove it only if nothing was signed with it")
     _check_names(operator, gateways=gateways)
+    before = set(folder.path.rglob("*.j*"))
+    try:
+        return _make_trust(folder, trust_domain, operator, gateways, valid_s)
+    except BaseException:
+        # Keys without a root are of no use, and would stand in the way of the next try.
+        for made in set(folder.path.rglob("*.j*")) - before:
+            made.unlink(missing_ok=True)
+        raise
+
+
+def _make_trust(
+    folder: TrustFolder, trust_domain: str, operator: str, gateways: Sequence[str], valid_s: int
+) -> str:
     root = SigningKey.generate(f"spiffe://{trust_domain}/root")
     now_s = int(time.time())
     named: list[tuple[str, ServiceRole]] = [(role, role) for role in (*_KEYS_BY_ROLE, *ON_DEMAND)]

@@ -27,6 +27,7 @@ from ringfence.client.ceremony import (
 from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.dev.processes import LOOPBACK, Child, StackError, claim_port, free_port, spawn
 from ringfence.dev.redis import EmbeddedRedis
+from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.topics_admin import TopicsAdmin
 from ringfence.messages.api import GATEWAY_PORT, PORTS
@@ -134,6 +135,7 @@ class Stack:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._claim_state()
         self._claim_ports()
+        self._make_trust()
         if not self.kafka:
             self._say("starting the broker")
             self._broker = EmbeddedKafka(
@@ -148,17 +150,26 @@ class Stack:
             )
             self._valkey.start()
             self.redis_url = self._valkey.url
-        if not self.trust.root_key.exists():
-            self._say("making the trust root, service keys and the first operator")
-            make_trust(self.trust, self.options.trust_domain, self.options.operator)
-        _, bundle = signed_before(self.trust)
-        if older := [role for role in lacking(bundle) if role in self.options.services]:
-            add_services(self.trust, older)
         asyncio.run(self._prepare())
         self._say(f"starting {', '.join(self.options.services)}")
         for role in self.options.services:
             self.start_service(role)
         self.wait_ready()
+
+    def _make_trust(self) -> None:
+        """The trust that is in the state folder, or a new one."""
+        try:
+            if not self.trust.root_key.exists():
+                self._say("making the trust root, service keys and the first operator")
+                make_trust(self.trust, self.options.trust_domain, self.options.operator)
+            _, bundle = signed_before(self.trust)
+            if older := [role for role in lacking(bundle) if role in self.options.services]:
+                add_services(self.trust, older)
+        except RingfenceError as error:
+            raise StackError(
+                f"{error.message.removesuffix('; run: ringfence init')}. Repair {self.options.state}, delete it to "
+                "begin anew, or choose another folder by --state."
+            ) from None
 
     async def _prepare(self) -> None:
         settings = self.settings()
@@ -201,7 +212,7 @@ class Stack:
 
     def _ready(self, role: ServiceRole) -> bool:
         try:
-            return httpx.get(f"{self.url(role)}/readyz", timeout=2).status_code == 200
+            return httpx.get(f"{self.url(role)}/readyz", timeout=2, trust_env=False).status_code == 200
         except httpx.HTTPError:
             return False
 

@@ -1,0 +1,31 @@
+"""`ringfence dev` on a state folder that is not as it left it: nothing is started, and it is said what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ringfence.client.ceremony import TrustFolder, make_trust
+from ringfence.dev.processes import StackError
+from ringfence.dev.stack import Stack, StackOptions
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("root.json", "x"), ("root.json", None), ("trust-bundle.jws", "x"), ("trust-bundle.jws", None)],
+)
+def test_a_broken_trust_is_named_with_its_remedy(file: str, content: str | None, tmp_path: Path) -> None:
+    make_trust(TrustFolder(tmp_path), "ringfence.local", "olga")
+    (tmp_path / file).unlink()
+    if content:
+        (tmp_path / file).write_text(content)
+        (tmp_path / file).chmod(0o600)
+    stack = Stack(StackOptions(tmp_path))
+    with (
+        pytest.raises(StackError, match=f"Repair {tmp_path}, delete it to begin anew, or choose another"),
+        stack,
+    ):
+        pass
+    assert stack.children() == {}
+    assert not (tmp_path / "logs").exists()
