@@ -28,6 +28,7 @@ from ringfence.kernel.settings import ServiceSettings, config_file
 from ringfence.kernel.skew import SkewCheck
 from ringfence.kernel.topics_admin import TopicsAdmin
 from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.web import web_client
 from ringfence.messages.topics import HEARTBEAT, TRUST
 
 _READ_WITHIN_S = 10.0
@@ -137,12 +138,12 @@ async def _service(
 ) -> Finding:
     """`may_be_away`: of what not every installation has. `in_force` is told which trust bundle it has."""
     try:
-        async with httpx.AsyncClient(timeout=3) as http:
+        async with web_client(timeout_s=3) as http:
             answer = await http.get(f"{url}/readyz")
             said = answer.json()
             reasons, denies = said.get("reasons", []), said.get("denies", [])
             in_force[role] = said.get("trust_bundle")
-    except (httpx.HTTPError, ValueError, AttributeError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, AttributeError) as error:
         says = (
             f"{url} does not answer ({type(error).__name__}); start it, or set RINGFENCE_{role.upper()}_URL"
         )

@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ringfence.cli import context
 from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.text import visible
 
 EXTRAS = {
     "asyncpg": "server",
@@ -172,11 +173,18 @@ def ringfence(
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 done, 1 refused or failed, 2 wrong use."""
+    if not _streams_are_open():
+        _say("error: stdout is closed, so nothing could be printed; to throw it away: >/dev/null")
+        return 1
+    words = list(sys.argv[1:] if args is None else args)
+    if unreadable := [word for word in words if not _is_unicode(word)]:
+        _say(f"error: {unreadable[0]!r} is not UTF-8; write it so that everybody can read it")
+        return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What others wrote may have signs that this terminal has not.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = _run(args)
+        status = _run(words)
         sys.stdout.flush()
     except OSError as error:
         if error.errno != errno.EPIPE:  # else nobody reads any more, and nobody asks why
@@ -187,11 +195,9 @@ def main(args: Sequence[str] | None = None) -> int:
     return status
 
 
-def _run(args: Sequence[str] | None) -> int:
+def _run(words: list[str]) -> int:
     try:
-        typer.main.get_command(app).main(
-            args=list(sys.argv[1:] if args is None else args), prog_name="ringfence"
-        )
+        typer.main.get_command(app).main(args=words, prog_name="ringfence")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 0
     except RingfenceError as error:
@@ -216,9 +222,32 @@ def _drop_what_is_left() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _streams_are_open() -> bool:
+    """Whether there is a stdout. What was closed becomes the null device, lest a file or connection take its number."""
+    if sys.stdin is None:
+        sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115 - as long as the process lives
+    there = sys.stdout is not None
+    if not there:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    return there
+
+
+def _is_unicode(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _say(message: str) -> None:
-    """To people, on stderr, in one piece: no wrapping, so that what is copied out of it is whole."""
-    sys.stderr.write(message + "\n")
+    """To people, on stderr, in one piece: no wrapping, so that what is copied out of it is whole.
+
+    There may be words of strangers in it: nothing that moves a cursor reaches the terminal.
+    """
+    sys.stderr.write("\n".join(map(visible, message.split("\n"))) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,13 +29,17 @@ __all__ = [
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _PIPE_WIDTH = 200
 """Columns where nobody looks at a terminal: lines that programs cut apart should not be folded."""
+_NARROWEST = 80
+"""Columns: on a terminal that has fewer, it is the terminal that folds; a table would leave out what does not fit."""
 
 
 def console(*, stderr: bool = False) -> Console:
     """Where people read. No markup, no emoji, no guessing at colours for values."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PIPE_WIDTH
-    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+    made = Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+    made.width = max(made.width, _NARROWEST)
+    return made
 
 
 def print_json(document: Any) -> None:
@@ -64,12 +68,17 @@ def _plain(value: Any) -> Any:
 
 def say(text: str, style: str = "") -> None:
     """One sentence for people on stdout."""
-    console().print(Text(text, style=style), soft_wrap=True)
+    console().print(Text(_lines(text), style=style), soft_wrap=True)
 
 
 def note(text: str, style: str = "") -> None:
     """One sentence for people on stderr: beside the result, not part of it."""
-    console(stderr=True).print(Text(text, style=style), soft_wrap=True)
+    console(stderr=True).print(Text(_lines(text), style=style), soft_wrap=True)
+
+
+def _lines(text: str) -> str:
+    """Each line made visible."""
+    return "\n".join(map(visible, text.split("\n")))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
@@ -87,7 +96,7 @@ def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     for column in columns:
         table.add_column(column.removeprefix("!"), no_wrap=column.startswith("!"), overflow="fold")
     for row in rows:
-        table.add_row(*(Text("\n".join(visible(line) for line in cell.split("\n"))) for cell in row))
+        table.add_row(*(Text(_lines(cell)) for cell in row))
     return table
 
 
@@ -97,7 +106,7 @@ def print_fields(fields: Mapping[str, str], *, title: str | None = None) -> None
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in fields.items():
-        grid.add_row(Text(name), Text("\n".join(visible(line) for line in value.split("\n"))))
+        grid.add_row(Text(name), Text(_lines(value)))
     content: RenderableType = Panel.fit(grid, title=Text(title), title_align="left") if title else grid
     console().print(content)
 

@@ -19,6 +19,7 @@ from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.jws import sign
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.settings import load
+from ringfence.kernel.web import web_client
 from ringfence.messages.api import MAX_API_TOKEN_S, ApiToken
 from ringfence.model.identity import SubjectKind
 
@@ -42,7 +43,7 @@ class ReadApi(Lifetime):
         self.settings = settings or load(ClientSettings)
         self.key = load_key(key, self.settings)
         self._clock: Clock = clock or SystemClock()
-        self._http = httpx.AsyncClient(timeout=timeout_s)
+        self._http = web_client(timeout_s=timeout_s)
 
     async def close(self) -> None:
         """Disconnect. `async with` does it."""

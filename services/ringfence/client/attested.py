@@ -18,6 +18,7 @@ from ringfence.kernel.errors import InvalidMessageError, RingfenceError, Unavail
 from ringfence.kernel.ids import digest
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.web import web_client
 from ringfence.messages.instances import InstanceEnrol, InstanceEnrolment
 from ringfence.model.attestation import bound_audience
 from ringfence.model.identity import spiffe_id
@@ -118,7 +119,7 @@ class Attested:
         )  # fmt: skip
         body, url = sign(claims, key), self._settings.registry_url.rstrip("/") + "/v1/enrol"
         answer, failed = None, ""
-        async with httpx.AsyncClient(timeout=_TIMEOUT_S) as http:
+        async with web_client(timeout_s=_TIMEOUT_S) as http:
             for left in reversed(range(_TRIES)):
                 try:
                     answer = await http.post(url, content=body, headers={"Content-Type": "application/jose"})

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from ringfence.kernel.settings import BusSettings
+from ringfence.kernel.settings import BusSettings, Url
 from ringfence.messages.api import PORTS
 
 
@@ -29,9 +29,9 @@ class ClientSettings(BusSettings):
     """Where the enrolled key is kept for a process that starts again; in memory alone where not set."""
     entitlements_max_age_s: Annotated[int, Field(ge=1)] = 30 * 24 * 3600
     """As the services have it: past this age a user's entitlements count for nothing."""
-    registry_url: str = f"http://127.0.0.1:{PORTS['registry']}"
-    policy_url: str = f"http://127.0.0.1:{PORTS['policy']}"
-    issuer_url: str = f"http://127.0.0.1:{PORTS['issuer']}"
-    revoker_url: str = f"http://127.0.0.1:{PORTS['revoker']}"
-    audit_url: str = f"http://127.0.0.1:{PORTS['audit']}"
-    gateway_url: str = f"http://127.0.0.1:{PORTS['gateway']}"
+    registry_url: Url = f"http://127.0.0.1:{PORTS['registry']}"
+    policy_url: Url = f"http://127.0.0.1:{PORTS['policy']}"
+    issuer_url: Url = f"http://127.0.0.1:{PORTS['issuer']}"
+    revoker_url: Url = f"http://127.0.0.1:{PORTS['revoker']}"
+    audit_url: Url = f"http://127.0.0.1:{PORTS['audit']}"
+    gateway_url: Url = f"http://127.0.0.1:{PORTS['gateway']}"

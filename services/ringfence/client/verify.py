@@ -18,6 +18,7 @@ from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.jws import LEEWAY_S
 from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.web import web_client
 from ringfence.messages.permission import PERMISSION_TYPE, Permission, Scope
 from ringfence.model.globs import ScopeError, parse_name
 from ringfence.model.scope import missing
@@ -104,7 +105,7 @@ class TokenVerifier(Lifetime):
         self.require_proof = require_proof
         self._clock: Clock = clock or SystemClock()
         self._own_http = http is None
-        self._http = http or httpx.AsyncClient(timeout=timeout_s)
+        self._http = http or web_client(timeout_s=timeout_s)
         self._issuer = TokenIssuer(issuer_url, self._http, self._clock)
         self._proofs = ProofChecker(memory=proof_memory, nonces=nonces, clock=self._clock)
 

@@ -8,7 +8,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -27,6 +27,19 @@ FOUND_BY_ITSELF = ".ringfence/ringfence.toml"
 """Where `ringfence dev` writes one unless it is told otherwise."""
 
 S = TypeVar("S", bound=BaseSettings)
+
+
+def _bootstrap(servers: str) -> str:
+    """`host:port[,host:port]`; what Kafka's clients would stumble over is said here."""
+    for server in servers.split(","):
+        host, colon, port = server.strip().rpartition(":")
+        if not (host if colon else port) or (colon and not (port.isdecimal() and 0 < int(port) < 65_536)):
+            raise ValueError(f"{server!r} is not host:port")
+    return servers
+
+
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$")]
+"""`http://host:port` or `https://...`."""
 
 
 class RingfenceSettings(BaseSettings):
@@ -55,7 +68,7 @@ def config_file() -> Path:
     """
     named = os.environ.get(CONFIG_FILE_ENV)
     if named:
-        if not Path(named).exists():
+        if not Path(named).exists() or Path(named).is_dir():
             raise SettingsError(
                 f"{CONFIG_FILE_ENV} names {named}, and there is no such file; correct or unset it"
             )
@@ -90,7 +103,7 @@ class _TomlTable(TomlConfigSettingsSource):
 class BusSettings(RingfenceSettings):
     """What anybody needs who talks to Ringfence, agents and sponsors included."""
 
-    kafka: str = "127.0.0.1:9092"
+    kafka: Annotated[str, AfterValidator(_bootstrap)] = "127.0.0.1:9092"
     """Bootstrap servers, `host:port[,host:port]`."""
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     """`security.protocol`, in Kafka's own words."""
@@ -212,5 +225,6 @@ def _lines(cls: type[BaseSettings], error: ValidationError) -> list[str]:
         field = cls.model_fields.get(str(item["loc"][0]))
         meant = " ".join((field.description or "").split()) if field else ""
         name = f"{prefix}{'_'.join(map(str, item['loc'])).upper()}"
-        found.append(f"{name}: {item['msg']}" + (f". It is: {meant}" if meant else ""))
+        said = item["msg"].removeprefix("Value error, ")
+        found.append(f"{name}: {said}" + (f". It is: {meant}" if meant else ""))
     return found
