@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,13 +83,70 @@ def number_in(text: str, least: int, most: int) -> int | None:
     return number if least <= number <= most else None
 
 
-class _WholeTargets(HttpToolsProtocol):
-    """Reads requests. A `#`, behind which the target would be dropped unseen, is no part of one (RFC 9112, 3.2)."""
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request's line and headers, besides what the read brought that they began in."""
+READING_S = 30.0
+"""So long a request may take to arrive, its body with it, and so long a connection may wait to bring one."""
+_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+class Requests(HttpToolsProtocol):
+    """Reads requests within bounds: the parser by itself keeps headers without an end, and waits for them for ever."""
+
+    reading_s = READING_S
+    _in_head = False
+    _begun = 0
+    """How many requests began: one that did in the present read is not counted by its bytes."""
+    _head_bytes = 0
+    _too_late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._has_come()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        begun = self._begun
+        super().data_received(data)
+        if self._in_head:
+            self._head_bytes += len(data) if self._begun == begun else 0
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.transport.write(_TOO_LARGE)
+                self.transport.close()
+        elif self._begun and self.cycle.response_complete and self.timeout_keep_alive_task is None:
+            self._expect()  # what came is not the beginning of a request, and uvicorn waits no longer
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+        self._begun += 1
+        self._expect()
 
     def on_url(self, url: bytes) -> None:
+        # A `#`, behind which the target would be dropped unseen, is no part of one (RFC 9112, 3.2).
         if b"#" in url:
             raise ValueError("a fragment in the target of a request")
         super().on_url(url)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._has_come()
+        super().on_message_complete()
+
+    def _expect(self) -> None:
+        if self._too_late is None and not self.transport.is_closing():
+            self._too_late = self.loop.call_later(self.reading_s, self.transport.close)
+
+    def _has_come(self) -> None:
+        if self._too_late is not None:
+            self._too_late.cancel()
+            self._too_late = None
 
 
 class HttpServer(uvicorn.Server):
@@ -100,7 +158,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app, host=host, port=port, log_config=None, access_log=False, lifespan="off", server_header=False,
-                http=_WholeTargets, timeout_graceful_shutdown=5,
+                http=Requests, ws="none", timeout_graceful_shutdown=5,
             )
         )  # fmt: skip
 
