@@ -7,13 +7,14 @@ import uuid
 from typing import Any
 
 from ringfence.kernel.ids import digest
+from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import to_json
 from ringfence.messages.approval import ApprovalRequest
-from ringfence.messages.registry import AgentTransfer, UserDisable
-from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION
+from ringfence.messages.registry import AgentSuspend, AgentTransfer, TaskEnd, UserDisable
+from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, CREDENTIAL_REQUEST
 from ringfence.messages.trust import ServiceRole
 from ringfence.policy.settings import PolicySettings
-from tests.flows.office import DEPLOY, READ, Office, codes
+from tests.flows.office import DEPLOY, EVERYTHING, READ, Asked, Office, codes
 from tests.world import World, scope
 
 # --- answers that do not count ---
@@ -170,6 +171,48 @@ async def test_an_approval_that_waits_for_others_ends_by_time_too(world: World):
 
 
 # --- restarts ---
+
+
+async def test_what_waits_ends_with_its_agent_and_with_its_task(world: World):
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        other = await world.agent("other-bot", sponsor=office.sam, ceiling=EVERYTHING)
+        theirs = await world.task(other, by=office.maria, scope=EVERYTHING)
+        claims, key = office.request(DEPLOY, by=other, task_id=theirs)
+        jws = sign(claims, other.key)
+        unconcerned = Asked(claims, jws, await office.send(CREDENTIAL_REQUEST, jws, key=other.name), key)
+        before, asked = office.task, await office.ask(DEPLOY)
+        question = await office.question(asked, office.sam)
+        await world.accepted(world.claims(TaskEnd, office.maria, task_id=before, reason="done"), office.maria)
+        decision = await office.final(asked)
+        assert (decision.outcome, codes(decision), decision.approvals) == ("denied", {"task_ended"}, ())
+        await office.reply(asked, "denied")
+        late = await office.approve(question, office.sam)
+        assert await office.refused(late) == "already_decided"
+
+        office.task = await world.task(office.bot, by=office.maria, scope=EVERYTHING)
+        asked = await office.ask(DEPLOY)
+        await office.question(asked, office.sam)
+        suspend = world.claims(AgentSuspend, office.sam, agent_id="deploy-bot", reason="odd")
+        await world.accepted(suspend, office.sam)
+        assert codes(await office.final(asked)) == {"agent_suspended"}
+        # Nobody was left to find it out, and nobody else was disturbed.
+        answer = await office.question(unconcerned, office.sam)
+        await world.send(APPROVAL_RESPONSE, other.name, office.approval(answer, office.sam))
+        assert (await office.final(unconcerned)).outcome == "allowed"
+
+
+async def test_what_waits_for_an_agent_that_was_suspended_while_policy_was_down(world: World):
+    async with world.running("registry"):
+        async with world.running("policy"):
+            office = await Office.open(world)
+            asked = await office.ask(DEPLOY)
+            await office.question(asked, office.sam)
+        suspend = world.claims(AgentSuspend, office.sam, agent_id="deploy-bot", reason="odd")
+        await world.accepted(suspend, office.sam)
+        async with world.running("policy"):
+            assert codes(await office.final(asked)) == {"agent_suspended"}
+            await office.reply(asked, "denied")
 
 
 async def test_a_restarted_policy_knows_what_waits(world: World):

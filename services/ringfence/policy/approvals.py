@@ -15,9 +15,9 @@ from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
 from ringfence.model.approvals import approval_problem
 from ringfence.model.directory import Directory
-from ringfence.model.requests import DeniedError, gather
+from ringfence.model.requests import DeniedError, gather, violations
 from ringfence.policy.answers import Answers
-from ringfence.policy.domain import Case, Judgement, Ruling, may_approve_any, signer
+from ringfence.policy.domain import MAX_REASONS, Case, Judgement, Ruling, may_approve_any, signer
 from ringfence.policy.judge import Judge
 from ringfence.policy.opening import MISPLACED, Opener, is_for_others
 from ringfence.policy.store import Decisions, Known, Place
@@ -51,6 +51,8 @@ class ApprovalHandler:
         self._answers = answers
         self._recall = recall
         self._one_at_a_time = asyncio.Lock()
+        self._held_against: dict[str, tuple[int, int | None]] = {}
+        """By request that waits, the version of the records that it was last held against."""
 
     async def handle(self, record: Received) -> None:
         """Take in one answer. Raises InvalidMessageError where it is none, or nobody known signed it.
@@ -94,7 +96,7 @@ class ApprovalHandler:
             return _reason(late.code, str(late))
         pending = known.pending
         if record.appended_at_ms >= (pending.expires_at or 0) * 1000:
-            await self._close(known, pending, _over(pending))
+            await self._close(known, pending, (_over(pending),))
             return _reason("approval_expired", "the time in which approvals counted is over")
         return await self._weigh(approval, place, record.appended_at_ms, known, pending)
 
@@ -117,7 +119,7 @@ class ApprovalHandler:
         try:
             facts = gather(self._directory, case.request)
         except DeniedError as error:
-            await self._close(known, pending, error.reason)
+            await self._close(known, pending, (error.reason,))
             return None
         if not may_approve_any(self._directory, user_id, pending.required, facts):
             wanted = ", ".join(pending.required)
@@ -125,11 +127,11 @@ class ApprovalHandler:
         if claims.verdict == "denied":
             comment = (claims.comment or "no comment")[:500]
             no = _reason("approval_denied", f"{user_id} denied it: {comment}")
-            await self._close(known, pending, no, approval, place)
+            await self._close(known, pending, (no,), approval, place)
             return None
         present = facts.revisions(self._judge.policy_revision)
         if present != pending.revisions:
-            await self._close(known, pending, _stale())
+            await self._close(known, pending, (_stale(),))
             return None
         problem = approval_problem(
             approval, facts,
@@ -139,7 +141,7 @@ class ApprovalHandler:
             return problem
         given = [_collected(jws) for jws in pending.approvals]
         if not _all_stand(given, at_ms):
-            await self._close(known, pending, _over(pending))
+            await self._close(known, pending, (_over(pending),))
             return _reason("approval_expired", "the time of an approval that was given before is over")
         if user_id in map(signer, given):
             return _reason("approved_already", f"{user_id} approved this before; nobody counts twice")
@@ -161,7 +163,7 @@ class ApprovalHandler:
         judgement = await self._judge.judge(case, at_ms, approvals)
         outcome = judgement.ruling.outcome
         if outcome != "denied" and judgement.ruling.ttl_s != pending.ttl_s:
-            await self._close(known, pending, _stale(), approval, place)
+            await self._close(known, pending, (_stale(),), approval, place)
             return
         waiting = outcome == "approval_required"
         known = await self._answers.decide(
@@ -175,14 +177,14 @@ class ApprovalHandler:
         self,
         known: Known,
         pending: CredentialDecision,
-        why: Reason,
+        why: tuple[Reason, ...],
         approval: Signed[Approval] | None = None,
         place: Place | None = None,
     ) -> None:
         """Deny a request that waited, on what it waited on, and for a person's answer if that is why."""
         case = _case(known, pending)
         judgement = Judgement(
-            Ruling("denied", (why,), None, pending.required),
+            Ruling("denied", why, None, pending.required),
             revisions=pending.revisions,
             input=pending.input,
             input_digest=pending.input_digest,
@@ -236,10 +238,13 @@ class ApprovalHandler:
                 if same and judgement.ruling.outcome == "allowed":
                     await self._answers.decide(case, judgement, approvals=given)
 
-    # --- those that never came ---
+    # --- those that never came, and those that are of no use any more ---
 
     async def close_overdue(self, owns: Callable[[str, int], bool]) -> None:
-        """For ever: deny what nobody approved in its time.
+        """For ever: deny what nobody approved in its time, and what the rule stands against by now.
+
+        Whoever approves what is of a suspended agent, or of a task that has ended, approves nothing: they are not left
+        to find that out, and the agent is not left to wait.
 
         Args:
             owns: whether this replica takes in the requests of a partition (topic name, number). Only it closes them,
@@ -248,24 +253,52 @@ class ApprovalHandler:
         """
         while True:
             await asyncio.sleep(_CLOSE_EVERY_S)
-            overdue = [known for known in self._decisions.pending() if self._is_overdue(known, owns)]
             try:
-                for known in overdue:
-                    await self._close_overdue(known, owns)
+                await self._close_what_is_over(owns)
             except Exception:
                 log.exception("what nobody approved could not be closed yet; it is tried again")
 
-    async def _close_overdue(self, known: Known, owns: Callable[[str, int], bool]) -> None:
+    async def _close_what_is_over(self, owns: Callable[[str, int], bool]) -> None:
+        now, held = self._directory.versions, dict[str, tuple[int, int | None]]()
+        for known in self._decisions.pending():
+            if not self._is_own(known, owns):
+                continue
+            if self._is_overdue(known) or (
+                self._held_against.get(known.request_id) != now and self._against(known)
+            ):
+                await self._close_one(known, owns)
+            held[known.request_id] = now
+            await asyncio.sleep(0)  # many may wait
+        self._held_against = held
+
+    async def _close_one(self, known: Known, owns: Callable[[str, int], bool]) -> None:
         async with self._one_at_a_time:
             await self._recall()
-            if known.pending is not None and self._is_overdue(known, owns):
-                await self._close(known, known.pending, _over(known.pending))
+            if known.pending is None or not self._is_own(known, owns):
+                return
+            if self._is_overdue(known):
+                await self._close(known, known.pending, (_over(known.pending),))
+            elif found := self._against(known):
+                await self._close(known, known.pending, found)
 
-    def _is_overdue(self, known: Known, owns: Callable[[str, int], bool]) -> bool:
+    def _is_own(self, known: Known, owns: Callable[[str, int], bool]) -> bool:
         pending = known.pending
-        if pending is None or self._runtime.clock.now_ms() < (pending.expires_at or 0) * 1000 + OVERDUE_MS:
-            return False
-        return owns(pending.source.topic, pending.source.partition)
+        return pending is not None and owns(pending.source.topic, pending.source.partition)
+
+    def _is_overdue(self, known: Known) -> bool:
+        end_s = known.pending.expires_at if known.pending else None
+        return self._runtime.clock.now_ms() >= (end_s or 0) * 1000 + OVERDUE_MS
+
+    def _against(self, known: Known) -> tuple[Reason, ...]:
+        """What the rule has against a request that waits, by the records of now."""
+        if known.pending is None:
+            return ()
+        try:
+            facts = gather(self._directory, _case(known, known.pending).request)
+        except DeniedError:
+            return ()  # a record may be on its way; an answer is weighed once it is here
+        now_s = self._runtime.clock.now_ms() / 1000
+        return violations(facts, now_s, self._runtime.settings.entitlements_max_age_s)[:MAX_REASONS]
 
 
 def _case(known: Known, decision: CredentialDecision) -> Case:
