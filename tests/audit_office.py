@@ -447,11 +447,12 @@ class Story:
         if approved:
             expires_at = office.now_ms // 1000 + 600
             self.all.append(self.decision("approval_required", required=("sponsor",), expires_at=expires_at))
-            asked = ApprovalRequest(
-                **self.common, approver="sam", required=("sponsor",), expires_at=expires_at,
+            policy = office.key("service", "policy")
+            asked = office.claims(
+                ApprovalRequest, policy, **self.common, approver="sam", required=("sponsor",), expires_at=expires_at,
                 reasons=(Reason(code="floor", message="staging wants its sponsor"),),
             )  # fmt: skip
-            self.asked = office.received(APPROVAL_REQUEST, asked, key="sam")
+            self.asked = office.signed(APPROVAL_REQUEST, asked, policy, key="sam")
             yes = office.claims(
                 Approval, sam, verdict="approved", request=self.request_jws, request_id=self.request_id,
                 request_digest=digest(self.request_jws), comment="build 421 is the one we tested", **terms,

@@ -286,8 +286,6 @@ def _unsigned(record: Received) -> tuple[str, str] | None:
     except orjson.JSONDecodeError:
         return None
     match record.topic.what:
-        case "approval.request":
-            return "ApprovalRequest", ""
         case "dead-letter":
             return "DeadLetter", ""
         case "action" if "answer" in claims:
@@ -321,7 +319,6 @@ async def test_every_outcome_of_every_message_becomes_the_event_of_the_table(tol
 # --- what counts for nothing is an event too ---
 
 UNSIGNED = {
-    "approval.request": "policy's question is plain JSON around the agent's request: each is asked",
     "credential.reply": "sealed: nobody but its agent can tell two of them apart",
     "action": "gateways do not sign what agents did",
     "dead-letter": "any service writes letters, unsigned",
@@ -342,7 +339,9 @@ async def test_what_stands_there_a_second_time_is_told_as_that(office: Office, t
     elif topic.what in ("user", "agent", "target", "task"):
         assert code in ("record.revision_fell", "message.repeated")
     else:
-        by_service = topic.what in ("credential.decision", "lease", "revocation.ack", "service.event")
+        by_service = topic.what in (
+            "credential.decision", "approval.request", "lease", "revocation.ack", "service.event",
+        )  # fmt: skip
         assert (code, status) == (
             ("message.repeated", "Success") if by_service else ("message.replayed", "Failure")
         )

@@ -154,10 +154,13 @@ class Office:
         """What a person was asked."""
 
         def fits(record: Received) -> bool:
-            return record.key == to.name and json_of(record)["request_id"] == request.id
+            return record.key == to.name and self.asked(record).request_id == request.id
 
-        record = await self.world.consume_until(APPROVAL_REQUEST, fits)
-        return ApprovalRequest.model_validate_json(record.value)
+        return self.asked(await self.world.consume_until(APPROVAL_REQUEST, fits))
+
+    def asked(self, record: Received) -> ApprovalRequest:
+        """What a person was asked, by a record of the topic."""
+        return self.world.opened(record, ApprovalRequest, "policy")
 
     async def reply(self, request: Asked, outcome: str) -> ReplyContent:
         """The sealed reply that tells the agent of a decision with this outcome."""
@@ -200,11 +203,6 @@ class Office:
 def claims_of(jws: str) -> dict[str, Any]:
     """What a JWS of a service or a person says, unverified: tests look at what they sent or were sent."""
     return dict(orjson.loads(parse(jws).payload))
-
-
-def json_of(record: Received) -> dict[str, Any]:
-    """A record of plain JSON."""
-    return dict(orjson.loads(record.value))
 
 
 def codes(decision: CredentialDecision) -> set[str]:

@@ -10,6 +10,7 @@ import pytest
 
 from ringfence.client.sponsor import Sponsor
 from ringfence.kernel.ids import digest
+from ringfence.kernel.jws import sign
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.registry import AgentTransfer
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
@@ -49,7 +50,7 @@ TWICE = f"""
 OTHER_NAME = (
     asked_for(BOT)
     + waits("policy, floor", BOT)
-    + f"~3003 Ask for Approval: Requested/Observed approval.requested [policy, floor] by nobody known for {BOT}"
+    + f"~3003 Ask for Approval: Requested/Observed approval.requested [policy, floor] by policy for {BOT}"
 )
 ISSUED = """
     ~3003 Assign Privileges: Success/Allowed credential.issued by issuer for bot
@@ -212,7 +213,8 @@ async def test_an_operator_is_not_asked_for_what_is_their_own(world: World) -> N
         await office.approve(question, office.sam)  # counts, as the sponsor's
         await office.approve(question, world.operator)
         assert (await office.final(asked)).outcome == "allowed"
-        asked_of = {r.key for r in await world.records(APPROVAL_REQUEST) if asked.id.encode() in r.value}
+        questions = [(r.key, office.asked(r)) for r in await world.records(APPROVAL_REQUEST)]
+        asked_of = {key for key, one in questions if one.request_id == asked.id}
         assert asked_of == {"sam", world.operator.name}
 
 
@@ -265,14 +267,14 @@ def question_digest(question: ApprovalRequest) -> str:
 
 
 async def test_one_request_shown_under_the_name_of_another(world: World) -> None:
-    """Who can write to `approval.request` asks with the harmless request, under the id of the harmful one."""
+    """A policy that lies asks with the harmless request, under the id of the harmful one."""
     async with world.running("registry", "policy"):
         office = await Office.open(world)
         harmful = await office.question(await office.ask(WIPE), office.sam)
         harmless = await office.question(await office.ask(DEPLOY), office.sam)
         forged = harmless.model_copy(update={"request_id": harmful.request_id})
         async with Sponsor.connect(office.sam.key, client(world)) as sam:
-            await world.send(APPROVAL_REQUEST, "sam", forged.model_dump_json(exclude_none=True))
+            await world.send(APPROVAL_REQUEST, "sam", sign(forged, world.key("policy")))
             marker = await office.question(await office.ask(DEPLOY), office.sam)
             async for pending in sam.watch():
                 if pending.request_id == marker.request_id:

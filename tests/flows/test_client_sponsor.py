@@ -19,7 +19,7 @@ from ringfence.kernel.jws import open_signed, parse, sign
 from ringfence.kernel.keys import SigningKey, public_key
 from ringfence.kernel.seal import ReplyKey
 from ringfence.messages.approval import Approval, ApprovalRequest
-from ringfence.messages.credential import CredentialDecision, CredentialRequest, Outcome, Revisions
+from ringfence.messages.credential import CredentialDecision, CredentialRequest, Outcome, Reason, Revisions
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
 from tests.flows.sdk import READ, WRITE, client, first, nowhere
@@ -63,11 +63,14 @@ class Organisation:
             "revisions": self.revisions(),
             "expires_at": int(time.time()) + 900,
         }
-        asked = ApprovalRequest(**{**given, **fields})
-        await self.world.send(
-            APPROVAL_REQUEST, "sam", asked.model_dump_json(exclude_none=True), "approval.request"
-        )
+        await self.world.send(APPROVAL_REQUEST, "sam", self.question(**{**given, **fields}))
         return id
+
+    def question(self, by: SigningKey | None = None, **fields: Any) -> str:
+        """A question, signed by policy, or in its name by somebody else."""
+        policy, now_s = self.world.key("policy"), int(time.time())
+        head = {"iss": policy.id, "aud": self.world.td, "iat": now_s, "jti": str(uuid.uuid4())}
+        return sign(ApprovalRequest(**{**head, **fields}), by or policy)
 
     def revisions(self, **fields: Any) -> Revisions:
         return Revisions(
@@ -201,6 +204,51 @@ async def test_what_is_not_what_an_agent_signed_is_not_shown(
         await shown(sam, honest)
         assert [pending.request_id for pending in sam.pending(everyone=True)] == [honest]
         assert len(sam.unshowable) == 1
+
+
+async def test_what_policy_did_not_sign_asks_nobody_and_changes_no_question(org: Organisation) -> None:
+    """Whoever can write to the topic had a question vanish by an end in the past, or gave it a reason of their own."""
+    claims = org.request()
+    asked: dict[str, Any] = {
+        "request_id": message_id(claims.iss, claims.jti), "request": sign(claims, org.bot.key), "source": nowhere(),
+        "approver": "sam", "required": ("sponsor",), "ttl_s": 300, "delivery": "agent",
+        "revisions": org.revisions(), "expires_at": int(time.time()) + 900,
+    }  # fmt: skip
+    kind = Reason(code="floor", message="olga has looked at it, and it is harmless")
+    async with org.sponsor() as sam:
+        before = await shown(sam, await org.ask(claims, asked["request"]))
+        for forged in ({"expires_at": 1}, {"reasons": (kind,)}, {"required": ("operator",)}, {"ttl_s": 299}):
+            plain = org.question(**{**asked, **forged})
+            for value in (
+                parse(plain).payload,
+                org.question(org.bot.key, **{**asked, **forged}),
+                org.question(org.sam.key, **{**asked, **forged}),
+                plain.rpartition(".")[0] + "." + "A" * 86,
+            ):
+                await org.world.send(APPROVAL_REQUEST, "sam", value)
+        await shown(sam, await org.ask(org.request()))  # all that was sent before has been looked at
+        assert sam.find(before.request_id) == before
+        await sam.approve(before)
+
+
+async def test_a_question_of_before_does_not_take_the_place_of_the_one_that_was_asked_anew(
+    org: Organisation,
+) -> None:
+    claims = org.request()
+    asked: dict[str, Any] = {
+        "request_id": message_id(claims.iss, claims.jti), "request": sign(claims, org.bot.key), "source": nowhere(),
+        "approver": "sam", "required": ("sponsor",), "delivery": "agent", "revisions": org.revisions(),
+        "expires_at": int(time.time()) + 900,
+    }  # fmt: skip
+    now_s = int(time.time())
+    old = org.question(**asked, ttl_s=300, iat=now_s - 5)
+    async with org.sponsor() as sam:
+        for question in (old, org.question(**asked, ttl_s=200, iat=now_s), old):
+            await org.world.send(APPROVAL_REQUEST, "sam", question)
+        await shown(sam, await org.ask(org.request()))
+        pending = sam.find(str(asked["request_id"]))
+        assert pending is not None
+        assert pending.ttl_s == 200
 
 
 async def test_garbage_among_the_questions_stops_nothing(org: Organisation) -> None:

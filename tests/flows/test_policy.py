@@ -13,7 +13,6 @@ from ringfence.kernel.ids import digest, message_id
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Received, to_json
 from ringfence.kernel.trace import trace_id
-from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
 from ringfence.messages.registry import AgentSuspend, BackendSettings, UserDisable
 from ringfence.messages.topics import (
@@ -34,7 +33,6 @@ from tests.flows.office import (
     Office,
     claims_of,
     codes,
-    json_of,
 )
 from tests.world import WITHIN_S, Party, World, scope
 
@@ -114,8 +112,8 @@ async def test_one_request_is_one_trace(world: World):
             return office.opened(record).request_id == id
 
         record = await world.consume_until(CREDENTIAL_DECISION, about)
-        asked = await world.consume_until(APPROVAL_REQUEST, lambda r: json_of(r)["request_id"] == id)
-        await office.approve(ApprovalRequest.model_validate_json(asked.value), office.sam)
+        asked = await world.consume_until(APPROVAL_REQUEST, lambda r: office.asked(r).request_id == id)
+        await office.approve(office.asked(asked), office.sam)
         last = await world.consume_until(
             CREDENTIAL_DECISION, lambda r: about(r) and office.opened(r).outcome == "allowed"
         )

@@ -17,7 +17,7 @@ from ringfence.client.agent import Agent
 from ringfence.client.api import ReadApi
 from ringfence.client.errors import ApiError, RefusedError
 from ringfence.kernel.ids import digest, lease_id, message_id
-from ringfence.kernel.jws import sign
+from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Publisher, Received
 from ringfence.kernel.keys import SigningKey, b64encode
 from ringfence.kernel.seal import ReplyKey
@@ -307,7 +307,7 @@ async def pending_write(
     await put(publisher, CREDENTIAL_REQUEST, realm.agent, sign(request, realm.key("agent", realm.agent)))
 
     def found() -> list[ApprovalRequest]:
-        asked = [ApprovalRequest.model_validate_json(r.value) for r in seen.of(APPROVAL_REQUEST)]
+        asked = [parse(r.value).unverified_claims(ApprovalRequest) for r in seen.of(APPROVAL_REQUEST)]
         return [a for a in asked if a.request_id == request_id]
 
     return request, (await seen.until(found, "the approval request"))[0]
@@ -650,7 +650,7 @@ def garbage_story(topic: Topic[Any]) -> str:
         told[0] = forged("tombstone")
     if topic is LEASE:
         told[0] = "3003 Forget: Success/Observed lease.forgotten by nobody known\n"
-    if topic in (APPROVAL_REQUEST, DEAD_LETTER):
+    if topic is DEAD_LETTER:
         told[2] = forged("claims_invalid")  # JSON belongs there, and no such
     return story + "".join(f"~{one}" for one in [*told, *map(stories.buried, buried_codes)])
 

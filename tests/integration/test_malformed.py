@@ -20,7 +20,6 @@ from ringfence.messages.topics import (
     ACTION,
     AGENT,
     ALL,
-    APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
     AUDIT,
     AUDIT_INTAKE,
@@ -81,7 +80,6 @@ async def throw(
 
 
 PLAIN = {
-    APPROVAL_REQUEST: "not_a_jws",
     ACTION: "not_json",
     DEAD_LETTER: "not_json",
     CREDENTIAL_REPLY: "not_a_jwe",

@@ -126,7 +126,7 @@ async def test_a_plain_consumer_finds_every_message_as_the_schemas_say(realm: Re
 
 EVERY_FLOW = {
     "trust.bundle", "user.set", "agent.register", "target.set", "task.assign", "user", "agent", "target", "task",
-    "credential.request", "credential.decision", "approval-request", "approval", "lease", "revocation.request",
+    "credential.request", "credential.decision", "approval.request", "approval", "lease", "revocation.request",
     "service.event", "heartbeat", "audit-event",
 }  # fmt: skip
 """What a credential that was approved and given back leaves on the topics."""

@@ -20,7 +20,7 @@ from ringfence.kernel.ids import derived_id, digest, message_id
 from ringfence.kernel.jws import parse, sign, sign_payload
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import PublicKey, SigningKey
-from ringfence.messages.approval import Approval
+from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.audit import IntakeEntry
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
@@ -45,6 +45,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import (
     AGENT,
+    APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
     AUDITED,
     CREDENTIAL_DECISION,
@@ -398,12 +399,26 @@ async def test_a_decision_over_a_request_that_does_not_verify_names_no_agent(off
     assert "embedded" not in event["unmapped"]["verified"]
 
 
-async def test_an_approval_request_says_that_only_the_request_in_it_is_signed(office: Office) -> None:
+async def test_an_approval_request_is_the_word_of_policy_alone(office: Office) -> None:
     story = office.credential()
     event = await office.event(story.asked)
-    assert event["unmapped"]["verified"] == {"by": None, "embedded": ["credential.request"]}
-    assert "actor" not in event
+    policy = office.key("service", "policy")
+    assert event["unmapped"]["verified"]["by"] == policy.id
+    assert event["unmapped"]["verified"]["embedded"] == ["credential.request"]
+    assert event["actor"]["user"]["uid"] == policy.id
     assert event["unmapped"]["asked"] == "sam"
+
+
+async def test_a_request_by_a_key_of_before_is_not_made_one_of_then_by_who_can_write(office: Office) -> None:
+    """The time in a question says which key of the agent counted: whoever had an old one would choose it."""
+    story = office.credential()
+    asked = parse(story.asked.value).unverified_claims(ApprovalRequest)
+    early = asked.source.model_copy(update={"appended_at_ms": 1})
+    forged = asked.model_copy(update={"source": early, "jti": "another"})
+    plain = forged.model_dump_json(exclude_none=True)
+    for value in (plain, sign(forged, office.key("agent", "deploy-bot"))):
+        event = await office.event(office.received(APPROVAL_REQUEST, value, key="sam"))
+        assert steps([event]) == ["record.not_believed"]
 
 
 async def test_a_reply_is_told_by_its_request_and_never_opened(office: Office) -> None:

@@ -176,12 +176,16 @@ def decided(
 def approval_asked(
     record: Received, claims: ApprovalRequest, facts: RequestFacts, verified: dict[str, Any]
 ) -> Event:
-    """Somebody is asked to approve. Only the embedded request is signed; who asks whom is the writer's word."""
+    """Policy asks somebody to approve."""
     message = (
         f"{claims.approver} was asked for approval ({', '.join(claims.required)}) of {facts.words} for agent "
         f"{facts.agent}, for {claims.ttl_s} s, {_behalf(facts.on_behalf_of)}"
     )
-    own = {"user": user_of(facts.signer), "privileges": facts.privileges}
+    own = {
+        "user": user_of(facts.signer),
+        "actor": {"user": user_of(claims.iss), "session": {"uid": facts.task}},
+        "privileges": facts.privileges,
+    }
     words = {
         **_words(facts),
         "asked": claims.approver,

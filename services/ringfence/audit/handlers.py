@@ -301,15 +301,19 @@ class AuditHandlers:
         return event, facts is None or self._incomplete(facts)
 
     def _approval_request(self, record: Received) -> tuple[Event, bool]:
-        if not record.value.startswith(b"{"):
+        if parse(record.value).header.typ == typ_header(ActionRequest):
             return self._action_request(record)
-        claims = self._believer.plain(record, ApprovalRequest)
+        signed = self._believer.by_service(record, ApprovalRequest, "policy")
+        claims = signed.claims
         facts = self._believer.embedded_request(
             claims.request, claims.request_id, claims.source.appended_at_ms
         )
         if facts is None:
             raise InvalidMessageError("the embedded request does not hold", code="key_unknown")
-        verified = {"by": None, "embedded": ["credential.request"]}
+        replay = self._replay(record, signed, lambda: {"agent": facts.agent, "request": claims.request_id})
+        if replay is not None:
+            return replay, False
+        verified = signed.verified("credential.request")
         return credential_events.approval_asked(record, claims, facts, verified), self._incomplete(facts)
 
     def _response(self, record: Received) -> tuple[Event, bool]:

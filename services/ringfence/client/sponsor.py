@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import ValidationError
-
 from ringfence.client.actions import OpenActions, PendingAction, is_action
 from ringfence.client.alike import Alike, alike, key_of
 from ringfence.client.connection import Connection, subject
@@ -23,7 +21,7 @@ from ringfence.client.usual import DAYS, Usual
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import MAX_LIFE_S, explain, open_signed, parse
+from ringfence.kernel.jws import MAX_LIFE_S, open_signed, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, ApprovalRequest
@@ -58,7 +56,7 @@ class PendingApproval:
     """One request that waits for a person.
 
     Everything that describes it comes from the request as the agent signed it and from verified records; from the
-    message that asks for the approval come only its terms, which the approval repeats and policy checks.
+    message that asks for the approval, which policy signed, come only its terms, which the approval repeats, and why.
     """
 
     request_id: str
@@ -90,7 +88,7 @@ class PendingApproval:
     """Seconds since 1970; then it is denied."""
     revisions: Revisions
     why_asked: tuple[Reason, ...]
-    """Why policy wants an approval, and what break glass outweighs. Not signed: for information only."""
+    """Why policy wants an approval, and what break glass outweighs."""
     request: Jws
     break_glass: bool = False
     """Two operators are asked to allow once what policy denies."""
@@ -458,12 +456,16 @@ class Sponsor(Lifetime):
             if is_action(record, ActionRequest):
                 self._on_action(record)
                 continue
+            find = self.connection.trust.finder("policy", at_s=record.appended_at_ms / 1000)
+            audience = self.connection.settings.trust_domain
             try:
-                asked = ApprovalRequest.model_validate_json(record.value)
-            except ValidationError as error:
-                log.warning("ignored an approval request at %d: %s", record.offset, explain(error))
+                asked = open_signed(parse(record.value), ApprovalRequest, find, audience=audience).claims
+            except InvalidMessageError as error:
+                log.warning("ignored an approval request at %d: %s", record.offset, error)
                 continue
             before = self._asked.get(asked.request_id)
+            if before is not None and asked.iat < before.message.iat:
+                continue  # what was asked before it was asked anew, sent again by somebody
             people = (before.people if before else frozenset()) | {asked.approver}
             self._asked[asked.request_id] = _Asked(asked, record.appended_at_ms, people, record.traceparent)
         self._forget_expired()

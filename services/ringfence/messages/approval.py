@@ -11,7 +11,6 @@ from ringfence.messages.base import (
     Digest,
     ExpiringClaims,
     Jws,
-    Message,
     Name,
     NonEmpty,
     Seconds,
@@ -24,8 +23,10 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import ActionClass
 
 
-class ApprovalRequest(Message):
-    """Asks a person to approve. Plain JSON around the signed request: render and digest `request`, nothing else."""
+class ApprovalRequest(Claims):
+    """Policy asks a person to approve `request`, as its agent signed it: render and digest that, and nothing else."""
+
+    typ: ClassVar[str] = "approval.request"
 
     request_id: Uuid
     request: Jws

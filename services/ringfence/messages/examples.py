@@ -275,6 +275,7 @@ _ALL: tuple[Message, ...] = (
         input_digest=_DIGEST,
     ),
     ApprovalRequest(
+        **_claims(_service("policy")),
         request_id=_REQUEST,
         request=_JWS,
         source=_coordinates("credential.request"),

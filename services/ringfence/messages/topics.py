@@ -84,8 +84,8 @@ APPROVAL_REQUEST: Topic[Any] = Topic(
     "approval.request",
     (ApprovalRequest, ActionRequest),
     "sponsor id",
-    "json",
-    ("policy", "gateway (signed)"),
+    "jws",
+    ("policy", "gateway"),
     ("sponsors", "policy", "console", "audit"),
     7 * _DAY,
 )

@@ -127,6 +127,10 @@ class Answers:
         assert decision.revisions is not None
         assert decision.expires_at is not None
         message = ApprovalRequest(
+            iss=self._runtime.key.id,
+            aud=decision.aud,
+            iat=decision.iat,
+            jti=derived_id(ApprovalRequest.typ, decision.jti, user_id),
             request_id=decision.request_id,
             request=decision.request,
             source=decision.source,
@@ -138,11 +142,10 @@ class Answers:
             reasons=decision.reasons,
             expires_at=decision.expires_at,
         )
-        id = derived_id("approval.request", decision.jti, user_id)
-        await self._runtime.publisher.publish_plain(
-            APPROVAL_REQUEST, user_id, message, id=id, traceparent=case.traceparent
+        await self._runtime.publisher.publish_signed(
+            APPROVAL_REQUEST, user_id, message, self._runtime.key, traceparent=case.traceparent
         )
-        self._notices.tell(id, message, case.request)
+        self._notices.tell(message, case.request)
 
     async def _reply(self, known: Known, case: Case) -> None:
         if known.jws is None:

@@ -106,12 +106,12 @@ class Notices:
         if self._http is not None:
             await self._http.aclose()
 
-    def tell(self, id: str, asked: ApprovalRequest, request: Signed[CredentialRequest]) -> None:
+    def tell(self, asked: ApprovalRequest, request: Signed[CredentialRequest]) -> None:
         """Tell somebody, if they want to be told, and have not been told of this, or of one that is alike and waits.
 
-        `id` is that of the question: a repeat has the same one, so that its receiver can tell.
+        A repeat of the question has the same `jti`, so that its receiver can tell.
         """
-        user_id = asked.approver
+        user_id, id = asked.approver, asked.jti
         if user_id not in self._places or id in self._told or self._is_known(asked, request.claims):
             return
         self.deliver(
