@@ -10,12 +10,16 @@ from typing import Any
 
 import structlog
 
-_TOKEN = re.compile(r"[\w-]{16,}\.[\w-]*\.[\w-]{16,}(?:\.[\w-]+){0,2}")
+from ringfence.kernel.secret_text import REDACTED, without_secrets
+
+_TOKEN = re.compile(r"(?<![\w-])[\w-]{16,}\.[\w-]*\.[\w-]{16,}(?:\.[\w-]+){0,2}")
 
 
 def redact(_: Any, __: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
-    """Replace whatever looks like a JWS or JWE: any of them could be a credential."""
-    return {k: _TOKEN.sub("[redacted]", v) if isinstance(v, str) else v for k, v in event.items()}
+    """Replace whatever looks like a JWS or JWE, or another secret: any of them could be a credential."""
+    return {
+        k: without_secrets(_TOKEN.sub(REDACTED, v)) if isinstance(v, str) else v for k, v in event.items()
+    }
 
 
 def configure(service: str, *, format: str = "json", level: str = "info") -> None:

@@ -1,0 +1,47 @@
+"""Secrets in what people and agents wrote, and in what programs say went wrong: known by their forms, and taken out.
+
+No more than a net below: nothing secret is written anywhere on purpose. What has no form (a password in prose) passes.
+Every pattern begins where a word does, or with letters of its own: the time that it takes grows with the text, and no
+faster, whatever a stranger makes of that.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+REDACTED: Final = "[redacted]"
+_SHORTEST: Final = 20
+_ISSUED: Final = re.compile(
+    r"(?<![\w-])(?:(?:AKIA|ASIA)[A-Z0-9]{16}"  # AWS
+    r"|gh[pousr]_[A-Za-z0-9]{20}|github_pat_\w{20}|gl(?:pat|dt|rt|cbt)-[\w.-]{16}"
+    r"|xox[abeoprs]-[\w-]{15}|xapp-[\w-]{15}|sk-[\w-]{20}|[rs]k_(?:live|test)_\w{16}"
+    r"|AIza[\w-]{35}|ya29\.[\w-]{20}"  # Google
+    r"|hv[sbr]\.[\w-]{20}|s\.[A-Za-z0-9]{24}(?![A-Za-z0-9])"  # Vault, OpenBao
+    r"|npm_[A-Za-z0-9]{36}|pypi-[\w-]{50}|whsec_[A-Za-z0-9+/=]{24})[\w.+/=-]*"
+)
+"""What services hand out in a form of its own, so that it can be found where it does not belong."""
+_PEM: Final = re.compile(
+    r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY-----|\Z)", re.DOTALL
+)
+_IN_URL: Final = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")
+_PRESENTED: Final = re.compile(r"((?<!\w)(?:bearer|basic|dpop)[ \t]{1,4})[\w.~+/=-]{20,}", re.IGNORECASE)
+_NAMED: Final = re.compile(
+    r"((?:passw(?:or)?d|secret|token|api_?key|access_?key)(?:[\"']?\s{0,4}=\s{0,4}|[\"']\s{0,4}:\s{0,4}))"
+    r"(?:\"[^\"]{4,}\"?|'[^']{4,}'?|[^\s\"'&;,]{4,})",
+    re.IGNORECASE,
+)
+
+
+def without_secrets(text: str) -> str:
+    """The text with `[redacted]` in the place of each secret that has a known form."""
+    if any(len(word) >= _SHORTEST for word in text.split()):
+        text = _ISSUED.sub(REDACTED, text)
+        text = _PRESENTED.sub(rf"\g<1>{REDACTED}", text)
+    if "-----BEGIN" in text:
+        text = _PEM.sub(REDACTED, text)
+    if "@" in text and "://" in text:
+        text = _IN_URL.sub(REDACTED, text)
+    if "=" in text or (":" in text and ('"' in text or "'" in text)):
+        text = _NAMED.sub(rf"\g<1>{REDACTED}", text)
+    return text
