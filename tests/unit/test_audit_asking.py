@@ -410,3 +410,27 @@ async def test_state_of_another_question_is_no_state(tmp_path: Path) -> None:
     (tmp_path / "t.part.json").write_text(State(question=question()).model_dump_json())
     with pytest.raises(ExportError):
         resume(tmp_path / "t")
+
+
+# --- what was made up ---
+
+
+async def test_an_event_is_found_though_its_uid_was_written_before_it(shelf: Shelf) -> None:
+    """A uid is that of a place on a topic: whoever may write to `audit` knows the next ones."""
+    story = shelf.office.credential()
+    true = (await shelf.office.audit(*story.all))[-1]
+    uid, words = true["metadata"]["uid"], true["unmapped"]
+    made_up = {**true, "message": "nothing happened", "unmapped": {"lease": "another", "agent": "other-bot"}}
+    again = {**true, "unmapped": {**words, "chain": {"tree": "0", "seq": 7, "prev": "0" * 64}}}
+    shelf.put(made_up)
+    shelf.put(true, again)
+    shelf.put(made_up, true)
+    first, second = map(orjson.loads, shelf.index.events(uid, None))
+    assert (first, second) == (made_up, true)
+    assert shelf.index.events(uid, SAM) == [orjson.dumps(true)]
+    found = shelf.index.story(words["lease"], "lease", None, 10)
+    assert found is not None
+    assert [event for event in found.events if event["metadata"]["uid"] == uid] == [true]
+    for limit in (1, 2, 1000):
+        copies = [orjson.loads(line) for line in shelf.copied(limit=limit)]
+        assert [event for event in copies if event["metadata"]["uid"] == uid] == [made_up, true]

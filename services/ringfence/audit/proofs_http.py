@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ringfence.audit.http import NotFoundError
-from ringfence.audit.proofs import ProofStore
+from ringfence.audit.proofs import Inclusion, NoProofError, ProofStore
 from ringfence.audit.queries import WrongQueryError
 from ringfence.audit.store import EventIndex, Viewer
 from ringfence.kernel import metrics
@@ -36,10 +37,10 @@ class ProofApi:
 
     async def _inclusion(self, request: Request) -> Response:
         uid = request.path_params["uid"]
-        event = self._index.event(uid, self._viewer_of(request))
-        if event is None:
+        events = self._index.events(uid, self._viewer_of(request))
+        if not events:
             raise NotFoundError(f"no event {uid[:80]} that you may see was audited")
-        found = self._proofs.inclusion(event)
+        event, found = self._proven(events)
         metrics.HTTP_REQUESTS.labels("/v1/events/proof", "200").inc()
         return JSONResponse({
             "event": event.decode(),
@@ -48,6 +49,13 @@ class ProofApi:
             "proof": [step.hex() for step in found.proof],
             "checkpoint": found.head.jws,
         })  # fmt: skip
+
+    def _proven(self, events: Sequence[bytes]) -> tuple[bytes, Inclusion]:
+        """That of the events with one uid which is in the chain; others were made up. Raises NoProofError."""
+        for event in events[:-1]:
+            with contextlib.suppress(NoProofError):
+                return event, self._proofs.inclusion(event)
+        return events[-1], self._proofs.inclusion(events[-1])
 
     async def _checkpoints(self, request: Request) -> Response:
         self._viewer_of(request)

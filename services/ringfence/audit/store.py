@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, get_args
 import orjson
 
 from ringfence.audit.break_glass_events import USED, take_in
+from ringfence.audit.handed_over import mark_of
 from ringfence.audit.ocsf import DETECTION_FINDING, ENTITY_MANAGEMENT
 from ringfence.audit.wanted import EVERYTHING, Wanted
 from ringfence.kernel import metrics
@@ -126,6 +127,8 @@ class EventIndex(Trail, Protocol):
     def add(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
         """Take in what came from the `audit` topic. The same event twice counts once; what is no event is skipped.
 
+        Of two with one uid that say different things one was made up, as its uid can be told ahead: both are found.
+
         `events`: the JSON of each, where it is parsed already.
         """
         ...
@@ -152,8 +155,8 @@ class EventIndex(Trail, Protocol):
         """Events of a span, at most `limit`, of a bounded number that are looked at. Raises CursorLostError."""
         ...
 
-    def event(self, uid: str, viewer: Viewer | None) -> bytes | None:
-        """One event as it stands on the topic, to the byte. None where there is none to see."""
+    def events(self, uid: str, viewer: Viewer | None) -> list[bytes]:
+        """The event as it stands on the topic, to the byte, and whatever else stands there by its uid."""
         ...
 
     def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
@@ -167,9 +170,10 @@ class EventIndex(Trail, Protocol):
 
 _SCHEMA = """
 CREATE TABLE event (
-    seq INTEGER PRIMARY KEY, uid TEXT NOT NULL UNIQUE, time INTEGER NOT NULL, class_uid INTEGER NOT NULL, code TEXT,
+    seq INTEGER PRIMARY KEY, uid TEXT NOT NULL, time INTEGER NOT NULL, class_uid INTEGER NOT NULL, code TEXT,
     request TEXT, lease TEXT, task TEXT, agent TEXT, target TEXT, sponsor TEXT, on_behalf_of TEXT, revocation TEXT,
-    parent TEXT, above TEXT, status INTEGER, severity INTEGER, message TEXT NOT NULL, json BLOB NOT NULL
+    parent TEXT, above TEXT, status INTEGER, severity INTEGER, message TEXT NOT NULL, json BLOB NOT NULL,
+    twin TEXT NOT NULL, UNIQUE (uid, twin)
 );
 CREATE INDEX event_request ON event (request, code) WHERE request IS NOT NULL;
 CREATE INDEX event_lease ON event (lease, code) WHERE lease IS NOT NULL;
@@ -182,14 +186,14 @@ CREATE INDEX event_finding ON event (seq) WHERE class_uid = 2004;
 CREATE INDEX event_action ON event (time) WHERE class_uid = 6003;
 CREATE INDEX event_issued ON event (time) WHERE code = 'credential.issued';
 CREATE INDEX event_at_target ON event (target, time) WHERE code = 'credential.issued' OR class_uid = 6003;
-CREATE INDEX event_time ON event (time, uid);
+CREATE INDEX event_time ON event (time, uid, twin);
 """
 _INSERT = """
 INSERT OR IGNORE INTO event (
     seq, uid, time, class_uid, code,
     request, lease, task, agent, target, sponsor, on_behalf_of, revocation, parent, above, status, severity,
-    message, json
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    message, json, twin
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _IDS = ("request", "lease", "task", "agent", "target", "sponsor", "on_behalf_of", "revocation", "parent")
 _CACHE_KIB = 64 * 1024
@@ -253,11 +257,21 @@ class SqliteIndex:
             rows.append(row)
             if event["class_uid"] == DETECTION_FINDING:
                 findings.append(event)
-        self._db.executemany(_INSERT, rows)
+        if self._db.executemany(_INSERT, rows).rowcount < len(rows):
+            self._add_twins(rows)
         if findings:
             take_in(self._uses, findings)
             unreviewed = sum(use["review"] is None for use in self._uses.values())
             metrics.BREAK_GLASS_UNREVIEWED.set(unreviewed)
+
+    def _add_twins(self, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Of what was known by its uid, take in what says something else: a uid that was made up hides no event."""
+        for row in rows:
+            seq, uid, json = row[0], row[1], row[-2]
+            query = "SELECT seq, json FROM event WHERE uid = ? AND twin = ''"
+            first, known = self._db.execute(query, (uid,)).fetchone()
+            if first != seq and (mark := mark_of(orjson.loads(json))) != mark_of(orjson.loads(known)):
+                self._db.execute(_INSERT, (*row[:-1], mark.hex()))
 
     # --- asking ---
 
@@ -343,21 +357,30 @@ class SqliteIndex:
         """See `EventIndex`. Its cursor is a place in time: it stands for the same events in every index."""
         where, values = self._visible(viewer)
         conditions, more = wanted.where()
-        time, uid = _moment(after) if after is not None else (span_ms[0], "")
+        time, uid, twin = _moment(after) if after is not None else (span_ms[0], "", "")
         rows = self._db.execute(
-            f"SELECT time, uid, CASE WHEN {' AND '.join([*where, *conditions]) or '1'} THEN json END FROM event "  # noqa: S608 - own names
-            "INDEXED BY event_time WHERE (time, uid) > (:time, :uid) AND time <= :until ORDER BY time, uid LIMIT :most",
-            {**values, **more, "time": time, "uid": uid, "until": span_ms[1], "most": _COPIED_AT_ONCE},
+            f"SELECT time, uid, twin, CASE WHEN {' AND '.join([*where, *conditions]) or '1'} THEN json END FROM event "  # noqa: S608 - own names
+            "INDEXED BY event_time WHERE (time, uid, twin) > (:time, :uid, :twin) AND time <= :until "
+            "ORDER BY time, uid, twin LIMIT :most",
+            {
+                **values,
+                **more,
+                "time": time,
+                "uid": uid,
+                "twin": twin,
+                "until": span_ms[1],
+                "most": _COPIED_AT_ONCE,
+            },
         )
         found: list[bytes] = []
         looked_at = size = 0
-        for time, uid, json in rows:
+        for time, uid, twin, json in rows:
             looked_at += 1
             if json is not None:
                 found.append(bytes(json))
                 size += len(json)
             if len(found) == limit or size > _COPIED_BYTES or looked_at == _COPIED_AT_ONCE:
-                return Copies(found, time, f"{time}.{uid}")
+                return Copies(found, time, f"{time}.{uid}" + (f"#{twin}" if twin else ""))
         return Copies(found, time if looked_at else None, None)
 
     def behind(
@@ -370,13 +393,12 @@ class SqliteIndex:
         self._collect(found, "task", tasks, "request IS NULL", f"class_uid = {ENTITY_MANAGEMENT}")
         return [orjson.loads(json) for _, json in found.values()]
 
-    def event(self, uid: str, viewer: Viewer | None) -> bytes | None:
+    def events(self, uid: str, viewer: Viewer | None) -> list[bytes]:
         """See `EventIndex`."""
         where, values = self._visible(viewer)
         condition = " AND ".join(("uid = :uid", *where))
-        query = f"SELECT json FROM event WHERE {condition}"  # noqa: S608 - own names
-        row = self._db.execute(query, {**values, "uid": uid}).fetchone()
-        return bytes(row[0]) if row is not None else None
+        query = f"SELECT json FROM event WHERE {condition} ORDER BY seq"  # noqa: S608 - own names
+        return [bytes(row[0]) for row in self._db.execute(query, {**values, "uid": uid})]
 
     def has(self, uid: str) -> bool:
         """Whether this event is there."""
@@ -555,15 +577,16 @@ def _row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:
         return None
     handed_on_by = orjson.dumps(above).decode() if above else None
     kept = [number if _is_int64(number) else None for number in weight]
-    return (seq, texts[0], *numbers, code, *ids, handed_on_by, *kept, texts[1], value)
+    return (seq, texts[0], *numbers, code, *ids, handed_on_by, *kept, texts[1], value, "")
 
 
-def _moment(cursor: str) -> tuple[int, str]:
-    """Time and uid of the last that was looked at. Raises CursorLostError."""
-    time, _, uid = cursor.partition(".")
+def _moment(cursor: str) -> tuple[int, str, str]:
+    """Time, uid and twin of the last that was looked at. Raises CursorLostError."""
+    time, _, rest = cursor.partition(".")
+    uid, _, twin = rest.partition("#")
     if not (_is_number(time) and uid):
         raise CursorLostError("this is no cursor that audit gave; ask again from the beginning")
-    return int(time), uid
+    return int(time), uid, twin
 
 
 def _is_number(text: str) -> bool:
