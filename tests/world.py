@@ -274,10 +274,13 @@ class World:
         type: str = "test",
         *,
         partition: int | None = None,
+        signature: bytes | None = None,
     ) -> Coordinates:
         """Append one record as it is; where it came to stand. `partition`: where to, whatever the key says."""
         id = derived_id("test", uuid.uuid4().hex)
-        sending = await self.publisher.send(topic, key, value, id=id, type=type, partition=partition)
+        sending = await self.publisher.send(
+            topic, key, value, id=id, type=type, partition=partition, signature=signature
+        )
         metadata = await sending
         return Coordinates(
             topic=metadata.topic,

@@ -15,6 +15,7 @@ import pytest
 from ringfence.client.errors import NotYoursError, StaleApprovalError
 from ringfence.client.sponsor import APPROVAL_LIFE_S, PendingApproval, Sponsor
 from ringfence.kernel.ids import digest, message_id
+from ringfence.kernel.in_the_clear import apart
 from ringfence.kernel.jws import open_signed, parse, sign
 from ringfence.kernel.keys import SigningKey, public_key
 from ringfence.kernel.seal import ReplyKey
@@ -226,6 +227,8 @@ async def test_what_policy_did_not_sign_asks_nobody_and_changes_no_question(org:
                 plain.rpartition(".")[0] + "." + "A" * 86,
             ):
                 await org.world.send(APPROVAL_REQUEST, "sam", value)
+            _, signature = apart(org.question(**asked))
+            await org.world.send(APPROVAL_REQUEST, "sam", parse(plain).payload, signature=signature)
         await shown(sam, await org.ask(org.request()))  # all that was sent before has been looked at
         assert sam.find(before.request_id) == before
         await sam.approve(before)

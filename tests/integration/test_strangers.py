@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 from aiokafka import AIOKafkaConsumer
+from joserfc import jws
+from joserfc.jwk import ECKey
 from jsonschema.validators import Draft202012Validator
 
 from ringfence.messages.topics import ALL
@@ -101,6 +103,8 @@ async def test_a_plain_consumer_finds_every_message_as_the_schemas_say(realm: Re
         enable_auto_commit=False,
     )
     seen: set[str] = set()
+    bundle: dict[str, Any] = {}
+    asked_with: list[tuple[bytes, bytes]] = []
     await consumer.start()
     try:
         async with asyncio.timeout(60):
@@ -113,6 +117,10 @@ async def test_a_plain_consumer_finds_every_message_as_the_schemas_say(realm: Re
                     record.topic.removeprefix(f"{prefix}.").removesuffix(".v1"), record.value
                 )
                 schemas[name].validate(body)
+                if name == "trust.bundle":
+                    bundle = body
+                if name == "approval.request":
+                    asked_with.append((record.value, headers["signature"]))
                 assert headers["content-type"] == b"application/" + (
                     b"json" if record.value[:1] == b"{" else b"jose"
                 )
@@ -122,6 +130,14 @@ async def test_a_plain_consumer_finds_every_message_as_the_schemas_say(realm: Re
                     break
     finally:
         await consumer.stop()
+    keys = {k["kid"]: k["jwk"] for s in bundle["services"] if "policy" in s["roles"] for k in s["keys"]}
+    for (
+        value,
+        signature,
+    ) in asked_with:  # plain JSON, and signed: the header is the JWS without what stands there
+        kid = json.loads(base64.urlsafe_b64decode(signature.split(b".")[0] + b"=="))["kid"]
+        key = ECKey.import_key(keys[kid])
+        jws.deserialize_compact(signature.decode(), key, payload=value, algorithms=["ES256"])
 
 
 EVERY_FLOW = {

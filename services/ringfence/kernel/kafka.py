@@ -23,6 +23,7 @@ from ringfence.kernel.embedded_broker import QUICK_MS, TABLE_MS, adapt_to_embedd
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.fetching import Fetches, fetch_options
 from ringfence.kernel.gone import NO_RESET, OnGone, Onward
+from ringfence.kernel.in_the_clear import SIGNATURE, apart, together
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.keys import SigningKey
@@ -73,7 +74,7 @@ class Received(NamedTuple):
     appended_at_ms: int
     key: str | None
     value: bytes
-    """Empty for a tombstone."""
+    """Empty for a tombstone. Of what is signed in the clear the compact JWS, as of everything that is signed."""
     raw_headers: Sequence[tuple[str, bytes | None]] = ()
     span: Span = NO_SPAN
     """What this process does for it."""
@@ -126,14 +127,15 @@ def partition_of(key: str, partitions: Sequence[int]) -> int:
 
 def received(record: Any, topics: dict[str, Topic[Any]]) -> Received:
     """aiokafka's record as ours; a key that is not UTF-8 is replaced, as nothing is decided by it."""
+    topic, value = topics[record.topic], record.value or b""
     return Received(
-        topics[record.topic],
+        topic,
         record.topic,
         record.partition,
         record.offset,
         record.timestamp,
         record.key.decode("utf-8", "replace") if record.key is not None else None,
-        record.value or b"",
+        together(value, record.headers) if topic.in_the_clear else value,
         record.headers,
     )
 
@@ -209,6 +211,7 @@ class Publisher:
         traceparent: str | None = None,
         partition: int | None = None,
         content_type: str | None = None,
+        signature: bytes | None = None,
     ) -> Awaitable[Any]:
         """Hand one record to the producer. Await what it returns for the broker's acknowledgement.
 
@@ -220,17 +223,21 @@ class Publisher:
             traceparent: the trace to go on with; a new one where None.
             partition: where to; where the key says where None.
             content_type: what the value is; what the topic's usually are where None.
+            signature: of JSON that is signed in the clear (`kernel.in_the_clear`).
         """
         payload = value.encode() if isinstance(value, str) else value
         producer, name = self._connected(), topic.name(self._settings.topic_prefix)
         span = self._tracing.sending(name, id, key, traceparent)
+        headers = self._headers(topic, id, type, span, content_type)
+        if signature is not None:
+            headers.append((SIGNATURE, signature))
         try:
             future: asyncio.Future[Any] = await producer.send(
                 name,
                 payload or None,
                 partition=partition,
                 key=key.encode(),
-                headers=self._headers(topic, id, type, span, content_type),
+                headers=headers,
             )
         except BaseException as error:
             span.end(error)
@@ -318,8 +325,9 @@ class Publisher:
     ) -> tuple[str, Awaitable[Any]]:
         """Sign a message and send it. Returns its compact JWS, and the acknowledgement to await."""
         compact = sign(claims, by)
+        value, signature = apart(compact) if type(claims) in topic.in_the_clear else (compact, None)
         return compact, await self.send(
-            topic, key, compact, id=claims.jti, type=claims.typ, traceparent=traceparent
+            topic, key, value, id=claims.jti, type=claims.typ, traceparent=traceparent, signature=signature
         )
 
     async def publish_signed(

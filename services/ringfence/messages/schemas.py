@@ -47,8 +47,14 @@ def _message(model: type[Message], topic: Topic[Any] | None) -> dict[str, Any]:
     if model is SealedDelivery:
         entry["contentType"] = "application/jose+json"
     if issubclass(model, Claims):
-        entry["contentType"] = "application/jose"
-        entry["description"] = f"A JWS in compact serialisation; header `typ`: `{typ_header(model)}`."
+        clear = topic is not None and model in topic.in_the_clear
+        entry["contentType"] = "application/json" if clear else "application/jose"
+        entry["description"] = (
+            "JSON, signed: the record's header `signature` is the compact JWS without its payload, which is the "
+            "value to the byte (RFC 7515, appendix F)"
+            if clear
+            else "A JWS in compact serialisation"
+        ) + f"; header `typ`: `{typ_header(model)}`."
     return entry
 
 

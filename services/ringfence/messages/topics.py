@@ -84,10 +84,11 @@ APPROVAL_REQUEST: Topic[Any] = Topic(
     "approval.request",
     (ApprovalRequest, ActionRequest),
     "sponsor id",
-    "jws",
+    "json",
     ("policy", "gateway"),
     ("sponsors", "policy", "console", "audit"),
     7 * _DAY,
+    in_the_clear=(ApprovalRequest,),
 )
 APPROVAL_RESPONSE: Topic[Any] = Topic(
     "approval.response",
