@@ -26,7 +26,7 @@ from ringfence.client.proofs import (
 )
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.jws import LEEWAY_S
-from ringfence.kernel.keys import SigningKey, b64encode
+from ringfence.kernel.keys import SigningKey, b64decode, b64encode
 from tests.unit.test_client_verify import Clock
 
 KEY = SigningKey.generate("spiffe://acme.example/agent/deploy-bot")
@@ -98,6 +98,12 @@ async def test_a_proof_is_what_the_rfc_says_and_counts_once(clock: Clock, alg: s
         {"iat": "now"},
         {"iat": True},
         {"iat": 1.5},
+        {"htu": "https://shop.example/env/staging/\tweb"},
+        {"htu": f" {URL}"},
+        {"htu": f"{URL}\n"},
+        {"exp": 1},
+        {"exp": None},
+        {"nbf": 2**40},
         {"jti": ...},
         {"jti": ""},
         {"jti": 1},
@@ -109,6 +115,7 @@ async def test_a_proof_is_what_the_rfc_says_and_counts_once(clock: Clock, alg: s
         {"header": {"alg": "HS256"}},
         {"header": {"alg": "EdDSA"}},
         {"header": {"crit": ["b64"]}},
+        {"header": {"b64": False}},
         {"header": {"jwk": None}},
         {"header": {"jwk": {}}},
         {"header": {"jwk": {"kty": "oct", "k": "c2VjcmV0"}}},
@@ -126,6 +133,18 @@ async def test_what_is_not_exactly_a_proof_of_this_request_is_refused(
         await check(checker, made(clock, **changed))
     assert refused.value.code == "invalid_dpop_proof"
     await check(checker, made(clock))  # and it used up nothing
+
+
+@pytest.mark.parametrize("twice", ["htm", "jwk", "ath", "typ"])
+async def test_what_can_be_read_in_two_ways_is_refused(clock: Clock, twice: str) -> None:
+    head, body, _ = made(clock).split(".")
+    parts = [
+        b64decode(part).decode().replace(f'"{twice}"', f'"{twice}": "x", "{twice}"', 1)
+        for part in (head, body)
+    ]
+    text = ".".join(b64encode(part.encode()) for part in parts)
+    with pytest.raises(ProofError):
+        await check(ProofChecker(clock=clock), f"{text}.{b64encode(KEY.sign(text.encode()))}")
 
 
 async def test_a_proof_is_for_one_token_by_its_own_key(clock: Clock) -> None:
@@ -207,6 +226,15 @@ async def test_a_nonce_counts_for_a_while_where_it_was_made(clock: Clock) -> Non
     with pytest.raises(ProofError):
         await check(checker, made(clock, nonce=own, jti="2"))
     assert ProofChecker(clock=clock).nonce() is None
+
+
+async def test_what_a_process_forgot_that_started_anew_is_not_taken_by_its_nonces(clock: Clock) -> None:
+    nonces = Nonces()
+    sent = made(clock, nonce=nonces.fresh(clock.now))
+    await check(ProofChecker(clock=clock, nonces=nonces), sent)
+    with pytest.raises(ProofError) as refused:
+        await check(ProofChecker(clock=clock, nonces=Nonces()), sent)
+    assert refused.value.code == "use_dpop_nonce"
 
 
 def test_servers_with_one_secret_take_each_others_nonces() -> None:

@@ -24,6 +24,7 @@ PROOF_TYPE: Final = "dpop+jwt"
 NONCE_HEADER: Final = "DPoP-Nonce"
 _PORTS: Final = {"http": 80, "https": 443}
 _UNRESERVED: Final = frozenset(string.ascii_letters + string.digits + "-._~")
+_NOT_OF_A_URL: Final = re.compile(r"[\x00-\x20\x7f]")
 _ESCAPE: Final = re.compile(r"%([0-9A-Fa-f]{2})")
 
 
@@ -37,6 +38,8 @@ def target_uri(url: str) -> str:
 
     Raises ValueError where it is no absolute http(s) URL, or goes by way of `.` or `..`.
     """
+    if _NOT_OF_A_URL.search(url):  # `urlsplit` would drop it
+        raise ValueError("white space, or a control character")
     parts = urlsplit(url)
     scheme, host, port = parts.scheme.lower(), parts.hostname, parts.port
     if scheme not in _PORTS or not host or parts.username is not None or parts.password is not None:

@@ -9,7 +9,6 @@ import secrets
 from collections import OrderedDict
 from typing import Any, Final, Protocol
 
-import orjson
 from pydantic import ValidationError
 
 from ringfence.client.dpop import PROOF_TYPE, access_token_hash, target_uri
@@ -18,6 +17,7 @@ from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.jws import LEEWAY_S
 from ringfence.kernel.keys import PublicKey, b64decode, b64encode, public_key
+from ringfence.kernel.strict_json import json_object
 from ringfence.messages.keys import PublicJwk
 
 PROOF_ALGORITHMS: Final = ("ES256", "EdDSA")
@@ -139,6 +139,9 @@ class ProofChecker:
         made_s = claims.get("iat")
         if type(made_s) is not int or not -PROOF_LIFE_S < made_s - now_s <= LEEWAY_S:
             raise ProofError(f"the proof is not of the last {PROOF_LIFE_S} s; is the clock right?")
+        # A proof needs neither; whoever gives one means it (RFC 7519, 4.1.4 and 4.1.5).
+        if not (_moment(claims, "nbf", 0) <= now_s + LEEWAY_S and now_s < _moment(claims, "exp", now_s + 1)):
+            raise ProofError("the proof is over, or is not to count yet")
         if self._nonces is not None and not self._nonces.counts(str(claims.get("nonce", "")), now_s):
             raise ProofError("make the proof with the nonce of this answer", code="use_dpop_nonce")
         jti = claims.get("jti")
@@ -154,13 +157,13 @@ class ProofChecker:
             raise ProofError(f"a proof is no longer than {MAX_PROOF_BYTES} bytes")
         try:
             head, body, tail = proof.split(".")
-            claims, signature = orjson.loads(b64decode(body)), b64decode(tail)
+            claims, signature = json_object(b64decode(body)), b64decode(tail)
             key = _key_in(head)
         except (ValueError, TypeError, KeyError):
             raise ProofError(
                 f"not a proof: a JWT with typ {PROOF_TYPE}, alg {' or '.join(PROOF_ALGORITHMS)} and a public jwk"
             ) from None
-        if not isinstance(claims, dict) or not key.verifies(signature, f"{head}.{body}".encode()):
+        if not key.verifies(signature, f"{head}.{body}".encode()):
             raise ProofError("the signature of the proof does not verify")
         if key.kid != thumbprint:
             raise ProofError("the proof is by another key than the token is bound to")
@@ -180,6 +183,14 @@ class ProofChecker:
         return self._clock.now_ms() // 1000
 
 
+def _moment(claims: dict[str, Any], name: str, otherwise: int) -> float:
+    """A time that a proof may have. Raises ProofError where it is none."""
+    value = claims.get(name, otherwise)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ProofError(f"the {name} of the proof is no time")
+    return value
+
+
 _target_uri = functools.lru_cache(maxsize=1024)(target_uri)
 """A proof names the URL as the request does, and agents ask for the same again."""
 
@@ -190,8 +201,8 @@ def _key_in(head: str) -> PublicKey:
 
     Raises ValueError, TypeError, KeyError where the header is none of a proof.
     """
-    header = orjson.loads(b64decode(head))
-    if header["typ"] != PROOF_TYPE or "crit" in header:
+    header = json_object(b64decode(head))
+    if header["typ"] != PROOF_TYPE or "crit" in header or "b64" in header:
         raise ValueError("typ")
     jwk = header["jwk"]
     if "d" in jwk:
