@@ -125,5 +125,15 @@ async def test_a_large_body_that_comes_with_the_end_of_the_headers(port: int) ->
         assert (await reader.read()).endswith(str(len(body)).encode())
 
 
+async def test_nobody_is_sent_elsewhere(port: int) -> None:
+    """A redirect would go to the host that the request names, and take what is in its body along."""
+    for path in (b"/healthz/", b"/echo/"):
+        said = await answer(
+            port, b"POST %b HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n" % path
+        )
+        assert said.startswith(b"HTTP/1.1 404")
+        assert b"evil.example" not in said
+
+
 async def test_nothing_stands_behind_a_hash_in_the_target(port: int) -> None:
     assert (await answer(port, b"GET /healthz#x HTTP/1.1\r\nHost: here\r\n\r\n")).startswith(b"HTTP/1.1 400")

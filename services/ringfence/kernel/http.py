@@ -72,7 +72,11 @@ def application(
         return JSONResponse({"error": error.code, "message": str(error)}, status_code=status, headers=headers)
 
     own = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]
-    return Starlette(routes=[*own, *routes], exception_handlers={RingfenceError: refused})
+    made = Starlette(routes=[*own, *routes], exception_handlers={RingfenceError: refused})
+    made.router.redirect_slashes = (
+        False  # to whatever host the request names, with the token that is in its body
+    )
+    return made
 
 
 def number_in(text: str, least: int, most: int) -> int | None:

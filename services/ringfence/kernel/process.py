@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ def run(runtimes: Sequence[Runtime], settings: ServiceSettings) -> int:
     ringfence_logging.configure(
         "+".join(runtime.role for runtime in runtimes), format=settings.log_format, level=settings.log_level
     )
+    # The memory of a service holds its private key: no crash leaves a copy on a disk.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     # What is loaded by now stays: never look at it again, and look less often. Messages are trees, which need no search
     # for cycles.
     gc.freeze()
