@@ -140,6 +140,15 @@ def test_spans(seconds: int, words: str) -> None:
     assert span(seconds) == words
 
 
+@pytest.mark.parametrize(
+    "char", list(map(chr, (0x34F, 0x1160, 0x180B, 0x20DD, 0x2800, 0x3164, 0xFE0F, 0xFFA0, 0xE0101)))
+)
+def test_letters_that_are_drawn_as_nothing_are_shown(char: str) -> None:
+    shown = f"‹U+{ord(char):04X}›"
+    assert visible(f"read{char}only") == f"read{shown}only"
+    assert visible_name(f"env/prod{char}") == f"env/prod{shown}"
+
+
 def test_nothing_invisible_reaches_the_terminal() -> None:
     told = visible("ok\x1b[2J\r\u202egnp.exe\u200b \x07 straße")
     assert told == "ok‹U+001B›[2J‹U+000D›‹U+202E›gnp.exe‹U+200B› ‹U+0007› straße"

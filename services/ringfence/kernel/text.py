@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import unicodedata
 
-_HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+_HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Me"})
+_HIDDEN = frozenset(
+    map(chr, (0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x2800, 0x3164, 0xFFA0))
+) | frozenset(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
+"""Letters and marks that are drawn as nothing (Unicode's `Default_Ignorable_Code_Point`, and the blank of Braille)."""
 
 
 def visible(text: str) -> str:
     """Prose as it may be shown: what is invisible, or moves the cursor, stands as its code point."""
     return "".join(
-        f"‹U+{ord(char):04X}›" if unicodedata.category(char) in _HIDDEN_CATEGORIES and char != "\n" else char
-        for char in text
+        f"‹U+{ord(char):04X}›" if _is_hidden(char) and char != "\n" else char for char in text
     ).replace("\n", " ")
 
 
@@ -19,6 +22,10 @@ def visible_name(text: str) -> str:
     """A name that is compared code point by code point: every sign beyond ASCII carries its code point."""
     return "".join(
         char if " " <= char <= "~"
-        else f"{'' if unicodedata.category(char) in _HIDDEN_CATEGORIES else char}‹U+{ord(char):04X}›"
+        else f"{'' if _is_hidden(char) else char}‹U+{ord(char):04X}›"
         for char in text
     )  # fmt: skip
+
+
+def _is_hidden(char: str) -> bool:
+    return unicodedata.category(char) in _HIDDEN_CATEGORIES or char in _HIDDEN
