@@ -16,7 +16,7 @@ from ringfence.client.errors import NotYoursError, StaleApprovalError
 from ringfence.client.sponsor import APPROVAL_LIFE_S, PendingApproval, Sponsor
 from ringfence.kernel.ids import digest, message_id
 from ringfence.kernel.in_the_clear import apart
-from ringfence.kernel.jws import open_signed, parse, sign
+from ringfence.kernel.jws import open_signed, parse, sign, sign_payload
 from ringfence.kernel.keys import SigningKey, public_key
 from ringfence.kernel.seal import ReplyKey
 from ringfence.messages.approval import Approval, ApprovalRequest
@@ -232,6 +232,16 @@ async def test_what_policy_did_not_sign_asks_nobody_and_changes_no_question(org:
         await shown(sam, await org.ask(org.request()))  # all that was sent before has been looked at
         assert sam.find(before.request_id) == before
         await sam.approve(before)
+
+
+async def test_what_can_be_read_in_two_ways_is_not_shown(org: Organisation) -> None:
+    claims = org.request()
+    payload = claims.model_dump_json(exclude_none=True).replace('"scope":', '"scope":[],"scope":', 1)
+    async with org.sponsor() as sam:
+        id = await org.ask(claims, sign_payload(CredentialRequest, payload.encode(), org.bot.key))
+        await shown(sam, await org.ask(org.request()))
+        assert sam.find(id) is None
+        assert "two ways" in sam.unshowable[id]
 
 
 async def test_a_question_of_before_does_not_take_the_place_of_the_one_that_was_asked_anew(

@@ -7,7 +7,8 @@ import uuid
 from typing import Any
 
 from ringfence.kernel.ids import digest
-from ringfence.kernel.jws import sign
+from ringfence.kernel.jws import sign, sign_payload
+from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.registry import AgentSuspend, AgentTransfer, TaskEnd, UserDisable
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, CREDENTIAL_REQUEST
 from ringfence.messages.trust import ServiceRole
@@ -169,6 +170,19 @@ async def test_an_approval_that_waits_for_others_ends_by_time_too(world: World):
 
 
 # --- restarts ---
+
+
+async def test_nobody_is_asked_about_what_can_be_read_in_two_ways(world: World):
+    """The last of two names counts here; whoever takes the first would see, and sign, a harmless request."""
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        claims, key = office.request(DEPLOY)
+        payload = claims.model_dump_json(exclude_none=True).replace('"scope":', '"scope":[],"scope":', 1)
+        jws = sign_payload(CredentialRequest, payload.encode(), office.bot.key)
+        asked = Asked(claims, jws, await office.send(CREDENTIAL_REQUEST, jws), key)
+        decision = await office.final(asked)
+        assert (decision.outcome, codes(decision)) == ("denied", {"ambiguous"})
+        await office.reply(asked, "denied")
 
 
 async def test_what_waits_ends_with_its_agent_and_with_its_task(world: World):

@@ -432,6 +432,7 @@ class Sponsor(Lifetime):
             keys_of_agents(directory, jws, CredentialRequest, at_ms / 1000),
             audience=self.connection.settings.trust_domain,
         )
+        jws.check_one_reading()
         claims = request.claims
         if message_id(claims.iss, claims.jti) != asked.request_id:
             raise InvalidMessageError("it names another request than the one that it embeds")

@@ -70,6 +70,19 @@ class UnverifiedJws(NamedTuple):
         except ValidationError as error:
             raise InvalidMessageError(f"not a {model.typ}: {explain(error)}", code="claims_invalid") from None
 
+    def check_one_reading(self) -> None:
+        """For what a person is shown, perhaps by a program of another make: what is signed says one thing to everybody.
+
+        Raises InvalidMessageError where the claims are no I-JSON (RFC 7493): a name twice, of which one reader takes
+        the first and another the last.
+        """
+        try:
+            json_object(self.payload)
+        except ValueError as error:
+            raise InvalidMessageError(
+                f"its claims can be read in two ways: {error}", code="ambiguous"
+            ) from None
+
 
 class Signed(NamedTuple, Generic[C]):
     """A verified message: its claims, and the exact text that was signed."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from ringfence.kernel.jws import ExpiredError
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.jws import ExpiredError, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.credential import CredentialRequest, Reason
@@ -79,9 +80,9 @@ class RequestHandler:
         if judgement.ruling.outcome == "approval_required" and judgement.facts is not None:
             facts = judgement.facts
             expires_at = min(at_ms // 1000 + self._approval_timeout_s, facts.task.state.not_after)
-            too_much = self._doorkeeper.refusal(case, facts.agent.state.sponsor)
-            if too_much is not None:
-                judgement, expires_at = replace(judgement, ruling=too_much.ruling), None
+            not_asked = _ambiguous(case) or self._doorkeeper.refusal(case, facts.agent.state.sponsor)
+            if not_asked is not None:
+                judgement, expires_at = replace(judgement, ruling=not_asked.ruling), None
         known = await self._answers.decide(case, judgement, expires_at=expires_at)
         await self._answers.follow_up(known, case)
 
@@ -101,3 +102,12 @@ class RequestHandler:
             request_id=case.request_id,
             task_id=claims.task_id,
         )
+
+
+def _ambiguous(case: Case) -> Judgement | None:
+    """Why nobody can be asked about a request that does not say the same to every reader, or None."""
+    try:
+        parse(case.request.compact).check_one_reading()
+    except InvalidMessageError as error:
+        return denied(error.code, f"nobody can be asked about this: {error}; sign it anew")
+    return None
