@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import json
 import os
 import re
@@ -65,6 +66,8 @@ async def shell(
             monkeypatch.setenv(f"RINGFENCE_{name.upper()}", str(getattr(shared, name)))
         for role, port in world.ports.items():
             monkeypatch.setenv(f"RINGFENCE_{role.upper()}_URL", f"http://127.0.0.1:{port}")
+        # Not that of a `ringfence dev` that somebody has running beside the tests.
+        monkeypatch.setenv("RINGFENCE_GATEWAY_URL", "http://127.0.0.1:1")
         world.operator.key.save(tmp_path / "olga.json")
         # The policy engine of an earlier test must be dropped on the thread that made it; commands run on others.
         gc.collect()
@@ -525,8 +528,10 @@ async def test_the_doctor_says_what_is_wrong_and_what_to_do(
 
     monkeypatch.setenv("RINGFENCE_KAFKA", "127.0.0.1:1")
     found = await examined(status=1)
-    assert found["Kafka"] == ("unknown", found["Kafka"][1])
+    assert found["Kafka"] == ("bad", found["Kafka"][1])
     assert "RINGFENCE_KAFKA" in found["Kafka"][1]
+    assert found["registry"][0] == "good"  # what else there is to see is seen all the same
+    assert "RINGFENCE_REDIS_URL" in found["Redis"][1]
 
 
 async def test_a_static_secret_is_never_handed_out_and_its_lease_is_a_handle(shell: Shell) -> None:
@@ -683,3 +688,45 @@ async def test_a_later_trust_bundle_leaves_the_first_operator_as_they_are(
     later = await init("--publish")
     assert ("operator" in later, later["trust_bundle"], later["published"]) == (False, 2, True)
     assert (await init("--publish", "--operator", "ada"))["operator"] == "ada"
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 7), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=str
+)
+async def test_a_signal_is_for_the_command_and_its_credential_is_released(
+    shell: Shell, number: signal.Signals, status: int
+) -> None:
+    task = await organisation(shell)
+    trap = "trap 'exit 7' INT; echo started; while :; do sleep 0.05; done"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", INTERRUPTIBLE, "--identity", str(shell.folder / "bot.json"), "request", "--task", task,
+        "--reason", "look", "--allow", "platform:read:env/staging/web", "--exec", "--", "bash", "-c", trap,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert await asyncio.wait_for(process.stdout.readline(), WITHIN_S) == b"started\n"
+    process.send_signal(number)
+    _, err = await asyncio.wait_for(process.communicate(), WITHIN_S)
+    lease = UUID.search(err.decode())
+    assert (process.returncode, bool(lease)) == (status, True), err
+    shown = await shell.json("sam", "lease", "show", lease[0] if lease else "")
+    assert shown["status"] in ("ending", "released")
+
+
+async def test_what_would_change_nothing_or_lock_oneself_out_is_asked_about(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    await organisation(shell)
+    assert "nothing of maria would change" in await shell("olga", "user", "set", "maria", status=1)
+    assert "could not take it back" in await shell(
+        "olga", "user", "disable", "olga", "--reason", "x", status=1
+    )
+    assert (await shell.json("olga", "user", "show", "olga"))["state"]["status"] == "active"
+    (shell.folder / "empty.json").write_text("[]")
+    empty = ("agent", "set-ceiling", "bot", "--allow", f"@{shell.folder / 'empty.json'}")
+    assert "there is no permission in" in await shell("sam", *empty, status=2)
+    lease = "00000000-0000-0000-0000-000000000000"
+    assert "released" not in (await shell("bot", "release", lease, "--no-wait")).split()
+    assert (await shell.json("bot", "release", lease, "--no-wait"))["released"] is False
+    assert "sam is no auditor" in await shell("sam", "audit", "verify", "--witness", status=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.cli.main import main
+from ringfence.kernel.bearer_tokens import Tokens
 from ringfence.kernel.keys import SigningKey
 
 
@@ -74,3 +75,15 @@ def test_what_was_broken_off_leaves_nothing_in_the_way(
     assert "olga.json exists already" in capsys.readouterr().err
     assert [str(file) for file in Path("trust").rglob("*.j*")] == ["trust/users/olga.json"]
     assert main(["init", "--folder", "trust", "--operator", "sam"]) == 0
+
+
+def test_a_bearer_token_gets_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path("tokens")
+    file.write_text("# no line end after this")
+    for name in ("", "two words", "two\nlines"):
+        assert main(["provisioner", "new-token", str(file), "--name", name]) == 1
+    capsys.readouterr()
+    assert main(["provisioner", "new-token", str(file), "--name", "entra", "--json"]) == 0
+    token = json.loads(capsys.readouterr().out)["token"]
+    file.chmod(0o600)
+    assert Tokens(file, "RINGFENCE_SCIM_TOKENS").name_of(f"Bearer {token}") == "entra"

@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
+
+import pytest
 
 import ringfence
+from ringfence.cli.main import main
 from ringfence.cli.spelling import known_settings, mistyped
+from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.settings import RingfenceSettings
 
 
@@ -33,3 +38,31 @@ def test_what_is_mistyped_is_told_with_what_was_meant() -> None:
     assert mistyped(["RINGFENCE_SOMETHING_OF_MY_OWN"], {}) == [
         "RINGFENCE_SOMETHING_OF_MY_OWN is no setting, and counts for nothing"
     ]
+
+
+def test_what_kubernetes_tells_a_pod_of_services_is_no_mistake() -> None:
+    names = [
+        "SERVICE_HOST",
+        "SERVICE_PORT",
+        "SERVICE_PORT_HTTP",
+        "PORT",
+        "PORT_8703_TCP",
+        "PORT_8703_TCP_ADDR",
+    ]
+    assert mistyped([f"RINGFENCE_ISSUER_{name}" for name in names], {}) == []
+
+
+def test_a_service_that_starts_tells_of_what_is_mistyped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "ringfence.toml"
+    file.write_text('trust_root = "x"\npartitons = 3\n')
+    SigningKey.generate("spiffe://ringfence.local/service/registry").save(tmp_path / "registry.json")
+    monkeypatch.setenv("RINGFENCE_CONFIG", str(file))
+    monkeypatch.setenv("RINGFENCE_KEY_DIR", str(tmp_path))
+    monkeypatch.setenv("RINGFENCE_KAKFA", "h:1")
+    monkeypatch.setattr("ringfence.kernel.process.run", lambda runtimes, settings: 0)
+    assert main(["serve", "registry"]) == 0
+    told = capsys.readouterr().err
+    assert "warning: RINGFENCE_KAKFA is no setting" in told
+    assert "did you mean RINGFENCE_PARTITIONS?" in told

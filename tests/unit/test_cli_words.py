@@ -189,3 +189,23 @@ def test_an_end_beyond_all_calendars_can_be_shown(seconds: int) -> None:
 @pytest.mark.parametrize("since", ["1969-01-01T00:00:00Z", "0001-01-01T00:00:00+14:00", "99999999d"])
 def test_what_began_before_all_records_is_from_the_first(since: str) -> None:
     assert when_ms(since, 1_700_000_000_000) == 0
+
+
+@pytest.mark.parametrize("verb", ["Read", "*", "read,Deploy"])
+def test_a_wrong_verb_is_told_once_and_in_words(verb: str) -> None:
+    with pytest.raises(typer.BadParameter) as told:
+        parse_permission(f"platform:{verb}:env/**")
+    assert "must be a verb" in str(told.value)
+    assert "Tuple" not in str(told.value)
+
+
+def test_what_is_proposed_for_a_day_is_a_moment() -> None:
+    with pytest.raises(typer.BadParameter) as told:
+        moment_s("2030-01-31")
+    proposed = str(told.value).split()[-3]
+    assert moment_s(proposed) == moment_s("2030-01-31T00:00:00Z")
+
+
+def test_a_number_without_end_is_no_duration() -> None:
+    with pytest.raises(typer.BadParameter, match="is no duration"):
+        duration_s("9" * 5000 + "d")

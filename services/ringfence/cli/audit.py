@@ -34,9 +34,11 @@ from ringfence.cli.coverage import coverage
 from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.output import console, note, print_json, print_json_line, print_table, say, visible
 from ringfence.cli.spans import when_ms
+from ringfence.client.administrator import Administrator
 from ringfence.client.api import Filters, ReadApi
 from ringfence.client.auditor import HEADS, SETTLE_S, TrailReport, read_heads, verify_trail, witness
 from ringfence.client.connection import load_key, load_settings
+from ringfence.client.errors import InvalidCallError
 
 app = typer.Typer(help="Follow the trail; trace one credential back to the human.", no_args_is_help=True)
 
@@ -206,7 +208,14 @@ def verify(
     """
 
     async def work() -> tuple[TrailReport, int]:
-        kept = read_heads(heads.read_text()) if heads is not None and heads.exists() else None
+        if as_witness:
+            async with Administrator.connect(identity(me)) as who:
+                entry = (await who.directory()).user(who.id)
+            if entry is None or "auditor" not in entry.state.roles:
+                raise InvalidCallError(
+                    f"{who.id} is no auditor, and nobody would believe their word; name an auditor's key by --identity"
+                )
+        kept = read_heads(heads.read_bytes()) if heads is not None and heads.exists() else None
         with console(stderr=True).status("reading the trail"):
             report = await verify_trail(kept=kept, settle_s=settle_s)
         if report.faults:

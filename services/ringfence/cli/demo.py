@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import tempfile
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from rich.status import Status
 from rich.text import Text
 
 from ringfence.cli.context import wants_json
+from ringfence.kernel.errors import RingfenceError
 
 if TYPE_CHECKING:
     from ringfence.client.sponsor import PendingApproval
@@ -56,10 +58,21 @@ def demo(
 
 
 async def press_approve(pending: PendingApproval) -> None:
-    """Ask the person at the keyboard. Ctrl-C ends the waiting, as it would not in a thread that reads."""
+    """Ask the person at the keyboard. Ctrl-C ends the waiting, as it would not in a thread that reads.
+
+    Raises RingfenceError where they do not approve.
+    """
     verbs = ", ".join(verb for permission in pending.scope for verb in permission.verbs)
-    sys.stdout.write(f"  Approve {verbs} for {pending.agent}? [Enter] ")
-    sys.stdout.flush()
+    answer = "?"
+    while answer not in ("", "y", "yes"):
+        if answer in ("n", "no"):
+            raise RingfenceError("you did not approve, so nothing is issued, and the story ends here")
+        sys.stderr.write(f"  Approve {verbs} for {pending.agent}? [Y/n] ")
+        sys.stderr.flush()
+        answer = (await _line()).strip().lower()
+
+
+async def _line() -> str:
     pressed = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_reader(sys.stdin, pressed.set)
@@ -67,7 +80,9 @@ async def press_approve(pending: PendingApproval) -> None:
         await pressed.wait()
     finally:
         loop.remove_reader(sys.stdin)
-    sys.stdin.readline()
+    if not (line := os.read(sys.stdin.fileno(), 4096)):  # a terminal gives one line at a time
+        raise RingfenceError("nobody is there any more to approve, so the story ends here")
+    return line.decode(errors="replace")
 
 
 class RichNarrator:

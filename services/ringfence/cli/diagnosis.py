@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
-import tomllib
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 import httpx
 
@@ -19,12 +16,12 @@ from ringfence.cli.diagnosis_redis import redis_findings
 from ringfence.cli.diagnosis_trust import bundle_findings, key_files, versions
 from ringfence.cli.finding import Finding
 from ringfence.cli.finding import clock as clock_finding
-from ringfence.cli.spelling import mistyped
+from ringfence.cli.spelling import unread
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.settings import ServiceSettings, config_file
+from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.skew import SkewCheck
 from ringfence.kernel.topics_admin import TopicsAdmin
 from ringfence.kernel.trust import TrustStore
@@ -43,14 +40,13 @@ async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIte
     yield _pinned_root(settings)
     for finding in key_files(settings):
         yield finding
-    topics = await _topics(settings)
+    answers, topics = await _topics(settings)
     yield topics
-    if topics.verdict == "unknown":
-        return
     trust = TrustStore(settings.trust_domain, settings.trust_root)
-    with contextlib.suppress(RingfenceError):
-        async for finding in _on_kafka(settings, trust):
-            yield finding
+    if answers:
+        with contextlib.suppress(RingfenceError):
+            async for finding in _on_kafka(settings, trust):
+                yield finding
     async for finding in redis_findings(settings):
         yield finding
     in_force: dict[str, int | None] = {}
@@ -71,10 +67,8 @@ async def examine(settings: ServiceSettings, client: ClientSettings) -> AsyncIte
 
 def _spelling() -> list[Finding]:
     """Names of settings that nobody reads. The settings file was read before, so that it can be."""
-    file = config_file()
-    config: dict[str, Any] = tomllib.loads(file.read_text()) if file.is_file() else {}
     try:
-        return [Finding("settings", "unknown", says) for says in mistyped(os.environ, config)]
+        return [Finding("settings", "unknown", says) for says in unread()]
     except ModuleNotFoundError:
         return []  # the settings of services are known only where services could run
 
@@ -89,17 +83,20 @@ def _pinned_root(settings: ServiceSettings) -> Finding:
     )
 
 
-async def _topics(settings: ServiceSettings) -> Finding:
+async def _topics(settings: ServiceSettings) -> tuple[bool, Finding]:
+    """Whether Kafka answers, and what there is to say of it."""
     try:
         async with TopicsAdmin(settings) as admin:
             differences = await admin.check()
     except UnavailableError as error:
-        return Finding("Kafka", "unknown", str(error))
+        return False, Finding("Kafka", "bad", str(error))
     if not differences:
-        return Finding("Kafka", "good", f"{settings.kafka} answers, and all topics are as the contract says")
+        return True, Finding(
+            "Kafka", "good", f"{settings.kafka} answers, and all topics are as the contract says"
+        )
     first = differences[0]
     says = f"{len(differences)} differences: {first.what} of {first.topic} is {first.found}, not {first.expected}"
-    return Finding("Kafka", "bad", f"{says}; run: ringfence topics check")
+    return True, Finding("Kafka", "bad", f"{says}; run: ringfence topics check")
 
 
 async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterator[Finding]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import typer
 
-from ringfence.cli.options import JsonOption, wants_json
+from ringfence.cli.options import JsonOption, run, wants_json
 from ringfence.cli.output import print_json, print_table
 
 _SIGNS = {"good": "ok", "bad": "WRONG", "unknown": "?"}
@@ -22,10 +20,10 @@ def doctor(as_json: JsonOption = False) -> None:
     async def work() -> list[Finding]:
         return [one async for one in examine(load(ServiceSettings), load(ClientSettings))]
 
-    findings = asyncio.run(work())
+    findings = run(work())
     if wants_json(as_json):
         print_json({"findings": [{"what": f.what, "verdict": f.verdict, "says": f.says} for f in findings]})
     else:
         print_table(["!", "!what", "says"], [(_SIGNS[f.verdict], f.what, f.says) for f in findings], empty="")
-    if any(finding.verdict == "bad" for finding in findings) or findings[-1].what == "Kafka":
+    if any(finding.verdict == "bad" for finding in findings):
         raise typer.Exit(1)

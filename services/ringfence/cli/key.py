@@ -60,7 +60,9 @@ def _checked(names: TypeAdapter[str], said: str) -> str:
     try:
         return names.validate_python(said)
     except ValidationError as error:
-        raise typer.BadParameter(f"{said!r}: {explain(error)}", param_hint="--id") from None
+        raise typer.BadParameter(
+            f"{said!r} {explain(error).removeprefix('it: ')}", param_hint="--id"
+        ) from None
 
 
 def _print(file: Path, key: SigningKey, as_json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import sys
 import time
@@ -83,7 +84,7 @@ KeyDaysOption = Annotated[
     int, typer.Option("--key-days", min=1, max=3650, help="How many days the key is valid.")
 ]
 
-_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", re.ASCII)
+_DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", re.ASCII)
 
 
 def settings() -> ClientSettings:
@@ -103,6 +104,8 @@ def wants_json(option: bool) -> bool:
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run a command's work to its end. Ctrl-C cancels it, and everything is closed before the program ends."""
+    # What it has to say of a broker that does not answer we say ourselves, in one line and with what to do.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     return asyncio.run(work)
 
 
@@ -125,7 +128,8 @@ def moment_s(text: str) -> int:
     except ValueError:
         raise typer.BadParameter(f"{text!r} is no moment; write for example 2030-01-31T18:00:00Z") from None
     if at.tzinfo is None:
-        raise typer.BadParameter(f"{text!r} has no time zone; write for example {text}Z for UTC")
+        whole = text if len(text) > len("2030-01-31") else f"{text}T00:00:00"
+        raise typer.BadParameter(f"{text!r} has no time zone; write for example {whole}Z for UTC")
     return int(at.timestamp())
 
 

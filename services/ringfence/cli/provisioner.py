@@ -23,7 +23,7 @@ from ringfence.cli.options import (
     wants_json,
 )
 from ringfence.cli.outcome import print_accepted
-from ringfence.cli.output import note
+from ringfence.cli.output import note, print_json
 from ringfence.cli.scopes import parse_permission
 from ringfence.cli.yaml_files import YamlFile
 from ringfence.client.administrator import Administrator
@@ -103,16 +103,23 @@ def disable(
 def make_token(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where the SCIM endpoint has its tokens.")],
     name: Annotated[str, typer.Option("--name", help="Whose it is; a line of the file.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Make a bearer token for the SCIM endpoint: print it, once, and add its hash to the file."""
     from ringfence.kernel.bearer_tokens import new_token
 
     token, line = new_token(name)
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(descriptor, "a") as tokens:
-        tokens.write(line + "\n")
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(descriptor, "ab+") as tokens:
+        size = tokens.seek(0, os.SEEK_END)
+        # A line that somebody left open would swallow this one.
+        ended = not size or os.pread(descriptor, 1, size - 1) == b"\n"
+        tokens.write(("" if ended else "\n").encode() + line.encode() + b"\n")
     note("This is shown once; the file has only its hash:")
-    typer.echo(token)
+    if wants_json(as_json):
+        print_json({"name": name, "token": token, "file": str(file)})
+    else:
+        typer.echo(token)
 
 
 def read_delegation(file: Path) -> Delegation:

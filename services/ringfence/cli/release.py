@@ -42,6 +42,8 @@ def release(
 
     run(work())
     if wants_json(as_json):
-        print_json({"lease_id": lease, "released": True, "confirmed": not no_wait})
+        print_json({"lease_id": lease, "released": not no_wait, "confirmed": not no_wait})
+    elif no_wait:
+        say(f"the release of lease {lease} is on Kafka; whether it ended: ringfence audit trace {lease}")
     else:
         say(f"lease {lease} released")

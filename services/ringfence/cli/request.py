@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, get_args
 
 import typer
@@ -148,11 +151,50 @@ def request(
     )
 
 
+@contextlib.contextmanager
+def _handed_on(process: asyncio.subprocess.Process) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are not ours
+        return
+
+    def hand_on(number: signal.Signals) -> None:
+        # Ctrl-C reaches all that run in the terminal's foreground, the command as well.
+        if number is not signal.SIGINT or not _in_foreground():
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
+        loop.add_signal_handler(number, hand_on, number)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def _in_foreground() -> bool:
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
+
+
 async def _executed(argv: list[str], variables: Mapping[str, str]) -> int:
-    """Run a command to its end; its exit status, 128 and more for a signal, as shells have it."""
+    """Run a command to its end; its exit status, 128 and more for a signal, as shells have it.
+
+    What would end us is for the command, which decides what it means: the credential is released after it.
+    """
     process = await asyncio.create_subprocess_exec(*argv, env=dict(variables))
     try:
-        status = await process.wait()
+        with _handed_on(process):
+            status = await process.wait()
     except asyncio.CancelledError:
         process.terminate()
         await process.wait()

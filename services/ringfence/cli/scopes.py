@@ -46,6 +46,8 @@ def parse_scope(texts: Sequence[str] | None, *, may_be_empty: bool = False) -> S
     found: list[Permission] = []
     for text in texts or ():
         found += _read_file(text[1:]) if text.startswith("@") else [parse_permission(text)]
+    if texts and not found:
+        raise typer.BadParameter(f"there is no permission in {', '.join(texts)}", param_hint="--allow")
     try:
         validate_scope(tuple(found), allow_empty=may_be_empty)
     except ScopeError as error:

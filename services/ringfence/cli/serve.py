@@ -31,6 +31,8 @@ def serve(
     ] = None,
 ) -> None:
     """Run one or more services until SIGTERM or Ctrl-C."""
+    from ringfence.cli.output import note
+    from ringfence.cli.spelling import unread
     from ringfence.cli.starting import check
     from ringfence.kernel.process import run
     from ringfence.kernel.settings import ServiceSettings, load
@@ -41,6 +43,8 @@ def serve(
     if observe and "gateway" not in services:
         raise typer.BadParameter("--observe is for the gateway: ringfence serve gateway --observe TARGET")
     check(services)
+    for says in unread():
+        note(f"warning: {says}", "yellow")
     settings = load(ServiceSettings)
     runtimes = [_built(name, settings, observe or []) for name in services]
     raise typer.Exit(run(runtimes, settings))

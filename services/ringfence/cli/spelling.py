@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import re
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ringfence.kernel.settings import CONFIG_FILE_ENV, RingfenceSettings
+from ringfence.kernel.settings import CONFIG_FILE_ENV, RingfenceSettings, config_file
 
 _PREFIX = "RINGFENCE_"
 _DECLARED_IN = (
@@ -25,6 +28,8 @@ _DECLARED_IN = (
 )
 _MEANT_ELSEWHERE = ("RINGFENCE_TEST_", "RINGFENCE_UID", "RINGFENCE_GID", "RINGFENCE_KEYS")
 """What tests and docker-compose.yml read."""
+_OF_KUBERNETES = re.compile(r"\w+_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP)\w*)?)")
+"""What pods are given of each Service that there is: of one that is called ringfence-issuer, RINGFENCE_ISSUER_PORT."""
 
 
 def known_settings() -> frozenset[str]:
@@ -34,13 +39,22 @@ def known_settings() -> frozenset[str]:
     return frozenset({CONFIG_FILE_ENV, *_names(RingfenceSettings)})
 
 
+def unread() -> list[str]:
+    """What `mistyped` says of this process's environment and settings file. Raises as `known_settings` does."""
+    file = config_file()
+    return mistyped(os.environ, tomllib.loads(file.read_text()) if file.is_file() else {})
+
+
 def mistyped(environment: Iterable[str], config: Mapping[str, Any]) -> list[str]:
     """A sentence for each name in the environment or in a settings file that looks like a setting and is none."""
     known = known_settings()
     found = [
         _sentence(name, name, known)
         for name in sorted(environment)
-        if name.startswith(_PREFIX) and name not in known and not name.startswith(_MEANT_ELSEWHERE)
+        if name.startswith(_PREFIX)
+        and name not in known
+        and not name.startswith(_MEANT_ELSEWHERE)
+        and not _OF_KUBERNETES.fullmatch(name)
     ]
     return found + [_sentence(said, name, known) for said, name in _flat(config, known) if name not in known]
 

@@ -29,7 +29,7 @@ from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError, checked
 from ringfence.client.outcomes import Accepted
 from ringfence.client.preview import Preview
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.jws import parse
 from ringfence.messages.registry import TaskConsent, TaskTerms
 from ringfence.model.consents import canonical_terms, nonce_of
@@ -101,6 +101,8 @@ def assign(
             if dry_run:
                 return terms, whose or administrator.id, shown, None
             if not shown.effective and not anyway:
+                if wants_json(as_json):
+                    _show_preview(shown)
                 raise RingfenceError(
                     "the task was not assigned: it would allow nothing. Change task, ceiling or entitlements, or add "
                     "--anyway"
@@ -128,17 +130,22 @@ def consent(
         str, typer.Option("--valid", metavar="DURATION", help="Until when it may be used.")
     ] = "1h",
     me: IdentityOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Sign the terms of a task that somebody else will assign on your behalf; prints the consent."""
     wanted, life_s = _wanted(purpose, allow, lasts, until), duration_s(valid)
 
-    async def work() -> str:
+    async def work() -> tuple[TaskTerms, str]:
         async with Administrator.connect(identity(me)) as administrator:
             terms = administrator.terms(agent, **wanted)
             _show_preview(await administrator.preview(terms))
-            return administrator.sign_consent(terms, life_s=life_s)
+            return terms, administrator.sign_consent(terms, life_s=life_s)
 
-    typer.echo(run(work()))
+    terms, signed = run(work())
+    if wants_json(as_json):
+        print_json({"consent": signed, "agent_id": agent, "not_after": terms.not_after, "valid_s": life_s})
+    else:
+        typer.echo(signed)
 
 
 @app.command()
@@ -154,6 +161,8 @@ def nonce(
     With it the user signs in at their issuer, for the trust domain as the audience. Then the task is assigned, of the
     very same terms: ringfence task assign ... --on-behalf-of USER --id-token FILE.
     """
+    if until is None:
+        raise typer.BadParameter("say until when; a token cannot consent to a duration", param_hint="--until")
     wanted = _wanted(purpose, allow, None, until)
     with checked("the task"):
         terms = TaskTerms(
@@ -248,13 +257,17 @@ def _wanted(
         raise typer.BadParameter("say what the task is for", param_hint="--purpose")
     if not allow:
         raise typer.BadParameter("say what the task may do", param_hint="--allow")
-    if (lasts is None) == (until is None):
+    if lasts is not None and until is not None:
+        raise typer.BadParameter(
+            "say when the task ends once: --for or --until, and not both", param_hint="--for"
+        )
+    if lasts is None and until is None:
         raise typer.BadParameter("say when the task ends: --for or --until", param_hint="--for")
     return {
         "purpose": purpose,
         "scope": parse_scope(allow),
-        "ends_in_s": duration_s(lasts) if lasts else None,
-        "not_after": moment_s(until) if until else None,
+        "ends_in_s": None if lasts is None else duration_s(lasts),
+        "not_after": None if until is None else moment_s(until),
     }
 
 
@@ -262,9 +275,11 @@ def _read_consent(file: Path) -> tuple[TaskTerms, str, str]:
     """Terms, user and text of a consent. Unverified: the registry verifies it, and nothing is decided here."""
     try:
         text = file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidCallError(f"cannot read the consent {file}: {error}") from None
-    claims = parse(text).unverified_claims(TaskConsent)
+        claims = parse(text).unverified_claims(TaskConsent)
+    except OSError as error:
+        raise InvalidCallError(f"cannot read the consent {file}: {error.strerror}") from None
+    except (UnicodeDecodeError, InvalidMessageError):
+        raise InvalidCallError(f"{file} holds no consent; one is made by: ringfence task consent") from None
     return claims.terms, claims.iss.rpartition("/")[2], text
 
 

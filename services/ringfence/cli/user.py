@@ -16,6 +16,8 @@ from ringfence.cli.options import (
     NewKeyOption,
     PublicKeyOption,
     ReasonOption,
+    YesOption,
+    confirm,
     identity,
     kept_if_accepted,
     key_records,
@@ -114,12 +116,15 @@ def change(
         raise typer.BadParameter("an option and its opposite were given")
     keys = key_records(public_key, new_key, spiffe_id(settings().trust_domain, "user", user), key_days)
     roles = _roles(role) if role else () if no_roles else None
+    touched = bool(name or source or keys or refresh or take_over) or roles is not None or scope is not None
 
     async def work() -> Accepted:
         async with Administrator.connect(identity(me)) as administrator:
             entry = (await administrator.directory()).user(user)
             if entry is None:
                 raise InvalidCallError(f"there is no user {user}; add them with: ringfence user add {user}")
+            if entry.state.status == "active" and not touched:
+                raise InvalidCallError(f"nothing of {user} would change: name what, or --refresh")
             return await administrator.set_user(
                 user,
                 **_changed(entry.state, name, roles, scope, source, refresh),
@@ -134,12 +139,18 @@ def change(
 
 @app.command()
 def disable(
-    user: UserArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
+    user: UserArgument,
+    reason: ReasonOption,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Let a person act no more: what runs on their behalf ends, and their agents become orphans. As an operator."""
 
     async def work() -> Accepted:
         async with Administrator.connect(identity(me)) as administrator:
+            if user == administrator.id:
+                confirm(f"You are {user}, and could not take it back yourself. Disable {user}?", yes)
             return await administrator.disable_user(user, reason=reason)
 
     print_accepted(run(work()), f"user {user} disabled", wants_json(as_json))

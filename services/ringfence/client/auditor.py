@@ -320,7 +320,7 @@ def _by_place(sources: Iterable[Source]) -> dict[tuple[str, int], set[int]]:
     return found
 
 
-def read_heads(text: str) -> Heads:
+def read_heads(text: str | bytes) -> Heads:
     """What `heads` was written as. Raises UnavailableError where it is no such file."""
     try:
         return HEADS.validate_json(text)

@@ -17,14 +17,17 @@ from pathlib import Path
 from ringfence.kernel.errors import SettingsError
 from ringfence.kernel.places import PlaceError, read_place
 
-_LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64})\s+sha256:(?P<hash>[0-9a-f]{64})")
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_LINE = re.compile(rf"(?P<name>{_NAME.pattern})\s+sha256:(?P<hash>[0-9a-f]{{64}})")
 MAX_WRONG = 10
 """So many wrong tokens within `WRONG_WINDOW_MS` are told one by one."""
 WRONG_WINDOW_MS = 60_000
 
 
 def new_token(name: str) -> tuple[str, str]:
-    """A fresh token, and the line of the file that lets it in."""
+    """A fresh token, and the line of the file that lets it in. Raises SettingsError for a name that none can have."""
+    if not _NAME.fullmatch(name):
+        raise SettingsError(f"{name!r} is no name of a token: up to 64 of A-Z, a-z, 0-9, '.', '_', '-'")
     token = secrets.token_urlsafe(32)
     return token, f"{name} sha256:{_hash(token)}"
 

@@ -98,10 +98,14 @@ class Signed(NamedTuple, Generic[C]):
 
 def explain(error: ValidationError) -> str:
     """What pydantic found wrong, by field, without the values (they could be secret)."""
+    items = error.errors(include_url=False)
+    # A list all of whose members are wrong is said to be too short as well.
+    around = {item["loc"][:depth] for item in items for depth in range(1, len(item["loc"]))}
     found = [
         f"{'.'.join(map(str, item['loc'])) or 'it'}: "
         + WORDS_FOR_PATTERNS.get(str(item.get("ctx", {}).get("pattern")), item["msg"])
-        for item in error.errors(include_url=False)
+        for item in items
+        if item["loc"] not in around
     ]
     return "; ".join(found[:5])[:500]
 

@@ -11,12 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field
 _UUID = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 _TARGET_ID = r"^[a-z0-9][a-z0-9-]{0,62}$"
+_VERB = r"^[a-z][a-z0-9_.:-]{0,63}$"
 _SPIFFE_ID = r"^spiffe://[a-z0-9._-]{1,255}/[A-Za-z0-9._/-]{1,255}$"
 
 WORDS_FOR_PATTERNS = {
     _UUID: "must be an id as Ringfence prints it: a UUID in lower case",
     _NAME: "must be a name: up to 63 of a-z, 0-9, '.', '_', '-', the first a letter or digit",
     _TARGET_ID: "must be a target's name: up to 63 of a-z, 0-9, '-', the first a letter or digit",
+    _VERB: "must be a verb: up to 64 of a-z, 0-9, '_', '.', ':', '-', the first a letter; no wildcard",
     _SPIFFE_ID: "must be a SPIFFE ID: spiffe://trust-domain/path",
 }
 """What a pattern wants, for people."""
@@ -41,6 +43,8 @@ Name = Annotated[str, Field(pattern=_NAME)]
 """The id of a user or an agent: the last path segment of its SPIFFE ID."""
 TargetId = Annotated[str, Field(pattern=_TARGET_ID)]
 """The id of a target."""
+Verb = Annotated[str, Field(pattern=_VERB)]
+"""What is done at a target."""
 SpiffeId = Annotated[str, Field(pattern=_SPIFFE_ID)]
 """A SPIFFE ID."""
 

@@ -6,12 +6,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ringfence.messages.base import Message, TargetId
+from ringfence.messages.base import Message, TargetId, Verb
 
 PERMISSION_TYPE = "urn:ringfence:permission"
 """The `type` of a permission in `authorization_details` (RFC 9396)."""
 
-Verb = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.:-]{0,63}$")]
 Glob = Annotated[str, Field(min_length=1, max_length=512)]
 
 

@@ -23,10 +23,11 @@ from ringfence.messages.base import (
     TargetId,
     TtlSeconds,
     Uuid,
+    Verb,
 )
 from ringfence.messages.instances import AttestationSelector
 from ringfence.messages.keys import KeyRecord
-from ringfence.messages.permission import Scope, Verb
+from ringfence.messages.permission import Scope
 
 Role = Literal["sponsor", "operator", "auditor"]
 ActionClass = Literal["sponsor", "second_person", "operator"]
