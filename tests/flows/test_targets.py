@@ -722,6 +722,38 @@ async def test_a_dead_target_delays_no_other_its_sponsor_is_told_once_and_nothin
     assert listed.json()["leases"] == []
 
 
+async def test_what_was_put_off_comes_as_soon_as_its_target_takes_one_back(
+    desk: Desk, yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    postpone, put_off = LeaseStore.postpone, set[str]()
+    putting_off, callers = Undoer._put_off, list[Any]()
+    stuck = [(await desk.issued(scope=desk.scope("read")))[0].lease_id for _ in range(12)]
+
+    async def by_whom(self: Undoer, *args: Any) -> None:
+        callers.append(self._caller)
+        await putting_off(self, *args)
+
+    async def for_long(self: LeaseStore, delays_ms: dict[str, int]) -> None:
+        """All but the first come again only when they are called back, once their target is left alone."""
+        if callers[-1].shut_ms("cache"):
+            put_off.update(set(stuck[1:]) & delays_ms.keys())
+        later = {id: 3_600_000 for id, ms in delays_ms.items() if ms and id in put_off}
+        await postpone(self, {**delays_ms, **later})
+
+    monkeypatch.setattr(Undoer, "_put_off", by_whom)
+    monkeypatch.setattr(LeaseStore, "postpone", for_long)
+    yard.gates["cache"].turn("shut")
+    await revoked(desk, selector=Selector(agent_id=desk.bot.name))
+
+    async def all_are_put_off() -> bool:
+        return len(put_off) == len(stuck) - 1
+
+    await until(all_are_put_off, "all are put off")
+    yard.gates["cache"].turn("open")
+    for id in stuck:
+        await desk.lease(id, "revoked")
+
+
 async def cli(desk: Desk, folder: Path, *words: str) -> str:
     """What `ringfence` prints for sam."""
     desk.sam.key.save(folder / "sam.json")

@@ -3,6 +3,9 @@
 What is here has been cut already, or was closed before it became active. A lease is reported as over only when its
 target's side is undone. Of what fails, the next try comes after as long again as it has failed so far, up to a limit:
 nothing has to be remembered for that, and whoever finds the lease then goes on with it.
+
+While a target is left alone, the first lease that comes is tried when that is over, and when one is undone, all others
+that were put off come at once.
 """
 
 from __future__ import annotations
@@ -45,6 +48,10 @@ class _Line:
 
     waiting: deque[Wish] = field(default_factory=deque)
     workers: int = 0
+    put_off: set[str] = field(default_factory=set)
+    """Leases that come again later because the target is left alone."""
+    probe_at: float = 0.0
+    """When the first of them does."""
 
 
 @dataclass(slots=True)
@@ -54,6 +61,8 @@ class _Settled:
     undone: list[Wish] = field(default_factory=list)
     failed: list[tuple[Lease, int]] = field(default_factory=list)
     """With the time, in ms, that its target is left alone at least."""
+    probes: dict[str, int] = field(default_factory=dict)
+    """Those of them that come when that time is over."""
 
 
 class Undoer:
@@ -119,14 +128,18 @@ class Undoer:
                 wish = line.waiting.popleft()
                 shut_ms = self._caller.shut_ms(wish.lease.target_id)
                 if shut_ms:
-                    self._leave_alone([wish, *line.waiting], shut_ms)
+                    self._leave_alone(line, [wish, *line.waiting], shut_ms)
                     line.waiting.clear()
                 else:
                     await self._try(wish)
         finally:
             line.workers -= 1
 
-    def _leave_alone(self, wishes: Iterable[Wish], shut_ms: int) -> None:
+    def _leave_alone(self, line: _Line, wishes: Sequence[Wish], shut_ms: int) -> None:
+        now = asyncio.get_running_loop().time()
+        if line.probe_at <= now:
+            line.probe_at = now + shut_ms / 1000
+            self._settled.probes[wishes[0].lease.lease_id] = shut_ms
         self._settled.failed += [(wish.lease, shut_ms) for wish in wishes]
         self._news.set()
 
@@ -159,13 +172,28 @@ class Undoer:
             await self._written(finish(part), [wish.lease.lease_id for wish in part])
             self._overdue.done(wish.lease.lease_id for wish in part)
         for start in range(0, len(settled.failed), _SETTLED_AT_A_TIME):
-            await self._put_off(settled.failed[start : start + _SETTLED_AT_A_TIME])
+            await self._put_off(settled.failed[start : start + _SETTLED_AT_A_TIME], settled.probes)
+        await self._call_back({wish.lease.target_id for wish in settled.undone})
 
-    async def _put_off(self, failed: Sequence[tuple[Lease, int]]) -> None:
+    async def _put_off(self, failed: Sequence[tuple[Lease, int]], probes: Mapping[str, int]) -> None:
         now_ms = self._clock.now_ms()
         delays = {lease.lease_id: self._delay_ms(lease, now_ms, shut_ms) for lease, shut_ms in failed}
+        delays |= {id: shut_ms for id, shut_ms in probes.items() if id in delays}
+        for lease, shut_ms in failed:
+            put_off = self._lines[lease.target_id].put_off
+            if (shut_ms or self._caller.shut_ms(lease.target_id)) and len(put_off) < MOST_WAITING:
+                put_off.add(lease.lease_id)
         await self._written(self._store.postpone(delays), delays)
         await self._overdue.failed([lease for lease, _ in failed], now_ms)
+
+    async def _call_back(self, target_ids: Iterable[str]) -> None:
+        """These targets take credentials back again: what was put off because they did not comes now."""
+        for target_id in target_ids:
+            line = self._lines[target_id]
+            ids, line.put_off = list(line.put_off - self._held), set()
+            for start in range(0, len(ids), _SETTLED_AT_A_TIME):
+                part = ids[start : start + _SETTLED_AT_A_TIME]
+                await self._written(self._store.postpone(dict.fromkeys(part, 0)), ())
 
     async def _written(self, work: Awaitable[object], ids: Iterable[str]) -> None:
         try:
