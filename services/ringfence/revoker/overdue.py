@@ -47,6 +47,7 @@ class Overdue:
         for lease in late:
             self._failed_at.pop(lease.lease_id, None)
             self._failed_at[lease.lease_id] = time.monotonic()  # the latest last
+        self._forget()
         await self._tell([lease for lease in late if lease.lease_id not in self._told])
 
     def done(self, lease_ids: Iterable[str]) -> None:
@@ -98,10 +99,14 @@ class Overdue:
         )
 
     def _count(self) -> float:
+        self._forget()
+        return len(self._failed_at)
+
+    def _forget(self) -> None:
+        """What has not failed again for so long another revoker has undone."""
         oldest = time.monotonic() - self._forget_s
         for id, at in list(self._failed_at.items()):
             if at >= oldest:
                 break
             del self._failed_at[id]
             self._told.discard(id)
-        return len(self._failed_at)

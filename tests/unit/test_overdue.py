@@ -1,0 +1,32 @@
+"""What a revoker remembers of leases that it could not undo: no longer than they fail."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from ringfence.revoker import overdue
+from ringfence.revoker.overdue import Overdue
+from tests.leases import lease
+
+
+async def test_what_another_revoker_has_undone_is_forgotten_though_nobody_reads_the_metric(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(overdue, "time", SimpleNamespace(monotonic=lambda: now))
+    one = Overdue(cast(Any, None), cast(Any, None), after_ms=0, forget_ms=60_000)
+    told = one._told
+
+    async def tell(leases: Any) -> None:
+        told.update(lease.lease_id for lease in leases)
+
+    monkeypatch.setattr(one, "_tell", tell)
+    first, second = (lease(status="ending", iat=1).claims for _ in range(2))
+    await one.failed([first], 2_000)
+    now += 61
+    await one.failed([second], 2_000)
+    assert told == {second.lease_id}
+    assert one._count() == 1
