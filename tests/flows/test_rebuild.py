@@ -52,6 +52,39 @@ async def test_a_lost_redis_is_rebuilt_with_what_is_alive_and_what_has_ended(pla
     assert await place.life(gone) == ["active", "ending", "released"]
 
 
+@pytest.mark.parametrize("how", ["flushed", "empty"])
+async def test_a_redis_that_is_lost_again_while_it_is_rebuilt_is_rebuilt_anew(
+    place: Place, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    desk, restore, resume = place.desk, Restoration.restore, Restoration.resume
+    kept, _ = await desk.issued("read")
+    gone, _ = await desk.issued("read")
+    await place.release(gone)
+    again = ["while leases are restored", "before it is resumed"]
+
+    async def lose(when: str) -> None:
+        if when in again:
+            again.remove(when)
+            await (place.redis.flushed() if how == "flushed" else place.redis.lost(0))
+
+    async def restoring(self: Restoration, *args: Any) -> None:
+        await restore(self, *args)
+        await lose("while leases are restored")
+
+    async def resuming(self: Restoration, epoch: str) -> None:
+        await lose("before it is resumed")
+        await resume(self, epoch)
+
+    monkeypatch.setattr(Restoration, "restore", restoring)
+    monkeypatch.setattr(Restoration, "resume", resuming)
+    await place.lose(how)
+    assert again == []
+    await place.active(kept)
+    assert statuses(await place.store.get([gone.lease_id])) == ["released"]
+    await place.release(kept)
+    assert await place.life(kept) == ["active", "ending", "released"]
+
+
 async def test_how_often_a_grant_was_used_is_known_again(place: Place) -> None:
     desk = place.desk
     compact = grant(desk, count=3)
