@@ -5,25 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from ringfence.gateway.action_ids import ActionIds
 from ringfence.gateway.approving import Approvals, Waiting
-from ringfence.gateway.attempts import Admits, Attempt, Mcp, McpOutcome, Patient, Presented, Rpc, Verdict
-from ringfence.gateway.counting import Counted, Kind
+from ringfence.gateway.attempts import Admits, Attempt, Mcp, Patient, Presented, Rpc, Verdict
+from ringfence.gateway.counting import Counted
+from ringfence.gateway.course import Course
 from ringfence.gateway.domain import (
     FORBIDDEN,
     SAFE_METHODS,
     TOO_FAST,
     TOO_LARGE,
     UNAVAILABLE,
-    Access,
     Ask,
     Chosen,
     Refusal,
     Sender,
-    access_of,
     refused,
     weigh,
 )
@@ -32,61 +31,28 @@ from ringfence.gateway.history import Earlier
 from ringfence.gateway.identifying import NONCE_WANTED, Identifier
 from ringfence.gateway.injection import Injector
 from ringfence.gateway.lasting import Basis, lasts_until
-from ringfence.gateway.mcp import McpDesk, Spoken, rpc_of
+from ringfence.gateway.mcp import McpDesk, rpc_of
 from ringfence.gateway.observing import Observing
 from ringfence.gateway.questions import Question
 from ringfence.gateway.recalling import Recalled
 from ringfence.gateway.recording import Recorder
 from ringfence.gateway.remembering import Remembered
 from ringfence.gateway.spool import SpoolFullError
-from ringfence.gateway.standing import AtHand, Standing, counter_of
+from ringfence.gateway.standing import AtHand, Standing
 from ringfence.gateway.targets import Compiled, Targets
+from ringfence.gateway.telling import Telling
 from ringfence.gateway.view import View
-from ringfence.gateway.written import AllowedEvents, act_of, digest_of, label_of, method_of
-from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
-from ringfence.messages.operations import ActionAnswered, ActionAsked, ActionDecided
 from ringfence.messages.registry import TargetState
-from ringfence.model.mcp import CALL
 from ringfence.model.request_map import MAX_BODY_BYTES, Action
 
 log = logging.getLogger(__name__)
 
 _MAX_REASONS: Final = 20
-_READ_VERB: Final = "read"
-"""What a target's map calls a call that changes nothing."""
 _RATE_RETRY_S: Final = 5
-
-
-@dataclass(slots=True)
-class _Course:
-    """How far the decision on one attempt got."""
-
-    id: str
-    attempt: Attempt
-    """With its body, once that was seen."""
-    patient: Patient | None = None
-    sender: Sender | None = None
-    target: Compiled | None = None
-    action: Action | None = None
-    chosen: Chosen | None = None
-    spoken: Spoken | None = None
-    question: Question | None = None
-    """To a person, where one was asked."""
-    waited_ns: int = 0
-    injects: Mapping[str, str] | None = None
-    observed: bool = False
-    unheard: bool = False
-    """Whether nothing of what it asks for was looked at: who sends it was not shown, or has too much."""
-    took_ns: int = 0
-    """What deciding took, without the credential, and without a person."""
-
-    @property
-    def lease(self) -> Lease | None:
-        return self.chosen.lease if self.chosen is not None else None
 
 
 class DecisionGate:
@@ -114,11 +80,9 @@ class DecisionGate:
         self._identifier = identifier
         self._evaluator = evaluator
         self._injector = injector
-        self._recorder = recorder
         self._counted = counted
         self._approvals = approvals
         self._clock = clock
-        self._gateway = gateway
         self._entitlements_max_age_s = entitlements_max_age_s
         self._ids = ActionIds()
         self._remembered = Remembered(view.table, view.directory)
@@ -127,6 +91,7 @@ class DecisionGate:
         self._at_hand = AtHand(
             view, evaluator, injector, recorder, self._earlier, self._ids, clock, gateway=gateway
         )
+        self._telling = Telling(view, targets, recorder, self._earlier, clock, gateway=gateway)
         self._observing = Observing(targets, observe)
         self._mcp = McpDesk(view.table)
 
@@ -145,7 +110,7 @@ class DecisionGate:
         patient: Patient | None = None,
     ) -> Verdict:
         """See `Gate`."""
-        course = _Course(self._ids.fresh(), attempt, patient)
+        course = Course(self._ids.fresh(), attempt, patient)
         try:
             refusal = await self._refusal(course, presented, attempt, admits)
         except Exception:  # what cannot be decided is denied, whatever it is
@@ -155,7 +120,7 @@ class DecisionGate:
             return self._told_with_others(course, presented, attempt, refusal)
         verdict = self._verdict(course, presented, attempt, refusal)
         try:
-            self._record(course, presented, verdict)
+            self._telling.record(course, presented, verdict)
         except SpoolFullError as error:
             log.error("nothing is let pass: %s", error)
             reason = Reason(
@@ -165,17 +130,17 @@ class DecisionGate:
         return verdict
 
     def _told_with_others(
-        self, course: _Course, presented: Presented, attempt: Attempt, refusal: Refusal
+        self, course: Course, presented: Presented, attempt: Attempt, refusal: Refusal
     ) -> Verdict:
         """The verdict on what was not even looked at: such a request costs its sender nothing, and no event each."""
         if refusal.reasons[0].code == NONCE_WANTED:
             return self._verdict(course, presented, attempt, refusal)
-        kind = self._kind(course, presented, attempt, refusal)
+        kind = self._telling.kind(course, presented, attempt, refusal)
         counted_by = self._counted.another(kind, refusal.reasons[0])
         if counted_by is None:
             verdict = self._verdict(course, presented, attempt, refusal)
             try:
-                self._record(course, presented, verdict, kind.target_id)
+                self._telling.record(course, presented, verdict, kind.target_id)
                 return verdict
             except SpoolFullError as error:
                 log.error("what is refused is counted, and not recorded yet: %s", error)
@@ -183,7 +148,7 @@ class DecisionGate:
                 return self._verdict(course, presented, attempt, refusal)
         course.id = counted_by
         verdict = self._verdict(course, presented, attempt, refusal)
-        self._note(course, verdict)
+        self._telling.note(course, verdict)
         return verdict
 
     def standing(self, presented: Presented, attempt: Attempt) -> Standing | None:
@@ -236,7 +201,7 @@ class DecisionGate:
     # --- the steps, in their order ---
 
     async def _refusal(
-        self, course: _Course, presented: Presented, attempt: Attempt, admits: Admits | None
+        self, course: Course, presented: Presented, attempt: Attempt, admits: Admits | None
     ) -> Refusal | None:
         began_ns = time.perf_counter_ns()
         try:
@@ -274,7 +239,7 @@ class DecisionGate:
         return standing
 
     async def _decided(
-        self, course: _Course, presented: Presented, attempt: Attempt, admits: Admits | None
+        self, course: Course, presented: Presented, attempt: Attempt, admits: Admits | None
     ) -> Refusal | None:
         course.unheard = True
         if (stale := self._stale()) is not None:
@@ -294,7 +259,7 @@ class DecisionGate:
             return refusal
         return await self._approved(course, sender, said)
 
-    async def _looked_at(self, course: _Course, sender: Sender) -> Refusal | Ask | None:
+    async def _looked_at(self, course: Course, sender: Sender) -> Refusal | Ask | None:
         attempt = course.attempt
         target = self._targets.find(attempt)
         if isinstance(target, Refusal):
@@ -336,7 +301,7 @@ class DecisionGate:
             self._remembered.keep(sender, action, found, self._entitlements_max_age_s)
         return found
 
-    async def _evaluated(self, course: _Course, chosen: Chosen, action: Action) -> Refusal | Ask | None:
+    async def _evaluated(self, course: Course, chosen: Chosen, action: Action) -> Refusal | Ask | None:
         now_ms = self._clock.now_ms()
         return await self._evaluator.answer(
             chosen,
@@ -347,7 +312,7 @@ class DecisionGate:
             now_ms=now_ms,
         )
 
-    async def _unequipped(self, course: _Course, lease: Lease, target: TargetState) -> Refusal | None:
+    async def _unequipped(self, course: Course, lease: Lease, target: TargetState) -> Refusal | None:
         """Why it cannot be forwarded though it is allowed: what is recorded as allowed has its credential by then."""
         refusal = None
         try:
@@ -365,13 +330,13 @@ class DecisionGate:
 
     # --- a person's word, where the bundle wants it ---
 
-    def _unasked(self, course: _Course, presented: Presented) -> Refusal | None:
+    def _unasked(self, course: Course, presented: Presented) -> Refusal | None:
         """Where it goes on all the same, in observe mode, nobody is asked."""
         refusal = refused("approval_required", "a person would be asked about this action")
         observed = self._observing.goes_on(refusal, course.target, presented, course.attempt)
         return refusal if observed is not None else None
 
-    async def _approved(self, course: _Course, sender: Sender, ask: Ask) -> Refusal | None:
+    async def _approved(self, course: Course, sender: Sender, ask: Ask) -> Refusal | None:
         """Wait for a yes to exactly this, and look at everything once more: it is used when nothing else lacks."""
         if (refusal := await self._seen_whole(course)) is not None:
             return refusal
@@ -387,7 +352,7 @@ class DecisionGate:
             return refusal or refused("undecided", "nobody could be asked", status=UNAVAILABLE)
         return await self._once_more(course, sender, course.question)
 
-    async def _seen_whole(self, course: _Course) -> Refusal | None:
+    async def _seen_whole(self, course: Course) -> Refusal | None:
         if course.attempt.body is None and course.patient is not None:
             course.attempt = replace(course.attempt, body=await course.patient.whole())
         if course.attempt.body is None:
@@ -395,7 +360,7 @@ class DecisionGate:
             return refused("body_unseen", message, status=TOO_LARGE)
         return None
 
-    async def _once_more(self, course: _Course, sender: Sender, question: Question) -> Refusal | None:
+    async def _once_more(self, course: Course, sender: Sender, question: Question) -> Refusal | None:
         """All that was decided before it waited is decided anew; what was approved has to be what goes on."""
         if (stale := self._stale()) is not None:
             return stale
@@ -425,15 +390,15 @@ class DecisionGate:
             return refused("body_not_json", message)
         return refused("request_unmapped", f"the map of target {id} does not say what this request does")
 
-    # --- what comes of it ---
+    # --- the verdict ---
 
-    def _observe(self, course: _Course, refusal: Refusal, presented: Presented, attempt: Attempt) -> None:
+    def _observe(self, course: Course, refusal: Refusal, presented: Presented, attempt: Attempt) -> None:
         target = self._observing.goes_on(refusal, course.target, presented, attempt)
         if target is not None:
             course.target, course.observed = target, True
 
     def _verdict(
-        self, course: _Course, presented: Presented, attempt: Attempt, refusal: Refusal | None
+        self, course: Course, presented: Presented, attempt: Attempt, refusal: Refusal | None
     ) -> Verdict:
         by_proof = presented.task_id is None and presented.certificate is None
         status = 200 if refusal is None else refusal.status
@@ -447,14 +412,14 @@ class DecisionGate:
             action=course.action,
             nonce=self._identifier.nonce() if by_proof else None,
             retry_after_s=_RATE_RETRY_S if status in (UNAVAILABLE, TOO_FAST) else None,
-            task_id=self._task_of(course),
+            task_id=course.task_id,
             observed=course.observed,
             mcp=self._exchange(course, attempt) if refusal is None else None,
             rpc=self._rpc(course, attempt) if refusal is not None else None,
             injects=course.injects if refusal is None else None,
         )
 
-    def _exchange(self, course: _Course, attempt: Attempt) -> Mcp | None:
+    def _exchange(self, course: Course, attempt: Attempt) -> Mcp | None:
         if course.spoken is None or course.target is None or course.lease is None:
             return None
         return self._mcp.exchange(
@@ -462,127 +427,14 @@ class DecisionGate:
             attempt,
             course.target,
             course.lease,
-            lambda outcome: self._record_answer(course, outcome),
+            lambda outcome: self._telling.record_answer(course, outcome),
         )
 
-    def _rpc(self, course: _Course, attempt: Attempt) -> Rpc | None:
+    def _rpc(self, course: Course, attempt: Attempt) -> Rpc | None:
         """How a refusal is told to who posted a message: it may not have come to reading that."""
         target = course.target if course.target is not None else self._targets.find(attempt)
         speaks = isinstance(target, Compiled) and target.map.speaks_mcp(attempt.target)
         return rpc_of(attempt) if speaks and attempt.method == "POST" else None
-
-    def _task_of(self, course: _Course) -> str | None:
-        if course.chosen is not None:
-            return course.chosen.lease.task_id
-        return course.sender.task_id if course.sender is not None else None
-
-    def _note(self, course: _Course, verdict: Verdict) -> tuple[Access, str | None, int]:
-        """Count it where numbers are asked for. Its access, its target's id, and the time."""
-        access = _access(course)
-        outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
-        counter_of(outcome, access).tally()
-        metrics.DECISION_TIME.tally(course.took_ns / 1e9)
-        now_ms = self._clock.now_ms()
-        target_id = verdict.target.target_id if verdict.target is not None else None
-        if verdict.task_id is not None:
-            verb = course.action.verb if course.action is not None else None
-            self._earlier.add(verdict.task_id, target_id, verb, allowed=verdict.allowed, now_ms=now_ms)
-        return access, target_id, now_ms
-
-    def _kind(self, course: _Course, presented: Presented, attempt: Attempt, refusal: Refusal) -> Kind:
-        """Who it was, what for and why not, as far as that is shown."""
-        target = self._targets.find(attempt)
-        return Kind(
-            course.sender.agent_id if course.sender is not None else None,
-            self._task_of(course),
-            target.state.target_id if isinstance(target, Compiled) else None,
-            attempt.method,
-            refusal.reasons[0].code,
-            self._lease_of(course, presented),
-            label_of(attempt),
-        )
-
-    def _record(
-        self,
-        course: _Course,
-        presented: Presented,
-        verdict: Verdict,
-        for_target: str | None = None,
-    ) -> None:
-        """`for_target`: which it was for, where that was not looked at. Raises SpoolFullError."""
-        access, target_id, now_ms = self._note(course, verdict)
-        if verdict.allowed and course.question is None and course.action is not None:
-            self._record_allowed(course, access, now_ms)
-            return
-        attempt, sender = course.attempt, course.sender
-        self._recorder.record(
-            ActionDecided(
-                action_id=course.id,
-                gateway=self._gateway,
-                agent_id=sender.agent_id if sender is not None else None,
-                act=_act_of(course),
-                task_id=verdict.task_id,
-                lease_id=self._lease_of(course, presented),
-                target_id=target_id or for_target,
-                verb=course.action.verb if course.action is not None else None,
-                resource=course.action.resource if course.action is not None else None,
-                allowed=verdict.allowed,
-                reasons=verdict.reasons,
-                access=access,
-                method=method_of(attempt),
-                request_digest=digest_of(attempt),
-                latency_us=course.took_ns // 1000,
-                label=label_of(attempt),
-                observed=True if verdict.observed else None,
-                asked=_asked_of(course),
-                at_ms=now_ms,
-                traceparent=course.lease.traceparent if course.lease is not None else None,
-            )
-        )
-
-    def _record_allowed(self, course: _Course, access: Access, now_ms: int) -> None:
-        """The same `ActionDecided` for what is simply allowed, which is most: written without a model in between."""
-        sender, lease, action, attempt = course.sender, course.lease, course.action, course.attempt
-        assert sender is not None, "it was allowed"
-        assert lease is not None, "it was allowed"
-        assert action is not None, "it was allowed"
-        events = AllowedEvents(self._gateway, sender.agent_id, lease, action, access, attempt)
-        self._recorder.keep(events.entry(course.id, course.took_ns // 1000, now_ms))
-
-    def _record_answer(self, course: _Course, outcome: McpOutcome) -> None:
-        """What came of it is too late to deny anything: where it cannot be kept, the decision still is."""
-        metrics.MCP_ANSWERS.labels(outcome.kind).inc()
-        assert course.lease is not None, "it was allowed"
-        assert course.action is not None, "it was allowed"
-        event = ActionAnswered(
-            action_id=course.id,
-            gateway=self._gateway,
-            agent_id=course.lease.agent_id,
-            act=_act_of(course),
-            task_id=course.lease.task_id,
-            lease_id=course.lease.lease_id,
-            target_id=course.lease.target_id,
-            verb=course.action.verb,
-            resource=course.action.resource,
-            answer=outcome.kind,
-            http_status=outcome.status,
-            rpc_code=outcome.code,
-            at_ms=self._clock.now_ms(),
-            traceparent=course.lease.traceparent,
-        )
-        try:
-            self._recorder.record(event)
-        except SpoolFullError as error:
-            log.error("what came of an action is not recorded: %s", error)
-
-    def _lease_of(self, course: _Course, presented: Presented) -> str | None:
-        """The lease that decided; else that of the handle which was shown, whoever showed it."""
-        if course.lease is not None:
-            return course.lease.lease_id
-        if course.sender is not None and course.sender.lease_id is not None:
-            return course.sender.lease_id
-        handle = presented.handle
-        return handle if handle is not None and self._view.table.get(handle) is not None else None
 
 
 def _nowhere(target: Compiled, attempt: Attempt) -> Refusal | None:
@@ -596,37 +448,10 @@ def _says_no_place(target: TargetState) -> str:
     return f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
 
 
-def _access(course: _Course) -> Access:
-    """Whether it only reads. All messages of MCP are posted: there the message says so, and of a call its verb."""
-    message = course.spoken.message if course.spoken is not None else None
-    if message is None:
-        return access_of(course.attempt.method)
-    reads = course.action is not None and course.action.verb == _READ_VERB
-    return "read" if message.only_asks or (message.method == CALL and reads) else "write"
-
-
-def _waiting(course: _Course, ask: Ask) -> Waiting | None:
+def _waiting(course: Course, ask: Ask) -> Waiting | None:
     """What a person is asked about: exactly what would go on. None where something of it is not known."""
     chosen, target, action, attempt = course.chosen, course.target, course.action, course.attempt
     if chosen is None or target is None or target.url is None or action is None or attempt.body is None:
         return None
     url = f"{target.url}{attempt.target}"
     return Waiting(course.id, attempt.method, url, attempt.body, chosen, action, ask)
-
-
-def _act_of(course: _Course) -> tuple[str, ...] | None:
-    """The agents that act, where there are several."""
-    lease, sender = course.lease, course.sender
-    return act_of(lease, sender.agent_id if sender is not None else None) if lease is not None else None
-
-
-def _asked_of(course: _Course) -> ActionAsked | None:
-    question = course.question
-    if question is None:
-        return None
-    return ActionAsked(
-        request_id=question.id,
-        request_digest=question.signed.digest,
-        by=question.by,
-        waited_ms=course.waited_ns // 1_000_000,
-    )
