@@ -18,7 +18,7 @@ from ringfence.kernel.kafka import Received
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.base import typ_header
-from ringfence.model.audit_chain import Tip, chained, event_of
+from ringfence.model.audit_chain import Tip, event_of, said_place
 from ringfence.model.merkle import Hash, consistency_proof, inclusion_proof, leaf_hash, node_hash
 
 log = logging.getLogger(__name__)
@@ -91,11 +91,9 @@ class ProofStore:
         `trailed`: what each is, where that is known already.
         """
         for record, (parsed, leaf) in zip(records, trailed or ReadBack().of(records), strict=True):
-            event = chained(parsed)
-            if event is None or event.link is None or event.link.tree != str(record.partition):
-                continue
-            tree, place = event.link.tree, event.link.seq
-            if place == self._sizes.get(tree, 0) + 1:
+            tree = str(record.partition)
+            place = self._sizes.get(tree, 0) + 1
+            if said_place(parsed) == (tree, place):
                 self._sizes[tree] = place
                 self._append(tree, 0, leaf)
 

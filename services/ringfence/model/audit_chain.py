@@ -94,19 +94,7 @@ class Chained(NamedTuple):
 
 def event_of(value: bytes) -> Chained | None:
     """What stands on `audit`, or None where it is no event."""
-    return chained(loaded(value))
-
-
-def loaded(value: bytes) -> Any:
-    """The JSON of an event, or None where it is none: whoever needs more than one thing of it parses it once."""
-    try:
-        return orjson.loads(value)
-    except ValueError:
-        return None
-
-
-def chained(event: Any) -> Chained | None:
-    """What the chain needs of an event, given its JSON; None where it is no event."""
+    event = loaded(value)
     try:
         words = event["unmapped"]
         link = words.get("chain")
@@ -117,4 +105,21 @@ def chained(event: Any) -> Chained | None:
             ChainLink.model_validate(link, strict=True) if link is not None else None,
         )
     except (ValueError, ValidationError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def loaded(value: bytes) -> Any:
+    """The JSON of an event, or None where it is none: whoever needs more than one thing of it parses it once."""
+    try:
+        return orjson.loads(value)
+    except ValueError:
+        return None
+
+
+def said_place(event: Any) -> tuple[Any, Any] | None:
+    """The tree and the number in it that an event names, given its JSON; for who knows what they must be."""
+    try:
+        link = event["unmapped"]["chain"]
+        return link["tree"], link["seq"]
+    except (KeyError, TypeError, IndexError):
         return None
