@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, ClassVar, Generic, Literal, TypeVar
+from math import isfinite
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 _UUID = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -49,8 +50,30 @@ SpiffeId = Annotated[str, Field(pattern=_SPIFFE_ID)]
 """A SPIFFE ID."""
 
 
+def _writable(value: Any) -> Any:
+    """A JSON value that every reader can write out again. Raises ValueError where one of its numbers is none."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            left += one.values()
+        elif isinstance(one, list | tuple):
+            left += one
+        elif (isinstance(one, int) and not -(2**63) <= one < 2**63) or (
+            isinstance(one, float) and not isfinite(one)
+        ):
+            raise ValueError("a number that is not finite, or beyond 64 bits")
+    return value
+
+
+Json = Annotated[Any, AfterValidator(_writable)]
+"""Whatever others write, with numbers that stay what they are (RFC 7493, 2.2)."""
+
+
 class Message(BaseModel):
     """Immutable, strictly typed; unknown fields from newer writers are kept and written out again."""
+
+    __pydantic_extra__: dict[str, Json]
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 

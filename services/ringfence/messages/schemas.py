@@ -28,7 +28,10 @@ def message_name(model: type[Message]) -> str:
 
 def json_schema(model: type[BaseModel]) -> dict[str, Any]:
     """The JSON Schema (2020-12) of a message's claims or JSON."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
+    text = json.dumps(model.model_json_schema()).replace(
+        '"additionalProperties": {}', '"additionalProperties": true'
+    )
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **json.loads(text)}
 
 
 def _content_type(topic: Topic[Any]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ringfence.messages.base import Claims, Millis, NonEmpty, Uuid
+from ringfence.messages.base import Claims, Json, Millis, NonEmpty, Uuid
 
 StreamStatus = Literal["enabled", "paused", "disabled", "deleted"]
 """The first three are those of SSF 1.0. A stream that is gone is said to be: a tombstone would be nobody's word."""
@@ -30,7 +30,7 @@ class SignalStream(Claims):
     events_requested: tuple[str, ...] | None = None
     """As the receiver gave them; all where it gave none."""
     description: str | None = None
-    removed: tuple[dict[str, Any], ...] = ()
+    removed: tuple[dict[str, Json], ...] = ()
     """Subject identifiers (RFC 9493) that the receiver wants to hear nothing of."""
     since_ms: Millis | None = None
     """Ends that Kafka had before are not told. Its own append time where None: it is new, or enabled again."""

@@ -1,0 +1,34 @@
+"""Numbers that one library takes and another cannot write: a request that has one ends as garbage, and stops nobody."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ringfence.kernel.jws import sign_payload
+from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.topics import CREDENTIAL_REQUEST
+from tests.flows.test_policy import READ, Office
+from tests.world import World
+
+
+@pytest.mark.parametrize(
+    "number", [f"{10**40}", "1e999", f'[{{"deep": -{2**63 + 1}}}]'], ids=["long", "endless", "deep"]
+)
+@pytest.mark.parametrize("place", ["request", "permission", "reply_key"])
+async def test_a_number_beyond_64_bits_in_what_nobody_knows_stops_nobody(
+    world: World, number: str, place: str
+) -> None:
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        claims, _ = office.request(READ)
+        body = json.loads(claims.model_dump_json(exclude_none=True))
+        where = {"request": body, "permission": body["scope"][0], "reply_key": body["reply_key"]}[place]
+        where["added_in_2030"] = "HERE"
+        payload = json.dumps(body).replace('"HERE"', number)
+        sent = await office.send(
+            CREDENTIAL_REQUEST, sign_payload(CredentialRequest, payload.encode(), office.bot.key)
+        )
+        assert (await office.letter(sent)).code == "claims_invalid"
+        assert (await office.final(await office.ask(READ))).outcome == "allowed"
