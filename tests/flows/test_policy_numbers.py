@@ -9,7 +9,7 @@ import pytest
 from ringfence.kernel.jws import sign_payload
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.topics import CREDENTIAL_REQUEST
-from tests.flows.test_policy import READ, Office
+from tests.flows.office import READ, Office
 from tests.world import World
 
 
