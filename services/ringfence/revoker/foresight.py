@@ -11,13 +11,13 @@ import asyncio
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.kafka import Outbound
-from ringfence.model.lease_store import AHEAD_MS, LeaseStore, Place, Told
+from ringfence.model.lease_store import AHEAD_MS, LeaseStore, Told
 from ringfence.revoker.truth import Glance
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,8 @@ class Lookout:
         self._foresee = foresee
         self._clock = clock
         self._is_busy = is_busy
-        self._seen_to = [Place()] * len(store.shards)
+        self._seen: list[Collection[str]] = [()] * len(store.shards)
+        """Of each shard what was due soon when it was looked at last."""
 
     async def run(self) -> None:
         """Look out, for ever."""
@@ -141,18 +142,19 @@ class Lookout:
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _look(self, shard: int) -> None:
-        """Go through what is due soon and was not seen before."""
-        while True:
+        """Look at what is due soon and was not seen before. It does not come in the order of deadlines: what waited for
+        its minute comes to them little by little.
+        """
+        seen = self._seen[shard]
+        due = await self._store.due_soon(shard, within_ms=WITHIN_MS, most=2 * MOST // len(self._seen))
+        new = [id for id in due if id not in seen]
+        while new:
             if self._is_busy():
                 await asyncio.sleep(_BUSY_S)
                 continue
-            place, records = await self._store.due_after(
-                shard, self._seen_to[shard], within_ms=WITHIN_MS, limit=_AT_A_TIME
-            )
-            self._seen_to[shard] = place
-            for record in records:
-                end = self._foresee(record)
+            some, new = new[:_AT_A_TIME], new[_AT_A_TIME:]
+            for lease in (await self._store.get(some)).values():
+                end = self._foresee(lease.record) if lease.status == "active" else None
                 if end is not None:
                     self._foresight.remember(end)
-            if len(records) < _AT_A_TIME:
-                return
+        self._seen[shard] = frozenset(due)

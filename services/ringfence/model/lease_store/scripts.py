@@ -449,24 +449,8 @@ return {now, next, found}
 # KEYS: deadlines. ARGV: within how long.
 COUNT_DUE = Script("return redis.call('ZCOUNT', KEYS[1], now, now + ARGV[1])")
 
-# KEYS: deadlines. ARGV: a deadline, how many with this one to pass over, within how long, limit.
-DUE_AFTER = Script(
-    _RECORDS
-    + """
-local last, passed = tonumber(ARGV[1]), tonumber(ARGV[2])
-if last < now then last, passed = now, 0 end
-local found = redis.call(
-    'ZRANGEBYSCORE', KEYS[1], last, now + ARGV[3], 'WITHSCORES', 'LIMIT', passed, ARGV[4])
-local records = {}
-for i = 1, #found, 2 do
-    local deadline = tonumber(found[i + 1])
-    if deadline > last then last, passed = deadline, 0 end
-    passed = passed + 1
-    records[#records + 1] = known(found[i])
-end
-return {last, passed, records}
-"""
-)
+# KEYS: deadlines. ARGV: within how long, limit.
+DUE_SOON = Script("return redis.call('ZRANGEBYSCORE', KEYS[1], now, now + ARGV[1], 'LIMIT', 0, ARGV[2])")
 
 # KEYS: claimed. ARGV: (id, delay)...
 POSTPONE = Script(
@@ -688,7 +672,7 @@ return {}
 )
 
 SCRIPTS = (
-    PREPARE, CLOSE, ACTIVATE, USE_GRANT, RECOUNT, LOOK, GET, CLAIM, COUNT_DUE, DUE_AFTER, POSTPONE, TRANSITION, SEQS,
+    PREPARE, CLOSE, ACTIVATE, USE_GRANT, RECOUNT, LOOK, GET, CLAIM, COUNT_DUE, DUE_SOON, POSTPONE, TRANSITION, SEQS,
     STALE, RESTORE,
 )  # fmt: skip
 """What every service runs."""

@@ -49,7 +49,7 @@ from ringfence.model.lease_store.scripts import (
     CLAIM,
     CLOSE,
     COUNT_DUE,
-    DUE_AFTER,
+    DUE_SOON,
     GET,
     LOOK,
     POSTPONE,
@@ -75,7 +75,6 @@ from ringfence.model.lease_store.values import (
     Claimed,
     Looked,
     Outgoing,
-    Place,
     Preparation,
     SignedLease,
     Step,
@@ -299,21 +298,11 @@ class LeaseStore(Shards):
         calls = [ShardCall(COUNT_DUE, at, (at.deadlines,), (within_ms,)) for at in self.keys]
         return await self._run(calls)
 
-    async def due_after(
-        self, shard: int, place: Place, *, within_ms: int, limit: int
-    ) -> tuple[Place, list[bytes]]:
-        """The records, condensed, of leases of a shard that are due within so long, at most `AHEAD_MS`, by deadline.
-
-        Nothing is taken. Begins after `place`, and returns the place of the last one, to go on from. Some may be passed
-        over.
-        """
+    async def due_soon(self, shard: int, *, within_ms: int, most: int) -> list[str]:
+        """Leases of a shard that are due within so long, at most `AHEAD_MS`, by deadline, and not more than `most`."""
         at = self.keys[shard]
-        call = ShardCall(
-            DUE_AFTER, at, (at.deadlines,),
-            (place.deadline_ms, place.passed, within_ms, limit),
-        )  # fmt: skip
-        ((deadline_ms, passed, records),) = await self._run([call])
-        return Place(deadline_ms, passed), [StoredLease.unpack(found).record for found in records if found]
+        (ids,) = await self._run([ShardCall(DUE_SOON, at, (at.deadlines,), (within_ms, most))])
+        return list(map(unpacked, ids))
 
     async def postpone(self, delays_ms: Mapping[str, int]) -> None:
         """Leave claimed leases alone for so long, each from now on; what is not claimed any more stays as it is."""

@@ -132,15 +132,6 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """How far the leases of a shard were gone through by their deadlines."""
-
-    deadline_ms: int = 0
-    passed: int = 0
-    """How many of those with this very deadline."""
-
-
-@dataclass(frozen=True, slots=True)
 class Looked:
     """One lease as of Redis's present."""
 
