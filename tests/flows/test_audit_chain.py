@@ -332,6 +332,29 @@ async def test_each_event_is_proved_to_be_under_the_signed_head(world: World, sa
         assert forged.hex() != head.root
 
 
+async def test_an_event_that_was_put_behind_the_last_takes_no_proof_away(world: World, sam: Party) -> None:
+    ali = await world.user("vera", ("auditor",))
+    await world.known(ali, "audit")
+    await signed_up_to_the_end(world)
+    lasts = {record.partition: record for record in await world.records(AUDIT)}
+    for partition, last in lasts.items():
+        forged = linked(
+            linkable(json.loads(told_of(Source("x", 0, 0)))),
+            str(partition),
+            seq_of(last) + 1,
+            leaf_hash(last.value),
+        )
+        await put(world, partition, forged)
+    await told(world, sam)
+    for record in [one for one in await world.records(AUDIT) if one.headers["ce_id"] != "x"]:
+        answer = (await once_signed(world, ali, f"/v1/events/{record.headers['ce_id']}/proof")).json()
+        assert answer["event"].encode() == record.value
+        head = parse(answer["checkpoint"]).unverified_claims(AuditCheckpoint)
+        proof = [bytes.fromhex(step) for step in answer["proof"]]
+        root = root_by_inclusion(leaf_hash(record.value), answer["leaf_index"], head.size, proof)
+        assert root.hex() == head.root
+
+
 async def once_signed(world: World, who: Party, path: str, since: int = 0) -> httpx.Response:
     """The answer, once a checkpoint covers what is asked for."""
     async with asyncio.timeout(30):
@@ -389,7 +412,7 @@ def test_the_nodes_that_are_kept_give_the_roots_of_all_subtrees() -> None:
     for level in range(10):
         for index in range(700 >> level):
             expected = Head().grown(leaves[index << level : (index + 1) << level]).root
-            assert store._subtree("0", level, index) == expected
+            assert store._leaves["0"].trunk.subtree(level, index) == expected
 
 
 @pytest.mark.parametrize("place", ["taken", "next", "of another chain"])

@@ -116,10 +116,10 @@ def loaded(value: bytes) -> Any:
         return None
 
 
-def said_place(event: Any) -> tuple[Any, Any] | None:
-    """The tree and the number in it that an event names, given its JSON; for who knows what they must be."""
+def said_link(event: Any) -> tuple[Any, Any, Any] | None:
+    """The link that an event names, given its JSON: tree, number, hash; for who knows what they must be."""
     try:
         link = event["unmapped"]["chain"]
-        return link["tree"], link["seq"]
+        return link["tree"], link["seq"], link["prev"]
     except (KeyError, TypeError, IndexError):
         return None
