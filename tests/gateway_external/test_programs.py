@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import posixpath
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from urllib.parse import unquote
@@ -221,6 +222,7 @@ def proofs_for(target: str) -> list[str]:
         hope
         for hope in dict.fromkeys(hopes)
         if hope.startswith("/") and not {".", ".."} & set(unquote(hope).split("/"))
+        if not re.search(r"[\x00-\x20\x7f]", hope)  # no proof is made, or taken, for that
     ]
 
 

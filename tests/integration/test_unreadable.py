@@ -189,7 +189,8 @@ async def test_a_time_that_the_writer_chose_is_none(settings: ServiceSettings, k
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
     await admin.start()
     name = CREDENTIAL_REQUEST.name(elsewhere.topic_prefix)
-    await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"message.timestamp.type": "CreateTime"})])
+    configs = {"message.timestamp.type": "CreateTime", "retention.ms": "-1"}  # long ago is not over
+    await admin.create_topics([NewTopic(name, 1, 1, topic_configs=configs)])
     await admin.close()
     producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap)
     await producer.start()

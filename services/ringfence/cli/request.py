@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, get_args
 
 import typer
@@ -152,22 +152,37 @@ def request(
 
 
 @contextlib.contextmanager
-def _handed_on(process: asyncio.subprocess.Process) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are not ours
-        return
+def _signals_for_a_command() -> Iterator[Callable[[asyncio.subprocess.Process], None]]:
+    """From now on signals are for a command: the one that what is given is called with, be it after they came."""
+    command: asyncio.subprocess.Process | None = None
+    early: list[signal.Signals] = []
+
+    def deliver(number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if command is not None:
+                command.send_signal(number)
 
     def hand_on(number: signal.Signals) -> None:
+        if command is None:
+            early.append(number)
         # Ctrl-C reaches all that run in the terminal's foreground, the command as well.
-        if number is not signal.SIGINT or not _in_foreground():
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
+        elif number is not signal.SIGINT or not _in_foreground():
+            deliver(number)
 
+    def name(process: asyncio.subprocess.Process) -> None:
+        nonlocal command
+        command = process
+        for number in early:
+            deliver(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield name  # signals are not ours
+        return
     loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for number in numbers:
         loop.add_signal_handler(number, hand_on, number)
     try:
-        yield
+        yield name
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
@@ -191,12 +206,13 @@ async def _executed(argv: list[str], variables: Mapping[str, str]) -> int:
 
     What would end us is for the command, which decides what it means: the credential is released after it.
     """
-    process = await asyncio.create_subprocess_exec(*argv, env=dict(variables))
-    try:
-        with _handed_on(process):
+    with _signals_for_a_command() as name:
+        process = await asyncio.create_subprocess_exec(*argv, env=dict(variables))
+        name(process)
+        try:
             status = await process.wait()
-    except asyncio.CancelledError:
-        process.terminate()
-        await process.wait()
-        raise
+        except asyncio.CancelledError:
+            process.terminate()
+            await process.wait()
+            raise
     return 128 - status if status < 0 else status
