@@ -419,6 +419,7 @@ async def test_every_step_is_in_the_table_of_words(told: Told) -> None:
 
 @pytest.mark.parametrize("command", [command.typ for command in COMMANDS])
 @pytest.mark.parametrize("kind", ["accepted", "refused", "replayed"])
+@pytest.mark.usefixtures("told")  # the office knows the task
 async def test_the_registrys_answer_to_each_command_is_an_event(
     office: Office, kind: Any, command: str
 ) -> None:
