@@ -73,9 +73,8 @@ def application(
 
     own = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]
     made = Starlette(routes=[*own, *routes], exception_handlers={RingfenceError: refused})
-    made.router.redirect_slashes = (
-        False  # to whatever host the request names, with the token that is in its body
-    )
+    # To whatever host the request names, it would send the token that is in its body.
+    made.router.redirect_slashes = False
     return made
 
 
