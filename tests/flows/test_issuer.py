@@ -126,7 +126,7 @@ async def test_an_allowed_request_becomes_a_lease_and_a_credential(desk: Desk, s
     )  # fmt: skip
     assert (claims["sponsor"], claims["on_behalf_of"]) == (desk.sam.id, desk.maria.id)
     assert claims["task"] == desk.task
-    assert "cnf" not in claims, "the target demands no proof of the agent's key"
+    assert claims["cnf"] == {"kid": desk.bot.key.kid}
     assert claims["authorization_details"] == [
         {"type": "urn:ringfence:permission", "target": "staging", "verbs": ["read"], "resources": ["env/**"]}
     ]

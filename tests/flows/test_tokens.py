@@ -161,8 +161,7 @@ async def test_introspection_says_how_a_token_is_to_be_presented(world: World) -
                 headers=world.bearer(staging),
             )
             assert (credential.token_type, response.json()["token_type"]) == (kind, kind)
-            bound = {"jkt": there.bot.key.kid} if dpop == "required" else None
-            assert response.json().get("cnf") == bound
+            assert response.json()["cnf"] == {"jkt" if dpop == "required" else "kid": there.bot.key.kid}
 
 
 # --- what can be recalled ---------------------------------------------------------------------------------------------

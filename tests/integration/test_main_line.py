@@ -82,7 +82,7 @@ async def test_the_token_says_what_the_contract_says(realm: Realm) -> None:
     assert claims["task"] == realm.task
     assert claims["sponsor"].endswith(realm.name("sam"))
     assert claims["act"]["sub"] == claims["sub"]
-    assert "cnf" not in claims, "the target demands no proof of the agent's key"
+    assert claims["cnf"] == {"kid": agent.connection.key.kid}
     (detail,) = claims["authorization_details"]
     assert detail == {
         "type": "urn:ringfence:permission",

@@ -116,7 +116,9 @@ async def test_a_token_is_bound_to_the_agents_key_where_the_target_demands_a_pro
     assert bound.token_type == "DPoP"
     assert made.claims(lease(key_thumbprint="thumb"), target(dpop="required"))["cnf"] == {"jkt": "thumb"}
     # RFC 9449, 7.2: with `cnf.jkt` it would be refused as a bearer token by whoever knows both kinds.
-    assert "cnf" not in made.claims(lease(key_thumbprint="thumb"), target())
+    assert made.claims(lease(key_thumbprint="thumb"), target())["cnf"] == {"kid": "thumb"}
+    shown_by_a_gateway = lease(key_thumbprint="thumb", delivery="gateway")
+    assert "cnf" not in made.claims(shown_by_a_gateway, target())
     for unfit in (lease(key_thumbprint=None), lease(delivery="gateway")):
         problem = made.problem(unfit, target(dpop="required"))
         assert problem is not None

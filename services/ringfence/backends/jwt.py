@@ -121,9 +121,10 @@ class JwtBackend:
                 }
                 for one in lease.delegators
             ]
-        # Only where a proof is demanded: whoever knows RFC 9449 refuses a token with it that comes as a bearer token.
-        if settings_of(target, JwtSettings).dpop == "required":
-            claims["cnf"] = {"jkt": lease.key_thumbprint}
+        if lease.key_thumbprint is not None and lease.delivery == "agent":  # no gateway has the agent's key
+            # By `jkt` only where a proof is demanded: with it, RFC 9449, 7.2, refuses the token as a bearer token.
+            member = "jkt" if settings_of(target, JwtSettings).dpop == "required" else "kid"
+            claims["cnf"] = {member: lease.key_thumbprint}
         return claims
 
     def _actors(self, act: tuple[str, ...]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class VerifiedToken:
     expires_at: int
     """Seconds since 1970, UTC."""
     key_thumbprint: str | None
-    """`cnf.jkt` (RFC 9449, 6.1): the agent's key that the token is bound to."""
+    """`cnf.jkt` (RFC 9449, 6.1): the agent's key that the token is bound to; None for a bearer token."""
     claims: dict[str, Any] = field(repr=False)
     act: tuple[str, ...] = ()
     """The agents that act, by their SPIFFE IDs: `agent` first, then those that handed the task on (RFC 8693, 4.1)."""
@@ -274,7 +274,7 @@ class TokenVerifier(Lifetime):
                 lease_id=_text(claims, "jti"),
                 permissions=permissions,
                 expires_at=claims["exp"],
-                key_thumbprint=_text(claims["cnf"], "jkt") if "cnf" in claims else None,
+                key_thumbprint=_bound_to(claims["cnf"]) if "cnf" in claims else None,
                 claims=claims,
                 act=_actors(claims),
             )
@@ -282,6 +282,17 @@ class TokenVerifier(Lifetime):
             raise _rejected(
                 "the token lacks what a token of Ringfence says, or says it in another form"
             ) from None
+
+
+def _bound_to(cnf: Any) -> str | None:
+    """The key of which a proof is to be shown. None where `cnf` (RFC 7800) only says by its `kid` whose token it is.
+
+    Raises KeyError, TypeError where it asks for a confirmation of another kind.
+    """
+    if "jkt" not in cnf and cnf.keys() == {"kid"}:
+        _text(cnf, "kid")
+        return None
+    return _text(cnf, "jkt")
 
 
 def _actors(claims: dict[str, Any]) -> tuple[str, ...]:

@@ -126,7 +126,11 @@ class IssuerHttp:
         looked = await self._store.look(claims["jti"], _marks(claims))
         if not looked.active or is_cut(looked):
             return {"active": False}
-        return {"active": True, "token_type": "DPoP" if "cnf" in claims else "Bearer", **claims}
+        return {
+            "active": True,
+            "token_type": "DPoP" if "jkt" in claims.get("cnf", ()) else "Bearer",
+            **claims,
+        }
 
 
 def _marks(claims: dict[str, Any]) -> tuple[str, ...]:

@@ -100,7 +100,7 @@ class Lease(Claims):
     grants: tuple[Uuid, ...] | None = None
     """The ids of the grants that it was issued on: each counts the leases that name it."""
     key_thumbprint: str | None = None
-    """The key that a token is bound to (`cnf.jkt`), where it is."""
+    """The key with which the credential was asked for: `cnf` of a token."""
     instance: InstanceRef | None = None
     """The running instance that asked, where it was one; `key_thumbprint` is its key then."""
     break_glass: Literal[True] | None = None
