@@ -15,7 +15,7 @@ from typing import Literal
 from ringfence.kernel.ids import derived_id
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.model.identity import spiffe_id
-from ringfence.model.leases import ALL_MARK, FOLLOWING, is_covered, mark_of, marks_of
+from ringfence.model.leases import ALL_MARK, FOLLOWING, end_status, is_covered, mark_of, marks_of
 from tests.chaos.history import History, LeaseRecord, Order
 
 Kind = Literal[
@@ -40,8 +40,8 @@ KINDS: dict[Kind, str] = {
     "leaked": "something is left at a target",
     "worked": "a credential was accepted after its cut",
     "escaped": "a lease ran on that an order covers which was followed",
-    "forwarded": "a gateway forwarded what it had said that it would not",
-    "uncaused": "an end that has neither a deadline nor a signed request as its cause",
+    "forwarded": "a gateway forwarded what it had said that it would not, or must have known to be over",
+    "uncaused": "an end that has neither a deadline nor a signed request as its cause, or not such a one",
     "revived": "the last record of a lease on the topic is not its end: compaction would bring it back",
     "broken": "records of a lease that do not follow each other",
     "unanswered": "a request to which nobody ever replied",
@@ -155,6 +155,11 @@ def _records(history: History, lives: dict[str, list[LeaseRecord]]) -> Iterator[
             changed = [name for name in _SAME if getattr(before.claims, name) != getattr(after.claims, name)]
             if changed:
                 yield Problem("broken", lease_id, f"seq {after.claims.seq} changes {', '.join(changed)}")
+            if before.claims.status == "ending" and after.claims.cause != before.claims.cause:
+                yield Problem("broken", lease_id, "it was cut for another reason than it ended for")
+            uncut = before.claims.status == "active" and after.claims.status in TERMINAL
+            if uncut and history.revocability.get(after.claims.backend) == "session":
+                yield Problem("broken", lease_id, f"{after.claims.status} without a cut, and so never undone")
         if last[lease_id].void or last[lease_id].claims.seq != max(by_seq):
             every = [record for record in history.leases if record.claims.lease_id == lease_id]
             yield Problem(
@@ -170,8 +175,10 @@ class _Orders:
 
     def __init__(self, orders: Sequence[Order]) -> None:
         self._first: dict[tuple[str, str], Order] = {}
+        self._said_at_ms: dict[tuple[str, str], set[int]] = defaultdict(set)
         for order in sorted(orders, key=lambda order: order.at.appended_at_ms):
             self._first.setdefault((order.claims.iss, order.claims.jti), order)
+            self._said_at_ms[order.claims.iss, order.claims.jti].add(order.at.appended_at_ms)
         self._by_lease: dict[str, list[Order]] = defaultdict(list)
         self._by_mark: dict[str, list[Order]] = defaultdict(list)
         for order in self._first.values():
@@ -182,6 +189,10 @@ class _Orders:
 
     def find(self, by: str | None, ref: str | None) -> Order | None:
         return self._first.get((by or "", ref or ""))
+
+    def said_at(self, order: Order, ms: int) -> bool:
+        """Whether an order stands on its topic since then, for the first time or once more."""
+        return ms in self._said_at_ms[order.claims.iss, order.claims.jti]
 
     def covering(self, lease: Lease) -> list[Order]:
         """All that somebody entitled could have meant this lease with, the first first."""
@@ -215,6 +226,10 @@ def _uncaused(record: LeaseRecord, orders: _Orders) -> str | None:
     lease, cause = record.claims, record.claims.cause
     if cause is None:
         return "no cause"
+    # What was never issued is aborted whatever is asked for, and by no deadline: nobody may wait for that.
+    fitting = "aborted" if lease.status == "aborted" and cause.kind != "deadline" else end_status(cause.kind)
+    if lease.status not in ("ending", fitting):
+        return f"{cause.kind} does not lead to that"
     if cause.kind == "mint_failed":
         return None if lease.status == "aborted" else "its minting failed, and yet it was issued"
     if cause.kind == "deadline":
@@ -228,6 +243,8 @@ def _uncaused(record: LeaseRecord, orders: _Orders) -> str | None:
         return f"{cause.ref} was asked for later, at {order.at.appended_at_ms}"
     if order not in orders.covering(lease):
         return f"{cause.ref} does not cover it"
+    if not orders.said_at(order, cause.at_ms) or cause.reason != order.claims.reason:
+        return f"{cause.ref} was not asked for at {cause.at_ms}, or not for that reason"
     return None
 
 
@@ -329,7 +346,10 @@ def _escaped(history: History, lives: dict[str, list[LeaseRecord]], orders: _Ord
 
 
 def _forwarded(history: History, lives: dict[str, list[LeaseRecord]], orders: _Orders) -> Iterator[Problem]:
-    """Once a gateway has given its word on an order, it forwards nothing more of what that covers."""
+    """Once a gateway has given its word on an order, it forwards nothing more of what that covers.
+
+    Nor does it, word or not, what is over for longer than its grace.
+    """
     given_ms: dict[tuple[str, str], int] = {}
     for ack in history.acks:
         word = (ack.gateway, ack.order_id)
@@ -341,6 +361,11 @@ def _forwarded(history: History, lives: dict[str, list[LeaseRecord]], orders: _O
                 last_ms[probe.lease_id] = max(probe.began_ms, last_ms.get(probe.lease_id, 0))
         for lease_id, at_ms in last_ms.items():
             life = lives.get(lease_id)
+            if life and at_ms > _cut_at_gateways_ms(life):
+                what = (
+                    f"{gateway} forwarded at {at_ms}, and its grace was over at {_cut_at_gateways_ms(life)}"
+                )
+                yield Problem("forwarded", lease_id, what)
             for order in orders.covering(life[0].claims) if life else ():
                 id = derived_id("revocation", order.claims.iss, order.claims.jti)
                 word_ms = given_ms.get((gateway, id))

@@ -173,6 +173,15 @@ def clean() -> Past:
     past.probe(session, T0 + 1_500, worked=True)
     past.next(ending, "revoked", T0 + 2_000)
     past.probe(session, T0 + 2_001, worked=False)
+    # An order that is said again, as derived ones are by each revoker, is the same; so is what comes of it.
+    again = past.issue()
+    cause = past.order(T0 + 700, again)
+    first = past.history.orders[-1]
+    past.history.orders.append(replace(first, at=past.at("revocation.request", T0 + 710)))
+    past.end(again, cause.model_copy(update={"at_ms": T0 + 710}), T0 + 720)
+    # What is revoked before it was made is aborted.
+    unmade = past.issue(backend="redis", status="minting")
+    past.next(unmade, "aborted", T0 + 400, past.order(T0 + 350, agent_id=unmade.agent_id))
     # A gateway that hears nothing forwards until what it knows is too old.
     delivered = past.issue(delivery="gateway")
     cause = past.order(T0 + 700, delivered)
@@ -366,6 +375,50 @@ def of_another_kind_than_asked(past: Past) -> None:
     past.end(lease, cause, T0 + 510)
 
 
+def aborted_by_a_deadline_that_has_not_come(past: Past) -> None:
+    lease = past.issue(backend="redis", status="minting")
+    past.next(lease, "aborted", T0 + 400, EndCause(kind="deadline", at_ms=DEADLINE))
+
+
+def revoked_and_said_to_have_expired(past: Past) -> None:
+    lease = past.issue(backend="redis")
+    ending = past.next(lease, "ending", T0 + 510, past.order(T0 + 500, lease))
+    past.next(ending, "expired", T0 + 520)
+
+
+def expired_and_said_to_be_given_back(past: Past) -> None:
+    lease = past.issue(backend="redis")
+    ending = past.next(lease, "ending", DEADLINE + 10, EndCause(kind="deadline", at_ms=DEADLINE))
+    past.next(ending, "released", DEADLINE + 20)
+
+
+def caused_earlier_than_it_was_asked_for(past: Past) -> None:
+    lease = past.issue()
+    past.end(lease, past.order(T0 + 500, lease).model_copy(update={"at_ms": T0 + 150}), T0 + 510)
+
+
+def given_another_reason_than_was_asked_with(past: Past) -> None:
+    lease = past.issue()
+    past.end(lease, past.order(T0 + 500, lease).model_copy(update={"reason": "y"}), T0 + 510)
+
+
+def ended_for_another_reason_than_it_was_cut_for(past: Past) -> None:
+    lease = past.issue(backend="redis")
+    ending = past.next(lease, "ending", T0 + 510, past.order(T0 + 500, lease))
+    past.next(ending, "revoked", T0 + 530, past.order(T0 + 505, lease))
+
+
+def a_session_that_expired_without_a_cut(past: Past) -> None:
+    lease = past.issue(backend="redis")
+    past.next(lease, "expired", DEADLINE + 30, EndCause(kind="deadline", at_ms=DEADLINE))
+
+
+def forwarded_by_a_gateway_that_gave_no_word(past: Past) -> None:
+    lease = past.issue()
+    past.end(lease, past.order(T0 + 500, lease), T0 + 510)
+    past.at_gateway(lease, T0 + 511 + GRACE_MS, forwards=True)
+
+
 def woken_late_and_published(past: Past) -> None:
     lease = past.issue()
     past.expire(lease)
@@ -457,18 +510,26 @@ PLANTED: list[tuple[str, Plant]] = [
     ("escaped", behind_a_kill_switch),
     ("escaped", missed_by_a_kill_switch),
     ("forwarded", forwarded_behind_a_gateways_word),
+    ("forwarded", forwarded_by_a_gateway_that_gave_no_word),
     ("uncaused", ended_for_no_reason),
     ("uncaused", ended_by_what_came_later),
     ("uncaused", ended_by_an_order_about_others),
     ("uncaused", ended_by_an_order_from_before_its_request),
     ("uncaused", released_by_another_agent),
     ("uncaused", of_another_kind_than_asked),
+    ("uncaused", aborted_by_a_deadline_that_has_not_come),
+    ("uncaused", revoked_and_said_to_have_expired),
+    ("uncaused", expired_and_said_to_be_given_back),
+    ("uncaused", caused_earlier_than_it_was_asked_for),
+    ("uncaused", given_another_reason_than_was_asked_with),
     ("revived", woken_late_and_published),
     ("revived", a_void_record_is_the_last),
     ("broken", a_seq_is_missing),
     ("broken", active_after_its_cut),
     ("broken", two_records_with_one_seq),
     ("broken", its_deadline_moved),
+    ("broken", ended_for_another_reason_than_it_was_cut_for),
+    ("broken", a_session_that_expired_without_a_cut),
     ("broken", forged),
     ("unanswered", never_replied_to),
     ("unaudited", not_told_by_audit),
