@@ -34,6 +34,16 @@ class CutListener:
         """Why it denies everything, or None."""
         return self._view.stale()
 
+    def doubt(self) -> str | None:
+        """Why it cannot tell whether a lease has ended that goes no further here, or None."""
+        return self._view.doubt()
+
+    def problem(self, lease_id: str) -> str | None:
+        """The code of what it says of a lease that may be used no more, or None."""
+        lease = self._view.table.get(lease_id)
+        problem = self._view.table.problem(lease) if lease is not None else None
+        return problem.code if problem is not None else None
+
     def forwards(self, lease_id: str) -> bool:
         """Whether a request under this lease could go on to its target now."""
         lease = self._view.table.get(lease_id)

@@ -1,7 +1,8 @@
 """What must hold over a whole run, whatever failed in it. Pure: a history in, everything that is wrong with it out.
 
 Moments on Kafka are the broker's append times, those of probes the prober's clock; both are of one machine. A deadline
-is in whole seconds. No other tolerance is granted.
+is in whole seconds. No other tolerance is granted, but to gateways: their grace, and the second that their clocks, by
+which they refuse, may be off.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from itertools import pairwise
 from typing import Literal
 
 from ringfence.kernel.ids import derived_id
+from ringfence.kernel.skew import MAX_SKEW_MS
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.model.identity import spiffe_id
 from ringfence.model.leases import ALL_MARK, FOLLOWING, end_status, is_covered, mark_of, marks_of
@@ -269,7 +271,8 @@ def _early_refusals(
     for lease_id, life in lives.items():
         lease = life[0].claims
         asked = [order.at.appended_at_ms for order in orders.covering(lease)[:1]]
-        good_until[lease_id] = min([lease.deadline * 1000, *asked])
+        off_ms = MAX_SKEW_MS if lease.delivery == "gateway" else 0
+        good_until[lease_id] = min([lease.deadline * 1000 - off_ms, *asked])
     for probe in history.probes:
         until_ms = good_until.get(probe.lease_id)
         if until_ms is not None and not probe.worked and probe.ended_ms < until_ms:

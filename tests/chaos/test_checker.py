@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ringfence.kernel.ids import derived_id, digest
+from ringfence.kernel.skew import MAX_SKEW_MS
 from ringfence.messages.credential import Coordinates, Delivery
 from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, RevocationRequest, Selector
 from ringfence.messages.permission import Permission
@@ -182,6 +183,10 @@ def clean() -> Past:
     # What is revoked before it was made is aborted.
     unmade = past.issue(backend="redis", status="minting")
     past.next(unmade, "aborted", T0 + 400, past.order(T0 + 350, agent_id=unmade.agent_id))
+    # By a gateway's clock, which may be a second off, a deadline comes sooner.
+    soon = past.issue(delivery="gateway")
+    past.probe(soon, DEADLINE - MAX_SKEW_MS, worked=False)
+    past.expire(soon)
     # A gateway that hears nothing forwards until what it knows is too old.
     delivered = past.issue(delivery="gateway")
     cause = past.order(T0 + 700, delivered)
@@ -271,6 +276,12 @@ def cut_early(past: Past) -> None:
     lease = past.issue(backend="redis")
     ending = past.next(lease, "ending", DEADLINE - 400, EndCause(kind="deadline", at_ms=DEADLINE))
     past.next(ending, "expired", DEADLINE + 10)
+
+
+def refused_by_a_gateway_whose_clock_was_far_off(past: Past) -> None:
+    lease = past.issue(delivery="gateway")
+    past.probe(lease, DEADLINE - MAX_SKEW_MS - 10, worked=False)
+    past.expire(lease)
 
 
 def refused_unasked(past: Past) -> None:
@@ -499,6 +510,7 @@ PLANTED: list[tuple[str, Plant]] = [
     ("early", expired_early),
     ("early", cut_early),
     ("early", refused_unasked),
+    ("early", refused_by_a_gateway_whose_clock_was_far_off),
     ("early", refused_before_it_was_asked),
     ("leaked", left_at_its_target),
     ("worked", accepted_after_its_cut),

@@ -32,12 +32,13 @@ from tests.world import WITHIN_S, World
 
 @asynccontextmanager
 async def listening(
-    world: World, *, gives_its_word: bool = True, clock: Clock | None = None
+    world: World, *, gives_its_word: bool = True, clock: Clock | None = None, **settings: float
 ) -> AsyncIterator[CutListener]:
     """A listener in this process, once it is alive to the revoker."""
     stop = asyncio.Event()
     runtime: Runtime
-    runtime, listener = cut_listener.build(world.settings("gateway"), clock, gives_its_word=gives_its_word)
+    own = world.settings("gateway").model_copy(update=settings)
+    runtime, listener = cut_listener.build(own, clock, gives_its_word=gives_its_word)
     running = asyncio.create_task(runtime.run(stop))
     try:
         await heard(world)
@@ -119,6 +120,23 @@ async def test_a_gateway_whose_clock_is_behind_forwards_nothing_until_it_is_righ
         assert not gateway.forwards(asked.lease_id)
         clock.by_ms = 0
         await world.until(lambda: gateway.forwards(asked.lease_id) or None, "a clock that is right")
+
+
+async def test_by_a_clock_that_is_ahead_a_lease_goes_no_further_and_is_not_said_to_have_ended(
+    desk: Desk,
+) -> None:
+    world, clock = desk.world, _Behind(0)
+    async with listening(world, clock=clock, grace_s=3600.0) as gateway:
+        asked, _ = await desk.issued("read")
+        await world.until(lambda: gateway.forwards(asked.lease_id) or None, "the lease at the gateway")
+        assert gateway.doubt() is None
+        clock.by_ms = -1800_000
+        assert not gateway.forwards(asked.lease_id)
+        assert gateway.problem(asked.lease_id) == "stale_view"
+        assert "ahead" in (gateway.doubt() or "")
+        clock.by_ms = 0
+        assert gateway.doubt() is None
+        assert gateway.forwards(asked.lease_id)
 
 
 async def test_a_gateway_does_not_follow_who_may_not_revoke(desk: Desk) -> None:

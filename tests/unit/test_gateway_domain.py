@@ -212,6 +212,19 @@ def test_a_handle_of_somebody_or_something_else_is_none(place: Place) -> None:
     assert place.codes(Sender("bot", place.task, id)) == {"lease_cut"}
 
 
+@pytest.mark.parametrize(("ahead_ms", "status", "code"), [(0, 403, "lease_ended"), (5000, 503, "stale_view")])
+def test_what_is_over_only_by_a_clock_that_is_ahead_may_be_tried_again(
+    place: Place, ahead_ms: int, status: int, code: str
+) -> None:
+    clock = place.ledger.clock
+    place.table = LeaseTable(clock, lambda: clock.ms - ahead_ms)
+    mine = place.leased(deadline=clock.ms // 1000 + 10)
+    clock.ms = mine.deadline * 1000
+    found = place.weigh(Sender("bot", place.task, mine.lease_id))
+    assert isinstance(found, Refusal)
+    assert (found.status, [reason.code for reason in found.reasons]) == (status, [code])
+
+
 @pytest.mark.parametrize("status", ["minting", "ending", "released", "expired", "aborted"])
 def test_only_an_active_lease_counts(place: Place, status: str) -> None:
     place.table.take(place.lease.model_copy(update={"seq": 9, "status": status}))

@@ -63,6 +63,8 @@ class Parts(PlayedRecorder):
     def stale(self) -> str | None:
         return self.problem
 
+    doubt = stale
+
     # identifier
     def nonce(self) -> str:
         return "fresh"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ringfence.gateway.leases import ENDED_KEPT_MS, ORDERS_KEPT_MS, SLACK_MS, LeaseTable
+from ringfence.kernel.skew import MAX_SKEW_MS
 from ringfence.messages.lease import Lease
 from tests import leases
 from tests.ledger import START_MS, FixedClock
@@ -43,6 +44,32 @@ class Told:
 
     def __call__(self) -> None:
         self.times += 1
+
+
+@pytest.mark.parametrize(
+    ("ahead_ms", "past_ms", "code"),
+    [
+        (0, 0, "lease_ended"),
+        (MAX_SKEW_MS, 0, "lease_ended"),  # as far off as clocks are, nothing is said of them
+        (MAX_SKEW_MS + 1, 0, "stale_view"),
+        (3000, 2999, "stale_view"),
+        (3000, 3000, "lease_ended"),
+    ],
+)
+def test_what_is_over_by_a_clock_that_is_ahead_is_refused_and_not_said_to_have_ended(
+    clock: FixedClock, ahead_ms: int, past_ms: int, code: str
+) -> None:
+    table = LeaseTable(clock, lambda: clock.ms - ahead_ms)
+    mine = lease(deadline=NOW_S + 10)
+    table.take(mine)
+    clock.ms = (NOW_S + 10) * 1000 - 1
+    assert table.problem(mine) is None
+    clock.ms += 1 + past_ms
+    problem = table.problem(mine)
+    assert problem is not None
+    assert problem.code == code
+    assert ("try again" in problem.message) == (code == "stale_view")
+    assert usable(table) == set(), "it is denied by whatever clock"
 
 
 def test_only_live_leases_for_gateways_of_this_agent_task_and_target(table: LeaseTable) -> None:

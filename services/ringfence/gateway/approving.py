@@ -17,7 +17,7 @@ from typing import Any, Final
 from aiokafka.errors import KafkaError
 
 from ringfence.gateway.attempts import Patient
-from ringfence.gateway.domain import UNAVAILABLE, Ask, Chosen, Refusal, refused
+from ringfence.gateway.domain import UNAVAILABLE, Ask, Chosen, Refusal, refused, refused_for
 from ringfence.gateway.leases import LeaseTable
 from ringfence.gateway.questions import Question, Questions, Same, written
 from ringfence.kernel import metrics
@@ -218,7 +218,7 @@ class Approvals:
             return None
         problem = self._table.problem(lease)
         if problem is not None:
-            return Refusal(403, (problem,))
+            return refused_for(problem)
         return refused(
             "stale_view", "what this gateway knows got too old while this waited", status=UNAVAILABLE
         )

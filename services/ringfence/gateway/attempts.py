@@ -270,7 +270,9 @@ class Gate(Protocol):
         ...
 
     def stale(self) -> str | None:
-        """Why the gateway's view is too old to go by, or None."""
+        """Why nobody can tell here whether a lease has ended that goes no further: the gateway's view is too old to go
+        by, or its clock ahead; or None.
+        """
         ...
 
     def lapsed(self) -> bool:

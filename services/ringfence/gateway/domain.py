@@ -106,6 +106,11 @@ def refused(
     return Refusal(status, (reason,), sender)
 
 
+def refused_for(problem: Reason) -> Refusal:
+    """A refusal for what a lease may not be used for any more."""
+    return Refusal(UNAVAILABLE if problem.code == "stale_view" else FORBIDDEN, (problem,))
+
+
 def weigh(
     sender: Sender,
     target: TargetState,
@@ -196,7 +201,7 @@ def _named(sender: Sender, target: TargetState, leases: Leases) -> Lease | Refus
         message = "the lease was delivered to the agent itself: use its credential, or ask for delivery to the gateway"
         return refused("lease_not_for_gateways", message, side="lease")
     problem = leases.problem(lease)
-    return Refusal(FORBIDDEN, (problem,)) if problem is not None else lease
+    return refused_for(problem) if problem is not None else lease
 
 
 def _agent_alone(agent_id: str, directory: Directory) -> list[Reason]:

@@ -14,7 +14,6 @@ from ringfence.gateway.attempts import Admits, Attempt, Mcp, Patient, Presented,
 from ringfence.gateway.counting import Counted
 from ringfence.gateway.course import Course
 from ringfence.gateway.domain import (
-    FORBIDDEN,
     SAFE_METHODS,
     TOO_FAST,
     TOO_LARGE,
@@ -24,6 +23,7 @@ from ringfence.gateway.domain import (
     Refusal,
     Sender,
     refused,
+    refused_for,
     weigh,
 )
 from ringfence.gateway.evaluating import Evaluator
@@ -192,7 +192,7 @@ class DecisionGate:
 
     def stale(self) -> str | None:
         """See `Gate`."""
-        return self._view.stale()
+        return self._view.doubt()
 
     def lapsed(self) -> bool:
         """See `Gate`."""
@@ -321,7 +321,7 @@ class DecisionGate:
             refusal = refused(error.code, error.message[:1000], status=UNAVAILABLE)
         # It may have been cut while others were asked; this gateway may have given its word on that.
         problem = self._view.table.problem(lease)
-        return Refusal(FORBIDDEN, (problem,)) if problem is not None else self._stale() or refusal
+        return refused_for(problem) if problem is not None else self._stale() or refusal
 
     def _stale(self) -> Refusal | None:
         if (stale := self._view.stale()) is None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.kernel.clock import Clock
+from ringfence.kernel.skew import MAX_SKEW_MS
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.model.leases import ALL_MARK, bears, is_covered, is_over, marks_of
@@ -43,8 +44,12 @@ class _Known:
 class LeaseTable:
     """See the module. Look-ups take the same time however many leases there are."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, broker_ms: Callable[[], int] | None = None) -> None:
+        """`broker_ms`: the least that the broker's clock shows by now. Deadlines are kept by our own `clock`: where
+        that is known to be ahead, what is over by it alone is denied, and not said to have ended.
+        """
         self._clock = clock
+        self._broker_ms = broker_ms or clock.now_ms
         self._known: dict[str, _Known] = {}
         self._usable: dict[tuple[str, str], dict[str, dict[str, Lease]]] = {}
         """By agent and target: tasks, and their leases by id."""
@@ -187,12 +192,18 @@ class LeaseTable:
         if known is None or known.lease is None or known.lease.status != "active":
             return "lease_ended", "has ended"
         if known.lease.deadline * 1000 <= now_ms:
-            return "lease_ended", "has passed its deadline"
+            return self._passed(known.lease.deadline * 1000, now_ms)
         if lease_id in self._revoked:
             return "lease_cut", "was revoked"
         if known.judged != self._fence_changes:
             known.fenced, known.judged = self._is_fenced(known.lease), self._fence_changes
         return ("lease_cut", "was revoked together with others") if known.fenced else None
+
+    def _passed(self, deadline_ms: int, now_ms: int) -> tuple[str, str]:
+        broker_ms = self._broker_ms()
+        if deadline_ms <= broker_ms or now_ms - broker_ms <= MAX_SKEW_MS:
+            return "lease_ended", "has passed its deadline"
+        return "stale_view", "has passed its deadline by the clock of this gateway alone, which is ahead"
 
     def _is_fenced(self, lease: Lease) -> bool:
         return any(is_covered(lease, self._fences.get(mark, -1)) for mark in (*marks_of(lease), ALL_MARK))
@@ -243,4 +254,5 @@ class LeaseTable:
 
 
 def _reason(code: str, what: str, lease: Lease) -> Reason:
-    return Reason(code=code, message=f"lease {lease.lease_id} {what}; ask for a new credential", side="lease")
+    remedy = "try again" if code == "stale_view" else "ask for a new credential"
+    return Reason(code=code, message=f"lease {lease.lease_id} {what}; {remedy}", side="lease")

@@ -10,11 +10,12 @@ from aiokafka.errors import KafkaError
 
 from ringfence.gateway.cutting import Cutter, LeaseFeed
 from ringfence.gateway.leases import LEASES_SINCE_MS, ORDERS_KEPT_MS, LeaseTable
-from ringfence.kernel.clock import suspend_aware_ms
+from ringfence.kernel.clock import CarriedOn, suspend_aware_ms
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.kafka import Follower, Received
 from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.skew import MAX_SKEW_MS
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_REQUEST
 from ringfence.model.alarms import report_alarms
@@ -40,7 +41,8 @@ class View:
         self.directory = Directory(
             runtime.trust, runtime.clock, grace_ms=grace_ms, on_alarm=report_alarms(runtime)
         )
-        self.table = LeaseTable(runtime.clock)
+        self._broker = CarriedOn()
+        self.table = LeaseTable(runtime.clock, self._broker.now_ms)
         self._streams = Streams()
         self._check = StreamCheck(self._streams, runtime.trust, runtime.clock, grace_ms=grace_ms)
         self._cutter = Cutter(runtime, self.directory, self.table, gives_its_word=gives_its_word)
@@ -86,12 +88,23 @@ class View:
         self._fresh_at_ms = now_ms if stale is None else 0
         return stale
 
+    def doubt(self) -> str | None:
+        """Why it is not known whether a lease has ended that may be used no more here, or None."""
+        if (stale := self.stale()) is not None:
+            return stale
+        ahead_ms = self._runtime.clock.now_ms() - self._broker.now_ms()
+        if ahead_ms <= MAX_SKEW_MS:
+            return None
+        return f"the clock of this gateway is {ahead_ms / 1000:.1f} s ahead of the broker's"
+
     def lapsed(self) -> bool:
         """Whether looking at it is overdue, as this process stood still, and it is too old by now."""
         return suspend_aware_ms() - self._looked_ms > _OVERDUE_MS and self.stale() is not None
 
     def _on_heartbeats(self, records: Sequence[Received]) -> None:
         self._fresh_at_ms = 0
+        if records:
+            self._broker.heard(records[-1].appended_at_ms)
         self.directory.on_records(records)
         self._check.on_heartbeats(records)
 
