@@ -102,3 +102,8 @@ class History:
         default_factory=lambda: {"jwt": "instant", "redis": "session"}
     )
     """By the kind of the backend."""
+
+    @property
+    def is_told(self) -> bool:
+        """Whether audit has told every step."""
+        return all((at.topic, at.partition, at.offset) in self.audited for at in self.steps)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ringfence.client.administrator import Administrator
 from ringfence.client.agent import Agent
+from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.permission import Permission
@@ -17,6 +21,8 @@ from ringfence.model.identity import Kind, spiffe_id
 SPONSORS = ("sam", "petra")
 USERS = ("maria", "mike")
 TASK_S = 3600
+_HANG_UP_WITHIN_S = 5.0
+_Client = TypeVar("_Client", Administrator, Agent)
 REQUESTS = (
     RequestRule(method="GET", path="/env/{path*}", verb="read", resource="env/{path*}"),
     RequestRule(method="PUT", path="/env/{path*}", verb="write", resource="env/{path*}"),
@@ -36,6 +42,7 @@ class Organisation:
     """The current task of each agent."""
     administrators: dict[str, Administrator] = field(default_factory=dict)
     connected: dict[str, Agent] = field(default_factory=dict)
+    _clients: list[Lifetime] = field(default_factory=list)
 
     def key(self, kind: Kind, id: str) -> SigningKey:
         """The key of a subject; made when first asked for."""
@@ -59,14 +66,15 @@ class Organisation:
 
     async def make(self, stack: AsyncExitStack) -> None:
         """Have everybody and everything, and everybody connected until `stack` is left."""
-        olga = await stack.enter_async_context(Administrator.connect(self.operator, self.settings))
+        stack.push_async_callback(self._hang_up)
+        olga = await self._on_the_line(Administrator.connect(self.operator, self.settings))
         self.administrators["olga"] = olga
         for id in (*SPONSORS, *USERS):
             await olga.set_user(
                 id, name=id.title(), roles=["sponsor"] if id in SPONSORS else [], keys=[self.key("user", id)],
                 entitlements=self.ceiling(),
             )  # fmt: skip
-            self.administrators[id] = await stack.enter_async_context(
+            self.administrators[id] = await self._on_the_line(
                 Administrator.connect(self.key("user", id), self.settings)
             )
         for target, backend in self.targets.items():
@@ -79,9 +87,20 @@ class Organisation:
                 agent, description="a bot", keys=[self.key("agent", agent)], ceiling=self.ceiling()
             )
             await self.assign(agent)
-            self.connected[agent] = await stack.enter_async_context(
+            self.connected[agent] = await self._on_the_line(
                 Agent.connect(self.key("agent", agent), self.settings)
             )
+
+    async def _on_the_line(self, one: _Client) -> _Client:
+        await one.start()
+        self._clients.append(one)
+        return one
+
+    async def _hang_up(self) -> None:
+        """Disconnect everybody. A broker that is gone is not waited for."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_HANG_UP_WITHIN_S):
+                await asyncio.gather(*(one.close() for one in self._clients), return_exceptions=True)
 
     async def assign(self, agent: str) -> None:
         """Give an agent a new task."""

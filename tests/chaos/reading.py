@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
@@ -68,6 +68,22 @@ async def read(settings: ClientSettings, over_ms: int) -> History:
         except TimeoutError:
             raise UnavailableError("the topics could not be read to their ends") from None
     return await asyncio.to_thread(_History(settings, records, over_ms).build)
+
+
+async def read_once_told(
+    settled: Callable[[], Awaitable[str | None]], read: Callable[[], Awaitable[History]]
+) -> tuple[History, str | None]:
+    """What is on the topics once everything is told, and what never was.
+
+    A busy broker may have stamped a record and show it to nobody yet: who asks whether all is settled does not know of
+    it then, who reads the topics a moment later does. So what seems untold is waited for, once.
+    """
+    unsettled = await settled()
+    history = await read()
+    if not history.is_told:
+        unsettled = unsettled or await settled()
+        history = await read()
+    return history, unsettled
 
 
 class _History:

@@ -12,12 +12,12 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import uvloop
 
@@ -48,6 +48,7 @@ TOLD_WITHIN_S = 10.0
 """What is younger need not be in the trail yet: heartbeats and acks go on while it is read."""
 SHOWN = 10
 """So many problems are shown with all that is known of their leases."""
+_Result = TypeVar("_Result")
 _TOLD = {
     "seq",
     "status",
@@ -67,7 +68,8 @@ _TOLD = {
 class Outcome:
     """What came of a run."""
 
-    faults: int
+    times: dict[str, int]
+    """How often each kind of fault has struck."""
     history: History
     problems: list[Problem]
     unsettled: str | None
@@ -85,7 +87,7 @@ class Outcome:
         found = tally(self.problems)
         leases, void = len(lives_of(self.history)), sum(record.void for record in self.history.leases)
         figures = " ".join(f"{kind}={n}" for kind, n in found.items())
-        return f"faults={self.faults} leases={leases} {figures} void={void}"
+        return f"faults={sum(self.times.values())} leases={leases} {figures} void={void}"
 
 
 @dataclass(frozen=True)
@@ -115,64 +117,102 @@ class Options:
 
 
 async def run(options: Options) -> Outcome:
-    """Start everything, let it suffer for so long, let it recover, read what is on Kafka, judge."""
-    seed, seconds, folder, faults = options.seed, options.seconds, options.folder, options.faults
-    blows = plan(seed, seconds, faults)
+    """Start everything, let it suffer for so long, let it recover, read what is on Kafka, judge.
+
+    Raises RingfenceError or AssertionError where something does not come back, and says so before all else is ended.
+    """
     async with AsyncExitStack() as stack:
-        _say(f"seed {seed}: {len(blows)} faults in {seconds:.0f} s, logs in {folder / 'logs'}")
-        system = await stack.enter_async_context(running(folder, options.kafka, cluster=options.cluster))
-        organisation = _organisation(system)
-        await organisation.make(stack)
-        door = IntrospectionDoor(
-            {target: organisation.key("target", target) for target in RESOURCE_SERVERS},
-            [one.url for one in system.of("issuer")],
-        )
-        stack.callback(door.close)
-        domain = system.settings().trust_domain
-        listener = GatewayDoor(system.instances[CUT_LISTENER].url)
-        gateway = ForwardingDoor(system.instances[GATEWAY].door)
-        stack.callback(listener.close)
-        stack.callback(gateway.close)
-        prober = Prober(
-            {"jwt": door, "redis": ValkeyDoor()},
-            {spiffe_id(domain, "service", CUT_LISTENER): listener},
-            {spiffe_id(domain, "service", GATEWAY): gateway},
-        )
-        watch = await stack.enter_async_context(Watch(system.settings(), prober.nudge))
-        workload = Workload(organisation, seed, prober.add)
-        nemesis = Nemesis(system, faults, blows)
-        supervising = asyncio.create_task(system.supervise())
-        working = asyncio.create_task(workload.run())
-        _say("everything is ready: the faults begin")
-        await asyncio.gather(nemesis.run(), asyncio.sleep(seconds))
-        _say("the faults are over: waiting for everything to come to its end")
-        workload.stop()
-        await system.ready()
-        await working
-        await prober.finish()
-        unsettled = await watch.settled(SETTLE_WITHIN_S)
-        left = [*await prober.leftovers(), *await leftovers(system.target)]
-        # Gateways record that last use as well, and whenever they have counted others; audit tells it a moment later.
-        over_ms = time.time_ns() // 1_000_000
-        unsettled = unsettled or await watch.settled(SETTLE_WITHIN_S)
-        history = await reading.read(system.settings(), over_ms)
-        history.trail = (await verify_trail(system.settings(), settle_s=TOLD_WITHIN_S)).faults
-        supervising.cancel()
-        history.probes, history.received, history.leftovers = prober.probes, prober.received, left
-        history.forwarded = prober.forwarded
-        (folder / "history.pickle").write_bytes(pickle.dumps(history))  # so that it can be judged once more
-        worked = sum(probe.worked for probe in prober.probes)
-        return Outcome(
-            faults=nemesis.struck,
-            history=history,
-            problems=await asyncio.to_thread(check, history),
-            unsettled=unsettled if history.leases else "no lease was issued: this proves nothing",
-            crashes=[f"{one.name}: {crash}" for one in system.instances.values() for crash in one.crashes],
-            counts=dict(workload.counts),
-            probes=f"{worked} worked, {len(prober.probes) - worked} refused, {prober.unanswered} unanswered",
-            journal=nemesis.journal,
-        )
+        try:
+            return await _course(options, stack)
+        except (RingfenceError, AssertionError) as error:
+            _say(f"broken off: {error}")
+            raise
     raise AssertionError  # unreachable: the stack suppresses nothing
+
+
+async def _course(options: Options, stack: AsyncExitStack) -> Outcome:
+    seed, folder = options.seed, options.folder
+    blows = plan(seed, options.seconds, options.faults)
+    _say(f"seed {seed}: {len(blows)} faults in {options.seconds:.0f} s, logs in {folder / 'logs'}")
+    system = await stack.enter_async_context(running(folder, options.kafka, cluster=options.cluster))
+    organisation = _organisation(system)
+    await organisation.make(stack)
+    prober = _prober(system, organisation, stack)
+    watch = await stack.enter_async_context(Watch(system.settings(), prober.nudge))
+    workload = Workload(organisation, seed, prober.add)
+    nemesis = Nemesis(system, options.faults, blows)
+    supervising = asyncio.create_task(system.supervise())
+    standing = asyncio.create_task(system.stand(nemesis.has_hold_of))
+    for task in (supervising, standing):
+        stack.callback(task.cancel)
+    suffering = _suffered(options.seconds, system, watch, prober, workload, nemesis)
+    history, unsettled = await while_standing(standing, suffering)
+    (folder / "history.pickle").write_bytes(pickle.dumps(history))  # so that it can be judged once more
+    worked = sum(probe.worked for probe in prober.probes)
+    return Outcome(
+        times=dict(nemesis.times),
+        history=history,
+        problems=await asyncio.to_thread(check, history),
+        unsettled=unsettled if history.leases else "no lease was issued: this proves nothing",
+        crashes=[f"{one.name}: {crash}" for one in system.instances.values() for crash in one.crashes],
+        counts=dict(workload.counts),
+        probes=f"{worked} worked, {len(prober.probes) - worked} refused, {prober.unanswered} unanswered",
+        journal=nemesis.journal,
+    )
+
+
+async def while_standing(standing: asyncio.Task[None], work: Coroutine[Any, Any, _Result]) -> _Result:
+    """What comes of `work`; or what `standing` raises as soon as it does, as nothing would come of the work then."""
+    working = asyncio.create_task(work)
+    await asyncio.wait({standing, working}, return_when=asyncio.FIRST_COMPLETED)
+    if standing.done() and not working.done():
+        working.cancel()  # and not waited for: it may wait for what is gone
+        await standing
+    return await working
+
+
+async def _suffered(
+    seconds: float, system: System, watch: Watch, prober: Prober, workload: Workload, nemesis: Nemesis
+) -> tuple[History, str | None]:
+    """What there was, and what did not come to its end."""
+    working = asyncio.create_task(workload.run())
+    _say("everything is ready: the faults begin")
+    await asyncio.gather(nemesis.run(), asyncio.sleep(seconds))
+    _say("the faults are over: waiting for everything to come to its end")
+    workload.stop()
+    await system.ready()
+    await working
+    await prober.finish()
+    unsettled = await watch.settled(SETTLE_WITHIN_S)
+    left = [*await prober.leftovers(), *await leftovers(system.target)]
+    # Gateways record that last use as well, and whenever they have counted others; audit tells it a moment later.
+    over_ms = time.time_ns() // 1_000_000
+
+    async def settled() -> str | None:
+        return unsettled or await watch.settled(SETTLE_WITHIN_S)
+
+    history, unsettled = await reading.read_once_told(
+        settled, lambda: reading.read(system.settings(), over_ms)
+    )
+    history.trail = (await verify_trail(system.settings(), settle_s=TOLD_WITHIN_S)).faults
+    history.probes, history.received, history.leftovers = prober.probes, prober.received, left
+    history.forwarded = prober.forwarded
+    return history, unsettled
+
+
+def _prober(system: System, organisation: Organisation, stack: AsyncExitStack) -> Prober:
+    domain = system.settings().trust_domain
+    keys = {target: organisation.key("target", target) for target in RESOURCE_SERVERS}
+    door = IntrospectionDoor(keys, [one.url for one in system.of("issuer")])
+    listener = GatewayDoor(system.instances[CUT_LISTENER].url)
+    gateway = ForwardingDoor(system.instances[GATEWAY].door)
+    for one in (door, listener, gateway):
+        stack.callback(one.close)
+    return Prober(
+        {"jwt": door, "redis": ValkeyDoor()},
+        {spiffe_id(domain, "service", CUT_LISTENER): listener},
+        {spiffe_id(domain, "service", GATEWAY): gateway},
+    )
 
 
 def _organisation(system: System) -> Organisation:
@@ -188,6 +228,7 @@ def report(outcome: Outcome, seed: int) -> None:
     """Everything that is known, for whoever has to find out why; then the figures."""
     _say(f"requests and commands: {', '.join(f'{what} {n}' for what, n in sorted(outcome.counts.items()))}")
     _say(f"uses of credentials: {outcome.probes}")
+    _say(f"faults: {', '.join(f'{kind} {n}' for kind, n in outcome.times.items())}")
     _say(f"longest time in which nothing was issued: {_longest_pause_s(outcome.history):.1f} s")
     _say(f"longest time until a reply: {_longest_wait_s(outcome.history):.1f} s")
     for crash in outcome.crashes:
@@ -239,10 +280,8 @@ def main() -> int:
     logging.basicConfig(filename=options.folder / "logs" / "harness.log", level=logging.WARNING)
     try:
         outcome = uvloop.run(run(options))
-    except (RingfenceError, AssertionError) as error:
-        _say(
-            f"FAILED with seed {options.seed}: {error}\nagain: {options.again()}\nlogs: {options.folder / 'logs'}"
-        )
+    except (RingfenceError, AssertionError):
+        _say(f"FAILED with seed {options.seed}\nagain: {options.again()}\nlogs: {options.folder / 'logs'}")
         return 1
     journal = "".join(f"{line}\n" for line in sorted(outcome.journal))
     (options.folder / "logs" / "faults.log").write_text(journal)

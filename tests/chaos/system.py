@@ -9,7 +9,8 @@ import os
 import random
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from ringfence.cli.dev import client_settings
 from ringfence.client.ceremony import make_trust, publish_trust
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.kafka import EmbeddedKafka
-from ringfence.dev.processes import LOOPBACK, Child, port_is_free, spawn
+from ringfence.dev.processes import LOOPBACK, Child, StackError, port_is_free, spawn
 from ringfence.dev.stack import Stack, StackOptions
 from ringfence.kernel.topics_admin import TopicsAdmin
 from ringfence.messages.trust import ServiceRole
@@ -51,6 +52,7 @@ READY_WITHIN_S = 90.0
 SERVICES = tuple((f"{role}-{n}", role) for role, count in REPLICAS.items() for n in range(1, count + 1))
 REDIS, NODES, KAFKA = "redis", ("node-1", "node-2", "node-3"), "kafka"
 _SUPERVISE_S = 0.5
+_END_WITHIN_S = 5.0
 
 Broker = EmbeddedKafka | ApacheKafka
 
@@ -157,6 +159,23 @@ class System:
                     ready.cancel()
                     raise AssertionError(await one.unready())
         await ready
+
+    def servers(self) -> dict[str, Child | None]:
+        """What services stand on, by the names that faults have for it."""
+        redis = {name: server.child for name, server in self.redis.items()}
+        return {KAFKA: self.broker.child, TARGET: self.target.server.child, **redis}
+
+    async def stand(self, struck: Callable[[str], bool]) -> None:
+        """Raise StackError once a server is not there that no fault has hold of; else for ever.
+
+        Nobody starts it again: without it nothing would come to its end, however long it was waited for.
+        """
+        while True:
+            for name, child in self.servers().items():
+                if not struck(name) and (child is None or not child.alive):
+                    why = f" with status {child.returncode}: {child.log_tail(3)}" if child is not None else ""
+                    raise StackError(f"{name} ended by itself{why}")
+            await asyncio.sleep(_SUPERVISE_S)
 
     async def supervise(self) -> None:
         """Start again what ended by itself, as whoever runs services for real does, and remember it. For ever."""
@@ -304,6 +323,8 @@ def _instances(base: Stack, folder: Path, links: Links, target: ValkeyTarget) ->
 
 
 def _end(instances: Sequence[Instance]) -> None:
+    """All side by side: what waits for a broker that is gone is not waited for one after the other."""
+    until_s = time.monotonic() + _END_WITHIN_S
     for one in instances:
         one.wanted = False
         one.signal(signal.SIGCONT)
@@ -311,4 +332,4 @@ def _end(instances: Sequence[Instance]) -> None:
             one.child.terminate()
     for one in instances:
         if one.child is not None:
-            one.child.stop()
+            one.child.stop(max(0.0, until_s - time.monotonic()))

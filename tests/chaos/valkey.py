@@ -12,7 +12,7 @@ from typing import Any
 import redis
 from redis.crc import key_slot
 
-from ringfence.dev.processes import LOOPBACK, free_port
+from ringfence.dev.processes import LOOPBACK, Child, free_port
 from ringfence.dev.redis import EmbeddedRedis
 from tests.chaos.proxy import Link
 
@@ -114,6 +114,10 @@ class ChaosValkey:
         self._links += links
         for link in links:
             link.upstream = self.port
+
+    @property
+    def child(self) -> Child | None:
+        return self._server.child
 
     @property
     def pid(self) -> int:
