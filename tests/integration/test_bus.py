@@ -297,6 +297,32 @@ async def test_a_follower_is_complete_once_it_has_read_what_was_there(
         assert len(seen) == 50
 
 
+async def test_who_reads_stops_in_good_order_while_the_broker_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever stops it was not cancelled, and has more to do: others to stop, and a connection to close."""
+    broker = EmbeddedKafka(tmp_path)
+    broker.start()
+    try:
+        own = ServiceSettings(
+            kafka=broker.bootstrap, topic_prefix="gone", trust_domain="acme.example", embedded_broker=True
+        )
+        async with TopicsAdmin(own) as admin:
+            await admin.apply()
+        followers = [Follower(own, [LEASE], lambda _: None) for _ in range(5)]
+        for follower in followers:
+            await follower.start()
+        assert broker.child is not None
+        broker.child.kill()
+        async with asyncio.timeout(WITHIN_S):
+            while sum("fetch" in record.getMessage() for record in caplog.records) < 2 * len(followers):
+                await asyncio.sleep(0.01)
+        for follower in followers:
+            await follower.stop()
+    finally:
+        broker.stop()
+
+
 async def test_a_follower_that_starts_at_the_end_sees_only_what_comes(
     settings: ServiceSettings, publisher: Publisher
 ) -> None:

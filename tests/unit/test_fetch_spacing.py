@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka.errors import NodeNotReadyError
 
 from ringfence.kernel.embedded_broker import hold_fetches
 from ringfence.kernel.fetching import MUCH_BYTES, Fetches, Gathering
@@ -86,6 +87,23 @@ async def test_after_what_came_records_gather_and_the_first_after_a_silence_does
     assert third - second >= 0.049
     assert at(client, 1, _HEARTBEAT)[1] - second < 0.049, "nothing else waits"
     assert await asyncio.wait_for(client.send(2, FETCH), 0.049), "nor does another broker"
+
+
+async def test_after_a_fetch_that_failed_the_next_waits_where_it_can_be_called_off() -> None:
+    """aiokafka waits after a failure as well, and then what it calls off comes out of its `stop` as a cancellation."""
+    client = Client()
+    failed = NodeNotReadyError("gone")
+
+    async def fails(*_: Any, **__: Any) -> Any:
+        raise failed
+
+    client.send = fails  # type: ignore[method-assign]
+    Fetches(of(client))
+    began_s = asyncio.get_running_loop().time()
+    assert list((await client.send(1, FETCH)).topics) == [], "nothing came, and aiokafka is told of no failure"
+    assert asyncio.get_running_loop().time() - began_s >= 0.09, "a broker that is away is not asked all the time"
+    with pytest.raises(NodeNotReadyError):
+        await client.send(1, HEARTBEAT)
 
 
 async def test_behind_a_broker_that_has_much_nobody_waits() -> None:

@@ -8,14 +8,18 @@ or a rebalance cancels the wait.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import KafkaError
 
 from ringfence.kernel.unreadable import pass_over_unreadable
 from ringfence.messages.base import Topic
+
+log = logging.getLogger(__name__)
 
 _FETCH = 1
 """Its key in the Kafka protocol."""
@@ -38,6 +42,7 @@ def fetch_options(topics: Iterable[Topic[Any]]) -> dict[str, Any]:
     }
 
 
+_AFTER_FAILURE_S = 0.1
 _GATHER_MS = 2
 _GATHER_AT_MOST_MS = 12
 
@@ -111,7 +116,14 @@ class Fetches:
         wait_s = max(self._not_before_s, self._due_s.get(node_id, 0)) - loop.time()
         if wait_s > 0:
             await asyncio.sleep(wait_s)
-        response = await self._send(node_id, request, **options)
+        try:
+            response = await self._send(node_id, request, **options)
+        except KafkaError as error:
+            # aiokafka waits after a failure as well, where its `stop` cancels it and raises that cancellation: whoever
+            # stops a consumer while the broker is away would be broken off in the middle.
+            log.warning("a fetch from broker %s failed: %s", node_id, error)
+            await asyncio.sleep(_AFTER_FAILURE_S)
+            return _NOTHING
         if self._linger_s and 0 < _size(response) < MUCH_BYTES:
             self._due_s[node_id] = loop.time() + self._linger_s
         return response
