@@ -9,7 +9,7 @@ import pytest
 from redis import RedisError
 
 from ringfence.dev.processes import StackError
-from tests.chaos.faults import KINDS, Blow, Fault, faults_of
+from tests.chaos.faults import Blow, Fault, faults_of
 from tests.chaos.nemesis import SPARED_S, Nemesis, plan
 from tests.chaos.system import REPLICAS, SERVICES, System
 
