@@ -120,7 +120,7 @@ class Nemesis:
             raise failed.exceptions[0] from None
 
     def has_hold_of(self, subject: str) -> bool:
-        """Whether a fault is there that may have ended this subject: it brings it back, or says that it does not come."""
+        """Whether a fault is there that may have ended this subject: it brings that back, or says that it cannot."""
         return subject in self._struck
 
     async def _strike(self, blow: Blow, in_s: float) -> None:
