@@ -100,8 +100,12 @@ async def test_after_a_fetch_that_failed_the_next_waits_where_it_can_be_called_o
     client.send = fails  # type: ignore[method-assign]
     Fetches(of(client))
     began_s = asyncio.get_running_loop().time()
-    assert list((await client.send(1, FETCH)).topics) == [], "nothing came, and aiokafka is told of no failure"
-    assert asyncio.get_running_loop().time() - began_s >= 0.09, "a broker that is away is not asked all the time"
+    assert list((await client.send(1, FETCH)).topics) == [], (
+        "nothing came, and aiokafka is told of no failure"
+    )
+    assert asyncio.get_running_loop().time() - began_s >= 0.09, (
+        "a broker that is away is not asked all the time"
+    )
     with pytest.raises(NodeNotReadyError):
         await client.send(1, HEARTBEAT)
 
