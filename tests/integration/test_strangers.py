@@ -18,7 +18,18 @@ from joserfc import jws
 from joserfc.jwk import ECKey
 from jsonschema.validators import Draft202012Validator
 
-from ringfence.messages.topics import ALL
+from ringfence.kernel.trace import trace_id
+from ringfence.messages.base import Topic
+from ringfence.messages.topics import (
+    ALL,
+    APPROVAL_REQUEST,
+    APPROVAL_RESPONSE,
+    AUDIT,
+    CREDENTIAL_DECISION,
+    CREDENTIAL_REPLY,
+    CREDENTIAL_REQUEST,
+    LEASE,
+)
 from tests.stack import Realm, first_pending
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +74,37 @@ async def test_a_request_by_hand_beyond_the_rule_is_told_why(realm: Realm, tmp_p
     assert answer["outcome"] == "denied"
     assert answer["credential"] is None
     assert any(reason["code"] == "beyond_scope" for reason in answer["reasons"])  # type: ignore[attr-defined]
+
+
+async def test_a_request_by_hand_is_one_trace_though_it_named_none(realm: Realm, tmp_path: Path) -> None:
+    async with realm.sponsor() as sam, realm.seen(*ON_THE_WAY, AUDIT) as seen:
+        asked = asyncio.create_task(ask_by_hand(realm, tmp_path, "write", "env/staging/web"))
+        await sam.approve(await first_pending(sam))
+        answer = await asked
+        assert answer["credential"]
+
+        def told() -> list[dict[str, Any]]:
+            events = [json.loads(record.value)["unmapped"] for record in seen.of(AUDIT)]
+            mine = [one for one in events if one.get("request") == answer["request_id"]]
+            return mine if len(mine) >= len(STORY) else []
+
+        events = await seen.until(told, "its story")
+    traces = {event["trace_id"] for event in events}
+    assert len(traces) == 1
+    for topic, count in ON_THE_WAY.items():
+        sent = [record for record in seen.of(topic) if trace_id(record.traceparent) in traces]
+        assert len(sent) == count, topic.what
+
+
+STORY = (
+    "credential.requested", "approval.required", "approval.requested", "reply.sent", "approval.given",
+    "request.allowed", "credential.issued", "reply.sent",
+)  # fmt: skip
+ON_THE_WAY: dict[Topic[Any], int] = {
+    CREDENTIAL_REQUEST: 1, CREDENTIAL_DECISION: 2, APPROVAL_REQUEST: 1, APPROVAL_RESPONSE: 1, LEASE: 1,
+    CREDENTIAL_REPLY: 2,
+}  # fmt: skip
+"""So many records of it are on each topic."""
 
 
 ASYNCAPI: dict[str, Any] = yaml.safe_load((ROOT / "schemas/asyncapi.yaml").read_text())

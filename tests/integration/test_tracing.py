@@ -336,7 +336,7 @@ def about(collector: Collector, request_id: str) -> list[Collected]:
 async def test_a_malformed_traceparent_does_no_harm(
     traced: Realm, collector: Collector, headers: list[bytes]
 ) -> None:
-    """The request is decided and issued like any other, in one trace, which is a new one."""
+    """The request is decided and issued like any other, in one trace, which is a new one and audit's as well."""
     _, compact, request_id = request_of(traced)
     async with traced.as_agent() as agent, traced.seen(CREDENTIAL_DECISION, AUDIT, LEASE) as seen:
         await send_raw(traced, compact, *headers)
@@ -351,12 +351,15 @@ async def test_a_malformed_traceparent_does_no_harm(
         )
 
     its = issued["unmapped"]["trace_id"]
-    places = {"policy: process credential.request", "policy: decide", "issuer: mint"}
+    places = {
+        "policy: process credential.request", "policy: decide", "issuer: mint", "audit: process credential.request"
+    }  # fmt: skip
     spans = await collector.until(
         its, lambda spans: places <= {span.place for span in spans}, "both services' spans"
     )
     assert {span.trace for span in about(collector, request_id)} == {its}
-    assert not only(spans, "policy: process credential.request").parent
+    began = only(spans, "policy: process credential.request").parent
+    assert began not in {span.id for span in spans}, "nobody sent it: it follows from the record's place"
     assert len([span for span in spans if span.place == "policy: decide"]) == 1
 
 

@@ -45,13 +45,29 @@ def test_what_is_none_is_as_good_as_nothing(text: str) -> None:
     assert parsed(text) is None
     assert well_formed(text) is None
     assert trace_id(text) is None
-    assert record(("traceparent", text.encode())).traceparent is None
+    assert record(("traceparent", text.encode())).traceparent == record().traceparent
 
 
 def test_a_header_that_is_no_text_is_none() -> None:
-    assert record(("traceparent", b"\xff\xfe\x00")).traceparent is None
-    assert record(("traceparent", None)).traceparent is None
+    assert record(("traceparent", b"\xff\xfe\x00")).traceparent == record().traceparent
+    assert record(("traceparent", None)).traceparent == record().traceparent
     assert record(("traceparent", GOOD.encode())).traceparent == GOOD
+
+
+def test_what_comes_without_one_has_one_by_its_place() -> None:
+    """Policy and audit, which read the same record, name the same trace, and so do they after a restart."""
+    here = record()
+    found = parsed(here.traceparent)
+    assert found is not None
+    assert found.sampled
+    assert record().traceparent == here.traceparent
+    elsewhere = [
+        here._replace(topic_name="other.credential.request.v1"),
+        here._replace(partition=1),
+        here._replace(offset=1),
+        here._replace(appended_at_ms=1),
+    ]
+    assert len({trace_id(one.traceparent) for one in [here, *elsewhere]}) == 5
 
 
 def test_a_new_one_is_of_no_other_trace() -> None:

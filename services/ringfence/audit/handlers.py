@@ -273,7 +273,7 @@ class AuditHandlers:
         replay = self._replay(record, signed, lambda: self._words_of(record, signed))
         if replay is not None:
             return replay, False
-        facts = self._believer.remember_request(signed, record.sent_traceparent)
+        facts = self._believer.remember_request(signed, record.own_traceparent)
         return credential_events.requested(record, facts, signed.verified()), self._incomplete(facts)
 
     def _decision(self, record: Received) -> tuple[Event, bool]:

@@ -189,9 +189,7 @@ def event(
         body["status_code"] = reasons[0].code
         body["status_detail"] = _cut("; ".join(scrubbed(reason.message) for reason in reasons), _MAX_MESSAGE)
         words["reasons"] = [_reason(reason) for reason in reasons]
-    trace = trace_id(traceparent) or trace_id(record.sent_traceparent)
-    if trace is not None:
-        words["trace_id"] = trace
+    words["trace_id"] = trace_id(traceparent) or trace_id(record.own_traceparent)
     words["source"] = {"topic": record.topic_name, "partition": record.partition, "offset": record.offset}
     people = [_observable(role, words[role]) for role in _PEOPLE if role in words]
     if people:

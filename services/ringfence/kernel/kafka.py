@@ -23,13 +23,14 @@ from ringfence.kernel.embedded_broker import QUICK_MS, TABLE_MS, adapt_to_embedd
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.fetching import Fetches, fetch_options
 from ringfence.kernel.gone import NO_RESET, OnGone, Onward
+from ringfence.kernel.ids import derived_id
 from ringfence.kernel.in_the_clear import SIGNATURE, apart, together
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.partitioning import partition_number
 from ringfence.kernel.settings import BusSettings
-from ringfence.kernel.trace import new_traceparent, well_formed
+from ringfence.kernel.trace import new_traceparent, traceparent_of, well_formed
 from ringfence.kernel.tracing import NO_SPAN, NOT_TRACING, Span, Tracing
 from ringfence.messages.base import Claims, Message, Topic
 from ringfence.messages.credential import Coordinates
@@ -87,17 +88,23 @@ class Received(NamedTuple):
         }
 
     @property
-    def traceparent(self) -> str | None:
+    def traceparent(self) -> str:
         """What comes of this record goes on from here."""
-        return self.span.traceparent or self.sent_traceparent
+        return self.span.traceparent or self.own_traceparent
 
     @property
-    def sent_traceparent(self) -> str | None:
-        """As it was sent. A header that is malformed is as good as none."""
+    def own_traceparent(self) -> str:
+        """As it was sent; where it was not, or is malformed, it follows from the record's place: every reader finds
+        the same, so that what they make of the record is one trace.
+        """
         for name, value in self.raw_headers:
             if name == "traceparent" and value is not None:
-                return well_formed(value.decode("ascii", "replace"))
-        return None
+                if sent := well_formed(value.decode("ascii", "replace")):
+                    return sent
+                break
+        return traceparent_of(
+            derived_id("trace", self.topic_name, self.partition, self.offset, self.appended_at_ms)
+        )
 
     @property
     def coordinates(self) -> Coordinates:

@@ -40,6 +40,12 @@ def new_traceparent(*, sampled: bool = True) -> str:
     return written(secrets.token_hex(16), f"{random.getrandbits(63) + 1:016x}", sampled=sampled)
 
 
+def traceparent_of(id: str) -> str:
+    """The `traceparent` that follows from a UUID, of which no half is zero: its variant stands in the second."""
+    digits = id.replace("-", "")
+    return written(digits, digits[16:], sampled=True)
+
+
 def well_formed(traceparent: str | None) -> str | None:
     """The `traceparent`, or None where it is none."""
     return traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
