@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,29 @@ class ChaosValkey:
         for way in self._links:
             way.switch(replica.port)
         await asyncio.to_thread(former.stop)
+
+    @contextlib.asynccontextmanager
+    async def failed_back(self) -> AsyncIterator[None]:
+        """Its replica hears nothing of what is written meanwhile. Then it follows that one, and leads again: the same
+        process, on the same connections.
+        """
+        async with Link("replication", free_port(), self.port) as link:
+            replica = self._next()
+            await asyncio.to_thread(replica.start)
+            try:
+                for server in (self._server, replica):
+                    await asyncio.to_thread(server.call, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
+                await asyncio.to_thread(replica.call, "REPLICAOF", LOOPBACK, str(link.port))
+                await is_replica(replica)
+                link.hold()
+                yield
+                link.cut()
+                await asyncio.to_thread(replica.call, "REPLICAOF", "NO", "ONE")
+                await asyncio.to_thread(self.call, "REPLICAOF", LOOPBACK, str(replica.port))
+                await is_replica(self)
+                await asyncio.to_thread(self.call, "REPLICAOF", "NO", "ONE")
+            finally:
+                await asyncio.to_thread(replica.stop)
 
 
 # --- a cluster --------------------------------------------------------------------------------------------------------

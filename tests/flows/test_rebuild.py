@@ -20,13 +20,18 @@ from ringfence.kernel.kafka import Follower, Received
 from ringfence.messages.lease import TERMINAL, EndCause, Selector
 from ringfence.messages.topics import LEASE
 from ringfence.model.grants import id_of
-from ringfence.model.lease_store import LeaseStore, Restoration, SignedLease, Step, StoredLease
+from ringfence.model.lease_store import LeaseStore, LostError, Restoration, SignedLease, Step, StoredLease
 from ringfence.model.lease_store.keys import Keys, packed
 from ringfence.model.leases import ALL_MARK, follow
+from ringfence.revoker import app as revoker_app
 from ringfence.revoker.rebuilding import Rebuilder
 from ringfence.revoker.watching import LeaseWatch
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
+from tests.flows.desk import another, opened_desks
 from tests.flows.granting import claims_of, grant, granted
 from tests.flows.place import Place, late, publish
+from tests.world import World
 
 
 @pytest.mark.parametrize("how", ["flushed", "empty", "restarted", "promoted"])
@@ -156,6 +161,26 @@ async def test_an_old_snapshot_revives_nothing_and_has_forgotten_nothing(
     later, _ = await desk.issued("read")
     await place.release(later)
     assert await place.life(released) == ["active", "ending", "released"]
+    assert await place.life(due) == ["active", "expired"]
+
+
+async def test_a_server_that_followed_one_which_lagged_and_leads_again_is_not_taken_for_what_it_was(
+    place: Place,
+) -> None:
+    """It has the run_id that it had, nobody's connection ended, and the epoch came back with the keys."""
+    desk = place.desk
+    before = await place.epochs()
+    async with place.redis.failed_back():
+        await place.rebuilt(before)  # the first replica begins another history, too
+        kept, _ = await desk.issued("read")
+        due, _ = await desk.issued("read", ttl_s=15)
+        gone, _ = await desk.issued("read")
+        await place.release(gone)
+        assert await place.life(gone) == ["active", "ending", "released"]
+        before = await place.epochs()
+    await place.rebuilt(before)
+    await place.active(kept)
+    assert statuses(await place.store.get([gone.lease_id])) == ["released"]
     assert await place.life(due) == ["active", "expired"]
 
 
@@ -322,6 +347,48 @@ async def test_a_lease_that_is_published_while_an_older_record_is_gone_beyond_is
     async with asyncio.timeout(60):
         while not (await place.store.look(one.claims.lease_id)).active:
             await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 5)])
+async def test_leases_are_found_again_where_shards_became_more_or_fewer(
+    kafka: Kafka, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, before: int, after: int
+) -> None:
+    monkeypatch.setattr(revoker_app, "BACK_MS", 0)  # else what is young is found by being read again
+    async with (
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
+        opened_desks(world) as first,
+    ):
+        desk = await another(first)
+        async with world.running("issuer", "revoker", redis_shards=before):
+            leases = [(await desk.issued("read"))[0] for _ in range(6)]
+            gone, *kept = leases
+            claims, _ = await desk.revoke(desk.bot, "release", lease_id=gone.lease_id)
+            await desk.verdict(claims)
+            await desk.lease(gone.lease_id, *TERMINAL)
+        with_former = LeaseStore(world.settings("issuer", redis_shards=before))
+        with_other = LeaseStore(world.settings("issuer", redis_shards=after))
+        try:
+            with pytest.raises(LostError, match="RINGFENCE_REDIS_SHARDS"):
+                await with_other.look(kept[0].lease_id)
+            assert (await with_former.look(kept[0].lease_id)).active  # who only asks takes nothing away
+            async with world.running("issuer", "revoker", redis_shards=after):
+                assert sorted(await with_other.find(ALL_MARK)) == sorted(one.lease_id for one in kept)
+                assert await with_other.count([f"agent:{desk.bot.name}"]) == {f"agent:{desk.bot.name}": 5}
+                assert statuses(await with_other.get([gone.lease_id])) == ["released"]
+                with pytest.raises(LostError):
+                    await with_former.look(kept[0].lease_id)
+                order, _ = await desk.revoke(desk.sam, selector=Selector(agent_id=desk.bot.name))
+                assert (await desk.verdict(order)).result == "5"
+                for one in kept:
+                    await desk.lease(one.lease_id, *TERMINAL)
+            async with Redis.from_url(redis_server.url) as redis:
+                left = {key async for key in redis.scan_iter(f"{world.redis_prefix}{{*}}:*")}
+            shards = {
+                int(key.partition(b"{")[2].partition(b"}")[0]) for key in left if b"}:spread" not in key
+            }
+            assert shards <= set(range(after))
+        finally:
+            await asyncio.gather(with_former.close(), with_other.close())
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from ringfence.kernel.settings import ServiceSettings
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import LeaseStore, LostError, SignedLease
 from ringfence.model.lease_store.keys import AHEAD_MS, THUMBPRINT, Keys, packed
+from ringfence.model.lease_store.link import server_id
 from ringfence.model.leases import ALL_MARK
 from tests.brokers import RedisServer
 from tests.leases import REVOKER, VISIBLE_MS, lease, minted, minting, soon, step
@@ -245,8 +246,8 @@ async def test_leases_of_one_agent_that_end_together_leave_the_others(
 
 async def test_a_redis_of_the_former_layout_is_taken_for_lost(settings: ServiceSettings, redis: Any) -> None:
     own = settings.model_copy(update={"redis_prefix": f"t{uuid.uuid4().hex[:8]}"})
-    run_id = (await redis.info("server"))["run_id"]
-    await redis.set(f"{own.redis_prefix}:{{0}}:epoch", f"{run_id}.1.0a1b2c3d")
+    server = server_id(await redis.info())
+    await redis.set(f"{own.redis_prefix}:{{0}}:epoch", f"{server}.1.0a1b2c3d")
     store = LeaseStore(own)
     with pytest.raises(LostError, match="not known to be complete"):
         await store.connect()

@@ -149,7 +149,9 @@ class ServiceSettings(BusSettings):
     redis_url: str = "redis://127.0.0.1:6379/0"
     redis_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]+$")] = "rf"
     redis_shards: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Into how many hash slots the leases are spread; the same for all services, never changed while leases live."""
+    """Into how many hash slots the leases are spread; the same for all services.
+
+    Where it is another than before, Redis is emptied, and rebuilt from Kafka."""
     key_file: Path | None = None
     """The service's private key (JSON, mode 0600); `ringfence init` makes one for each service."""
     key_dir: Path = Path(".ringfence/keys")

@@ -32,6 +32,8 @@ SIGNERS = "signers"
 DEADLINES = "deadlines"
 MINUTES = "minutes"
 DUE = "due:"
+SPREAD = "spread"
+REBUILDING = "rebuilding"
 BY_AGENT = "by:agent:"
 THUMBPRINT = "key"
 """A field among the leases of an agent: that of its key which their records leave out."""
@@ -48,10 +50,12 @@ class Keys:
         self._base = base
         self.shard = shard
         self.epoch = base + "epoch"
-        """The `run_id` of the server that the shard was last rebuilt on, a dot, the epoch that began then. Without it
+        """The server that the shard was last rebuilt on (`server_id`), a dot, the epoch that began then. Without it
         nothing works: whoever cannot know whether Redis has forgotten leases must not go on. `ANEW` where a person
         wants it to be rebuilt."""
-        self.rebuilding = base + "rebuilding"
+        self.spread = base + SPREAD
+        """Over how many shards leases were spread when this one was last rebuilt: in which a lease stands follows."""
+        self.rebuilding = base + REBUILDING
         """The claim of who rebuilds the shard now, for as long as it gives signs of life."""
         self.leases = base + LEASES
         """Hash: the ids of leases that have not ended to `<status><seq> <deadline s>`, while one is minting the token
@@ -115,6 +119,11 @@ class Keys:
     def selector(self, id: str) -> str:
         """Where on Kafka a selector was seen first: `<topic> <partition> <offset> <append time>`."""
         return f"{self._base}selector:{id}"
+
+
+def is_kept(key: bytes) -> bool:
+    """Whether a key stays where all that shards hold is thrown away: what tells of that, and who is at it."""
+    return key.endswith((f"}}:{SPREAD}".encode(), f"}}:{REBUILDING}".encode()))
 
 
 def shard_of(id: str, shards: int) -> int:

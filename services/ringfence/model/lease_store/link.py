@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -22,6 +22,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import (
     NoScriptError,
     OutOfMemoryError,
+    ReadOnlyError,
     RedisClusterException,
     RedisError,
     ResponseError,
@@ -40,6 +41,9 @@ _ALL_WITHIN_S = 15
 """All that is sent at once to a Redis that stands alone: as long as three tries for one answer. A timer for each, as
 redis-py sets it, costs as much as all else that it does."""
 _CONNECTS_WITHIN_S = 2
+WHO = ("INFO", "server", "replication")
+"""What tells which server it is, to be read by `server_id`. A server that followed another one and leads again has the
+`run_id` that it had, and what the other had; the replication id is a new one then."""
 _CLUSTER_SCHEMES = {"redis+cluster": False, "rediss+cluster": True}
 """Schemes of the URL of a cluster, and whether they speak TLS."""
 _TOLD_AHEAD = 50
@@ -141,6 +145,12 @@ class Link:
             for script in scripts:
                 await self._client.script_load(script.text)
 
+    async def keys(self, pattern: str) -> AsyncIterator[bytes]:
+        """The keys of all servers that match a pattern. What comes and goes meanwhile may be left out."""
+        with self._answered():
+            async for key in self._client.scan_iter(match=pattern, count=_PIPELINE):
+                yield key
+
     async def _send(self, commands: Sequence[Command]) -> list[Any]:
         answers: list[Any] = []
         for start in range(0, len(commands), _PIPELINE):
@@ -181,6 +191,14 @@ class Link:
     async def _inspected(
         self, client: Redis | RedisCluster, keys: Sequence[str]
     ) -> AsyncIterator[tuple[str, bytes | None]]:
+        if isinstance(client, Redis):
+            asking = client.pipeline(transaction=False)
+            for command in (WHO, *(("GET", key) for key in keys)):
+                asking.execute_command(*command)
+            info, *values = await asking.execute()
+            for value in values:
+                yield server_id(info), value
+            return
         run_ids: dict[str, str] = {}
         for key in keys:
             # First, so that in a cluster the node below is the one that answered.
@@ -188,16 +206,17 @@ class Link:
             node = _node_of(client, key)
             name = node.name if node else ""
             if name not in run_ids:
-                info = await client.execute_command(
-                    "INFO", "server", **({"target_nodes": node} if node else {})
-                )
-                run_ids[name] = str(info["run_id"])
+                info = await client.execute_command(*WHO, **({"target_nodes": node} if node else {}))
+                run_ids[name] = server_id(info)
             yield run_ids[name], value
 
     async def _greet(self, connection: AbstractConnection) -> None:
         await connection.on_connect()
-        await connection.send_command("INFO", "server")
-        run_id = _run_id(await connection.read_response(disable_decoding=True))
+        await connection.send_command(*WHO)
+        lines = (
+            (await connection.read_response(disable_decoding=True)).decode("ascii", "replace").splitlines()
+        )
+        run_id = server_id({name: value for name, _, value in (line.partition(":") for line in lines)})
         if not self._knows(run_id):
             raise _StrangerError
         if self._address.nodes:
@@ -292,6 +311,8 @@ class Link:
             raise FullError(
                 f"Redis at {self._address} is full: leases must end before others begin"
             ) from None
+        except ReadOnlyError:
+            raise LostError(f"Redis at {self._address} follows another server") from None
         except ResponseError as error:
             if str(error).startswith(LOST):
                 raise LostError(f"Redis at {self._address} was emptied, or is being rebuilt") from None
@@ -425,8 +446,6 @@ def _node_of(client: Redis | RedisCluster, key: str) -> ClusterNode | None:
     return client.nodes_manager.get_node_from_slot(key_slot(key.encode()))
 
 
-def _run_id(info: bytes) -> str:
-    for line in info.splitlines():
-        if line.startswith(b"run_id:"):
-            return line.partition(b":")[2].decode("ascii").strip()
-    return ""
+def server_id(info: Mapping[str, Any]) -> str:
+    """Which server it is, from its answer to `WHO`: its `run_id`, and which history of writes it goes on with."""
+    return f"{info['run_id']}-{info['master_replid']}"

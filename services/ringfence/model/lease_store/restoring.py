@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ringfence.model.lease_store.keys import (
     RECORD_KEEP_MS,
     SELECTOR_KEEP_MS,
     Keys,
+    is_kept,
     lease_of_field,
     outbox_field,
     packed,
@@ -48,11 +50,14 @@ from ringfence.model.lease_store.scripts import (
     fencing,
     held,
 )
-from ringfence.model.lease_store.shards import epoch_name, epoch_run_id
+from ringfence.model.lease_store.shards import epoch_name, epoch_server
 from ringfence.model.lease_store.values import SignedLease, StoredLease
+
+log = logging.getLogger(__name__)
 
 CLAIM_MS = 15_000
 """How long who rebuilds may give no sign of life before another may begin."""
+_AT_A_TIME = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,8 @@ class Restoration:
 
     def __init__(self, settings: ServiceSettings, *, record_keep_ms: int = RECORD_KEEP_MS) -> None:
         """Raises SettingsError where the URL is none of Redis."""
-        self._keys = [Keys(settings.redis_prefix, shard) for shard in range(settings.redis_shards)]
+        self._prefix = settings.redis_prefix
+        self._keys = [Keys(self._prefix, shard) for shard in range(settings.redis_shards)]
         self._record_keep_ms = record_keep_ms
         self._run_ids: list[str] = []
         """The server of each shard."""
@@ -101,6 +107,8 @@ class Restoration:
         """What stands for this rebuild while it lasts: the server of the first shard, and a nonce."""
         self.complete = False
         """Whether each shard has an epoch, of the server that holds it; known from `look`."""
+        self._spread: set[int] = set()
+        """Over how many shards leases were spread when these were last rebuilt; known from `look`."""
         self.anew = False
         """Whether all leases are to be written again, also those that Redis has; known from `begin`."""
 
@@ -112,10 +120,16 @@ class Restoration:
 
     async def look(self) -> None:
         """Take the servers for what they are now. Before anything else, where `begin` is not called."""
-        found = await self._link.inspect([at.epoch for at in self._keys])
+        size = len(self._keys)
+        asked = [*(at.epoch for at in self._keys), *(at.spread for at in self._keys)]
+        answers = await self._link.inspect(asked)
+        found, spread = answers[:size], [count for _, count in answers[size:]]
         self._run_ids = [run_id for run_id, _ in found]
         self._claim = f"{self._run_ids[0]}.{self._nonce}"
-        self.complete = all(epoch is not None and epoch_run_id(epoch) == run_id for run_id, epoch in found)
+        self._spread = {int(count) for count in spread if count is not None}
+        self.complete = set(spread) == {b"%d" % size} and all(
+            epoch is not None and epoch_server(epoch) == run_id for run_id, epoch in found
+        )
         self.anew = any(epoch == ANEW for _, epoch in found)
         self.epochs = {epoch_name(epoch) for _, epoch in found if epoch and epoch != ANEW}
 
@@ -141,12 +155,35 @@ class Restoration:
                 *(("DEL", at.epoch) for at in others),
             ]
         )
+        if self._spread - {len(self._keys)}:
+            await self._empty()
         return True
+
+    async def _empty(self) -> None:
+        """Throw away what shards hold of which there were more or fewer: none of it stands where it belongs.
+
+        Those that are none any more are stopped first, whoever still uses them.
+        """
+        former = max(self._spread)
+        log.warning(
+            "Redis was rebuilt for %d shards, and is emptied for %d (RINGFENCE_REDIS_SHARDS)",
+            former,
+            len(self._keys),
+        )
+        await self._link.pipeline([("DEL", Keys(self._prefix, shard).epoch) for shard in range(former)])
+        gone: list[Command] = []
+        async for key in self._link.keys(f"{self._prefix}{{*}}:*"):
+            gone += [] if is_kept(key) else [("UNLINK", key)]
+            if len(gone) == _AT_A_TIME:
+                await self._link.pipeline(gone)
+                await self.keep()
+                gone = []
+        await self._link.pipeline(gone)
 
     async def _void_claim(self, first: Keys) -> None:
         """Take away the claim of a rebuild that another server saw begin: this one only remembers it."""
         (claim,) = await self._link.pipeline([("GET", first.rebuilding)])
-        if claim is not None and epoch_run_id(claim) != self._run_ids[0]:
+        if claim is not None and epoch_server(claim) != self._run_ids[0]:
             await self._link.scripts([Call(GIVE_UP, (first.rebuilding,), (claim,))])
 
     async def keep(self) -> None:
@@ -227,7 +264,7 @@ class Restoration:
         """All is there: let everybody go on, in this epoch."""
         await self._link.scripts(
             [
-                self._call(RESUME, at, (at.epoch,), (f"{run_id}.{epoch}",))
+                self._call(RESUME, at, (at.epoch, at.spread), (f"{run_id}.{epoch}", len(self._keys)))
                 for at, run_id in zip(self._keys, self._run_ids, strict=True)
             ]
         )

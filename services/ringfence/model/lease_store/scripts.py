@@ -580,9 +580,10 @@ return found
 
 # --- restoring: in a rebuild, the guard is the claim of who rebuilds --------------------------------------------------
 
-# KEYS: epoch. ARGV: epoch. The claim is given up.
+# KEYS: epoch, spread. ARGV: epoch, number of shards. The claim is given up.
 RESUME = Script(
     """
+redis.call('SET', KEYS[2], ARGV[2])
 redis.call('SET', KEYS[1], ARGV[1])
 redis.call('DEL', guard)
 return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,10 @@ class ShardCall:
     """The one in which the record was signed that it writes, where it bears one: in another it must not be written."""
 
     def guard(self, expected: bytes) -> Argument:
-        return expected if self.epoch is None else f"{epoch_run_id(expected)}.{self.epoch}"
+        return expected if self.epoch is None else f"{epoch_server(expected)}.{self.epoch}"
 
 
-def epoch_run_id(epoch: bytes) -> str:
+def epoch_server(epoch: bytes) -> str:
     """The server that the epoch of a shard is bound to."""
     return epoch.partition(b".")[0].decode("ascii", "replace")
 
@@ -41,6 +41,19 @@ def epoch_run_id(epoch: bytes) -> str:
 def epoch_name(epoch: bytes) -> str:
     """The epoch of a shard as records bear it."""
     return epoch.partition(b".")[2].decode("ascii", "replace")
+
+
+def _why_lost(strange: int, shards: int, spread: Collection[bytes | None]) -> str:
+    others = sorted({int(count) for count in spread if count is not None} - {shards})
+    if others:
+        return (
+            f"leases in Redis are spread over {others[0]} shards, and not over {shards} (RINGFENCE_REDIS_SHARDS, the "
+            "same for all services): a revoker rebuilds them from Kafka"
+        )
+    return (
+        f"{strange or shards} of {shards} shards in Redis are not known to be complete: a revoker rebuilds them from "
+        "Kafka, or: ringfence rebuild"
+    )
 
 
 class Shards:
@@ -91,16 +104,16 @@ class Shards:
         """The epochs, where each is of the server that holds its shard now. Raises LostError else."""
         async with self._checking:
             if self._epochs is None:
-                found = await self.link.inspect([keys.epoch for keys in self.keys])
-                strange = [epoch for run_id, epoch in found if epoch is None or epoch_run_id(epoch) != run_id]
+                size = len(self.keys)
+                asked = [*(keys.epoch for keys in self.keys), *(keys.spread for keys in self.keys)]
+                answers = await self.link.inspect(asked)
+                found, spread = answers[:size], {count for _, count in answers[size:]}
+                strange = [epoch for run_id, epoch in found if epoch is None or epoch_server(epoch) != run_id]
                 if len({epoch_name(epoch or b"") for _, epoch in found}) > 1:
                     strange = strange or [epoch for _, epoch in found]
-                if strange:
+                if strange or spread != {b"%d" % size}:
                     self._lost.set()
-                    raise LostError(
-                        f"{len(strange)} of {len(found)} shards in Redis are not known to be complete: a revoker "
-                        "rebuilds them from Kafka, or: ringfence rebuild"
-                    )
+                    raise LostError(_why_lost(len(strange), size, spread))
                 self._lost.clear()
                 self._run_ids = frozenset(run_id for run_id, _ in found)
                 self._epochs = [epoch for _, epoch in found if epoch is not None]
@@ -147,10 +160,16 @@ class Shards:
             self._look_where(shards, epochs)
         return answers[: len(commands)]
 
+    def doubt_all_but(self, servers: Collection[str]) -> None:
+        """Raises LostError where the epochs are bound to other servers than there are. They are looked at anew then."""
+        if not self._run_ids <= set(servers):
+            self._epochs = None
+            raise LostError("Redis is not the server that it was, or has followed another one")
+
     def _look_where(self, shards: Iterable[Keys], epochs: Sequence[bytes]) -> None:
         """Raises LostError where a cluster has given one of these shards to another node than its epoch is bound to."""
         for keys in dict.fromkeys(shards):
-            if self.link.server_of(keys.epoch) not in (None, epoch_run_id(epochs[keys.shard])):
+            if self.link.server_of(keys.epoch) not in (None, epoch_server(epochs[keys.shard])):
                 raise LostError(f"shard {keys.shard} is on another node of the cluster than it was")
 
     @property

@@ -42,7 +42,7 @@ from ringfence.model.lease_store.keys import (
     packed,
     unpacked,
 )
-from ringfence.model.lease_store.link import LostError
+from ringfence.model.lease_store.link import WHO, LostError, server_id
 from ringfence.model.lease_store.packing import expanded
 from ringfence.model.lease_store.scripts import (
     ACTIVATE,
@@ -151,9 +151,15 @@ class LeaseStore(Shards):
             await asyncio.sleep(_LOST_LOOK_S if self._lost.is_set() else _WATCH_EVERY_S)
 
     async def _ask_servers(self) -> None:
-        """What has evicted keys has forgotten something, nobody knows what: it is rebuilt."""
-        epoch, each = self.epoch, self.link.ask_each(QUESTIONS)
-        said = {name: (self._clock.now_ms(), answers) async for name, answers in each}
+        """What has evicted keys has forgotten something, nobody knows what: it is rebuilt.
+
+        Raises LostError where one is not what it was: no connection needs to have ended for that.
+        """
+        epoch, said, servers = self.epoch, {}, set()
+        async for name, (who, *answers) in self.link.ask_each((WHO, *QUESTIONS)):
+            said[name] = (self._clock.now_ms(), answers)
+            servers.add(server_id(who))
+        self.doubt_all_but(servers)
         evicted = self._servers.heard(said, epoch=epoch)
         metrics.CLOCK_AHEAD.labels("redis").set(self._servers.ahead_ms() / 1000)
         if evicted:
