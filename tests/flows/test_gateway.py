@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from ringfence.kernel.jws import sign
 from ringfence.messages.lease import RevocationAck, Selector
 from ringfence.messages.registry import AgentSuspend, TaskEnd
-from ringfence.messages.topics import ACTION, REVOCATION_ACK
+from ringfence.messages.topics import ACTION, REVOCATION_ACK, REVOCATION_REQUEST
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Desk, another, opened_desks
@@ -203,6 +204,25 @@ async def test_a_cut_counts_from_the_gateways_word_on(desk: Desk, proxy: Proxy, 
     assert answer.json()["code"] in {
         "lease_cut", "lease_ended", "agent_suspended", "task_ended", "handle_unknown",
     }  # fmt: skip
+
+
+async def test_an_order_that_is_sent_again_cuts_nothing_more(desk: Desk, proxy: Proxy) -> None:
+    """By somebody who may write to the topic, and has no key: what it covered then is what it covers."""
+    world = desk.world
+
+    async def words() -> int:
+        return len(await world.records(REVOCATION_ACK))
+
+    claims, _ = await desk.revoke(desk.sam, selector=Selector(agent_id=desk.bot.name))
+    assert (await desk.verdict(claims)).kind == "accepted"
+    lease = await handle(desk, "read")
+    await until_allowed(desk, proxy, lease)
+    before = await words()
+    await world.send(REVOCATION_REQUEST, desk.bot.name, sign(claims, desk.sam.key))
+    async with asyncio.timeout(60):
+        while await words() == before:
+            await asyncio.sleep(0.02)
+    assert (await proxy.as_agent(desk.bot.key, lease, "GET", A)).status_code == 200
 
 
 async def test_a_static_secret_that_is_replaced_counts_with_the_next_request(

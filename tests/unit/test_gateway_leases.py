@@ -119,7 +119,7 @@ def test_a_fence_cuts_what_was_requested_by_then_and_nothing_later(table: LeaseT
     for one, by in ((before, told), (after, not_told)):
         table.take(one)
         table.watch(one.lease_id, by)
-    table.fence(mark, START_MS)
+    table.fence(mark, START_MS, order_id="an order")
     assert usable(table) == {after.lease_id}
     assert (told.times, not_told.times) == (1, 0)
     problem = table.problem(before)
@@ -128,8 +128,25 @@ def test_a_fence_cuts_what_was_requested_by_then_and_nothing_later(table: LeaseT
     late = lease(**fields)
     table.take(late)
     assert late.lease_id not in usable(table), "a record that came after the order"
-    table.fence(mark, START_MS - 1000)
+    table.fence(mark, START_MS - 1000, order_id="another")
     assert usable(table) == {after.lease_id}, "an older order took a younger one back"
+
+
+@pytest.mark.parametrize("first_read", ["first", "second"])
+def test_an_order_that_is_sent_again_cuts_nothing_more(table: LeaseTable, first_read: str) -> None:
+    """Whoever may write to the topic has the true order of before, and no key."""
+    before, after = lease(), lease(requested_at_ms=START_MS + 5000)
+    watching = Told()
+    for one in (before, after):
+        table.take(one)
+    table.watch(after.lease_id, watching)
+    said = [START_MS, START_MS + 9000]
+    for at_ms in said if first_read == "first" else reversed(said):  # partitions are read in any order
+        table.fence("agent:bot", at_ms, order_id="one order")
+    assert usable(table) == {after.lease_id}
+    assert watching.times == (0 if first_read == "first" else 1)
+    table.fence("agent:bot", START_MS + 6000, order_id="another order")
+    assert usable(table) == set()
 
 
 def test_a_revoked_lease_is_cut_before_its_record_says_so(table: LeaseTable) -> None:
@@ -174,7 +191,7 @@ def test_nothing_that_is_over_is_kept(table: LeaseTable, clock: FixedClock) -> N
         if number % 2:
             table.take(one.model_copy(update={"seq": 2, "status": "released"}))
         table.revoke(one.lease_id, START_MS)
-        table.fence(f"task:task-{number}", START_MS)
+        table.fence(f"task:task-{number}", START_MS, order_id=f"order-{number}")
     assert len(table) == 100
     clock.ms = (NOW_S + 600) * 1000 + SLACK_MS + ENDED_KEPT_MS
     for _ in range(3):
@@ -186,6 +203,7 @@ def test_nothing_that_is_over_is_kept(table: LeaseTable, clock: FixedClock) -> N
     table.sweep()
     assert not table._revoked
     assert not table._fences
+    assert not table._orders
 
 
 def test_an_order_about_what_has_just_ended_finds_its_lease(table: LeaseTable, clock: FixedClock) -> None:

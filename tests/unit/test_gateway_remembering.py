@@ -105,7 +105,7 @@ def revoked(memory: Memory) -> None:
 
 
 def fenced(memory: Memory) -> None:
-    memory.place.table.fence("agent:bot", memory.place.lease.requested_at_ms)
+    memory.place.table.fence("agent:bot", memory.place.lease.requested_at_ms, order_id="an order")
 
 
 def ended(memory: Memory) -> None:

@@ -98,7 +98,7 @@ class Cutter:
     def _follow(self, order: Order, *, live: bool) -> None:
         claims = order.claims
         if claims.selector is not None:
-            self._table.fence(mark_of(claims.selector), order.at.appended_at_ms)
+            self._table.fence(mark_of(claims.selector), order.at.appended_at_ms, order_id=order.id)
         elif claims.lease_id is not None:
             self._table.revoke(claims.lease_id, order.at.appended_at_ms)
         if self._gives_its_word and live:

@@ -61,6 +61,8 @@ class LeaseTable:
         """Leases revoked one by one, and when their orders were appended."""
         self._fences: dict[str, int] = {}
         """By mark: leases that were requested until then are cut."""
+        self._orders: dict[str, dict[str, int]] = {}
+        """By mark: the orders that the fence comes of, and when the first record of each was appended."""
         self._fence_changes = 0
         self._watchers: dict[str, dict[Ended, None]] = {}
         self._numbers = itertools.count()
@@ -102,11 +104,23 @@ class LeaseTable:
         self._revoked[lease_id] = appended_at_ms
         self._over(lease_id)
 
-    def fence(self, mark: str, issued_before_ms: int) -> None:
-        """Every lease that bears the mark and was requested by then is cut."""
-        if self._fences.get(mark, -1) >= issued_before_ms:
+    def fence(self, mark: str, issued_before_ms: int, *, order_id: str) -> None:
+        """Every lease that bears the mark and was requested by then is cut.
+
+        Of one order the record that was appended first counts, in whatever order they come: sent again by somebody
+        else it covers what it covered.
+        """
+        orders = self._orders.setdefault(mark, {})
+        known_ms = orders.get(order_id)
+        if known_ms is not None and known_ms <= issued_before_ms:
             return
-        self._fences[mark] = issued_before_ms
+        orders[order_id] = issued_before_ms
+        before_ms = (
+            max(self._fences.get(mark, -1), issued_before_ms) if known_ms is None else max(orders.values())
+        )
+        if self._fences.get(mark) == before_ms:
+            return
+        self._fences[mark] = issued_before_ms = before_ms
         self._fence_changes += 1
         for lease_id in list(self._watchers):
             known = self._known.get(lease_id)
@@ -124,6 +138,10 @@ class LeaseTable:
             self._pruned_ms = now_ms
             oldest_ms = now_ms - ORDERS_KEPT_MS
             self._fence_changes += 1
+            for mark, orders in list(self._orders.items()):
+                self._orders[mark] = {id: at_ms for id, at_ms in orders.items() if at_ms >= oldest_ms}
+                if not self._orders[mark]:
+                    del self._orders[mark]
             for some in (self._revoked, self._fences):
                 for key in [key for key, at_ms in some.items() if at_ms < oldest_ms]:
                     del some[key]
