@@ -136,6 +136,7 @@ class Nemesis:
         try:
             await self._strikes[blow.kind, blow.subject](self._system, blow)
         except (RingfenceError, RedisError, OSError) as error:  # also what took too long
-            raise StackError(f"{blow.subject} did not come back after {blow.kind}: {error!r}") from error
+            why = str(error) or type(error).__name__
+            raise StackError(f"{blow.subject} did not come back after {blow.kind}: {why}") from error
         self._struck.discard(blow.subject)
         self.journal.append(f"{began_ms} to {time.time_ns() // 1_000_000}: {blow}")
