@@ -27,6 +27,7 @@ class ApacheKafka:
     Its data are in a folder of its own inside `data_dir`, deleted at `stop`. `port` 0 takes a free one, once.
     `more` are further ports to listen on, each with the address that clients which come there are told to come back to.
     `adapt` changes the server's properties before its storage is formatted, with `format_options` besides.
+    `answers_within_s` is how long a broker that runs may take; one that ends is not waited for.
     `long_lived` has Java compile as it does for servers: that takes more CPU than the broker, for about a minute.
     """
 
@@ -39,9 +40,11 @@ class ApacheKafka:
         adapt: Callable[[dict[str, str]], None] | None = None,
         format_options: Sequence[str] = (),
         long_lived: bool = False,
+        answers_within_s: float = _START_TIMEOUT_S,
     ) -> None:
         self.port = port
         self._long_lived = long_lived
+        self._answers_within_s = answers_within_s
         self._more = more or {}
         self._adapt = adapt
         self._format_options = format_options
@@ -107,7 +110,9 @@ class ApacheKafka:
         self.child = spawn("Apache Kafka", argv, log_path=self._log_path)
         try:
             self.child.wait_until(
-                lambda: kafka_answers(self.port), _START_TIMEOUT_S, f"answers requests on {self.bootstrap}"
+                lambda: kafka_answers(self.port),
+                self._answers_within_s,
+                f"answers requests on {self.bootstrap}",
             )
         except BaseException:
             self.child.kill()

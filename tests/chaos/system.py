@@ -53,6 +53,8 @@ SERVICES = tuple((f"{role}-{n}", role) for role, count in REPLICAS.items() for n
 REDIS, NODES, KAFKA = "redis", ("node-1", "node-2", "node-3"), "kafka"
 _SUPERVISE_S = 0.5
 _END_WITHIN_S = 5.0
+_BROKER_WITHIN_S = 120.0
+"""Java comes up slowly where everything else does, too: 53 s were seen at a load of 36 on two cores."""
 
 Broker = EmbeddedKafka | ApacheKafka
 
@@ -213,7 +215,8 @@ async def running(
         broker: Broker
         if kafka == "apache":
             ways = [link for (way, _), link in links.items() if way == "kafka"]
-            broker = ApacheKafka(folder, more={link.upstream: f"{LOOPBACK}:{link.port}" for link in ways})
+            more = {link.upstream: f"{LOOPBACK}:{link.port}" for link in ways}
+            broker = ApacheKafka(folder, more=more, answers_within_s=_BROKER_WITHIN_S)
         else:
             broker = EmbeddedKafka(folder / "kafka", log_path=folder / "logs" / "kafka.log")
         await _start(stack, broker)
