@@ -18,6 +18,7 @@ from pathlib import Path
 import jwt
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from joserfc import jwe
+from joserfc.errors import JoseError
 from joserfc.jwk import ECKey
 
 KAFKA = os.environ.get("RINGFENCE_KAFKA", "127.0.0.1:9092")
@@ -68,10 +69,9 @@ async def ask(key_file: str, task_id: str, target: str, verb: str, resource: str
         await producer.send_and_wait(f"{PREFIX}.credential.request.v1", request.encode(), key=key)
         async with asyncio.timeout(60):
             async for record in consumer:
-                if jwt.utils.base64url_decode(record.value.split(b".")[0]).find(request_id.encode()) < 0:
+                reply = opened(record.value, request_id, reply_key)
+                if reply is None:
                     continue
-                opened = jwe.decrypt_compact(record.value, reply_key, algorithms=["ECDH-ES", "A256GCM"])
-                reply = json.loads(opened.plaintext)
                 decision = jwt.decode(reply["decision"], options={"verify_signature": False})
                 if decision["outcome"] != "approval_required" and (
                     "delivery" in reply or "refusal" in reply or decision["outcome"] == "denied"
@@ -81,6 +81,17 @@ async def ask(key_file: str, task_id: str, target: str, verb: str, resource: str
     finally:
         await producer.stop()
         await consumer.stop()
+
+
+def opened(value: bytes | None, request_id: str, reply_key: ECKey) -> dict | None:
+    """A reply to this request, or None: what is for others and for gateways stands on the same topic."""
+    try:
+        header = json.loads(jwt.utils.base64url_decode((value or b"").split(b".")[0]))
+        if not isinstance(header, dict) or header.get("kid") != request_id:
+            return None
+        return json.loads(jwe.decrypt_compact(value, reply_key, algorithms=["ECDH-ES", "A256GCM"]).plaintext)
+    except (ValueError, RecursionError, JoseError):
+        return None
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from joserfc import jws
 from joserfc.jwk import ECKey
 from jsonschema.validators import Draft202012Validator
@@ -74,6 +74,29 @@ async def test_a_request_by_hand_beyond_the_rule_is_told_why(realm: Realm, tmp_p
     assert answer["outcome"] == "denied"
     assert answer["credential"] is None
     assert any(reason["code"] == "beyond_scope" for reason in answer["reasons"])  # type: ignore[attr-defined]
+
+
+async def test_a_request_by_hand_passes_over_what_is_for_others(realm: Realm, tmp_path: Path) -> None:
+    """Envelopes for gateways stand on the topic of replies, and whatever anybody with write access puts there."""
+    topic = CREDENTIAL_REPLY.name(realm.settings.topic_prefix)
+    async with realm.sponsor() as sam, realm.as_agent() as agent:
+        asked = asyncio.create_task(ask_by_hand(realm, tmp_path, "write", "env/staging/web"))
+        pending = await first_pending(sam)
+        await agent.request(
+            task=realm.task, target=realm.target, verbs=["read"], resources=["env/staging/web"], reason="to read",
+            delivery="gateway",
+        )  # fmt: skip
+        head = base64.urlsafe_b64encode(json.dumps({"kid": pending.request_id}).encode()).rstrip(b"=")
+        producer = AIOKafkaProducer(bootstrap_servers=realm.settings.kafka)
+        await producer.start()
+        try:
+            for value in (None, b"", b"a", b"\xff.a", b"W10.a.b.c.d", head, head + b".a.b.c.d"):
+                await producer.send_and_wait(topic, value, key=realm.agent.encode())
+        finally:
+            await producer.stop()
+        await sam.approve(pending)
+        answer = await asked
+    assert answer["credential"]
 
 
 async def test_a_request_by_hand_is_one_trace_though_it_named_none(realm: Realm, tmp_path: Path) -> None:
