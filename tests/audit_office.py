@@ -17,6 +17,7 @@ from ringfence.audit.handlers import AuditHandlers
 from ringfence.audit.intake import Intake, Told
 from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.clock import Clock, SystemClock
+from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import derived_id, digest, lease_id, message_id
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Received
@@ -139,12 +140,14 @@ class Office:
         self.believer = Believer(self.trust, self.directory, self.own)
         self.published = KeptEvents()
         self.uses: dict[str, dict[str, Any]] = {}
+        self.buried: list[tuple[str, str]] = []
         self.handlers = AuditHandlers(
             self.published,
             self.believer,
             clock or SystemClock(),
             self.trust,
             self.uses.get,
+            bury=self.bury,
             settle_ms=self.own.settle_ms,
         )
         self.directory.on_change(self.handlers.on_change)
@@ -152,6 +155,10 @@ class Office:
         self.states: dict[tuple[Topic[Any], str], tuple[int, AnyState, tuple[EmbeddedCommand, ...]]] = {}
         self.scope = (Permission(target="staging", verbs=("deploy",), resources=("env/staging/*",)),)
         self.task = ""
+
+    async def bury(self, record: Received, error: InvalidMessageError) -> None:
+        """Keeps what audit sent to the dead letters."""
+        self.buried.append((record.topic.what, error.code))
 
     # --- keys and claims ---
 

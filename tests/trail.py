@@ -107,7 +107,13 @@ class Trail:
         kept, uses = KeptEvents(), dict[str, dict[str, Any]]()
         own = AuditSettings(settle_ms=0)
         handlers = AuditHandlers(
-            kept, Believer(trust, directory, own), SystemClock(), trust, uses.get, settle_ms=0
+            kept,
+            Believer(trust, directory, own),
+            SystemClock(),
+            trust,
+            uses.get,
+            bury=_bury_nothing,
+            settle_ms=0,
         )
         batches, audited = handlers.batches(), _in_order(records, _ORDER)
         ahead = iter([record for record in audited if record.topic in _RECORDS])
@@ -148,3 +154,7 @@ def _load(trust: TrustStore, record: Received) -> None:
         trust.load(record.value, record.appended_at_ms / 1000)
     except InvalidMessageError:
         return
+
+
+async def _bury_nothing(record: Received, error: InvalidMessageError) -> None:
+    """What was said and not believed is an event here, and no letter."""

@@ -35,6 +35,7 @@ from ringfence.messages.topics import (
 )
 from tests import stories
 from tests.integration.test_attacks import (
+    BURIED,
     CONSUMED,
     READERS,
     RECORDS,
@@ -99,7 +100,8 @@ def headless_story(topic: Topic[Any], told: list[tuple[bytes | None, bytes | Non
         lines = [forged(unread)] if topic in TOLD else []
         if value is None and topic is LEASE:
             lines = ["3003 Forget: Success/Observed lease.forgotten by nobody known\n"]
-        if topic in CONSUMED | {AUDIT_INTAKE} or (topic in RECORDS and value is not None):
+        forgets = value is None and topic in RECORDS | {LEASE}
+        if topic in BURIED | RECORDS | {AUDIT_INTAKE} and not forgets:
             lines.append(stories.buried(unread))
         if topic in RECORDS:
             named = (

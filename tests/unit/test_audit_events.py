@@ -160,7 +160,7 @@ async def test_records_of_several_topics_that_come_together_have_the_events_that
     expected = await office.audit(*story.all)
     handlers = AuditHandlers(
         office.published, Believer(office.trust, office.directory, office.own), SystemClock(), office.trust,
-        office.uses.get, settle_ms=0,
+        office.uses.get, bury=office.bury, settle_ms=0,
     )  # fmt: skip
     places = list(AUDITED)
     batch = sorted(story.all, key=lambda record: places.index(record.topic))
@@ -180,7 +180,13 @@ async def test_a_restarted_audit_says_the_same_of_a_decision_without_the_request
     )
     believer = Believer(office.trust, office.directory, office.own)
     handlers = AuditHandlers(
-        office.published, believer, SystemClock(), office.trust, office.uses.get, settle_ms=0
+        office.published,
+        believer,
+        SystemClock(),
+        office.trust,
+        office.uses.get,
+        bury=office.bury,
+        settle_ms=0,
     )
     await handlers.batches()[story.allowed.topic]([story.allowed])
     assert office.published.events[-1] == expected
@@ -204,6 +210,22 @@ async def test_what_is_not_believed_is_attributed_to_its_coordinates_and_nobody_
             assert "actor" not in event
             assert event["unmapped"]["verified"] == {"by": None}
             assert not [word for word in named if word in json.dumps(event)], name
+
+
+async def test_what_nobody_else_buries_audit_does(office: Office) -> None:
+    for topic in AUDITED:
+        await office.audit(office.received(topic, b"\x00\xff", key="deploy-bot"))
+    assert {what for what, _ in office.buried} == {
+        "trust", "approval.request", "lease", "credential.reply", "revocation.ack", "service.event", "action",
+    }  # fmt: skip
+    assert all(code in ("not_a_jws", "not_json", "not_a_jwe") for _, code in office.buried)
+
+
+async def test_the_word_of_a_gateway_that_is_none_is_buried(office: Office) -> None:
+    thief = SigningKey.generate(office.key("service", "gateway").id)
+    ack = office.claims(RevocationAck, thief, revocation_id="x", cut_at_ms=office.now_ms)
+    await office.audit(office.signed(REVOCATION_ACK, ack, thief))
+    assert office.buried == [("revocation.ack", "key_unknown")]
 
 
 async def test_forgeries_are_alerts_and_noise_is_not(office: Office) -> None:

@@ -16,6 +16,7 @@ from ringfence.audit.proofs_http import ProofApi
 from ringfence.audit.read_back import ReadBack
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.store import SqliteIndex
+from ringfence.kernel.bus import DeadLetters
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.process import run
@@ -46,6 +47,8 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         runtime.clock,
         runtime.trust,
         index.use_of_break_glass,
+        # By itself, as it halts at nothing: audit goes on telling whatever the others halt at.
+        bury=DeadLetters(runtime.publisher, runtime.role, runtime.clock).bury,
         settle_ms=own.settle_ms,
     )
     directory.on_change(handlers.on_change)

@@ -7,7 +7,7 @@ import itertools
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ringfence.audit import (
@@ -29,7 +29,7 @@ from ringfence.audit.domain import RequestFacts
 from ringfence.audit.intake import Intake, Told
 from ringfence.audit.ocsf import MAX_EVENT_BYTES, Event, shortened
 from ringfence.kernel import metrics
-from ringfence.kernel.bus import BatchHandler
+from ringfence.kernel.bus import BatchHandler, gather_all
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.envelope import recipients_of, unverified_about
 from ringfence.kernel.errors import InvalidMessageError
@@ -90,6 +90,14 @@ log = logging.getLogger(__name__)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _UNSETTLED = frozenset({"key_unknown", "chain_broken", "not_reviewer", "break_glass_unknown"})
 """What may only mean that the local tables, or the index, are a moment behind."""
+BURIED_HERE = frozenset(
+    {TRUST, APPROVAL_REQUEST, LEASE, CREDENTIAL_REPLY, REVOCATION_ACK, SERVICE_EVENT, ACTION}
+)
+"""Topics that the other services follow and, as they run by default, do not consume: what is invalid there audit sends
+to the dead letters. Not what is invalid among those themselves: two versions that cannot read each other's would go on
+for ever.
+"""
+Bury = Callable[[Received, InvalidMessageError], Awaitable[None]]
 
 
 class _Ready(NamedTuple):
@@ -100,6 +108,8 @@ class _Ready(NamedTuple):
     body: bytes
     event: dict[str, Any]
     unsettled: bool
+    unbelieved: InvalidMessageError | None = None
+    """Why it says that nobody is believed to have written the record."""
 
 
 class AuditHandlers:
@@ -113,13 +123,16 @@ class AuditHandlers:
         trust: TrustStore,
         use_of: Callable[[str], Mapping[str, Any] | None],
         *,
+        bury: Bury,
         settle_ms: int,
     ) -> None:
         """Args:
             use_of: the words of the event about a use of break glass, by the id of its request, if it is indexed.
+            bury: sends what is invalid to the dead letters; of the topics where nobody else does that.
             settle_ms: how old a record may get while its signer, agent or task is not in the local tables yet.
         """  # fmt: skip
         self._use_of = use_of
+        self._bury = bury
         self._intake = intake
         self._believer = believer
         self._clock = clock
@@ -203,18 +216,23 @@ class AuditHandlers:
         except OutdatedError as error:
             return _ready(self._expired(record, error), False)
         except (InvalidMessageError, ChainError) as error:
-            code, unsettled = error.code, error.code in _UNSETTLED
+            why, unsettled = InvalidMessageError(str(error), code=error.code), error.code in _UNSETTLED
         except Exception:
             # One record that audit cannot describe must not hide all those that follow it.
             where = (record.topic_name, record.partition, record.offset)
             log.exception("no event could be made of %s/%d@%d", *where)
-            code = "unreadable"
-        return _ready(service_events.not_believed(record, code), unsettled)
+            why = InvalidMessageError("audit could not read it", code="unreadable")
+        return _ready(service_events.not_believed(record, why.code), unsettled, why)
 
     async def _publish(self, batch: Sequence[Received], ready: Sequence[_Ready]) -> None:
         await self._intake.hand_over(
             Told(one.key, one.uid, one.body, record.traceparent, one.event)
             for record, one in zip(batch, ready, strict=True)
+        )
+        await gather_all(
+            self._bury(record, one.unbelieved)
+            for record, one in zip(batch, ready, strict=True)
+            if one.unbelieved is not None and record.topic in BURIED_HERE
         )
         for class_uid, count in Counter(one.event["class_uid"] for one in ready).items():
             metrics.AUDIT_EVENTS.labels(str(class_uid)).inc(count)
@@ -592,12 +610,12 @@ class AuditHandlers:
                 return self._of_agent(agent)
 
 
-def _ready(event: Event, unsettled: bool) -> _Ready:
+def _ready(event: Event, unsettled: bool, unbelieved: InvalidMessageError | None = None) -> _Ready:
     body = linkable(event.body)
     if len(body) > MAX_EVENT_BYTES:
         event = shortened(event)
         body = linkable(event.body)
-    return _Ready(event.key, event.uid, body, event.body, unsettled)
+    return _Ready(event.key, event.uid, body, event.body, unsettled, unbelieved)
 
 
 def _lacks_people(event: Event) -> bool:
