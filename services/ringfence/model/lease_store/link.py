@@ -208,6 +208,8 @@ class Link:
             if name not in run_ids:
                 info = await client.execute_command(*WHO, **({"target_nodes": node} if node else {}))
                 run_ids[name] = server_id(info)
+                if node:  # it may have another history since connections to it were made
+                    self._servers[node.host, int(node.port)] = run_ids[name]
             yield run_ids[name], value
 
     async def _greet(self, connection: AbstractConnection) -> None:
