@@ -29,7 +29,7 @@ help: ## show the targets
 # itself is installed as a link into services/.
 $(STAMP): pyproject.toml requirements.lock
 	$(need_python)
-	@echo "Setting up $(VENV) (once; about a minute)"
+	@echo "Setting up $(VENV) (once; about a minute)" >&2
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: \
