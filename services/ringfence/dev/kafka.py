@@ -80,7 +80,7 @@ class EmbeddedKafka:
         self._launch()
 
     def _launch(self) -> None:
-        binary = _binary()
+        binary = program()
         self.port = claim_port(self.port, "The embedded Kafka broker", "--free-ports")
         self._store.mkdir(parents=True, exist_ok=True)
         argv = [str(binary), "start", "--data-dir", str(self._store), "--host", LOOPBACK]
@@ -150,10 +150,14 @@ def _string(text: str) -> bytes:
     return struct.pack(">h", len(encoded)) + encoded
 
 
-def _binary() -> Path:
+def program() -> Path:
+    """The broker's own binary. Raises StackError with a remedy where it is not installed."""
     package = importlib.util.find_spec("noida_db")
     if package is None or package.origin is None:
-        raise StackError("The embedded Kafka broker is not installed: pip install '.[dev]' brings it.")
+        raise StackError(
+            "The embedded Kafka broker is not installed; it comes with the extra `dev` (ringfence[dev]): "
+            "pip install '.[dev]'"
+        )
     binary = Path(package.origin).with_name("noida-db")
     if not binary.is_file():
         raise StackError(

