@@ -42,3 +42,27 @@ async def test_it_is_not_ready_before_its_tables_though_it_has_no_consumer(world
         open_now.set()
         stop.set()
         await running
+
+
+async def test_with_the_key_of_another_it_waits_and_takes_no_work(world: World) -> None:
+    """Records that a registry signs by another's key would stand in the place of those that count."""
+    opened: list[bool] = []
+
+    async def opening() -> None:
+        opened.append(True)
+
+    mistaken = world.folder / "keys" / "policy.json"
+    runtime = Runtime("registry", world.settings("registry", key_file=mistaken))
+    runtime.on_start(opening)
+    stop = asyncio.Event()
+    running = asyncio.create_task(runtime.run(stop))
+    try:
+        async with asyncio.timeout(60):
+            while not any("has no registry" in reason for reason in runtime.unready()):
+                assert not opened
+                await asyncio.sleep(0)
+        assert any(f"{mistaken}" in reason and "RINGFENCE_KEY_FILE" in reason for reason in runtime.unready())
+    finally:
+        stop.set()
+        await running
+    assert not opened

@@ -71,10 +71,12 @@ class Runtime:
         self._consumers: list[Consumer] = []
         self._started = False
         """Whether all tables are complete, and work is taken."""
+        self._waits_for: str | None = None
+        """What was told already, of what it waits for before it begins."""
         self._background: list[tuple[str, Callable[[], Awaitable[None]]]] = []
         self._skew = SkewCheck("the broker")
         self._checks: list[ReadyCheck] = [
-            self.trust.unready,
+            self._untrusted,
             self._follower_check,
             self._consumer_check,
             self._skew.unready,
@@ -299,7 +301,7 @@ class Runtime:
             self._followers.insert(0, self._table_follower)
         tables, self._followers = self._followers, [trust]
         await _until_available(trust.start, stop, http)
-        await _until(lambda: trust.complete.is_set() and self.trust.version is not None, stop, http)
+        await _until(lambda: trust.complete.is_set() and self._is_believed(), stop, http)
         for opening in self._opening:
             await _until_available(opening, stop, http)
         for follower in tables:
@@ -307,6 +309,19 @@ class Runtime:
             await _until_available(follower.start, stop, http)
         await _until(lambda: all(f.complete.is_set() for f in self._followers), stop, http)
         return not stop.is_set()
+
+    def _untrusted(self) -> str | None:
+        """Why this service believes nobody, or, before it begins, nobody would believe it: the records of a registry
+        with another's key would stand in the place of those that count.
+        """
+        return self.trust.unready() or (None if self._started else self._keys.unknown(self.role))
+
+    def _is_believed(self) -> bool:
+        reason = self._untrusted()
+        if reason and reason != self._waits_for:
+            log.warning("waiting: %s", reason)
+        self._waits_for = reason
+        return reason is None
 
     def _on_tables(self, records: Sequence[Received]) -> None:
         if not records:

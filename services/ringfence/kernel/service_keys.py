@@ -13,6 +13,7 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.keys import KeyFileError, SigningKey, valid_key
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.keys import KeyRecord
+from ringfence.messages.trust import ServiceRole
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,26 @@ class ServiceKeys:
         if self._clock.now_ms() >= self._choose_at_s * 1000:
             self._choose()
         return self._current
+
+    def unknown(self, role: ServiceRole) -> str | None:
+        """Why nobody would believe what this service signs: the bundle in force names none of its keys for its role.
+
+        Not asked is whether they count by now: one that ended is another matter.
+        """
+        services = self._trust.require().services if self._trust.version is not None else ()
+        held = {key.kid for key in self._held}
+        if any(
+            service.id == self._current.id
+            and role in service.roles
+            and not held.isdisjoint(key.kid for key in service.keys)
+            for service in services
+        ):
+            return None
+        return (
+            f"the trust bundle in force has no {role} {self._current.id} with the key in {self._file}, so nobody would "
+            f"believe what it signs; put the {role}'s own key there (RINGFENCE_KEY_FILE), or publish the bundle that "
+            "names this one: ringfence init --publish"
+        )
 
     def _records(self) -> tuple[KeyRecord, ...]:
         services = self._trust.require().services if self._trust.version is not None else ()
