@@ -21,7 +21,7 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.kernel.settings import ServiceSettings, load, of_setting
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, TRUST
 from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
@@ -38,7 +38,11 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     # Audit denies nothing, so a table that is behind is no reason to stop: what it cannot verify it says so.
     directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
     believer = Believer(runtime.trust, directory, own)
-    index = SqliteIndex(settings.state_dir / own.index_file if settings.state_dir is not None else None)
+    with of_setting("RINGFENCE_STATE_DIR"):
+        index = SqliteIndex(settings.state_dir / own.index_file if settings.state_dir is not None else None)
+        proofs = ProofStore(
+            runtime.trust, settings.state_dir / own.tree_file if settings.state_dir is not None else None
+        )
     lately, read_back = Lately(), ReadBack()
     intake = Intake(runtime.publisher, lambda: runtime.key, settings.trust_domain, runtime.clock, lately)
     handlers = AuditHandlers(
@@ -54,9 +58,6 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     directory.on_change(handlers.on_change)
     runtime.history([TRUST], handlers.bundles.on_records, since_ms=0, linger_ms=own.linger_ms)
     runtime.table(TABLES, directory.on_records)
-    proofs = ProofStore(
-        runtime.trust, settings.state_dir / own.tree_file if settings.state_dir is not None else None
-    )
 
     detector = Detector(own, index, intake, runtime.clock, settings.trust_domain) if own.detect else None
 

@@ -33,7 +33,7 @@ def check(services: Sequence[str]) -> None:
     for cls in _classes(services):
         found += problems(cls)
     if found:
-        raise wrong(found)
+        raise wrong(list(dict.fromkeys(found)))
 
 
 def _key(name: str, settings: ServiceSettings) -> str | None:

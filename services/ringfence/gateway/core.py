@@ -29,10 +29,11 @@ from ringfence.gateway.view import View
 from ringfence.kernel import metrics
 from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.kernel.settings import ServiceSettings, load, of_setting
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REPLY
 from ringfence.model.sharing import KeyUses
+from ringfence.rego.bundle import load_bundle
 from ringfence.rego.engine import ACTION
 from ringfence.rego.reloading import BundleWatch
 from ringfence.rego.settings import OpaSettings, engine_of
@@ -60,9 +61,9 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     shared = SharedKeys(runtime, KeyUses())
     runtime.background("shared keys", shared.tell)
     identifier = Identifier(settings.trust_domain, view.directory, view.table, proofs, clock, shared.used)
-    engine = engine_of(
-        load(OpaSettings), own.bundle, timeout_ms=own.evaluation_timeout_ms, entry_point=ACTION
-    )
+    with of_setting("RINGFENCE_GATEWAY_BUNDLE"):
+        bundle = load_bundle(own.bundle)
+    engine = engine_of(load(OpaSettings), bundle, timeout_ms=own.evaluation_timeout_ms, entry_point=ACTION)
     declared = Declared(all_backends(Material(settings.trust_domain, settings.issuer_url)))
     sealed = SealedCredentials(
         view.table, runtime.trust, clock,
@@ -129,7 +130,8 @@ def _recorder(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings)
 def _seal_key(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> EncryptionKey | None:
     """The key that credentials are sealed to. Without one, only static secrets are injected."""
     path = own.seal_key_file or settings.key_dir / f"{_name(runtime)}{SEAL}"
-    return EncryptionKey.load(path) if own.seal_key_file is not None or path.exists() else None
+    with of_setting("RINGFENCE_GATEWAY_SEAL_KEY_FILE"):
+        return EncryptionKey.load(path) if own.seal_key_file is not None or path.exists() else None
 
 
 def _name(runtime: Runtime) -> str:

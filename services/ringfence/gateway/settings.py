@@ -6,14 +6,24 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from ringfence.kernel.settings import RingfenceSettings
 from ringfence.messages.base import TargetId
 from ringfence.rego.embedded import TIMEOUT_MS
 
-Listen = Annotated[str, Field(pattern=r"^(([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):)?\d{1,5}$")]
+
+def _with_a_port(text: str) -> str:
+    port = text.rpartition(":")[2]
+    if int(port) > 65_535:
+        raise ValueError(f"{port} is no port: they go to 65535")
+    return text
+
+
+Listen = Annotated[
+    str, Field(pattern=r"^(([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):)?\d{1,5}$"), AfterValidator(_with_a_port)
+]
 """`port` of this machine's loopback alone, or `host:port`."""
 
 

@@ -65,7 +65,10 @@ class Spool:
                 f"another gateway uses {folder}: set RINGFENCE_GATEWAY_SPOOL to another folder"
             ) from None
         except (OSError, ValueError) as error:
-            raise SpoolError(f"the spool {folder} cannot be used: {error}") from None
+            why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise SpoolError(
+                f"the spool {folder} cannot be used: {why}; set RINGFENCE_GATEWAY_SPOOL to another folder"
+            ) from None
         self._unsynced = False
         self._total = sum(self._sizes.values())
 

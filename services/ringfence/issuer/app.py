@@ -27,7 +27,7 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.kernel.settings import ServiceSettings, load, of_setting
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION
 from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
@@ -123,12 +123,15 @@ def build(
 
 
 def _token_keys(settings: ServiceSettings, own: IssuerSettings) -> TokenKeys:
-    """Raises TokenKeyError, KeyFileError."""
-    signing = [own.token_key_file or settings.key_dir / TOKEN_KEY_FILE, own.rs256_token_key_file]
-    return TokenKeys(
-        [TokenKey.load(file) for file in signing if file is not None],
-        [TokenKey.load(file) for file in own.published_token_key_files],
-    )
+    """Raises SettingsError, and TokenKeyError where they do not go together."""
+    with of_setting("RINGFENCE_ISSUER_TOKEN_KEY_FILE"):
+        signing = [TokenKey.load(own.token_key_file or settings.key_dir / TOKEN_KEY_FILE)]
+    if own.rs256_token_key_file is not None:
+        with of_setting("RINGFENCE_ISSUER_RS256_TOKEN_KEY_FILE"):
+            signing.append(TokenKey.load(own.rs256_token_key_file))
+    with of_setting("RINGFENCE_ISSUER_PUBLISHED_TOKEN_KEY_FILES"):
+        published = [TokenKey.load(file) for file in own.published_token_key_files]
+    return TokenKeys(signing, published)
 
 
 def _seal_key(named: Path | None, usual: Path) -> EncryptionKey | None:
@@ -136,7 +139,8 @@ def _seal_key(named: Path | None, usual: Path) -> EncryptionKey | None:
     installation of before has none, and the issuer says so to whoever asks for delivery to the gateway.
     """
     file = named or (usual if usual.exists() else None)
-    return EncryptionKey.load(file) if file is not None else None
+    with of_setting("RINGFENCE_ISSUER_SEAL_KEY_FILE"):
+        return EncryptionKey.load(file) if file is not None else None
 
 
 def main() -> int:

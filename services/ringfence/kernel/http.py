@@ -175,5 +175,6 @@ class HttpServer(uvicorn.Server):
             await self.serve()
         except SystemExit:  # uvicorn's way to say that it could not bind
             raise ListenError(
-                f"cannot listen on {self.config.host}:{self.config.port}: it is in use; set {self._setting}"
+                f"cannot listen on {self.config.host}:{self.config.port}: it is in use, or no address of this machine; "
+                f"set {self._setting}"
             ) from None

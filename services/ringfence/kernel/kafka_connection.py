@@ -33,7 +33,7 @@ def connection(settings: BusSettings) -> dict[str, Any]:
 def no_answer(settings: BusSettings, error: Exception) -> UnavailableError:
     """What is said where no connection comes about: a broker does not tell strangers why."""
     security = settings.kafka_security_protocol
-    remedy = "set RINGFENCE_KAFKA"
+    remedy = "set RINGFENCE_KAFKA, or RINGFENCE_KAFKA_SECURITY_PROTOCOL where it takes another"
     if security != "PLAINTEXT":
         remedy += f", and see who we are to it: RINGFENCE_KAFKA_{security.partition('_')[0]}_*, and its ACLs"
     why = type(error).__name__

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -17,7 +18,7 @@ from pydantic_settings import (
 )
 from pydantic_settings.exceptions import SettingsError as UnreadableError
 
-from ringfence.kernel.errors import SettingsError
+from ringfence.kernel.errors import RingfenceError, SettingsError
 from ringfence.kernel.places import Place
 
 CONFIG_FILE_ENV = "RINGFENCE_CONFIG"
@@ -33,9 +34,20 @@ def _bootstrap(servers: str) -> str:
     """`host:port[,host:port]`; what Kafka's clients would stumble over is said here."""
     for server in servers.split(","):
         host, colon, port = server.strip().rpartition(":")
-        if not (host if colon else port) or (colon and not (port.isdecimal() and 0 < int(port) < 65_536)):
+        if not (host if colon else port) or (colon and not _is_port(port)) or "/" in server:
             raise ValueError(f"{server!r} is not host:port")
     return servers
+
+
+def _is_port(text: str) -> bool:
+    return text.isdecimal() and 0 < int(text) < 65_536
+
+
+def _address(text: str) -> str:
+    _, colon, port = text.partition(":")
+    if colon and not _is_port(port):
+        raise ValueError(f"{port} is no port: they go from 1 to 65535")
+    return text
 
 
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$")]
@@ -97,6 +109,8 @@ class _TomlTable(TomlConfigSettingsSource):
             ) from None
         for part in self._prefix.lower().removeprefix("ringfence_").strip("_").split("_"):
             data = data.get(part, {}) if part else data
+            if not isinstance(data, dict):
+                raise SettingsError(f"{file_path}: {part} is the table [{part}], and no value; correct it")
         return data
 
 
@@ -156,11 +170,13 @@ class ServiceSettings(BusSettings):
     """The service's private key (JSON, mode 0600); `ringfence init` makes one for each service."""
     key_dir: Path = Path(".ringfence/keys")
     """Where `<service>.json` is looked for when `key_file` is not set."""
-    http: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+(:\d{1,5})?$")] = "127.0.0.1"
+    http: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+(:\d{1,5})?$"), AfterValidator(_address)] = (
+        "127.0.0.1"
+    )
     """`host` or `host:port` of the service's HTTP (health, metrics, API); each service has a port of its own."""
-    issuer_url: str = "http://127.0.0.1:8703"
+    issuer_url: Url = "http://127.0.0.1:8703"
     """The `iss` of tokens: where the issuer's HTTP is reached from outside."""
-    policy_url: str = "http://127.0.0.1:8702"
+    policy_url: Url = "http://127.0.0.1:8702"
     """Where policy's HTTP is reached from outside: what AuthZEN calls the policy decision point."""
     partitions: Annotated[int, Field(ge=1, le=1024)] = 6
     """Partitions of the topics keyed by agent id."""
@@ -168,7 +184,7 @@ class ServiceSettings(BusSettings):
     instance: str | None = None
     """A name for this replica that outlives its process (static group membership, KIP-345): after a crash it takes its
     partitions up again at once, instead of after the session timeout. No two live replicas may share one."""
-    grace_s: Annotated[float, Field(gt=0)] = 5.0
+    grace_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
     """How old a view (of records, of revocations) may be before it denies."""
     entitlements_max_age_s: Annotated[int, Field(ge=1)] = 30 * 24 * 3600
     """Past this age a user's entitlements count for nothing."""
@@ -204,6 +220,17 @@ def problems(cls: type[BaseSettings]) -> list[str]:
     return []
 
 
+@contextlib.contextmanager
+def of_setting(name: str) -> Iterator[None]:
+    """What goes wrong in here is told as being of this setting. Raises SettingsError."""
+    try:
+        yield
+    except RingfenceError as error:
+        raise SettingsError(f"{name}: {error.message}") from None
+    except OSError as error:
+        raise SettingsError(f"{name}: {error.filename}: {error.strerror}") from None
+
+
 def wrong(lines: Sequence[str]) -> SettingsError:
     """The error that says all of this."""
     return SettingsError(
@@ -226,7 +253,7 @@ def _lines(cls: type[BaseSettings], error: ValidationError) -> list[str]:
             continue
         field = cls.model_fields.get(str(item["loc"][0]))
         meant = " ".join((field.description or "").split()) if field else ""
-        name = f"{prefix}{'_'.join(map(str, item['loc'])).upper()}"
+        name = f"{prefix}{item['loc'][0]}".upper() + "".join(f" ({part})" for part in item["loc"][1:])
         said = item["msg"].removeprefix("Value error, ")
         found.append(f"{name}: {said}" + (f". It is: {meant}" if meant else ""))
     return found

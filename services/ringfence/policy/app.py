@@ -16,7 +16,7 @@ from ringfence.kernel.errors import RingfenceError, UnavailableError
 from ringfence.kernel.kafka import Follower, Received
 from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.kernel.settings import ServiceSettings, load, of_setting
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.messages.topics import (
@@ -54,6 +54,7 @@ from ringfence.policy.sightings import Sightings
 from ringfence.policy.store import HISTORY_MS, Approvers, DecisionsInMemory
 from ringfence.policy.usage_http import UsageApi
 from ringfence.policy.waiting import count_what_waits
+from ringfence.rego.bundle import load_bundle
 from ringfence.rego.engine import ISSUANCE
 from ringfence.rego.reloading import BundleWatch
 from ringfence.rego.settings import OpaSettings, engine_of
@@ -69,9 +70,9 @@ def build(
 ) -> Runtime:
     """The service, ready to run. Raises BackendError, BundleError, KeyFileError, SettingsError."""
     own = own or load(PolicySettings)
-    engine = engine_of(
-        load(OpaSettings), own.bundle, timeout_ms=own.evaluation_timeout_ms, entry_point=ISSUANCE
-    )
+    with of_setting("RINGFENCE_POLICY_BUNDLE"):
+        bundle = load_bundle(own.bundle)
+    engine = engine_of(load(OpaSettings), bundle, timeout_ms=own.evaluation_timeout_ms, entry_point=ISSUANCE)
     runtime = Runtime("policy", settings, clock)
     directory = Directory(
         runtime.trust,

@@ -62,9 +62,7 @@ def load_bundle(folder: Path | None = None) -> Bundle:
         # Lengths, so that no two different bundles run together into the same bytes.
         revision.update(f"{len(name.encode())}:{name}{len(content)}:".encode() + content)
     if not modules:
-        raise BundleError(
-            f"no .rego file in the policy bundle {folder}; set RINGFENCE_POLICY_BUNDLE to a folder that has some"
-        )
+        raise BundleError(f"no .rego file in the policy bundle {folder}; name a folder that has some")
     return Bundle(folder, tuple(modules), tuple(tests), revision.hexdigest())
 
 

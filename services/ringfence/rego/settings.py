@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from ringfence.kernel.settings import RingfenceSettings
-from ringfence.rego.bundle import load_bundle
+from ringfence.rego.bundle import Bundle
 from ringfence.rego.embedded import EmbeddedEngine
 from ringfence.rego.engine import PolicyEngine
 from ringfence.rego.opa import CONNECTIONS, OpaEngine
@@ -26,9 +25,8 @@ class OpaSettings(RingfenceSettings):
     """So many requests are under way to OPA at once."""
 
 
-def engine_of(opa: OpaSettings, folder: Path | None, *, timeout_ms: int, entry_point: str) -> PolicyEngine:
-    """The engine that the settings ask for, with the bundle in a folder (see `load_bundle`). Raises BundleError."""
-    bundle = load_bundle(folder)
+def engine_of(opa: OpaSettings, bundle: Bundle, *, timeout_ms: int, entry_point: str) -> PolicyEngine:
+    """The engine that the settings ask for, with this bundle. Raises BundleError."""
     if opa.url is None:
         return EmbeddedEngine(bundle, timeout_ms=timeout_ms, entry_point=entry_point)
     return OpaEngine(

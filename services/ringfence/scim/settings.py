@@ -28,5 +28,5 @@ class ScimSettings(RingfenceSettings):
     """How old entitlements may get before they are confirmed: a directory tells what changes, and not what stays."""
     heard_s: Annotated[int, Field(ge=60)] = 2 * 3600
     """How long ago the directory may have called for its silence to mean that nothing changed."""
-    check_s: Annotated[float, Field(gt=0)] = 60.0
+    check_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
     """How often that is looked at."""

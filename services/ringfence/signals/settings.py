@@ -54,9 +54,9 @@ class SignalsSettings(RingfenceSettings):
     """How long a poll waits for something to come, at most."""
     push_timeout_s: Annotated[float, Field(gt=0, le=120)] = 10.0
     """How long a receiver may take for one event."""
-    first_delay_s: Annotated[float, Field(gt=0)] = 1.0
+    first_delay_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """How long after a push that failed the next one is tried; then twice as long each time."""
-    longest_delay_s: Annotated[float, Field(gt=0)] = 60.0
+    longest_delay_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
     """The longest time between two tries."""
     stuck_s: Annotated[int, Field(ge=1)] = 300
     """After so long without an event taken, though one is there, `/readyz` warns of a receiver."""

@@ -18,8 +18,8 @@ from redis.asyncio.connection import AbstractConnection, Connection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.crc import key_slot
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import (
+    AuthenticationError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -27,6 +27,7 @@ from redis.exceptions import (
     RedisError,
     ResponseError,
 )
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ringfence.kernel.errors import SettingsError, UnavailableError
@@ -305,9 +306,15 @@ class Link:
             yield
         except _StrangerError:
             raise LostError(f"Redis at {self._address} is not the server that it was") from None
+        except AuthenticationError:
+            raise UnavailableError(
+                f"Redis at {self._address} wants another user or password; set RINGFENCE_REDIS_URL "
+                "(redis://USER:PASSWORD@HOST:PORT/0)"
+            ) from None
         except (RedisConnectionError, RedisTimeoutError, RedisClusterException, OSError) as error:
             raise UnavailableError(
-                f"Redis at {self._address} does not answer ({type(error).__name__}); set RINGFENCE_REDIS_URL"
+                f"Redis at {self._address} does not answer ({type(error).__name__}); set RINGFENCE_REDIS_URL "
+                "(rediss:// where it takes TLS)"
             ) from None
         except OutOfMemoryError:
             raise FullError(
