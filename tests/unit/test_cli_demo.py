@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ringfence.cli.demo import press_approve
+from ringfence.cli.demo import next_commands, press_approve
 from ringfence.kernel.errors import RingfenceError
 
 PENDING: Any = SimpleNamespace(scope=[SimpleNamespace(verbs=["deploy"])], agent="deploy-bot")
@@ -43,3 +44,10 @@ async def test_anything_else_does_not(
     with pytest.raises(RingfenceError, match=says):
         await pressed(keys, monkeypatch)
     assert capsys.readouterr().err.count("[Y/n]") == (2 if keys == b"what?\n" else 1)
+
+
+def test_what_to_try_next_is_there_in_a_clone_and_elsewhere(tmp_path: Path) -> None:
+    assert [line.split()[0] for line in next_commands(tmp_path)] == ["ringfence"] * 3
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/ringfence").touch()
+    assert [line.split()[0] for line in next_commands(tmp_path)] == ["make", *[".venv/bin/ringfence"] * 2]

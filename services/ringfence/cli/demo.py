@@ -81,8 +81,20 @@ async def _line() -> str:
     finally:
         loop.remove_reader(sys.stdin)
     if not (line := os.read(sys.stdin.fileno(), 4096)):  # a terminal gives one line at a time
+        sys.stderr.write("\n")
         raise RingfenceError("nobody is there any more to approve, so the story ends here")
     return line.decode(errors="replace")
+
+
+def next_commands(folder: Path) -> list[str]:
+    """What to try next from this folder: a clone has its own way to start, and its own environment."""
+    own = Path(".venv/bin/ringfence")
+    ringfence, dev = (str(own), "make dev") if (folder / own).exists() else ("ringfence", "ringfence dev")
+    return [
+        f"  {dev:42}  the same stack, to stay",
+        f"  {ringfence} --identity .ringfence/users/sam.json approvals watch",
+        f"  {f'{ringfence} --help':42}  everything else; a tutorial is in README.md",
+    ]
 
 
 class RichNarrator:
@@ -121,12 +133,7 @@ class RichNarrator:
 
     def next_steps(self) -> None:
         self._out.print(
-            "\n[bold]Next:[/]\n"
-            "  make dev                                    the same stack, to stay\n"
-            "  .venv/bin/ringfence --identity .ringfence/users/sam.json approvals watch\n"
-            "  .venv/bin/ringfence --help                  everything else; a tutorial is in README.md",
-            highlight=False,
-            soft_wrap=True,
+            "\n[bold]Next:[/]\n" + "\n".join(next_commands(Path())), highlight=False, soft_wrap=True
         )
 
 
