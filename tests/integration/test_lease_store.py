@@ -60,6 +60,17 @@ def opens_ms(one: SignedLease) -> int:
     return one.claims.deadline // 60 * 60_000 - AHEAD_MS
 
 
+async def test_a_redis_that_does_not_let_us_in_is_told_as_that(settings: ServiceSettings) -> None:
+    address = settings.redis_url.removeprefix("redis://")
+    store = LeaseStore(settings.model_copy(update={"redis_url": f"redis://nobody:hunter2@{address}"}))
+    with pytest.raises(
+        UnavailableError, match="another user or password; set RINGFENCE_REDIS_URL"
+    ) as refused:
+        await store.connect()
+    await store.close()
+    assert "hunter2" not in str(refused.value)
+
+
 # --- issuing ----------------------------------------------------------------------------------------------------------
 
 
