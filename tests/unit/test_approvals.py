@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.messages.credential import RequiredClass
+from ringfence.messages.registry import AgentTransfer, VerbFloor
 from ringfence.model.approvals import may_approve, required_classes, unmet
 from ringfence.model.directory import Directory
-from ringfence.model.requests import Facts
+from ringfence.model.lifecycle import subject_key
+from ringfence.model.requests import Facts, find_ground
+from tests.ledger import Ledger, permission
 
 ROLES = {
     "sam": ("sponsor", "operator"), "maria": ("operator",), "petra": ("sponsor",), "olga": ("operator",),
@@ -96,6 +99,26 @@ def test_it_is_as_few_as_any_assignment_of_people_leaves(
 
     fewest = min(left(chosen) for chosen in set(permutations(padded, len(required))))
     assert len(lacking(required, *people)) == fewest
+
+
+@pytest.mark.parametrize("wanted", ["second_person", "operator", "break_glass"])
+def test_who_hands_their_agent_over_is_nobody_else_by_that(wanted: RequiredClass):
+    """sam has the bot's key, and could name whomever he likes as its sponsor, who need not even agree."""
+    ledger = Ledger()
+    ledger.organisation()
+    roles = ("sponsor", "operator")
+    for who in ("sam", "suzy", "steve"):
+        ledger.give(ledger.user_set("otto", who, roles))
+    ledger.give(ledger.target_set("olga", "staging", verbs=(VerbFloor(verb="deploy"),)))
+    ledger.give(ledger.register("sam", "bot", "sam", ceiling=(permission("**"),)))
+    change = ledger.give(ledger.assign("uma", "bot"))
+    assert change is not None
+    ledger.give(ledger.claims(AgentTransfer, "sam", agent_id="bot", sponsor="suzy"))
+    ground = find_ground(ledger.directory, "bot", subject_key(change.state)[1], "staging")
+    may = {who: may_approve(ledger.directory, who, wanted, ground) for who in ("sam", "suzy", "steve", "uma")}
+    assert may == {"sam": False, "suzy": False, "steve": True, "uma": False}
+    assert may_approve(ledger.directory, "suzy", "sponsor", ground)
+    assert not may_approve(ledger.directory, "sam", "sponsor", ground)
 
 
 def test_no_crowd_takes_long():

@@ -34,7 +34,7 @@ ActionClass = Literal["sponsor", "second_person", "operator"]
 """Whose word one action can wait for."""
 ApprovalClass = Literal["none", "sponsor", "second_person", "operator"]
 """What a target's floor, or a rule of the bundle, can ask for, and so who must approve: nobody; the agent's sponsor; a
-sponsor, or an operator, who is neither the agent's sponsor nor the user it acts for."""
+sponsor, or an operator, who neither is nor was the agent's sponsor, and is not the user it acts for."""
 MAX_OVERLAP_S = 7 * 24 * 3600
 """How long a key of an agent may count on beside the one that takes its place."""
 

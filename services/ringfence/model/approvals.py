@@ -33,8 +33,8 @@ def required_classes(
 def may_approve(directory: Directory, user_id: str, approval_class: RequiredClass, facts: Ground) -> bool:
     """True where the user, as of the present records, can give an approval of this class for such a request.
 
-    All but the sponsor's are the word of somebody else: neither of who answers for an agent of the chain, nor of whom
-    it acts for, whatever roles those have besides.
+    All but the sponsor's are the word of somebody else: neither of who answers, or ever answered, for an agent of the
+    chain, nor of whom it acts for, whatever roles those have besides.
     """
     try:
         entry = directory.user(user_id)

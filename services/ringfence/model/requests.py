@@ -13,8 +13,16 @@ from ringfence.messages.credential import CredentialRequest, DelegatorRevisions,
 from ringfence.messages.instances import InstanceEnrolment
 from ringfence.messages.lease import Delegator
 from ringfence.messages.permission import Permission, Scope
-from ringfence.messages.registry import AgentState, ApprovalClass, TargetState, TaskState, UserState
-from ringfence.model.chains import ChainError
+from ringfence.messages.registry import (
+    AgentRegister,
+    AgentState,
+    AgentTransfer,
+    ApprovalClass,
+    TargetState,
+    TaskState,
+    UserState,
+)
+from ringfence.model.chains import ChainError, unverified_command
 from ringfence.model.directory import Directory, Entry
 from ringfence.model.identity import subject_of
 from ringfence.model.instances import enrolment_of, void
@@ -65,8 +73,8 @@ class Ground:
 
     @property
     def sponsors(self) -> frozenset[str]:
-        """Everybody who answers for one of these agents."""
-        return frozenset((self.agent.state.sponsor, *(step.agent.state.sponsor for step in self.delegations)))
+        """Everybody who answers, or ever answered, for one of these agents: who handed one over may have its key."""
+        return frozenset().union(*map(_sponsors_of, self._agents))
 
     def delegators(self) -> tuple[Delegator, ...] | None:
         """The agents that handed the task on, as a lease names them; None where nobody did."""
@@ -289,6 +297,14 @@ def _standing_of_agent(agent: AgentState, sponsored_by: Entry[UserState] | None)
             f"the sponsor {agent.sponsor} of {agent.agent_id} is no active sponsor; transfer the agent first"
         )
         yield _reason("agent_orphaned", message)
+
+
+@lru_cache(maxsize=_REMEMBERED_WISHES)
+def _sponsors_of(agent: Entry[AgentState]) -> frozenset[str]:
+    """An agent's sponsors, the former ones too: no record of an agent leaves out who handed it over."""
+    commands = map(unverified_command, agent.record.commands)
+    named = (one.sponsor for one in commands if isinstance(one, AgentRegister | AgentTransfer))
+    return frozenset((agent.state.sponsor, *named))
 
 
 def _sides(
