@@ -22,7 +22,13 @@ from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.instances import InstanceEnrolment
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import DeadLetter
-from ringfence.messages.registry import AgentDecommission, AgentResume, AgentSuspend, BackendSettings
+from ringfence.messages.registry import (
+    AgentDecommission,
+    AgentResume,
+    AgentRotateKey,
+    AgentSuspend,
+    BackendSettings,
+)
 from ringfence.messages.topics import ALL, AUDIT, CREDENTIAL_REQUEST, DEAD_LETTER, LEASE, SERVICE_EVENT
 from ringfence.model.attestation import audience
 from ringfence.model.instances import instance_id
@@ -34,7 +40,7 @@ from tests.flows.sdk import READ, client
 from tests.flows.yard import Given, Yard, fresh
 from tests.oidc import TokenIssuer
 from tests.stories import buried, forged, leaves
-from tests.world import WITHIN_S, Party, World, scope
+from tests.world import WITHIN_S, Party, RefusedError, World, scope
 
 ASK: dict[str, Any] = {
     "target": "staging",
@@ -226,6 +232,21 @@ async def test_a_token_is_good_for_one_key(yard: Yard) -> None:
     assert await refused(yard, other, token, key) == "token_replayed", (
         "by the same key, which no event would tell"
     )
+
+
+async def test_the_key_of_an_instance_is_no_other_agents(yard: Yard) -> None:
+    """Nor may somebody register it who has only seen it, in a request or on its way."""
+    agent, other = await yard.agent(yard.selector("github")), await yard.agent(yard.selector("github"))
+    key, world = fresh(agent), yard.world
+    assert (await yard.enrol(agent, yard.token("github"), key)).status_code == 200
+    assert await refused(yard, other, yard.token("github"), key) == "key_taken"
+    assert (await yard.enrol(agent, yard.token("github"), key)).status_code == 200, "again for its own"
+    record = key.record(int(time.time()) + 3600)
+    with pytest.raises(RefusedError, match="key_taken"):
+        await world.agent("squatter", yard.sam, READ, keys=(record,))
+    rotation = world.claims(AgentRotateKey, yard.sam, agent_id=other.name, key=record)
+    with pytest.raises(RefusedError, match="key_taken"):
+        await world.accepted(rotation, yard.sam)
 
 
 async def test_two_requests_at_once_with_one_token_enrol_one_key(yard: Yard) -> None:

@@ -215,6 +215,15 @@ async def test_an_instance_is_told_by_the_key_that_it_enrolled(door: Door) -> No
     assert len(door.uses) == 1, "what is refused is no use"
 
 
+async def test_a_record_that_has_an_instances_key_for_another_agent_takes_nothing_from_it(door: Door) -> None:
+    """Public keys are no secret: an agent can be registered with one by somebody who does not have it."""
+    key = SigningKey.generate(f"spiffe://{TD}/agent/bot")
+    lease = instance(door, key)
+    door.ledger.give(door.ledger.register("sam", "squatter", "sam", keys=(door.ledger.key_record(key),)))
+    found = await door.shown(door.proof(key, lease.lease_id), lease.lease_id)
+    assert found == Sender("bot", door.task, lease.lease_id)
+
+
 async def test_a_lease_of_no_instance_is_bound_to_keys_of_the_record(door: Door) -> None:
     key = SigningKey.generate(f"spiffe://{TD}/agent/bot")
     lease = instance(door, key, instance=None)

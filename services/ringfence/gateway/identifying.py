@@ -142,7 +142,8 @@ class Identifier:
             message = "not a proof: a JWT with typ dpop+jwt, alg ES256 or EdDSA and a public jwk"
             return refused("invalid_dpop_proof", message, status=UNAUTHORIZED)
         now_s = self._clock.now_ms() / 1000
-        owner = self._keys.owner(self._trust_domain, kid, now_s) or _instance_of(lease, kid, now_s)
+        # First whose lease it is: a record that names an instance's key as another agent's takes nothing from it.
+        owner = _instance_of(lease, kid, now_s) or self._keys.owner(self._trust_domain, kid, now_s)
         if owner is None:  # before it is verified and remembered: strangers take no room from agents
             message = "the proof is by a key that is no agent's, or counts no more"
             return refused("proof_by_stranger", message, status=UNAUTHORIZED)

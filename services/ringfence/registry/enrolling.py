@@ -176,10 +176,8 @@ class Enroller:
             at_s=self._runtime.clock.now_ms() / 1000, max_age_s=MAX_TOKEN_AGE_S,
         )  # fmt: skip
         agent, revision = self._agent(claims.iss)
-        if self._memory.holders(kid):
-            raise EnrolRefusedError(
-                "that key belongs to somebody already; make a fresh one", code="key_taken"
-            )
+        if self._memory.registered_by(kid):
+            raise _key_taken()
         selectors = agent.attestation
         if not self._is_bound(token, kid):
             selectors = tuple(selector for selector in selectors if not selector.key_bound)
@@ -238,6 +236,8 @@ class Enroller:
             )
         if known is not None:
             return known.enrolled, False
+        if self._memory.enrolled_by(kid) not in (None, let.agent.agent_id):
+            raise _key_taken()
         ref = EnrolledInstance(
             instance_id=instance_id(digest, kid),
             issuer=let.token.issuer,
@@ -253,9 +253,12 @@ class Enroller:
 
     def _remember(self, spent: _Spent) -> None:
         self._spent.setdefault(spent.enrolled.token_digest, spent)
+        self._memory.enrol(spent.enrolled.kid, spent.agent_id, spent.enrolled.not_after)
         if len(self._spent) % _SWEEP_EVERY == 0:
-            horizon_s = self._runtime.clock.now_ms() // 1000 - TOKENS_REMEMBERED_S
+            now_s = self._runtime.clock.now_ms() // 1000
+            horizon_s = now_s - TOKENS_REMEMBERED_S
             self._spent = {k: v for k, v in self._spent.items() if v.enrolled.enrolled_at >= horizon_s}
+            self._memory.forget_enrolled(now_s)
 
     def on_event(self, event: ServiceEvent) -> None:
         """Read back what this registry, or the replica before it, said."""
@@ -321,3 +324,7 @@ class Enroller:
             reasons=(Reason(code=error.code, message=str(error)[:2048]),),
             agent_id=agent_id if entry is not None else None,
         )
+
+
+def _key_taken() -> EnrolRefusedError:
+    return EnrolRefusedError("that key belongs to somebody already; make a fresh one", code="key_taken")

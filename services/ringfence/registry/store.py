@@ -56,6 +56,8 @@ class Memory:
         self._consents: dict[MessageKey, _Consent] = {}
         self._keys: dict[Subject, frozenset[str]] = {}
         self._holders: dict[str, set[Subject]] = {}
+        self._enrolled: dict[str, tuple[str, int]] = {}
+        """Keys of running instances: of which agent, and until when."""
         self._parts: dict[str, set[str]] = {}
         self._latest_ms = 0
         directory.on_change(self._on_change)
@@ -74,6 +76,15 @@ class Memory:
     def embedded(self, iss: str, jti: str) -> EmbeddedCommand | None:
         """How a record embeds, or once embedded, a command."""
         return self._embedded.get((iss, jti))
+
+    def enrol(self, kid: str, agent_id: str, until_s: int) -> None:
+        """A running instance of an agent has this key for so long."""
+        known = self._enrolled.get(kid)
+        self._enrolled[kid] = (known[0] if known else agent_id, max(until_s, known[1] if known else 0))
+
+    def forget_enrolled(self, now_s: int) -> None:
+        """Let go of the keys of instances whose time is over."""
+        self._enrolled = {kid: one for kid, one in self._enrolled.items() if one[1] > now_s}
 
     # --- surroundings ---
 
@@ -109,6 +120,16 @@ class Memory:
         return record.commands[-1].appended_at_ms if record else 0
 
     def holders(self, kid: str) -> Collection[tuple[str, str]]:
+        agent_id = self.enrolled_by(kid)
+        return {*self.registered_by(kid), *([("agent", agent_id)] if agent_id else [])}
+
+    def enrolled_by(self, kid: str) -> str | None:
+        """The agent of the running instance whose key that is."""
+        found = self._enrolled.get(kid)
+        return found[0] if found else None
+
+    def registered_by(self, kid: str) -> Collection[tuple[str, str]]:
+        """(kind, id) of whose key that is, or was, by a record or the trust bundle."""
         found: set[tuple[str, str]] = set(self._holders.get(kid, ()))
         if self._trust.root_key(self._trust.root_id, kid):
             found.add(("root", self._trust.root_id))
