@@ -14,6 +14,7 @@ from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.operations import Heartbeat, PartitionDigest
+from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentResume,
     AgentSetCeiling,
@@ -324,6 +325,31 @@ def test_an_order_of_the_past_cannot_undo_a_newer_one(ledger: Ledger, delay_ms: 
     assert undone.state.ceiling == WIDE
     assert reader.reads(undone) == ["history_changed"]
     assert ceiling(reader) == ()
+
+
+def test_what_an_operator_narrowed_cannot_be_left_out_with_the_help_of_whom_it_was_narrowed_for(
+    ledger: Ledger,
+):
+    """Nobody widens themselves: what dora sets of herself is held against what otto left her, and that stays."""
+    as_of = ledger.clock.ms // 1000
+
+    def dora_by(who: str, *scope: Permission) -> Any:
+        entitlements = ledger.entitlements(*scope, as_of=as_of)
+        return ledger.user_set(who, "dora", ["operator"], entitlements=entitlements)
+
+    for scope in (WIDE, NARROW):
+        ledger.give(dora_by("otto", *scope))
+    *before, narrowed = record(ledger, "user", "dora").commands
+    reader = Reader(ledger)
+    reader.reads_all()
+    ledger.clock.ms += 5000
+    wide_again = next_record(ledger, [*before, ledger.embed(dora_by("dora", *WIDE))], "user", "dora")
+    assert wide_again.state.entitlements.scope == WIDE, "by the chain alone it holds"
+    assert narrowed not in wide_again.commands
+    assert reader.reads(wide_again) == ["history_changed"]
+    entry = reader.directory.user("dora")
+    assert entry is not None
+    assert entry.state.entitlements.scope == NARROW
 
 
 def test_a_sponsors_suspension_cannot_take_the_place_of_an_operators(ledger: Ledger):

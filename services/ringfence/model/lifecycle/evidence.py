@@ -95,7 +95,8 @@ def may_be_dropped(command: Command, before: Command | None, after: Sequence[Com
         case TargetSet() | TargetRemove():
             return any(isinstance(later, TargetSet) for later in newer)
         case UserSet():
-            follows = bool(after) and after[0] in newer
+            # What somebody set of themselves was held against what it follows: that stays, as `still_needed` has it.
+            follows = bool(after) and after[0] in newer and not _by_oneself(after[0])
             return before is not None and follows and _same_standing(before, command, after[0])
         case _:
             return False
@@ -118,5 +119,5 @@ def _hands(command: UserSet) -> tuple[object, ...]:
     return command.roles, command.keys, active, command.iss if provisioned else None
 
 
-def _by_oneself(command: UserSet) -> bool:
-    return subject_of(command.aud, command.iss, "user") == command.user_id
+def _by_oneself(command: Command) -> bool:
+    return isinstance(command, UserSet) and subject_of(command.aud, command.iss, "user") == command.user_id
