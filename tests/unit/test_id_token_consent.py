@@ -167,6 +167,22 @@ def test_which_claim_names_the_user_is_in_the_trust_bundle(ledger: Ledger):
             assert "not uma's" in refused(ledger, assign(ledger, token, terms))
 
 
+@pytest.mark.parametrize(
+    ("verified", "counts"),
+    [(None, True), (True, True), ("true", True), (False, False), ("false", False), (1.5, False)],
+)
+def test_an_address_that_the_issuer_has_not_verified_is_nobodys(ledger: Ledger, verified: Any, counts: bool):
+    """Some issuers let their users say any address, and say so beside it."""
+    pinned = {"user_claim": "email", "user_suffix": "@acme.example"}
+    trusting(ledger, ISSUER.pinned("users").model_copy(update=pinned))
+    terms, more = ledger.terms("bot"), {} if verified is None else {"email_verified": verified}
+    token = ISSUER.token(claims_of(ledger, terms, sub="x", email="uma@acme.example", **more))
+    if counts:
+        assert ledger.give(assign(ledger, token, terms)) is not None
+    else:
+        assert "not uma's" in refused(ledger, assign(ledger, token, terms))
+
+
 def test_a_registry_cannot_make_a_task_of_a_token_that_does_not_count(ledger: Ledger):
     terms = ledger.terms("bot")
     change = ledger.give(assign(ledger, ISSUER.token(claims_of(ledger, terms)), terms))
