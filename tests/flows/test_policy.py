@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ringfence.kernel.ids import digest, message_id
-from ringfence.kernel.jws import sign
+from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Received, to_json
 from ringfence.kernel.trace import trace_id
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
+from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentSuspend, BackendSettings, UserDisable
 from ringfence.messages.topics import (
     APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
     CREDENTIAL_DECISION,
     CREDENTIAL_REQUEST,
+    SERVICE_EVENT,
 )
 from ringfence.messages.trust import ServiceRole
 from ringfence.policy.settings import PolicySettings
@@ -310,6 +313,53 @@ async def test_who_asks_too_often_is_refused_and_told_when_to_ask_again(world: W
         claims, _ = office.request(READ, other, task_id=task)
         await office.send(CREDENTIAL_REQUEST, sign(claims, other.key), key=other.name)
         assert (await office.final(message_id(claims.iss, claims.jti))).outcome == "allowed"
+
+
+async def test_why_something_was_denied_is_told_when_policy_keeps_the_text_no_longer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ringfence.policy.store.MOST_DENIALS", 1)
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        asked = [await office.ask(scope("platform", ["read"], ["elsewhere"])) for _ in range(2)]
+        await office.final(asked[0])
+        await office.reply(asked[1], "denied")  # the text of the other one has gone by then
+        answers = [await world.get("policy", f"/v1/decisions/{one.id}", office.sam) for one in asked]
+        told = [answer.json() for answer in answers]
+    assert "beyond_scope" in {reason["code"] for reason in told[0]["reasons"]}
+    for name in ("outcome", "reasons", "required"):
+        assert told[0].get(name) == told[1].get(name)
+
+
+async def test_who_goes_on_asking_is_not_answered_for_ever_and_what_is_not_is_counted(world: World):
+    own: dict[ServiceRole, Any] = {"policy": PolicySettings(agent_requests_per_minute=2)}
+    async with world.running("registry", "policy", own=own):
+        office = await Office.open(world)
+        before, asked = 0, list[Asked]()
+        while len({one.sent.appended_at_ms // 60_000 for one in asked}) != 1:  # no minute ends between them
+            before, asked = before + len(asked), [await office.ask(READ) for _ in range(60)]
+        told = await world.consume_until(
+            SERVICE_EVENT,
+            lambda record: _counts(_finding(record)) and _finding(record).source == asked[-1].sent,
+        )
+        assert (_finding(told).kind, _finding(told).agent_id) == ("finding", None)
+        findings = [one for record in await world.records(SERVICE_EVENT) if _counts(one := _finding(record))]
+        counted = sum(int(one.reasons[0].message.split()[0]) for one in findings)
+        decided = [office.opened(record) for record in await world.records(CREDENTIAL_DECISION)]
+    assert all(f"{office.bot.name} (" in one.reasons[0].message for one in findings)
+    assert Counter(one.request_id for one in decided).most_common(1)[0][1] == 1
+    assert len(decided) + counted == before + len(asked)
+    outcomes = Counter(one.outcome for one in decided if one.request_id in {each.id for each in asked})
+    assert outcomes["allowed"] == 2
+    assert 2 <= outcomes["denied"] <= 33  # a batch is begun together
+
+
+def _finding(record: Received) -> ServiceEvent:
+    return parse(record.value).unverified_claims(ServiceEvent)
+
+
+def _counts(event: ServiceEvent) -> bool:
+    return any(reason.code == "requests_shed" for reason in event.reasons)
 
 
 async def test_nobody_is_refused_for_what_policy_has_not_read_yet(world: World):

@@ -103,6 +103,30 @@ async def test_what_was_decided_is_known_after_a_restart(memory: DecisionsInMemo
     assert denied.jws is not None  # its reply may have to be sent again
 
 
+async def test_the_texts_of_the_last_denials_are_kept_and_who_was_denied_stays_known(
+    memory: DecisionsInMemory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ringfence.policy.store.MOST_DENIALS", 2)
+    await memory.settle()
+    requests = [request(f"number {number}") for number in range(4)]
+    for number, one in enumerate(requests):
+        memory.on_records([record(decision(one, "denied", number), number)])
+    known = [memory.get(message_id(one.iss, one.jti)) for one in requests]
+    assert [one and (one.outcome, one.jws is None) for one in known] == [
+        ("denied", True), ("denied", True), ("denied", False), ("denied", False),
+    ]  # fmt: skip
+
+
+async def test_the_last_request_of_which_something_is_known(memory: DecisionsInMemory):
+    await memory.settle()
+    assert memory.reached(1) == -1
+    memory.on_records([record(decision(request("one"), "denied", 7), 0)])
+    assert (memory.reached(0), memory.reached(1)) == (-1, 7)
+    memory.claim("two", "deploy-bot", Place(1, 9), at_ms=NOW_MS, exp=NOW + 60)
+    memory.claim("three", "deploy-bot", Place(1, 8), at_ms=NOW_MS, exp=NOW + 60)
+    assert memory.reached(1) == 9
+
+
 async def test_a_redelivery_is_where_it_was_and_a_replay_elsewhere(memory: DecisionsInMemory):
     await memory.settle()
     one = request()

@@ -36,6 +36,10 @@ KEYS_ENDING = Gauge(
 )
 DECISIONS = Counter("ringfence_decisions_total", "Decisions by outcome", ["outcome"])
 """`outcome`: allowed, denied, approval_required."""
+REQUESTS_SHED = Counter(
+    "ringfence_requests_shed_total",
+    "Requests that policy did not answer: too old for anybody to wait for, or of who was told no too often already",
+)
 APPROVALS_WAITING = Gauge(
     "ringfence_approvals_waiting", "Requests of agents that wait for approvals of people"
 )

@@ -50,6 +50,7 @@ from ringfence.policy.reach_http import ReachApi
 from ringfence.policy.roster import Roster
 from ringfence.policy.settings import PolicySettings
 from ringfence.policy.sharing import SharedKeys
+from ringfence.policy.shedding import LetGo
 from ringfence.policy.sightings import Sightings
 from ringfence.policy.store import HISTORY_MS, Approvers, DecisionsInMemory
 from ringfence.policy.usage_http import UsageApi
@@ -124,16 +125,18 @@ def build(
     judge = Judge(runtime, directory, engine, holdings, (history,), grants, declared)
     limits = Limits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
     pending = PendingLimits(own.agent_pending_approvals, own.sponsor_pending_approvals)
+    gatekeeper, let_go = Gatekeeper(directory, limits), LetGo(runtime, decisions)
     requests = RequestHandler(
         runtime,
         opener,
-        Gatekeeper(directory, limits),
+        gatekeeper,
         judge,
         decisions,
         answers,
         Doorkeeper(directory, decisions, pending),
         recall,
         SharedKeys(runtime, KeyUses()),
+        let_go,
         approval_timeout_s=own.approval_timeout_s,
     )
     approvals = ApprovalHandler(runtime, directory, opener, judge, decisions, answers, recall)
@@ -174,8 +177,11 @@ def build(
     runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
     runtime.background("overdue approvals", close_overdue)
     runtime.background("inventory", roster.keep)
+    runtime.background("what is let go", let_go.run)
+    runtime.on_stop(let_go.close)
     runtime.ready_when(decisions.unready)
     runtime.denies_when(directory.stale)
+    runtime.warns_when(lambda: gatekeeper.behind(runtime.clock.now_ms()))
     runtime.routes += Api(runtime, directory, decisions).routes()
     runtime.routes += UsageApi(runtime, directory, holdings, sightings).routes()
     runtime.routes += InventoryApi(runtime, directory, roster, directory.stale).routes()

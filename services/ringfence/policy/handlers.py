@@ -16,6 +16,7 @@ from ringfence.policy.judge import Judge
 from ringfence.policy.limits import Doorkeeper, Gatekeeper
 from ringfence.policy.opening import Opener
 from ringfence.policy.sharing import SharedKeys
+from ringfence.policy.shedding import LetGo
 from ringfence.policy.store import Decisions, Place
 
 
@@ -33,6 +34,7 @@ class RequestHandler:
         doorkeeper: Doorkeeper,
         recall: Callable[[], Awaitable[None]],
         shared: SharedKeys,
+        let_go: LetGo,
         *,
         approval_timeout_s: int,
     ) -> None:
@@ -46,10 +48,16 @@ class RequestHandler:
         self._doorkeeper = doorkeeper
         self._recall = recall
         self._shared = shared
+        self._let_go = let_go
         self._approval_timeout_s = approval_timeout_s
 
     async def handle(self, record: Received) -> None:
         """Take one request to its decision. Raises InvalidMessageError where it is none, or not signed by an agent."""
+        if self._gatekeeper.lets_go(record, self._runtime.clock.now_ms()) and not self._let_go.is_known(
+            record
+        ):
+            self._let_go.count(record)
+            return
         case, late = await self._opener.request(record)
         place = Place(record.partition, record.offset)
         known = self._decisions.claim(

@@ -59,7 +59,12 @@ class Api:
         return JSONResponse(view)
 
     async def _decision(self, request: Request) -> Response:
-        return JSONResponse(_decided(self._known(request)))
+        known = self._known(request)
+        view = _decided(known)
+        if known.outcome == "denied" and known.jws is None:
+            told = await self._explainer.explain(known)
+            view |= {name: told[name] for name in ("reasons", "required") if name in told}
+        return JSONResponse(view)
 
     async def _explanation(self, request: Request) -> Response:
         """Of a decision that is remembered; or of the one that stands at `partition` and `offset`, as audit tells."""

@@ -9,12 +9,16 @@ from collections import Counter
 from dataclasses import dataclass
 from math import ceil
 
+from ringfence.kernel.kafka import Received
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.policy.domain import Case, Judgement, denied
+from ringfence.policy.shedding import Backlog, Stage
 from ringfence.policy.store import Decisions
 
 _WINDOW_MS = 60_000
+MOST_REFUSALS = 20
+"""So often a minute an agent is told no while policy is behind. Else as often as it may ask."""
 PENDING_RETRY_S = 60
 """When to ask again where too much waits for people."""
 
@@ -47,16 +51,38 @@ class Gatekeeper:
         self._limits = limits
         self._window = 0
         self._counts: Counter[str] = Counter()
+        self._refusals: Counter[str] = Counter()
+        """By agent. Only what its signature was verified of counts: nobody uses up what another is told."""
+        self._backlog = Backlog(limits.wait_s)
+
+    def lets_go(self, record: Received, now_ms: int) -> bool:
+        """Whether a request gets no answer, nor is even opened. To be asked of each, in their order."""
+        self._begin(record.appended_at_ms)
+        stage = self._backlog.look(record.partition, record.appended_at_ms, now_ms)
+        most = self._limits.agent_per_minute if stage is Stage.SERVED else MOST_REFUSALS
+        return stage is Stage.UNANSWERED or bool(most and self._refusals[record.key or ""] >= most)
 
     def refusal(self, case: Case, now_ms: int) -> Judgement | None:
         """Why a request that comes for the first time is not weighed, or None. Counts it."""
-        at_ms, wait_ms = case.source.appended_at_ms, self._limits.wait_s * 1000
-        if wait_ms and now_ms - at_ms > wait_ms:
-            # Whoever asked has hardly waited on. Saying so costs less than weighing, so a backlog melts.
-            message = (
-                f"policy is behind: the request waited for {(now_ms - at_ms) / 1000:.0f} s; ask again later"
-            )
-            return denied("overloaded", message, retry_after_s=self._limits.wait_s)
+        found = self._late(case, now_ms) or self._too_many(case)
+        if found is not None:
+            self._refusals[case.agent_id] += 1
+        return found
+
+    def behind(self, now_ms: int) -> str | None:
+        """That requests are turned away for want of time, or None."""
+        return self._backlog.warning(now_ms)
+
+    def _late(self, case: Case, now_ms: int) -> Judgement | None:
+        waited_ms, wait_s = now_ms - case.source.appended_at_ms, self._limits.wait_s
+        if not wait_s or not (waited_ms > wait_s * 1000 or self._backlog.stage(case.source.partition)):
+            return None
+        message = f"policy is behind: the request waited for {waited_ms / 1000:.0f} s; ask again later"
+        return denied("overloaded", message, retry_after_s=wait_s)
+
+    def _too_many(self, case: Case) -> Judgement | None:
+        at_ms = case.source.appended_at_ms
+        self._begin(at_ms)
         agent, sponsor = f"agent {case.agent_id}", _sponsor_of(self._directory, case.agent_id)
         if reached := self._reached(agent, self._limits.agent_per_minute, at_ms):
             return reached
@@ -69,13 +95,14 @@ class Gatekeeper:
             self._counts[f"sponsor {sponsor}"] += 1
         return None
 
-    def _reached(self, who: str, limit: int, at_ms: int) -> Judgement | None:
-        window = at_ms // _WINDOW_MS
-        if (
-            window > self._window
-        ):  # the partitions are not read in step: what is a little older counts here as well
+    def _begin(self, at_ms: int) -> None:
+        # The partitions are not read in step: what is a little older counts here as well.
+        if (window := at_ms // _WINDOW_MS) > self._window:
             self._window = window
             self._counts.clear()
+            self._refusals.clear()
+
+    def _reached(self, who: str, limit: int, at_ms: int) -> Judgement | None:
         if not limit or self._counts[who] < limit:
             return None
         left_s = ceil(((self._window + 1) * _WINDOW_MS - at_ms) / 1000)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, cast
@@ -29,6 +29,8 @@ from ringfence.model.identity import SubjectKind, subject_of
 
 log = logging.getLogger(__name__)
 
+MOST_DENIALS = 2000
+"""The text of so many denials is kept for each partition: more than could come again after a failure or a crash."""
 ANSWER_EXPIRED_WITHIN_MS = 5 * 60 * 1000
 """A request that reached the broker so long after its `exp` is answered with a denial; later, it is dead-lettered."""
 KEEP_MS = 15 * 60 * 1000
@@ -67,7 +69,7 @@ class Known:
     decision_id: str | None = None
     decided_at: Place | None = None
     jws: str | None = None
-    """The decision, where it may be needed again: while approvals are waited for, and of a denial."""
+    """The decision, where it may be needed again: while approvals are waited for, and of a denial lately."""
     pending: CredentialDecision | None = None
     """The decision that waits for approvals."""
     traceparent: str | None = None
@@ -105,6 +107,10 @@ class Decisions(Protocol):
         """Take in a decision of this service that stands at `at`, appended at `at_ms`. The first final one counts."""
         ...
 
+    def reached(self, partition: int) -> int:
+        """The offset of the last request in a partition of which something is known; -1 where there is none."""
+        ...
+
     def pending(self) -> Iterator[Known]:
         """All requests that wait for approvals."""
         ...
@@ -138,6 +144,8 @@ class DecisionsInMemory:
         self._pending: dict[str, Known] = {}
         self._waiting: Counter[str] = Counter()
         self._ends: dict[int, list[tuple[int, str]]] = {}
+        self._reached: dict[int, int] = {}
+        self._denials: dict[int, deque[Known]] = {}
         self._published: set[Place] = set()
         self._unread: dict[int, list[tuple[int, int, Received]]] | None = {}
         self._settling = asyncio.Lock()
@@ -149,6 +157,7 @@ class DecisionsInMemory:
         if known is None:
             known = self._known[request_id] = Known(request_id, agent_id, at, exp)
             self._forget_at(at.partition, _end_ms(exp, at_ms), known)
+            self._reach(at)
         return known
 
     def get(self, request_id: str) -> Known | None:
@@ -161,6 +170,9 @@ class DecisionsInMemory:
         if before is None or before.decided_at != at:  # else it was read back before it was acknowledged
             self._published.add(at)
         return self._take(decision, jws, at, at_ms, traceparent)
+
+    def reached(self, partition: int) -> int:
+        return self._reached.get(partition, -1)
 
     def pending(self) -> Iterator[Known]:
         yield from list(self._pending.values())
@@ -245,6 +257,7 @@ class DecisionsInMemory:
             request = parse(decision.request).unverified_claims(CredentialRequest)
             agent_id = subject_of(decision.aud, request.iss, "agent") or ""
             known = self._known[id] = Known(id, agent_id, source, request.exp)
+        self._reach(source)
         self._on_decision(decision, known.agent_id)
         final = decision.outcome != "approval_required"
         if known.decided_at is None or self._replaces(known, final, at):
@@ -253,6 +266,8 @@ class DecisionsInMemory:
             known.traceparent = traceparent or known.traceparent
             known.jws = None if decision.outcome == "allowed" else jws
             known.pending = None if final else decision
+            if decision.outcome == "denied":
+                self._keep_text(known, at.partition)
             known.approvals = {
                 id: (approval, known.approvals.get(id, (approval, None))[1])
                 for id, approval in _approvals_of(decision)
@@ -271,6 +286,9 @@ class DecisionsInMemory:
         self._forget_at(at.partition, end_ms, known)
         self._forget_until(at.partition, at_ms)
         return known
+
+    def _reach(self, at: Place) -> None:
+        self._reached[at.partition] = max(self._reached.get(at.partition, -1), at.offset)
 
     def _replaces(self, known: Known, final: bool, at: Place) -> bool:
         assert known.decided_at is not None
@@ -293,6 +311,13 @@ class DecisionsInMemory:
             if known is not None and known.forget_at_ms < at_ms:
                 del self._known[id]
                 self._waits_no_more(id)
+
+    def _keep_text(self, denied: Known, partition: int) -> None:
+        """Keep a denial as a text, and that of an older one no longer: it is most of what is remembered of it."""
+        denials = self._denials.setdefault(partition, deque())
+        denials.append(denied)
+        if len(denials) > MOST_DENIALS:
+            denials.popleft().jws = None
 
     def _waits_no_more(self, id: str) -> None:
         known = self._pending.pop(id, None)
