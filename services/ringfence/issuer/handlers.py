@@ -208,7 +208,7 @@ class DecisionHandler:
 
     async def _open(self, batch: Sequence[Received]) -> list[Decision]:
         """Those that policy signed and that allow; what nobody of authority signed goes to the dead letters."""
-        opened = []
+        opened, failed = list[Decision](), list[tuple[Received, InvalidMessageError]]()
         for record in batch:
             try:
                 signed: Signed[CredentialDecision] = open_signed(
@@ -219,10 +219,11 @@ class DecisionHandler:
                     appended_at_ms=record.appended_at_ms,
                 )
             except InvalidMessageError as error:
-                await self._runtime.letters.bury(record, error)
+                failed.append((record, error))
                 continue
             if signed.claims.outcome == "allowed":
                 opened.append(Decision(signed, record.coordinates, record.traceparent))
+        await gather_all(self._runtime.letters.bury(record, problem) for record, problem in failed)
         return opened
 
     async def _weigh(self, decisions: Sequence[Decision]) -> list[Issue | Refusal]:

@@ -82,9 +82,14 @@ class DeadLetters:
         """When which came, by their digests: somebody who sends one again and again stops nobody."""
 
     async def bury(self, record: Received, error: InvalidMessageError) -> None:
-        """Report one invalid record. Raises HaltedError at the limit of invalid records from trusted signers.
+        """Report one invalid record. Raises as `bury_soon` does; Kafka has the letter when this returns."""
+        await (await self.bury_soon(record, error))
 
-        Raises UnavailableError where its key may be known by now: the same record is to be looked at again.
+    async def bury_soon(self, record: Received, error: InvalidMessageError) -> Awaitable[Any]:
+        """Hand over the report on one invalid record. Await what it returns for the broker's acknowledgement.
+
+        Raises HaltedError at the limit of invalid records from trusted signers, UnavailableError where its key may be
+        known by now: the same record is to be looked at again.
         """
         if error.code == "key_unknown" and self._trust_moved is not None and await self._trust_moved():
             raise UnavailableError(f"a new trust bundle came meanwhile, so once more: {error}")
@@ -108,8 +113,13 @@ class DeadLetters:
             at_ms=self._clock.now_ms(),
         )
         id = derived_id("dead-letter", self._service, record.topic_name, record.partition, record.offset)
-        await self._publisher.publish_plain(
-            DEAD_LETTER, record.topic_name, letter, id=id, traceparent=record.traceparent
+        return await self._publisher.send(
+            DEAD_LETTER,
+            record.topic_name,
+            letter.model_dump_json(exclude_none=True),
+            id=id,
+            type=DEAD_LETTER.what,
+            traceparent=record.traceparent,
         )
 
     def _of_a_bad_deploy(self, record: Received, error: InvalidMessageError) -> bool:
@@ -137,16 +147,23 @@ class DeadLetters:
 
 
 def one_by_one(handle: Handler, letters: DeadLetters) -> BatchHandler:
-    """A batch handler that takes records in order, each after the one before."""
+    """A batch handler that takes records in order, each after the one before.
+
+    What is invalid holds up nothing: its dead letters are waited for together, at the end.
+    """
 
     async def handle_batch(batch: Sequence[Received]) -> None:
-        for record in batch:
-            try:
-                await handle(record)
-                metrics.RECORDS.labels(record.topic.what, "done").inc()
-            except InvalidMessageError as error:
-                await letters.bury(record, error)
-            record.span.end()
+        buried = list[Awaitable[Any]]()
+        try:
+            for record in batch:
+                try:
+                    await handle(record)
+                    metrics.RECORDS.labels(record.topic.what, "done").inc()
+                except InvalidMessageError as error:
+                    buried.append(await letters.bury_soon(record, error))
+                record.span.end()
+        finally:
+            await gather_all(buried)
 
     return handle_batch
 

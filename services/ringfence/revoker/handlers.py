@@ -115,8 +115,7 @@ class RevocationHandler:
     async def _open(self, batch: Sequence[Received]) -> list[Order]:
         """Those with a valid signature of somebody who may have a say; the rest goes to the dead letters."""
         opened, failed = await self._orders.open(batch)
-        for record, problem in failed:
-            await self._runtime.letters.bury(record, problem)
+        await gather_all(self._runtime.letters.bury(record, problem) for record, problem in failed)
         return opened
 
     async def _named(self, cases: Sequence[_Case]) -> dict[str, Lease]:

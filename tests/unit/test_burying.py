@@ -1,0 +1,127 @@
+"""Dead letters are waited for together: else a flood of garbage would hold up what stands between it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from ringfence.issuer.handlers import DecisionHandler
+from ringfence.kernel.bus import (
+    MAX_INVALID_SIGNED,
+    BatchHandler,
+    DeadLetters,
+    HaltedError,
+    one_by_one,
+    side_by_side,
+)
+from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.kafka import Received
+from ringfence.messages.topics import REGISTRY_COMMAND
+from ringfence.revoker.handlers import RevocationHandler
+
+WITHIN_S = 10
+TOGETHER = 8
+
+
+class Broker:
+    """Acknowledges nothing before so many letters have come."""
+
+    def __init__(self, together: int = TOGETHER) -> None:
+        self.letters: list[str] = []
+        self._together = together
+        self._waiting: list[asyncio.Future[None]] = []
+
+    async def send(self, topic: Any, key: str, value: str, **_: Any) -> Awaitable[None]:
+        self.letters.append(value)
+        self._waiting.append(asyncio.get_running_loop().create_future())
+        if len(self.letters) == self._together:
+            for one in self._waiting:
+                one.set_result(None)
+        return self._waiting[-1]
+
+
+def records(*values: str) -> list[Received]:
+    return [
+        Received(REGISTRY_COMMAND, "commands", 0, offset, 0, "key", value.encode(), ())
+        for offset, value in enumerate(values)
+    ]
+
+
+def letters(broker: Broker) -> DeadLetters:
+    return DeadLetters(cast(Any, broker), "test", SystemClock())
+
+
+async def handle(record: Received) -> None:
+    if record.value == b"bad":
+        raise InvalidMessageError("no message")
+
+
+def of_a_bus(order: Any) -> Any:
+    return lambda broker: order(handle, letters(broker))
+
+
+def of_the_revoker(broker: Broker) -> BatchHandler:
+    async def opened(batch: Sequence[Received]) -> Any:
+        return [], [(record, InvalidMessageError("no message")) for record in batch if record.value == b"bad"]
+
+    async def nothing(*_: Any) -> Any:
+        return []
+
+    settings = SimpleNamespace(trust_domain="test.example")
+    runtime = SimpleNamespace(letters=letters(broker), settings=settings, clock=SystemClock())
+    orders = SimpleNamespace(open=opened, objections=nothing)
+    store, ender = SimpleNamespace(epoch=None, confirm=nothing), SimpleNamespace(end=nothing)
+    return RevocationHandler(*cast(Any, (runtime, orders, store, ender, None)))
+
+
+def of_the_issuer(broker: Broker) -> BatchHandler:
+    runtime = SimpleNamespace(letters=letters(broker))
+    others = cast(Any, (runtime, *[None] * 8))
+    handler = DecisionHandler(*others, patience_s=0)
+
+    async def opened(batch: Sequence[Received]) -> None:
+        assert await handler._open([record for record in batch if record.value == b"bad"]) == []
+
+    return opened
+
+
+@pytest.mark.parametrize(
+    "make", [of_a_bus(one_by_one), of_a_bus(side_by_side), of_the_revoker, of_the_issuer]
+)
+async def test_the_letters_of_a_batch_are_waited_for_together(make: Any):
+    broker = Broker()
+    async with asyncio.timeout(WITHIN_S):
+        await make(broker)(records(*["good", "bad"] * TOGETHER))
+    assert len(broker.letters) == TOGETHER
+
+
+async def test_a_batch_is_not_over_before_its_letters_are_there():
+    broker = Broker(2)
+    batch = asyncio.ensure_future(one_by_one(handle, letters(broker))(records("bad", "good")))
+    while not broker.letters:
+        await asyncio.sleep(0)
+    for _ in range(100):  # everything else that it could do, it does
+        await asyncio.sleep(0)
+    assert not batch.done()
+    await letters(broker).bury_soon(records("another")[0], InvalidMessageError("no message"))
+    await asyncio.wait_for(batch, WITHIN_S)
+
+
+async def test_nothing_is_handled_behind_the_record_that_halts():
+    handled = []
+
+    async def refuse(record: Received) -> None:
+        handled.append(record.offset)
+        raise InvalidMessageError("a field is missing", trusted_signer=True)
+
+    broker = Broker(MAX_INVALID_SIGNED)
+    batch = records(*map(str, range(MAX_INVALID_SIGNED + 5)))
+    with pytest.raises(HaltedError):
+        await asyncio.wait_for(one_by_one(refuse, letters(broker))(batch), WITHIN_S)
+    assert handled == [record.offset for record in batch[: MAX_INVALID_SIGNED + 1]]
+    assert len(broker.letters) == MAX_INVALID_SIGNED
