@@ -17,8 +17,8 @@ from ringfence.policy.shedding import Backlog, Stage
 from ringfence.policy.store import Decisions
 
 _WINDOW_MS = 60_000
-MOST_REFUSALS = 20
-"""So often a minute an agent is told no while policy is behind. Else as often as it may ask."""
+SHARE = 20
+"""So many requests of each agent are answered a minute while policy is behind."""
 PENDING_RETRY_S = 60
 """When to ask again where too much waits for people."""
 
@@ -59,8 +59,15 @@ class Gatekeeper:
         """Whether a request gets no answer, nor is even opened. To be asked of each, in their order."""
         self._begin(record.appended_at_ms)
         stage = self._backlog.look(record.partition, record.appended_at_ms, now_ms)
-        most = self._limits.agent_per_minute if stage is Stage.SERVED else MOST_REFUSALS
-        return stage is Stage.UNANSWERED or bool(most and self._refusals[record.key or ""] >= most)
+        agent_id = record.key or ""
+        match stage:
+            case Stage.SERVED:
+                most = self._limits.agent_per_minute
+                return bool(most and self._refusals[agent_id] >= most)
+            case Stage.SHARED:
+                return self._refusals[agent_id] + self._counts[f"agent {agent_id}"] >= SHARE
+            case Stage.UNANSWERED:
+                return True
 
     def refusal(self, case: Case, now_ms: int) -> Judgement | None:
         """Why a request that comes for the first time is not weighed, or None. Counts it."""
@@ -75,7 +82,7 @@ class Gatekeeper:
 
     def _late(self, case: Case, now_ms: int) -> Judgement | None:
         waited_ms, wait_s = now_ms - case.source.appended_at_ms, self._limits.wait_s
-        if not wait_s or not (waited_ms > wait_s * 1000 or self._backlog.stage(case.source.partition)):
+        if not wait_s or waited_ms <= wait_s * 1000:
             return None
         message = f"policy is behind: the request waited for {waited_ms / 1000:.0f} s; ask again later"
         return denied("overloaded", message, retry_after_s=wait_s)

@@ -1,8 +1,8 @@
 """What policy lets go by without an answer of its own, and counts: so a flood does not keep it from everybody else.
 
 A signed refusal costs policy about what a decision does. Where more is asked than can even be refused, who answers
-each in turn answers all of them when nobody waits any more, and issues nothing. So what is behind turns away until it
-has caught up, whoever asked a lot is answered so often and no more, and what nobody waits for is not opened at all.
+each in turn answers all of them when nobody waits any more, and issues nothing. So where it is behind each agent has a
+share until it has caught up, and what nobody waits for is not opened at all.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Stage(IntEnum):
     """What becomes of the requests of a partition."""
 
     SERVED = 0
-    REFUSED = 1
-    """They are told that policy is behind."""
+    SHARED = 1
+    """Each agent has its share of what can be answered, and not more."""
     UNANSWERED = 2
-    """Not even that can be said in time."""
+    """Not even that can be answered in time."""
 
 
 class Backlog:
@@ -65,7 +65,7 @@ class Backlog:
         if age_ms > 2 * self._wait_ms:
             stage = Stage.UNANSWERED
         elif age_ms > self._wait_ms:
-            stage = max(stage, Stage.REFUSED)
+            stage = max(stage, Stage.SHARED)
         elif age_ms <= self._wait_ms / 4:
             stage = Stage.SERVED
         self._stages[partition] = stage
