@@ -331,7 +331,10 @@ async def test_why_something_was_denied_is_told_when_policy_keeps_the_text_no_lo
         assert told[0].get(name) == told[1].get(name)
 
 
-async def test_who_goes_on_asking_is_not_answered_for_ever_and_what_is_not_is_counted(world: World):
+async def test_who_goes_on_asking_is_not_answered_for_ever_and_what_is_not_is_counted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ringfence.policy.limits.TOLD_NO", 2)
     own: dict[ServiceRole, Any] = {"policy": PolicySettings(agent_requests_per_minute=2)}
     async with world.running("registry", "policy", own=own):
         office = await Office.open(world)

@@ -16,7 +16,7 @@ from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 from ringfence.policy.domain import Case
-from ringfence.policy.limits import SHARE, Gatekeeper, Limits
+from ringfence.policy.limits import LOOKED_AT, SHARE, TOLD_NO, Gatekeeper, Limits
 from ringfence.policy.shedding import Backlog, LetGo, Stage
 
 WAIT_S = 40
@@ -108,10 +108,11 @@ def test_where_policy_is_behind_each_agent_has_a_share():
     )  # asked in the next minute
 
 
-def test_who_asks_too_often_is_told_as_often_as_they_may_ask():
-    gate = gatekeeper(agent=3)
-    fates = [fate(gate, record(), START) for _ in range(8)]
-    assert fates == ["served"] * 3 + ["rate_limited"] * 3 + ["let go"] * 2
+@pytest.mark.parametrize(("limit", "told"), [(3, TOLD_NO), (TOLD_NO + 1, TOLD_NO + 1)])
+def test_who_asks_too_often_is_told_as_often_as_they_may_ask(limit: int, told: int):
+    gate = gatekeeper(agent=limit)
+    fates = [fate(gate, record(), START) for _ in range(limit + told + 2)]
+    assert fates == ["served"] * limit + ["rate_limited"] * told + ["let go"] * 2
     assert fate(gate, record(at_ms=START + 60_000), START + 60_000) == "served"
 
 
@@ -121,10 +122,12 @@ def test_what_strangers_write_under_the_key_of_an_agent_uses_up_nothing():
     assert fate(gate, record(), now_ms) == "overloaded"
 
 
-def test_nobody_is_answered_who_waited_for_so_long_that_nobody_waits_any_more():
+def test_few_are_answered_who_waited_for_so_long_that_hardly_anybody_waits_any_more():
     gate = gatekeeper()
-    assert fate(gate, record("a"), START + 81_000) == "let go"
-    assert fate(gate, record("b", at_ms=START + 71_001), START + 82_000) == "let go"
+    fates = [fate(gate, record(f"a{n}"), START + 81_000) for n in range(LOOKED_AT + 1)]
+    assert fates == ["overloaded"] * LOOKED_AT + ["let go"]
+    assert fate(gate, record("b", partition=1), START + 81_000) == "overloaded"
+    assert fate(gate, record("b", at_ms=START + 59_999), START + 82_000) == "let go"
     assert fate(gate, record("c", at_ms=START + 72_000), START + 82_000) == "served"
 
 
@@ -163,7 +166,10 @@ def test_five_times_as_much_as_can_be_answered():
     assert after
 
 
-def test_who_has_a_limit_keeps_nobody_else_from_being_served():
+def test_who_has_a_limit_keeps_nobody_else_from_being_served(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "ringfence.policy.limits.TOLD_NO", 100
+    )  # of 20 answers a second, as a tenth of what is real
     done = flooded(gatekeeper(agent=100))
     assert {became for who, _, _, became in done if who == "honest"} == {"served"}
     assert max(over_ms - at_ms for who, at_ms, over_ms, _ in done if who == "honest") < WAIT_S * 1000 / 2

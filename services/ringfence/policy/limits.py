@@ -17,8 +17,12 @@ from ringfence.policy.shedding import Backlog, Stage
 from ringfence.policy.store import Decisions
 
 _WINDOW_MS = 60_000
-SHARE = 20
+TOLD_NO = 600
+"""So often a minute at least an agent is told that it asks too often; where it may ask more often, as often as that."""
+SHARE = 60
 """So many requests of each agent are answered a minute while policy is behind."""
+LOOKED_AT = 600
+"""So many requests of a minute, in each partition, are answered where nobody is likely to wait for them any more."""
 PENDING_RETRY_S = 60
 """When to ask again where too much waits for people."""
 
@@ -53,6 +57,8 @@ class Gatekeeper:
         self._counts: Counter[str] = Counter()
         self._refusals: Counter[str] = Counter()
         """By agent. Only what its signature was verified of counts: nobody uses up what another is told."""
+        self._looked_at: Counter[int] = Counter()
+        """By partition."""
         self._backlog = Backlog(limits.wait_s)
 
     def lets_go(self, record: Received, now_ms: int) -> bool:
@@ -63,11 +69,12 @@ class Gatekeeper:
         match stage:
             case Stage.SERVED:
                 most = self._limits.agent_per_minute
-                return bool(most and self._refusals[agent_id] >= most)
+                return bool(most and self._refusals[agent_id] >= max(most, TOLD_NO))
             case Stage.SHARED:
                 return self._refusals[agent_id] + self._counts[f"agent {agent_id}"] >= SHARE
             case Stage.UNANSWERED:
-                return True
+                self._looked_at[record.partition] += 1
+                return self._looked_at[record.partition] > LOOKED_AT
 
     def refusal(self, case: Case, now_ms: int) -> Judgement | None:
         """Why a request that comes for the first time is not weighed, or None. Counts it."""
@@ -108,6 +115,7 @@ class Gatekeeper:
             self._window = window
             self._counts.clear()
             self._refusals.clear()
+            self._looked_at.clear()
 
     def _reached(self, who: str, limit: int, at_ms: int) -> Judgement | None:
         if not limit or self._counts[who] < limit:

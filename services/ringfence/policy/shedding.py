@@ -41,7 +41,7 @@ class Stage(IntEnum):
     SHARED = 1
     """Each agent has its share of what can be answered, and not more."""
     UNANSWERED = 2
-    """Not even that can be answered in time."""
+    """Not even that can be answered in time: a few are all the same, in case somebody still waits."""
 
 
 class Backlog:
