@@ -388,3 +388,39 @@ async def test_two_members_share_the_partitions(settings: ServiceSettings, publi
         await send(publisher, *[f"b{n}" for n in range(20)], key="b")
         await done.until(40)
     assert set(done.values) == {f"{k}{n}" for k in "ab" for n in range(20)}
+
+
+async def test_a_leader_that_comes_back_under_its_name_leaves_no_partition_without_a_reader(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    done = Seen()
+    handler = one_by_one(done.add, letters(publisher))
+    name = CREDENTIAL_REQUEST.name(settings.topic_prefix)
+
+    def member(instance: str) -> Consumer:
+        own = settings.model_copy(update={"instance": instance})
+        return Consumer(own, "g", {CREDENTIAL_REQUEST: handler})
+
+    async def shared_by(*members: Consumer) -> None:
+        partitions = await publisher.partitions(CREDENTIAL_REQUEST)
+        async with asyncio.timeout(WITHIN_S):
+            while True:
+                owned = [{number for number in partitions if one.owns(name, number)} for one in members]
+                if all(owned) and sorted(number for some in owned for number in some) == partitions:
+                    return
+                await asyncio.sleep(0.02)
+
+    first, second = member("one"), member("two")
+    async with contextlib.AsyncExitStack() as beside:
+        async with consuming(first):
+            await shared_by(first)
+            await beside.enter_async_context(consuming(second))
+            await shared_by(first, second)
+        again = member("one")
+        await beside.enter_async_context(consuming(again))
+        await shared_by(again, second)
+        keys = [f"agent-{n}" for n in range(20)]
+        for key in keys:
+            await send(publisher, key, key=key)
+        await done.until(len(keys))
+        assert set(done.values) == set(keys)

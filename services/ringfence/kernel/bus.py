@@ -20,7 +20,7 @@ from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 
 from ringfence.kernel import metrics
-from ringfence.kernel.assignors import AllToOneAssignor
+from ringfence.kernel.assignors import AllToOneAssignor, ByInstance
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.committing import COMMIT_MS, Commits
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
@@ -244,7 +244,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._max_records = max_records
         self._linger_ms = linger_ms
         self._on_assigned = on_assigned
-        self._assignor = AllToOneAssignor if alone else RangePartitionAssignor
+        way = AllToOneAssignor if alone else RangePartitionAssignor
+        self._assignor = ByInstance(way, settings.instance)
         self._assigned_anew = True
         self._gathering = Gathering(max_records)
         self._gathering_s = 0.0
