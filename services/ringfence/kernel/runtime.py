@@ -41,6 +41,8 @@ _TRUST_MS = 200
 _CATCH_UP_S = 2.0
 DRAIN_S = 10.0
 """What a batch under way is given to end once the service is told to stop."""
+CLOSE_S = 5.0
+"""So long for the farewell after that: where Kafka is gone, nobody hears of it."""
 
 
 class Runtime:
@@ -268,18 +270,27 @@ class Runtime:
         finally:
             stopping.cancel()
             await self._drain()
-            await _end(work[1:])
-            if started:
-                with contextlib.suppress(Exception):
-                    await self.event("stopped", self.role, about=(self._instance,))
             server.should_exit = True
+            try:
+                async with asyncio.timeout(CLOSE_S):
+                    await self._close(work[1:], tell=started)
+            except TimeoutError:
+                log.warning(
+                    "%s ends without a farewell: Kafka at %s does not answer", self.role, self.settings.kafka
+                )
             await asyncio.gather(work[0], return_exceptions=True)
-            for follower in self._followers:
-                await follower.stop()
-            for closing in self._closing:
-                await closing()
-            await self.publisher.stop()
             await self.tracing.close()
+
+    async def _close(self, work: Sequence[asyncio.Task[None]], *, tell: bool) -> None:
+        await _end(work)
+        if tell:
+            with contextlib.suppress(Exception):
+                await self.event("stopped", self.role, about=(self._instance,))
+        for follower in self._followers:
+            await follower.stop()
+        for closing in self._closing:
+            await closing()
+        await self.publisher.stop()
 
     async def _drain(self) -> None:
         """Let the batches under way come to their ends, and their offsets be committed, within `DRAIN_S`."""
