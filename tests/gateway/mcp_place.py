@@ -79,6 +79,8 @@ class McpPlace(PlayedRecorder):
     def stale(self) -> str | None:
         return None
 
+    doubt = stale
+
     def nonce(self) -> str:
         return "fresh"
 
