@@ -61,6 +61,27 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "the demo leaves nothing behind"
 
 
+@pytest.mark.timeout(240)
+def test_a_step_that_fails_is_said_in_a_line_and_ends_with_1(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [*RINGFENCE, "demo", "--json"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as demo:
+        assert demo.stdout is not None
+        assert any(json.loads(line)["step"] == "bypass.closed" for line in demo.stdout)
+        for process in descendants(demo.pid):
+            if "ringfence.dev.platform" in process.cmdline():
+                process.kill()
+        _, said = demo.communicate(timeout=WITHIN_S)
+    assert demo.returncode == 1
+    assert "the platform at http://127.0.0.1:" in said
+    assert "Traceback" not in said
+
+
 def start_dev(folder: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*RINGFENCE, "dev", "--free-ports", *options],

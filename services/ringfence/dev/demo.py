@@ -90,6 +90,9 @@ class Story:
                 )
                 ends = await stack.enter_async_context(_Ends(settings, bot))
                 await self._task(http, maria, sam, bot, ends)
+        except httpx.TransportError as error:
+            reason = str(error) or type(error).__name__
+            raise StoryError(f"the platform at {self._platform_url} does not answer: {reason}") from None
         finally:
             server.stop()
 
