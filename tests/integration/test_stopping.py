@@ -13,7 +13,7 @@ WITHIN_S = 60
 
 
 def test_services_end_while_the_broker_is_gone(tmp_path: Path) -> None:
-    options = StackOptions(tmp_path / "state", services=("registry", "policy"))
+    options = StackOptions(tmp_path / "state")
     make_trust(TrustFolder(options.state), options.trust_domain, options.operator)
     with Stack(options) as stack:
         processes = {name: psutil.Process(pid) for name, pid in stack.children().items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
@@ -41,8 +40,8 @@ _TRUST_MS = 200
 _CATCH_UP_S = 2.0
 DRAIN_S = 10.0
 """What a batch under way is given to end once the service is told to stop."""
-CLOSE_S = 5.0
-"""So long for the farewell after that: where Kafka is gone, nobody hears of it."""
+FAREWELL_S = 2.0
+"""So long is waited for Kafka to hear of the end of a service, and then for what else was sent to it."""
 
 
 class Runtime:
@@ -270,27 +269,28 @@ class Runtime:
         finally:
             stopping.cancel()
             await self._drain()
+            await _end(work[1:])
+            if started:
+                await self._heard(self.event("stopped", self.role, about=(self._instance,)))
             server.should_exit = True
-            try:
-                async with asyncio.timeout(CLOSE_S):
-                    await self._close(work[1:], tell=started)
-            except TimeoutError:
-                log.warning(
-                    "%s ends without a farewell: Kafka at %s does not answer", self.role, self.settings.kafka
-                )
             await asyncio.gather(work[0], return_exceptions=True)
+            for follower in self._followers:
+                await follower.stop()
+            for closing in self._closing:
+                await closing()
+            await self._heard(self.publisher.stop())
             await self.tracing.close()
 
-    async def _close(self, work: Sequence[asyncio.Task[None]], *, tell: bool) -> None:
-        await _end(work)
-        if tell:
-            with contextlib.suppress(Exception):
-                await self.event("stopped", self.role, about=(self._instance,))
-        for follower in self._followers:
-            await follower.stop()
-        for closing in self._closing:
-            await closing()
-        await self.publisher.stop()
+    async def _heard(self, last: Awaitable[None]) -> None:
+        """See to what Kafka has to acknowledge before the process ends, and go without that where it does not."""
+        try:
+            async with asyncio.timeout(FAREWELL_S):
+                await last
+        except Exception as error:  # noqa: BLE001 - whatever it is, the rest is to be closed as well
+            why = str(error) or type(error).__name__
+            log.warning(
+                "%s ends, and Kafka at %s does not hear of it: %s", self.role, self.settings.kafka, why
+            )
 
     async def _drain(self) -> None:
         """Let the batches under way come to their ends, and their offsets be committed, within `DRAIN_S`."""
