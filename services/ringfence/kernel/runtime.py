@@ -40,7 +40,7 @@ _TRUST_MS = 200
 _CATCH_UP_S = 2.0
 DRAIN_S = 10.0
 """What a batch under way is given to end once the service is told to stop."""
-FAREWELL_S = 2.0
+FAREWELL_S = 5.0
 """So long is waited for Kafka to hear of the end of a service, and then for what else was sent to it."""
 
 
