@@ -167,9 +167,7 @@ def test_five_times_as_much_as_can_be_answered():
 
 
 def test_who_has_a_limit_keeps_nobody_else_from_being_served(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(
-        "ringfence.policy.limits.TOLD_NO", 100
-    )  # of 20 answers a second, as a tenth of what is real
+    monkeypatch.setattr("ringfence.policy.limits.TOLD_NO", 100)  # only 20 answers a second can be had here
     done = flooded(gatekeeper(agent=100))
     assert {became for who, _, _, became in done if who == "honest"} == {"served"}
     assert max(over_ms - at_ms for who, at_ms, over_ms, _ in done if who == "honest") < WAIT_S * 1000 / 2
