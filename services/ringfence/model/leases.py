@@ -187,6 +187,11 @@ def bears(lease: Lease, mark: str) -> bool:
     return mark == ALL_MARK or mark in marks_of(lease)
 
 
+def is_cut_mark(mark: str) -> bool:
+    """Whether a fence is one of those that cut."""
+    return mark.startswith("cut:")
+
+
 def cut_mark(mark: str) -> str:
     """The fence of a selector alone: what it covers is not only not issued any more, it is cut, found or not."""
     return f"cut:{mark}"

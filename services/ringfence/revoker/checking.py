@@ -21,9 +21,27 @@ from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import TRUST
 from ringfence.model.directory import TABLES, Directory
 from ringfence.model.lease_epochs import number_of
-from ringfence.model.lease_store import FENCE_KEEP_MS, GRANT_KEEP_MS, Held, Restoration, uses_of
-from ringfence.model.leases import is_over, own_marks_of, statement
-from ringfence.revoker.truth import Fold, Record, peek, read_leases, read_revocations, verified, whole
+from ringfence.model.lease_store import (
+    FENCE_KEEP_MS,
+    GRANT_KEEP_MS,
+    SLACK_MS,
+    Alive,
+    Held,
+    Restoration,
+    uses_of,
+)
+from ringfence.model.leases import is_cut_mark, is_over, own_marks_of, statement
+from ringfence.revoker.truth import (
+    Fold,
+    Known,
+    Record,
+    Revocations,
+    peek,
+    read_leases,
+    read_revocations,
+    verified,
+    whole,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,20 +53,23 @@ _LATER_MS = 60_000
 
 What = Literal[
     "missing", "behind", "ahead", "differs", "unknown", "misplaced",
-    "unfenced", "overfenced", "unseen", "uncounted",
+    "unfenced", "overfenced", "unseen", "uncounted", "stray", "miscounted", "mistimed", "stuck",
 ]  # fmt: skip
 """`missing`: Redis has no record of a lease. `behind`, `ahead`: it has another `seq`, or is of an older epoch.
 `differs`: its record of the same `seq` says something else. `unknown`: Kafka does not know the lease. `misplaced`: it
 is not where its status says. `unfenced`: a revocation does not stand in the way of what was asked for before it.
 `overfenced`: something stands in the way of what will be asked for. `unseen`: where a revocation stood first is not
 known, so that the same one, sent again, covers more. `uncounted`: a lease does not count for the grant that it names.
+`stray`: something stands in Redis that follows from no record there. `miscounted`: how many leases an agent has with a
+sponsor or a user is counted wrongly. `mistimed`: a key goes at another time than it should. `stuck`: a record waits to
+be published, and no sweeper comes to it.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
     """One thing that Redis has otherwise than Kafka. `about` is a lease's id, that and a grant's, a mark and a shard, a
-    revocation's id, or `epoch`.
+    revocation's id, `epoch`, or what stands in which key of which shard.
     """
 
     about: str
@@ -80,15 +101,14 @@ class Checker:
         found = await self._look()
         if found:
             await asyncio.sleep(AGAIN_S)
-            before = {(one.about, one.what) for one in found}
-            found = [one for one in await self._look() if (one.about, one.what) in before]
-        return sorted(found, key=lambda one: (one.what, one.about))
+            found = {about: one for about, one in (await self._look()).items() if about in found}
+        return sorted(found.values(), key=lambda one: (one.what, one.about))
 
-    async def _look(self) -> list[Difference]:
+    async def _look(self) -> dict[tuple[str, What], Difference]:
         restoration = Restoration(self._settings)
         try:
             await restoration.look()
-            return [one async for one in self._compared(restoration)]
+            return {(one.about, one.what): one async for one in self._compared(restoration)}
         finally:
             await restoration.close()
 
@@ -107,10 +127,19 @@ class Checker:
                 yield Difference("epoch", "behind", str(fold.epochs.highest()), epoch)
         records = await self._believed(restoration, fold, fold_anew)
         wanted = list(dict.fromkeys([*records, *ids]))
+        alive: dict[str, Alive] = {}
         for start in range(0, len(wanted), _AT_A_TIME):
             some = wanted[start : start + _AT_A_TIME]
             marks = {id: _marks(records[id].jws) if id in records else () for id in some}
-            for id, held in (await restoration.held(marks)).items():
+            found = await restoration.held(marks)
+            # Of what Kafka does not know, or not yet, Redis's own record says by what it should be found.
+            alone = {
+                id: _marks(held.stored.jws) for id, held in found.items() if id not in records and held.stored
+            }
+            marks |= alone
+            for id, held in (found | await restoration.held(alone)).items():
+                if held.stored is not None and held.stored.status not in TERMINAL:
+                    alive[id] = Alive.of(held.stored)
                 for one in _differences(
                     id, records.get(id), held, marks[id], waiting, now_ms, self._record_keep_ms
                 ):
@@ -118,6 +147,8 @@ class Checker:
         async for one in self._uncounted(restoration, records, now_ms):
             yield one
         revocations = await read_revocations(self._settings, self._directory, self._trust)
+        async for stray in restoration.survey(alive, Known(fold, records, revocations), now_ms).strays():
+            yield Difference(stray.about, stray.what, stray.wanted, stray.found)
         fences = revocations.fences(now_ms - FENCE_KEEP_MS)
         for shard, known in enumerate(await restoration.fences()):
             for mark, before_ms in fences.items():
@@ -126,7 +157,7 @@ class Checker:
                         f"{mark} in shard {shard}", "unfenced", str(before_ms), str(known.get(mark, ""))
                     )
             for mark, before_ms in known.items():
-                if before_ms > max(now_ms + _LATER_MS, fences.get(mark, 0)):
+                if not _is_rightly_fenced(mark, before_ms, fences.get(mark, 0), revocations, now_ms):
                     yield Difference(
                         f"{mark} in shard {shard}", "overfenced", str(fences.get(mark, "")), str(before_ms)
                     )
@@ -188,6 +219,8 @@ def _differences(
     if record is None:
         if stored is None or (id, stored.seq) not in waiting:
             yield Difference(id, "unknown", "", redis)
+        if stored is not None:
+            yield from _ill_kept(id, "", held, marks, now_ms, record_keep_ms)
         return
     kafka = _told(record)
     if stored is None:
@@ -201,8 +234,17 @@ def _differences(
             yield Difference(id, "ahead", kafka, redis)
     elif stored.jws != record.jws and not _say_the_same(stored.jws, record.jws):
         yield Difference(id, "differs", kafka, redis)
+    yield from _ill_kept(id, kafka, held, marks, now_ms, record_keep_ms)
+
+
+def _ill_kept(
+    id: str, kafka: str, held: Held, marks: Sequence[str], now_ms: int, record_keep_ms: int
+) -> Iterator[Difference]:
+    """What does not go with the record that Redis has of a lease."""
     for place in _misplaced(held, marks, now_ms):
         yield Difference(id, "misplaced", kafka, place)
+    for when in _mistimed(held, now_ms, record_keep_ms):
+        yield Difference(id, "mistimed", kafka, when)
 
 
 def _misplaced(held: Held, marks: Sequence[str], now_ms: int) -> Iterator[str]:
@@ -210,19 +252,54 @@ def _misplaced(held: Held, marks: Sequence[str], now_ms: int) -> Iterator[str]:
     stored = held.stored
     assert stored is not None
     over = stored.status not in ("minting", "active", "ending")
-    is_due = held.deadline_ms is not None
-    if over and (is_due or held.claimed or held.live or held.marks):
+    is_due, is_live = held.deadline_ms is not None, held.live_until_ms is not None
+    if over and (is_due or held.claimed or is_live or held.marks):
         yield "ended, and still to be ended"
     elif not over and not (is_due or held.claimed):
         yield "no revoker will come to it"
+    elif not over and is_due and (held.claimed or stored.status != "active"):
+        yield "due, and taken by somebody already"
     elif held.deadline_ms is not None and held.deadline_ms != stored.deadline_ms:
         yield "due at another time than its deadline"
     if not over and held.marks != frozenset(marks):
         yield "not found by: " + ", ".join(sorted(set(marks) - held.marks))
-    if stored.status == "active" and not held.live and stored.deadline_ms > now_ms:
+    if stored.status == "active" and not is_live and stored.deadline_ms > now_ms:
         yield "active, and its credential is refused"
-    if stored.status == "ending" and held.live:
-        yield "cut, and not refused by its live key"
+    if stored.status in ("minting", "ending") and is_live:
+        yield "cut, or not issued yet, and not refused by its live key"
+
+
+def _mistimed(held: Held, now_ms: int, record_keep_ms: int) -> Iterator[str]:
+    """What of a lease goes at another time than it should."""
+    stored, kept_until_ms = held.stored, held.kept_until_ms
+    assert stored is not None
+    if held.live_until_ms not in (None, stored.deadline_ms):
+        yield f"live until {_when(held.live_until_ms)}, and due at {stored.deadline_ms}"
+    if stored.status in TERMINAL and kept_until_ms is not None:
+        # It is kept from its end, or from its deadline where that comes later.
+        latest_ms = max(now_ms, stored.deadline_ms) + record_keep_ms + SLACK_MS
+        if not stored.deadline_ms + record_keep_ms <= kept_until_ms <= latest_ms:
+            yield f"its record is kept until {_when(kept_until_ms)}"
+
+
+def _when(at_ms: int | None) -> str:
+    return "for ever" if at_ms == -1 else str(at_ms)
+
+
+def _is_rightly_fenced(
+    mark: str, before_ms: int, wanted_ms: int, revocations: Revocations, now_ms: int
+) -> bool:
+    """Whether a fence stands for something that somebody revoked.
+
+    What records of agents, tasks and users took away is fenced as well, and they need not be on Kafka any more. A cut
+    is a selector's alone: it stands for one that is there, or was until a while ago.
+    """
+    if before_ms <= wanted_ms:
+        return True
+    if before_ms > now_ms + _LATER_MS:
+        return False
+    was_kept = now_ms - before_ms < FENCE_KEEP_MS
+    return not (is_cut_mark(mark) and was_kept) or before_ms in revocations.claimed_at_ms
 
 
 def _place(at: Coordinates) -> str:

@@ -29,11 +29,20 @@ from ringfence.messages.lease import Lease, LeaseEpoch
 from ringfence.messages.topics import LEASE
 from ringfence.model.directory import Directory
 from ringfence.model.lease_epochs import marker_key
-from ringfence.model.lease_store import FENCE_KEEP_MS, Had, LeaseStore, LostError, Restoration, SignedLease
+from ringfence.model.lease_store import (
+    FENCE_KEEP_MS,
+    Had,
+    Knowledge,
+    LeaseStore,
+    LostError,
+    Restoration,
+    SignedLease,
+)
 from ringfence.model.leases import comes_after, cut_before, follow, restated
 from ringfence.model.opening import open_lease
 from ringfence.revoker.truth import (
     Fold,
+    Known,
     Record,
     Revocations,
     read_leases,
@@ -108,6 +117,10 @@ class Rebuilder:
         fold_anew = partial(
             Fold, trust=self._runtime.trust, over_before_s=(now_ms - self._store.record_keep_ms) / 1000
         )
+        if restoration.anew:
+            books = restoration.survey(await restoration.alive(), Knowledge(), now_ms).books()
+            if mended := await restoration.mend(books):
+                log.warning("%d entries of outboxes and signers were wrong, and are mended", mended)
         alive = await restoration.ids()
         fold = fold_anew(held=frozenset(alive))
         epoch = await self._read(restoration, fold)
@@ -144,6 +157,12 @@ class Rebuilder:
             ]  # fmt: skip
             await restoration.restore(await self.cut_revoked(leases, revocations, epoch), over)
             restored += len(leases)
+        if restoration.anew:
+            await self._put_right(restoration, fold, [id for id in had if id not in over])
+            knowledge = Known(fold, fold.highest, revocations)
+            survey = restoration.survey(await restoration.alive(), knowledge, now_ms)
+            if mended := await restoration.mend(survey.strays()):
+                log.warning("%d entries did not follow from any lease, and are mended", mended)
         await restoration.fence(revocations.fences(now_ms - FENCE_KEEP_MS))
         await restoration.first_seen({id: order.at for id, order in revocations.orders.items()})
         await restoration.resume(epoch)
@@ -246,6 +265,34 @@ class Rebuilder:
             return {}
         stored = await restoration.records(ids)
         return {id: had[id].seq for id in ids if id in stored and self._opened(id, stored[id].jws) is None}
+
+    async def _put_right(self, restoration: Restoration, fold: Fold, ids: Iterable[str]) -> None:
+        """Write again what follows from records that Redis has and Kafka has not, and have those published.
+
+        What nobody signed who may is no lease: it is taken away where Kafka knows nothing of it either.
+        """
+        unknown = [id async for id in restoration.ended() if not fold.knows(id)]
+        wanted = list(dict.fromkeys([*ids, *unknown]))
+        waiting = await restoration.waiting()
+        for start in range(0, len(wanted), _AT_A_TIME):
+            right: list[SignedLease] = []
+            nobodys: list[str] = []
+            for id, stored in (await restoration.records(wanted[start : start + _AT_A_TIME])).items():
+                if stored.seq <= (fold.highest[id].seq if id in fold.highest else 0):
+                    continue
+                lease = self._opened(id, stored.jws)
+                if lease is not None:
+                    right.append(SignedLease(lease, stored.jws.decode("ascii")))
+                elif not fold.knows(id):
+                    nobodys.append(id)
+            if nobodys:
+                log.error("%d leases in Redis are nobody's word, and taken away: %s", len(nobodys), nobodys)
+                await restoration.drop(nobodys)
+            known = {one.claims.lease_id: fold.highest.get(one.claims.lease_id) for one in right}
+            await restoration.put_right(right, {id: one.seq if one else 0 for id, one in known.items()})
+            await restoration.queue(
+                [one for one in right if (one.claims.lease_id, one.claims.seq) not in waiting]
+            )
 
     async def _count_unpublished(self, restoration: Restoration, ids: Sequence[str]) -> None:
         """Count leases that only Redis has for the grants that they name: those may be on a shard that was lost."""

@@ -13,6 +13,7 @@ import orjson
 
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.ids import derived_id
 from ringfence.kernel.kafka import Follower, Received
 from ringfence.kernel.keys import b64decode
 from ringfence.kernel.settings import ServiceSettings
@@ -22,7 +23,7 @@ from ringfence.messages.lease import TERMINAL, Delegator, Lease
 from ringfence.messages.topics import LEASE, REVOCATION_REQUEST
 from ringfence.model.directory import Directory
 from ringfence.model.lease_epochs import Epochs
-from ringfence.model.lease_store import SignedLease
+from ringfence.model.lease_store import Knowledge, SignedLease
 from ringfence.model.leases import ALL_MARK, cut_mark, is_covered, mark_of, marks_of
 from ringfence.model.opening import open_lease
 from ringfence.model.orders import Order, may_have_selector, objection, open_order
@@ -115,6 +116,10 @@ class Fold:
         self._counts = counts
         self._over: set[bytes] = set()
 
+    def knows(self, lease_id: str) -> bool:
+        """Whether a lease has any record that counts, also one that ended long ago."""
+        return lease_id in self.highest or bytes.fromhex(lease_id.replace("-", "")) in self._over
+
     def add(self, records: Iterable[Received]) -> None:
         """Take records in, in any order."""
         for record in records:
@@ -149,9 +154,14 @@ class Fold:
 class Revocations:
     """The selectors of those who may give them, each by its first record."""
 
-    def __init__(self, orders: Iterable[Order] = ()) -> None:
+    def __init__(self, orders: Iterable[Order] = (), claimed: Iterable[tuple[str, int]] = ()) -> None:
+        """`claimed`: id and append time, in ms, of all that claims to be a selector, nothing of it verified."""
         self.orders: dict[str, Order] = {}
         """By their ids."""
+        claimed = list(claimed)
+        self.claimed = frozenset(id for id, _ in claimed)
+        """What is on the topic at all, followed or not."""
+        self.claimed_at_ms = frozenset(at_ms for _, at_ms in claimed)
         for order in orders:
             first = self.orders.get(order.id)
             if first is None or order.at.appended_at_ms < first.at.appended_at_ms:
@@ -178,6 +188,29 @@ class Revocations:
         return min(found, key=lambda order: order.at.appended_at_ms, default=None)
 
 
+class Known(Knowledge):
+    """What Kafka knows that Redis's own records do not say."""
+
+    def __init__(self, fold: Fold, records: Mapping[str, Record], revocations: Revocations) -> None:
+        """`records`: those that count."""
+        self._fold = fold
+        self._records = records
+        self._revocations = revocations
+
+    def knows(self, lease_id: str) -> bool:
+        return self._fold.knows(lease_id)
+
+    def is_order(self, id: str) -> bool:
+        return id in self._revocations.claimed
+
+    def names_grant(self, lease_id: str, grant_id: str) -> bool | None:
+        record = self._records.get(lease_id)
+        if record is None:
+            return None
+        lease = unverified(record.jws) if record.granted else None
+        return lease is not None and grant_id in (lease.grants or ())
+
+
 async def read_leases(
     settings: ServiceSettings, fold: Fold, then: Callable[[Follower], Awaitable[None]] | None = None
 ) -> None:
@@ -198,16 +231,28 @@ async def read_revocations(settings: ServiceSettings, directory: Directory, trus
         settings, REVOCATION_REQUEST, lambda records: selectors.extend(filter(may_have_selector, records))
     )
     orders = []
+    claimed: list[tuple[str, int]] = []
     for number, record in enumerate(selectors):
         if number % _PAUSE_EVERY == 0:
             await asyncio.sleep(0)
+        if (id := _unverified_order_id(record.value)) is not None:
+            claimed.append((id, record.appended_at_ms))
         try:
             order = open_order(record, directory, trust)
         except InvalidMessageError:
             continue  # its handler buries it
         if order.claims.selector is not None and objection(order, None, directory) is None:
             orders.append(order)
-    return Revocations(orders)
+    return Revocations(orders, claimed)
+
+
+def _unverified_order_id(jws: bytes) -> str | None:
+    """The id of an order by what it says of itself: enough to know that it is on its topic."""
+    try:
+        claims = orjson.loads(b64decode(jws.split(b".")[1]))
+        return derived_id("revocation", claims["iss"], claims["jti"])
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 async def verified(

@@ -23,6 +23,7 @@ from ringfence.model.lease_store.link import FullError, LostError
 from ringfence.model.lease_store.packing import expanded
 from ringfence.model.lease_store.restoring import Had, Held, Restoration
 from ringfence.model.lease_store.store import LeaseStore
+from ringfence.model.lease_store.surveying import SLACK_MS, Alive, Knowledge
 from ringfence.model.lease_store.values import (
     Activation,
     Claimed,
@@ -45,11 +46,14 @@ __all__ = [
     "MIN_LEFT_MS",
     "RECORD_KEEP_MS",
     "SELECTOR_KEEP_MS",
+    "SLACK_MS",
     "Activation",
+    "Alive",
     "Claimed",
     "FullError",
     "Had",
     "Held",
+    "Knowledge",
     "LeaseStore",
     "Looked",
     "LostError",

@@ -42,9 +42,12 @@ def place_of_text(text: bytes) -> Coordinates:
 
 
 def restoring(
-    at: Keys, lease: SignedLease, record_keep_ms: int, *, over_seq: int = 0
+    at: Keys, lease: SignedLease, record_keep_ms: int, *, over_seq: int = 0, published: int | None = None
 ) -> tuple[tuple[str | bytes, ...], tuple[Argument, ...]]:
-    """The keys and arguments of RESTORE, of a lease of this shard. Also where Redis has `over_seq`, or a lower one."""
+    """The keys and arguments of RESTORE, of a lease of this shard. Also where Redis has `over_seq`, or a lower one.
+
+    `published`: the `seq` that Kafka has, where that is not the record's; whoever has claimed the lease keeps it then.
+    """
     claims, id = lease.claims, packed(lease.claims.lease_id)
     # Nobody has the token of a lease that was being minted: its issuer takes it over, or a revoker aborts it.
     head = head_of(claims) + (" -" if claims.status == "minting" else "")
@@ -58,7 +61,7 @@ def restoring(
         ),
         (
             id,
-            max(claims.seq, over_seq),
+            max(claims.seq, over_seq) if published is None else published,
             claims.status,
             claims.deadline * 1000,
             head,
@@ -67,6 +70,7 @@ def restoring(
             MINTING_MS if claims.status == "minting" else 0,
             max(claims.seq, over_seq + 1),
             claims.agent_id,
+            "CH" if published is None else "NX",
         ),
     )
 

@@ -35,6 +35,11 @@ DUE = "due:"
 SPREAD = "spread"
 REBUILDING = "rebuilding"
 BY_AGENT = "by:agent:"
+AGENTS = "agents:"
+LIVE = "live:"
+OUTBOX = "outbox"
+SELECTOR = "selector:"
+GRANT = "grant:"
 THUMBPRINT = "key"
 """A field among the leases of an agent: that of its key which their records leave out."""
 
@@ -74,18 +79,18 @@ class Keys:
         self.claimed = base + "claimed"
         """Sorted set: leases that an issuer is minting or a revoker is ending, by the time, in ms, from which a revoker
         may take them over."""
-        self.outbox = base + "outbox"
+        self.outbox = base + OUTBOX
         """Hash: `<lease id>:<seq>` to a signed lease record that Kafka has not acknowledged yet."""
         self.outbox_times = base + "outbox-times"
         """Sorted set: the fields of the outbox by the time, in ms, when they were written or last taken."""
         self.fences = base + "fences"
         """Sorted set: marks (`task:<id>`, `all`) by `issued_before` in ms."""
-        self.live_prefix = f"{base}live:".encode()
+        self.live_prefix = f"{base}{LIVE}".encode()
         """Before a lease id: an empty string that Redis expires at the deadline; gone from the cut on."""
         self.index_prefix = base + BY_AGENT
         """Before the id of an agent: a hash of the ids of its leases that have not ended, with nothing, and the
         thumbprint of its key (`THUMBPRINT`)."""
-        self.agents_prefix = f"{base}agents:"
+        self.agents_prefix = base + AGENTS
         """Before the mark of a sponsor or user: a hash of the agents that have such leases, and how many each. There is
         none of a task, which is one agent's, and none of a target: that many agents use many targets would make it as
         large as a set of leases, and it is seldom asked for."""
@@ -114,11 +119,11 @@ class Keys:
 
     def grant(self, id: str) -> str:
         """Set: the ids of the leases that name a grant. On the shard of the grant, `GRANT_KEEP_MS` past the last."""
-        return f"{self._base}grant:{id}"
+        return f"{self._base}{GRANT}{id}"
 
     def selector(self, id: str) -> str:
         """Where on Kafka a selector was seen first: `<topic> <partition> <offset> <append time>`."""
-        return f"{self._base}selector:{id}"
+        return f"{self._base}{SELECTOR}{id}"
 
 
 def is_kept(key: bytes) -> bool:
@@ -145,6 +150,11 @@ def unpacked(id: bytes) -> str:
 def outbox_field(lease_id: str, seq: int) -> bytes:
     """The name of one record in the outbox."""
     return b"%b:%d" % (packed(lease_id), seq)
+
+
+def is_outbox_field(field: bytes) -> bool:
+    """Whether something is the name of a record in the outbox."""
+    return field[ID_BYTES : ID_BYTES + 1] == b":" and field[ID_BYTES + 1 :].isdigit()
 
 
 def lease_of_field(field: bytes) -> tuple[str, int]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
+from ringfence.messages.lease import TERMINAL
 from ringfence.model.lease_store.arguments import (
     NO_LIMIT,
     place_of_text,
@@ -21,12 +22,14 @@ from ringfence.model.lease_store.arguments import (
 )
 from ringfence.model.lease_store.keys import (
     ANEW,
+    ENDED,
     FENCE_KEEP_MS,
     ID_BYTES,
     RECORD_KEEP_MS,
     SELECTOR_KEEP_MS,
     Keys,
     is_kept,
+    is_outbox_field,
     lease_of_field,
     outbox_field,
     packed,
@@ -51,6 +54,7 @@ from ringfence.model.lease_store.scripts import (
     held,
 )
 from ringfence.model.lease_store.shards import epoch_name, epoch_server
+from ringfence.model.lease_store.surveying import Alive, Knowledge, Stray, Survey
 from ringfence.model.lease_store.values import SignedLease, StoredLease
 
 log = logging.getLogger(__name__)
@@ -78,10 +82,13 @@ class Held:
     """Everything that Redis holds of one lease."""
 
     stored: StoredLease | None
-    live: bool
+    live_until_ms: int | None
+    """When its live key goes, -1 for never; None where there is none."""
     deadline_ms: int | None
     """Its place among the deadlines, or the minutes."""
     claimed: bool
+    kept_until_ms: int | None
+    """When its record goes, of one that has ended, -1 for never; None where none stands among those."""
     marks: frozenset[str]
     """Those that it is found by."""
 
@@ -181,9 +188,10 @@ class Restoration:
         await self._link.pipeline(gone)
 
     async def _void_claim(self, first: Keys) -> None:
-        """Take away the claim of a rebuild that another server saw begin: this one only remembers it."""
-        (claim,) = await self._link.pipeline([("GET", first.rebuilding)])
-        if claim is not None and epoch_server(claim) != self._run_ids[0]:
+        """Take away the claim of a rebuild that another server saw begin, which this one only remembers, and one that
+        has no end: nobody gives it signs of life."""
+        claim, left_ms = await self._link.pipeline([("GET", first.rebuilding), ("PTTL", first.rebuilding)])
+        if claim is not None and (left_ms == -1 or epoch_server(claim) != self._run_ids[0]):
             await self._link.scripts([Call(GIVE_UP, (first.rebuilding,), (claim,))])
 
     async def keep(self) -> None:
@@ -285,10 +293,21 @@ class Restoration:
     # --- what there is, as it is ---
 
     async def ids(self) -> list[str]:
-        """All leases that Redis thinks have not ended: those that somebody will come to, and those that nobody will."""
+        """All leases that Redis thinks have not ended: those that somebody will come to, and those that nobody will.
+
+        What stands in a shard that is not its own is none.
+        """
         commands = [one for at in self._keys for one in (all_ids(at), ("HKEYS", at.leases))]
-        answers = await self._link.pipeline(commands)
-        return list(dict.fromkeys(unpacked(id) for ids in answers for id in ids if len(id) == ID_BYTES))
+        answers = iter(await self._link.pipeline(commands))
+        return list(
+            dict.fromkeys(
+                id
+                for at in self._keys
+                for ids in (next(answers), next(answers))
+                for id in (unpacked(one) for one in ids if len(one) == ID_BYTES)
+                if self._at(id) is at
+            )
+        )
 
     async def records(self, lease_ids: Sequence[str]) -> dict[str, StoredLease]:
         """The records of these leases, as far as there are any. In a rebuild."""
@@ -313,7 +332,65 @@ class Restoration:
     async def waiting(self) -> set[tuple[str, int]]:
         """The records (lease id, `seq`) that Kafka has not acknowledged, as far as Redis knows."""
         answers = await self._link.pipeline([("HKEYS", at.outbox) for at in self._keys])
-        return {lease_of_field(field) for fields in answers for field in fields}
+        return {lease_of_field(field) for fields in answers for field in fields if is_outbox_field(field)}
+
+    def survey(self, alive: Mapping[str, Alive], knowledge: Knowledge, now_ms: int) -> Survey:
+        """A look at every key, held against the records that Redis has."""
+        return Survey(self._link, self._prefix, self._keys, alive, knowledge, now_ms)
+
+    async def alive(self) -> dict[str, Alive]:
+        """What Redis has of each lease that has not ended. Of all that it holds nothing else is needed at once."""
+        ids, alive = await self.ids(), dict[str, Alive]()
+        for start in range(0, len(ids), _AT_A_TIME):
+            for id, one in (await self.held(dict.fromkeys(ids[start : start + _AT_A_TIME], ()))).items():
+                if one.stored is not None and one.stored.status not in TERMINAL:
+                    alive[id] = Alive.of(one.stored)
+        return alive
+
+    async def ended(self) -> AsyncIterator[str]:
+        """The ids of all leases that have ended, as far as Redis knows them still."""
+        async for key in self._link.keys(f"{self._prefix}{{*}}:{ENDED}*"):
+            id = key.partition(f"}}:{ENDED}".encode())[2]
+            if len(id) == ID_BYTES:
+                yield unpacked(id)
+
+    async def mend(self, strays: AsyncIterator[Stray]) -> int:
+        """Put right what does not follow from the records. In a rebuild. Returns how much that was."""
+        count, commands = 0, list[Command]()
+        async for one in strays:
+            count += 1
+            commands += one.mend
+            if len(commands) >= _AT_A_TIME:
+                await self._mend(commands)
+                commands = []
+        await self._mend(commands)
+        return count
+
+    async def _mend(self, commands: Sequence[Command]) -> None:
+        await self.keep()  # nobody else is at it
+        await self._link.pipeline(commands)
+
+    async def drop(self, lease_ids: Sequence[str]) -> None:
+        """Take away the records of leases that are none. In a rebuild: what else there is of them is mended after."""
+        commands: list[Command] = []
+        for lease_id in lease_ids:
+            at, id = self._at(lease_id), packed(lease_id)
+            commands += [always("HDEL", at.leases, id), ("UNLINK", at.ended(id))]
+        await self._mend(commands)
+
+    async def put_right(self, leases: Sequence[SignedLease], published: Mapping[str, int]) -> None:
+        """Write everything again that follows from these records, which Redis has and Kafka has not. In a rebuild.
+
+        `published`: the `seq` that Kafka has of them, none is 0.
+        """
+        calls = []
+        for one in leases:
+            at, id = self._at(one.claims.lease_id), one.claims.lease_id
+            written = restoring(
+                at, one, self._record_keep_ms, over_seq=one.claims.seq, published=published[id]
+            )
+            calls.append(self._call(RESTORE, at, *written))
+        await self._link.scripts(calls)
 
     async def fences(self) -> list[dict[str, int]]:
         """The fences of each shard: mark and `issued_before` in ms."""
@@ -342,12 +419,13 @@ class Restoration:
 
 
 def _held(answers: Iterator[Any], marks: Sequence[str]) -> Held:
-    record, live, deadline_ms, claimed = next(answers)
+    record, live_until_ms, deadline_ms, claimed, kept_until_ms = next(answers)
     return Held(
         StoredLease.unpack(record) if record else None,
-        bool(live),
+        live_until_ms if live_until_ms != -2 else None,
         deadline_ms or None,
         claimed is not None,
+        kept_until_ms if kept_until_ms != -2 else None,
         _marks(marks, [bool(next(answers)) for _ in marks]),
     )
 

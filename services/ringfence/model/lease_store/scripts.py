@@ -8,10 +8,11 @@ know the others of the shard that they need for many leases.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ringfence.model.lease_store.keys import (
     AHEAD_MS,
+    ANEW,
     BY_AGENT,
     DEADLINES,
     DUE,
@@ -119,9 +120,11 @@ local function head_of(id) return head_in(kept(id)) end
 local function number_of(signer)
     local number = numbers[signer] or redis.call('HGET', signers, signer)
     if not number then
-        local count = redis.call('HLEN', signers) / 2
-        if count >= {_MOST_SIGNERS} then return end
-        number = string.char(count + 1)
+        -- Where some were taken away, none of the numbers that are left is given to another.
+        local free = math.floor(redis.call('HLEN', signers) / 2) + 1
+        while free <= {_MOST_SIGNERS} and redis.call('HEXISTS', signers, string.char(free)) == 1 do free = free + 1 end
+        if free > {_MOST_SIGNERS} then return end
+        number = string.char(free)
         redis.call('HSET', signers, signer, number, number, signer)
     end
     numbers[signer] = number
@@ -382,10 +385,26 @@ local guard, id = KEYS[1], ARGV[1]
 {_RECORDS}{_DEADLINES}
 local _, _, deadline_s = head_of(id)
 local due_at = redis.call('ZSCORE', deadlines, id)
-if not due_at and deadline_s and redis.call('SISMEMBER', due .. math.floor(deadline_s / 60), id) == 1 then
-    due_at = deadline_s * 1000
+local minute = deadline_s and math.floor(deadline_s / 60)
+if not due_at and minute and redis.call('SISMEMBER', due .. minute, id) == 1 then
+    -- Whoever claims comes to a minute by `minutes` alone.
+    local open_at = redis.call('ZSCORE', minutes, minute)
+    if open_at and tonumber(open_at) <= minute * 60000 - {AHEAD_MS} then due_at = deadline_s * 1000 end
 end
-return {{known(id), redis.call('EXISTS', KEYS[2]), tonumber(due_at or 0), redis.call('ZSCORE', KEYS[3], id)}}
+return {{known(id), redis.call('PEXPIRETIME', KEYS[2]), tonumber(due_at or 0), redis.call('ZSCORE', KEYS[3], id),
+    redis.call('PEXPIRETIME', ended .. id)}}
+"""
+# The records of leases. KEYS: epoch, which is not looked at here. ARGV: id...
+_TOLD = f"""
+local guard = KEYS[1]
+{_RECORDS}
+local found = {{}}
+for i, id in ipairs(ARGV) do found[i] = known(id) end
+return found
+"""
+# KEYS: the agents of a mark, the leases of an agent. ARGV: the agent.
+_COUNTED_WITH = """
+return {redis.call('HGET', KEYS[1], ARGV[1]), redis.call('HKEYS', KEYS[2])}
 """
 # KEYS: the leases of an agent.
 _COUNTED = f"return redis.call('HLEN', KEYS[1]) - redis.call('HEXISTS', KEYS[1], '{THUMBPRINT}')"
@@ -400,9 +419,19 @@ return found
 
 
 def held(at: Keys, id: bytes) -> Command:
-    """What tells of one lease: its record, whether its live key is there, its deadline or 0, and until when it is
-    claimed."""
+    """What tells of one lease: its record, until when its live key is there (-2: it is not, -1: for ever), its deadline
+    or 0, until when it is claimed, and until when its record is kept where it has ended."""
     return ("EVAL", _HELD, 3, at.epoch, at.live(id), at.claimed, id)
+
+
+def told(at: Keys, ids: Sequence[bytes]) -> Command:
+    """What tells the records of leases of a shard, whoever uses Redis now."""
+    return ("EVAL", _TOLD, 1, at.epoch, *ids)
+
+
+def counted_with(at: Keys, mark_key: bytes, agent: bytes) -> Command:
+    """What tells how many leases an agent has with a mark, as it is counted, and all leases of the agent."""
+    return ("EVAL", _COUNTED_WITH, 2, mark_key, at.index_prefix.encode() + agent, agent)
 
 
 def counted(at: Keys, agent_id: str) -> Command:
@@ -600,6 +629,15 @@ return {}
     always=True,
 )
 
+# As GIVE_UP of an epoch, and no key is trusted that stands there. KEYS: none. ARGV: none.
+DISTRUST = Script(
+    f"""
+redis.call('SET', guard, '{ANEW.decode()}')
+return {{}}
+""",
+    always=True,
+)
+
 # The seq of each lease that Redis holds, 0 for none, a blank, and the epoch of its record, if any. KEYS: none.
 # ARGV: how long the claim lasts, id...
 COMPARE = Script(
@@ -619,7 +657,8 @@ return held
 # What lies in the outbox up to `done` is on Kafka, or counts for nothing.
 # KEYS: live, claimed, outbox, outbox times, index...
 # ARGV: id, done, status, deadline, head of the record, record, how long a terminal record is kept, else '',
-#       when a claimed one is due, from now, the seq from which on what is there stays as it is, agent
+#       when a claimed one is due, from now, the seq from which on what is there stays as it is, agent,
+#       how it is claimed (`NX`: who has it keeps it, else `CH`)
 RESTORE = Script(
     _RECORDS
     + _DEADLINES
@@ -633,10 +672,8 @@ for seq = 1, ARGV[2] do
     redis.call('ZREM', KEYS[4], id .. ':' .. seq)
 end
 local deadline = tonumber(ARGV[4])
-if ARGV[3] ~= 'active' then
-    redis.call('DEL', KEYS[1])
-    forget({id}, {deadline / 1000})
-end
+if ARGV[3] ~= 'active' then redis.call('DEL', KEYS[1]) end
+forget({id}, {deadline / 1000})
 if ARGV[7] ~= '' then
     keep_ended(id, ARGV[5], ARGV[6], deadline + ARGV[7])
     redis.call('HDEL', leases, id)
@@ -652,7 +689,7 @@ if ARGV[3] == 'active' then
     await(id, deadline)
     redis.call('ZREM', KEYS[2], id)
 else
-    redis.call('ZADD', KEYS[2], now + ARGV[8], id)
+    redis.call('ZADD', KEYS[2], ARGV[11], now + ARGV[8], id)
 end
 return 1
 """,

@@ -12,7 +12,7 @@ from ringfence.kernel.clock import suspend_aware_ms
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.model.lease_store.keys import Keys, shard_of
 from ringfence.model.lease_store.link import Call, Link, LostError
-from ringfence.model.lease_store.scripts import GIVE_UP, Argument, Command, Script
+from ringfence.model.lease_store.scripts import DISTRUST, GIVE_UP, Argument, Command, Script
 
 _SLOW_MS = 1_000
 """After an answer that took longer, the epochs are looked at once more before anybody acts on it."""
@@ -191,3 +191,7 @@ class Shards:
     async def disown(self) -> None:
         """Have Redis rebuilt: Kafka says that its epoch is over. Nothing is done where it is another already."""
         await self._run([ShardCall(GIVE_UP, at, (), ()) for at in self.keys])
+
+    async def distrust(self) -> None:
+        """Have Redis rebuilt from top to bottom: single keys are gone, and nobody knows which."""
+        await self._run([ShardCall(DISTRUST, at, (), ()) for at in self.keys])

@@ -164,7 +164,7 @@ class LeaseStore(Shards):
         metrics.CLOCK_AHEAD.labels("redis").set(self._servers.ahead_ms() / 1000)
         if evicted:
             log.error("Redis evicted keys at %s, and is rebuilt: it must never do that", ", ".join(evicted))
-            await self.disown()
+            await self.distrust()
 
     # --- issuing ---
 
