@@ -16,8 +16,8 @@ from typing import Literal
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.skew import MAX_SKEW_MS
 from ringfence.messages.lease import TERMINAL, Lease
-from ringfence.model.identity import spiffe_id
 from ringfence.model.leases import ALL_MARK, FOLLOWING, end_status, is_covered, mark_of, marks_of
+from tests.chaos.entitled import Offices
 from tests.chaos.history import History, LeaseRecord, Order
 
 Kind = Literal[
@@ -29,6 +29,7 @@ Kind = Literal[
     "escaped",
     "forwarded",
     "uncaused",
+    "unentitled",
     "revived",
     "broken",
     "unanswered",
@@ -44,6 +45,7 @@ KINDS: dict[Kind, str] = {
     "escaped": "a lease ran on that an order covers which was followed",
     "forwarded": "a gateway forwarded what it had said that it would not, or must have known to be over",
     "uncaused": "an end that has neither a deadline nor a signed request as its cause, or not such a one",
+    "unentitled": "an order was followed whose signer had no say in it",
     "revived": "the last record of a lease on the topic is not its end: compaction would bring it back",
     "broken": "records of a lease that do not follow each other",
     "unanswered": "a request to which nobody ever replied",
@@ -76,12 +78,13 @@ class Problem:
 def check(history: History) -> list[Problem]:
     """Everything that is wrong with a run that has settled."""
     lives = lives_of(history)
-    orders = _Orders(history.orders)
+    orders = _Orders(history)
     return [
         *_ends(history, lives),
         *_issues(lives),
         *_records(history, lives),
         *_causes(lives, orders),
+        *_unentitled(history, lives, orders),
         *_early_records(lives),
         *_early_refusals(history, lives, orders),
         *_worked(history, lives),
@@ -175,12 +178,12 @@ def _records(history: History, lives: dict[str, list[LeaseRecord]]) -> Iterator[
 class _Orders:
     """Orders by what they are about. Said again, an order covers what it covered the first time."""
 
-    def __init__(self, orders: Sequence[Order]) -> None:
+    def __init__(self, history: History) -> None:
         self._first: dict[tuple[str, str], Order] = {}
         self._said_at_ms: dict[tuple[str, str], set[int]] = defaultdict(set)
-        for order in sorted(orders, key=lambda order: order.at.appended_at_ms):
-            self._first.setdefault((order.claims.iss, order.claims.jti), order)
-            self._said_at_ms[order.claims.iss, order.claims.jti].add(order.at.appended_at_ms)
+        for order in sorted(history.orders, key=lambda order: order.at.appended_at_ms):
+            self._first.setdefault(_name(order), order)
+            self._said_at_ms[_name(order)].add(order.at.appended_at_ms)
         self._by_lease: dict[str, list[Order]] = defaultdict(list)
         self._by_mark: dict[str, list[Order]] = defaultdict(list)
         for order in self._first.values():
@@ -188,6 +191,32 @@ class _Orders:
                 self._by_lease[order.claims.lease_id].append(order)
             elif order.claims.selector is not None:
                 self._by_mark[mark_of(order.claims.selector)].append(order)
+        self._offices = Offices(history.states, GRACE_MS)
+        self._objections: dict[tuple[str, str, str | None], str | None] = {}
+        self._until_ms = {name: order.at.appended_at_ms for name, order in self._first.items()}
+        """Until when each was carried out: by its first effect, or the word that it was."""
+        effects = [((one.actor, one.ref), one.at_ms) for one in history.followed]
+        for record in history.leases:
+            if record.claims.cause is not None:
+                cause = record.claims.cause
+                effects.append(((cause.by or "", cause.ref or ""), record.at.appended_at_ms))
+        first_ms: dict[tuple[str, str], int] = {}
+        for name, at_ms in effects:
+            first_ms[name] = min(at_ms, first_ms.get(name, at_ms))
+        for name in self._until_ms.keys() & first_ms.keys():
+            self._until_ms[name] = max(self._until_ms[name], first_ms[name])
+
+    def __iter__(self) -> Iterator[Order]:
+        return iter(self._first.values())
+
+    def objection(self, order: Order, lease: Lease | None) -> str | None:
+        """Why its signer had no say in this, or None."""
+        name = _name(order)
+        # What a selector covers depends on nothing but itself.
+        about = (*name, lease.lease_id if lease is not None and order.claims.lease_id is not None else None)
+        if about not in self._objections:
+            self._objections[about] = self._offices.objection(order, lease, self._until_ms[name])
+        return self._objections[about]
 
     def find(self, by: str | None, ref: str | None) -> Order | None:
         return self._first.get((by or "", ref or ""))
@@ -198,7 +227,11 @@ class _Orders:
 
     def covering(self, lease: Lease) -> list[Order]:
         """All that somebody entitled could have meant this lease with, the first first."""
-        found = [order for order in self._by_lease.get(lease.lease_id, ()) if _may(order, lease)]
+        return [order for order in self.about(lease) if self.objection(order, lease) is None]
+
+    def about(self, lease: Lease) -> list[Order]:
+        """All that is about this lease, by whomever, the first first."""
+        found = list(self._by_lease.get(lease.lease_id, ()))
         for mark in (*marks_of(lease), ALL_MARK):
             found += [
                 order for order in self._by_mark.get(mark, ()) if is_covered(lease, order.at.appended_at_ms)
@@ -206,11 +239,28 @@ class _Orders:
         return sorted(found, key=lambda order: order.at.appended_at_ms)
 
 
-def _may(order: Order, lease: Lease) -> bool:
-    """Agents give back their own leases only. What else is refused, users may not ask for here."""
-    if order.claims.kind != "release":
-        return True
-    return order.claims.iss == spiffe_id(lease.aud, "agent", lease.agent_id)
+def _name(order: Order) -> tuple[str, str]:
+    return order.claims.iss, order.claims.jti
+
+
+def _unentitled(history: History, lives: dict[str, list[LeaseRecord]], orders: _Orders) -> Iterator[Problem]:
+    """Nothing ends, and nobody gives their word, on the order of somebody who has no say in it."""
+    for lease_id, life in lives.items():
+        refs = {(r.claims.cause.by, r.claims.cause.ref) for r in life if r.claims.cause is not None}
+        for by, ref in sorted(refs, key=str):
+            order = orders.find(by, ref)
+            if order is not None and (why := orders.objection(order, life[0].claims)) is not None:
+                yield Problem("unentitled", lease_id, f"ended by {ref}: {why}")
+    words = {(one.actor, one.ref) for one in history.followed}
+    cut = {ack.order_id for ack in history.acks}
+    for order in orders:
+        named = lives.get(order.claims.lease_id or "")
+        lease = named[0].claims if named else None
+        if order.claims.lease_id is not None and lease is None:
+            continue  # of a lease that is unknown: told elsewhere
+        followed = _name(order) in words or derived_id("revocation", *_name(order)) in cut
+        if followed and (why := orders.objection(order, lease)) is not None:
+            yield Problem("unentitled", order.claims.lease_id, f"{order.claims.jti} was followed: {why}")
 
 
 def _causes(lives: dict[str, list[LeaseRecord]], orders: _Orders) -> Iterator[Problem]:
@@ -243,7 +293,7 @@ def _uncaused(record: LeaseRecord, orders: _Orders) -> str | None:
         return f"{cause.ref} asks for {order.claims.kind}, not for {cause.kind}"
     if order.at.appended_at_ms > record.at.appended_at_ms:
         return f"{cause.ref} was asked for later, at {order.at.appended_at_ms}"
-    if order not in orders.covering(lease):
+    if order not in orders.about(lease):
         return f"{cause.ref} does not cover it"
     if not orders.said_at(order, cause.at_ms) or cause.reason != order.claims.reason:
         return f"{cause.ref} was not asked for at {cause.at_ms}, or not for that reason"

@@ -10,6 +10,7 @@ from typing import Literal
 
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import Lease, RevocationRequest
+from ringfence.messages.registry import AnyState
 from ringfence.model.audit_verifying import Fault
 
 Revocability = Literal["instant", "session", "ttl"]
@@ -32,6 +33,16 @@ class Order:
 
     claims: RevocationRequest
     at: Coordinates
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A record of a user, agent, target or task, with its chain of commands verified, and since when it stood there."""
+
+    subject: str
+    revision: int
+    at_ms: int
+    state: AnyState
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +89,8 @@ class History:
     leases: list[LeaseRecord] = field(default_factory=list)
     """In the order of the topic."""
     orders: list[Order] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+    """What people, agents, targets and tasks were, one after another."""
     followed: list[Followed] = field(default_factory=list)
     received: set[str] = field(default_factory=set)
     """The leases that agents were given a credential of."""

@@ -21,6 +21,7 @@ from ringfence.kernel.trust import TrustStore
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.operations import ServiceEvent
+from ringfence.messages.registry import AgentRecord, AnyRecord, TargetRecord, TaskRecord, UserRecord
 from ringfence.messages.topics import (
     ACTION,
     AGENT,
@@ -43,9 +44,12 @@ from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.lease_epochs import Epochs
 from ringfence.model.leases import statement
-from tests.chaos.history import Ack, Followed, History, LeaseRecord, Order
+from tests.chaos.history import Ack, Followed, History, LeaseRecord, Order, State
 
-TABLES = (USER, AGENT, TARGET, TASK)
+_RECORDS: dict[Any, type[AnyRecord]] = {
+    USER: UserRecord, AGENT: AgentRecord, TARGET: TargetRecord, TASK: TaskRecord
+}  # fmt: skip
+TABLES = tuple(_RECORDS)
 TOLD = (
     REGISTRY_COMMAND, CREDENTIAL_REQUEST, CREDENTIAL_DECISION, LEASE, REVOCATION_REQUEST, REVOCATION_ACK, ACTION,
     SERVICE_EVENT, DEAD_LETTER,
@@ -111,6 +115,9 @@ class _History:
                     parse(record.value), RevocationRequest, self._signer(record), audience=self._domain
                 )
                 history.orders.append(Order(order.claims, record.coordinates))
+        for table in TABLES:
+            for record in self._of(table):
+                self._state(record, history)
         for record in self._of(SERVICE_EVENT):
             self._event(record, history)
         for record in self._of(REVOCATION_ACK):
@@ -145,6 +152,17 @@ class _History:
             return
         void = self._epochs.is_void(record, claims.epoch)
         history.leases.append(LeaseRecord(claims, digest(statement(claims)), record.coordinates, void))
+
+    def _state(self, record: Received, history: History) -> None:
+        if not record.value:
+            return
+        find = self._trust.finder("registry", at_s=record.appended_at_ms / 1000)
+        with contextlib.suppress(InvalidMessageError, ChainError):  # nobody holds an office by such a record
+            said = open_signed(
+                parse(record.value), _RECORDS[record.topic], find, audience=self._domain
+            ).claims
+            self._directory.chains.verify(said)
+            history.states.append(State(said.sub, said.revision, record.appended_at_ms, said.state))
 
     def _ack(self, record: Received, history: History) -> None:
         find = self._trust.finder("gateway", at_s=record.appended_at_ms / 1000)

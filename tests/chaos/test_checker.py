@@ -14,10 +14,11 @@ from ringfence.kernel.skew import MAX_SKEW_MS
 from ringfence.messages.credential import Coordinates, Delivery
 from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, RevocationRequest, Selector
 from ringfence.messages.permission import Permission
+from ringfence.messages.registry import AgentState, Entitlements, TaskState, UserState
 from ringfence.model.audit_verifying import Fault
 from ringfence.model.leases import end_status, record_id, restated, statement
 from tests.chaos.checker import GRACE_MS, KINDS, check, tally
-from tests.chaos.history import Ack, Followed, History, LeaseRecord, Leftover, Order, Probe
+from tests.chaos.history import Ack, Followed, History, LeaseRecord, Leftover, Order, Probe, State
 
 TD = "acme.example"
 T0_S = 1_800_000_000
@@ -27,6 +28,14 @@ DEADLINE = (T0_S + TTL_S) * 1000
 SAM, REVOKER = f"spiffe://{TD}/user/sam", f"spiffe://{TD}/service/revoker"
 GATEWAY = f"spiffe://{TD}/service/gateway-1"
 ISSUER = f"spiffe://{TD}/service/issuer"
+SCOPE = Permission(target="shop", verbs=("read",), resources=("env/a",))
+
+
+def user(user_id: str) -> str:
+    return f"spiffe://{TD}/user/{user_id}"
+
+
+Plant = Callable[["Past"], object]
 
 
 class Past:
@@ -39,6 +48,54 @@ class Past:
         self.history = History(revocability={"jwt": "instant", "redis": "session", "ssh": "ttl"})
         self._offset = 0
         self._number = 0
+        self.user("sam", "operator")
+        self.user("maria")
+
+    # --- who holds which office ---
+
+    def user(self, user_id: str, *roles: str, ms: int = T0 - 60_000, status: str = "active") -> State:
+        entitlements = Entitlements.model_construct(scope=(SCOPE,), source="a test", as_of=T0_S)
+        return self._state(
+            UserState, f"user/{user_id}", ms, user_id=user_id, roles=roles, status=status, entitlements=entitlements
+        )  # fmt: skip
+
+    def agent(
+        self,
+        agent_id: str,
+        sponsor: str,
+        ms: int = T0 - 60_000,
+        *,
+        status: str = "active",
+        verb: str = "read",
+    ) -> State:
+        ceiling = (SCOPE.model_copy(update={"verbs": (verb,)}),)
+        return self._state(
+            AgentState, f"agent/{agent_id}", ms, agent_id=agent_id, sponsor=sponsor, status=status, ceiling=ceiling
+        )  # fmt: skip
+
+    def task(
+        self, lease: Lease, ms: int = T0 - 60_000, *, status: str = "active", by: str = "maria"
+    ) -> State:
+        return self._state(
+            TaskState, f"task/{lease.task_id}", ms, task_id=lease.task_id, agent_id=lease.agent_id,
+            on_behalf_of="maria", assigned_by=by, status=status,
+        )  # fmt: skip
+
+    def _state(self, kind: Any, subject: str, ms: int, **fields: Any) -> State:
+        revision = 1 + sum(one.subject == f"spiffe://{TD}/{subject}" for one in self.history.states)
+        state = State(f"spiffe://{TD}/{subject}", revision, ms, kind.model_construct(**fields))
+        self.history.states.append(state)
+        return state
+
+    def derived(
+        self, ms: int, kind: EndKind, record: State, lease: Lease | None = None, **selector: Any
+    ) -> EndCause:
+        """What a revoker orders because of a record."""
+        what = lease.lease_id if lease else Selector(**selector).model_dump_json(exclude_defaults=True)
+        jti = derived_id("revocation.request", record.subject, record.revision, what)
+        return self.order(ms, lease, kind=kind, by=REVOKER, jti=jti, **selector)
+
+    # --- what happens ---
 
     def at(self, topic: str, ms: int) -> Coordinates:
         self._offset += 1
@@ -63,9 +120,13 @@ class Past:
             request_id=str(uuid.uuid4()), decision_id="d", decision_digest="0" * 64, agent_id=f"bot-{n}",
             act=(f"bot-{n}",), sponsor=f"sam-{n}", on_behalf_of="maria",
             task_id=f"00000000-0000-0000-0000-{n:0>12}", target_id="shop", backend=backend, delivery=delivery,
-            scope=(Permission(target="shop", verbs=("read",), resources=("env/a",)),),
+            scope=(SCOPE,),
             requested_at_ms=T0, deadline=T0_S + TTL_S,
         )  # fmt: skip
+        if like is None:
+            self.user(lease.sponsor, "sponsor")
+            self.agent(lease.agent_id, lease.sponsor)
+            self.task(lease)
         self.history.requests[lease.request_id] = T0
         self.history.answered[lease.request_id] = ms
         self.record(lease, ms)
@@ -106,10 +167,11 @@ class Past:
         *,
         kind: EndKind = "revocation",
         by: str = SAM,
+        jti: str | None = None,
         **selector: Any,
     ) -> EndCause:
         claims = RevocationRequest(
-            iss=by, aud=TD, iat=ms // 1000, jti=str(uuid.uuid4()), kind=kind, reason="x",
+            iss=by, aud=TD, iat=ms // 1000, jti=jti or str(uuid.uuid4()), kind=kind, reason="x",
             lease_id=lease.lease_id if lease else None, selector=Selector(**selector) if selector else None,
         )  # fmt: skip
         self.history.orders.append(Order(claims, self.at("revocation.request", ms)))
@@ -206,12 +268,94 @@ def clean() -> Past:
     return past
 
 
+def stopped_by_its_sponsor(past: Past) -> None:
+    lease = past.issue()
+    cause = past.order(T0 + 500, by=user(lease.sponsor), agent_id=lease.agent_id)
+    past.end(lease, cause, T0 + 510)
+    past.follow(cause, T0 + 520)
+
+
+def stopped_by_who_sponsors_its_agent_now(past: Past) -> None:
+    """A lease that was issued under another is the new one's, too."""
+    lease = past.issue()
+    past.user("petra", "sponsor")
+    past.agent(lease.agent_id, "petra", T0 + 300)
+    past.end(lease, past.order(T0 + 500, lease, by=user("petra")), T0 + 510)
+
+
+def stopped_by_who_gave_it_away_a_moment_later(past: Past) -> None:
+    lease = past.issue()
+    past.agent(lease.agent_id, "petra", T0 + 505)
+    past.end(lease, past.order(T0 + 500, by=user(lease.sponsor), agent_id=lease.agent_id), T0 + 510)
+
+
+def stopped_by_who_gave_it_away_a_moment_ago(past: Past) -> None:
+    """The revoker's tables may be as old as its grace."""
+    lease = past.issue()
+    past.agent(lease.agent_id, "petra", T0 + 100)
+    past.end(lease, past.order(T0 + 500, by=user(lease.sponsor), agent_id=lease.agent_id), T0 + 510)
+
+
+def stopped_by_who_it_is_for(past: Past) -> None:
+    lease, other = past.issue(), past.issue()
+    past.end(lease, past.order(T0 + 500, lease, by=user("maria")), T0 + 510)
+    past.end(other, past.order(T0 + 500, by=user("maria"), task_id=other.task_id), T0 + 510)
+
+
+def stopped_by_who_assigned_its_task(past: Past) -> None:
+    lease = past.issue()
+    past.user("mike")
+    past.task(lease, T0 + 50, by="mike")
+    past.end(lease, past.order(T0 + 500, lease, by=user("mike")), T0 + 510)
+
+
+def ended_with_its_task(past: Past) -> None:
+    lease = past.issue()
+    ended = past.task(lease, T0 + 490, status="ended")
+    past.end(lease, past.derived(T0 + 500, "task_ended", ended, task_id=lease.task_id), T0 + 510)
+
+
+def ended_as_its_agent_was_suspended_and_resumed(past: Past) -> None:
+    lease = past.issue()
+    suspended = past.agent(lease.agent_id, lease.sponsor, T0 + 480, status="suspended")
+    past.agent(lease.agent_id, lease.sponsor, T0 + 490)
+    past.end(lease, past.derived(T0 + 500, "agent_suspended", suspended, agent_id=lease.agent_id), T0 + 510)
+
+
+def ended_beyond_a_ceiling(past: Past) -> None:
+    lease = past.issue()
+    narrowed = past.agent(lease.agent_id, lease.sponsor, T0 + 480, verb="write")
+    past.end(lease, past.derived(T0 + 500, "scope_narrowed", narrowed, lease), T0 + 510)
+
+
+def refused_to_who_had_no_say(past: Past) -> None:
+    """Nothing comes of it, and the lease is good to its deadline."""
+    lease = past.issue()
+    past.user("petra", "sponsor")
+    past.order(T0 + 500, by=user("petra"), agent_id=lease.agent_id)
+    past.order(T0 + 500, lease, kind="release", by=f"spiffe://{TD}/agent/other")
+    past.probe(lease, T0 + 9_000, worked=True)
+    past.expire(lease)
+
+
+TRUE: list[Plant] = [
+    stopped_by_its_sponsor, stopped_by_who_sponsors_its_agent_now, stopped_by_who_gave_it_away_a_moment_later,
+    stopped_by_who_gave_it_away_a_moment_ago, stopped_by_who_it_is_for, stopped_by_who_assigned_its_task,
+    ended_with_its_task, ended_as_its_agent_was_suspended_and_resumed, ended_beyond_a_ceiling,
+    refused_to_who_had_no_say,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("story", TRUE, ids=lambda one: one.__name__)
+def test_what_somebody_entitled_asked_for_is_no_problem(story: Plant) -> None:
+    past = clean()
+    story(past)
+    assert check(past.history) == []
+
+
 def test_a_clean_history_passes() -> None:
     assert check(clean().history) == []
     assert check(History()) == []
-
-
-Plant = Callable[[Past], object]
 
 
 def no_end(past: Past) -> None:
@@ -380,6 +524,92 @@ def released_by_another_agent(past: Past) -> None:
     past.end(lease, cause, T0 + 510)
 
 
+def stopped_by_another_sponsor(past: Past) -> None:
+    lease = past.issue()
+    past.user("petra", "sponsor")
+    past.end(lease, past.order(T0 + 500, lease, by=user("petra")), T0 + 510)
+
+
+def stopped_by_a_sponsor_who_gave_it_away_long_ago(past: Past) -> None:
+    lease = past.issue()
+    past.agent(lease.agent_id, "petra", T0 + 499 - GRACE_MS)
+    past.end(lease, past.order(T0 + 500, by=user(lease.sponsor), agent_id=lease.agent_id), T0 + 510)
+
+
+def stopped_by_a_sponsor_who_took_it_over_later(past: Past) -> None:
+    lease = past.issue()
+    past.user("petra", "sponsor")
+    past.end(lease, past.order(T0 + 500, by=user("petra"), agent_id=lease.agent_id), T0 + 510)
+    past.agent(lease.agent_id, "petra", T0 + 511)
+
+
+def stopped_by_a_sponsor_who_was_disabled(past: Past) -> None:
+    lease = past.issue()
+    past.user(lease.sponsor, "sponsor", ms=T0 - GRACE_MS, status="disabled")
+    past.end(lease, past.order(T0 + 500, by=user(lease.sponsor), sponsor=lease.sponsor), T0 + 510)
+
+
+def stopped_by_who_was_an_operator_once(past: Past) -> None:
+    past.user("olga", "operator")
+    past.user("olga", ms=T0 - 30_000)
+    past.follow(past.order(T0 + 500, by=user("olga"), target_id="another"), T0 + 520)
+
+
+def stopped_by_nobody_in_particular(past: Past) -> None:
+    past.follow(past.order(T0 + 500, by=user("maria"), sponsor="another"), T0 + 520)
+
+
+def cut_by_a_gateway_for_somebody_without_a_say(past: Past) -> None:
+    past.give_word(past.order(T0 + 500, by=user("maria"), target_id="another"), T0 + 520)
+
+
+def asked_for_by_an_agent_that_may_only_give_back(past: Past) -> None:
+    lease = past.issue()
+    cause = past.order(T0 + 500, by=f"spiffe://{TD}/agent/{lease.agent_id}", agent_id=lease.agent_id)
+    past.end(lease, cause, T0 + 510)
+
+
+def ended_with_a_task_that_goes_on(past: Past) -> None:
+    lease = past.issue()
+    going_on = past.task(lease, T0 + 490)
+    past.end(lease, past.derived(T0 + 500, "task_ended", going_on, task_id=lease.task_id), T0 + 510)
+
+
+def ended_with_its_task_before_that_was_ended(past: Past) -> None:
+    lease = past.issue()
+    ended = past.task(lease, T0 + 501, status="ended")
+    past.end(lease, past.derived(T0 + 500, "task_ended", ended, task_id=lease.task_id), T0 + 510)
+
+
+def ended_by_a_revoker_for_no_record(past: Past) -> None:
+    lease = past.issue()
+    past.end(lease, past.order(T0 + 500, kind="task_ended", by=REVOKER, task_id=lease.task_id), T0 + 510)
+
+
+def ended_with_somebody_elses_task(past: Past) -> None:
+    lease, other = past.issue(), past.expire(past.issue())
+    ended = past.task(other, T0 + 490, status="ended")
+    past.end(lease, past.derived(T0 + 500, "task_ended", ended, task_id=lease.task_id), T0 + 510)
+
+
+def ended_within_its_ceiling(past: Past) -> None:
+    lease = past.issue()
+    same = past.agent(lease.agent_id, lease.sponsor, T0 + 480)
+    past.end(lease, past.derived(T0 + 500, "scope_narrowed", same, lease), T0 + 510)
+
+
+def revoked_by_a_service_of_its_own_accord(past: Past) -> None:
+    lease = past.issue()
+    past.end(lease, past.order(T0 + 500, lease, by=REVOKER), T0 + 510)
+
+
+def refused_as_somebody_without_a_say_asked(past: Past) -> None:
+    lease = past.issue()
+    past.order(T0 + 500, by=user("maria"), sponsor=lease.sponsor)
+    past.probe(lease, T0 + 600, worked=False)
+    past.expire(lease)
+
+
 def of_another_kind_than_asked(past: Past) -> None:
     lease = past.issue()
     cause = past.order(T0 + 500, lease).model_copy(update={"kind": "task_ended"})
@@ -527,7 +757,22 @@ PLANTED: list[tuple[str, Plant]] = [
     ("uncaused", ended_by_what_came_later),
     ("uncaused", ended_by_an_order_about_others),
     ("uncaused", ended_by_an_order_from_before_its_request),
-    ("uncaused", released_by_another_agent),
+    ("unentitled", released_by_another_agent),
+    ("unentitled", stopped_by_another_sponsor),
+    ("unentitled", stopped_by_a_sponsor_who_gave_it_away_long_ago),
+    ("unentitled", stopped_by_a_sponsor_who_took_it_over_later),
+    ("unentitled", stopped_by_a_sponsor_who_was_disabled),
+    ("unentitled", stopped_by_who_was_an_operator_once),
+    ("unentitled", stopped_by_nobody_in_particular),
+    ("unentitled", cut_by_a_gateway_for_somebody_without_a_say),
+    ("unentitled", asked_for_by_an_agent_that_may_only_give_back),
+    ("unentitled", ended_with_a_task_that_goes_on),
+    ("unentitled", ended_with_its_task_before_that_was_ended),
+    ("unentitled", ended_by_a_revoker_for_no_record),
+    ("unentitled", ended_with_somebody_elses_task),
+    ("unentitled", ended_within_its_ceiling),
+    ("unentitled", revoked_by_a_service_of_its_own_accord),
+    ("early", refused_as_somebody_without_a_say_asked),
     ("uncaused", of_another_kind_than_asked),
     ("uncaused", aborted_by_a_deadline_that_has_not_come),
     ("uncaused", revoked_and_said_to_have_expired),

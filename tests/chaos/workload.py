@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
+import uuid
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -35,6 +36,10 @@ class Workload:
     """Told of each credential that an agent got."""
     counts: Counter[str] = field(default_factory=Counter)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _busy: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    """By agent: what is changed of it, and put back, is changed by one at a time."""
+    _held: dict[str, str] = field(default_factory=dict)
+    """By agent: the lease that it got last."""
 
     async def run(self) -> None:
         """Work until `stop`; return when nobody waits for anything any more."""
@@ -89,6 +94,7 @@ class Workload:
             self.counts["not sent"] += 1
         else:
             self.counts["issued"] += 1
+            self._held[agent] = credential.lease_id
             return credential
         return None
 
@@ -109,7 +115,9 @@ class Workload:
     # --- people ---
 
     async def _people(self, chance: random.Random) -> None:
-        commands = (self._kill, self._kill, self._suspend, self._end_task, self._narrow)
+        commands = (
+            self._kill, self._kill, self._suspend, self._end_task, self._narrow, self._transfer, self._meddle
+        )  # fmt: skip
         while await self._pause(chance.expovariate(1 / COMMAND_EVERY_S)):
             await chance.choice(commands)(chance)
 
@@ -132,10 +140,11 @@ class Workload:
 
     async def _suspend(self, chance: random.Random) -> None:
         agent = chance.choice(list(self.organisation.agents))
-        sponsor = self.organisation.administrators[self.organisation.sponsor_of(agent)]
-        await self._try("suspend", sponsor.suspend_agent(agent, reason="chaos"))
-        await self._pause(chance.uniform(0.1, 2))
-        await self._insist(lambda: sponsor.resume_agent(agent, reason="chaos"))
+        async with self._busy[agent]:
+            sponsor = self.organisation.administrators[self.organisation.sponsor_of(agent)]
+            await self._try("suspend", sponsor.suspend_agent(agent, reason="chaos"))
+            await self._pause(chance.uniform(0.1, 2))
+            await self._insist(lambda: sponsor.resume_agent(agent, reason="chaos"))
 
     async def _end_task(self, chance: random.Random) -> None:
         agent = chance.choice(list(self.organisation.agents))
@@ -145,10 +154,48 @@ class Workload:
 
     async def _narrow(self, chance: random.Random) -> None:
         agent = chance.choice(list(self.organisation.agents))
-        sponsor = self.organisation.administrators[self.organisation.sponsor_of(agent)]
-        await self._try("narrow", sponsor.set_ceiling(agent, self.organisation.ceiling("read")))
-        await self._pause(chance.uniform(0.1, 2))
-        await self._insist(lambda: sponsor.set_ceiling(agent, self.organisation.ceiling()))
+        async with self._busy[agent]:
+            sponsor = self.organisation.administrators[self.organisation.sponsor_of(agent)]
+            await self._try("narrow", sponsor.set_ceiling(agent, self.organisation.ceiling("read")))
+            await self._pause(chance.uniform(0.1, 2))
+            await self._insist(lambda: sponsor.set_ceiling(agent, self.organisation.ceiling()))
+
+    async def _transfer(self, chance: random.Random) -> None:
+        """The other sponsor takes an agent over for a while, and has it stopped; so, in vain, has who gave it away."""
+        organisation = self.organisation
+        agent = chance.choice(list(organisation.agents))
+        former = organisation.sponsor_of(agent)
+        (other,) = set(SPONSORS) - {former}
+        async with self._busy[agent]:
+            giving = organisation.administrators[former].transfer_agent(agent, sponsor=other)
+            await self._try("transfer", giving)
+            await self._pause(chance.uniform(0.1, 12))
+            for who in (other, former):
+                revoke = organisation.administrators[who].revoke(reason="chaos", agent_id=agent)
+                await self._try("kill switch after a transfer", revoke)
+            olga = organisation.administrators["olga"]
+            await self._insist(lambda: olga.transfer_agent(agent, sponsor=former))
+
+    async def _meddle(self, chance: random.Random) -> None:
+        """Orders of people and agents who have no say: nothing may come of them."""
+        organisation = self.organisation
+        agent, other = chance.sample(list(organisation.agents), 2)
+        (stranger,) = set(SPONSORS) - {organisation.sponsor_of(agent)}
+        (nobody,) = set(USERS) - {organisation.user_of(agent)}
+        revoke = {who: organisation.administrators[who].revoke for who in (stranger, nobody)}
+        kind = chance.choice(("agent", "task", "sponsor", "target", "all", "release"))
+        held = self._held.get(agent)
+        wrongs: dict[str, Callable[[], Awaitable[object]]] = {
+            "agent": lambda: revoke[stranger](reason="chaos", agent_id=agent),
+            "task": lambda: revoke[nobody](reason="chaos", task_id=organisation.tasks[agent]),
+            "sponsor": lambda: revoke[nobody](reason="chaos", sponsor=organisation.sponsor_of(agent)),
+            "target": lambda: revoke[stranger](
+                reason="chaos", target_id=chance.choice(list(organisation.targets))
+            ),
+            "all": lambda: revoke[stranger](reason="chaos", all=True),
+            "release": lambda: organisation.connected[other].release(held or str(uuid.uuid4())),
+        }
+        await self._try("meddling", wrongs[kind]())
 
     async def _try(self, what: str, work: Awaitable[object]) -> bool:
         try:
