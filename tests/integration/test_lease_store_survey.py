@@ -399,6 +399,8 @@ DAMAGES: list[Damage] = [
     a_sighting_that_is_remembered_for_ever, a_use_by_a_lease_that_names_no_grant, a_grant_in_the_wrong_shard,
     a_grant_that_is_remembered_for_ever, a_rebuild_that_never_gives_up, a_key_of_a_shard_that_there_is_not,
 ]  # fmt: skip
+LEFT = (a_record_that_says_something_else_than_the_lease,)
+"""Whose word counts is for a rebuild, which verifies both."""
 NOT_SURVEYED = {"epoch", "spread", "fences"}
 """Kafka alone says what must stand there, and the check asks it: see the tests of the command."""
 
@@ -413,7 +415,7 @@ async def test_a_damage_is_named_and_mended(stock: Stock, damage: Damage) -> Non
     about, what = await damage(stock)
     assert await stock.found() == {about: what}
     await stock.mend()
-    assert await stock.found() == {}
+    assert await stock.found() == ({about: what} if damage in LEFT else {})
     # And what was right is as it was.
     store, claims = stock.store, stock.active.claims
     with contextlib.suppress(LostError):

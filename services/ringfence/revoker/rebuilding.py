@@ -158,7 +158,12 @@ class Rebuilder:
             await restoration.restore(await self.cut_revoked(leases, revocations, epoch), over)
             restored += len(leases)
         if restoration.anew:
-            await self._put_right(restoration, fold, [id for id in had if id not in over])
+            ahead = [
+                id
+                for id, one in had.items()
+                if id not in over and one.seq > (fold.highest[id].seq if id in fold.highest else 0)
+            ]
+            await self._put_right(restoration, fold, ahead)
             knowledge = Known(fold, fold.highest, revocations)
             survey = restoration.survey(await restoration.alive(), knowledge, now_ms)
             if mended := await restoration.mend(survey.strays()):
@@ -266,32 +271,39 @@ class Rebuilder:
         stored = await restoration.records(ids)
         return {id: had[id].seq for id in ids if id in stored and self._opened(id, stored[id].jws) is None}
 
-    async def _put_right(self, restoration: Restoration, fold: Fold, ids: Iterable[str]) -> None:
+    async def _put_right(self, restoration: Restoration, fold: Fold, ahead: Iterable[str]) -> None:
         """Write again what follows from records that Redis has and Kafka has not, and have those published.
 
         What nobody signed who may is no lease: it is taken away where Kafka knows nothing of it either.
         """
         unknown = [id async for id in restoration.ended() if not fold.knows(id)]
-        wanted = list(dict.fromkeys([*ids, *unknown]))
-        waiting = await restoration.waiting()
+        wanted = list(dict.fromkeys([*ahead, *unknown]))
         for start in range(0, len(wanted), _AT_A_TIME):
             right: list[SignedLease] = []
             nobodys: list[str] = []
             for id, stored in (await restoration.records(wanted[start : start + _AT_A_TIME])).items():
-                if stored.seq <= (fold.highest[id].seq if id in fold.highest else 0):
-                    continue
                 lease = self._opened(id, stored.jws)
                 if lease is not None:
                     right.append(SignedLease(lease, stored.jws.decode("ascii")))
                 elif not fold.knows(id):
                     nobodys.append(id)
             if nobodys:
-                log.error("%d leases in Redis are nobody's word, and taken away: %s", len(nobodys), nobodys)
+                log.error(
+                    "%d leases in Redis are nobody's word, and taken away: %s", len(nobodys), nobodys[:10]
+                )
                 await restoration.drop(nobodys)
-            known = {one.claims.lease_id: fold.highest.get(one.claims.lease_id) for one in right}
-            await restoration.put_right(right, {id: one.seq if one else 0 for id, one in known.items()})
+            ids = [one.claims.lease_id for one in right]
+            published = {id: fold.highest[id].seq if id in fold.highest else 0 for id in ids}
+            await restoration.put_right(right, published)
+            waiting = await restoration.queued([(one.claims.lease_id, one.claims.seq) for one in right])
+            # What was restated for the new epoch waits in the place of its former wording.
             await restoration.queue(
-                [one for one in right if (one.claims.lease_id, one.claims.seq) not in waiting]
+                [
+                    one
+                    for one, jws in zip(right, waiting, strict=True)
+                    if jws is None or self._opened(one.claims.lease_id, jws) is None
+                ],
+                instead=True,
             )
 
     async def _count_unpublished(self, restoration: Restoration, ids: Sequence[str]) -> None:

@@ -37,6 +37,7 @@ from ringfence.model.lease_store.keys import (
     unpacked,
 )
 from ringfence.model.lease_store.link import Call, Link
+from ringfence.model.lease_store.packing import expanded
 from ringfence.model.lease_store.scripts import (
     COMPARE,
     GET,
@@ -239,8 +240,18 @@ class Restoration:
         over_seq = max(over_seq, lease.claims.seq if self.anew else 0)
         return self._call(RESTORE, at, *restoring(at, lease, self._record_keep_ms, over_seq=over_seq))
 
-    async def queue(self, leases: Sequence[SignedLease]) -> None:
-        """Have these records published that Redis has and Kafka has not. Those that wait for it already, wait."""
+    async def queue(self, leases: Sequence[SignedLease], *, instead: bool = False) -> None:
+        """Have these records published that Redis has and Kafka has not. Those that wait for it already, wait.
+
+        `instead`: in the place of what waits under their names.
+        """
+        if instead:
+            fields = [
+                (self._at(id), outbox_field(id, one.claims.seq))
+                for one in leases
+                for id in (one.claims.lease_id,)
+            ]
+            await self._mend([always("HDEL", at.outbox, field) for at, field in fields])
         await self._link.scripts(
             [
                 self._call(
@@ -333,6 +344,13 @@ class Restoration:
         """The records (lease id, `seq`) that Kafka has not acknowledged, as far as Redis knows."""
         answers = await self._link.pipeline([("HKEYS", at.outbox) for at in self._keys])
         return {lease_of_field(field) for fields in answers for field in fields if is_outbox_field(field)}
+
+    async def queued(self, records: Sequence[tuple[str, int]]) -> list[bytes | None]:
+        """Of each record (lease id, `seq`): what waits to be published under its name, as JWS."""
+        commands: list[Command] = [
+            ("HGET", self._at(id).outbox, outbox_field(id, seq)) for id, seq in records
+        ]
+        return [expanded(one) if one is not None else None for one in await self._link.pipeline(commands)]
 
     def survey(self, alive: Mapping[str, Alive], knowledge: Knowledge, now_ms: int) -> Survey:
         """A look at every key, held against the records that Redis has."""

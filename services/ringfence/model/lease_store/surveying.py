@@ -6,8 +6,10 @@ that it has. One pass over all keys, some at a time; what is remembered is one e
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from ringfence.kernel.errors import InvalidMessageError
@@ -83,7 +85,14 @@ class Alive:
         if None in names and (lease := _unverified(stored.record)) is not None:
             names = [(lease.agent_id,), (lease.sponsor,), (lease.on_behalf_of,)]
         agent, sponsor, user = (some[0] if some else None for some in names)
-        return cls(stored.status, stored.deadline_ms, agent, (f"sponsor:{sponsor}", f"user:{user}"))
+        wide = _wide(sponsor or "", user or "")
+        return cls(stored.status, stored.deadline_ms, sys.intern(agent) if agent else None, wide)
+
+
+@lru_cache(maxsize=4096)
+def _wide(sponsor: str, user: str) -> tuple[str, ...]:
+    """The same for all leases of which it is the same."""
+    return f"sponsor:{sponsor}", f"user:{user}"
 
 
 class Knowledge:
@@ -195,12 +204,14 @@ class Survey:
         for start in range(0, len(fields), _AT_A_TIME):
             some = fields[start : start + _AT_A_TIME]
             (records,) = await self._link.pipeline([("HMGET", at.outbox, *some)])
-            right = await self._in_their_places(at, dict(zip(some, records, strict=True)))
+            others = await self._saying_otherwise(at, dict(zip(some, records, strict=True)))
             for field, record in zip(some, records, strict=True):
-                if record is not None and field not in right:
+                if record is not None and not self._is_of(field, record, at):
                     gone = (always("HDEL", at.outbox, field), always("ZREM", at.outbox_times, field))
                     yield _stray(at, at.outbox, field, *gone)
                     continue
+                if field in others:
+                    yield _stray(at, at.outbox, field)  # which of the two counts, their signatures say
                 since_ms = by_field.get(field)
                 if since_ms is None or abs(since_ms - self._now_ms) > SLACK_MS:
                     about = _about(at, at.outbox, field)
@@ -208,28 +219,29 @@ class Survey:
                     mend = always("ZADD", at.outbox_times, self._now_ms, field)
                     yield Stray(about, "stuck", f"about {self._now_ms}", found, (mend,))
 
-    async def _in_their_places(self, at: Keys, waiting: Mapping[bytes, bytes | None]) -> set[bytes]:
-        """Which of these records stand under their own names, and say what Redis has of their leases."""
-        told_as: dict[bytes, Lease] = {}
-        for field, record in waiting.items():
-            lease = _unverified(record) if record is not None and is_outbox_field(field) else None
-            if lease is None or (lease.lease_id, lease.seq) != lease_of_field(field):
-                continue
-            if self._is_here(field[:ID_BYTES], at):
-                told_as[field] = lease
-        if not told_as:
+    def _is_of(self, field: bytes, record: bytes, at: Keys) -> bool:
+        """Whether a record stands under its own name, in the shard of its lease."""
+        if not is_outbox_field(field) or not self._is_here(field[:ID_BYTES], at):
+            return False
+        lease = _unverified(record)
+        return lease is not None and (lease.lease_id, lease.seq) == lease_of_field(field)
+
+    async def _saying_otherwise(self, at: Keys, waiting: Mapping[bytes, bytes | None]) -> set[bytes]:
+        """Which of these records say something else than Redis has of the same `seq` of their leases."""
+        fields = [field for field in waiting if is_outbox_field(field)]
+        if not fields:
             return set()
-        (stored,) = await self._link.pipeline([told(at, [field[:ID_BYTES] for field in told_as])])
-        right = set()
-        for (field, lease), packed_record in zip(told_as.items(), stored, strict=True):
-            now = StoredLease.unpack(packed_record) if packed_record else None
-            if now is not None and now.seq == lease.seq and now.record != waiting[field]:
-                # What a rebuild restated says the same in another epoch.
-                theirs = _unverified(now.record)
-                if theirs is None or statement(theirs) != statement(lease):
-                    continue
-            right.add(field)
-        return right
+        (stored,) = await self._link.pipeline([told(at, [field[:ID_BYTES] for field in fields])])
+        found = set()
+        for field, kept in zip(fields, stored, strict=True):
+            now, record = StoredLease.unpack(kept) if kept else None, waiting[field]
+            if now is None or record is None or now.record == record or now.seq != lease_of_field(field)[1]:
+                continue
+            # What a rebuild restated says the same in another epoch.
+            one, other = _unverified(record), _unverified(now.record)
+            if one is None or other is None or statement(one) != statement(other):
+                found.add(field)
+        return found
 
     async def _signers(self, at: Keys) -> AsyncIterator[Stray]:
         """Who signed records stands there twice: by the number, and by the name. The number decides."""
