@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from typing import Any
 
+import pytest
+
 from ringfence.kernel.ids import digest
 from ringfence.kernel.jws import sign, sign_payload
+from ringfence.kernel.kafka import Follower
+from ringfence.kernel.skew import MAX_SKEW_MS
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.registry import AgentSuspend, AgentTransfer, TaskEnd, UserDisable
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, CREDENTIAL_REQUEST
@@ -309,3 +314,31 @@ async def test_who_has_too_much_wait_for_people_is_refused_until_something_is_an
             await office.approve(await office.question(asked[0], office.sam), office.sam)
             await office.final(asked[0])
             assert (await office.decision(await office.ask(DEPLOY))).outcome == "approval_required"
+
+
+async def test_who_signs_answers_by_the_hundred_holds_up_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    """Asking Kafka what was decided takes a tenth of a second: one question is the answer for all that was there."""
+    async with world.running("registry", "policy"):
+        office = await Office.open(world)
+        question = await office.question(await office.ask(DEPLOY), office.sam)
+    answers = [office.approval(question, office.bot, request_id=str(uuid.uuid4())) for _ in range(100)]
+    for answer in answers:
+        await office.send(APPROVAL_RESPONSE, answer)
+    sent_ms = time.time_ns() // 1_000_000
+    while time.time_ns() // 1_000_000 <= sent_ms + MAX_SKEW_MS:  # clocks may be so far apart
+        await asyncio.sleep(0.05)
+
+    caught_up, asked = Follower.caught_up, 0
+
+    async def counted(self: Follower, timeout_s: float) -> bool:
+        nonlocal asked
+        asked += CREDENTIAL_DECISION in self._topics.values()
+        return await caught_up(self, timeout_s)
+
+    monkeypatch.setattr(Follower, "caught_up", counted)
+    async with world.running("registry", "policy"):
+        for answer in answers:
+            assert await office.refused(answer) == "request_unknown"
+        assert 0 < asked < 10

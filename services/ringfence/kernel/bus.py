@@ -41,8 +41,9 @@ log = logging.getLogger(__name__)
 
 BatchHandler = Callable[[Sequence[Received]], Awaitable[None]]
 """Takes a batch to its durable effects. Raises only for what may work later; the same batch comes again then."""
-Handler = Callable[[Received], Awaitable[None]]
-"""Takes one record to its durable effects. InvalidMessageError sends it to the dead letters."""
+Handler = Callable[[Received], Awaitable[Awaitable[object] | None]]
+"""Takes one record to its durable effects, but for what it returns: that is awaited before its batch counts as done.
+InvalidMessageError sends it to the dead letters."""
 
 MAX_INVALID_SIGNED = 20
 """So many invalid records with a valid *service* signature halt a consumer: a bad deploy must not divert everything."""
@@ -149,21 +150,22 @@ class DeadLetters:
 def one_by_one(handle: Handler, letters: DeadLetters) -> BatchHandler:
     """A batch handler that takes records in order, each after the one before.
 
-    What is invalid holds up nothing: its dead letters are waited for together, at the end.
+    What is invalid holds up nothing: its dead letters are waited for together, at the end, with what `handle` returned.
     """
 
     async def handle_batch(batch: Sequence[Received]) -> None:
-        buried = list[Awaitable[Any]]()
+        outstanding = list[Awaitable[Any]]()
         try:
             for record in batch:
                 try:
-                    await handle(record)
+                    if (later := await handle(record)) is not None:
+                        outstanding.append(later)
                     metrics.RECORDS.labels(record.topic.what, "done").inc()
                 except InvalidMessageError as error:
-                    buried.append(await letters.bury_soon(record, error))
+                    outstanding.append(await letters.bury_soon(record, error))
                 record.span.end()
         finally:
-            await gather_all(buried)
+            await gather_all(outstanding)
 
     return handle_batch
 
@@ -173,7 +175,8 @@ def side_by_side(handle: Handler, letters: DeadLetters) -> BatchHandler:
 
     async def settle(record: Received) -> bool:
         try:
-            await handle(record)
+            if (later := await handle(record)) is not None:
+                await later
             done = True
         except InvalidMessageError as error:
             await letters.bury(record, error)

@@ -202,7 +202,33 @@ class Runtime:
         at_ms: int | None = None,
         **fields: Any,
     ) -> None:
-        """Publish a signed `service.event`, acknowledged when this returns.
+        """`event_soon`, acknowledged when this returns."""
+        await (
+            await self.event_soon(
+                kind,
+                subject,
+                about=about,
+                reasons=reasons,
+                source=source,
+                traceparent=traceparent,
+                at_ms=at_ms,
+                **fields,
+            )
+        )
+
+    async def event_soon(
+        self,
+        kind: EventKind,
+        subject: str,
+        *,
+        about: tuple[object, ...],
+        reasons: Sequence[Reason] = (),
+        source: Coordinates | None = None,
+        traceparent: str | None = None,
+        at_ms: int | None = None,
+        **fields: Any,
+    ) -> Awaitable[object]:
+        """Publish a signed `service.event`. Await what this returns for the broker's acknowledgement.
 
         `about` makes its id: the same event said twice has the same one. With `at_ms`, where it is not of now, it is
         the same text each time.
@@ -225,9 +251,10 @@ class Runtime:
         with self.tracing.step(f"{kind} {subject}", Work(traceparent, ids)) as span:
             if reasons:
                 span.refused(*(reason.code for reason in reasons))
-            await self.publisher.publish_signed(
+            _, acknowledged = await self.publisher.send_signed(
                 SERVICE_EVENT, self.role, event, self.key, traceparent=span.traceparent
             )
+        return acknowledged
 
     # --- the life ---
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from ringfence.backends import Material, all_backends
@@ -145,15 +145,24 @@ def build(
         lambda: judge.policy_revision, judge.caught_up, approvals.reconsider,
     )  # fmt: skip
 
-    async def respond(record: Received) -> None:
-        await (approvals.handle if kind_of(record) is None else granting.handle)(record)
+    async def respond(record: Received) -> Awaitable[object] | None:
+        if kind_of(record) is None:
+            return await approvals.handle(record)
+        await granting.handle(record)
+        return None
+
+    responses = one_by_one(respond, runtime.letters)
+
+    async def respond_to_all(batch: Sequence[Received]) -> None:
+        approvals.came(batch)
+        await responses(batch)
 
     runtime.table(TABLES, directory.on_records)
     consumer = runtime.consume(
         "policy",
         {
             CREDENTIAL_REQUEST: side_by_side(requests.handle, runtime.letters),
-            APPROVAL_RESPONSE: one_by_one(respond, runtime.letters),
+            APPROVAL_RESPONSE: respond_to_all,
         },
         on_assigned=remember,
     )

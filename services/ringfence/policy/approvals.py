@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
 from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import ExpiredError, Signed, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.skew import MAX_SKEW_MS
 from ringfence.kernel.trace import nearest
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
@@ -51,23 +53,48 @@ class ApprovalHandler:
         self._answers = answers
         self._recall = recall
         self._one_at_a_time = asyncio.Lock()
+        self._known_to_ms: int | None = None
+        """Every decision is known that stood on Kafka by then, by the broker's clock; None after a failure."""
+        self._here_to_ms = 0
+        """When the last of the records was appended that are here now."""
         self._held_against: dict[str, tuple[int, int | None]] = {}
         """By request that waits, the version of the records that it was last held against."""
 
-    async def handle(self, record: Received) -> None:
+    def came(self, batch: Sequence[Received]) -> None:
+        """Told of what comes to `handle` next, all of which is on Kafka: what is asked from now on is asked for all."""
+        self._here_to_ms = max(record.appended_at_ms for record in batch)
+
+    async def handle(self, record: Received) -> Awaitable[object] | None:
         """Take in one answer. Raises InvalidMessageError where it is none, or nobody known signed it.
 
-        What is signed and does not count is refused by a `service.event`; the request goes on waiting.
+        What is signed and does not count is refused by a `service.event`; the request goes on waiting. Await what this
+        returns, if anything, for the broker's acknowledgement of that.
         """
         if is_for_others(record):
-            return
+            return None
         approval, late = await self._opener.approval(record)
-        async with self._one_at_a_time:
-            # What was published before a failure counts, also where its acknowledgement was lost on the way.
-            await self._recall()
+        async with self._alone(record.appended_at_ms):
             problem = await self._take(approval, late, record)
-        if problem is not None:
-            await self._refuse(approval, problem, record)
+        return await self._refuse(approval, problem, record) if problem is not None else None
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, at_ms: int | None = None) -> AsyncIterator[None]:
+        """One at a time, and with every decision known that stood on Kafka at `at_ms`, or now.
+
+        What was published before a failure counts, also where its acknowledgement was lost on the way. To ask Kafka for
+        its end takes a tenth of a second: one question is the answer for all that was appended before it was put, else
+        whoever signs ten answers a second holds up everybody.
+        """
+        async with self._one_at_a_time:
+            try:
+                if at_ms is None or self._known_to_ms is None or self._known_to_ms < at_ms:
+                    here_to_ms, asked_at_ms = self._here_to_ms, self._runtime.clock.now_ms()
+                    await self._recall()
+                    self._known_to_ms = max(here_to_ms, asked_at_ms - MAX_SKEW_MS)
+                yield
+            except BaseException:
+                self._known_to_ms = None
+                raise
 
     async def _take(
         self, approval: Signed[Approval], late: ExpiredError | None, record: Received
@@ -203,9 +230,9 @@ class ApprovalHandler:
             decision = parse(known.jws).unverified_claims(CredentialDecision)
             await self._answers.follow_up(known, _case(known, decision))
 
-    async def _refuse(self, approval: Signed[Approval], why: Reason, record: Received) -> None:
+    async def _refuse(self, approval: Signed[Approval], why: Reason, record: Received) -> Awaitable[object]:
         known = self._decisions.get(approval.claims.request_id)
-        await self._runtime.event(
+        return await self._runtime.event_soon(
             "refused",
             Approval.typ,
             about=(record.topic_name, record.partition, record.offset),
@@ -225,8 +252,7 @@ class ApprovalHandler:
         for known in list(self._decisions.pending()):
             if known.agent_id != grant.agent_id:
                 continue
-            async with self._one_at_a_time:
-                await self._recall()
+            async with self._alone(at_ms):
                 pending = known.pending
                 if pending is None or at_ms >= (pending.expires_at or 0) * 1000:
                     continue
@@ -272,8 +298,7 @@ class ApprovalHandler:
         self._held_against = held
 
     async def _close_one(self, known: Known, owns: Callable[[str, int], bool]) -> None:
-        async with self._one_at_a_time:
-            await self._recall()
+        async with self._alone():
             if known.pending is None or not self._is_own(known, owns):
                 return
             if self._is_overdue(known):
