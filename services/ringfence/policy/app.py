@@ -142,7 +142,7 @@ def build(
     approvals = ApprovalHandler(runtime, directory, opener, judge, decisions, answers, recall)
     granting = GrantHandler(
         runtime, directory, opener, grant_table,
-        lambda: judge.policy_revision, judge.caught_up, approvals.reconsider,
+        lambda: judge.policy_revision, approvals.records.known, approvals.reconsider,
     )  # fmt: skip
 
     async def respond(record: Received) -> Awaitable[object] | None:

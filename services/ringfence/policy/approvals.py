@@ -31,6 +31,37 @@ OVERDUE_MS = 2_000
 _CLOSE_EVERY_S = 0.5
 
 
+class AsOf:
+    """What stood on Kafka at a moment is known here.
+
+    To ask for its end may take a tenth of a second: one question is the answer for all that was appended before it was
+    put, else whoever signs ten answers a second holds up everybody.
+    """
+
+    def __init__(self, runtime: Runtime, ask: Callable[[], Awaitable[bool | None]]) -> None:
+        """`ask` returns when all is known that is there; False where it is not known whether that is so."""
+        self._runtime = runtime
+        self._ask = ask
+        self._known_to_ms = -1
+        self._here_to_ms = -1
+
+    def came(self, to_ms: int) -> None:
+        """Records are here that were appended by then, by the broker's clock."""
+        self._here_to_ms = to_ms
+
+    def doubt(self) -> None:
+        """What was known may be so no more."""
+        self._known_to_ms = -1
+
+    async def known(self, at_ms: int | None) -> None:
+        """Return once all is known that stood there at `at_ms`, by the broker's clock, or now."""
+        if at_ms is not None and at_ms <= self._known_to_ms:
+            return
+        here_to_ms, asked_at_ms = self._here_to_ms, self._runtime.clock.now_ms()
+        if await self._ask() is not False:
+            self._known_to_ms = max(here_to_ms, asked_at_ms - MAX_SKEW_MS)
+
+
 class ApprovalHandler:
     """Takes in what people answer. One at a time: a yes and the end of its time must not both count."""
 
@@ -51,18 +82,17 @@ class ApprovalHandler:
         self._judge = judge
         self._decisions = decisions
         self._answers = answers
-        self._recall = recall
         self._one_at_a_time = asyncio.Lock()
-        self._known_to_ms: int | None = None
-        """Every decision is known that stood on Kafka by then, by the broker's clock; None after a failure."""
-        self._here_to_ms = 0
-        """When the last of the records was appended that are here now."""
+        self._decided = AsOf(runtime, recall)
+        self.records = AsOf(runtime, judge.caught_up)
+        """Of users, agents, tasks and targets: whoever answers may have seen some that are not here yet."""
         self._held_against: dict[str, tuple[int, int | None]] = {}
         """By request that waits, the version of the records that it was last held against."""
 
     def came(self, batch: Sequence[Received]) -> None:
         """Told of what comes to `handle` next, all of which is on Kafka: what is asked from now on is asked for all."""
-        self._here_to_ms = max(record.appended_at_ms for record in batch)
+        for one in (self._decided, self.records):
+            one.came(max(record.appended_at_ms for record in batch))
 
     async def handle(self, record: Received) -> Awaitable[object] | None:
         """Take in one answer. Raises InvalidMessageError where it is none, or nobody known signed it.
@@ -81,19 +111,14 @@ class ApprovalHandler:
     async def _alone(self, at_ms: int | None = None) -> AsyncIterator[None]:
         """One at a time, and with every decision known that stood on Kafka at `at_ms`, or now.
 
-        What was published before a failure counts, also where its acknowledgement was lost on the way. To ask Kafka for
-        its end takes a tenth of a second: one question is the answer for all that was appended before it was put, else
-        whoever signs ten answers a second holds up everybody.
+        What was published before a failure counts, also where its acknowledgement was lost on the way.
         """
         async with self._one_at_a_time:
             try:
-                if at_ms is None or self._known_to_ms is None or self._known_to_ms < at_ms:
-                    here_to_ms, asked_at_ms = self._here_to_ms, self._runtime.clock.now_ms()
-                    await self._recall()
-                    self._known_to_ms = max(here_to_ms, asked_at_ms - MAX_SKEW_MS)
+                await self._decided.known(at_ms)
                 yield
             except BaseException:
-                self._known_to_ms = None
+                self._decided.doubt()
                 raise
 
     async def _take(
@@ -142,7 +167,7 @@ class ApprovalHandler:
             return _reason("approval_other_request", "the approval is a signature over another request")
         if stale := await self._judge.stale():
             return _reason("stale_view", f"{stale}; then approve again")
-        await self._judge.caught_up()  # whoever approves may have seen records that are not here yet
+        await self.records.known(at_ms)
         try:
             facts = gather(self._directory, case.request)
         except DeniedError as error:

@@ -104,12 +104,12 @@ class GrantHandler:
         opener: Opener,
         table: GrantTable,
         policy_revision: Callable[[], str],
-        caught_up: Callable[[], Awaitable[None]],
+        records: Callable[[int], Awaitable[None]],
         reconsider: Callable[[Grant, int], Awaitable[None]],
     ) -> None:
         """Args:
             policy_revision: the revision of the bundle in force.
-            caught_up: reads the records up to their present end.
+            records: returns when those are known that stood on Kafka at an append time.
             reconsider: looks again at what waits, now (an append time) that a grant was given.
         """  # fmt: skip
         self._runtime = runtime
@@ -117,7 +117,7 @@ class GrantHandler:
         self._opener = opener
         self._table = table
         self._policy_revision = policy_revision
-        self._caught_up = caught_up
+        self._records = records
         self._reconsider = reconsider
 
     async def handle(self, record: Received) -> None:
@@ -129,7 +129,9 @@ class GrantHandler:
 
     async def _grant(self, record: Received) -> None:
         grant, late = await self._opener.grant(record)
-        await self._caught_up()  # whoever grants may have seen records that are not here yet
+        await self._records(
+            record.appended_at_ms
+        )  # whoever grants may have seen records that are not here yet
         why = self._objection(grant.claims, late, record)
         if why is None:
             given = self._table.keep(grant, record.partition, record.offset)
@@ -185,7 +187,7 @@ class GrantHandler:
         signed, late = await self._opener.withdrawal(record)
         claims = signed.claims
         if late is None and self._no_say(claims) is not None:
-            await self._caught_up()  # nobody is refused for what has not arrived here yet
+            await self._records(record.appended_at_ms)  # nobody is refused for what has not arrived here yet
         why = _reason(late.code, str(late)) if late else self._no_say(claims)
         if why is None:
             user_id = subject_of(claims.aud, claims.iss, "user") or ""

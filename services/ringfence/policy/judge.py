@@ -133,9 +133,9 @@ class Judge:
             reason = self._directory.stale()
         return reason and f"{reason}; ask again when the registry is back"
 
-    async def caught_up(self) -> None:
-        """Read the records up to where they end now, as far as the grace allows."""
-        await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
+    async def caught_up(self) -> bool:
+        """Read the records up to where they end now, as far as the grace allows. Returns whether that was so."""
+        return await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
 
     async def _weigh_with_all_held(
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval] | Signed[Grant]]
