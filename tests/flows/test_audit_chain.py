@@ -25,6 +25,8 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.transactions import FencedError, TransactionalPublisher
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.audit import AuditCheckpoint, AuditIntake, IntakeEntry
+from ringfence.messages.credential import Coordinates
+from ringfence.messages.operations import DeadLetter
 from ringfence.messages.registry import AgentSuspend
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, DEAD_LETTER, SERVICE_EVENT
 from ringfence.model.audit_chain import Source, Tip, event_of, linkable, linked
@@ -109,18 +111,37 @@ async def test_each_kind_of_tampering_on_the_topic_is_found(world: World, sam: P
     records = [record for record in await world.records(AUDIT) if record.partition == 0]
     changed = json.loads(records[0].value)
     changed["message"] = "nothing happened"
-    await put(world, 0, records[0].value)
-    await put(world, 0, json.dumps(changed).encode())
-    await put(world, 0, b"junk")
+    await told_as_buried(
+        world,
+        await put(world, 0, records[0].value),
+        await put(world, 0, json.dumps(changed).encode()),
+        await put(world, 0, b"junk"),
+    )
     report = await verified(world)
     assert kinds(report) == ["duplicated", "foreign"]
     assert [fault.seq for fault in report.faults if fault.kind == "duplicated"] == [1, 1]
 
 
-async def put(world: World, partition: int, value: bytes) -> None:
+async def put(world: World, partition: int, value: bytes) -> Coordinates:
     """As whoever may write to the topic would."""
-    sent = await world.publisher.send(AUDIT, "x", value, id="x", type="audit", partition=partition)
-    await sent
+    sent = await (await world.publisher.send(AUDIT, "x", value, id="x", type="audit", partition=partition))
+    return Coordinates(
+        topic=sent.topic, partition=sent.partition, offset=sent.offset, appended_at_ms=sent.timestamp
+    )
+
+
+async def told_as_buried(world: World, *places: Coordinates) -> list[DeadLetter]:
+    """The letters about these records, each once its own event is in the trail."""
+    letters = []
+    for at in places:
+        record = await world.consume_until(DEAD_LETTER, lambda r, at=at: letter_in(r).source == at)  # type: ignore[misc]
+        await chained(world, Source(record.topic_name, record.partition, record.offset).uid)
+        letters.append(letter_in(record))
+    return letters
+
+
+def letter_in(record: Received) -> DeadLetter:
+    return DeadLetter.model_validate_json(record.value)
 
 
 async def test_what_was_never_audited_and_what_was_made_up_is_found(world: World) -> None:
@@ -194,7 +215,9 @@ async def test_a_forged_checkpoint_moves_nothing_and_is_found(world: World, sam:
     (record, *_) = await world.records(AUDIT_CHECKPOINT)
     honest = parse(record.value).unverified_claims(AuditCheckpoint)
     forged = honest.model_copy(update={"iss": world.key("policy").id, "size": 2**20, "peaks": (honest.last,)})
-    await world.send(AUDIT_CHECKPOINT, honest.tree, sign(forged, world.key("policy")))
+    at = await world.send(AUDIT_CHECKPOINT, honest.tree, sign(forged, world.key("policy")))
+    (letter,) = await told_as_buried(world, at)
+    assert (letter.service, letter.code) == ("audit", "key_unknown")
     report = await verified(world)
     assert kinds(report) == ["foreign"]
 
@@ -217,7 +240,10 @@ async def test_what_an_auditor_kept_or_a_witness_signed_must_still_be_so(world: 
     assert report.faults == []
     assert {"vera"} == {name for one in report.trees for name in one.witnesses}
     # Somebody else's word is none.
-    await witness(report, sam.key, client_settings(world))
+    count = await witness(report, sam.key, client_settings(world))
+    words = list(await world.records(AUDIT_CHECKPOINT))[-count:]
+    letters = await told_as_buried(world, *(word.coordinates for word in words))
+    assert {letter.code for letter in letters} == {"not_auditor"}
     assert kinds(await verified(world)) == ["foreign"]
 
 

@@ -32,13 +32,17 @@ from ringfence.messages.topics import (
     APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
     AUDIT,
+    AUDIT_CHECKPOINT,
+    AUDITED,
     CREDENTIAL_DECISION,
     CREDENTIAL_REQUEST,
     DEAD_LETTER,
+    HEARTBEAT,
     LEASE,
     REGISTRY_COMMAND,
     REVOCATION_REQUEST,
     SERVICE_EVENT,
+    SIGNAL_STREAM,
     TARGET,
     TASK,
     TRUST,
@@ -623,10 +627,13 @@ GARBAGE = [
 ]
 EVERYWHERE = [
     REGISTRY_COMMAND, USER, AGENT, TARGET, TASK, CREDENTIAL_REQUEST, CREDENTIAL_DECISION, APPROVAL_REQUEST,
-    APPROVAL_RESPONSE, LEASE, REVOCATION_REQUEST, SERVICE_EVENT, DEAD_LETTER, TRUST,
+    APPROVAL_RESPONSE, LEASE, REVOCATION_REQUEST, SERVICE_EVENT, DEAD_LETTER, TRUST, HEARTBEAT, SIGNAL_STREAM,
+    AUDIT, AUDIT_CHECKPOINT,
 ]  # fmt: skip
+FOLLOWED = {HEARTBEAT, SIGNAL_STREAM, AUDIT, AUDIT_CHECKPOINT}
+"""Nothing on these becomes an event; what is invalid there goes to the dead letters, by audit."""
 CONSUMED = {REGISTRY_COMMAND, CREDENTIAL_REQUEST, CREDENTIAL_DECISION, APPROVAL_RESPONSE, REVOCATION_REQUEST}
-BURIED = CONSUMED | BURIED_HERE
+BURIED = CONSUMED | BURIED_HERE | FOLLOWED
 """What is invalid there goes to the dead letters, whatever it is; of records all but tombstones do."""
 
 
@@ -648,7 +655,9 @@ def garbage_story(topic: Topic[Any]) -> str:
         )
         if topic is AGENT:
             story += "~3002 Repeat: Success message.repeated by nobody known, signed by registry for bot\n"
-    told = [forged(code) for code in codes]
+    if topic is AUDIT:
+        buried_codes = ["claims_invalid" if one == b"{}" else "not_json" for one in GARBAGE]
+    told = [forged(code) for code in codes] if topic in AUDITED else []
     if topic is TRUST:
         told[0], buried_codes[0] = forged("tombstone"), "tombstone"
     if topic is LEASE:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from ringfence.audit.asking_http import AskingApi
 from ringfence.audit.believing import Believer
-from ringfence.audit.chaining import GROUP, ChainWriter
+from ringfence.audit.chaining import GROUP, STRAYS_GROUP, ChainWriter
 from ringfence.audit.detector import Detector
+from ringfence.audit.followed import Followed
 from ringfence.audit.handlers import AuditHandlers
 from ringfence.audit.http import AuditApi
 from ringfence.audit.intake import Intake, Lately
@@ -16,6 +17,7 @@ from ringfence.audit.proofs_http import ProofApi
 from ringfence.audit.read_back import ReadBack
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.store import SqliteIndex
+from ringfence.audit.strays import Strays
 from ringfence.kernel.bus import DeadLetters
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.kafka import Received
@@ -30,6 +32,9 @@ _AT_ONCE = 32
 """Events of the trail that are parsed and then taken in: more of them do not stay in the caches of a core, and parsing
 alone takes twice as long."""
 
+_PATIENTLY = 10
+"""So many times as long do heartbeats and the like gather: nothing is made of those that hold."""
+
 
 def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Clock | None = None) -> Runtime:
     """Everything that audit is made of, started by `Runtime.run`."""
@@ -43,7 +48,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         proofs = ProofStore(
             runtime.trust, settings.state_dir / own.tree_file if settings.state_dir is not None else None
         )
-    lately, read_back = Lately(), ReadBack()
+    lately, read_back, strays = Lately(), ReadBack(), Strays()
     intake = Intake(runtime.publisher, lambda: runtime.key, settings.trust_domain, runtime.clock, lately)
     handlers = AuditHandlers(
         intake,
@@ -66,6 +71,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         if records[0].topic is AUDIT_CHECKPOINT:
             proofs.add_checkpoints(records)
             return
+        strays.read(records)
         for start in range(0, len(records), _AT_ONCE):
             some = records[start : start + _AT_ONCE]
             trailed = read_back.of(some)
@@ -83,7 +89,8 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     runtime.consume(
         "audit", handlers.batches(), max_records=1000, linger_ms=own.linger_ms, from_the_first=True
     )
-    _chain(runtime, own, lately, read_back)
+    _look_at_what_is_followed(runtime, own, directory)
+    _chain(runtime, own, ChainWriter(runtime, own.checkpoint_s, lately, read_back, strays))
     api = AuditApi(index, directory, runtime.clock, settings.trust_domain, indexed.complete.is_set)
     runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]
     runtime.routes += AskingApi(index, runtime.clock, api.viewer, indexed.complete.is_set).routes()
@@ -96,8 +103,21 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     return runtime
 
 
-def _chain(runtime: Runtime, own: AuditSettings, lately: Lately, read_back: ReadBack) -> None:
-    chain = ChainWriter(runtime, own.checkpoint_s, lately, read_back)
+def _look_at_what_is_followed(runtime: Runtime, own: AuditSettings, directory: Directory) -> None:
+    # By itself, as above: it halts at nothing.
+    letters = DeadLetters(runtime.publisher, runtime.role, runtime.clock, trust_moved=runtime.trust_moved)
+    followed = Followed(runtime.trust, directory, runtime.clock, letters, runtime.tables_caught_up)
+    runtime.consume(
+        STRAYS_GROUP,
+        followed.batches(),
+        max_records=100,
+        linger_ms=_PATIENTLY * own.linger_ms,
+        # Strangers may leave transactions open anywhere.
+        uncommitted=True,
+    )
+
+
+def _chain(runtime: Runtime, own: AuditSettings, chain: ChainWriter) -> None:
     runtime.consume(
         GROUP,
         {AUDIT_INTAKE: chain.on_batch},
@@ -108,6 +128,7 @@ def _chain(runtime: Runtime, own: AuditSettings, lately: Lately, read_back: Read
         from_the_first=True,
     )
     runtime.background("checkpoints", chain.sign_now_and_then)
+    runtime.background("strays", chain.bury_strays)
     runtime.on_stop(chain.close)
 
 

@@ -13,21 +13,26 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from ringfence.audit.intake import Lately, Told, opened_intake
 from ringfence.audit.read_back import ReadBack
+from ringfence.audit.strays import Found, Strays, why_not
 from ringfence.audit.tips import TipsRead, read_tips
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.bus import gather_all
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Outbound, Received
 from ringfence.kernel.kafka_connection import connection, no_answer
+from ringfence.kernel.kafka_reading import Stretches
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.transactions import TransactionalPublisher
 from ringfence.messages.audit import AuditCheckpoint
+from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
 from ringfence.model.audit_chain import Tip, linked, linked_event
 from ringfence.model.merkle import Hash, leaf_hash
@@ -36,9 +41,15 @@ log = logging.getLogger(__name__)
 
 GROUP = "audit-chain"
 """Of consumers, and the `transactional.id`: both without the topic prefix."""
+STRAYS_GROUP = "audit-strays"
+"""Of consumers of what services only follow. For `audit`, which is followed as well, the writer commits in its name
+before which offset no stray is left.
+"""
 _REMEMBERED = 50_000
 _REMEMBERED_AT_FIRST = 5_000
 """So many are read again by whoever takes over."""
+_STRAYS_AT_ONCE, _STRAYS_EACH_S = 500, 0.5
+"""So many places are looked at for strays, so often at most: a flood of them takes little from what is true."""
 
 
 @dataclass(slots=True)
@@ -57,7 +68,9 @@ class _Chain:
 
 
 class ChainWriter:
-    """See the module. `on_batch` is the handler of `audit.intake`; `sign_now_and_then` runs in the background."""
+    """See the module. `on_batch` is the handler of `audit.intake`; `sign_now_and_then` and `bury_strays` run in the
+    background.
+    """
 
     def __init__(
         self,
@@ -65,11 +78,14 @@ class ChainWriter:
         checkpoint_s: float,
         lately: Lately | None = None,
         read_back: ReadBack | None = None,
+        strays: Strays | None = None,
     ) -> None:
         """Args:
             lately: what this process handed over itself.
             read_back: keeps what is chained, where this process reads the trail as well.
+            strays: the same, of what stands there besides.
         """  # fmt: skip
+        self._strays = strays or Strays()
         self._lately = lately or Lately()
         self._read_back = read_back
         self._runtime = runtime
@@ -109,6 +125,17 @@ class ChainWriter:
             except UnavailableError as error:
                 log.warning("no checkpoint this time: %s", error)
 
+    async def bury_strays(self) -> None:
+        """Dead-letter what stands on `audit` and this writer did not write, as it comes. Does not end."""
+        while True:
+            await self._strays.some.wait()
+            await asyncio.sleep(_STRAYS_EACH_S)
+            try:
+                if (found := self._strays.next(_STRAYS_AT_ONCE)) is not None:
+                    await self._bury(found)
+            except (RingfenceError, KafkaError, OSError) as error:
+                log.warning("what nobody chained is not dead-lettered yet: %r", error)
+
     async def close(self) -> None:
         """Sign how far it has come, and disconnect."""
         with contextlib.suppress(UnavailableError):
@@ -117,7 +144,10 @@ class ChainWriter:
 
     @property
     def _group(self) -> str:
-        return f"{self._runtime.settings.topic_prefix}.{GROUP}"
+        return self._group_of(GROUP)
+
+    def _group_of(self, name: str) -> str:
+        return f"{self._runtime.settings.topic_prefix}.{name}"
 
     # --- chaining ---
 
@@ -142,7 +172,12 @@ class ChainWriter:
                 events.append(Outbound(one.key, body, one.uid, one.traceparent))
         chain.tip = chain.tip.grown(*leaves)
         if events:
-            await publisher.send_to(partition, AUDIT, "audit", events)
+            for places in await publisher.send_to(partition, AUDIT, "audit", events):
+                if (
+                    places.start < 0
+                ):  # sent twice, and the broker does not remember where the first one stands
+                    raise UnavailableError(f"Kafka did not say where events of partition {partition} stand")
+                self._strays.wrote(partition, places)
             log.debug("chained %d events after %d of partition %d", len(events), start, partition)
 
     async def _handed(self, record: Received) -> Sequence[Told]:
@@ -163,7 +198,7 @@ class ChainWriter:
             grown = [(p, c) for p, c in self._chains.items() if c.tip.head.size > c.signed_size]
             if self._publisher is None or not grown:
                 return
-            async with self._transacting() as publisher, publisher.transaction():
+            async with self._transacting() as publisher, publisher.transaction(*self._looked_at()):
                 await publisher.send_to(
                     0, AUDIT_CHECKPOINT, AuditCheckpoint.typ, (self._checkpoint(p, c.tip) for p, c in grown)
                 )
@@ -185,6 +220,39 @@ class ChainWriter:
         )
         return Outbound(claims.tree, sign(claims, key).encode(), claims.jti)
 
+    # --- strays ---
+
+    async def _bury(self, found: Found) -> None:
+        """Each letter has the same id whoever sends it: what is not committed then is sent again."""
+        records = await self._stray(found)
+        # Whoever may still commit after these were read is the only one who wrote there until then: else they may be
+        # another's, who took over from a process that was paused.
+        if not await self._commit_looked_at():
+            return
+        await gather_all(self._runtime.letters.bury(record, why_not(record)) for record in records)
+        self._strays.settled(found)
+        await self._commit_looked_at()
+
+    async def _stray(self, found: Found) -> list[Received]:
+        async with Stretches(self._runtime.settings) as kafka:
+            _, end = await kafka.bounds(AUDIT, found.partition)
+            stretch = kafka.records(AUDIT, found.partition, found.start, min(found.stop, end))
+            return [record async for record in stretch if found.has(record.offset)]
+
+    async def _commit_looked_at(self) -> bool:
+        """Commit before which offsets no stray is left. False where this process does not write; raises
+        UnavailableError where that turns out.
+        """
+        async with self._one_at_a_time:
+            if self._publisher is None:
+                return False
+            async with self._transacting() as publisher, publisher.transaction(*self._looked_at()):
+                return True
+
+    def _looked_at(self) -> tuple[str, dict[tuple[str, int], int]]:
+        name = AUDIT.name(self._runtime.settings.topic_prefix)
+        return self._group_of(STRAYS_GROUP), {(name, p): mark for p, mark in self._strays.marks().items()}
+
     # --- taking over ---
 
     @contextlib.asynccontextmanager
@@ -205,12 +273,13 @@ class ChainWriter:
         )
         await publisher.start()
         try:
-            self._taken = await self._offsets_taken()
+            self._taken = await self._offsets(self._group, AUDIT_INTAKE)
             found = await read_tips(
                 runtime.settings,
                 runtime.trust,
                 remember=_REMEMBERED_AT_FIRST,
                 taken=self._taken,
+                marks=await self._offsets(self._group_of(STRAYS_GROUP), AUDIT),
                 now_ms=runtime.clock.now_ms(),
             )
         except BaseException:
@@ -220,27 +289,32 @@ class ChainWriter:
         for partition, one in found.items():
             for fault in one.faults:
                 log.error("partition %d of the audit trail: %s", partition, fault)
+        self._strays.took_over(
+            {partition: one.end for partition, one in found.items()},
+            {partition: one.strays for partition, one in found.items()},
+        )
         self._publisher = publisher
         log.info("chaining from %s on", {p: c.tip.head.size for p, c in self._chains.items()})
         return publisher
 
-    async def _offsets_taken(self) -> dict[int, int]:
-        """What is committed for the group by now; the consumer may have been told before the last transaction ended."""
+    async def _offsets(self, group: str, topic: Topic[Any]) -> dict[int, int]:
+        """What is committed for a group by now; a consumer may have been told before the last transaction ended."""
         settings = self._runtime.settings
         admin = AIOKafkaAdminClient(**connection(settings))
         try:
             await admin.start()
-            found = await admin.list_consumer_group_offsets(self._group)
+            found = await admin.list_consumer_group_offsets(group)
         except KafkaError as error:
             raise no_answer(settings, error) from None
         finally:
             await admin.close()
-        name = AUDIT_INTAKE.name(settings.topic_prefix)
-        return {at.partition: max(0, one.offset) for at, one in found.items() if at.topic == name}
+        name = topic.name(settings.topic_prefix)
+        return {at.partition: one.offset for at, one in found.items() if at.topic == name and one.offset >= 0}
 
     async def _let_go(self) -> None:
         publisher, self._publisher = self._publisher, None
         self._chains = {}
+        self._strays.let_go()
         if publisher is not None:
             await publisher.abandon()
 

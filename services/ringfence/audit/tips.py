@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import orjson
 
@@ -22,11 +23,15 @@ from ringfence.model.merkle import Hash, leaf_hash
 
 @dataclass(slots=True)
 class TipsRead:
-    """One chain: how far it has come, how far that is signed, and the uids of its last events."""
+    """One chain: how far it has come, how far that is signed, and the uids of its last events; of its partition where
+    it ended, and the offsets of what is none of the chain.
+    """
 
     tip: Tip
     signed_size: int
     recent: Sequence[str] = ()
+    end: int = 0
+    strays: Sequence[int] = ()
     faults: list[str] = field(default_factory=list)
 
 
@@ -42,24 +47,44 @@ class _Unsigned:
     """Whether it can be told that somebody handed it over."""
 
 
+class _Stood(NamedTuple):
+    """A record."""
+
+    offset: int
+    is_event: bool
+    link: ChainLink | None
+    hashed: Hash
+
+
 @dataclass(slots=True)
 class _Stretch:
     """The end of one partition."""
 
     signed: Tip
+    start: int
+    """The first offset that is still there in all of the partition."""
+    end: int
+    stood: list[_Stood] = field(default_factory=list)
     unsigned: list[_Unsigned] = field(default_factory=list)
     before: dict[Hash, tuple[str, Hash]] = field(default_factory=dict)
     """By the hash of each event: its uid, and the hash that it names as that of the event before."""
 
 
 async def read_tips(
-    settings: BusSettings, trust: TrustStore, *, remember: int, taken: Mapping[int, int], now_ms: int
+    settings: BusSettings,
+    trust: TrustStore,
+    *,
+    remember: int,
+    taken: Mapping[int, int],
+    marks: Mapping[int, int],
+    now_ms: int,
 ) -> dict[int, TipsRead]:
     """By partition of `audit`. Raises UnavailableError.
 
     Args:
         remember: how many uids of the last events to bring along, of each chain.
         taken: by partition of `audit.intake`, the offset after the last message whose events are chained.
+        marks: by partition of `audit`, the offset before which no stray is looked for.
         now_ms: the time.
 
     What follows a checkpoint and does not fit, or was handed over by no audit service, is passed over: it is a fault,
@@ -70,10 +95,13 @@ async def read_tips(
         signed, handed_over = await _last_checkpoints(kafka, trust), HandedOver(kafka, trust, taken)
         found: dict[int, TipsRead] = {}
         for partition in await kafka.partitions(AUDIT):
-            stretch = await _read(kafka, partition, signed.get(str(partition), Tip()), remember, now_ms)
-            marks = frozenset(one.mark for one in stretch.unsigned if one.judged)
-            found[partition] = _followed(stretch, str(partition), await handed_over.among(partition, marks))
-            found[partition].recent = _recent(stretch, found[partition].tip.last, remember)
+            tip, mark = signed.get(str(partition), Tip()), marks.get(partition)
+            stretch = await _read(kafka, partition, tip, remember, mark, now_ms)
+            judged = frozenset(one.mark for one in stretch.unsigned if one.judged)
+            one = _followed(stretch, str(partition), await handed_over.among(partition, judged))
+            one.recent = _recent(stretch, one.tip.last, remember)
+            one.end, one.strays = stretch.end, _strays(stretch, str(partition), one.tip, mark)
+            found[partition] = one
         return found
 
 
@@ -97,25 +125,30 @@ async def _last_checkpoints(kafka: Stretches, trust: TrustStore) -> Mapping[str,
     return found
 
 
-async def _read(kafka: Stretches, partition: int, signed: Tip, remember: int, now_ms: int) -> _Stretch:
-    """The last events, and all that are not signed."""
+async def _read(
+    kafka: Stretches, partition: int, signed: Tip, remember: int, mark: int | None, now_ms: int
+) -> _Stretch:
+    """The last events, all that are not signed, and all that stands from `mark` on."""
     start, end = await kafka.bounds(AUDIT, partition)
     look_back = remember
     while True:
         begin = max(start, end - look_back)
-        found, first = _Stretch(signed), None
+        found, first = _Stretch(signed, start, end), None
         async for record in kafka.records(AUDIT, partition, begin, end):
-            event = event_of(record.value)
-            if event is None or event.link is None:
+            event, hashed = event_of(record.value), leaf_hash(record.value)
+            link = event.link if event is not None else None
+            found.stood.append(_Stood(record.offset, event is not None, link, hashed))
+            if event is None or link is None:
                 continue
-            first = first or event.link.seq
-            hashed = leaf_hash(record.value)
-            found.before[hashed] = event.uid, bytes.fromhex(event.link.prev)
-            if event.link.seq > signed.head.size:
-                mark, judged = mark_of(orjson.loads(record.value)), is_kept_for(record, now_ms)
-                found.unsigned.append(_Unsigned(event.link, hashed, mark, record.offset, judged))
+            first = first or link.seq
+            found.before[hashed] = event.uid, bytes.fromhex(link.prev)
+            if link.seq > signed.head.size:
+                known_by, judged = mark_of(orjson.loads(record.value)), is_kept_for(record, now_ms)
+                found.unsigned.append(_Unsigned(link, hashed, known_by, record.offset, judged))
         # What is not signed yet may be more than is looked at.
-        if begin == start or (first is not None and first <= signed.head.size + 1):
+        if begin == start or (
+            first is not None and first <= signed.head.size + 1 and (mark is None or begin <= mark)
+        ):
             return found
         look_back *= 8
 
@@ -143,3 +176,32 @@ def _recent(stretch: _Stretch, last: Hash, most: int) -> list[str]:
         uid, last = stretch.before[last]
         uids.append(uid)
     return uids[::-1]
+
+
+def _strays(stretch: _Stretch, tree: str, tip: Tip, mark: int | None) -> list[int]:
+    """What is not on the way from the tip of the chain back, from event to event.
+
+    Places that this does not lead to are not judged, as events of before are gone or were not read; nor is, where no
+    mark is known, what stands before the tip. And what has no link, ahead of the first event that has one, is from
+    before there were chains.
+    """
+    path: set[Hash] = set()
+    last = tip.last
+    while last in stretch.before and last not in path:
+        path.add(last)
+        last = stretch.before[last][1]
+    first = tip.head.size - len(path) + 1
+    if mark is None:
+        behind = [one.offset + 1 for one in stretch.stood if one.hashed == tip.last]
+        mark = behind[0] if behind else stretch.end if tip.head.size else stretch.start
+    found: list[int] = []
+    chained = len(path)
+    for one in stretch.stood:
+        if one.hashed in path:  # what comes again is a copy
+            path.remove(one.hashed)
+            continue
+        elsewhere = one.link is not None and one.link.tree == tree and one.link.seq < first
+        unchained = one.is_event and one.link is None and first == 1 and len(path) == chained
+        if one.offset >= mark and not elsewhere and not unchained:
+            found.append(one.offset)
+    return found

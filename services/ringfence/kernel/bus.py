@@ -222,6 +222,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         patience_ms: int = 600_000,
         on_gone: OnGone | None = None,
         from_the_first: bool = False,
+        uncommitted: bool = False,
         tracing: Tracing = NOT_TRACING,
     ) -> None:
         """Args:
@@ -237,7 +238,9 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             patience_ms: after so long over one batch a member counts as dead.
             on_gone: told of records that Kafka removed before this group had read them.
             from_the_first: whether that counts as well of what was gone before the group read its first record.
+            uncommitted: read also what no transaction has committed, for whoever looks for what should not be there.
         """  # fmt: skip
+        self._uncommitted = uncommitted
         self._patience_ms = patience_ms
         self._tracing = tracing
         self.group = f"{settings.topic_prefix}.{group}"
@@ -277,7 +280,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             group_instance_id=self._settings.instance,
             enable_auto_commit=False,
             auto_offset_reset=NO_RESET,
-            **fetch_options(self._topics.values()),
+            **fetch_options(self._topics.values(), uncommitted=self._uncommitted),
             session_timeout_ms=10_000,
             heartbeat_interval_ms=1_000,
             max_poll_interval_ms=self._patience_ms,

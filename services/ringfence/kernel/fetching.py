@@ -29,13 +29,13 @@ WAIT_MS = 500
 """So long a broker holds a fetch that finds nothing. What is asked meanwhile on the same connection waits behind it."""
 
 
-def fetch_options(topics: Iterable[Topic[Any]]) -> dict[str, Any]:
+def fetch_options(topics: Iterable[Topic[Any]], *, uncommitted: bool = False) -> dict[str, Any]:
     """How a reader of these topics fetches: of those that are written in transactions, what is committed.
 
     And of no others: whoever may write could leave a transaction open there, and readers of what is committed would
-    come to nothing behind it for a quarter of an hour.
+    come to nothing behind it for a quarter of an hour. `uncommitted`: all that stands there, of those as well.
     """
-    committed = any(topic.in_transactions for topic in topics)
+    committed = not uncommitted and any(topic.in_transactions for topic in topics)
     return {
         "isolation_level": "read_committed" if committed else "read_uncommitted",
         "fetch_max_wait_ms": WAIT_MS,

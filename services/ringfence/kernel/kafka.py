@@ -254,7 +254,7 @@ class Publisher:
 
     async def send_many(
         self, topic: Topic[Any], type: str, records: Iterable[Outbound]
-    ) -> list[Awaitable[None]]:
+    ) -> list[Awaitable[Any]]:
         """Hand over many messages of one type. Await all that it returns: then all are acknowledged.
 
         Those of a partition travel, and are acknowledged, together: half the CPU of sending each by itself.
@@ -269,10 +269,10 @@ class Publisher:
 
     async def send_to(
         self, partition: int, topic: Topic[Any], type: str, records: Iterable[Outbound]
-    ) -> None:
-        """Send messages of one type to one partition; all are acknowledged when this returns."""
+    ) -> list[range]:
+        """Send messages of one type to one partition; all are acknowledged when this returns. Returns their offsets."""
         producer, name = self._connected(), topic.name(self._settings.topic_prefix)
-        batch, spans = producer.create_batch(), list[Span]()
+        batch, spans, places = producer.create_batch(), list[Span](), list[range]()
         for record in records:
             span = self._tracing.sending(name, record.id, record.key, record.traceparent)
             message = {
@@ -282,13 +282,14 @@ class Publisher:
                 "headers": self._headers(topic, record.id, type, span),
             }
             if batch.append(**message) is None:  # it is full; into an empty one goes a message of any size
-                await self._send_batch(batch, spans, name, partition)
+                places.append(await self._send_batch(batch, spans, name, partition))
                 batch, spans = producer.create_batch(), []
                 batch.append(**message)
             spans.append(span)
-        await self._send_batch(batch, spans, name, partition)
+        places.append(await self._send_batch(batch, spans, name, partition))
+        return places
 
-    async def _send_batch(self, batch: Any, spans: Sequence[Span], name: str, partition: int) -> None:
+    async def _send_batch(self, batch: Any, spans: Sequence[Span], name: str, partition: int) -> range:
         batch.close()
         try:
             acknowledged = await self._connected().send_batch(batch, name, partition=partition)
@@ -298,7 +299,8 @@ class Publisher:
             raise
         for index, span in enumerate(spans):
             span.end_when(acknowledged, index)
-        await acknowledged
+        first: int = (await acknowledged).offset
+        return range(first, first + len(spans))
 
     def _connected(self) -> AIOKafkaProducer:
         if self._producer is None:

@@ -59,7 +59,7 @@ class Runtime:
         self._instance = secrets.token_hex(8)
         self.tracing = of_service(role, self._instance, settings)
         self.publisher = Publisher(settings, self.key.id, self.clock, self.tracing)
-        self.letters = DeadLetters(self.publisher, role, self.clock, self.trust, self._trust_moved)
+        self.letters = DeadLetters(self.publisher, role, self.clock, self.trust, self.trust_moved)
         self.routes: list[BaseRoute] = []
         self._tables: dict[Topic[Any], Reader] = {}
         self._table_follower: Follower | None = None
@@ -137,6 +137,7 @@ class Runtime:
         on_assigned: Callable[[], Awaitable[None]] | None = None,
         alone: bool = False,
         from_the_first: bool = False,
+        uncommitted: bool = False,
     ) -> Consumer:
         """Take work from these topics as a member of a group. See `Consumer` for what it is given and what it tells."""
         consumer = Consumer(
@@ -149,6 +150,7 @@ class Runtime:
             alone=alone,
             on_gone=self._tell_gone,
             from_the_first=from_the_first,
+            uncommitted=uncommitted,
             tracing=self.tracing,
         )
         self._consumers.append(consumer)
@@ -189,6 +191,13 @@ class Runtime:
     async def tables_caught_up(self, timeout_s: float) -> bool:
         """Wait until the tables hold what stood on their topics when this was called. See `Follower.caught_up`."""
         return self._table_follower is not None and await self._table_follower.caught_up(timeout_s)
+
+    async def trust_moved(self) -> bool:
+        """Whether a trust bundle came that was not known when this was called."""
+        version = self.trust.version
+        if self._trust_follower is not None:
+            await self._trust_follower.caught_up(_CATCH_UP_S)
+        return self.trust.version != version
 
     async def event(
         self,
@@ -382,12 +391,6 @@ class Runtime:
                 self._keys.on_bundle(record.appended_at_ms)
         except InvalidMessageError as error:
             log.error("ignored a trust bundle at %s@%d: %s", record.topic_name, record.offset, error)
-
-    async def _trust_moved(self) -> bool:
-        version = self.trust.version
-        if self._trust_follower is not None:
-            await self._trust_follower.caught_up(_CATCH_UP_S)
-        return self.trust.version != version
 
     async def _tell_gone(self, gone: Gone) -> None:
         """A service that loses work says so where people look: it must not be found out by what never happened."""

@@ -140,8 +140,10 @@ class TrustStore:
                 return valid_key(service.keys, kid, at_s)
         return None
 
-    def signed_by_service(self, jws: UnverifiedJws, at_s: float) -> bool:
-        """Whether any service signed this, whatever it says: it may be of no shape that anybody knows."""
+    def signed_by_service(self, jws: UnverifiedJws, at_s: float, *roles: ServiceRole) -> bool:
+        """Whether a service of these roles signed this, any where none is named, whatever it says: it may be of no
+        shape that anybody knows.
+        """
         try:
             claims = json.loads(jws.payload)
             iss = claims["iss"] if isinstance(claims, dict) else None
@@ -149,7 +151,7 @@ class TrustStore:
             return False
         if not isinstance(iss, str):
             return False
-        key = self.service_key(iss, jws.header.kid, get_args(ServiceRole), at_s)
+        key = self.service_key(iss, jws.header.kid, roles or get_args(ServiceRole), at_s)
         return (
             key is not None and key.alg == jws.header.alg and key.verifies(jws.signature, jws.signing_input)
         )

@@ -183,7 +183,7 @@ AUDIT = Topic(
     True,
     in_transactions=True,
 )
-SIGNAL_STREAM = Topic("signal.stream", (SignalStream,), "receiver", "jws", ("signals",), ("signals",))
+SIGNAL_STREAM = Topic("signal.stream", (SignalStream,), "receiver", "jws", ("signals",), ("signals", "audit"))
 HEARTBEAT = Topic(
     "heartbeat",
     (Heartbeat,),
