@@ -46,7 +46,7 @@ from tests.integration.test_attacks import (
     no_lease,
     put,
 )
-from tests.stack import Realm, Seen
+from tests.stack import Realm
 from tests.stories import asked_for, forged, realm_leaves
 
 TOLD = set(AUDITED)

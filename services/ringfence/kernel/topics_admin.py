@@ -21,9 +21,10 @@ from ringfence.messages.topics import ALL, HEARTBEAT, LEASE
 _ANY_HOST, _ALLOW = "*", 3
 """In Kafka's protocol: ACLs hold from everywhere, and allow (`AclPermissionType`)."""
 
-_HEARTBEAT_BYTES = 512 * 1024
-"""Kept of them at most, where anything is bounded: some two minutes. They come on an idle system too, and only the
-last of each service counts.
+_HEARTBEAT_BYTES = 1024 * 1024
+"""Kept of them at most, where anything is bounded: some minutes. They come on an idle system too, and only the last of
+each service counts; but one record of a stranger's, as large as a broker takes, is not to push out those that audit is
+about to look at.
 """
 
 

@@ -1,0 +1,207 @@
+"""Which records of the trail its writer did not write: while it writes by their places, when it takes over by the way
+back from the tip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringfence.audit.strays import Found, Strays
+from ringfence.audit.tips import _Stood, _strays, _Stretch
+from ringfence.kernel.kafka import Received
+from ringfence.messages.topics import AUDIT
+from ringfence.model.audit_chain import Tip, event_of, linkable, linked
+from ringfence.model.merkle import leaf_hash
+
+
+def records(*offsets: int, partition: int = 0) -> list[Received]:
+    return [Received(AUDIT, "audit", partition, offset, 0, "k", b"x") for offset in offsets]
+
+
+def waiting(strays: Strays) -> set[tuple[int, int]]:
+    """All of them, partition and offset, dead-lettered as they come."""
+    found = set()
+    while (some := strays.next(500)) is not None:
+        found |= {(some.partition, offset) for places in some.places for offset in places}
+        strays.settled(some)
+    assert not strays.some.is_set()
+    return found
+
+
+def taken_over(end: int = 10, *found: int) -> Strays:
+    strays = Strays()
+    strays.took_over({0: end, 1: end}, {0: found, 1: ()})
+    return strays
+
+
+def test_whoever_stands_by_finds_nothing() -> None:
+    strays = Strays()
+    strays.read(records(0, 1))
+    strays.wrote(0, range(2, 3))
+    assert not strays.some.is_set()
+    assert strays.next(9) is None
+    assert strays.marks() == {}
+
+
+def test_what_the_writer_wrote_is_none_and_what_else_comes_is() -> None:
+    strays = taken_over()
+    strays.wrote(0, range(10, 13))
+    strays.wrote(0, range(14, 16))
+    strays.read(records(10, 11, 12, 14))
+    assert not strays.some.is_set()
+    strays.read(records(15, 16, 18))
+    assert strays.some.is_set()
+    assert strays.marks() == {0: 16, 1: 10}
+    assert waiting(strays) == {(0, 16), (0, 18)}
+    assert strays.marks() == {0: 19, 1: 10}
+
+
+def test_what_was_read_before_it_was_acknowledged_is_the_writers_all_the_same() -> None:
+    strays = taken_over()
+    strays.read(records(10, 11, 12, 13))
+    strays.wrote(0, range(11, 13))
+    assert waiting(strays) == {(0, 10), (0, 13)}
+
+
+def test_what_was_read_while_the_writer_took_over_is_nobodys() -> None:
+    strays = Strays()
+    strays.read(records(8, 9, 10, 11))
+    strays.took_over({0: 10}, {0: [3, 4, 7]})
+    assert waiting(strays) == {(0, 3), (0, 4), (0, 7), (0, 10), (0, 11)}
+
+
+def test_what_stands_before_the_end_of_then_was_looked_at_then() -> None:
+    strays = taken_over(10, 5)
+    strays.read(records(2, 5, 9))
+    assert waiting(strays) == {(0, 5)}
+
+
+def test_what_comes_once_more_is_judged_once() -> None:
+    strays = taken_over()
+    strays.wrote(0, range(10, 12))
+    strays.read(records(10, 11, 12))
+    strays.read(records(11, 12, 13))
+    assert waiting(strays) == {(0, 12), (0, 13)}
+
+
+def test_who_lets_go_has_nothing_left_to_say() -> None:
+    strays = taken_over(10, 1)
+    strays.let_go()
+    assert waiting(strays) == set()
+
+
+def test_partitions_take_turns_and_no_span_is_longer_than_asked_for() -> None:
+    strays = taken_over()
+    strays.read(records(*range(10, 1000)))
+    strays.read(records(10, partition=1))
+    first, second = strays.next(100), strays.next(100)
+    assert first == Found(0, [range(10, 110)])
+    assert second == Found(1, [range(10, 11)])
+    strays.settled(first)
+    assert strays.next(100) == Found(0, [range(110, 210)])
+
+
+@given(st.lists(st.sampled_from(["own", "stray", "marker", "read"]), max_size=60), st.integers(1, 9))
+def test_whatever_comes_in_between_the_strays_are_those_that_are_not_the_writers(
+    steps: list[str], most: int
+) -> None:
+    strays, expected, unread = taken_over(0), set(), []
+    for offset, step in enumerate(steps):
+        if step == "own":
+            strays.wrote(0, range(offset, offset + 1))
+        if step == "stray":
+            expected.add((0, offset))
+        if step in ("own", "stray"):
+            unread.append(offset)
+        if step == "read" and unread:
+            strays.read(records(*unread))
+            unread = []
+            if (some := strays.next(most)) is not None:
+                assert strays.marks()[0] == some.start
+                found = {(0, one) for places in some.places for one in places}
+                assert found <= expected
+                expected -= found
+                strays.settled(some)
+    if unread:
+        strays.read(records(*unread))
+    assert waiting(strays) == expected
+
+
+# --- who takes over ---
+
+
+def event(number: int) -> bytes:
+    words = {"source": {"topic": "x", "partition": 0, "offset": number}}
+    return linkable({"metadata": {"uid": str(number)}, "unmapped": words})
+
+
+def chain(count: int) -> list[bytes]:
+    tip, values = Tip(), []
+    for number in range(count):
+        values.append(linked(event(number), "0", number + 1, tip.last))
+        tip = tip.followed_by(values[-1])
+    return values
+
+
+def tip_of(values: Sequence[bytes]) -> Tip:
+    return Tip().grown(*map(leaf_hash, values))
+
+
+def strays_of(values: Sequence[bytes], tip: Tip, mark: int | None, *, start: int = 0) -> list[int]:
+    stretch = _Stretch(Tip(), start, start + len(values))
+    for offset, value in enumerate(values, start):
+        told, hashed = event_of(value), leaf_hash(value)
+        link = told.link if told is not None else None
+        stretch.stood.append(_Stood(offset, told is not None, link, hashed))
+        if told is not None and link is not None:
+            stretch.before[hashed] = told.uid, bytes.fromhex(link.prev)
+    return _strays(stretch, "0", tip, mark)
+
+
+TRUE = chain(6)
+FORGED = linked(event(9), "0", 7, leaf_hash(TRUE[5]))
+TAKEN = linked(event(9), "0", 3, leaf_hash(TRUE[1]))
+UNLINKED = event(9)
+
+
+def test_a_chain_alone_has_no_strays() -> None:
+    assert strays_of(TRUE, tip_of(TRUE), 0) == []
+    assert strays_of(TRUE, tip_of(TRUE), None) == []
+    assert strays_of([], Tip(), 0) == []
+
+
+@pytest.mark.parametrize(
+    "stray", [b"x", b"", b"{}", FORGED, TAKEN, UNLINKED, TRUE[0], linked(event(1), "1", 1, bytes(32))]
+)
+def test_what_is_not_on_the_way_back_is_one(stray: bytes) -> None:
+    assert strays_of([*TRUE[:3], stray, *TRUE[3:], stray], tip_of(TRUE), 0) == [3, 7]
+    assert strays_of([*TRUE[:3], stray, *TRUE[3:], stray], tip_of(TRUE), 5) == [7]
+    assert strays_of([*TRUE, stray], tip_of(TRUE), None) == [6]
+
+
+def test_without_a_mark_only_what_stands_behind_the_tip_is_judged() -> None:
+    assert strays_of([b"x", *TRUE, b"y"], tip_of(TRUE), None) == [7]
+    assert strays_of([b"x", b"y"], Tip(), None) == [0, 1]
+    assert strays_of([b"x", *TRUE[:2]], tip_of(TRUE), None) == []
+
+
+def test_events_that_are_signed_and_whose_successors_are_lost_are_no_strays() -> None:
+    """The last ones are gone, and the chain never goes back behind what is signed."""
+    assert strays_of(TRUE[:3], tip_of(TRUE), 0) == []
+    more = linked(event(7), "0", 7, tip_of(TRUE).last)
+    assert strays_of([*TRUE[:3], more], tip_of([*TRUE, more]), 0) == []
+    assert strays_of([*TRUE[:3], b"x", more, FORGED], tip_of([*TRUE, more]), 0) == [3, 5]
+
+
+def test_a_chain_whose_first_events_are_gone_has_no_strays() -> None:
+    assert strays_of(TRUE[3:], tip_of(TRUE), 30, start=30) == []
+    assert strays_of([*TRUE[3:], UNLINKED], tip_of(TRUE), 30, start=30) == [33]
+
+
+def test_events_from_before_there_were_chains_are_no_strays() -> None:
+    assert strays_of([UNLINKED, *TRUE, UNLINKED], tip_of(TRUE), 0) == [7]
+    assert strays_of([UNLINKED, b"x"], Tip(), None) == [1]
