@@ -15,6 +15,7 @@ from aiokafka import AIOKafkaProducer
 
 from ringfence.audit.chaining import ChainWriter
 from ringfence.audit.intake import Intake, Told
+from ringfence.audit.settings import AuditSettings
 from ringfence.audit.strays import Strays
 from ringfence.client.auditor import witness
 from ringfence.kernel.clock import SystemClock
@@ -360,7 +361,8 @@ async def test_the_word_of_a_witness_holds_and_that_of_others_does_not(world: Wo
 
 
 async def test_the_heartbeat_of_a_key_that_has_just_come_is_no_stray(world: World) -> None:
-    async with world.running("audit", own=OWN):
+    """Heartbeats are read sooner than the trust bundle: it is asked for."""
+    async with world.running("audit", own={"audit": AuditSettings(linger_ms=1)}):
         fresh = SigningKey.generate(world.key("gateway").id)
         await world.publish_trust(world.make_bundle(2, gateway=fresh))
         for _ in range(3):
