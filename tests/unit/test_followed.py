@@ -1,0 +1,81 @@
+"""What audit looks at on topics that it only follows: when it has to wait before it says that there is garbage."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+
+from ringfence.audit.followed import Followed
+from ringfence.kernel.bus import DeadLetters
+from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.jws import sign
+from ringfence.kernel.kafka import Received
+from ringfence.messages.audit import AuditWitness
+from ringfence.messages.operations import Heartbeat
+from ringfence.messages.topics import AUDIT_CHECKPOINT, HEARTBEAT
+from ringfence.model.directory import Directory
+from tests.audit_office import Office
+from tests.ledger import FixedClock
+
+
+class Desk:
+    """What is looked at with tables that come to know who vera is once they are asked to."""
+
+    def __init__(self) -> None:
+        self.office = Office()
+        self.records = [*self.office.staff(), self.office.user("vera", "auditor")]
+        self.directory = Directory(self.office.trust, SystemClock(), grace_ms=None)
+        self.buried: list[str] = []
+        self.reachable = True
+        self.clock = FixedClock(self.office.now_ms)
+        followed = Followed(
+            self.office.trust, self.directory, self.clock, cast(DeadLetters, self), self._caught_up
+        )
+        self._batches = followed.batches()
+
+    async def _caught_up(self, timeout_s: float) -> bool:
+        if self.reachable:
+            for record in self.records:
+                self.directory.on_records([record])
+        return self.reachable
+
+    async def bury(self, record: Received, error: InvalidMessageError) -> None:
+        self.buried.append(error.code)
+
+    async def look(self, *records: Received) -> list[str]:
+        await self._batches[records[0].topic](records)
+        return self.buried
+
+    def word(self, by: str) -> Received:
+        key = self.office.key("user", by)
+        word = self.office.claims(AuditWitness, key, tree="0", size=1, root="0" * 64)
+        return self.office.received(AUDIT_CHECKPOINT, sign(word, key), key=f"0/{by}")
+
+
+async def test_who_is_not_in_the_tables_yet_is_no_stranger() -> None:
+    desk = Desk()
+    assert await desk.look(desk.word("vera")) == []
+    assert await desk.look(desk.word("sam")) == ["not_auditor"]
+
+
+async def test_while_the_tables_may_be_behind_nothing_is_said() -> None:
+    desk = Desk()
+    desk.reachable = False
+    with pytest.raises(UnavailableError):
+        await desk.look(desk.word("nobody"))
+    desk.reachable = True
+    assert await desk.look(desk.word("nobody")) == ["key_unknown"]
+
+
+async def test_while_no_trust_bundle_is_in_force_nothing_is_said() -> None:
+    desk = Desk()
+    key = desk.office.key("service", "gateway")
+    beat = desk.office.signed(HEARTBEAT, desk.office.claims(Heartbeat, key, at_ms=1), key)
+    garbage = desk.office.received(HEARTBEAT, "garbage")
+    assert await desk.look(beat, garbage) == ["not_a_jws"]
+    desk.clock.ms = desk.office.bundle.exp * 1000
+    with pytest.raises(UnavailableError, match="expired"):
+        await desk.look(beat, garbage)
+    assert desk.buried == ["not_a_jws"]
