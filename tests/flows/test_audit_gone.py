@@ -13,7 +13,7 @@ from ringfence.client.auditor import TrailReport, verify_trail
 from ringfence.client.settings import ClientSettings
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates
-from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, SERVICE_EVENT
+from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, DEAD_LETTER, HEARTBEAT, SERVICE_EVENT
 from ringfence.model.audit_chain import Source
 from tests.world import World
 
@@ -75,6 +75,26 @@ async def test_audit_tells_of_records_that_were_gone_and_an_auditor_names_each(w
     assert fault.offset is not None
     assert fault.offset <= first
     assert fault.message == f"gone without an event: {name}/0@{fault.offset} to {last}"
+
+
+async def test_heartbeats_that_were_gone_are_no_alarm(world: World) -> None:
+    """Whatever audit was away for: what it looks for among them is only what should not be there."""
+
+    async def buried(at: Coordinates) -> None:
+        await world.consume_until(
+            DEAD_LETTER, lambda record: orjson.loads(record.value)["source"]["offset"] == at.offset
+        )
+
+    async with world.running("audit", own={"audit": QUICK}):
+        await buried(await world.send(HEARTBEAT, "x", "garbage"))
+    await remove(world, HEARTBEAT, await world.send(HEARTBEAT, "x", "garbage"))
+    kept = await world.send(HEARTBEAT, "x", "garbage")
+    async with world.running("audit", own={"audit": QUICK}):
+        await buried(kept)
+        await told_of(world, await junk(world))
+        ready = (await world.get("audit", "/readyz")).json()
+    assert any(f"{kept.topic}, partition 0, went" in warning for warning in ready["warnings"])
+    assert not [record for record in await world.records(AUDIT) if b'"records_gone"' in record.value]
 
 
 async def test_what_was_gone_before_it_was_chained_is_told_as_well(world: World) -> None:

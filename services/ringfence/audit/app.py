@@ -114,6 +114,8 @@ def _look_at_what_is_followed(runtime: Runtime, own: AuditSettings, directory: D
         linger_ms=_PATIENTLY * own.linger_ms,
         # Strangers may leave transactions open anywhere.
         uncommitted=True,
+        # Heartbeats go after an hour, and nothing that is true is lost with them here.
+        tell_gone=False,
     )
 
 

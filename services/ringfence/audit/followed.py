@@ -1,7 +1,7 @@
 """Topics that services only follow, and of which nothing becomes an event: what is no message there is dead-lettered.
 
-What an audit service signed for `audit.checkpoint` never is. Each dead letter makes an event, each event a chain longer, and each longer chain
-a checkpoint: two versions that could not read each other's would go on for ever.
+What an audit service signed for `audit.checkpoint` never is. Each dead letter makes an event, each event a chain
+longer, and each longer chain a checkpoint: two versions that could not read each other's would go on for ever.
 """
 
 from __future__ import annotations

@@ -138,8 +138,12 @@ class Runtime:
         alone: bool = False,
         from_the_first: bool = False,
         uncommitted: bool = False,
+        tell_gone: bool = True,
     ) -> Consumer:
-        """Take work from these topics as a member of a group. See `Consumer` for what it is given and what it tells."""
+        """Take work from these topics as a member of a group. See `Consumer` for what it is given and what it tells.
+
+        `tell_gone`: whether the audit trail, and an alert, tell of records that were gone; the log and `/readyz` do.
+        """
         consumer = Consumer(
             self.settings,
             group,
@@ -148,7 +152,7 @@ class Runtime:
             linger_ms=linger_ms,
             on_assigned=on_assigned,
             alone=alone,
-            on_gone=self._tell_gone,
+            on_gone=self._tell_gone if tell_gone else None,
             from_the_first=from_the_first,
             uncommitted=uncommitted,
             tracing=self.tracing,

@@ -183,7 +183,9 @@ AUDIT = Topic(
     True,
     in_transactions=True,
 )
-SIGNAL_STREAM = Topic("signal.stream", (SignalStream,), "receiver", "jws", ("signals",), ("signals", "audit"))
+SIGNAL_STREAM = Topic(
+    "signal.stream", (SignalStream,), "receiver", "jws", ("signals",), ("signals", "audit (what is none)")
+)
 HEARTBEAT = Topic(
     "heartbeat",
     (Heartbeat,),
