@@ -36,6 +36,7 @@ from ringfence.messages.topics import (
     HEARTBEAT,
     SIGNAL_STREAM,
 )
+from ringfence.messages.trust import ServiceRole
 from ringfence.model.audit_chain import Source, linkable, linked
 from ringfence.model.merkle import leaf_hash
 from tests.flows.test_audit_chain import (
@@ -56,7 +57,7 @@ from tests.flows.test_audit_chain import (
 from tests.world import World
 
 SECRET = "what-was-in-it"
-OWN = {"audit": QUICK}
+OWN: dict[ServiceRole, Any] = {"audit": QUICK}
 
 
 async def letters(world: World) -> list[DeadLetter]:

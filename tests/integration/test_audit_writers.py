@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -24,8 +25,10 @@ from ringfence.client.settings import ClientSettings
 from ringfence.dev.processes import Child, free_port, spawn
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.jws import sign
+from ringfence.kernel.kafka import Received
 from ringfence.kernel.runtime import Runtime
-from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
+from ringfence.messages.operations import DeadLetter
+from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, DEAD_LETTER
 from ringfence.model.audit_chain import Source, event_of
 from tests.world import World
 
@@ -140,6 +143,45 @@ async def test_a_writer_that_is_killed_or_paused_in_mid_batch_never_forks_the_ch
         assert sorted(uid for uid in found if uid in {*before, *after}) == sorted([*before, *after])
         await faultless(world)
     assert ("another process writes as" in (tmp_path / "audit.log").read_text()) == (signum == signal.SIGSTOP)
+
+
+@pytest.mark.timeout(300)
+async def test_a_writer_that_was_killed_leaves_strays_to_its_successor_and_no_event(
+    world: World, tmp_path: Path
+) -> None:
+    """Killed while it may be at it, they may be dead-lettered once more; what it wrote itself never is."""
+    strays: set[tuple[int, int]] = set()
+    handed: list[str] = []
+    for _ in range(3):
+        async with writer(world, SERVE, tmp_path) as running:
+            handed += await hand_over(world, range(len(handed), len(handed) + 20))
+            await chained(world, handed)
+            strays |= {await put_stray(world, partition) for partition in (0, 1)}
+            running.kill()
+        strays |= {await put_stray(world, partition) for partition in (0, 1)}
+        await hand_over(world, range(len(handed)))  # once more
+    async with writer(world, SERVE, tmp_path):
+        await chained(world, handed)
+        last = {await put_stray(world, partition) for partition in (0, 1)}
+        for place in last:
+            await world.consume_until(DEAD_LETTER, partial(is_about, world, place), WITHIN_S)
+        found = [stray_in(record, world) for record in await world.records(DEAD_LETTER)]
+    assert set(found) - {None} == strays | last
+
+
+async def put_stray(world: World, partition: int) -> tuple[int, int]:
+    at = await world.send(AUDIT, "x", b"garbage", partition=partition)
+    return at.partition, at.offset
+
+
+def is_about(world: World, place: tuple[int, int], record: Received) -> bool:
+    return stray_in(record, world) == place
+
+
+def stray_in(record: Received, world: World) -> tuple[int, int] | None:
+    """What of the trail a dead letter is about, if it is."""
+    source = DeadLetter.model_validate_json(record.value).source
+    return (source.partition, source.offset) if source.topic == AUDIT.name(world.prefix) else None
 
 
 @pytest.mark.apache

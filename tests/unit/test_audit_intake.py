@@ -34,8 +34,10 @@ class Sent(Publisher):
 
     async def send_to(
         self, partition: int, topic: Topic[Any], type: str, records: Iterable[Outbound]
-    ) -> None:
+    ) -> list[range]:
+        first = len(self.messages)
         self.messages += records
+        return [range(first, len(self.messages))]
 
 
 def event(number: int) -> dict[str, Any]:
