@@ -104,7 +104,7 @@ async def test_topics_are_what_the_contract_says(settings: ServiceSettings) -> N
 async def test_of_a_bounded_broker_heartbeats_take_little_and_what_is_compacted_is_whole(
     tmp_path: Path,
 ) -> None:
-    kept: dict[Topic[Any], str] = {AUDIT: "8388608", HEARTBEAT: "524288", LEASE: "-1"}
+    kept: dict[Topic[Any], str] = {AUDIT: "8388608", HEARTBEAT: "1048576", LEASE: "-1"}
     broker = EmbeddedKafka(tmp_path)  # bounds are for it alone: Apache Kafka wants larger segments
     broker.start()
     client = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap)
