@@ -195,6 +195,8 @@ def test_events_that_are_signed_and_whose_successors_are_lost_are_no_strays() ->
     more = linked(event(7), "0", 7, tip_of(TRUE).last)
     assert strays_of([*TRUE[:3], more], tip_of([*TRUE, more]), 0) == []
     assert strays_of([*TRUE[:3], b"x", more, FORGED], tip_of([*TRUE, more]), 0) == [3, 5]
+    # Behind what is led to, nothing of an earlier place can be true.
+    assert strays_of([*TRUE[:3], more, TAKEN, TRUE[1]], tip_of([*TRUE, more]), 0) == [4, 5]
 
 
 def test_a_chain_whose_first_events_are_gone_has_no_strays() -> None:

@@ -173,9 +173,7 @@ class ChainWriter:
         chain.tip = chain.tip.grown(*leaves)
         if events:
             for places in await publisher.send_to(partition, AUDIT, "audit", events):
-                if (
-                    places.start < 0
-                ):  # sent twice, and the broker does not remember where the first one stands
+                if places.start < 0:  # it was sent twice, and the broker has forgotten where the first stands
                     raise UnavailableError(f"Kafka did not say where events of partition {partition} stand")
                 self._strays.wrote(partition, places)
             log.debug("chained %d events after %d of partition %d", len(events), start, partition)

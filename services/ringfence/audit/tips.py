@@ -200,8 +200,9 @@ def _strays(stretch: _Stretch, tree: str, tip: Tip, mark: int | None) -> list[in
         if one.hashed in path:  # what comes again is a copy
             path.remove(one.hashed)
             continue
-        elsewhere = one.link is not None and one.link.tree == tree and one.link.seq < first
-        unchained = one.is_event and one.link is None and first == 1 and len(path) == chained
+        ahead = len(path) == chained  # of all events on the way: those that are not led to stand there
+        elsewhere = ahead and one.link is not None and one.link.tree == tree and one.link.seq < first
+        unchained = ahead and one.is_event and one.link is None and first == 1
         if one.offset >= mark and not elsewhere and not unchained:
             found.append(one.offset)
     return found
