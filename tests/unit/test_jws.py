@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from ringfence.kernel import jws
 from ringfence.kernel.errors import InvalidMessageError, SignatureError
-from ringfence.kernel.jws import MAX_LIFE_S, ExpiredError, kid_of, open_signed, parse, sign
+from ringfence.kernel.jws import MAX_LIFE_S, ExpiredError, kid_of, open_signed, parse, sign, sign_payload
 from ringfence.kernel.keys import PublicKey, SigningKey, b64decode, b64encode, public_key
+from ringfence.messages.api import ApiToken
+from ringfence.messages.base import Claims
 from ringfence.messages.lease import RevocationRequest
-from ringfence.messages.registry import UserDisable
+from ringfence.messages.registry import AgentResume, UserDisable
 
 TD = "acme.example"
 NOW_S = 1_790_000_000
@@ -47,6 +49,17 @@ def key(request: pytest.FixtureRequest) -> SigningKey:
 
 def pyjwk(key: SigningKey) -> Any:
     return jwt.PyJWK({**key.public.model_dump(exclude_none=True), "alg": key.alg})
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [(ApiToken, "not an api: "), (UserDisable, "not a user.disable: "), (AgentResume, "not an agent.")],
+)
+def test_what_is_none_is_named_in_good_grammar(model: type[Claims], says: str):
+    key = SigningKey.generate(f"spiffe://{TD}/user/olga")
+    with pytest.raises(InvalidMessageError) as refused:
+        open_as(sign_payload(model, b"{}", key), key, model)
+    assert str(refused.value).startswith(says)
 
 
 def test_no_header_of_a_strangers_is_kept_that_is_longer_than_any_of_ours() -> None:

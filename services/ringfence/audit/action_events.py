@@ -26,6 +26,7 @@ from ringfence.audit.ocsf import (
     step,
     user_of,
 )
+from ringfence.kernel.text import with_article
 from ringfence.messages.operations import ActionAnswered, ActionDecided
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _kind(claims: ActionDecided) -> Step:
 
 def _message(claims: ActionDecided) -> str:
     who = claims.agent_id or "somebody"
-    what = f"{claims.verb} on {claims.resource}" if claims.verb else f"a {claims.method or 'request'}"
+    what = f"{claims.verb} on {claims.resource}" if claims.verb else with_article(claims.method or "request")
     where = f" at {claims.target_id}" if claims.target_id else ""
     if claims.allowed:
         return f"{who} did {what}{where}"

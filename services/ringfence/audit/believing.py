@@ -20,6 +20,7 @@ from ringfence.kernel.ids import derived_id, digest, message_id
 from ringfence.kernel.jws import ExpiredError, KeyFinder, UnverifiedJws, open_signed, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import PublicKey
+from ringfence.kernel.text import with_article
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
 from ringfence.messages.base import Claims, ExpiringClaims, Message
@@ -182,7 +183,7 @@ class Believer:
             return model.model_validate_json(record.value)
         except ValidationError as error:
             code = "not_json" if error.errors()[0]["type"] == "json_invalid" else "claims_invalid"
-            raise InvalidMessageError(f"not a {model.__name__}", code=code) from None
+            raise InvalidMessageError(f"not {with_article(model.__name__)}", code=code) from None
 
     def embedded_request(self, compact: str, request_id: str, appended_at_ms: int) -> RequestFacts | None:
         """The facts of a request that another message embeds, or None where its signature does not hold."""

@@ -27,6 +27,7 @@ from ringfence.audit.ocsf import (
     step,
     user_of,
 )
+from ringfence.kernel.text import with_article
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
 from ringfence.messages.lease import LeaseEpoch
 from ringfence.messages.operations import DeadLetter, ServiceEvent
@@ -108,7 +109,7 @@ def expired(record: Received, iss: str, code: str, words: dict[str, Any], verifi
     """A message whose signature holds, but that reached the broker outside its time."""
     who = user_of(iss)
     why = Reason(code=code, message="it reached the broker outside the time that its signer gave it")
-    message = f"a {record.topic.what} by {who['name']} counts for nothing: {why.message}"
+    message = f"{with_article(record.topic.what)} by {who['name']} counts for nothing: {why.message}"
     own = {"user": who, "actor": {"user": who}, "service": _service(record), **_PROTOCOL}
     said = {**words, "outcome": "expired", "verified": verified}
     return event(record, _EXPIRED, message, own, said, key=_key(words, who), reasons=(why,))
@@ -138,13 +139,15 @@ def replayed(
     }
     if by_service and same:
         message = (
-            f"a {record.topic.what} record by {who['name']} stands there twice ({where}); it changes nothing"
+            f"{with_article(record.topic.what)} record by {who['name']} stands there twice ({where}); "
+            "it changes nothing"
         )
         own = {"user": who, "service": _service(record), **_PROTOCOL}
         return event(record, _REPEATED, message, own, words, key=_key(words, who))
     why = Reason(code="replayed", message=f"the same message was seen before, at {where}")
     message = (
-        f"a {record.topic.what} signed by {who['name']} was replayed, by whom is not known; first at {where}"
+        f"{with_article(record.topic.what)} signed by {who['name']} was replayed, by whom is not known; "
+        f"first at {where}"
     )
     own = {"user": UNKNOWN_USER, "service": _service(record), **_PROTOCOL}
     return event(record, _REPLAYED, message, own, words, key=_key(words, who), reasons=(why,))

@@ -19,6 +19,7 @@ from ringfence.kernel.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.ids import digest
 from ringfence.kernel.keys import PublicKey, SigningKey, b64decode, b64encode
 from ringfence.kernel.strict_json import json_object
+from ringfence.kernel.text import with_article
 from ringfence.messages.base import WORDS_FOR_PATTERNS, Claims, ExpiringClaims, typ_header
 
 C = TypeVar("C", bound=Claims)
@@ -68,7 +69,9 @@ class UnverifiedJws(NamedTuple):
         try:
             return model.model_validate_json(self.payload)
         except ValidationError as error:
-            raise InvalidMessageError(f"not a {model.typ}: {explain(error)}", code="claims_invalid") from None
+            raise InvalidMessageError(
+                f"not {with_article(model.typ)}: {explain(error)}", code="claims_invalid"
+            ) from None
 
     def check_one_reading(self) -> None:
         """For what a person is shown, perhaps by a program of another make: what is signed says one thing to everybody.
@@ -246,12 +249,12 @@ def open_payload(
     `open_signed` does.
     """
     if jws.header.typ != typ_header(model):
-        raise InvalidMessageError(f"not a {model.typ}", code="typ_unexpected")
+        raise InvalidMessageError(f"not {with_article(model.typ)}", code="typ_unexpected")
     try:
         claims: dict[str, Any] = orjson.loads(jws.payload)
         iss, aud = str(claims["iss"]), str(claims["aud"])
     except (ValueError, KeyError, TypeError):
-        raise InvalidMessageError(f"not a {model.typ}", code="claims_invalid") from None
+        raise InvalidMessageError(f"not {with_article(model.typ)}", code="claims_invalid") from None
     _check_signature(jws, model, iss, _signing_key(jws, model, iss, aud, find_key, audience))
     return claims
 

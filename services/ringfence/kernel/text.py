@@ -1,4 +1,6 @@
-"""What agents and strangers wrote, as a person may see it: nothing in it is invisible, or moves a cursor."""
+"""Text for people: what agents and strangers wrote, with nothing in it that is invisible or moves a cursor; and
+sentences with a word that is filled in.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +27,11 @@ def visible_name(text: str) -> str:
         else f"{'' if _is_hidden(char) else char}‹U+{ord(char):04X}›"
         for char in text
     )  # fmt: skip
+
+
+def with_article(word: str) -> str:
+    """A word of ours with its article: `an agent`, `a user`, `an OPTIONS`."""
+    return f"an {word}" if word[:1].lower() in set("aeio") else f"a {word}"
 
 
 def _is_hidden(char: str) -> bool:

@@ -12,6 +12,7 @@ from ringfence.kernel.kafka import Received, partition_of
 from ringfence.kernel.keys import PublicKey, valid_key
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.seal import check_reply_key
+from ringfence.kernel.text import with_article
 from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
 from ringfence.messages.base import ExpiringClaims, typ_header
 from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest
@@ -113,7 +114,8 @@ class Opener:
     ) -> tuple[Signed[C], ExpiredError | None]:
         if len(record.value) > max_bytes:
             raise InvalidMessageError(
-                f"a {model.typ} of {len(record.value)} bytes; the limit is {max_bytes}", code="too_large"
+                f"{with_article(model.typ)} of {len(record.value)} bytes; the limit is {max_bytes}",
+                code="too_large",
             )
         jws, at_s = parse(record.value), record.appended_at_ms / 1000
         of_agents = keys_of_agents(self._directory, jws, model, at_s)

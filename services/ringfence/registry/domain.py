@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ringfence.kernel.jws import MAX_JWS_BYTES
+from ringfence.kernel.text import with_article
 from ringfence.messages.registry import (
     AgentRegister,
     AgentRotateKey,
@@ -125,7 +126,8 @@ def decide(current: Current | None, given: Authorised, around: Surroundings) -> 
     compact = given.signed.compact
     if takes_away(command) and len(compact) > MAX_NARROWING_BYTES:
         raise CommandRefusedError(
-            f"a {command.typ} of {len(compact)} bytes; the limit is {MAX_NARROWING_BYTES}", code="too_large"
+            f"{with_article(command.typ)} of {len(compact)} bytes; the limit is {MAX_NARROWING_BYTES}",
+            code="too_large",
         )
     context = Context(
         actor=given.actor,
