@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.jws import KeyFinder, open_signed, parse
+from ringfence.kernel.keys import PublicKey, valid_key
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.api import MAX_API_TOKEN_S, ApiToken
 from ringfence.messages.registry import UserState
@@ -50,8 +52,13 @@ def authenticate_user(
     authorization: str | None, directory: Directory, trust_domain: str, now_ms: int
 ) -> Caller:
     """The user who signed the bearer token of a call. Raises UnauthenticatedError."""
+    uncounted = _Uncounted(directory, now_ms / 1000)
     iss = _verified_iss(
-        authorization, lambda iss, kid: directory.user_key(iss, kid, now_ms / 1000), trust_domain, now_ms
+        authorization,
+        lambda iss, kid: directory.user_key(iss, kid, now_ms / 1000),
+        trust_domain,
+        now_ms,
+        uncounted,
     )
     entry = directory.user(subject_of(trust_domain, iss, "user") or "")
     if entry is None:
@@ -76,7 +83,45 @@ def authenticate_gateway(authorization: str | None, trust: TrustStore, now_ms: i
     )
 
 
-def _verified_iss(authorization: str | None, find_key: KeyFinder, trust_domain: str, now_ms: int) -> str:
+class _Uncounted:
+    """Finds a user's key that does not count now, only for whoever signs by it to be told why."""
+
+    def __init__(self, directory: Directory, at_s: float) -> None:
+        self._directory = directory
+        self._at_s = at_s
+        self.why = ""
+
+    def __call__(self, iss: str, kid: str) -> PublicKey | None:
+        user_id = subject_of(self._directory.trust.trust_domain, iss, "user") or ""
+        entry = self._directory.user(user_id)
+        record = next((key for key in entry.state.keys if key.kid == kid), None) if entry else None
+        if entry is None or record is None or entry.state.delegation is not None:
+            return None
+        if entry.state.status != "active":
+            self.why = (
+                f"user {user_id} is {entry.state.status}; an operator can set them again: ringfence user set"
+            )
+        elif self._at_s >= record.not_after:
+            self.why = (
+                f"key {kid} of user {user_id} ended at {_utc(record.not_after)}; use the key that follows it, or let "
+                "an operator set one: ringfence user set --public-key"
+            )
+        else:
+            self.why = f"key {kid} of user {user_id} counts only from {_utc(record.not_before)} on"
+        return valid_key((record,), kid, record.not_before)
+
+
+def _utc(at_s: int) -> str:
+    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds")
+
+
+def _verified_iss(
+    authorization: str | None,
+    find_key: KeyFinder,
+    trust_domain: str,
+    now_ms: int,
+    uncounted: _Uncounted | None = None,
+) -> str:
     scheme, _, token = (authorization or "").partition(" ")
     if scheme.lower() != "bearer" or not token:
         raise UnauthenticatedError(
@@ -87,7 +132,25 @@ def _verified_iss(authorization: str | None, find_key: KeyFinder, trust_domain: 
             parse(token.strip()), ApiToken, find_key, audience=trust_domain, appended_at_ms=now_ms
         ).claims
     except InvalidMessageError as error:
-        raise UnauthenticatedError(f"the bearer token is refused: {error}") from None
+        why = (
+            _told_to_its_holder(token, trust_domain, now_ms, uncounted)
+            if error.code == "key_unknown"
+            else None
+        )
+        raise UnauthenticatedError(f"the bearer token is refused: {why or error}") from None
     if claims.exp - claims.iat > MAX_API_TOKEN_S:
         raise UnauthenticatedError(f"the bearer token lives longer than {MAX_API_TOKEN_S} s; sign it shorter")
     return claims.iss
+
+
+def _told_to_its_holder(
+    token: str, trust_domain: str, now_ms: int, uncounted: _Uncounted | None
+) -> str | None:
+    """Why a key does not count, where the token is one that its holder signed just now. Strangers learn nothing."""
+    if uncounted is None:
+        return None
+    try:
+        open_signed(parse(token.strip()), ApiToken, uncounted, audience=trust_domain, appended_at_ms=now_ms)
+    except InvalidMessageError:
+        return None
+    return uncounted.why
