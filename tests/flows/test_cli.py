@@ -36,6 +36,8 @@ class Shell:
     """Whether it says who calls, by a key file."""
     printed: str = ""
     """What the last command printed on stdout."""
+    noted: str = ""
+    """And on stderr."""
 
     async def __call__(self, who: str, *args: str, status: int = 0) -> str:
         """What it printed on stdout, or on stderr where `status` is not 0."""
@@ -44,7 +46,7 @@ class Shell:
             called = ["--identity", str(self.folder / f"{who}.json")] if self.named else []
             ended = await asyncio.to_thread(main, [*called, *args])
             told = self.capture.readouterr()
-            self.printed = told.out
+            self.printed, self.noted = told
             assert ended == status, told.err or told.out
             return told.err if status else told.out
 
@@ -231,6 +233,39 @@ async def test_records_are_listed_shown_and_changed(shell: Shell) -> None:
     await shell("olga", "target", "remove", "platform", "--reason", "gone", "--yes")
     await shell("olga", "user", "disable", "maria", "--reason", "left")
     assert "user maria is disabled" in await shell("maria", "task", "list", status=1)
+
+
+async def test_what_names_something_that_is_not_there_is_taken_with_a_warning(shell: Shell) -> None:
+    await organisation(shell)
+    bot2 = ("agent", "register", "bot2", "--description", "x", "--new-key", str(shell.folder / "bot2.json"))
+    await shell.json("sam", *bot2, "--allow", "platfrom:read:env/**", "--allow", "platform:read:env/**")
+    assert shell.noted.count("warning") == 1
+    assert "there is no target platfrom" in shell.noted
+    await shell.json("sam", "agent", "set-ceiling", "bot2", "--allow", "platform:raed,read:env/**")
+    assert "platform has no verb raed; it has deploy, read" in shell.noted
+    state = (await shell.json("sam", "agent", "show", "bot2"))["state"]
+    assert state["ceiling"][0]["verbs"] == ["raed", "read"], "it may be still to come"
+    await shell.json("olga", "user", "set", "maria", "--allow", "platfrom:read:env/**")
+    assert "there is no target platfrom" in shell.noted
+    await shell.json("sam", "agent", "set-ceiling", "bot2", "--allow", "platform:read:env/**")
+    assert shell.noted == ""
+    await shell.json("olga", "user", "set", "maria", "--allow", "platform:read:env/**")
+    assign = (
+        "task",
+        "assign",
+        "bot2",
+        "--purpose",
+        "look",
+        "--for",
+        "1h",
+        "--allow",
+        "platform:raed,read:env/**",
+    )
+    shown = await shell.json("maria", *assign)
+    assert shown["warnings"] == ["platform has no verb raed; it has deploy, read"]
+    assert shell.noted == ""
+    await shell("maria", *assign)
+    assert "warning: platform has no verb raed" in shell.noted
 
 
 async def test_an_agents_ceiling_is_narrowed_to_what_it_used(shell: Shell) -> None:

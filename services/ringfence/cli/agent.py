@@ -26,7 +26,7 @@ from ringfence.cli.options import (
     settings,
     wants_json,
 )
-from ringfence.cli.outcome import print_accepted
+from ringfence.cli.outcome import print_accepted, warn_of_unknown
 from ringfence.cli.output import note, print_json
 from ringfence.cli.records import list_records, print_record
 from ringfence.cli.scopes import parse_scope
@@ -88,6 +88,7 @@ def register(
 
     async def work() -> Accepted:
         async with Administrator.connect(identity(me)) as administrator:
+            await warn_of_unknown(administrator, ceiling)
             return await administrator.register_agent(
                 agent,
                 description=description,
@@ -135,6 +136,7 @@ def set_ceiling(
 
     async def work() -> Accepted:
         async with Administrator.connect(identity(me)) as administrator:
+            await warn_of_unknown(administrator, ceiling)
             return await administrator.set_ceiling(agent, ceiling)
 
     print_accepted(run(work()), f"ceiling of {agent} set", wants_json(as_json))

@@ -25,7 +25,7 @@ from ringfence.cli.options import (
     settings,
     wants_json,
 )
-from ringfence.cli.outcome import print_accepted
+from ringfence.cli.outcome import print_accepted, warn_of_unknown
 from ringfence.cli.records import list_records, show_record
 from ringfence.cli.scopes import parse_scope
 from ringfence.client.administrator import Administrator
@@ -71,6 +71,7 @@ def add(
         async with Administrator.connect(identity(me)) as administrator:
             if not administrator.is_root and (await administrator.directory()).user(user) is not None:
                 raise InvalidCallError(f"user {user} exists; change them with: ringfence user set {user}")
+            await warn_of_unknown(administrator, scope)
             return await administrator.set_user(
                 user, name=name, roles=roles, keys=keys, entitlements=scope, source=source
             )
@@ -125,6 +126,7 @@ def change(
                 raise InvalidCallError(f"there is no user {user}; add them with: ringfence user add {user}")
             if entry.state.status == "active" and not touched:
                 raise InvalidCallError(f"nothing of {user} would change: name what, or --refresh")
+            await warn_of_unknown(administrator, scope or ())
             return await administrator.set_user(
                 user,
                 **_changed(entry.state, name, roles, scope, source, refresh),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import IdentityError, InvalidCallError, checked
 from ringfence.client.outcomes import MEANWHILE, Accepted
-from ringfence.client.preview import Preview, preview
+from ringfence.client.preview import Preview, preview, unknown_names
 from ringfence.client.signatory import COMMAND_LIFE_S, Signatory
 from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import MAX_LIFE_S, sign
@@ -324,6 +324,10 @@ class Administrator(Signatory):
             now_s=self.connection.clock.now_ms() / 1000,
             entitlements_max_age_s=self.connection.settings.entitlements_max_age_s,
         )
+
+    async def unknown_names(self, scope: Sequence[Permission]) -> list[str]:
+        """What a ceiling or an entitlement names that is not there now, in words: targets, verbs of targets."""
+        return unknown_names(await self.connection.targets(), tuple(scope)) if scope else []
 
     def sign_consent(self, terms: TaskTerms, *, life_s: int = 3600) -> str:
         """This user's signature over the terms of a task that somebody else assigns on their behalf.

@@ -215,6 +215,16 @@ class Connection(Lifetime):
                 self._directory = directory
         return self._directory
 
+    async def targets(self) -> Directory:
+        """A table of targets alone, and of the users whom they need to be believed: of agents and tasks there may be
+        many.
+        """
+        if self._directory is not None:
+            return self._directory
+        directory = Directory(self.trust, self.clock, grace_ms=None)
+        await self.follow([USER, TARGET], directory.on_records)
+        return directory
+
     # --- identity ---
 
     def renew_key(self) -> None:

@@ -54,7 +54,7 @@ def preview(
         )
     if terms.not_after <= now_s:
         warnings.append("the task ends in the past")
-    warnings += _unknown_names(directory, terms.scope)
+    warnings += unknown_names(directory, terms.scope)
     sides = sides_of(
         terms.scope,
         [(terms.agent_id, agent.state.ceiling)],
@@ -64,7 +64,8 @@ def preview(
     return Preview(effective(sides), lacking(terms.scope, sides), tuple(warnings))
 
 
-def _unknown_names(directory: Directory, scope: Scope) -> list[str]:
+def unknown_names(directory: Directory, scope: Scope) -> list[str]:
+    """Targets and verbs in a scope that are not there now. A scope may name what is still to come: it is no error."""
     found = []
     for permission in scope:
         target = directory.target(permission.target)
