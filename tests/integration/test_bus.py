@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
+from ringfence.cli.main import main
 from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import (
@@ -26,7 +29,7 @@ from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.kafka import Follower, Publisher, Reader, Received
 from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.topics_admin import TopicsAdmin
+from ringfence.kernel.topics_admin import TopicsAdmin, partitions_of
 from ringfence.messages.base import Topic
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import (
@@ -37,6 +40,7 @@ from ringfence.messages.topics import (
     DEAD_LETTER,
     HEARTBEAT,
     LEASE,
+    TRUST,
 )
 
 WITHIN_S = 60
@@ -99,6 +103,60 @@ async def test_topics_are_what_the_contract_says(settings: ServiceSettings) -> N
     async with TopicsAdmin(settings) as admin:
         assert await admin.check() == []
         assert await admin.apply() == [], "applying again changes nothing"
+
+
+async def made(settings: ServiceSettings, topic: Topic[Any], **configs: str) -> None:
+    """A topic as somebody made it who did not know the contract."""
+    client = AIOKafkaAdminClient(bootstrap_servers=settings.kafka)
+    await client.start()
+    try:
+        name, count = topic.name(settings.topic_prefix), partitions_of(topic, settings)
+        await client.create_topics([NewTopic(name, count, 1, topic_configs=configs)])
+    finally:
+        await client.close()
+
+
+async def test_topics_of_before_are_set_right_without_a_record_lost(
+    settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = f"before-{uuid.uuid4().hex[:8]}"
+    elsewhere = settings.model_copy(update={"topic_prefix": prefix})
+    monkeypatch.setenv("RINGFENCE_TOPIC_PREFIX", prefix)
+    monkeypatch.setenv("RINGFENCE_KAFKA", settings.kafka)
+    monkeypatch.setenv("RINGFENCE_PARTITIONS", str(settings.partitions))
+    others = {"cleanup.policy": "delete", "compression.type": "gzip", "message.timestamp.type": "CreateTime"}
+    await made(elsewhere, TRUST, **others, **{"max.message.bytes": "2000000"})
+    for_ever, longer = {"retention.ms": "-1"}, {"retention.ms": str(2 * 365 * 86_400_000)}
+    await made(elsewhere, AUDIT, **{**AUDIT.configs(), **longer})
+    await made(elsewhere, CREDENTIAL_DECISION, **{**CREDENTIAL_DECISION.configs(), **for_ever})
+    await made(elsewhere, HEARTBEAT, **{**HEARTBEAT.configs(), "retention.ms": "1000"})
+
+    assert await asyncio.to_thread(main, ["--json", "topics", "apply"]) == 0
+    told = capsys.readouterr()
+    did = json.loads(told.out)
+    assert {(one["topic"], one["what"]) for one in did["set"]} == {
+        *((TRUST.name(prefix), what) for what in TRUST.configs()),
+        (HEARTBEAT.name(prefix), "retention.ms"),
+    }
+    kept = {(AUDIT.name(prefix), "retention.ms"), (CREDENTIAL_DECISION.name(prefix), "retention.ms")}
+    assert {(one["topic"], one["what"]) for one in did["left"]} == kept
+    assert len(did["created"]) == len(ALL) - 4
+    assert f"retention.ms of {AUDIT.name(prefix)} is {longer['retention.ms']}" in told.err
+    async with TopicsAdmin(elsewhere) as admin:
+        assert {(one.topic, one.what) for one in await admin.check()} == kept
+        assert await admin.set_right() == ([], await admin.check()), "once is enough"
+        asked = ConfigResource(ConfigResourceType.TOPIC, TRUST.name(prefix))
+        [answer] = await admin._client.describe_configs([asked])
+    found = {entry[0]: entry[1] for *_, entries in answer.resources for entry in entries}
+    assert found["max.message.bytes"] == "2000000", "what the contract does not speak of is nobody's business"
+
+
+async def test_fewer_replicas_than_asked_for_are_a_difference(settings: ServiceSettings) -> None:
+    three = settings.model_copy(update={"replication": 3})
+    async with TopicsAdmin(three) as admin:
+        found = await admin.check()
+        assert {(one.what, one.expected, one.found) for one in found} == {("replicas", "3", "1")}
+        assert await admin.set_right() == ([], found)
 
 
 async def test_of_a_bounded_broker_heartbeats_take_little_and_what_is_compacted_is_whole(

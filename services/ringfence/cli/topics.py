@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ringfence.cli.options import JsonOption, run, wants_json
-from ringfence.cli.output import print_json, print_table, say
+from ringfence.cli.output import note, print_json, print_table, say
 from ringfence.kernel.settings import ServiceSettings, load
 from ringfence.kernel.topics_acls import PARTIES, Acl, Party, acls, commands
 from ringfence.kernel.topics_admin import Difference, TopicsAdmin
@@ -18,17 +18,28 @@ app = typer.Typer(help="Create the topics, check them, and say who may use them.
 
 @app.command()
 def apply(as_json: JsonOption = False) -> None:
-    """Create every topic that is not there yet."""
+    """Create every topic that is not there yet, and set what `check` finds to differ on those that are.
 
-    async def work() -> list[str]:
+    Left to you, and named: partitions, replicas, and what is kept longer than the contract asks.
+    """
+
+    async def work() -> tuple[list[Difference], list[Difference], list[str]]:
         async with TopicsAdmin(load(ServiceSettings)) as admin:
-            return await admin.apply()
+            return *await admin.set_right(), await admin.apply()
 
-    created = run(work())
+    right, left, created = run(work())
+    for one in left:
+        note(
+            f"warning: {one.what} of {one.topic} is {one.found}, not {one.expected}, and was left so; to change it is "
+            "for Kafka's own tools",
+            "yellow",
+        )
     if wants_json(as_json):
-        print_json({"created": created})
-    else:
-        say("\n".join(f"created {name}" for name in created) or "all topics are there")
+        print_json({"created": created, "set": list(map(asdict, right)), "left": list(map(asdict, left))})
+        return
+    lines = [f"created {name}" for name in created]
+    lines += [f"set {one.what} of {one.topic} to {one.expected}; it was {one.found}" for one in right]
+    say("\n".join(lines) or "all topics are there")
 
 
 @app.command()

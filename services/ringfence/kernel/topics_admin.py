@@ -15,6 +15,7 @@ from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.topics_acls import Acl, Party
+from ringfence.kernel.topics_altering import AlterConfigs
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import ALL, HEARTBEAT, LEASE
 
@@ -28,8 +29,16 @@ about to look at.
 """
 
 
+_TOPIC = "topic"
+"""What differs where it is not there."""
+_NO_END = -1
+"""`retention.ms` of what is kept for ever."""
+_KEPT_LONGER = frozenset({"retention.ms", "min.compaction.lag.ms"})
+"""Of these a lower value lets Kafka remove what an organisation chose to keep: that is left to a person."""
+
+
 class TopicError(RingfenceError):
-    """The broker refused to create a topic, or an ACL."""
+    """The broker refused to create, describe or alter a topic, or to create an ACL."""
 
     code = "topic_refused"
 
@@ -42,6 +51,14 @@ class Difference:
     what: str
     expected: str
     found: str
+
+
+def _removes_more(difference: Difference) -> bool:
+    """Whether to set this right would let Kafka remove records that it keeps now."""
+    if difference.what not in _KEPT_LONGER or not difference.found.lstrip("-").isdigit():
+        return False
+    found = int(difference.found)
+    return found == _NO_END or found > int(difference.expected)
 
 
 def partitions_of(topic: Topic[Any], settings: ServiceSettings) -> int:
@@ -103,6 +120,30 @@ class TopicsAdmin:
                 )
         return [topic.name(self._settings.topic_prefix) for topic in wanted]
 
+    async def set_right(self) -> tuple[list[Difference], list[Difference]]:
+        """Set what `apply` sets at creation on topics that are there. Returns what was set, and what was left:
+        partitions and replicas, which nobody changes by the way, and what keeps records longer than the contract asks.
+
+        Raises TopicError.
+        """
+        right, left = list[Difference](), list[Difference]()
+        settings = {name for topic in ALL for name in topic.configs()}
+        for difference in await self.check():
+            if difference.what == _TOPIC:
+                continue
+            may = difference.what in settings and not _removes_more(difference)
+            (right if may else left).append(difference)
+        for name in dict.fromkeys(one.topic for one in right):
+            wanted = {one.what: one.expected for one in right if one.topic == name}
+            answer = await self._client._send_to_controller(AlterConfigs(name, wanted))
+            for code, message, *_ in answer.responses:
+                if code:
+                    raise TopicError(
+                        f"the broker refused to set {', '.join(wanted)} of topic {name}: {for_code(code).__name__} "
+                        f"{message or ''}; whoever asks needs AlterConfigs on it"
+                    )
+        return right, left
+
     async def grant(self, wanted: Iterable[Acl], principals: Mapping[Party, str]) -> int:
         """Create these ACLs; those that are there already stay as they are. Returns how many. Raises TopicError."""
         count = 0
@@ -131,7 +172,7 @@ class TopicsAdmin:
         found: list[Difference] = []
         names = {topic.name(self._settings.topic_prefix): topic for topic in ALL}
         present = set(await self._client.list_topics())
-        found += [Difference(name, "topic", "present", "missing") for name in names if name not in present]
+        found += [Difference(name, _TOPIC, "present", "missing") for name in names if name not in present]
         there = [name for name in names if name in present]
         if not there:  # asked for no topic, a broker describes all that it has
             return found
@@ -142,9 +183,17 @@ class TopicsAdmin:
                 found.append(
                     Difference(name, "partitions", str(expected), str(len(description["partitions"])))
                 )
+            replicas = min(len(one["replicas"]) for one in description["partitions"])
+            if replicas < self._settings.replication:
+                found.append(Difference(name, "replicas", str(self._settings.replication), str(replicas)))
         resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in there]
         for response in await self._client.describe_configs(resources):
-            for _, _, _, name, entries in response.resources:
+            for code, message, _, name, entries in response.resources:
+                if code:
+                    raise TopicError(
+                        f"the broker does not describe topic {name}: {for_code(code).__name__} {message or ''}; "
+                        "whoever asks needs DescribeConfigs on it"
+                    )
                 actual = {entry[0]: entry[1] for entry in entries}
                 for key, value in names[name].configs().items():
                     if actual.get(key) != value:
