@@ -157,6 +157,19 @@ async def test_who_is_not_believed_is_told_what_to_set(
         with pytest.raises(UnavailableError, match=word) as refused:
             await write(BusSettings(**fields), CREDENTIAL_REQUEST)
         assert "not-the-password" not in str(refused.value)
+    tls, scram = world.kafka.by_certificate("agents"), world.kafka.by_password("mallory", "env:GOOD")
+    clear = {"kafka": world.kafka.server.bootstrap}
+    for fields, word in [
+        ({"kafka": tls["kafka"]}, "takes TLS alone.*to SSL or SASL_SSL"),
+        ({"kafka": scram["kafka"]}, "takes TLS alone.*RINGFENCE_KAFKA_SECURITY_PROTOCOL to SASL_SSL"),
+        ({**tls, **clear}, "speaks no TLS"),
+        ({**scram, **clear, "kafka_security_protocol": "SASL_PLAINTEXT"}, "knows no SASL"),
+        ({**tls, "kafka": scram["kafka"]}, r"by SASL \(SCRAM-SHA-512\) who we are.* to SASL_SSL"),
+        ({**scram, "kafka_sasl_mechanism": "SCRAM-SHA-256"}, "knows SCRAM-SHA-512, .*RINGFENCE_KAFKA_SASL_MECHANISM"),
+        ({**tls, "kafka_ssl_cert_file": None}, r"does not let us in by SSL .*RINGFENCE_KAFKA_SSL_\*"),
+    ]:  # fmt: skip
+        with pytest.raises(UnavailableError, match=word):
+            await write(BusSettings(**fields), CREDENTIAL_REQUEST)
     empty = tmp_path / "empty.pem"
     empty.touch()
     for fields, word in [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ringfence.kernel.errors import SettingsError
-from ringfence.kernel.kafka_connection import connection, no_answer
+from ringfence.kernel.kafka_connection import connection, diagnosis
+from ringfence.kernel.kafka_probe import Found, Listener, Silence
 from ringfence.kernel.settings import BusSettings, load
 
 
@@ -66,9 +69,46 @@ def test_a_password_that_others_can_read_is_not_used(tmp_path: Path):
     assert (options["sasl_mechanism"], options["sasl_plain_username"]) == ("SCRAM-SHA-512", "me")
 
 
-def test_who_is_not_let_in_is_told_which_settings_say_who_they_are():
-    told = str(no_answer(BusSettings(kafka_security_protocol="SSL"), OSError()))
-    assert "RINGFENCE_KAFKA_SSL_*" in told
-    told = str(no_answer(BusSettings(), OSError()))
-    assert "RINGFENCE_KAFKA_SSL" not in told
-    assert "RINGFENCE_KAFKA_SECURITY_PROTOCOL" in told, "it may take nobody in clear"
+CLEAR = Listener(tls=False, sasl=False)
+TLS = Listener(tls=True, sasl=False)
+SCRAM = Listener(tls=True, sasl=True, mechanisms=("SCRAM-SHA-256",))
+SCRAM_IN_CLEAR = Listener(tls=False, sasl=True, mechanisms=("SCRAM-SHA-512",))
+ASKS_FOR_A_CERTIFICATE = Listener(tls=True, sasl=None)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "says"),
+    [
+        ("PLAINTEXT", Silence("nothing listens there"), "nothing listens there; .* RINGFENCE_KAFKA to"),
+        ("PLAINTEXT", TLS, "takes TLS alone, and we came by PLAINTEXT; .*RINGFENCE_KAFKA_SECURITY_PROTOCOL to SSL"),
+        ("PLAINTEXT", SCRAM, "RINGFENCE_KAFKA_SECURITY_PROTOCOL to SASL_SSL"),
+        ("SASL_PLAINTEXT", ASKS_FOR_A_CERTIFICATE, "SSL or SASL_SSL"),
+        ("PLAINTEXT", SCRAM_IN_CLEAR, "SCRAM-SHA-512.*RINGFENCE_KAFKA_SECURITY_PROTOCOL to SASL_PLAINTEXT"),
+        ("PLAINTEXT", CLEAR, "OSError.*advertised.listeners"),
+        ("SSL", CLEAR, "speaks no TLS.*RINGFENCE_KAFKA to a listener that does"),
+        ("SSL", SCRAM, "we came by SSL; set RINGFENCE_KAFKA_SECURITY_PROTOCOL to SASL_SSL"),
+        ("SSL", Listener(True, False, disbelieved="self-signed"), "self-signed.*RINGFENCE_KAFKA_SSL_CA_FILE"),
+        ("SSL", ASKS_FOR_A_CERTIFICATE, "does not let us in by SSL.*RINGFENCE_KAFKA_SSL_\\*"),
+        ("SASL_SSL", TLS, "knows no SASL"),
+        ("SASL_SSL", SCRAM, "SCRAM-SHA-256, and we came by SCRAM-SHA-512; set RINGFENCE_KAFKA_SASL_MECHANISM"),
+        ("SASL_PLAINTEXT", SCRAM_IN_CLEAR, "does not let us in.*RINGFENCE_KAFKA_SASL_\\*"),
+    ],
+)  # fmt: skip
+def test_who_is_not_let_in_is_told_what_is_there_and_what_to_set(wanted: str, found: Found, says: str):
+    who: dict[str, Any] = {"kafka_sasl_username": "me", "kafka_sasl_password": "env:X"}
+    settings = BusSettings(kafka_security_protocol=wanted, **who if "SASL" in wanted else {})  # type: ignore[arg-type]
+    told = diagnosis(settings, OSError(), {"h:1": found})
+    assert re.search(says, told), told
+    assert "h:1" in told or settings.kafka in told
+
+
+def test_nobody_is_led_to_go_without_tls():
+    told = diagnosis(BusSettings(kafka_security_protocol="SSL"), OSError(), {"h:1": CLEAR})
+    assert "PLAINTEXT" not in told, "who is on the way could answer in clear in the place of Kafka"
+
+
+def test_of_several_each_is_told_and_one_that_answers_says_most():
+    settings = BusSettings(kafka="a:1,b:2")
+    gone = {"a:1": Silence("nothing listens there"), "b:2": Silence("there is no host b")}
+    assert "a:1: nothing listens there; b:2: there is no host b" in diagnosis(settings, OSError(), gone)
+    assert "Kafka at b:2 takes TLS" in diagnosis(settings, OSError(), {**gone, "b:2": TLS})

@@ -303,7 +303,7 @@ class ChainWriter:
             await admin.start()
             found = await admin.list_consumer_group_offsets(group)
         except KafkaError as error:
-            raise no_answer(settings, error) from None
+            raise await no_answer(settings, error) from None
         finally:
             await admin.close()
         name = topic.name(settings.topic_prefix)

@@ -182,7 +182,7 @@ class Publisher:
             await producer.start()
         except KafkaError as error:
             await producer.stop()
-            raise no_answer(self._settings, error) from None
+            raise await no_answer(self._settings, error) from None
         except BaseException:
             await producer.stop()
             raise
@@ -461,7 +461,7 @@ class Follower:
             await self._seek(consumer, partitions)
         except KafkaError as error:
             await consumer.stop()
-            raise no_answer(self._settings, error) from None
+            raise await no_answer(self._settings, error) from None
         except BaseException:
             await consumer.stop()
             raise

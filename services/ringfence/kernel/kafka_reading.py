@@ -50,7 +50,7 @@ class Stretches:
             await consumer.start()
         except KafkaError as error:
             await consumer.stop()
-            raise no_answer(self._settings, error) from None
+            raise await no_answer(self._settings, error) from None
         except BaseException:
             await consumer.stop()
             raise

@@ -87,7 +87,7 @@ class TopicsAdmin:
             await self._client.start()
         except KafkaError as error:
             await self._client.close()
-            raise no_answer(self._settings, error) from None
+            raise await no_answer(self._settings, error) from None
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -70,7 +70,7 @@ async def recorded_decisions(settings: BusSettings, since_ms: int) -> AsyncItera
             consumer.seek(partition, offset)
         yield Recorded(consumer, name, start, end)
     except KafkaError as error:
-        raise no_answer(settings, error) from None
+        raise await no_answer(settings, error) from None
     finally:
         await consumer.stop()
 
