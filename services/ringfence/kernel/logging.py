@@ -22,8 +22,10 @@ def redact(_: Any, __: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def configure(service: str, *, format: str = "json", level: str = "info") -> None:
-    """Send the records of `logging` and `structlog` to stderr. Call once a process."""
+def configure(
+    service: str, *, format: str = "json", level: str = "info", filter: logging.Filter | None = None
+) -> None:
+    """Send the records of `logging` and `structlog`, but for what `filter` holds back, to stderr. Call once."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -42,6 +44,8 @@ def configure(service: str, *, format: str = "json", level: str = "info") -> Non
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, redact, renderer],
         )
     )
+    if filter is not None:
+        handler.addFilter(filter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -14,6 +14,7 @@ import uvloop
 
 from ringfence.kernel import logging as ringfence_logging
 from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.kafka_trouble import KafkaTrouble
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings
 
@@ -23,8 +24,12 @@ def run(runtimes: Sequence[Runtime], settings: ServiceSettings) -> int:
 
     Returns the exit status.
     """
+    trouble = KafkaTrouble(settings)
     ringfence_logging.configure(
-        "+".join(runtime.role for runtime in runtimes), format=settings.log_format, level=settings.log_level
+        "+".join(runtime.role for runtime in runtimes),
+        format=settings.log_format,
+        level=settings.log_level,
+        filter=trouble,
     )
     # The memory of a service holds its private key: no crash leaves a copy on a disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -33,23 +38,25 @@ def run(runtimes: Sequence[Runtime], settings: ServiceSettings) -> int:
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
     try:
-        uvloop.run(_until_signalled(runtimes))
+        uvloop.run(_until_signalled(runtimes, trouble))
     except RingfenceError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0
 
 
-async def _until_signalled(runtimes: Sequence[Runtime]) -> None:
+async def _until_signalled(runtimes: Sequence[Runtime], trouble: KafkaTrouble) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
     loop.add_signal_handler(signal.SIGHUP, _reload, runtimes)
+    watching = asyncio.create_task(trouble.watch(), name="kafka trouble")
     running = [asyncio.create_task(runtime.run(stop), name=runtime.role) for runtime in runtimes]
     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
     stop.set()
     results = await asyncio.gather(*running, return_exceptions=True)
+    watching.cancel()
     with contextlib.suppress(NotImplementedError):
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(signum)
