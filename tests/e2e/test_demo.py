@@ -177,6 +177,24 @@ def test_dev_ends_and_says_so_where_a_part_of_it_ends(tmp_path: Path, part: str)
 
 
 @pytest.mark.timeout(240)
+def test_dev_says_which_service_did_not_end_in_good_order(tmp_path: Path) -> None:
+    process = start_dev(tmp_path, "--no-seed")
+    try:
+        wait_until_up(process)
+        children = descendants(process.pid)
+        (policy,) = (child for child in children if child.cmdline()[-1] == "policy")
+        policy.suspend()  # it hears of nothing any more
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=WITHIN_S)
+        assert process.returncode == 1
+        assert "policy did not end in good order: status -9" in " ".join(said.split())
+        assert "registry did not end" not in said
+        assert gone(children)
+    finally:
+        process.kill()
+
+
+@pytest.mark.timeout(240)
 def test_dev_can_be_interrupted_while_it_starts(tmp_path: Path) -> None:
     process = start_dev(tmp_path, "--state", "elsewhere")
     try:

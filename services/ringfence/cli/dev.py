@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ringfence.messages.trust import ServiceRole
 
 _LOOK_AGAIN_S = 0.5
+_GRACE_S = 20.0
+"""More than services take to end in good order, as long as the broker is there."""
 
 
 def dev(
@@ -41,6 +43,8 @@ def dev(
     ] = None,
 ) -> None:
     """Run all services with an embedded broker and Valkey. Ctrl-C ends everything.
+
+    Exit 0 where that was the end; 1 where a part ended by itself, or did not end in good order.
 
     Each start is a fresh one: the broker's data of the last are gone, the keys are kept.
     """
@@ -85,6 +89,9 @@ def dev(
                 time.sleep(_LOOK_AGAIN_S)
         except KeyboardInterrupt:
             out.print("\n[dim]ending everything ...[/]")
+            if failed := stack.stop(_GRACE_S):
+                out.print("\n".join(failed), style="red", markup=False)
+                raise typer.Exit(1) from None
             return
         out.print(ended, style="red", markup=False)
         raise typer.Exit(1)

@@ -30,7 +30,10 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Run one or more services until SIGTERM or Ctrl-C."""
+    """Run one or more services until SIGTERM or Ctrl-C.
+
+    Exit 0 where that was the end, also where work was left to whoever is there then; 1 where one could not go on.
+    """
     from ringfence.cli.output import note
     from ringfence.cli.spelling import unread
     from ringfence.cli.starting import check

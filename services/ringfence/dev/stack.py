@@ -231,13 +231,14 @@ class Stack:
                 return f"{child.name} ended with status {child.returncode}; see {child.log_path}\n{child.log_tail(5)}"
         return None
 
-    def stop(self) -> None:
-        """End all, services first. Safe to call more than once."""
+    def stop(self, grace_s: float = _GRACE_S) -> list[str]:
+        """End all, services first. Safe to call more than once. Returns which services did not end in good order, within
+        `grace_s` for all together.
+        """
         for child in self._children.values():
             child.terminate()
-        ends_at = time.monotonic() + _GRACE_S
-        for child in self._children.values():
-            child.stop(max(0.0, ends_at - time.monotonic()))
+        ends_at = time.monotonic() + grace_s
+        ended = {child: child.stop(max(0.0, ends_at - time.monotonic())) for child in self._children.values()}
         self._children.clear()
         if self._valkey is not None:
             self._valkey.stop()
@@ -248,6 +249,11 @@ class Stack:
         if self._claim is not None:
             os.close(self._claim)
             self._claim = None
+        return [
+            f"{child.name} did not end in good order: status {status}; see {child.log_path}"
+            for child, status in ended.items()
+            if status
+        ]
 
     def forget(self) -> None:
         """Delete the state folder; only after `stop`."""
