@@ -190,7 +190,14 @@ async def stopped(pid: int) -> AsyncIterator[None]:
 
 @pytest.fixture
 async def place(own_stack: Stack) -> AsyncIterator[Place]:
-    realm = Realm(own_stack, client_settings(own_stack.environment()))
+    async with place_in(own_stack) as made:
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def place_in(stack: Stack) -> AsyncIterator[Place]:
+    """A place in a stack, of names of its own."""
+    realm = Realm(stack, client_settings(stack.environment()))
     scope = [Permission(target=realm.target, verbs=("read",), resources=("path/**",))]
     async with Shop().serving() as shop:
         async with realm.as_operator() as olga:

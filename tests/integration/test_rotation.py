@@ -20,6 +20,7 @@ from ringfence.client.agent import Agent
 from ringfence.client.ceremony import SERVICE_ROLES, publish_bundle
 from ringfence.client.rotation import rotate_root, rotate_services
 from ringfence.dev.stack import Stack, StackOptions
+from ringfence.kernel.envelope import recipients_of
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.base import Topic
@@ -27,6 +28,7 @@ from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import (
     CREDENTIAL_DECISION,
+    CREDENTIAL_REPLY,
     DEAD_LETTER,
     HEARTBEAT,
     LEASE,
@@ -36,6 +38,7 @@ from ringfence.messages.topics import (
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.integration.test_attacks import buried, put
+from tests.integration.test_gateway_faults import place_in
 from tests.stack import WITHIN_S, Realm, Seen, realm_in
 
 pytestmark = pytest.mark.timeout(300)
@@ -158,6 +161,46 @@ async def test_the_keys_of_all_services_follow_under_load(own_stack: Stack) -> N
             letters = [record.value for record in seen.of(DEAD_LETTER)]
             assert [letter for letter in letters if b"credential.decision" not in letter][:3] == []
             assert len(letters) == 1, "the thief's alone"
+
+
+async def test_the_keys_that_credentials_are_sealed_to_follow_without_a_restart(own_stack: Stack) -> None:
+    stack = own_stack
+    async with place_in(stack) as place, place.realm.seen(CREDENTIAL_REPLY) as seen:
+        held = await place.leased()
+        pids = stack.children()
+        # So that nothing is sealed to the keys of before any more, and whoever has not the new ones opens nothing.
+        bundle = rotate_services(stack.trust, ["gateway", "issuer"], compromised=True)
+        await publish_bundle(stack.trust, place.realm.settings)
+        new = {key.kid for one in bundle.services for key in one.encryption_keys}
+        assert len(new) == 2, "those of before are not in it any more"
+
+        async def all_have_it() -> bool:
+            return await said_by(stack, "trust_bundle") == dict.fromkeys(SERVICE_ROLES, 2)
+
+        await until(all_have_it, "that all services have the bundle")
+        assert await place.status() == 200, "what was opened before stays"
+        begun = len(seen.of(CREDENTIAL_REPLY))
+        later = await place.leased()
+        await place.agent.release(held)
+        await place.until(200)
+        assert later != held
+
+        def sealed() -> list[set[str]]:
+            replies = [record.value for record in seen.of(CREDENTIAL_REPLY)[begun:]]
+            return [set(recipients_of(value)) for value in replies if value.startswith(b"{")]
+
+        await seen.until(sealed, "the sealed credential")
+        assert sealed() == [new]
+        assert stack.children() == pids
+        # One that starts from nothing opens by the new key what stands on Kafka, and asks for nothing.
+        await asyncio.to_thread(stack.child("gateway").stop, 10.0)
+        stack.start_service("gateway")
+        await asyncio.to_thread(stack.wait_ready, ["gateway"])
+        await place.until(200)
+        async with httpx.AsyncClient(timeout=5) as http:
+            for role in ("gateway", "issuer"):
+                said = (await http.get(f"{stack.url(role)}/readyz")).json()
+                assert not [one for one in said.get("warnings", []) if "sealed" in one]
 
 
 async def test_a_root_follows_the_root_that_everybody_is_pinned_to(own_stack: Stack) -> None:

@@ -11,6 +11,7 @@ from ringfence.client.ceremony import SEAL, lacking
 from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.service_keys import NEXT
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.trust import ServiceIdentity
@@ -30,7 +31,7 @@ def key_files(settings: ServiceSettings) -> list[Finding]:
 
 def _key_file(file: Path) -> Finding:
     try:
-        if file.stem.endswith(SEAL):
+        if file.stem.removesuffix(NEXT).endswith(SEAL):
             id, kind = EncryptionKey.load(file).id, "X25519"
         else:
             key = SigningKey.load(file)
@@ -68,8 +69,10 @@ def bundle_findings(trust: TrustStore, refused: Sequence[str], now_s: float) -> 
 
 
 def _ending(service: ServiceIdentity, now_s: float) -> int | None:
-    """When the last key of a service ends, where that is soon, or was."""
+    """When the last key of a service ends, to sign by or to seal to, where that is soon, or was."""
     last = max((key.not_after for key in service.keys), default=0)
+    if service.encryption_keys:
+        last = min(last, max(key.not_after for key in service.encryption_keys))
     return last if last - now_s < SOON_S else None
 
 

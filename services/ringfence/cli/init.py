@@ -77,19 +77,19 @@ def init(
         typer.Option(
             "--rotate-service",
             metavar="NAME",
-            help="Sign the next trust bundle, with a new key for a service or gateway beside its old one. Repeatable.",
+            help="Sign the next trust bundle, with new keys for a service or gateway beside its old ones. Repeatable.",
         ),
     ] = None,
     overlap_h: Annotated[
         int,
         typer.Option(
-            "--overlap-hours", min=0, max=8760, help="How long the old key of a service still counts."
+            "--overlap-hours", min=0, max=8760, help="How long the old keys of a service still count."
         ),
     ] = OVERLAP_S // 3600,
     compromised: Annotated[
         bool,
         typer.Option(
-            "--compromised", help="With --rotate-service: the old key was stolen, and ends at once."
+            "--compromised", help="With --rotate-service: the old keys were stolen, and end at once."
         ),
     ] = False,
     rotate_root: Annotated[
@@ -276,12 +276,13 @@ def _rotate_services(
 ) -> int:
     version = rotate_services(trust, names, overlap_s=overlap_s, compromised=compromised).version
     for name in names:
-        files = (trust.service_key(name), next_file(trust.service_key(name)))
-        told.line(f"Its keys, until now and from now on:  {files[0]}, {files[1]}")
-    ends = "ends at once" if compromised else f"counts for {overlap_s // 3600} h more"
-    told.line(f"Trust bundle {version} has a new key of {', '.join(names)}; the old one {ends}.")
+        for file in (trust.service_key(name), trust.encryption_key(name)):
+            if next_file(file).exists():
+                told.line(f"Its keys, until now and from now on:  {file}, {next_file(file)}")
+    ends = "end at once" if compromised else f"count for {overlap_s // 3600} h more"
+    told.line(f"Trust bundle {version} has new keys of {', '.join(names)}; the old ones {ends}.")
     told.line(
-        "Put both files where the service runs, before the bundle is on Kafka: it reads them by itself then."
+        "Put all files where the service runs, before the bundle is on Kafka: it reads them by itself then."
     )
     return version
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringfence.client.ceremony import YEAR_S, CeremonyError, TrustFolder, sign_following, signed_before
+from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.jws import sign
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.service_keys import next_file
@@ -54,7 +55,7 @@ def rotate_services(
     """Make each of these services (or gateways) a new key, and sign the next version, in which old and new overlap.
 
     The new key lies beside the old one (`<name>-next.json`); what lay there from the rotation before takes the old
-    one's place. `compromised`: the old key ends now.
+    one's place. So does the one that credentials are sealed to, where it has one. `compromised`: the old keys end now.
 
     Returns the bundle. Needs the root's key. Raises CeremonyError where a name is not in the bundle, or there is no
     trust root.
@@ -126,13 +127,26 @@ def _followed(
     folder: TrustFolder, name: str, service: ServiceIdentity, now_s: int, old_ends_s: int, end_s: int
 ) -> ServiceIdentity:
     """The service with a new key, and an end for those before."""
-    file = folder.service_key(name)
+    key = SigningKey.generate(service.id)
+    key.save(_made_way(folder.service_key(name)))
+    keys = (*_ending(service.keys, old_ends_s), key.record(end_s, now_s - 60))
+    if not service.encryption_keys:
+        return service.model_copy(update={"keys": keys})
+    seal = EncryptionKey.generate(service.id)
+    seal.save(_made_way(folder.encryption_key(name)))
+    # One that has ended is sealed to by nobody, and what was sealed to it says so itself.
+    before = (one for one in _ending(service.encryption_keys, old_ends_s) if one.not_after > now_s)
+    sealed_to = (*before, seal.record(end_s, now_s - 60))
+    return service.model_copy(update={"keys": keys, "encryption_keys": sealed_to})
+
+
+def _made_way(file: Path) -> Path:
+    """Where the key goes that follows the one in `file`; what followed it until now takes its place."""
     following = next_file(file)
     if following.exists():
         following.replace(file)
-    key = SigningKey.generate(service.id)
-    key.save(following)
-    before = tuple(
-        record.model_copy(update={"not_after": min(record.not_after, old_ends_s)}) for record in service.keys
-    )
-    return service.model_copy(update={"keys": (*before, key.record(end_s, now_s - 60))})
+    return following
+
+
+def _ending(keys: Sequence[KeyRecord], end_s: int) -> tuple[KeyRecord, ...]:
+    return tuple(key.model_copy(update={"not_after": min(key.not_after, end_s)}) for key in keys)

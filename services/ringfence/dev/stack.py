@@ -232,7 +232,7 @@ class Stack:
         return None
 
     def stop(self, grace_s: float = _GRACE_S) -> list[str]:
-        """End all, services first. Safe to call more than once. Returns which services did not end in good order, within
+        """End all, services first. Safe to call more than once. Returns which services did not end well, within
         `grace_s` for all together.
         """
         for child in self._children.values():

@@ -27,8 +27,8 @@ from ringfence.gateway.spool import Spool
 from ringfence.gateway.targets import Targets
 from ringfence.gateway.view import View
 from ringfence.kernel import metrics
-from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.seal_keys import SealKeys
 from ringfence.kernel.settings import ServiceSettings, load, of_setting
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REPLY
@@ -67,7 +67,7 @@ def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -
     declared = Declared(all_backends(Material(settings.trust_domain, settings.issuer_url)))
     sealed = SealedCredentials(
         view.table, runtime.trust, clock,
-        key=lambda: runtime.key, seal=_seal_key(runtime, settings, own), issuer_url=own.issuer or settings.issuer_url,
+        key=lambda: runtime.key, seal=_seal_keys(runtime, settings, own), issuer_url=own.issuer or settings.issuer_url,
     )  # fmt: skip
     secrets = StaticSecrets(TargetAccess.of(load(BackendSettings)))
     injector = Injector(view.table, sealed, secrets)
@@ -127,11 +127,16 @@ def _recorder(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings)
     return recorder
 
 
-def _seal_key(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> EncryptionKey | None:
-    """The key that credentials are sealed to. Without one, only static secrets are injected."""
+def _seal_keys(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> SealKeys | None:
+    """The keys that credentials are sealed to. Without any, only static secrets are injected."""
     path = own.seal_key_file or settings.key_dir / f"{_name(runtime)}{SEAL}"
+    if own.seal_key_file is None and not path.exists():
+        return None
     with of_setting("RINGFENCE_GATEWAY_SEAL_KEY_FILE"):
-        return EncryptionKey.load(path) if own.seal_key_file is not None or path.exists() else None
+        keys = SealKeys(path)
+    runtime.on_keys(keys.reload)
+    runtime.warns_when(lambda: keys.lacking(runtime.trust, "gateway", runtime.clock))
+    return keys
 
 
 def _name(runtime: Runtime) -> str:

@@ -19,7 +19,7 @@ from ringfence.backends.http import StaticSecrets
 from ringfence.backends.settings import TargetSettingsError
 from ringfence.gateway.leases import LeaseTable
 from ringfence.kernel.clock import Clock
-from ringfence.kernel.envelope import EncryptionKey, recipients_of
+from ringfence.kernel.envelope import Opener, recipients_of
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.jws import open_signed, parse, sign
 from ringfence.kernel.kafka import Received
@@ -50,7 +50,7 @@ class SealedCredentials:
         clock: Clock,
         *,
         key: Callable[[], SigningKey],
-        seal: EncryptionKey | None,
+        seal: Opener | None,
         issuer_url: str,
     ) -> None:
         """`key`: what this gateway signs its questions with, asked each time; `seal`: what opens envelopes."""
@@ -72,7 +72,7 @@ class SealedCredentials:
             if self._seal is None or not record.value.startswith(b"{"):
                 continue
             try:
-                if self._seal.kid in recipients_of(record.value):
+                if not self._seal.kids.isdisjoint(recipients_of(record.value)):
                     self._take(self._opened(record.value, record.appended_at_ms / 1000))
             except InvalidMessageError as error:
                 # Anybody can seal to a public key: what no issuer signed is none.

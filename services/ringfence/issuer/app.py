@@ -24,9 +24,9 @@ from ringfence.issuer.minting import Minter
 from ringfence.issuer.resealing import Resealer
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.kernel.clock import Clock
-from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.seal_keys import SealKeys
 from ringfence.kernel.settings import ServiceSettings, load, of_setting
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION
 from ringfence.model.alarms import report_alarms
@@ -76,9 +76,9 @@ def build(
         [APPROVAL_RESPONSE], granted.on_records, since_ms=max(runtime.clock.now_ms() - GRANTS_KEEP_MS, 1)
     )
     grants = GrantKeeper(granted, store, responses.caught_up, own.patience_s)
-    seal_key = _seal_key(own.seal_key_file, settings.key_dir / SEAL_KEY_FILE)
+    seal_keys = _seal_keys(runtime, own.seal_key_file, settings.key_dir / SEAL_KEY_FILE)
     delivery = GatewayDelivery(
-        runtime.trust, lambda: runtime.key, seal_key, runtime.clock, settings.trust_domain
+        runtime.trust, lambda: runtime.key, seal_keys, runtime.clock, settings.trust_domain
     )
     handler = DecisionHandler(
         runtime,
@@ -117,7 +117,7 @@ def build(
         clock=runtime.clock,
         jwks_max_age_s=own.jwks_max_age_s,
     ).routes()
-    resealer = Resealer(settings, runtime.trust, store, seal_key, runtime.clock)
+    resealer = Resealer(settings, runtime.trust, store, seal_keys, runtime.clock)
     runtime.routes += GatewayHttp(resealer, runtime.trust, runtime.clock).routes()
     return runtime
 
@@ -134,13 +134,18 @@ def _token_keys(settings: ServiceSettings, own: IssuerSettings) -> TokenKeys:
     return TokenKeys(signing, published)
 
 
-def _seal_key(named: Path | None, usual: Path) -> EncryptionKey | None:
-    """The key that credentials for gateways are kept by. None where none is named, nor is the usual file there: an
+def _seal_keys(runtime: Runtime, named: Path | None, usual: Path) -> SealKeys | None:
+    """The keys that credentials for gateways are kept by. None where none is named, nor is the usual file there: an
     installation of before has none, and the issuer says so to whoever asks for delivery to the gateway.
     """
     file = named or (usual if usual.exists() else None)
+    if file is None:
+        return None
     with of_setting("RINGFENCE_ISSUER_SEAL_KEY_FILE"):
-        return EncryptionKey.load(file) if file is not None else None
+        keys = SealKeys(file)
+    runtime.on_keys(keys.reload)
+    runtime.warns_when(lambda: keys.lacking(runtime.trust, "issuer", runtime.clock))
+    return keys
 
 
 def main() -> int:

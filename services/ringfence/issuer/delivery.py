@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 
 from ringfence.issuer.domain import Issue, Refusal
 from ringfence.kernel.clock import Clock
-from ringfence.kernel.envelope import MAX_RECIPIENTS, EncryptionKey, enclose
+from ringfence.kernel.envelope import MAX_RECIPIENTS, enclose
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.jws import compact_jws, signing_input
 from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.seal_keys import SealKeys
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.credential import Credential, CredentialDelivery, Reason
 from ringfence.messages.keys import KeyRecord
@@ -57,7 +58,7 @@ class GatewayDelivery:
         self,
         trust: TrustStore,
         key: Callable[[], SigningKey],
-        own: EncryptionKey | None,
+        own: SealKeys | None,
         clock: Clock,
         trust_domain: str,
     ) -> None:
@@ -95,7 +96,8 @@ class GatewayDelivery:
             raise UnavailableError("the key that credentials for gateways are kept by has gone; put it back")
         lease = issue.lease
         signed = signed_delivery(lease, credential, self._key(), id=id)
-        to = [self._own.record(lease.deadline), *self._gateways()]
+        now_s = self._clock.now_ms() / 1000
+        to = [*self._own.records(self._trust, "issuer", now_s, lease.deadline), *self._gateways()]
         return enclose(signed.encode(), to[:MAX_RECIPIENTS], about=lease.request_id)
 
     def _gateways(self) -> tuple[KeyRecord, ...]:

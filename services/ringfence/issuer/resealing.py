@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ringfence.kernel.clock import Clock
-from ringfence.kernel.envelope import EncryptionKey, enclose, unverified_about
+from ringfence.kernel.envelope import Opener, enclose, unverified_about
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka import Follower, Received
@@ -40,7 +40,7 @@ class Resealer:
         settings: BusSettings,
         trust: TrustStore,
         store: LeaseStore,
-        own: EncryptionKey | None,
+        own: Opener | None,
         clock: Clock,
     ) -> None:
         self._settings = settings

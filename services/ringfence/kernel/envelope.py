@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import orjson
 from cryptography.hazmat.primitives.asymmetric import x25519
@@ -41,6 +41,19 @@ _MALFORMED = (
 """What joserfc raises for headers and keys that strangers made up: not only its own errors."""
 
 
+class Opener(Protocol):
+    """Opens envelopes that are sealed to any of its keys."""
+
+    @property
+    def kids(self) -> frozenset[str]:
+        """The names of the keys."""
+        ...
+
+    def open(self, envelope: str | bytes) -> bytes:
+        """The plaintext. Raises InvalidMessageError where it is no envelope, or none for these keys."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class EncryptionKey:
     """A private X25519 key that opens envelopes, and the SPIFFE ID of who keeps it. It signs nothing."""
@@ -59,6 +72,11 @@ class EncryptionKey:
     def _of(cls, id: str, key: x25519.X25519PrivateKey) -> EncryptionKey:
         public = PublicJwk(kty="OKP", crv="X25519", x=b64encode(key.public_key().public_bytes_raw()))
         return cls(id, public, thumbprint(public), key)
+
+    @property
+    def kids(self) -> frozenset[str]:
+        """Its name, as the only one."""
+        return frozenset({self.kid})
 
     def record(self, not_after: int, not_before: int = 0) -> KeyRecord:
         """The public half, valid in `[not_before, not_after)`, as it stands in the trust bundle."""

@@ -84,6 +84,7 @@ class Runtime:
         ]
         self._denials: list[ReadyCheck] = [lambda: self.trust.expired(self.clock.now_ms() / 1000)]
         self._warnings: list[ReadyCheck] = [self._gone_warning]
+        self._rereading: list[Callable[[], None]] = []
         self._opening: list[Callable[[], Awaitable[None]]] = []
         self._closing: list[Callable[[], Awaitable[None]]] = []
 
@@ -94,8 +95,12 @@ class Runtime:
 
     def reload_keys(self) -> None:
         """Read the key files again: one that follows may have been put beside. What is wrong with them is logged."""
+        for reread in (self._keys.reload, *self._rereading):
+            self._reread(reread)
+
+    def _reread(self, reread: Callable[[], None]) -> None:
         try:
-            self._keys.reload()
+            reread()
         except KeyFileError as error:
             log.error("going on with the keys of before: %s", error)
 
@@ -177,6 +182,10 @@ class Runtime:
     def warns_when(self, check: ReadyCheck) -> None:
         """Add what people should know of the service, though it does what it was told. `/readyz` says it."""
         self._warnings.append(check)
+
+    def on_keys(self, reread: Callable[[], None]) -> None:
+        """Call this when key files may have changed: at each trust bundle, and at SIGHUP. It may raise KeyFileError."""
+        self._rereading.append(reread)
 
     def on_start(self, opening: Callable[[], Awaitable[None]]) -> None:
         """Await this before any work is taken, e.g. to connect to a store."""
@@ -393,6 +402,8 @@ class Runtime:
         try:
             if self.trust.load(record.value, self.clock.now_ms() / 1000):
                 self._keys.on_bundle(record.appended_at_ms)
+                for reread in self._rereading:
+                    self._reread(reread)
         except InvalidMessageError as error:
             log.error("ignored a trust bundle at %s@%d: %s", record.topic_name, record.offset, error)
 
