@@ -68,6 +68,13 @@ def test_a_stranger_learns_nothing_of_who_is_disabled(ledger: Ledger, who: str):
     assert says == (f"the bearer token is refused: no valid key {stranger.kid} of {stranger.id} may sign api")
 
 
+def test_who_is_no_user_is_told_who_is_answered(ledger: Ledger):
+    agent = SigningKey.generate(f"spiffe://{TD}/agent/bot")
+    now_s = ledger.clock.ms // 1000
+    claims = ApiToken(iss=agent.id, aud=TD, iat=now_s, exp=now_s + 60, jti="j")
+    assert f"{agent.id} is no user" in told(ledger, f"Bearer {sign(claims, agent)}")
+
+
 def test_who_names_anothers_key_learns_nothing(ledger: Ledger):
     disable(ledger, "uma")
     right = token(ledger, "uma").split(".")

@@ -10,7 +10,7 @@ import pytest
 
 from ringfence.kernel.errors import SettingsError
 from ringfence.kernel.kafka_connection import connection, diagnosis
-from ringfence.kernel.kafka_probe import Found, Listener, Silence
+from ringfence.kernel.kafka_probe import Found, Listener, Silence, addresses
 from ringfence.kernel.settings import BusSettings, load
 
 
@@ -105,6 +105,11 @@ def test_who_is_not_let_in_is_told_what_is_there_and_what_to_set(wanted: str, fo
 def test_nobody_is_led_to_go_without_tls():
     told = diagnosis(BusSettings(kafka_security_protocol="SSL"), OSError(), {"h:1": CLEAR})
     assert "PLAINTEXT" not in told, "who is on the way could answer in clear in the place of Kafka"
+
+
+def test_it_is_looked_where_the_client_connects_to():
+    settings = BusSettings(kafka="localhost,[::1]:1234,h:1")
+    assert addresses(settings) == [("localhost", 9092), ("::1", 1234), ("h", 1)]
 
 
 def test_of_several_each_is_told_and_one_that_answers_says_most():

@@ -11,6 +11,8 @@ import ssl
 import struct
 from dataclasses import dataclass
 
+from aiokafka.conn import collect_hosts
+
 from ringfence.kernel.settings import BusSettings
 
 WITHIN_S = 3.0
@@ -53,12 +55,8 @@ Found = Listener | Silence
 
 
 def addresses(settings: BusSettings) -> list[tuple[str, int]]:
-    """Where the settings say that brokers are."""
-    found = []
-    for one in settings.kafka.split(","):
-        host, _, port = one.strip().rpartition(":")
-        found.append((host.strip("[]"), int(port)))
-    return found
+    """Where the settings say that brokers are, as the client itself reads them."""
+    return [(host, port) for host, port, _ in collect_hosts(settings.kafka, randomize=False)]
 
 
 async def look(settings: BusSettings, context: ssl.SSLContext | None) -> dict[str, Found]:

@@ -110,6 +110,13 @@ class _Uncounted:
             self.why = f"key {kid} of user {user_id} counts only from {_utc(record.not_before)} on"
         return valid_key((record,), kid, record.not_before)
 
+    def no_user(self, token: str) -> str | None:
+        """What is said to who signs as somebody else than a user: no more than they said themselves."""
+        iss = parse(token.strip()).unverified_claims(ApiToken).iss
+        if subject_of(self._directory.trust.trust_domain, iss, "user") is not None:
+            return None
+        return f"{iss[:512]} is no user, and users alone are answered here: call with a user's key"
+
 
 def _utc(at_s: int) -> str:
     return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds")
@@ -152,5 +159,5 @@ def _told_to_its_holder(
     try:
         open_signed(parse(token.strip()), ApiToken, uncounted, audience=trust_domain, appended_at_ms=now_ms)
     except InvalidMessageError:
-        return None
+        return uncounted.no_user(token)
     return uncounted.why
