@@ -300,3 +300,20 @@ def test_a_reader_that_has_gone_is_no_reason_to_complain(tmp_path: Path) -> None
     with os.fdopen(write, "wb") as pipe:
         done = shown(tmp_path, pipe)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_what_kafka_refuses_in_the_middle_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from aiokafka.errors import TopicAuthorizationFailedError
+
+    from ringfence.kernel.topics_admin import TopicsAdmin
+
+    def refused(*_: object) -> None:
+        raise TopicAuthorizationFailedError("x")
+
+    monkeypatch.setattr(TopicsAdmin, "__init__", refused)
+    assert main(["topics", "check"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "TopicAuthorizationFailedError: x" in line
+    assert "ringfence doctor" in line

@@ -211,6 +211,12 @@ def _run(words: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception as error:
+        # Not imported for this: most commands need no Kafka to begin with.
+        if type(error).__module__ != "aiokafka.errors":
+            raise
+        _say(f"error: Kafka did not do what was asked ({str(error) or type(error).__name__}); run: ringfence doctor")
+        return 1
     return 0
 
 
