@@ -725,6 +725,21 @@ async def test_a_later_trust_bundle_leaves_the_first_operator_as_they_are(
     assert (await init("--publish", "--operator", "ada"))["operator"] == "ada"
 
 
+def test_nothing_is_published_before_its_topics_are_there(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("kafka", "trust_domain", "embedded_broker"):
+        monkeypatch.setenv(f"RINGFENCE_{name.upper()}", str(getattr(world.settings("registry"), name)))
+    monkeypatch.setenv("RINGFENCE_TOPIC_PREFIX", "nobody-made-this")
+    init = ["init", "--folder", str(tmp_path)]
+    assert main(init) == 0
+    for more in ([], ["--renew"]):
+        assert main([*init, "--publish", *more]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: missing on Kafka: nobody-made-this.trust.v1")
+        assert "ringfence topics apply" in line
+
+
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 7), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=str
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ringfence.cli import oidc_issuers
-from ringfence.cli.options import JsonOption, wants_json
+from ringfence.cli.options import JsonOption, run, wants_json
 from ringfence.cli.output import print_json, say
 from ringfence.client.ceremony import (
     TrustFolder,
@@ -216,13 +215,13 @@ def _publish(trust: TrustFolder, settings: BusSettings, operator: str | None, na
     if operator is None and version == 1:
         operator = _made_operator(trust)
     if operator is None:
-        asyncio.run(publish_bundle(trust, settings))
+        run(publish_bundle(trust, settings))
         told.line(f"Trust bundle {version} is on Kafka at {settings.kafka}.")
         told.line(
             "The first operator stays as they are; to give them their key and role anew: --operator NAME"
         )
     else:
-        asyncio.run(publish_trust(trust, settings, operator, name))
+        run(publish_trust(trust, settings, operator, name))
         told.line(f"Trust bundle {version} and operator {operator} are on Kafka at {settings.kafka}.")
         told.data["operator"] = operator
     told.data |= {"trust_bundle": version, "published": True}
@@ -248,7 +247,7 @@ def _moment_s(since: datetime | None) -> int | None:
 
 def _next_version(trust: TrustFolder, settings: BusSettings, told: _Told, *, publish: bool) -> None:
     if publish:
-        asyncio.run(publish_bundle(trust, settings))
+        run(publish_bundle(trust, settings))
         told.line(f"Trust bundle {told.data['trust_bundle']} is on Kafka at {settings.kafka}.")
         told.data["published"] = True
     else:

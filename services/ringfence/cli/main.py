@@ -215,7 +215,9 @@ def _run(words: list[str]) -> int:
         # Not imported for this: most commands need no Kafka to begin with.
         if type(error).__module__ != "aiokafka.errors":
             raise
-        _say(f"error: Kafka did not do what was asked ({str(error) or type(error).__name__}); run: ringfence doctor")
+        _say(
+            f"error: Kafka did not do what was asked ({str(error) or type(error).__name__}); run: ringfence doctor"
+        )
         return 1
     return 0
 

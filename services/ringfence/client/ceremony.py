@@ -326,8 +326,9 @@ async def publish_trust(folder: TrustFolder, settings: BusSettings, operator: st
     """
     root, _ = signed_before(folder)
     command = first_operator(folder, settings.trust_domain, operator, name)
-    await publish_bundle(folder, settings)
     async with Publisher(settings, root.id) as publisher:
+        await publisher.require(TRUST, REGISTRY_COMMAND)
+        await publish_bundle(folder, settings)
         await publisher.publish_signed(REGISTRY_COMMAND, f"user/{operator}", command, root)
 
 
@@ -336,4 +337,5 @@ async def publish_bundle(folder: TrustFolder, settings: BusSettings) -> None:
     root, bundle = signed_before(folder)
     compact, version = folder.bundle.read_text().strip(), str(bundle.version)
     async with Publisher(settings, root.id) as publisher:
+        await publisher.require(TRUST)
         await (await publisher.send(TRUST, version, compact, id=f"trust-{bundle.jti}", type=TrustBundle.typ))

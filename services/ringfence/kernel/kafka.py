@@ -62,6 +62,7 @@ def _ce_time(now_ms: int) -> bytes:
     return f"{_to_the_second(now_ms // 1000)}.{now_ms % 1000:03}Z".encode()
 
 
+_LOOKS, _LOOK_AGAIN_S = 10, 0.2
 _CONTENT_TYPES = {"jws": b"application/jose", "jwe": b"application/jose", "json": b"application/json"}
 
 
@@ -125,6 +126,11 @@ class Outbound(NamedTuple):
     traceparent: str | None = None
     key_number: int | None = None
     """That of the key (`partitioning.key_number`), where it was counted before."""
+
+
+def missing_topics(names: Sequence[str]) -> UnavailableError:
+    """What is said of topics that are not there."""
+    return UnavailableError(f"missing on Kafka: {', '.join(names)}; run: ringfence topics apply")
 
 
 def partition_of(key: str, partitions: Sequence[int]) -> int:
@@ -325,6 +331,20 @@ class Publisher:
             ("traceparent", (span.traceparent or new_traceparent()).encode()),
         ]
 
+    async def require(self, *topics: Topic[Any]) -> None:
+        """Raises UnavailableError where one of them is not there: what is sent to it would wait for a while first."""
+        client = self._connected().client
+        names = [topic.name(self._settings.topic_prefix) for topic in topics]
+        for name in names:
+            await client.add_topic(name)
+        for _ in range(_LOOKS):  # of one that was made a moment ago not every broker knows yet
+            missing = [name for name in names if client.cluster.partitions_for_topic(name) is None]
+            if not missing:
+                return
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            await client.force_metadata_update()
+        raise missing_topics(missing)
+
     async def partitions(self, topic: Topic[Any]) -> list[int]:
         """The partitions of a topic."""
         return sorted(await self._connected().partitions_for(topic.name(self._settings.topic_prefix)))
@@ -478,7 +498,7 @@ class Follower:
             await client.force_metadata_update()
         found = {name: self._wanted(client.cluster.partitions_for_topic(name) or ()) for name in self._topics}
         if missing := sorted(name for name, numbers in found.items() if not numbers):
-            raise UnavailableError(f"missing on Kafka: {', '.join(missing)}; run: ringfence topics apply")
+            raise missing_topics(missing)
         return [TopicPartition(name, number) for name, numbers in found.items() for number in numbers]
 
     def _wanted(self, partitions: Iterable[int]) -> list[int]:

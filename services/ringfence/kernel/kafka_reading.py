@@ -11,9 +11,8 @@ from typing import Any, Self
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.fetching import WAIT_MS
-from ringfence.kernel.kafka import Received, paced, received
+from ringfence.kernel.kafka import Received, missing_topics, paced, received
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.settings import BusSettings
 from ringfence.messages.base import Topic
@@ -67,7 +66,7 @@ class Stretches:
         await self._consumer._client.set_topics([name])
         found = sorted(self._consumer._client.cluster.partitions_for_topic(name) or ())
         if not found:
-            raise UnavailableError(f"missing on Kafka: {name}; run: ringfence topics apply")
+            raise missing_topics([name])
         return found
 
     async def bounds(self, topic: Topic[Any], partition: int) -> tuple[int, int]:

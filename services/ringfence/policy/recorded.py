@@ -9,8 +9,8 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.kafka import Follower, Received, paced, received
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.kafka import Follower, Received, missing_topics, paced, received
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.settings import BusSettings
 from ringfence.kernel.trust import TrustStore
@@ -60,7 +60,7 @@ async def recorded_decisions(settings: BusSettings, since_ms: int) -> AsyncItera
         )  # as in `Follower`: a client that has just started knows none
         numbers = consumer._client.cluster.partitions_for_topic(name)
         if not numbers:
-            raise UnavailableError(f"missing on Kafka: {name}; run: ringfence topics apply")
+            raise missing_topics([name])
         partitions = [TopicPartition(name, number) for number in sorted(numbers)]
         consumer.assign(partitions)
         end = dict(await consumer.end_offsets(partitions))
