@@ -64,6 +64,13 @@ async def shell(
             gc.enable()
 
 
+async def test_what_is_delegated_at_a_target_that_is_not_there_is_taken_with_a_warning(shell: Shell) -> None:
+    delegation = str(shell.folder / "delegation.yaml")
+    await shell("olga", "provisioner", "set", "hr", "--delegation", delegation)
+    assert shell.noted.count("there is no target platform") == 1
+    assert "provisioner hr set" in shell.printed
+
+
 async def state(world: World, user_id: str) -> UserState | None:
     found = [record for record in await world.records(USER) if record.key == user_id]
     return world.opened(found[-1], UserRecord, "registry").state if found else None

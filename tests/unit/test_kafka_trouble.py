@@ -44,9 +44,13 @@ def lines(listener: str) -> Iterator[Lines]:
     made = Lines()
     made.trouble = KafkaTrouble(BusSettings(kafka=listener), lambda: made.now_s)
     made.addFilter(made.trouble)
+    clients = logging.getLogger("aiokafka")
+    level = clients.level  # a command of another test may have silenced them
+    clients.setLevel(logging.WARNING)
     logging.getLogger().addHandler(made)
     yield made
     logging.getLogger().removeHandler(made)
+    clients.setLevel(level)
 
 
 async def look(lines: Lines) -> None:

@@ -22,7 +22,7 @@ from ringfence.cli.options import (
     settings,
     wants_json,
 )
-from ringfence.cli.outcome import print_accepted
+from ringfence.cli.outcome import print_accepted, warn_of_unknown
 from ringfence.cli.output import note, print_json
 from ringfence.cli.scopes import parse_permission
 from ringfence.cli.yaml_files import YamlFile
@@ -69,6 +69,7 @@ def change(
                 raise InvalidCallError("a new provisioner needs a key: --new-key FILE, or --public-key FILE")
             now_s = administrator.connection.clock.now_ms() / 1000
             kept = [key for key in entry.state.keys if key.not_after > now_s] if entry else []
+            await warn_of_unknown(administrator, [one for group in delegation.groups for one in group.scope])
             called = name or (entry.state.name if entry else provisioner)
             return await administrator.set_provisioner(
                 provisioner, name=called, keys=keys or kept, delegation=delegation

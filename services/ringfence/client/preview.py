@@ -82,4 +82,4 @@ def unknown_names(directory: Directory, scope: Scope) -> list[str]:
             found.append(
                 f"{permission.target} has no verb {', '.join(unknown)}; it has {', '.join(sorted(known))}"
             )
-    return found
+    return list(dict.fromkeys(found))

@@ -238,7 +238,10 @@ class Stack:
         for child in self._children.values():
             child.terminate()
         ends_at = time.monotonic() + grace_s
-        ended = {child: child.stop(max(0.0, ends_at - time.monotonic())) for child in self._children.values()}
+        ended = dict[Child, int]()
+        for child in self._children.values():
+            status = child.wait(max(0.0, ends_at - time.monotonic()))
+            ended[child] = child.kill() if status is None else status
         self._children.clear()
         if self._valkey is not None:
             self._valkey.stop()

@@ -337,13 +337,14 @@ class Publisher:
         names = [topic.name(self._settings.topic_prefix) for topic in topics]
         for name in names:
             await client.add_topic(name)
-        for _ in range(_LOOKS):  # of one that was made a moment ago not every broker knows yet
+        for look in range(_LOOKS):  # of one that was made a moment ago not every broker knows yet
             missing = [name for name in names if client.cluster.partitions_for_topic(name) is None]
             if not missing:
                 return
+            if look == _LOOKS - 1:
+                raise missing_topics(missing)
             await asyncio.sleep(_LOOK_AGAIN_S)
             await client.force_metadata_update()
-        raise missing_topics(missing)
 
     async def partitions(self, topic: Topic[Any]) -> list[int]:
         """The partitions of a topic."""

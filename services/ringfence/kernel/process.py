@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import resource
 import signal
@@ -57,9 +56,9 @@ async def _until_signalled(runtimes: Sequence[Runtime], trouble: KafkaTrouble) -
     stop.set()
     results = await asyncio.gather(*running, return_exceptions=True)
     watching.cancel()
-    with contextlib.suppress(NotImplementedError):
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.remove_signal_handler(signum)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.remove_signal_handler(signum)
+        signal.signal(signum, signal.SIG_IGN)  # who asks twice does not make a failure of a clean end
     for result in results:
         if isinstance(result, BaseException):
             raise result
