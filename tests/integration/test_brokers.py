@@ -318,7 +318,7 @@ def test_a_child_outlives_the_thread_that_started_it_and_stops_when_told(tmp_pat
 
     child.wait_until(lambda: child.log_tail() == "up", WITHIN_S, "says that it is up")
     assert child.wait(0.2) is None
-    assert os.getsid(child.pid) == child.pid, "Ctrl-C in the terminal would reach it"
+    assert os.getpgid(child.pid) == child.pid, "Ctrl-C in the terminal would reach it"
     assert child.stop() == -signal.SIGTERM
     assert not child.alive
 
@@ -358,6 +358,24 @@ def test_a_busy_port_is_named_with_its_remedy(server: Any, tmp_path: Path) -> No
         port = taken.getsockname()[1]
         with pytest.raises(StackError, match=rf"port {port} is in use\. End what listens there"):
             server(tmp_path, port).start()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no names that others can read")
+def test_the_thread_that_writes_all_it_holds_stands_back_for_whoever_waits(tmp_path: Path) -> None:
+    def scheduling(pid: int) -> list[int]:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        return [os.sched_getscheduler(int(task.name)) for task in tasks
+                if (task / "comm").read_text().strip() == "autosave"]  # fmt: skip
+
+    one = EmbeddedKafka(tmp_path)
+    one.start()
+    try:
+        one.restart()
+        assert one.child is not None
+        assert scheduling(one.child.pid) == [os.SCHED_IDLE]
+        assert os.getsid(one.child.pid) == os.getsid(0)  # of another session's processes it would not
+    finally:
+        one.stop()
 
 
 @pytest.mark.parametrize("server", [EmbeddedKafka, EmbeddedRedis])

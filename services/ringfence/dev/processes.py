@@ -1,12 +1,14 @@
 """Child processes that cannot outlive the stack that started them.
 
-`spawn` gives a `Child`. It runs in a session of its own, so Ctrl-C in a terminal reaches the parent alone and
-the parent ends its children in the order it wants. On Linux the kernel kills it when the parent dies, however
-the parent dies. Elsewhere a parent ended by SIGKILL leaves its children behind.
+`spawn` gives a `Child`. It runs in a process group of its own, so Ctrl-C in a terminal reaches the parent alone and
+the parent ends its children in the order it wants. Not in a session of its own: Linux shares the processors out among
+sessions (autogroup, sched(7)), and what stands back (`stand_back`) does so only within one. On Linux the kernel kills
+it when the parent dies, however the parent dies. Elsewhere a parent ended by SIGKILL leaves its children behind.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import os
@@ -122,7 +124,7 @@ class Child:
             self._popen.terminate()
 
     def stop(self, grace_s: float = 5.0) -> int:
-        """Ask it to end (SIGTERM); after `grace_s` seconds end it and all in its session's group (SIGKILL).
+        """Ask it to end (SIGTERM); after `grace_s` seconds end it and all in its process group (SIGKILL).
 
         Returns its exit status. Stopping what has ended already only returns that.
         """
@@ -132,8 +134,20 @@ class Child:
                 self.kill()
         return self._popen.wait()
 
+    def stand_back(self, thread: str) -> bool:
+        """Give this thread of it only what the other processes leave of the processors. Returns whether it has it now.
+
+        For Linux, where threads have names and may go without (SCHED_IDLE, sched(7)); nothing happens elsewhere.
+        """
+        for comm in Path(f"/proc/{self.pid}/task").glob("*/comm"):
+            with contextlib.suppress(OSError):
+                if comm.read_text().strip() == thread:
+                    os.sched_setscheduler(int(comm.parent.name), os.SCHED_IDLE, os.sched_param(0))
+                    return True
+        return False
+
     def kill(self) -> int:
-        """SIGKILL at once, to it and to all in its session's group. Returns its exit status."""
+        """SIGKILL at once, to it and to all in its process group. Returns its exit status."""
         if self.alive:  # not reaped yet, so the number of the group cannot belong to anyone else
             os.killpg(self._popen.pid, signal.SIGKILL)
         return self._popen.wait()
@@ -151,7 +165,7 @@ def spawn(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Child:
-    """Start `argv` in its own session, with no input and all output appended to `log_path` (mode 0600).
+    """Start `argv` in its own process group, with no input and all output appended to `log_path` (mode 0600).
 
     `env` is the whole environment of the child; None hands on the parent's. May be called from any thread.
     Raises StackError where the program is not there.
@@ -176,7 +190,7 @@ def spawn(
                 stderr=subprocess.STDOUT,
                 env=env,
                 cwd=cwd,
-                start_new_session=True,
+                process_group=0,
             )
         finally:
             os.close(log)
