@@ -30,9 +30,9 @@ Agents = list[tuple[Agent, str]]
 _ISSUED = b'"event_code":"credential.issued"'
 AGENTS = 4
 """One in each partition: so few that two fell into one would have it carry all, and each read the other's replies."""
-KEEP_BYTES = 1024 * 1024
+KEEP_BYTES = 2 * 1024 * 1024
 """Of each partition, on the embedded broker alone (`bench.stack.KEEP_BYTES`): agents are spread over all of them."""
-IN_FLIGHT = 192
+IN_FLIGHT = 384
 SATURATION_S = 15
 SILENCE_S = 30
 RATE = 100

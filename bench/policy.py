@@ -31,6 +31,7 @@ from ringfence.rego.embedded import EmbeddedEngine
 from ringfence.rego.engine import ISSUANCE, PolicyEngine
 from ringfence.rego.opa import OpaEngine
 from ringfence.rego.programs import compiled
+from tests.policy.cases import GOOD
 
 SIZES = (1_000, 10_000, 100_000)
 DECISIONS = 2_000
@@ -59,7 +60,7 @@ _PERMISSION = {
 }
 _REQUEST: dict[str, Any] = {
     "now_s": 1000,
-    "target": {"target_id": "platform", "status": "active", "max_ttl_s": 3600, "verbs": [{"verb": "deploy"}]},
+    "target": {**GOOD["target"], "verbs": [{"verb": "deploy"}]},
     "floors": [],
     "lacking": [],
     "approvals": [],

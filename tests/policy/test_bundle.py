@@ -13,6 +13,7 @@ import orjson
 import pytest
 import regorus
 
+from bench.policy import Directory
 from ringfence.rego.bundle import BundleError, archive, load_bundle
 from ringfence.rego.engine import ISSUANCE, PolicyFailedError, read_result
 from ringfence.rego.programs import Outcome, compiled, run_tests
@@ -67,6 +68,11 @@ def test_the_compiled_bundle_answers_as_the_interpreted_one():
             assert case.deny
             continue
         assert read_result(machines[case.entry_point].execute()) == expected, case.name
+
+
+async def test_what_the_benchmark_asks_for_is_allowed(engines: Engines):
+    (given,) = Directory(1).inputs(1)
+    assert (await engines[ISSUANCE].evaluate(given)).result.allow
 
 
 async def test_a_request_too_large_to_judge_is_not_judged(engines: Engines):
