@@ -20,9 +20,9 @@ from ringfence.dev.stack import READY_WITHIN_S, Stack, StackOptions
 from ringfence.messages.trust import ServiceRole
 from tests.brokers.apache import ApacheKafka
 
-KEEP_BYTES = 3 * 1024 * 1024
+KEEP_BYTES = 4 * 1024 * 1024
 """Of each partition, on the embedded broker alone: what it costs to write everything again is not measured. At
-saturation audit is behind by some 2 MiB of it, which must not be dropped before it is chained."""
+saturation readers are behind by some 2 MiB of it, which must not be dropped before."""
 
 WITHOUT_LIMITS = {
     f"RINGFENCE_{name}": "0"
