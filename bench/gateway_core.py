@@ -8,7 +8,6 @@ Events go into a real spool, and from there nowhere.
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import shutil
 import signal
@@ -40,6 +39,7 @@ from ringfence.gateway.recording import Recorder
 from ringfence.gateway.spool import Spool
 from ringfence.gateway.targets import Targets
 from ringfence.kernel.http import HttpServer
+from ringfence.kernel.process import search_seldom_for_cycles
 from ringfence.messages.registry import BackendSettings, RequestRule
 from ringfence.rego.bundle import OWN_BUNDLE, load_bundle
 from ringfence.rego.embedded import EmbeddedEngine
@@ -211,8 +211,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ[SECRET] = "the-secret-of-the-benchmark"
     places = Places(**orjson.loads(Path(sys.argv[1]).read_bytes()))
-    gc.freeze()  # as `kernel.process.run`
-    gc.set_threshold(50_000, 20, 20)
+    search_seldom_for_cycles()
     uvloop.run(_serve(places))
 
 

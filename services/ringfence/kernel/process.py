@@ -32,16 +32,23 @@ def run(runtimes: Sequence[Runtime], settings: ServiceSettings) -> int:
     )
     # The memory of a service holds its private key: no crash leaves a copy on a disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    # What is loaded by now stays: never look at it again, and look less often. Messages are trees, which need no search
-    # for cycles.
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    search_seldom_for_cycles()
     try:
         uvloop.run(_until_signalled(runtimes, trouble))
     except RingfenceError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0
+
+
+def search_seldom_for_cycles() -> None:
+    """Have Python look for unreachable cycles as seldom as suits a service; call it once all is loaded.
+
+    What is loaded by then stays, and is never looked at again. Messages are trees, which end without a search: those of
+    one batch together must not start one. With 50,000 for the first number audit spent 3 to 13 % of its time on that.
+    """
+    gc.freeze()
+    gc.set_threshold(250_000, 20, 20)
 
 
 async def _until_signalled(runtimes: Sequence[Runtime], trouble: KafkaTrouble) -> None:
