@@ -132,7 +132,8 @@ class Office:
             )
             for role in get_args(ServiceRole)
         )
-        bundle = TrustBundle(**self._head(self.root, expires=True), version=1, services=services)
+        head = {**self._head(self.root), "exp": self.now_ms // 1000 + 7 * 86_400}
+        bundle = TrustBundle(**head, version=1, services=services)
         self.bundle = bundle
         self.trust.load(sign(bundle, self.root, header_jwk=True), self.now_ms / 1000)
         self.directory = Directory(self.trust, SystemClock(), grace_ms=None)

@@ -16,7 +16,7 @@ from ringfence.audit.believing import Believer
 from ringfence.audit.handlers import AuditHandlers
 from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.kafka import Follower, Received
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.base import Topic
@@ -61,7 +61,9 @@ class Trail:
             await self._news.wait()
 
     async def events(self) -> list[dict[str, Any]]:
-        """One event for each record that stands there now, in the order in which they were appended."""
+        """One event for each record that stands there now, in the order in which they were appended; while the trust
+        bundle has expired, for those before its end, as audit waits then.
+        """
         if not self._started:
             await self._follower.start()
             self._started = True
@@ -123,7 +125,10 @@ class Trail:
                 place = (coming.topic_name, coming.partition, coming.value, coming.appended_at_ms)
                 directory.admit(coming.topic.what, *place)  # type: ignore[arg-type]
                 coming = next(ahead, None)
-            await batches[record.topic]([record])
+            try:
+                await batches[record.topic]([record])
+            except UnavailableError:
+                break
             last = kept.events[-1]
             if last["metadata"]["event_code"] == "break_glass.used":
                 uses.setdefault(last["unmapped"]["request"], last["unmapped"])

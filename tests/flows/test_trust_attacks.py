@@ -42,7 +42,7 @@ from ringfence.messages.topics import (
 from ringfence.messages.trust import ServiceRole
 from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.office import DEPLOY, EVERYTHING, READ, Office, codes
-from tests.stories import asked_for, buried, forged, leaves, request_leaves, sent
+from tests.stories import asked_for, buried, forged, leaves, refused_by_policy, request_leaves
 from tests.world import WITHIN_S, Party, World
 
 ROLES: tuple[ServiceRole, ...] = get_args(ServiceRole)
@@ -269,11 +269,13 @@ async def test_an_expired_bundle_denies_and_says_why_until_the_next_one(world: W
         asked = await office.ask(READ)
         denied = await office.final(asked)
         assert codes(denied) == {"stale_view"}
-        await request_leaves(world, asked_for("deploy-bot") + sent("deploy-bot"), asked.id)
         assert "trust bundle 2 expired" in denied.reasons[0].message
         (why, *_) = (await world.get("policy", "/readyz")).json()["denies"]
         assert "--renew" in why
         await world.publish_trust(world.make_bundle(3))
+        # Audit waited, and then believed what policy said meanwhile.
+        told = asked_for("deploy-bot") + refused_by_policy("stale_view", "deploy-bot")
+        await request_leaves(world, told, asked.id)
         while (await office.final(await office.ask(READ))).outcome != "allowed":
             pass  # until the registry has confirmed the tables again: nothing was restarted
 

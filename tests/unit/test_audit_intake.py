@@ -9,11 +9,14 @@ from typing import Any
 import orjson
 import pytest
 
+from ringfence.audit.believing import require_trust
 from ringfence.audit.intake import Intake, Lately, Told, opened_intake
 from ringfence.audit.read_back import ReadBack
 from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Outbound, Publisher, Received
+from ringfence.kernel.keys import SigningKey
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
 from ringfence.model.audit_chain import linkable, linked, linked_event
@@ -85,6 +88,47 @@ async def test_what_was_signed_by_a_key_that_no_longer_may_is_not_believed() -> 
     assert lately.events(record, office.trust) is None
     with pytest.raises(InvalidMessageError, match="no valid key"):
         opened_intake(record, office.trust)
+
+
+async def test_nothing_is_handed_over_that_nobody_would_believe() -> None:
+    sent = Sent()
+
+    def key() -> SigningKey:
+        raise UnavailableError("ended")
+
+    intake = Intake(sent, key, TD, SystemClock())
+    await intake.hand_over([])
+    with pytest.raises(UnavailableError, match="ended"):
+        await intake.hand_over([told(1)])
+    assert sent.messages == []
+
+
+async def test_what_a_key_signed_that_ended_meanwhile_is_handed_over_again_by_the_next() -> None:
+    office, sent = Office(), Sent()
+    keys = iter([office.key("service", "audit"), None, *[office.key("service", "issuer")] * 2])
+
+    def key() -> SigningKey:
+        if (one := next(keys)) is None:
+            raise UnavailableError("ended")
+        return one
+
+    intake = Intake(sent, key, TD, SystemClock())
+    with pytest.raises(UnavailableError, match="ended"):
+        await intake.hand_over([told(1)])
+    await intake.hand_over([told(1)])
+    assert [parse(one.value).header.kid for one in sent.messages] == [
+        office.key("service", name).kid for name in ("audit", "issuer")
+    ]
+
+
+def test_what_the_broker_appended_after_the_end_waits_though_our_clock_is_behind() -> None:
+    office = Office()
+    office.now_ms = office.bundle.exp * 1000 - 2
+    before, after = (office.received(AUDIT_INTAKE, b"x") for _ in range(2))
+    require_trust(office.trust, [before], 0)
+    for batch, now_ms in (([before, after], 0), ([before], office.bundle.exp * 1000)):
+        with pytest.raises(UnavailableError, match="expired"):
+            require_trust(office.trust, batch, now_ms)
 
 
 async def test_the_oldest_are_forgotten_and_not_the_latest() -> None:

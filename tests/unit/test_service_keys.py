@@ -9,6 +9,7 @@ import pytest
 
 from ringfence.client.ceremony import CeremonyError, TrustFolder, make_trust
 from ringfence.client.rotation import OVERLAP_S, renew, rotate_root, rotate_services
+from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.keys import KeyFileError, SigningKey
 from ringfence.kernel.service_keys import SETTLE_S, ServiceKeys, next_file
 from ringfence.kernel.trust import TrustStore
@@ -102,6 +103,41 @@ def test_a_stolen_key_ends_at_once_and_the_new_one_signs_at_once(folder: TrustFo
     assert service.kid != old
     assert service.believed(service.kid)
     assert not service.believed(old)
+
+
+def test_a_key_that_does_not_count_is_told_of_until_one_does(folder: TrustFolder) -> None:
+    service = Service(folder)
+    assert service.keys.uncounted("issuer") is None
+    assert "has no audit" in (service.keys.uncounted("audit") or "")
+    rotate_services(folder, ["issuer"], compromised=True)
+    following = next_file(folder.service_key("issuer"))
+    away = following.rename(following.with_suffix(".away"))
+    service.after(1)
+    service.hear()
+    assert "--rotate-service issuer" in (service.keys.uncounted("issuer") or "")
+    away.rename(following)
+    service.keys.reload()
+    assert service.keys.uncounted("issuer") is None
+
+
+def test_a_key_does_not_count_for_what_would_be_appended_after_its_end(folder: TrustFolder) -> None:
+    service = Service(folder)
+    rotate_services(folder, ["issuer"])
+    next_file(folder.service_key("issuer")).unlink()
+    service.hear()
+    ends_s = next(one.not_after for one in service.keys._records() if one.kid == service.kid)
+    service.clock.ms = (ends_s - 6) * 1000
+    assert service.keys.uncounted("issuer") is None
+    service.clock.ms = (ends_s - 5) * 1000
+    assert "has ended" in (service.keys.uncounted("issuer") or "")
+
+
+def test_that_a_bundle_has_expired_is_not_said_of_the_key(folder: TrustFolder) -> None:
+    service = Service(folder)
+    service.clock.ms = service.trust.require().exp * 1000
+    assert service.keys.uncounted("issuer") is None
+    with pytest.raises(UnavailableError, match="expired"):
+        service.trust.require(service.clock.ms / 1000)
 
 
 def test_a_key_that_comes_after_its_bundle_is_read_when_told(folder: TrustFolder) -> None:

@@ -49,7 +49,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
             runtime.trust, settings.state_dir / own.tree_file if settings.state_dir is not None else None
         )
     lately, read_back, strays = Lately(), ReadBack(), Strays()
-    intake = Intake(runtime.publisher, lambda: runtime.key, settings.trust_domain, runtime.clock, lately)
+    intake = Intake(runtime.publisher, runtime.believed_key, settings.trust_domain, runtime.clock, lately)
     handlers = AuditHandlers(
         intake,
         believer,

@@ -7,7 +7,7 @@ what was verified is remembered by its exact text.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 from pydantic import ValidationError
@@ -73,6 +73,14 @@ class OutdatedError(InvalidMessageError):
     def __init__(self, believed: Believed[Any], code: str) -> None:
         super().__init__("outside its time", code=code)
         self.believed = believed
+
+
+def require_trust(trust: TrustStore, batch: Iterable[Received], now_ms: int) -> None:
+    """While no trust bundle is in force nobody is believed, and nothing is to be held against anybody: it waits.
+
+    What the broker stamped is judged by its clock, which may be ahead of ours. Raises UnavailableError.
+    """
+    trust.require(max(now_ms, *(record.appended_at_ms for record in batch)) / 1000)
 
 
 class Believed(NamedTuple, Generic[C]):

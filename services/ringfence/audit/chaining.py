@@ -18,6 +18,7 @@ from typing import Any
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
+from ringfence.audit.believing import require_trust
 from ringfence.audit.intake import Lately, Told, opened_intake
 from ringfence.audit.read_back import ReadBack
 from ringfence.audit.strays import Found, Strays, why_not
@@ -29,6 +30,7 @@ from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Outbound, Received
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.kafka_reading import Stretches
+from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.transactions import TransactionalPublisher
 from ringfence.messages.audit import AuditCheckpoint
@@ -103,6 +105,7 @@ class ChainWriter:
 
     async def on_batch(self, batch: Sequence[Received]) -> None:
         """Chain what came. Raises UnavailableError where it was not committed; it comes again then."""
+        require_trust(self._runtime.trust, batch, self._runtime.clock.now_ms())
         async with self._one_at_a_time, self._transacting() as publisher:
             new = [record for record in batch if record.offset >= self._taken.get(record.partition, 0)]
             ends = {
@@ -196,15 +199,19 @@ class ChainWriter:
             grown = [(p, c) for p, c in self._chains.items() if c.tip.head.size > c.signed_size]
             if self._publisher is None or not grown:
                 return
+            # One that nobody believes would be dead-lettered, and that make the chain longer, and so on.
+            key = self._runtime.believed_key()
             async with self._transacting() as publisher, publisher.transaction(*self._looked_at()):
                 await publisher.send_to(
-                    0, AUDIT_CHECKPOINT, AuditCheckpoint.typ, (self._checkpoint(p, c.tip) for p, c in grown)
+                    0,
+                    AUDIT_CHECKPOINT,
+                    AuditCheckpoint.typ,
+                    (self._checkpoint(p, c.tip, key) for p, c in grown),
                 )
             for _, chain in grown:
                 chain.signed_size = chain.tip.head.size
 
-    def _checkpoint(self, partition: int, tip: Tip) -> Outbound:
-        key = self._runtime.key
+    def _checkpoint(self, partition: int, tip: Tip, key: SigningKey) -> Outbound:
         claims = AuditCheckpoint(
             iss=key.id,
             aud=self._runtime.settings.trust_domain,

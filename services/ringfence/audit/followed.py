@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from ringfence.audit.believing import require_trust
 from ringfence.kernel.bus import BatchHandler, DeadLetters, Handler, side_by_side
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
@@ -62,12 +63,12 @@ class Followed:
         return {topic: side_by_side(handle, self._letters) for topic, handle in handlers.items()}
 
     async def _heartbeat(self, record: Received) -> None:
-        self._require_trust()
+        self._require_trust(record)
         find = self._trust.finder("registry", "revoker", "gateway", at_s=record.appended_at_ms / 1000)
         open_signed(parse(record.value), Heartbeat, find, audience=self._trust.trust_domain)
 
     async def _stream(self, record: Received) -> None:
-        self._require_trust()
+        self._require_trust(record)
         find = self._trust.finder("signals", at_s=record.appended_at_ms / 1000)
         claims = open_signed(
             parse(record.value), SignalStream, find, audience=self._trust.trust_domain
@@ -75,7 +76,7 @@ class Followed:
         _check_place(record, claims.receiver)
 
     async def _checkpoint(self, record: Received) -> None:
-        self._require_trust()
+        self._require_trust(record)
         jws, at_s = parse(record.value), record.appended_at_ms / 1000
         if jws.header.typ == typ_header(AuditWitness):
             await self._witness(record, jws)
@@ -104,9 +105,8 @@ class Followed:
             raise InvalidMessageError("whoever signed it is no auditor", code="not_auditor")
         _check_place(record, f"{claims.tree}/{who}")
 
-    def _require_trust(self) -> None:
-        """While no trust bundle is in force nobody is believed, and nothing is to be held against anybody."""
-        self._trust.require(self._clock.now_ms() / 1000)
+    def _require_trust(self, record: Received) -> None:
+        require_trust(self._trust, [record], self._clock.now_ms())
 
 
 def _check_place(record: Received, key: str) -> None:

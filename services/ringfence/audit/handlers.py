@@ -22,7 +22,7 @@ from ringfence.audit import (
     sharing_events,
     trust_events,
 )
-from ringfence.audit.believing import Believed, Believer, OutdatedError
+from ringfence.audit.believing import Believed, Believer, OutdatedError, require_trust
 from ringfence.audit.break_glass_events import review_problem
 from ringfence.audit.bundles import Bundles
 from ringfence.audit.domain import RequestFacts
@@ -137,6 +137,7 @@ class AuditHandlers:
         self._believer = believer
         self._clock = clock
         self._trust_domain = trust.trust_domain
+        self._trust_store = trust
         self._settle_ms = settle_ms
         self._tables_changed = asyncio.Event()
         self._epochs = Epochs(trust)
@@ -171,6 +172,7 @@ class AuditHandlers:
 
     async def _handle(self, batch: Sequence[Received]) -> None:
         """Records of each topic after those of topics before it."""
+        require_trust(self._trust_store, batch, self._clock.now_ms())
         ready: list[_Ready] = []
         for topic, records in itertools.groupby(batch, lambda record: record.topic):
             ready += await self._made(self._by_topic[topic], list(records))

@@ -84,7 +84,8 @@ class Intake:
         lately: Lately | None = None,
     ) -> None:
         """Args:
-            key: what to sign by, asked each time.
+            key: what to sign by, asked each time. It raises UnavailableError where nobody would believe it: handed over
+                all the same, an event would be lost, and its dead letter be the next one.
             lately: keeps what is handed over, where this process may be the one that chains it.
         """  # fmt: skip
         self._lately = lately
@@ -94,20 +95,24 @@ class Intake:
         self._clock = clock
 
     async def hand_over(self, events: Iterable[Told]) -> None:
-        """Acknowledged by Kafka when this returns."""
+        """Acknowledged by Kafka when this returns. Raises UnavailableError where it is to be handed over again."""
         every = await self._publisher.partitions(AUDIT)
         by_partition: dict[int, list[Told]] = {}
         for told in events:
             by_partition.setdefault(partition_of(told.key, every), []).append(told)
+        if not by_partition:
+            return
+        key = self._key()
         await gather_all(
             self._publisher.send_to(
-                partition, AUDIT_INTAKE, AuditIntake.typ, map(self._signed, _portions(some))
+                partition, AUDIT_INTAKE, AuditIntake.typ, (self._signed(one, key) for one in _portions(some))
             )
             for partition, some in by_partition.items()
         )
+        self._key()  # one that ended meanwhile was appended too late, perhaps: what comes twice is chained once
 
-    def _signed(self, some: Sequence[Told]) -> Outbound:
-        jti, key = derived_id(AuditIntake.typ, *(told.uid for told in some)), self._key()
+    def _signed(self, some: Sequence[Told], key: SigningKey) -> Outbound:
+        jti = derived_id(AuditIntake.typ, *(told.uid for told in some))
         claims = {
             "iss": key.id,
             "aud": self._trust_domain,

@@ -82,7 +82,10 @@ class Runtime:
             self._consumer_check,
             self._skew.unready,
         ]
-        self._denials: list[ReadyCheck] = [lambda: self.trust.expired(self.clock.now_ms() / 1000)]
+        self._denials: list[ReadyCheck] = [
+            lambda: self.trust.expired(self.clock.now_ms() / 1000),
+            lambda: self._keys.uncounted(role),
+        ]
         self._warnings: list[ReadyCheck] = [self._gone_warning]
         self._rereading: list[Callable[[], None]] = []
         self._opening: list[Callable[[], Awaitable[None]]] = []
@@ -92,6 +95,13 @@ class Runtime:
     def key(self) -> SigningKey:
         """The key to sign by now: ask for it each time, as another one may follow it. Its `id` stays the same."""
         return self._keys.current
+
+    def believed_key(self) -> SigningKey:
+        """`key`, for what is of no use unless it is believed. Raises UnavailableError where nobody would believe it."""
+        self.trust.require(self.clock.now_ms() / 1000)
+        if (reason := self._keys.uncounted(self.role)) is not None:
+            raise UnavailableError(reason, code="key_uncounted")
+        return self.key
 
     def reload_keys(self) -> None:
         """Read the key files again: one that follows may have been put beside. What is wrong with them is logged."""

@@ -22,6 +22,8 @@ NEXT = "-next"
 SETTLE_S = 10
 """For so long after a bundle a key that is new in it signs nothing: twice the grace after which a process that is
 behind denies by itself."""
+_UNDER_WAY_S = 5
+"""What is signed now may be appended so much later, by a broker's clock that may be ahead: it is judged by that."""
 
 
 def next_file(file: Path) -> Path:
@@ -91,6 +93,24 @@ class ServiceKeys:
             f"the trust bundle in force has no {role} {self._current.id} with the key in {self._file}, so nobody would "
             f"believe what it signs; put the {role}'s own key there (RINGFENCE_KEY_FILE), or publish the bundle that "
             "names this one: ringfence init --publish"
+        )
+
+    def uncounted(self, role: ServiceRole) -> str | None:
+        """Why nobody believes what this service signs now, or will when it is appended: the bundle in force names no
+        key of it that counts. None where one does; and where there is no bundle in force, which is another matter.
+        """
+        now_s = self._clock.now_ms() / 1000
+        if self._trust.version is None or self._trust.expired(now_s):
+            return None
+        if (reason := self.unknown(role)) is not None:
+            return reason
+        key, records = self.current, self._records()
+        if all(valid_key(records, key.kid, at_s) for at_s in (now_s, now_s + _UNDER_WAY_S)):
+            return None
+        return (
+            f"key {key.kid} of {key.id} in {self._file} has ended, or has not begun, by the trust bundle in force, so "
+            "nobody believes what it signs; the root signs a bundle with another one: ringfence init --rotate-service "
+            f"{role}, or, where it ended with the bundle before: ringfence init --renew; then --publish"
         )
 
     def _records(self) -> tuple[KeyRecord, ...]:
