@@ -18,7 +18,7 @@ from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Outbound, Publisher, Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.base import Topic
-from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
+from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, SERVICE_EVENT
 from ringfence.model.audit_chain import linkable, linked, linked_event
 from ringfence.model.merkle import leaf_hash
 from tests.audit_office import TD, Office
@@ -129,6 +129,24 @@ def test_what_the_broker_appended_after_the_end_waits_though_our_clock_is_behind
     for batch, now_ms in (([before, after], 0), ([before], office.bundle.exp * 1000)):
         with pytest.raises(UnavailableError, match="expired"):
             require_trust(office.trust, batch, now_ms)
+
+
+async def test_nothing_is_judged_by_a_bundle_that_had_ended_when_it_was_appended() -> None:
+    office = Office()
+    end_s = office.now_ms // 1000 + 60
+    office.trust.load(office.trust_bundle(2, exp=end_s).value, office.now_ms / 1000)
+    office.now_ms = end_s * 1000
+    records = office.service_event("finding", "x"), office.received(SERVICE_EVENT, b"garbage")
+    for record in records:
+        with pytest.raises(UnavailableError, match="trust bundle 2 expired"):
+            await office.audit(record)
+    assert not office.published.events
+    assert not office.buried
+    office.trust.load(office.trust_bundle(3, exp=end_s + 60).value, office.now_ms / 1000)
+    told, refused = await office.audit(*records)
+    assert told["unmapped"]["verified"]["by"] == office.key("service", "registry").id
+    assert refused["status_code"] == "not_a_jws"
+    assert office.buried == [("service.event", "not_a_jws")]
 
 
 async def test_the_oldest_are_forgotten_and_not_the_latest() -> None:
