@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+
+from ringfence.kernel.log_floods import FIRST
 
 SERVICE = """
 import resource
@@ -47,6 +50,35 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     os.kill(os.getpid(), number)
 raise SystemExit(status)
 """
+
+
+FLOODED = """
+import logging
+from types import SimpleNamespace
+
+from ringfence.kernel.log_floods import of_a_kind
+from ringfence.kernel.process import run
+
+
+class Service:
+    role = "policy"
+
+    async def run(self, stop):
+        for number in range(100):
+            logging.getLogger("ringfence").warning("bad record %d", number, extra=of_a_kind("heartbeat"))
+
+
+run([Service()], SimpleNamespace(log_format="json", log_level="info"))
+"""
+
+
+def test_a_flood_of_one_kind_is_a_few_lines_of_its_log_and_what_is_left_out_is_told_at_the_end() -> None:
+    done = subprocess.run([sys.executable, "-c", FLOODED], check=True, capture_output=True, timeout=60)
+    told = [json.loads(line)["event"] for line in done.stderr.splitlines()]
+    assert told[:FIRST] == [f"bad record {number}" for number in range(FIRST)]
+    (last,) = told[FIRST:]
+    assert last.startswith(f"left out {100 - FIRST} like these")
+    assert last.endswith("bad record 99")
 
 
 def test_who_is_told_to_stop_once_more_while_it_ends_has_ended_well() -> None:

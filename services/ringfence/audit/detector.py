@@ -27,6 +27,7 @@ from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.kafka import Received
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.model.audit_chain import linkable, loaded
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class Detector:
                 log.warning(
                     "nothing can be told of %s/%d@%d: %s",
                     record.topic_name, record.partition, record.offset, type(error).__name__,
+                    extra=of_a_kind(record.topic_name, type(error).__name__),
                 )  # fmt: skip
 
     def _take(self, event: Any, key: str, now_ms: int) -> None:

@@ -36,6 +36,7 @@ from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import digest, message_id
 from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Received
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.seal import unverified_kid
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.approval import (
@@ -222,7 +223,7 @@ class AuditHandlers:
         except Exception:
             # One record that audit cannot describe must not hide all those that follow it.
             where = (record.topic_name, record.partition, record.offset)
-            log.exception("no event could be made of %s/%d@%d", *where)
+            log.exception("no event could be made of %s/%d@%d", *where, extra=of_a_kind(record.topic_name))
             why = InvalidMessageError("audit could not read it", code="unreadable")
         return _ready(service_events.not_believed(record, why.code), unsettled, why)
 

@@ -17,6 +17,7 @@ from ringfence.audit.read_back import ReadBack, Trailed
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka import Received
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.base import typ_header
@@ -111,7 +112,12 @@ class ProofStore:
                 signed = open_signed(jws, AuditCheckpoint, finder, audience=self._trust.trust_domain)
                 tip = Tip.of(signed.claims)
             except (InvalidMessageError, ValueError) as error:
-                log.warning("a checkpoint at offset %d does not count: %s", record.offset, error)
+                log.warning(
+                    "a checkpoint at offset %d does not count: %s",
+                    record.offset,
+                    error,
+                    extra=of_a_kind(record.topic_name, getattr(error, "code", "")),
+                )
                 continue
             known = self._heads.get(signed.claims.tree)
             if known is None or known.claims.size < signed.claims.size:

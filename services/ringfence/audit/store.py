@@ -19,6 +19,7 @@ from ringfence.audit.wanted import EVERYTHING, Wanted
 from ringfence.kernel import metrics
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.kafka import Received
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.model.audit_chain import loaded
 
 log = logging.getLogger(__name__)
@@ -251,7 +252,13 @@ class SqliteIndex:
         ):
             row = _row(event, record.value, self._seq + 1)
             if row is None:
-                log.warning("no event at %s/%d@%d", record.topic_name, record.partition, record.offset)
+                log.warning(
+                    "no event at %s/%d@%d",
+                    record.topic_name,
+                    record.partition,
+                    record.offset,
+                    extra=of_a_kind(record.topic_name),
+                )
                 continue
             self._seq += 1
             rows.append(row)

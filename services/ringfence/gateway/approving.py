@@ -25,6 +25,7 @@ from ringfence.kernel.errors import InvalidMessageError, RingfenceError, Signatu
 from ringfence.kernel.jws import ExpiredError, Signed, UnverifiedJws, open_signed, parse, sign
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import PublicKey
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import typ_header
@@ -272,7 +273,14 @@ class Approvals:
         try:
             answer = await self._verified(jws, record)
         except (InvalidMessageError, ChainError) as error:
-            log.warning("no answer: %s/%d@%d: %s", record.topic_name, record.partition, record.offset, error)
+            log.warning(
+                "no answer: %s/%d@%d: %s",
+                record.topic_name,
+                record.partition,
+                record.offset,
+                error,
+                extra=of_a_kind(record.topic_name, error.code),
+            )
             return
         # Whoever answers may have seen records that are not here yet.
         await self._runtime.tables_caught_up(self._runtime.settings.grace_s)

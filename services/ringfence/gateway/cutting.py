@@ -15,6 +15,7 @@ from ringfence.gateway.leases import LeaseTable
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.lease import RevocationAck
 from ringfence.messages.topics import REVOCATION_ACK
@@ -52,7 +53,12 @@ class LeaseFeed:
                 )
             except InvalidMessageError as error:
                 log.warning(
-                    "not a lease: %s/%d@%d: %s", record.topic_name, record.partition, record.offset, error
+                    "not a lease: %s/%d@%d: %s",
+                    record.topic_name,
+                    record.partition,
+                    record.offset,
+                    error,
+                    extra=of_a_kind(record.topic_name, error.code),
                 )
                 continue
             if self._epochs.is_void(record, lease.epoch):
@@ -112,7 +118,12 @@ class Cutter:
         if order is not None:
             self._follow(order, live=live)
         elif not caught_up:
-            log.warning("an order at %s@%d could not be judged", record.topic_name, record.offset)
+            log.warning(
+                "an order at %s@%d could not be judged",
+                record.topic_name,
+                record.offset,
+                extra=of_a_kind(record.topic_name),
+            )
 
     def _believed(self, record: Received) -> Order | None:
         try:

@@ -24,6 +24,7 @@ from ringfence.kernel.errors import InvalidMessageError, RingfenceError, Unavail
 from ringfence.kernel.jws import open_signed, parse, sign
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.api import ApiToken
 from ringfence.messages.credential import Credential, CredentialDelivery
@@ -76,7 +77,13 @@ class SealedCredentials:
                     self._take(self._opened(record.value, record.appended_at_ms / 1000))
             except InvalidMessageError as error:
                 # Anybody can seal to a public key: what no issuer signed is none.
-                log.warning("passed over a delivery at %s@%d: %s", record.topic_name, record.offset, error)
+                log.warning(
+                    "passed over a delivery at %s@%d: %s",
+                    record.topic_name,
+                    record.offset,
+                    error,
+                    extra=of_a_kind(record.topic_name, error.code),
+                )
 
     async def of(self, lease: Lease) -> Credential:
         """The credential of a live lease. Raises UnavailableError where it cannot be had now."""
@@ -201,7 +208,9 @@ class Injector:
         except UnavailableError:
             raise
         except (RingfenceError, TargetSettingsError) as error:
-            log.error("nothing to inject for lease %s: %s", lease.lease_id, error)
+            log.error(
+                "nothing to inject for lease %s: %s", lease.lease_id, error, extra=of_a_kind(lease.target_id)
+            )
             raise UnavailableError(f"Ringfence has no credential for target {target.target_id} now") from None
         problem = self._table.problem(lease)
         if problem is not None:

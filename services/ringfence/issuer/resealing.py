@@ -12,6 +12,7 @@ from ringfence.kernel.envelope import Opener, enclose, unverified_about
 from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.settings import BusSettings
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.credential import CredentialDelivery
@@ -121,7 +122,13 @@ class Resealer:
                 audience=self._trust.trust_domain,
             ).claims
         except InvalidMessageError as error:
-            log.warning("passed over a delivery at %s@%d: %s", record.topic_name, record.offset, error)
+            log.warning(
+                "passed over a delivery at %s@%d: %s",
+                record.topic_name,
+                record.offset,
+                error,
+                extra=of_a_kind(record.topic_name, error.code),
+            )
             return None
         same = (claims.lease_id, claims.target_id) == (lease.lease_id, lease.target_id)
         return plain if same else None

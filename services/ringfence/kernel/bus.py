@@ -30,6 +30,7 @@ from ringfence.kernel.ids import derived_id, digest
 from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Publisher, Received, paced, received
 from ringfence.kernel.kafka_connection import connection
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.tracing import NOT_TRACING, Tracing
 from ringfence.kernel.trust import TrustStore
@@ -48,6 +49,8 @@ InvalidMessageError sends it to the dead letters."""
 MAX_INVALID_SIGNED = 20
 """So many invalid records with a valid *service* signature halt a consumer: a bad deploy must not divert everything."""
 _LEAVE_S = 2.0
+_MOST_LOGGED = 500
+"""Characters of a reason: it may quote what somebody chose."""
 BURST_MS = 600_000
 """Within such a time."""
 _IDLE_MS = 1000
@@ -101,8 +104,9 @@ class DeadLetters:
             record.topic_name,
             record.partition,
             record.offset,
-            error,
+            str(error)[:_MOST_LOGGED],
             error.code,
+            extra=of_a_kind(record.topic_name, error.code),
         )
         record.span.refused(error.code)
         metrics.RECORDS.labels(record.topic.what, "dead_lettered").inc()
@@ -424,6 +428,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                     delay_s,
                     why,
                     exc_info=None if known else error,
+                    extra=of_a_kind(self.group, type(error).__name__, getattr(error, "code", "")),
                 )
                 await commits.flush()
                 with contextlib.suppress(TimeoutError):

@@ -4,7 +4,6 @@ when it is back.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from aiokafka.errors import KafkaConnectionError, NodeNotReadyError, RequestTimedOutError
 
 from ringfence.kernel.kafka_probe import answers
+from ringfence.kernel.now_and_then import Tally, now_and_then
 from ringfence.kernel.settings import BusSettings
 
 log = logging.getLogger(__name__)
@@ -40,10 +40,7 @@ class KafkaTrouble(logging.Filter):
         self._now_s = now_s
         self._lock = threading.Lock()
         self._since_s: float | None = None
-        self._latest_s = self._said_s = 0.0
-        self._said = False
-        self._left_out = 0
-        self._last = ""
+        self._tally = self._begun(0.0)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is to be written. The first of many is, in words that say what it is about."""
@@ -53,59 +50,57 @@ class KafkaTrouble(logging.Filter):
         with self._lock:
             if not trouble:
                 expected = self._since_s is not None and str(record.msg).startswith(_COMES_OF_IT)
-                self._left_out += expected
+                self._tally.left_out += expected
                 return not expected
-            self._latest_s = self._now_s()
+            now_s = self._now_s()
             if self._since_s is None:
-                self._since_s = self._said_s = self._latest_s
-            if not self._said and not str(record.msg).startswith(_FIRST_TIME):
-                self._said = True
+                self._since_s, self._tally = now_s, self._begun(now_s)
+            if str(record.msg).startswith(_FIRST_TIME):
+                self._tally.leave_out(message, now_s)
+                return False
+            if told := self._tally.tells(message, now_s):
                 record.msg = "Kafka at %s does not answer as it should, trying again until it does: %s"
                 record.args = (self._settings.kafka, message)
-                return True
-            self._left_out += 1
-            self._last = message
-            return False
+            return told
 
     async def watch(self) -> None:
         """Say how it goes on, for ever."""
-        while True:
-            await asyncio.sleep(_LOOK_S)
-            try:
-                await self.look()
-            except Exception:  # else everything was held back from then on, and nobody said so
-                log.exception("not known whether Kafka is back")
+        # Did it end, everything was held back from then on, and nobody said so.
+        await now_and_then(_LOOK_S, self.look, "not known whether Kafka is back")
 
     async def look(self) -> None:
         """Say what there is to say now: that it is back, or that it is still away."""
         since_s = self._since_s
         if since_s is None:
             return
-        if self._now_s() - self._latest_s >= _QUIET_S and await answers(self._settings):
+        if self._now_s() - self._tally.latest_s >= _QUIET_S and await answers(self._settings):
             self._tell_back(since_s)
-        elif self._now_s() - self._said_s >= NOW_AND_THEN_S:
+        elif self._tally.due(self._now_s()):
             with self._lock:
-                self._said_s, left_out, self._left_out = self._now_s(), self._left_out, 0
+                left_out = self._tally.told(self._now_s())
             log.warning(
                 "Kafka at %s has not answered as it should for %.0f s; left out %d messages about it, the last: %s",
                 self._settings.kafka,
                 self._now_s() - since_s,
                 left_out,
-                self._last,
+                self._tally.last,
             )
 
     def _tell_back(self, since_s: float) -> None:
         with self._lock:
-            if self._now_s() - self._latest_s < _QUIET_S:  # it went on while we asked
+            if self._now_s() - self._tally.latest_s < _QUIET_S:  # it went on while we asked
                 return
-            lasted_s, left_out = self._latest_s - since_s, self._left_out
-            self._since_s, self._said, self._left_out = None, False, 0
+            lasted_s, left_out = self._tally.latest_s - since_s, self._tally.left_out
+            self._since_s = None
         log.warning(
             "Kafka at %s is back after %.1f s; left out %d messages about it",
             self._settings.kafka,
             lasted_s,
             left_out,
         )
+
+    def _begun(self, now_s: float) -> Tally:
+        return Tally(now_s, first=1, every_s=NOW_AND_THEN_S)
 
 
 def _is_trouble(record: logging.LogRecord) -> bool:

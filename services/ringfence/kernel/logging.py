@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import structlog
@@ -23,9 +23,9 @@ def redact(_: Any, __: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
 
 
 def configure(
-    service: str, *, format: str = "json", level: str = "info", filter: logging.Filter | None = None
+    service: str, *, format: str = "json", level: str = "info", filters: Sequence[logging.Filter] = ()
 ) -> None:
-    """Send the records of `logging` and `structlog`, but for what `filter` holds back, to stderr. Call once."""
+    """Send the records of `logging` and `structlog`, but for what `filters` hold back, to stderr. Call once."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -44,8 +44,8 @@ def configure(
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, redact, renderer],
         )
     )
-    if filter is not None:
-        handler.addFilter(filter)
+    for one in filters:
+        handler.addFilter(one)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -14,6 +14,7 @@ import uvloop
 from ringfence.kernel import logging as ringfence_logging
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.kafka_trouble import KafkaTrouble
+from ringfence.kernel.log_floods import LogFloods
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings
 
@@ -23,18 +24,18 @@ def run(runtimes: Sequence[Runtime], settings: ServiceSettings) -> int:
 
     Returns the exit status.
     """
-    trouble = KafkaTrouble(settings)
+    trouble, floods = KafkaTrouble(settings), LogFloods()
     ringfence_logging.configure(
         "+".join(runtime.role for runtime in runtimes),
         format=settings.log_format,
         level=settings.log_level,
-        filter=trouble,
+        filters=(trouble, floods),
     )
     # The memory of a service holds its private key: no crash leaves a copy on a disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     search_seldom_for_cycles()
     try:
-        uvloop.run(_until_signalled(runtimes, trouble))
+        uvloop.run(_until_signalled(runtimes, trouble, floods))
     except RingfenceError as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -51,18 +52,20 @@ def search_seldom_for_cycles() -> None:
     gc.set_threshold(250_000, 20, 20)
 
 
-async def _until_signalled(runtimes: Sequence[Runtime], trouble: KafkaTrouble) -> None:
+async def _until_signalled(runtimes: Sequence[Runtime], trouble: KafkaTrouble, floods: LogFloods) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
     loop.add_signal_handler(signal.SIGHUP, _reload, runtimes)
-    watching = asyncio.create_task(trouble.watch(), name="kafka trouble")
+    watching = [asyncio.create_task(one.watch(), name=type(one).__name__) for one in (trouble, floods)]
     running = [asyncio.create_task(runtime.run(stop), name=runtime.role) for runtime in runtimes]
     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
     stop.set()
     results = await asyncio.gather(*running, return_exceptions=True)
-    watching.cancel()
+    for one in watching:
+        one.cancel()
+    floods.tell(all=True)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.remove_signal_handler(signum)
         signal.signal(signum, signal.SIG_IGN)  # who asks twice does not make a failure of a clean end

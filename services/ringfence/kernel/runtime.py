@@ -19,6 +19,7 @@ from ringfence.kernel.http import HttpServer, ReadyCheck, application
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.kafka import Follower, Publisher, Reader, Received
 from ringfence.kernel.keys import KeyFileError, SigningKey
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.service_keys import ServiceKeys
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.skew import SkewCheck
@@ -415,7 +416,13 @@ class Runtime:
                 for reread in self._rereading:
                     self._reread(reread)
         except InvalidMessageError as error:
-            log.error("ignored a trust bundle at %s@%d: %s", record.topic_name, record.offset, error)
+            log.error(
+                "ignored a trust bundle at %s@%d: %s",
+                record.topic_name,
+                record.offset,
+                error,
+                extra=of_a_kind(record.topic_name, error.code),
+            )
 
     async def _tell_gone(self, gone: Gone) -> None:
         """A service that loses work says so where people look: it must not be found out by what never happened."""

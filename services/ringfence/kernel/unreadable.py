@@ -18,6 +18,8 @@ from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
 from aiokafka.errors import CorruptRecordException
 from aiokafka.structs import ConsumerRecord
 
+from ringfence.kernel.log_floods import of_a_kind
+
 log = logging.getLogger(__name__)
 
 _LOG_APPEND_TIME: Final = 1
@@ -81,6 +83,7 @@ def _read(records: PartitionRecords, batches: _Batches) -> Iterator[ConsumerReco
             log.warning(
                 "%s/%d@%d to %d cannot be read, and count as garbage: %r",
                 at.topic, at.partition, first, until - 1, error,
+                extra=of_a_kind(at.topic, type(error).__name__),
             )  # fmt: skip
             records.next_fetch_offset = until
             yield ConsumerRecord(

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.model.directory import Alarm
@@ -29,7 +30,12 @@ def report_alarms(runtime: Runtime) -> Callable[[Alarm], None]:
         try:
             pending.put_nowait(alarm)
         except asyncio.QueueFull:
-            log.error("more than %d alarms wait; this one is only logged: %s", MAX_PENDING, alarm.message)
+            log.error(
+                "more than %d alarms wait; this one is no finding: %s",
+                MAX_PENDING,
+                alarm.message,
+                extra=of_a_kind(alarm.code),
+            )
 
     async def publish() -> None:
         while True:

@@ -18,6 +18,7 @@ from ringfence.kernel.clock import CarriedOn, Clock
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.keys import PublicKey, valid_key
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.operations import Heartbeat, PartitionDigest
@@ -277,7 +278,12 @@ class Directory:
         if code == "key_unknown":
             self._unbelieved.append(record)
         log.error(
-            "refused a %s record at %d@%d: %s", record.topic.what, record.partition, record.offset, problem
+            "refused a %s record at %d@%d: %s",
+            record.topic.what,
+            record.partition,
+            record.offset,
+            problem,
+            extra=of_a_kind(record.topic_name, code),
         )
         subject = f"spiffe://{self._trust.trust_domain}/{kind}/{key}"
         self._on_alarm(Alarm(code, message, subject, record.coordinates))
@@ -315,7 +321,10 @@ class Directory:
         if heartbeat.at_ms <= self._last_beat_ms:
             return
         if abs(heartbeat.at_ms - record.appended_at_ms) > _CLOCKS_DIFFER_MS:
-            log.error("a heartbeat of the registry is not of now: repeated, or its clock is wrong")
+            log.error(
+                "a heartbeat of the registry is not of now: repeated, or its clock is wrong",
+                extra=of_a_kind(record.topic_name),
+            )
             return
         self._last_beat_ms = heartbeat.at_ms
         self._beat_heard_ms = record.appended_at_ms

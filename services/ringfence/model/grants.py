@@ -12,6 +12,7 @@ from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import Signed, open_signed, parse
 from ringfence.kernel.keys import PublicKey
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import Delivery, Reason, Revisions
@@ -185,7 +186,14 @@ class GrantTable:
                 jws, model, find, audience=self._trust_domain, appended_at_ms=record.appended_at_ms
             )
         except (InvalidMessageError, ChainError) as error:
-            log.warning("ignored %s at %s@%d: %s", kind_of(record), record.topic_name, record.offset, error)
+            log.warning(
+                "ignored %s at %s@%d: %s",
+                kind_of(record),
+                record.topic_name,
+                record.offset,
+                error,
+                extra=of_a_kind(record.topic_name, error.code),
+            )
             return
         claims = signed.claims
         if isinstance(claims, GrantWithdraw):

@@ -11,6 +11,7 @@ import logging
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka import Received
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.lease import LeaseEpoch
 
@@ -80,7 +81,12 @@ class Epochs:
             ).claims
         except InvalidMessageError as error:
             log.warning(
-                "not a marker: %s/%d@%d: %s", record.topic_name, record.partition, record.offset, error.code
+                "not a marker: %s/%d@%d: %s",
+                record.topic_name,
+                record.partition,
+                record.offset,
+                error.code,
+                extra=of_a_kind(record.topic_name, error.code),
             )
             return None
         right = marker.partition == record.partition and record.key == marker_key(marker.epoch)

@@ -29,6 +29,7 @@ from ringfence.kernel.ids import lease_id
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import b64decode
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.messages.lease import TERMINAL, Lease
@@ -319,7 +320,13 @@ class Holdings:
             ).claims
             id = lease_id(event.request_id or "")
         except (InvalidMessageError, ValueError) as error:
-            log.warning("ignored a refusal at %s@%d: %s", record.topic_name, record.offset, error)
+            log.warning(
+                "ignored a refusal at %s@%d: %s",
+                record.topic_name,
+                record.offset,
+                error,
+                extra=of_a_kind(record.topic_name, type(error).__name__),
+            )
             return
         known = self._leases.get(id)
         if known is None:
@@ -360,7 +367,13 @@ class Holdings:
         try:
             lease = open_lease(record.value, self._trust, self._clock, appended_at_ms=record.appended_at_ms)
         except InvalidMessageError as error:
-            log.error("ignored the record of a lease at %s@%d: %s", record.topic_name, record.offset, error)
+            log.error(
+                "ignored the record of a lease at %s@%d: %s",
+                record.topic_name,
+                record.offset,
+                error,
+                extra=of_a_kind(record.topic_name, error.code),
+            )
             return
         if lease.lease_id == record.key and not self._epochs.is_void(record, lease.epoch):
             self._take(lease)

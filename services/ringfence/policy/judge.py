@@ -13,6 +13,7 @@ from ringfence.kernel import metrics
 from ringfence.kernel.ids import digest
 from ringfence.kernel.jws import Signed
 from ringfence.kernel.kafka import Follower, to_json
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import Reason
@@ -179,7 +180,7 @@ class Judge:
             answer = await self._engine.evaluate(input_json)
             result, revision = answer.result, answer.revision
         except PolicyFailedError as error:
-            log.error("request %s is denied: %s", case.request_id, error)
+            log.error("request %s is denied: %s", case.request_id, error, extra=of_a_kind(error.code))
             metrics.POLICY_FAILURES.labels(error.code).inc()
             result = PolicyResult(False, (Reason(code=error.code, message=str(error)),), (), 0)
             revision = self._engine.revision

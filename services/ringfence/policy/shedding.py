@@ -20,6 +20,7 @@ from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Received
+from ringfence.kernel.now_and_then import now_and_then
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.credential import Coordinates, CredentialRequest, Reason
 from ringfence.policy.store import Decisions
@@ -141,12 +142,7 @@ class LetGo:
 
     async def run(self) -> None:
         """For ever: tell now and then what was counted."""
-        while True:
-            await asyncio.sleep(_TELL_EVERY_S)
-            try:
-                await self.tell()
-            except Exception:
-                log.exception("what went by could not be told yet; it is tried again")
+        await now_and_then(_TELL_EVERY_S, self.tell, "what went by could not be told yet; it is tried again")
 
     async def close(self) -> None:
         """Tell what is left, if Kafka takes it now."""

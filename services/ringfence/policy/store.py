@@ -20,6 +20,7 @@ from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import digest, message_id
 from ringfence.kernel.jws import MAX_LIFE_S, Signed, open_signed, parse
 from ringfence.kernel.kafka import Received
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Approval
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Outcome
@@ -227,7 +228,13 @@ class DecisionsInMemory:
             if unverified.get("grants"):
                 end_ms = max(end_ms, record.appended_at_ms + MAX_GRANT_LIFE_S * 1000)
         except (InvalidMessageError, ValueError, TypeError, KeyError) as error:
-            log.warning("ignored a decision at %s@%d: %r", record.topic_name, record.offset, error)
+            log.warning(
+                "ignored a decision at %s@%d: %r",
+                record.topic_name,
+                record.offset,
+                error,
+                extra=of_a_kind(record.topic_name, type(error).__name__),
+            )
             return
         kept = self._unread.setdefault(record.partition, [])
         heapq.heappush(kept, (end_ms, record.offset, record))
@@ -243,7 +250,13 @@ class DecisionsInMemory:
             place = Place(record.partition, record.offset)
             self._take(signed.claims, signed.compact, place, record.appended_at_ms, record.traceparent)
         except InvalidMessageError as error:
-            log.error("ignored a decision at %s@%d: %s", record.topic_name, record.offset, error)
+            log.error(
+                "ignored a decision at %s@%d: %s",
+                record.topic_name,
+                record.offset,
+                error,
+                extra=of_a_kind(record.topic_name, error.code),
+            )
 
     # --- what both lead to ---
 

@@ -14,6 +14,7 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.credential import Coordinates
@@ -345,7 +346,13 @@ async def checking(settings: ServiceSettings, clock: Clock, *, record_keep_ms: i
             try:
                 trust.load(record.value, clock.now_ms() / 1000)
             except InvalidMessageError as error:
-                log.error("ignored a trust bundle at %s@%d: %s", record.topic_name, record.offset, error)
+                log.error(
+                    "ignored a trust bundle at %s@%d: %s",
+                    record.topic_name,
+                    record.offset,
+                    error,
+                    extra=of_a_kind(record.topic_name, error.code),
+                )
 
     directory = Directory(trust, clock, grace_ms=None, on_alarm=lambda alarm: None)
     async with Follower(settings, [TRUST], on_trust) as bundles:

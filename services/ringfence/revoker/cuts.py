@@ -20,6 +20,7 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka import Received
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.lease import RevocationAck
 from ringfence.messages.operations import Heartbeat
@@ -100,6 +101,7 @@ class Cuts:
                     record.partition,
                     record.offset,
                     error.code,
+                    extra=of_a_kind(record.topic_name, error.code),
                 )
                 continue
             self._acks.setdefault(ack.revocation_id, {}).setdefault(ack.iss, record.appended_at_ms)

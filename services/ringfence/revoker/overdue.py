@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import gather_all
 from ringfence.kernel.ids import derived_id
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.lease import Lease
@@ -74,7 +75,12 @@ class Overdue:
                 await self._event(lease)
                 self._telling.discard(lease.lease_id)
         except Exception as error:  # noqa: BLE001 - it is told at the next failure
-            log.warning("not told yet that lease %s is overdue: %s", lease.lease_id, error)
+            log.warning(
+                "not told yet that lease %s is overdue: %s",
+                lease.lease_id,
+                error,
+                extra=of_a_kind(type(error).__name__),
+            )
             return False
         return True
 
@@ -84,7 +90,7 @@ class Overdue:
             f"for {lease.sponsor}, the sponsor: lease {lease.lease_id} of agent {lease.agent_id} was {what}, and "
             f"target {lease.target_id} has not taken its credential back yet; it is tried again and again"
         )
-        log.error("revocation overdue: %s", message)
+        log.error("revocation overdue: %s", message, extra=of_a_kind(lease.target_id))
         await self._runtime.event(
             "finding",
             Lease.typ,

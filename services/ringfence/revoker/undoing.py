@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from ringfence.backends import Backend, Caller, TargetShutError
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.tracing import Tracing
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import LeaseStore
@@ -151,7 +152,13 @@ class Undoer:
         except TargetShutError as error:
             self._settled.failed.append((lease, error.retry_ms))
         except Exception as error:  # noqa: BLE001 - whatever a target does, it is tried again
-            log.error("lease %s is not undone at %s yet: %s", lease.lease_id, lease.target_id, _said(error))
+            log.error(
+                "lease %s is not undone at %s yet: %s",
+                lease.lease_id,
+                lease.target_id,
+                _said(error),
+                extra=of_a_kind(lease.target_id, type(error).__name__),
+            )
             self._settled.failed.append((lease, 0))
         self._news.set()
 

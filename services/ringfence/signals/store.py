@@ -13,6 +13,7 @@ from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka import Received
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.signals import DeliveryMethod, SignalStream
 from ringfence.messages.topics import SIGNAL_STREAM
@@ -134,7 +135,12 @@ class Streams:
             return open_signed(parse(record.value), SignalStream, find, audience=audience).claims
         except InvalidMessageError as error:
             where = (record.topic_name, record.partition, record.offset)
-            log.warning("not a stream: %s/%d@%d: %s", *where, error.code)
+            log.warning(
+                "not a stream: %s/%d@%d: %s",
+                *where,
+                error.code,
+                extra=of_a_kind(record.topic_name, error.code),
+            )
             return None
 
 
