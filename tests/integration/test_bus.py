@@ -217,6 +217,41 @@ async def test_records_carry_cloudevents_headers_and_the_append_time(
     assert record.appended_at_ms > 1_700_000_000_000
 
 
+async def test_a_batch_that_waits_for_longer_than_a_member_may_is_handled_all_the_same(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    """The group goes on without it meanwhile: so it is where audit waits for a trust bundle, for days perhaps."""
+    seen, may = Seen(), asyncio.Event()
+
+    async def handle(record: Received) -> None:
+        if not may.is_set():
+            raise UnavailableError("not yet")
+        await seen.add(record)
+
+    handlers = {CREDENTIAL_REQUEST: one_by_one(handle, letters(publisher))}
+    before = Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(seen.add, letters(publisher))})
+    async with consuming(before):
+        for number in range(
+            16
+        ):  # in each partition: where nothing is committed, the client never counts as idle
+            await send(publisher, "before", key=f"bot-{number}")
+        await seen.until(16)
+        await before.drain()
+    assert len({record.partition for record in seen.records}) == partitions_of(CREDENTIAL_REQUEST, settings)
+    consumer = Consumer(settings, "g", handlers, patience_ms=1000)
+    async with consuming(consumer), asyncio.timeout(WITHIN_S):
+        await send(publisher, "one", "two")
+        while consumer._consumer is None or not consumer._consumer.assignment():
+            await asyncio.sleep(0.05)
+        while consumer._consumer._coordinator.member_id:
+            await asyncio.sleep(0.05)
+        await send(publisher, "three")
+        may.set()
+        while {"one", "two", "three"} - set(seen.values):
+            await asyncio.sleep(0.05)
+    assert seen.values[-1] == "three"
+
+
 async def test_a_batch_that_failed_comes_again_and_is_not_lost(
     settings: ServiceSettings, publisher: Publisher
 ) -> None:
