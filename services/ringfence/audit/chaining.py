@@ -31,6 +31,7 @@ from ringfence.kernel.kafka import Outbound, Received
 from ringfence.kernel.kafka_connection import connection, no_answer
 from ringfence.kernel.kafka_reading import Stretches
 from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.transactions import TransactionalPublisher
 from ringfence.messages.audit import AuditCheckpoint
@@ -126,7 +127,7 @@ class ChainWriter:
             try:
                 await self._sign()
             except UnavailableError as error:
-                log.warning("no checkpoint this time: %s", error)
+                log.warning("no checkpoint this time: %s", error, extra=of_a_kind(error.code))
 
     async def bury_strays(self) -> None:
         """Dead-letter what stands on `audit` and this writer did not write, as it comes. Does not end."""
@@ -137,7 +138,11 @@ class ChainWriter:
                 if (found := self._strays.next(_STRAYS_AT_ONCE)) is not None:
                     await self._bury(found)
             except (RingfenceError, KafkaError, OSError) as error:
-                log.warning("what nobody chained is not dead-lettered yet: %r", error)
+                log.warning(
+                    "what nobody chained is not dead-lettered yet: %r",
+                    error,
+                    extra=of_a_kind(type(error).__name__),
+                )
 
     async def close(self) -> None:
         """Sign how far it has come, and disconnect."""

@@ -149,5 +149,5 @@ class Detector:
             try:
                 await self.tell()
             except UnavailableError as error:
-                log.warning("what was found is told later: %s", error)
+                log.warning("what was found is told later: %s", error, extra=of_a_kind(error.code))
             await asyncio.sleep(every_s)
