@@ -16,11 +16,11 @@ from aiokafka import AIOKafkaProducer
 from ringfence.audit.chaining import ChainWriter
 from ringfence.audit.intake import Intake, Told
 from ringfence.audit.settings import AuditSettings
-from ringfence.audit.strays import Strays
+from ringfence.audit.strays import Found, Strays
 from ringfence.client.auditor import witness
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import partition_of
+from ringfence.kernel.kafka import Received, partition_of
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.transactions import FencedError
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
@@ -216,6 +216,43 @@ async def test_who_was_paused_dead_letters_nothing_that_its_successor_wrote(worl
     with pytest.raises(FencedError):
         await first._bury(found)
     assert strays.next(500) is None
+    assert await letters(world) == []
+    for writer, runtime in zip((first, second), runtimes, strict=True):
+        await writer.close()
+        await runtime.publisher.stop()
+
+
+async def test_who_was_paused_and_writes_again_dead_letters_nothing_that_was_written_meanwhile(
+    world: World,
+) -> None:
+    """It is the writer once more by the time that it has read what it took for strays before."""
+    sources = [Source("x", 0, offset) for offset in range(6)]
+    runtimes = [runtime_of(world), runtime_of(world)]
+    for runtime in runtimes:
+        load_trust(runtime, world)
+        await runtime.publisher.start()
+    strays = Strays()
+    first, second = ChainWriter(runtimes[0], 60, strays=strays), ChainWriter(runtimes[1], 60)
+    await hand_over(world, *sources[:3])
+    await first.on_batch(list(await world.records(AUDIT_INTAKE)))
+    await hand_over(world, *sources)
+    await second.on_batch(list(await world.records(AUDIT_INTAKE)))
+    for partition in (0, 1):
+        if some := [record for record in await world.records(AUDIT) if record.partition == partition]:
+            strays.read(some)
+    read = first._stray
+
+    async def woken(found: Found) -> list[Received]:
+        records = await read(found)
+        await first.on_assigned()
+        await hand_over(world, Source("x", 0, 6))
+        await first.on_batch(list(await world.records(AUDIT_INTAKE)))
+        return records
+
+    first._stray = woken  # type: ignore[method-assign]
+    found = strays.next(500)
+    assert found is not None
+    await first._bury(found)
     assert await letters(world) == []
     for writer, runtime in zip((first, second), runtimes, strict=True):
         await writer.close()

@@ -67,6 +67,20 @@ def test_what_was_read_before_it_was_acknowledged_is_the_writers_all_the_same() 
     assert waiting(strays) == {(0, 10), (0, 13)}
 
 
+def test_what_is_acknowledged_after_it_was_found_is_none_any_more() -> None:
+    strays = taken_over()
+    strays.read(records(10, 11, 12, 13, 14))
+    found = strays.next(4)
+    assert found is not None
+    strays.wrote(0, range(11, 13))
+    assert strays.left_of(found) == Found(0, [range(10, 11), range(13, 14)])
+    strays.wrote(0, range(10, 11))
+    strays.wrote(0, range(13, 14))
+    assert strays.left_of(found) is None
+    strays.let_go()
+    assert strays.left_of(found) is None
+
+
 def test_what_was_read_while_the_writer_took_over_is_nobodys() -> None:
     strays = Strays()
     strays.read(records(8, 9, 10, 11))

@@ -234,12 +234,17 @@ class ChainWriter:
 
     async def _bury(self, found: Found) -> None:
         """Each letter has the same id whoever sends it: what is not committed then is sent again."""
+        publisher = self._publisher
         records = await self._stray(found)
         # Whoever may still commit after these were read is the only one who wrote there until then: else they may be
-        # another's, who took over from a process that was paused.
-        if not await self._commit_looked_at():
+        # another's, who took over from a process that was paused. So they may where this one took over again meanwhile:
+        # it has found out anew then what are strays.
+        if not await self._commit_looked_at() or self._publisher is not publisher:
             return
-        await gather_all(self._runtime.letters.bury(record, why_not(record)) for record in records)
+        left = self._strays.left_of(found)
+        if left is not None:
+            strays = [record for record in records if left.has(record.offset)]
+            await gather_all(self._runtime.letters.bury(record, why_not(record)) for record in strays)
         self._strays.settled(found)
         await self._commit_looked_at()
 

@@ -129,6 +129,16 @@ class Strays:
                 return Found(partition, cut)
         return None
 
+    def left_of(self, found: Found) -> Found | None:
+        """What of these is one still: some may have been acknowledged as the writer's since."""
+        here = self._partitions.get(found.partition)
+        near = [
+            range(max(one.start, found.start), min(one.stop, found.stop))
+            for one in (here.strays if here else ())
+        ]
+        places = [one for one in near if one]
+        return Found(found.partition, places) if places else None
+
     def settled(self, found: Found) -> None:
         """These are dead-lettered."""
         here = self._partitions.get(found.partition)
