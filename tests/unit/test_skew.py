@@ -46,3 +46,14 @@ def test_what_was_long_under_way_does_not_make_a_clock_wrong():
 
 def test_a_clock_that_was_set_right_is_right_again():
     assert check(*[-8000] * 10, *[5] * 10).unready() is None
+
+
+@pytest.mark.parametrize("ahead_ms", [-9000, 0, 500, 9000])
+def test_what_is_over_for_the_other_clock_is_over_however_far_ours_is_off(ahead_ms: int):
+    past_ms = check(ahead_ms, ahead_ms + 40).past_ms(NOW + ahead_ms)
+    assert past_ms is not None
+    assert past_ms <= NOW - MAX_SKEW_MS
+
+
+def test_nothing_is_over_by_a_clock_of_which_nothing_was_heard():
+    assert SkewCheck("the broker").past_ms(NOW) is None

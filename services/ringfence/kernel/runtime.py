@@ -212,6 +212,12 @@ class Runtime:
         """Why this process's clock holds for young, and for still to come, what is not; or None."""
         return self._skew.behind()
 
+    def broker_past_ms(self) -> int | None:
+        """A moment that is over by each broker's clock: what was appended by then is on Kafka now. None where no
+        broker's time is known yet.
+        """
+        return self._skew.past_ms(self.clock.now_ms())
+
     async def tables_caught_up(self, timeout_s: float) -> bool:
         """Wait until the tables hold what stood on their topics when this was called. See `Follower.caught_up`."""
         return self._table_follower is not None and await self._table_follower.caught_up(timeout_s)

@@ -28,6 +28,11 @@ class SkewCheck:
         """How far our clock is ahead (below 0: behind), at most; None before anything was heard."""
         return min(self._ahead_ms, default=None)
 
+    def past_ms(self, now_ms: int) -> int | None:
+        """A moment of the other clock's that is over, however far ours is ahead; None before anything was heard."""
+        ahead_ms = self.ahead_ms()
+        return None if ahead_ms is None else now_ms - max(ahead_ms, 0) - MAX_SKEW_MS
+
     def behind(self) -> str | None:
         """Why what this clock says is over may be over for longer, or None."""
         ahead_ms = self.ahead_ms()

@@ -11,7 +11,6 @@ from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import ExpiredError, Signed, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.skew import MAX_SKEW_MS
 from ringfence.kernel.trace import nearest
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
@@ -44,22 +43,30 @@ class AsOf:
         self._ask = ask
         self._known_to_ms = -1
         self._here_to_ms = -1
+        self._came = 0
+        self._past_ms = -1
+        """Over, for every broker, when Kafka was asked last."""
 
     def came(self, to_ms: int) -> None:
-        """Records are here that were appended by then, by the broker's clock."""
+        """The records that are looked at next are here, and were appended by then, by the brokers' clocks."""
+        # That those of before were here says nothing of these: another broker's clock may be slower.
+        self._known_to_ms = self._past_ms
         self._here_to_ms = to_ms
+        self._came += 1
 
     def doubt(self) -> None:
         """What was known may be so no more."""
-        self._known_to_ms = -1
+        self._known_to_ms = self._past_ms = -1
 
     async def known(self, at_ms: int | None) -> None:
         """Return once all is known that stood there at `at_ms`, by the broker's clock, or now."""
         if at_ms is not None and at_ms <= self._known_to_ms:
             return
-        here_to_ms, asked_at_ms = self._here_to_ms, self._runtime.clock.now_ms()
+        came, past_ms = self._came, self._runtime.broker_past_ms()
         if await self._ask() is not False:
-            self._known_to_ms = max(here_to_ms, asked_at_ms - MAX_SKEW_MS)
+            self._past_ms = -1 if past_ms is None else past_ms
+            here_to_ms = self._here_to_ms if came == self._came else -1
+            self._known_to_ms = max(here_to_ms, self._past_ms)
 
 
 class ApprovalHandler:

@@ -1,0 +1,93 @@
+"""When policy has to ask Kafka again before it takes in an answer, and when what it asked before will do."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from ringfence.kernel.skew import MAX_SKEW_MS
+from ringfence.policy.approvals import AsOf
+
+
+class Kafka:
+    """Counts the questions. `past_ms`: as `Runtime.broker_past_ms`."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.past_ms: int | None = None
+        self.answer: bool | None = None
+
+    def broker_past_ms(self) -> int | None:
+        return self.past_ms
+
+    async def ask(self) -> bool | None:
+        self.asked += 1
+        return self.answer
+
+
+@pytest.fixture
+def kafka() -> Kafka:
+    return Kafka()
+
+
+@pytest.fixture
+def as_of(kafka: Kafka) -> AsOf:
+    return AsOf(cast("Any", kafka), kafka.ask)
+
+
+async def test_one_question_is_the_answer_for_all_that_came_together(kafka: Kafka, as_of: AsOf) -> None:
+    as_of.came(5000)
+    for at_ms in (4000, 5000, 3000):
+        await as_of.known(at_ms)
+    assert kafka.asked == 1
+    await as_of.known(5001)
+    assert kafka.asked == 2
+    await as_of.known(None)
+    assert kafka.asked == 3
+
+
+async def test_what_came_together_says_nothing_of_what_a_slower_broker_appends_later(
+    kafka: Kafka, as_of: AsOf
+) -> None:
+    """Its time may lie before that of one that was here already, and what stood there then is not known."""
+    as_of.came(5000)
+    await as_of.known(5000)
+    as_of.came(4900)
+    await as_of.known(4900)
+    assert kafka.asked == 2
+
+
+async def test_what_came_while_kafka_was_asked_is_asked_for_again(kafka: Kafka) -> None:
+    async def ask() -> None:
+        await kafka.ask()
+        if kafka.asked == 1:
+            as_of.came(5000)
+
+    as_of = AsOf(cast("Any", kafka), ask)
+    as_of.came(5000)
+    await as_of.known(4000)
+    await as_of.known(5000)
+    assert kafka.asked == 2
+
+
+async def test_what_is_over_for_every_broker_is_not_asked_for_again(kafka: Kafka, as_of: AsOf) -> None:
+    kafka.past_ms = 6000
+    as_of.came(1000)
+    await as_of.known(1000)
+    as_of.came(6000)
+    await as_of.known(6000)
+    assert kafka.asked == 1
+    as_of.came(6000 + MAX_SKEW_MS)
+    await as_of.known(6001)
+    assert kafka.asked == 2
+
+
+async def test_after_a_failure_or_without_an_answer_all_is_asked_for_again(kafka: Kafka, as_of: AsOf) -> None:
+    as_of.came(5000)
+    await as_of.known(5000)
+    as_of.doubt()
+    kafka.answer = False
+    for _ in range(2):
+        await as_of.known(5000)
+    assert kafka.asked == 3
