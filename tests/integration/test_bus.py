@@ -34,6 +34,7 @@ from ringfence.messages.base import Topic
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import (
     ALL,
+    APPROVAL_RESPONSE,
     AUDIT,
     CREDENTIAL_DECISION,
     CREDENTIAL_REQUEST,
@@ -131,6 +132,8 @@ async def test_topics_of_before_are_set_right_without_a_record_lost(
     await made(elsewhere, CREDENTIAL_DECISION, **{**CREDENTIAL_DECISION.configs(), **for_ever})
     await made(elsewhere, HEARTBEAT, **{**HEARTBEAT.configs(), "retention.ms": "1000"})
 
+    await made(elsewhere, APPROVAL_RESPONSE, **{**APPROVAL_RESPONSE.configs(), "cleanup.policy": "compact"})
+
     assert await asyncio.to_thread(main, ["--json", "topics", "apply"]) == 0
     told = capsys.readouterr()
     did = json.loads(told.out)
@@ -138,9 +141,13 @@ async def test_topics_of_before_are_set_right_without_a_record_lost(
         *((TRUST.name(prefix), what) for what in TRUST.configs()),
         (HEARTBEAT.name(prefix), "retention.ms"),
     }
-    kept = {(AUDIT.name(prefix), "retention.ms"), (CREDENTIAL_DECISION.name(prefix), "retention.ms")}
+    kept = {
+        (AUDIT.name(prefix), "retention.ms"),
+        (CREDENTIAL_DECISION.name(prefix), "retention.ms"),
+        (APPROVAL_RESPONSE.name(prefix), "cleanup.policy"),
+    }
     assert {(one["topic"], one["what"]) for one in did["left"]} == kept
-    assert len(did["created"]) == len(ALL) - 4
+    assert len(did["created"]) == len(ALL) - 5
     assert f"retention.ms of {AUDIT.name(prefix)} is {longer['retention.ms']}" in told.err
     async with TopicsAdmin(elsewhere) as admin:
         assert {(one.topic, one.what) for one in await admin.check()} == kept

@@ -33,6 +33,7 @@ _TOPIC = "topic"
 """What differs where it is not there."""
 _NO_END = -1
 """`retention.ms` of what is kept for ever."""
+_POLICY = "cleanup.policy"
 _KEPT_LONGER = frozenset({"retention.ms", "min.compaction.lag.ms"})
 """Of these a lower value lets Kafka remove what an organisation chose to keep: that is left to a person."""
 
@@ -55,6 +56,8 @@ class Difference:
 
 def _removes_more(difference: Difference) -> bool:
     """Whether to set this right would let Kafka remove records that it keeps now."""
+    if difference.what == _POLICY:  # what is only compacted, or has no policy at all, keeps each key's last for ever
+        return difference.expected == "delete" and "delete" not in difference.found
     if difference.what not in _KEPT_LONGER or not difference.found.lstrip("-").isdigit():
         return False
     found = int(difference.found)
