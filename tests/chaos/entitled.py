@@ -53,7 +53,7 @@ class Offices:
         if subject_of(claims.aud, claims.iss, "service") is None:
             return f"{claims.iss} is nobody who orders anything"
         for state in self._states:
-            if state.at_ms <= order.at.appended_at_ms and _follows(order, state, lease):
+            if state.at_ms <= order.at.appended_at_ms and self._follows(order, state, lease, until_ms):
                 return None
         return f"no record says that, by which {claims.iss} could have ordered it"
 
@@ -94,6 +94,31 @@ class Offices:
             for state in self._during(AgentState, agent, since_ms, until_ms)
         )
 
+    # --- services: each kind of end, and the record that it follows from ---
+
+    def _follows(self, order: Order, state: State, lease: Lease | None, until_ms: int) -> bool:
+        """Whether an order of a service follows from a record: by its name, and by what the record says."""
+        claims = order.claims
+        what = claims.lease_id or (
+            claims.selector.model_dump_json(exclude_defaults=True) if claims.selector else ""
+        )
+        if claims.jti != derived_id("revocation.request", state.subject, state.revision, what):
+            return False
+        says = _SAYS.get(claims.kind)
+        if says is None or not says(state.state, lease):
+            return False
+        if claims.selector is None:
+            return lease is not None and _id_of(state.state) in _names(lease)
+        if _id_of(state.state) in claims.selector.model_dump(exclude_defaults=True).values():
+            return True
+        # An agent without a sponsor ends by the record of who was it.
+        agents = self._during(
+            AgentState, claims.selector.agent_id or "", state.at_ms - self._grace_ms, until_ms
+        )
+        return claims.kind in _OF_SPONSORS and any(one.sponsor == _id_of(state.state) for one in agents)
+
+    # --- who was what ---
+
     def _during(self, kind: type[_S], id: str, since_ms: int, until_ms: int) -> list[_S]:
         """What a subject was at any moment of these: as it was when they began, and all that it became."""
         found: list[_S] = []
@@ -105,29 +130,6 @@ class Offices:
             if isinstance(one.state, kind):
                 found.append(one.state)
         return found
-
-
-# --- services: each kind of end, and the record that it follows from --------------------------------------------------
-
-
-def _follows(order: Order, state: State, lease: Lease | None) -> bool:
-    """Whether an order of a service follows from a record: by its name, and by what the record says."""
-    claims = order.claims
-    what = claims.lease_id or (
-        claims.selector.model_dump_json(exclude_defaults=True) if claims.selector else ""
-    )
-    if claims.jti != derived_id("revocation.request", state.subject, state.revision, what):
-        return False
-    says = _SAYS.get(claims.kind)
-    if says is None or not says(state.state, lease):
-        return False
-    if claims.selector is None:
-        return lease is not None and _id_of(state.state) in _names(lease)
-    named = set(claims.selector.model_dump(exclude_defaults=True).values())
-    # An agent without a sponsor ends by the record of who was it.
-    return _id_of(state.state) in named or (
-        claims.kind in _OF_SPONSORS and claims.selector.agent_id is not None
-    )
 
 
 _OF_SPONSORS = ("user_disabled", "agent_orphaned")

@@ -322,6 +322,12 @@ def ended_as_its_agent_was_suspended_and_resumed(past: Past) -> None:
     past.end(lease, past.derived(T0 + 500, "agent_suspended", suspended, agent_id=lease.agent_id), T0 + 510)
 
 
+def ended_as_its_agent_had_no_sponsor_any_more(past: Past) -> None:
+    lease = past.issue()
+    gone = past.user(lease.sponsor, "sponsor", ms=T0 + 490, status="disabled")
+    past.end(lease, past.derived(T0 + 500, "user_disabled", gone, agent_id=lease.agent_id), T0 + 510)
+
+
 def ended_beyond_a_ceiling(past: Past) -> None:
     lease = past.issue()
     narrowed = past.agent(lease.agent_id, lease.sponsor, T0 + 480, verb="write")
@@ -341,7 +347,8 @@ def refused_to_who_had_no_say(past: Past) -> None:
 TRUE: list[Plant] = [
     stopped_by_its_sponsor, stopped_by_who_sponsors_its_agent_now, stopped_by_who_gave_it_away_a_moment_later,
     stopped_by_who_gave_it_away_a_moment_ago, stopped_by_who_it_is_for, stopped_by_who_assigned_its_task,
-    ended_with_its_task, ended_as_its_agent_was_suspended_and_resumed, ended_beyond_a_ceiling,
+    ended_with_its_task, ended_as_its_agent_was_suspended_and_resumed, ended_as_its_agent_had_no_sponsor_any_more,
+    ended_beyond_a_ceiling,
     refused_to_who_had_no_say,
 ]  # fmt: skip
 
@@ -592,6 +599,12 @@ def ended_with_somebody_elses_task(past: Past) -> None:
     past.end(lease, past.derived(T0 + 500, "task_ended", ended, task_id=lease.task_id), T0 + 510)
 
 
+def ended_with_the_sponsor_of_another_agent(past: Past) -> None:
+    lease, other = past.issue(), past.expire(past.issue())
+    gone = past.user(other.sponsor, "sponsor", ms=T0 + 490, status="disabled")
+    past.end(lease, past.derived(T0 + 500, "user_disabled", gone, agent_id=lease.agent_id), T0 + 510)
+
+
 def ended_within_its_ceiling(past: Past) -> None:
     lease = past.issue()
     same = past.agent(lease.agent_id, lease.sponsor, T0 + 480)
@@ -770,6 +783,7 @@ PLANTED: list[tuple[str, Plant]] = [
     ("unentitled", ended_with_its_task_before_that_was_ended),
     ("unentitled", ended_by_a_revoker_for_no_record),
     ("unentitled", ended_with_somebody_elses_task),
+    ("unentitled", ended_with_the_sponsor_of_another_agent),
     ("unentitled", ended_within_its_ceiling),
     ("unentitled", revoked_by_a_service_of_its_own_accord),
     ("early", refused_as_somebody_without_a_say_asked),
