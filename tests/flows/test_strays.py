@@ -5,9 +5,10 @@ once, by audit, whatever else happens; and nothing that is true ever is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from ringfence.audit.settings import AuditSettings
 from ringfence.audit.strays import Found, Strays
 from ringfence.client.auditor import witness
 from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Received, partition_of
 from ringfence.kernel.keys import SigningKey
@@ -259,6 +261,84 @@ async def test_who_was_paused_and_writes_again_dead_letters_nothing_that_was_wri
         await runtime.publisher.stop()
 
 
+@contextlib.asynccontextmanager
+async def left_open(
+    world: World, topic: Topic[Any], partitions: Sequence[int] = (0, 1)
+) -> AsyncIterator[None]:
+    """A transaction of a stranger's, in each partition: what comes behind it is not read as committed until it ends."""
+    stranger = AIOKafkaProducer(bootstrap_servers=world.bootstrap, transactional_id=f"{world.prefix}.open")
+    await stranger.start()
+    try:
+        await stranger.begin_transaction()
+        for partition in partitions:
+            await stranger.send_and_wait(topic.name(world.prefix), b"never ends", partition=partition)
+        yield
+        await asyncio.wait_for(stranger.abort_transaction(), 30)
+    finally:
+        await stranger.stop()
+
+
+async def whole(world: World, count: int) -> None:
+    """Each chain stands there without a hole, so many events in all, and nothing is dead-lettered."""
+    events = await world.records(AUDIT)
+    assert len(events) == count
+    for partition in (0, 1):
+        seqs = [seq_of(record) for record in events if record.partition == partition]
+        assert seqs == list(range(1, len(seqs) + 1))
+    assert await letters(world) == []
+
+
+async def test_who_takes_over_waits_for_what_a_transaction_that_is_left_open_hides(world: World) -> None:
+    """Else it would chain on to what is older, and call strays what the writer before it wrote behind that."""
+    sources = [Source("x", 0, offset) for offset in range(7)]
+    runtimes = [runtime_of(world), runtime_of(world)]
+    for runtime in runtimes:
+        load_trust(runtime, world)
+        await runtime.publisher.start()
+    strays = Strays()
+    first, second = ChainWriter(runtimes[0], 60), ChainWriter(runtimes[1], 60, strays=strays)
+    await hand_over(world, *sources[:3])
+    await first.on_batch(list(await world.records(AUDIT_INTAKE)))
+    async with left_open(world, AUDIT):
+        await hand_over(world, *sources[3:6])
+        await first.on_batch(list(await world.records(AUDIT_INTAKE)))
+        await hand_over(world, *sources[6:])
+        with pytest.raises(UnavailableError, match="left a transaction open"):
+            await second.on_batch(list(await world.records(AUDIT_INTAKE)))
+    await second.on_batch(list(await world.records(AUDIT_INTAKE)))
+    for partition in (0, 1):
+        if some := [record for record in await world.records(AUDIT) if record.partition == partition]:
+            strays.read(some)
+    assert strays.next(500) is None
+    await whole(world, 7)
+    for writer, runtime in zip((first, second), runtimes, strict=True):
+        await writer.close()
+        await runtime.publisher.stop()
+
+
+async def test_an_open_transaction_on_what_was_handed_over_takes_no_event_from_the_chain(
+    world: World,
+) -> None:
+    """Whoever takes over looks there for each event that is not signed yet."""
+    sources = [Source("x", 0, offset) for offset in range(6)]
+    runtimes = [runtime_of(world), runtime_of(world)]
+    for runtime in runtimes:
+        load_trust(runtime, world)
+        await runtime.publisher.start()
+    first, second = ChainWriter(runtimes[0], 60), ChainWriter(runtimes[1], 60)
+    async with left_open(world, AUDIT_INTAKE):
+        await hand_over(world, *sources[:3])
+        given = [record for record in await world.records(AUDIT_INTAKE) if record.value != b"never ends"]
+        await first.on_batch(given)
+        await hand_over(world, *sources[3:])
+        given = [record for record in await world.records(AUDIT_INTAKE) if record.value != b"never ends"]
+        await second.on_batch(given)
+    await whole(world, 6)
+    for writer, runtime in zip((first, second), runtimes, strict=True):
+        await writer.close()
+        await runtime.publisher.stop()
+
+
 async def test_a_flood_is_dead_lettered_beside_what_is_true(world: World) -> None:
     async with world.running("audit", own=OWN):
         await begun(world)
@@ -411,14 +491,6 @@ async def test_the_heartbeat_of_a_key_that_has_just_come_is_no_stray(world: Worl
 
 
 async def test_a_transaction_that_is_left_open_hides_no_stray(world: World) -> None:
-    left_open = AIOKafkaProducer(bootstrap_servers=world.bootstrap, transactional_id=f"{world.prefix}.open")
-    await left_open.start()
-    try:
-        async with world.running("audit", own=OWN):
-            await left_open.begin_transaction()
-            await left_open.send_and_wait(HEARTBEAT.name(world.prefix), b"never ends")
-            last = await world.send(HEARTBEAT, "x", "garbage")
-            await told_as_buried(world, last)
-            await asyncio.wait_for(left_open.abort_transaction(), 30)
-    finally:
-        await left_open.stop()
+    async with world.running("audit", own=OWN), left_open(world, HEARTBEAT, (0,)):
+        last = await world.send(HEARTBEAT, "x", "garbage")
+        await told_as_buried(world, last)

@@ -62,12 +62,12 @@ async def test_what_came_while_kafka_was_asked_is_asked_for_again(kafka: Kafka) 
     async def ask() -> None:
         await kafka.ask()
         if kafka.asked == 1:
-            as_of.came(5000)
+            one.came(5000)
 
-    as_of = AsOf(cast("Any", kafka), ask)
-    as_of.came(5000)
-    await as_of.known(4000)
-    await as_of.known(5000)
+    one = AsOf(cast("Any", kafka), ask)
+    one.came(5000)
+    await one.known(4000)
+    await one.known(5000)
     assert kafka.asked == 2
 
 

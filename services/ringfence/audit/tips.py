@@ -9,7 +9,7 @@ from typing import NamedTuple
 import orjson
 
 from ringfence.audit.handed_over import HandedOver, Mark, is_kept_for, mark_of
-from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka_reading import Stretches
 from ringfence.kernel.settings import BusSettings
@@ -88,13 +88,19 @@ async def read_tips(
         now_ms: the time.
 
     What follows a checkpoint and does not fit, or was handed over by no audit service, is passed over: it is a fault,
-    told to whoever verifies, and the chain goes on from what fits. It never goes back behind a checkpoint: where events
+    told to whoever verifies, and the chain goes on from what fits. Nothing is taken for the end of a chain while somebody
+    has a transaction open there: what was chained behind it is not read yet. It never goes back behind a checkpoint: where events
     are gone, those that come do not take their places.
     """
     async with Stretches(settings) as kafka:
         signed, handed_over = await _last_checkpoints(kafka, trust), HandedOver(kafka, trust, taken)
         found: dict[int, TipsRead] = {}
         for partition in await kafka.partitions(AUDIT):
+            if not await kafka.is_settled(AUDIT, partition):
+                raise UnavailableError(
+                    f"somebody left a transaction open on partition {partition} of {AUDIT.what}: how far its chain has "
+                    "come is not seen before that ends, which the broker sees to; nobody but audit should write there"
+                )
             tip, mark = signed.get(str(partition), Tip()), marks.get(partition)
             stretch = await _read(kafka, partition, tip, remember, mark, now_ms)
             judged = frozenset(one.mark for one in stretch.unsigned if one.judged)

@@ -22,26 +22,36 @@ _WAIT_MS = 1000
 
 
 class Stretches:
-    """Reads stretches of topics, one after the other. Use as an async context manager."""
+    """Reads stretches of topics, one after the other. Use as an async context manager.
+
+    Of topics that are written in transactions, what is committed; of no others, see `fetch_options`.
+    """
 
     def __init__(self, settings: BusSettings) -> None:
         self._settings = settings
-        self._consumer = self._another()
-        """Asks, and reads nothing."""
+        self._asking: dict[bool, AIOKafkaConsumer] = {}
+        """Those that ask, of what is committed or of everything, and read nothing."""
 
-    def _another(self) -> AIOKafkaConsumer:
+    def _another(self, *, committed: bool) -> AIOKafkaConsumer:
         consumer = AIOKafkaConsumer(
             **connection(self._settings),
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            isolation_level="read_committed",
+            isolation_level="read_committed" if committed else "read_uncommitted",
             fetch_max_wait_ms=WAIT_MS,
         )
         paced(consumer, self._settings)
         return consumer
 
+    async def _asker(self, *, committed: bool) -> AIOKafkaConsumer:
+        if committed not in self._asking:
+            consumer = self._another(committed=committed)
+            await self._start(consumer)
+            self._asking[committed] = consumer
+        return self._asking[committed]
+
     async def __aenter__(self) -> Self:
-        await self._start(self._consumer)
+        await self._asker(committed=False)
         return self
 
     async def _start(self, consumer: AIOKafkaConsumer) -> None:
@@ -57,14 +67,16 @@ class Stretches:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        await self._consumer.stop()
+        for consumer in self._asking.values():
+            await consumer.stop()
 
     async def partitions(self, topic: Topic[Any]) -> list[int]:
         """The partitions of a topic. Raises UnavailableError where there is none."""
         name = topic.name(self._settings.topic_prefix)
         # As in `Follower.start`: a client that has just started knows of no topics.
-        await self._consumer._client.set_topics([name])
-        found = sorted(self._consumer._client.cluster.partitions_for_topic(name) or ())
+        client = (await self._asker(committed=False))._client
+        await client.set_topics([name])
+        found = sorted(client.cluster.partitions_for_topic(name) or ())
         if not found:
             raise missing_topics([name])
         return found
@@ -72,19 +84,28 @@ class Stretches:
     async def bounds(self, topic: Topic[Any], partition: int) -> tuple[int, int]:
         """The first offset that is still there, and the one after the last."""
         at = TopicPartition(topic.name(self._settings.topic_prefix), partition)
-        starts, ends = await self._consumer.beginning_offsets([at]), await self._consumer.end_offsets([at])
+        consumer = await self._asker(committed=topic.in_transactions)
+        starts, ends = await consumer.beginning_offsets([at]), await consumer.end_offsets([at])
         return starts[at], ends[at]
+
+    async def is_settled(self, topic: Topic[Any], partition: int) -> bool:
+        """Whether no transaction is open there: behind the first that is, nothing is read as committed, whosever."""
+        at = TopicPartition(topic.name(self._settings.topic_prefix), partition)
+        everything, committed = await self._asker(committed=False), await self._asker(committed=True)
+        end = (await everything.end_offsets([at]))[at]
+        settled: bool = (await committed.end_offsets([at]))[at] >= end
+        return settled
 
     async def records(
         self, topic: Topic[Any], partition: int, start: int, end: int
     ) -> AsyncIterator[Received]:
-        """What stands from `start` up to `end`, and is committed."""
+        """What stands from `start` up to `end`."""
         if start >= end:
             return
         name = topic.name(self._settings.topic_prefix)
         at = TopicPartition(name, partition)
         # Of its own: aiokafka may not stop a consumer any more that was given other partitions while it fetched.
-        consumer = self._another()
+        consumer = self._another(committed=topic.in_transactions)
         await self._start(consumer)
         try:
             consumer.assign([at])
