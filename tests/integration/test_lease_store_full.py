@@ -110,7 +110,7 @@ async def test_it_is_rebuilt(settings: ServiceSettings) -> None:
     await restoration.restore([kept, step(ended, "ending", "revoked").lease, waiting])
     await restoration.queue([step(waiting, "ending").lease])
     await restoration.fence({ALL_MARK: 5})
-    await restoration.first_seen({str(uuid.uuid4()): AT})
+    await restoration.first_seen({str(uuid.uuid4()): AT}, AT.appended_at_ms)
     await restoration.resume(restoration.epoch(1))
     await restoration.close()
     store = LeaseStore(settings)

@@ -235,7 +235,7 @@ async def test_fences_and_first_sightings_are_put_back(restoration: Restoration,
     await store.fence({"agent:early": 9000})
     await restoration.begin(anyway=True)
     await restoration.fence({"agent:early": 5000, ALL_MARK: 4000})
-    await restoration.first_seen({id: AT})
+    await restoration.first_seen({id: AT}, AT.appended_at_ms)
     await restoration.resume(restoration.epoch(1))
     with pytest.raises(LostError):
         await store.find(ALL_MARK)

@@ -410,6 +410,20 @@ async def test_nothing_is_wrong_with_what_the_store_writes_itself(stock: Stock) 
     assert await stock.mend() == 0
 
 
+@pytest.mark.parametrize(("days", "left_days", "is_stray"), [(30.5, 0.5, False), (35, 0.9, False), (29, 2, True),
+                                                             (30.5, 20, True), (400, 0.5, True)])  # fmt: skip
+async def test_a_sighting_outlives_its_order_on_kafka_by_a_while(
+    stock: Stock, days: float, left_days: float, is_stray: bool
+) -> None:
+    stock.known.orders.clear()
+    at, day_ms = stock.store.at(stock.order_id), 24 * HOUR_MS
+    seen_ms = time.time_ns() // 1_000_000 - int(days * day_ms)
+    place = f"ringfence.revocation.request.v1 0 1 {seen_ms}"
+    await stock.redis.set(at.selector(stock.order_id), place, px=int(left_days * day_ms))
+    about = f"selector:{stock.order_id} in shard {at.shard}"
+    assert await stock.found() == ({about: "stray"} if is_stray else {})
+
+
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda one: one.__name__)
 async def test_a_damage_is_named_and_mended(stock: Stock, damage: Damage) -> None:
     about, what = await damage(stock)

@@ -88,9 +88,9 @@ async def read_tips(
         now_ms: the time.
 
     What follows a checkpoint and does not fit, or was handed over by no audit service, is passed over: it is a fault,
-    told to whoever verifies, and the chain goes on from what fits. Nothing is taken for the end of a chain while somebody
-    has a transaction open there: what was chained behind it is not read yet. It never goes back behind a checkpoint: where events
-    are gone, those that come do not take their places.
+    told to whoever verifies, and the chain goes on from what fits. It never goes back behind a checkpoint: where events
+    are gone, those that come do not take their places. While somebody has a transaction open there nothing is taken for
+    the end of a chain: what was chained behind that is not read yet.
     """
     async with Stretches(settings) as kafka:
         signed, handed_over = await _last_checkpoints(kafka, trust), HandedOver(kafka, trust, taken)

@@ -25,6 +25,7 @@ from ringfence.model.lease_epochs import number_of
 from ringfence.model.lease_store import (
     FENCE_KEEP_MS,
     GRANT_KEEP_MS,
+    SELECTOR_KEEP_MS,
     SLACK_MS,
     Alive,
     Held,
@@ -162,7 +163,12 @@ class Checker:
                     yield Difference(
                         f"{mark} in shard {shard}", "overfenced", str(fences.get(mark, "")), str(before_ms)
                     )
-        first = {id: order.at for id, order in revocations.orders.items()}
+        since_ms = (
+            now_ms - SELECTOR_KEEP_MS + SLACK_MS
+        )  # Kafka may keep orders for longer than they are remembered
+        first = {
+            id: order.at for id, order in revocations.orders.items() if order.at.appended_at_ms > since_ms
+        }
         seen = await restoration.sightings(list(first))
         for id, at in first.items():
             if seen.get(id) != at:

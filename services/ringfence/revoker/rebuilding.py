@@ -169,7 +169,7 @@ class Rebuilder:
             if mended := await restoration.mend(survey.strays()):
                 log.warning("%d entries did not follow from any lease, and are mended", mended)
         await restoration.fence(revocations.fences(now_ms - FENCE_KEEP_MS))
-        await restoration.first_seen({id: order.at for id, order in revocations.orders.items()})
+        await restoration.first_seen({id: order.at for id, order in revocations.orders.items()}, now_ms)
         await restoration.resume(epoch)
         return len(fold.highest), restored
 

@@ -22,6 +22,7 @@ from ringfence.model.lease_store.arguments import (
 )
 from ringfence.model.lease_store.keys import (
     ANEW,
+    DAY_MS,
     ENDED,
     FENCE_KEEP_MS,
     ID_BYTES,
@@ -270,14 +271,14 @@ class Restoration:
             [one for at in self._keys for one in fencing(at.fences, fences, FENCE_KEEP_MS)]
         )
 
-    async def first_seen(self, places: Mapping[str, Coordinates]) -> None:
-        """Put back where selectors (derived ids) were seen first."""
-        await self._link.pipeline(
-            [
-                always("SET", self._at(id).selector(id), place_text(at), "PX", SELECTOR_KEEP_MS)
-                for id, at in places.items()
-            ]
-        )
+    async def first_seen(self, places: Mapping[str, Coordinates], now_ms: int) -> None:
+        """Put back where selectors (derived ids) were seen first, until when that would have been remembered."""
+        commands = []
+        for id, at in places.items():
+            left_ms = at.appended_at_ms + SELECTOR_KEEP_MS - now_ms
+            keep_ms = min(max(left_ms, DAY_MS), SELECTOR_KEEP_MS)
+            commands.append(always("SET", self._at(id).selector(id), place_text(at), "PX", keep_ms))
+        await self._link.pipeline(commands)
 
     async def resume(self, epoch: str) -> None:
         """All is there: let everybody go on, in this epoch."""

@@ -15,6 +15,8 @@ from typing import Literal
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import parse
 from ringfence.messages.lease import Lease
+from ringfence.messages.topics import REVOCATION_REQUEST
+from ringfence.model.lease_store.arguments import place_of_text
 from ringfence.model.lease_store.keys import (
     AGENTS,
     AHEAD_MS,
@@ -49,6 +51,9 @@ SLACK_MS = 60_000
 """So far apart the clocks of Redis and of who looks at it may be. Records wait no longer for whoever sweeps them."""
 CLAIMED_AT_MOST_MS = 3_600_000
 """No setting leaves a lease to one revoker, or to one issuer, for longer."""
+
+_ORDERS_STAY_MS = (REVOCATION_REQUEST.retention_s or 0) * 1000
+"""So long Kafka has an order at least."""
 
 What = Literal["stray", "miscounted", "mistimed", "stuck", "unknown"]
 """`stray`: it stands where nothing should. `miscounted`: leases of an agent are counted wrongly. `mistimed`: a key goes
@@ -355,8 +360,9 @@ class Survey:
             left_ms, place = next(answers), next(answers)
             if place is None:
                 continue
-            is_order = b".revocation.request." in place.partition(b" ")[0]
-            if not self._belongs(_text(id), at) or (is_order and not self._knowledge.is_order(_text(id))):
+            if not self._belongs(_text(id), at) or not (
+                self._is_seen(id, place) or self._is_outlived(place, left_ms)
+            ):
                 yield _stray(at, key, b"", ("UNLINK", key))
             elif left_ms == -1 or left_ms > SELECTOR_KEEP_MS + SLACK_MS:
                 yield self._mistimed(at, key, left_ms, SELECTOR_KEEP_MS)
@@ -387,6 +393,19 @@ class Survey:
         )
 
     # --- what belongs where ---
+
+    def _is_seen(self, id: bytes, place: bytes) -> bool:
+        """Whether what was seen somewhere is there, as far as Kafka is asked."""
+        return b".revocation.request." not in place.partition(b" ")[0] or self._knowledge.is_order(_text(id))
+
+    def _is_outlived(self, place: bytes, left_ms: int) -> bool:
+        """Whether it may be gone from Kafka by its age: it is remembered for longer, and not for long any more."""
+        try:
+            age_ms = self._now_ms - place_of_text(place).appended_at_ms
+        except ValueError:
+            return False
+        at_most_ms = max(SELECTOR_KEEP_MS - age_ms, 0) + DAY_MS
+        return _ORDERS_STAY_MS - SLACK_MS < age_ms < 2 * SELECTOR_KEEP_MS and 0 <= left_ms <= at_most_ms
 
     def _is_here(self, id: bytes, at: Keys) -> bool:
         """Whether this is the id of a lease of this shard."""
