@@ -447,6 +447,31 @@ async def test_a_damage_is_named_and_mended(stock: Stock, damage: Damage) -> Non
     ]
 
 
+async def test_what_was_long_on_its_way_mends_nothing_after_another_has_rebuilt(
+    stock: Stock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it found wrong is put right by then, and counted on from there."""
+    await too_many_counted_for_a_sponsor(stock)
+    restoration = Restoration(stock.settings)
+    try:
+        assert await restoration.begin(anyway=True)
+        survey = restoration.survey(await restoration.alive(), stock.known, time.time_ns() // 1_000_000)
+        keep = restoration.keep
+
+        async def kept_for_the_last_time() -> None:
+            await keep()
+            for at in stock.store.keys:
+                await stock.redis.set(at.rebuilding, "another", px=HOUR_MS)
+
+        monkeypatch.setattr(restoration, "keep", kept_for_the_last_time)
+        before = await stock.found()
+        with pytest.raises(LostError):
+            await restoration.mend(survey.strays())
+        assert await stock.found() == before
+    finally:
+        await restoration.close()
+
+
 async def test_every_kind_of_key_is_there_and_damaged_by_some_test(stock: Stock) -> None:
     def kinds(keys: set[bytes]) -> set[str]:
         names = (key.partition(b"}:")[2].decode("ascii", "replace") for key in keys)

@@ -152,6 +152,12 @@ def outbox_field(lease_id: str, seq: int) -> bytes:
     return b"%b:%d" % (packed(lease_id), seq)
 
 
+def shard_of_key(prefix: str, key: bytes) -> int | None:
+    """The shard whose tag a key bears, also where there is no such shard; None where it bears none."""
+    tag, end, _ = key[len(prefix) + 1 :].partition(b"}:")
+    return int(tag) if end and tag.isdigit() else None
+
+
 def is_outbox_field(field: bytes) -> bool:
     """Whether something is the name of a record in the outbox."""
     return field[ID_BYTES : ID_BYTES + 1] == b":" and field[ID_BYTES + 1 :].isdigit()

@@ -35,6 +35,7 @@ from ringfence.model.lease_store.keys import (
     outbox_field,
     packed,
     shard_of,
+    shard_of_key,
     unpacked,
 )
 from ringfence.model.lease_store.link import Call, Link
@@ -43,6 +44,7 @@ from ringfence.model.lease_store.scripts import (
     COMPARE,
     GET,
     GIVE_UP,
+    MEND,
     QUEUE,
     RECOUNT,
     RESTORE,
@@ -252,7 +254,7 @@ class Restoration:
                 for one in leases
                 for id in (one.claims.lease_id,)
             ]
-            await self._mend([always("HDEL", at.outbox, field) for at, field in fields])
+            await self._mend([("HDEL", at.outbox, field) for at, field in fields])
         await self._link.scripts(
             [
                 self._call(
@@ -386,15 +388,26 @@ class Restoration:
         return count
 
     async def _mend(self, commands: Sequence[Command]) -> None:
-        await self.keep()  # nobody else is at it
-        await self._link.pipeline(commands)
+        """Raises LostError where another is at it: what he and others wrote since is none of ours to change."""
+        calls, others = list[Call](), list[Command]()
+        for command in commands:
+            name, named, *args = command
+            key = named if isinstance(named, bytes) else str(named).encode()
+            shard = shard_of_key(self._prefix, key)
+            if shard is not None and shard < len(self._keys):
+                calls.append(self._call(MEND, self._keys[shard], (key,), (name, *args)))
+            else:  # of a shard that there is not, which nobody uses
+                others.append(command)
+        await self.keep()
+        await self._link.scripts(calls)
+        await self._link.pipeline(others)
 
     async def drop(self, lease_ids: Sequence[str]) -> None:
         """Take away the records of leases that are none. In a rebuild: what else there is of them is mended after."""
         commands: list[Command] = []
         for lease_id in lease_ids:
             at, id = self._at(lease_id), packed(lease_id)
-            commands += [always("HDEL", at.leases, id), ("UNLINK", at.ended(id))]
+            commands += [("HDEL", at.leases, id), ("UNLINK", at.ended(id))]
         await self._mend(commands)
 
     async def put_right(self, leases: Sequence[SignedLease], published: Mapping[str, int]) -> None:

@@ -638,6 +638,15 @@ return {{}}
     always=True,
 )
 
+# One command, by whoever has the claim and nobody else: also where it was long on its way. KEYS: key. ARGV: name, rest.
+MEND = Script(
+    """
+redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))
+return {}
+""",
+    always=True,
+)
+
 # The seq of each lease that Redis holds, 0 for none, a blank, and the epoch of its record, if any. KEYS: none.
 # ARGV: how long the claim lasts, id...
 COMPARE = Script(

@@ -38,11 +38,12 @@ from ringfence.model.lease_store.keys import (
     lease_of_field,
     packed,
     shard_of,
+    shard_of_key,
     unpacked,
 )
 from ringfence.model.lease_store.link import Link
 from ringfence.model.lease_store.packing import expanded, unverified_names
-from ringfence.model.lease_store.scripts import Command, always, counted_with, told
+from ringfence.model.lease_store.scripts import Command, counted_with, told
 from ringfence.model.lease_store.values import StoredLease
 from ringfence.model.leases import statement
 
@@ -71,6 +72,7 @@ class Stray:
     wanted: str
     found: str
     mend: tuple[Command, ...] = ()
+    """Each on one key, which comes first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,25 +177,25 @@ class Survey:
         )
         for id in leases:
             if not self._is_here(id, at):
-                yield _stray(at, at.leases, id, always("HDEL", at.leases, id))
+                yield _stray(at, at.leases, id, ("HDEL", at.leases, id))
         for id in deadlines:
             if not self._is_alive(id, at):
-                yield _stray(at, at.deadlines, id, always("ZREM", at.deadlines, id))
+                yield _stray(at, at.deadlines, id, ("ZREM", at.deadlines, id))
         latest_ms = self._now_ms + CLAIMED_AT_MOST_MS + SLACK_MS
         for id, until_ms in claimed:
             if not self._is_alive(id, at):
-                yield _stray(at, at.claimed, id, always("ZREM", at.claimed, id))
+                yield _stray(at, at.claimed, id, ("ZREM", at.claimed, id))
             elif until_ms > latest_ms:
                 wanted = f"at most {latest_ms}"
                 about = _about(at, at.claimed, id)
-                mend = always("ZADD", at.claimed, "XX", self._now_ms, id)
+                mend: Command = ("ZADD", at.claimed, "XX", self._now_ms, id)
                 yield Stray(about, "mistimed", wanted, f"{until_ms:.0f}", (mend,))
         for minute, open_ms in minutes:
             wanted_ms = int(minute) * 60_000 - AHEAD_MS if minute.isdigit() else None
             if wanted_ms is None:
-                yield _stray(at, at.minutes, minute, always("ZREM", at.minutes, minute))
+                yield _stray(at, at.minutes, minute, ("ZREM", at.minutes, minute))
             elif open_ms != wanted_ms:
-                mend = always("ZADD", at.minutes, wanted_ms, minute)
+                mend = ("ZADD", at.minutes, wanted_ms, minute)
                 about = _about(at, at.minutes, minute)
                 yield Stray(about, "mistimed", str(wanted_ms), f"{open_ms:.0f}", (mend,))
         if claim_ms == -1:
@@ -205,14 +207,14 @@ class Survey:
         )
         by_field, waiting = dict(times), set(fields)
         for field in by_field.keys() - waiting:
-            yield _stray(at, at.outbox_times, field, always("ZREM", at.outbox_times, field))
+            yield _stray(at, at.outbox_times, field, ("ZREM", at.outbox_times, field))
         for start in range(0, len(fields), _AT_A_TIME):
             some = fields[start : start + _AT_A_TIME]
             (records,) = await self._link.pipeline([("HMGET", at.outbox, *some)])
             others = await self._saying_otherwise(at, dict(zip(some, records, strict=True)))
             for field, record in zip(some, records, strict=True):
                 if record is not None and not self._is_of(field, record, at):
-                    gone = (always("HDEL", at.outbox, field), always("ZREM", at.outbox_times, field))
+                    gone = (("HDEL", at.outbox, field), ("ZREM", at.outbox_times, field))
                     yield _stray(at, at.outbox, field, *gone)
                     continue
                 if field in others:
@@ -221,7 +223,7 @@ class Survey:
                 if since_ms is None or abs(since_ms - self._now_ms) > SLACK_MS:
                     about = _about(at, at.outbox, field)
                     found = "" if since_ms is None else f"{since_ms:.0f}"
-                    mend = always("ZADD", at.outbox_times, self._now_ms, field)
+                    mend = ("ZADD", at.outbox_times, self._now_ms, field)
                     yield Stray(about, "stuck", f"about {self._now_ms}", found, (mend,))
 
     def _is_of(self, field: bytes, record: bytes, at: Keys) -> bool:
@@ -256,25 +258,25 @@ class Survey:
             if len(field) == 1:
                 if value not in signers:
                     about = _about(at, at.signers, field)
-                    mend = always("HSET", at.signers, value, field)
+                    mend = ("HSET", at.signers, value, field)
                     yield Stray(about, "stray", "the number by the name", "", (mend,))
             elif signers.get(value) != field:
-                yield _stray(at, at.signers, field, always("HDEL", at.signers, field))
+                yield _stray(at, at.signers, field, ("HDEL", at.signers, field))
 
     # --- keys of which there are many ---
 
     async def _looked_at(self, keys: Sequence[bytes]) -> AsyncIterator[Stray]:
         by_kind: dict[str, list[tuple[Keys, bytes, bytes]]] = {}
         for key in keys:
-            tag, _, name = key[len(self._prefix) + 1 :].partition(b"}:")
-            if not tag.isdigit():
+            shard, name = shard_of_key(self._prefix, key), key.partition(b"}:")[2]
+            if shard is None:
                 continue
-            if int(tag) >= len(self._keys):
+            if shard >= len(self._keys):
                 if name not in (SPREAD.encode(), REBUILDING.encode()):
-                    about = f"{_text(name)} in shard {int(tag)}"
+                    about = f"{_text(name)} in shard {shard}"
                     yield Stray(about, "stray", "", "of a shard that there is not", (("UNLINK", key),))
                 continue
-            at = self._keys[int(tag)]
+            at = self._keys[shard]
             for kind in (LIVE, ENDED, BY_AGENT, AGENTS, DUE, SELECTOR, GRANT):
                 if name.startswith(kind.encode()):
                     by_kind.setdefault(kind, []).append((at, key, name[len(kind) :]))
@@ -299,7 +301,7 @@ class Survey:
                 continue
             if left_ms == -1:
                 # Of one that Redis need have, its record decides: that is put back with its end before.
-                yield Stray(unpacked(id), "mistimed", "an end", "none", (always("PEXPIRE", key, DAY_MS),))
+                yield Stray(unpacked(id), "mistimed", "an end", "none", (("PEXPIRE", key, DAY_MS),))
             if left_ms != -2 and not self._knowledge.knows(unpacked(id)):
                 yield Stray(unpacked(id), "unknown", "", "ended")
 
@@ -314,7 +316,7 @@ class Survey:
             ]
             is_empty = not set(ids) - set(others) - {THUMBPRINT.encode()}
             for id in others or ([THUMBPRINT.encode()] if ids and is_empty else []):
-                yield _stray(at, key, id, ("UNLINK", key) if is_empty else always("HDEL", key, id))
+                yield _stray(at, key, id, ("UNLINK", key) if is_empty else ("HDEL", key, id))
 
     async def _agents(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
         answers = await self._link.pipeline([("HKEYS", key) for _, key, _ in found])
@@ -330,7 +332,7 @@ class Survey:
             for (at, key, mark, agent), (count, ids) in zip(some, now, strict=True):
                 wanted = await self._bearing(at, ids, _text(mark))
                 if count is not None and count != b"%d" % wanted:
-                    mend = always("HSET", key, agent, wanted) if wanted else always("HDEL", key, agent)
+                    mend = ("HSET", key, agent, wanted) if wanted else ("HDEL", key, agent)
                     about = f"{_text(agent)} of {_text(mark)} in shard {at.shard}"
                     yield Stray(about, "miscounted", str(wanted), _text(count), (mend,))
 
@@ -350,7 +352,7 @@ class Survey:
             for id in ids:
                 lease = self._alive.get(unpacked(id)) if self._is_here(id, at) else None
                 if lease is None or b"%d" % (lease.deadline_ms // 60_000) != minute:
-                    yield _stray(at, key, id, always("SREM", key, id))
+                    yield _stray(at, key, id, ("SREM", key, id))
 
     async def _selectors(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
         answers = iter(
@@ -382,15 +384,13 @@ class Survey:
                 # What was counted and then not issued stays counted: leases that Kafka does not know may be right.
                 named = len(id) == ID_BYTES and self._knowledge.names_grant(unpacked(id), _text(grant_id))
                 if named is False:
-                    yield _stray(at, key, id, always("SREM", key, id))
+                    yield _stray(at, key, id, ("SREM", key, id))
             if ids and (left_ms == -1 or left_ms > GRANT_KEEP_MS + SLACK_MS):
                 yield self._mistimed(at, key, left_ms, GRANT_KEEP_MS)
 
     def _mistimed(self, at: Keys, key: bytes, left_ms: int, keep_ms: int) -> Stray:
         found = "none" if left_ms == -1 else f"in {left_ms} ms"
-        return Stray(
-            _about(at, key), "mistimed", f"within {keep_ms} ms", found, (always("PEXPIRE", key, keep_ms),)
-        )
+        return Stray(_about(at, key), "mistimed", f"within {keep_ms} ms", found, (("PEXPIRE", key, keep_ms),))
 
     # --- what belongs where ---
 
