@@ -34,7 +34,7 @@ def waiting(strays: Strays) -> set[tuple[int, int]]:
 
 def taken_over(end: int = 10, *found: int) -> Strays:
     strays = Strays()
-    strays.took_over({0: end, 1: end}, {0: found, 1: ()})
+    strays.took_over({0: end, 1: end}, {0: [range(one, one + 1) for one in found], 1: ()})
     return strays
 
 
@@ -84,7 +84,7 @@ def test_what_is_acknowledged_after_it_was_found_is_none_any_more() -> None:
 def test_what_was_read_while_the_writer_took_over_is_nobodys() -> None:
     strays = Strays()
     strays.read(records(8, 9, 10, 11))
-    strays.took_over({0: 10}, {0: [3, 4, 7]})
+    strays.took_over({0: 10}, {0: [range(3, 5), range(7, 8)]})
     assert waiting(strays) == {(0, 3), (0, 4), (0, 7), (0, 10), (0, 11)}
 
 
@@ -170,10 +170,12 @@ def strays_of(values: Sequence[bytes], tip: Tip, mark: int | None, *, start: int
     for offset, value in enumerate(values, start):
         told, hashed = event_of(value), leaf_hash(value)
         link = told.link if told is not None else None
-        stretch.stood.append(_Stood(offset, told is not None, link, hashed))
-        if told is not None and link is not None:
-            stretch.before[hashed] = told.uid, bytes.fromhex(link.prev)
-    return _strays(stretch, "0", tip, mark)
+        if told is None or link is None:
+            stretch.unlinked(offset, is_event=told is not None)
+            continue
+        stretch.stood.append(_Stood(range(offset, offset + 1), True, link, hashed))
+        stretch.before[hashed] = told.uid, bytes.fromhex(link.prev)
+    return [offset for places in _strays(stretch, "0", tip, mark) for offset in places]
 
 
 TRUE = chain(6)
@@ -195,6 +197,14 @@ def test_what_is_not_on_the_way_back_is_one(stray: bytes) -> None:
     assert strays_of([*TRUE[:3], stray, *TRUE[3:], stray], tip_of(TRUE), 0) == [3, 7]
     assert strays_of([*TRUE[:3], stray, *TRUE[3:], stray], tip_of(TRUE), 5) == [7]
     assert strays_of([*TRUE, stray], tip_of(TRUE), None) == [6]
+
+
+def test_a_flood_of_what_has_no_link_takes_no_memory_at_a_take_over() -> None:
+    stretch = _Stretch(Tip(), 0, 100_000)
+    for offset in range(100_000):
+        stretch.unlinked(offset, is_event=False)
+    assert len(stretch.stood) == 1
+    assert _strays(stretch, "0", Tip(), 40_000) == [range(40_000, 100_000)]
 
 
 def test_without_a_mark_only_what_stands_behind_the_tip_is_judged() -> None:

@@ -69,13 +69,13 @@ class Strays:
 
     # --- told by the writer ---
 
-    def took_over(self, ends: Mapping[int, int], found: Mapping[int, Iterable[int]]) -> None:
-        """By partition: where it ended when nobody else could write any more, and the offsets of strays before that."""
+    def took_over(self, ends: Mapping[int, int], found: Mapping[int, Iterable[range]]) -> None:
+        """By partition: where it ended when nobody else could write any more, and where strays are before that."""
         self._partitions = {}
         for partition, end in ends.items():
             here = self._partitions[partition] = _Partition(end)
-            for offset in found[partition]:
-                here.add(range(offset, offset + 1))
+            for places in found[partition]:
+                here.add(places)
             # Read meanwhile, and nobody has written yet.
             if (read_to := self._read_to.get(partition, 0)) > end:
                 here.add(range(end, read_to))

@@ -24,14 +24,14 @@ from ringfence.model.merkle import Hash, leaf_hash
 @dataclass(slots=True)
 class TipsRead:
     """One chain: how far it has come, how far that is signed, and the uids of its last events; of its partition where
-    it ended, and the offsets of what is none of the chain.
+    it ended, and where there is what is none of the chain.
     """
 
     tip: Tip
     signed_size: int
     recent: Sequence[str] = ()
     end: int = 0
-    strays: Sequence[int] = ()
+    strays: Sequence[range] = ()
     faults: list[str] = field(default_factory=list)
 
 
@@ -48,12 +48,13 @@ class _Unsigned:
 
 
 class _Stood(NamedTuple):
-    """A record."""
+    """A record, or several in a row that have no link."""
 
-    offset: int
+    places: range
     is_event: bool
-    link: ChainLink | None
-    hashed: Hash
+    link: ChainLink | None = None
+    hashed: Hash = b""
+    """Of one with a link."""
 
 
 @dataclass(slots=True)
@@ -68,6 +69,13 @@ class _Stretch:
     unsigned: list[_Unsigned] = field(default_factory=list)
     before: dict[Hash, tuple[str, Hash]] = field(default_factory=dict)
     """By the hash of each event: its uid, and the hash that it names as that of the event before."""
+
+    def unlinked(self, offset: int, *, is_event: bool) -> None:
+        """Take note of a record without a link. However many a stranger writes there, they take no memory."""
+        first = offset
+        if self.stood and self.stood[-1].link is None and self.stood[-1].is_event == is_event:
+            first = self.stood.pop().places.start
+        self.stood.append(_Stood(range(first, offset + 1), is_event))
 
 
 async def read_tips(
@@ -141,12 +149,13 @@ async def _read(
         begin = max(start, end - look_back)
         found, first = _Stretch(signed, start, end), None
         async for record in kafka.records(AUDIT, partition, begin, end):
-            event, hashed = event_of(record.value), leaf_hash(record.value)
+            event = event_of(record.value)
             link = event.link if event is not None else None
-            found.stood.append(_Stood(record.offset, event is not None, link, hashed))
             if event is None or link is None:
+                found.unlinked(record.offset, is_event=event is not None)
                 continue
-            first = first or link.seq
+            hashed, first = leaf_hash(record.value), first or link.seq
+            found.stood.append(_Stood(range(record.offset, record.offset + 1), True, link, hashed))
             found.before[hashed] = event.uid, bytes.fromhex(link.prev)
             if link.seq > signed.head.size:
                 known_by, judged = mark_of(orjson.loads(record.value)), is_kept_for(record, now_ms)
@@ -184,7 +193,7 @@ def _recent(stretch: _Stretch, last: Hash, most: int) -> list[str]:
     return uids[::-1]
 
 
-def _strays(stretch: _Stretch, tree: str, tip: Tip, mark: int | None) -> list[int]:
+def _strays(stretch: _Stretch, tree: str, tip: Tip, mark: int | None) -> list[range]:
     """What is not on the way from the tip of the chain back, from event to event.
 
     Places that this does not lead to are not judged, as events of before are gone or were not read; nor is, where no
@@ -198,9 +207,9 @@ def _strays(stretch: _Stretch, tree: str, tip: Tip, mark: int | None) -> list[in
         last = stretch.before[last][1]
     first = tip.head.size - len(path) + 1
     if mark is None:
-        behind = [one.offset + 1 for one in stretch.stood if one.hashed == tip.last]
+        behind = [one.places.stop for one in stretch.stood if one.hashed == tip.last]
         mark = behind[0] if behind else stretch.end if tip.head.size else stretch.start
-    found: list[int] = []
+    found: list[range] = []
     chained = len(path)
     for one in stretch.stood:
         if one.hashed in path:  # what comes again is a copy
@@ -209,6 +218,7 @@ def _strays(stretch: _Stretch, tree: str, tip: Tip, mark: int | None) -> list[in
         ahead = len(path) == chained  # of all events on the way: those that are not led to stand there
         elsewhere = ahead and one.link is not None and one.link.tree == tree and one.link.seq < first
         unchained = ahead and one.is_event and one.link is None and first == 1
-        if one.offset >= mark and not elsewhere and not unchained:
-            found.append(one.offset)
+        places = range(max(one.places.start, mark), one.places.stop)
+        if places and not elsewhere and not unchained:
+            found.append(places)
     return found
