@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from ringfence.kernel.errors import SettingsError
 from ringfence.kernel.kafka_connection import connection, diagnosis
@@ -117,3 +118,10 @@ def test_of_several_each_is_told_and_one_that_answers_says_most():
     gone = {"a:1": Silence("nothing listens there"), "b:2": Silence("there is no host b")}
     assert "a:1: nothing listens there; b:2: there is no host b" in diagnosis(settings, OSError(), gone)
     assert "Kafka at b:2 takes TLS" in diagnosis(settings, OSError(), {**gone, "b:2": TLS})
+
+
+@pytest.mark.parametrize("host", ["a..b", f"{'x' * 64}.example", "ä" * 70])
+def test_what_can_be_no_name_of_a_host_is_refused_before_anybody_looks_it_up(host: str):
+    with pytest.raises(ValidationError, match="names no host"):
+        BusSettings(kafka=f"kafka.example:9092,{host}:9092")
+    assert BusSettings(kafka="broker-1.example.,bücher.example:9092,[::1]:1").kafka

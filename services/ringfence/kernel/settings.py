@@ -36,6 +36,12 @@ def _bootstrap(servers: str) -> str:
         host, colon, port = server.strip().rpartition(":")
         if not (host if colon else port) or (colon and not _is_port(port)) or "/" in server:
             raise ValueError(f"{server!r} is not host:port")
+        try:
+            (host if colon else port).encode("idna")
+        except UnicodeError:
+            raise ValueError(
+                f"{server!r} names no host: each part of a name has 1 to 63 characters"
+            ) from None
     return servers
 
 
