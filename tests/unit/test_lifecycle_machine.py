@@ -91,8 +91,8 @@ class Model:
 
     people: dict[str, list[Person]]
     bots: dict[str, Bot] = field(default_factory=dict)
-    signed: dict[str, list[tuple[type[Any], int]]] = field(default_factory=dict)
-    """When the orders were signed that still count for an agent."""
+    signed: dict[str, list[Any]] = field(default_factory=dict)
+    """The orders that still count for an agent."""
     latest_ms: int = 0
 
     def roles(self, name: str, at_ms: int) -> frozenset[str] | None:
@@ -122,7 +122,7 @@ class Model:
         own = bot is not None and who == bot.sponsor and "sponsor" in roles
         if bot is None or bot.status == "decommissioned" or not (own or "operator" in roles):
             return None
-        last_s = max(iat for _, iat in self.signed[claims.agent_id])
+        last_s = max(one.iat for one in self.signed[claims.agent_id])
         if isinstance(claims, WIDENING) and claims.iat < last_s:
             return None
         return self._changed(bot, claims, own=own, operator="operator" in roles, at_ms=at_ms)
@@ -156,11 +156,27 @@ class Model:
         id = claims.agent_id
         self.bots[id], self.latest_ms = bot, max(self.latest_ms, at_ms)
         known = self.signed.setdefault(id, [])
-        stops = [kind for kind, _ in known if kind in (AgentSuspend, AgentResume)]
-        gone: tuple[Any, ...] = (AgentSetCeiling,) if isinstance(claims, AgentSetCeiling) else ()
-        if isinstance(claims, AgentSuspend) and stops and stops[-1] is AgentResume:
-            gone = (AgentSuspend, AgentResume)
-        self.signed[id] = [one for one in known if one[0] not in gone] + [(type(claims), claims.iat)]
+        if isinstance(claims, AgentSetCeiling):
+            known = [one for one in known if not isinstance(one, AgentSetCeiling)]
+        stops = [one for one in known if isinstance(one, AgentSuspend | AgentResume)]
+        if isinstance(claims, AgentSuspend) and stops and isinstance(stops[-1], AgentResume):
+            known = _without_own_stops(known, claims.iss)
+        self.signed[id] = [*known, claims]
+
+
+def _without_own_stops(orders: list[Any], iss: str) -> list[Any]:
+    """Without what one person suspended before and is resumed again; what others suspended stays, with its resuming."""
+    others = [one for one in orders if not (isinstance(one, AgentSuspend) and one.iss == iss)]
+    return [
+        one
+        for number, one in enumerate(others)
+        if not isinstance(one, AgentResume) or _is_suspended(others[:number])
+    ]
+
+
+def _is_suspended(orders: list[Any]) -> bool:
+    stops = [one for one in orders if isinstance(one, AgentSuspend | AgentResume)]
+    return bool(stops) and isinstance(stops[-1], AgentSuspend)
 
 
 def _rotated(bot: Bot, claims: AgentRotateKey, at_s: int) -> Bot | None:
