@@ -200,6 +200,8 @@ class _Orders:
             if record.claims.cause is not None:
                 cause = record.claims.cause
                 effects.append(((cause.by or "", cause.ref or ""), record.at.appended_at_ms))
+        named = {derived_id("revocation", *name): name for name in self._first}
+        effects += [(named[ack.order_id], ack.at_ms) for ack in history.acks if ack.order_id in named]
         first_ms: dict[tuple[str, str], int] = {}
         for name, at_ms in effects:
             first_ms[name] = min(at_ms, first_ms.get(name, at_ms))

@@ -296,6 +296,16 @@ def stopped_by_who_gave_it_away_a_moment_ago(past: Past) -> None:
     past.end(lease, past.order(T0 + 500, by=user(lease.sponsor), agent_id=lease.agent_id), T0 + 510)
 
 
+def stopped_by_who_was_given_it_before_a_gateway_gave_its_word(past: Past) -> None:
+    """Nothing was left that could end, so nothing else says that the order was followed."""
+    lease = past.issue()
+    past.end(lease, past.order(T0 + 300, lease), T0 + 310)
+    past.user("petra", "sponsor")
+    order = past.order(T0 + 500, by=user("petra"), agent_id=lease.agent_id)
+    past.agent(lease.agent_id, "petra", T0 + 521)
+    past.give_word(order, T0 + 800)
+
+
 def stopped_by_who_it_is_for(past: Past) -> None:
     lease, other = past.issue(), past.issue()
     past.end(lease, past.order(T0 + 500, lease, by=user("maria")), T0 + 510)
@@ -346,7 +356,8 @@ def refused_to_who_had_no_say(past: Past) -> None:
 
 TRUE: list[Plant] = [
     stopped_by_its_sponsor, stopped_by_who_sponsors_its_agent_now, stopped_by_who_gave_it_away_a_moment_later,
-    stopped_by_who_gave_it_away_a_moment_ago, stopped_by_who_it_is_for, stopped_by_who_assigned_its_task,
+    stopped_by_who_gave_it_away_a_moment_ago, stopped_by_who_was_given_it_before_a_gateway_gave_its_word,
+    stopped_by_who_it_is_for, stopped_by_who_assigned_its_task,
     ended_with_its_task, ended_as_its_agent_was_suspended_and_resumed, ended_as_its_agent_had_no_sponsor_any_more,
     ended_beyond_a_ceiling,
     refused_to_who_had_no_say,
