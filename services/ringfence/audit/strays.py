@@ -92,9 +92,8 @@ class Strays:
         if here is None:
             return
         here.own.append(places)
-        if places.start < self._read_to.get(
-            partition, 0
-        ):  # the embedded broker shows it before it is committed
+        # The embedded broker shows it before it is committed.
+        if places.start < self._read_to.get(partition, 0):
             here.take_out(places)
             self._tell()
 

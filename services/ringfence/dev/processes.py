@@ -134,8 +134,8 @@ class Child:
                 self.kill()
         return self._popen.wait()
 
-    def stand_back(self, thread: str) -> bool:
-        """Give this thread of it only what the other processes leave of the processors. Returns whether it has it now.
+    def stand_back(self, thread: str) -> None:
+        """Give this thread of it only what the other processes leave of the processors.
 
         For Linux, where threads have names and may go without (SCHED_IDLE, sched(7)); nothing happens elsewhere.
         """
@@ -143,8 +143,6 @@ class Child:
             with contextlib.suppress(OSError):
                 if comm.read_text().strip() == thread:
                     os.sched_setscheduler(int(comm.parent.name), os.SCHED_IDLE, os.sched_param(0))
-                    return True
-        return False
 
     def kill(self) -> int:
         """SIGKILL at once, to it and to all in its process group. Returns its exit status."""

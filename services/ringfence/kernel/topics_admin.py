@@ -56,9 +56,8 @@ class Difference:
 
 def _removes_more(difference: Difference) -> bool:
     """Whether to set this right would let Kafka remove records that it keeps now."""
-    if (
-        difference.what == _POLICY
-    ):  # what is only compacted, or has no policy at all, keeps each key's last for ever
+    # What is only compacted, or has no policy at all, keeps each key's last for ever.
+    if difference.what == _POLICY:
         return difference.expected == "delete" and "delete" not in difference.found
     if difference.what not in _KEPT_LONGER or not difference.found.lstrip("-").isdigit():
         return False

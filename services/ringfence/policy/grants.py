@@ -129,9 +129,8 @@ class GrantHandler:
 
     async def _grant(self, record: Received) -> None:
         grant, late = await self._opener.grant(record)
-        await self._records(
-            record.appended_at_ms
-        )  # whoever grants may have seen records that are not here yet
+        # Whoever grants may have seen records that are not here yet.
+        await self._records(record.appended_at_ms)
         why = self._objection(grant.claims, late, record)
         if why is None:
             given = self._table.keep(grant, record.partition, record.offset)

@@ -163,9 +163,8 @@ class Checker:
                     yield Difference(
                         f"{mark} in shard {shard}", "overfenced", str(fences.get(mark, "")), str(before_ms)
                     )
-        since_ms = (
-            now_ms - SELECTOR_KEEP_MS + SLACK_MS
-        )  # Kafka may keep orders for longer than they are remembered
+        # Kafka may keep orders for longer than they are remembered.
+        since_ms = now_ms - SELECTOR_KEEP_MS + SLACK_MS
         first = {
             id: order.at for id, order in revocations.orders.items() if order.at.appended_at_ms > since_ms
         }
