@@ -11,11 +11,13 @@ from ringfence.revoker.said import glance_of
 from tests.leases import lease, step
 
 
-def foreseen(record: bytes = b"one", deadline: int = 2_000_000_000) -> ForeseenEnd:
-    end = step(lease(deadline=deadline), "expired")
+def foreseen(
+    record: bytes = b"one", deadline: int = 2_000_000_000, agent_id: str = "deploy-bot"
+) -> ForeseenEnd:
+    end = step(lease(deadline=deadline, agent_id=agent_id), "expired")
     claims = end.lease.claims
     sent = Outbound(claims.lease_id, end.lease.jws.encode(), claims.jti)
-    return ForeseenEnd(digest_of(record), glance_of(claims), told_of(end), sent)
+    return ForeseenEnd(digest_of(record), glance_of(claims), agent_id, told_of(end), sent)
 
 
 def made(
@@ -87,3 +89,14 @@ def test_what_is_due_in_a_shard_is_taken_once_and_nothing_before_its_time() -> N
     assert foresight.take_due(3, 1_000_000, 2) == ends[2:3]
     assert foresight.take_due(3, 1_000_000, 2) == []
     assert taken(foresight, *ends) == [False, False, False, True, True]
+
+
+def test_what_is_due_together_comes_by_agents_and_what_is_due_sooner_before_it() -> None:
+    foresight = made()
+    due = [(1001, "a"), (1000, "b"), (1000, "a"), (1000, "b"), (1000, "a"), (999, "c")]
+    ends = [foreseen(deadline=deadline, agent_id=agent) for deadline, agent in due]
+    for end in ends:
+        foresight.remember(end)
+    assert foresight.take_due(0, 1_000_000, 3) == [ends[n] for n in (5, 2, 4)]
+    foresight.remember(late := foreseen(deadline=1000, agent_id="a"))
+    assert foresight.take_due(0, 1_001_000, 9) == [late, *(ends[n] for n in (1, 3, 0))]

@@ -198,7 +198,9 @@ class Ender:
             return None
         step = self._step(lease, cause)
         sent = _outbound(step.lease)._replace(key_number=key_number(lease.lease_id.encode()))
-        return ForeseenEnd(digest_of(record), glance_of(step.lease.claims), told_of(step), sent)
+        return ForeseenEnd(
+            digest_of(record), glance_of(step.lease.claims), lease.agent_id, told_of(step), sent
+        )
 
     async def end_foreseen(self, due: Mapping[str, StoredLease | None]) -> dict[str, StoredLease | None]:
         """End those of these leases whose ends were foreseen. Returns the others, as Redis has them then.
@@ -218,9 +220,8 @@ class Ender:
 
     def take_foreseen(self, shard: int, by_ms: int, most: int) -> list[ForeseenEnd]:
         """Foreseen ends of leases of a shard that are due by then, for `end_due`."""
-        return [
-            end for end in self.foresight.take_due(shard, by_ms, most) if end.step.epoch == self._store.epoch
-        ]
+        epoch = self._store.epoch
+        return [end for end in self.foresight.take_due(shard, by_ms, most) if end.step.epoch == epoch]
 
     async def end_due(self, ends: Sequence[ForeseenEnd]) -> int:
         """End leases as was foreseen that nobody has claimed and that are due. Returns how many.
