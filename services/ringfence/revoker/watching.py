@@ -90,20 +90,31 @@ class LeaseWatch:
         self._epochs = Epochs(trust)
         self._since_ms = since_ms
         self._arrived: list[_Arrived] = []
+        self._looked_at: set[str] = set()
+        """Leases with records that have arrived and are not decided yet, those that are being looked at among them."""
         self._waiting: list[_Waiting] = []
         self._news = asyncio.Event()
 
     def on_records(self, records: Sequence[Received]) -> None:
         """What came. Never blocks, never raises."""
+        epoch = self._epoch()
         for record in records:
             if self._epochs.took(record):
                 continue
             glance = self._said.peek(record.value)
-            if glance is not None and glance.lease_id == record.key:
-                void = self._epochs.is_void(record, glance.epoch)
-                known = self._epochs.of(record.partition) is not None
-                self._arrived.append(_Arrived(glance, record.value, void, known))
+            if glance is None or glance.lease_id != record.key:
+                continue
+            void = self._epochs.is_void(record, glance.epoch)
+            by_itself = not void and glance.lease_id not in self._looked_at
+            if by_itself and self._ended_here(glance, record.value, epoch):
+                continue  # as most ends, it agrees with Redis, and nothing is there that it could be held against
+            known = self._epochs.of(record.partition) is not None
+            self._take(_Arrived(glance, record.value, void, known))
         self._news.set()
+
+    def _take(self, record: _Arrived) -> None:
+        self._arrived.append(record)
+        self._looked_at.add(record.id)
 
     async def catch_up(self, records: Sequence[Received]) -> None:
         """Return once those of these records have been looked at that came before all that `on_records` is given.
@@ -121,7 +132,8 @@ class LeaseWatch:
         if not glances:
             return
         # What revokers published too late, they look at themselves when they wake.
-        self._arrived += [_Arrived(glance, jws, void=False, known=True) for glance, jws in glances]
+        for glance, jws in glances:
+            self._take(_Arrived(glance, jws, void=False, known=True))
         waiting = _Waiting(frozenset(glance.lease_id for glance, _ in glances))
         self._waiting.append(waiting)
         self._news.set()
@@ -139,8 +151,9 @@ class LeaseWatch:
                 records = self._judged(records)
                 undecided = await self._look(records, follower)
                 self._tell(waiting, {one.id for one in undecided})
+                self._arrived = undecided + self._arrived
+                self._looked_at = {one.id for one in self._arrived}
                 if undecided:
-                    self._arrived = undecided + self._arrived
                     self._news.set()
                     await asyncio.sleep(LINGER_MS / 1000)
             except UnavailableError as error:
@@ -180,7 +193,8 @@ class LeaseWatch:
 
         That may be on its way, or have come before these: what Kafka has acknowledged leaves the outbox a moment after.
         """
-        at_their_ends = self._ended_here(records)
+        epoch = self._epoch()
+        at_their_ends = {one.id for one in records if self._ended_here(one.glance, one.jws, epoch)}
         seqs = {id: seq for id, seq in _highest(records).items() if id not in at_their_ends}
         behind, ahead = await self._compare(seqs)
         waiting = await self._store.is_waiting(list(ahead.items()))
@@ -198,14 +212,18 @@ class LeaseWatch:
         await self._heal(outdated | (ahead.keys() & acknowledged), records)
         return [one for one in (*undecided, *arrived) if one.id not in outdated | compared]
 
-    def _ended_here(self, records: Iterable[_Arrived]) -> set[str]:
-        """Leases of which Redis need not be asked: it took their ends from this very process, in this epoch."""
-        epoch = self._store.epoch
-        return {
-            one.id
-            for one in records
-            if one.glance.status in TERMINAL and one.glance.epoch == epoch and self._said.has(one.jws)
-        }
+    def _ended_here(self, glance: Glance, jws: bytes, epoch: str | None) -> bool:
+        """Whether Redis need not be asked of the lease: it took this end from this very process, in this epoch."""
+        return (
+            epoch is not None and glance.status in TERMINAL and glance.epoch == epoch and self._said.has(jws)
+        )
+
+    def _epoch(self) -> str | None:
+        """That of Redis; None while nobody knows it."""
+        try:
+            return self._store.epoch
+        except LostError:
+            return None
 
     async def _compare(self, seqs: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
         """Of leases by their highest `seq` on Kafka: those of which Redis has a lower one, and those of which it has a
