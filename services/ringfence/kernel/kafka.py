@@ -62,6 +62,7 @@ def _ce_time(now_ms: int) -> bytes:
     return f"{_to_the_second(now_ms // 1000)}.{now_ms % 1000:03}Z".encode()
 
 
+_VERSION = ("ce_specversion", b"1.0")
 _LOOKS, _LOOK_AGAIN_S = 10, 0.2
 _CONTENT_TYPES = {"jws": b"application/jose", "jwe": b"application/jose", "json": b"application/json"}
 
@@ -241,7 +242,7 @@ class Publisher:
         payload = value.encode() if isinstance(value, str) else value
         producer, name = self._connected(), topic.name(self._settings.topic_prefix)
         span = self._tracing.sending(name, id, key, traceparent)
-        headers = self._headers(topic, id, type, span, content_type)
+        headers = self._headers_of(topic, type, content_type)(id, span)
         if signature is not None:
             headers.append((SIGNATURE, signature))
         try:
@@ -279,13 +280,14 @@ class Publisher:
         """Send messages of one type to one partition; all are acknowledged when this returns. Returns their offsets."""
         producer, name = self._connected(), topic.name(self._settings.topic_prefix)
         batch, spans, places = producer.create_batch(), list[Span](), list[range]()
+        headers = self._headers_of(topic, type)
         for record in records:
             span = self._tracing.sending(name, record.id, record.key, record.traceparent)
             message = {
                 "key": record.key.encode(),
                 "value": record.value or None,
                 "timestamp": None,
-                "headers": self._headers(topic, record.id, type, span),
+                "headers": headers(record.id, span),
             }
             if batch.append(**message) is None:  # it is full; into an empty one goes a message of any size
                 places.append(await self._send_batch(batch, spans, name, partition))
@@ -313,23 +315,19 @@ class Publisher:
             raise UnavailableError("the publisher is not started")
         return self._producer
 
-    def _headers(
-        self,
-        topic: Topic[Any],
-        id: str,
-        type: str,
-        span: Span,
-        content_type: str | None = None,
-    ) -> list[tuple[str, bytes]]:
-        return [
-            ("ce_specversion", b"1.0"),
-            ("ce_id", id.encode()),
-            ("ce_type", _ce_type(type)),
-            ("ce_source", self._source),
-            ("ce_time", _ce_time(self._clock.now_ms())),
-            ("content-type", content_type.encode() if content_type else _CONTENT_TYPES[topic.encoding]),
-            ("traceparent", (span.traceparent or new_traceparent()).encode()),
-        ]
+    def _headers_of(
+        self, topic: Topic[Any], type: str, content_type: str | None = None
+    ) -> Callable[[str, Span], list[tuple[str, bytes]]]:
+        """What makes the headers of messages of a type that are sent now, by their ids and spans."""
+        version, kind, source = _VERSION, ("ce_type", _ce_type(type)), ("ce_source", self._source)
+        time = ("ce_time", _ce_time(self._clock.now_ms()))
+        content = ("content-type", content_type.encode() if content_type else _CONTENT_TYPES[topic.encoding])
+
+        def headers(id: str, span: Span) -> list[tuple[str, bytes]]:
+            trace = ("traceparent", (span.traceparent or new_traceparent()).encode())
+            return [version, ("ce_id", id.encode()), kind, source, time, content, trace]
+
+        return headers
 
     async def require(self, *topics: Topic[Any]) -> None:
         """Raises UnavailableError where one of them is not there: what is sent to it would wait for a while first."""
