@@ -34,6 +34,8 @@ DUE = 100_000
 AGENTS = 1_000
 _TRIAL = 1_000
 """So many are made first, to find out how long that takes here: all must be there before they are due."""
+AHEAD_S = 25
+"""So long before they are due all are there: revokers have time to look at each beforehand."""
 GIVE_UP_S = 300
 RATE = 10
 """Credentials asked for in a second."""
@@ -89,7 +91,7 @@ async def _drain(stack: Stack, pids: dict[str, int]) -> tuple[float, float]:
 
     start = time.perf_counter()
     await asyncio.to_thread(made, _TRIAL, int(time.time()) + 80_000)
-    due_s = int(time.time() + 10 + 2 * (time.perf_counter() - start) * DUE / _TRIAL)
+    due_s = int(time.time() + AHEAD_S + 2 * (time.perf_counter() - start) * DUE / _TRIAL)
     leases = await asyncio.to_thread(made, DUE, due_s)
     ids = {one.claims.lease_id for one in leases}
     name = LEASE.name(settings.topic_prefix)
