@@ -316,8 +316,8 @@ class Sleeping:
         self.has_sent, self.wake = asyncio.Event(), asyncio.Event()
         chain = writer._chain
 
-        async def slow(publisher: TransactionalPublisher, partition: int, records: Any) -> None:
-            await chain(publisher, partition, records)
+        async def slow(publisher: TransactionalPublisher, linked: Any) -> None:
+            await chain(publisher, linked)
             self.has_sent.set()
             await self.wake.wait()
 

@@ -69,7 +69,7 @@ def came_back(office: Office, message: Outbound) -> Received:
 async def test_what_comes_back_is_what_others_read_of_it() -> None:
     office, lately = Office(), Lately()
     record = await handed_over(office, lately, 1, 2, 3)
-    assert lately.events(record, office.trust) == opened_intake(record, office.trust)
+    assert lately.events(record, office.trust) == opened_intake(record, office.trust).events
     assert lately.events(record, office.trust) is None, "it is kept for the once that it is chained"
 
 

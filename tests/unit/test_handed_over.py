@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from ringfence.audit.handed_over import HandedOver, Mark, mark_of
+from ringfence.audit.intake import MOST_HASHES, vouched
 from ringfence.kernel.jws import sign_payload
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.audit import AuditIntake
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT_INTAKE
+from ringfence.model.merkle import Hash
 from tests.audit_office import TD, Office
 
 EACH = 10
@@ -25,8 +27,20 @@ def event(number: int) -> dict[str, Any]:
     return {"metadata": {"uid": f"event-{number}"}, "unmapped": {"event_code": "made"}}
 
 
-def marks(*numbers: int) -> frozenset[Mark]:
-    return frozenset(mark_of(event(number)) for number in numbers)
+def hash_of(number: int) -> Hash:
+    """What stands for the hash of an event in its chain."""
+    return number.to_bytes(32)
+
+
+def asked(*numbers: int) -> dict[Hash, Mark]:
+    return {hash_of(number): mark_of(event(number)) for number in numbers}
+
+
+def hashes(*numbers: int) -> frozenset[Hash]:
+    return frozenset(map(hash_of, numbers))
+
+
+MADE_UP = {b"made up": b"made up"}
 
 
 class Intake:
@@ -48,6 +62,11 @@ class Intake:
         for _ in range(count):
             first = len(self._records) * EACH
             self.add([event(first + number) for number in range(EACH)])
+
+    def vouch(self, *numbers: int, by: SigningKey | None = None) -> None:
+        key = by or self._office.key("service", "audit")
+        for message in vouched(0, [hash_of(number) for number in numbers], key, TD, 1000):
+            self._records.append(self._office.received(AUDIT_INTAKE, message.value.decode()))
 
     async def bounds(self, topic: Topic[Any], partition: int) -> tuple[int, int]:
         return 0, len(self._records)
@@ -71,22 +90,21 @@ def handed_over(intake: Intake, taken: int, enough: int) -> HandedOver:
 
 async def test_what_was_chained_last_is_found_and_the_rest_is_not_read(intake: Intake) -> None:
     intake.messages(1000)
-    wanted = marks(9999, 9990, 9985)
-    assert await handed_over(intake, 1000, 100).among(0, wanted) == wanted
+    wanted = 9999, 9990, 9985
+    assert await handed_over(intake, 1000, 100).among(0, asked(*wanted)) == hashes(*wanted)
     assert intake.read == 50
 
 
 async def test_what_nobody_handed_over_makes_nobody_read_all(intake: Intake) -> None:
     intake.messages(1000)
-    asked = marks(9999) | {b"made up"}
-    assert await handed_over(intake, 1000, 500).among(0, asked) == marks(9999)
+    assert await handed_over(intake, 1000, 500).among(0, asked(9999) | MADE_UP) == hashes(9999)
     assert intake.read == 50 + 200, "the first stretch has one less than enough that are not asked for"
 
 
 async def test_what_somebody_repeats_of_long_ago_makes_nobody_read_all(intake: Intake) -> None:
     intake.messages(1000)
-    asked = marks(9999, 8000, 4000, 10) | {b"made up"}
-    assert await handed_over(intake, 1000, 500).among(0, asked) == marks(9999, 8000)
+    wanted = asked(9999, 8000, 4000, 10) | MADE_UP
+    assert await handed_over(intake, 1000, 500).among(0, wanted) == hashes(9999, 8000)
     assert intake.read == 50 + 200
 
 
@@ -94,8 +112,7 @@ async def test_what_was_handed_over_twice_lies_between(intake: Intake) -> None:
     intake.messages(300)
     for _ in range(240):
         intake.add([event(number) for number in range(EACH)])
-    wanted = marks(2999)
-    assert await handed_over(intake, 540, 2600).among(0, wanted) == wanted
+    assert await handed_over(intake, 540, 2600).among(0, asked(2999)) == hashes(2999)
 
 
 async def test_what_strangers_sign_is_neither_found_nor_counted(intake: Intake) -> None:
@@ -103,11 +120,39 @@ async def test_what_strangers_sign_is_neither_found_nor_counted(intake: Intake) 
     stranger = intake._office.key("agent", "bot")
     for number in range(300):
         intake.add([event(10_000 + number)], by=stranger)
-    wanted = marks(99, 10_100)
-    assert await handed_over(intake, 310, 5).among(0, wanted) == marks(99)
+    assert await handed_over(intake, 310, 5).among(0, asked(99, 10_100)) == hashes(99)
 
 
 async def test_what_comes_after_what_was_read_counts_too(intake: Intake) -> None:
     intake.messages(40)
-    wanted = marks(399)
-    assert await handed_over(intake, 10, 20).among(0, wanted) == wanted
+    assert await handed_over(intake, 10, 20).among(0, asked(399)) == hashes(399)
+
+
+async def test_what_the_writer_chained_by_itself_is_found_by_its_place_in_the_chain(intake: Intake) -> None:
+    intake.messages(1000)
+    intake.vouch(*range(20_000, 20_050))
+    assert await handed_over(intake, 1000, 100).among(0, asked(20_049, 20_003)) == hashes(20_049, 20_003)
+    assert intake.read == 1, "and nothing before it is read"
+
+
+async def test_one_message_that_vouches_is_never_too_large(intake: Intake) -> None:
+    numbers = range(20_000, 20_000 + 2 * MOST_HASHES + 1)
+    intake.vouch(*numbers)
+    assert len(intake._records) == 3
+    assert await handed_over(intake, 0, 100).among(0, asked(*numbers)) == hashes(*numbers)
+
+
+@pytest.mark.parametrize("stranger", [("agent", "bot"), ("service", "policy")])
+async def test_nobody_else_vouches_for_anything(intake: Intake, stranger: tuple[str, str]) -> None:
+    intake.vouch(7, by=intake._office.key(*stranger))
+    assert await handed_over(intake, 1, 100).among(0, asked(7)) == hashes()
+
+
+async def test_an_event_that_stands_twice_was_handed_over_twice(intake: Intake) -> None:
+    """By what it says; who vouches for one in its place says nothing of another."""
+    intake.messages(1)
+    twice = {hash_of(5): mark_of(event(5)), b"elsewhere": mark_of(event(5))}
+    assert await handed_over(intake, 1, 100).among(0, twice) == frozenset(twice)
+    intake.vouch(700)
+    twice = {hash_of(700): mark_of(event(700)), b"elsewhere": mark_of(event(700))}
+    assert await handed_over(intake, 2, 100).among(0, twice) == hashes(700)

@@ -3,6 +3,9 @@
 One process does it for all partitions, the others stand by. Each batch is one Kafka transaction: its events, the
 offsets that were read for them, and now and then the checkpoints. Whoever takes over fences whoever chained before, and
 goes on from what is committed: so a process that was killed, or paused and wakes, never leaves two events in one place.
+
+Events of this process itself are chained without that way round: on `audit.intake` it vouches for them, by their
+hashes.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +22,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from ringfence.audit.believing import require_trust
-from ringfence.audit.intake import Lately, Told, opened_intake
+from ringfence.audit.intake import Lately, Told, opened_intake, vouched
 from ringfence.audit.read_back import ReadBack
 from ringfence.audit.strays import Found, Strays, why_not
 from ringfence.audit.tips import TipsRead, read_tips
@@ -34,7 +37,7 @@ from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.transactions import TransactionalPublisher
-from ringfence.messages.audit import AuditCheckpoint
+from ringfence.messages.audit import AuditChained, AuditCheckpoint
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
 from ringfence.model.audit_chain import Tip, linked, linked_event
@@ -70,6 +73,15 @@ class _Chain:
             self.recent.popitem(last=False)
 
 
+@dataclass(frozen=True, slots=True)
+class _Linked:
+    """Events in their places, of one partition of `audit`."""
+
+    partition: int
+    messages: list[Outbound] = field(default_factory=list)
+    hashes: list[Hash] = field(default_factory=list)
+
+
 class ChainWriter:
     """See the module. `on_batch` is the handler of `audit.intake`; `sign_now_and_then` and `bury_strays` run in the
     background.
@@ -98,6 +110,8 @@ class ChainWriter:
         self._chains: dict[int, _Chain] = {}
         self._taken: dict[int, int] = {}
         """By partition of `audit.intake`: the offset after the last that is chained."""
+        self._handed_over: dict[int, int] = {}
+        """The same of the last that this process handed over."""
 
     async def on_assigned(self) -> None:
         """Somebody else may have chained meanwhile: begin by looking."""
@@ -113,12 +127,31 @@ class ChainWriter:
                 (record.topic_name, record.partition): record.offset + 1
                 for record in sorted(new, key=lambda record: record.offset)
             }
-            if not ends:
-                return
-            async with publisher.transaction(self._group, ends):
-                for partition in sorted({record.partition for record in new}):
-                    await self._chain(publisher, partition, (r for r in new if r.partition == partition))
+            events: dict[int, list[Told]] = {}
+            for record in new:
+                events.setdefault(record.partition, []).extend(await self._handed(record))
+            if any(events.values()):
+                async with publisher.transaction(self._group, ends):
+                    await self._chain(publisher, self._linked(events))
             self._taken |= {partition: end for (_, partition), end in ends.items()}
+
+    async def chained(self, events: Mapping[int, Sequence[Told]]) -> bool:
+        """See `ringfence.audit.intake.Writer`. What was handed over before is chained before."""
+        async with self._one_at_a_time:
+            behind = any(self._taken.get(at, 0) < self._handed_over.get(at, 0) for at in events)
+            if self._publisher is None or behind:
+                return False
+            key = self._runtime.believed_key()
+            async with self._transacting() as publisher, publisher.transaction():
+                linked = self._linked(events)
+                await gather_all([self._chain(publisher, linked), self._vouch(linked, key)])
+                # One that ended meanwhile was appended too late, perhaps.
+                self._runtime.believed_key()
+            return True
+
+    def handed_over(self, partition: int, until: int) -> None:
+        """See `ringfence.audit.intake.Writer`."""
+        self._handed_over[partition] = until
 
     async def sign_now_and_then(self) -> None:
         """Publish a checkpoint of each chain that has grown, every few seconds. Does not end."""
@@ -159,32 +192,52 @@ class ChainWriter:
 
     # --- chaining ---
 
-    async def _chain(
-        self, publisher: TransactionalPublisher, partition: int, records: Iterable[Received]
-    ) -> None:
+    def _linked(self, events: Mapping[int, Iterable[Told]]) -> list[_Linked]:
+        """Put events, by partition, behind the last of each chain: those that are not there already."""
+        return [one for partition, some in events.items() if (one := self._link(partition, some)).hashes]
+
+    def _link(self, partition: int, events: Iterable[Told]) -> _Linked:
         chain, tree = self._chains[partition], str(partition)
         start, last = chain.tip.head.size, chain.tip.last
-        events: list[Outbound] = []
-        leaves: list[Hash] = []
-        for record in records:
-            for one in await self._handed(record):
-                if one.uid in chain.recent:
-                    continue
-                link = (tree, start + len(leaves) + 1, last)
-                body = linked(one.body, *link)
-                last = leaf_hash(body)
-                if self._read_back is not None and one.event is not None:
-                    self._read_back.put(body, linked_event(one.event, *link), last)
-                leaves.append(last)
-                chain.remember(one.uid)
-                events.append(Outbound(one.key, body, one.uid, one.traceparent))
-        chain.tip = chain.tip.grown(*leaves)
-        if events:
-            for places in await publisher.send_to(partition, AUDIT, "audit", events):
-                if places.start < 0:  # it was sent twice, and the broker has forgotten where the first stands
-                    raise UnavailableError(f"Kafka did not say where events of partition {partition} stand")
-                self._strays.wrote(partition, places)
-            log.debug("chained %d events after %d of partition %d", len(events), start, partition)
+        found = _Linked(partition)
+        for one in events:
+            if one.uid in chain.recent:
+                continue
+            link = (tree, start + len(found.hashes) + 1, last)
+            body = linked(one.body, *link)
+            last = leaf_hash(body)
+            if self._read_back is not None and one.event is not None:
+                self._read_back.put(body, linked_event(one.event, *link), last)
+            found.hashes.append(last)
+            chain.remember(one.uid)
+            found.messages.append(Outbound(one.key, body, one.uid, one.traceparent))
+        chain.tip = chain.tip.grown(*found.hashes)
+        return found
+
+    async def _chain(self, publisher: TransactionalPublisher, linked: Sequence[_Linked]) -> None:
+        """Send them, all partitions at once: each request of a transaction costs as much as some events."""
+        await gather_all(self._send(publisher, one) for one in linked)
+
+    async def _send(self, publisher: TransactionalPublisher, one: _Linked) -> None:
+        for places in await publisher.send_to(one.partition, AUDIT, "audit", one.messages):
+            if places.start < 0:  # it was sent twice, and the broker has forgotten where the first stands
+                raise UnavailableError(f"Kafka did not say where events of partition {one.partition} stand")
+            self._strays.wrote(one.partition, places)
+        log.debug("chained %d events of partition %d", len(one.hashes), one.partition)
+
+    async def _vouch(self, linked: Sequence[_Linked], key: SigningKey) -> None:
+        """Until a checkpoint covers them, this tells them from what anybody may have written there. It stands outside
+        of the transaction: where that fails, it vouches for what is nowhere.
+        """
+        runtime = self._runtime
+        td, now_ms = runtime.settings.trust_domain, runtime.clock.now_ms()
+        messages = {one.partition: vouched(one.partition, one.hashes, key, td, now_ms) for one in linked}
+        for message in (message for some in messages.values() for message in some):
+            self._lately.put(message, key, ())
+        await gather_all(
+            runtime.publisher.send_to(partition, AUDIT_INTAKE, AuditChained.typ, some)
+            for partition, some in messages.items()
+        )
 
     async def _handed(self, record: Received) -> Sequence[Told]:
         """What a message holds. What no audit service signed is dead-lettered."""
@@ -192,7 +245,7 @@ class ChainWriter:
         if known is not None:
             return known
         try:
-            return opened_intake(record, self._runtime.trust)
+            return opened_intake(record, self._runtime.trust).events
         except InvalidMessageError as error:
             await self._runtime.letters.bury(record, error)
             return ()

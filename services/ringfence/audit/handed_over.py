@@ -1,25 +1,27 @@
 """Which events on `audit` an audit service handed over: of what stands there unsigned, anybody may have written some.
 
-What was handed over stands on `audit.intake`, signed. It is read backwards from where the chains have read to, so that
-what was chained last, which is all that is ever asked for, is found at once. As events are chained in the order in
-which they were handed over, none of it stands before many that are not asked for. So whoever makes events up, which are
-never found, or repeats old ones, makes nobody read all that is kept.
+What was handed over stands on `audit.intake`, signed, and so does which events the writer chained by itself. It is read
+from where the chains have read to: first on, where little stands, then backwards, so that what was chained last, which
+is all that is ever asked for, is found at once. As events are chained in the order in which they were handed over, none
+of it stands before many that are not asked for. So whoever makes events up, which are never found, or repeats old ones,
+makes nobody read all that is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import orjson
 
-from ringfence.audit.intake import Told, opened_intake
+from ringfence.audit.intake import Opened, opened_intake
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.kafka_reading import Stretches
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.topics import AUDIT_INTAKE
+from ringfence.model.merkle import Hash
 
 _AT_FIRST, _MOST = 50, 3200
 """Messages, read at a time."""
@@ -44,29 +46,46 @@ class HandedOver:
         self._taken = taken
         self._enough = enough
 
-    async def among(self, partition: int, marks: frozenset[Mark]) -> frozenset[Mark]:
-        """Those of these that an audit service handed over, as far as its messages are still kept."""
+    async def among(self, partition: int, events: Mapping[Hash, Mark]) -> frozenset[Hash]:
+        """Those of these, by their hashes in the tree, that an audit service handed over or chained by itself, as far
+        as its messages are still kept.
+        """
         start, end = await self._kafka.bounds(AUDIT_INTAKE, partition)
         taken = min(max(self._taken.get(partition, start), start), end)
-        missing = set(marks)
+        missing = _Missing(events)
+        if missing:
+            await self._look(partition, taken, end, missing)
         others = 0
         for begin, until in _backwards(start, taken):
             if not missing or others >= self._enough:
                 break
             found, read = await self._look(partition, begin, until, missing)
             others += read - found
-        if missing:  # where somebody set back how far was read
-            await self._look(partition, taken, end, missing)
-        return marks - missing
+        return frozenset(events) - missing.left
 
-    async def _look(self, partition: int, begin: int, until: int, missing: set[Mark]) -> tuple[int, int]:
-        """Take out of `missing` what was handed over in these messages: how many that are, and of how many in all."""
-        before, read = len(missing), 0
+    async def _look(self, partition: int, begin: int, until: int, missing: _Missing) -> tuple[int, int]:
+        """Take out of `missing` what these messages tell of: how many that are, and of how many in all."""
+        before, read = len(missing.left), 0
         async for record in self._kafka.records(AUDIT_INTAKE, partition, begin, until):
-            marks = [mark_of(orjson.loads(one.body)) for one in entries_of(record, self._trust)]
-            missing.difference_update(marks)
-            read += len(marks)
-        return before - len(missing), read
+            opened = _opened(record, self._trust)
+            missing.left.difference_update(opened.chained)
+            for one in opened.events:
+                missing.left.difference_update(missing.by_mark.get(mark_of(orjson.loads(one.body)), ()))
+            read += len(opened.events) + len(opened.chained)
+        return before - len(missing.left), read
+
+
+class _Missing:
+    """Events that were not found yet."""
+
+    def __init__(self, events: Mapping[Hash, Mark]) -> None:
+        self.left = set(events)
+        self.by_mark: dict[Mark, list[Hash]] = {}
+        for hashed, mark in events.items():
+            self.by_mark.setdefault(mark, []).append(hashed)
+
+    def __bool__(self) -> bool:
+        return bool(self.left)
 
 
 def _backwards(start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -78,12 +97,12 @@ def _backwards(start: int, end: int) -> Iterator[tuple[int, int]]:
         at, count = begin, min(count * 4, _MOST)
 
 
-def entries_of(record: Received, trust: TrustStore) -> Sequence[Told]:
-    """What a message holds that an audit service signed; nothing where none did."""
+def _opened(record: Received, trust: TrustStore) -> Opened:
+    """What a message says that an audit service signed; nothing where none did."""
     try:
         return opened_intake(record, trust)
     except InvalidMessageError:
-        return ()
+        return Opened()
 
 
 def is_kept_for(record: Received, now_ms: int) -> bool:

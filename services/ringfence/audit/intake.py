@@ -1,10 +1,13 @@
-"""How events get from whoever made them to whoever chains them: signed, many at a time, on `audit.intake`."""
+"""How events get from whoever made them to whoever chains them: signed, many at a time, on `audit.intake`.
+
+Where the same process chains they need not go that way: what stands on `audit.intake` then is that it vouches for them.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
@@ -12,16 +15,20 @@ from ringfence.kernel.bus import gather_all
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import open_payload, parse, sign_payload
+from ringfence.kernel.jws import open_payload, open_signed, parse, sign, sign_payload
 from ringfence.kernel.kafka import Outbound, Publisher, Received, partition_of
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.trust import TrustStore
-from ringfence.messages.audit import AuditIntake
+from ringfence.messages.audit import AuditChained, AuditIntake
+from ringfence.messages.base import typ_header
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
 from ringfence.model.audit_chain import linkable
+from ringfence.model.merkle import Hash
 
 MOST_BYTES = 320 * 1024
 """Of events in one message: as a JWS it is a third longer, and no message may be over 512 KiB."""
+MOST_HASHES = 3000
+"""Of events in one message: 90 bytes each."""
 
 
 class Told(NamedTuple):
@@ -34,6 +41,30 @@ class Told(NamedTuple):
     body: bytes
     traceparent: str | None
     event: Mapping[str, Any] | None = None
+
+
+class Opened(NamedTuple):
+    """What an audit service says by a message of `audit.intake`."""
+
+    events: Sequence[Told] = ()
+    """That are to be chained."""
+    chained: Sequence[Hash] = ()
+    """The hashes of events that it chained by itself."""
+
+
+class Writer(Protocol):
+    """Who chains, where that may be this process."""
+
+    async def chained(self, events: Mapping[int, Sequence[Told]]) -> bool:
+        """Chain events at once, by partition of `audit`; False where they are to be handed over.
+
+        Raises UnavailableError where that failed: they are to be handed over again.
+        """
+        ...
+
+    def handed_over(self, partition: int, until: int) -> None:
+        """Told that this process handed over events of a partition, up to that offset of `audit.intake`."""
+        ...
 
 
 class Lately:
@@ -82,20 +113,25 @@ class Intake:
         trust_domain: str,
         clock: Clock,
         lately: Lately | None = None,
+        writer: Writer | None = None,
     ) -> None:
         """Args:
             key: what to sign by, asked each time. It raises UnavailableError where nobody would believe it: handed over
                 all the same, an event would be lost, and its dead letter be the next one.
             lately: keeps what is handed over, where this process may be the one that chains it.
+            writer: the one that chains, while this process does.
         """  # fmt: skip
         self._lately = lately
+        self._writer = writer
         self._publisher = publisher
         self._key = key
         self._trust_domain = trust_domain
         self._clock = clock
 
     async def hand_over(self, events: Iterable[Told]) -> None:
-        """Acknowledged by Kafka when this returns. Raises UnavailableError where it is to be handed over again."""
+        """Chained, or acknowledged by Kafka, when this returns. Raises UnavailableError where it is to be handed over
+        again.
+        """
         every = await self._publisher.partitions(AUDIT)
         by_partition: dict[int, list[Told]] = {}
         for told in events:
@@ -103,13 +139,16 @@ class Intake:
         if not by_partition:
             return
         key = self._key()
-        await gather_all(
-            self._publisher.send_to(
-                partition, AUDIT_INTAKE, AuditIntake.typ, (self._signed(one, key) for one in _portions(some))
-            )
-            for partition, some in by_partition.items()
-        )
+        if self._writer is not None and await self._writer.chained(by_partition):
+            return
+        await gather_all(self._send(partition, some, key) for partition, some in by_partition.items())
         self._key()  # one that ended meanwhile was appended too late, perhaps: what comes twice is chained once
+
+    async def _send(self, partition: int, some: Sequence[Told], key: SigningKey) -> None:
+        messages = (self._signed(one, key) for one in _portions(some))
+        places = await self._publisher.send_to(partition, AUDIT_INTAKE, AuditIntake.typ, messages)
+        if self._writer is not None:
+            self._writer.handed_over(partition, places[-1].stop)
 
     def _signed(self, some: Sequence[Told], key: SigningKey) -> Outbound:
         jti = derived_id(AuditIntake.typ, *(told.uid for told in some))
@@ -127,14 +166,36 @@ class Intake:
         return message
 
 
-def opened_intake(record: Received, trust: TrustStore) -> list[Told]:
-    """The events in a message of `audit.intake`. Raises InvalidMessageError where no audit service signed it, or it has
+def vouched(
+    partition: int, hashes: Sequence[Hash], key: SigningKey, trust_domain: str, at_ms: int
+) -> list[Outbound]:
+    """The messages by which the writer vouches for events that it chains by itself, in one partition of `audit`."""
+    found = []
+    for start in range(0, len(hashes), MOST_HASHES):
+        some = tuple(one.hex() for one in hashes[start : start + MOST_HASHES])
+        claims = AuditChained(
+            iss=key.id,
+            aud=trust_domain,
+            iat=at_ms // 1000,
+            jti=derived_id(AuditChained.typ, partition, *some),
+            tree=str(partition),
+            hashes=some,
+        )
+        found.append(Outbound(claims.tree, sign(claims, key).encode(), claims.jti))
+    return found
+
+
+def opened_intake(record: Received, trust: TrustStore) -> Opened:
+    """What a message of `audit.intake` says. Raises InvalidMessageError where no audit service signed it, or it has
     not that shape: looked at no further than the chain needs, as each event has its shape by what made it.
     """
-    finder = trust.finder("audit", at_s=record.appended_at_ms / 1000)
-    claims = open_payload(parse(record.value), AuditIntake, finder, audience=trust.trust_domain)
+    finder, jws = trust.finder("audit", at_s=record.appended_at_ms / 1000), parse(record.value)
+    if jws.header.typ == typ_header(AuditChained):
+        chained = open_signed(jws, AuditChained, finder, audience=trust.trust_domain).claims
+        return Opened(chained=[bytes.fromhex(one) for one in chained.hashes])
+    claims = open_payload(jws, AuditIntake, finder, audience=trust.trust_domain)
     try:
-        return [_told(entry) for entry in claims["entries"]]
+        return Opened([_told(entry) for entry in claims["entries"]])
     except (KeyError, TypeError, ValueError):
         raise InvalidMessageError("not an audit.intake: entries", code="claims_invalid") from None
 

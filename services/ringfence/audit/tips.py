@@ -111,7 +111,7 @@ async def read_tips(
                 )
             tip, mark = signed.get(str(partition), Tip()), marks.get(partition)
             stretch = await _read(kafka, partition, tip, remember, mark, now_ms)
-            judged = frozenset(one.mark for one in stretch.unsigned if one.judged)
+            judged = {one.hashed: one.mark for one in stretch.unsigned if one.judged}
             one = _followed(stretch, str(partition), await handed_over.among(partition, judged))
             one.recent = _recent(stretch, one.tip.last, remember)
             one.end, one.strays = stretch.end, _strays(stretch, str(partition), one.tip, mark)
@@ -168,12 +168,12 @@ async def _read(
         look_back *= 8
 
 
-def _followed(stretch: _Stretch, tree: str, handed_over: frozenset[Mark]) -> TipsRead:
+def _followed(stretch: _Stretch, tree: str, handed_over: frozenset[Hash]) -> TipsRead:
     """How far it goes on from what is signed."""
     found = TipsRead(stretch.signed, stretch.signed.head.size)
     for one in stretch.unsigned:
         where = f"event {one.link.seq} at offset {one.offset}"
-        if one.judged and one.mark not in handed_over:
+        if one.judged and one.hashed not in handed_over:
             found.faults.append(f"no audit service handed over {where}")
         elif not found.tip.fits(one.link, tree):
             found.faults.append(f"{where} does not follow event {found.tip.head.size}")

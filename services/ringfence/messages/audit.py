@@ -62,6 +62,16 @@ class AuditIntake(Claims):
     entries: Annotated[tuple[IntakeEntry, ...], Field(min_length=1)]
 
 
+class AuditChained(Claims):
+    """Events that the writer of `audit` made and chained by itself: what it vouches for until a checkpoint does."""
+
+    typ: ClassVar[str] = "audit.chained"
+
+    tree: NonEmpty
+    hashes: Annotated[tuple[Digest, ...], Field(min_length=1)]
+    """Of each event, its link included, in their order."""
+
+
 class AuditCheckpoint(Claims):
     """The signed head of the tree over the audit events of one partition."""
 

@@ -13,7 +13,13 @@ from ringfence.messages.approval import (
     Grant,
     GrantWithdraw,
 )
-from ringfence.messages.audit import AuditCheckpoint, AuditEvent, AuditIntake, AuditWitness
+from ringfence.messages.audit import (
+    AuditChained,
+    AuditCheckpoint,
+    AuditEvent,
+    AuditIntake,
+    AuditWitness,
+)
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import (
     CredentialDecision,
@@ -161,7 +167,14 @@ SERVICE_EVENT = Topic(
     30 * _DAY,
 )
 AUDIT_INTAKE = Topic(
-    "audit.intake", (AuditIntake,), "agent id", "jws", ("audit",), ("audit",), 7 * _DAY, True
+    "audit.intake",
+    (AuditIntake, AuditChained),
+    "agent id",
+    "jws",
+    ("audit",),
+    ("audit",),
+    7 * _DAY,
+    True,
 )
 AUDIT_CHECKPOINT = Topic(
     "audit.checkpoint",

@@ -1,0 +1,223 @@
+"""Events that the writer of the trail chains by itself, on a broker: what it vouches for, and who goes on there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ringfence.audit.chaining import ChainWriter
+from ringfence.audit.intake import Told
+from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.jws import parse, sign
+from ringfence.kernel.kafka import Received, partition_of
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.transactions import FencedError
+from ringfence.messages.audit import AuditChained, AuditIntake
+from ringfence.messages.base import typ_header
+from ringfence.messages.registry import AgentSuspend
+from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, DEAD_LETTER, SERVICE_EVENT
+from ringfence.model.audit_chain import Source
+from ringfence.model.merkle import leaf_hash
+from tests.flows.test_audit_attacks import made_up, put_next
+from tests.flows.test_audit_chain import (
+    DEPLOY,
+    QUICK,
+    chained,
+    hand_over,
+    load_trust,
+    runtime_of,
+    seq_of,
+    told_of,
+    verified,
+)
+from tests.world import World
+
+BOT = "deploy-bot"
+AT = partition_of(BOT, [0, 1])
+"""The partition that its events stand in."""
+
+
+async def writing(world: World, *sources: Source) -> ChainWriter:
+    """A writer that has taken over, which it does for what somebody handed over."""
+    runtime = runtime_of(world)
+    load_trust(runtime, world)
+    await runtime.publisher.start()
+    writer = ChainWriter(runtime, 60)
+    await hand_over(world, *sources)
+    await writer.on_batch(list(await world.records(AUDIT_INTAKE)))
+    return writer
+
+
+async def killed(writer: ChainWriter) -> None:
+    """It signs nothing more."""
+    await writer._let_go()
+    await writer._runtime.publisher.stop()
+
+
+def events(*sources: Source, at: int = AT) -> dict[int, list[Told]]:
+    return {at: [Told(BOT, one.uid, told_of(one), None) for one in sources]}
+
+
+def some(first: int, count: int) -> list[Source]:
+    return [Source("x", 0, offset) for offset in range(first, first + count)]
+
+
+async def uids(world: World) -> list[str]:
+    return [record.headers["ce_id"] for record in await world.records(AUDIT)]
+
+
+async def faults_of_the_chain(world: World) -> list[str]:
+    return [
+        fault.kind for fault in (await verified(world)).faults if fault.kind not in ("invented", "missing")
+    ]
+
+
+async def vouched_for(world: World) -> list[str]:
+    """The hashes that an audit service vouched for, and nothing else, on `audit.intake`."""
+    records = [record for record in await world.records(AUDIT_INTAKE) if record.value.count(b".") == 2]
+    opened = [parse(record.value) for record in records]
+    return [
+        hashed
+        for jws in opened
+        if jws.header.typ == typ_header(AuditChained)
+        for hashed in jws.unverified_claims(AuditChained).hashes
+    ]
+
+
+async def test_who_takes_over_goes_on_from_what_was_vouched_for(world: World) -> None:
+    first = await writing(world, *some(0, 2))
+    assert await first.chained(events(*some(2, 3)))
+    await killed(first)
+    assert not await world.records(AUDIT_CHECKPOINT)
+    second = await writing(world, *some(5, 2))
+    assert await uids(world) == [one.uid for one in some(0, 7)]
+    await second.close()
+    await second._runtime.publisher.stop()
+    assert await faults_of_the_chain(world) == []
+
+
+async def test_what_nobody_vouched_for_is_passed_over(world: World) -> None:
+    """The same story where somebody else put those events there, linked as the writer would."""
+    await killed(await writing(world, *some(0, 2)))
+    await put_next(world, made_up(Source("x", 0, 2), "made up"))
+    second = await writing(world, *some(5, 2))
+    await second.close()
+    await second._runtime.publisher.stop()
+    assert set(await faults_of_the_chain(world)) == {"duplicated", "changed"}
+
+
+@pytest.mark.parametrize("by", ["policy", "eve"])
+async def test_what_strangers_vouch_for_is_passed_over_and_buried(world: World, by: str) -> None:
+    await killed(await writing(world, *some(0, 2)))
+    last = await put_next(world, made_up(Source("x", 0, 2), "made up"))
+    forged = list(await world.records(AUDIT))[-1]
+    key = world.key("policy") if by == "policy" else world.party("user", "eve").key
+    await vouch(world, key, last.partition, forged)
+    second = await writing(world, *some(5, 2))
+    await second.close()
+    await second._runtime.publisher.stop()
+    assert set(await faults_of_the_chain(world)) == {"duplicated", "changed"}
+
+
+async def vouch(world: World, key: SigningKey, partition: int, *records: Received) -> None:
+    hashes = tuple(leaf_hash(record.value).hex() for record in records)
+    claims = AuditChained(iss=key.id, aud=world.td, iat=1, jti="1", tree=str(partition), hashes=hashes)
+    await world.send(AUDIT_INTAKE, "x", sign(claims, key), partition=partition)
+
+
+async def test_what_a_writer_vouched_for_and_did_not_commit_takes_nobodys_place(world: World) -> None:
+    first = await writing(world, *some(0, 2))
+    publisher: Any = first._publisher
+
+    async def not_now(*_: object) -> None:
+        raise UnavailableError("the machine is gone")
+
+    publisher._producer.commit_transaction = not_now
+    with pytest.raises(UnavailableError, match="the machine is gone"):
+        await first.chained(events(*some(2, 1)))
+    assert len(await vouched_for(world)) == 1
+    await first._runtime.publisher.stop()
+    second = await writing(world, *some(3, 1))
+    assert await second.chained(events(*some(2, 1)))
+    assert await uids(world) == [one.uid for one in (*some(0, 2), *some(3, 1), *some(2, 1))]
+    await second.close()
+    await second._runtime.publisher.stop()
+    assert await faults_of_the_chain(world) == []
+
+
+async def test_who_was_replaced_chains_nothing_more_and_says_so(world: World) -> None:
+    first = await writing(world, *some(0, 1))
+    second = await writing(world, *some(1, 1))
+    with pytest.raises(FencedError):
+        await first.chained(events(*some(2, 1)))
+    assert not await first.chained(events(*some(2, 1))), "it is to be handed over"
+    assert await second.chained(events(*some(2, 2)))
+    assert await uids(world) == [one.uid for one in some(0, 4)]
+    for writer in (first, second):
+        await killed(writer)
+
+
+async def test_nothing_is_chained_before_what_was_handed_over_before(world: World) -> None:
+    writer = await writing(world, *some(0, 1))
+    await hand_over(world, *some(1, 1))
+    records = list(await world.records(AUDIT_INTAKE))
+    writer.handed_over(AT, records[-1].offset + 1)
+    assert not await writer.chained(events(*some(2, 1)))
+    assert await writer.chained(events(*some(9, 1), at=1 - AT)), "of the other chain nothing waits"
+    await writer.on_batch(records)
+    assert await writer.chained(events(*some(2, 1)))
+    await killed(writer)
+    of_it = [record.headers["ce_id"] for record in await world.records(AUDIT) if record.partition == AT]
+    assert of_it == [one.uid for one in some(0, 3)]
+
+
+async def test_nothing_is_vouched_for_by_a_key_that_ends_meanwhile(world: World) -> None:
+    writer = await writing(world, *some(0, 1))
+    runtime: Any = writer._runtime
+    keys = iter([runtime.believed_key(), None])
+
+    def believed_key() -> SigningKey:
+        if (key := next(keys)) is None:
+            raise UnavailableError("it ended")
+        return key
+
+    runtime.believed_key = believed_key
+    with pytest.raises(UnavailableError, match="it ended"):
+        await writer.chained(events(*some(1, 1)))
+    await killed(writer)
+    second = await writing(world, *some(2, 1))
+    assert await uids(world) == [one.uid for one in (*some(0, 1), *some(2, 1))]
+    await killed(second)
+
+
+async def test_a_lone_audit_service_hands_over_next_to_nothing(world: World) -> None:
+    async with world.running("registry", "audit", own={"audit": QUICK}):
+        sam = await world.user("sam", ("sponsor",), DEPLOY)
+        await world.target("staging")
+        await told_once_more(world, sam, "one-bot")
+        before = await handed_over_in_full(world)
+        await told_once_more(world, sam, "other-bot")
+        vouched = await vouched_for(world)
+        assert await handed_over_in_full(world) == before
+        new = [record for record in await world.records(AUDIT) if b"other-bot" in record.value]
+        assert new
+        assert {leaf_hash(record.value).hex() for record in new} <= set(vouched)
+        assert [seq_of(record) for record in new] == sorted(seq_of(record) for record in new)
+        assert not list(await world.records(DEAD_LETTER))
+    assert await faults_of_the_chain(world) == []
+
+
+async def told_once_more(world: World, sam: Any, name: str) -> None:
+    await world.agent(name, sam, DEPLOY)
+    suspend = world.claims(AgentSuspend, sam, agent_id=name, reason="odd")
+    await world.accepted(suspend, sam)
+    for record in await world.records(SERVICE_EVENT):
+        await chained(world, Source(record.topic_name, record.partition, record.offset).uid)
+
+
+async def handed_over_in_full(world: World) -> int:
+    return sum(
+        parse(record.value).header.typ == typ_header(AuditIntake)
+        for record in await world.records(AUDIT_INTAKE)
+    )
