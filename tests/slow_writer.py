@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ringfence.audit.app import build
 from ringfence.audit.chaining import ChainWriter
-from ringfence.kernel.kafka import Received
 from ringfence.kernel.process import run
 from ringfence.kernel.settings import ServiceSettings, load
 from ringfence.kernel.transactions import TransactionalPublisher
@@ -22,10 +21,8 @@ def main(sent: Path, go: Path) -> int:
     settings = load(ServiceSettings)
     chain = ChainWriter._chain
 
-    async def slow(
-        self: ChainWriter, publisher: TransactionalPublisher, partition: int, records: Iterable[Received]
-    ) -> None:
-        await chain(self, publisher, partition, records)
+    async def slow(self: ChainWriter, publisher: TransactionalPublisher, linked: Any) -> None:
+        await chain(self, publisher, linked)
         sent.touch()
         while not go.exists():
             await asyncio.sleep(0.02)
