@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ringfence.kernel.kafka import Outbound
 from ringfence.model.lease_store import told_of
@@ -12,9 +13,9 @@ from tests.leases import lease, step
 
 
 def foreseen(
-    record: bytes = b"one", deadline: int = 2_000_000_000, agent_id: str = "deploy-bot"
+    record: bytes = b"one", deadline: int = 2_000_000_000, agent_id: str = "deploy-bot", **more: Any
 ) -> ForeseenEnd:
-    end = step(lease(deadline=deadline, agent_id=agent_id), "expired")
+    end = step(lease(deadline=deadline, agent_id=agent_id, **more), "expired")
     claims = end.lease.claims
     sent = Outbound(claims.lease_id, end.lease.jws.encode(), claims.jti)
     return ForeseenEnd(digest_of(record), glance_of(claims), agent_id, told_of(end), sent)
@@ -93,10 +94,25 @@ def test_what_is_due_in_a_shard_is_taken_once_and_nothing_before_its_time() -> N
 
 def test_what_is_due_together_comes_by_agents_and_what_is_due_sooner_before_it() -> None:
     foresight = made()
-    due = [(1001, "a"), (1000, "b"), (1000, "a"), (1000, "b"), (1000, "a"), (999, "c")]
+    due = [(999, "c"), (1000, "b"), (1000, "a"), (1000, "b"), (1000, "a"), (1001, "a")]
     ends = [foreseen(deadline=deadline, agent_id=agent) for deadline, agent in due]
     for end in ends:
         foresight.remember(end)
-    assert foresight.take_due(0, 1_000_000, 3) == [ends[n] for n in (5, 2, 4)]
+    assert foresight.take_due(0, 1_000_000, 3) == [ends[n] for n in (0, 2, 4)]
     foresight.remember(late := foreseen(deadline=1000, agent_id="a"))
-    assert foresight.take_due(0, 1_001_000, 9) == [late, *(ends[n] for n in (1, 3, 0))]
+    assert foresight.take_due(0, 1_001_000, 9) == [ends[n] for n in (1, 3)], (
+        "what was found to be due goes first"
+    )
+    assert foresight.take_due(0, 1_001_000, 9) == [late, ends[5]]
+
+
+def test_what_was_found_to_be_due_and_is_due_later_now_waits() -> None:
+    foresight = made()
+    ends = [foreseen(deadline=1000) for _ in range(3)]
+    for end in ends:
+        foresight.remember(end)
+    assert foresight.take_due(0, 1_000_000, 1) == ends[:1]
+    longer = foreseen(deadline=1005, lease_id=ends[1].step.lease_id)
+    foresight.remember(longer)
+    assert foresight.take_due(0, 1_000_000, 9) == ends[2:]
+    assert foresight.take_due(0, 1_005_000, 9) == [longer]

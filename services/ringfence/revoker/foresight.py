@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -63,16 +64,14 @@ class Foresight:
         self._most = most
         self._ends: dict[int, OrderedDict[str, ForeseenEnd]] = {}
         """By shard and lease, about in the order in which they are due."""
-        self._in_order: set[int] = set()
-        """Shards of which what is remembered stands in just that order, what is due together by agents."""
+        self._due: dict[int, deque[str]] = {}
+        """By shard, leases of these that were found to be due, by agents."""
 
     def remember(self, end: ForeseenEnd) -> None:
         """Remember what the end of a lease will be, whose record was found to hold now."""
         self._forget_if_changed()
-        shard = self._shard_of(end.step.lease_id)
-        ends = self._ends.setdefault(shard, OrderedDict())
+        ends = self._ends.setdefault(self._shard_of(end.step.lease_id), OrderedDict())
         ends[end.step.lease_id] = end
-        self._in_order.discard(shard)
         while sum(map(len, self._ends.values())) > self._most:
             ends.popitem(last=False)
 
@@ -85,24 +84,24 @@ class Foresight:
         return end if end is not None and end.follows == digest_of(record) else None
 
     def take_due(self, shard: int, by_ms: int, most: int) -> list[ForeseenEnd]:
-        """What was remembered of leases of a shard that are due by then, once, and only so many.
+        """What was remembered of leases of a shard that are due by then, once, and only so many; not always of all.
 
         Those of an agent that are due together come together: Redis takes them from the indexes at once.
         """
         self._forget_if_changed()
-        self._order(shard)
         ends, found = self._ends.get(shard, OrderedDict()), list[ForeseenEnd]()
-        while ends and len(found) < most and next(iter(ends.values())).glance.deadline * 1000 <= by_ms:
-            found.append(ends.popitem(last=False)[1])
-        return found
-
-    def _order(self, shard: int) -> None:
-        if shard not in self._in_order and shard in self._ends:
-            ends = self._ends[shard].items()
-            self._ends[shard] = OrderedDict(
-                sorted(ends, key=lambda one: (one[1].glance.deadline, one[1].agent_id))
+        due = self._due.setdefault(shard, deque())
+        if not due:
+            some = itertools.takewhile(lambda end: end.glance.deadline * 1000 <= by_ms, ends.values())
+            due.extend(
+                end.step.lease_id for end in sorted(some, key=lambda end: (end.glance.deadline, end.agent_id))
             )
-            self._in_order.add(shard)
+        while due and len(found) < most:
+            end = ends.get(due.popleft())
+            if end is not None and end.glance.deadline * 1000 <= by_ms:
+                del ends[end.step.lease_id]
+                found.append(end)
+        return found
 
     def forget(self, due_before_s: float) -> None:
         """Forget the ends of leases that were due before then. Some may stay for a while that were foreseen later."""
@@ -115,6 +114,7 @@ class Foresight:
         if now != self._rests_on:
             self._rests_on = now
             self._ends.clear()
+            self._due.clear()
 
 
 def digest_of(record: bytes) -> bytes:
