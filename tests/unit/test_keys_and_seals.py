@@ -358,7 +358,7 @@ def test_a_gateway_is_added_by_the_root_that_is_there_alone(tmp_path: Path) -> N
     ("operator", "gateways", "says"),
     [("Olga Ops", [], "'Olga Ops': it: must be a name"), ("olga", ["../gw"], "must be a name"),
      ("olga", ["registry"], "is the name of a service"), ("olga", ["issuer-token"], "is the name of a service"),
-     ("olga", ["gw", "gw-seal"], "ends in -seal")],
+    ("olga", ["gw", "gw-seal"], "ends in -seal"), ("olga", ["gw-seal-before-x"], "has -seal-before-")],
 )  # fmt: skip
 def test_a_ceremony_with_a_wrong_name_leaves_nothing(
     tmp_path: Path, operator: str, gateways: list[str], says: str

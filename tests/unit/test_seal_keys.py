@@ -13,7 +13,7 @@ from ringfence.kernel.envelope import EncryptionKey, enclose, recipients_of
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.keys import KeyFileError
 from ringfence.kernel.seal_keys import SealKeys
-from ringfence.kernel.service_keys import next_file
+from ringfence.kernel.service_keys import files_before, next_file
 from ringfence.kernel.trust import TrustStore
 from tests.ledger import TD, FixedClock
 
@@ -92,6 +92,31 @@ def test_they_follow_again_and_again(place: Place) -> None:
         assert place.keys.open(place.sealed()) == b"secret"
         place.clock.ms += OVERLAP_S * 1000
     assert len(set(used)) == 4
+
+
+@pytest.mark.parametrize("compromised", [False, True])
+def test_what_was_sealed_to_any_key_of_the_last_day_is_opened(place: Place, compromised: bool) -> None:
+    envelopes = [place.sealed()]
+    for _ in range(3):
+        rotate_services(place.folder, ["gateway"], compromised=compromised)
+        place.clock.ms += 1000
+        place.hear()
+        place.keys.reload()
+        envelopes.append(place.sealed())
+    assert [SealKeys(place.folder.encryption_key("gateway")).open(one) for one in envelopes] == [
+        b"secret"
+    ] * 4
+
+
+def test_a_key_that_no_lease_can_need_is_kept_no_longer(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, began_s = place.folder.encryption_key("gateway"), time.time()
+    for days, kept in ((0, 0), (0.5, 1), (0.7, 2), (2.9, 3), (3.1, 3), (10, 0)):
+        monkeypatch.setattr("time.time", lambda days=days: began_s + days * 86_400)
+        rotate_services(place.folder, ["gateway"])
+        assert len(files_before(file)) == kept, days
+        assert len(SealKeys(file).kids) == kept + 2
 
 
 def test_an_issuer_keeps_what_it_sealed_for_all_its_replicas(place: Place) -> None:

@@ -26,7 +26,7 @@ from ringfence.client.errors import InvalidCallError
 from ringfence.client.rotation import OVERLAP_S, rotate_services
 from ringfence.client.rotation import renew as renewed
 from ringfence.client.rotation import rotate_root as root_rotated
-from ringfence.kernel.service_keys import next_file
+from ringfence.kernel.service_keys import files_before, next_file
 from ringfence.kernel.settings import BusSettings, load
 
 _OPERATOR = "operator"
@@ -278,6 +278,8 @@ def _rotate_services(
         for file in (trust.service_key(name), trust.encryption_key(name)):
             if next_file(file).exists():
                 told.line(f"Its keys, until now and from now on:  {file}, {next_file(file)}")
+        for file in files_before(trust.encryption_key(name)):
+            told.line(f"Its key that leases of before may need:  {file}")
     ends = "end at once" if compromised else f"count for {overlap_s // 3600} h more"
     told.line(f"Trust bundle {version} has new keys of {', '.join(names)}; the old ones {ends}.")
     told.line(

@@ -20,7 +20,7 @@ from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.jws import open_signed, parse, sign
 from ringfence.kernel.kafka import Publisher
 from ringfence.kernel.keys import KeyFileError, SigningKey, public_key
-from ringfence.kernel.service_keys import NEXT
+from ringfence.kernel.service_keys import BEFORE, NEXT
 from ringfence.kernel.settings import BusSettings
 from ringfence.messages.base import Name
 from ringfence.messages.oidc import OidcIssuer
@@ -231,9 +231,10 @@ def _check_names(*names: str, gateways: Sequence[str]) -> None:
             _A_NAME.validate_python(name)
     if taken := sorted({*_KEYS_BY_ROLE, *ON_DEMAND, TOKEN_KEY} & set(gateways)):
         raise CeremonyError(f"{taken[0]} is the name of a service; give the gateway another")
-    if ending := [name for name in gateways if name.endswith((SEAL, NEXT))]:
+    if like := [name for name in gateways if name.endswith((SEAL, NEXT)) or SEAL + BEFORE in name]:
         raise CeremonyError(
-            f"{ending[0]} ends in {SEAL} or {NEXT}, as the files of other keys do; give the gateway another"
+            f"{like[0]} ends in {SEAL} or {NEXT}, or has {SEAL}{BEFORE} in it, as the files of other keys do; "
+            "give the gateway another"
         )
 
 

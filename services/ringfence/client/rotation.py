@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from ringfence.client.ceremony import YEAR_S, CeremonyError, TrustFolder, sign_f
 from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.jws import sign
 from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.service_keys import next_file
+from ringfence.kernel.service_keys import file_before, files_before, next_file
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.trust import RootHandover, ServiceIdentity, TrustBundle
 
 OVERLAP_S = 48 * 3600
 """Twice the longest life of a lease: what the old key signed is over before the key ends."""
+_LONGEST_LEASE_S = OVERLAP_S // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ def rotate_services(
     """Make each of these services (or gateways) a new key, and sign the next version, in which old and new overlap.
 
     The new key lies beside the old one (`<name>-next.json`); what lay there from the rotation before takes the old
-    one's place. So does the one that credentials are sealed to, where it has one. `compromised`: the old keys end now.
+    one's place. So does the one that credentials are sealed to, where it has one; an old one of these that leases may
+    still need is kept (`<name>-seal-before-<kid>.json`). `compromised`: the old keys end now.
 
     Returns the bundle. Needs the root's key. Raises CeremonyError where a name is not in the bundle, or there is no
     trust root.
@@ -132,12 +134,23 @@ def _followed(
     keys = (*_ending(service.keys, old_ends_s), key.record(end_s, now_s - 60))
     if not service.encryption_keys:
         return service.model_copy(update={"keys": keys})
+    # One that has ended is sealed to by nobody, but what was sealed to it is opened for as long as a lease lives.
+    ending = _ending(service.encryption_keys, old_ends_s)
+    before = tuple(one for one in ending if one.not_after + _LONGEST_LEASE_S > now_s)
+    _keep_aside(folder.encryption_key(name), {one.kid for one in before})
     seal = EncryptionKey.generate(service.id)
     seal.save(_made_way(folder.encryption_key(name)))
-    # One that has ended is sealed to by nobody, and what was sealed to it says so itself.
-    before = (one for one in _ending(service.encryption_keys, old_ends_s) if one.not_after > now_s)
     sealed_to = (*before, seal.record(end_s, now_s - 60))
     return service.model_copy(update={"keys": keys, "encryption_keys": sealed_to})
+
+
+def _keep_aside(file: Path, needed: Collection[str]) -> None:
+    """Save the key in `file` from what takes its place next, if it is needed; drop those aside that no more are."""
+    for aside in files_before(file):
+        if EncryptionKey.load(aside).kid not in needed:
+            aside.unlink()
+    if next_file(file).exists() and file.exists() and (kid := EncryptionKey.load(file).kid) in needed:
+        file.replace(file_before(file, kid))
 
 
 def _made_way(file: Path) -> Path:

@@ -1,4 +1,5 @@
-"""The private keys of a service that credentials are sealed to: the one in its file, and the one that follows it.
+"""The private keys of a service that credentials are sealed to: the one in its file, the one that follows it, and those
+before that are still needed.
 
 While two of them count, whoever seals seals to both, so nobody has to wait for anybody: a process opens by either.
 """
@@ -11,7 +12,7 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.envelope import EncryptionKey, recipients_of
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.keys import KeyFileError
-from ringfence.kernel.service_keys import next_file
+from ringfence.kernel.service_keys import files_before, next_file
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.trust import ServiceRole
@@ -28,13 +29,13 @@ class SealKeys:
 
     def reload(self) -> None:
         """Read the files again: a key that follows may have come. Raises KeyFileError, and keeps those it had."""
-        held = [EncryptionKey.load(self._file)]
-        following = next_file(self._file)
-        if following.exists():
-            held.append(EncryptionKey.load(following))
-        if len({key.id for key in held}) > 1:
-            raise KeyFileError(f"{following} holds the key of {held[-1].id}, not of {held[0].id}")
-        self._held = {key.kid: key for key in held}
+        own, following = EncryptionKey.load(self._file), next_file(self._file)
+        held = {}
+        for file in (*files_before(self._file), self._file, *([following] if following.exists() else ())):
+            key = held[file] = EncryptionKey.load(file)
+            if key.id != own.id:
+                raise KeyFileError(f"{file} holds the key of {key.id}, not of {own.id}")
+        self._held = {key.kid: key for key in held.values()}
 
     @property
     def kids(self) -> frozenset[str]:

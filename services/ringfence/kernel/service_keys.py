@@ -6,6 +6,7 @@ has read the bundle, and nobody meets a signature by a key that is not known yet
 
 from __future__ import annotations
 
+import glob
 import logging
 from pathlib import Path
 
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 NEXT = "-next"
 """How the name of the file of the key that follows ends: `issuer-next.json` beside `issuer.json`."""
+BEFORE = "-before-"
+"""In the name of the file of a key that others have followed, and that still opens what was sealed to it."""
 SETTLE_S = 10
 """For so long after a bundle a key that is new in it signs nothing: twice the grace after which a process that is
 behind denies by itself."""
@@ -29,6 +32,16 @@ _UNDER_WAY_S = 5
 def next_file(file: Path) -> Path:
     """Where the key lies that follows the one in `file`."""
     return file.with_name(f"{file.stem}{NEXT}{file.suffix}")
+
+
+def file_before(file: Path, kid: str) -> Path:
+    """Where the key `kid` lies that was in `file` and is still needed: `issuer-seal-before-1aB2cD3e.json`."""
+    return file.with_name(f"{file.stem}{BEFORE}{kid[:8]}{file.suffix}")
+
+
+def files_before(file: Path) -> list[Path]:
+    """The files of the keys that were in `file` and are still here."""
+    return sorted(file.parent.glob(f"{glob.escape(file.stem + BEFORE)}*{glob.escape(file.suffix)}"))
 
 
 class ServiceKeys:
