@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+
+import pytest
 
 from ringfence.kernel.log_floods import FIRST
 
@@ -52,6 +55,37 @@ raise SystemExit(status)
 """
 
 
+HELD = """
+import asyncio, os, signal, sys, threading
+from types import SimpleNamespace
+
+from ringfence.kernel.process import run
+
+
+class Service:
+    role = "policy"
+
+    async def run(self, stop):
+        asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
+        if sys.argv[1] == "fails":
+            raise RuntimeError("it broke")
+
+
+class Ended:
+    def __init__(self):
+        threading.Thread(target=self.tell, daemon=True).start()
+
+    def tell(self):
+        while signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            pass
+        print("ended", flush=True)
+
+
+Ended()
+raise SystemExit(run([Service()], SimpleNamespace(log_format="json", log_level="info")))
+"""
+
+
 FLOODED = """
 import logging
 from types import SimpleNamespace
@@ -84,6 +118,27 @@ def test_a_flood_of_one_kind_is_a_few_lines_of_its_log_and_what_is_left_out_is_t
 def test_who_is_told_to_stop_once_more_while_it_ends_has_ended_well() -> None:
     done = subprocess.run([sys.executable, "-c", ASKED_TWICE], check=False, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(("how", "status", "says"), [("well", 0, ""), ("fails", 1, "RuntimeError: it broke")])
+def test_a_thread_that_hangs_does_not_hold_what_has_ended(how: str, status: int, says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HELD, how], check=False, capture_output=True, timeout=60, text=True
+    )
+    assert done.returncode == status
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_who_is_told_to_stop_once_more_waits_for_no_thread(signum: signal.Signals) -> None:
+    script = HELD.replace(
+        "kernel.process import run", "kernel import process; process.HELD_S = 3600; run = process.run"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, "well"], stdout=subprocess.PIPE, text=True) as held:
+        assert held.stdout is not None
+        assert held.stdout.readline() == "ended\n"
+        held.send_signal(signum)
+        assert held.wait(60) == 0
 
 
 def test_a_crash_leaves_no_copy_of_the_key() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import resource
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
 
 import uvloop
@@ -18,11 +21,14 @@ from ringfence.kernel.log_floods import LogFloods
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings
 
+HELD_S = 5.0
+"""For so long a process waits for its threads once its services have stopped."""
+
 
 def run(runtimes: Sequence[Runtime], settings: ServiceSettings) -> int:
     """Run services in this process until SIGTERM or SIGINT, then drain; SIGHUP reads their key files again.
 
-    Returns the exit status.
+    Returns the exit status. The process is to end by that: where something holds it longer than `HELD_S`, it is ended.
     """
     trouble, floods = KafkaTrouble(settings), LogFloods()
     ringfence_logging.configure(
@@ -66,12 +72,31 @@ async def _until_signalled(runtimes: Sequence[Runtime], trouble: KafkaTrouble, f
     for one in watching:
         one.cancel()
     floods.tell(all=True)
+    error = next((result for result in results if isinstance(result, BaseException)), None)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.remove_signal_handler(signum)
-        signal.signal(signum, signal.SIG_IGN)  # who asks twice does not make a failure of a clean end
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    _end_within(HELD_S, error)
+    if error is not None:
+        raise error
+
+
+def _end_within(held_s: float, error: BaseException | None) -> None:
+    """All is done: threads that Python waits for (a name that is looked up, a disk) hold the process no longer than
+    that, and not at all once it is told to end again. Who asks twice does not make a failure of a clean end.
+    """
+
+    def end(*_: object) -> None:
+        if error is not None:
+            # Not by `sys.stderr`: a thread that hangs may have its lock.
+            os.write(2, "".join(traceback.format_exception(error)).encode(errors="replace"))
+        os._exit(0 if error is None else 1)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, end)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    timer = threading.Timer(held_s, end)
+    timer.daemon = True
+    timer.start()
 
 
 def _reload(runtimes: Sequence[Runtime]) -> None:
