@@ -46,7 +46,7 @@ class View:
         self._streams = Streams()
         self._check = StreamCheck(self._streams, runtime.trust, runtime.clock, grace_ms=grace_ms)
         self._cutter = Cutter(runtime, self.directory, self.table, gives_its_word=gives_its_word)
-        feed = LeaseFeed(runtime, self.table)
+        take_leases = runtime.and_by_the_next_bundle(LeaseFeed(runtime, self.table).on_records)
         self._looked_ms = suspend_aware_ms()
         now_ms = runtime.clock.now_ms()
 
@@ -56,7 +56,7 @@ class View:
         def on_leases(records: Sequence[Received]) -> None:
             self._fresh_at_ms = 0
             self._streams.on_records(records)
-            feed.on_records(records)
+            take_leases(records)
 
         def on_orders(records: Sequence[Received]) -> None:
             self._fresh_at_ms = 0

@@ -93,10 +93,13 @@ class DeadLetters:
         """Hand over the report on one invalid record. Await what it returns for the broker's acknowledgement.
 
         Raises HaltedError at the limit of invalid records from trusted signers, UnavailableError where its key may be
-        known by now: the same record is to be looked at again.
+        known by now, or counts once the bundle that has expired is followed by another: the same record is to be looked
+        at again.
         """
         if error.code == "key_unknown" and self._trust_moved is not None and await self._trust_moved():
             raise UnavailableError(f"a new trust bundle came meanwhile, so once more: {error}")
+        if error.code == "key_unknown" and self._trust is not None:
+            self._trust.require_judgeable(record.value, record.appended_at_ms / 1000)
         if error.trusted_signer or self._of_a_bad_deploy(record, error):
             self._count(record, error)
         log.warning(

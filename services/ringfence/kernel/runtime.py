@@ -20,6 +20,7 @@ from ringfence.kernel.ids import derived_id
 from ringfence.kernel.kafka import Follower, Publisher, Reader, Received
 from ringfence.kernel.keys import KeyFileError, SigningKey
 from ringfence.kernel.log_floods import of_a_kind
+from ringfence.kernel.postponed import Postponed
 from ringfence.kernel.service_keys import ServiceKeys
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.skew import SkewCheck
@@ -68,6 +69,7 @@ class Runtime:
         self.bundle_overwritten = False
         """Whether the last record under the key of the bundle in force is another: compaction would let it vanish."""
         self._followers: list[Follower] = []
+        self._postponed: list[Postponed] = []
         self._histories: dict[int, Follower] = {}
         """By how long they linger."""
         self._consumers: list[Consumer] = []
@@ -142,6 +144,14 @@ class Runtime:
         )
         self._followers.append(follower)
         return follower
+
+    def and_by_the_next_bundle(self, reader: Reader) -> Reader:
+        """A reader for `table` or `history` that gives `reader` what comes, and, once another trust bundle is in force,
+        what services signed after the end of the one before once more: it must not mind to see what it has seen.
+        """
+        postponed = Postponed(self.trust, reader)
+        self._postponed.append(postponed)
+        return postponed.on_records
 
     def consume(
         self,
@@ -421,6 +431,8 @@ class Runtime:
                 self._keys.on_bundle(record.appended_at_ms)
                 for reread in self._rereading:
                     self._reread(reread)
+                for postponed in self._postponed:
+                    postponed.again()
         except InvalidMessageError as error:
             log.error(
                 "ignored a trust bundle at %s@%d: %s",

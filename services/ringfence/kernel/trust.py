@@ -156,6 +156,31 @@ class TrustStore:
             key is not None and key.alg == jws.header.alg and key.verifies(jws.signature, jws.signing_input)
         )
 
+    def may_be_vouched_for(self, compact: str | bytes, at_s: float) -> bool:
+        """Whether a service signed this after the end of the bundle in force, by a key that counted up to that: nobody
+        is believed now, and the next bundle may say that this was one to believe. What a stranger writes never is.
+        """
+        if self._bundle is None or at_s < self._bundle.exp:
+            return False
+        try:
+            return self.signed_by_service(parse(compact), self.no_later_s(at_s))
+        except InvalidMessageError:
+            return False
+
+    def require_judgeable(self, compact: str | bytes, at_s: float) -> None:
+        """Raises UnavailableError where `may_be_vouched_for`."""
+        if self.may_be_vouched_for(compact, at_s):
+            raise UnavailableError(
+                f"a service signed this after the end of the bundle: {self.expired(at_s)}",
+                code="trust_expired",
+            )
+
+    def no_later_s(self, at_s: float) -> float:
+        """`at_s`, or the last moment of the bundle in force where that is over by then. By this only an end is judged,
+        and what waits for the next bundle: never what anybody is given.
+        """
+        return at_s if self._bundle is None else min(at_s, self._bundle.exp - 1)
+
     def encryption_keys(
         self, role: ServiceRole, at_s: float, *, of: str | None = None
     ) -> tuple[KeyRecord, ...]:

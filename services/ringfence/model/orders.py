@@ -138,7 +138,11 @@ def agent_of_task(task_id: str, directory: Directory) -> str | None:
 
 
 def open_order(record: Received, directory: Directory, trust: TrustStore) -> Order:
-    """A revocation with the signature of somebody who may have a say. Raises InvalidMessageError."""
+    """A revocation with the signature of somebody who may have a say. Raises InvalidMessageError.
+
+    After the end of the trust bundle a service still has its say: behind an order of one that waits for the next bundle
+    those of people would wait as well, and an end gives nobody anything.
+    """
     at_s, jws = record.appended_at_ms / 1000, parse(record.value)
     agents = keys_of_agents(directory, jws, RevocationRequest, at_s)
 
@@ -147,7 +151,7 @@ def open_order(record: Received, directory: Directory, trust: TrustStore) -> Ord
             return (
                 agents(iss, kid)
                 or directory.user_key(iss, kid, at_s)
-                or trust.service_key(iss, kid, ("revoker", "registry"), at_s)
+                or trust.service_key(iss, kid, ("revoker", "registry"), trust.no_later_s(at_s))
             )
         except ChainError:
             return None

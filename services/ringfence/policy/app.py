@@ -95,7 +95,9 @@ def build(
 
     def read_back(topic: Topic[Any], reader: Callable[[Sequence[Received]], None], for_ms: int) -> Follower:
         since_ms = max(runtime.clock.now_ms() - for_ms, 1)
-        return runtime.history([topic], reader, since_ms=since_ms, linger_ms=_READ_BACK_MS)
+        return runtime.history(
+            [topic], runtime.and_by_the_next_bundle(reader), since_ms=since_ms, linger_ms=_READ_BACK_MS
+        )
 
     read_back(LEASE, holdings.on_leases, LEASES_SINCE_MS)
     read_back(SERVICE_EVENT, holdings.on_events, REFUSALS_SINCE_MS)

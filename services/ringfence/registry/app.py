@@ -41,7 +41,8 @@ def build(
     warnings = KeyWarnings(runtime, directory)
     registry = Registry(runtime, directory, memory, on_alarm, warnings.remember)
     runtime.table(TABLES, directory.on_records)
-    registry.history = runtime.history((SERVICE_EVENT,), registry.on_events, since_ms=since_ms)
+    on_events = runtime.and_by_the_next_bundle(registry.on_events)
+    registry.history = runtime.history((SERVICE_EVENT,), on_events, since_ms=since_ms)
     commands = runtime.consume(
         "registry",
         {REGISTRY_COMMAND: one_by_one(registry.on_command, runtime.letters)},

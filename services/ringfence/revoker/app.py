@@ -86,7 +86,8 @@ def build(
 
     runtime.table(TABLES, directory.on_records)
     runtime.table([HEARTBEAT], on_heartbeats)
-    acks = runtime.history([REVOCATION_ACK], cuts.on_acks, since_ms=runtime.clock.now_ms() - _ACKS_BACK_MS)
+    on_acks = runtime.and_by_the_next_bundle(cuts.on_acks)
+    acks = runtime.history([REVOCATION_ACK], on_acks, since_ms=runtime.clock.now_ms() - _ACKS_BACK_MS)
     streams = Streams()
 
     def on_leases(records: Sequence[Received]) -> None:

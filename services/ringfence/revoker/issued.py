@@ -49,7 +49,9 @@ class IssuedHandler:
         self._patience_s = patience_s
 
     async def __call__(self, batch: Sequence[Received]) -> None:
-        """Order the end of those that no longer fit. Raises UnavailableError where that cannot be known yet."""
+        """Order the end of those that no longer fit. Raises UnavailableError where that cannot be known yet, or whose
+        word a lease is.
+        """
         active = list(filter(self._is_active, batch))
         if not active:
             return
@@ -88,7 +90,7 @@ class IssuedHandler:
                     if why := overtaken(lease, self._directory, max_age_s):
                         yield lease, why
             except InvalidMessageError:
-                continue
+                self._runtime.trust.require_judgeable(record.value, record.appended_at_ms / 1000)
             except ChainError as error:
                 log.error("lease %s is not held against a record: %s", record.key, error)
 
