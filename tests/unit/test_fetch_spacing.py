@@ -36,7 +36,8 @@ class Client:
 
 def of(client: Client) -> Any:
     """A consumer that has this client."""
-    return SimpleNamespace(_client=client, _fetcher=SimpleNamespace(_records={}))
+    subscription = SimpleNamespace(fetch_context=None)
+    return SimpleNamespace(_client=client, _fetcher=SimpleNamespace(_records={}), _subscription=subscription)
 
 
 def at(client: Client, node: int, api_key: int = _FETCH) -> list[float]:

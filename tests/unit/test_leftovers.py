@@ -22,7 +22,8 @@ class Kept:
 
 
 async def test_nothing_is_fetched_before_what_is_here_was_handled() -> None:
-    fetches = Fetches(SimpleNamespace(_client=SimpleNamespace(send=None)))
+    subscription = SimpleNamespace(fetch_context=None)
+    fetches = Fetches(SimpleNamespace(_client=SimpleNamespace(send=None), _subscription=subscription))
     consumer = Consumer.__new__(Consumer)
     consumer._max_records, consumer._gathering_s = 32, 0.0
     consumer._onward = kept = Kept(fetches, {"here": [1]})  # type: ignore[assignment]

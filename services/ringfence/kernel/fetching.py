@@ -8,8 +8,9 @@ or a rebalance cancels the wait.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,6 +92,7 @@ class Fetches:
         client = consumer._client
         self._send = client.send
         client.send = self._spaced
+        _end_each_read(consumer)
 
     def hold(self) -> None:
         """Ask for nothing more until `go_on`. A fetch under way still comes."""
@@ -127,6 +129,25 @@ class Fetches:
         if self._linger_s and 0 < _size(response) < MUCH_BYTES:
             self._due_s[node_id] = loop.time() + self._linger_s
         return response
+
+
+def _end_each_read(consumer: AIOKafkaConsumer) -> None:
+    """Let aiokafka (0.14) know of the end of a read that raised, too. It would count it as being under way for ever: a
+    member that hangs later would never be idle, and its partitions would come to nobody else.
+    """
+    reads = consumer._subscription
+    begun = reads.fetch_context
+
+    @contextlib.contextmanager
+    def fetch_context() -> Iterator[None]:
+        read = begun()
+        read.__enter__()
+        try:
+            yield
+        finally:
+            read.__exit__(None, None, None)
+
+    reads.fetch_context = fetch_context
 
 
 def _size(response: Any) -> int:
