@@ -780,3 +780,29 @@ async def test_what_would_change_nothing_or_lock_oneself_out_is_asked_about(
     assert "released" not in (await shell("bot", "release", lease, "--no-wait")).split()
     assert (await shell.json("bot", "release", lease, "--no-wait"))["released"] is False
     assert "sam is no auditor" in await shell("sam", "audit", "verify", "--witness", status=1)
+
+
+async def test_provisioners_are_listed_with_what_they_may_give(shell: Shell) -> None:
+    file = shell.folder / "delegation.yaml"
+    file.write_text(
+        "source: acme\ngroups:\n  Deployers:\n    roles: [sponsor]\n    allow: ['platform:read:env/**']\n"
+    )
+    assert "no provisioner" in await shell("olga", "provisioner", "list")
+    given = ("--name", "Directory of ACME", "--delegation", str(file))
+    await shell("olga", "provisioner", "set", "acme", *given, "--new-key", str(shell.folder / "acme.json"))
+    printed = " ".join((await shell("olga", "provisioner", "list")).split())
+    for said in ("acme", "active", "Deployers: sponsor; platform:read:env/**"):
+        assert said in printed
+    (one,) = await shell.json("olga", "provisioner", "list")
+    assert (one["id"], one["state"]["delegation"]["source"]) == ("acme", "acme")
+
+
+async def test_who_adds_a_database_without_an_address_is_told_which_one_agents_get(shell: Shell) -> None:
+    adding = ("target", "add", "shop", "--description", "the shop", "--template", "postgres")
+    await shell("olga", *adding)
+    assert "no --address" in shell.noted
+    assert "docs/targets/postgres.md" in shell.noted
+    await shell("olga", *adding, "--address", "db.example:5432")
+    assert "--address" not in shell.noted
+    await shell("olga", "target", "add", "platform", "--description", "x", "--verb", "read")
+    assert "--address" not in shell.noted

@@ -16,7 +16,11 @@ import pytest
 
 import ringfence
 from ringfence.cli.main import COMMANDS, EXTRAS, main
+from ringfence.client.api import ReadApi
+from ringfence.client.errors import ApiError
 from ringfence.kernel.keys import SigningKey
+
+ID = "5f0c0e6e-0000-4000-8000-000000000000"
 
 
 @pytest.fixture(autouse=True)
@@ -122,10 +126,10 @@ def test_every_import_is_the_sdks_or_of_an_extra_that_can_be_named() -> None:
         (["agent", "set-ceiling", "bot"], "--allow-nothing"),
         (["task", "assign", "bot", "--purpose", "x", "--allow", "s:r:a"], "--for or --until"),
         (["task", "assign", "bot", "--allow", "s:r:a", "--for", "1h"], "what the task is for"),
-        (["request", "--task", "t", "--reason", "x"], "what is needed"),
-        (["request", "--task", "t", "--reason", "x", "--allow", "s:r:a", "--ttl", "soon"], "no duration"),
+        (["request", "--task", ID, "--reason", "x"], "what is needed"),
+        (["request", "--task", ID, "--reason", "x", "--allow", "s:r:a", "--ttl", "soon"], "no duration"),
         (["revoke", "--reason", "x"], "exactly one"),
-        (["revoke", "--reason", "x", "--lease", "a", "--agent", "b"], "exactly one"),
+        (["revoke", "--reason", "x", "--lease", ID, "--agent", "b"], "exactly one"),
         (["target", "add", "t", "--description", "x", "--verb", "deploy=anybody"], "no floor"),
         (["target", "add", "t", "--description", "x", "--verb", "d", "--request", "GET /x"], "four words"),
         (
@@ -133,7 +137,7 @@ def test_every_import_is_the_sdks_or_of_an_extra_that_can_be_named() -> None:
             "after {a*}",
         ),
         (
-            ["request", "--task", "t", "--reason", "x", "--allow", "s:r:a", "--delivery", "pigeon"],
+            ["request", "--task", ID, "--reason", "x", "--allow", "s:r:a", "--delivery", "pigeon"],
             "none of agent, gateway",
         ),
         (["key", "new", "k.json", "--id", "maria"], "user/NAME"),
@@ -193,15 +197,19 @@ def test_an_agents_key_gives_no_commands(
 
 
 @pytest.mark.parametrize("id", ["", "a/b", "../users"])
-def test_what_can_be_no_id_is_not_asked_for(
+async def test_what_can_be_no_id_is_not_asked_for(
     id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x")
     file = tmp_path / "olga.json"
     SigningKey.generate("spiffe://ringfence.local/user/olga").save(file)
     for command in (("agent", "show"), ("audit", "trace"), ("lease", "show")):
-        assert main(["--identity", str(file), *command, id]) == 1
-        assert f"there is no {id!r}" in capsys.readouterr().err
+        assert main(["--identity", str(file), *command, id]) == 2
+        assert repr(id) in capsys.readouterr().err
+    async with ReadApi(file) as api:
+        for asked in (api.record("agent", id), api.trace(id), api.lease(id)):
+            with pytest.raises(ApiError, match="there is no"):
+                await asked
 
 
 def test_a_key_is_made_once_and_never_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

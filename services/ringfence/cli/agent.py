@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ringfence.cli.attestation import SelectorOption, parse_selectors, set_attestation
+from ringfence.cli.ids import a_name
 from ringfence.cli.options import (
     AllowOption,
     IdentityOption,
@@ -42,12 +43,14 @@ app = typer.Typer(
     help="Agents: register, ceiling, sponsor, keys, suspend, decommission.", no_args_is_help=True
 )
 
-AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.")]
+AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", callback=a_name, help="The agent's id.")]
 KeyFileOption = Annotated[
     Path | None,
     typer.Option("--key-file", metavar="FILE", help="The agent's key file; its public half is read."),
 ]
-SponsorOption = Annotated[str | None, typer.Option("--sponsor", metavar="USER", help="Who is accountable.")]
+SponsorOption = Annotated[
+    str | None, typer.Option("--sponsor", metavar="USER", callback=a_name, help="Who is accountable.")
+]
 
 
 @app.command()
@@ -145,7 +148,7 @@ def set_ceiling(
 @app.command()
 def transfer(
     agent: AgentArgument,
-    to: Annotated[str, typer.Option("--to", metavar="USER", help="The new sponsor.")],
+    to: Annotated[str, typer.Option("--to", metavar="USER", callback=a_name, help="The new sponsor.")],
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from ringfence.cli import action_approvals, grants, questions
+from ringfence.cli.ids import a_beginning
 from ringfence.cli.options import IdentityOption, JsonOption, YesOption, confirm, identity, run, wants_json
 from ringfence.cli.output import note, print_json, print_json_line, print_table, say, span, visible
 from ringfence.cli.scopes import show_scope
@@ -27,7 +28,11 @@ app = typer.Typer(help="As a sponsor: see what waits, approve, deny; approve ahe
 
 RequestArgument = Annotated[
     str,
-    typer.Argument(metavar="REQUEST", help="The request's id, or how it begins: four characters or more."),
+    typer.Argument(
+        metavar="REQUEST",
+        callback=a_beginning,
+        help="The request's id, or how it begins: four characters or more.",
+    ),
 ]
 EveryoneOption = Annotated[bool, typer.Option("--everyone", help="Also what others have to decide.")]
 CommentOption = Annotated[str | None, typer.Option("--comment", help="Stands in the trail.")]

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from ringfence.cli.ids import a_name
 from ringfence.cli.options import IdentityOption, JsonOption, duration_s, identity, run, wants_json
 from ringfence.cli.outcome import print_accepted
 from ringfence.client.administrator import Administrator
@@ -29,7 +30,7 @@ SelectorOption = Annotated[
 
 
 def set_attestation(
-    agent: Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.")],
+    agent: Annotated[str, typer.Argument(metavar="AGENT", callback=a_name, help="The agent's id.")],
     selector: SelectorOption = None,
     none: Annotated[bool, typer.Option("--none", help="No instance may enrol any more.")] = False,
     me: IdentityOption = None,

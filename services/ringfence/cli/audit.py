@@ -31,6 +31,7 @@ from ringfence.cli.audit_filters import (
 )
 from ringfence.cli.audit_who import who
 from ringfence.cli.coverage import coverage
+from ringfence.cli.ids import a_name
 from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.output import console, note, print_json, print_json_line, print_table, say, visible
 from ringfence.cli.spans import when_ms
@@ -153,7 +154,12 @@ async def _since(api: ReadApi, chosen: Filters, since_ms: int) -> AsyncIterator[
 
 @app.command()
 def trace(
-    id: Annotated[str, typer.Argument(metavar="ID", help="The id of a lease, request, task, agent or user.")],
+    id: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", callback=a_name, help="The id of a lease, request, task, agent or user."
+        ),
+    ],
     kind: Annotated[
         Literal["lease", "request", "task", "agent", "user"] | None,
         typer.Option("--kind", help="What the id is of, where it could be several."),

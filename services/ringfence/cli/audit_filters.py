@@ -6,18 +6,34 @@ from typing import Annotated, Literal
 
 import typer
 
+from ringfence.cli.ids import a_name, a_target, a_uuid
 from ringfence.client.api import Filters
 
-AgentFilter = Annotated[str | None, typer.Option("--agent", metavar="AGENT", help="Only this agent.")]
-TaskFilter = Annotated[str | None, typer.Option("--task", metavar="TASK", help="Only this task.")]
-LeaseFilter = Annotated[str | None, typer.Option("--lease", metavar="LEASE", help="Only this lease.")]
-TargetFilter = Annotated[str | None, typer.Option("--target", metavar="TARGET", help="Only this target.")]
+AgentFilter = Annotated[
+    str | None, typer.Option("--agent", metavar="AGENT", callback=a_name, help="Only this agent.")
+]
+TaskFilter = Annotated[
+    str | None, typer.Option("--task", metavar="TASK", callback=a_uuid, help="Only this task.")
+]
+LeaseFilter = Annotated[
+    str | None, typer.Option("--lease", metavar="LEASE", callback=a_uuid, help="Only this lease.")
+]
+TargetFilter = Annotated[
+    str | None, typer.Option("--target", metavar="TARGET", callback=a_target, help="Only this target.")
+]
 UserFilter = Annotated[
     str | None,
-    typer.Option("--on-behalf-of", "--user", metavar="USER", help="Only what was on behalf of this user."),
+    typer.Option(
+        "--on-behalf-of",
+        "--user",
+        metavar="USER",
+        callback=a_name,
+        help="Only what was on behalf of this user.",
+    ),
 ]
 SponsorFilter = Annotated[
-    str | None, typer.Option("--sponsor", metavar="USER", help="Only what this sponsor answers for.")
+    str | None,
+    typer.Option("--sponsor", metavar="USER", callback=a_name, help="Only what this sponsor answers for."),
 ]
 CodeFilter = Annotated[
     list[str] | None,

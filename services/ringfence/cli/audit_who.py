@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ringfence.cli.ids import a_target
 from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.output import moment, note, print_json, print_table, say
 from ringfence.cli.progress import counting
@@ -21,7 +22,10 @@ _DID = [
 
 
 def who(
-    target: Annotated[str, typer.Option("--target", metavar="TARGET", help="The target that it is about.")],
+    target: Annotated[
+        str,
+        typer.Option("--target", metavar="TARGET", callback=a_target, help="The target that it is about."),
+    ],
     verb: Annotated[str | None, typer.Option("--verb", metavar="VERB", help="Only this verb.")] = None,
     resource: Annotated[
         str | None,

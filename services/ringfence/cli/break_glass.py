@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ringfence.cli.ids import a_beginning
 from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.output import moment, print_json, print_table, say
 from ringfence.cli.scopes import show_scope
@@ -55,7 +56,9 @@ def review(
     request: Annotated[
         str,
         typer.Argument(
-            metavar="REQUEST", help="The request's id, or how it begins: four characters or more."
+            metavar="REQUEST",
+            callback=a_beginning,
+            help="The request's id, or how it begins: four characters or more.",
         ),
     ],
     note: Annotated[str, typer.Option("--note", help="What you found; it stands in the trail.")],

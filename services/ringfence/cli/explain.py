@@ -10,6 +10,7 @@ import orjson
 import typer
 from rich.text import Text
 
+from ringfence.cli.ids import a_uuid
 from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.output import console, moment, note, print_fields, print_json, print_table, visible
 from ringfence.cli.scopes import show_scope
@@ -22,7 +23,7 @@ from ringfence.model.scope import missing
 
 
 def explain(
-    request: Annotated[str, typer.Argument(metavar="REQUEST", help="The request's id.")],
+    request: Annotated[str, typer.Argument(metavar="REQUEST", callback=a_uuid, help="The request's id.")],
     bundle: Annotated[
         Path | None,
         typer.Option(

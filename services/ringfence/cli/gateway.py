@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ringfence.cli.ids import a_name, a_target
 from ringfence.cli.options import IdentityOption, JsonOption, duration_s, identity, run, wants_json
 from ringfence.cli.output import print_json, print_table, say
 from ringfence.cli.progress import counting
@@ -28,9 +29,11 @@ def stats(
     since: Annotated[
         str, typer.Option("--since", metavar="DURATION", help="How far back; audit keeps 365 days.")
     ] = "7d",
-    agent: Annotated[str | None, typer.Option("--agent", metavar="AGENT", help="Only this agent.")] = None,
+    agent: Annotated[
+        str | None, typer.Option("--agent", metavar="AGENT", callback=a_name, help="Only this agent.")
+    ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", metavar="TARGET", help="Only this target.")
+        str | None, typer.Option("--target", metavar="TARGET", callback=a_target, help="Only this target.")
     ] = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ringfence.cli.ids import a_beginning, a_uuid
 from ringfence.cli.options import (
     AllowOption,
     IdentityOption,
@@ -28,16 +29,21 @@ from ringfence.client.outcomes import Accepted
 from ringfence.client.sponsor import PendingApproval, Sponsor
 from ringfence.messages.permission import Permission
 
-GrantArgument = Annotated[str, typer.Argument(metavar="GRANT", help="The grant's id.")]
+GrantArgument = Annotated[str, typer.Argument(metavar="GRANT", callback=a_uuid, help="The grant's id.")]
 
 
 def grant(
-    task: Annotated[str | None, typer.Argument(metavar="[TASK]", help="The task's id.")] = None,
+    task: Annotated[
+        str | None, typer.Argument(metavar="[TASK]", callback=a_uuid, help="The task's id.")
+    ] = None,
     allow: AllowOption = None,
     like: Annotated[
         str | None,
         typer.Option(
-            "--like", metavar="REQUEST", help="What this request that waits is for, instead of TASK."
+            "--like",
+            metavar="REQUEST",
+            callback=a_beginning,
+            help="What this request that waits is for, instead of TASK.",
         ),
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, max=1000, help="For how many credentials.")] = 1,

@@ -10,6 +10,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
+from ringfence.cli.ids import a_name, a_target
 from ringfence.cli.inventory_watch import watch_lines, watch_table
 from ringfence.cli.options import IdentityOption, JsonOption, duration_s, identity, run, wants_json
 from ringfence.cli.output import console, moment, note, print_json, table_of
@@ -20,12 +21,18 @@ _WHY = {"disabled": "is disabled", "no_sponsor": "is no sponsor", "unknown": "is
 
 
 def inventory(
-    agent: Annotated[str | None, typer.Option("--agent", metavar="AGENT", help="Only this agent.")] = None,
+    agent: Annotated[
+        str | None, typer.Option("--agent", metavar="AGENT", callback=a_name, help="Only this agent.")
+    ] = None,
     sponsor: Annotated[
-        str | None, typer.Option("--sponsor", metavar="USER", help="Only the agents of this sponsor.")
+        str | None,
+        typer.Option("--sponsor", metavar="USER", callback=a_name, help="Only the agents of this sponsor."),
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", metavar="TARGET", help="Only agents that may reach this target.")
+        str | None,
+        typer.Option(
+            "--target", metavar="TARGET", callback=a_target, help="Only agents that may reach this target."
+        ),
     ] = None,
     status: Annotated[
         Literal["registered", "active", "suspended", "decommissioned"] | None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ringfence.cli.ids import a_name, a_target, a_uuid
 from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.output import moment, note, print_fields, print_json, print_table, span, until
 from ringfence.cli.scopes import show_scope
@@ -19,10 +20,15 @@ app = typer.Typer(help="The lives of issued credentials.", no_args_is_help=True)
 
 @app.command(name="list")
 def list_leases(
-    agent: Annotated[str | None, typer.Option("--agent", metavar="AGENT", help="Only this agent's.")] = None,
-    task: Annotated[str | None, typer.Option("--task", metavar="TASK", help="Only this task's.")] = None,
+    agent: Annotated[
+        str | None, typer.Option("--agent", metavar="AGENT", callback=a_name, help="Only this agent's.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="TASK", callback=a_uuid, help="Only this task's.")
+    ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", metavar="TARGET", help="Only for this target.")
+        str | None,
+        typer.Option("--target", metavar="TARGET", callback=a_target, help="Only for this target."),
     ] = None,
     status: Annotated[
         Literal["minting", "active", "ending"] | None, typer.Option("--status", help="Only these.")
@@ -66,7 +72,7 @@ def list_leases(
 
 @app.command()
 def show(
-    lease: Annotated[str, typer.Argument(metavar="LEASE", help="The lease's id.")],
+    lease: Annotated[str, typer.Argument(metavar="LEASE", callback=a_uuid, help="The lease's id.")],
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:

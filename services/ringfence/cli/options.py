@@ -18,6 +18,7 @@ import typer
 from pydantic import ValidationError
 
 from ringfence.cli import context
+from ringfence.cli.ids import a_name
 from ringfence.cli.scopes import SYNTAX
 from ringfence.client.errors import NotAnsweredError
 from ringfence.client.settings import ClientSettings
@@ -60,6 +61,7 @@ AgentOption = Annotated[
     typer.Option(
         "--agent",
         metavar="AGENT",
+        callback=a_name,
         help="With --attest: the agent that this is an instance of. [RINGFENCE_AGENT]",
         rich_help_panel=COMMON,
     ),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
+from ringfence.cli.ids import a_name
 from ringfence.cli.options import (
     IdentityOption,
     JsonOption,
@@ -23,20 +25,21 @@ from ringfence.cli.options import (
     wants_json,
 )
 from ringfence.cli.outcome import print_accepted, warn_of_unknown
-from ringfence.cli.output import note, print_json
-from ringfence.cli.scopes import parse_permission
+from ringfence.cli.output import note, print_json, print_table
+from ringfence.cli.scopes import parse_permission, show_permission
 from ringfence.cli.yaml_files import YamlFile
 from ringfence.client.administrator import Administrator
+from ringfence.client.api import ReadApi
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.outcomes import Accepted
 from ringfence.messages.permission import Permission
-from ringfence.messages.registry import Delegation, GroupDelegation, Role
+from ringfence.messages.registry import Delegation, GroupDelegation, Role, UserState
 from ringfence.model.identity import spiffe_id
 
 app = typer.Typer(help="Directories that users come from: what they may give.", no_args_is_help=True)
 
 ProvisionerArgument = Annotated[
-    str, typer.Argument(metavar="PROVISIONER", help="Its id, among those of users.")
+    str, typer.Argument(metavar="PROVISIONER", callback=a_name, help="Its id, among those of users.")
 ]
 _ROLES: tuple[str, ...] = get_args(Role)
 
@@ -79,6 +82,35 @@ def change(
         accepted = run(work())
     made = {"key_file": str(new_key)} if new_key else {}
     print_accepted(accepted, f"provisioner {provisioner} set", wants_json(as_json), **made)
+
+
+@app.command(name="list")
+def list_provisioners(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """List provisioners: what each may give, by group. Operators and auditors see all."""
+
+    async def work() -> Any:
+        async with ReadApi(identity(me)) as api:
+            return await api.records("user")
+
+    found = [item for item in run(work()) if item["state"].get("delegation")]
+    if wants_json(as_json):
+        print_json(found)
+        return
+    print_table(
+        ["!provisioner", "name", "status", "source", "groups"],
+        # Not strict: JSON has no tuples.
+        (_row(UserState.model_validate(item["state"], strict=False)) for item in found),
+        empty="no provisioner that you may see",
+    )
+
+
+def _row(state: UserState) -> Sequence[str]:
+    assert state.delegation is not None
+    groups = [
+        f"{group.group}: {'; '.join([*group.roles, *map(show_permission, group.scope)]) or 'nothing'}"
+        for group in state.delegation.groups
+    ]
+    return state.user_id, state.name, state.status, state.delegation.source, "\n".join(groups) or "none"
 
 
 @app.command()

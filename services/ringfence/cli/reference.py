@@ -37,7 +37,7 @@ environment wins.
   what goes on (`approvals watch`, `audit tail`). Results go to stdout, everything said beside them to stderr:
   `TOKEN=$(ringfence request ...)` holds the credential and nothing else. Text that agents wrote is shown with its
   invisible characters spelt out, names with every sign beyond ASCII.
-- **Exit status**: 0 done, 1 refused or failed, 2 wrong use, 130 after Ctrl-C, which
+- **Exit status**: 0 done, 1 refused or failed, 2 wrong use (also a word that can be no id), 130 after Ctrl-C, which
   is how `dev` and `serve` end well (0). What runs by `request --exec` decides what a signal means to it.
 """
 

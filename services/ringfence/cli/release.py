@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ringfence.cli.ids import a_uuid
 from ringfence.cli.options import (
     AgentOption,
     AttestOption,
@@ -21,7 +22,7 @@ from ringfence.client.signatory import TIMEOUT_S
 
 
 def release(
-    lease: Annotated[str, typer.Argument(metavar="LEASE", help="The lease's id.")],
+    lease: Annotated[str, typer.Argument(metavar="LEASE", callback=a_uuid, help="The lease's id.")],
     reason: Annotated[
         str, typer.Option("--reason", help="Why; it stands in the trail.")
     ] = "no longer needed",

@@ -15,6 +15,7 @@ from typing import Annotated, get_args
 
 import typer
 
+from ringfence.cli.ids import a_uuid
 from ringfence.cli.options import (
     AgentOption,
     AllowOption,
@@ -38,7 +39,10 @@ _DELIVERIES: tuple[Delivery, ...] = get_args(Delivery)
 
 
 def request(
-    task: Annotated[str, typer.Option("--task", metavar="TASK", help="The id of the task that this is for.")],
+    task: Annotated[
+        str,
+        typer.Option("--task", metavar="TASK", callback=a_uuid, help="The id of the task that this is for."),
+    ],
     reason: Annotated[str, typer.Option("--reason", help="Why, in a sentence that an approver reads.")],
     command: Annotated[
         list[str] | None,

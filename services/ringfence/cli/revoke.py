@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ringfence.cli.ids import a_name, a_target, a_uuid
 from ringfence.cli.options import (
     IdentityOption,
     JsonOption,
@@ -27,17 +28,23 @@ _ENDS_WITHIN_S = 60.0
 
 def revoke(
     reason: ReasonOption,
-    lease: Annotated[str | None, typer.Option("--lease", metavar="LEASE", help="This one lease.")] = None,
-    task: Annotated[str | None, typer.Option("--task", metavar="TASK", help="All leases of a task.")] = None,
-    agent: Annotated[str | None, typer.Option("--agent", metavar="AGENT", help="All of an agent.")] = None,
+    lease: Annotated[
+        str | None, typer.Option("--lease", metavar="LEASE", callback=a_uuid, help="This one lease.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="TASK", callback=a_uuid, help="All leases of a task.")
+    ] = None,
+    agent: Annotated[
+        str | None, typer.Option("--agent", metavar="AGENT", callback=a_name, help="All of an agent.")
+    ] = None,
     sponsor: Annotated[
-        str | None, typer.Option("--sponsor", metavar="USER", help="All of a sponsor.")
+        str | None, typer.Option("--sponsor", metavar="USER", callback=a_name, help="All of a sponsor.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", metavar="TARGET", help="All for a target.")
+        str | None, typer.Option("--target", metavar="TARGET", callback=a_target, help="All for a target.")
     ] = None,
     user: Annotated[
-        str | None, typer.Option("--user", metavar="USER", help="All on behalf of a user.")
+        str | None, typer.Option("--user", metavar="USER", callback=a_name, help="All on behalf of a user.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All leases that there are.")] = False,
     yes: YesOption = False,

@@ -11,6 +11,7 @@ from typing import Annotated, get_args
 import typer
 from pydantic import ValidationError
 
+from ringfence.cli.ids import a_target
 from ringfence.cli.options import (
     IdentityOption,
     JsonOption,
@@ -29,6 +30,7 @@ from ringfence.cli.options import (
     wants_json,
 )
 from ringfence.cli.outcome import print_accepted
+from ringfence.cli.output import note
 from ringfence.cli.records import list_records, show_record
 from ringfence.cli.target_templates import TEMPLATES, Template
 from ringfence.client.administrator import Administrator
@@ -47,7 +49,9 @@ from ringfence.model.request_map import RequestMap, RequestMapError
 
 app = typer.Typer(help="Systems that agents act on: verbs and approval floors.", no_args_is_help=True)
 
-TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help="The target's id.")]
+TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", callback=a_target, help="The target's id.")]
+_REACHED = ("postgres", "redis", "ssh")
+"""The kinds of backends whose credentials tell agents where the target is."""
 _FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
 _CLASSES: tuple[ActionClass, ...] = get_args(ActionClass)
 _REQUEST = re.compile(
@@ -152,6 +156,13 @@ def add(
         accepted = run(work())
     made = {"key_file": str(new_key)} if new_key else {}
     print_accepted(accepted, f"target {target} set", wants_json(as_json), **made)
+    if kind in _REACHED and "address" not in own:
+        note(
+            f"no --address: agents are told the one that Ringfence itself connects to, in RINGFENCE_BACKENDS_ACCESS of "
+            f"issuer and revoker (docs/targets/{kind}.md); where they reach it elsewhere, add it again with --address "
+            "HOST:PORT",
+            "yellow",
+        )
 
 
 @app.command()

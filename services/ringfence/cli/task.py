@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ringfence.cli.ids import a_name, a_uuid
 from ringfence.cli.options import (
     AllowOption,
     IdentityOption,
@@ -36,8 +37,8 @@ from ringfence.model.consents import canonical_terms, nonce_of
 
 app = typer.Typer(help="Tasks: assign, with what all sides allow; hand on; end.", no_args_is_help=True)
 
-AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.")]
-TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="The task's id.")]
+AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", callback=a_name, help="The agent's id.")]
+TaskArgument = Annotated[str, typer.Argument(metavar="TASK", callback=a_uuid, help="The task's id.")]
 PurposeOption = Annotated[str | None, typer.Option("--purpose", help="What it is for.")]
 ForOption = Annotated[
     str | None, typer.Option("--for", metavar="DURATION", help="How long: 90s, 15m, 1h30m, 2d.")
@@ -63,7 +64,8 @@ def assign(
         ),
     ] = None,
     on_behalf_of: Annotated[
-        str | None, typer.Option("--on-behalf-of", metavar="USER", help="With --id-token: whose it is.")
+        str | None,
+        typer.Option("--on-behalf-of", metavar="USER", callback=a_name, help="With --id-token: whose it is."),
     ] = None,
     id_token: Annotated[
         Path | None,

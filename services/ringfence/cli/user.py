@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from ringfence.cli.ids import a_name
 from ringfence.cli.options import (
     AllowOption,
     IdentityOption,
@@ -40,7 +41,7 @@ app = typer.Typer(help="People: roles, keys, entitlements.", no_args_is_help=Tru
 
 _ROLES: tuple[Role, ...] = get_args(Role)
 
-UserArgument = Annotated[str, typer.Argument(metavar="USER", help="The user's id.")]
+UserArgument = Annotated[str, typer.Argument(metavar="USER", callback=a_name, help="The user's id.")]
 RoleOption = Annotated[
     list[str] | None, typer.Option("--role", metavar="ROLE", help="sponsor, operator or auditor. Repeatable.")
 ]
