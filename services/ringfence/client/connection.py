@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,20 +18,20 @@ from ringfence.client.identities import KeyFile, succeeding
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.clock import Clock, SystemClock
-from ringfence.kernel.errors import InvalidMessageError, SettingsError, UnavailableError
+from ringfence.kernel.errors import SettingsError, UnavailableError
 from ringfence.kernel.jws import sign
 from ringfence.kernel.kafka import Follower, Publisher, Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.settings import load
 from ringfence.kernel.tracing import of_application
 from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.trust_records import take_in
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import AGENT, TARGET, TASK, TRUST, USER
 from ringfence.model.directory import Directory
 from ringfence.model.identity import Kind, subject_of
 
-log = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 30.0
 """How long a topic may take to be read up to its present end."""
@@ -278,7 +277,4 @@ class Connection(Lifetime):
 
     def _on_trust(self, records: Sequence[Received]) -> None:
         for record in records:
-            try:
-                self.trust.load(record.value, self.clock.now_ms() / 1000)
-            except InvalidMessageError as error:
-                log.error("ignored a trust bundle at %s@%d: %s", record.topic_name, record.offset, error)
+            take_in(self.trust, record, self.clock)

@@ -13,13 +13,12 @@ from starlette.routing import BaseRoute
 from ringfence.kernel import metrics
 from ringfence.kernel.bus import BatchHandler, Consumer, DeadLetters
 from ringfence.kernel.clock import Clock, SystemClock
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.errors import RingfenceError, UnavailableError
 from ringfence.kernel.gone import Gone
 from ringfence.kernel.http import HttpServer, ReadyCheck, application
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.kafka import Follower, Publisher, Reader, Received
 from ringfence.kernel.keys import KeyFileError, SigningKey
-from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.postponed import Postponed
 from ringfence.kernel.service_keys import ServiceKeys
 from ringfence.kernel.settings import ServiceSettings
@@ -27,6 +26,7 @@ from ringfence.kernel.skew import SkewCheck
 from ringfence.kernel.tracing import Work
 from ringfence.kernel.tracing_settings import of_service
 from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.trust_records import take_in
 from ringfence.messages.api import PORTS
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates, Reason
@@ -426,21 +426,13 @@ class Runtime:
                 self.bundle_overwritten = record.value != self.trust.compact
 
     def _take_bundle(self, record: Received) -> None:
-        try:
-            if self.trust.load(record.value, self.clock.now_ms() / 1000):
-                self._keys.on_bundle(record.appended_at_ms)
-                for reread in self._rereading:
-                    self._reread(reread)
-                for postponed in self._postponed:
-                    postponed.again()
-        except InvalidMessageError as error:
-            log.error(
-                "ignored a trust bundle at %s@%d: %s",
-                record.topic_name,
-                record.offset,
-                error,
-                extra=of_a_kind(record.topic_name, error.code),
-            )
+        if not take_in(self.trust, record, self.clock):
+            return
+        self._keys.on_bundle(record.appended_at_ms)
+        for reread in self._rereading:
+            self._reread(reread)
+        for postponed in self._postponed:
+            postponed.again()
 
     async def _tell_gone(self, gone: Gone) -> None:
         """A service that loses work says so where people look: it must not be found out by what never happened."""

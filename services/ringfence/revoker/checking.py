@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +13,9 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import parse
 from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.trust_records import take_in
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import TRUST
@@ -45,7 +44,6 @@ from ringfence.revoker.truth import (
     whole,
 )
 
-log = logging.getLogger(__name__)
 
 AGAIN_S = 1.0
 _AT_A_TIME = 500
@@ -348,16 +346,7 @@ async def checking(settings: ServiceSettings, clock: Clock, *, record_keep_ms: i
 
     def on_trust(records: Sequence[Received]) -> None:
         for record in records:
-            try:
-                trust.load(record.value, clock.now_ms() / 1000)
-            except InvalidMessageError as error:
-                log.error(
-                    "ignored a trust bundle at %s@%d: %s",
-                    record.topic_name,
-                    record.offset,
-                    error,
-                    extra=of_a_kind(record.topic_name, error.code),
-                )
+            take_in(trust, record, clock)
 
     directory = Directory(trust, clock, grace_ms=None, on_alarm=lambda alarm: None)
     async with Follower(settings, [TRUST], on_trust) as bundles:
