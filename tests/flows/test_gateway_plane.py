@@ -8,12 +8,16 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from ringfence.client.dpop import DpopAuth
 from ringfence.dev.processes import free_port
+from ringfence.gateway.plane import DataPlane
+from ringfence.gateway.settings import GatewaySettings
+from ringfence.kernel.http import HttpServer
 from ringfence.messages.registry import TaskEnd
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
@@ -168,3 +172,41 @@ async def test_curl_through_the_socket_of_its_task(office: Office, desk: Desk, t
             desk.world.claims(TaskEnd, desk.sue, task_id=desk.task, reason="done"), desk.sue
         )
         await until_there(office.of(desk), gone=True)
+
+
+async def test_whoever_finds_a_gateway_ready_finds_it_open(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opens, listen, serve = asyncio.Event(), DataPlane.listen, HttpServer.serve
+
+    async def listen_later(self: DataPlane, *args: Any, **options: Any) -> int:
+        await opens.wait()
+        return await listen(self, *args, **options)
+
+    async def serve_later(self: HttpServer, *args: Any) -> None:
+        await opens.wait()
+        await serve(self, *args)
+
+    monkeypatch.setattr(DataPlane, "listen", listen_later)
+    monkeypatch.setattr(HttpServer, "serve", serve_later)
+    ports = free_port(), free_port()
+    world.seals["gateway"].save(tmp_path / "seal.json")
+    settings = GatewaySettings(
+        listen=str(ports[0]), authz=f"127.0.0.1:{ports[1]}", seal_key_file=tmp_path / "seal.json",
+        spool=tmp_path / "spool", issuer=f"http://127.0.0.1:{free_port()}",
+    )  # fmt: skip
+
+    async def open_once_it_waits_for_nothing_else() -> None:
+        last = {"the gateway does not listen for agents yet", "the gateway does not listen for proxies yet"}
+        async with asyncio.timeout(WITHIN_S):
+            while "gateway" not in world.runtimes or set(world.runtimes["gateway"].unready()) != last:
+                await asyncio.sleep(0.02)
+        opens.set()
+
+    opening = asyncio.create_task(open_once_it_waits_for_nothing_else())
+    async with world.running("gateway", own={"gateway": settings}):
+        assert opens.is_set()
+        for port in ports:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
+    await opening

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,9 @@ async def test_the_command_explains_what_each_side_holds(
         other = str(write(tmp_path / "other", ALLOWS))
         assert await asyncio.to_thread(main, [*command, allowed.id, "--bundle", other]) == 0
         assert "--bundle" in capsys.readouterr().err
-        assert await asyncio.to_thread(main, [*command, "unknown"]) == 1
+        assert await asyncio.to_thread(main, [*command, "unknown"]) == 2
+        capsys.readouterr()
+        assert await asyncio.to_thread(main, [*command, str(uuid.uuid4())]) == 1
         assert "no decision with this request id" in capsys.readouterr().err
 
 

@@ -32,7 +32,6 @@ from ringfence.messages.topics import AGENT, TARGET, TASK, TRUST, USER
 from ringfence.model.directory import Directory
 from ringfence.model.identity import Kind, subject_of
 
-
 READY_TIMEOUT_S = 30.0
 """How long a topic may take to be read up to its present end."""
 _REMEMBERED_LETTERS = 1000

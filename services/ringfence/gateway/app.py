@@ -26,6 +26,7 @@ def build(
     if own.listen is not None or own.sockets is not None:
         listening = Listening(runtime, core, own)
         runtime.background("data plane", listening.run)
+        runtime.ready_when(listening.unready)
         runtime.on_stop(listening.close)
     if own.authz is not None:
         host, port = host_and_port(own.authz)
@@ -37,6 +38,7 @@ def build(
             setting="RINGFENCE_GATEWAY_AUTHZ",
         )
         runtime.background("authz", server.run_until_stopped)
+        runtime.ready_when(lambda: None if server.started else "the gateway does not listen for proxies yet")
     return runtime
 
 

@@ -48,6 +48,7 @@ class Listening:
         )
         self._sockets: dict[str, Path] = {}
         """By task."""
+        self._open = False
 
     async def run(self) -> None:
         """Listen, for ever. Raises ListenError, and SettingsError where a file cannot be written."""
@@ -63,7 +64,12 @@ class Listening:
         while True:
             self._cover()
             await self._in_step()
+            self._open = True
             await asyncio.sleep(_LOOK_EVERY_S)
+
+    def unready(self) -> str | None:
+        """Why no agent can come in yet: whoever waits until the gateway is ready finds it open."""
+        return None if self._open else "the gateway does not listen for agents yet"
 
     async def close(self) -> None:
         """Listen no more."""

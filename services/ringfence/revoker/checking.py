@@ -44,7 +44,6 @@ from ringfence.revoker.truth import (
     whole,
 )
 
-
 AGAIN_S = 1.0
 _AT_A_TIME = 500
 
