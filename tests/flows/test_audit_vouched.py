@@ -172,6 +172,27 @@ async def test_nothing_is_chained_before_what_was_handed_over_before(world: Worl
     assert of_it == [one.uid for one in some(0, 3)]
 
 
+async def test_nothing_is_chained_before_what_stood_there_when_it_took_over(world: World) -> None:
+    """Another replica was killed before it had committed what it read: now that comes to the writer, which makes the
+    same events, and remembers only so many of those that stand between.
+    """
+    for one in some(0, 4):
+        await hand_over(world, one)
+    records = list(await world.records(AUDIT_INTAKE))
+    runtime = runtime_of(world)
+    load_trust(runtime, world)
+    await runtime.publisher.start()
+    writer = ChainWriter(runtime, 60)
+    await writer.on_batch(records[:2])
+    assert not await writer.chained(events(*some(3, 2))), "it is to be handed over"
+    assert await writer.chained(events(*some(9, 1), at=1 - AT)), "of the other chain nothing waits"
+    await writer.on_batch(records[2:])
+    assert await writer.chained(events(*some(3, 2)))
+    await killed(writer)
+    of_it = [record.headers["ce_id"] for record in await world.records(AUDIT) if record.partition == AT]
+    assert of_it == [one.uid for one in some(0, 5)]
+
+
 async def test_nothing_is_vouched_for_by_a_key_that_ends_meanwhile(world: World) -> None:
     writer = await writing(world, *some(0, 1))
     runtime: Any = writer._runtime

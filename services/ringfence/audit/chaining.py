@@ -110,8 +110,10 @@ class ChainWriter:
         self._chains: dict[int, _Chain] = {}
         self._taken: dict[int, int] = {}
         """By partition of `audit.intake`: the offset after the last that is chained."""
-        self._handed_over: dict[int, int] = {}
-        """The same of the last that this process handed over."""
+        self._wait_for: dict[int, int] = {}
+        """The same of the last that is to be chained before this process chains anything by itself: what it handed
+        over, and what stood there when it took over.
+        """
 
     async def on_assigned(self) -> None:
         """Somebody else may have chained meanwhile: begin by looking."""
@@ -138,7 +140,7 @@ class ChainWriter:
     async def chained(self, events: Mapping[int, Sequence[Told]]) -> bool:
         """See `ringfence.audit.intake.Writer`. What was handed over before is chained before."""
         async with self._one_at_a_time:
-            behind = any(self._taken.get(at, 0) < self._handed_over.get(at, 0) for at in events)
+            behind = any(self._taken.get(at, 0) < self._wait_for.get(at, 0) for at in events)
             if self._publisher is None or behind:
                 return False
             key = self._runtime.believed_key()
@@ -151,7 +153,7 @@ class ChainWriter:
 
     def handed_over(self, partition: int, until: int) -> None:
         """See `ringfence.audit.intake.Writer`."""
-        self._handed_over[partition] = until
+        self._wait_for[partition] = until
 
     async def sign_now_and_then(self) -> None:
         """Publish a checkpoint of each chain that has grown, every few seconds. Does not end."""
@@ -355,6 +357,7 @@ class ChainWriter:
             raise
         self._chains = {partition: _chain_of(one) for partition, one in found.items()}
         for partition, one in found.items():
+            self._wait_for[partition] = max(self._wait_for.get(partition, 0), one.intake_end)
             for fault in one.faults:
                 log.error("partition %d of the audit trail: %s", partition, fault)
         self._strays.took_over(
