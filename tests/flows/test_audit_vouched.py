@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Received, partition_of
 from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.transactions import FencedError
+from ringfence.kernel.transactions import FencedError, TransactionalPublisher
 from ringfence.messages.audit import AuditChained, AuditIntake
 from ringfence.messages.base import typ_header
 from ringfence.messages.registry import AgentSuspend
@@ -191,6 +192,37 @@ async def test_nothing_is_chained_before_what_stood_there_when_it_took_over(worl
     await killed(writer)
     of_it = [record.headers["ce_id"] for record in await world.records(AUDIT) if record.partition == AT]
     assert of_it == [one.uid for one in some(0, 5)]
+
+
+async def test_who_is_taking_over_holds_up_nothing_that_can_be_handed_over(world: World) -> None:
+    """That takes as long as much has to be read, and a service that is told to stop has ten seconds for its batch."""
+    await hand_over(world, *some(0, 1))
+    runtime = runtime_of(world)
+    load_trust(runtime, world)
+    writer = ChainWriter(runtime, 60)
+    begun, go, take_over = asyncio.Event(), asyncio.Event(), writer._take_over
+
+    async def slow() -> TransactionalPublisher:
+        begun.set()
+        await go.wait()
+        return await take_over()
+
+    writer._take_over = slow  # type: ignore[method-assign]
+    taking_over = asyncio.create_task(writer.on_batch(list(await world.records(AUDIT_INTAKE))))
+    await begun.wait()
+    async with asyncio.timeout(5):
+        assert not await writer.chained(events(*some(1, 1)))
+    go.set()
+    await taking_over
+    await killed(writer)
+
+
+async def test_events_of_a_partition_that_is_new_are_handed_over(world: World) -> None:
+    """Whoever takes over anew looks which there are; who finds something and is told of no partition would end."""
+    writer = await writing(world, *some(0, 1))
+    assert not await writer.chained(events(*some(1, 1), at=2))
+    assert await writer.chained(events(*some(1, 1)))
+    await killed(writer)
 
 
 async def test_nothing_is_vouched_for_by_a_key_that_ends_meanwhile(world: World) -> None:

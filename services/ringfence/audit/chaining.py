@@ -139,9 +139,10 @@ class ChainWriter:
 
     async def chained(self, events: Mapping[int, Sequence[Told]]) -> bool:
         """See `ringfence.audit.intake.Writer`. What was handed over before is chained before."""
+        if self._publisher is None:  # before it waits for its turn: whoever takes over may read for long
+            return False
         async with self._one_at_a_time:
-            behind = any(self._taken.get(at, 0) < self._wait_for.get(at, 0) for at in events)
-            if self._publisher is None or behind:
+            if not all(self._goes_on_at_once(partition) for partition in events):
                 return False
             key = self._runtime.believed_key()
             async with self._transacting() as publisher, publisher.transaction():
@@ -193,6 +194,11 @@ class ChainWriter:
         return f"{self._runtime.settings.topic_prefix}.{name}"
 
     # --- chaining ---
+
+    def _goes_on_at_once(self, partition: int) -> bool:
+        """Whether this process chains there, and nothing is to be chained first. A new one is seen by who takes over."""
+        waits = self._taken.get(partition, 0) < self._wait_for.get(partition, 0)
+        return self._publisher is not None and partition in self._chains and not waits
 
     def _linked(self, events: Mapping[int, Iterable[Told]]) -> list[_Linked]:
         """Put events, by partition, behind the last of each chain: those that are not there already."""
