@@ -135,6 +135,33 @@ async def test_what_the_writer_chained_by_itself_is_found_by_its_place_in_the_ch
     assert intake.read == 1, "and nothing before it is read"
 
 
+async def test_what_waits_to_be_chained_is_not_read_where_nothing_of_it_is_asked_for(intake: Intake) -> None:
+    """Others hand over while nobody chains. What the last writer vouched for stands before that."""
+    intake.messages(100)
+    intake.vouch(20_000)
+    intake.messages(1000)
+    assert await handed_over(intake, 100, 100).among(0, asked(20_000, 999)) == hashes(20_000, 999)
+    assert intake.read == 50 + 50
+
+
+async def test_behind_much_that_waits_to_be_chained_is_what_the_writer_vouched_for_meanwhile(
+    intake: Intake,
+) -> None:
+    intake.messages(1000)
+    intake.vouch(20_000)
+    intake.messages(20)
+    assert await handed_over(intake, 10, 100).among(0, asked(20_000) | MADE_UP) == hashes(20_000)
+    assert intake.read == 1021, "all of it, as somebody may have set back how far was read"
+
+
+async def test_copies_of_what_was_vouched_for_hide_nothing(intake: Intake) -> None:
+    """They take a 30th of what copies of events take, and whoever may write to the topic can put them there."""
+    intake.messages(100)
+    for _ in range(60):
+        intake.vouch(*range(20_000, 20_100))
+    assert await handed_over(intake, 160, 1000).among(0, asked(999)) == hashes(999)
+
+
 async def test_one_message_that_vouches_is_never_too_large(intake: Intake) -> None:
     numbers = range(20_000, 20_000 + 2 * MOST_HASHES + 1)
     intake.vouch(*numbers)

@@ -1,16 +1,18 @@
 """Which events on `audit` an audit service handed over: of what stands there unsigned, anybody may have written some.
 
 What was handed over stands on `audit.intake`, signed, and so does which events the writer chained by itself. It is read
-from where the chains have read to: first on, where little stands, then backwards, so that what was chained last, which
-is all that is ever asked for, is found at once. As events are chained in the order in which they were handed over, none
-of it stands before many that are not asked for. So whoever makes events up, which are never found, or repeats old ones,
-makes nobody read all that is kept.
+from where the chains have read to, in turns on and back, until nothing is missing. Back stands what was handed over and
+chained last, which is all that is ever asked for; on, what the writer vouched for last, and all that others handed over
+since. As events are chained in the order in which they were handed over, none of it stands before many that are not
+asked for. So whoever makes events up, which are never found, or repeats old ones, makes nobody read all that is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any, Final
 
 import orjson
@@ -29,6 +31,9 @@ ENOUGH: Final = 50_000
 """Past so many events that an audit service handed over, and that are not asked for, none is looked at. Some stand
 among those that are, as they were handed over twice and chained once: no more than a chain remembers.
 """
+_HASHES = 30
+"""So many hashes take as many bytes as one event that was handed over: they count as one."""
+_NOTHING = 0, 0
 _KEPT_MS = (AUDIT_INTAKE.retention_s or 0) * 1000
 Mark = bytes
 """What an event is known by, whatever its place in a chain."""
@@ -52,27 +57,26 @@ class HandedOver:
         """
         start, end = await self._kafka.bounds(AUDIT_INTAKE, partition)
         taken = min(max(self._taken.get(partition, start), start), end)
-        missing = _Missing(events)
-        if missing:
-            await self._look(partition, taken, end, missing)
-        others = 0
-        for begin, until in _backwards(start, taken):
-            if not missing or others >= self._enough:
-                break
-            found, read = await self._look(partition, begin, until, missing)
-            others += read - found
+        missing, others = _Missing(events), 0
+        ahead, back = _forwards(taken, end), _backwards(start, taken)
+        for (begin, until), (earlier, later) in zip_longest(ahead, back, fillvalue=_NOTHING):
+            if missing:
+                await self._look(partition, begin, until, missing)
+            if missing and others < self._enough:
+                others += await self._look(partition, earlier, later, missing)
         return frozenset(events) - missing.left
 
-    async def _look(self, partition: int, begin: int, until: int, missing: _Missing) -> tuple[int, int]:
-        """Take out of `missing` what these messages tell of: how many that are, and of how many in all."""
-        before, read = len(missing.left), 0
+    async def _look(self, partition: int, begin: int, until: int, missing: _Missing) -> int:
+        """Take out of `missing` what these messages tell of. Returns how many events they tell of besides."""
+        others = 0
         async for record in self._kafka.records(AUDIT_INTAKE, partition, begin, until):
-            opened = _opened(record, self._trust)
+            opened, before = _opened(record, self._trust), len(missing.left)
             missing.left.difference_update(opened.chained)
             for one in opened.events:
                 missing.left.difference_update(missing.by_mark.get(mark_of(orjson.loads(one.body)), ()))
-            read += len(opened.events) + len(opened.chained)
-        return before - len(missing.left), read
+            told = len(opened.events) + math.ceil(len(opened.chained) / _HASHES)
+            others += max(0, told - (before - len(missing.left)))
+        return others
 
 
 class _Missing:
@@ -86,6 +90,12 @@ class _Missing:
 
     def __bool__(self) -> bool:
         return bool(self.left)
+
+
+def _forwards(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The same stretches, the other way."""
+    for begin, until in _backwards(-end, -start):
+        yield -until, -begin
 
 
 def _backwards(start: int, end: int) -> Iterator[tuple[int, int]]:
