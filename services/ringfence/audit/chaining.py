@@ -22,7 +22,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from ringfence.audit.believing import require_trust
-from ringfence.audit.intake import Lately, Told, opened_intake, vouched
+from ringfence.audit.intake import Lately, Told, opened_intake, require_still, vouched
 from ringfence.audit.read_back import ReadBack
 from ringfence.audit.strays import Found, Strays, why_not
 from ringfence.audit.tips import TipsRead, read_tips
@@ -148,8 +148,7 @@ class ChainWriter:
             async with self._transacting() as publisher, publisher.transaction():
                 linked = self._linked(events)
                 await gather_all([self._chain(publisher, linked), self._vouch(linked, key)])
-                # One that ended meanwhile was appended too late, perhaps.
-                self._runtime.believed_key()
+                require_still(key, self._runtime.believed_key())
             return True
 
     def handed_over(self, partition: int, until: int) -> None:

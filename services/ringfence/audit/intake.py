@@ -13,7 +13,7 @@ import orjson
 
 from ringfence.kernel.bus import gather_all
 from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.ids import derived_id
 from ringfence.kernel.jws import open_payload, open_signed, parse, sign, sign_payload
 from ringfence.kernel.kafka import Outbound, Publisher, Received, partition_of
@@ -142,7 +142,7 @@ class Intake:
         if self._writer is not None and await self._writer.chained(by_partition):
             return
         await gather_all(self._send(partition, some, key) for partition, some in by_partition.items())
-        self._key()  # one that ended meanwhile was appended too late, perhaps: what comes twice is chained once
+        require_still(key, self._key())
 
     async def _send(self, partition: int, some: Sequence[Told], key: SigningKey) -> None:
         messages = (self._signed(one, key) for one in _portions(some))
@@ -164,6 +164,14 @@ class Intake:
         if self._lately is not None:
             self._lately.put(message, key, some)
         return message
+
+
+def require_still(key: SigningKey, now: SigningKey) -> None:
+    """Once what `key` signed is acknowledged: raises UnavailableError where another key signs by now. One that a bundle
+    has ended meanwhile signed what was appended too late, perhaps; what comes twice is chained once.
+    """
+    if now.kid != key.kid:
+        raise UnavailableError(f"{key.id} signs by another key now: once more", code="key_changed")
 
 
 def vouched(
