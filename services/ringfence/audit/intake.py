@@ -149,7 +149,9 @@ class Intake:
         places = await self._publisher.send_to(partition, AUDIT_INTAKE, AuditIntake.typ, messages)
         if self._writer is not None:
             if places[-1].start < 0:  # it was sent twice, and the broker has forgotten where the first stands
-                raise UnavailableError(f"Kafka did not say where on audit.intake/{partition} it stands: once more")
+                raise UnavailableError(
+                    f"Kafka did not say where on audit.intake/{partition} it stands: once more"
+                )
             self._writer.handed_over(partition, places[-1].stop)
 
     def _signed(self, some: Sequence[Told], key: SigningKey) -> Outbound:
