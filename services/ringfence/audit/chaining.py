@@ -195,7 +195,7 @@ class ChainWriter:
     # --- chaining ---
 
     def _goes_on_at_once(self, partition: int) -> bool:
-        """Whether this process chains there, and nothing is to be chained first. A new one is seen by who takes over."""
+        """Whether this process chains there, and nothing is to be chained first. Who takes over sees new ones."""
         waits = self._taken.get(partition, 0) < self._wait_for.get(partition, 0)
         return self._publisher is not None and partition in self._chains and not waits
 
