@@ -197,31 +197,48 @@ async def test_replicas_dead_letter_each_stray_once(world: World) -> None:
         assert [one.source for one in await letters(world)].count(at) == 1
 
 
-async def test_who_was_paused_dead_letters_nothing_that_its_successor_wrote(world: World) -> None:
-    """Woken, it reads what stands there now before it hears that another writes."""
-    sources = [Source("x", 0, offset) for offset in range(6)]
+@contextlib.asynccontextmanager
+async def two_writers(
+    world: World, of_first: Strays | None = None, of_second: Strays | None = None
+) -> AsyncIterator[tuple[ChainWriter, ChainWriter]]:
+    """Two that chain when they are given something; none of them is told of the other."""
     runtimes = [runtime_of(world), runtime_of(world)]
     for runtime in runtimes:
         load_trust(runtime, world)
         await runtime.publisher.start()
-    strays = Strays()
-    first, second = ChainWriter(runtimes[0], 60, strays=strays), ChainWriter(runtimes[1], 60)
-    await hand_over(world, *sources[:3])
-    await first.on_batch(list(await world.records(AUDIT_INTAKE)))
-    await hand_over(world, *sources)
-    await second.on_batch(list(await world.records(AUDIT_INTAKE)))
-    for partition in (0, 1):
-        if some := [record for record in await world.records(AUDIT) if record.partition == partition]:
-            strays.read(some)
-    found = strays.next(500)
-    assert found is not None
-    with pytest.raises(FencedError):
-        await first._bury(found)
-    assert strays.next(500) is None
-    assert await letters(world) == []
+    first, second = (
+        ChainWriter(runtimes[0], 60, strays=of_first),
+        ChainWriter(runtimes[1], 60, strays=of_second),
+    )
+    yield first, second
     for writer, runtime in zip((first, second), runtimes, strict=True):
         await writer.close()
         await runtime.publisher.stop()
+
+
+async def read_by(strays: Strays, world: World) -> None:
+    """All that stands on the trail."""
+    for partition in (0, 1):
+        if some := [record for record in await world.records(AUDIT) if record.partition == partition]:
+            strays.read(some)
+
+
+async def test_who_was_paused_dead_letters_nothing_that_its_successor_wrote(world: World) -> None:
+    """Woken, it reads what stands there now before it hears that another writes."""
+    sources = [Source("x", 0, offset) for offset in range(6)]
+    strays = Strays()
+    async with two_writers(world, strays, Strays()) as (first, second):
+        await hand_over(world, *sources[:3])
+        await first.on_batch(list(await world.records(AUDIT_INTAKE)))
+        await hand_over(world, *sources)
+        await second.on_batch(list(await world.records(AUDIT_INTAKE)))
+        await read_by(strays, world)
+        found = strays.next(500)
+        assert found is not None
+        with pytest.raises(FencedError):
+            await first._bury(found)
+        assert strays.next(500) is None
+        assert await letters(world) == []
 
 
 async def test_who_was_paused_and_writes_again_dead_letters_nothing_that_was_written_meanwhile(
@@ -229,36 +246,27 @@ async def test_who_was_paused_and_writes_again_dead_letters_nothing_that_was_wri
 ) -> None:
     """It is the writer once more by the time that it has read what it took for strays before."""
     sources = [Source("x", 0, offset) for offset in range(6)]
-    runtimes = [runtime_of(world), runtime_of(world)]
-    for runtime in runtimes:
-        load_trust(runtime, world)
-        await runtime.publisher.start()
     strays = Strays()
-    first, second = ChainWriter(runtimes[0], 60, strays=strays), ChainWriter(runtimes[1], 60)
-    await hand_over(world, *sources[:3])
-    await first.on_batch(list(await world.records(AUDIT_INTAKE)))
-    await hand_over(world, *sources)
-    await second.on_batch(list(await world.records(AUDIT_INTAKE)))
-    for partition in (0, 1):
-        if some := [record for record in await world.records(AUDIT) if record.partition == partition]:
-            strays.read(some)
-    read = first._stray
-
-    async def woken(found: Found) -> list[Received]:
-        records = await read(found)
-        await first.on_assigned()
-        await hand_over(world, Source("x", 0, 6))
+    async with two_writers(world, strays, Strays()) as (first, second):
+        await hand_over(world, *sources[:3])
         await first.on_batch(list(await world.records(AUDIT_INTAKE)))
-        return records
+        await hand_over(world, *sources)
+        await second.on_batch(list(await world.records(AUDIT_INTAKE)))
+        await read_by(strays, world)
+        read = first._stray
 
-    first._stray = woken  # type: ignore[method-assign]
-    found = strays.next(500)
-    assert found is not None
-    await first._bury(found)
-    assert await letters(world) == []
-    for writer, runtime in zip((first, second), runtimes, strict=True):
-        await writer.close()
-        await runtime.publisher.stop()
+        async def woken(found: Found) -> list[Received]:
+            records = await read(found)
+            await first.on_assigned()
+            await hand_over(world, Source("x", 0, 6))
+            await first.on_batch(list(await world.records(AUDIT_INTAKE)))
+            return records
+
+        first._stray = woken  # type: ignore[method-assign]
+        found = strays.next(500)
+        assert found is not None
+        await first._bury(found)
+        assert await letters(world) == []
 
 
 @contextlib.asynccontextmanager
@@ -291,29 +299,20 @@ async def whole(world: World, count: int) -> None:
 async def test_who_takes_over_waits_for_what_a_transaction_that_is_left_open_hides(world: World) -> None:
     """Else it would chain on to what is older, and call strays what the writer before it wrote behind that."""
     sources = [Source("x", 0, offset) for offset in range(7)]
-    runtimes = [runtime_of(world), runtime_of(world)]
-    for runtime in runtimes:
-        load_trust(runtime, world)
-        await runtime.publisher.start()
     strays = Strays()
-    first, second = ChainWriter(runtimes[0], 60), ChainWriter(runtimes[1], 60, strays=strays)
-    await hand_over(world, *sources[:3])
-    await first.on_batch(list(await world.records(AUDIT_INTAKE)))
-    async with left_open(world, AUDIT):
-        await hand_over(world, *sources[3:6])
+    async with two_writers(world, Strays(), strays) as (first, second):
+        await hand_over(world, *sources[:3])
         await first.on_batch(list(await world.records(AUDIT_INTAKE)))
-        await hand_over(world, *sources[6:])
-        with pytest.raises(UnavailableError, match="left a transaction open"):
-            await second.on_batch(list(await world.records(AUDIT_INTAKE)))
-    await second.on_batch(list(await world.records(AUDIT_INTAKE)))
-    for partition in (0, 1):
-        if some := [record for record in await world.records(AUDIT) if record.partition == partition]:
-            strays.read(some)
-    assert strays.next(500) is None
-    await whole(world, 7)
-    for writer, runtime in zip((first, second), runtimes, strict=True):
-        await writer.close()
-        await runtime.publisher.stop()
+        async with left_open(world, AUDIT):
+            await hand_over(world, *sources[3:6])
+            await first.on_batch(list(await world.records(AUDIT_INTAKE)))
+            await hand_over(world, *sources[6:])
+            with pytest.raises(UnavailableError, match="left a transaction open"):
+                await second.on_batch(list(await world.records(AUDIT_INTAKE)))
+        await second.on_batch(list(await world.records(AUDIT_INTAKE)))
+        await read_by(strays, world)
+        assert strays.next(500) is None
+        await whole(world, 7)
 
 
 async def test_an_open_transaction_on_what_was_handed_over_takes_no_event_from_the_chain(
@@ -321,22 +320,15 @@ async def test_an_open_transaction_on_what_was_handed_over_takes_no_event_from_t
 ) -> None:
     """Whoever takes over looks there for each event that is not signed yet."""
     sources = [Source("x", 0, offset) for offset in range(6)]
-    runtimes = [runtime_of(world), runtime_of(world)]
-    for runtime in runtimes:
-        load_trust(runtime, world)
-        await runtime.publisher.start()
-    first, second = ChainWriter(runtimes[0], 60), ChainWriter(runtimes[1], 60)
-    async with left_open(world, AUDIT_INTAKE):
-        await hand_over(world, *sources[:3])
-        given = [record for record in await world.records(AUDIT_INTAKE) if record.value != b"never ends"]
-        await first.on_batch(given)
-        await hand_over(world, *sources[3:])
-        given = [record for record in await world.records(AUDIT_INTAKE) if record.value != b"never ends"]
-        await second.on_batch(given)
-    await whole(world, 6)
-    for writer, runtime in zip((first, second), runtimes, strict=True):
-        await writer.close()
-        await runtime.publisher.stop()
+    async with two_writers(world) as (first, second):
+        async with left_open(world, AUDIT_INTAKE):
+            await hand_over(world, *sources[:3])
+            given = [record for record in await world.records(AUDIT_INTAKE) if record.value != b"never ends"]
+            await first.on_batch(given)
+            await hand_over(world, *sources[3:])
+            given = [record for record in await world.records(AUDIT_INTAKE) if record.value != b"never ends"]
+            await second.on_batch(given)
+        await whole(world, 6)
 
 
 async def test_a_flood_is_dead_lettered_beside_what_is_true(world: World) -> None:
