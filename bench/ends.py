@@ -1,7 +1,7 @@
 """Very many leases that are due in the same second: how long until all have their signed ends, and what that costs.
 
-First with nothing but revokers (`--revokers`: how many), then with all services and somebody who asks for credentials
-all the while.
+First with nothing but revokers (`--revokers`: how many), then while somebody asks for credentials: with the services
+that issue them, and with audit as well, which tells of each end.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from bench import credentials
 from bench.filling import Valkey, signed_leases
 from bench.machine import cpu_s, percentile
-from bench.stack import more_of, running
+from bench.stack import WITHOUT_GATEWAY, more_of, running
 from ringfence.client.agent import Agent
+from ringfence.client.settings import ClientSettings
 from ringfence.dev.stack import Stack
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.jws import parse
@@ -27,6 +28,7 @@ from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE
+from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import SignedLease
 from ringfence.revoker.truth import whole
 
@@ -37,6 +39,7 @@ _TRIAL = 1_000
 AHEAD_S = 25
 """So long before they are due all are there: revokers have time to look at each beforehand."""
 GIVE_UP_S = 300
+ISSUING: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker")
 RATE = 10
 """Credentials asked for in a second."""
 
@@ -163,11 +166,15 @@ def run(kafka: str, revokers: int = 1) -> None:
     ):
         print(f"{DUE} leases due in the same second, revokers alone: {revokers}")
         uvloop.run(_drain(stack, pids | more))
-    with running(kafka) as (stack, settings, pids), more_of(stack, "revoker", revokers - 1) as more:
-        print(f"the same with all services, and {RATE} credentials a second asked for")
+    for services, told in ((ISSUING, "the services that issue"), (WITHOUT_GATEWAY, "all services")):
+        with (
+            running(kafka, services) as (stack, settings, pids),
+            more_of(stack, "revoker", revokers - 1) as more,
+        ):
+            print(f"the same with {told}, and {RATE} credentials a second asked for")
 
-        async def work() -> None:
-            async with credentials.agents_of(stack, settings) as agents:
-                await _while_issuing(stack, pids | more, agents)
+            async def work(stack: Stack, settings: ClientSettings, pids: dict[str, int]) -> None:
+                async with credentials.agents_of(stack, settings) as agents:
+                    await _while_issuing(stack, pids, agents)
 
-        uvloop.run(work())
+            uvloop.run(work(stack, settings, pids | more))
