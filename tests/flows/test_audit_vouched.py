@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ringfence.audit import chaining
 from ringfence.audit.chaining import ChainWriter
 from ringfence.audit.intake import Told
 from ringfence.kernel.errors import UnavailableError
@@ -171,6 +172,46 @@ async def test_nothing_is_chained_before_what_was_handed_over_before(world: Worl
     await killed(writer)
     of_it = [record.headers["ce_id"] for record in await world.records(AUDIT) if record.partition == AT]
     assert of_it == [one.uid for one in some(0, 3)]
+
+
+async def test_what_follows_little_that_was_handed_over_waits_until_that_is_chained(world: World) -> None:
+    """Handed over, what follows would be behind it again, and so on, as long as there is more: none of it at once."""
+    writer = await writing(world, *some(0, 1))
+    await hand_over(world, *some(1, 1))
+    records = list(await world.records(AUDIT_INTAKE))
+    writer.handed_over(AT, records[-1].offset + 1)
+    following = asyncio.create_task(writer.chained(events(*some(2, 1))))
+    await asyncio.sleep(0)
+    await writer.on_batch(records)
+    assert await following
+    await killed(writer)
+    assert await uids(world) == [one.uid for one in some(0, 3)]
+
+
+async def test_who_is_given_nothing_to_chain_waits_for_that_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no partition any more, and nobody has taken over yet."""
+    monkeypatch.setattr(chaining, "_CATCH_UP_S", 0.05)
+    writer = await writing(world, *some(0, 1))
+    writer.handed_over(AT, 10)
+    assert not await writer.chained(events(*some(1, 1)))
+    monkeypatch.setattr(chaining, "_CATCH_UP_S", 600)
+    async with asyncio.timeout(5):
+        assert not await writer.chained(events(*some(1, 1)))
+    await killed(writer)
+
+
+async def test_who_waits_and_begins_anew_hands_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaining, "_CATCH_UP_S", 600)
+    writer = await writing(world, *some(0, 1))
+    writer.handed_over(AT, 10)
+    following = asyncio.create_task(writer.chained(events(*some(1, 1))))
+    await asyncio.sleep(0)
+    await writer.on_assigned()
+    async with asyncio.timeout(5):
+        assert not await following
+    await killed(writer)
 
 
 async def test_nothing_is_chained_before_what_stood_there_when_it_took_over(world: World) -> None:

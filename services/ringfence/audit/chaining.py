@@ -57,6 +57,9 @@ _REMEMBERED_AT_FIRST = 5_000
 _STRAYS_AT_ONCE, _STRAYS_EACH_S = 500, 0.5
 """So many places are looked at for strays, so often at most: a flood of them takes little from what is true."""
 
+_NEAR, _CATCH_UP_S = 1000, 1.0
+"""Messages of one partition, which are chained in a batch or two, and the time that these are given."""
+
 
 @dataclass(slots=True)
 class _Chain:
@@ -114,6 +117,9 @@ class ChainWriter:
         """The same of the last that is to be chained before this process chains anything by itself: what it handed
         over, and what stood there when it took over.
         """
+        self._moved = asyncio.Event()
+        """Set, and followed by another, once more is chained of `audit.intake`, or this process chains no more."""
+        self._worth_waiting = True
 
     async def on_assigned(self) -> None:
         """Somebody else may have chained meanwhile: begin by looking."""
@@ -136,11 +142,14 @@ class ChainWriter:
                 async with publisher.transaction(self._group, ends):
                     await self._chain(publisher, self._linked(events))
             self._taken |= {partition: end for (_, partition), end in ends.items()}
+            self._worth_waiting = True
+        self._tell_moved()
 
     async def chained(self, events: Mapping[int, Sequence[Told]]) -> bool:
         """See `ringfence.audit.intake.Writer`. What was handed over before is chained before."""
         if self._publisher is None:  # before it waits for its turn: whoever takes over may read for long
             return False
+        await self._caught_up(events)
         async with self._one_at_a_time:
             if not all(self._goes_on_at_once(partition) for partition in events):
                 return False
@@ -196,8 +205,31 @@ class ChainWriter:
 
     def _goes_on_at_once(self, partition: int) -> bool:
         """Whether this process chains there, and nothing is to be chained first. Who takes over sees new ones."""
-        waits = self._taken.get(partition, 0) < self._wait_for.get(partition, 0)
-        return self._publisher is not None and partition in self._chains and not waits
+        return self._publisher is not None and partition in self._chains and not self._behind(partition)
+
+    def _behind(self, partition: int) -> int:
+        """So many messages are to be chained there first."""
+        return max(0, self._wait_for.get(partition, 0) - self._taken.get(partition, 0))
+
+    async def _caught_up(self, partitions: Iterable[int]) -> None:
+        """Wait a moment where little is to be chained first. Were what follows handed over, what follows that would be
+        behind it again, for as long as there is more. Not again where nothing came of it: who has no partition any
+        more, and was not replaced yet, is given nothing to chain.
+        """
+        try:
+            async with asyncio.timeout(_CATCH_UP_S):
+                while (
+                    self._worth_waiting
+                    and self._publisher is not None
+                    and 0 < max(map(self._behind, partitions)) <= _NEAR
+                ):
+                    await self._moved.wait()
+        except TimeoutError:
+            self._worth_waiting = False
+
+    def _tell_moved(self) -> None:
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
 
     def _linked(self, events: Mapping[int, Iterable[Told]]) -> list[_Linked]:
         """Put events, by partition, behind the last of each chain: those that are not there already."""
@@ -389,6 +421,7 @@ class ChainWriter:
 
     async def _let_go(self) -> None:
         publisher, self._publisher = self._publisher, None
+        self._tell_moved()
         self._chains = {}
         self._strays.let_go()
         if publisher is not None:
