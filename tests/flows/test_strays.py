@@ -216,6 +216,15 @@ async def two_writers(
         await runtime.publisher.stop()
 
 
+async def replaced(world: World, first: ChainWriter, second: ChainWriter) -> None:
+    """The second takes over, and chains more; the first has not heard of it."""
+    sources = [Source("x", 0, offset) for offset in range(6)]
+    await hand_over(world, *sources[:3])
+    await first.on_batch(list(await world.records(AUDIT_INTAKE)))
+    await hand_over(world, *sources)
+    await second.on_batch(list(await world.records(AUDIT_INTAKE)))
+
+
 async def read_by(strays: Strays, world: World) -> None:
     """All that stands on the trail."""
     for partition in (0, 1):
@@ -225,13 +234,9 @@ async def read_by(strays: Strays, world: World) -> None:
 
 async def test_who_was_paused_dead_letters_nothing_that_its_successor_wrote(world: World) -> None:
     """Woken, it reads what stands there now before it hears that another writes."""
-    sources = [Source("x", 0, offset) for offset in range(6)]
     strays = Strays()
-    async with two_writers(world, strays, Strays()) as (first, second):
-        await hand_over(world, *sources[:3])
-        await first.on_batch(list(await world.records(AUDIT_INTAKE)))
-        await hand_over(world, *sources)
-        await second.on_batch(list(await world.records(AUDIT_INTAKE)))
+    async with two_writers(world, strays) as (first, second):
+        await replaced(world, first, second)
         await read_by(strays, world)
         found = strays.next(500)
         assert found is not None
@@ -245,13 +250,9 @@ async def test_who_was_paused_and_writes_again_dead_letters_nothing_that_was_wri
     world: World,
 ) -> None:
     """It is the writer once more by the time that it has read what it took for strays before."""
-    sources = [Source("x", 0, offset) for offset in range(6)]
     strays = Strays()
-    async with two_writers(world, strays, Strays()) as (first, second):
-        await hand_over(world, *sources[:3])
-        await first.on_batch(list(await world.records(AUDIT_INTAKE)))
-        await hand_over(world, *sources)
-        await second.on_batch(list(await world.records(AUDIT_INTAKE)))
+    async with two_writers(world, strays) as (first, second):
+        await replaced(world, first, second)
         await read_by(strays, world)
         read = first._stray
 
