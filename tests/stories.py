@@ -202,7 +202,7 @@ def sent(bot: str = "bot") -> str:
 def waits(why: str, bot: str = "bot") -> str:
     """Policy wants approval, and a person is asked for it."""
     return f"""
-        3003 Decide: Pending/Observed approval.required [{why}] by policy for {bot}
+        ~3003 Decide: Pending/Observed approval.required [{why}] by policy for {bot}
         ~3003 Ask for Approval: Requested/Observed approval.requested [{why}] by policy for {bot}
         ~{sent(bot)}"""
 

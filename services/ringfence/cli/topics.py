@@ -23,11 +23,11 @@ def apply(as_json: JsonOption = False) -> None:
     Left to you, and named: partitions, replicas, and what is kept longer than the contract asks.
     """
 
-    async def work() -> tuple[list[Difference], list[Difference], list[str]]:
+    async def work() -> tuple[list[str], list[Difference], list[Difference]]:
         async with TopicsAdmin(load(ServiceSettings)) as admin:
-            return *await admin.set_right(), await admin.apply()
+            return await admin.apply(), *await admin.set_right()
 
-    right, left, created = run(work())
+    created, right, left = run(work())
     for one in left:
         note(
             f"warning: {one.what} of {one.topic} is {one.found}, not {one.expected}, and was left so; to change it is "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,9 @@ each service counts; but one record of a stranger's, as large as a broker takes,
 about to look at.
 """
 
+
+_SEEN_WITHIN_S, _LOOK_EVERY_S = 30.0, 0.05
+"""Kafka's controller acknowledges what its brokers hear of a moment later; whoever is told "done" may ask a broker."""
 
 _TOPIC = "topic"
 """What differs where it is not there."""
@@ -98,7 +102,8 @@ class TopicsAdmin:
         await self._client.close()
 
     async def apply(self, *, keep_bytes: int | None = None) -> list[str]:
-        """Create every topic that is not there. Returns the names of those created. Raises TopicError.
+        """Create every topic that is not there. Returns the names of those created, once a broker shows all topics.
+        Raises TopicError.
 
         `keep_bytes` bounds each partition of what is not compacted as well: for a broker that has all in memory.
         """
@@ -117,12 +122,21 @@ class TopicsAdmin:
                 for topic in wanted
             ]
         )
+        created = list[str]()
         for name, code, *rest in answer.topic_errors:
-            if code and for_code(code) is not TopicAlreadyExistsError:
+            if not code:
+                created.append(name)
+            elif for_code(code) is not TopicAlreadyExistsError:
                 raise TopicError(
                     f"the broker refused topic {name}: {for_code(code).__name__} {rest[0] if rest else ''}"
                 )
-        return [topic.name(self._settings.topic_prefix) for topic in wanted]
+        names = {topic.name(self._settings.topic_prefix) for topic in wanted}
+
+        async def missing() -> set[str]:
+            return names - set(await self._client.list_topics())
+
+        await _until_none(missing)
+        return created
 
     async def set_right(self) -> tuple[list[Difference], list[Difference]]:
         """Set what `apply` sets at creation on topics that are there. Returns what was set, and what was left:
@@ -146,6 +160,13 @@ class TopicsAdmin:
                         f"the broker refused to set {', '.join(wanted)} of topic {name}: {for_code(code).__name__} "
                         f"{message or ''}; whoever asks needs AlterConfigs on it"
                     )
+
+        async def unchanged() -> list[str]:
+            wrong = {(one.topic, one.what) for one in await self.check()}
+            return [f"{one.what} of {one.topic}" for one in right if (one.topic, one.what) in wrong]
+
+        if right:
+            await _until_none(unchanged)
         return right, left
 
     async def grant(self, wanted: Iterable[Acl], principals: Mapping[Party, str]) -> int:
@@ -203,3 +224,22 @@ class TopicsAdmin:
                     if actual.get(key) != value:
                         found.append(Difference(name, key, value, str(actual.get(key))))
         return found
+
+
+async def _until_none(find: Callable[[], Awaitable[Iterable[str]]]) -> None:
+    """Return once nothing is found of what the controller has acknowledged and a broker does not show. Raises
+    TopicError.
+    """
+    found = ""
+    try:
+        async with asyncio.timeout(_SEEN_WITHIN_S):
+            while True:
+                found = ", ".join(sorted(await find()))
+                if not found:
+                    return
+                await asyncio.sleep(_LOOK_EVERY_S)
+    except TimeoutError:
+        raise TopicError(
+            f"Kafka acknowledged what its broker does not show after {_SEEN_WITHIN_S:g} s: {found}; look at the "
+            "broker's log, then run this again"
+        ) from None
