@@ -92,12 +92,14 @@ async def leased(desk: Desk) -> str:
 
 
 async def until_known(http: httpx.AsyncClient, url: str) -> None:
-    """The lease is on its way to the gateway when the agent has its handle: at most a moment."""
+    """The lease is on its way to the gateway when the agent has its handle: at most a moment. On a machine that is held
+    up a gateway may know too little for a moment, and says so.
+    """
     asks = {"jsonrpc": "2.0", "id": 0, "method": "tools/list"}
     accepts = {"Accept": "application/json, text/event-stream"}
     async with asyncio.timeout(WITHIN_S):
-        while "no_lease" in (answer := await http.post(url, json=asks, headers=accepts)).text or (
-            answer.status_code == 401
+        while (answer := await http.post(url, json=asks, headers=accepts)).status_code in (401, 503) or (
+            "no_lease" in answer.text
         ):
             await asyncio.sleep(0.02)
 

@@ -32,8 +32,9 @@ _HINTED_AGAIN_S = 0.025
 _HINTS, _HINTS_WITHIN_S = 100, 1.0
 _DEAF_S = 1.0
 """So long no hints are heard after so many came within so short a time."""
-_FORESEEN_AT_A_TIME = 500
-"""So many leases whose ends were foreseen go together: little is left to do for each."""
+_FORESEEN_AT_A_TIME = 1500
+"""So many leases whose ends were foreseen go together: little is left to do for each, and what goes to one partition of
+Kafka in one batch, of up to 512 KiB, takes the broker and all who read it a third less than what goes in three."""
 _FAILED_S = 0.5
 _SWEEP_EVERY_S = 1.0
 

@@ -179,7 +179,7 @@ local function in_parts(all, call)
     for first = 1, #all, {_MOST_AT_ONCE} do call(unpack(all, first, math.min(first + {_MOST_AT_ONCE - 1}, #all))) end
 end
 local function forget(ids, deadlines_s)
-    redis.call('ZREM', deadlines, unpack(ids))
+    if redis.call('ZREM', deadlines, unpack(ids)) == #ids then return end
     local by_minute = {{}}
     for i, id in ipairs(ids) do
         local minute = math.floor(deadlines_s[i] / 60)
@@ -556,7 +556,7 @@ if #done > 0 then
     if #claimed > 0 then redis.call('ZADD', KEYS[1], unpack(claimed)) end
     if #over > 0 then
         redis.call('HDEL', leases, unpack(over))
-        redis.call('ZREM', KEYS[1], unpack(over))
+        if not only_due then redis.call('ZREM', KEYS[1], unpack(over)) end
         for _, some in pairs(left) do leave(unpack(some)) end
     end
     redis.call('HSET', KEYS[2], unpack(records))
