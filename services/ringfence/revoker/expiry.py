@@ -33,8 +33,8 @@ _HINTS, _HINTS_WITHIN_S = 100, 1.0
 _DEAF_S = 1.0
 """So long no hints are heard after so many came within so short a time."""
 _FORESEEN_AT_A_TIME = 1500
-"""So many leases whose ends were foreseen go together: little is left to do for each, and what goes to one partition of
-Kafka in one batch, of up to 512 KiB, takes the broker and all who read it a third less than what goes in three."""
+"""So many leases whose ends were foreseen go together: little is left to do for each. Of one partition of Kafka they
+fill a batch, of up to 512 KiB: three batches cost the broker, and all who read them, more."""
 _FAILED_S = 0.5
 _SWEEP_EVERY_S = 1.0
 
