@@ -8,9 +8,10 @@ import pytest
 
 from ringfence.gateway.leases import ENDED_KEPT_MS, ORDERS_KEPT_MS, SLACK_MS, LeaseTable
 from ringfence.kernel.skew import MAX_SKEW_MS
-from ringfence.messages.lease import Lease
+from ringfence.messages.lease import EndCause, Lease
+from ringfence.model.leases import follow
 from tests import leases
-from tests.ledger import START_MS, FixedClock
+from tests.ledger import START_MS, FixedClock, permission
 
 NOW_S = START_MS // 1000
 AGENT, TARGET = "bot", "hub"
@@ -36,6 +37,55 @@ def lease(**fields: Any) -> Lease:
 
 def usable(table: LeaseTable, task_id: str | None = None) -> set[str]:
     return {one.lease_id for one in table.usable(AGENT, task_id, TARGET)}
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"deadline": NOW_S + 1200},
+        {"scope": (permission("**"),)},
+        {"target_id": "elsewhere"},
+        {"agent_id": "another", "act": ("another",)},
+        {"task_id": "11111111-1111-4111-8111-111111111111"},
+        {"on_behalf_of": "olga"},
+        {"key_thumbprint": "x" * 43},
+        {"delivery": "agent"},
+    ],
+    ids=lambda terms: next(iter(terms)),
+)
+def test_no_later_record_changes_the_terms_of_a_lease(
+    table: LeaseTable, clock: FixedClock, terms: dict[str, Any]
+) -> None:
+    """A revoker that is taken over signs a further record of a lease that a gateway knows already."""
+    one = lease()
+    table.take(one)
+    table.take(one.model_copy(update={"seq": 2, "jti": "a-later-record", **terms}))
+    assert table.get(one.lease_id) == one
+    assert usable(table) == {one.lease_id}
+    clock.ms = one.deadline * 1000
+    table.sweep()
+    assert usable(table) == set()
+    cause = EndCause(kind="deadline", at_ms=clock.ms)
+    table.take(follow(one, "ending", by=leases.REVOKER, cause=cause))
+    found = table.get(one.lease_id)
+    assert found is not None
+    assert found.status == "ending", "a true record still counts"
+
+
+def test_no_later_record_revives_a_lease(table: LeaseTable, clock: FixedClock) -> None:
+    one = lease()
+    ending = follow(one, "ending", by=leases.REVOKER, cause=leases.CAUSE)
+    ended = follow(ending, "revoked", by=leases.REVOKER, cause=leases.CAUSE)
+    table.take(one)
+    for record in (ending, ended):
+        table.take(record)
+        table.take(one.model_copy(update={"seq": record.seq + 5}))
+        assert usable(table) == set()
+    clock.ms += ENDED_KEPT_MS
+    table.sweep()
+    assert table.get(one.lease_id) is None
+    table.take(one.model_copy(update={"seq": 9}))
+    assert usable(table) == set(), "also after it has been forgotten"
 
 
 class Told:

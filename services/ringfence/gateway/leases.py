@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,17 @@ from ringfence.kernel.clock import Clock
 from ringfence.kernel.skew import MAX_SKEW_MS
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
-from ringfence.model.leases import ALL_MARK, bears, is_covered, is_over, marks_of
+from ringfence.model.leases import (
+    ALL_MARK,
+    bears,
+    comes_after,
+    has_terms_of,
+    is_covered,
+    is_over,
+    marks_of,
+)
+
+log = logging.getLogger(__name__)
 
 ENDED_KEPT_MS = 60_000
 """So long a lease is known after its end: orders about it may still be on their way here."""
@@ -39,6 +50,8 @@ class _Known:
     """How many changes of the fences there had been when it was held against them,"""
     fenced: bool = False
     """and what came of it."""
+    kept_until_ms: int = 0
+    """Without a lease: until then its `seq` is remembered."""
 
 
 class LeaseTable:
@@ -75,14 +88,20 @@ class LeaseTable:
     # --- feeding ---
 
     def take(self, lease: Lease) -> None:
-        """One verified record. Of each lease the highest `seq` counts, in whatever order they come."""
+        """One verified record. Of each lease the highest `seq` counts, in whatever order they come.
+
+        A record that changes the terms of a known lease, or revives one that ended, is ignored whoever signed it.
+        """
         now_ms = self._clock.now_ms()
         if lease.deadline * 1000 + SLACK_MS <= now_ms:
             return
         known = self._known.get(lease.lease_id)
-        if known is not None and lease.seq <= known.seq:
-            return
-        if known is not None and known.lease is not None:
+        if known is not None:
+            if lease.seq <= known.seq or known.lease is None:
+                return
+            if not (comes_after(known.lease, lease) and has_terms_of(known.lease, lease)):
+                log.warning("ignored record %s of a lease: it does not follow record %d", lease.jti, known.seq)
+                return
             self._drop(known.lease)
         self._known[lease.lease_id] = _Known(lease.seq, lease)
         if lease.status == "active":
@@ -91,7 +110,7 @@ class LeaseTable:
                 self._versions[key] = next(self._numbers)
                 tasks = self._usable.setdefault(key, {})
                 tasks.setdefault(lease.task_id, {})[lease.lease_id] = lease
-            if known is None or known.lease is None:
+            if known is None:
                 heapq.heappush(self._due, (lease.deadline * 1000, lease.lease_id))
         elif lease.status != "minting":
             heapq.heappush(self._due, (now_ms + ENDED_KEPT_MS, lease.lease_id))
@@ -151,15 +170,17 @@ class LeaseTable:
         if known is None:
             return
         if known.lease is None:
-            del self._known[lease_id]
+            if known.kept_until_ms <= now_ms:
+                del self._known[lease_id]
             return
         deadline_ms = known.lease.deadline * 1000
         if deadline_ms <= now_ms:
             self._over(lease_id)
         if is_over(known.lease) or deadline_ms + ENDED_KEPT_MS <= now_ms:
             self._drop(known.lease)
-            known.lease = None  # its `seq` stays: an older record that comes late must not revive it
-            heapq.heappush(self._due, (max(deadline_ms + SLACK_MS, now_ms), lease_id))
+            # Its `seq` stays: an older record that comes late must not revive it.
+            known.lease, known.kept_until_ms = None, deadline_ms + SLACK_MS
+            heapq.heappush(self._due, (known.kept_until_ms, lease_id))
         else:
             heapq.heappush(self._due, (max(deadline_ms, now_ms) + ENDED_KEPT_MS, lease_id))
 

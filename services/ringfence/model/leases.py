@@ -118,6 +118,20 @@ def comes_after(before: Lease | None, after: Lease) -> bool:
     return before.status != "ending" or (after.status in TERMINAL and after.cause == before.cause)
 
 
+_OF_ONE_RECORD = frozenset({"iss", "iat", "jti", "seq", "status", "cause", "epoch", "traceparent"})
+_TERMS = tuple(field for field in Lease.model_fields if field not in _OF_ONE_RECORD)
+"""What a lease is about. No later record of it says anything else of these."""
+
+
+def has_terms_of(before: Lease, after: Lease) -> bool:
+    """Whether two records state the same lease: the same agent, task, target, scope, deadline and all other terms.
+
+    Only the status, its cause and the fields of the record itself may differ between records of one lease. So a
+    service that is taken over cannot lengthen or widen a lease by a later record.
+    """
+    return all(getattr(before, field) == getattr(after, field) for field in _TERMS)
+
+
 def before_minting(lease: Lease) -> Lease:
     """The record that announces a lease whose credential will leave something at its target, unsigned."""
     return lease.model_copy(update={"status": "minting"})
