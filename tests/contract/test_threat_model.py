@@ -1,4 +1,4 @@
-"""What docs/threat-model.md says that nobody can do, a test shows. Each that it names exists."""
+"""What docs/threat-model.md says that nobody can do, a test shows. Each that it names exists, and the gate runs it."""
 
 from __future__ import annotations
 
@@ -33,6 +33,34 @@ def test_a_named_test_exists(path: str, name: str) -> None:
     assert name in named_in(file), f"{path} has no {name}"
 
 
+def gated_folders() -> frozenset[str]:
+    """The folders of `tests/` that .ci/run hands to pytest, by the targets of the Makefile that it calls."""
+    called = set(re.findall(r"^suite \S+ .+ (test[a-z-]*)$", (ROOT / ".ci/run").read_text(), re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text()
+    recipes = dict(re.findall(r"^(test[a-z-]*):[^\n]*\n\t([^\n]*)", makefile, re.MULTILINE))
+    suites = re.findall(r"^SUITES := (.*)$", makefile, re.MULTILINE)
+    words = " ".join([recipes[name] for name in called] + (suites if "test" in called else []))
+    return frozenset(re.findall(r"tests/(\w+)", words))
+
+
+def unconditional(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether nothing keeps the gate from running a test: no mark that deselects, skips or forgives it."""
+    marks = " ".join(ast.unparse(decorator) for decorator in node.decorator_list)
+    return not re.search(r"\bmark\.(skip|skipif|xfail|apache|opa|tools)\b", marks)
+
+
+@pytest.mark.parametrize(("path", "name"), sorted(set(NAMED.findall(PAGE.read_text()))))
+def test_the_gate_runs_a_named_test(path: str, name: str) -> None:
+    assert path.split("/")[0] in gated_folders(), f"{path} is in no suite of .ci/run"
+    tree = ast.parse((ROOT / "tests" / path).read_text())
+    found = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name
+    ]
+    assert all(unconditional(node) for node in found), f"{path}::{name} does not run everywhere"
+
+
 def test_every_cannot_names_its_test() -> None:
     cannot = [
         row for row in ROWS if row.count("|") == 3 and "| shown by |" not in row and "| can |" not in row
@@ -45,7 +73,7 @@ def test_every_cannot_names_its_test() -> None:
     "who",
     [
         "registry", "policy", "issuer", "revoker", "gateway", "audit", "agent", "sponsor", "operator", "every topic",
-        "Redis", "root",
+        "Redis", "root", "provisioner", "signals", "bundle of rules",
     ],
 )  # fmt: skip
 def test_everybody_who_may_be_taken_over_has_a_section(who: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from redis.asyncio import Redis
 
 from ringfence.client.credentials import GatewayCredential
 from ringfence.client.replies import SentRequest, read_reply
@@ -18,7 +19,8 @@ from ringfence.kernel.envelope import EncryptionKey, enclose, recipients_of, unv
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import open_signed, parse, sign
 from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.keys import SigningKey, b64encode
+from ringfence.kernel.seal import ReplyKey
 from ringfence.kernel.trace import new_traceparent
 from ringfence.messages.credential import Credential, CredentialDelivery, ReplyContent
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
@@ -26,6 +28,7 @@ from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
 from ringfence.messages.trust import ServiceIdentity
 from ringfence.model.access import NotFoundError
 from ringfence.model.lease_store import LeaseStore
+from tests import canary
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_desks
@@ -328,13 +331,54 @@ async def test_a_static_secret_is_a_lease_and_nothing_else(partner: Desk, office
     assert [reason.code for reason in refusal.reasons] == ["backend_cannot"]
 
 
+@pytest.mark.parametrize("delivery", ["agent", "gateway"])
+async def test_policy_gets_no_credential_sealed_to_a_key_of_its_own(desk: Desk, delivery: str) -> None:
+    """It decides on the agent's request, with the reply key in it replaced and everything else as it was signed."""
+    mine = ReplyKey()
+    asked = await desk.ask("read", delivery=delivery)
+    head, _, signature = asked.compact.split(".")
+    claims = asked.claims.model_copy(update={"reply_key": mine.public})
+    swapped = f"{head}.{b64encode(claims.model_dump_json(exclude_none=True).encode())}.{signature}"
+    await desk.decide(asked, request=swapped)
+    finding = await desk.event("finding", asked)
+    assert finding.reasons[0].code == "signature_invalid"
+    honest, _ = await (desk.issued("read") if delivery == "agent" else handed(desk, "read"))
+    if delivery == "gateway":
+        seals = desk.world.seals
+        envelope = await envelope_of(desk, honest)
+        bundle = desk.world.trust.require()
+        own = {
+            key.kid
+            for service in bundle.services
+            if not {"issuer", "gateway"}.isdisjoint(service.roles)
+            for key in service.encryption_keys
+        }
+        assert {seals["gateway"].kid, seals["issuer"].kid} <= set(recipients_of(envelope.value)) <= own
+    for record in await desk.world.records(CREDENTIAL_REPLY):
+        if record.value[:1] != b"{":
+            with pytest.raises(InvalidMessageError):
+                mine.open(record.value)
+
+
 async def test_nothing_of_it_is_in_redis(desk: Desk, office: Desk) -> None:
+    """Neither of what goes to gateways nor of what goes to agents, under any key, while the leases live."""
     asked, _ = await handed(desk, "read")
     value = opened(desk, (await envelope_of(desk, asked)).value, desk.world.seals["gateway"]).credential.value
+    given, content = await desk.issued("read")
+    assert content.credential is not None
+    secrets = [value, content.credential.value]
+    url, canary_key = office.world.redis_url, f"{office.world.prefix}.canary"
     store = LeaseStore(office.world.settings("issuer"))
     try:
-        stored = (await store.get([asked.lease_id]))[asked.lease_id]
+        stored = await store.get([asked.lease_id, given.lease_id])
     finally:
         await store.close()
-    assert value.encode() not in stored.jws
-    assert b"ciphertext" not in stored.jws
+    assert {one.status for one in stored.values()} == {"active"}
+    assert not [one for one in stored.values() if b"ciphertext" in one.jws]
+    assert await canary.in_redis(url, secrets) == []
+    async with Redis.from_url(url) as client:
+        await client.set(canary_key, value)
+        try:
+            assert await canary.in_redis(url, secrets) == [canary_key], "it would have been found"
+        finally:
+            await client.delete(canary_key)

@@ -22,6 +22,8 @@ from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.ids import digest
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Received
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.seal import unverified_kid
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates, CredentialDelivery, ReplyContent
 from ringfence.messages.keys import PublicJwk
@@ -195,6 +197,39 @@ async def test_a_record_in_redis_that_nobody_can_read_holds_up_no_other(
             await desk.event("replayed", asked)
         finally:
             await client.hset(at.leases, id, kept)
+
+
+@pytest.mark.parametrize("whose", ["another lease's", "a stranger's, of a longer life", "unsigned"])
+async def test_a_record_in_redis_that_is_not_the_leases_is_answered_to_nobody(
+    desk: Desk, store: LeaseStore, whose: str
+) -> None:
+    """Whoever can write to Redis puts it there, and the decision is delivered once more."""
+    asked = await desk.ask("read")
+    place = await desk.decide(asked)
+    await desk.answer(asked)
+    lease = await desk.lease(asked.lease_id, "active")
+    other, _ = await desk.issued("read")
+    longer = lease.model_copy(update={"deadline": lease.deadline + 3600})
+    head, body, _ = sign(longer, desk.world.key("issuer")).split(".")
+    planted = {
+        "another lease's": (await desk.issued_records(other.lease_id))[0].compact,
+        "a stranger's, of a longer life": sign(longer, SigningKey.generate(lease.iss)),
+        "unsigned": f"{head}.{body}.{'A' * 86}",
+    }[whose]
+    at, id = store.at(lease.lease_id), packed(lease.lease_id)
+    before = [record.value for record in await desk.world.records(LEASE)]
+    async with redis.asyncio.Redis.from_url(desk.world.redis_url) as client:
+        kept = await client.hget(at.leases, id)
+        try:
+            await client.hset(at.leases, id, f"a1 {lease.deadline}\n{planted}")
+            async with asyncio.timeout(WITHIN_S):
+                await redeliver(desk, place)
+            await desk.event("replayed", asked)
+        finally:
+            await client.hset(at.leases, id, kept)
+    assert [record.value for record in await desk.world.records(LEASE)] == before
+    answers = [r for r in await desk.world.records(CREDENTIAL_REPLY) if unverified_kid(r.value) == asked.id]
+    assert len(answers) == 1, "the first, and no other"
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

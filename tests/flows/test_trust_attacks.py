@@ -12,13 +12,14 @@ from typing import Any, get_args
 
 import pytest
 
+from ringfence.kernel.errors import SignatureError
 from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.approval import Approval
 from ringfence.messages.base import Topic
-from ringfence.messages.lease import RevocationRequest, Selector
+from ringfence.messages.lease import EndCause, Lease, RevocationRequest, Selector
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.registry import (
     AgentRecord,
@@ -33,6 +34,7 @@ from ringfence.messages.topics import (
     CREDENTIAL_DECISION,
     CREDENTIAL_REQUEST,
     DEAD_LETTER,
+    LEASE,
     REGISTRY_COMMAND,
     REVOCATION_REQUEST,
     SERVICE_EVENT,
@@ -40,6 +42,7 @@ from ringfence.messages.topics import (
     USER,
 )
 from ringfence.messages.trust import ServiceRole
+from ringfence.model.leases import follow
 from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.office import DEPLOY, EVERYTHING, READ, Office, codes
 from tests.stories import asked_for, buried, forged, leaves, refused_by_policy, request_leaves
@@ -97,11 +100,15 @@ def last_of(records: Sequence[Received], key: str) -> Received:
 # --- a service that is taken over speaks for no other ---
 
 
-async def said_by_each(desk: Desk) -> list[tuple[Topic[Any], str]]:
-    """What services that are taken over sign of what they have no say in: where to, and the message."""
+async def said_by_each(desk: Desk) -> tuple[str, list[tuple[Topic[Any], str]]]:
+    """What services that are taken over sign of what they have no say in: where to, and the message.
+
+    Returns the lease that those records are about, and these.
+    """
     world = desk.world
     asked = await desk.ask("read")
     await desk.answer(asked)
+    lease = await desk.lease(asked.lease_id, "active")
     everything = Selector(agent_id=desk.bot.name)
     said: list[tuple[Topic[Any], str]] = []
     for role in ROLES:
@@ -115,6 +122,9 @@ async def said_by_each(desk: Desk) -> list[tuple[Topic[Any], str]]:
                 RevocationRequest, by, kind="revocation", reason="an attack", selector=everything
             )
             said.append((REVOCATION_REQUEST, sign(order, key)))
+        if role not in ("issuer", "revoker"):
+            cause = EndCause(kind="revocation", at_ms=lease.requested_at_ms)
+            said.append((LEASE, sign(follow(lease, "ending", by=key.id, cause=cause), key)))
         # Nobody of them is a person, or an agent.
         approval = parse(desk.approval(asked, desk.sam)).unverified_claims(Approval)
         said.append((APPROVAL_RESPONSE, sign(approval.model_copy(update=common), key)))
@@ -124,21 +134,35 @@ async def said_by_each(desk: Desk) -> list[tuple[Topic[Any], str]]:
         said.append((REGISTRY_COMMAND, sign(command.model_copy(update={"iss": world.operator.id}), key)))
         request = asked.claims.model_copy(update={"jti": uuid.uuid4().hex})
         said.append((CREDENTIAL_REQUEST, sign(request, key)))
-    return said
+    return lease.lease_id, said
+
+
+def is_released(world: World, record: Received) -> bool:
+    """Whether a record of a lease holds, and says that its agent released it."""
+    try:
+        return world.opened(record, Lease, "issuer", "revoker").status == "released"
+    except SignatureError:
+        return False
 
 
 async def test_no_service_speaks_for_another(world: World):
     """Nor for a person, nor for an agent: whatever the key of one signs beyond its own part is dead-lettered."""
-    async with opened_desks(world) as first, world.running("policy", "issuer", "revoker"):
+    async with opened_desks(world) as first, world.running("policy", "issuer", "revoker", "audit"):
         desk = await another(first)
-        said = await said_by_each(desk)
-        assert len(said) == (len(ROLES) - 1) + (len(ROLES) - 2) + 5 * len(ROLES)
+        lease_id, said = await said_by_each(desk)
+        assert len(said) == (len(ROLES) - 1) + 2 * (len(ROLES) - 2) + 5 * len(ROLES)
         async with leaves(world, f"~{forged()}~{buried()}" * len(said)):
-            places = [await world.send(topic, desk.bot.name, jws) for topic, jws in said]
+            places = [
+                await world.send(topic, lease_id if topic is LEASE else desk.bot.name, jws)
+                for topic, jws in said
+            ]
             for place in places:
                 letter = await letter_at(world, place)
                 assert letter.code in ("key_unknown", "signature_invalid"), letter
         await desk.issued("read")
+        claims, _ = await desk.revoke(desk.bot, "release", lease_id=lease_id)
+        await desk.verdict(claims)
+        await world.consume_until(LEASE, lambda r: r.key == lease_id and is_released(world, r))
         ok = await world.command(
             world.claims(UserDisable, world.operator, user_id="sue", reason="x"), world.operator
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from itertools import count
 from typing import Any
@@ -244,8 +245,11 @@ async def test_words_that_no_gateway_signed_count_for_nothing(
     assert cuts.live() == {ONE.id}
     cuts.refused(one, START_MS)
     forged = ack(SigningKey.generate(ONE.id), one, START_MS + 1)
+    by_another_gateway = ack(dataclasses.replace(TWO, id=ONE.id), one, START_MS + 1)
     garbage = Received(REVOCATION_ACK, "ringfence.revocation.ack.v1", 0, 1, START_MS, None, b"\x00")
-    cuts.on_acks([ack(POLICY, one, START_MS + 1), forged, garbage, ack(TWO, one, START_MS + 1)])
+    cuts.on_acks(
+        [ack(POLICY, one, START_MS + 1), forged, by_another_gateway, garbage, ack(TWO, one, START_MS + 1)]
+    )
     cuts.on_acks([ack(ONE, order(), START_MS + 1)])  # about another
     assert measured() == (0, 0, 0)
 

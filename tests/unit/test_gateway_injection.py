@@ -32,7 +32,8 @@ NOW_S = START_MS // 1000
 YEAR_S = 365 * 86_400
 ROOT = SigningKey.generate(f"spiffe://{TD}/root")
 KEYS = {
-    role: SigningKey.generate(f"spiffe://{TD}/service/{role}") for role in ("issuer", "gateway", "policy")
+    role: SigningKey.generate(f"spiffe://{TD}/service/{role}")
+    for role in ("issuer", "gateway", "policy", "revoker")
 }
 SEAL, OTHER = (EncryptionKey.generate(f"spiffe://{TD}/service/{name}") for name in ("gateway", "other"))
 
@@ -117,7 +118,7 @@ async def test_what_the_issuer_sealed_to_this_gateway_is_there(memory: Memory) -
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"by": "policy"}, {"by": "gateway"}, {"lease_id": "00000000-0000-5000-8000-000000000000"},
+        {"by": "revoker"}, {"by": "policy"}, {"by": "gateway"}, {"lease_id": "00000000-0000-5000-8000-000000000000"},
         {"expires_at": NOW_S},
     ],
 )  # fmt: skip

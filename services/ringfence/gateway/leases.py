@@ -100,7 +100,9 @@ class LeaseTable:
             if lease.seq <= known.seq or known.lease is None:
                 return
             if not (comes_after(known.lease, lease) and has_terms_of(known.lease, lease)):
-                log.warning("ignored record %s of a lease: it does not follow record %d", lease.jti, known.seq)
+                log.warning(
+                    "ignored record %s of a lease: it does not follow record %d", lease.jti, known.seq
+                )
                 return
             self._drop(known.lease)
         self._known[lease.lease_id] = _Known(lease.seq, lease)

@@ -282,11 +282,11 @@ class DecisionHandler:
 
     def _known(self, issue: Issue, stored: StoredLease) -> _Outcome:
         try:
-            # Its claims need no proof here: they only tell on which record it was issued.
-            lease = parse(stored.jws).unverified_claims(Lease)
+            # Verified: whoever can write to Redis must not have this issuer publish a record of their own.
+            lease = open_lease(stored.jws, self._runtime.trust, self._runtime.clock)
         except InvalidMessageError as error:
             # The same batch again would find the same: all others wait behind it.
-            log.error("the record of lease %s in Redis cannot be read: %s", issue.lease.lease_id, error)
+            log.error("the record of lease %s in Redis does not hold: %s", issue.lease.lease_id, error)
             return REPLAYED
         if not springs_from(lease, issue.origin):
             return REPLAYED
