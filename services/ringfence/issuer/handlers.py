@@ -214,7 +214,7 @@ class DecisionHandler:
                 signed: Signed[CredentialDecision] = open_signed(
                     parse(record.value),
                     DecidedTerms,
-                    self._runtime.trust.finder("policy", at_s=record.appended_at_ms / 1000),
+                    self._runtime.trust.finder(*DecidedTerms.signed_by, at_s=record.appended_at_ms / 1000),
                     audience=self._terms.trust_domain,
                     appended_at_ms=record.appended_at_ms,
                 )
