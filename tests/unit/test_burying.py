@@ -85,7 +85,7 @@ def of_the_revoker(broker: Broker) -> BatchHandler:
 def of_the_issuer(broker: Broker) -> BatchHandler:
     runtime = SimpleNamespace(letters=letters(broker))
     others = cast(Any, (runtime, *[None] * 8))
-    handler = DecisionHandler(*others, patience_s=0)
+    handler = DecisionHandler(*others, patience_s=0, halted=lambda: None)
 
     async def opened(batch: Sequence[Received]) -> None:
         assert await handler._open([record for record in batch if record.value == b"bad"]) == []

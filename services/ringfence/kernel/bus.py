@@ -47,8 +47,8 @@ Handler = Callable[[Received], Awaitable[Awaitable[object] | None]]
 InvalidMessageError sends it to the dead letters."""
 
 MAX_INVALID_SIGNED = 20
-"""More malformed records of one topic than this halt its consumer, where services that may write them there signed them:
-a bad deploy must not divert everything."""
+"""More malformed records of one topic than this halt its consumer, where services that may write them signed them: a
+bad deploy must not divert everything."""
 _LEAVE_S = 2.0
 _MOST_LOGGED = 500
 """Characters of a reason: it may quote what somebody chose."""
@@ -264,6 +264,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         alone: bool = False,
         patience_ms: int = 600_000,
         on_gone: OnGone | None = None,
+        on_halted: Callable[[HaltedError], Awaitable[None]] | None = None,
         from_the_first: bool = False,
         uncommitted: bool = False,
         tracing: Tracing = NOT_TRACING,
@@ -280,10 +281,13 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             alone: one member has all partitions, the others stand by.
             patience_ms: after so long over one batch a member counts as dead.
             on_gone: told of records that Kafka removed before this group had read them.
+            on_halted: told once where this member has halted.
             from_the_first: whether that counts as well of what was gone before the group read its first record.
             uncommitted: read also what no transaction has committed, for whoever looks for what should not be there.
         """  # fmt: skip
         self._uncommitted = uncommitted
+        self._on_halted = on_halted
+        self._halting: asyncio.Task[None] | None = None
         self._patience_ms = patience_ms
         self._tracing = tracing
         self.group = f"{settings.topic_prefix}.{group}"
@@ -340,6 +344,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         finally:
             self.running = False
             self._consumer = self._commits = None
+            if self._halting is not None:
+                self._halting.cancel()
             # Whoever is cancelled meanwhile still leaves the group: else the others wait until its session is over.
             leaving = asyncio.create_task(_left(consumer, commits), name=f"leaving {self.group}")
             try:
@@ -454,6 +460,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                     self.halted = str(error)
                     metrics.HALTED.labels(self.group).set(1)
                     log.critical("%s", error)
+                    self._halting = asyncio.create_task(self._tell_halted(error), name=f"halted {self.group}")
                 # Those before it are taken to their ends and committed: else who is started again would halt at the
                 # same batch for ever, and an order that came before would wait for as long.
                 batch = _before(batch, error.record)
@@ -487,6 +494,14 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         """Until a person restarts the service."""
         await commits.flush()
         await asyncio.Event().wait()
+
+    async def _tell_halted(self, error: HaltedError) -> None:
+        if self._on_halted is None:
+            return
+        try:
+            await self._on_halted(error)
+        except (RingfenceError, KafkaError, OSError) as failure:  # the log, the metric and `/readyz` say it
+            log.warning("that %s has halted was not told to audit: %s", self.group, failure)
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
         """Called by aiokafka before a rebalance: the batch under way goes on, and comes again if its commit fails."""

@@ -132,7 +132,7 @@ class Topic(Generic[M]):
         return _topic_name(prefix, self.what)
 
     def signed_by(self, typ: str) -> tuple[ServiceRole, ...]:
-        """The roles of services that may write a message with this `typ` header here; none where it belongs elsewhere."""
+        """The roles of services that may write a message with this `typ` here; none where it belongs elsewhere."""
         return _signed_by(self.models).get(typ, ())
 
     @property

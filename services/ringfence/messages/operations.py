@@ -67,6 +67,10 @@ class StreamDigest(Message):
     digest: Digest
 
 
+GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,255}$")]
+"""A consumer group on Kafka, with its prefix."""
+
+
 class Heartbeat(Claims):
     """Once a second: this service is alive, and this is what a complete local table holds now, or what has come."""
 
@@ -77,7 +81,7 @@ class Heartbeat(Claims):
     tables: tuple[PartitionDigest, ...] = ()
     streams: tuple[StreamDigest, ...] = ()
     """Of revokers, for `lease` and `revocation.request`: what has come since the heartbeat before."""
-    halted: tuple[NonEmpty, ...] = ()
+    halted: Annotated[tuple[GroupName, ...], Field(max_length=100)] = ()
     """Of revokers: their consumer groups that have halted. While one is named, issuers and gateways deny."""
 
 
