@@ -80,13 +80,17 @@ class DeadLetters:
         clock: Clock,
         trust: TrustStore | None = None,
         trust_moved: Callable[[], Awaitable[bool]] | None = None,
+        *,
+        halts: bool = True,
     ) -> None:
         """Args:
             trust: says what services signed; without it nothing halts.
             trust_moved: whether a trust bundle came that was not known a moment ago; asked where a key is unknown.
+            halts: whether a bad deploy halts what buries here. Not where what is lost is a hint, and its writers many.
         """  # fmt: skip
         self._trust = trust
         self._trust_moved = trust_moved
+        self._halts = halts
         self._publisher = publisher
         self._service = service
         self._clock = clock
@@ -145,7 +149,7 @@ class DeadLetters:
         Whatever else services sign is as any stranger's. So is what a key signed that has ended since: once a stolen
         key is rotated, what the thief left behind halts nobody who is started again.
         """
-        if self._trust is None or error.code != "claims_invalid":
+        if not self._halts or self._trust is None or error.code != "claims_invalid":
             return False
         try:
             jws = parse(record.value)
