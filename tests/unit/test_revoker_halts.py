@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from ringfence.kernel.clock import CarriedOn
-from ringfence.kernel.jws import sign, sign_payload
+from ringfence.kernel.jws import open_signed, parse, sign, sign_payload
 from ringfence.kernel.kafka import Received
-from ringfence.messages.operations import Heartbeat
+from ringfence.messages.base import Claims, Millis
+from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import HEARTBEAT
 from ringfence.messages.trust import SERVICE_ROLES, ServiceRole
 from ringfence.model.revoker_halts import RevokerHalts
@@ -122,6 +123,17 @@ def test_a_heartbeat_of_before_names_nothing(services: Services, listener: Liste
     payload = old % (key.id, services.td, listener.now_ms // 1000, listener.now_ms)
     record = listener.arrives(sign_payload(Heartbeat, payload.encode(), key).encode())
     assert (listener.code, record.topic) == (None, HEARTBEAT)
+
+
+def test_a_reader_of_before_takes_no_notice(services: Services, listener: Listener) -> None:
+    class OfBefore(Claims):
+        typ: ClassVar[str] = "heartbeat"
+        at_ms: Millis
+        streams: tuple[StreamDigest, ...] = ()
+
+    record, find = listener.beat(GROUP), services.trust.finder("revoker", at_s=listener.now_ms / 1000)
+    read = open_signed(parse(record.value), OfBefore, find, audience=services.td).claims
+    assert (read.at_ms, read.streams) == (listener.now_ms, ())
 
 
 @pytest.mark.parametrize("name", ["", "two words", "esc\x1b[2J", "a" * 256])
