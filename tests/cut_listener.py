@@ -36,7 +36,13 @@ class CutListener:
 
     def doubt(self) -> str | None:
         """Why it cannot tell whether a lease has ended that goes no further here, or None."""
-        return self._view.doubt()
+        doubt = self._view.doubt()
+        return doubt.message if doubt is not None else None
+
+    def denial(self) -> str | None:
+        """The code by which it denies everything, or None."""
+        denial = self._view.denial()
+        return denial.code if denial is not None else None
 
     def problem(self, lease_id: str) -> str | None:
         """The code of what it says of a lease that may be used no more, or None."""

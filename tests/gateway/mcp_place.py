@@ -79,7 +79,10 @@ class McpPlace(PlayedRecorder):
     def stale(self) -> str | None:
         return None
 
-    doubt = stale
+    def denial(self) -> None:
+        return None
+
+    doubt = denial
 
     def nonce(self) -> str:
         return "fresh"

@@ -182,8 +182,8 @@ class TableGate:
         if ended in watching:
             watching.remove(ended)
 
-    def stale(self) -> str | None:
-        return "it stood still" if self.stood_still else None
+    def doubt(self) -> Reason | None:
+        return Reason(code="stale_view", message="it stood still") if self.stood_still else None
 
     def lapsed(self) -> bool:
         return self.stood_still

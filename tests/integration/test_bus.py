@@ -30,7 +30,8 @@ from ringfence.kernel.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.kafka import Follower, Publisher, Reader, Received
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.topics_admin import TopicsAdmin, partitions_of
-from ringfence.messages.base import Topic
+from ringfence.messages.base import Topic, typ_header
+from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import (
     ALL,
@@ -43,6 +44,7 @@ from ringfence.messages.topics import (
     LEASE,
     TRUST,
 )
+from tests.malformed import Services, malformed
 
 WITHIN_S = 60
 
@@ -367,18 +369,60 @@ async def test_invalid_records_are_dead_lettered_and_stop_nobody(
     assert "secret" not in dead.values[0], "coordinates and reason, never the payload"
 
 
-async def test_too_many_invalid_records_of_trusted_signers_halt_the_consumer(
+async def committed(settings: ServiceSettings, offset: int) -> None:
+    """Return once the group has come as far in the only partition that has something."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka)
+    await admin.start()
+    try:
+        async with asyncio.timeout(WITHIN_S):
+            while offset not in {
+                one.offset
+                for one in (await admin.list_consumer_group_offsets(f"{settings.topic_prefix}.g")).values()
+            }:
+                await asyncio.sleep(0.05)
+    finally:
+        await admin.close()
+
+
+class Decisions:
+    """A consumer of decisions that can read some, and its dead letters."""
+
+    def __init__(self, settings: ServiceSettings, publisher: Publisher, services: Services) -> None:
+        self.done = Seen()
+        counting = DeadLetters(publisher, "test", SystemClock(), services.trust)
+        handler = one_by_one(self._handle, counting)
+        self.consumer = Consumer(settings, "g", {CREDENTIAL_DECISION: handler}, linger_ms=500)
+
+    async def _handle(self, record: Received) -> None:
+        if not record.value.startswith(b"good"):
+            raise InvalidMessageError("a field is missing", code="claims_invalid")
+        await self.done.add(record)
+
+    async def until_halted(self) -> str:
+        async with asyncio.timeout(WITHIN_S):
+            while self.consumer.halted is None:
+                await asyncio.sleep(0.02)
+        return self.consumer.halted
+
+
+async def test_a_bad_deploy_halts_the_consumer_and_each_restart_gets_further(
     settings: ServiceSettings, publisher: Publisher
 ) -> None:
-    async def handle(record: Received) -> None:
-        raise InvalidMessageError("a field is missing", trusted_signer=True)
-
-    await send(publisher, *[str(n) for n in range(MAX_INVALID_SIGNED + 5)])
-    consumer = Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(handle, letters(publisher))})
-    async with consuming(consumer), asyncio.timeout(WITHIN_S):
-        while consumer.halted is None:
-            await asyncio.sleep(0.02)
-    assert "halted" in consumer.halted
+    """All of them come in one batch: what stands before the one that halts is done, else no restart would ever help."""
+    services, typ = Services(), typ_header(CredentialDecision)
+    bad = [malformed(services.keys["policy"], typ, services.td) for _ in range(MAX_INVALID_SIGNED + 5)]
+    for value in ["good 1", *bad, "good 2"]:
+        await (await publisher.send(CREDENTIAL_DECISION, "bot", value, id=value[:99], type="test"))
+    first = Decisions(settings, publisher, services)
+    async with consuming(first.consumer):
+        assert "look at its dead letters" in await first.until_halted()
+        await committed(settings, 1 + MAX_INVALID_SIGNED)
+        assert set(first.done.values) == {"good 1"}
+    again = Decisions(settings, publisher, services)
+    async with consuming(again.consumer), following(settings, DEAD_LETTER) as dead:
+        await again.done.until(1)
+        await dead.until(len(bad))
+    assert (again.done.values, again.consumer.halted) == (["good 2"], None)
 
 
 async def test_a_follower_is_complete_once_it_has_read_what_was_there(

@@ -21,8 +21,11 @@ from ringfence.kernel.bus import (
 from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.kafka import Received
-from ringfence.messages.topics import REGISTRY_COMMAND
+from ringfence.messages.base import typ_header
+from ringfence.messages.registry import UserRecord
+from ringfence.messages.topics import REGISTRY_COMMAND, USER
 from ringfence.revoker.handlers import RevocationHandler
+from tests.malformed import Services, malformed
 
 WITHIN_S = 10
 TOGETHER = 8
@@ -82,7 +85,7 @@ def of_the_revoker(broker: Broker) -> BatchHandler:
 def of_the_issuer(broker: Broker) -> BatchHandler:
     runtime = SimpleNamespace(letters=letters(broker))
     others = cast(Any, (runtime, *[None] * 8))
-    handler = DecisionHandler(*others, patience_s=0)
+    handler = DecisionHandler(*others, patience_s=0, halted=lambda: None)
 
     async def opened(batch: Sequence[Received]) -> None:
         assert await handler._open([record for record in batch if record.value == b"bad"]) == []
@@ -117,11 +120,19 @@ async def test_nothing_is_handled_behind_the_record_that_halts():
 
     async def refuse(record: Received) -> None:
         handled.append(record.offset)
-        raise InvalidMessageError("a field is missing", trusted_signer=True)
+        raise InvalidMessageError("a field is missing", code="claims_invalid")
 
-    broker = Broker(MAX_INVALID_SIGNED)
-    batch = records(*map(str, range(MAX_INVALID_SIGNED + 5)))
-    with pytest.raises(HaltedError):
-        await asyncio.wait_for(one_by_one(refuse, letters(broker))(batch), WITHIN_S)
+    broker, services = Broker(MAX_INVALID_SIGNED), Services()
+    typ, now_ms = typ_header(UserRecord), SystemClock().now_ms()
+    batch = [
+        Received(
+            USER, "users", 0, n, now_ms, "k", malformed(services.keys["registry"], typ, services.td).encode()
+        )
+        for n in range(MAX_INVALID_SIGNED + 5)
+    ]
+    counting = DeadLetters(cast(Any, broker), "test", SystemClock(), services.trust)
+    with pytest.raises(HaltedError) as halted:
+        await asyncio.wait_for(one_by_one(refuse, counting)(batch), WITHIN_S)
+    assert halted.value.record == batch[MAX_INVALID_SIGNED]
     assert handled == [record.offset for record in batch[: MAX_INVALID_SIGNED + 1]]
     assert len(broker.letters) == MAX_INVALID_SIGNED

@@ -14,7 +14,7 @@ import pytest
 
 from ringfence.gateway.approving import Approvals
 from ringfence.gateway.attempts import Attempt, Presented, Verdict
-from ringfence.gateway.domain import Ask, Refusal, Sender, refused
+from ringfence.gateway.domain import Ask, Refusal, Sender, refused, stale_view
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.questions import Questions
 from ringfence.gateway.targets import Targets
@@ -23,6 +23,7 @@ from ringfence.kernel.ids import digest
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.approval import ActionApproval, ActionRequest
+from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import (
     ActionClass,
@@ -100,6 +101,9 @@ class Gateway(PlayedRecorder):
     # view, identifier, evaluator, recorder, and what a runtime does
     def stale(self) -> str | None:
         return self.problem
+
+    def denial(self) -> Reason | None:
+        return stale_view(self.problem) if self.problem else None
 
     def nonce(self) -> str:
         return "fresh"

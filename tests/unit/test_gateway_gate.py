@@ -11,8 +11,9 @@ import pytest
 
 from ringfence.gateway.attempts import Admits, Attempt, Carried, Gate, Presented, Rpc, Verdict
 from ringfence.gateway.counting import Counted
-from ringfence.gateway.domain import Ask, Refusal, Sender, refused
+from ringfence.gateway.domain import Ask, Refusal, Sender, refused, stale_view
 from ringfence.gateway.evaluating import NO_ANSWER, Allowed
+from ringfence.gateway.forwarding import goes_no_further
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.mcp import Sessions
 from ringfence.gateway.problem import answer
@@ -63,7 +64,12 @@ class Parts(PlayedRecorder):
     def stale(self) -> str | None:
         return self.problem
 
-    doubt = stale
+    def denial(self) -> Reason | None:
+        if self.problem == "halted":
+            return Reason(code="revoker_halted", message="a revoker has halted")
+        return stale_view(self.problem) if self.problem else None
+
+    doubt = denial
 
     # identifier
     def nonce(self) -> str:
@@ -228,13 +234,18 @@ async def test_a_cut_while_the_bundle_is_asked_overtakes_the_answer(parts: Parts
         await parts.gate.injected(verdict)
 
 
-async def test_an_old_view_decides_injects_and_keeps_open_nothing(parts: Parts) -> None:
+@pytest.mark.parametrize(("problem", "code"), [("old", "stale_view"), ("halted", "revoker_halted")])
+async def test_an_old_view_and_a_halted_revoker_decide_inject_and_keep_open_nothing(
+    parts: Parts, problem: str, code: str
+) -> None:
     allowed = await parts.gate.decide(Presented(), attempt())
-    parts.problem = "old"
+    parts.problem = problem
     verdict = await parts.gate.decide(Presented(), attempt())
-    assert (verdict.status, verdict.reasons[0].code, verdict.retry_after_s) == (503, "stale_view", 5)
-    with pytest.raises(UnavailableError):
+    assert (verdict.status, verdict.reasons[0].code, verdict.retry_after_s) == (503, code, 5)
+    with pytest.raises(UnavailableError) as refused:
         await parts.gate.injected(allowed)
+    assert refused.value.code == code
+    assert goes_no_further(parts.gate.doubt()).code == code
     told: list[int] = []
     parts.gate.on_end(parts.place.lease.lease_id, lambda: told.append(1))
     assert told == [1]

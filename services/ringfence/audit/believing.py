@@ -43,8 +43,6 @@ _REMEMBERED_BYTES, _REMEMBERED_PERMISSIONS = 16 * 1024, 16
 """What is larger is verified again where it is embedded: it must not fill the memory."""
 _REMEMBERED_EMBEDDED = 2000
 _ALL_ROLES: tuple[ServiceRole, ...] = get_args(ServiceRole)
-_MAY_REVOKE: tuple[ServiceRole, ...] = ("revoker", "registry")
-
 
 _OF_ORDERS = (
     "revocation", "cause", "selector", "lease", "agent", "act", "delegators", "task", "sponsor", "on_behalf_of",
@@ -139,7 +137,7 @@ class Believer:
         finders = (
             self._agents(jws, model, at_ms),
             self._users(at_ms),
-            self._trust.finder(*_MAY_REVOKE, at_s=at_ms / 1000),
+            self._trust.finder(*model.signed_by, at_s=at_ms / 1000),
         )
 
         def find(iss: str, kid: str) -> PublicKey | None:
@@ -176,7 +174,7 @@ class Believer:
         jws = parse(record.value)
         at_ms = record.appended_at_ms
         signed: Believed[AnyRecord] = self._open(
-            jws, model, self._trust.finder("registry", at_s=at_ms / 1000), at_ms
+            jws, model, self._trust.finder(*model.signed_by, at_s=at_ms / 1000), at_ms
         )
         claims = signed.claims
         if subject_of(self._trust.trust_domain, claims.sub, record.topic.what) is None:  # type: ignore[arg-type]
@@ -227,7 +225,7 @@ class Believer:
 
     def embedded_question(self, answer: ActionApproval, appended_at_ms: int) -> ActionRequest | None:
         """What a gateway asked that an answer is over, or None where no gateway signed it, or it is over another."""
-        find = self._trust.finder("gateway", at_s=appended_at_ms / 1000)
+        find = self._trust.finder(*ActionRequest.signed_by, at_s=appended_at_ms / 1000)
         try:
             signed = open_signed(
                 parse(answer.request), ActionRequest, find, audience=self._trust.trust_domain

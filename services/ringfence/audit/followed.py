@@ -64,12 +64,12 @@ class Followed:
 
     async def _heartbeat(self, record: Received) -> None:
         self._require_trust(record)
-        find = self._trust.finder("registry", "revoker", "gateway", at_s=record.appended_at_ms / 1000)
+        find = self._trust.finder(*Heartbeat.signed_by, at_s=record.appended_at_ms / 1000)
         open_signed(parse(record.value), Heartbeat, find, audience=self._trust.trust_domain)
 
     async def _stream(self, record: Received) -> None:
         self._require_trust(record)
-        find = self._trust.finder("signals", at_s=record.appended_at_ms / 1000)
+        find = self._trust.finder(*SignalStream.signed_by, at_s=record.appended_at_ms / 1000)
         claims = open_signed(
             parse(record.value), SignalStream, find, audience=self._trust.trust_domain
         ).claims
@@ -80,8 +80,10 @@ class Followed:
         jws, at_s = parse(record.value), record.appended_at_ms / 1000
         if jws.header.typ == typ_header(AuditWitness):
             await self._witness(record, jws)
-        elif jws.header.typ in _ELSEWHERE or not self._trust.signed_by_service(jws, at_s, "audit"):
-            find = self._trust.finder("audit", at_s=at_s)
+        elif jws.header.typ in _ELSEWHERE or not self._trust.signed_by_service(
+            jws, at_s, AuditCheckpoint.signed_by
+        ):
+            find = self._trust.finder(*AuditCheckpoint.signed_by, at_s=at_s)
             open_signed(jws, AuditCheckpoint, find, audience=self._trust.trust_domain)
 
     async def _witness(self, record: Received, jws: UnverifiedJws) -> None:

@@ -99,7 +99,7 @@ class Lately:
         value, key, events = self.take(record.headers.get("ce_id", "")) or (None, None, ())
         if key is None or value != record.value:
             return None
-        finder = trust.finder("audit", at_s=record.appended_at_ms / 1000)
+        finder = trust.finder(*AuditIntake.signed_by, at_s=record.appended_at_ms / 1000)
         return events if finder(key.id, key.kid) is not None else None
 
 
@@ -201,11 +201,13 @@ def opened_intake(record: Received, trust: TrustStore) -> Opened:
     """What a message of `audit.intake` says. Raises InvalidMessageError where no audit service signed it, or it has
     not that shape: looked at no further than the chain needs, as each event has its shape by what made it.
     """
-    finder, jws = trust.finder("audit", at_s=record.appended_at_ms / 1000), parse(record.value)
+    jws, at_s = parse(record.value), record.appended_at_ms / 1000
     if jws.header.typ == typ_header(AuditChained):
-        chained = open_signed(jws, AuditChained, finder, audience=trust.trust_domain).claims
+        find = trust.finder(*AuditChained.signed_by, at_s=at_s)
+        chained = open_signed(jws, AuditChained, find, audience=trust.trust_domain).claims
         return Opened(chained=[bytes.fromhex(one) for one in chained.hashes])
-    claims = open_payload(jws, AuditIntake, finder, audience=trust.trust_domain)
+    find = trust.finder(*AuditIntake.signed_by, at_s=at_s)
+    claims = open_payload(jws, AuditIntake, find, audience=trust.trust_domain)
     try:
         return Opened([_told(entry) for entry in claims["entries"]])
     except (KeyError, TypeError, ValueError):

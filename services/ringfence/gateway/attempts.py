@@ -269,9 +269,9 @@ class Gate(Protocol):
         """Call `ended` no more."""
         ...
 
-    def stale(self) -> str | None:
+    def doubt(self) -> Reason | None:
         """Why nobody can tell here whether a lease has ended that goes no further: the gateway's view is too old to go
-        by, or its clock ahead; or None.
+        by, a revoker has halted, or this clock is ahead; or None.
         """
         ...
 

@@ -106,6 +106,11 @@ def refused(
     return Refusal(status, (reason,), sender)
 
 
+def stale_view(why: str) -> Reason:
+    """What this gateway knows is too old to go by."""
+    return Reason(code="stale_view", message=f"{why}; denied until that is known again"[:1000])
+
+
 def refused_for(problem: Reason) -> Refusal:
     """A refusal for what a lease may not be used for any more."""
     return Refusal(UNAVAILABLE if problem.code == "stale_view" else FORBIDDEN, (problem,))

@@ -40,6 +40,7 @@ from ringfence.gateway.wire import (
     parse_response,
 )
 from ringfence.kernel.errors import RingfenceError, UnavailableError
+from ringfence.messages.credential import Reason
 
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """What may be sent again where a connection that was kept turns out to be closed (RFC 9110, 9.2.2)."""
@@ -107,7 +108,7 @@ class Forwarder:
         """
         injected, origin = await self._prepared(asked.verdict)
         lapsed = _never if _as_it_came(asked.verdict) else self._gate.lapsed
-        exchange = Exchange(client, asked, injected, origin, self._patiences, lapsed, self._gate.stale)
+        exchange = Exchange(client, asked, injected, origin, self._patiences, lapsed, self._gate.doubt)
         exchange.unsubscribe = self._on_end(asked.verdict, exchange.lease_ended)
         try:
             return await self._exchange(exchange, *await self._upstreams.take(origin))
@@ -120,7 +121,7 @@ class Forwarder:
         """The exchange of an allowed request that was sent to `upstream` already. Hand it to `go_on`."""
         assert asked.verdict.lease is not None, "it was allowed"
         gate = self._gate
-        exchange = Exchange(client, asked, injected, origin, self._patiences, gate.lapsed, gate.stale)
+        exchange = Exchange(client, asked, injected, origin, self._patiences, gate.lapsed, gate.doubt)
         exchange.upstream = upstream
         client.on_gone = exchange.client_left
         exchange.unsubscribe = self._gate.on_end(asked.verdict.lease.lease_id, exchange.lease_ended)
@@ -188,8 +189,8 @@ class Exchange:
     """One request and its response."""
 
     __slots__ = (
-        "_answering", "_answers", "_asked", "_client", "_head", "_in_chunks", "_injects", "_lapsed", "_needles", "_odd",
-        "_patiences", "_refused", "_repeatable", "_stale", "_upgrade", "_uploading", "_whole", "origin",
+        "_answering", "_answers", "_asked", "_client", "_doubt", "_head", "_in_chunks", "_injects", "_lapsed",
+        "_needles", "_odd", "_patiences", "_refused", "_repeatable", "_upgrade", "_uploading", "_whole", "origin",
         "unsubscribe", "upstream",
     )  # fmt: skip
 
@@ -201,7 +202,7 @@ class Exchange:
         origin: Origin,
         patiences: Patiences,
         lapsed: Callable[[], bool],
-        stale: Callable[[], str | None],
+        doubt: Callable[[], Reason | None],
     ) -> None:
         self.origin = origin
         self.upstream: Stream | None = None
@@ -212,7 +213,7 @@ class Exchange:
         self._asked = asked
         self._patiences = patiences
         self._lapsed = lapsed
-        self._stale = stale
+        self._doubt = doubt
         self._injects = injected is not None
         self._needles = needles_of(tuple(injected.values())) if injected is not None else ()
         self._uploading: asyncio.Task[None] | None = None
@@ -242,7 +243,7 @@ class Exchange:
 
     def lease_ended(self) -> None:
         """Nothing goes on under this lease any more, in neither direction."""
-        self._drop(goes_no_further(self._stale()))
+        self._drop(goes_no_further(self._doubt()))
 
     def _look(self) -> None:
         """What came while this process stood still goes nowhere. Raises RefusedError."""
@@ -518,14 +519,13 @@ class Exchange:
             self._client.fail(GoneError(error.message))
 
 
-def goes_no_further(stale: str | None) -> RefusedError:
-    """What is told where nothing goes on any more: the lease has ended, or the view got too old to know. `stale`: why.
+def goes_no_further(doubt: Reason | None) -> RefusedError:
+    """What is told where nothing goes on any more: the lease has ended, or nobody can tell. `doubt`: why not.
 
     Who is told that a lease has ended asks for another one, which would help against an old view no more.
     """
-    if stale is not None:
-        message = f"{stale}; denied until that is known again"
-        return RefusedError(503, "stale_view", message, headers={"Retry-After": "1"})
+    if doubt is not None:
+        return RefusedError(503, doubt.code, doubt.message, headers={"Retry-After": "1"})
     return RefusedError(403, "lease_ended", "the lease that allowed this has ended")
 
 

@@ -162,8 +162,8 @@ class DecisionGate:
         """See `Gate`."""
         if not verdict.allowed or verdict.lease is None or verdict.injects is None:
             raise UnavailableError("this request was not allowed: nothing is injected")
-        if (stale := self._view.stale()) is not None:
-            raise UnavailableError(stale, code="stale_view")
+        if (denial := self._view.denial()) is not None:
+            raise UnavailableError(denial.message, code=denial.code)
         if (problem := self._view.table.problem(verdict.lease)) is not None:
             raise UnavailableError(problem.message, code=problem.code)
         return verdict.injects
@@ -190,7 +190,7 @@ class DecisionGate:
         """See `Gate`."""
         self._view.table.unwatch(lease_id, ended)
 
-    def stale(self) -> str | None:
+    def doubt(self) -> Reason | None:
         """See `Gate`."""
         return self._view.doubt()
 
@@ -324,9 +324,8 @@ class DecisionGate:
         return refused_for(problem) if problem is not None else self._stale() or refusal
 
     def _stale(self) -> Refusal | None:
-        if (stale := self._view.stale()) is None:
-            return None
-        return refused("stale_view", f"{stale}; denied until that is known again", status=UNAVAILABLE)
+        denial = self._view.denial()
+        return Refusal(UNAVAILABLE, (denial,)) if denial is not None else None
 
     # --- a person's word, where the bundle wants it ---
 
@@ -348,6 +347,8 @@ class DecisionGate:
             course.question, refusal = await self._approvals.answered(waiting, course.patient)
         finally:
             course.waited_ns = time.perf_counter_ns() - began_ns
+        if refusal is not None and refusal.status == UNAVAILABLE:
+            refusal = self._stale() or refusal  # which of what it knows is not to go by
         if refusal is not None or course.question is None:
             return refusal or refused("undecided", "nobody could be asked", status=UNAVAILABLE)
         return await self._once_more(course, sender, course.question)

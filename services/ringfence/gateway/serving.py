@@ -82,7 +82,7 @@ class Connection:
         going, exchange = self._shortcut.handed()
         try:
             if self._shortcut.ended:
-                over = goes_no_further(self._desk.gate.stale())
+                over = goes_no_further(self._desk.gate.doubt())
                 return await self._tell(over, going.head, close=False)
             if exchange is None:
                 return await self._forward(going)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from aiokafka.errors import KafkaError
 
 from ringfence.gateway.cutting import Cutter, LeaseFeed
+from ringfence.gateway.domain import stale_view
 from ringfence.gateway.leases import LEASES_SINCE_MS, ORDERS_KEPT_MS, LeaseTable
 from ringfence.kernel.clock import CarriedOn, suspend_aware_ms
 from ringfence.kernel.errors import RingfenceError
@@ -16,10 +17,12 @@ from ringfence.kernel.ids import derived_id
 from ringfence.kernel.kafka import Follower, Received
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.skew import MAX_SKEW_MS
+from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_REQUEST
 from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
+from ringfence.model.revoker_halts import RevokerHalts
 from ringfence.model.streams import CONFIRMED, StreamCheck, Streams
 
 log = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ class View:
         self._broker = CarriedOn()
         self.table = LeaseTable(runtime.clock, self._broker.now_ms)
         self._streams = Streams()
+        self._halts = RevokerHalts(runtime.trust, grace_ms=grace_ms)
         self._check = StreamCheck(self._streams, runtime.trust, runtime.clock, grace_ms=grace_ms)
         self._cutter = Cutter(runtime, self.directory, self.table, gives_its_word=gives_its_word)
         take_leases = runtime.and_by_the_next_bundle(LeaseFeed(runtime, self.table).on_records)
@@ -79,23 +83,35 @@ class View:
         runtime.denies_when(self.stale)
 
     def stale(self) -> str | None:
-        """Why nothing may be decided by this view, or None. Asked for each request, several times in a millisecond."""
+        """Why nothing may be decided by this view, or None: it is too old, or a revoker has halted. Asked for each
+        request, several times in a millisecond.
+        """
         now_ms = self._runtime.clock.now_ms()
         if now_ms == self._fresh_at_ms:
             return None
+        halted = self._halts.denial()
         # While it reads nothing, ends come to it by its own clock alone.
-        stale = self.directory.stale() or self._check.stale() or self._runtime.clock_behind()
+        stale = halted.message if halted else self._stale()
         self._fresh_at_ms = now_ms if stale is None else 0
         return stale
 
-    def doubt(self) -> str | None:
+    def denial(self) -> Reason | None:
+        """`stale`, as it is told to who is denied something."""
+        if (stale := self.stale()) is None:
+            return None
+        return self._halts.denial() or stale_view(stale)
+
+    def doubt(self) -> Reason | None:
         """Why it is not known whether a lease has ended that may be used no more here, or None."""
-        if (stale := self.stale()) is not None:
-            return stale
+        if (denial := self.denial()) is not None:
+            return denial
         ahead_ms = self._runtime.clock.now_ms() - self._broker.now_ms()
         if ahead_ms <= MAX_SKEW_MS:
             return None
-        return f"the clock of this gateway is {ahead_ms / 1000:.1f} s ahead of the broker's"
+        return stale_view(f"the clock of this gateway is {ahead_ms / 1000:.1f} s ahead of the broker's")
+
+    def _stale(self) -> str | None:
+        return self.directory.stale() or self._check.stale() or self._runtime.clock_behind()
 
     def lapsed(self) -> bool:
         """Whether looking at it is overdue, as this process stood still, and it is too old by now."""
@@ -107,6 +123,7 @@ class View:
             self._broker.heard(records[-1].appended_at_ms)
         self.directory.on_records(records)
         self._check.on_heartbeats(records)
+        self._halts.on_heartbeats(records)
 
     async def _look(self) -> None:
         """Compare, sweep, and tell those that watch a lease where the view has got too old; for ever."""

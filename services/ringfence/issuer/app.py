@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ringfence.backends import (
@@ -24,16 +25,18 @@ from ringfence.issuer.minting import Minter
 from ringfence.issuer.resealing import Resealer
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.kernel.clock import Clock
+from ringfence.kernel.kafka import Received
 from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.seal_keys import SealKeys
 from ringfence.kernel.settings import ServiceSettings, load, of_setting
-from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION
+from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, HEARTBEAT
 from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
 from ringfence.model.grants import KEEP_MS as GRANTS_KEEP_MS
 from ringfence.model.grants import GrantTable
 from ringfence.model.lease_store import LeaseStore
+from ringfence.model.revoker_halts import RevokerHalts
 
 TOKEN_KEY_FILE = "issuer-token.json"  # noqa: S105 - the name of a file
 """In the folder of the services' keys."""
@@ -80,6 +83,7 @@ def build(
     delivery = GatewayDelivery(
         runtime.trust, lambda: runtime.key, seal_keys, runtime.clock, settings.trust_domain
     )
+    halts = RevokerHalts(runtime.trust, grace_ms=int(settings.grace_s * 1000))
     handler = DecisionHandler(
         runtime,
         directory,
@@ -91,8 +95,15 @@ def build(
         delivery,
         terms,
         patience_s=own.patience_s,
+        halted=halts.denial,
     )
+
+    def on_heartbeats(records: Sequence[Received]) -> None:
+        directory.on_records(records)
+        halts.on_heartbeats(records)
+
     runtime.table(TABLES, directory.on_records)
+    runtime.table([HEARTBEAT], on_heartbeats)
     runtime.on_start(store.connect)
     runtime.on_stop(store.close)
     for backend in backends.values():
@@ -101,6 +112,7 @@ def build(
     runtime.ready_when(store.unready)
     runtime.warns_when(store.warning)
     runtime.denies_when(directory.stale)
+    runtime.denies_when(lambda: said.message if (said := halts.denial()) else None)
     runtime.background("redis-watch", store.watch)
     runtime.background("outbox-clearing", store.clear_outbox)
 

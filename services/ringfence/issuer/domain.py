@@ -30,6 +30,7 @@ from ringfence.model.identity import subject_of
 from ringfence.model.instances import keys_of_agents, ref_of
 from ringfence.model.leases import origin_of, record_id
 from ringfence.model.requests import DeniedError, Facts, gather, violations
+from ringfence.model.revoker_halts import RETRY_AFTER_S as HALTED_RETRY_S
 from ringfence.model.rule import DeadlineError, deadline_ms
 
 A = TypeVar("A", Approval, Grant)
@@ -122,12 +123,19 @@ class _RefusedError(Exception):
         self.reasons, self.finding = reasons, finding
 
 
-def weigh(decision: Decision, directory: Directory, terms: Terms) -> Issue | Refusal | Behind:
-    """Hold an `allowed` decision against everything. Recorded values only: a redelivery gives the same lease."""
+def weigh(
+    decision: Decision, directory: Directory, terms: Terms, halted: Reason | None = None
+) -> Issue | Refusal | Behind:
+    """Hold an `allowed` decision against everything. Recorded values only: a redelivery gives the same lease.
+
+    `halted`: why nothing may be issued, whatever was decided.
+    """
     stale = directory.stale()
     asked: _Asked | None = None
     try:
         asked = _request(decision, directory, terms)
+        if halted is not None:
+            return Refusal((halted,), asked.signed.claims, retry_after_s=HALTED_RETRY_S)
         if stale is None:
             return _issue(decision, asked, directory, terms)
         refused = _RefusedError(_reason("stale_view", stale))

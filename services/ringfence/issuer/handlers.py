@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import orjson
@@ -116,8 +116,12 @@ class DecisionHandler:
         terms: Terms,
         *,
         patience_s: float,
+        halted: Callable[[], Reason | None],
     ) -> None:
-        """`patience_s`: how long a decision waits for records that policy has seen and this issuer has not."""
+        """Args:
+            patience_s: how long a decision waits for records that policy has seen and this issuer has not.
+            halted: why nothing may be issued now, whatever was decided.
+        """  # fmt: skip
         self._runtime = runtime
         self._directory = directory
         self._store = store
@@ -128,6 +132,7 @@ class DecisionHandler:
         self._delivery = delivery
         self._terms = terms
         self._patience_s = patience_s
+        self._halted = halted
 
     async def __call__(self, batch: Sequence[Received]) -> None:
         """Take a batch of decisions to their durable effects.
@@ -214,7 +219,7 @@ class DecisionHandler:
                 signed: Signed[CredentialDecision] = open_signed(
                     parse(record.value),
                     DecidedTerms,
-                    self._runtime.trust.finder("policy", at_s=record.appended_at_ms / 1000),
+                    self._runtime.trust.finder(*DecidedTerms.signed_by, at_s=record.appended_at_ms / 1000),
                     audience=self._terms.trust_domain,
                     appended_at_ms=record.appended_at_ms,
                 )
@@ -230,7 +235,7 @@ class DecisionHandler:
         """Nothing is refused for records that policy has seen and that have not arrived here *yet*."""
         loop = asyncio.get_running_loop()
         until = loop.time() + self._patience_s
-        weighed = [weigh(decision, self._directory, self._terms) for decision in decisions]
+        weighed = [self._weigh_one(decision) for decision in decisions]
         if not all(isinstance(one, Issue) for one in weighed):
             await self._runtime.tables_caught_up(self._patience_s)
             self._again(decisions, weighed, (Refusal, Behind))
@@ -238,6 +243,9 @@ class DecisionHandler:
             await asyncio.sleep(_LOOK_AGAIN_S)
             self._again(decisions, weighed, (Behind,))
         return [one.refusal() if isinstance(one, Behind) else one for one in weighed]
+
+    def _weigh_one(self, decision: Decision) -> Issue | Refusal | Behind:
+        return weigh(decision, self._directory, self._terms, self._halted())
 
     def _again(
         self,
@@ -247,7 +255,7 @@ class DecisionHandler:
     ) -> None:
         for i, one in enumerate(weighed):
             if isinstance(one, those):
-                weighed[i] = weigh(decisions[i], self._directory, self._terms)
+                weighed[i] = self._weigh_one(decisions[i])
 
     # --- 2: one lease for each request ---
 

@@ -250,7 +250,7 @@ class Minter:
         try:
             parsed = parse(stored.jws)
             at_s = parsed.unverified_claims(Lease).iat
-            find = self._runtime.trust.finder("issuer", "revoker", at_s=at_s)
+            find = self._runtime.trust.finder(*Lease.signed_by, at_s=at_s)
             lease = open_signed(parsed, Lease, find, audience=self._runtime.settings.trust_domain).claims
         except InvalidMessageError as error:
             log.error("the record of lease %s in Redis does not hold: %s", issue.lease.lease_id, error)

@@ -27,14 +27,14 @@ from ringfence.kernel.errors import InvalidMessageError, RingfenceError, Unavail
 from ringfence.kernel.fetching import Fetches, Gathering, fetch_options
 from ringfence.kernel.gone import NO_RESET, OnGone, Onward
 from ringfence.kernel.ids import derived_id, digest
-from ringfence.kernel.jws import parse
+from ringfence.kernel.jws import UnverifiedJws, parse, unverified_time
 from ringfence.kernel.kafka import Publisher, Received, paced, received
 from ringfence.kernel.kafka_connection import connection
 from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.tracing import NOT_TRACING, Tracing
 from ringfence.kernel.trust import TrustStore
-from ringfence.messages.base import Claims, Topic, typ_header
+from ringfence.messages.base import Topic
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import DEAD_LETTER
 
@@ -47,19 +47,27 @@ Handler = Callable[[Received], Awaitable[Awaitable[object] | None]]
 InvalidMessageError sends it to the dead letters."""
 
 MAX_INVALID_SIGNED = 20
-"""So many invalid records with a valid *service* signature halt a consumer: a bad deploy must not divert everything."""
+"""More malformed records of one topic than this halt its consumer, where services that may write them signed them: a
+bad deploy must not divert everything."""
 _LEAVE_S = 2.0
 _MOST_LOGGED = 500
 """Characters of a reason: it may quote what somebody chose."""
 BURST_MS = 600_000
 """Within such a time."""
+_COPY_AFTER_S = 3600
+"""A record that says it was signed so long before Kafka had it is a copy: anybody can append an old one again."""
 _IDLE_MS = 1000
 
 
 class HaltedError(RingfenceError):
-    """A consumer stopped itself: too many invalid records from trusted signers. Needs a person."""
+    """A consumer stopped itself: too many malformed records from services that may write them. Needs a person."""
 
     code = "consumer_halted"
+
+    def __init__(self, message: str, record: Received) -> None:
+        super().__init__(message)
+        self.record = record
+        """The first that is not dead-lettered any more."""
 
 
 class DeadLetters:
@@ -72,18 +80,23 @@ class DeadLetters:
         clock: Clock,
         trust: TrustStore | None = None,
         trust_moved: Callable[[], Awaitable[bool]] | None = None,
+        *,
+        halts: bool = True,
     ) -> None:
         """Args:
-            trust: says what services signed; without it nothing halts but what raises `trusted_signer` by itself.
+            trust: says what services signed; without it nothing halts.
             trust_moved: whether a trust bundle came that was not known a moment ago; asked where a key is unknown.
+            halts: whether a bad deploy halts what buries here. Not where what is lost is a hint, and its writers many.
         """  # fmt: skip
         self._trust = trust
         self._trust_moved = trust_moved
+        self._halts = halts
         self._publisher = publisher
         self._service = service
         self._clock = clock
-        self._invalid_signed: dict[str, int] = {}
-        """When which came, by their digests: somebody who sends one again and again stops nobody."""
+        self._malformed: dict[str, dict[str, int]] = {}
+        """By topic, so that who may write to one halts nobody who reads another: when which came, by their digests, so
+        that somebody who sends one again and again stops nobody."""
 
     async def bury(self, record: Received, error: InvalidMessageError) -> None:
         """Report one invalid record. Raises as `bury_soon` does; Kafka has the letter when this returns."""
@@ -92,15 +105,15 @@ class DeadLetters:
     async def bury_soon(self, record: Received, error: InvalidMessageError) -> Awaitable[Any]:
         """Hand over the report on one invalid record. Await what it returns for the broker's acknowledgement.
 
-        Raises HaltedError at the limit of invalid records from trusted signers, UnavailableError where its key may be
-        known by now, or counts once the bundle that has expired is followed by another: the same record is to be looked
-        at again.
+        Raises HaltedError at the limit of malformed records from services that may write them, UnavailableError where
+        its key may be known by now, or counts once the bundle that has expired is followed by another: the same record
+        is to be looked at again.
         """
         if error.code == "key_unknown" and self._trust_moved is not None and await self._trust_moved():
             raise UnavailableError(f"a new trust bundle came meanwhile, so once more: {error}")
         if error.code == "key_unknown" and self._trust is not None:
-            self._trust.require_judgeable(record.value, record.appended_at_ms / 1000)
-        if error.trusted_signer or self._of_a_bad_deploy(record, error):
+            self._trust.require_judgeable(record.topic, record.value, record.appended_at_ms / 1000)
+        if self._is_of_a_bad_deploy(record, error):
             self._count(record, error)
         log.warning(
             "dead-lettered %s/%d@%d: %s (%s)",
@@ -130,28 +143,46 @@ class DeadLetters:
             traceparent=record.traceparent,
         )
 
-    def _of_a_bad_deploy(self, record: Received, error: InvalidMessageError) -> bool:
-        """Whether a service wrote it, here, in a shape that is none. What somebody copied from elsewhere is not."""
-        if self._trust is None or error.code != "claims_invalid":
+    def _is_of_a_bad_deploy(self, record: Received, error: InvalidMessageError) -> bool:
+        """Whether a service that may write this message on this topic signed it, and it has no shape known here.
+
+        Whatever else services sign is as any stranger's. So is what a key signed that has ended since: once a stolen
+        key is rotated, what the thief left behind halts nobody who is started again.
+        """
+        if not self._halts or self._trust is None or error.code != "claims_invalid":
             return False
         try:
             jws = parse(record.value)
         except InvalidMessageError:
             return False
-        expected = {typ_header(model) for model in record.topic.models if issubclass(model, Claims)}
-        return jws.header.typ in expected and self._trust.signed_by_service(jws, record.appended_at_ms / 1000)
+        roles, at_s = record.topic.signed_by(jws.header.typ), record.appended_at_ms / 1000
+        return (
+            not _is_a_copy(jws, at_s)
+            and self._trust.signed_by_service(jws, at_s, roles)
+            and self._trust.signed_by_service(jws, self._clock.now_ms() / 1000, roles)
+        )
 
     def _count(self, record: Received, error: InvalidMessageError) -> None:
-        """Raises HaltedError where it is one too many."""
+        """Raises HaltedError where it is one too many. Those before it do not halt where they are handled once more."""
         since_ms = record.appended_at_ms - BURST_MS
-        recent = {mark: at_ms for mark, at_ms in self._invalid_signed.items() if at_ms >= since_ms}
-        recent[digest(record.value)] = record.appended_at_ms
-        self._invalid_signed = recent
-        if len(recent) > MAX_INVALID_SIGNED:
+        before = self._malformed.get(record.topic_name, {})
+        recent = {mark: at_ms for mark, at_ms in before.items() if at_ms >= since_ms}
+        self._malformed[record.topic_name] = recent
+        mark = digest(record.value)
+        if mark not in recent and len(recent) >= MAX_INVALID_SIGNED:
             raise HaltedError(
-                f"{len(recent)} invalid records with valid service signatures, the last: {error}; "
-                "consumption of this service is halted: look at its dead letters, then restart it"
+                f"{MAX_INVALID_SIGNED + 1} malformed records on {record.topic_name} within {BURST_MS // 60_000} min, "
+                "all signed by services that may write there; consumption is halted: look at its dead letters, mend "
+                "who wrote them, then restart this service; the last, at "
+                f"{record.partition}@{record.offset}: {error}",
+                record,
             )
+        recent[mark] = record.appended_at_ms
+
+
+def _is_a_copy(jws: UnverifiedJws, at_s: float) -> bool:
+    signed_s = unverified_time(jws)
+    return signed_s is not None and signed_s < at_s - _COPY_AFTER_S
 
 
 def one_by_one(handle: Handler, letters: DeadLetters) -> BatchHandler:
@@ -207,6 +238,15 @@ async def gather_all(work: Iterable[Awaitable[Any]]) -> list[Any]:
     return results
 
 
+def _before(batch: Sequence[Received], halting: Received) -> list[Received]:
+    """The records of a batch that stand before this one; none where it is not in the batch."""
+    place = (halting.topic_name, halting.partition, halting.offset)
+    for i, record in enumerate(batch):
+        if (record.topic_name, record.partition, record.offset) == place:
+            return list(batch[:i])
+    return []
+
+
 async def _left(consumer: AIOKafkaConsumer, commits: Commits) -> None:
     await commits.flush()
     with contextlib.suppress(KafkaError):
@@ -228,6 +268,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         alone: bool = False,
         patience_ms: int = 600_000,
         on_gone: OnGone | None = None,
+        on_halted: Callable[[HaltedError], Awaitable[None]] | None = None,
         from_the_first: bool = False,
         uncommitted: bool = False,
         tracing: Tracing = NOT_TRACING,
@@ -244,10 +285,13 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             alone: one member has all partitions, the others stand by.
             patience_ms: after so long over one batch a member counts as dead.
             on_gone: told of records that Kafka removed before this group had read them.
+            on_halted: told once where this member has halted.
             from_the_first: whether that counts as well of what was gone before the group read its first record.
             uncommitted: read also what no transaction has committed, for whoever looks for what should not be there.
         """  # fmt: skip
         self._uncommitted = uncommitted
+        self._on_halted = on_halted
+        self._halting: asyncio.Task[None] | None = None
         self._patience_ms = patience_ms
         self._tracing = tracing
         self.group = f"{settings.topic_prefix}.{group}"
@@ -304,6 +348,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         finally:
             self.running = False
             self._consumer = self._commits = None
+            if self._halting is not None:
+                self._halting.cancel()
             # Whoever is cancelled meanwhile still leaves the group: else the others wait until its session is over.
             leaving = asyncio.create_task(_left(consumer, commits), name=f"leaving {self.group}")
             try:
@@ -405,6 +451,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             mine = consumer.assignment()
             batch = [record for record in batch if (record.topic_name, record.partition) in mine]
             if not batch:
+                if self.halted is not None:
+                    await self._stand_still(commits)
                 return True
             try:
                 with self._tracing.received(batch, self.group) as traced:
@@ -412,11 +460,14 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 self._tell_lag(batch)
                 break
             except HaltedError as error:
-                self.halted = str(error)
-                metrics.HALTED.labels(self.group).set(1)
-                log.critical("%s", error)
-                await commits.flush()
-                await asyncio.Event().wait()  # until a person restarts the service
+                if self.halted is None:
+                    self.halted = str(error)
+                    metrics.HALTED.labels(self.group).set(1)
+                    log.critical("%s", error)
+                    self._halting = asyncio.create_task(self._tell_halted(error), name=f"halted {self.group}")
+                # Those before it are taken to their ends and committed: else who is started again would halt at the
+                # same batch for ever, and an order that came before would wait for as long.
+                batch = _before(batch, error.record)
             except Exception as error:
                 delay_s = min(5.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
                 attempt = min(attempt + 1, 10)
@@ -439,7 +490,22 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 if self._draining.is_set():
                     return False
         commits.done(batch)
+        if self.halted is not None:
+            await self._stand_still(commits)
         return True
+
+    async def _stand_still(self, commits: Commits) -> None:
+        """Until a person restarts the service."""
+        await commits.flush()
+        await asyncio.Event().wait()
+
+    async def _tell_halted(self, error: HaltedError) -> None:
+        if self._on_halted is None:
+            return
+        try:
+            await self._on_halted(error)
+        except (RingfenceError, KafkaError, OSError) as failure:  # the log, the metric and `/readyz` say it
+            log.warning("that %s has halted was not told to audit: %s", self.group, failure)
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
         """Called by aiokafka before a rebalance: the batch under way goes on, and comes again if its commit fails."""

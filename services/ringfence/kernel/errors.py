@@ -27,16 +27,10 @@ class SettingsError(RingfenceError):
 class InvalidMessageError(RingfenceError):
     """A record that no retry can make valid: malformed, wrongly typed, or not signed by who it claims.
 
-    The bus dead-letters it with coordinates and this reason. `trusted_signer` is True only where a *service*
-    signature was verified first: only those count towards the limit that halts a consumer, so that garbage from
-    strangers stops nobody.
+    The bus dead-letters it with coordinates and this reason.
     """
 
     code = "message_invalid"
-
-    def __init__(self, message: str, *, code: str | None = None, trusted_signer: bool = False) -> None:
-        super().__init__(message, code=code)
-        self.trusted_signer = trusted_signer
 
 
 class SignatureError(InvalidMessageError):

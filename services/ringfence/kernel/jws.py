@@ -174,6 +174,15 @@ def _decoded_header(segment: str) -> _Header:
 _remembered_header = lru_cache(maxsize=4096)(_decoded_header)
 
 
+def unverified_time(jws: UnverifiedJws) -> int | None:
+    """When a message of whatever shape says that it was signed (`iat`), before verification; None where it does not."""
+    try:
+        iat = orjson.loads(jws.payload)["iat"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return iat if isinstance(iat, int) else None
+
+
 def kid_of(compact: str) -> str:
     """The `kid` of a JWS that was verified before, without taking it apart once more.
 

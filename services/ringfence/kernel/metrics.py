@@ -10,7 +10,10 @@ RECORDS = Counter("ringfence_records_total", "Kafka records handled", ["topic", 
 """`outcome`: done, dead_lettered."""
 BATCH_RETRIES = Counter("ringfence_batch_retries_total", "Batches tried again after a failure", ["group"])
 HALTED = Gauge(
-    "ringfence_consumer_halted", "1 where a consumer stopped at too many invalid signed records", ["group"]
+    "ringfence_consumer_halted",
+    "1 where a consumer stopped at too many malformed records of services that may write them; where it is a "
+    "revoker's, issuers and gateways deny",
+    ["group"],
 )
 HANDLING_LAG = Gauge(
     "ringfence_handling_lag_seconds",

@@ -31,7 +31,7 @@ class Postponed:
     def on_records(self, records: Sequence[Received]) -> None:
         """Hand on what came, and keep what may be vouched for later: garbage is not."""
         for record in records:
-            if self._trust.may_be_vouched_for(record.value, record.appended_at_ms / 1000):
+            if self._trust.may_be_vouched_for(record.topic, record.value, record.appended_at_ms / 1000):
                 if len(self._kept) == _MOST:
                     log.error(
                         "more than %d records wait for the next trust bundle: restart this service once it is here",

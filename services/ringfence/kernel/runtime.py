@@ -11,7 +11,7 @@ from typing import Any
 from starlette.routing import BaseRoute
 
 from ringfence.kernel import metrics
-from ringfence.kernel.bus import BatchHandler, Consumer, DeadLetters
+from ringfence.kernel.bus import BatchHandler, Consumer, DeadLetters, HaltedError
 from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.errors import RingfenceError, UnavailableError
 from ringfence.kernel.gone import Gone
@@ -179,6 +179,7 @@ class Runtime:
             on_assigned=on_assigned,
             alone=alone,
             on_gone=self._tell_gone if tell_gone else None,
+            on_halted=self.tell_halted,
             from_the_first=from_the_first,
             uncommitted=uncommitted,
             tracing=self.tracing,
@@ -304,6 +305,10 @@ class Runtime:
                 SERVICE_EVENT, self.role, event, self.key, traceparent=span.traceparent
             )
         return acknowledged
+
+    def halted(self) -> tuple[str, ...]:
+        """The consumer groups of this service that have halted here."""
+        return tuple(sorted(consumer.group for consumer in self._consumers if consumer.halted is not None))
 
     # --- the life ---
 
@@ -443,6 +448,16 @@ class Runtime:
             reasons=(Reason(code="records_gone", message=gone.message),),
         )
         metrics.RECORDS_GONE.labels(gone.topic_name, gone.by).inc(gone.until - gone.first)
+
+    async def tell_halted(self, error: HaltedError) -> None:
+        """A service that stopped working says so where people look."""
+        at = error.record
+        await self.event(
+            "finding",
+            "consumer halted",
+            about=("consumer_halted", self._instance, at.topic_name, at.partition, at.offset),
+            reasons=(Reason(code=error.code, message=str(error)[:2048]),),
+        )
 
     def _gone_warning(self) -> str | None:
         """One of those that were gone; the log and the metric have all."""

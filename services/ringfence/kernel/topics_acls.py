@@ -57,10 +57,8 @@ class Acl:
 
 
 _NAMED: Final[Mapping[str, tuple[Party, ...]]] = {
-    "any": SERVICES,
     "anyone": PARTIES,
     "every service": SERVICES,
-    "services": SERVICES,
     "gateways": ("gateway",),
     "sponsors": ("users",),
     "users": ("users", "operators"),

@@ -7,13 +7,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TypeVar, get_args
+from typing import Any, TypeVar
 
 from ringfence.kernel.envelope import usable
 from ringfence.kernel.errors import InvalidMessageError, SignatureError, UnavailableError
 from ringfence.kernel.jws import KeyFinder, UnverifiedJws, open_signed, parse
 from ringfence.kernel.keys import PublicKey, public_key, thumbprint, valid_key
-from ringfence.messages.base import Claims
+from ringfence.messages.base import Claims, Topic
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.oidc import OidcIssuer, OidcUse
 from ringfence.messages.trust import RootHandover, ServiceRole, TrustBundle
@@ -140,10 +140,12 @@ class TrustStore:
                 return valid_key(service.keys, kid, at_s)
         return None
 
-    def signed_by_service(self, jws: UnverifiedJws, at_s: float, *roles: ServiceRole) -> bool:
-        """Whether a service of these roles signed this, any where none is named, whatever it says: it may be of no
-        shape that anybody knows.
+    def signed_by_service(self, jws: UnverifiedJws, at_s: float, roles: tuple[ServiceRole, ...]) -> bool:
+        """Whether a service of one of these roles signed this, whatever it says: it may be of no shape that anybody
+        knows.
         """
+        if not roles:
+            return False
         try:
             claims = json.loads(jws.payload)
             iss = claims["iss"] if isinstance(claims, dict) else None
@@ -151,25 +153,27 @@ class TrustStore:
             return False
         if not isinstance(iss, str):
             return False
-        key = self.service_key(iss, jws.header.kid, roles or get_args(ServiceRole), at_s)
+        key = self.service_key(iss, jws.header.kid, roles, at_s)
         return (
             key is not None and key.alg == jws.header.alg and key.verifies(jws.signature, jws.signing_input)
         )
 
-    def may_be_vouched_for(self, compact: str | bytes, at_s: float) -> bool:
-        """Whether a service signed this after the end of the bundle in force, by a key that counted up to that: nobody
-        is believed now, and the next bundle may say that this was one to believe. What a stranger writes never is.
+    def may_be_vouched_for(self, topic: Topic[Any], compact: str | bytes, at_s: float) -> bool:
+        """Whether a service that may write this message on this topic signed it after the end of the bundle in force,
+        by a key that counted up to that: nobody is believed now, and the next bundle may say that this was one to
+        believe. What a stranger writes never is, nor what another service does: it could hold up everybody who reads.
         """
         if self._bundle is None or at_s < self._bundle.exp:
             return False
         try:
-            return self.signed_by_service(parse(compact), self.no_later_s(at_s))
+            jws = parse(compact)
         except InvalidMessageError:
             return False
+        return self.signed_by_service(jws, self.no_later_s(at_s), topic.signed_by(jws.header.typ))
 
-    def require_judgeable(self, compact: str | bytes, at_s: float) -> None:
+    def require_judgeable(self, topic: Topic[Any], compact: str | bytes, at_s: float) -> None:
         """Raises UnavailableError where `may_be_vouched_for`."""
-        if self.may_be_vouched_for(compact, at_s):
+        if self.may_be_vouched_for(topic, compact, at_s):
             raise UnavailableError(
                 f"a service signed this after the end of the bundle: {self.expired(at_s)}",
                 code="trust_expired",

@@ -27,6 +27,7 @@ class ApprovalRequest(Claims):
     """Policy asks a person to approve `request`, as its agent signed it: render and digest that, and nothing else."""
 
     typ: ClassVar[str] = "approval.request"
+    signed_by = ("policy",)
 
     request_id: Uuid
     request: Jws
@@ -100,6 +101,7 @@ class ActionRequest(ExpiringClaims):
     """
 
     typ: ClassVar[str] = "action.request"
+    signed_by = ("gateway",)
 
     action_id: NonEmpty
     """Of the request that asked first; audit knows it by this."""

@@ -58,6 +58,7 @@ class AuditIntake(Claims):
     otherwise make events up."""
 
     typ: ClassVar[str] = "audit.intake"
+    signed_by = ("audit",)
 
     entries: Annotated[tuple[IntakeEntry, ...], Field(min_length=1)]
 
@@ -66,6 +67,7 @@ class AuditChained(Claims):
     """Events that the writer of `audit` made and chained by itself: what it vouches for until a checkpoint does."""
 
     typ: ClassVar[str] = "audit.chained"
+    signed_by = ("audit",)
 
     tree: NonEmpty
     hashes: Annotated[tuple[Digest, ...], Field(min_length=1)]
@@ -76,6 +78,7 @@ class AuditCheckpoint(Claims):
     """The signed head of the tree over the audit events of one partition."""
 
     typ: ClassVar[str] = "audit.checkpoint"
+    signed_by = ("audit",)
 
     tree: NonEmpty
     size: Annotated[int, Field(ge=1)]

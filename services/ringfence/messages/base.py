@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:  # it is declared with the trust bundle, which is made of what stands here
+    from ringfence.messages.trust import ServiceRole
 
 _UUID = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -82,6 +85,9 @@ class Claims(Message):
     """The claims of a signed message. `typ` is the message's name; it stands in the JWS header (RFC 8725, 3.11)."""
 
     typ: ClassVar[str]
+    signed_by: ClassVar[tuple[ServiceRole, ...]] = ()
+    """The roles of services that may sign it: who is believed, who may halt a reader with what it cannot read, and who
+    is granted Write on its topic follow from this. None for what only agents, people or the root sign."""
 
     iss: SpiffeId
     aud: NonEmpty
@@ -125,6 +131,10 @@ class Topic(Generic[M]):
         """The topic's name under a prefix (`RINGFENCE_TOPIC_PREFIX`), e.g. `ringfence.lease.v1`."""
         return _topic_name(prefix, self.what)
 
+    def signed_by(self, typ: str) -> tuple[ServiceRole, ...]:
+        """The roles of services that may write a message with this `typ` here; none where it belongs elsewhere."""
+        return _signed_by(self.models).get(typ, ())
+
     @property
     def compacted(self) -> bool:
         return self.retention_s is None
@@ -155,3 +165,8 @@ def _topic_name(prefix: str, what: str) -> str:
 def typ_header(model: type[Claims]) -> str:
     """The `typ` header of a message: a media type without its `application/` (RFC 7515, 4.1.9)."""
     return f"ringfence.{model.typ}+jwt"
+
+
+@lru_cache(maxsize=256)
+def _signed_by(models: tuple[type[Message], ...]) -> dict[str, tuple[ServiceRole, ...]]:
+    return {typ_header(model): model.signed_by for model in models if issubclass(model, Claims)}

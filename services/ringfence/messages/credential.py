@@ -99,6 +99,7 @@ class CredentialDecision(Claims):
     """Policy's answer to one request. `allowed` and `denied` are final: the first final one stands."""
 
     typ: ClassVar[str] = "credential.decision"
+    signed_by = ("policy",)
 
     request_id: Uuid
     request: Jws
@@ -142,6 +143,7 @@ class IssuerRefusal(Claims):
     """The issuer's signed no: policy allowed, but the rule, a signature or a revision did not hold."""
 
     typ: ClassVar[str] = "issuer.refusal"
+    signed_by = ("issuer",)
 
     request_id: Uuid
     reasons: tuple[Reason, ...]
@@ -189,6 +191,7 @@ class CredentialDelivery(Claims):
     """The credential of one lease, as the issuer delivers it: only ever sealed, to the agent or to gateways."""
 
     typ: ClassVar[str] = "credential.delivery"
+    signed_by = ("issuer",)
 
     request_id: Uuid
     lease_id: Uuid

@@ -58,6 +58,7 @@ class InstanceEnrolment(Claims):
     """The registry's word that a key is that of a running instance. Embedded in what the instance signs."""
 
     typ: ClassVar[str] = "instance.enrolment"
+    signed_by = ("registry",)
 
     sub: SpiffeId
     """The agent."""

@@ -73,6 +73,7 @@ class Lease(Claims):
     """
 
     typ: ClassVar[str] = "lease"
+    signed_by = ("issuer", "revoker")
 
     lease_id: Uuid
     seq: Annotated[int, Field(ge=1)]
@@ -120,6 +121,7 @@ class LeaseEpoch(Claims):
     """
 
     typ: ClassVar[str] = "lease.epoch"
+    signed_by = ("revoker",)
 
     epoch: Epoch
     partition: Annotated[int, Field(ge=0)]
@@ -153,6 +155,7 @@ class RevocationRequest(Claims):
     """
 
     typ: ClassVar[str] = "revocation.request"
+    signed_by = ("revoker",)
 
     kind: EndKind
     lease_id: Uuid | None = None
@@ -172,6 +175,7 @@ class RevocationAck(Claims):
     """A gateway's word that it forwards nothing more for a revocation."""
 
     typ: ClassVar[str] = "revocation.ack"
+    signed_by = ("gateway",)
 
     revocation_id: NonEmpty
     """The UUIDv5 of "revocation" and the order's (`iss`, `jti`): the same wherever the order stands."""

@@ -9,6 +9,7 @@ from pydantic import Field
 from ringfence.messages.base import Claims, Digest, Message, Millis, Name, NonEmpty, SpiffeId, Uuid
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.instances import EnrolledInstance
+from ringfence.messages.trust import SERVICE_ROLES
 
 EventKind = Literal["started", "stopped", "accepted", "refused", "replayed", "finding"]
 
@@ -21,6 +22,7 @@ class ServiceEvent(Claims):
     """
 
     typ: ClassVar[str] = "service.event"
+    signed_by = SERVICE_ROLES
 
     kind: EventKind
     subject: NonEmpty
@@ -65,15 +67,22 @@ class StreamDigest(Message):
     digest: Digest
 
 
+GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,255}$")]
+"""A consumer group on Kafka, with its prefix."""
+
+
 class Heartbeat(Claims):
     """Once a second: this service is alive, and this is what a complete local table holds now, or what has come."""
 
     typ: ClassVar[str] = "heartbeat"
+    signed_by = ("registry", "revoker", "gateway")
 
     at_ms: Millis
     tables: tuple[PartitionDigest, ...] = ()
     streams: tuple[StreamDigest, ...] = ()
     """Of revokers, for `lease` and `revocation.request`: what has come since the heartbeat before."""
+    halted: Annotated[tuple[GroupName, ...], Field(max_length=100)] = ()
+    """Of revokers: their consumer groups that have halted. While one is named, issuers and gateways deny."""
 
 
 class DeadLetter(Message):

@@ -492,6 +492,8 @@ class EmbeddedCommand(Message):
 class Record(Claims):
     """What a record has besides its state. `sub` is the SPIFFE ID of what it describes."""
 
+    signed_by = ("registry",)
+
     sub: SpiffeId
     revision: Annotated[int, Field(ge=1)]
     commands: Annotated[tuple[EmbeddedCommand, ...], Field(min_length=1)]

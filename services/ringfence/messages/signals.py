@@ -18,6 +18,7 @@ class SignalStream(Claims):
     """One receiver's stream, as of one `revision`. Readers fold by the highest; lower ones count for nothing."""
 
     typ: ClassVar[str] = "signal.stream"
+    signed_by = ("signals",)
 
     receiver: NonEmpty
     """By the name of its token; what it may hear of stands in the settings of the service, and not here."""

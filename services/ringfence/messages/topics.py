@@ -132,7 +132,7 @@ REVOCATION_REQUEST = Topic(
     (RevocationRequest,),
     "agent id",
     "jws",
-    ("agents (release)", "users", "services"),
+    ("agents (release)", "users", *RevocationRequest.signed_by),
     ("revoker", "issuer", "gateway", "audit"),
     30 * _DAY,
     True,
@@ -213,7 +213,7 @@ DEAD_LETTER = Topic(
     (DeadLetter,),
     "source topic",
     "json",
-    ("any",),
+    ("registry", "policy", "issuer", "revoker", "signals", "audit"),
     ("operators", "agents", "users", "scim", "audit"),
     30 * _DAY,
 )

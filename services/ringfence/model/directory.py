@@ -224,7 +224,7 @@ class Directory:
         """
         try:
             record: AnyRecord = open_signed(
-                parse(compact), _RECORDS[kind], self._trust.finder("registry", at_s=at_ms / 1000),
+                parse(compact), _RECORDS[kind], self._trust.finder(*_RECORDS[kind].signed_by, at_s=at_ms / 1000),
                 audience=self._trust.trust_domain,
             ).claims  # fmt: skip
         except InvalidMessageError as error:

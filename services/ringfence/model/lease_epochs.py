@@ -74,7 +74,7 @@ class Epochs:
         return False
 
     def _opened(self, record: Received) -> str | None:
-        find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
+        find = self._trust.finder(*LeaseEpoch.signed_by, at_s=record.appended_at_ms / 1000)
         try:
             marker = open_signed(
                 parse(record.value), LeaseEpoch, find, audience=self._trust.trust_domain

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import orjson
-
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import SignatureError
-from ringfence.kernel.jws import LEEWAY_S, UnverifiedJws, open_signed, parse
+from ringfence.kernel.jws import LEEWAY_S, open_signed, parse, unverified_time
 from ringfence.kernel.keys import PublicKey
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.lease import Lease
@@ -30,9 +28,10 @@ def open_lease(
 
     def find(iss: str, kid: str) -> PublicKey | None:
         nonlocal by_former_key
-        key = trust.finder("issuer", "revoker", at_s=now_s)(iss, kid)
+        key = trust.finder(*Lease.signed_by, at_s=now_s)(iss, kid)
         if key is None and appended_at_ms is None:
-            key = trust.finder("issuer", "revoker", at_s=_unverified_iat(parsed))(iss, kid)
+            # Its key must have counted then. What names no time fails after.
+            key = trust.finder(*Lease.signed_by, at_s=unverified_time(parsed) or 0)(iss, kid)
             by_former_key = True
         return key
 
@@ -40,12 +39,3 @@ def open_lease(
     if by_former_key and lease.deadline - lease.iat > _LONGEST_S + LEEWAY_S:
         raise SignatureError(f"lease {lease.lease_id} outlives the key that signed it", code="key_ended")
     return lease
-
-
-def _unverified_iat(jws: UnverifiedJws) -> float:
-    """When a record says that it was signed: its key must have counted then. What is no number fails after."""
-    try:
-        iat = orjson.loads(jws.payload)["iat"]
-    except (ValueError, KeyError, TypeError):
-        return 0
-    return iat if isinstance(iat, int) else 0

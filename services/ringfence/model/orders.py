@@ -151,7 +151,7 @@ def open_order(record: Received, directory: Directory, trust: TrustStore) -> Ord
             return (
                 agents(iss, kid)
                 or directory.user_key(iss, kid, at_s)
-                or trust.service_key(iss, kid, ("revoker", "registry"), trust.no_later_s(at_s))
+                or trust.service_key(iss, kid, RevocationRequest.signed_by, trust.no_later_s(at_s))
             )
         except ChainError:
             return None

@@ -24,7 +24,7 @@ def teller(runtime: Runtime, directory: Directory, notices: Notices) -> Callable
         jws = parse(record.value)
         if jws.header.typ == typ_header(ApprovalRequest):
             return
-        find = runtime.trust.finder("gateway", at_s=record.appended_at_ms / 1000)
+        find = runtime.trust.finder(*ActionRequest.signed_by, at_s=record.appended_at_ms / 1000)
         audience = runtime.settings.trust_domain
         try:
             claims = open_signed(

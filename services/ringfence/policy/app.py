@@ -10,7 +10,7 @@ from typing import Any
 
 from ringfence.backends import Material, all_backends
 from ringfence.backends.declared import Declared
-from ringfence.kernel.bus import one_by_one, side_by_side
+from ringfence.kernel.bus import DeadLetters, one_by_one, side_by_side
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import RingfenceError, UnavailableError
 from ringfence.kernel.kafka import Follower, Received
@@ -171,7 +171,11 @@ def build(
 
     if own.webhooks:
         tell = teller(runtime, directory, notices)
-        runtime.consume("policy-notices", {APPROVAL_REQUEST: one_by_one(tell, runtime.letters)})
+        # A gateway that is taken over must not take policy out of use: hints are lost at most.
+        letters = DeadLetters(
+            runtime.publisher, runtime.role, runtime.clock, runtime.trust, runtime.trust_moved, halts=False
+        )
+        runtime.consume("policy-notices", {APPROVAL_REQUEST: one_by_one(tell, letters)})
 
     async def close_overdue() -> None:
         await decisions.settle()

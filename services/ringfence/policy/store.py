@@ -245,7 +245,8 @@ class DecisionsInMemory:
         try:
             signed = open_signed(
                 parse(record.value), CredentialDecision,
-                self._trust.finder("policy", at_s=record.appended_at_ms / 1000), audience=self._trust.trust_domain,
+                self._trust.finder(*CredentialDecision.signed_by, at_s=record.appended_at_ms / 1000),
+                audience=self._trust.trust_domain,
             )  # fmt: skip
             place = Place(record.partition, record.offset)
             self._take(signed.claims, signed.compact, place, record.appended_at_ms, record.traceparent)

@@ -1,4 +1,7 @@
-"""Background work: confirms once a second what stands on `lease` and `revocation.request`."""
+"""Background work: confirms once a second what stands on `lease` and `revocation.request`, and names what has halted.
+
+A revoker whose consumers halted goes on with this, so that issuers and gateways know that it needs somebody.
+"""
 
 from __future__ import annotations
 
@@ -48,5 +51,6 @@ class Beating:
             jti=derived_id("heartbeat", key.id, now_ms),
             at_ms=now_ms,
             streams=self._streams.digests(positions),
+            halted=self._runtime.halted(),
         )
         await self._runtime.publisher.publish_signed(HEARTBEAT, self._runtime.role, heartbeat, key)

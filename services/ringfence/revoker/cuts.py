@@ -92,7 +92,8 @@ class Cuts:
             try:
                 ack = open_signed(
                     parse(record.value), RevocationAck,
-                    self._trust.finder("gateway", at_s=record.appended_at_ms / 1000), audience=self._trust.trust_domain,
+                    self._trust.finder(*RevocationAck.signed_by, at_s=record.appended_at_ms / 1000),
+                    audience=self._trust.trust_domain,
                 ).claims  # fmt: skip
             except InvalidMessageError as error:
                 log.warning(

@@ -232,10 +232,11 @@ class RecordHandler:
         now_ms = self._runtime.clock.now_ms()
         if not received.value or received.appended_at_ms < now_ms - RECORD_AGE_MS:
             return
+        model = _RECORDS[received.topic]
         record = open_signed(
             parse(received.value),
-            _RECORDS[received.topic],
-            self._runtime.trust.finder("registry", at_s=received.appended_at_ms / 1000),
+            model,
+            self._runtime.trust.finder(*model.signed_by, at_s=received.appended_at_ms / 1000),
             audience=self._td,
         ).claims
         # From the table, which verifies the chain of commands.

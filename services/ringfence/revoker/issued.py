@@ -90,7 +90,9 @@ class IssuedHandler:
                     if why := overtaken(lease, self._directory, max_age_s):
                         yield lease, why
             except InvalidMessageError:
-                self._runtime.trust.require_judgeable(record.value, record.appended_at_ms / 1000)
+                self._runtime.trust.require_judgeable(
+                    record.topic, record.value, record.appended_at_ms / 1000
+                )
             except ChainError as error:
                 log.error("lease %s is not held against a record: %s", record.key, error)
 

@@ -86,6 +86,7 @@ class Delivery:
             max_records=_AT_A_TIME,
             alone=True,
             patience_ms=_PATIENCE_MS,
+            on_halted=runtime.tell_halted,
         )
 
     async def run(self) -> None:

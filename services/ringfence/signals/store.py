@@ -129,7 +129,7 @@ class Streams:
         return written
 
     def _opened(self, record: Received) -> SignalStream | None:
-        find = self._runtime.trust.finder("signals", at_s=record.appended_at_ms / 1000)
+        find = self._runtime.trust.finder(*SignalStream.signed_by, at_s=record.appended_at_ms / 1000)
         audience = self._runtime.settings.trust_domain
         try:
             return open_signed(parse(record.value), SignalStream, find, audience=audience).claims
