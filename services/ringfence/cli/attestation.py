@@ -17,6 +17,7 @@ from ringfence.client.administrator import Administrator
 from ringfence.client.outcomes import Accepted
 from ringfence.kernel.jws import explain
 from ringfence.messages.instances import AttestationSelector
+from ringfence.model.unknown_fields import told, unknown_fields
 
 SelectorOption = Annotated[
     list[str] | None,
@@ -98,6 +99,10 @@ def _fields(text: str) -> Any:
 
 def _selector(fields: Any, text: str) -> AttestationSelector:
     try:
-        return AttestationSelector.model_validate(fields)
+        selector = AttestationSelector.model_validate(fields)
     except ValidationError as error:
         raise typer.BadParameter(f"{text!r}: {explain(error)}", param_hint="--selector") from None
+    if found := unknown_fields(selector):
+        said = told(found, f"the selector for {selector.issuer}")
+        raise typer.BadParameter(f"{text!r}: {said}", param_hint="--selector")
+    return selector

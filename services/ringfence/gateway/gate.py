@@ -47,7 +47,7 @@ from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
-from ringfence.model.request_map import MAX_BODY_BYTES, Action
+from ringfence.model.request_map import MAX_BODY_BYTES, Action, RuleNotUnderstoodError
 
 log = logging.getLogger(__name__)
 
@@ -271,9 +271,14 @@ class DecisionGate:
                 return spoken
             course.spoken, course.sender = spoken, spoken.sender
             sender = spoken.sender
-            action = spoken.action(target, attempt)
-        else:
-            action = target.map.action(attempt.method, attempt.target, attempt.body if attempt.json else None)
+        try:
+            action = (
+                course.spoken.action(target, attempt)
+                if course.spoken is not None
+                else target.map.action(attempt.method, attempt.target, attempt.body if attempt.json else None)
+            )
+        except RuleNotUnderstoodError as error:
+            return refused(error.code, f"at target {target.state.target_id}, {error.message}")
         if action is None:
             return self._no_action(target, attempt)
         course.action = action

@@ -28,6 +28,7 @@ from ringfence.model.mcp_rules import (
     check_segments,
     takes_arguments,
 )
+from ringfence.model.unknown_fields import names_of, unknown_fields
 
 MAX_TARGET_CHARS: Final = 8192
 MAX_BODY_BYTES: Final = 1024 * 1024
@@ -54,6 +55,14 @@ class RequestMapError(RingfenceError):
     code = "request_map_invalid"
 
 
+class RuleNotUnderstoodError(RingfenceError):
+    """The rule that a request would come under has a field that this version does not know: nobody can say what the
+    request does, and the rules after it are for what does not come under it. The message says what to do.
+    """
+
+    code = "rule_not_understood"
+
+
 @dataclass(frozen=True, slots=True)
 class Action:
     """What a request does: one verb on one resource."""
@@ -71,6 +80,16 @@ class _Rule:
     """The name of what captures one segment or more, at the end."""
     rule: RequestRule = field(repr=False)
     mcp: CompiledMcpRule | None = None
+    unknown: str = ""
+    """The names of fields of it that this version does not know."""
+
+    def check_understood(self) -> None:
+        """Raises RuleNotUnderstoodError. To be asked once all conditions that are known are met."""
+        if self.unknown:
+            raise RuleNotUnderstoodError(
+                f"the rule for {self.rule.method} {self.rule.path} has a field that is not known here, and may limit "
+                f"it: {self.unknown}; upgrade the gateway, or have an operator set the target without that field"
+            )
 
     def folded(self) -> _Rule:
         """The same for paths in lower case."""
@@ -153,6 +172,8 @@ class RequestMap:
     def action(self, method: str, target: str, body: bytes | None = None) -> Action | None:
         """What a request does, or None where no rule says so.
 
+        Raises RuleNotUnderstoodError where the first rule that matches has fields that are not known here.
+
         Args:
             method: as it was sent; case matters.
             target: path and query as they were sent (origin-form, RFC 9112, 3.2.1), nothing decoded.
@@ -177,13 +198,17 @@ class RequestMap:
                 continue
             try:
                 if _query_fits(rule.rule.query, query) and _body_fits(rule.rule.body, body):
+                    rule.check_understood()
                     return _action(rule.rule, captures)
             except CannotTellError:
                 return None
         return None
 
     def mcp_action(self, target: str, message: McpMessage) -> Action | None:
-        """What a message that is posted to an endpoint does, or None where no rule says so. `target` as in `action`."""
+        """What a message that is posted to an endpoint does, or None where no rule says so. `target` as in `action`.
+
+        Raises RuleNotUnderstoodError as `action` does.
+        """
         segments = self._endpoint(target)
         if segments is None or "#" in target:
             return None
@@ -195,6 +220,7 @@ class RequestMap:
                 continue
             try:
                 if rule.mcp.fits(message):
+                    rule.check_understood()
                     return _action(rule.rule, _captured_of(rule.rule, of_path, of_name, message))
             except CannotTellError:
                 return None
@@ -212,8 +238,9 @@ class RequestMap:
             of_path = rule.captures(segments) if of_name is not None else None
             if of_path is None or of_name is None:
                 continue
-            with contextlib.suppress(CannotTellError, ScopeError):
-                found.append(_offered(rule.rule, {**_checked(of_name), **of_path}))
+            if not rule.unknown:
+                with contextlib.suppress(CannotTellError, ScopeError):
+                    found.append(_offered(rule.rule, {**_checked(of_name), **of_path}))
             if not rule.mcp.conditional:
                 break
         return tuple(found)
@@ -257,7 +284,7 @@ def _compiled(rule: RequestRule) -> _Rule:
     if mcp is not None and (twice := found & set(mcp.captures)):
         raise wrong(f"{{{min(twice)}}} is captured twice, of the path and of the name")
     _check_resource(rule, found | set(mcp.captures if mcp is not None else ()), wrong)
-    return _Rule(tuple(segments), tuple(names), rest, rule, mcp)
+    return _Rule(tuple(segments), tuple(names), rest, rule, mcp, names_of(unknown_fields(rule)))
 
 
 def _compiled_mcp(rule: RequestRule, wrong: Any) -> CompiledMcpRule | None:

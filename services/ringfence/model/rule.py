@@ -14,7 +14,9 @@ from typing import Final
 
 from ringfence.kernel.errors import RingfenceError
 from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.registry import Entitlements
 from ringfence.model.scope import ScopeError, intersect, missing
+from ringfence.model.unknown_fields import is_understood
 
 NO_SIDE: Final = "none"
 """Stands as the lacking side where no side was given at all."""
@@ -52,6 +54,11 @@ class Side:
     def entitlements(cls, user_id: str, scope: Scope) -> Side:
         """What the user whom the task is on behalf of may do."""
         return cls(f"entitlements:{user_id}", scope)
+
+
+def are_in_force(entitlements: Entitlements, now_s: float, max_age_s: int) -> bool:
+    """Whether entitlements count. Past their age they do not, nor with an unknown field, which may limit them."""
+    return entitlements.as_of + max_age_s > now_s and is_understood(entitlements)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ringfence.kernel.jws import MAX_JWS_BYTES
+from ringfence.kernel.jws import MAX_JWS_BYTES, parse
 from ringfence.kernel.text import with_article
 from ringfence.messages.registry import (
     AgentRegister,
@@ -22,6 +22,7 @@ from ringfence.messages.registry import (
     TargetSet,
     TargetState,
     TaskAssign,
+    TaskConsent,
     TaskDelegate,
     TaskState,
     UserSet,
@@ -38,6 +39,8 @@ from ringfence.model.lifecycle import (
     command_subject,
     still_needed,
 )
+from ringfence.model.provisioning import given_by
+from ringfence.model.unknown_fields import told, unknown_fields
 
 Subject = tuple[SubjectKind, str]
 
@@ -141,6 +144,7 @@ def decide(current: Current | None, given: Authorised, around: Surroundings) -> 
         sponsor_of=lambda agent_id: agent.sponsor if (agent := around.agent(agent_id)) else None,
     )
     state = apply(current.state if current else None, command, context)
+    _check_fields(command, command_subject(command, given.command_id), given)
     _check_keys(command, command_subject(command, given.command_id), around)
     if isinstance(command, TaskAssign):
         _check_task(command, given, around)
@@ -186,6 +190,28 @@ def _check_time(given: Authorised, around: Surroundings) -> None:
             f"appended in the same moment as a change of its signer, {signer}; sign and send it again",
             code="too_early",
         )
+
+
+def _check_fields(command: Command, subject: Subject, given: Authorised) -> None:
+    """What gives has no field that nobody here knows, which could limit it. What takes away stops all that it can.
+
+    For new commands alone: records hold commands of before, which every reader folds again.
+    """
+    if takes_away(command):
+        return
+    if found := unknown_fields(command):
+        raise CommandRefusedError(told(found, " ".join(subject))[:2048], code="unknown_field")
+    if isinstance(command, TaskAssign) and command.consent is not None and given.consent is not None:
+        consent = parse(command.consent).unverified_claims(TaskConsent)  # it was verified with the command
+        if found := unknown_fields(consent):
+            raise CommandRefusedError(told(found, "the consent")[:2048], code="unknown_field")
+    delegation = given.actor.delegation
+    if isinstance(command, UserSet) and delegation is not None and command.provisioned is not None:
+        groups = command.provisioned.groups
+        gives = bool(command.roles or command.entitlements.scope)
+        if gives and set(given_by(delegation, groups).groups) != set(groups):
+            said = told(unknown_fields(delegation), f"what is delegated to {given.actor.user_id}")
+            raise CommandRefusedError(said[:2048], code="unknown_field")
 
 
 def _check_keys(command: Command, subject: Subject, around: Surroundings) -> None:
