@@ -16,7 +16,6 @@ from ringfence.kernel.errors import RingfenceError
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import Entitlements
 from ringfence.model.scope import ScopeError, intersect, missing
-from ringfence.model.unknown_fields import is_understood
 
 NO_SIDE: Final = "none"
 """Stands as the lacking side where no side was given at all."""
@@ -57,8 +56,10 @@ class Side:
 
 
 def are_in_force(entitlements: Entitlements, now_s: float, max_age_s: int) -> bool:
-    """Whether entitlements count. Past their age they do not, nor with an unknown field, which may limit them."""
-    return entitlements.as_of + max_age_s > now_s and is_understood(entitlements)
+    """Whether entitlements count. Past their age they do not, nor with an unknown field, which may limit them. Those of
+    a permission are for `missing` to find.
+    """
+    return entitlements.as_of + max_age_s > now_s and not entitlements.model_extra
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ in a record already. What each reader makes of one is in ADR 0060.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from ringfence.kernel.text import visible_name
@@ -42,9 +42,9 @@ class UnknownField(NamedTuple):
 
 def is_understood(message: Message) -> bool:
     """Whether this version knows every field of a message, and of the messages in it."""
-    if _extra(message):
+    if message.model_extra and _extra(message):
         return False
-    return all(map(_is_understood_value, message.__dict__.values()))
+    return _are_understood(message.__dict__.values())
 
 
 def unknown_fields(message: Message) -> tuple[UnknownField, ...]:
@@ -64,12 +64,22 @@ def names_of(found: Sequence[UnknownField]) -> str:
     return ", ".join(_shown((*one.path, one.name)) for one in found[:_MOST_TOLD])
 
 
-def _is_understood_value(value: Any) -> bool:
-    if isinstance(value, Message):
-        return is_understood(value)
-    if isinstance(value, tuple | list):
-        return all(map(_is_understood_value, value))
-    return not isinstance(value, dict) or all(map(_is_understood_value, value.values()))
+def _are_understood(values: Iterable[Any]) -> bool:
+    for value in values:
+        kind = type(value)
+        if (
+            kind is str or kind is int or value is None
+        ):  # most are: nothing else is asked of them, on hot paths
+            continue
+        if isinstance(value, Message):
+            if not is_understood(value):
+                return False
+        elif isinstance(value, tuple | list):
+            if not _are_understood(value):
+                return False
+        elif isinstance(value, dict) and not _are_understood(value.values()):
+            return False
+    return True
 
 
 def _found(message: Message, path: tuple[str, ...]) -> Iterator[UnknownField]:

@@ -106,8 +106,8 @@ def result_of(value: object) -> PolicyResult:
         raise PolicyFailedError(f"the policy bundle's decision is {_kind(value)}, not an object")
     if unknown := sorted(value.keys() - _FIELDS):
         raise PolicyFailedError(
-            f"the policy bundle's decision has the unknown field {unknown[0][:80]!a}, which may limit something: leave it "
-            f"out, or upgrade; it has {', '.join(sorted(_FIELDS))}"
+            f"the policy bundle's decision has the unknown field {unknown[0][:80]!a}, which may limit something: leave "
+            f"it out, or upgrade; it has {', '.join(sorted(_FIELDS))}"
         )
     allow, deny, approvals, max_ttl_s = (value.get(k) for k in ("allow", "deny", "approvals", "max_ttl_s"))
     if not isinstance(allow, bool):
