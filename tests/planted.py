@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ringfence.kernel.jws import sign
 from ringfence.messages.base import Message
-from ringfence.messages.registry import BackendSettings
+from ringfence.messages.registry import BackendSettings, TargetSet
+from tests.ledger import Ledger
 
 NAME = "added_in_2030"
 
@@ -31,3 +33,15 @@ def _planted_in(value: Any) -> Iterator[Any]:
         for key, one in value.items():
             for other in _planted_in(one):
                 yield {**value, key: other}
+
+
+def as_before(ledger: Ledger, claims: Any) -> None:
+    """Have the record of a command about a target or a provisioner that a registry of before accepted."""
+    kind, id = (
+        ("target", claims.target_id) if isinstance(claims, TargetSet) else ("user", claims.provisioner_id)
+    )
+    current = ledger.current(kind, id)  # type: ignore[arg-type]
+    before = tuple(one.embedded for one in current.commands) if current else ()
+    record = ledger.follow((*before, ledger.embed(claims)), current.revision + 1 if current else 1)
+    assert ledger.admit(sign(record, ledger.registry)) is None
+    ledger.clock.ms += 1000

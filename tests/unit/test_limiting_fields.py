@@ -20,7 +20,7 @@ from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.settings import ClientSettings
 from ringfence.gateway.domain import Refusal
-from ringfence.kernel.jws import Signed, parse, sign, sign_payload
+from ringfence.kernel.jws import Signed, parse, sign_payload
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.approval import ActionApproval, Approval, Grant
 from ringfence.messages.examples import EXAMPLES
@@ -66,7 +66,7 @@ from ringfence.model.scope import missing
 from ringfence.model.unknown_fields import NOT_UNDERSTOOD, is_understood, told, unknown_fields
 from ringfence.registry.domain import takes_away
 from tests.ledger import Ledger, permission
-from tests.planted import NAME, planted
+from tests.planted import NAME, as_before, planted
 from tests.unit.test_gateway_domain import Place
 from tests.unit.test_requests import AGE_S, AS_OF, WANTED, facts
 
@@ -253,18 +253,6 @@ def test_of_a_delegation_that_is_not_understood_a_provisioner_gives_nothing_new(
     assert ledger.give(ledger.user_set("hr", "dora", keys=(), entitlements=nothing, provisioned=said))
 
 
-def as_before(ledger: Ledger, claims: Any) -> None:
-    """Have the record of a command that a registry of before accepted."""
-    kind, id = (
-        ("target", claims.target_id) if isinstance(claims, TargetSet) else ("user", claims.provisioner_id)
-    )
-    current = ledger.current(cast(Any, kind), id)
-    before = tuple(one.embedded for one in current.commands) if current else ()
-    record = ledger.follow((*before, ledger.embed(claims)), current.revision + 1 if current else 1)
-    assert ledger.admit(sign(record, ledger.registry)) is None
-    ledger.clock.ms += 1000
-
-
 async def test_the_sdk_signs_no_command_with_one(tmp_path: Path) -> None:
     """Nothing is connected: what has one does not come as far as Kafka."""
     connection = Connection(
@@ -375,6 +363,15 @@ def test_no_request_comes_under_another_rule_by_it(chosen: list[tuple[Any, int]]
     for tool in ("push", "pull"):
         could, can = (set(map.mcp_offers("/mcp", "tools/call", tool)) for map in both)
         assert can <= could
+
+
+def test_a_tool_that_is_not_understood_is_offered_to_nobody() -> None:
+    plan, push, call = RULES[7:10]
+    limited = push.model_copy(update={NAME: 1})
+    assert RequestMap([push, call]).mcp_offers("/mcp", "tools/call", "push") == (Action("push", "server"),)
+    assert RequestMap([limited, call]).mcp_offers("/mcp", "tools/call", "push") == ()
+    assert RequestMap([plan, limited]).mcp_offers("/mcp", "tools/call", "push") == (Action("plan", "server"),)
+    assert RequestMap([limited, call]).mcp_offers("/mcp", "tools/call", "pull") == (Action("call", "server"),)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.method} {rule.verb}")
