@@ -87,7 +87,7 @@ def _found(message: Message, path: tuple[str, ...]) -> Iterator[UnknownField]:
     for name in _extra(message):
         yield UnknownField(path, name, _nearest(name, known))
     for name in known:
-        yield from _found_in(getattr(message, name), (*path, name))
+        yield from _found_in(getattr(message, name, None), (*path, name))
 
 
 def _found_in(value: Any, path: tuple[str, ...]) -> Iterator[UnknownField]:
