@@ -14,18 +14,22 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.cli.attestation import parse_selectors
+from ringfence.cli.attestation import parse_selectors, show_selector
+from ringfence.cli.provisioner import read_delegation
+from ringfence.cli.records import print_record
 from ringfence.cli.scopes import parse_permission
+from ringfence.cli.yaml_files import YamlFileError
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.settings import ClientSettings
 from ringfence.gateway.domain import Refusal
-from ringfence.kernel.jws import Signed, parse, sign_payload
+from ringfence.kernel.jws import Signed, parse, sign, sign_payload
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.approval import ActionApproval, Approval, Grant
 from ringfence.messages.examples import EXAMPLES
-from ringfence.messages.instances import AttestationSelector, InstanceRef
+from ringfence.messages.instances import AttestationSelector, InstanceEnrolment, InstanceRef
 from ringfence.messages.lease import RevocationRequest, Selector
+from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
     COMMANDS,
     AgentActivate,
@@ -56,7 +60,7 @@ from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
 from ringfence.model.approvals import approval_problem, not_understood
 from ringfence.model.attestation import matching, selector_id
 from ringfence.model.grants import grant_problem
-from ringfence.model.instances import ref_void
+from ringfence.model.instances import EnrolmentError, instance_id, open_enrolment, ref_void
 from ringfence.model.leases import mark_of
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.provisioning import given_by
@@ -65,9 +69,10 @@ from ringfence.model.requests import violations
 from ringfence.model.scope import missing
 from ringfence.model.unknown_fields import NOT_UNDERSTOOD, is_understood, told, unknown_fields
 from ringfence.registry.domain import takes_away
-from tests.ledger import Ledger, permission
+from tests.ledger import TD, Ledger, permission
 from tests.planted import NAME, as_before, planted
 from tests.unit.test_gateway_domain import Place
+from tests.unit.test_id_token_consent import trusting
 from tests.unit.test_requests import AGE_S, AS_OF, WANTED, facts
 
 WIDE = permission("env/**", verbs=("read", "deploy"))
@@ -531,3 +536,52 @@ def test_an_order_with_one_stops_no_less(selector: Selector) -> None:
     )
     assert read.selector is not None
     assert mark_of(read.selector) == mark_of(selector)
+
+
+def test_an_instance_of_an_issuer_that_the_bundle_limits_in_a_way_that_is_not_known_is_none() -> None:
+    ledger = Ledger()
+    key = SigningKey.generate(f"spiffe://{TD}/agent/bot")
+    now_s = ledger.clock.ms // 1000
+    enrolment = ledger.claims(
+        InstanceEnrolment, "root", sub=key.id, instance_id=instance_id("0" * 64, key.kid), key=key.record(now_s + 600),
+        issuer=ISSUER, subject="s", selector="0" * 64, claims={}, token_digest="0" * 64, agent_revision=1,
+    ).model_copy(update={"iss": ledger.registry.id})  # fmt: skip
+    compact = sign(enrolment, ledger.registry)
+    plain = OidcIssuer(issuer=ISSUER, uses=("instances",), discovery=True)
+    trusting(ledger, plain)
+    assert open_enrolment(compact, ledger.trust, now_s) == enrolment
+    for limited in planted(plain):
+        trusting(ledger, limited)
+        with pytest.raises(EnrolmentError, match=NAME) as caught:
+            open_enrolment(compact, ledger.trust, now_s)
+        assert caught.value.code == "issuer_not_understood"
+
+
+def test_the_command_line_names_it_in_a_delegation(tmp_path: Path) -> None:
+    file = tmp_path / "delegation.yaml"
+    file.write_text("source: hr\ngroups:\n  dev:\n    role: [auditor]\n    only-in: Berlin\nsources: hr\n")
+    with pytest.raises(YamlFileError) as caught:
+        read_delegation(file)
+    assert str(caught.value).splitlines() == [
+        f"{file}:4: group dev has no 'role': did you mean 'roles'?",
+        f"{file}:5: group dev has no 'only-in'",
+        f"{file}:6: the file has no 'sources': did you mean 'source'?",
+    ]
+
+
+def test_who_looks_at_a_record_is_shown_what_an_unknown_field_comes_to(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    verb = VerbFloor(verb="deploy", floor="sponsor").model_copy(update={"asks": "sponsor"})
+    state = {
+        "target_id": "staging", "description": "a target", "backend": {"kind": "jwt"}, "status": "active", "keys": [],
+        "verbs": [{"verb": "read"}, verb.model_dump()], "max_ttl_s": 60,
+        "requests": [{"method": "GET", "path": "/a", "verb": "read", "resource": "a", "headers": 1}],
+    }  # fmt: skip
+    print_record("target", {"id": "staging", "revision": 1, "state": state})
+    said = " ".join(capsys.readouterr().out.split())
+    assert "read, deploy (sponsor; to nobody, as asks is not known here)" in said
+    assert "GET /a is denied, as headers is not known here" in said
+    selector = AttestationSelector(issuer=ISSUER, claims={"sub": "a"})
+    assert show_selector(selector).endswith("life=3600")
+    assert show_selector(next(planted(selector))).endswith(f"(lets nobody in, as {NAME} is not known here)")

@@ -17,7 +17,7 @@ from ringfence.client.administrator import Administrator
 from ringfence.client.outcomes import Accepted
 from ringfence.kernel.jws import explain
 from ringfence.messages.instances import AttestationSelector
-from ringfence.model.unknown_fields import told, unknown_fields
+from ringfence.model.unknown_fields import names_of, told, unknown_fields
 
 SelectorOption = Annotated[
     list[str] | None,
@@ -71,7 +71,9 @@ def show_selector(selector: AttestationSelector) -> str:
     """A selector as it is written on the command line."""
     words = [selector.issuer, *(f"{name}={value}" for name, value in selector.claims.items())]
     words += ["key-bound"] if selector.key_bound else []
-    return shlex.join([*words, f"life={selector.max_life_s}"])
+    said = shlex.join([*words, f"life={selector.max_life_s}"])
+    unknown = unknown_fields(selector)
+    return f"{said} (lets nobody in, as {names_of(unknown)} is not known here)" if unknown else said
 
 
 def _fields(text: str) -> Any:

@@ -8,7 +8,7 @@ in a record already. What each reader makes of one is in ADR 0060.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from ringfence.kernel.text import visible_name
@@ -64,6 +64,12 @@ def names_of(found: Sequence[UnknownField]) -> str:
     return ", ".join(_shown((*one.path, one.name)) for one in found[:_MOST_TOLD])
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is spelled most like `name`, where one is."""
+    wanted = name.casefold().replace("-", "_")[:_LONGEST_NAME]
+    return next(iter(difflib.get_close_matches(wanted, list(known), n=1, cutoff=_NEAR)), None)
+
+
 def _are_understood(values: Iterable[Any]) -> bool:
     for value in values:
         kind = type(value)
@@ -85,7 +91,7 @@ def _are_understood(values: Iterable[Any]) -> bool:
 def _found(message: Message, path: tuple[str, ...]) -> Iterator[UnknownField]:
     known = type(message).model_fields
     for name in _extra(message):
-        yield UnknownField(path, name, _nearest(name, known))
+        yield UnknownField(path, name, nearest(name, known))
     for name in known:
         yield from _found_in(getattr(message, name, None), (*path, name))
 
@@ -118,11 +124,6 @@ def _label(member: Any, number: int) -> str:
             return f"{number} ({member.method} {member.path})"
         case _:
             return str(number)
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> str | None:
-    wanted = name.casefold().replace("-", "_")[:_LONGEST_NAME]
-    return next(iter(difflib.get_close_matches(wanted, known, n=1, cutoff=_NEAR)), None)
 
 
 def _told(one: UnknownField, what: str) -> str:

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from ringfence.kernel.jws import MAX_JWS_BYTES, parse
 from ringfence.kernel.text import with_article
+from ringfence.messages.base import Message
+from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
     AgentRegister,
     AgentRotateKey,
@@ -88,6 +90,10 @@ class Surroundings(Protocol):
         """(kind, id) of whose key that is, or was; services and the root are among them."""
         ...
 
+    def issuer_of(self, id_token: str, at_ms: int) -> OidcIssuer | None:
+        """The issuer of a user's ID token, as the trust bundle has it."""
+        ...
+
     def task_of_consent(self, iss: str, mark: str) -> str | None:
         """The task that a consent was used for."""
         ...
@@ -144,7 +150,7 @@ def decide(current: Current | None, given: Authorised, around: Surroundings) -> 
         sponsor_of=lambda agent_id: agent.sponsor if (agent := around.agent(agent_id)) else None,
     )
     state = apply(current.state if current else None, command, context)
-    _check_fields(command, command_subject(command, given.command_id), given)
+    _check_fields(command, command_subject(command, given.command_id), given, around)
     _check_keys(command, command_subject(command, given.command_id), around)
     if isinstance(command, TaskAssign):
         _check_task(command, given, around)
@@ -192,26 +198,32 @@ def _check_time(given: Authorised, around: Surroundings) -> None:
         )
 
 
-def _check_fields(command: Command, subject: Subject, given: Authorised) -> None:
+def _check_fields(command: Command, subject: Subject, given: Authorised, around: Surroundings) -> None:
     """What gives has no field that nobody here knows, which could limit it. What takes away stops all that it can.
 
     For new commands alone: records hold commands of before, which every reader folds again.
     """
     if takes_away(command):
         return
-    if found := unknown_fields(command):
-        raise CommandRefusedError(told(found, " ".join(subject))[:2048], code="unknown_field")
-    if isinstance(command, TaskAssign) and command.consent is not None and given.consent is not None:
-        consent = parse(command.consent).unverified_claims(TaskConsent)  # it was verified with the command
-        if found := unknown_fields(consent):
-            raise CommandRefusedError(told(found, "the consent")[:2048], code="unknown_field")
+    _require_understood(command, " ".join(subject))
+    if isinstance(command, TaskAssign) and given.consent is not None:  # it was verified with the command
+        if command.consent is not None:
+            _require_understood(parse(command.consent).unverified_claims(TaskConsent), "the consent")
+        elif command.id_token is not None:
+            issuer = around.issuer_of(command.id_token, given.appended_at_ms)
+            if issuer is not None:
+                _require_understood(issuer, f"issuer {issuer.issuer} in the trust bundle")
     delegation = given.actor.delegation
     if isinstance(command, UserSet) and delegation is not None and command.provisioned is not None:
         groups = command.provisioned.groups
         gives = bool(command.roles or command.entitlements.scope)
         if gives and set(given_by(delegation, groups).groups) != set(groups):
-            said = told(unknown_fields(delegation), f"what is delegated to {given.actor.user_id}")
-            raise CommandRefusedError(said[:2048], code="unknown_field")
+            _require_understood(delegation, f"what is delegated to {given.actor.user_id}")
+
+
+def _require_understood(message: Message, what: str) -> None:
+    if found := unknown_fields(message):
+        raise CommandRefusedError(told(found, what)[:2048], code="unknown_field")
 
 
 def _check_keys(command: Command, subject: Subject, around: Surroundings) -> None:

@@ -176,8 +176,12 @@ class Enroller:
             claims.token, keys, issuer=issuer.issuer, audience=audiences(trust_domain, kid),
             at_s=self._runtime.clock.now_ms() / 1000, max_age_s=MAX_TOKEN_AGE_S,
         )  # fmt: skip
-        if fields := unknown_fields(claims):
-            raise EnrolRefusedError(told(fields, "what the instance signed"), code="unknown_field")
+        for message, what in (
+            (claims, "what the instance signed"),
+            (issuer, f"issuer {issuer.issuer} in the trust bundle"),
+        ):
+            if fields := unknown_fields(message):
+                raise EnrolRefusedError(told(fields, what), code="unknown_field")
         agent, revision = self._agent(claims.iss)
         if self._memory.registered_by(kid):
             raise _key_taken()
