@@ -23,11 +23,16 @@ from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.settings import ClientSettings
 from ringfence.gateway.domain import Refusal
+from ringfence.issuer import domain as issuer_domain
+from ringfence.issuer.domain import Decision, Issue, Terms, weigh
+from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import Signed, parse, sign, sign_payload
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.approval import ActionApproval, Approval, Grant
+from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.instances import AttestationSelector, InstanceEnrolment, InstanceRef
+from ringfence.messages.keys import PublicJwk
 from ringfence.messages.lease import RevocationRequest, Selector
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
@@ -65,7 +70,7 @@ from ringfence.model.leases import mark_of
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.provisioning import given_by
 from ringfence.model.request_map import Action, RequestMap, RuleNotUnderstoodError
-from ringfence.model.requests import violations
+from ringfence.model.requests import gather, violations
 from ringfence.model.scope import missing
 from ringfence.model.unknown_fields import NOT_UNDERSTOOD, is_understood, told, unknown_fields
 from ringfence.registry.domain import takes_away
@@ -585,3 +590,59 @@ def test_who_looks_at_a_record_is_shown_what_an_unknown_field_comes_to(
     selector = AttestationSelector(issuer=ISSUER, claims={"sub": "a"})
     assert show_selector(selector).endswith("life=3600")
     assert show_selector(next(planted(selector))).endswith(f"(lets nobody in, as {NAME} is not known here)")
+
+
+# --- and the issuer looks for itself ----------------------------------------------------------------------------------
+
+
+def refusal(
+    place: Place, request: CredentialRequest, at_ms: int | None = None, **said: Any
+) -> tuple[set[str], bool]:
+    """What the issuer has against a decision of policy that allows a request, and whether it is a finding."""
+    ledger = place.ledger
+    compact = ledger.signed(request)
+    at = Coordinates(topic="t", partition=0, offset=1, appended_at_ms=at_ms or ledger.clock.ms)
+    id = message_id(request.iss, request.jti)
+    facts = gather(ledger.directory, Signed(request, compact), id)
+    decision = ledger.claims(
+        CredentialDecision, "root", request_id=id, request=compact, source=at, outcome="allowed", ttl_s=60,
+        delivery="agent", revisions=facts.revisions("0" * 64), **said,
+    )  # fmt: skip
+    terms = Terms(f"spiffe://{TD}/service/issuer", TD, 10**9, ("jwt",))
+    found = weigh(Decision(Signed(decision, "x.y.z"), at), ledger.directory, terms)
+    if isinstance(found, Issue):
+        return set(), False
+    assert isinstance(found, issuer_domain.Refusal)
+    return {reason.code for reason in found.reasons}, found.finding
+
+
+def wish(place: Place, verb: str = "read") -> CredentialRequest:
+    key = {"kty": "OKP", "crv": "X25519", "x": "hSDwCYkwp1R0i33ctD73Wg2_Og0mOBr066SpjqqbTmo"}
+    return place.ledger.claims(
+        CredentialRequest, "agent/bot", task_id=place.task, ttl_s=60, reason="test",
+        reply_key=PublicJwk(**cast(Any, key)), scope=(permission("env/staging/web", verbs=(verb,)),),
+    )  # fmt: skip
+
+
+def test_the_issuer_refuses_what_policy_allowed_and_calls_it_no_finding() -> None:
+    """A policy of another version may know the field: it is no lie."""
+    place = Place()
+    assert refusal(place, wish(place)) == (set(), False)
+    for one in planted(wish(place)):
+        codes, finding = refusal(place, one)
+        assert codes == ({"scope_invalid"} if one.scope[0].model_extra else {"request_not_understood"})
+        assert finding is bool(one.scope[0].model_extra)
+    as_before(
+        place.ledger,
+        place.ledger.target_set(
+            "olga", "staging", verbs=(next(planted(VerbFloor(verb="read"))), VerbFloor(verb="deploy"))
+        ),
+    )
+    assert refusal(place, wish(place, "deploy")) == (set(), False)
+    assert refusal(place, wish(place)) == ({"verb_not_understood"}, False)
+    assert refusal(
+        place, wish(place).model_copy(update={"scope": (permission("env/a", verbs=("read", "deploy")),)})
+    ) == (
+        {"verb_not_understood"},
+        False,
+    )
