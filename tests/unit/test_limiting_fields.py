@@ -69,7 +69,7 @@ from ringfence.model.instances import EnrolmentError, instance_id, open_enrolmen
 from ringfence.model.leases import mark_of
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.provisioning import given_by
-from ringfence.model.request_map import Action, RequestMap, RuleNotUnderstoodError
+from ringfence.model.request_map import Action, RequestMap
 from ringfence.model.requests import gather, violations
 from ringfence.model.scope import missing
 from ringfence.model.unknown_fields import NOT_UNDERSTOOD, is_understood, told, unknown_fields
@@ -353,13 +353,8 @@ REQUESTS = (
 
 def decided(rules: Iterable[RequestRule]) -> list[Action | None]:
     """What a map says of each of the requests; None where nobody is allowed it."""
-    map, found = RequestMap(tuple(rules)), list[Action | None]()
-    for method, target, body in REQUESTS:
-        try:
-            found.append(map.action(method, target, body))
-        except RuleNotUnderstoodError:
-            found.append(None)
-    return found
+    map = RequestMap(tuple(rules))
+    return [map.action(method, target, body) for method, target, body in REQUESTS]
 
 
 @given(st.lists(st.tuples(st.sampled_from(PLANTED_RULES), st.integers(0, 3)), min_size=1, max_size=8))
@@ -396,13 +391,17 @@ def test_the_rule_denies_just_what_its_known_conditions_fit(rule: RequestRule) -
 
 def test_the_denial_says_which_field_and_what_to_do() -> None:
     limited = RULES[0].model_copy(update={"headers": {"x": ["y"]}, "\x1b": 1})
-    with pytest.raises(RuleNotUnderstoodError) as caught:
-        RequestMap([limited]).action("GET", "/envs/a")
-    assert caught.value.code == "rule_not_understood"
-    assert str(caught.value) == (
+    map = RequestMap([limited, RULES[10].model_copy(update={NAME: 1}), *RULES])
+    assert map.action("GET", "/envs/a") is None
+    assert map.not_understood("GET", "/envs/a") == (
         "the rule for GET /envs/{name} has a field that is not known here, and may limit it: headers, ‹U+001B›; "
         "upgrade the gateway, or have an operator set the target without that field"
     )
+    notified = b'{"jsonrpc": "2.0", "method": "notifications/x"}'
+    assert NAME in (map.not_understood("POST", "/mcp", notified) or "")
+    assert map.not_understood("GET", "/other") is None
+    assert map.not_understood("DELETE", "/envs/a") is None
+    assert RequestMap(RULES).not_understood("GET", "/envs/a") is None
 
 
 def test_a_verb_with_one_is_given_to_nobody_whatever_its_floor() -> None:
@@ -595,18 +594,16 @@ def test_who_looks_at_a_record_is_shown_what_an_unknown_field_comes_to(
 # --- and the issuer looks for itself ----------------------------------------------------------------------------------
 
 
-def refusal(
-    place: Place, request: CredentialRequest, at_ms: int | None = None, **said: Any
-) -> tuple[set[str], bool]:
+def refusal(place: Place, request: CredentialRequest) -> tuple[set[str], bool]:
     """What the issuer has against a decision of policy that allows a request, and whether it is a finding."""
     ledger = place.ledger
     compact = ledger.signed(request)
-    at = Coordinates(topic="t", partition=0, offset=1, appended_at_ms=at_ms or ledger.clock.ms)
+    at = Coordinates(topic="t", partition=0, offset=1, appended_at_ms=ledger.clock.ms)
     id = message_id(request.iss, request.jti)
     facts = gather(ledger.directory, Signed(request, compact), id)
     decision = ledger.claims(
         CredentialDecision, "root", request_id=id, request=compact, source=at, outcome="allowed", ttl_s=60,
-        delivery="agent", revisions=facts.revisions("0" * 64), **said,
+        delivery="agent", revisions=facts.revisions("0" * 64),
     )  # fmt: skip
     terms = Terms(f"spiffe://{TD}/service/issuer", TD, 10**9, ("jwt",))
     found = weigh(Decision(Signed(decision, "x.y.z"), at), ledger.directory, terms)
@@ -640,9 +637,5 @@ def test_the_issuer_refuses_what_policy_allowed_and_calls_it_no_finding() -> Non
     )
     assert refusal(place, wish(place, "deploy")) == (set(), False)
     assert refusal(place, wish(place)) == ({"verb_not_understood"}, False)
-    assert refusal(
-        place, wish(place).model_copy(update={"scope": (permission("env/a", verbs=("read", "deploy")),)})
-    ) == (
-        {"verb_not_understood"},
-        False,
-    )
+    both = wish(place).model_copy(update={"scope": (permission("env/a", verbs=("read", "deploy")),)})
+    assert refusal(place, both) == ({"verb_not_understood"}, False)

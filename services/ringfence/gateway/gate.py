@@ -47,7 +47,7 @@ from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
-from ringfence.model.request_map import MAX_BODY_BYTES, Action, RuleNotUnderstoodError
+from ringfence.model.request_map import MAX_BODY_BYTES, Action
 
 log = logging.getLogger(__name__)
 
@@ -271,14 +271,9 @@ class DecisionGate:
                 return spoken
             course.spoken, course.sender = spoken, spoken.sender
             sender = spoken.sender
-        try:
-            action = (
-                course.spoken.action(target, attempt)
-                if course.spoken is not None
-                else target.map.action(attempt.method, attempt.target, attempt.body if attempt.json else None)
-            )
-        except RuleNotUnderstoodError as error:
-            return refused(error.code, f"at target {target.state.target_id}, {error.message}")
+            action = spoken.action(target, attempt)
+        else:
+            action = target.map.action(attempt.method, attempt.target, attempt.body if attempt.json else None)
         if action is None:
             return self._no_action(target, attempt)
         course.action = action
@@ -382,6 +377,9 @@ class DecisionGate:
     def _no_action(self, target: Compiled, attempt: Attempt) -> Refusal:
         id = target.state.target_id
         body = attempt.body
+        shown = body if attempt.json or target.map.speaks_mcp(attempt.target) else None
+        if (unread := target.map.not_understood(attempt.method, attempt.target, shown)) is not None:
+            return refused("rule_not_understood", f"at target {id}, {unread}")
         if target.map.reads_body(attempt.method, attempt.target) and (
             body is None or len(body) > MAX_BODY_BYTES
         ):
