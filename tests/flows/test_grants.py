@@ -191,6 +191,7 @@ async def test_grants_that_count_for_nothing_are_refused(grants: Grants) -> None
     assert await grants.refused(scope=scope("nowhere", ["deploy"], ["x"])) == "target_unknown"
     assert await grants.refused(scope=STAGING + scope("other", ["read"], ["x"])) == "several_targets"
     assert await grants.refused(scope=scope("platform", ["deploy"], ["env/**/**"])) == "scope_invalid"
+    assert await grants.refused(only_at="night") == "grant_not_understood"
     old = grants.revisions.model_copy(update={"task": 7})
     assert await grants.refused(revisions=old) == "grant_stale"
     other = await world.agent("other-bot", sponsor=office.petra, ceiling=EVERYTHING)

@@ -211,6 +211,7 @@ async def test_only_who_has_the_key_enrols_it(yard: Yard) -> None:
     assert await refused(yard, agent, token, mine, exp=int(time.time()) - 5) == "expired"
     assert await refused(yard, agent, token, mine, aud="other.example") == "aud_unexpected"
     assert await refused(yard, agent, token, yard.sam.key) == "key_taken"
+    assert await refused(yard, agent, token, mine, max_life_s=60) == "unknown_field"
     assert (await yard.enrol(agent, token, mine)).status_code == 200, "none of that spent it"
 
 

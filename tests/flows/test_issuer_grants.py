@@ -111,6 +111,13 @@ async def test_a_grant_that_has_ended_is_refused_and_is_no_finding(desk: Desk) -
     assert not await desk.is_finding(asked)
 
 
+async def test_a_grant_that_is_not_understood_opens_nothing_and_is_no_finding(desk: Desk) -> None:
+    """A policy of another version may know the field that limits it."""
+    asked = await granted(desk, grant(desk, only_at="night"))
+    assert await desk.refusal_codes(asked) == ["grant_not_understood"]
+    assert not await desk.is_finding(asked)
+
+
 async def test_a_grant_after_a_suspension_a_change_and_a_transfer_counts_for_nothing(desk: Desk) -> None:
     world, name = desk.world, desk.bot.name
     compact = grant(desk)

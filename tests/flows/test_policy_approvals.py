@@ -47,6 +47,8 @@ async def test_approvals_that_do_not_count_are_refused_and_the_request_goes_on_w
             await office.refused(await office.approve(question, office.sam, ttl_s=3600))
             == "approval_other_terms"
         )
+        limited = await office.approve(question, office.sam, only_at="night")
+        assert await office.refused(limited) == "approval_not_understood"
         invented = question.revisions.model_copy(update={"task": 7})
         assert (
             await office.refused(await office.approve(question, office.sam, revisions=invented))

@@ -28,14 +28,17 @@ from ringfence.messages.registry import (
     AgentSetCeiling,
     AgentState,
     AgentSuspend,
+    BackendSettings,
     EmbeddedCommand,
+    TargetSet,
     TaskAssign,
     TaskConsent,
     TaskEnd,
     TaskTerms,
     UserDisable,
+    VerbFloor,
 )
-from ringfence.messages.topics import AGENT, HEARTBEAT, REGISTRY_COMMAND, SERVICE_EVENT, TASK, USER
+from ringfence.messages.topics import AGENT, HEARTBEAT, REGISTRY_COMMAND, SERVICE_EVENT, TARGET, TASK, USER
 from ringfence.model.directory import TABLES, Directory
 from tests.world import DeadLetteredError, Party, World, scope
 
@@ -160,6 +163,21 @@ async def test_a_refusal_is_signed_and_says_why(world: World):
         assert (event.kind, event.reasons[0].code, event.result) == ("refused", "not_sponsor", None)
         assert event.agent_id == "deploy-bot"
         assert len(await values(world, AGENT, "deploy-bot")) == 1
+
+
+async def test_a_command_with_a_field_that_nobody_knows_is_refused_by_name(world: World):
+    async with world.running("registry"):
+        verb = VerbFloor(verb="deploy").model_copy(update={"asks": "sponsor"})
+        claims = world.claims(
+            TargetSet, world.operator, target_id="platform", description="a target",
+            backend=BackendSettings(kind="jwt"), verbs=(verb,),
+        )  # fmt: skip
+        event = await world.command(claims, world.operator)
+        assert (event.kind, event.reasons[0].code) == ("refused", "unknown_field")
+        assert event.reasons[0].message == (
+            'unknown field "asks" in target platform, verbs.deploy: did you mean "ask"?'
+        )
+        assert not await values(world, TARGET, "platform")
 
 
 async def test_what_is_so_already_is_accepted_and_changes_nothing(world: World):

@@ -109,6 +109,10 @@ async def test_a_request_too_large_to_judge_is_not_judged(engines: Engines):
         ('{"allow": true, "deny": [], "approvals": []}', "`max_ttl_s`"),
         ('{"allow": true, "deny": [], "approvals": [], "max_ttl_s": 1.5}', "`max_ttl_s`"),
         ('{"allow": true, "deny": [], "approvals": [], "max_ttl_s": true}', "`max_ttl_s`"),
+        (
+            '{"allow": true, "deny": [], "approvals": [], "max_ttl_s": 1, "denials": []}',
+            "unknown field 'denials'",
+        ),
     ],
 )
 def test_an_answer_of_another_shape_is_no_answer(answer: str, said: str):

@@ -122,6 +122,7 @@ async def test_an_honest_answer_counts(bundle: Bundle):
         (answered("OURS", True), "policy_invalid"),
         (answered("OURS", {**RESULT, "allow": "true"}), "policy_invalid"),
         (answered("OURS", {**RESULT, "approvals": ["boss"]}), "policy_invalid"),
+        (answered("OURS", {**RESULT, "only_once": True}), "policy_invalid"),
         (answered("OURS", more="x" * MAX_ANSWER_BYTES), "policy_unavailable"),
     ],
     ids=lambda value: str(value)[:50],

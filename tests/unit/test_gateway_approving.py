@@ -232,6 +232,7 @@ async def test_exactly_what_would_go_on_is_asked_and_goes_on_with_a_yes(gateway:
         ({}, "sam", "thief", "key_unexpected"),
         ({"agent_id": "thief"}, "sam", "bot", "key_unexpected"),
         ({"aud": "other.example"}, "sam", "bot", None),
+        ({"only_at": "night"}, "sam", "bot", "approval_not_understood"),
     ],
 )
 async def test_what_is_no_answer_to_it_changes_nothing(

@@ -24,6 +24,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import AgentSuspend, BackendSettings, McpRule, RequestRule, VerbFloor
 from tests.gateway.recorder import PlayedRecorder
+from tests.planted import as_before
 from tests.unit.test_gateway_domain import Place
 
 RULES = (
@@ -504,3 +505,27 @@ async def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None
     await parts.gate.decide(Presented(), attempt("G\nET", "/\udcff", label="a b\n"))
     (event,) = parts.events
     assert (event.method, event.label, event.allowed) == (None, None, False)
+
+
+async def test_what_comes_under_a_rule_that_is_not_understood_is_denied_and_says_so(parts: Parts) -> None:
+    """Neither way lets it pass, though the rule after it would."""
+    assert (await parts.gate.decide(Presented(), attempt())).allowed
+    assert allowed_at_once(parts, Presented(), attempt()) is not None
+    rule = RequestRule(method="GET", path="/env/{name*}", verb="read", resource="env/{name*}")
+    limited = rule.model_copy(update={"headers": ["x-dry"]})
+    ping = McpRule(method="ping").model_copy(update={"within_s": 1})
+    spoken = RequestRule(method="MCP", path="/mcp", verb="read", resource="x", mcp=ping)
+    ledger = parts.place.ledger
+    before = parts.targets.find(attempt())
+    assert not isinstance(before, Refusal)
+    rules = (limited, spoken, *RULES)
+    as_before(ledger, ledger.target_set("olga", "staging", backend=before.state.backend, requests=rules))
+    assert allowed_at_once(parts, Presented(), attempt()) is None
+    verdict = await parts.gate.decide(Presented(), attempt())
+    assert (verdict.status, verdict.reasons[0].code) == (403, "rule_not_understood")
+    assert "headers; upgrade the gateway, or have an operator set the target" in verdict.reasons[0].message
+    body = b'{"jsonrpc": "2.0", "id": 1, "method": "ping"}'
+    posted = attempt("POST", "/mcp", body=body, carried=Carried(media="application/json"))
+    verdict = await parts.gate.decide(Presented(), posted)
+    assert (verdict.status, verdict.reasons[0].code) == (403, "rule_not_understood")
+    assert parts.events[-1].reasons[0].code == "rule_not_understood"

@@ -22,6 +22,7 @@ from ringfence.kernel import process
 from ringfence.kernel.errors import SettingsError, UnavailableError
 from ringfence.kernel.settings import load
 from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd, UserDisable
+from tests.planted import as_before, planted
 from tests.unit.test_gateway_gate import RULES, Parts, attempt
 
 OWN = frozenset({"authorization"})
@@ -84,6 +85,18 @@ async def test_what_would_be_blocked_goes_on_as_it_came_and_is_recorded(
     (event,) = parts.events
     assert (event.allowed, event.observed, event.target_id, event.agent_id) == (False, True, "staging", "bot")
     assert event.reasons[0].code == code
+    with pytest.raises(UnavailableError, match="nothing is injected"):
+        await parts.gate.injected(verdict)
+
+
+async def test_what_comes_under_a_rule_that_is_not_understood_goes_on_as_it_came(parts: Watched) -> None:
+    """Whether it would be allowed is not known here; nothing of Ringfence is injected, so nothing becomes possible."""
+    ledger, state = parts.place.ledger, parts.place.target()
+    rules = tuple(next(planted(rule)) for rule in state.requests)
+    as_before(ledger, ledger.target_set("olga", "staging", backend=state.backend, requests=rules))
+    verdict = await parts.ask("/env/staging/web")
+    assert (verdict.allowed, verdict.observed) == (False, True)
+    assert parts.events[-1].reasons[0].code == "rule_not_understood"
     with pytest.raises(UnavailableError, match="nothing is injected"):
         await parts.gate.injected(verdict)
 

@@ -17,6 +17,7 @@ from ringfence.model.consents import MAX_AGE_S, canonical_terms, nonce_of
 from ringfence.model.lifecycle import CommandRefusedError
 from tests.ledger import TD, Ledger, permission
 from tests.oidc import TokenIssuer
+from tests.planted import NAME, planted
 
 ISSUER = TokenIssuer("https://login.acme.example", "ES256")
 
@@ -84,6 +85,24 @@ def test_a_token_that_says_something_else(ledger: Ledger, change: dict[str, Any]
     said = refused(ledger, assign(ledger, token, terms))
     assert said.startswith("on_behalf_of_unsigned")
     assert why in said
+
+
+def test_a_token_of_an_issuer_that_the_bundle_limits_in_a_way_that_is_not_known(ledger: Ledger):
+    """For new tasks: those that rest on such a token already are what they were."""
+    before = ledger.terms("bot")
+    change = ledger.give(assign(ledger, ISSUER.token(claims_of(ledger, before)), before))
+    assert change is not None
+    for issuer in planted(ISSUER.pinned("users")):
+        trusting(ledger, issuer)
+        terms = ledger.terms("bot")
+        said = refused(ledger, assign(ledger, ISSUER.token(claims_of(ledger, terms)), terms))
+        assert said.startswith(
+            f'unknown_field: unknown field "{NAME}" in issuer {ISSUER.issuer} in the trust bundle'
+        )
+        assert ledger.directory.task(change.state.task_id) is not None  # type: ignore[union-attr]
+    trusting(ledger, ISSUER.pinned("users"))
+    terms = ledger.terms("bot")
+    assert ledger.give(assign(ledger, ISSUER.token(claims_of(ledger, terms)), terms)) is not None
 
 
 def test_a_token_to_other_terms(ledger: Ledger):

@@ -239,6 +239,10 @@ def test_the_root_signs_whose_tokens_count(tmp_path: Path, issuer: TokenIssuer) 
     ("wanted", "says"),
     [
         (OidcIssuer(issuer=URL, uses=("users",)), "either pinned keys"),
+        (
+            OidcIssuer.model_validate({"issuer": URL, "uses": ("users",), "user-suffix": "@x"}),
+            'did you mean "user_suffix"?',
+        ),
         (OidcIssuer(issuer=URL, uses=("users", "instances"), discovery=True), "are pinned"),
         (OidcIssuer(issuer="http://10.0.0.1", uses=("instances",), discovery=True), "goes by HTTPS"),
     ],

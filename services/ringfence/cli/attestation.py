@@ -17,6 +17,7 @@ from ringfence.client.administrator import Administrator
 from ringfence.client.outcomes import Accepted
 from ringfence.kernel.jws import explain
 from ringfence.messages.instances import AttestationSelector
+from ringfence.model.unknown_fields import names_of, told, unknown_fields
 
 SelectorOption = Annotated[
     list[str] | None,
@@ -70,7 +71,9 @@ def show_selector(selector: AttestationSelector) -> str:
     """A selector as it is written on the command line."""
     words = [selector.issuer, *(f"{name}={value}" for name, value in selector.claims.items())]
     words += ["key-bound"] if selector.key_bound else []
-    return shlex.join([*words, f"life={selector.max_life_s}"])
+    said = shlex.join([*words, f"life={selector.max_life_s}"])
+    unknown = unknown_fields(selector)
+    return f"{said} (lets nobody in, as {names_of(unknown)} is not known here)" if unknown else said
 
 
 def _fields(text: str) -> Any:
@@ -98,6 +101,10 @@ def _fields(text: str) -> Any:
 
 def _selector(fields: Any, text: str) -> AttestationSelector:
     try:
-        return AttestationSelector.model_validate(fields)
+        selector = AttestationSelector.model_validate(fields)
     except ValidationError as error:
         raise typer.BadParameter(f"{text!r}: {explain(error)}", param_hint="--selector") from None
+    if found := unknown_fields(selector):
+        said = told(found, f"the selector for {selector.issuer}")
+        raise typer.BadParameter(f"{text!r}: {said}", param_hint="--selector")
+    return selector

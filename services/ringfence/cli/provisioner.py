@@ -158,7 +158,7 @@ def make_token(
 def read_delegation(file: Path) -> Delegation:
     """What stands in a file. Raises YamlFileError with everything that is wrong."""
     source = YamlFile(file)
-    top = source.members(source.root, "the file", {"source", "groups"}.__contains__)
+    top = source.members(source.root, "the file", {"source", "groups"})
     groups: list[GroupDelegation] = []
     for missing in sorted({"source", "groups"} - top.keys()):
         source.problem(source.root, f"the file has no `{missing}`")
@@ -170,7 +170,7 @@ def read_delegation(file: Path) -> Delegation:
 
 
 def _group(source: YamlFile, name: str, node: Any) -> GroupDelegation:
-    members = source.members(node, f"group {name}", {"roles", "allow"}.__contains__)
+    members = source.members(node, f"group {name}", {"roles", "allow"})
     roles: list[Any] = []
     for item, role in source.texts(members["roles"], "roles") if "roles" in members else ():
         if role not in _ROLES:

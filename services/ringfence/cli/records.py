@@ -17,12 +17,15 @@ from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import (
     AgentState,
     AnyState,
+    RequestRule,
     TargetState,
     TaskState,
     UserState,
+    VerbFloor,
 )
 from ringfence.model.identity import SubjectKind
 from ringfence.model.key_ends import endings
+from ringfence.model.unknown_fields import names_of, unknown_fields
 
 _SOON = "ends soon: give another"
 _STATES: Mapping[SubjectKind, type[AnyState]] = {
@@ -134,7 +137,7 @@ def _agent_fields(agent: AgentState) -> dict[str, str]:
 
 
 def _target_fields(target: TargetState) -> dict[str, str]:
-    requests = [f"{r.method} {r.path} is {r.verb} on {r.resource}" for r in target.requests]
+    requests = [f"{r.method} {r.path} is {_does(r)}" for r in target.requests]
     return {
         "what it is": target.description,
         "status": target.status,
@@ -145,6 +148,12 @@ def _target_fields(target: TargetState) -> dict[str, str]:
         "longest life": f"{target.max_ttl_s} s",
         "keys": _keys(target.keys),
     }
+
+
+def _does(rule: RequestRule) -> str:
+    if found := unknown_fields(rule):
+        return f"denied, as {names_of(found)} is not known here"
+    return f"{rule.verb} on {rule.resource}"
 
 
 def _task_fields(task: TaskState) -> dict[str, str]:
@@ -186,7 +195,14 @@ def _task_status(task: TaskState) -> str:
 
 
 def _verbs(target: TargetState) -> str:
-    return ", ".join(v.verb if v.floor == "none" else f"{v.verb} ({v.floor})" for v in target.verbs)
+    return ", ".join(map(_verb, target.verbs))
+
+
+def _verb(floor: VerbFloor) -> str:
+    said: list[str] = [] if floor.floor == "none" else [floor.floor]
+    if found := unknown_fields(floor):
+        said.append(f"to nobody, as {names_of(found)} is not known here")
+    return f"{floor.verb} ({'; '.join(said)})" if said else floor.verb
 
 
 def _keys(keys: Sequence[KeyRecord], of: AgentState | UserState | None = None) -> str:

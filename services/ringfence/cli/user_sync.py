@@ -57,7 +57,7 @@ async def sync(
 def read_users(file: Path, delegated: Collection[str]) -> dict[str, Wanted]:
     """The users in a file, by id. Raises YamlFileError with everything that is wrong."""
     source = YamlFile(file)
-    top = source.members(source.root, "the file", lambda name: name == "users")
+    top = source.members(source.root, "the file", {"users"})
     found: dict[str, Wanted] = {}
     if "users" not in top:
         source.problem(source.root, "the file has no `users`")
@@ -75,7 +75,7 @@ def read_users(file: Path, delegated: Collection[str]) -> dict[str, Wanted]:
 
 
 def _user(source: YamlFile, user_id: str, node: Any, delegated: Collection[str]) -> Wanted | None:
-    members = source.members(node, f"user {user_id}", _MEMBERS.__contains__)
+    members = source.members(node, f"user {user_id}", _MEMBERS)
     if "name" not in members:
         source.problem(node, f"user {user_id} has no `name`")
         return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ringfence.kernel.errors import RingfenceError
+from ringfence.model.unknown_fields import nearest
 
 MAX_BYTES = 16 * 1024 * 1024
 
@@ -54,18 +55,18 @@ class YamlFile:
             lines = [f"{self._path}:{line}: {text}" for line, text in sorted(self._problems)]
             raise YamlFileError("\n".join(lines))
 
-    def members(
-        self, node: Any, what: str, known: Callable[[str], bool] = lambda name: True
-    ) -> dict[str, Any]:
-        """The members of a mapping: name to node. Unknown names, and those given twice, are problems."""
+    def members(self, node: Any, what: str, known: Collection[str] | None = None) -> dict[str, Any]:
+        """The members of a mapping: name to node. Names given twice are problems, and those that are not `known`."""
         if not isinstance(node, yaml.MappingNode):
             self.problem(node, f"{what} must be a mapping, with lines of `name: value`")
             return {}
         found: dict[str, Any] = {}
         for key, value in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else ""
-            if not name or not known(name):
-                self.problem(key, f"{what} has no {name or 'such name'!r}")
+            if not name or (known is not None and name not in known):
+                near = nearest(name, known or ())
+                hint = f": did you mean {near!r}?" if near else ""
+                self.problem(key, f"{what} has no {name or 'such name'!r}{hint}")
             elif name in found:
                 self.problem(key, f"{name!r} is there twice")
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ringfence.client.connection import Connection, subject
-from ringfence.client.errors import IdentityError, InvalidCallError, checked
+from ringfence.client.errors import IdentityError, InvalidCallError, checked, require_understood
 from ringfence.client.outcomes import MEANWHILE, Accepted
 from ringfence.client.preview import Preview, preview, unknown_names
 from ringfence.client.signatory import COMMAND_LIFE_S, Signatory
@@ -335,6 +335,7 @@ class Administrator(Signatory):
         The one who assigns it embeds it, within `life_s` seconds.
         """
         self._user_id("the root consents to no tasks")
+        require_understood(terms, "the terms of the task")
         with checked("the consent"):
             return sign(
                 TaskConsent(**self.connection.stamp(min(life_s, MAX_LIFE_S)), terms=terms),

@@ -13,7 +13,7 @@ from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
 from ringfence.client.attested import Attested
-from ringfence.client.errors import IdentityError
+from ringfence.client.errors import IdentityError, require_understood
 from ringfence.client.identities import KeyFile, succeeding
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
@@ -27,8 +27,9 @@ from ringfence.kernel.tracing import of_application
 from ringfence.kernel.trust import TrustStore
 from ringfence.kernel.trust_records import take_in
 from ringfence.messages.base import Claims, Topic
+from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.operations import DeadLetter
-from ringfence.messages.topics import AGENT, TARGET, TASK, TRUST, USER
+from ringfence.messages.topics import AGENT, REGISTRY_COMMAND, TARGET, TASK, TRUST, USER
 from ringfence.model.directory import Directory
 from ringfence.model.identity import Kind, subject_of
 
@@ -257,10 +258,14 @@ class Connection(Lifetime):
         compact: str | None = None,
         traceparent: str | None = None,
     ) -> Coordinate:
-        """Sign and publish; returns where the record stands once all replicas have it. Raises UnavailableError.
+        """Sign and publish; returns where the record stands once all replicas have it.
 
-        `compact` is the signed message where the caller signed it before.
+        `compact` is the signed message where the caller signed it before. Raises UnavailableError; InvalidCallError
+        where a field of it is not known, which may limit something: nothing was sent then.
         """
+        if not isinstance(claims, RevocationRequest):  # that one stops what it can, whatever else it says
+            kind = claims.typ.partition(".")[0]
+            require_understood(claims, f"{kind} {key}" if topic is REGISTRY_COMMAND else f"the {claims.typ}")
         compact = compact or sign(claims, self.key)
         try:
             sent: Awaitable[Any] = await self._publisher.send(

@@ -10,7 +10,9 @@ from pydantic import ValidationError
 
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.jws import explain
+from ringfence.messages.base import Message
 from ringfence.messages.credential import Reason
+from ringfence.model.unknown_fields import told, unknown_fields
 
 
 class InvalidCallError(RingfenceError):
@@ -122,6 +124,12 @@ def checked(what: str) -> Iterator[None]:
         yield
     except ValidationError as error:
         raise InvalidCallError(f"{what}: {explain(error)}") from None
+
+
+def require_understood(message: Message, what: str) -> None:
+    """Raises InvalidCallError, with the nearest known name, where a message has a field that is not known."""
+    if found := unknown_fields(message):
+        raise InvalidCallError(told(found, what))
 
 
 class CredentialOverError(RingfenceError):

@@ -18,7 +18,7 @@ from ringfence.messages.registry import ApprovalClass
 from ringfence.messages.topics import APPROVAL_RESPONSE
 from ringfence.model.approvals import may_approve
 from ringfence.model.requests import DeniedError, find_ground
-from ringfence.model.rule import Side, effective, sides_of
+from ringfence.model.rule import Side, are_in_force, effective, sides_of
 from ringfence.model.scope import validate_scope
 
 _CLASSES: tuple[ApprovalClass, ...] = ("sponsor", "second_person", "operator")
@@ -115,7 +115,7 @@ class Grantor(Signatory):
         if grant.exp <= grant.iat:
             raise InvalidCallError(f"task {task_id} has ended; nothing is issued in it any more")
         entitlements = ground.user.state.entitlements
-        fresh = entitlements.as_of + self.connection.settings.entitlements_max_age_s > grant.iat
+        fresh = are_in_force(entitlements, grant.iat, self.connection.settings.entitlements_max_age_s)
         ceiling = (grant.agent_id, ground.agent.state.ceiling)
         held = entitlements.scope if fresh else ()
         sides = sides_of(task.state.scope, [ceiling], task.state.on_behalf_of, held)

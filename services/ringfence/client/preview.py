@@ -8,8 +8,9 @@ from ringfence.client.errors import InvalidCallError
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import TaskTerms
 from ringfence.model.directory import Directory
-from ringfence.model.rule import Lack, effective, lacking, sides_of
+from ringfence.model.rule import Lack, are_in_force, effective, lacking, sides_of
 from ringfence.model.scope import validate_scope
+from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ def preview(
             f"there is no user {on_behalf_of}; an operator adds one with: ringfence user add"
         )
     entitlements = user.state.entitlements
-    fresh = entitlements.as_of + entitlements_max_age_s > now_s
+    fresh = are_in_force(entitlements, now_s, entitlements_max_age_s)
     warnings = []
     if agent.state.status != "active":
         warnings.append(f"agent {terms.agent_id} is {agent.state.status}")
@@ -50,7 +51,8 @@ def preview(
         warnings.append(f"user {on_behalf_of} is {user.state.status}")
     if not fresh:
         warnings.append(
-            f"the entitlements of {on_behalf_of} are too old and count for nothing until they are set anew"
+            f"the entitlements of {on_behalf_of} are too old, or have a field that is not known here, and count for "
+            "nothing until they are set anew"
         )
     if terms.not_after <= now_s:
         warnings.append("the task ends in the past")
@@ -77,6 +79,12 @@ def unknown_names(directory: Directory, scope: Scope) -> list[str]:
             )
             continue
         known = {floor.verb for floor in target.state.verbs}
+        found += [
+            f"the floor of {floor.verb} at {permission.target} has a field that is not known here: "
+            f"{names_of(unknown_fields(floor))}; nobody is given that verb"
+            for floor in target.state.verbs
+            if floor.verb in permission.verbs and not is_understood(floor)
+        ]
         unknown = [verb for verb in permission.verbs if verb not in known]
         if unknown:
             found.append(

@@ -31,7 +31,7 @@ from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import APPROVAL_REQUEST
-from ringfence.model.approvals import may_approve
+from ringfence.model.approvals import may_approve, not_understood
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.identity import subject_of
@@ -342,7 +342,7 @@ class Approvals:
             return _reason("already_decided", f"{question.by} answered before, and that stands")
         if record.appended_at_ms >= asked.claims.exp * 1000:
             return _reason("approval_expired", "the time in which answers counted is over")
-        return self._stale(question) or self._not_theirs(question, user_id)
+        return not_understood(claims) or self._stale(question) or self._not_theirs(question, user_id)
 
     def _stale(self, question: Question) -> Reason | None:
         """Records changed since it was asked: nobody knows whether the same would be answered."""

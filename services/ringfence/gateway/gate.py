@@ -378,6 +378,9 @@ class DecisionGate:
     def _no_action(self, target: Compiled, attempt: Attempt) -> Refusal:
         id = target.state.target_id
         body = attempt.body
+        shown = body if attempt.json or target.map.speaks_mcp(attempt.target) else None
+        if (unread := target.map.not_understood(attempt.method, attempt.target, shown)) is not None:
+            return refused("rule_not_understood", f"at target {id}, {unread}")
         if target.map.reads_body(attempt.method, attempt.target) and (
             body is None or len(body) > MAX_BODY_BYTES
         ):

@@ -32,6 +32,7 @@ from ringfence.model.leases import origin_of, record_id
 from ringfence.model.requests import DeniedError, Facts, gather, violations
 from ringfence.model.revoker_halts import RETRY_AFTER_S as HALTED_RETRY_S
 from ringfence.model.rule import DeadlineError, deadline_ms
+from ringfence.model.unknown_fields import NOT_UNDERSTOOD
 
 A = TypeVar("A", Approval, Grant)
 
@@ -283,7 +284,7 @@ def _check_rule(decision: Decision, facts: Facts, terms: Terms, *, unchanged: bo
         return
     # Policy decided a moment earlier: where the records are the same, only time may have made the difference.
     before = violations(facts, decision.claims.source.appended_at_ms / 1000, terms.entitlements_max_age_s)
-    raise _RefusedError(*found, finding=unchanged and bool(before))
+    raise _RefusedError(*found, finding=unchanged and any(one.code not in NOT_UNDERSTOOD for one in before))
 
 
 def _check_terms(decision: Decision, facts: Facts, terms: Terms, *, unchanged: bool) -> int:
@@ -344,8 +345,9 @@ def _check_approvals(
     problems = [problem for problem in found if problem is not None]
     if problems:
         # Policy decided earlier, so that the end of an approval or a grant may have come in between.
-        ended = all(problem.code in ("approval_expired", "grant_ended") for problem in problems)
-        raise _RefusedError(*problems, finding=unchanged and not ended)
+        honest = {"approval_expired", "grant_ended", *NOT_UNDERSTOOD}
+        finding = unchanged and any(problem.code not in honest for problem in problems)
+        raise _RefusedError(*problems, finding=finding)
     required = required_classes(facts.floors(), claims.required, break_glass=facts.break_glass)
     try:
         lacking = unmet(required, [*approvals, *grants], directory, facts)

@@ -43,7 +43,10 @@ class ApprovalRequest(Claims):
 
 
 class Approval(ExpiringClaims):
-    """A person's yes or no to exactly one request, as it was shown to them. Single use."""
+    """A person's yes or no to exactly one request, as it was shown to them. Single use.
+
+    A yes with a field that its reader does not know counts for nothing.
+    """
 
     typ: ClassVar[str] = "approval"
 
@@ -66,7 +69,7 @@ class Grant(ExpiringClaims):
     """An approval given ahead, for so many credentials of one agent within one task, at one target, until `exp`.
 
     Its id is the UUIDv5 of (`iss`, `jti`). It counts for nothing once agent, user, task, target or policy have another
-    revision than it names.
+    revision than it names, nor with a field that its reader does not know.
     """
 
     typ: ClassVar[str] = "grant"
@@ -124,7 +127,10 @@ class ActionRequest(ExpiringClaims):
 
 
 class ActionApproval(ExpiringClaims):
-    """A person's yes or no to exactly one action, as a gateway asked about it. Single use, before `exp` of both."""
+    """A person's yes or no to exactly one action, as a gateway asked about it. Single use, before `exp` of both.
+
+    A yes with a field that its reader does not know counts for nothing.
+    """
 
     typ: ClassVar[str] = "action.approval"
 

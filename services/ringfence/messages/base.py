@@ -74,7 +74,10 @@ Json = Annotated[Any, AfterValidator(_writable)]
 
 
 class Message(BaseModel):
-    """Immutable, strictly typed; unknown fields from newer writers are kept and written out again."""
+    """Immutable, strictly typed; unknown fields from newer writers are kept and written out again.
+
+    In what limits something they are never ignored: see `ringfence.model.unknown_fields`.
+    """
 
     __pydantic_extra__: dict[str, Json]
 

@@ -30,7 +30,10 @@ MAX_ENROLMENT_S = 12 * 3600
 
 
 class AttestationSelector(Message):
-    """Which identity tokens let an instance of the agent in. Its id is the SHA-256 of its canonical JSON."""
+    """Which identity tokens let an instance of the agent in. Its id is the SHA-256 of its canonical JSON.
+
+    With a field that its reader does not know, it lets nobody in.
+    """
 
     issuer: IssuerUrl
     claims: Annotated[dict[ClaimName, ClaimPattern], Field(min_length=1, max_length=16)]

@@ -128,7 +128,7 @@ class LeaseEpoch(Claims):
 
 
 class Selector(Message):
-    """Which leases: exactly one condition."""
+    """Which leases: exactly one condition. A field that its reader does not know makes them no fewer."""
 
     agent_id: Name | None = None
     task_id: Uuid | None = None

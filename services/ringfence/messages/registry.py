@@ -43,7 +43,10 @@ MAX_OVERLAP_S = 7 * 24 * 3600
 
 
 class Entitlements(Message):
-    """What a human may do, where that is known from, and as of when. Too old counts for nothing."""
+    """What a human may do, where that is known from, and as of when. Too old counts for nothing.
+
+    So do entitlements with a field that their reader does not know.
+    """
 
     scope: Scope = ()
     source: NonEmpty
@@ -119,7 +122,7 @@ class UserDisable(ExpiringClaims):
 
 
 class GroupDelegation(Message):
-    """The most that membership in one group may give."""
+    """The most that membership in one group may give: nothing, with a field that its reader does not know."""
 
     group: GroupName
     roles: tuple[Role, ...] = ()
@@ -306,7 +309,10 @@ class AgentState(Message):
 
 
 class VerbFloor(Message):
-    """One verb of a target, and the approvals that no policy can go below."""
+    """One verb of a target, and the approvals that no policy can go below.
+
+    With a field that its reader does not know, nobody is given the verb.
+    """
 
     verb: Verb
     floor: ApprovalClass = "none"
@@ -320,7 +326,10 @@ Condition = dict[NonEmpty, Annotated[tuple[str, ...], Field(min_length=1, max_le
 
 
 class McpRule(Message):
-    """Which messages of the Model Context Protocol, in requests that post them; see `RequestRule.mcp`."""
+    """Which messages of the Model Context Protocol, in requests that post them; see `RequestRule.mcp`.
+
+    A field that its reader does not know is one of the rule that it stands in.
+    """
 
     method: Annotated[str, Field(pattern=r"^(notifications/\*|[A-Za-z$_][A-Za-z0-9$_/-]{0,63})$")]
     """The JSON-RPC method, exactly; `notifications/*` for all of those, `response` for what answers the server."""
@@ -336,6 +345,7 @@ class RequestRule(Message):
     """Which requests are which verb; the first that matches counts, and what matches none is no verb.
 
     Conditions are for the weaker verb, which then has to be shown; the rule after it, without them, is the stronger.
+    With a field that its reader does not know, the requests that its known conditions fit are denied.
     """
 
     method: Annotated[str, Field(pattern=r"^[A-Z]{1,16}$")]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ringfence.kernel.jws import Signed
-from ringfence.messages.approval import Approval, Grant
+from ringfence.messages.approval import ActionApproval, Approval, Grant
 from ringfence.messages.credential import Delivery, Reason, RequiredClass, Revisions
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.identity import subject_of
 from ringfence.model.requests import Facts, Ground
+from ringfence.model.unknown_fields import is_understood, told, unknown_fields
 
 _ORDER: tuple[RequiredClass, ...] = ("sponsor", "second_person", "operator")
 BREAK_GLASS_TTL_S = 15 * 60
@@ -75,6 +76,8 @@ def approval_problem(
             code="approval_denied",
             message=f"{claims.iss} denied it: {(claims.comment or 'no comment')[:500]}",
         )
+    if (unread := not_understood(claims)) is not None:
+        return unread
     if (claims.ttl_s, claims.delivery) != (ttl_s, delivery):
         return Reason(
             code="approval_other_terms", message="the approval was given for another TTL or delivery"
@@ -87,6 +90,17 @@ def approval_problem(
             message="agent, user, task, target or policy changed since the approval; ask anew",
         )
     return None
+
+
+def not_understood(answer: Approval | ActionApproval) -> Reason | None:
+    """Why a yes counts for nothing that has a field which this version does not know, and which may limit it; or None.
+
+    A no counts whatever stands beside it.
+    """
+    if answer.verdict != "approved" or is_understood(answer):
+        return None
+    message = told(unknown_fields(answer), "the approval")[:2048]
+    return Reason(code="approval_not_understood", message=message)
 
 
 def unmet(

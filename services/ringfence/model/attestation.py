@@ -8,6 +8,7 @@ from typing import Any
 
 from ringfence.kernel.ids import digest
 from ringfence.messages.instances import AttestationSelector
+from ringfence.model.unknown_fields import is_understood
 
 _IDENTIFYING = ("sub", "repository", "repository_id", "/kubernetes.io/serviceaccount/uid")
 """Claims that name one workload, or one project, among all those of an issuer."""
@@ -64,9 +65,14 @@ def matching(
 
 
 def fits(selector: AttestationSelector, issuer: str, found: Mapping[str, str]) -> bool:
-    """Whether claims, by the names that the selector has for them, are as it wants them."""
-    return selector.issuer == issuer and all(
-        name in found and matches(pattern, found[name]) for name, pattern in selector.claims.items()
+    """Whether claims, by the names that the selector has for them, are as it wants them.
+
+    A selector with a field that this version does not know, which may limit it, lets nobody in.
+    """
+    return (
+        selector.issuer == issuer
+        and is_understood(selector)
+        and all(name in found and matches(pattern, found[name]) for name, pattern in selector.claims.items())
     )
 
 

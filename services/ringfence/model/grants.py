@@ -21,6 +21,7 @@ from ringfence.model.directory import Directory
 from ringfence.model.identity import subject_of
 from ringfence.model.requests import Facts
 from ringfence.model.scope import missing
+from ringfence.model.unknown_fields import is_understood, told, unknown_fields
 
 if TYPE_CHECKING:
     from ringfence.kernel.kafka import Received
@@ -53,6 +54,8 @@ def grant_problem(
     Whether its signer may give what is needed, how often it was used and whether it was taken back are other questions.
     """
     agent, task = facts.agent.state, facts.task.state
+    if (unread := not_understood(grant)) is not None:
+        return unread
     if grant.exp - grant.iat > MAX_GRANT_LIFE_S:
         return _reason(
             "grant_too_long", f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most; sign a shorter one"
@@ -75,6 +78,13 @@ def grant_problem(
             "grant_stale", "agent, user, task, target or policy changed since the grant was given; ask anew"
         )
     return None
+
+
+def not_understood(grant: Grant) -> Reason | None:
+    """Why a grant opens nothing that has a field which this version does not know, and which may limit it; or None."""
+    if is_understood(grant):
+        return None
+    return _reason("grant_not_understood", told(unknown_fields(grant), "the grant")[:2048])
 
 
 @dataclass(frozen=True, slots=True)

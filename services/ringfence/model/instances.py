@@ -20,6 +20,7 @@ from ringfence.messages.oidc import OidcKey
 from ringfence.messages.registry import AgentState
 from ringfence.model.attestation import audience, bound_audience, claim, fits, selector_id
 from ringfence.model.directory import Directory
+from ringfence.model.unknown_fields import is_understood, told, unknown_fields
 
 MAX_TOKEN_AGE_S = 3600
 """How old a platform's token may be when an instance enrols with it: platforms renew them within an hour."""
@@ -83,6 +84,11 @@ def open_enrolment(compact: str, trust: TrustStore, at_s: float) -> InstanceEnro
         raise EnrolmentError(
             f"the trust bundle does not believe {enrolment.issuer} about instances", code="issuer_untrusted"
         )
+    if not is_understood(issuer):
+        raise EnrolmentError(
+            told(unknown_fields(issuer), f"issuer {issuer.issuer} in the trust bundle"),
+            code="issuer_not_understood",
+        )
     if not issuer.discovery:
         _check_token(enrolment, trust, issuer.keys)
     return enrolment
@@ -133,7 +139,7 @@ def ref_of(enrolment: InstanceEnrolment) -> InstanceRef:
 
 def ref_void(instance: InstanceRef, agent: AgentState) -> Reason | None:
     """Why an agent's record does not let in any more whom a lease was issued to, or None."""
-    if any(selector_id(selector) == instance.selector for selector in agent.attestation):
+    if any(selector_id(one) == instance.selector and is_understood(one) for one in agent.attestation):
         return None
     return _void(agent, instance.subject, instance.issuer)
 

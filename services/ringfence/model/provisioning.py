@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import Delegation, Role, UserState
+from ringfence.model.unknown_fields import is_understood
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +20,11 @@ class Given:
 
 
 def given_by(delegation: Delegation, groups: Iterable[str]) -> Given:
-    """All that these groups may give. What is not delegated (any more) gives nothing, and is left out."""
-    wanted = set(groups)
-    delegated = [one for one in delegation.groups if one.group in wanted]
+    """All that these groups may give. What is not delegated (any more) gives nothing, and is left out, and so is what
+    has a field that this version does not know: it may limit the delegation.
+    """
+    wanted = set(groups) if not delegation.model_extra else set()
+    delegated = [one for one in delegation.groups if one.group in wanted and is_understood(one)]
     return Given(
         tuple(sorted(one.group for one in delegated)),
         tuple(sorted({role for one in delegated for role in one.roles})),

@@ -28,6 +28,7 @@ from ringfence.model.mcp_rules import (
     check_segments,
     takes_arguments,
 )
+from ringfence.model.unknown_fields import names_of, unknown_fields
 
 MAX_TARGET_CHARS: Final = 8192
 MAX_BODY_BYTES: Final = 1024 * 1024
@@ -71,6 +72,8 @@ class _Rule:
     """The name of what captures one segment or more, at the end."""
     rule: RequestRule = field(repr=False)
     mcp: CompiledMcpRule | None = None
+    unknown: str = ""
+    """The names of fields of it that this version does not know."""
 
     def folded(self) -> _Rule:
         """The same for paths in lower case."""
@@ -151,18 +154,37 @@ class RequestMap:
         return False
 
     def action(self, method: str, target: str, body: bytes | None = None) -> Action | None:
-        """What a request does, or None where no rule says so.
+        """What a request does, or None where no rule says so, or where the one that it comes under is not understood.
 
         Args:
             method: as it was sent; case matters.
             target: path and query as they were sent (origin-form, RFC 9112, 3.2.1), nothing decoded.
             body: as it was sent, or None where it was not seen, or is not said to be JSON.
         """
+        found = self._found(method, target, body)
+        return found if isinstance(found, Action) else None
+
+    def not_understood(self, method: str, target: str, body: bytes | None = None) -> str | None:
+        """Why a request is nothing that anybody is allowed, where that is for a field of its rule; else None.
+
+        The rule that it comes under has a field that this version does not know. Nobody can say what the request does
+        then, and the rules after it are for what does not come under it. Arguments as for `action`.
+        """
+        found = self._found(method, target, body)
+        if not isinstance(found, _Rule):
+            return None
+        return (
+            f"the rule for {found.rule.method} {found.rule.path} has a field that is not known here, and may limit it: "
+            f"{found.unknown}; upgrade the gateway, or have an operator set the target without that field"
+        )
+
+    def _found(self, method: str, target: str, body: bytes | None) -> Action | _Rule | None:
+        """What a request does; the rule that it comes under, where that is not understood; or None."""
         if len(target) > MAX_TARGET_CHARS:
             return None
         if method == "POST" and self.speaks_mcp(target):
             try:
-                return self.mcp_action(target, read_message(body or b"")) if _is_seen(body) else None
+                return self._found_of_message(target, read_message(body or b"")) if _is_seen(body) else None
             except McpMessageError:
                 return None
         path, _, query = target.partition("?")
@@ -177,13 +199,17 @@ class RequestMap:
                 continue
             try:
                 if _query_fits(rule.rule.query, query) and _body_fits(rule.rule.body, body):
-                    return _action(rule.rule, captures)
+                    return rule if rule.unknown else _action(rule.rule, captures)
             except CannotTellError:
                 return None
         return None
 
     def mcp_action(self, target: str, message: McpMessage) -> Action | None:
-        """What a message that is posted to an endpoint does, or None where no rule says so. `target` as in `action`."""
+        """What a message that is posted to an endpoint does, or None, as `action` has it. `target` as there."""
+        found = self._found_of_message(target, message)
+        return found if isinstance(found, Action) else None
+
+    def _found_of_message(self, target: str, message: McpMessage) -> Action | _Rule | None:
         segments = self._endpoint(target)
         if segments is None or "#" in target:
             return None
@@ -194,8 +220,11 @@ class RequestMap:
             if of_path is None or of_name is None:
                 continue
             try:
-                if rule.mcp.fits(message):
-                    return _action(rule.rule, _captured_of(rule.rule, of_path, of_name, message))
+                if not rule.mcp.fits(message):
+                    continue
+                if rule.unknown:
+                    return rule
+                return _action(rule.rule, _captured_of(rule.rule, of_path, of_name, message))
             except CannotTellError:
                 return None
         return None
@@ -212,8 +241,9 @@ class RequestMap:
             of_path = rule.captures(segments) if of_name is not None else None
             if of_path is None or of_name is None:
                 continue
-            with contextlib.suppress(CannotTellError, ScopeError):
-                found.append(_offered(rule.rule, {**_checked(of_name), **of_path}))
+            if not rule.unknown:
+                with contextlib.suppress(CannotTellError, ScopeError):
+                    found.append(_offered(rule.rule, {**_checked(of_name), **of_path}))
             if not rule.mcp.conditional:
                 break
         return tuple(found)
@@ -257,7 +287,7 @@ def _compiled(rule: RequestRule) -> _Rule:
     if mcp is not None and (twice := found & set(mcp.captures)):
         raise wrong(f"{{{min(twice)}}} is captured twice, of the path and of the name")
     _check_resource(rule, found | set(mcp.captures if mcp is not None else ()), wrong)
-    return _Rule(tuple(segments), tuple(names), rest, rule, mcp)
+    return _Rule(tuple(segments), tuple(names), rest, rule, mcp, names_of(unknown_fields(rule)))
 
 
 def _compiled_mcp(rule: RequestRule, wrong: Any) -> CompiledMcpRule | None:

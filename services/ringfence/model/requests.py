@@ -26,8 +26,9 @@ from ringfence.model.chains import ChainError, unverified_command
 from ringfence.model.directory import Directory, Entry
 from ringfence.model.identity import subject_of
 from ringfence.model.instances import enrolment_of, void
-from ringfence.model.rule import Side, lacking, sides_of
+from ringfence.model.rule import Side, are_in_force, lacking, sides_of
 from ringfence.model.scope import ScopeError, validate_scope
+from ringfence.model.unknown_fields import is_understood, names_of, told, unknown_fields
 
 _REMEMBERED_WISHES = 512
 """Each keeps the records that it was held against from being let go of, though others may have followed."""
@@ -110,7 +111,7 @@ class Ground:
         return (self.agent, *(step.agent for step in self.delegations))
 
     def _entitled(self, now_s: float, entitlements_max_age_s: int) -> bool:
-        return self.user.state.entitlements.as_of + entitlements_max_age_s > now_s
+        return are_in_force(self.user.state.entitlements, now_s, entitlements_max_age_s)
 
     def revisions(self, policy: str) -> Revisions:
         """What an approval, or a decision, was made on."""
@@ -223,6 +224,7 @@ def violations(facts: Facts, now_s: float, entitlements_max_age_s: int) -> tuple
     gone = void(facts.instance, facts.agent.state) if facts.instance else None
     return (
         *_signature(facts),
+        *_not_understood(facts.request.claims),
         *against(facts, facts.request.claims.scope, now_s, entitlements_max_age_s),
         *((gone,) if gone else ()),
     )
@@ -239,6 +241,16 @@ def _signature(facts: Facts) -> tuple[Reason, ...]:
     if not agent.compromised or not compact:  # what an enforcement point asks is signed by nobody
         return ()
     return (key_compromised(agent.agent_id),) if parse(compact).header.kid in agent.compromised else ()
+
+
+def _not_understood(request: CredentialRequest) -> tuple[Reason, ...]:
+    """What an agent wants may be less than it seems, where a field of its request is not known here. What is wrong with
+    its scope is told with that.
+    """
+    if is_understood(request):
+        return ()
+    found = [one for one in unknown_fields(request) if one.path[:1] != ("scope",)]
+    return (_reason("request_not_understood", told(found, "the request")),) if found else ()
 
 
 def key_compromised(agent_id: str) -> Reason:
@@ -276,8 +288,16 @@ def _standing(ground: Ground, wanted: Scope, now_s: float) -> list[Reason]:
         )
     if target.status != "active":
         found.append(_reason("target_removed", f"target {target.target_id} was removed"))
-    known = {floor.verb for floor in target.verbs}
+    known = {floor.verb: floor for floor in target.verbs}
     for permission in wanted:
+        for verb in permission.verbs:
+            if verb in known and not is_understood(known[verb]):
+                # Passing over the floor would leave the verb without one: it is no verb that anybody could be given.
+                message = (
+                    f"the floor of {verb} at {target.target_id} has a field that is not known here, and may limit it: "
+                    f"{names_of(unknown_fields(known[verb]))}; upgrade, or have an operator set the target without it"
+                )
+                found.append(_reason("verb_not_understood", message, permission, "target"))
         unknown = [verb for verb in permission.verbs if verb not in known]
         if unknown:
             message = (

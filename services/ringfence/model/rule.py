@@ -14,6 +14,7 @@ from typing import Final
 
 from ringfence.kernel.errors import RingfenceError
 from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.registry import Entitlements
 from ringfence.model.scope import ScopeError, intersect, missing
 
 NO_SIDE: Final = "none"
@@ -52,6 +53,13 @@ class Side:
     def entitlements(cls, user_id: str, scope: Scope) -> Side:
         """What the user whom the task is on behalf of may do."""
         return cls(f"entitlements:{user_id}", scope)
+
+
+def are_in_force(entitlements: Entitlements, now_s: float, max_age_s: int) -> bool:
+    """Whether entitlements count. Past their age they do not, nor with an unknown field, which may limit them. Those of
+    a permission are for `missing` to find.
+    """
+    return entitlements.as_of + max_age_s > now_s and not entitlements.model_extra
 
 
 @dataclass(frozen=True, slots=True)

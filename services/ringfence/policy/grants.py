@@ -14,7 +14,15 @@ from ringfence.messages.approval import MAX_GRANT_LIFE_S, Approval, Grant, Grant
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.model.approvals import may_approve, unmet
 from ringfence.model.directory import Directory
-from ringfence.model.grants import MOST_OF_ONE, GrantTable, grant_problem, id_of, kind_of, signer_of
+from ringfence.model.grants import (
+    MOST_OF_ONE,
+    GrantTable,
+    grant_problem,
+    id_of,
+    kind_of,
+    not_understood,
+    signer_of,
+)
 from ringfence.model.identity import subject_of
 from ringfence.model.requests import DeniedError, Ground, find_ground
 from ringfence.model.scope import ScopeError, validate_scope
@@ -154,6 +162,8 @@ class GrantHandler:
             return _reason("key_unexpected", f"the Kafka key of a grant is the agent's id, {grant.agent_id}")
         if late is not None:
             return _reason(late.code, str(late))
+        if (unread := not_understood(grant)) is not None:
+            return unread
         if grant.exp - grant.iat > MAX_GRANT_LIFE_S:
             return _reason("grant_too_long", f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most")
         targets = {permission.target for permission in grant.scope}

@@ -9,12 +9,13 @@ from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import TargetState
 from ringfence.model.requests import Ground, against
 from ringfence.model.rule import Side, effective
+from ringfence.model.unknown_fields import is_understood
 from ringfence.policy.inventory import Facts, row_of
 
 
 def asked_for(target: TargetState, verb: str | None, resource: str | None) -> Scope:
-    """What is asked about: all verbs of the target and all its resources, where none is named."""
-    verbs = (verb,) if verb else tuple(one.verb for one in target.verbs)
+    """What is asked about: where none is named, all verbs that this version understands, and all resources."""
+    verbs = (verb,) if verb else tuple(one.verb for one in target.verbs if is_understood(one))
     if not verbs:
         return ()
     resources = (resource or "**",)

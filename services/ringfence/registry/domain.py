@@ -8,8 +8,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ringfence.kernel.jws import MAX_JWS_BYTES
+from ringfence.kernel.jws import MAX_JWS_BYTES, parse
 from ringfence.kernel.text import with_article
+from ringfence.messages.base import Message
+from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
     AgentRegister,
     AgentRotateKey,
@@ -22,6 +24,7 @@ from ringfence.messages.registry import (
     TargetSet,
     TargetState,
     TaskAssign,
+    TaskConsent,
     TaskDelegate,
     TaskState,
     UserSet,
@@ -38,6 +41,8 @@ from ringfence.model.lifecycle import (
     command_subject,
     still_needed,
 )
+from ringfence.model.provisioning import given_by
+from ringfence.model.unknown_fields import told, unknown_fields
 
 Subject = tuple[SubjectKind, str]
 
@@ -83,6 +88,10 @@ class Surroundings(Protocol):
 
     def holders(self, kid: str) -> Collection[tuple[str, str]]:
         """(kind, id) of whose key that is, or was; services and the root are among them."""
+        ...
+
+    def issuer_of(self, id_token: str, at_ms: int) -> OidcIssuer | None:
+        """The issuer of a user's ID token, as the trust bundle has it."""
         ...
 
     def task_of_consent(self, iss: str, mark: str) -> str | None:
@@ -141,6 +150,7 @@ def decide(current: Current | None, given: Authorised, around: Surroundings) -> 
         sponsor_of=lambda agent_id: agent.sponsor if (agent := around.agent(agent_id)) else None,
     )
     state = apply(current.state if current else None, command, context)
+    _check_fields(command, command_subject(command, given.command_id), given, around)
     _check_keys(command, command_subject(command, given.command_id), around)
     if isinstance(command, TaskAssign):
         _check_task(command, given, around)
@@ -186,6 +196,34 @@ def _check_time(given: Authorised, around: Surroundings) -> None:
             f"appended in the same moment as a change of its signer, {signer}; sign and send it again",
             code="too_early",
         )
+
+
+def _check_fields(command: Command, subject: Subject, given: Authorised, around: Surroundings) -> None:
+    """What gives has no field that nobody here knows, which could limit it. What takes away stops all that it can.
+
+    For new commands alone: records hold commands of before, which every reader folds again.
+    """
+    if takes_away(command):
+        return
+    _require_understood(command, " ".join(subject))
+    if isinstance(command, TaskAssign) and given.consent is not None:  # it was verified with the command
+        if command.consent is not None:
+            _require_understood(parse(command.consent).unverified_claims(TaskConsent), "the consent")
+        elif command.id_token is not None:
+            issuer = around.issuer_of(command.id_token, given.appended_at_ms)
+            if issuer is not None:
+                _require_understood(issuer, f"issuer {issuer.issuer} in the trust bundle")
+    delegation = given.actor.delegation
+    if isinstance(command, UserSet) and delegation is not None and command.provisioned is not None:
+        groups = command.provisioned.groups
+        gives = bool(command.roles or command.entitlements.scope)
+        if gives and set(given_by(delegation, groups).groups) != set(groups):
+            _require_understood(delegation, f"what is delegated to {given.actor.user_id}")
+
+
+def _require_understood(message: Message, what: str) -> None:
+    if found := unknown_fields(message):
+        raise CommandRefusedError(told(found, what)[:2048], code="unknown_field")
 
 
 def _check_keys(command: Command, subject: Subject, around: Surroundings) -> None:

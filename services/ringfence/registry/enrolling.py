@@ -32,6 +32,7 @@ from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.identity import subject_of
 from ringfence.model.instances import MAX_TOKEN_AGE_S, audiences, instance_id
+from ringfence.model.unknown_fields import told, unknown_fields
 from ringfence.registry.store import Memory
 
 log = logging.getLogger(__name__)
@@ -175,6 +176,12 @@ class Enroller:
             claims.token, keys, issuer=issuer.issuer, audience=audiences(trust_domain, kid),
             at_s=self._runtime.clock.now_ms() / 1000, max_age_s=MAX_TOKEN_AGE_S,
         )  # fmt: skip
+        for message, what in (
+            (claims, "what the instance signed"),
+            (issuer, f"issuer {issuer.issuer} in the trust bundle"),
+        ):
+            if fields := unknown_fields(message):
+                raise EnrolRefusedError(told(fields, what), code="unknown_field")
         agent, revision = self._agent(claims.iss)
         if self._memory.registered_by(kid):
             raise _key_taken()

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from ringfence.kernel.errors import InvalidMessageError
 from ringfence.kernel.jws import LEEWAY_S, MAX_LIFE_S, parse
-from ringfence.kernel.oidc import TokenError
+from ringfence.kernel.oidc import TokenError, unverified_issuer
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.credential import Coordinates
+from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
     AgentState,
     EmbeddedCommand,
@@ -137,6 +138,10 @@ class Memory:
             if any(key.kid == kid for key in service.keys):
                 found.add(("service", service.id))
         return found
+
+    def issuer_of(self, id_token: str, at_ms: int) -> OidcIssuer | None:
+        """The issuer of a user's ID token, as the trust bundle has it."""
+        return self._trust.oidc_issuer(unverified_issuer(id_token), "users", at_ms / 1000)
 
     def task_of_consent(self, iss: str, mark: str) -> str | None:
         consent = self._consents.get((iss, mark))

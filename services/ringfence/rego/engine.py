@@ -19,6 +19,7 @@ ISSUANCE = "data.ringfence.issuance.decision"
 ACTION = "data.ringfence.action.decision"
 """The entry point that decides on one action of an agent."""
 
+_FIELDS = frozenset({"allow", "deny", "approvals", "max_ttl_s", "notes"})
 _CLASSES = frozenset(get_args(ApprovalClass))
 
 
@@ -103,6 +104,11 @@ def result_of(value: object) -> PolicyResult:
     """`read_result` of what is parsed already."""
     if not isinstance(value, dict):
         raise PolicyFailedError(f"the policy bundle's decision is {_kind(value)}, not an object")
+    if unknown := sorted(value.keys() - _FIELDS):
+        raise PolicyFailedError(
+            f"the policy bundle's decision has the unknown field {unknown[0][:80]!a}, which may limit something: leave "
+            f"it out, or upgrade; it has {', '.join(sorted(_FIELDS))}"
+        )
     allow, deny, approvals, max_ttl_s = (value.get(k) for k in ("allow", "deny", "approvals", "max_ttl_s"))
     if not isinstance(allow, bool):
         raise PolicyFailedError(f"`allow` of the policy bundle's decision is {_kind(allow)}, not a boolean")

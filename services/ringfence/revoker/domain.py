@@ -25,6 +25,7 @@ from ringfence.model.directory import Directory, Entry
 from ringfence.model.instances import ref_void
 from ringfence.model.key_ends import is_lost
 from ringfence.model.leases import bears, end_status, is_over, mark_of
+from ringfence.model.rule import are_in_force
 from ringfence.model.scope import missing
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def consequences(
         case AgentState():
             return _of_agent(state, revision)
         case UserState():
-            fresh = state.entitlements.as_of + entitlements_max_age_s > now_s
+            fresh = are_in_force(state.entitlements, now_s, entitlements_max_age_s)
             return _of_user(
                 state, revision, state.entitlements.scope if fresh else (), ever_sponsor=ever_sponsor
             )

@@ -1,0 +1,140 @@
+"""Unknown fields of messages: where one that may limit something stands, and what is said of it. Pure.
+
+A message keeps the fields that this version does not know, for readers that know them. In a message that limits
+something, such a field may be a limit: it is refused where it is set, and read for the narrower meaning where it stands
+in a record already. What each reader makes of one is in ADR 0060.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+from ringfence.kernel.text import visible_name
+from ringfence.messages.base import Claims, Message
+from ringfence.messages.registry import BackendSettings, GroupDelegation, RequestRule, VerbFloor
+
+_OPEN: Final = (BackendSettings,)
+"""Messages whose further fields belong to somebody else, who refuses those that it does not know."""
+_OF_ALL_CLAIMS: Final = frozenset({"nbf"})
+"""What no model declares and every reader of a signed message holds to all the same (RFC 7519, 4.1.5)."""
+_LONGEST_NAME: Final = 80
+_MOST_TOLD: Final = 5
+_NEAR: Final = 0.6
+
+
+NOT_UNDERSTOOD: Final = frozenset(
+    {"verb_not_understood", "request_not_understood", "grant_not_understood", "approval_not_understood"}
+)
+"""Codes of what is denied for an unknown field alone: an honest service of another version may know the field."""
+
+
+class UnknownField(NamedTuple):
+    """One field that this version does not know."""
+
+    path: tuple[str, ...]
+    """Where it stands: fields, and members of lists by their names or their places, counted from 1."""
+    name: str
+    nearest: str | None
+    """The known field there that is spelled most like it."""
+
+
+def is_understood(message: Message) -> bool:
+    """Whether this version knows every field of a message, and of the messages in it."""
+    if message.model_extra and _extra(message):
+        return False
+    return _are_understood(message.__dict__.values())
+
+
+def unknown_fields(message: Message) -> tuple[UnknownField, ...]:
+    """All fields of a message, and of the messages in it, that this version does not know."""
+    return tuple(_found(message, ()))
+
+
+def told(found: Sequence[UnknownField], what: str) -> str:
+    """A sentence on unknown fields of `what` (`target platform`), at least one."""
+    said = "; ".join(_told(one, what) for one in found[:_MOST_TOLD])
+    more = len(found) - _MOST_TOLD
+    return f"{said}; and {more} more" if more > 0 else said
+
+
+def names_of(found: Sequence[UnknownField]) -> str:
+    """Only where they stand and how they are called, for a sentence that says the rest."""
+    return ", ".join(_shown((*one.path, one.name)) for one in found[:_MOST_TOLD])
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is spelled most like `name`, where one is."""
+    wanted = name.casefold().replace("-", "_")[:_LONGEST_NAME]
+    return next(iter(difflib.get_close_matches(wanted, list(known), n=1, cutoff=_NEAR)), None)
+
+
+def _are_understood(values: Iterable[Any]) -> bool:
+    for value in values:
+        kind = type(value)
+        if (
+            kind is str or kind is int or value is None
+        ):  # most are: nothing else is asked of them, on hot paths
+            continue
+        if isinstance(value, Message):
+            if not is_understood(value):
+                return False
+        elif isinstance(value, tuple | list):
+            if not _are_understood(value):
+                return False
+        elif isinstance(value, dict) and not _are_understood(value.values()):
+            return False
+    return True
+
+
+def _found(message: Message, path: tuple[str, ...]) -> Iterator[UnknownField]:
+    known = type(message).model_fields
+    for name in _extra(message):
+        yield UnknownField(path, name, nearest(name, known))
+    for name in known:
+        yield from _found_in(getattr(message, name, None), (*path, name))
+
+
+def _found_in(value: Any, path: tuple[str, ...]) -> Iterator[UnknownField]:
+    if isinstance(value, Message):
+        yield from _found(value, path)
+    elif isinstance(value, tuple | list):
+        for number, one in enumerate(value, start=1):
+            yield from _found_in(one, (*path, _label(one, number)))
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from _found_in(one, (*path, str(key)))
+
+
+def _extra(message: Message) -> Sequence[str]:
+    extra = message.model_extra
+    if not extra or isinstance(message, _OPEN):
+        return ()
+    return [name for name in extra if not (name in _OF_ALL_CLAIMS and isinstance(message, Claims))]
+
+
+def _label(member: Any, number: int) -> str:
+    match member:
+        case VerbFloor():
+            return str(member.verb)
+        case GroupDelegation():
+            return str(member.group)
+        case RequestRule():
+            return f"{number} ({member.method} {member.path})"
+        case _:
+            return str(number)
+
+
+def _told(one: UnknownField, what: str) -> str:
+    where = f"{what}, {_shown(one.path)}" if one.path else what
+    remedy = (
+        f'did you mean "{one.nearest}"?'
+        if one.nearest
+        else "it may limit something, so nothing ignores it; leave it out, or upgrade what does not know it"
+    )
+    return f'unknown field "{_shown((one.name,))}" in {where}: {remedy}'
+
+
+def _shown(path: Sequence[str]) -> str:
+    return ".".join(visible_name(part if len(part) <= _LONGEST_NAME else f"{part[:77]}...") for part in path)
