@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 
 from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES
-from ringfence.kernel.settings import FOUND_BY_ITSELF
+from ringfence.kernel import config_file
+from ringfence.kernel.trusted_files import TrustedFilesError
 
 if TYPE_CHECKING:
     from ringfence.client.settings import ClientSettings
@@ -71,7 +72,7 @@ def dev(
         for role in options.services:
             out.print(f"  {role:9} {stack.url(role)}", highlight=False)
         out.print(f"Agents reach their targets through {stack.door}", highlight=False)
-        if config.resolve() == Path(FOUND_BY_ITSELF).resolve():
+        if _is_found_here(config):
             out.print(f"\nSettings are in {config}; commands started in {Path.cwd()} find them.")
         else:
             out.print("\nCommands find the settings by:")
@@ -120,13 +121,25 @@ def _wanted(besides: Sequence[str]) -> list[ServiceRole]:
     return [role for role in ON_DEMAND if role in besides]
 
 
+def _is_found_here(config: Path) -> bool:
+    """Whether commands that are started in this folder read this settings file by themselves."""
+    found = config_file.find()
+    return found is not None and found.refused is None and Path(found.resolved) == config.resolve()
+
+
 def write_config(environment: dict[str, str], path: Path) -> Path:
-    """Write `RINGFENCE_*` as a TOML file that settings are read from. No secret is in it."""
+    """Write `RINGFENCE_*` as a TOML file that settings are read from, and trust it. No secret is in it.
+
+    Where there is no list that could hold it, it is written all the same: `RINGFENCE_CONFIG` can name it.
+    """
     lines = [
         f"{name.removeprefix('RINGFENCE_').lower()} = {_toml(value)}"
         for name, value in sorted(environment.items())
     ]
-    path.write_text("\n".join(lines) + "\n")
+    data = ("\n".join(lines) + "\n").encode()
+    path.write_bytes(data)
+    with contextlib.suppress(TrustedFilesError):
+        config_file.allow(str(path), data)
     return Path(os.path.relpath(path))
 
 

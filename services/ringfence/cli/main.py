@@ -88,6 +88,7 @@ COMMANDS: dict[str, Entry] = {
     "gateway": Entry("gateway", "app", _TRAIL, "What gateways let pass, and what they blocked."),
     "audit": Entry("audit", "app", _TRAIL, "Follow the trail; trace one credential back to the human."),
     "init": Entry("init", "init", _RUN, "Make the trust root, service keys, the first operator."),
+    "config": Entry("config", "app", _RUN, "Where settings come from; trust a settings file."),
     "key": Entry("key", "app", _RUN, "Make and show identity keys."),
     "doctor": Entry("doctor", "doctor", _RUN, "Examine all that Ringfence stands on; say what to do."),
     "topics": Entry("topics", "app", _RUN, "Create the topics, and check them."),

@@ -20,7 +20,8 @@ _HEAD = """\
 
 `ringfence COMMAND --help` says the same. Settings are `RINGFENCE_*` in the environment, or in the file that
 `RINGFENCE_CONFIG` names, else in `ringfence.toml` or what `ringfence dev` wrote, `.ringfence/ringfence.toml`; the
-environment wins.
+environment wins. A file that is merely found counts only if you have allowed exactly that file (`ringfence config
+trust`); what `dev` writes is allowed.
 
 - **Who is calling**: `--identity FILE`, before or after the command, else `RINGFENCE_IDENTITY`, else `identity` in
   `ringfence.toml`. The file is a private key of mode 0600 that `ringfence key new` makes.
