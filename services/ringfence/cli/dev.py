@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES
 from ringfence.kernel import config_file
+from ringfence.kernel.text import visible, visible_lines
 from ringfence.kernel.trusted_files import TrustedFilesError
 
 if TYPE_CHECKING:
@@ -73,16 +75,22 @@ def dev(
             out.print(f"  {role:9} {stack.url(role)}", highlight=False)
         out.print(f"Agents reach their targets through {stack.door}", highlight=False)
         if _is_found_here(config):
-            out.print(f"\nSettings are in {config}; commands started in {Path.cwd()} find them.")
+            out.print(
+                f"\nSettings are in {_shown(config)}; commands started in {_shown(Path.cwd())} find them."
+            )
         else:
             out.print("\nCommands find the settings by:")
-            out.print(f"  export RINGFENCE_CONFIG={config.resolve()}", soft_wrap=True, highlight=False)
+            out.print(
+                f"  export RINGFENCE_CONFIG={_shown(config.resolve())}", soft_wrap=True, highlight=False
+            )
         if seed:
             people = ", ".join(["olga", *(person.id for person in PEOPLE)])
             out.print(f"People: {people}. Agents: deploy-bot (sponsor sam), review-bot (sponsor petra).")
             out.print("\nTry, in another terminal:")
             out.print(
-                f"  ringfence --identity {state}/users/olga.json inventory", soft_wrap=True, highlight=False
+                f"  ringfence --identity {_shown(state)}/users/olga.json inventory",
+                soft_wrap=True,
+                highlight=False,
             )
         try:
             out.print("\nCtrl-C ends everything.")
@@ -91,10 +99,10 @@ def dev(
         except KeyboardInterrupt:
             out.print("\n[dim]ending everything ...[/]")
             if failed := stack.stop(_GRACE_S):
-                out.print("\n".join(failed), style="red", markup=False)
+                out.print(visible_lines("\n".join(failed)), style="red", markup=False)
                 raise typer.Exit(1) from None
             return
-        out.print(ended, style="red", markup=False)
+        out.print(visible_lines(ended), style="red", markup=False)
         raise typer.Exit(1)
 
 
@@ -119,6 +127,11 @@ def _wanted(besides: Sequence[str]) -> list[ServiceRole]:
             f"unknown: {', '.join(unknown)}; known: {', '.join(ON_DEMAND)}", param_hint="--with"
         )
     return [role for role in ON_DEMAND if role in besides]
+
+
+def _shown(path: Path) -> str:
+    """A path as it may be printed: others may have named the folders on the way."""
+    return escape(visible(str(path)))
 
 
 def _is_found_here(config: Path) -> bool:

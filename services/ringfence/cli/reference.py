@@ -37,7 +37,9 @@ trust`); what `dev` writes is allowed.
 - **Output** is for people; with `--json`, before or after the command, one JSON document, or one object a line for
   what goes on (`approvals watch`, `audit tail`). Results go to stdout, everything said beside them to stderr:
   `TOKEN=$(ringfence request ...)` holds the credential and nothing else. Text that agents wrote is shown with its
-  invisible characters spelt out, names with every sign beyond ASCII.
+  invisible characters spelt out, names with every sign beyond ASCII. JSON has control and format characters as
+  `\\uXXXX`, which is the same value. `audit export` is exact to the byte in files and pipes, and shows them as code
+  points on a terminal.
 - **Exit status**: 0 done, 1 refused or failed, 2 wrong use (also a word that can be no id), 130 after Ctrl-C, which
   is how `dev` and `serve` end well (0). What runs by `request --exec` decides what a signal means to it.
 """
