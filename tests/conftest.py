@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -32,6 +34,11 @@ os.environ.setdefault("RINGFENCE_POLICY_EVALUATION_TIMEOUT_MS", "30000")
 # Tests answer for people within milliseconds, which no person does: what is found of it would stand in every story.
 # Those of detection switch it on.
 os.environ.setdefault("RINGFENCE_AUDIT_DETECT", "false")
+
+# Which settings files are trusted is the user's own list. Tests have one of theirs, and so has what they start: nothing
+# that was ever allowed counts here, and nothing that a test allows counts afterwards.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="ringfence-state-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,30 @@ def test_dev_leaves_no_process_behind(tmp_path: Path, how: signal.Signals) -> No
 
 
 @pytest.mark.timeout(240)
+def test_dev_uses_nothing_that_others_left_where_it_starts(tmp_path: Path) -> None:
+    """Neither settings, for itself or its services, nor modules of Python."""
+    (tmp_path / "ringfence.toml").write_text(
+        'kafka_security_protocol = "SASL_PLAINTEXT"\nkafka_sasl_username = "x"\n'
+        f'kafka_sasl_password = "file:{tmp_path}/k"\n'
+    )
+    for module in ("orjson", "typer", "uvloop"):
+        (tmp_path / f"{module}.py").write_text('raise SystemExit("a planted module was run")\n')
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "ringfence.cli.main", "dev", "--free-ports", "--no-seed"],
+        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        said = wait_until_up(process)
+        assert said.count("ignored the settings file") == 1
+        assert "export RINGFENCE_CONFIG=.ringfence" not in said
+        assert f"export RINGFENCE_CONFIG={tmp_path / '.ringfence/ringfence.toml'}" in said
+        process.terminate()
+        assert process.wait(WITHIN_S) == 0
+    finally:
+        process.kill()
+
+
+@pytest.mark.timeout(240)
 def test_one_stack_a_folder_and_the_next_start_has_the_same_keys(tmp_path: Path) -> None:
     first = start_dev(tmp_path)
     try:

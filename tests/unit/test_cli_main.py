@@ -18,6 +18,7 @@ import ringfence
 from ringfence.cli.main import COMMANDS, EXTRAS, main
 from ringfence.client.api import ReadApi
 from ringfence.client.errors import ApiError
+from ringfence.kernel import config_file
 from ringfence.kernel.keys import SigningKey
 
 ID = "5f0c0e6e-0000-4000-8000-000000000000"
@@ -231,19 +232,25 @@ def test_a_key_is_made_once_and_never_shown(tmp_path: Path, capsys: pytest.Captu
     assert "exists already" in capsys.readouterr().err
 
 
+def trust_settings(folder: Path, text: str) -> None:
+    file = folder / "ringfence.toml"
+    file.write_text(text)
+    config_file.allow(str(file), file.read_bytes())
+
+
 def test_the_identity_may_stand_in_the_settings_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "ringfence.toml").write_text('[identity]\npath = "gone.json"\n')
+    trust_settings(tmp_path, '[identity]\npath = "gone.json"\n')
     assert main(["user", "list"]) == 1
     assert "gone.json" in capsys.readouterr().err
-    (tmp_path / "ringfence.toml").write_text('identity = "also-gone.json"\n')
+    trust_settings(tmp_path, 'identity = "also-gone.json"\n')
     assert main(["user", "list"]) == 1
     assert "also-gone.json" in capsys.readouterr().err
 
 
 def test_a_broken_settings_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "ringfence.toml").write_text("kafka = \n")
+    trust_settings(tmp_path, "kafka = \n")
     assert main(["user", "list"]) == 1
     assert "cannot read ringfence.toml" in capsys.readouterr().err
 

@@ -298,7 +298,9 @@ async def test_a_websocket_opens_with_a_token_alone(place: Place) -> None:
 def test_a_description_has_no_characters_that_end_it() -> None:
     error = TokenRejectedError('a "quoted" \\ é\r\nSet-Cookie: x', code="invalid_token")
     (challenge,) = [value for name, value in refusal(error).headers if name == "WWW-Authenticate"]
-    assert challenge == 'Bearer error="invalid_token", error_description="a ?quoted? ? ???Set-Cookie: x"'
+    assert (
+        challenge == 'Bearer error="invalid_token", error_description="a ?quoted? ? ??U+000D??Set-Cookie: x"'
+    )
 
 
 def test_what_a_request_shows_is_not_shown_again() -> None:

@@ -7,9 +7,23 @@ from typing import Literal
 
 from ringfence.cli import questions
 from ringfence.cli.options import confirm, identity, run
-from ringfence.cli.output import print_json, print_json_line, say
+from ringfence.cli.output import print_json, print_json_line, say, span, visible_name
+from ringfence.cli.scopes import show_act
 from ringfence.client.actions import PendingAction
 from ringfence.client.sponsor import Sponsor
+
+
+def row(one: PendingAction, now_s: float) -> tuple[str, ...]:
+    """One action that waits in the table of all that waits."""
+    return (
+        one.request_id,
+        "1",
+        one.agent,
+        one.on_behalf_of,
+        show_act(one.target, one.verb, one.resource),
+        f"ONE ACTION: {visible_name(one.method)} {visible_name(one.url)}",
+        "in " + span(one.expires_at - now_s),
+    )
 
 
 def show(pending: PendingAction, as_json: bool) -> None:

@@ -72,18 +72,7 @@ def list_approvals(
                 )
                 for group in groups
             ),
-            *(
-                (
-                    one.request_id,
-                    "1",
-                    one.agent,
-                    one.on_behalf_of,
-                    f"{one.target}:{visible(one.verb)}:{visible(one.resource)}",
-                    f"ONE ACTION: {visible(one.method)} {visible(one.url)}",
-                    "in " + span(one.expires_at - now_s),
-                )
-                for one in actions
-            ),
+            *(action_approvals.row(one, now_s) for one in actions),
         ],
         empty="nothing waits for you",
     )

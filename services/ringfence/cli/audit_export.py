@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal, cast
 
 import typer
 
@@ -21,7 +21,7 @@ from ringfence.cli.audit_filters import (
     filters_of,
 )
 from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
-from ringfence.cli.output import moment, note, print_json, say
+from ringfence.cli.output import escaped_json, moment, note, print_json, say, visible_lines
 from ringfence.cli.progress import counting
 from ringfence.cli.spans import span_ms
 from ringfence.client.api import ReadApi
@@ -35,7 +35,7 @@ from ringfence.client.exports.running import (
     resume,
     stopped_at_ms,
 )
-from ringfence.client.exports.writers import Writer, writer_of
+from ringfence.client.exports.writers import Format, Writer, writer_of
 
 
 def export(
@@ -99,17 +99,40 @@ def export(
         say(f"{state.events} events in {out}")
 
 
+class _Terminal:
+    """Stdout that is a terminal: what is written shows its controls and invisible characters as code points."""
+
+    def __init__(self, format: Format) -> None:
+        self._shown = _visible_rows if format == "csv" else escaped_json
+
+    def write(self, data: bytes) -> int:
+        """Print whole lines of UTF-8."""
+        sys.stdout.write(self._shown(data.decode(errors="backslashreplace")))
+        return len(data)
+
+    def flush(self) -> None:
+        """See `BinaryIO`."""
+        sys.stdout.flush()
+
+
+def _visible_rows(text: str) -> str:
+    """CSV has no escapes: the characters stand as in tables for people."""
+    return "\r\n".join(map(visible_lines, text.split("\r\n")))
+
+
 def _to_stdout(question: Question, me: Path | None) -> None:
     state = State(question=question)
     sys.stdout.flush()
-    writer = writer_of(question.format, sys.stdout.buffer)
+    # To the byte for programs. On a terminal somebody looks at it, and what strangers wrote acts upon that.
+    file = _Terminal(question.format) if sys.stdout.isatty() else sys.stdout.buffer
+    writer = writer_of(question.format, cast("BinaryIO", file))
     try:
         run(_all(state, writer, me))
     except BaseException:
         note(_stopped(state), "yellow")
         raise
     finally:
-        sys.stdout.buffer.flush()
+        sys.stdout.flush()
     note(f"{state.events} events")
 
 

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from ringfence.cli.context import wants_json
 from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.text import visible
 
 if TYPE_CHECKING:
     from ringfence.client.sponsor import PendingApproval
@@ -67,7 +68,7 @@ async def press_approve(pending: PendingApproval) -> None:
     while answer not in ("", "y", "yes"):
         if answer in ("n", "no"):
             raise RingfenceError("you did not approve, so nothing is issued, and the story ends here")
-        sys.stderr.write(f"  Approve {verbs} for {pending.agent}? [Y/n] ")
+        sys.stderr.write(visible(f"  Approve {verbs} for {pending.agent}? [Y/n] "))
         sys.stderr.flush()
         answer = (await _line()).strip().lower()
 
@@ -111,7 +112,7 @@ class RichNarrator:
     def step(self, step: str, text: str, **ids: Any) -> None:
         self.done()
         mark = "[red]✗[/]" if step in ("bypass.succeeded", "request.refused") else "[green]✓[/]"
-        self._out.print(f"{mark} [bold cyan]{step:21}[/] ", Text(text), sep="")
+        self._out.print(f"{mark} [bold cyan]{step:21}[/] ", Text(visible(text)), sep="")
         if "trace" in ids:
             from ringfence.cli.audit import trace_tree
 

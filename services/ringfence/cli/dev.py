@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES
-from ringfence.kernel.settings import FOUND_BY_ITSELF
+from ringfence.kernel import config_file
+from ringfence.kernel.text import visible, visible_lines
+from ringfence.kernel.trusted_files import TrustedFilesError
 
 if TYPE_CHECKING:
     from ringfence.client.settings import ClientSettings
@@ -71,17 +74,23 @@ def dev(
         for role in options.services:
             out.print(f"  {role:9} {stack.url(role)}", highlight=False)
         out.print(f"Agents reach their targets through {stack.door}", highlight=False)
-        if config.resolve() == Path(FOUND_BY_ITSELF).resolve():
-            out.print(f"\nSettings are in {config}; commands started in {Path.cwd()} find them.")
+        if _is_found_here(config):
+            out.print(
+                f"\nSettings are in {_shown(config)}; commands started in {_shown(Path.cwd())} find them."
+            )
         else:
             out.print("\nCommands find the settings by:")
-            out.print(f"  export RINGFENCE_CONFIG={config.resolve()}", soft_wrap=True, highlight=False)
+            out.print(
+                f"  export RINGFENCE_CONFIG={_shown(config.resolve())}", soft_wrap=True, highlight=False
+            )
         if seed:
             people = ", ".join(["olga", *(person.id for person in PEOPLE)])
             out.print(f"People: {people}. Agents: deploy-bot (sponsor sam), review-bot (sponsor petra).")
             out.print("\nTry, in another terminal:")
             out.print(
-                f"  ringfence --identity {state}/users/olga.json inventory", soft_wrap=True, highlight=False
+                f"  ringfence --identity {_shown(state)}/users/olga.json inventory",
+                soft_wrap=True,
+                highlight=False,
             )
         try:
             out.print("\nCtrl-C ends everything.")
@@ -90,10 +99,10 @@ def dev(
         except KeyboardInterrupt:
             out.print("\n[dim]ending everything ...[/]")
             if failed := stack.stop(_GRACE_S):
-                out.print("\n".join(failed), style="red", markup=False)
+                out.print(visible_lines("\n".join(failed)), style="red", markup=False)
                 raise typer.Exit(1) from None
             return
-        out.print(ended, style="red", markup=False)
+        out.print(visible_lines(ended), style="red", markup=False)
         raise typer.Exit(1)
 
 
@@ -120,13 +129,30 @@ def _wanted(besides: Sequence[str]) -> list[ServiceRole]:
     return [role for role in ON_DEMAND if role in besides]
 
 
+def _shown(path: Path) -> str:
+    """A path as it may be printed: others may have named the folders on the way."""
+    return escape(visible(str(path)))
+
+
+def _is_found_here(config: Path) -> bool:
+    """Whether commands that are started in this folder read this settings file by themselves."""
+    found = config_file.find()
+    return found is not None and found.refused is None and Path(found.resolved) == config.resolve()
+
+
 def write_config(environment: dict[str, str], path: Path) -> Path:
-    """Write `RINGFENCE_*` as a TOML file that settings are read from. No secret is in it."""
+    """Write `RINGFENCE_*` as a TOML file that settings are read from, and trust it. No secret is in it.
+
+    Where there is no list that could hold it, it is written all the same: `RINGFENCE_CONFIG` can name it.
+    """
     lines = [
         f"{name.removeprefix('RINGFENCE_').lower()} = {_toml(value)}"
         for name, value in sorted(environment.items())
     ]
-    path.write_text("\n".join(lines) + "\n")
+    data = ("\n".join(lines) + "\n").encode()
+    path.write_bytes(data)
+    with contextlib.suppress(TrustedFilesError):
+        config_file.allow(str(path), data)
     return Path(os.path.relpath(path))
 
 

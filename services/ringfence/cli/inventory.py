@@ -13,7 +13,7 @@ from rich.text import Text
 from ringfence.cli.ids import a_name, a_target
 from ringfence.cli.inventory_watch import watch_lines, watch_table
 from ringfence.cli.options import IdentityOption, JsonOption, duration_s, identity, run, wants_json
-from ringfence.cli.output import console, moment, note, print_json, table_of
+from ringfence.cli.output import console, moment, note, print_json, table_of, visible
 from ringfence.client.api import ReadApi
 from ringfence.client.inventory import Inventory, read_inventory
 
@@ -114,7 +114,7 @@ def inventory(
 
 def _shown(found: Inventory, keys_within: str) -> Group:
     """The sums, and the agents that were asked for."""
-    parts: list[Any] = [Text(line) for line in _sums(found.totals, keys_within)]
+    parts: list[Any] = [Text(visible(line)) for line in _sums(found.totals, keys_within)]
     if found.agents:
         columns = [
             "!agent", "status", "sponsor", "last seen", "tasks", "leases", "reaches", "by leave of", "keys until",

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from ringfence.cli.output import console, print_json_line
+from ringfence.cli.output import console, print_json_line, visible
 from ringfence.client.api import Filters, ReadApi
 from ringfence.client.errors import ApiError
 from ringfence.client.inventory import PAGE_ROWS, Inventory, read_inventory
@@ -51,7 +51,7 @@ def _framed(inventory: RenderableType, found: Inventory, failed: str | None) -> 
     return Group(
         Text(f"as of {at}; Ctrl-C ends it", style="dim"),
         inventory,
-        *(Text(gap, style="yellow") for gap in gaps),
+        *(Text(visible(gap), style="yellow") for gap in gaps),
     )
 
 

@@ -5,12 +5,13 @@ Nothing is imported at the start but typer: `--help` must come at once, and a co
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from ringfence.cli import context
 from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.text import visible
+from ringfence.kernel.terminal import filter_stderr
+from ringfence.kernel.text import visible_lines
 
 EXTRAS = {
     "asyncpg": "server",
@@ -88,12 +90,24 @@ COMMANDS: dict[str, Entry] = {
     "gateway": Entry("gateway", "app", _TRAIL, "What gateways let pass, and what they blocked."),
     "audit": Entry("audit", "app", _TRAIL, "Follow the trail; trace one credential back to the human."),
     "init": Entry("init", "init", _RUN, "Make the trust root, service keys, the first operator."),
+    "config": Entry("config", "app", _RUN, "Where settings come from; trust a settings file."),
     "key": Entry("key", "app", _RUN, "Make and show identity keys."),
     "doctor": Entry("doctor", "doctor", _RUN, "Examine all that Ringfence stands on; say what to do."),
     "topics": Entry("topics", "app", _RUN, "Create the topics, and check them."),
     "serve": Entry("serve", "serve", _RUN, "Run services in this process."),
     "rebuild": Entry("rebuild", "rebuild", _RUN, "Make Redis hold again what Kafka knows; or only compare."),
 }
+
+
+@contextlib.contextmanager
+def _visible_usage_errors() -> Iterator[None]:
+    """What typer says of wrong use has words of the command line in it, which somebody may have pasted."""
+    try:
+        yield
+    except Exception as error:
+        if says := getattr(error, "format_message", None):
+            error.format_message = lambda: visible_lines(says())  # type: ignore[attr-defined]
+        raise
 
 
 class LazyGroup(TyperGroup):
@@ -113,6 +127,16 @@ class LazyGroup(TyperGroup):
         if self._listing:
             return TyperCommand(cmd_name, help=entry.help, rich_help_panel=entry.panel)
         return load(cmd_name, entry)
+
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        """See `click.Command.make_context`."""
+        with _visible_usage_errors():
+            return super().make_context(*args, **more)
+
+    def invoke(self, ctx: Any) -> Any:
+        """See `click.Command.invoke`."""
+        with _visible_usage_errors():
+            return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
@@ -176,6 +200,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if not _streams_are_open():
         _say("error: stdout is closed, so nothing could be printed; to throw it away: >/dev/null")
         return 1
+    filter_stderr()
     words = list(sys.argv[1:] if args is None else args)
     if unreadable := [word for word in words if not _is_unicode(word)]:
         _say(f"error: {unreadable[0]!r} is not UTF-8; write it so that everybody can read it")
@@ -255,7 +280,7 @@ def _say(message: str) -> None:
 
     There may be words of strangers in it: nothing that moves a cursor reaches the terminal.
     """
-    sys.stderr.write("\n".join(map(visible, message.split("\n"))) + "\n")
+    sys.stderr.write(visible_lines(message) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.errors import RingfenceError
 from ringfence.kernel.keys import KeyFileError, SigningKey, public_key, thumbprint
 from ringfence.kernel.settings import load
+from ringfence.kernel.text import visible_lines
 from ringfence.messages.keys import KeyRecord, PublicJwk
 
 T = TypeVar("T")
@@ -141,7 +142,7 @@ def confirm(question: str, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise RingfenceError(f"{question} Nobody is there to answer: add --yes to do it")
-    if not typer.confirm(question, err=True):
+    if not typer.confirm(visible_lines(question), err=True):
         raise RingfenceError("nothing was done")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -20,13 +21,17 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ringfence.kernel.text import visible, visible_name
+from ringfence.kernel.text import visible, visible_lines, visible_name
 
 __all__ = [
-    "console", "moment", "note", "print_fields", "print_json", "print_json_line", "print_table", "say", "span",
-    "table_of", "until", "visible", "visible_name",
+    "console", "escaped_json", "moment", "note", "print_fields", "print_json", "print_json_line", "print_table", "say",
+    "span", "table_of", "until", "visible", "visible_lines", "visible_name",
 ]  # fmt: skip
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+_NOT_PLAIN = re.compile(r"[^\x20-\x7e\n]")
+_ESCAPED = frozenset({"Cc", "Cf", "Zl", "Zp"})
+"""Unicode categories that a terminal, or a program that cuts lines apart, acts upon: controls, format characters (marks
+of direction, of no width, tags), and separators of lines."""
 _PIPE_WIDTH = 200
 """Columns where nobody looks at a terminal: lines that programs cut apart should not be folded."""
 _NARROWEST = 80
@@ -53,8 +58,20 @@ def print_json_line(document: Any) -> None:
     sys.stdout.flush()
 
 
+def escaped_json(text: str) -> str:
+    """JSON of the same value in which nothing moves a cursor or is invisible: that is written as `\\uXXXX`.
+
+    The text ends lines with a line feed alone.
+    """
+    return _NOT_PLAIN.sub(
+        lambda found: json.dumps(found[0])[1:-1] if unicodedata.category(found[0]) in _ESCAPED else found[0],
+        text,
+    )
+
+
 def _write(text: str) -> None:
     """JSON is UTF-8 (RFC 8259, 8.1): where stdout is something else it is written so that every reader can read it."""
+    text = escaped_json(text)
     if (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8":
         text = _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text)
     sys.stdout.write(text + "\n")
@@ -68,17 +85,12 @@ def _plain(value: Any) -> Any:
 
 def say(text: str, style: str = "") -> None:
     """One sentence for people on stdout."""
-    console().print(Text(_lines(text), style=style), soft_wrap=True)
+    console().print(Text(visible_lines(text), style=style), soft_wrap=True)
 
 
 def note(text: str, style: str = "") -> None:
     """One sentence for people on stderr: beside the result, not part of it."""
-    console(stderr=True).print(Text(_lines(text), style=style), soft_wrap=True)
-
-
-def _lines(text: str) -> str:
-    """Each line made visible."""
-    return "\n".join(map(visible, text.split("\n")))
+    console(stderr=True).print(Text(visible_lines(text), style=style), soft_wrap=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
@@ -94,9 +106,11 @@ def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table for people, to be shown. Columns that begin with `!` are never folded."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column.removeprefix("!"), no_wrap=column.startswith("!"), overflow="fold")
+        table.add_column(
+            Text(visible(column.removeprefix("!"))), no_wrap=column.startswith("!"), overflow="fold"
+        )
     for row in rows:
-        table.add_row(*(Text(_lines(cell)) for cell in row))
+        table.add_row(*(Text(visible_lines(cell)) for cell in row))
     return table
 
 
@@ -106,8 +120,10 @@ def print_fields(fields: Mapping[str, str], *, title: str | None = None) -> None
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in fields.items():
-        grid.add_row(Text(name), Text(_lines(value)))
-    content: RenderableType = Panel.fit(grid, title=Text(title), title_align="left") if title else grid
+        grid.add_row(Text(visible(name)), Text(visible_lines(value)))
+    content: RenderableType = (
+        Panel.fit(grid, title=Text(visible(title)), title_align="left") if title else grid
+    )
     console().print(content)
 
 

@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from ringfence.cli.output import print_fields, span, until, visible
+from ringfence.cli.output import print_fields, span, until, visible, visible_name
 from ringfence.cli.scopes import show_scope
 from ringfence.client.actions import PendingAction
 from ringfence.client.alike import Alike
@@ -70,8 +70,8 @@ def print_action(one: PendingAction) -> None:
             "task": visible(one.purpose),
             "on behalf of": one.on_behalf_of,
             "target": f"{one.target} ({visible(one.target_description)})",
-            "does": f"{visible(one.verb)} on {visible(one.resource)}",
-            "sends": f"{visible(one.method)} {visible(one.url)}",
+            "does": f"{visible_name(one.verb)} on {visible_name(one.resource)}",
+            "sends": f"{visible_name(one.method)} {visible_name(one.url)}",
             "with a body of": f"{one.body_bytes} bytes, SHA-256 {one.body_digest}"
             if one.body_bytes
             else "nothing",

@@ -20,7 +20,8 @@ _HEAD = """\
 
 `ringfence COMMAND --help` says the same. Settings are `RINGFENCE_*` in the environment, or in the file that
 `RINGFENCE_CONFIG` names, else in `ringfence.toml` or what `ringfence dev` wrote, `.ringfence/ringfence.toml`; the
-environment wins.
+environment wins. A file that is merely found counts only if you have allowed exactly that file (`ringfence config
+trust`); what `dev` writes is allowed.
 
 - **Who is calling**: `--identity FILE`, before or after the command, else `RINGFENCE_IDENTITY`, else `identity` in
   `ringfence.toml`. The file is a private key of mode 0600 that `ringfence key new` makes.
@@ -36,7 +37,9 @@ environment wins.
 - **Output** is for people; with `--json`, before or after the command, one JSON document, or one object a line for
   what goes on (`approvals watch`, `audit tail`). Results go to stdout, everything said beside them to stderr:
   `TOKEN=$(ringfence request ...)` holds the credential and nothing else. Text that agents wrote is shown with its
-  invisible characters spelt out, names with every sign beyond ASCII.
+  invisible characters spelt out, names with every sign beyond ASCII. JSON has control and format characters as
+  `\\uXXXX`, which is the same value. `audit export` is exact to the byte in files and pipes, and shows them as code
+  points on a terminal.
 - **Exit status**: 0 done, 1 refused or failed, 2 wrong use (also a word that can be no id), 130 after Ctrl-C, which
   is how `dev` and `serve` end well (0). What runs by `request --exec` decides what a signal means to it.
 """

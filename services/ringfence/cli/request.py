@@ -27,7 +27,7 @@ from ringfence.cli.options import (
     run,
     wants_json,
 )
-from ringfence.cli.output import note, print_json, until
+from ringfence.cli.output import note, print_json, until, visible_lines
 from ringfence.cli.scopes import parse_scope, show_scope
 from ringfence.client.agent import Agent
 from ringfence.client.applying import applied
@@ -150,9 +150,9 @@ def request(
         return
     note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "bold")
     note(show_scope(credential.scope))
-    sys.stdout.write(
-        (credential.handle if isinstance(credential, GatewayCredential) else credential.value) + "\n"
-    )
+    value = credential.handle if isinstance(credential, GatewayCredential) else credential.value
+    # To the byte for programs; what a target made it of moves nobody's cursor.
+    sys.stdout.write((visible_lines(value) if sys.stdout.isatty() else value) + "\n")
 
 
 @contextlib.contextmanager

@@ -86,9 +86,12 @@ def _read_file(name: str) -> tuple[Permission, ...]:
 
 def show_permission(permission: Permission) -> str:
     """One permission in the short form, for people; what is not plain ASCII is made visible."""
-    verbs = ",".join(permission.verbs)
-    resources = ",".join(visible_name(resource) for resource in permission.resources)
-    return f"{permission.target}:{verbs}:{resources}"
+    return show_act(permission.target, ",".join(permission.verbs), ",".join(permission.resources))
+
+
+def show_act(target: str, verb: str, resource: str) -> str:
+    """What is done to what, as permissions are shown: with every sign beyond ASCII, look-alike letters too, marked."""
+    return ":".join(map(visible_name, (target, verb, resource)))
 
 
 def write_permission(permission: Permission) -> str:

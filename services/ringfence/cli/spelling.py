@@ -6,14 +6,14 @@ import difflib
 import importlib
 import os
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ringfence.kernel.settings import CONFIG_FILE_ENV, RingfenceSettings, config_file
+from ringfence.kernel.config_file import CONFIG_FILE_ENV, read_config
+from ringfence.kernel.settings import RingfenceSettings
 
 _PREFIX = "RINGFENCE_"
-_DECLARED_IN = (
+DECLARED_IN = (
     "ringfence.client.settings",
     "ringfence.backends.access",
     "ringfence.policy.settings",
@@ -34,15 +34,15 @@ _OF_KUBERNETES = re.compile(r"\w+_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP)\w*
 
 def known_settings() -> frozenset[str]:
     """The names of all settings, as in the environment. Raises ModuleNotFoundError without the extra `server`."""
-    for module in _DECLARED_IN:
+    for module in DECLARED_IN:
         importlib.import_module(module)
     return frozenset({CONFIG_FILE_ENV, *_names(RingfenceSettings)})
 
 
 def unread() -> list[str]:
     """What `mistyped` says of this process's environment and settings file. Raises as `known_settings` does."""
-    file = config_file()
-    return mistyped(os.environ, tomllib.loads(file.read_text()) if file.is_file() else {})
+    file = read_config()
+    return mistyped(os.environ, file.content if file else {})
 
 
 def mistyped(environment: Iterable[str], config: Mapping[str, Any]) -> list[str]:

@@ -110,7 +110,7 @@ class Agent(Lifetime):
 
         Args:
             key: the agent's key, or the path of its file; `RINGFENCE_IDENTITY` where None.
-            settings: where to connect to; read from `RINGFENCE_*` and `ringfence.toml` where None.
+            settings: where to connect to; read from `RINGFENCE_*` and the settings file where None.
             attest: where the platform's identity token comes from, in the place of a key: a `TokenSource`, or
                 `file:PATH`, `github` or `gcp`; `RINGFENCE_ATTEST` where None and no key is given.
             agent_id: the agent that this is an instance of, with `attest`; `RINGFENCE_AGENT` where None.

@@ -81,7 +81,9 @@ class ReadApi(Lifetime):
             said = answer.get("message") if isinstance(answer, dict) else None
             code = answer.get("error") if isinstance(answer, dict) else None
             raise ApiError(
-                said or f"{url} answered {response.status_code}", code=code, status=response.status_code
+                str(said) if said else f"{url} answered {response.status_code}",
+                code=code,
+                status=response.status_code,
             )
         return answer
 

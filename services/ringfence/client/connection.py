@@ -132,7 +132,7 @@ class Connection(Lifetime):
     ) -> None:
         """Args:
             key: the identity, as a key or the path of its file; the settings' where None.
-            settings: where to connect to; read from the environment and `ringfence.toml` where None.
+            settings: where to connect to; read from the environment and the settings file where None.
             attested: the identity of a running instance, in the place of a key.
 
         Raises:

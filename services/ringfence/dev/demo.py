@@ -106,7 +106,7 @@ class Story:
         token_file.write_text(legacy_token)
         port = free_port()
         self._platform_url = f"http://{LOOPBACK}:{port}"
-        argv = [sys.executable, "-m", "ringfence.dev.platform", "--port", str(port)]
+        argv = [sys.executable, "-P", "-m", "ringfence.dev.platform", "--port", str(port)]
         argv += ["--issuer-url", self.stack.url("issuer"), "--audience", "https://platform.example"]
         argv += [
             "--key-file",

@@ -200,7 +200,7 @@ class Stack:
         }
         self._children[role] = spawn(
             role,
-            [sys.executable, "-m", "ringfence.cli.main", "serve", role],
+            [sys.executable, "-P", "-m", "ringfence.cli.main", "serve", role],
             env=environment,
             log_path=self.options.state / "logs" / f"{role}.log",
         )

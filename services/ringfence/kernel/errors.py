@@ -1,9 +1,13 @@
 """The one root error. Every error that Ringfence raises on purpose derives from it.
 
-A message says what was wrong and what to do next; it never holds a secret.
+A message says what was wrong and what to do next; it never holds a secret. Much of what was wrong was written by
+strangers, and messages end on terminals, in logs and in traces of programs that use the SDK: nothing in them is
+invisible or moves a cursor.
 """
 
 from __future__ import annotations
+
+from ringfence.kernel.text import visible_lines
 
 
 class RingfenceError(Exception):
@@ -12,6 +16,7 @@ class RingfenceError(Exception):
     code: str = "error"
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
+        message = visible_lines(message)
         super().__init__(message)
         self.message = message
         if code is not None:

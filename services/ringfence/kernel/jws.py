@@ -19,7 +19,7 @@ from ringfence.kernel.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.ids import digest
 from ringfence.kernel.keys import PublicKey, SigningKey, b64decode, b64encode
 from ringfence.kernel.strict_json import json_object
-from ringfence.kernel.text import with_article
+from ringfence.kernel.text import visible, visible_name, with_article
 from ringfence.messages.base import WORDS_FOR_PATTERNS, Claims, ExpiringClaims, typ_header
 
 C = TypeVar("C", bound=Claims)
@@ -105,8 +105,9 @@ def explain(error: ValidationError) -> str:
     # A list all of whose members are wrong is said to be too short as well.
     around = {item["loc"][:depth] for item in items for depth in range(1, len(item["loc"]))}
     found = [
-        f"{'.'.join(map(str, item['loc'])) or 'it'}: "
-        + WORDS_FOR_PATTERNS.get(str(item.get("ctx", {}).get("pattern")), item["msg"])
+        # Names of unknown fields are a stranger's words.
+        f"{'.'.join(visible_name(str(part)[:80]) for part in item['loc']) or 'it'}: "
+        + WORDS_FOR_PATTERNS.get(str(item.get("ctx", {}).get("pattern")), visible(item["msg"]))
         for item in items
         if item["loc"] not in around
     ]
@@ -279,7 +280,8 @@ def _signing_key(
     key = find_key(iss, jws.header.kid)
     if key is None:
         raise SignatureError(
-            f"no valid key {jws.header.kid[:43]} of {iss[:512]} may sign {model.typ}", code="key_unknown"
+            f"no valid key {visible_name(jws.header.kid[:43])} of {visible_name(iss[:512])} may sign {model.typ}",
+            code="key_unknown",
         )
     if jws.header.alg != key.alg:
         raise SignatureError(f"alg is {jws.header.alg[:16]!r}, the key's is {key.alg}", code="alg_unexpected")
@@ -288,7 +290,9 @@ def _signing_key(
 
 def _check_signature(jws: UnverifiedJws, model: type[Claims], iss: str, key: PublicKey) -> None:
     if not key.verifies(jws.signature, jws.signing_input):
-        raise SignatureError(f"the signature of this {model.typ} by {iss} does not verify")
+        raise SignatureError(
+            f"the signature of this {model.typ} by {visible_name(iss[:512])} does not verify"
+        )
 
 
 def _check_times(claims: Claims, appended_at_ms: int) -> None:

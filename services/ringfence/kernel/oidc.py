@@ -19,6 +19,7 @@ from ringfence.kernel.ids import digest
 from ringfence.kernel.jws import LEEWAY_S, explain
 from ringfence.kernel.keys import b64decode
 from ringfence.kernel.strict_json import json_object
+from ringfence.kernel.text import visible_name
 from ringfence.messages.oidc import OidcAlgorithm, OidcKey
 
 ALGORITHMS: tuple[str, ...] = get_args(OidcAlgorithm)
@@ -112,7 +113,9 @@ def verify(
     header, kid = _header(token), unverified_kid(token)
     key = next((key for key in keys if key.kid == kid), None)
     if key is None:
-        raise TokenError(f"{issuer} has no key {kid[:80]!r} that is known here", code="key_unknown")
+        raise TokenError(
+            f"{issuer} has no key {visible_name(kid[:80])!r} that is known here", code="key_unknown"
+        )
     if header.get("alg") != key.alg:
         raise TokenError(
             f"alg is {str(header.get('alg'))[:16]!r}, that of the key is {key.alg}", code="alg_not_allowed"
@@ -122,7 +125,7 @@ def verify(
         claims = json_object(payload)
     except jwt.InvalidSignatureError:
         raise TokenError(
-            f"the signature is not by key {kid[:80]} of {issuer}", code="signature_invalid"
+            f"the signature is not by key {visible_name(kid[:80])} of {issuer}", code="signature_invalid"
         ) from None
     except (jwt.PyJWTError, JwksError, ValueError):
         raise TokenError("not a JWT that can be read in one way only", code="token_malformed") from None
@@ -255,9 +258,9 @@ def _public_key(key: OidcKey) -> jwt.PyJWK:
     try:
         found = jwt.PyJWK(json.loads(key.model_dump_json(exclude_none=True)), algorithm=key.alg)
     except (jwt.PyJWTError, ValueError):
-        raise JwksError(f"key {key.kid[:80]} of the JWKS is malformed") from None
+        raise JwksError(f"key {visible_name(key.kid[:80])} of the JWKS is malformed") from None
     if isinstance(found.key, RSAPublicKey) and found.key.key_size < _MIN_RSA_BITS:
         raise JwksError(
-            f"key {key.kid[:80]} of the JWKS has {found.key.key_size} bits; it must have {_MIN_RSA_BITS}"
+            f"key {visible_name(key.kid[:80])} of the JWKS has {found.key.key_size} bits; it must have {_MIN_RSA_BITS}"
         )
     return found

@@ -1,31 +1,24 @@
-"""Settings: `RINGFENCE_*` in the environment, or `ringfence.toml`; the environment wins."""
+"""Settings: `RINGFENCE_*` in the environment, or the settings file (`config_file`); the environment wins."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    TomlConfigSettingsSource,
 )
 from pydantic_settings.exceptions import SettingsError as UnreadableError
 
+from ringfence.kernel.config_file import ConfigFile, read_config
 from ringfence.kernel.errors import RingfenceError, SettingsError
 from ringfence.kernel.places import Place
-
-CONFIG_FILE_ENV = "RINGFENCE_CONFIG"
-"""Where the TOML file is; `os.devnull` reads none."""
-
-FOUND_BY_ITSELF = ".ringfence/ringfence.toml"
-"""Where `ringfence dev` writes one unless it is told otherwise."""
 
 S = TypeVar("S", bound=BaseSettings)
 
@@ -61,7 +54,7 @@ Url = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$")]
 
 
 class RingfenceSettings(BaseSettings):
-    """Base of all settings classes: reads the environment, then the TOML file."""
+    """Base of all settings classes: reads the environment, then the settings file that counts."""
 
     model_config = SettingsConfigDict(
         env_prefix="RINGFENCE_", extra="ignore", frozen=True, use_attribute_docstrings=True
@@ -76,48 +69,28 @@ class RingfenceSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, _TomlTable(settings_cls, config_file())
+        return init_settings, env_settings, _TomlTable(settings_cls)
 
 
-def config_file() -> Path:
-    """The TOML file: `RINGFENCE_CONFIG`, or the first found of `ringfence.toml` and what `ringfence dev` wrote.
-
-    Raises SettingsError where the one that was named is not there: other settings than the wanted ones would count.
-    """
-    named = os.environ.get(CONFIG_FILE_ENV)
-    if named:
-        if not Path(named).exists() or Path(named).is_dir():
-            raise SettingsError(
-                f"{CONFIG_FILE_ENV} names {named}, and there is no such file; correct or unset it"
-            )
-        return Path(named)
-    candidates = [Path("ringfence.toml"), Path(FOUND_BY_ITSELF)]
-    return next((file for file in candidates if file.is_file()), candidates[0])
-
-
-class _TomlTable(TomlConfigSettingsSource):
-    """The part of `ringfence.toml` that a settings class owns: the top level, or the table of its prefix.
+class _TomlTable(InitSettingsSource):
+    """The part of the settings file that a settings class owns: the top level, or the table of its prefix.
 
     `RINGFENCE_POLICY_BUNDLE` in the environment is `bundle` in the table `[policy]`.
     """
 
-    def __init__(self, settings_cls: type[BaseSettings], file: Path) -> None:
-        # Before the base class, which reads the file while it is being made.
-        self._prefix = str(settings_cls.model_config.get("env_prefix") or "")
-        super().__init__(settings_cls, toml_file=file)
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        super().__init__(settings_cls, table_of(settings_cls, read_config()))
 
-    def _read_file(self, file_path: Path | Traversable) -> dict[str, Any]:
-        try:
-            data = super()._read_file(file_path)
-        except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"cannot read {file_path}: {error}; correct it, or name another with {CONFIG_FILE_ENV}"
-            ) from None
-        for part in self._prefix.lower().removeprefix("ringfence_").strip("_").split("_"):
-            data = data.get(part, {}) if part else data
-            if not isinstance(data, dict):
-                raise SettingsError(f"{file_path}: {part} is the table [{part}], and no value; correct it")
-        return data
+
+def table_of(settings_cls: type[BaseSettings], file: ConfigFile | None) -> dict[str, Any]:
+    """What a settings file says to a settings class. Raises SettingsError."""
+    table: Any = file.content if file else {}
+    prefix = str(settings_cls.model_config.get("env_prefix") or "")
+    for part in prefix.lower().removeprefix("ringfence_").strip("_").split("_"):
+        table = table.get(part, {}) if part else table
+        if file and not isinstance(table, dict):
+            raise SettingsError(f"{file.path}: {part} is the table [{part}], and no value; correct it")
+    return dict(table)
 
 
 class BusSettings(RingfenceSettings):

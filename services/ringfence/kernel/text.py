@@ -20,6 +20,13 @@ def visible(text: str) -> str:
     ).replace("\n", " ")
 
 
+def visible_lines(text: str) -> str:
+    """Prose of several lines: each as `visible` shows it."""
+    if text.isascii() and text.isprintable():  # nearly always
+        return text
+    return "\n".join(map(visible, text.split("\n")))
+
+
 def visible_name(text: str) -> str:
     """A name that is compared code point by code point: every sign beyond ASCII carries its code point."""
     return "".join(

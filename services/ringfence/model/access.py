@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.jws import KeyFinder, open_signed, parse
 from ringfence.kernel.keys import PublicKey, valid_key
+from ringfence.kernel.text import visible_name
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.api import MAX_API_TOKEN_S, ApiToken
 from ringfence.messages.registry import UserState
@@ -62,7 +63,7 @@ def authenticate_user(
     )
     entry = directory.user(subject_of(trust_domain, iss, "user") or "")
     if entry is None:
-        raise UnauthenticatedError(f"{iss} is no user")
+        raise UnauthenticatedError(f"{visible_name(iss[:512])} is no user")
     return Caller(entry.state)
 
 
@@ -115,7 +116,9 @@ class _Uncounted:
         iss = parse(token.strip()).unverified_claims(ApiToken).iss
         if subject_of(self._directory.trust.trust_domain, iss, "user") is not None:
             return None
-        return f"{iss[:512]} is no user, and users alone are answered here: call with a user's key"
+        return (
+            f"{visible_name(iss[:512])} is no user, and users alone are answered here: call with a user's key"
+        )
 
 
 def _utc(at_s: int) -> str:

@@ -110,7 +110,7 @@ def body_of_action(id: str, claims: ActionRequest, ground: Ground) -> bytes:
     whom = _WHOM.get(claims.required, claims.required)
     lines = [
         f"Agent {_code(claims.agent_id)} waits to do one thing; it needs {whom}.",
-        f"Wants: {_code(f'{claims.target_id}:{claims.verb}:{visible_name(claims.resource)}')}",
+        f"Wants: {_code(f'{claims.target_id}:{visible_name(claims.verb)}:{visible_name(claims.resource)}')}",
         f"Sends: {_code(f'{claims.method} {claims.url}')} with {claims.body_bytes} bytes",
         f"On behalf of {_code(ground.task.state.on_behalf_of)}",
         f"Task: {_code(ground.task.state.purpose)}",
