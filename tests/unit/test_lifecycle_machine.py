@@ -160,7 +160,10 @@ class Model:
         consent = parse(claims.consent).unverified_claims(AgentTransferConsent)
         by_whom = (f"spiffe://{TD}/user/{claims.sponsor}", claims.agent_id)
         as_of = (bot.sponsor, self.revisions[claims.agent_id])
-        fits = (consent.iss, consent.agent_id) == by_whom and (consent.from_sponsor, consent.revision) == as_of
+        fits = (consent.iss, consent.agent_id) == by_whom and (
+            consent.from_sponsor,
+            consent.revision,
+        ) == as_of
         return fits and at_ms / 1000 < consent.exp
 
     def _sponsors(self, claims: Any, at_ms: int) -> bool:

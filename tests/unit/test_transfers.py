@@ -70,7 +70,9 @@ def test_a_sponsor_dumps_an_agent_on_nobody(ledger: Ledger):
         ({"exp": 1}, "consent_invalid"),
     ],
 )
-def test_a_consent_is_to_one_transfer_of_one_agent_as_it_is(ledger: Ledger, fields: dict[str, Any], code: str):
+def test_a_consent_is_to_one_transfer_of_one_agent_as_it_is(
+    ledger: Ledger, fields: dict[str, Any], code: str
+):
     if "exp" in fields:
         fields = {"iat": ledger.clock.ms // 1000 - 400, "exp": ledger.clock.ms // 1000 - 100}
     consent = ledger.transfer_consent("suzy", "bot", **fields)

@@ -332,7 +332,9 @@ class Chains:
             given = self.authorise(parse(embedded.jws), at_ms, own)
             if any(step.command_id == given.command_id for step in steps):
                 raise ChainError("one command is embedded twice")
-            if given.consent and any(step.consent and step.consent.mark == given.consent.mark for step in steps):
+            if given.consent and any(
+                step.consent and step.consent.mark == given.consent.mark for step in steps
+            ):
                 raise ChainError("one consent is used twice")
             context = Context(
                 actor=given.actor,

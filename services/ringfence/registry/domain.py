@@ -39,6 +39,7 @@ from ringfence.model.lifecycle import (
     command_subject,
     still_needed,
 )
+from ringfence.model.target_settings import problems
 
 Subject = tuple[SubjectKind, str]
 
@@ -144,6 +145,8 @@ def decide(current: Current | None, given: Authorised, around: Surroundings) -> 
     )
     state = apply(current.state if current else None, command, context)
     _check_keys(command, command_subject(command, given.command_id), around)
+    if isinstance(command, TargetSet):
+        _check_target(command)
     if isinstance(command, AgentTransfer) and current is not None:
         _check_transfer(command, given, current.revision)
     if isinstance(command, TaskAssign):
@@ -206,6 +209,15 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings) -> Non
             raise CommandRefusedError(
                 f"key {key.kid} belongs to {kind} {id}; a key has one owner: make another", code="key_taken"
             )
+
+
+def _check_target(command: TargetSet) -> None:
+    """What a built-in backend would not understand. What the backends of other packages take, only the issuer knows."""
+    if found := problems(command.backend):
+        raise CommandRefusedError(
+            f"the settings of target {command.target_id} are wrong: {'; '.join(found)}",
+            code="target_settings_invalid",
+        )
 
 
 def _check_transfer(command: AgentTransfer, given: Authorised, revision: int) -> None:
