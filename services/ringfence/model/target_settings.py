@@ -103,7 +103,10 @@ class PostgresSettings(TargetSettings):
 
 def _networks(text: str) -> str:
     # What the server cannot read it may take for anything: strict, and written the one way.
-    return ",".join(str(ipaddress.ip_network(part.strip())) for part in text.split(","))
+    try:
+        return ",".join(str(ipaddress.ip_network(part.strip())) for part in text.split(","))
+    except ValueError:
+        raise ValueError("write networks in CIDR notation, with commas between: 10.0.0.0/8,192.0.2.7/32") from None
 
 
 class SshSettings(TargetSettings):
