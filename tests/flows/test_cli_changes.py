@@ -164,7 +164,7 @@ async def test_selectors_are_shown_before_they_are_replaced(
 
 
 async def test_what_names_something_that_is_not_there_is_refused_with_the_nearest_name(shell: Shell) -> None:
-    await organisation(shell)
+    task = await organisation(shell)
     bot2 = ("agent", "register", "bot2", "--description", "x", "--new-key", str(shell.folder / "bot2.json"))
     misspelt = ("--allow", "platfrom:read:env/**")
     refused = await shell("sam", *bot2, *misspelt, status=1)
@@ -187,6 +187,19 @@ async def test_what_names_something_that_is_not_there_is_refused_with_the_neares
     assign = ("--purpose", "look", "--for", "1h", *raed)
     assert says in await shell("maria", "task", "assign", "bot2", *assign, status=1)
     assert says in await shell("maria", "task", "consent", "bot2", *assign, status=1)
+    ahead = (
+        "approvals",
+        "grant",
+        task,
+        "--count",
+        "1",
+        "--for",
+        "1h",
+        "--yes",
+        "--allow",
+        "platform:raed:env/**",
+    )
+    assert "platform has no verb raed" in await shell("sam", *ahead, status=1)
     shown = await shell.json("maria", "task", "assign", "bot2", *assign, "--anyway")
     assert shown["warnings"] == [says]
     assert shell.noted == ""

@@ -106,7 +106,9 @@ def _networks(text: str) -> str:
     try:
         return ",".join(str(ipaddress.ip_network(part.strip())) for part in text.split(","))
     except ValueError:
-        raise ValueError("write networks in CIDR notation, with commas between: 10.0.0.0/8,192.0.2.7/32") from None
+        raise ValueError(
+            "write networks in CIDR notation, with commas between: 10.0.0.0/8,192.0.2.7/32"
+        ) from None
 
 
 class SshSettings(TargetSettings):
