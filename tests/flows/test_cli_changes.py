@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import threading
 from typing import Any
 
 import pytest
 
+from ringfence.cli.main import main
 from tests.flows.test_cli import Shell, organisation, shell
 
 __all__ = ["shell"]
@@ -70,6 +72,34 @@ async def test_who_cannot_be_asked_about_leases_is_said_and_not_guessed(
     found = await shell.json("sam", "agent", "set-ceiling", "bot", "--allow-nothing", "--yes")
     assert found["leases_ending"]["count"] is None
     assert "does not answer" in found["leases_ending"]["gap"]
+
+
+class Meddler(Terminal):
+    """A person who says yes after somebody else's command was carried out."""
+
+    def __init__(self, *command: str) -> None:
+        super().__init__("y\n")
+        self._command = command
+
+    def readline(self, size: int | None = -1, /) -> str:
+        other = threading.Thread(target=main, args=(self._command,))
+        other.start()
+        other.join()
+        return super().readline(-1 if size is None else size)
+
+
+async def test_what_changed_while_the_question_stood_is_not_overwritten(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await organisation(shell)
+    wider = ("agent", "set-ceiling", "bot", "--add", "platform:read:lab/**")
+    monkeypatch.setattr("sys.stdin", Meddler("--identity", str(shell.folder / "olga.json"), *wider))
+    said = await shell("sam", "agent", "set-ceiling", "bot", "--allow", "platform:read:env/**", status=1)
+    assert "somebody changed agent bot meanwhile, and nothing was done" in said
+    assert [one["resources"] for one in (await state(shell, "agent", "bot"))["ceiling"]] == [
+        ["env/**"],
+        ["lab/**"],
+    ]
 
 
 async def test_a_ceiling_and_entitlements_change_in_parts(
@@ -293,8 +323,6 @@ async def test_an_operator_transfers_without_consent_and_everybody_can_see_it(sh
 async def test_a_target_is_refused_where_its_backend_would_not_understand_it(
     capsys: pytest.CaptureFixture[str], words: tuple[str, ...], says: str
 ) -> None:
-    from ringfence.cli.main import main
-
     assert main(["target", "add", "shop", "--description", "x", "--verb", "read", *words]) == 2
     told = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert says in told
