@@ -20,6 +20,8 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentRecord,
     AgentRegister,
+    AgentTransfer,
+    AgentTransferConsent,
     AnyState,
     BackendSettings,
     EmbeddedCommand,
@@ -176,6 +178,19 @@ class Ledger:
     def consent(self, by: str, terms: TaskTerms, **fields: Any) -> str:
         return sign(self.claims(TaskConsent, by, terms=terms, **fields), self.key(by))
 
+    def transfer(self, by: str, agent: str, to: str, **fields: Any) -> AgentTransfer:
+        """With the new sponsor's consent to the record as it is, unless the fields say otherwise."""
+        if not {"consent", "without_consent"} & fields.keys():
+            fields["consent"] = self.transfer_consent(to, agent)
+        return self.claims(AgentTransfer, by, agent_id=agent, sponsor=to, **fields)
+
+    def transfer_consent(self, by: str, agent: str, key: SigningKey | None = None, **fields: Any) -> str:
+        entry = self.directory.agent(agent)
+        given = {"agent_id": agent, "from_sponsor": "nobody", "revision": 1}
+        if entry is not None:
+            given |= {"from_sponsor": entry.state.sponsor, "revision": entry.revision}
+        return sign(self.claims(AgentTransferConsent, by, **{**given, **fields}), key or self.key(by))
+
     # --- an honest registry ---
 
     def give(
@@ -257,10 +272,24 @@ class Ledger:
             at_ms = embedded.appended_at_ms
             given = chains.authorise(parse(embedded.jws), at_ms)
             roles_of = partial(chains.roles_at, at_ms=at_ms)
-            context = Context(given.actor, at_ms // 1000, given.command_id, roles_of, signed_s)
+            context = Context(
+                given.actor, at_ms // 1000, given.command_id, roles_of, signed_s,
+                transfer_consent=given.consent.transfer if given.consent else None,
+                consent_problem=given.consent_problem,
+            )  # fmt: skip
             state, signed_s = apply(state, given.claims, context), max(signed_s, given.claims.iat)
         assert state is not None
         return self.record(state, commands, revision)
+
+    def give_as_before(self, claims: Any) -> None:
+        """Admit a record as a registry wrote it that did not yet refuse this command of today's."""
+        given = self.directory.chains.authorise(parse(self.signed(claims)), self.clock.ms)
+        current = self.current(*command_subject(given.claims, given.command_id))
+        kept = [one.embedded for one in current.commands] if current else []
+        revision = current.revision + 1 if current else 1
+        problem = self.admit(sign(self.follow([*kept, self.embed(claims)], revision), self.registry))
+        assert problem is None, problem
+        self.clock.ms += 1000
 
     def embed(
         self, claims: Claims, at_ms: int | None = None, key: SigningKey | None = None

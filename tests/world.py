@@ -48,6 +48,7 @@ from ringfence.messages.operations import DeadLetter, ServiceEvent
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentRegister,
+    AgentTransfer,
     BackendSettings,
     Entitlements,
     RequestRule,
@@ -317,6 +318,11 @@ class World:
         if isinstance(found, DeadLetter):
             raise DeadLetteredError(found)
         return found
+
+    async def transfer(self, agent_id: str, to: str) -> None:
+        """An operator makes another sponsor accountable, who is not asked."""
+        fields = {"agent_id": agent_id, "sponsor": to, "without_consent": True}
+        await self.accepted(self.claims(AgentTransfer, self.operator, **fields), self.operator)
 
     async def accepted(self, claims: ExpiringClaims, by: Party) -> ServiceEvent:
         """`command`, which must be accepted. Raises RefusedError."""

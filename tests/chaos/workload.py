@@ -167,14 +167,18 @@ class Workload:
         former = organisation.sponsor_of(agent)
         (other,) = set(SPONSORS) - {former}
         async with self._busy[agent]:
-            giving = organisation.administrators[former].transfer_agent(agent, sponsor=other)
-            await self._try("transfer", giving)
+            await self._try("transfer", self._hand_over(agent, former, other))
             await self._pause(chance.uniform(0.1, 12))
             for who in (other, former):
                 revoke = organisation.administrators[who].revoke(reason="chaos", agent_id=agent)
                 await self._try("kill switch after a transfer", revoke)
             olga = organisation.administrators["olga"]
-            await self._insist(lambda: olga.transfer_agent(agent, sponsor=former))
+            await self._insist(lambda: olga.transfer_agent(agent, sponsor=former, without_consent=True))
+
+    async def _hand_over(self, agent: str, former: str, other: str) -> None:
+        people = self.organisation.administrators
+        consent = await people[other].consent_to_transfer(agent)
+        await people[former].transfer_agent(agent, sponsor=other, consent=consent)
 
     async def _meddle(self, chance: random.Random) -> None:
         """Orders of people and agents who have no say: nothing may come of them."""

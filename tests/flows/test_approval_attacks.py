@@ -12,7 +12,6 @@ from ringfence.client.sponsor import Sponsor
 from ringfence.kernel.ids import digest
 from ringfence.kernel.jws import sign
 from ringfence.messages.approval import ApprovalRequest
-from ringfence.messages.registry import AgentTransfer
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
 from ringfence.model.approvals import APPROVAL_SLACK_MS
 from tests.flows.desk import Desk
@@ -121,8 +120,7 @@ async def test_allowed_by_a_policy_that_asked_nobody(desk: Desk, verb: str) -> N
 async def test_a_sponsor_that_changed_between_approval_and_issue(desk: Desk) -> None:
     asked = await desk.ask("deploy")
     approval = desk.approval(asked, desk.sam)
-    transfer = desk.world.claims(AgentTransfer, desk.sam, agent_id=desk.bot.name, sponsor="sue")
-    await desk.world.accepted(transfer, desk.sam)
+    await desk.world.transfer(desk.bot.name, "sue")
     assert await desk.world.runtimes["issuer"].tables_caught_up(30)
     async with leaves(desk.world, STALE, bot=desk.bot.name):
         await desk.decide(asked, approvals=(approval,), required=("sponsor",))
@@ -222,8 +220,7 @@ async def test_two_keys_of_one_person_answer_once(world: World) -> None:
     async with world.running("registry", "policy"):
         office = await Office.open(world)
         one, two = await second_key(world, "rita", roles=("sponsor", "operator"))
-        transfer = world.claims(AgentTransfer, office.sam, agent_id="deploy-bot", sponsor="rita")
-        await world.accepted(transfer, office.sam)
+        await world.transfer("deploy-bot", "rita")
         await office.records_read()
         asked = await office.ask(WIPE)  # rita could be the sponsor, and the operator
         question = await office.question(asked, one)

@@ -300,7 +300,9 @@ async def partner(desk: Desk) -> Desk:
     return desk
 
 
-async def test_a_static_secret_is_a_lease_and_nothing_else(partner: Desk, office: Desk) -> None:
+async def test_a_static_secret_is_a_lease_and_nothing_else(
+    partner: Desk, office: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = scope("partner", ("read",), ("path/x",))
     asked, content = await handed(partner, scope=wanted)
     assert content.credential is None
@@ -321,6 +323,8 @@ async def test_a_static_secret_is_a_lease_and_nothing_else(partner: Desk, office
     assert [reason.code for reason in refusal.reasons] == ["delivery_gateway_only"]
     assert "delivery to the gateway" in refusal.reasons[0].message
 
+    # Today's registry refuses such a target; there may be records from before.
+    monkeypatch.setattr("ringfence.registry.domain.problems", lambda backend: [])
     await partner.world.target(
         "partner", backend=BackendSettings(kind="http"), verbs=(VerbFloor(verb="read"),)
     )

@@ -28,7 +28,6 @@ from ringfence.kernel.keys import SigningKey
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.registry import (
     AgentSuspend,
-    AgentTransfer,
     BackendSettings,
     RequestRule,
     VerbFloor,
@@ -322,10 +321,10 @@ async def test_what_people_change_meanwhile_counts(stage: Stage, how: str) -> No
         sending = asyncio.create_task(actor.send("PUT", "/dev/shop/11", b"x"))
         pending = await waits(sam, actor)
         if how == "suspended":
-            claims: Any = world.claims(AgentSuspend, stage.sam, agent_id=actor.bot.name, reason="odd")
+            claims = world.claims(AgentSuspend, stage.sam, agent_id=actor.bot.name, reason="odd")
+            await world.accepted(claims, stage.sam)
         else:
-            claims = world.claims(AgentTransfer, stage.sam, agent_id=actor.bot.name, sponsor="petra")
-        await world.accepted(claims, stage.sam)
+            await world.transfer(actor.bot.name, "petra")
         late = world.claims(
             ActionApproval, stage.sam, verdict="approved", agent_id=actor.bot.name, request=pending.request,
             request_digest=digest(pending.request),

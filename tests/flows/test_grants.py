@@ -15,7 +15,7 @@ from ringfence.kernel.kafka import Received
 from ringfence.messages.approval import Grant, GrantWithdraw
 from ringfence.messages.credential import CredentialDecision, Revisions
 from ringfence.messages.operations import ServiceEvent
-from ringfence.messages.registry import AgentResume, AgentSetCeiling, AgentSuspend, AgentTransfer
+from ringfence.messages.registry import AgentResume, AgentSetCeiling, AgentSuspend
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
 from tests.flows.office import DEPLOY, EVERYTHING, READ, Asked, HeldUp, Office, codes
 from tests.world import Party, World, scope
@@ -241,8 +241,7 @@ async def test_what_changed_makes_a_grant_stale_for_good(grants: Grants) -> None
 async def test_a_former_sponsors_grant_is_nothing_to_the_new_one(grants: Grants) -> None:
     office, world = grants.office, grants.world
     await grants.given()
-    transfer = world.claims(AgentTransfer, office.sam, agent_id="deploy-bot", sponsor="petra")
-    await world.accepted(transfer, office.sam)
+    await world.transfer("deploy-bot", "petra")
     await office.records_read()
     asked = await grants.asks()
     assert (await office.question(asked, office.petra)).request == asked.jws
@@ -269,8 +268,7 @@ async def test_who_has_become_the_sponsor_a_moment_ago_takes_a_grant_back(grants
     office, world = grants.office, grants.world
     grant = await grants.given()
     reading = HeldUp(world)
-    transfer = world.claims(AgentTransfer, office.sam, agent_id="deploy-bot", sponsor="petra")
-    await world.accepted(transfer, office.sam)
+    await world.transfer("deploy-bot", "petra")
     event = await grants.withdraw(grant, office.petra)
     assert (event.kind, event.result) == ("accepted", message_id(grant.iss, grant.jti))
     assert reading.asked_for

@@ -14,7 +14,7 @@ from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.approval import Grant, GrantWithdraw
-from ringfence.messages.registry import AgentResume, AgentSetCeiling, AgentSuspend, AgentTransfer
+from ringfence.messages.registry import AgentResume, AgentSetCeiling, AgentSuspend
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, LEASE
 from ringfence.model.grants import id_of
 from tests.flows.desk import Desk, another, opened_desks
@@ -134,7 +134,7 @@ async def test_a_grant_after_a_suspension_a_change_and_a_transfer_counts_for_not
     await arrived(desk)
     assert await desk.refusal_codes(await granted(desk, resumed)) == ["grant_stale"]
     changed = grant(desk, revisions=desk.revisions.model_copy(update={"agent": 4}))
-    await world.accepted(world.claims(AgentTransfer, desk.sam, agent_id=name, sponsor="sue"), desk.sam)
+    await world.transfer(name, "sue")
     await arrived(desk)
     assert await desk.refusal_codes(await granted(desk, changed)) == ["grant_stale"]
 

@@ -210,7 +210,7 @@ async def test_nothing_is_issued_before_the_sponsor_has_taken_an_agent_on(office
 
 async def test_a_transfer_ends_nothing(desk: Desk, store: LeaseStore, theirs: Asked) -> None:
     before, _ = await desk.issued("read")
-    await order(desk, AgentTransfer, sponsor="sue")
+    await order(desk, AgentTransfer, desk.world.operator, sponsor="sue", without_consent=True)
     after, _ = await desk.issued("read")
     await lives(desk, store, before, after)
     assert [(await desk.lease(one.lease_id, "active")).sponsor for one in (before, after)] == ["sam", "sue"]
@@ -306,7 +306,7 @@ async def test_orphans_hold_nothing_and_get_nothing_until_somebody_is_accountabl
     await desk.decide(asked)
     assert "agent_orphaned" in await desk.refusal_codes(asked)
     await request_leaves(world, ORPHANED, asked.id, bot=desk.bot.name)
-    await order(desk, AgentTransfer, world.operator, sponsor="sue")
+    await order(desk, AgentTransfer, world.operator, sponsor="sue", without_consent=True)
     revived, _ = await desk.issued("read")
     await lives(desk, store, revived)
     assert (await desk.lease(revived.lease_id, "active")).sponsor == "sue"
@@ -318,7 +318,7 @@ async def test_a_leaver_leaves_what_was_transferred_before(office: Desk, store: 
     leaver = await world.user(f"u{uuid.uuid4().hex[:8]}", roles=("sponsor",))
     desk = await Desk(world, {"sam": leaver, "maria": office.maria, "sue": office.sue}, office.target).staff()
     before, _ = await desk.issued("read")
-    await order(desk, AgentTransfer, sponsor="sue")
+    await order(desk, AgentTransfer, world.operator, sponsor="sue", without_consent=True)
     after, _ = await desk.issued("read")
     await world.accepted(world.user_set(world.operator, leaver), world.operator)
     assert (await cause_of(desk, before)).kind == "agent_orphaned"

@@ -14,7 +14,7 @@ from ringfence.kernel.jws import sign, sign_payload
 from ringfence.kernel.kafka import Follower
 from ringfence.kernel.skew import MAX_SKEW_MS
 from ringfence.messages.credential import CredentialRequest
-from ringfence.messages.registry import AgentSuspend, AgentTransfer, TaskEnd, UserDisable
+from ringfence.messages.registry import AgentSuspend, TaskEnd, UserDisable
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, CREDENTIAL_REQUEST
 from ringfence.messages.trust import ServiceRole
 from ringfence.policy.settings import PolicySettings
@@ -135,8 +135,7 @@ async def test_what_changed_while_it_waited_is_asked_anew(world: World):
         office = await Office.open(world)
         asked = await office.ask(DEPLOY)
         question = await office.question(asked, office.sam)
-        transfer = world.claims(AgentTransfer, office.sam, agent_id="deploy-bot", sponsor="petra")
-        await world.accepted(transfer, office.sam)
+        await world.transfer("deploy-bot", "petra")
         # sam is not the sponsor any more; petra is, and approves what was true before.
         assert await office.refused(await office.approve(question, office.sam)) == "not_approver"
         await office.approve(question, office.petra)

@@ -20,7 +20,6 @@ from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import (
     AgentSetCeiling,
     AgentSuspend,
-    AgentTransfer,
     TargetRemove,
     TaskAssign,
     TaskEnd,
@@ -204,11 +203,7 @@ async def _narrow_ceiling(one: Case) -> None:
 
 
 async def _transfer(one: Case) -> None:
-    sam = one.office.sam
-    claims = one.office.world.claims(
-        AgentTransfer, sam, agent_id=one.office.bot.name, sponsor=one.office.petra.name
-    )
-    await one.office.world.accepted(claims, sam)
+    await one.office.world.transfer(one.office.bot.name, one.office.petra.name)
     disable = one.office.world.claims(
         UserDisable, one.office.world.operator, user_id=one.office.petra.name, reason="x"
     )

@@ -314,6 +314,9 @@ async def test_leases_are_listed_to_who_may_see_them(desk: Desk, office: Desk) -
     assert await listed(desk.sam, task=desk.task, target="staging", status="active") == ours
     assert await listed(desk.sam, task=desk.task, agent=other.bot.name) == set()
     assert await listed(desk.sam, agent=desk.bot.name, status="ending") == set()
+    assert ours <= await listed(world.operator, user="maria")
+    assert ours <= await listed(world.operator, sponsor="sam")
+    assert await listed(world.operator, user="sam", agent=desk.bot.name) == set()
     assert await listed(desk.sue) == set()
     await accepted(desk, desk.bot, kind="release", lease_id=second.lease_id)
     assert await listed(desk.sam, agent=desk.bot.name) == {asked.lease_id}

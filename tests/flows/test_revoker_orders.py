@@ -12,7 +12,6 @@ import pytest
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.jws import sign
 from ringfence.messages.lease import EndCause, Lease, Selector
-from ringfence.messages.registry import AgentTransfer
 from ringfence.messages.topics import DEAD_LETTER, REVOCATION_REQUEST
 from ringfence.model.lease_store import LeaseStore
 from ringfence.revoker.ending import Ender
@@ -115,8 +114,7 @@ async def test_nobody_else_revokes(desk: Desk, office: Desk, store: LeaseStore) 
 
 async def test_a_former_sponsor_revokes_no_more(desk: Desk, store: LeaseStore) -> None:
     asked, _ = await desk.issued("read")
-    transfer = desk.world.claims(AgentTransfer, desk.sam, agent_id=desk.bot.name, sponsor="sue")
-    await desk.world.accepted(transfer, desk.sam)
+    await desk.world.transfer(desk.bot.name, "sue")
     # An order that comes within the moment in which word of the transfer is on its way is judged as before it.
     assert await desk.world.runtimes["revoker"].tables_caught_up(30)
     assert await refused(desk, desk.sam, lease_id=asked.lease_id) == "not_entitled"

@@ -20,7 +20,6 @@ from ringfence.messages.registry import (
     AgentResume,
     AgentSetCeiling,
     AgentSuspend,
-    AgentTransfer,
     TargetRemove,
     TaskEnd,
     UserDisable,
@@ -107,8 +106,7 @@ async def test_an_agent_without_its_sponsor_keeps_nothing_that_was_issued_under_
     handed_over, stays = await another(office), await another(office)
     asked, _ = await handed_over.issued("read")
     theirs, _ = await stays.issued("read")
-    transfer = world.claims(AgentTransfer, office.sam, agent_id=handed_over.bot.name, sponsor=name)
-    await world.accepted(transfer, office.sam)
+    await world.transfer(handed_over.bot.name, name)
     await lives(handed_over, store, asked)
     disable = world.claims(UserDisable, world.operator, user_id=name, reason="left")
     await world.accepted(

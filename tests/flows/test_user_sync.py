@@ -55,7 +55,7 @@ async def shell(
         shell = Shell(tmp_path, capsys)
         await shell(
             "olga", "provisioner", "set", "hr", "--name", "HR", "--delegation", str(tmp_path / "delegation.yaml"),
-            "--new-key", str(tmp_path / "hr.json"),
+            "--new-key", str(tmp_path / "hr.json"), "--anyway",
         )  # fmt: skip
         gc.disable()
         try:
@@ -64,11 +64,17 @@ async def shell(
             gc.enable()
 
 
-async def test_what_is_delegated_at_a_target_that_is_not_there_is_taken_with_a_warning(shell: Shell) -> None:
-    delegation = str(shell.folder / "delegation.yaml")
-    await shell("olga", "provisioner", "set", "hr", "--delegation", delegation)
-    assert shell.noted.count("there is no target platform") == 1
-    assert "provisioner hr set" in shell.printed
+async def test_what_is_delegated_is_said_before_it_replaces_what_was(shell: Shell) -> None:
+    file = shell.folder / "delegation.yaml"
+    change = ("provisioner", "set", "hr", "--delegation", str(file))
+    await shell("olga", *change)  # nothing changes, and nobody is asked
+    file.write_text(DELEGATION.replace("platform:", "platfrom:"))
+    assert "there is no target platfrom" in await shell("olga", *change, "--yes", status=1)
+    assert "add --yes" in await shell("olga", *change, "--anyway", status=2)
+    assert "group " in shell.noted
+    await shell("olga", *change, "--anyway", "--yes")
+    assert "warning: there is no target platfrom" in shell.noted
+    assert "add --yes" in await shell("olga", "provisioner", "disable", "hr", "--reason", "x", status=2)
 
 
 async def state(world: World, user_id: str) -> UserState | None:
@@ -152,9 +158,9 @@ async def test_whom_an_operator_made_or_disabled_is_no_business_of_the_file(
     assert await state(world, "noor") is None
     (shell.folder / "users.yaml").write_text(USERS.replace("maria:", "mira:"))
     await sync(shell)
-    await shell("olga", "user", "disable", "noor", "--reason", "stolen laptop")
+    await shell("olga", "user", "disable", "noor", "--reason", "stolen laptop", "--yes")
     assert "noor was disabled by an operator" in await sync(shell, status=1)
-    await shell("olga", "user", "set", "noor", "--new-key", str(shell.folder / "noor.json"))
+    await shell("olga", "user", "set", "noor", "--new-key", str(shell.folder / "noor.json"), "--yes")
     await sync(shell)
     noor = await state(world, "noor")
     assert noor is not None

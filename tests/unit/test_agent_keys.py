@@ -23,7 +23,6 @@ from ringfence.messages.registry import (
     AgentSetCeiling,
     AgentState,
     AgentSuspend,
-    AgentTransfer,
     UserDisable,
     VerbFloor,
 )
@@ -263,7 +262,7 @@ def test_an_operator_finds_no_way_around_the_sponsor(waiting: Ledger):
     for command in (AgentSuspend, AgentResume):
         claims = waiting.claims(command, "olga", agent_id="sleeper", reason="x")
         assert refused(waiting, claims) in ("not_active", "not_suspended")
-    waiting.give(waiting.claims(AgentTransfer, "olga", agent_id="sleeper", sponsor="sam"))
+    waiting.give(waiting.transfer("olga", "sleeper", "sam"))
     waiting.give(waiting.claims(AgentSetCeiling, "olga", agent_id="sleeper", ceiling=(permission("a"),)))
     assert agent(waiting, "sleeper").status == "registered"
     assert refused(waiting, waiting.claims(AgentActivate, "suzy", agent_id="sleeper")) == "not_sponsor"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.messages.credential import RequiredClass
-from ringfence.messages.registry import AgentTransfer, VerbFloor
+from ringfence.messages.registry import VerbFloor
 from ringfence.model.approvals import may_approve, required_classes, unmet
 from ringfence.model.directory import Directory
 from ringfence.model.lifecycle import subject_key
@@ -113,7 +113,7 @@ def test_who_hands_their_agent_over_is_nobody_else_by_that(wanted: RequiredClass
     ledger.give(ledger.register("sam", "bot", "sam", ceiling=(permission("**"),)))
     change = ledger.give(ledger.assign("uma", "bot"))
     assert change is not None
-    ledger.give(ledger.claims(AgentTransfer, "sam", agent_id="bot", sponsor="suzy"))
+    ledger.give(ledger.transfer("sam", "bot", "suzy"))
     ground = find_ground(ledger.directory, "bot", subject_key(change.state)[1], "staging")
     may = {who: may_approve(ledger.directory, who, wanted, ground) for who in ("sam", "suzy", "steve", "uma")}
     assert may == {"sam": False, "suzy": False, "steve": True, "uma": False}

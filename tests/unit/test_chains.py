@@ -20,7 +20,6 @@ from ringfence.messages.registry import (
     AgentResume,
     AgentSetCeiling,
     AgentSuspend,
-    AgentTransfer,
     AnyRecord,
     AnyState,
     EmbeddedCommand,
@@ -387,7 +386,7 @@ def test_it_cannot_use_a_command_twice(ledger: Ledger):
 
 def test_it_cannot_order_commands_against_their_times(ledger: Ledger):
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE))
-    ledger.give(ledger.claims(AgentTransfer, "sam", agent_id="bot", sponsor="suzy"))
+    ledger.give(ledger.transfer("sam", "bot", "suzy"))
     bot, uma = the(ledger, "agent", "bot"), the(ledger, "user", "uma")
     assert "out of order" in broken(ledger, forged(ledger, bot, (*bot.commands[::2], bot.commands[1])))
     ledger.give(ledger.claims(UserDisable, "otto", user_id="uma", reason="x"))
@@ -484,7 +483,7 @@ def act(ledger: Ledger, action: tuple[Any, ...]) -> Any:
         case ("ceiling", by, agent, scope):
             return ledger.claims(AgentSetCeiling, by, agent_id=agent, ceiling=scope)
         case ("transfer", by, agent, to):
-            return ledger.claims(AgentTransfer, by, agent_id=agent, sponsor=to)
+            return ledger.transfer(by, agent, to)
         case ("suspend", by, agent):
             return ledger.claims(AgentSuspend, by, agent_id=agent, reason="x")
         case ("resume", by, agent):

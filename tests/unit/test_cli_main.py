@@ -162,8 +162,6 @@ def test_wrong_use_is_exit_2_and_says_why(
         (["user", "disable", "maria", "--reason", "left"], "RINGFENCE_TRUST_ROOT is not set"),
         (["user", "list"], "nobody said who is calling"),
         (["--identity", "nowhere.json", "user", "list"], "cannot read the key file nowhere.json"),
-        (["agent", "decommission", "bot", "--reason", "x"], "add --yes"),
-        (["revoke", "--all", "--reason", "x"], "add --yes"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -177,6 +175,26 @@ def test_what_cannot_be_done_is_exit_1_and_one_clear_message(
     assert says in told
     assert told.count("\n") == 1
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["agent", "decommission", "bot", "--reason", "x"],
+        ["revoke", "--all", "--reason", "x"],
+        ["target", "remove", "hub", "--reason", "x"],
+        ["provisioner", "disable", "hr", "--reason", "x"],
+    ],
+    ids=" ".join,
+)
+def test_what_has_to_be_asked_is_wrong_use_where_nobody_can_answer(
+    args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert main(args) == 2
+    told = capsys.readouterr().err
+    assert told.endswith("Nobody is there to answer: add --yes to do it\n")
+    assert told.count("\n") == 1
 
 
 def test_a_wrong_setting_names_its_variable(

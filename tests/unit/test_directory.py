@@ -19,7 +19,6 @@ from ringfence.messages.registry import (
     AgentResume,
     AgentSetCeiling,
     AgentSuspend,
-    AgentTransfer,
     AnyRecord,
     TargetRemove,
     UserDisable,
@@ -288,7 +287,7 @@ def next_record(ledger: Ledger, commands: Any, kind: SubjectKind = "agent", id: 
     [
         ("agent", "bot", lambda ledger: ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x")),
         ("agent", "bot", lambda ledger: ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=())),
-        ("agent", "bot", lambda ledger: ledger.claims(AgentTransfer, "sam", agent_id="bot", sponsor="suzy")),
+        ("agent", "bot", lambda ledger: ledger.transfer("sam", "bot", "suzy")),
         ("user", "sam", lambda ledger: ledger.claims(UserDisable, "olga", user_id="sam", reason="x")),
         ("user", "sam", lambda ledger: ledger.user_set("olga", "sam", [])),
         ("target", "prod", lambda ledger: ledger.claims(TargetRemove, "olga", target_id="prod", reason="x")),
@@ -387,10 +386,10 @@ def test_a_name_cannot_be_given_anew(ledger: Ledger, reader: Reader):
 
 def test_a_command_cannot_be_slipped_into_the_past(ledger: Ledger, reader: Reader):
     """suzy was the sponsor for a while; what she signs today is not from then."""
-    ledger.give(ledger.claims(AgentTransfer, "sam", agent_id="bot", sponsor="suzy"))
+    ledger.give(ledger.transfer("sam", "bot", "suzy"))
     then = ledger.clock.ms
     ledger.clock.ms += 60_000
-    ledger.give(ledger.claims(AgentTransfer, "suzy", agent_id="bot", sponsor="sam"))
+    ledger.give(ledger.transfer("suzy", "bot", "sam"))
     assert reader.reads(record(ledger)) == []
     late = ledger.claims(AgentSetCeiling, "suzy", agent_id="bot", ceiling=WIDE, iat=then // 1000)
     *past, last = record(ledger).commands

@@ -28,7 +28,6 @@ from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import (
     ActionClass,
     AgentSetCeiling,
-    AgentTransfer,
     BackendSettings,
     RequestRule,
     UserDisable,
@@ -391,7 +390,7 @@ async def test_everything_is_weighed_once_more_when_it_goes_on(gateway: Gateway,
 async def test_a_sponsor_who_is_replaced_while_it_waits_cannot_say_yes(gateway: Gateway) -> None:
     ledger = gateway.ledger
     async with gateway.waiting() as decided:
-        ledger.give(ledger.claims(AgentTransfer, "olga", agent_id="bot", sponsor="suzy"))
+        ledger.give(ledger.transfer("olga", "bot", "suzy"))
         await gateway.said()
         assert gateway.refused == ["approval_stale"]
         assert await code(decided) == "approval_stale"

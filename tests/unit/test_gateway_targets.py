@@ -26,7 +26,7 @@ class Map:
 
     def put(self, id: str, *, kind: str = "jwt", requests: Any = RULES, **settings: Any) -> None:
         backend = BackendSettings.model_validate({"kind": kind, **settings})
-        self.ledger.give(self.ledger.target_set("olga", id, backend=backend, requests=requests))
+        self.ledger.give_as_before(self.ledger.target_set("olga", id, backend=backend, requests=requests))
 
     def at(
         self, authority: str | None, scheme: Literal["http", "https"] = "https", id: str | None = None

@@ -22,7 +22,6 @@ from ringfence.messages.registry import (
     AgentRotateKey,
     AgentSetCeiling,
     AgentSuspend,
-    AgentTransfer,
     TaskEnd,
     UserDisable,
 )
@@ -152,7 +151,7 @@ def test_an_agent_has_a_live_sponsor_until_that_one_is_disabled(book: Book):
     assert book.roster.behind == 1, "it is looked at again because its sponsor changed"
     assert (book.line().sponsor_is, book.line().orphan) == ("disabled", True)
     assert book.row()["orphan"] is True
-    book.ledger.give(book.ledger.claims(AgentTransfer, "olga", agent_id="bot", sponsor="suzy"))
+    book.ledger.give(book.ledger.transfer("olga", "bot", "suzy"))
     assert (book.line().sponsor, book.line().orphan) == ("suzy", False)
 
 

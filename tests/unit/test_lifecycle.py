@@ -15,7 +15,6 @@ from ringfence.messages.registry import (
     AgentSetCeiling,
     AgentState,
     AgentSuspend,
-    AgentTransfer,
     RequestRule,
     TargetRemove,
     TargetState,
@@ -204,7 +203,7 @@ def test_others_do_nothing_to_an_agent(ledger: Ledger, who: str):
     ledger.give(ledger.register("sam", "bot", "sam"))
     for claims in (
         ledger.claims(AgentSetCeiling, who, agent_id="bot", ceiling=WIDE),
-        ledger.claims(AgentTransfer, who, agent_id="bot", sponsor=who),
+        ledger.transfer(who, "bot", who),
         ledger.claims(AgentSuspend, who, agent_id="bot", reason="x"),
         ledger.claims(AgentResume, who, agent_id="bot", reason="x"),
         ledger.claims(AgentDecommission, who, agent_id="bot", reason="x"),
@@ -214,7 +213,7 @@ def test_others_do_nothing_to_an_agent(ledger: Ledger, who: str):
 
 def test_who_was_the_sponsor_has_no_more_say(ledger: Ledger):
     ledger.give(ledger.register("sam", "bot", "sam"))
-    ledger.give(ledger.claims(AgentTransfer, "sam", agent_id="bot", sponsor="suzy"))
+    ledger.give(ledger.transfer("sam", "bot", "suzy"))
     assert refused(ledger, ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x")) == "not_sponsor"
     assert ledger.give(ledger.claims(AgentSetCeiling, "suzy", agent_id="bot", ceiling=WIDE)) is not None
 
@@ -256,7 +255,7 @@ def test_an_order_signed_before_a_later_change_is_refused(ledger: Ledger):
     ledger.give(ledger.register("sam", "bot", "sam"))
     old_ceiling = ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE)
     old_resume = ledger.claims(AgentResume, "sam", agent_id="bot", reason="x")
-    old_transfer = ledger.claims(AgentTransfer, "sam", agent_id="bot", sponsor="suzy")
+    old_transfer = ledger.transfer("sam", "bot", "suzy")
     old_suspend = ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="signed early, came late")
     ledger.clock.ms += 1000
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=NARROW))

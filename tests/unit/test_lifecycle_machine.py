@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import LEEWAY_S
+from ringfence.kernel.jws import LEEWAY_S, parse
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope
@@ -30,6 +30,7 @@ from ringfence.messages.registry import (
     AgentState,
     AgentSuspend,
     AgentTransfer,
+    AgentTransferConsent,
     EmbeddedCommand,
     UserDisable,
 )
@@ -75,6 +76,8 @@ class Bot:
     by_operator: bool = False
     replaced: frozenset[str] = frozenset()
     compromised: frozenset[str] = frozenset()
+    unasked: bool = False
+    """Whether its sponsor was made accountable without their consent."""
 
 
 @dataclass
@@ -93,6 +96,7 @@ class Model:
     bots: dict[str, Bot] = field(default_factory=dict)
     signed: dict[str, list[Any]] = field(default_factory=dict)
     """The orders that still count for an agent."""
+    revisions: dict[str, int] = field(default_factory=dict)
     latest_ms: int = 0
 
     def roles(self, name: str, at_ms: int) -> frozenset[str] | None:
@@ -130,11 +134,13 @@ class Model:
     def _changed(self, bot: Bot, claims: Any, *, own: bool, operator: bool, at_ms: int) -> Bot | None:
         match claims:
             case AgentActivate() if own and bot.status == "registered":
-                return replace(bot, status="active")
+                return replace(bot, status="active", unasked=False)
             case AgentSetCeiling():
                 return replace(bot, ceiling=claims.ceiling)
             case AgentTransfer() if self._sponsors(claims, at_ms):
-                return replace(bot, sponsor=claims.sponsor)
+                if not self._agreed(bot, claims, operator=operator, at_ms=at_ms):
+                    return None
+                return replace(bot, sponsor=claims.sponsor, unasked=bool(claims.without_consent))
             case AgentSuspend() if bot.status != "registered":
                 return replace(bot, status="suspended", by_operator=bot.by_operator or not own)
             case AgentResume() if bot.status == "suspended" and (operator or not bot.by_operator):
@@ -144,6 +150,21 @@ class Model:
             case AgentRotateKey() if self._is_free(claims.key, at_ms // 1000):
                 return _rotated(bot, claims, at_ms // 1000)
         return None
+
+    def _agreed(self, bot: Bot, claims: Any, *, operator: bool, at_ms: int) -> bool:
+        """Whether the new sponsor takes the agent over, or an operator says that they were not asked."""
+        if claims.without_consent:
+            return operator
+        if claims.consent is None:
+            return bool(claims.iss == f"spiffe://{TD}/user/{claims.sponsor}")
+        consent = parse(claims.consent).unverified_claims(AgentTransferConsent)
+        by_whom = (f"spiffe://{TD}/user/{claims.sponsor}", claims.agent_id)
+        as_of = (bot.sponsor, self.revisions[claims.agent_id])
+        fits = (consent.iss, consent.agent_id) == by_whom and (
+            consent.from_sponsor,
+            consent.revision,
+        ) == as_of
+        return fits and at_ms / 1000 < consent.exp
 
     def _sponsors(self, claims: Any, at_ms: int) -> bool:
         return "sponsor" in (self.roles(claims.sponsor, at_ms) or ())
@@ -155,6 +176,7 @@ class Model:
         """Remember what was accepted and changed something."""
         id = claims.agent_id
         self.bots[id], self.latest_ms = bot, max(self.latest_ms, at_ms)
+        self.revisions[id] = self.revisions.get(id, 0) + 1
         known = self.signed.setdefault(id, [])
         if isinstance(claims, AgentSetCeiling):
             known = [one for one in known if not isinstance(one, AgentSetCeiling)]
@@ -269,9 +291,17 @@ class Lives(RuleBasedStateMachine):
     def set_ceiling(self, how: How, ceiling: Scope) -> None:
         self._order(how, AgentSetCeiling, ceiling=ceiling)
 
+    @rule(how=HOW, to=USER, consent_of=st.sampled_from([None, *["the new one"] * 4, "sam", "suzy"]))
+    def transfer(self, how: How, to: str, consent_of: str | None) -> None:
+        """With a consent to the agent as it is now; it may be by somebody else, and be handed in late."""
+        consent = None
+        if consent_of is not None:
+            consent = self.ledger.transfer_consent(to if consent_of == "the new one" else consent_of, how[1])
+        self._order(how, AgentTransfer, sponsor=to, consent=consent)
+
     @rule(how=HOW, to=USER)
-    def transfer(self, how: How, to: str) -> None:
-        self._order(how, AgentTransfer, sponsor=to)
+    def transfer_unasked(self, how: How, to: str) -> None:
+        self._order(how, AgentTransfer, sponsor=to, without_consent=True)
 
     @rule(
         how=HOW, key=KEY, overlap_s=st.sampled_from([None, 0, 60, 3600]), life_s=st.sampled_from([100, 10**8])
@@ -448,6 +478,7 @@ def _seen(state: AgentState) -> Bot:
         state.suspended_by_operator,
         frozenset(state.replaced),
         frozenset(state.compromised),
+        bool(state.without_consent),
     )
 
 

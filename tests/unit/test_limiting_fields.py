@@ -44,7 +44,6 @@ from ringfence.messages.registry import (
     AgentSetAttestation,
     AgentSetCeiling,
     AgentSuspend,
-    AgentTransfer,
     BackendSettings,
     Delegation,
     GroupDelegation,
@@ -195,7 +194,7 @@ def commands(ledger: Ledger) -> Iterable[Any]:
     yield claims(TaskDelegate, "agent/bot", parent=task, terms=part)
     yield claims(TaskEnd, "uma", task_id=task, reason="done")
     yield claims(TargetRemove, "olga", target_id="staging", reason="moved")
-    yield claims(AgentTransfer, "olga", agent_id="helper", sponsor="suzy")
+    yield ledger.transfer("olga", "helper", "suzy")
     yield claims(AgentDecommission, "olga", agent_id="helper", reason="over")
     yield claims(UserDisable, "olga", user_id="dora", reason="left")
 
@@ -216,6 +215,17 @@ def test_the_registry_takes_no_command_that_gives_with_one_and_every_command_tha
             assert f'unknown field "{NAME}"' in str(caught.value)
         assert ledger.give(command) is not None, command.typ
     assert kinds == set(COMMANDS)
+
+
+def test_a_consent_with_one_hands_over_no_agent() -> None:
+    ledger = Ledger()
+    ledger.organisation()
+    ledger.give(ledger.register("sam", "bot", "sam"))
+    limited = ledger.transfer_consent("suzy", "bot", only_for_a_week=True)
+    with pytest.raises(CommandRefusedError, match='unknown field "only_for_a_week" in the consent') as caught:
+        ledger.give(ledger.transfer("sam", "bot", "suzy", consent=limited))
+    assert caught.value.code == "unknown_field"
+    assert ledger.give(ledger.transfer("sam", "bot", "suzy")) is not None
 
 
 def test_a_consent_with_one_is_none_for_a_new_task() -> None:

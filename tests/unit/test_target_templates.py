@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import typer
 
-from ringfence.backends.http import HttpSettings
 from ringfence.backends.postgres_rights import RIGHTS
 from ringfence.backends.ssh_rights import VERBS
 from ringfence.cli.target import _request, _settings, _template, _verbs
@@ -17,6 +16,7 @@ from ringfence.cli.target_templates import TEMPLATES
 from ringfence.client.applying import applied, environment
 from ringfence.client.credentials import IssuedCredential, Secret
 from ringfence.model.request_map import Action, RequestMap
+from ringfence.model.target_settings import HttpSettings
 
 
 def test_the_templates_have_every_verb_there_is() -> None:

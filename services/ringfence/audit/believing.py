@@ -26,7 +26,7 @@ from ringfence.messages.approval import ActionApproval, ActionRequest, Approval,
 from ringfence.messages.base import Claims, ExpiringClaims, Message
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
-from ringfence.messages.registry import AnyRecord, TaskAssign, TaskState
+from ringfence.messages.registry import AgentTransfer, AnyRecord, TaskAssign, TaskState
 from ringfence.messages.trust import ServiceRole
 from ringfence.model.chains import BY_AGENTS, COMMAND_OF_TYP, ChainError
 from ringfence.model.directory import Directory
@@ -163,7 +163,9 @@ class Believer:
         signed = self._open(jws, model, find, at_ms)
         consent_by: str | None = None
         claims = signed.claims
-        if isinstance(claims, TaskAssign) and (claims.consent or claims.id_token):
+        if (isinstance(claims, TaskAssign) and (claims.consent or claims.id_token)) or (
+            isinstance(claims, AgentTransfer) and claims.consent
+        ):
             # Without a consent that holds it is its signer's command all the same; the registry refuses it.
             with contextlib.suppress(InvalidMessageError, ChainError):
                 consent_by = chains.authorise(jws, at_ms).consent_by

@@ -54,6 +54,8 @@ from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, Revocatio
 from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, ServiceEvent
 from ringfence.messages.registry import (
     AgentRecord,
+    AgentTransfer,
+    AgentTransferConsent,
     AnyRecord,
     TargetRecord,
     TaskAssign,
@@ -627,5 +629,7 @@ def _lacks_people(event: Event) -> bool:
 
 
 def _consent_in(claims: ExpiringClaims) -> str:
-    """By what the user consented whom a task is on behalf of."""
+    """By what the user consented whom a task is on behalf of, or to whom an agent is transferred."""
+    if isinstance(claims, AgentTransfer):
+        return AgentTransferConsent.typ
     return "id_token" if isinstance(claims, TaskAssign) and claims.id_token else "task.consent"

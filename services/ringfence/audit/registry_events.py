@@ -145,6 +145,9 @@ def commanded(
     words.setdefault("sponsor", sponsor)
     actor = user_of(claims.iss)
     message = f"{actor['name']} asked to {_VERBS[claims.typ].ask} {kind} {id}{_terms(claims)}"
+    if isinstance(claims, AgentTransfer):
+        words |= _consent_to(claims, consent_by)
+        message += _consent_in_words(claims, consent_by)
     own: dict[str, Any] = {
         "actor": {"user": actor},
         "entity": _entity(claims.aud, kind, id),
@@ -153,7 +156,8 @@ def commanded(
     if reason:
         own["comment"] = scrubbed(reason)
         message += f": {own['comment']}"
-    words |= {"command": claims.jti, "consent_by": consent_by, "verified": verified}
+    words.setdefault("consent_by", consent_by)
+    words |= {"command": claims.jti, "verified": verified}
     key = words.get("agent") or id
     correlation = _correlation(words, claims)
     return event(record, _COMMANDED[claims.typ], message, own, words, key=key, correlation=correlation)
@@ -182,6 +186,11 @@ def recorded(
     created = claims.revision == 1 and by.typ in _CREATED
     done = "created" if created else _VERBS[by.typ].done
     message = f"{kind} {id} was {done} by {actor['name']}{_standing(state, by)}"
+    if isinstance(by, AgentTransfer):
+        # The chain of the record holds, and so does the consent that it embeds.
+        consent_by = by.sponsor if by.consent else None
+        words |= _consent_to(by, consent_by)
+        message += _consent_in_words(by, consent_by)
     own: dict[str, Any] = {
         "actor": {"user": actor},
         "entity": _entity(claims.aud, kind, id),
@@ -355,6 +364,18 @@ def _terms(claims: ExpiringClaims) -> str:
             return ""
 
 
+def _consent_to(claims: AgentTransfer, consent_by: str | None) -> dict[str, Any]:
+    """Who agreed to answer for an agent: by a consent, or by signing its transfer themself; or that nobody did."""
+    themself = claims.iss == f"spiffe://{claims.aud}/user/{claims.sponsor}"
+    agreed = consent_by or (claims.sponsor if themself else None)
+    return {"consent_by": agreed} if agreed else {"without_consent": True}
+
+
+def _consent_in_words(claims: AgentTransfer, consent_by: str | None) -> str:
+    agreed = "consent_by" in _consent_to(claims, consent_by)
+    return ", who consented" if agreed else ", without their consent"
+
+
 def _standing(state: AnyState, by: ExpiringClaims) -> str:
     if isinstance(by, TaskDelegate) and isinstance(state, TaskState):
         return f"{_terms(by)} (on behalf of {state.on_behalf_of})"
@@ -405,6 +426,7 @@ def _data(state: AnyState) -> dict[str, Any]:
         case AgentState():
             return {
                 "sponsor": state.sponsor,
+                **({"without_consent": True} if state.without_consent else {}),
                 "description": scrubbed(state.description),
                 "keys": _keys(state.keys),
                 "replaced": list(state.replaced),

@@ -16,15 +16,14 @@ from ringfence.backends.postgres import PostgresBackend
 from ringfence.backends.redis import RedisBackend
 from ringfence.backends.secret_sources import AccessError, SecretSource
 from ringfence.backends.ssh import SshBackend
-from ringfence.backends.token_keys import TokenAlgorithm, TokenKey, TokenKeyError, TokenKeys
+from ringfence.backends.token_keys import TokenKey, TokenKeyError, TokenKeys
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
+from ringfence.model.target_settings import ENTRY_POINTS, TokenAlgorithm
 
 log = logging.getLogger(__name__)
 
-ENTRY_POINTS = "ringfence.backends"
-"""The entry point group by which other packages bring backends: each is called with the `Material`."""
 Revocability = Literal["instant", "session", "ttl"]
 """How far a credential can be recalled before its end. `instant`: the target asks introspection, or only the gateway
 can use it. `session`: live sessions are ended too. `ttl`: not at all."""

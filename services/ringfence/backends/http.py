@@ -10,55 +10,20 @@ import base64
 import logging
 import re
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Final, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import ClassVar, Final, Literal
 
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.errors import TargetRefusedError
 from ringfence.backends.secret_sources import AccessError
-from ringfence.backends.settings import TargetSettings, TargetSettingsError, TargetUrl, settings_of
+from ringfence.backends.settings import TargetSettingsError, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
+from ringfence.model.target_settings import HttpSettings
 
 log = logging.getLogger(__name__)
 
-_TOKEN: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}"  # noqa: S105 - the token of RFC 9110, 5.6.2
-_NOT_OURS: Final = frozenset({
-    "host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "keep-alive", "expect",
-    "proxy-authorization", "proxy-connection",
-})  # fmt: skip
-"""Headers that say where a request ends or goes: a secret has no place in them."""
 _SENDABLE: Final = re.compile(r"[!-~]([ -~]*[!-~])?")
-
-
-class HttpSettings(TargetSettings):
-    """How the target takes its secret."""
-
-    url: TargetUrl
-    auth: Literal["bearer", "basic", "header"] = "bearer"
-    """`bearer`: `Authorization: Bearer SECRET`. `basic`: `username` and the secret as the password. `header`: the
-    secret in a header of its own."""
-    header: Annotated[str, Field(pattern=f"^{_TOKEN}$")] | None = None
-    """The name of that header, e.g. `X-Api-Key`."""
-    scheme: Annotated[str, Field(pattern=f"^{_TOKEN}$")] | None = None
-    """What stands before the secret: `Bearer` with `bearer`, nothing with `header`, if not given."""
-    username: (
-        Annotated[str, Field(pattern=r"^[^:\x00-\x1f\x7f]{1,256}$", coerce_numbers_to_str=True)] | None
-    ) = None
-
-    @model_validator(mode="after")
-    def _belong_together(self) -> Self:
-        if (self.auth == "header") != (self.header is not None):
-            raise ValueError("header goes with auth = header, which needs it")
-        if (self.auth == "basic") != (self.username is not None):
-            raise ValueError("username goes with auth = basic, which needs it")
-        if self.auth == "basic" and self.scheme is not None:
-            raise ValueError("basic has no scheme but its own")
-        if self.header is not None and self.header.lower() in _NOT_OURS:
-            raise ValueError("this header says where a request goes or ends; no secret belongs there")
-        return self
 
 
 class HttpBackend:

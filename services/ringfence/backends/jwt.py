@@ -5,26 +5,16 @@ from __future__ import annotations
 import logging
 from typing import Any, ClassVar, Literal
 
-from ringfence.backends.settings import TargetSettings, TargetSettingsError, TargetUrl, settings_of
-from ringfence.backends.token_keys import TokenAlgorithm, TokenKeyError, TokenKeys
+from ringfence.backends.settings import TargetSettingsError, settings_of
+from ringfence.backends.token_keys import TokenKeyError, TokenKeys
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import PERMISSION_TYPE
 from ringfence.messages.registry import TargetState
 from ringfence.model.identity import spiffe_id
+from ringfence.model.target_settings import JwtSettings
 
 log = logging.getLogger(__name__)
-
-
-class JwtSettings(TargetSettings):
-    """What the record of a target can say about its tokens, besides their audience."""
-
-    url: TargetUrl | None = None
-    """Where the gateway sends requests to, where agents go by way of it."""
-    dpop: Literal["off", "required"] = "off"
-    """`required`: tokens are bound to the agent's key, and good only with a proof of it (RFC 9449)."""
-    alg: TokenAlgorithm = "ES256"
-    """What they are signed with: `RS256` for a target that verifies nothing else."""
 
 
 class JwtBackend:

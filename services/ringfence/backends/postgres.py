@@ -19,43 +19,25 @@ import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, ClassVar, Final, Literal
+from typing import ClassVar, Final, Literal
 from urllib.parse import quote
 from uuid import UUID
-
-from pydantic import Field
 
 from ringfence.backends import postgres_queries as queries
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.errors import InexactError, TargetRefusedError
 from ringfence.backends.postgres_rights import Column, Plan, Relation, Right, grants, plan, quoted, rights
-from ringfence.backends.postgres_server import Connection, Server, SslMode
+from ringfence.backends.postgres_server import Connection, Server
 from ringfence.backends.scram import verifier
 from ringfence.backends.secret_sources import AccessError
 from ringfence.backends.servers import Servers
-from ringfence.backends.settings import TargetSettings, not_set_up, settings_of
+from ringfence.backends.settings import not_set_up, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
+from ringfence.model.target_settings import Owned, PostgresSettings, SslMode
 
 log = logging.getLogger(__name__)
-
-Owned = Literal["drop", "keep"]
-
-
-class PostgresSettings(TargetSettings):
-    """What a target of this kind may say in its record."""
-
-    sslmode: SslMode | None = None
-    """What agents are told to insist on; what Ringfence itself does, if not given."""
-    connection_limit: Annotated[int, Field(ge=1, le=100)] = 4
-    """How many sessions a credential may have at once."""
-    statement_timeout_s: Annotated[int, Field(ge=1, le=86_400)] = 60
-    """How long a statement may take, as long as the agent does not set it otherwise."""
-    owned: Owned = "drop"
-    """What becomes of what the lease's role made: it goes with the role, or Ringfence's own role keeps it."""
-    public: Literal["refuse", "accept"] = "refuse"
-    """What to do where PUBLIC may more than the lease: refuse, or accept that every role may that."""
 
 
 _NAME: Final = re.compile(r"ringfence_[0-9a-f]{10}_[0-9a-f]{32}_[0-9a-f]{6}_[dk]")

@@ -12,12 +12,11 @@ import asyncpg
 
 from ringfence.backends.errors import TargetError, TargetRefusedError
 from ringfence.backends.secret_sources import AccessError
+from ringfence.model.target_settings import SslMode
 
 T = TypeVar("T")
 Connection = Any
 """An asyncpg connection. The package has no types of its own."""
-SslMode = Literal["disable", "prefer", "require", "verify-ca", "verify-full"]
-
 _MODES: Final[tuple[SslMode, ...]] = ("disable", "prefer", "require", "verify-ca", "verify-full")
 _PARAMETERS: Final = frozenset({"sslmode", "sslrootcert", "host"})
 _CONNECT_S: Final = 3.0

@@ -33,12 +33,13 @@ from ringfence.backends.access import TargetAccess
 from ringfence.backends.errors import InexactError, TargetError, TargetRefusedError
 from ringfence.backends.secret_sources import AccessError
 from ringfence.backends.servers import Servers
-from ringfence.backends.settings import TargetSettings, not_set_up, settings_of
+from ringfence.backends.settings import not_set_up, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TargetState
 from ringfence.model.globs import ScopeError, parse_glob
+from ringfence.model.target_settings import TargetSettings
 
 
 def _words(text: str) -> frozenset[str]:

@@ -11,35 +11,22 @@ with the same serial: both stay good, and both end with the lease.
 
 from __future__ import annotations
 
-import ipaddress
 import json
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import AfterValidator
 
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.errors import InexactError, TargetRefusedError
 from ringfence.backends.servers import Servers
-from ringfence.backends.settings import TargetSettings, not_set_up, settings_of
+from ringfence.backends.settings import not_set_up, settings_of
 from ringfence.backends.ssh_certificates import for_lease, private_text
 from ringfence.backends.ssh_rights import allowed, plan
 from ringfence.backends.ssh_server import Server
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
-
-
-def _networks(text: str) -> str:
-    # What the server cannot read it may take for anything: strict, and written the one way.
-    return ",".join(str(ipaddress.ip_network(part.strip())) for part in text.split(","))
-
-
-class SshSettings(TargetSettings):
-    """What a target of this kind may say in its record."""
-
-    source_address: Annotated[str, AfterValidator(_networks)] | None = None
-    """The networks, in CIDR notation with commas, from which a certificate is good; from anywhere, if not given."""
+from ringfence.model.target_settings import SshSettings
 
 
 class SshBackend:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, get_args
+from typing import Any, Final, Protocol, get_args
 
 import orjson
 from cryptography.exceptions import InvalidSignature
@@ -20,11 +20,10 @@ from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.jws import parse
 from ringfence.kernel.keys import SigningKey, b64encode, public_key
 from ringfence.kernel.places import PlaceError, read_place
+from ringfence.model.target_settings import TokenAlgorithm
 
 TOKEN_TYPE: Final = "at+jwt"  # noqa: S105 - a media type
 """The `typ` of an access token (RFC 9068, 2.1)."""
-TokenAlgorithm = Literal["ES256", "RS256"]
-"""What tokens are signed with. ES256, but for targets that verify nothing else than RS256."""
 SMALLEST_RSA_BITS: Final = 2048
 """RFC 7518, 3.3."""
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ringfence.cli.attestation import SelectorOption, parse_selectors, set_attestation
+from ringfence.cli.changes import Replacement, check_unchanged, parse_scope_options
 from ringfence.cli.ids import a_name
 from ringfence.cli.options import (
+    AddOption,
     AllowOption,
+    AnywayOption,
     IdentityOption,
     JsonOption,
     KeyDaysOption,
     NewKeyOption,
     PublicKeyOption,
     ReasonOption,
+    RemoveOption,
     YesOption,
     confirm,
     duration_s,
@@ -27,17 +32,22 @@ from ringfence.cli.options import (
     settings,
     wants_json,
 )
-from ringfence.cli.outcome import print_accepted, warn_of_unknown
-from ringfence.cli.output import note, print_json
+from ringfence.cli.outcome import print_accepted, refuse_unknown
+from ringfence.cli.output import note, print_json, span
 from ringfence.cli.records import list_records, print_record
-from ringfence.cli.scopes import parse_scope
+from ringfence.cli.scopes import parse_scope, show_scope
 from ringfence.cli.usage import print_usage, set_ceiling_command
 from ringfence.client.administrator import Administrator
 from ringfence.client.api import ReadApi
-from ringfence.client.errors import ApiError
+from ringfence.client.ending_leases import Loss
+from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.outcomes import Accepted
+from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.jws import parse
 from ringfence.messages.keys import KeyRecord
+from ringfence.messages.registry import AgentState, AgentTransferConsent
 from ringfence.model.identity import spiffe_id
+from ringfence.model.scope import missing
 
 app = typer.Typer(
     help="Agents: register, ceiling, sponsor, keys, suspend, decommission.", no_args_is_help=True
@@ -71,6 +81,7 @@ def register(
     inactive: Annotated[
         bool, typer.Option("--inactive", help="Issue nothing before its sponsor has activated it.")
     ] = False,
+    anyway: AnywayOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Register an agent. `--allow` is its ceiling, the most it may ever hold.
@@ -91,7 +102,7 @@ def register(
 
     async def work() -> Accepted:
         async with Administrator.connect(identity(me)) as administrator:
-            await warn_of_unknown(administrator, ceiling)
+            await refuse_unknown(administrator, ceiling, anyway)
             return await administrator.register_agent(
                 agent,
                 description=description,
@@ -127,38 +138,131 @@ def set_ceiling(
     agent: AgentArgument,
     allow: AllowOption = None,
     allow_nothing: Annotated[bool, typer.Option("--allow-nothing", help="An empty ceiling.")] = False,
+    add: AddOption = None,
+    remove: RemoveOption = None,
+    anyway: AnywayOption = False,
+    yes: YesOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Replace the most the agent may ever hold; leases that no longer fit end. As its sponsor or an operator."""
-    if bool(allow) == allow_nothing:
+    """Set the most the agent may ever hold; leases that no longer fit end. As its sponsor or an operator.
+
+    --allow says the whole ceiling and replaces what was; --add and --remove change parts of it. First shows what is
+    taken away and which leases end, and asks.
+    """
+    options = parse_scope_options(allow, allow_nothing, add, remove)
+    if not options:
         raise typer.BadParameter(
-            "say the whole new ceiling with --allow, or --allow-nothing", param_hint="--allow"
+            "say the whole new ceiling with --allow, or --allow-nothing; or what changes of it with --add and --remove",
+            param_hint="--allow",
         )
-    ceiling = parse_scope(allow, may_be_empty=True)
 
-    async def work() -> Accepted:
+    async def work() -> tuple[Accepted, dict[str, Any]]:
         async with Administrator.connect(identity(me)) as administrator:
-            await warn_of_unknown(administrator, ceiling)
-            return await administrator.set_ceiling(agent, ceiling)
+            entry = (await administrator.directory()).agent(agent)
+            if entry is None:
+                raise InvalidCallError(f"there is no agent {agent}; see: ringfence agent list")
+            held = entry.state.ceiling
+            await refuse_unknown(administrator, options.named, anyway, held)
+            ceiling = options.applied(held)
+            said: dict[str, Any] = {}
+            if ceiling != held and (options.whole is not None or options.remove):
+                replacement = Replacement(f"ceiling of {agent}")
+                replacement.scope("allowed", held, ceiling)
+                if missing(held, ceiling):
+                    replacement.losses.append(Loss(agent=agent, fits=ceiling))
+                question = f"Set the ceiling of {agent} so?"
+                said = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+                await check_unchanged(administrator, "agent", agent, entry)
+            return await administrator.set_ceiling(agent, ceiling), said
 
-    print_accepted(run(work()), f"ceiling of {agent} set", wants_json(as_json))
+    accepted, said = run(work())
+    print_accepted(accepted, f"ceiling of {agent} set", wants_json(as_json), said)
 
 
 @app.command()
 def transfer(
     agent: AgentArgument,
-    to: Annotated[str, typer.Option("--to", metavar="USER", callback=a_name, help="The new sponsor.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", metavar="USER", callback=a_name, help="The new sponsor. With --consent, who signed it."
+        ),
+    ] = None,
+    consent: Annotated[
+        Path | None,
+        typer.Option(
+            "--consent",
+            metavar="FILE",
+            help="The new sponsor's consent (ringfence agent consent-transfer); - reads it from stdin.",
+        ),
+    ] = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make another sponsor accountable. As the present sponsor or an operator."""
+    """Make another sponsor accountable. As the present sponsor, with the new one's consent; or as an operator.
 
-    async def work() -> Accepted:
+    An operator can do without the consent: then the agent's record and the trail say so.
+    """
+    if not (to or consent):
+        raise typer.BadParameter(
+            "name the new sponsor, or give their consent with --consent", param_hint="--to"
+        )
+    signed, by = _read_transfer_consent(consent, agent) if consent else (None, None)
+    if signed and to and by != to:
+        raise InvalidCallError(f"the consent is {by}'s, not {to}'s")
+    sponsor = by or to or ""
+
+    async def work() -> tuple[Accepted, bool]:
         async with Administrator.connect(identity(me)) as administrator:
-            return await administrator.transfer_agent(agent, sponsor=to)
+            unasked = signed is None and sponsor != administrator.id and await _is_operator(administrator)
+            accepted = await administrator.transfer_agent(
+                agent, sponsor=sponsor, consent=signed, without_consent=unasked
+            )
+            return accepted, unasked
 
-    print_accepted(run(work()), f"{to} is accountable for {agent}", wants_json(as_json))
+    accepted, unasked = run(work())
+    said = {"sponsor": sponsor, "without_consent": unasked}
+    print_accepted(accepted, f"{sponsor} is accountable for {agent}", wants_json(as_json), said)
+    if unasked:
+        note(
+            f"{sponsor} did not consent; the record of {agent} and the trail say so. {sponsor} takes it on with: "
+            f"ringfence agent transfer {agent} --to {sponsor}",
+            "yellow",
+        )
+
+
+@app.command(name="consent-transfer")
+def consent_transfer(
+    agent: AgentArgument,
+    valid: Annotated[
+        str, typer.Option("--valid", metavar="DURATION", help="Until when it may be used, 24h at most.")
+    ] = "1h",
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Consent to answer for an agent as it is now; prints the consent, for its present sponsor. As the new sponsor.
+
+    It counts once. It counts no more after any change of the agent: the present sponsor cannot widen what you saw.
+    """
+    life_s = duration_s(valid)
+
+    async def work() -> tuple[str, AgentState]:
+        async with Administrator.connect(identity(me)) as administrator:
+            signed = await administrator.consent_to_transfer(agent, life_s=life_s)
+            entry = (await administrator.directory()).agent(agent)
+            assert entry is not None
+            return signed, entry.state
+
+    signed, state = run(work())
+    if wants_json(as_json):
+        print_json({"consent": signed, "agent_id": agent, "from_sponsor": state.sponsor, "valid_s": life_s})
+        return
+    note(f"You agree to answer for agent {agent}, which is {state.sponsor}'s now:", "bold")
+    note(f"for: {state.description}\nstatus: {state.status}\nceiling:\n{show_scope(state.ceiling)}")
+    command = f"ringfence agent transfer {agent} --consent -"
+    note(f"It counts once, within {span(life_s)}. {state.sponsor} uses it with: {command}")
+    typer.echo(signed)
 
 
 @app.command(name="rotate-key")
@@ -292,6 +396,30 @@ def show(agent: AgentArgument, me: IdentityOption = None, as_json: JsonOption = 
             print_usage(usage, command)
     if gap:
         note(f"incomplete: what it used is not known: {gap}", "yellow")
+
+
+def _read_transfer_consent(file: Path, agent: str) -> tuple[str, str]:
+    """The text of a consent, and whose it says it is. Unverified: the registry verifies it, nothing is decided here."""
+    try:
+        text = (sys.stdin.read() if str(file) == "-" else file.read_text()).strip()
+        claims = parse(text).unverified_claims(AgentTransferConsent)
+    except OSError as error:
+        raise InvalidCallError(f"cannot read the consent {file}: {error.strerror}") from None
+    except (UnicodeDecodeError, InvalidMessageError):
+        raise InvalidCallError(
+            f"{file} holds no consent to a transfer; the new sponsor makes one with: ringfence agent consent-transfer "
+            f"{agent}"
+        ) from None
+    if claims.agent_id != agent:
+        raise InvalidCallError(f"the consent is for agent {claims.agent_id}, not {agent}")
+    return text, claims.iss.rpartition("/")[2]
+
+
+async def _is_operator(administrator: Administrator) -> bool:
+    if administrator.is_root:
+        return True
+    entry = (await administrator.directory()).user(administrator.id)
+    return entry is not None and entry.state.status == "active" and "operator" in entry.state.roles
 
 
 def _one_key(

@@ -10,13 +10,25 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from ringfence.cli.changes import Replacement, check_unchanged
 from ringfence.cli.ids import a_name
-from ringfence.cli.options import IdentityOption, JsonOption, duration_s, identity, run, wants_json
+from ringfence.cli.options import (
+    IdentityOption,
+    JsonOption,
+    YesOption,
+    duration_s,
+    identity,
+    run,
+    wants_json,
+)
 from ringfence.cli.outcome import print_accepted
 from ringfence.client.administrator import Administrator
+from ringfence.client.ending_leases import Loss
+from ringfence.client.errors import InvalidCallError
 from ringfence.client.outcomes import Accepted
 from ringfence.kernel.jws import explain
 from ringfence.messages.instances import AttestationSelector
+from ringfence.model.attestation import selector_id
 from ringfence.model.unknown_fields import names_of, told, unknown_fields
 
 SelectorOption = Annotated[
@@ -34,22 +46,41 @@ def set_attestation(
     agent: Annotated[str, typer.Argument(metavar="AGENT", callback=a_name, help="The agent's id.")],
     selector: SelectorOption = None,
     none: Annotated[bool, typer.Option("--none", help="No instance may enrol any more.")] = False,
+    yes: YesOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say which running instances of an agent may enrol a key of their own. As its sponsor or an operator.
 
-    What is said replaces what was; instances that enrolled by what is gone get nothing new.
+    What is said replaces what was. First shows which selectors that takes away, and asks: leases of instances that
+    enrolled by one of those end, and they get nothing new.
     """
     if bool(selector) == none:
         raise typer.BadParameter("say all of them with --selector, or --none", param_hint="--selector")
     selectors = parse_selectors(selector)
 
-    async def work() -> Accepted:
+    async def work() -> tuple[Accepted, dict[str, Any]]:
         async with Administrator.connect(identity(me)) as administrator:
-            return await administrator.set_attestation(agent, selectors)
+            entry = (await administrator.directory()).agent(agent)
+            if entry is None:
+                raise InvalidCallError(f"there is no agent {agent}; see: ringfence agent list")
+            said: dict[str, Any] = {}
+            kept = {selector_id(one) for one in selectors}
+            if gone := {selector_id(one) for one in entry.state.attestation} - kept:
+                replacement = Replacement(f"selectors of {agent}")
+                replacement.values(
+                    "selectors",
+                    map(show_selector, entry.state.attestation),
+                    map(show_selector, selectors),
+                )
+                replacement.losses.append(Loss(agent=agent, selectors=frozenset(gone)))
+                question = f"Set the selectors of {agent} so?"
+                said = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+                await check_unchanged(administrator, "agent", agent, entry)
+            return await administrator.set_attestation(agent, selectors), said
 
-    print_accepted(run(work()), f"{len(selectors)} selectors of {agent} set", wants_json(as_json))
+    accepted, said = run(work())
+    print_accepted(accepted, f"{len(selectors)} selectors of {agent} set", wants_json(as_json), said)
 
 
 def parse_selectors(given: list[str] | None) -> tuple[AttestationSelector, ...]:

@@ -5,6 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ringfence.kernel.errors import RingfenceError
+
+
+class WrongUseError(RingfenceError):
+    """A command line that cannot be carried out as it stands, which shows only after the options were read: exit 2."""
+
+    code = "wrong_use"
+
 
 @dataclass(slots=True)
 class _Said:

@@ -225,6 +225,9 @@ def _run(words: list[str]) -> int:
         typer.main.get_command(app).main(args=words, prog_name="ringfence")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 0
+    except context.WrongUseError as error:
+        _say(f"error: {error}")
+        return 2
     except RingfenceError as error:
         _say(f"error: {error}")
         return 1

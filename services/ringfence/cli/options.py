@@ -48,6 +48,25 @@ AllowOption = Annotated[
         help=f"{SYNTAX}, a JSON object, or @FILE with a JSON list. Repeatable.",
     ),
 ]
+AddOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--add", metavar="PERMISSION", help="Allow this as well, and keep what is allowed. Repeatable."
+    ),
+]
+RemoveOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--remove",
+        metavar="PERMISSION",
+        help="Take this away, and keep the rest: of each verb that is named, every resource within a named one. "
+        "Repeatable.",
+    ),
+]
+AnywayOption = Annotated[
+    bool,
+    typer.Option("--anyway", help="Also where it names a target or verb that is not there (yet)."),
+]
 AttestOption = Annotated[
     str | None,
     typer.Option(
@@ -137,11 +156,11 @@ def moment_s(text: str) -> int:
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask a person to say yes. Raises RingfenceError where they do not, or where there is nobody to ask."""
+    """Ask a person to say yes. Raises RingfenceError where they do not, WrongUseError where there is nobody to ask."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise RingfenceError(f"{question} Nobody is there to answer: add --yes to do it")
+        raise context.WrongUseError(f"{question} Nobody is there to answer: add --yes to do it")
     if not typer.confirm(visible_lines(question), err=True):
         raise RingfenceError("nothing was done")
 
@@ -179,7 +198,7 @@ def kept_if_accepted(made: Path | None) -> Iterator[None]:
         yield
     except NotAnsweredError:
         raise
-    except RingfenceError:
+    except (RingfenceError, typer.Abort):
         if made is not None:
             made.unlink(missing_ok=True)
         raise

@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from ringfence.cli.output import note, print_json, say
 from ringfence.client.administrator import Administrator
+from ringfence.client.errors import InvalidCallError
 from ringfence.client.outcomes import Accepted
 from ringfence.messages.permission import Permission
 
 
-async def warn_of_unknown(administrator: Administrator, scope: Sequence[Permission]) -> None:
-    """Say what a ceiling or an entitlement names that is not there: perhaps it is still to come, perhaps misspelt."""
-    for says in await administrator.unknown_names(scope):
+async def refuse_unknown(
+    administrator: Administrator,
+    scope: Sequence[Permission],
+    anyway: bool = False,
+    held: Sequence[Permission] = (),
+) -> None:
+    """Refuse a scope that names targets or verbs that are not there; with `anyway` only warn of them.
+
+    `held`: what was allowed before, of which nothing is said again. Raises InvalidCallError.
+    """
+    known = {(one.target, verb) for one in held for verb in one.verbs}
+    new = [
+        one.model_copy(update={"verbs": verbs})
+        for one in scope
+        if (verbs := tuple(verb for verb in one.verbs if (one.target, verb) not in known))
+    ]
+    found = await administrator.unknown_names(new)
+    if found and not anyway:
+        raise InvalidCallError(
+            f"{'; '.join(found)}. Correct it, have an operator add it first (ringfence target add), or add --anyway"
+        )
+    for says in found:
         note(f"warning: {says}; that part allows nothing until an operator adds it", "yellow")
 
 
-def print_accepted(accepted: Accepted, sentence: str, as_json: bool, **more: str) -> None:
-    """Say that a command was accepted, and what came of it."""
+def print_accepted(
+    accepted: Accepted,
+    sentence: str,
+    as_json: bool,
+    document: Mapping[str, Any] = MappingProxyType({}),
+    /,
+    **more: str,
+) -> None:
+    """Say that a command was accepted, and what came of it. `document`: what only --json has beside it."""
     if as_json:
         print_json(
             {
@@ -25,6 +54,7 @@ def print_accepted(accepted: Accepted, sentence: str, as_json: bool, **more: str
                 "command_id": accepted.command_id,
                 "result": accepted.result,
                 "at_ms": accepted.at_ms,
+                **document,
                 **more,
             }
         )

@@ -9,14 +9,18 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from ringfence.cli.changes import Replacement, check_unchanged
 from ringfence.cli.ids import a_name
 from ringfence.cli.options import (
+    AnywayOption,
     IdentityOption,
     JsonOption,
     KeyDaysOption,
     NewKeyOption,
     PublicKeyOption,
     ReasonOption,
+    YesOption,
+    confirm,
     identity,
     kept_if_accepted,
     key_records,
@@ -24,7 +28,7 @@ from ringfence.cli.options import (
     settings,
     wants_json,
 )
-from ringfence.cli.outcome import print_accepted, warn_of_unknown
+from ringfence.cli.outcome import print_accepted, refuse_unknown
 from ringfence.cli.output import note, print_json, print_table
 from ringfence.cli.scopes import parse_permission, show_permission
 from ringfence.cli.yaml_files import YamlFile
@@ -32,6 +36,7 @@ from ringfence.client.administrator import Administrator
 from ringfence.client.api import ReadApi
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.outcomes import Accepted
+from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import Delegation, GroupDelegation, Role, UserState
 from ringfence.model.identity import spiffe_id
@@ -55,33 +60,71 @@ def change(
     public_key: PublicKeyOption = None,
     new_key: NewKeyOption = None,
     key_days: KeyDaysOption = 365,
+    anyway: AnywayOption = False,
+    yes: YesOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a provisioner, or delegate something else to it: the file holds all of it. A new key ends the old ones.
 
-    As an operator.
+    Of a provisioner that there is, first shows what changes, and asks. As an operator.
     """
     delegation = read_delegation(file)
     keys = key_records(public_key, new_key, spiffe_id(settings().trust_domain, "user", provisioner), key_days)
 
-    async def work() -> Accepted:
+    async def work() -> tuple[Accepted, dict[str, Any]]:
         async with Administrator.connect(identity(me)) as administrator:
             entry = (await administrator.directory()).user(provisioner)
             if entry is None and not keys:
                 raise InvalidCallError("a new provisioner needs a key: --new-key FILE, or --public-key FILE")
             now_s = administrator.connection.clock.now_ms() / 1000
             kept = [key for key in entry.state.keys if key.not_after > now_s] if entry else []
-            await warn_of_unknown(administrator, [one for group in delegation.groups for one in group.scope])
+            before = entry.state.delegation if entry else None
+            held = [one for group in before.groups for one in group.scope] if before else []
+            given = [one for group in delegation.groups for one in group.scope]
+            await refuse_unknown(administrator, given, anyway, held)
+            said: dict[str, Any] = {}
+            if entry is not None and before is not None:
+                shown = _replacement(provisioner, before, delegation, kept, keys)
+                if entry.state.status == "disabled":
+                    shown.warnings.append(f"{provisioner} is disabled: this makes it active again")
+                if shown.lines or shown.warnings:
+                    question = f"Set provisioner {provisioner} so?"
+                    said = await shown.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+                    await check_unchanged(administrator, "user", provisioner, entry)
             called = name or (entry.state.name if entry else provisioner)
-            return await administrator.set_provisioner(
+            accepted = await administrator.set_provisioner(
                 provisioner, name=called, keys=keys or kept, delegation=delegation
             )
+            return accepted, said
 
     with kept_if_accepted(new_key):
-        accepted = run(work())
+        accepted, said = run(work())
     made = {"key_file": str(new_key)} if new_key else {}
-    print_accepted(accepted, f"provisioner {provisioner} set", wants_json(as_json), **made)
+    print_accepted(accepted, f"provisioner {provisioner} set", wants_json(as_json), said, **made)
+
+
+def _replacement(
+    provisioner: str,
+    before: Delegation,
+    after: Delegation,
+    kept: Sequence[KeyRecord],
+    keys: Sequence[KeyRecord],
+) -> Replacement:
+    shown = Replacement(f"provisioner {provisioner}")
+    if before.source != after.source:
+        shown.values("source", [before.source], [after.source])
+    old, new = ({one.group: one for one in delegation.groups} for delegation in (before, after))
+    for group in sorted(old.keys() | new.keys()):
+        if old.get(group) != new.get(group):
+            shown.values(f"group {group}", _gives(old.get(group)), _gives(new.get(group)))
+    if keys and (ended := [key.kid for key in kept if key.kid not in {one.kid for one in keys}]):
+        shown.values("keys", ended, [key.kid for key in keys])
+    return shown
+
+
+def _gives(group: GroupDelegation | None) -> list[str]:
+    return [*group.roles, *map(show_permission, group.scope)] if group else []
 
 
 @app.command(name="list")
@@ -106,10 +149,7 @@ def list_provisioners(me: IdentityOption = None, as_json: JsonOption = False) ->
 
 def _row(state: UserState) -> Sequence[str]:
     assert state.delegation is not None
-    groups = [
-        f"{group.group}: {'; '.join([*group.roles, *map(show_permission, group.scope)]) or 'nothing'}"
-        for group in state.delegation.groups
-    ]
+    groups = [f"{group.group}: {'; '.join(_gives(group)) or 'nothing'}" for group in state.delegation.groups]
     return state.user_id, state.name, state.status, state.delegation.source, "\n".join(groups) or "none"
 
 
@@ -117,6 +157,7 @@ def _row(state: UserState) -> Sequence[str]:
 def disable(
     provisioner: ProvisionerArgument,
     reason: ReasonOption,
+    yes: YesOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -124,6 +165,7 @@ def disable(
 
     As an operator.
     """
+    confirm(f"Disable provisioner {provisioner}?", yes)
 
     async def work() -> Accepted:
         async with Administrator.connect(identity(me)) as administrator:

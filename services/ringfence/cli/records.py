@@ -13,6 +13,7 @@ from ringfence.cli.options import run
 from ringfence.cli.output import moment, print_fields, print_json, print_table, span, until
 from ringfence.cli.scopes import show_scope
 from ringfence.client.api import ReadApi
+from ringfence.kernel.secret_text import without_secrets
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import (
     AgentState,
@@ -129,21 +130,27 @@ def _agent_fields(agent: AgentState) -> dict[str, str]:
     return {
         "for": agent.description,
         "status": _status(agent),
-        "sponsor": agent.sponsor,
+        "sponsor": f"{agent.sponsor} (did not consent)" if agent.without_consent else agent.sponsor,
         "ceiling": show_scope(agent.ceiling),
         **({"instances": "; ".join(map(show_selector, agent.attestation))} if agent.attestation else {}),
         "keys": _keys(agent.keys, agent),
     }
 
 
-def _target_fields(target: TargetState) -> dict[str, str]:
+def target_fields(target: TargetState) -> dict[str, str]:
+    """Names and values of a target, for people. Empty values are those that it has not."""
     requests = [f"{r.method} {r.path} is {_does(r)}" for r in target.requests]
+    asks = [f"{v.verb} ({v.ask})" for v in target.verbs if v.ask]
+    settings = sorted((target.backend.model_extra or {}).items())
     return {
         "what it is": target.description,
         "status": target.status,
         "backend": target.backend.kind,
+        # No backend is told a secret, only where one is; but what a package's own backend is told nobody knows.
+        "settings": "\n".join(without_secrets(f"{name}={value}") for name, value in settings),
         "audience": target.backend.audience or "",
         "verbs": _verbs(target),
+        "each action waits": ", ".join(asks),
         "requests": "\n".join(requests),
         "longest life": f"{target.max_ttl_s} s",
         "keys": _keys(target.keys),
@@ -153,7 +160,22 @@ def _target_fields(target: TargetState) -> dict[str, str]:
 def _does(rule: RequestRule) -> str:
     if found := unknown_fields(rule):
         return f"denied, as {names_of(found)} is not known here"
-    return f"{rule.verb} on {rule.resource}"
+    return f"{rule.verb} on {rule.resource}{_conditions(rule)}"
+
+
+def _conditions(rule: RequestRule) -> str:
+    """What else a request must have, written as for `target add --request`."""
+    found = [
+        f"{where}:{name}={','.join(values)}"
+        for where, conditions in (("query", rule.query), ("body", rule.body))
+        for name, values in (conditions or {}).items()
+    ]
+    if rule.mcp is not None:
+        found.append(f"message:{rule.mcp.method}" + (f"={rule.mcp.name}" if rule.mcp.name else ""))
+        found += [
+            f"argument:{name}={','.join(values)}" for name, values in (rule.mcp.arguments or {}).items()
+        ]
+    return "".join(f" {condition}" for condition in found)
 
 
 def _task_fields(task: TaskState) -> dict[str, str]:
@@ -173,7 +195,7 @@ def _task_fields(task: TaskState) -> dict[str, str]:
 _FIELDS: Mapping[SubjectKind, Callable[[Any], dict[str, str]]] = {
     "user": _user_fields,
     "agent": _agent_fields,
-    "target": _target_fields,
+    "target": target_fields,
     "task": _task_fields,
 }
 

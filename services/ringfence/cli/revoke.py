@@ -32,10 +32,22 @@ def revoke(
         str | None, typer.Option("--lease", metavar="LEASE", callback=a_uuid, help="This one lease.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", metavar="TASK", callback=a_uuid, help="All leases of a task.")
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            callback=a_uuid,
+            help="All leases of a task. More can be asked for until: ringfence task end TASK.",
+        ),
     ] = None,
     agent: Annotated[
-        str | None, typer.Option("--agent", metavar="AGENT", callback=a_name, help="All of an agent.")
+        str | None,
+        typer.Option(
+            "--agent",
+            metavar="AGENT",
+            callback=a_name,
+            help="All of an agent. It may ask again until: ringfence agent suspend AGENT.",
+        ),
     ] = None,
     sponsor: Annotated[
         str | None, typer.Option("--sponsor", metavar="USER", callback=a_name, help="All of a sponsor.")
@@ -53,7 +65,9 @@ def revoke(
 ) -> None:
     """Revoke: name exactly one thing. Covers every lease whose request was made before.
 
-    As the agent's sponsor, or an operator. Nothing more is issued behind it, and the credentials are cut first.
+    As the agent's sponsor, or an operator. Nothing more is issued on those requests, and the credentials are cut first.
+    Agents may ask again at once, with new requests. What stops that is another command, which the answer names: agent
+    suspend, task end, target remove, user disable.
     """
     named = [
         value
@@ -83,6 +97,44 @@ def revoke(
 
     accepted = run(work())
     count = accepted.result or "?"
+    again, stop = _stop(lease, task, agent, sponsor, target, user)
     print_accepted(
-        accepted, f"revoked: {count} lease{'' if count == '1' else 's'} ended", wants_json(as_json)
+        accepted,
+        f"revoked: {count} lease{'' if count == '1' else 's'} ended; {again}. To stop that: {stop}",
+        wants_json(as_json),
+        {"may_ask_again": True, "stop_with": stop},
     )
+
+
+def _stop(
+    lease: str | None,
+    task: str | None,
+    agent: str | None,
+    sponsor: str | None,
+    target: str | None,
+    user: str | None,
+) -> tuple[str, str]:
+    """Who may ask again after such a revocation, and the command that stops them."""
+    if agent:
+        return f"agent {agent} may ask again", f"ringfence agent suspend {agent} --reason REASON"
+    if task:
+        return (
+            "the task goes on, and more may be asked for in it",
+            f"ringfence task end {task} --reason REASON",
+        )
+    if target:
+        return "agents may ask for it again", f"ringfence target remove {target} --reason REASON"
+    if user:
+        return f"more may be asked for on behalf of {user}", f"ringfence user disable {user} --reason REASON"
+    each = "ringfence agent suspend AGENT --reason REASON"
+    if sponsor:
+        return (
+            f"the agents of {sponsor} may ask again",
+            f"{each}, for each that `ringfence inventory --sponsor {sponsor}` lists",
+        )
+    if lease:
+        return (
+            "its agent may ask for another",
+            f"{each}, for the agent that `ringfence lease show {lease}` names",
+        )
+    return "every agent may ask again", f"{each}, for each that `ringfence inventory` lists"

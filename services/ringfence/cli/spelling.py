@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import re
@@ -11,6 +10,7 @@ from typing import Any
 
 from ringfence.kernel.config_file import CONFIG_FILE_ENV, read_config
 from ringfence.kernel.settings import RingfenceSettings
+from ringfence.kernel.text import did_you_mean
 
 _PREFIX = "RINGFENCE_"
 DECLARED_IN = (
@@ -77,5 +77,4 @@ def _flat(config: Mapping[str, Any], known: frozenset[str]) -> Iterator[tuple[st
 
 
 def _sentence(said: str, name: str, known: frozenset[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
-    return f"{said} is no setting, and counts for nothing" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{said} is no setting, and counts for nothing{did_you_mean(name, known, cutoff=0.8)}"

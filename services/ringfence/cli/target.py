@@ -6,11 +6,12 @@ import re
 import sys
 from collections.abc import Iterable
 from importlib.resources import files
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import ValidationError
 
+from ringfence.cli.changes import Replacement, check_unchanged
 from ringfence.cli.ids import a_target
 from ringfence.cli.options import (
     IdentityOption,
@@ -31,10 +32,11 @@ from ringfence.cli.options import (
 )
 from ringfence.cli.outcome import print_accepted
 from ringfence.cli.output import note
-from ringfence.cli.records import list_records, show_record
+from ringfence.cli.records import list_records, show_record, target_fields
 from ringfence.cli.target_templates import TEMPLATES, Template
 from ringfence.client.administrator import Administrator
 from ringfence.client.outcomes import Accepted
+from ringfence.client.target_backends import backend_problem
 from ringfence.kernel.jws import explain
 from ringfence.messages.registry import (
     ActionClass,
@@ -42,16 +44,16 @@ from ringfence.messages.registry import (
     BackendSettings,
     McpRule,
     RequestRule,
+    TargetState,
     VerbFloor,
 )
 from ringfence.model.identity import spiffe_id
 from ringfence.model.request_map import RequestMap, RequestMapError
+from ringfence.model.target_settings import DECLARED, REACHED
 
 app = typer.Typer(help="Systems that agents act on: verbs and approval floors.", no_args_is_help=True)
 
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", callback=a_target, help="The target's id.")]
-_REACHED = ("postgres", "redis", "ssh")
-"""The kinds of backends whose credentials tell agents where the target is."""
 _FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
 _CLASSES: tuple[ActionClass, ...] = get_args(ActionClass)
 _REQUEST = re.compile(
@@ -125,10 +127,23 @@ def add(
     public_key: PublicKeyOption = None,
     new_key: NewKeyOption = None,
     key_days: KeyDaysOption = 365,
+    anyway: Annotated[
+        bool,
+        typer.Option(
+            "--anyway",
+            help="Also with a backend that only the issuer has, by a package of its own; or without --address, where "
+            "agents reach it as Ringfence does.",
+        ),
+    ] = False,
+    yes: YesOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add a target, or replace it. Its key is what its resource server calls introspection with. As an operator."""
+    """Add a target, or replace it. Its key is what its resource server calls introspection with. As an operator.
+
+    What its backend would not understand is refused. Of a target that there is, first shows all that changes, and asks:
+    what is not said again is gone.
+    """
     id = spiffe_id(settings().trust_domain, "target", target)
     base = _template(template)
     verbs = _asking(_verbs(base, verb or ()), ask or ())
@@ -137,26 +152,46 @@ def add(
     kind = backend or (base.backend if base else "jwt")
     own = (dict(base.settings) if base and kind == base.backend else {}) | _settings(setting or ())
     own |= {} if address is None else {"address": address}
+    made_of = _backend(kind, audience, own)
+    _check_backend(made_of, anyway)
     max_ttl_s = duration_s(max_ttl)
     keys = key_records(public_key, new_key, id, key_days)
 
-    async def work() -> Accepted:
+    async def work() -> tuple[Accepted, dict[str, Any]]:
         async with Administrator.connect(identity(me)) as administrator:
-            return await administrator.set_target(
+            entry = (await administrator.directory()).target(target)
+            after = TargetState(
+                target_id=target,
+                description=description,
+                backend=made_of,
+                verbs=tuple(verbs),
+                requests=tuple(requests),
+                max_ttl_s=max_ttl_s,
+                keys=keys,
+                status="active",
+            )
+            said: dict[str, Any] = {}
+            if entry is not None and (shown := _replacement(entry.state, after)):
+                question = f"Replace target {target} so?"
+                said = await shown.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+                await check_unchanged(administrator, "target", target, entry)
+            accepted = await administrator.set_target(
                 target,
                 description=description,
                 verbs=verbs,
-                backend=_backend(kind, audience, own),
+                backend=made_of,
                 requests=requests,
                 max_ttl_s=max_ttl_s,
                 keys=keys,
+                anyway=anyway,
             )
+            return accepted, said
 
     with kept_if_accepted(new_key):
-        accepted = run(work())
+        accepted, said = run(work())
     made = {"key_file": str(new_key)} if new_key else {}
-    print_accepted(accepted, f"target {target} set", wants_json(as_json), **made)
-    if kind in _REACHED and "address" not in own:
+    print_accepted(accepted, f"target {target} set", wants_json(as_json), said, **made)
+    if kind in REACHED and "address" not in own:
         note(
             f"no --address: agents are told the one that Ringfence itself connects to, in RINGFENCE_BACKENDS_ACCESS of "
             f"issuer and revoker (docs/targets/{kind}.md); where they reach it elsewhere, add it again with --address "
@@ -309,3 +344,36 @@ def _backend(kind: str, audience: str | None, own: dict[str, str | int]) -> Back
         return BackendSettings.model_validate({"kind": kind, "audience": audience, **own})
     except ValidationError as error:
         raise typer.BadParameter(f"{kind!r}: {explain(error)}", param_hint="--backend") from None
+
+
+def _check_backend(backend: BackendSettings, anyway: bool) -> None:
+    """Raises typer.BadParameter where no issuer could make credentials by these settings."""
+    if wrong := backend_problem(backend, anyway=anyway):
+        hint = "--backend" if backend.kind not in DECLARED else "--setting"
+        raise typer.BadParameter(wrong, param_hint=hint)
+    if backend.kind in REACHED and "address" not in (backend.model_extra or {}) and not anyway:
+        raise typer.BadParameter(
+            f"say where agents reach it, as HOST:PORT; a credential of backend {backend.kind} tells them. Where they "
+            "reach it by the address that Ringfence itself connects to, add --anyway",
+            param_hint="--address",
+        )
+
+
+def _replacement(before: TargetState, after: TargetState) -> Replacement | None:
+    """What of a target changes; None where nothing does."""
+    shown = Replacement(f"target {after.target_id}")
+    old, new = target_fields(before), target_fields(after)
+    for name in old.keys() | new.keys():
+        if old.get(name, "") != new.get(name, ""):
+            shown.values(name, _lines(old.get(name, "")), _lines(new.get(name, "")))
+    if before.status == "removed":
+        shown.warnings.append(f"{after.target_id} was removed: this makes it active again")
+    elif gone := {one.verb for one in before.verbs} - {one.verb for one in after.verbs}:
+        shown.warnings.append(
+            f"it has no verb {', '.join(sorted(gone))} any more; what holds it keeps it until its lease ends"
+        )
+    return shown if shown.lines else None
+
+
+def _lines(text: str) -> list[str]:
+    return text.split("\n") if text else []

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
+from ringfence.cli.changes import Replacement, ScopeOptions, check_unchanged, parse_scope_options
 from ringfence.cli.ids import a_name
 from ringfence.cli.options import (
+    AddOption,
     AllowOption,
+    AnywayOption,
     IdentityOption,
     JsonOption,
     KeyDaysOption,
     NewKeyOption,
     PublicKeyOption,
     ReasonOption,
+    RemoveOption,
     YesOption,
-    confirm,
     identity,
     kept_if_accepted,
     key_records,
@@ -26,16 +30,19 @@ from ringfence.cli.options import (
     settings,
     wants_json,
 )
-from ringfence.cli.outcome import print_accepted, warn_of_unknown
+from ringfence.cli.outcome import print_accepted, refuse_unknown
 from ringfence.cli.records import list_records, show_record
-from ringfence.cli.scopes import parse_scope
+from ringfence.cli.scopes import parse_scope, show_scope
 from ringfence.client.administrator import Administrator
+from ringfence.client.ending_leases import Loss
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.outcomes import Accepted
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope
-from ringfence.messages.registry import Provisioning, Role, UserState
+from ringfence.messages.registry import AgentState, Provisioning, Role, UserState
+from ringfence.model.directory import Directory
 from ringfence.model.identity import spiffe_id
+from ringfence.model.scope import missing
 
 app = typer.Typer(help="People: roles, keys, entitlements.", no_args_is_help=True)
 
@@ -58,6 +65,7 @@ def add(
     public_key: PublicKeyOption = None,
     new_key: NewKeyOption = None,
     key_days: KeyDaysOption = 365,
+    anyway: AnywayOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -70,9 +78,9 @@ def add(
 
     async def work() -> Accepted:
         async with Administrator.connect(identity(me)) as administrator:
-            if not administrator.is_root and (await administrator.directory()).user(user) is not None:
+            if (await administrator.directory()).user(user) is not None:
                 raise InvalidCallError(f"user {user} exists; change them with: ringfence user set {user}")
-            await warn_of_unknown(administrator, scope)
+            await refuse_unknown(administrator, scope, anyway)
             return await administrator.set_user(
                 user, name=name, roles=roles, keys=keys, entitlements=scope, source=source
             )
@@ -92,6 +100,9 @@ def change(
     allow_nothing: Annotated[
         bool, typer.Option("--allow-nothing", help="Take all entitlements away.")
     ] = False,
+    add: AddOption = None,
+    remove: RemoveOption = None,
+    anyway: AnywayOption = False,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Confirm the entitlements as they are, as of now.")
     ] = False,
@@ -105,39 +116,50 @@ def change(
         bool,
         typer.Option("--take-over", help="Of a user from a directory: it does not change them any more."),
     ] = False,
+    yes: YesOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Change what is named and keep the rest. A new key ends the old ones. A disabled user is active again.
 
-    What is changed of a user from a directory is set again by it, but for their keys. As an operator; nobody widens
-    their own roles or entitlements.
+    --allow and --role say the whole and replace what was. First shows what is taken away and which leases end, and
+    asks. What is changed of a user from a directory is set again by it, but for their keys. As an operator; nobody
+    widens their own roles or entitlements.
     """
-    scope = parse_scope(allow, may_be_empty=True) if allow or allow_nothing else None
-    if (allow and allow_nothing) or (role and no_roles):
+    options = parse_scope_options(allow, allow_nothing, add, remove)
+    if role and no_roles:
         raise typer.BadParameter("an option and its opposite were given")
     keys = key_records(public_key, new_key, spiffe_id(settings().trust_domain, "user", user), key_days)
     roles = _roles(role) if role else () if no_roles else None
-    touched = bool(name or source or keys or refresh or take_over) or roles is not None or scope is not None
+    touched = bool(name or source or keys or refresh or take_over or options) or roles is not None
 
-    async def work() -> Accepted:
+    async def work() -> tuple[Accepted, dict[str, Any]]:
         async with Administrator.connect(identity(me)) as administrator:
             entry = (await administrator.directory()).user(user)
             if entry is None:
                 raise InvalidCallError(f"there is no user {user}; add them with: ringfence user add {user}")
-            if entry.state.status == "active" and not touched:
+            state = entry.state
+            if state.status == "active" and not touched:
                 raise InvalidCallError(f"nothing of {user} would change: name what, or --refresh")
-            await warn_of_unknown(administrator, scope or ())
-            return await administrator.set_user(
+            held = state.entitlements.scope
+            await refuse_unknown(administrator, options.named, anyway, held)
+            scope = options.applied(held) if options else None
+            said: dict[str, Any] = {}
+            replacement, question = _replacement(state, options, scope, roles, keys)
+            if question is not None:
+                said = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+                await check_unchanged(administrator, "user", user, entry)
+            accepted = await administrator.set_user(
                 user,
-                **_changed(entry.state, name, roles, scope, source, refresh),
-                keys=keys or _current(entry.state),
-                provisioned=None if take_over else _provisioning(entry.state),
+                **_changed(state, name, roles, scope, source, refresh),
+                keys=keys or _current(state),
+                provisioned=None if take_over else _provisioning(state),
             )
+            return accepted, said
 
     with kept_if_accepted(new_key):
-        accepted = run(work())
-    print_accepted(accepted, f"user {user} set", wants_json(as_json), **_made(new_key))
+        accepted, said = run(work())
+    print_accepted(accepted, f"user {user} set", wants_json(as_json), said, **_made(new_key))
 
 
 @app.command()
@@ -148,15 +170,28 @@ def disable(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a person act no more: what runs on their behalf ends, and their agents become orphans. As an operator."""
+    """Let a person act no more: what runs on their behalf ends, and their agents become orphans. As an operator.
 
-    async def work() -> Accepted:
+    First shows which agents and leases that is, and asks.
+    """
+
+    async def work() -> tuple[Accepted, dict[str, Any]]:
         async with Administrator.connect(identity(me)) as administrator:
+            directory = await administrator.directory()
+            if directory.user(user) is None:
+                raise InvalidCallError(f"there is no user {user}; see: ringfence user list")
+            gone = Replacement(f"user {user}", losses=[Loss(user=user), Loss(sponsor=user)])
+            orphans = _agents_of(directory, user)
+            gone.lines["agents that become orphans"] = ", ".join(orphans) or "none"
+            gone.document["orphans"] = orphans
+            question = f"Disable {user}?"
             if user == administrator.id:
-                confirm(f"You are {user}, and could not take it back yourself. Disable {user}?", yes)
-            return await administrator.disable_user(user, reason=reason)
+                question = f"You are {user}, and could not take it back yourself. {question}"
+            said = await gone.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+            return await administrator.disable_user(user, reason=reason), said
 
-    print_accepted(run(work()), f"user {user} disabled", wants_json(as_json))
+    accepted, said = run(work())
+    print_accepted(accepted, f"user {user} disabled", wants_json(as_json), said)
 
 
 @app.command()
@@ -213,6 +248,56 @@ def _roles(texts: list[str] | None) -> tuple[Role, ...]:
             )
         found.append(role)
     return tuple(dict.fromkeys(found))
+
+
+def _replacement(
+    state: UserState,
+    options: ScopeOptions,
+    scope: Scope | None,
+    roles: tuple[Role, ...] | None,
+    keys: Sequence[KeyRecord],
+) -> tuple[Replacement, str | None]:
+    """What changes, and what to ask before it does; None where nothing is taken away or replaced."""
+    user, held = state.user_id, state.entitlements.scope
+    shown = Replacement(f"user {user}")
+    asks = False
+    if scope is not None and scope != held:
+        shown.scope("entitled to", held, scope)
+        if missing(held, scope):
+            shown.losses.append(Loss(user=user, fits=scope))
+        asks = options.whole is not None or bool(options.remove)
+    if roles is not None and set(roles) != set(state.roles):
+        shown.values("roles", state.roles, roles)
+        asks = asks or bool(set(state.roles) - set(roles))
+        if "sponsor" in state.roles and "sponsor" not in roles:
+            shown.losses.append(Loss(sponsor=user))
+            shown.warnings.append(
+                f"without the role sponsor {user} answers for no agent: theirs become orphans"
+            )
+    new = {key.kid for key in keys}
+    if keys and (ended := [key.kid for key in _current(state) if key.kid not in new]):
+        shown.values("keys", ended, sorted(new))
+        shown.warnings.append("the keys before end now")
+        asks = True
+    if state.status == "disabled":
+        shown.warnings.append(
+            f"{user} is disabled: this makes them active again, with these roles and entitlements"
+        )
+        roles_after = state.roles if roles is None else roles
+        shown.lines.setdefault("roles", ", ".join(roles_after) or "none")
+        shown.lines.setdefault("entitled to", show_scope(held if scope is None else scope))
+        return shown, f"Set user {user}, and make them active again?"
+    return shown, f"Change user {user} so?" if asks else None
+
+
+def _agents_of(directory: Directory, user: str) -> list[str]:
+    return [
+        entry.state.agent_id
+        for entry in directory.entries("agent")
+        if isinstance(entry.state, AgentState)
+        and entry.state.sponsor == user
+        and entry.state.status != "decommissioned"
+    ]
 
 
 def _changed(

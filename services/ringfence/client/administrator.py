@@ -9,6 +9,7 @@ from ringfence.client.errors import IdentityError, InvalidCallError, checked, re
 from ringfence.client.outcomes import MEANWHILE, Accepted
 from ringfence.client.preview import Preview, preview, unknown_names
 from ringfence.client.signatory import COMMAND_LIFE_S, Signatory
+from ringfence.client.target_backends import backend_problem
 from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import MAX_LIFE_S, sign
 from ringfence.kernel.keys import SigningKey, thumbprint
@@ -27,6 +28,7 @@ from ringfence.messages.registry import (
     AgentSetCeiling,
     AgentSuspend,
     AgentTransfer,
+    AgentTransferConsent,
     BackendSettings,
     Delegation,
     Entitlements,
@@ -227,13 +229,45 @@ class Administrator(Signatory):
             )
         return await self._command(command, agent_id)
 
-    async def transfer_agent(self, agent_id: str, *, sponsor: str) -> Accepted:
-        """Make another sponsor accountable."""
+    async def transfer_agent(
+        self, agent_id: str, *, sponsor: str, consent: str | None = None, without_consent: bool = False
+    ) -> Accepted:
+        """Make another sponsor accountable.
+
+        Args:
+            consent: the new sponsor's `consent_to_transfer`. None is needed where the new sponsor is who signs here.
+            without_consent: an operator transfers without asking the new sponsor; record and trail say so.
+        """
         with checked("the command"):
             command = AgentTransfer(
-                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, sponsor=sponsor
+                **self.connection.stamp(COMMAND_LIFE_S),
+                agent_id=agent_id,
+                sponsor=sponsor,
+                consent=consent,
+                without_consent=True if without_consent else None,
             )
         return await self._command(command, agent_id)
+
+    async def consent_to_transfer(self, agent_id: str, *, life_s: int = 3600) -> str:
+        """This user's signature, to become the sponsor of an agent as it is now. Its present sponsor embeds it.
+
+        It counts once, within `life_s` seconds, and no more once anything of the agent's record has changed.
+        Raises InvalidCallError where there is no such agent.
+        """
+        user = self._user_id("the root answers for no agents")
+        entry = (await self.connection.current_directory()).agent(agent_id)
+        if entry is None:
+            raise InvalidCallError(f"there is no agent {agent_id}")
+        if entry.state.sponsor == user:
+            raise InvalidCallError(f"{user} is the sponsor of {agent_id} already")
+        with checked("the consent"):
+            claims = AgentTransferConsent(
+                **self.connection.stamp(min(life_s, MAX_LIFE_S)),
+                agent_id=agent_id,
+                from_sponsor=entry.state.sponsor,
+                revision=entry.revision,
+            )
+        return sign(claims, self.connection.key)
 
     async def suspend_agent(self, agent_id: str, *, reason: str) -> Accepted:
         """Stop the agent for now; its leases end."""
@@ -267,12 +301,18 @@ class Administrator(Signatory):
         requests: Sequence[RequestRule] = (),
         max_ttl_s: int = 3600,
         keys: Sequence[AnyKey] = (),
+        anyway: bool = False,
     ) -> Accepted:
         """Create or replace a target. `keys`: those of its resource server, with which it calls introspection.
 
-        Raises RequestMapError where a rule of `requests` has no meaning; nothing was sent then.
+        `anyway`: the backend comes from another package, which need not be installed here.
+
+        Raises RequestMapError where a rule of `requests` has no meaning, InvalidCallError where the backend is not
+        known or does not take these settings; nothing was sent then.
         """
         RequestMap(requests)
+        if wrong := backend_problem(backend, anyway=anyway):
+            raise InvalidCallError(wrong)
         with checked("the target"):
             command = TargetSet(
                 **self.connection.stamp(COMMAND_LIFE_S),

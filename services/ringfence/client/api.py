@@ -134,11 +134,14 @@ class ReadApi(Lifetime):
         agent: str | None = None,
         task: str | None = None,
         target: str | None = None,
+        user: str | None = None,
+        sponsor: str | None = None,
         status: str | None = None,
         overdue: bool = False,
     ) -> Any:
         """Leases that have not ended, by deadline: `{leases: [...], more}`; `more` where there are over 1000.
 
+        `user`: on whose behalf. `sponsor`: who answered for an agent when it was issued.
         `overdue`: only those that are revoked and that their targets have not taken back for a while.
         """
         return await self.get(
@@ -147,6 +150,8 @@ class ReadApi(Lifetime):
             agent=agent,
             task=task,
             target=target,
+            user=user,
+            sponsor=sponsor,
             status=status,
             overdue=1 if overdue else None,
         )

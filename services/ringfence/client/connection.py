@@ -214,6 +214,17 @@ class Connection(Lifetime):
                 self._directory = directory
         return self._directory
 
+    async def current_directory(self) -> Directory:
+        """The same, with everything in it that stands on its topics now: for what a person decided in the meantime.
+
+        Raises UnavailableError where that cannot be known.
+        """
+        directory = await self.directory()
+        known = await asyncio.gather(*(follower.caught_up(READY_TIMEOUT_S) for follower in self._followers))
+        if not all(known):
+            raise UnavailableError("the records could not be read to their end; run: ringfence doctor")
+        return directory
+
     async def targets(self) -> Directory:
         """A table of targets alone, and of the users whom they need to be believed: of agents and tasks there may be
         many.

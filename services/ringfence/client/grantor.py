@@ -10,6 +10,7 @@ from ringfence.client.api import ReadApi
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError, StaleApprovalError, checked
 from ringfence.client.outcomes import Accepted
+from ringfence.client.preview import unknown_names
 from ringfence.client.signatory import COMMAND_LIFE_S, TIMEOUT_S, Signatory
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
 from ringfence.messages.credential import Delivery
@@ -98,6 +99,8 @@ class Grantor(Signatory):
             ground = find_ground(directory, task.state.agent_id, task_id, targets.pop())
         except DeniedError as error:
             raise InvalidCallError(str(error)) from None
+        if unknown := unknown_names(directory, tuple(scope)):
+            raise InvalidCallError("; ".join(unknown))
         revision = (await self._api.get("policy", "bundle"))["revision"]
         stamp = self.connection.stamp(lasts_s)
         with checked("the grant"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ringfence.client.errors import InvalidCallError
+from ringfence.kernel.text import did_you_mean
 from ringfence.messages.permission import Scope
-from ringfence.messages.registry import TaskTerms
+from ringfence.messages.registry import TargetState, TaskTerms
 from ringfence.model.directory import Directory
 from ringfence.model.rule import Lack, are_in_force, effective, lacking, sides_of
 from ringfence.model.scope import validate_scope
@@ -67,13 +68,18 @@ def preview(
 
 
 def unknown_names(directory: Directory, scope: Scope) -> list[str]:
-    """Targets and verbs in a scope that are not there now. A scope may name what is still to come: it is no error."""
+    """Targets and verbs in a scope that are not there now, in words, with the nearest name that is there."""
     found = []
     for permission in scope:
         target = directory.target(permission.target)
         if target is None or target.state.status != "active":
+            there = [
+                entry.state.target_id
+                for entry in directory.entries("target")
+                if isinstance(entry.state, TargetState) and entry.state.status == "active"
+            ]
             found.append(
-                f"there is no target {permission.target}"
+                f"there is no target {permission.target}{did_you_mean(permission.target, there)}"
                 if target is None
                 else f"target {permission.target} was removed"
             )
@@ -89,5 +95,6 @@ def unknown_names(directory: Directory, scope: Scope) -> list[str]:
         if unknown:
             found.append(
                 f"{permission.target} has no verb {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+                + (did_you_mean(unknown[0], known) if len(unknown) == 1 else "")
             )
     return list(dict.fromkeys(found))

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-from ringfence.backends.http import HttpSettings
 from ringfence.backends.settings import settings_of
 from ringfence.gateway.attempts import Attempt, Presented
 from ringfence.gateway.domain import UNAVAILABLE, Refusal
 from ringfence.gateway.targets import Compiled, Targets
 from ringfence.messages.registry import TargetState
+from ringfence.model.target_settings import HttpSettings
 
 UNSHOWN: Final = "no_credentials"
 """The code of a refusal of a sender who showed nothing at all."""

@@ -7,8 +7,6 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from ringfence.backends.http import HttpSettings
-from ringfence.backends.jwt import JwtSettings
 from ringfence.backends.settings import TargetSettingsError, settings_of
 from ringfence.gateway.attempts import Attempt
 from ringfence.gateway.domain import Refusal, refused
@@ -17,6 +15,7 @@ from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.identity import SubjectKind
 from ringfence.model.request_map import RequestMap, RequestMapError
+from ringfence.model.target_settings import HttpSettings, JwtSettings
 
 _PORTS: Final = {"http": 80, "https": 443}
 _AUTHORITY: Final = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?")

@@ -4,7 +4,9 @@ sentences with a word that is filled in.
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
+from collections.abc import Iterable
 
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Me"})
 _HIDDEN = frozenset(
@@ -39,6 +41,15 @@ def visible_name(text: str) -> str:
 def with_article(word: str) -> str:
     """A word of ours with its article: `an agent`, `a user`, `an OPTIONS`."""
     return f"an {word}" if word[:1].lower() in set("aeio") else f"a {word}"
+
+
+def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """`; did you mean NAME?`, of the known name that is nearest to a wrong one; nothing where none is near.
+
+    `cutoff`: how alike they must be, from 0 to 1 (names that begin alike need more).
+    """
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _is_hidden(char: str) -> bool:

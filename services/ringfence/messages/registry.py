@@ -228,13 +228,29 @@ class AgentSetCeiling(ExpiringClaims):
     ceiling: Scope
 
 
+class AgentTransferConsent(ExpiringClaims):
+    """Take an agent over: signed by the new sponsor (`iss`). Embedded in the transfer, never on a topic."""
+
+    typ: ClassVar[str] = "agent.transfer-consent"
+
+    agent_id: Name
+    from_sponsor: Name
+    """Its sponsor until then."""
+    revision: Annotated[int, Field(ge=1)]
+    """Of the agent's record, as the new sponsor saw it. Each transfer makes another, so a consent counts once."""
+
+
 class AgentTransfer(ExpiringClaims):
-    """Make another sponsor accountable. Signed by the present sponsor or an operator."""
+    """Make another sponsor accountable. Signed by the present one, with the new one's consent; or by an operator."""
 
     typ: ClassVar[str] = "agent.transfer"
 
     agent_id: Name
     sponsor: Name
+    consent: Jws | None = None
+    """An `AgentTransferConsent` of the new sponsor. None is needed where the new sponsor signs the transfer."""
+    without_consent: Literal[True] | None = None
+    """Set by an operator who transfers without the new sponsor's consent."""
 
 
 class AgentRotateKey(ExpiringClaims):
@@ -291,6 +307,8 @@ class AgentState(Message):
 
     agent_id: Name
     sponsor: Name
+    without_consent: Literal[True] | None = None
+    """Set where an operator made this sponsor accountable, and the sponsor has not consented."""
     description: NonEmpty
     keys: tuple[KeyRecord, ...]
     ceiling: Scope

@@ -23,6 +23,8 @@ from ringfence.messages.base import ExpiringClaims, typ_header
 from ringfence.messages.registry import (
     COMMANDS,
     AgentState,
+    AgentTransfer,
+    AgentTransferConsent,
     AnyRecord,
     AnyState,
     Command,
@@ -62,7 +64,8 @@ class Authorised:
     actor: Actor
     appended_at_ms: int
     consent: Consent | None = None
-    """The embedded consent, where it counts: over the same terms, by a user's signature or their ID token."""
+    """The embedded consent, where it counts: to a task over the same terms, by a user's signature or their ID token; to
+    the transfer of the same agent, by its new sponsor's signature."""
     consent_problem: str | None = None
     """Why an embedded consent does not count."""
 
@@ -98,6 +101,8 @@ class _Step:
     command_id: str
     last_signed_s: int
     """The latest `iat` up to here."""
+    consent: Consent | None = None
+    """What this one command rests on."""
 
 
 @dataclass(slots=True)
@@ -327,6 +332,10 @@ class Chains:
             given = self.authorise(parse(embedded.jws), at_ms, own)
             if any(step.command_id == given.command_id for step in steps):
                 raise ChainError("one command is embedded twice")
+            if given.consent and any(
+                step.consent and step.consent.mark == given.consent.mark for step in steps
+            ):
+                raise ChainError("one consent is used twice")
             context = Context(
                 actor=given.actor,
                 at_s=at_ms // 1000,
@@ -336,12 +345,13 @@ class Chains:
                 last_signed_s=signed_s,
                 consent_by=given.consent_by,
                 consent_problem=given.consent_problem,
+                transfer_consent=given.consent.transfer if given.consent else None,
             )
             state = apply(state, given.claims, context)
         except (InvalidMessageError, CommandRefusedError) as error:
             code = INCOMPLETE if error.code == "unknown_parent" else None
             raise ChainError(f"an embedded command does not hold: {error}", code=code) from None
-        return _Step(state, given.command_id, max(signed_s, given.claims.iat))
+        return _Step(state, given.command_id, max(signed_s, given.claims.iat), given.consent)
 
     def _actor(self, iss: str, at_ms: int, own: UserState | None) -> Actor:
         if iss == self._trust.root_id:
@@ -365,6 +375,8 @@ class Chains:
 
     def _consent(self, command: ExpiringClaims, at_ms: int) -> Consent | None:
         """The consent that a command embeds, None where it embeds none. Raises InvalidMessageError, ChainError."""
+        if isinstance(command, AgentTransfer):
+            return self._transfer_consent(command, at_ms)
         if not isinstance(command, TaskAssign):
             return None
         if command.id_token is not None:
@@ -382,6 +394,21 @@ class Chains:
             raise InvalidMessageError("the consent is to other terms", code="consent_other_terms")
         user_id = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
         return Consent(user_id, (claims.iss, claims.jti))
+
+    def _transfer_consent(self, command: AgentTransfer, at_ms: int) -> Consent | None:
+        """As `_consent`. Whose the agent was is for the fold to compare, which knows it."""
+        if command.consent is None:
+            return None
+        claims = open_signed(
+            parse(command.consent), AgentTransferConsent, lambda iss, kid: self.user_key(iss, kid, at_ms),
+            audience=self._trust.trust_domain, appended_at_ms=at_ms,
+        ).claims  # fmt: skip
+        user_id = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
+        if (claims.agent_id, user_id) != (command.agent_id, command.sponsor):
+            raise InvalidMessageError(
+                f"it is {user_id}'s, to take over agent {claims.agent_id}", code="consent_other_terms"
+            )
+        return Consent(user_id, (claims.iss, claims.jti), claims)
 
 
 def subject_spiffe(trust_domain: str, state: AnyState) -> str:

@@ -1,4 +1,6 @@
-"""A user's word that a task is on their behalf, where somebody else assigns it: an OIDC ID token over its terms.
+"""Consents of users that commands of others embed: to a task on their behalf, and to an agent that they take over.
+
+To a task a user may also consent by an OIDC ID token over its terms.
 
 In the style of RFC 8693: the token is the subject's, and whoever assigns the task is the actor. Its `nonce` is the
 SHA-256 of the terms, so that the issuer vouches for this user and these terms, and for nothing else.
@@ -16,7 +18,7 @@ from ringfence.kernel.keys import b64encode
 from ringfence.kernel.oidc import IdentityToken, JwksError, TokenError, unverified_issuer, verify
 from ringfence.kernel.trust import TrustStore
 from ringfence.messages.oidc import OidcIssuer
-from ringfence.messages.registry import TaskTerms, UserState
+from ringfence.messages.registry import AgentTransferConsent, TaskTerms, UserState
 
 MAX_AGE_S = 600
 """How long before the append of the assignment a token may have been issued."""
@@ -24,10 +26,12 @@ MAX_AGE_S = 600
 
 @dataclass(frozen=True, slots=True)
 class Consent:
-    """Who consented to a task, and what the consent is remembered by: it counts once."""
+    """Who consented, and what the consent is remembered by: it counts once."""
 
     user_id: str
     mark: tuple[str, str]
+    transfer: AgentTransferConsent | None = None
+    """What was consented to, where an agent is transferred."""
 
 
 def canonical_terms(terms: TaskTerms) -> bytes:

@@ -16,6 +16,7 @@ from ringfence.messages.registry import (
     AgentRegister,
     AgentRotateKey,
     AgentState,
+    AgentTransfer,
     AnyState,
     Command,
     EmbeddedCommand,
@@ -42,6 +43,7 @@ from ringfence.model.lifecycle import (
     still_needed,
 )
 from ringfence.model.provisioning import given_by
+from ringfence.model.target_settings import problems
 from ringfence.model.unknown_fields import told, unknown_fields
 
 Subject = tuple[SubjectKind, str]
@@ -147,11 +149,16 @@ def decide(current: Current | None, given: Authorised, around: Surroundings) -> 
         last_signed_s=max((e.claims.iat for e in current.commands), default=0) if current else 0,
         consent_by=given.consent_by,
         consent_problem=given.consent_problem,
+        transfer_consent=given.consent.transfer if given.consent else None,
         sponsor_of=lambda agent_id: agent.sponsor if (agent := around.agent(agent_id)) else None,
     )
     state = apply(current.state if current else None, command, context)
     _check_fields(command, command_subject(command, given.command_id), given, around)
     _check_keys(command, command_subject(command, given.command_id), around)
+    if isinstance(command, TargetSet):
+        _check_target(command)
+    if isinstance(command, AgentTransfer) and current is not None:
+        _check_transfer(command, given, current.revision)
     if isinstance(command, TaskAssign):
         _check_task(command, given, around)
     if isinstance(command, TaskDelegate) and isinstance(state, TaskState):
@@ -240,6 +247,42 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings) -> Non
             raise CommandRefusedError(
                 f"key {key.kid} belongs to {kind} {id}; a key has one owner: make another", code="key_taken"
             )
+
+
+def _check_target(command: TargetSet) -> None:
+    """What a built-in backend would not understand. What the backends of other packages take, only the issuer knows."""
+    if found := problems(command.backend):
+        raise CommandRefusedError(
+            f"the settings of target {command.target_id} are wrong: {'; '.join(found)}",
+            code="target_settings_invalid",
+        )
+
+
+def _check_transfer(command: AgentTransfer, given: Authorised, revision: int) -> None:
+    """Nobody is made accountable for an agent unasked, but by an operator, who says so."""
+    consent = given.consent.transfer if given.consent else None
+    if consent is not None:
+        _require_understood(consent, "the consent")
+        if consent.revision != revision:
+            raise CommandRefusedError(
+                f"{command.sponsor} consented to revision {consent.revision} of agent {command.agent_id}, which has "
+                f"changed since, to revision {revision}; ask for another consent",
+                code="consent_stale",
+            )
+        return
+    if given.actor.user_id == command.sponsor or command.without_consent:
+        return
+    if given.actor.is_operator:
+        raise CommandRefusedError(
+            f"the transfer has no consent of {command.sponsor}; an operator may do without, and has to sign so: "
+            "`without_consent`",
+            code="consent_missing",
+        )
+    raise CommandRefusedError(
+        f"the transfer has no consent of {command.sponsor}, who signs it with: ringfence agent consent-transfer "
+        f"{command.agent_id}; add it with --consent, or ask an operator",
+        code="consent_missing",
+    )
 
 
 def _check_task(command: TaskAssign, given: Authorised, around: Surroundings) -> None:

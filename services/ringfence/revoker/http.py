@@ -23,8 +23,8 @@ from ringfence.revoker.overdue import Overdue
 
 MAX_LISTED = 1000
 _UNFINISHED: tuple[LeaseStatus, ...] = ("ending", "minting")
-_FILTERS = ("agent", "task", "target")
-"""Those of an agent, or of a task, are also those of what it handed on."""
+_FILTERS = ("agent", "task", "target", "user", "sponsor")
+"""Those of an agent, a task or a sponsor are also those of what was handed on. `user`: on whose behalf."""
 
 
 class LeasesApi:
@@ -53,7 +53,7 @@ class LeasesApi:
         return [Route("/v1/leases", self._list), Route("/v1/leases/{id}", self._one)]
 
     async def _list(self, request: Request) -> Response:
-        """Leases that have not ended. `?agent=`, `?task=`, `?target=`, `?status=`; `?overdue=1`: cut, not undone."""
+        """Leases that have not ended. `?status=` and each of `_FILTERS`; `?overdue=1`: cut, not undone."""
         caller = self._caller(request)
         wanted = {kind: value for kind in _FILTERS if (value := request.query_params.get(kind))}
         status = request.query_params.get("status")

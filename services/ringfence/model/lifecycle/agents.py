@@ -59,7 +59,10 @@ def apply_to_agent(state: AgentState | None, command: AgentCommand, context: Con
             return state.model_copy(update={"attestation": command.attestation})
         case AgentTransfer():
             check_sponsor(command.sponsor, context)
-            return state.model_copy(update={"sponsor": command.sponsor})
+            _check_consent(state, command, context)
+            return state.model_copy(
+                update={"sponsor": command.sponsor, "without_consent": command.without_consent}
+            )
         case AgentSuspend():
             if state.status == "registered":
                 raise CommandRefusedError(
@@ -117,7 +120,36 @@ def _activate(state: AgentState, *, is_sponsor: bool) -> AgentState:
         raise CommandRefusedError(
             f"agent {state.agent_id} is {state.status}, not waiting to be activated", code="not_registered"
         )
-    return state.model_copy(update={"status": "active"})
+    return state.model_copy(update={"status": "active", "without_consent": None})
+
+
+def _check_consent(state: AgentState, command: AgentTransfer, context: Context) -> None:
+    """What a transfer says of the new sponsor's consent is true. That it needs one only the registry asks: records of
+    transfers without one, from before that rule, stay valid.
+    """
+    if command.without_consent and not context.actor.is_operator:
+        raise CommandRefusedError(
+            "only an operator transfers an agent without the new sponsor's consent", code="not_operator"
+        )
+    if command.consent is None:
+        return
+    if command.without_consent:
+        raise CommandRefusedError(
+            "the transfer has a consent and says that it has none: leave out one of them",
+            code="consent_contradicted",
+        )
+    consent = context.transfer_consent
+    if consent is None:
+        raise CommandRefusedError(
+            f"the consent does not count: {context.consent_problem}; ask {command.sponsor} for another",
+            code="consent_invalid",
+        )
+    if consent.from_sponsor != state.sponsor:
+        raise CommandRefusedError(
+            f"the consent is to take {state.agent_id} over from {consent.from_sponsor}, and its sponsor is "
+            f"{state.sponsor}; ask {command.sponsor} for another",
+            code="consent_other_terms",
+        )
 
 
 def _rotate_key(state: AgentState, command: AgentRotateKey, context: Context) -> AgentState:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.kernel.errors import RingfenceError
-from ringfence.messages.registry import AgentState, Delegation, Role, TaskState
+from ringfence.messages.registry import AgentState, AgentTransferConsent, Delegation, Role, TaskState
 
 
 class CommandRefusedError(RingfenceError):
@@ -52,6 +52,8 @@ class Context:
     """The latest `iat` among the commands that the state follows from."""
     consent_by: str | None = None
     """Who validly signed the embedded consent over the very same terms."""
+    transfer_consent: AgentTransferConsent | None = None
+    """That consent, where it is to a transfer: by the new sponsor, to the same agent."""
     consent_problem: str | None = None
     """Why an embedded consent does not count."""
     sponsor_of: Callable[[str], str | None] | None = None

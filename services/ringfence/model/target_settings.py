@@ -1,0 +1,174 @@
+"""What a target's record can say to its backend: by kind, the settings that a built-in backend declares.
+
+They stand here and not beside the backends, so that whoever sets a target can check them without what only the server
+installs: the command line, the SDK, and the registry.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ringfence.kernel.text import did_you_mean, visible_name
+from ringfence.messages.registry import BackendSettings
+
+Address = Annotated[str, Field(pattern=r"^([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}$")]
+"""`host:port`, where agents reach the target."""
+
+_HOST: Final = r"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?"
+TargetUrl = Annotated[
+    str, Field(pattern=rf"^(https://{_HOST}|http://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{{1,5}})?)$")
+]
+"""Where the gateway sends requests: scheme, host and port. In clear on this machine alone."""
+
+TokenAlgorithm = Literal["ES256", "RS256"]
+"""What tokens are signed with. ES256, but for targets that verify nothing else than RS256."""
+SslMode = Literal["disable", "prefer", "require", "verify-ca", "verify-full"]
+Owned = Literal["drop", "keep"]
+
+_TOKEN: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}"  # noqa: S105 - the token of RFC 9110, 5.6.2
+_FRAMING_HEADERS: Final = frozenset({
+    "host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "keep-alive", "expect",
+    "proxy-authorization", "proxy-connection",
+})  # fmt: skip
+"""Headers that say where a request ends or goes: a secret has no place in them."""
+
+
+class TargetSettings(BaseModel):
+    """Base of what one kind understands. A field that it does not know may limit something: refused, not ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    address: Address | None = None
+    """Where agents reach the target; where Ringfence itself does, if not given."""
+
+
+class JwtSettings(TargetSettings):
+    """What the record of a target can say about its tokens, besides their audience."""
+
+    url: TargetUrl | None = None
+    """Where the gateway sends requests to, where agents go by way of it."""
+    dpop: Literal["off", "required"] = "off"
+    """`required`: tokens are bound to the agent's key, and good only with a proof of it (RFC 9449)."""
+    alg: TokenAlgorithm = "ES256"
+    """What they are signed with: `RS256` for a target that verifies nothing else."""
+
+
+class HttpSettings(TargetSettings):
+    """How the target takes its secret."""
+
+    url: TargetUrl
+    auth: Literal["bearer", "basic", "header"] = "bearer"
+    """`bearer`: `Authorization: Bearer SECRET`. `basic`: `username` and the secret as the password. `header`: the
+    secret in a header of its own."""
+    header: Annotated[str, Field(pattern=f"^{_TOKEN}$")] | None = None
+    """The name of that header, e.g. `X-Api-Key`."""
+    scheme: Annotated[str, Field(pattern=f"^{_TOKEN}$")] | None = None
+    """What stands before the secret: `Bearer` with `bearer`, nothing with `header`, if not given."""
+    username: (
+        Annotated[str, Field(pattern=r"^[^:\x00-\x1f\x7f]{1,256}$", coerce_numbers_to_str=True)] | None
+    ) = None
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Self:
+        if (self.auth == "header") != (self.header is not None):
+            raise ValueError("header goes with auth = header, which needs it")
+        if (self.auth == "basic") != (self.username is not None):
+            raise ValueError("username goes with auth = basic, which needs it")
+        if self.auth == "basic" and self.scheme is not None:
+            raise ValueError("basic has no scheme but its own")
+        if self.header is not None and self.header.lower() in _FRAMING_HEADERS:
+            raise ValueError("this header says where a request goes or ends; no secret belongs there")
+        return self
+
+
+class PostgresSettings(TargetSettings):
+    """What a target of this kind may say in its record."""
+
+    sslmode: SslMode | None = None
+    """What agents are told to insist on; what Ringfence itself does, if not given."""
+    connection_limit: Annotated[int, Field(ge=1, le=100)] = 4
+    """How many sessions a credential may have at once."""
+    statement_timeout_s: Annotated[int, Field(ge=1, le=86_400)] = 60
+    """How long a statement may take, as long as the agent does not set it otherwise."""
+    owned: Owned = "drop"
+    """What becomes of what the lease's role made: it goes with the role, or Ringfence's own role keeps it."""
+    public: Literal["refuse", "accept"] = "refuse"
+    """What to do where PUBLIC may more than the lease: refuse, or accept that every role may that."""
+
+
+def _networks(text: str) -> str:
+    # What the server cannot read it may take for anything: strict, and written the one way.
+    try:
+        return ",".join(str(ipaddress.ip_network(part.strip())) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            "write networks in CIDR notation, with commas between: 10.0.0.0/8,192.0.2.7/32"
+        ) from None
+
+
+class SshSettings(TargetSettings):
+    """What a target of this kind may say in its record."""
+
+    source_address: Annotated[str, AfterValidator(_networks)] | None = None
+    """The networks, in CIDR notation with commas, from which a certificate is good; from anywhere, if not given."""
+
+
+DECLARED: Final[Mapping[str, type[TargetSettings]]] = MappingProxyType({
+    "http": HttpSettings,
+    "jwt": JwtSettings,
+    "postgres": PostgresSettings,
+    "redis": TargetSettings,
+    "ssh": SshSettings,
+})  # fmt: skip
+"""The settings of each kind that is built in. Other packages bring further kinds, which declare theirs nowhere here."""
+ENTRY_POINTS: Final = "ringfence.backends"
+"""The entry point group by which other packages bring backends: each is called with the `Material`."""
+REACHED: Final = ("postgres", "redis", "ssh")
+"""The kinds whose credentials tell agents where the target is."""
+_WRITE: Final = MappingProxyType({
+    "address": "write HOST:PORT, the port from 1 to 65535",
+    "url": "write https://HOST or https://HOST:PORT, without a path; http only for 127.0.0.1, localhost or [::1]",
+})  # fmt: skip
+
+
+def problems(backend: BackendSettings) -> list[str]:
+    """What is wrong with the settings of a built-in kind, a sentence each, no value quoted; nothing of other kinds."""
+    declared = DECLARED.get(backend.kind)
+    if declared is None:
+        return []
+    given: dict[str, Any] = backend.model_extra or {}
+    names = sorted(declared.model_fields)
+    found = [_unknown(backend.kind, name, names) for name in sorted(given.keys() - set(names))]
+    if backend.audience is not None and backend.kind != "jwt":
+        found.append(f"an audience is for tokens, and backend {backend.kind} makes none: leave it out")
+    malformed = {name for name in _WRITE if name in given and not _port_is_one(given[name])}
+    try:
+        declared.model_validate({name: value for name, value in given.items() if name in names})
+    except ValidationError as error:
+        for one in error.errors(include_url=False, include_input=False):
+            name = str(one["loc"][0]) if one["loc"] else ""
+            if name in _WRITE and name in given:
+                malformed.add(name)
+            elif one["type"] == "missing":
+                found.append(
+                    f"backend {backend.kind} needs the setting {name}: {_WRITE.get(name, 'give it')}"
+                )
+            else:
+                found.append(f"{name or 'the settings'}: {one['msg'].removeprefix('Value error, ')}")
+    return found + [f"{name} is malformed: {_WRITE[name]}" for name in sorted(malformed)]
+
+
+def _unknown(kind: str, name: str, names: Sequence[str]) -> str:
+    said = f"backend {kind} has no setting {visible_name(name[:64])}"
+    return f"{said}{did_you_mean(name, names) or '; it has ' + ', '.join(names)}"
+
+
+def _port_is_one(place: Any) -> bool:
+    """Whether the port of a `host:port` or URL is one, where it has any."""
+    port = str(place).rpartition(":")[2]
+    return not (port.isascii() and port.isdecimal()) or 1 <= int(port[:6]) <= 65_535
