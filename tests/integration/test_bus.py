@@ -323,6 +323,39 @@ async def test_what_was_committed_does_not_come_again(
     assert "a" not in second.values or first.values == ["a", "b"], "at least once, never less"
 
 
+async def test_what_was_read_ahead_comes_again_where_its_batch_fails_and_is_committed_where_it_is_done(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    """Two tries, then a member that comes after: what was read ahead counts only as far as it was done."""
+    tries = list[list[str]]()
+    begun, succeeded, after = asyncio.Event(), asyncio.Event(), Seen()
+
+    async def handle(batch: Sequence[Received]) -> None:
+        values = [record.value.decode() for record in batch]
+        tries.append(values)
+        begun.set()
+        while "c" not in values:
+            values += [record.value.decode() for record in await consumer.read_ahead()]
+        if len(tries) == 1:
+            raise UnavailableError("Redis is away")
+        succeeded.set()
+
+    await send(publisher, "a")
+    consumer = Consumer(settings, "g", {CREDENTIAL_REQUEST: handle})
+    async with consuming(consumer), asyncio.timeout(WITHIN_S):
+        await begun.wait()
+        await send(publisher, "b", "c")
+        await succeeded.wait()
+        await consumer.drain()
+    assert tries == [["a", "b", "c"], ["a", "b", "c"]]
+    await send(publisher, "d")
+    async with consuming(
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(after.add, letters(publisher))})
+    ):
+        await after.until(1)
+    assert after.values == ["d"]
+
+
 async def test_what_was_not_finished_comes_to_the_next_member(
     settings: ServiceSettings, publisher: Publisher
 ) -> None:
