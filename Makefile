@@ -9,7 +9,7 @@ UV     := .cache/uv
 ARGS   ?=
 # How many processes share the tests, each with a broker, a Redis and a stack of its own; 0: none besides pytest, as --pdb needs it
 JOBS   ?= 3
-SHARED := -n $(JOBS) --dist loadfile --max-worker-restart 0
+SHARED := -n $(JOBS) --dist loadfile --max-worker-restart 3
 
 SUITES := tests/unit tests/contract tests/gateway tests/policy tests/flows tests/integration tests/chaos tests/e2e
 
