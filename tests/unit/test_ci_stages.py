@@ -60,7 +60,8 @@ def test_a_test_that_ran_when_its_stage_was_stopped_is_named(tmp_path: Path) -> 
     code = "import asyncio\nimport pathlib\n\n\nasync def test_hangs():\n    pathlib.Path('ran').touch()\n"
     code += "    await asyncio.Event().wait()\n"
     # As `timeout` does at the limit of the stage, but not before the test has begun.
-    stopped = "tests_of 600s \"the tests\" bash -c 'make it & until [[ -e ran ]]; do sleep 0.1; done; kill -TERM 0; wait'"
+    make_it = "make it & until [[ -e ran ]]; do sleep 0.1; done; kill -TERM 0; wait"
+    stopped = f"tests_of 600s 'the tests' bash -c '{make_it}'"
     status, said, summary = check(tmp_path, stopped, settings=patient, code=code)
     assert status == 1, said
     first, running = summary.splitlines()
