@@ -1,15 +1,17 @@
 # Every target sets up what it needs: a machine with Python 3.11 or newer and access to a package index is enough.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV   := .venv
-BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.stamp
-UV     := .cache/uv
+VENV       := .venv
+BIN        := $(VENV)/bin
+# What the demo needs, and with the second all that tests and checks need.
+DEMO_STAMP := $(VENV)/.stamp-demo
+STAMP      := $(VENV)/.stamp
+UV         := .cache/uv
 # Passed on to the command, as in: make test ARGS="-k scope -x"
 ARGS   ?=
 # How many processes share the tests, each with a broker, a Redis and a stack of its own; 0: none besides pytest, as --pdb needs it
 JOBS   ?= 3
-SHARED := -n $(JOBS) --dist loadfile --max-worker-restart 0
+SHARED := -n $(JOBS) --dist loadfile --max-worker-restart 3
 
 SUITES := tests/unit tests/contract tests/gateway tests/policy tests/flows tests/integration tests/chaos tests/e2e
 
@@ -25,22 +27,30 @@ endef
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# The lock decides every version, and nothing is built from source: that would fetch what no hash covers. The project
+define install
+$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r
+endef
+
+# The locks decide every version, and nothing is built from source: that would fetch what no hash covers. The project
 # itself is installed as a link into services/.
-$(STAMP): pyproject.toml requirements.lock
+$(DEMO_STAMP): pyproject.toml requirements-demo.lock
 	$(need_python)
-	@echo "Setting up $(VENV) (once; about a minute)" >&2
+	@echo "Setting up $(VENV) (once)" >&2
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2; exit 1; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: \
-		-r requirements.lock
+	@$(install) requirements-demo.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(STAMP) ## the story in a minute: an agent's task, its credential, its end
+$(STAMP): $(DEMO_STAMP) requirements.lock
+	@echo "Adding to $(VENV) what tests and checks need (once)" >&2
+	@$(install) requirements.lock
+	@touch $@
+
+demo: $(DEMO_STAMP) ## the story in a minute: an agent's task, its credential, its end
 	@$(BIN)/ringfence demo $(ARGS)
 
-dev: $(STAMP) ## the whole stack on this machine, with an embedded broker; Ctrl-C ends it
+dev: $(DEMO_STAMP) ## the whole stack on this machine, with an embedded broker; Ctrl-C ends it
 	@$(BIN)/ringfence dev $(ARGS)
 
 test: $(STAMP) ## all tests, on the embedded broker and a real Valkey
@@ -88,13 +98,20 @@ bench: $(STAMP) ## the benchmarks: each prints its numbers and the machine
 wheel-check: $(STAMP) ## build the wheel and use it alone, without the extras
 	@PYTHON="$(BIN)/python" .ci/wheel-check
 
-lock: ## renew requirements.lock (UPGRADE=1: to the newest versions)
+# uv itself is installed by the hashes of .ci/uv.txt; each of these writes a file in which everything has its hashes.
+compile = $(UV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url \
+	--python-version 3.11 --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
+
+lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt (UPGRADE=1: to the newest versions)
 	$(need_python)
 	@$(PYTHON) -m venv $(UV)
-	@$(UV)/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.13,<0.14"
-	$(UV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --all-extras \
-		--python-version 3.11 --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) \
-		pyproject.toml -o requirements.lock
+	@$(UV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
+		-r .ci/uv.txt
+	$(compile) --all-extras pyproject.toml -o requirements.lock
+	$(UV)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])' | \
+		$(compile) --extra dev --constraints requirements.lock pyproject.toml - -o requirements-demo.lock
+	$(compile) .ci/uv.in -o .ci/uv.txt
+	$(compile) .ci/mitmproxy.in -o .ci/mitmproxy.txt
 
 clean: ## remove environments, caches and builds; the keys and data in .ringfence stay
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

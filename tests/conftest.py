@@ -17,6 +17,7 @@ import pytest
 from ringfence.dev.processes import StackError
 from tests.brokers import KafkaServer, RedisServer, start_kafka, start_redis
 from tests.postgres import PostgresServer, server_programs
+from tests.time_limits import TimeLimits, add_settings
 from tests.world import World
 
 KINDS = ("embedded", "apache", "docker")
@@ -84,6 +85,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("RINGFENCE_TEST_POSTGRES") or "",
         help="the folder with another PostgreSQL's programs than Debian's newest; also RINGFENCE_TEST_POSTGRES",
     )
+
+    add_settings(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(TimeLimits(config), "ringfence-time-limits")
 
 
 @contextmanager

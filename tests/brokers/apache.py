@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from ringfence.dev.kafka import kafka_answers
 from ringfence.dev.processes import LOOPBACK, Child, StackError, claim_port, free_port, spawn
 
 POM = Path(__file__).with_name("apache-jars") / "pom.xml"
+SUMS = POM.with_name("jars.sha256")
+"""The digest of each jar, as `sha256sum` writes it. Maven itself only compares a jar with what its repository says."""
 
 _START_TIMEOUT_S = 60.0
 _GRACE_S = 30.0
@@ -163,12 +166,25 @@ def _more_listeners(addresses: Mapping[int, str]) -> dict[str, str]:
     }
 
 
+def check_jars(jars: Path) -> None:
+    """Raises StackError where these are not exactly the jars that `jars.sha256` lists."""
+    expected = {name: sum for sum, name in (line.split("  ", 1) for line in SUMS.read_text().splitlines())}
+    found = {jar.name: hashlib.sha256(jar.read_bytes()).hexdigest() for jar in jars.iterdir()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise StackError(
+            f"Maven resolved other jars than {SUMS.name} lists: {', '.join(wrong)}. Where the version of Kafka was "
+            "changed on purpose, renew that list; else do not trust the repository that Maven uses."
+        )
+
+
 def kafka_jars() -> Path:
-    """The folder with Kafka's jars, resolved by Maven the first time, outside the clone."""
+    """The folder with Kafka's jars, resolved by Maven the first time, outside the clone, and compared with
+    `jars.sha256`."""
     namespace = {"m": "http://maven.apache.org/POM/4.0.0"}
     version = ET.parse(POM).findtext("m:properties/m:kafka.version", namespaces=namespace)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ringfence"
-    jars = cache / f"kafka-{version}"
+    jars = cache / f"kafka-{version}-{hashlib.sha256(SUMS.read_bytes()).hexdigest()[:12]}"
     if jars.is_dir():
         return jars
     maven = shutil.which("mvn")
@@ -179,7 +195,7 @@ def kafka_jars() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     # Moved into place when complete: what was broken off, or runs twice, leaves no half a cache.
     with tempfile.TemporaryDirectory(dir=cache) as half:
-        command = [maven, "-q", "-B", "-f", str(POM), "dependency:copy-dependencies"]
+        command = [maven, "-q", "-B", "--strict-checksums", "-f", str(POM), "dependency:copy-dependencies"]
         done = subprocess.run(
             [*command, f"-DoutputDirectory={half}/jars"], capture_output=True, text=True, check=False
         )
@@ -188,6 +204,7 @@ def kafka_jars() -> Path:
                 f"Maven could not resolve Apache Kafka {version}; see whether it reaches its repository:\n"
                 + "\n".join((done.stdout + done.stderr).splitlines()[-10:])
             )
+        check_jars(Path(half, "jars"))
         try:
             Path(half, "jars").rename(jars)
         except OSError:

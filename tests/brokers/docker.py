@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from docker.errors import DockerException  # type: ignore[import-untyped,unused-ignore]
@@ -11,8 +12,9 @@ from testcontainers.core.wait_strategies import LogMessageWaitStrategy
 from ringfence.dev.processes import LOOPBACK, StackError, free_port
 from tests.brokers.apache import server_properties
 
-KAFKA_IMAGE = "apache/kafka:4.3.1"
-VALKEY_IMAGE = "valkey/valkey:9.1"
+# As in docker-compose.yml: with a digest, only that very image is used.
+KAFKA_IMAGE = os.environ.get("RINGFENCE_KAFKA_IMAGE") or "apache/kafka:4.3.1"
+VALKEY_IMAGE = os.environ.get("RINGFENCE_VALKEY_IMAGE") or "valkey/valkey:9.1.2"
 
 _VALKEY_OPTIONS = "--appendonly yes --notify-keyspace-events Ex --maxmemory-policy noeviction"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import random
@@ -22,7 +21,7 @@ from ringfence.cli.dev import client_settings
 from ringfence.client.ceremony import make_trust, publish_trust
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.kafka import EmbeddedKafka
-from ringfence.dev.processes import LOOPBACK, Child, StackError, port_is_free, spawn
+from ringfence.dev.processes import LOOPBACK, Child, Patience, StackError, port_is_free, spawn
 from ringfence.dev.stack import Stack, StackOptions
 from ringfence.kernel.topics_admin import TopicsAdmin
 from ringfence.messages.trust import ServiceRole
@@ -138,18 +137,22 @@ class System:
 
     async def ready(self, within_s: float = READY_WITHIN_S) -> None:
         """Return once every service is ready. Raises AssertionError that says which is not, and why."""
-        why: list[str] = []
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                while True:
-                    why = [reason for one in self.instances.values() if (reason := await one.unready())]
-                    if not why:
-                        return
-                    await asyncio.sleep(0.2)
+        patience = Patience(within_s, self._pids)
+        while True:
+            why = [reason for one in self.instances.values() if (reason := await one.unready())]
+            if not why:
+                return
+            if patience.over:
+                break
+            await asyncio.sleep(0.2)
         why += [
             f"{one.name} ended by itself: {one.crashes[-1]}" for one in self.instances.values() if one.crashes
         ]
-        raise AssertionError(f"not ready within {within_s:.0f} s: {'; '.join(why)}")
+        raise AssertionError(f"not ready within {patience.told}: {'; '.join(why)}")
+
+    def _pids(self) -> list[int]:
+        children = [*self.servers().values(), *(one.child for one in self.instances.values())]
+        return [os.getpid(), *(child.pid for child in children if child is not None)]
 
     async def first_ready(self) -> None:
         """`ready`, where nothing is wrong yet: what ends by itself now would end again."""

@@ -95,9 +95,47 @@ def test_nothing_is_reachable_from_outside_this_machine(compose: dict[str, Any])
     assert len({port.split(":")[1] for port in ports}) == len(ports), "two services publish one port"
 
 
-def test_every_image_is_pinned(compose: dict[str, Any]) -> None:
+IMAGES = {"kafka": "RINGFENCE_KAFKA_IMAGE", "valkey": "RINGFENCE_VALKEY_IMAGE"}
+
+
+def test_every_image_has_one_version_and_those_of_others_may_be_named_by_digest(
+    compose: dict[str, Any],
+) -> None:
     for name, service in compose["services"].items():
-        assert re.fullmatch(r"[a-z/]+:\d+\.\d+\.\d+", service["image"]), f"{name}: {service['image']}"
+        image = service["image"]
+        if name in IMAGES:
+            image = image.removeprefix(f"${{{IMAGES[name]}:-").removesuffix("}")
+            assert image != service["image"]
+        assert re.fullmatch(r"[a-z/]+:\d+\.\d+\.\d+", image), f"{name}: {image}"
+
+
+def test_the_image_that_ours_is_built_on_may_be_named_by_digest(compose: dict[str, Any]) -> None:
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    default = re.search(r"^ARG PYTHON_IMAGE=(\S+)$", dockerfile, re.MULTILINE)
+    assert default is not None
+    assert re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE) == ["${PYTHON_IMAGE}"] * 2
+    args = compose["services"]["topics"]["build"]["args"]
+    assert args == {"PYTHON_IMAGE": f"${{RINGFENCE_PYTHON_IMAGE:-{default[1]}}}"}
+
+
+def test_each_image_that_may_be_named_by_digest_is_explained() -> None:
+    page, compose = (ROOT / "docs/containers.md").read_text(), (ROOT / "docker-compose.yml").read_text()
+    for setting in (*IMAGES.values(), "RINGFENCE_PYTHON_IMAGE"):
+        image = re.search(rf"\${{{setting}:-(\S+?)}}", compose)
+        assert image is not None
+        assert f"{setting}={image[1]}@sha256:..." in page
+        assert f"imagetools inspect {image[1]}\n" in page
+
+
+def test_no_container_has_a_capability_or_can_gain_one_or_is_root(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert "cap_add" not in service, name
+        assert "privileged" not in service, name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        user = re.sub(r"\$\{\w+:-(\d+)\}", r"\1", service["user"])
+        assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user), name
+        assert service.get("read_only", False) is (name != "kafka"), name
 
 
 def test_the_image_is_built_once_and_before_who_uses_it(compose: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.flows.test_signals import ended
 
 SSF = "https://schemas.openid.net/secevent/ssf/event-type/"
 CAEP = "https://schemas.openid.net/secevent/caep/event-type/"
+WITHIN_S = 60
 NOWHERE = ("f67e39a0a4d34d56b3aa1bc4cff0069f", "00000000-0000-4000-8000-000000000000", "")
 
 
@@ -70,19 +72,28 @@ class Stranger:
 
     async def poll(self, stream: dict[str, Any], **body: Any) -> dict[str, Any]:
         """The answer of RFC 8936, 2.3, of a transmitter that has the stream."""
-        while True:
-            status, found, _ = await self.call("POST", stream["delivery"]["endpoint_url"], body)
-            if status != 503:
-                assert status == 200, found
-                assert found.keys() <= {"sets", "moreAvailable"}
-                answer: dict[str, Any] = found
-                return answer
+        async with asyncio.timeout(WITHIN_S):
+            while True:
+                status, found, _ = await self.call("POST", stream["delivery"]["endpoint_url"], body)
+                if status != 503:
+                    assert status == 200, found
+                    assert found.keys() <= {"sets", "moreAvailable"}
+                    answer: dict[str, Any] = found
+                    return answer
+
+    async def more(self, stream: dict[str, Any], **body: Any) -> dict[str, Any]:
+        """The first answer that says that more is available."""
+        async with asyncio.timeout(WITHIN_S):
+            while (answer := await self.poll(stream, **body)).get("moreAvailable") is not True:
+                pass  # it has not come from Kafka yet
+            return answer
 
     async def some(self, stream: dict[str, Any], **body: Any) -> dict[str, dict[str, Any]]:
         """The next events, by their ids."""
         sets: dict[str, str] = {}
-        while not sets:
-            sets = (await self.poll(stream, **body))["sets"]
+        async with asyncio.timeout(WITHIN_S):
+            while not sets:
+                sets = (await self.poll(stream, **body))["sets"]
         read = {jti: await self.set_of(compact) for jti, compact in sets.items()}
         assert all(claims["jti"] == jti for jti, claims in read.items())
         return read
@@ -110,11 +121,11 @@ async def test_polls_as_in_the_rfc(desk: Desk, office: Office) -> None:
         assert response.status_code == 201  # nothing has to be said: then it polls
         stream = response.json()
         assert stream["delivery"]["method"] == POLL
-        leases = {await ended(desk), await ended(desk)}
+        leases = {await ended(desk)}
         seen: dict[str, dict[str, Any]] = {}
         first = await receiver.some(stream, maxEvents=1)
-        while (answer := await receiver.poll(stream, maxEvents=1)).get("moreAvailable") is not True:
-            pass  # the second has not come from Kafka yet
+        leases.add(await ended(desk))  # it comes in a batch of its own: the first one was read already
+        answer = await receiver.more(stream, maxEvents=1)
         assert answer["sets"].keys() == first.keys()  # not acknowledged, and so it is there again
         # By any other name it is no acknowledgement.
         await receiver.poll(stream, maxEvents=0, acks=list(first))
@@ -141,6 +152,69 @@ async def test_polls_as_in_the_rfc(desk: Desk, office: Office) -> None:
         assert await receiver.poll(stream, returnImmediately=True) == {"sets": {}}
         status, _, fields = await receiver.call("POST", "verification_endpoint", asked)
         assert (status, fields["retry-after"]) == (429, str(stream["min_verification_interval"]))
+
+
+async def test_more_is_available_across_batches(desk: Desk, office: Office) -> None:
+    office.declare("slow")
+    async with office.running(), stranger(office, "slow") as receiver:
+        stream = await receiver.made()
+        leases = list[str]()
+        jtis = list[str]()
+        for count in range(1, 4):  # each is in the answer before the next one ends: three batches
+            leases.append(await ended(desk))
+            async with asyncio.timeout(WITHIN_S):
+                while len(sets := (await receiver.poll(stream))["sets"]) < count:
+                    pass
+            jtis = list(sets)
+        answer = await receiver.poll(stream, maxEvents=2)
+        assert (list(answer["sets"]), answer["moreAvailable"]) == (jtis[:2], True)
+        assert await receiver.poll(stream, maxEvents=0) == {"sets": {}, "moreAvailable": True}
+        assert (await receiver.poll(stream, returnImmediately=True)).keys() == {"sets"}
+        # The second is settled before the first: only what is not acknowledged counts.
+        answer = await receiver.poll(stream, maxEvents=1, ack=jtis[1:2])
+        assert (list(answer["sets"]), answer["moreAvailable"]) == (jtis[:1], True)
+        answer = await receiver.poll(stream, maxEvents=1, ack=jtis[:1])
+        assert (list(answer["sets"]), answer.get("moreAvailable")) == (jtis[2:], None)
+        leases.append(await ended(desk))
+        answer = await receiver.more(stream, maxEvents=1)
+        assert list(answer["sets"]) == jtis[2:]
+        every = await receiver.poll(stream)
+        assert len(every["sets"]) == 2
+        # Of two batches at once.
+        assert await receiver.poll(stream, maxEvents=0, ack=list(every["sets"])) == {"sets": {}}
+        assert await receiver.poll(stream, returnImmediately=True) == {"sets": {}}
+
+
+async def test_what_was_acknowledged_is_committed_though_later_batches_are_not(
+    desk: Desk, office: Office
+) -> None:
+    office.declare("restarted")
+    async with office.running(), stranger(office, "restarted") as receiver:
+        stream = await receiver.made()
+        done, kept = await ended(desk), ""
+        (first,) = await receiver.some(stream)
+        kept = await ended(desk)
+        await receiver.more(stream, maxEvents=1)
+        (second,) = await receiver.some(stream, ack=[first])
+    async with office.running(), stranger(office, "restarted") as receiver:
+        told = await receiver.some(stream)
+        assert [one["sub_id"]["session"]["id"] for one in told.values()] == [kept]
+        assert list(told) == [second]
+        assert done != kept
+        assert await receiver.poll(stream, maxEvents=0, ack=[second]) == {"sets": {}}
+
+
+async def test_a_long_poll_is_woken_by_what_ends(desk: Desk, office: Office) -> None:
+    office.declare("patient")
+    async with office.running(poll_s=300), stranger(office, "patient") as receiver:
+        stream = await receiver.made()
+        (passed,) = [await ended(desk)]
+        (first,) = await receiver.some(stream)
+        assert await receiver.poll(stream, maxEvents=0, ack=[first]) == {"sets": {}}
+        polling = asyncio.create_task(receiver.some(stream))
+        woken = await ended(desk)
+        told = await asyncio.wait_for(polling, WITHIN_S)
+        assert [one["sub_id"]["session"]["id"] for one in told.values()] == [woken] != [passed]
 
 
 async def test_pushes_as_in_the_rfc(desk: Desk, office: Office, tmp_path: Path) -> None:

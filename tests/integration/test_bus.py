@@ -22,6 +22,7 @@ from ringfence.kernel.bus import (
     BatchHandler,
     Consumer,
     DeadLetters,
+    HaltedError,
     one_by_one,
     side_by_side,
 )
@@ -323,6 +324,68 @@ async def test_what_was_committed_does_not_come_again(
         await second.until(1)
     assert second.values[-1] == "c"
     assert "a" not in second.values or first.values == ["a", "b"], "at least once, never less"
+
+
+async def test_what_was_read_ahead_comes_again_where_its_batch_fails_and_is_committed_where_it_is_done(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    """Two tries, then a member that comes after: what was read ahead counts only as far as it was done."""
+    tries = list[list[str]]()
+    begun, succeeded, after = asyncio.Event(), asyncio.Event(), Seen()
+
+    async def handle(batch: Sequence[Received]) -> None:
+        values = [record.value.decode() for record in batch]
+        tries.append(values)
+        begun.set()
+        while "c" not in values:
+            values += [record.value.decode() for record in await consumer.read_ahead()]
+        if len(tries) == 1:
+            raise UnavailableError("Redis is away")
+        succeeded.set()
+
+    await send(publisher, "a")
+    consumer = Consumer(settings, "g", {CREDENTIAL_REQUEST: handle})
+    async with consuming(consumer), asyncio.timeout(WITHIN_S):
+        await begun.wait()
+        await send(publisher, "b", "c")
+        await succeeded.wait()
+        await consumer.drain()
+    assert tries == [["a", "b", "c"], ["a", "b", "c"]]
+    await send(publisher, "d")
+    async with consuming(
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(after.add, letters(publisher))})
+    ):
+        await after.until(1)
+    assert after.values == ["d"]
+
+
+async def test_a_halt_at_what_was_read_ahead_takes_the_batch_before_it_to_its_end(
+    settings: ServiceSettings, publisher: Publisher
+) -> None:
+    """It reads nothing more ahead, commits the batch, and leaves the halting record to who is started again."""
+    begun, done, after = asyncio.Event(), asyncio.Event(), Seen()
+
+    async def handle(batch: Sequence[Received]) -> None:
+        begun.set()
+        while consumer.halted is None:
+            for record in await consumer.read_ahead():
+                raise HaltedError("too many malformed records", record)
+        assert [record.value for record in batch] == [b"a"]
+        assert await consumer.read_ahead() == []
+        done.set()
+
+    await send(publisher, "a")
+    consumer = Consumer(settings, "g", {CREDENTIAL_REQUEST: handle})
+    async with consuming(consumer), asyncio.timeout(WITHIN_S):
+        await begun.wait()
+        await send(publisher, "halts")
+        await done.wait()
+        await committed(settings, 1)
+    async with consuming(
+        Consumer(settings, "g", {CREDENTIAL_REQUEST: one_by_one(after.add, letters(publisher))})
+    ):
+        await after.until(1)
+    assert after.values == ["halts"]
 
 
 async def test_what_was_not_finished_comes_to_the_next_member(

@@ -17,7 +17,7 @@ import yaml
 
 from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES, make_trust
 from ringfence.dev.processes import free_port, spawn
-from ringfence.dev.stack import Stack, StackOptions
+from ringfence.dev.stack import Stack, StackOptions, readiness
 from ringfence.kernel.bearer_tokens import new_token
 from ringfence.kernel.keys import SigningKey
 from tests.brokers import RedisServer
@@ -112,14 +112,8 @@ def test_a_service_starts_by_the_command_of_compose(prepared: Stack, name: str) 
         log_path=prepared.options.state / "logs" / f"{name}.log",
     )
 
-    def ready() -> bool:
-        try:
-            return httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=2).status_code == 200
-        except httpx.HTTPError:
-            return False
-
     try:
-        child.wait_until(ready, READY_WITHIN_S, "was ready")
+        child.wait_until(lambda: readiness(port) is None, READY_WITHIN_S, "was ready")
     finally:
         assert child.stop() == 0, f"{name} did not drain in good order: {child.log_tail()}"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,16 +44,14 @@ def running_opa(binary: Path, folder: Path, bundle: Bundle | None = None) -> Ite
     child = spawn("opa", argv, log_path=folder / "opa.log")
     url = f"http://{LOOPBACK}:{port}"
     try:
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while True:
-            try:
-                if httpx.get(f"{url}/health?bundles", trust_env=False).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                pass
-            if not child.alive or time.monotonic() > deadline:
-                raise StackError(f"OPA did not start:\n{child.log_tail()}")
-            time.sleep(0.02)
+        child.wait_until(lambda: _answers(url), _START_TIMEOUT_S, "has loaded its bundle")
         yield url
     finally:
         child.kill()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health?bundles", trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -24,7 +24,7 @@ from ringfence.signals.domain import (
     still_removed,
     subject_of,
 )
-from ringfence.signals.polling import Window
+from ringfence.signals.polling import MOST_SETS, Window
 from ringfence.signals.receivers import Receiver, read_receivers
 from ringfence.signals.settings import SignalsSettings
 from tests.leases import lease
@@ -236,28 +236,46 @@ def test_requests_that_are_none() -> None:
             understood(SubjectChange, json.dumps({"stream_id": STREAM, "subject": subject}).encode())
 
 
-async def test_what_was_handed_over_is_done_when_all_is_taken() -> None:
+async def test_a_receiver_gets_the_oldest_and_hears_whether_there_are_more() -> None:
     window = Window(SystemClock())
-    events = {one.jti: one for one in (event_of(ended()), event_of(ended()))}
-    first, second = events
-    handing = asyncio.create_task(window.hand_over(events, lambda: True))
-    assert await window.some(1, 10) == ([events[first]], True)
-    assert window.take(first) is events[first]
-    assert window.take(first) is None
-    assert await window.some(10, 0) == ([events[second]], False)
-    assert not handing.done()
-    window.take(second)
-    await asyncio.wait_for(handing, 10)
+    first, second = event_of(ended()), event_of(ended())
+    window.put([first])
+    assert await window.some(1, 10) == ([first], False)
+    window.put([second])  # of a later batch
+    assert await window.some(1, 10) == ([first], True)
+    assert await window.some(0, 10) == ([], True)
+    assert await window.some(10, 10) == ([first, second], False)
+    assert window.take(first.jti) is first
+    assert window.take(first.jti) is None
+    assert await window.some(10, 0) == ([second], False)
+    window.take(second.jti)
     assert await window.some(10, 0) == ([], False)
     assert window.waiting_since_ms is None
 
 
-async def test_what_another_hands_over_is_dropped() -> None:
+async def test_a_poll_that_waits_is_woken_by_what_comes() -> None:
     window = Window(SystemClock())
+    polling = asyncio.create_task(window.some(10, 600))
+    await asyncio.sleep(0)
+    assert not polling.done()
     event = event_of(ended())
-    mine = True
-    handing = asyncio.create_task(window.hand_over({event.jti: event}, lambda: mine))
-    assert len((await window.some(1, 10))[0]) == 1
-    mine = False
-    await asyncio.wait_for(handing, 30)
-    assert await window.some(1, 0) == ([], False)
+    window.put([event])
+    assert await asyncio.wait_for(polling, 60) == ([event], False)
+
+
+async def test_no_answer_empties_a_window_behind_which_nothing_was_looked_at() -> None:
+    window = Window(SystemClock())
+    while not window.full:
+        window.put([event_of(ended())])
+    events, more = await window.some(100_000, 0)
+    assert (len(events), more) == (MOST_SETS, True)
+
+
+async def test_what_another_replica_hands_over_is_dropped() -> None:
+    window = Window(SystemClock())
+    event, other = event_of(ended()), event_of(ended())
+    window.put([event, other])
+    window.drop([event.jti, "never put"])
+    assert await window.some(10, 0) == ([other], False)
+    window.drop([other.jti])
+    assert window.waiting_since_ms is None

@@ -23,13 +23,15 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
 from ringfence.kernel.errors import RingfenceError
 
 LOOPBACK = "127.0.0.1"
+MOST_PATIENCE = 10
+"""So many times its limit a start may take, however busy the machine is."""
 _LOWEST_PORT, _PORTS = 20_000, 12_000
 _RESERVED_AT_MOST = 200
 _reserved: deque[int] = deque()
@@ -37,8 +39,9 @@ _reservations: int | None = None
 """A file of which byte N is locked by who was given port N."""
 _next_port = itertools.count(random.randrange(_PORTS))  # noqa: S311 - so that processes do not begin with the same
 
-# How long a condition is left alone between two looks. The pause itself waits for the end of the child.
-_LOOK_AGAIN_S = 0.01
+# How long a condition is left alone between two looks: longer and longer, or looking takes what the start needs. The
+# pause itself waits for the end of the child.
+_LOOK_AGAIN_S, _LONGEST_PAUSE_S = 0.01, 0.25
 
 # Runs in the child, before its program, in place of Popen's `preexec_fn`, which may deadlock in a parent that
 # has threads. Arms PR_SET_PDEATHSIG (1, see prctl(2)); it survives exec. A parent that died before that is
@@ -60,6 +63,62 @@ class StackError(RingfenceError):
     """A part of the local stack is missing, cannot start or ended by itself; the message names the remedy."""
 
     code = "stack_failed"
+
+
+class Patience:
+    """A limit on how long processes may take to start. Time that they spend waiting for a processor does not count.
+
+    So it holds on a machine that has ten times more to do than it can, and still ends a start that hangs. That time is
+    known on Linux (run delay, schedstat of proc(5)); elsewhere all time counts.
+    """
+
+    def __init__(
+        self,
+        limit_s: float,
+        pids: Callable[[], Iterable[int]],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        delays: Callable[[Iterable[int]], Mapping[int, float]] | None = None,
+    ) -> None:
+        """Args:
+            limit_s: how much time they have.
+            pids: whose waiting does not count.
+            clock: seconds.
+            delays: how long each thread of some processes has waited for a processor so far, in seconds.
+        """  # fmt: skip
+        self.limit_s = limit_s
+        self._pids = pids
+        self._clock = clock
+        self._delays = delays or run_delays
+        self._begun_s = clock()
+        self._before = self._delays(pids())
+        self.delayed_s = 0.0
+        """How long the thread that waited most has waited."""
+
+    @property
+    def over(self) -> bool:
+        """Whether they had their time: `limit_s` without waiting, and `MOST_PATIENCE` times as long in any case."""
+        now = self._delays(self._pids())
+        waited = [delay_s - self._before.get(thread, 0.0) for thread, delay_s in now.items()]
+        self.delayed_s = max(self.delayed_s, *waited, 0.0)
+        passed_s = self._clock() - self._begun_s
+        return passed_s - self.delayed_s > self.limit_s or passed_s > self.limit_s * MOST_PATIENCE
+
+    @property
+    def told(self) -> str:
+        """The limit, for error messages."""
+        waited = f", besides {self.delayed_s:.0f} s of waiting for a processor" if self.delayed_s >= 1 else ""
+        return f"{self.limit_s:g} s{waited}"
+
+
+def run_delays(pids: Iterable[int]) -> dict[int, float]:
+    """For how long each thread of these processes was ready to run and waited for a processor, in seconds."""
+    found: dict[int, float] = {}
+    for pid in pids:
+        for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                found[int(task.parent.name)] = int(task.read_text().split()[1]) / 1e9
+    return found
 
 
 class Child:
@@ -100,22 +159,37 @@ class Child:
         except subprocess.TimeoutExpired:
             return None
 
-    def wait_until(self, ready: Callable[[], bool], timeout_s: float, what: str) -> None:
+    def wait_until(
+        self,
+        ready: Callable[[], bool],
+        timeout_s: float,
+        what: str,
+        *,
+        beside: Callable[[], Iterable[int]] = tuple,
+        why: Callable[[], str | None] = lambda: None,
+        patience: Patience | None = None,
+    ) -> None:
         """Return as soon as `ready()` is true.
 
         Raises StackError, with the end of its log, where the child ends first or `timeout_s` runs out. `what`
-        says what was awaited: "answers on port 9092".
+        says what was awaited: "answers on port 9092"; `why` what is in the way, where that is known. Time in which the
+        child, this process, or one of those that it waits for (`beside`) waited for a processor does not count.
         """
-        deadline = time.monotonic() + timeout_s
+        patience = patience or Patience(timeout_s, lambda: (self.pid, os.getpid(), *beside()))
+        pause_s = _LOOK_AGAIN_S
         while not ready():
-            status = self.wait(_LOOK_AGAIN_S)
+            status = self.wait(pause_s)
+            pause_s = min(pause_s * 1.5, _LONGEST_PAUSE_S)
             if status is not None:
                 raise StackError(
                     f"{self.name} ended with status {status} before it {what}.{self._log_hint()}"
                 )
-            if time.monotonic() > deadline:
+            if patience.over:
+                if ready():
+                    return
+                reason = f" It says: {said}." if (said := why()) else ""
                 raise StackError(
-                    f"{self.name} runs, but took more than {timeout_s:g} s until it {what}.{self._log_hint()}"
+                    f"{self.name} runs, but took more than {patience.told} until it {what}.{reason}{self._log_hint()}"
                 )
 
     def terminate(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ringfence.dev.processes import LOOPBACK, Child, StackError, claim_port, spawn
 
-_ANSWER_TIMEOUT_S = 1.0
+_ANSWER_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 20.0
 _GRACE_S = 10.0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import http.client
+import json
 import os
 import shutil
 import sys
@@ -12,8 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-
-import httpx
 
 from ringfence.client.ceremony import (
     SERVICE_ROLES,
@@ -36,6 +36,8 @@ from ringfence.messages.api import GATEWAY_PORT, PORTS
 from ringfence.messages.trust import ServiceRole
 
 READY_WITHIN_S = 60.0
+"""Without the time in which a process of the stack waited for a processor (`Patience`)."""
+_ANSWER_TIMEOUT_S = 10.0
 _GRACE_S = 5.0
 """What all services together are given to end in good order: without a broker none of them does."""
 
@@ -80,6 +82,8 @@ class Stack:
         self._valkey: EmbeddedRedis | None = None
         self._children: dict[ServiceRole, Child] = {}
         self._ports: dict[str, int] = {}
+        self._unready: dict[ServiceRole, str] = {}
+        """Why a service that is waited for is not ready, as it said last."""
         self._door = 0
         """Where agents come in at the gateway."""
         self._claim: int | None = None
@@ -213,15 +217,23 @@ class Stack:
         }
 
     def wait_ready(self, roles: Sequence[ServiceRole] | None = None) -> None:
-        """Return when these services (all where None) are ready. Raises StackError."""
+        """Return when these services (all where None) are ready. Raises StackError, which names the first that is not,
+        says why, and shows the end of its log.
+        """
         for role in roles or self.options.services:
-            self._children[role].wait_until(partial(self._ready, role), READY_WITHIN_S, "was ready")
+            self._children[role].wait_until(
+                partial(self._ready, role),
+                READY_WITHIN_S,
+                "was ready",
+                beside=lambda: self.children().values(),
+                why=partial(self._unready.get, role),
+            )
 
     def _ready(self, role: ServiceRole) -> bool:
-        try:
-            return httpx.get(f"{self.url(role)}/readyz", timeout=2, trust_env=False).status_code == 200
-        except httpx.HTTPError:
-            return False
+        reason = readiness(self._ports[role])
+        if reason is not None:
+            self._unready[role] = reason
+        return reason is None
 
     def ended(self) -> str | None:
         """Which process ended by itself and why, or None."""
@@ -312,3 +324,22 @@ class Stack:
 
     def _url_or_usual(self, role: ServiceRole) -> str:
         return self.url(role) if role in self._ports else f"http://{LOOPBACK}:{PORTS[role]}"
+
+
+def readiness(port: int) -> str | None:
+    """None where the service on this port is ready; otherwise why not, as far as it says so."""
+    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=_ANSWER_TIMEOUT_S)
+    try:
+        connection.request("GET", "/readyz")
+        response = connection.getresponse()
+        body = response.read()
+    except (OSError, http.client.HTTPException):
+        return f"/readyz on port {port} does not answer"
+    finally:
+        connection.close()
+    if response.status == 200:
+        return None
+    try:
+        return "; ".join(map(str, json.loads(body)["reasons"]))
+    except (ValueError, KeyError, TypeError):
+        return f"/readyz on port {port} answers {response.status}"

@@ -57,6 +57,7 @@ BURST_MS = 600_000
 _COPY_AFTER_S = 3600
 """A record that says it was signed so long before Kafka had it is a copy: anybody can append an old one again."""
 _IDLE_MS = 1000
+_AWAY_S = 0.5
 
 
 class HaltedError(RingfenceError):
@@ -308,6 +309,9 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._gathering_s = 0.0
         self._consumer: AIOKafkaConsumer | None = None
         self._commits: Commits | None = None
+        self._fetches: Fetches | None = None
+        self._ahead: dict[TopicPartition, tuple[int, Received]] = {}
+        """What was read ahead of each partition, behind the batch under way: the first offset and the last record."""
         self._draining = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -341,13 +345,13 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         consumer.subscribe(list(self._topics), listener=self)
         try:
             await self._start(consumer)
-            self._consumer, self._commits = consumer, commits
+            self._consumer, self._commits, self._fetches = consumer, commits, fetches
             self.running = True
             while not self._draining.is_set():
                 await self._step(consumer, fetches, commits)
         finally:
             self.running = False
-            self._consumer = self._commits = None
+            self._consumer = self._commits = self._fetches = None
             if self._halting is not None:
                 self._halting.cancel()
             # Whoever is cancelled meanwhile still leaves the group: else the others wait until its session is over.
@@ -357,6 +361,36 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             except asyncio.CancelledError:
                 await asyncio.wait([leaving], timeout=_LEAVE_S)
                 raise
+
+    async def read_ahead(self) -> list[Received]:
+        """What comes behind the batch under way, within a second. For a handler whose batch waits for somebody else.
+
+        The batch is done only when these records are as well: where the handler raises, they come again.
+        """
+        consumer, fetches, commits = self._consumer, self._fetches, self._commits
+        ends = self._draining.is_set() or self.halted is not None
+        if consumer is None or fetches is None or commits is None or ends:
+            await asyncio.sleep(_AWAY_S)
+            return []
+        try:
+            batches = await self._next(consumer, fetches, commits)
+        except KafkaError as error:
+            log.warning("reading ahead failed, trying again: %s", error)
+            await asyncio.sleep(_AWAY_S)
+            return []
+        found = list[Received]()
+        for partition, records in batches.items():
+            read = [received(record, self._topics) for record in records]
+            first, _ = self._ahead.get(partition, (read[0].offset, None))
+            self._ahead[partition] = min(first, read[0].offset), read[-1]
+            found += read
+        return found
+
+    async def settle_early(self, records: Iterable[Received]) -> None:
+        """Commit these, though what was read behind them is not done yet. All that came before them must be done."""
+        if self._commits is not None:
+            self._commits.done(records)
+            await self._commits.flush()
 
     async def drain(self) -> None:
         """Take nothing new, and return once what was taken is done and committed. It may never be: bound the wait."""
@@ -382,7 +416,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             batches = await self._next(consumer, fetches, commits)
         except KafkaError as error:
             log.warning("reading failed, trying again: %s", error)
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(_AWAY_S)
             return
         if self._draining.is_set():  # what is not committed comes again, to whoever is there then
             return
@@ -454,6 +488,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 if self.halted is not None:
                     await self._stand_still(commits)
                 return True
+            self._ahead.clear()
             try:
                 with self._tracing.received(batch, self.group) as traced:
                     await handler(traced)
@@ -467,7 +502,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                     self._halting = asyncio.create_task(self._tell_halted(error), name=f"halted {self.group}")
                 # Those before it are taken to their ends and committed: else who is started again would halt at the
                 # same batch for ever, and an order that came before would wait for as long.
-                batch = _before(batch, error.record)
+                if not self._was_read_ahead(error.record):
+                    batch = _before(batch, error.record)
             except Exception as error:
                 delay_s = min(5.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
                 attempt = min(attempt + 1, 10)
@@ -485,13 +521,16 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                     extra=of_a_kind(self.group, type(error).__name__, getattr(error, "code", "")),
                 )
                 await commits.flush()
+                self._rewind(consumer)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._draining.wait(), delay_s)
                 if self._draining.is_set():
                     return False
-        commits.done(batch)
         if self.halted is not None:
+            commits.done(batch)
             await self._stand_still(commits)
+        commits.done([*batch, *(last for _, last in self._ahead.values())])
+        self._ahead.clear()
         return True
 
     async def _stand_still(self, commits: Commits) -> None:
@@ -506,6 +545,17 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             await self._on_halted(error)
         except (RingfenceError, KafkaError, OSError) as failure:  # the log, the metric and `/readyz` say it
             log.warning("that %s has halted was not told to audit: %s", self.group, failure)
+
+    def _was_read_ahead(self, record: Received) -> bool:
+        first, _ = self._ahead.get(TopicPartition(record.topic_name, record.partition), (None, None))
+        return first is not None and first <= record.offset
+
+    def _rewind(self, consumer: AIOKafkaConsumer) -> None:
+        """What was read ahead of a batch that failed comes again."""
+        for partition, (first, _) in self._ahead.items():
+            if partition in consumer.assignment():
+                consumer.seek(partition, first)
+        self._ahead.clear()
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
         """Called by aiokafka before a rebalance: the batch under way goes on, and comes again if its commit fails."""

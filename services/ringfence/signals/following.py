@@ -9,14 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
+from aiokafka.errors import KafkaError
+
 from ringfence.kernel import metrics
-from ringfence.kernel.bus import Consumer, gather_all
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.bus import Consumer, HaltedError, gather_all
+from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.kafka import Received
+from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.text import visible
 from ringfence.messages.credential import Reason
@@ -34,7 +38,7 @@ from ringfence.signals.domain import (
     sign_set,
     subject_of,
 )
-from ringfence.signals.polling import Window
+from ringfence.signals.polling import AT_A_TIME, Window
 from ringfence.signals.pushing import Pusher
 from ringfence.signals.receivers import Receiver
 from ringfence.signals.settings import SignalsSettings
@@ -44,14 +48,26 @@ log = logging.getLogger(__name__)
 
 PUSH: DeliveryMethod = "urn:ietf:rfc:8935"
 POLL: DeliveryMethod = "urn:ietf:rfc:8936"
-_AT_A_TIME = 500
-"""So many records are taken from Kafka at a time: no stream has more events in memory."""
 _REMEMBERED = 50_000
 _PATIENCE_MS = 7 * 24 * 3600 * 1000
 """How long a receiver may be away before the group takes its member for dead; then it joins anew."""
 _AGAIN_S = 1.0
+_LOOK_S = 2.0
 _ADAPTED_S = 10.0
 _CANCEL_AGAIN_S = 3.0
+
+
+@dataclass
+class _Outstanding:
+    """Records that were read together, and those of their events that the receiver has not settled."""
+
+    last: dict[tuple[str, int], Received]
+    """The last record of each partition: what is committed once all events are settled."""
+    events: dict[str, Event]
+
+    @classmethod
+    def of(cls, records: Iterable[Received], events: Mapping[str, Event]) -> _Outstanding:
+        return cls({(one.topic_name, one.partition): one for one in records}, dict(events))
 
 
 class Delivery:
@@ -83,7 +99,7 @@ class Delivery:
             runtime.settings,
             f"signals-{stream.id}",
             {LEASE: self._handle},
-            max_records=_AT_A_TIME,
+            max_records=AT_A_TIME,
             alone=True,
             patience_ms=_PATIENCE_MS,
             on_halted=runtime.tell_halted,
@@ -155,9 +171,79 @@ class Delivery:
         if self._pusher is not None:
             pusher = self._pusher
             await gather_all(pusher.deliver(one, partial(self.signed, one)) for one in events.values())
+            self._remember(events)
         elif events:
-            await self.window.hand_over(events, lambda: self.here)
-        self._remember(events)
+            await self._hand_over(_Outstanding.of(batch, events))
+
+    async def _hand_over(self, first: _Outstanding) -> None:
+        """Return once the receiver has polled and settled all of these, and all that came behind them meanwhile.
+
+        It reads ahead: what comes in a later batch is available as well, and `moreAvailable` has to say so. Raises
+        UnavailableError where another replica has the stream by now.
+        """
+        outstanding = deque([first])
+        self.window.put(first.events.values())
+        reading: asyncio.Task[_Outstanding] | None = None
+        try:
+            while outstanding or reading is not None:
+                # No await between these two: what is taken after the first sets the second.
+                self._note_taken(outstanding)
+                moved = self.window.moved
+                while outstanding and not outstanding[0].events:
+                    await self.consumer.settle_early(outstanding.popleft().last.values())
+                if reading is None and outstanding and not self.window.full:
+                    reading = asyncio.create_task(self._read_ahead(), name="read ahead")
+                if outstanding:
+                    await _first_of(moved, reading)
+                elif reading is not None:
+                    await asyncio.wait([reading])  # what it brings would be committed with this batch
+                if not self.here:
+                    raise UnavailableError("another replica has this stream now, or none yet")
+                if reading is not None and reading.done():
+                    self._put_behind(outstanding, reading.result())
+                    reading = None
+        finally:
+            if reading is not None:
+                reading.cancel()
+            self._note_taken(outstanding)
+            for one in outstanding:
+                self.window.drop(one.events)
+
+    async def _read_ahead(self) -> _Outstanding:
+        """What comes behind the batch under way. What cannot be judged yet holds up nothing that came before it."""
+        records = await self.consumer.read_ahead()
+        while True:
+            try:
+                return _Outstanding.of(records, await self._events(records))
+            except HaltedError:
+                raise
+            except (RingfenceError, KafkaError, OSError) as error:
+                metrics.BATCH_RETRIES.labels(self.consumer.group).inc()
+                log.warning(
+                    "what was read ahead for receiver %s waits: %s",
+                    self._receiver.name,
+                    error,
+                    extra=of_a_kind(self.consumer.group, type(error).__name__),
+                )
+                await asyncio.sleep(_AGAIN_S)
+
+    def _put_behind(self, outstanding: deque[_Outstanding], read: _Outstanding) -> None:
+        """What was read ahead waits as well. Records that make no event are committed with those before them."""
+        self._note_taken(outstanding)
+        # A lease makes one event of two records: the receiver may have settled it since the second was read.
+        read.events = {jti: event for jti, event in read.events.items() if jti not in self._told}
+        if outstanding and not read.events:
+            outstanding[-1].last |= read.last
+        elif read.last:
+            outstanding.append(read)
+            self.window.put(read.events.values())
+
+    def _note_taken(self, outstanding: Iterable[_Outstanding]) -> None:
+        for one in outstanding:
+            taken = {jti: event for jti, event in one.events.items() if jti not in self.window}
+            self._remember(taken)
+            for jti in taken:
+                del one.events[jti]
 
     async def _events(self, batch: Sequence[Received]) -> Mapping[str, Event]:
         found: dict[str, Event] = {}
@@ -207,6 +293,19 @@ class Delivery:
         self._told |= dict.fromkeys(events)
         while len(self._told) > _REMEMBERED:
             self._told.popitem(last=False)
+
+
+async def _first_of(moved: asyncio.Event, reading: asyncio.Task[_Outstanding] | None) -> None:
+    """Return when an event came or was taken, when something was read, or after `_LOOK_S`."""
+    moving = asyncio.create_task(moved.wait(), name="window moved")
+    try:
+        await asyncio.wait(
+            {moving} if reading is None else {moving, reading},
+            timeout=_LOOK_S,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+    finally:
+        moving.cancel()
 
 
 class Following:

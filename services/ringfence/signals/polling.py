@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 
 from ringfence.kernel.clock import Clock
 from ringfence.signals.domain import Event
 
-_LOOK_S = 2.0
+AT_A_TIME = 500
+"""So many records are taken from Kafka at a time. While so many events wait, no more are taken."""
+MOST_SETS = AT_A_TIME // 2
+"""So many SETs are in one answer at most. Fewer than a full window: where it is full, `moreAvailable` is true."""
 
 
 class Window:
@@ -25,6 +28,14 @@ class Window:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def __contains__(self, jti: str) -> bool:
+        return jti in self._waiting
+
+    @property
+    def full(self) -> bool:
+        """Whether so many wait that no more are to be put here."""
+        return len(self._waiting) >= AT_A_TIME
+
     def put(self, events: Iterable[Event]) -> None:
         """These wait from now on."""
         self._waiting |= {event.jti: event for event in events}
@@ -32,16 +43,18 @@ class Window:
             self.waiting_since_ms = self._clock.now_ms()
         self._move()
 
-    async def hand_over(self, events: Mapping[str, Event], mine: Callable[[], bool]) -> None:
-        """Return once the receiver has taken all of these, or somebody else hands them over (`mine`)."""
-        self.put(events.values())
-        while not self._waiting.keys().isdisjoint(events):
-            moved = self._moved
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(moved.wait(), _LOOK_S)
-            if not mine():
-                self._waiting = {jti: one for jti, one in self._waiting.items() if jti not in events}
-                return
+    def drop(self, jtis: Iterable[str]) -> None:
+        """These wait no longer: somebody else hands them over."""
+        for jti in jtis:
+            self._waiting.pop(jti, None)
+        if not self._waiting:
+            self.waiting_since_ms = None
+        self._move()
+
+    @property
+    def moved(self) -> asyncio.Event:
+        """Set when the next event comes or is taken."""
+        return self._moved
 
     def take(self, jti: str) -> Event | None:
         """The receiver has this one, or will not have it. None where it did not wait."""
@@ -52,7 +65,11 @@ class Window:
         return event
 
     async def some(self, most: int, wait_s: float) -> tuple[list[Event], bool]:
-        """The oldest that wait, and whether there are more; waits for the first one, and no longer than that."""
+        """The oldest that wait, and whether there are more; waits for the first one, and no longer than that.
+
+        `most` is the receiver's own limit; no answer has more than `MOST_SETS`.
+        """
+        most = min(most, MOST_SETS)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 while not self._waiting and most:
