@@ -81,7 +81,7 @@ class Meddler(Terminal):
         super().__init__("y\n")
         self._command = command
 
-    def readline(self, size: int | None = -1, /) -> str:
+    def readline(self, size: int | None = -1, /) -> str:  # type: ignore[override]
         other = threading.Thread(target=main, args=(self._command,))
         other.start()
         other.join()
