@@ -58,6 +58,27 @@ def played() -> Played:
     return Played()
 
 
+async def test_headers_count_as_seen_only_where_the_configuration_promises_all(played: Played) -> None:
+    sent = [
+        *FORWARDED, ("Authorization", "DPoP LEASE"), ("DPoP", "p"), ("X-Ringfence-Label", "pr"), ("X_Note", "2"),
+        ("Content-Type", "text/plain"), ("X-Note", "1"), ("X-Note", "2"), ("Traceparent", "t"),
+    ]  # fmt: skip
+    await played.ask("/authz/fwd/hub?body=whole", sent)
+    await played.ask("/authz/envoy-target/hub/a", [*ENVOY, *sent[4:]])
+    assert [attempt.headers for _, attempt in played.asked] == [None, None]
+    await played.ask("/authz/fwd/hub?body=whole&headers=whole", sent)
+    headers = played.asked[-1][1].headers
+    assert headers is not None
+    told = headers()
+    assert [one for one in told if one[0] not in ("accept", "accept-encoding", "user-agent")] == [
+        ("x-note", "2"), ("content-type", "text/plain"), ("x-note", "1"), ("x-note", "2"), ("traceparent", "t"),
+    ]  # fmt: skip
+    assert "accept-encoding" in dict(told), "the proxy forwards it"
+    for query in ("headers=whole", "headers=whole&body=whole", "body=whole&headers=some"):
+        answer = await played.ask(f"/authz/fwd/hub?{query}", sent)
+        assert (answer.status_code, answer.json()["code"]) == (403, "question_invalid")
+
+
 async def test_a_proxy_tells_of_the_request_as_it_came(played: Played) -> None:
     shown = [("Authorization", "DPoP LEASE"), ("DPoP", "a.b.c"), ("X-Ringfence-Label", "pr-7")]
     answer = await played.ask("/authz/fwd", FORWARDED + shown)

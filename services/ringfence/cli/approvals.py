@@ -79,7 +79,12 @@ def list_approvals(
                     one.agent,
                     one.on_behalf_of,
                     f"{one.target}:{visible(one.verb)}:{visible(one.resource)}",
-                    f"ONE ACTION: {visible(one.method)} {visible(one.url)}",
+                    "\n".join(
+                        (
+                            f"ONE ACTION: {visible(one.method)} {visible(one.url)}",
+                            *questions.shown_headers(one),
+                        )
+                    ),
                     "in " + span(one.expires_at - now_s),
                 )
                 for one in actions

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ringfence.gateway.attempts import Attempt, Blocked, Blocks, Gate, Presented, Verdict
+from ringfence.gateway.attempts import Attempt, Blocked, Blocks, Gate, Headers, Presented, Verdict
 from ringfence.gateway.media import says_json
 from ringfence.gateway.observing import own_headers
 from ringfence.gateway.problem import MEDIA_TYPE, headers, problem
@@ -42,6 +42,11 @@ _INVALID: Final = "question_invalid"
 _UNCERTAIN: Final = (
     "the question does not say for certain which request it is about: a proxy says each thing once"
 )
+_OF_THE_QUESTION: Final = frozenset({
+    "host", "connection", "keep-alive", "te", "trailer", "transfer-encoding", "content-length", "expect",
+    "authorization", "dpop",
+})  # fmt: skip
+"""Hop by hop, or the answer's to replace. What else a proxy has to leave out is hashed where it shows it."""
 _NO_STORE: Final = {"Cache-Control": "no-store"}
 
 Read = Callable[[Request], Awaitable[tuple[Presented, Attempt] | None]]
@@ -110,6 +115,20 @@ def only(request: Request, name: str) -> str | None:
     if len(values) > 1:
         raise ValueError(name)
     return values[0] if values else None
+
+
+def shown_headers(request: Request) -> Headers:
+    """All headers of a question that go on with its request: more than the proxy forwards, rather than fewer."""
+    return tuple(
+        (name, value.decode("latin-1").strip(" \t"))
+        for given, value in request.headers.raw
+        if not _is_of_question(name := given.decode("latin-1").lower().replace("_", "-"))
+    )
+
+
+def _is_of_question(name: str) -> bool:
+    """Whether a header is about the question itself, or ends at the proxy whatever an agent sends in it."""
+    return name in _OF_THE_QUESTION or name.startswith(("x-forwarded-", "x-ringfence-", "proxy-"))
 
 
 def shows_json(request: Request) -> bool:
