@@ -11,10 +11,11 @@ import httpx
 import pytest
 
 from ringfence.gateway import authz_envoy, authz_forward
-from ringfence.gateway.attempts import Attempt, Gate, Presented, Verdict
+from ringfence.gateway.attempts import Attempt, Blocked, Gate, Presented, Verdict
 from ringfence.gateway.authz import ProxyAuth
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
+from ringfence.messages.operations import Destination
 
 ID = "d9428888-122b-51e1-b85c-61cd3cbb3210"
 READERS = {authz_forward.PREFIX: authz_forward.read, authz_envoy.PREFIX: authz_envoy.read}
@@ -33,6 +34,7 @@ class Played:
         self.verdict: Verdict | Exception = ALLOWED
         self.inject: Mapping[str, str] | Exception = {"Authorization": "Bearer x"}
         self.asked: list[tuple[Presented, Attempt]] = []
+        self.blocked: list[Blocked] = []
 
     async def decide(self, presented: Presented, attempt: Attempt) -> Verdict:
         self.asked.append((presented, attempt))
@@ -48,7 +50,7 @@ class Played:
     async def ask(
         self, path: str, headers: list[tuple[str, str]], method: str = "GET", **fields: Any
     ) -> httpx.Response:
-        transport = httpx.ASGITransport(ProxyAuth(cast(Gate, self), READERS))
+        transport = httpx.ASGITransport(ProxyAuth(cast(Gate, self), READERS, self.blocked.append))
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
             return await http.request(method, path, headers=headers, **fields)
 
@@ -56,6 +58,24 @@ class Played:
 @pytest.fixture
 def played() -> Played:
     return Played()
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "went"),
+    [
+        ("/authz/fwd/hub?odd", FORWARDED, ("hub.example", 8443, "/a%2Fb")),
+        ("/authz/envoy-target/hub/a?b", [*ENVOY, ENVOY[1]], ("hub.example", 443, "/a")),
+        ("/authz/envoy/a", [ENVOY[0]], ("hub.example", 443, "/a")),
+    ],
+)  # fmt: skip
+async def test_a_question_that_is_not_clear_is_recorded_with_where_it_was_going(
+    played: Played, path: str, headers: list[tuple[str, str]], went: tuple[str, int, str]
+) -> None:
+    await played.ask(path, headers, method="PUT")
+    (blocked,) = played.blocked
+    host, port, path = went
+    assert (blocked.code, blocked.method) == ("question_invalid", "PUT")
+    assert blocked.destination == Destination(scheme="https", host=host, port=port, path=path)
 
 
 async def test_headers_count_as_seen_only_where_the_configuration_promises_all(played: Played) -> None:

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
-from ringfence.messages.operations import AnswerKind
+from ringfence.messages.operations import AnswerKind, Destination
 from ringfence.messages.registry import TargetState
 from ringfence.model.request_map import Action
 
@@ -98,6 +98,10 @@ class Blocked:
     attempt: Attempt | None = None
     """What it asked for, as far as that could be read."""
     method: str | None = None
+    destination: Destination | None = None
+    """Where it was going, where there is no attempt."""
+    unread: bool = False
+    """Whether its head could not be read for certain: then nobody knows what it would do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ringfence.gateway.attempts import Attempt, Blocked, Blocks, Gate, Headers, Presented, Verdict
+from ringfence.gateway.destination import destination_of_line
 from ringfence.gateway.media import says_json
 from ringfence.gateway.observing import own_headers
 from ringfence.gateway.problem import MEDIA_TYPE, headers, problem
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
+from ringfence.messages.operations import Destination
 from ringfence.messages.registry import TargetState
 from ringfence.model.request_map import MAX_BODY_BYTES
 
@@ -47,6 +50,8 @@ _OF_THE_QUESTION: Final = frozenset({
     "authorization", "dpop",
 })  # fmt: skip
 """Hop by hop, or the answer's to replace. What else a proxy has to leave out is hashed where it shows it."""
+_OF_ENVOY: Final = re.compile(r"^/authz/envoy(-target/[^/]*)?(?=/)")
+"""What Envoy puts before the path of a request."""
 _NO_STORE: Final = {"Cache-Control": "no-store"}
 
 Read = Callable[[Request], Awaitable[tuple[Presented, Attempt] | None]]
@@ -80,7 +85,8 @@ class ProxyAuth:
             return _said(f"ask {' or '.join(self._readers)}")
         asked = await read(request)
         if asked is None:
-            self._blocked(Blocked(_INVALID, _UNCERTAIN))
+            method, destination = _told(request)
+            self._blocked(Blocked(_INVALID, _UNCERTAIN, method=method, destination=destination))
             return _said(_UNCERTAIN)
         verdict = await self._gate.decide(*asked)
         if verdict.observed and verdict.target is not None:
@@ -144,6 +150,16 @@ async def whole_body(request: Request) -> bytes | None:
         if len(found) > MAX_BODY_BYTES:
             return None
     return bytes(found)
+
+
+def _told(request: Request) -> tuple[str, Destination]:
+    """Method and destination in a question that is not clear: for the record alone."""
+    said = request.headers
+    scheme: Literal["http", "https"] = "http" if said.get("x-forwarded-proto") == "http" else "https"
+    host = said.get("x-forwarded-host", said.get("host"))
+    method = said.get("x-forwarded-method", request.method)
+    target = said.get("x-forwarded-uri", _OF_ENVOY.sub("", request.scope["path"]))
+    return method, destination_of_line(method, target, host, scheme)
 
 
 def _denied(verdict: Verdict) -> Response:
