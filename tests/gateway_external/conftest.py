@@ -31,8 +31,9 @@ RULES = (
         method="POST", path="/{path*}", body={"kind": ("note",)}, verb="read", resource="path/{path*}"
     ),
     RequestRule(method="POST", path="/{path*}", verb="write", resource="path/{path*}"),
+    RequestRule(method="PATCH", path="/{path*}", verb="merge", resource="path/{path*}"),
 )
-VERBS = (VerbFloor(verb="read"), VerbFloor(verb="write"))
+VERBS = (VerbFloor(verb="read"), VerbFloor(verb="write"), VerbFloor(verb="merge", ask="sponsor"))
 
 
 @dataclass
@@ -103,7 +104,7 @@ async def _staffed(desk: Desk) -> Desk:
     )
     await desk.world.target("hub", backend=hub, requests=RULES, verbs=VERBS)
     await desk.world.target("keyed", backend=keyed, requests=RULES, verbs=VERBS)
-    wide = tuple(scope(name, ("read", "write"), ("path/**",))[0] for name in ("hub", "keyed"))
+    wide = tuple(scope(name, ("read", "write", "merge"), ("path/**",))[0] for name in ("hub", "keyed"))
     user = await desk.world.user("ursula", entitlements=wide)
     desk.bot = await desk.world.agent("proxied-bot", sponsor=desk.sam, ceiling=wide)
     desk.task = await desk.world.task(desk.bot, by=user, scope=wide)

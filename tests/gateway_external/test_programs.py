@@ -137,6 +137,14 @@ async def test_out_of_scope_is_told_why_and_reaches_nothing(
             assert problem["ask"].startswith("ringfence request --task ")
 
 
+async def test_who_does_not_show_all_headers_asks_nobody(stage: Stage, running: Running) -> None:
+    agent = await stage.agent(running.port, "read", "merge")
+    stage.target.received.clear()
+    answer = await agent.send("PATCH", "/a/x", [("Content-Type", "text/plain")], b"merge it")
+    assert (answer.status, answer.json()["code"]) == (403, "headers_unseen")
+    assert stage.target.received == []
+
+
 async def test_nobody_in_particular_is_401(stage: Stage, agent: Agent) -> None:
     answer = await agent.send_raw(request("GET", "/a/x", [], None))
     assert (answer.status, answer.json()["code"]) == (401, "no_credentials")
