@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ringfence.client.actions import PendingAction
+from ringfence.client.sponsor import Sponsor
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from tests.brokers import RedisServer
 from tests.brokers.secured import Authority
@@ -121,3 +123,12 @@ def running(request: pytest.FixtureRequest, name: str, stage: Stage) -> Iterator
     """Each of the programs, one after the other."""
     with needed(request), started(name, stage.places, stage.folder / name) as port:
         yield Running(name, PROGRAMS[name], port)
+
+
+async def next_action(sponsor: Sponsor, other: str | None = None) -> PendingAction:
+    """The action that waits for somebody, but for the one with that digest."""
+    async with asyncio.timeout(WITHIN_S):
+        async for pending in sponsor.watch_actions(everyone=False):
+            if pending.digest != other:
+                return pending
+    raise AssertionError("the watch ended")

@@ -8,16 +8,15 @@ import time
 
 import pytest
 
-from ringfence.client.actions import PendingAction
 from ringfence.client.dpop import proof
 from ringfence.client.sponsor import Sponsor
 from ringfence.dev.processes import LOOPBACK
 from ringfence.gateway.authz import PROBLEM
 from ringfence.model.request_map import MAX_BODY_BYTES
+from tests.flows.gating import action
 from tests.flows.sdk import client
 from tests.gateway_external.agent import HOST, Agent, Answer, Headers, exchange, request
-from tests.gateway_external.conftest import HUB, Stage
-from tests.world import WITHIN_S
+from tests.gateway_external.conftest import HUB, Stage, next_action
 
 FORWARDED = (("X-Forwarded-Host", HOST), ("X-Forwarded-Proto", "https"))
 NOTE = b'{"kind": "note"}'
@@ -195,13 +194,13 @@ async def test_a_person_is_asked_only_where_the_configuration_promises_all_heade
     whole = "/authz/fwd/hub?body=whole&headers=whole"
     async with Sponsor.connect(stage.desk.sam.key, client(stage.world)) as sam:
         asking = asyncio.create_task(ask(agent, whole, sent, b"merge it", about=about))
-        pending = await _next(sam)
+        pending = await next_action(sam)
         values = {one.name: one.value for one in pending.headers}
         assert (values["content-type"], values["x-note"]) == ("text/plain", None)
         assert not {"authorization", "dpop", "x-forwarded-uri", "host"} & set(values)
         other = [*told("PATCH"), ("Content-Type", "text/html"), sent[-1]]
         changed = asyncio.create_task(ask(agent, whole, other, b"merge it", about=about))
-        second = await _next(sam, pending.digest)
+        second = await next_action(sam, pending.digest)
         assert second.headers_digest != pending.headers_digest
         await sam.approve_action(pending)
         assert allowed(await asking)
@@ -209,12 +208,18 @@ async def test_a_person_is_asked_only_where_the_configuration_promises_all_heade
         assert (await changed).json()["code"] == "approval_denied"
 
 
-async def _next(sponsor: Sponsor, other: str | None = None) -> PendingAction:
-    async with asyncio.timeout(WITHIN_S):
-        async for pending in sponsor.watch_actions(everyone=False):
-            if pending.digest != other:
-                return pending
-    raise AssertionError("the watch ended")
+async def test_a_proxy_that_waits_no_more_uses_up_no_yes(stage: Stage) -> None:
+    agent = await stage.agent(stage.proxy.port, "read", "merge")
+    about, where = ("PATCH", f"https://{HOST}/a/x"), "/authz/fwd/hub?body=whole&headers=whole"
+    sent = [*told("PATCH"), ("Content-Type", "text/plain")]
+    async with Sponsor.connect(stage.desk.sam.key, client(stage.world)) as sam:
+        asking = asyncio.create_task(ask(agent, where, sent, b"merge this", about=about))
+        pending = await next_action(sam)
+        asking.cancel()
+        left = await action(stage.world, lease_id=agent.handle, allowed=False)
+        assert left.reasons[0].code == "client_gone"
+        await sam.approve_action(pending)
+        assert allowed(await ask(agent, where, sent, b"merge this", about=about))
 
 
 async def test_envoy_says_itself_whether_a_body_is_whole(agent: Agent) -> None:

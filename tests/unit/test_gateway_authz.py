@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,8 +12,8 @@ import httpx
 import pytest
 
 from ringfence.gateway import authz_envoy, authz_forward
-from ringfence.gateway.attempts import Attempt, Blocked, Gate, Presented, Verdict
-from ringfence.gateway.authz import ProxyAuth
+from ringfence.gateway.attempts import Attempt, Blocked, Gate, Patient, Presented, Verdict
+from ringfence.gateway.authz import Asker, ProxyAuth
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Destination
@@ -36,7 +37,7 @@ class Played:
         self.asked: list[tuple[Presented, Attempt]] = []
         self.blocked: list[Blocked] = []
 
-    async def decide(self, presented: Presented, attempt: Attempt) -> Verdict:
+    async def decide(self, presented: Presented, attempt: Attempt, *, patient: Patient) -> Verdict:
         self.asked.append((presented, attempt))
         if isinstance(self.verdict, Exception):
             raise self.verdict
@@ -237,3 +238,33 @@ async def test_what_goes_wrong_denies_without_a_word_of_it(played: Played, spoil
     assert answer.status_code == 403
     assert "secret" not in answer.text
     assert "authorization" not in answer.headers
+
+
+async def test_a_proxy_that_hangs_up_is_gone() -> None:
+    messages = [{"type": "http.request"}, {"type": "http.disconnect"}]
+    gone = asyncio.Event()
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    Asker(receive).on_gone(gone.set)
+    async with asyncio.timeout(10):
+        await gone.wait()
+    assert await Asker(receive).whole() is None
+
+
+async def test_a_proxy_that_was_answered_is_watched_no_more() -> None:
+    leaves, gone = asyncio.Event(), asyncio.Event()
+
+    async def receive() -> Any:
+        await leaves.wait()
+        return {"type": "http.disconnect"}
+
+    unsubscribe = Asker(receive).on_gone(gone.set)
+    await asyncio.sleep(0)
+    unsubscribe()
+    leaves.set()
+    await asyncio.gather(
+        *(one for one in asyncio.all_tasks() if one.get_name() == "proxy that waits"), return_exceptions=True
+    )
+    assert not gone.is_set()

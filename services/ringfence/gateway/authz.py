@@ -7,6 +7,7 @@ stands in the body, and in short in a header too, for proxies that pass no body 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -88,7 +89,7 @@ class ProxyAuth:
             method, destination = _told(request)
             self._blocked(Blocked(_INVALID, _UNCERTAIN, method=method, destination=destination))
             return _said(_UNCERTAIN)
-        verdict = await self._gate.decide(*asked)
+        verdict = await self._gate.decide(*asked, patient=Asker(request.receive))
         if verdict.observed and verdict.target is not None:
             return _as_it_came(request, asked[0], verdict.target)
         if not verdict.allowed:
@@ -99,6 +100,34 @@ class ProxyAuth:
             reason = Reason(code=error.code, message=error.message[:1000])
             return _denied(replace(verdict, allowed=False, status=403, reasons=(reason,)))
         return Response(status_code=200, headers={"Authorization": NOTHING, **_NO_STORE, **injected})
+
+
+class Asker:
+    """The `Patient` of a proxy: one that does not wait for the answer any more must not use up a person's yes."""
+
+    __slots__ = ("_receive",)
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+
+    async def whole(self) -> bytes | None:
+        """See `Patient`. What the question did not show of the body cannot be had."""
+        return None
+
+    def on_gone(self, told: Callable[[], None]) -> Callable[[], None]:
+        """See `Patient`."""
+
+        async def watch() -> None:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            told()
+
+        watching = asyncio.create_task(watch(), name="proxy that waits")
+
+        def unsubscribe() -> None:
+            watching.cancel()
+
+        return unsubscribe
 
 
 def handle_and_own(request: Request) -> tuple[str | None, frozenset[str]]:
