@@ -121,6 +121,12 @@ async def test_where_a_denied_request_was_going_is_told_in_the_words_of_ocsf(tol
     assert "dst_endpoint" not in told["action denied"][1]
 
 
+async def test_a_question_is_told_with_and_without_the_digest_of_its_headers(told) -> None:
+    """Gateways of before did not say one."""
+    assert "headers_digest" not in told["action asked about"][1]["unmapped"]
+    assert told["action asked about with its headers"][1]["unmapped"]["headers_digest"] == "cd" * 32
+
+
 async def test_names_and_numbers_agree_with_the_schema(told) -> None:
     """Captions (activity_name, severity, ...) are those of the schema, wherever it has one for the number."""
     schema = get_ocsf_schema(version=OCSF_VERSION)
