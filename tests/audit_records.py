@@ -426,6 +426,10 @@ def actions(office: Office, lease_id: str) -> dict[str, Received]:
             **no, "target_id": None, "method": "CONNECT", "access": None,
             "destination": Destination(scheme="https", host="2001:db8::1", port=443),
         },
+        "that could not be read": {
+            **no, "target_id": None, "verb": None, "resource": None, "access": None, "method": "POST",
+            "destination": Destination(host="gateway", port=80, path="/forge/a"),
+        },
         "to a page at an address": {
             **no, "target_id": None, "destination": Destination(scheme="http", host="192.0.2.7", port=80, path="/a"),
         },

@@ -121,6 +121,11 @@ async def test_where_a_denied_request_was_going_is_told_in_the_words_of_ocsf(tol
     assert "dst_endpoint" not in told["action denied"][1]
 
 
+async def test_what_could_not_be_read_is_not_told_as_what_it_begins_with(told) -> None:
+    _, event = told["action that could not be read"]
+    assert (event["activity_name"], event["http_request"]["http_method"]) == ("Call", "POST")
+
+
 async def test_a_question_is_told_with_and_without_the_digest_of_its_headers(told) -> None:
     """Gateways of before did not say one."""
     assert "headers_digest" not in told["action asked about"][1]["unmapped"]

@@ -239,7 +239,8 @@ def _outcome(claims: ActionDecided) -> str:
 
 
 def _kind(claims: ActionDecided) -> Step:
-    activity = _ACTIVITIES.get(claims.method or "", _OTHER)
+    # Without an access nobody could read what it would do, whatever method it begins with.
+    activity = _ACTIVITIES.get(claims.method or "", _OTHER) if claims.access is not None else _OTHER
     if claims.allowed:
         return _ALLOWED[activity]
     if claims.observed:
