@@ -16,6 +16,7 @@ from ringfence.messages.base import ExpiringClaims, Topic
 from ringfence.messages.credential import Reason
 from ringfence.messages.instances import AttestationSelector, EnrolledInstance
 from ringfence.messages.lease import EndCause, RevocationAck, RevocationRequest, Selector
+from ringfence.messages.operations import Destination
 from ringfence.messages.registry import (
     AgentActivate,
     AgentDecommission,
@@ -384,6 +385,9 @@ def asked(office: Office, lease_id: str) -> dict[str, Received]:
 
     return {
         "action asked about": office.received(APPROVAL_REQUEST, compact, key="sam"),
+        "action asked about with its headers": office.received(
+            APPROVAL_REQUEST, sign(office.question(lease_id, headers_digest="cd" * 32), gateway), key="sam"
+        ),
         "action approved": answer(compact, comment="reviewed it"),
         "action denied by a person": answer(compact, verdict="denied"),
         "action that no gateway asked about": answer(other),
@@ -413,6 +417,28 @@ def actions(office: Office, lease_id: str) -> dict[str, Received]:
         "by nobody known": {
             "agent_id": None, "task_id": None, "target_id": None, "verb": None, "resource": None, "method": None,
             **no,
+        },
+        "to a host that is no target": {
+            **no, "target_id": None, "verb": None, "resource": None,
+            "destination": Destination(scheme="https", host="api.example", port=8443, path="/v1/charges"),
+        },
+        "to an address that is no target": {
+            **no, "target_id": None, "method": "CONNECT", "access": None,
+            "destination": Destination(scheme="https", host="2001:db8::1", port=443),
+        },
+        "that could not be read": {
+            **no, "target_id": None, "verb": None, "resource": None, "access": None, "method": "POST",
+            "destination": Destination(host="gateway", port=80, path="/forge/a"),
+        },
+        "to a page at an address": {
+            **no, "target_id": None, "destination": Destination(scheme="http", host="192.0.2.7", port=80, path="/a"),
+        },
+        "to a page at an IPv6 address": {
+            **no, "target_id": None, "destination": Destination(scheme="http", host="2001:db8::1", port=80, path="/a"),
+        },
+        "to what is no host": {
+            **no, "target_id": None, "method": "G?T",
+            "destination": Destination(host="h??31mub_.example", port=80, path="/?/hvs.0123456789abcdefghijklmn"),
         },
         "that were never decided": {
             "verb": None, "resource": None, "access": None, "method": None, "request_digest": None,

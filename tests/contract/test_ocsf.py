@@ -89,6 +89,49 @@ async def test_requests_that_were_counted_together_say_so(told) -> None:
     assert "count" not in told["action denied"][1]
 
 
+async def test_where_a_denied_request_was_going_is_told_in_the_words_of_ocsf(told) -> None:
+    _, event = told["action to a host that is no target"]
+    assert event["http_request"]["url"] == {
+        "scheme": "https", "hostname": "api.example", "port": 8443, "path": "/v1/charges",
+    }  # fmt: skip
+    assert event["dst_endpoint"] == {"hostname": "api.example", "port": 8443}
+    assert event["unmapped"]["destination"] == {
+        "scheme": "https", "host": "api.example", "port": 8443, "path": "/v1/charges",
+    }  # fmt: skip
+    assert " at api.example:8443: " in event["message"]
+    _, event = told["action to an address that is no target"]
+    assert event["http_request"] == {"http_method": "CONNECT"}, "it has no path"
+    assert event["dst_endpoint"] == {"ip": "2001:db8::1", "port": 443}
+    assert "access" not in event["unmapped"]
+    _, event = told["action to a page at an address"]
+    assert event["http_request"]["url"] == {
+        "scheme": "http",
+        "hostname": "192.0.2.7",
+        "port": 80,
+        "path": "/a",
+    }
+    assert event["dst_endpoint"] == {"ip": "192.0.2.7", "port": 80}
+    _, event = told["action to what is no host"]
+    assert event["http_request"] == {"url": {"port": 80, "path": "/?/[redacted]"}}
+    assert "dst_endpoint" not in event
+    assert event["unmapped"]["destination"] == {
+        "host": "h??31mub_.example", "port": 80, "path": "/?/[redacted]",
+    }  # fmt: skip
+    assert event["unmapped"]["method"] == "G?T"
+    assert "dst_endpoint" not in told["action denied"][1]
+
+
+async def test_what_could_not_be_read_is_not_told_as_what_it_begins_with(told) -> None:
+    _, event = told["action that could not be read"]
+    assert (event["activity_name"], event["http_request"]["http_method"]) == ("Call", "POST")
+
+
+async def test_a_question_is_told_with_and_without_the_digest_of_its_headers(told) -> None:
+    """Gateways of before did not say one."""
+    assert "headers_digest" not in told["action asked about"][1]["unmapped"]
+    assert told["action asked about with its headers"][1]["unmapped"]["headers_digest"] == "cd" * 32
+
+
 async def test_names_and_numbers_agree_with_the_schema(told) -> None:
     """Captions (activity_name, severity, ...) are those of the schema, wherever it has one for the number."""
     schema = get_ocsf_schema(version=OCSF_VERSION)

@@ -9,7 +9,7 @@ import os
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +102,14 @@ class Actor:
     def socket(self) -> Path:
         return self.stage.sockets / f"{self.task}.sock"
 
-    async def send(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
+    async def send(
+        self, method: str, path: str, body: bytes | None = None, headers: Sequence[tuple[str, str]] = ()
+    ) -> httpx.Response:
         transport = httpx.AsyncHTTPTransport(uds=str(self.socket))
         async with httpx.AsyncClient(transport=transport, timeout=WITHIN_S, trust_env=False) as http:
-            return await http.request(method, f"http://gateway/hub{path}", content=body)
+            return await http.request(
+                method, f"http://gateway/hub{path}", content=body, headers=list(headers)
+            )
 
 
 async def waits(sponsor: Sponsor, actor: Actor, *, everyone: bool = False) -> PendingAction:
@@ -200,7 +204,8 @@ async def test_an_action_waits_for_the_sponsor_and_goes_on_as_it_was_approved(st
 async def test_the_sponsor_is_told_by_webhook(stage: Stage) -> None:
     actor = await stage.actor()
     async with stage.sponsor() as sam:
-        sending = asyncio.create_task(actor.send("PUT", "/dev/shop/14", b"x"))
+        own = [("Content-Type", "text/x-shown"), ("X-Secret", "s3cret-of-the-agent")]
+        sending = asyncio.create_task(actor.send("PUT", "/dev/shop/14", b"x", own))
         pending = await waits(sam, actor)
         mine: list[tuple[dict[str, str], bytes]] = []
 
@@ -219,8 +224,11 @@ async def test_the_sponsor_is_told_by_webhook(stage: Stage) -> None:
             "/dev/shop/14",
             "hub:merge:path/dev/shop/14",
             "made by a test",
+            "content-type: text/x-shown",
+            "accept, user-agent, x-secret",
         ):
             assert part in text
+        assert "s3cret-of-the-agent" not in text
         await sam.deny_action(pending)
         assert (await sending).status_code == 403
 
@@ -314,6 +322,47 @@ async def test_who_left_while_it_waited_finds_the_answer_when_it_comes_again(sta
     assert len(stage.puts()) == before + 1
 
 
+async def test_the_headers_that_go_on_are_those_that_were_approved(stage: Stage) -> None:
+    actor, path, before = await stage.actor(), "/dev/shop/15", len(stage.puts())
+    json_body = (("Content-Type", "application/json"), ("X-Secret", "s3cret-of-the-agent"))
+    async with stage.sponsor() as sam:
+
+        async def leave_waiting(
+            headers: Sequence[tuple[str, str]], digest: str | None = None
+        ) -> PendingAction:
+            sending = asyncio.create_task(actor.send("PUT", path, b"x", headers))
+            async with asyncio.timeout(WITHIN_S):
+                async for pending in sam.watch_actions(everyone=False):
+                    if pending.agent == actor.bot.name and pending.digest != digest:
+                        sending.cancel()
+                        return pending
+            raise AssertionError("the watch ended")
+
+        approved = await leave_waiting([*json_body, ("traceparent", "00-1")])
+        values = {one.name: one.value for one in approved.headers}
+        assert values["content-type"] == "application/json"
+        assert values["x-secret"] is None
+        assert "traceparent" not in values
+        assert "s3cret" not in str(parse(approved.request).unverified_claims(ActionRequest))
+        await sam.approve_action(approved)
+        for other in (
+            (("Content-Type", "application/xml"), *json_body[1:]),
+            (*json_body, ("Destination", "/elsewhere")),
+            (json_body[0], ("X-Secret", "another")),
+        ):
+            pending = await leave_waiting(other, approved.digest)
+            assert pending.headers_digest != approved.headers_digest
+            await sam.deny_action(pending)
+        assert len(stage.puts()) == before
+        answer = await actor.send("PUT", path, b"x", [*json_body, ("traceparent", "00-2"), ("Date", "now")])
+        assert answer.status_code == 200, "the very same but for what traces it"
+    got = [one for one in stage.target.requests if one.target == path][-1]
+    names = [name.lower() for name, _ in got.headers]
+    assert {name.lower(): value for name, value in got.headers}["x-secret"] == "s3cret-of-the-agent"
+    assert not {"traceparent", "date"} & set(names)
+    assert [name for name in names if name in values] == [one.name for one in approved.headers]
+
+
 @pytest.mark.parametrize("how", ["suspended", "transferred"])
 async def test_what_people_change_meanwhile_counts(stage: Stage, how: str) -> None:
     actor, world, before = await stage.actor(), stage.world, len(stage.puts())
@@ -362,15 +411,20 @@ async def test_by_commands(
         assert [one.get("ask") for one in verbs] == [None, "sponsor", "operator"]
         for wrong in ("unknown", "merge=nobody", "merge=none"):
             assert "--ask" in await shell("olga", *add, "--ask", wrong, status=2)
-        sending = asyncio.create_task(actor.send("PUT", "/dev/shop/12", b"x"))
+        own = [("Content-Type", "text/x-shown"), ("X-Secret", "s3cret-of-the-agent")]
+        sending = asyncio.create_task(actor.send("PUT", "/dev/shop/12", b"x", own))
         async with asyncio.timeout(WITHIN_S):
             while not (found := await _listed(shell, actor)):
                 pass
         (pending,) = found
         assert pending["kind"] == "action"
         shown = await shell("sam", "approvals", "show", pending["request_id"])
-        for said in ("PUT", "/dev/shop/12", "merge on path/dev/shop/12", "this one alone, once"):
+        for said in (
+            "PUT", "/dev/shop/12", "merge on path/dev/shop/12", "this one alone, once", "content-type: text/x-shown",
+            "values not shown: accept, user-agent, x-secret",
+        ):  # fmt: skip
             assert said in shown
+        assert "s3cret-of-the-agent" not in shown
         assert "ONE ACTION" in await shell("sam", "approvals", "list")
         said = await shell.json("sam", "approvals", "approve", pending["request_id"][:13], "--yes")
         assert (said["verdict"], said["digest"]) == ("approved", pending["digest"])

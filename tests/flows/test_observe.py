@@ -272,7 +272,16 @@ async def test_the_report_on_the_seed_week(week: Week, shell: Shell) -> None:
         reviewer, "hub", "write", 3,
     )  # fmt: skip
 
+    unmapped = said["unknown_destinations"]
+    assert sum(one["count"] for one in unmapped) == 17
+    assert {(one["method"], one["path"], one["target"]) for one in unmapped} == {
+        ("DELETE", "/a/old/*", "hub")
+    }
+    assert {one["host"] for one in unmapped} != {None}
+
     text = await shell("olga", "gateway", "stats", "--since", "7d")
+    for part in ("unknown destinations", "/a/old/*", "ringfence target add"):
+        assert part in text
     assert "340 (280 reads, 60 writes) blocked" in text
     assert "340 (280 reads, 60 writes) of the blocked went through with what the agents inherited" in text
     assert "3 of the blocked came of input that was marked as injected" in text

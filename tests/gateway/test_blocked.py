@@ -30,21 +30,44 @@ async def until(holds: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "status", "code", "method"),
+    ("data", "status", "code", "method", "where"),
     [
-        (b"GET / HTTP/1.1\r\nHost: gateway.test\r\nA : b\r\n\r\n", 400, "malformed_http", None),
-        (b"GET /api/" + b"a" * 40_000, 431, "head_too_large", None),
-        (b"GET /api", 408, "head_timeout", None),
-        (b"GET /api/x HTTP/1.1\r\nHost: elsewhere.test\r\n\r\n", 421, "host_unknown", "GET"),
-        (b"GET /api/x HTTP/1.1\r\nHost: a@b\r\n\r\n", 400, "host_invalid", "GET"),
-        (GET.replace(b"\r\n\r\n", b"\r\nExpect: more\r\n\r\n"), 417, "expectation_failed", "GET"),
-        (b"CONNECT api.test HTTP/1.1\r\nHost: api.test\r\n\r\n", 400, "connect_refused", "CONNECT"),
+        (
+            b"GET /?a=s3cret HTTP/1.1\r\nHost: gateway.test\r\nA : b\r\n\r\n",
+            400, "malformed_http", "GET", ("gateway.test", 80, "/"),
+        ),
+        (
+            b"G\x1b[T http://me:s3cret@a.test:81/b?c=s3cret HTTP/1.1\r\nHost: a.test\r\n\r\n",
+            400, "malformed_http", "G\x1b[T", ("a.test", 81, "/b"),
+        ),
+        (b"\x16\x03\x01\r\n\r\n", 400, "malformed_http", "\x16\x03\x01", None),
+        (b"GET /api/" + b"a" * 40_000, 431, "head_too_large", "GET", (None, None, f"/api/{'a' * 248}...")),
+        (b"GET /api", 408, "head_timeout", "GET", (None, None, "/api")),
+        (
+            b"GET /api/x HTTP/1.1\r\nHost: elsewhere.test\r\n\r\n",
+            421, "host_unknown", "GET", ("elsewhere.test", 80, "/api/x"),
+        ),
+        (b"GET /api/x HTTP/1.1\r\nHost: a@b\r\n\r\n", 400, "host_invalid", "GET", ("b", 80, "/api/x")),
+        (
+            GET.replace(b"\r\n\r\n", b"\r\nExpect: more\r\n\r\n"),
+            417, "expectation_failed", "GET", ("gateway.test", 80, "/api/files/a"),
+        ),
+        (
+            b"CONNECT api.test HTTP/1.1\r\nHost: api.test\r\n\r\n",
+            400, "connect_refused", "CONNECT", ("api.test", 443, None),
+        ),
     ],
-)
-async def test_each_refusal_is_told_once(data: bytes, status: int, code: str, method: str | None) -> None:
+)  # fmt: skip
+async def test_each_refusal_is_told_once(
+    data: bytes, status: int, code: str, method: str, where: tuple[str | int | None, ...] | None
+) -> None:
     async with placed(patiences=HASTY) as place, place.connected() as raw:
         assert (await raw.ask(data)).status == status
-        assert [(one.code, one.method) for one in place.blocked] == [(code, method)]
+        (told,) = place.blocked
+        assert (told.code, told.method, told.attempt) == (code, method, None)
+        went = told.destination
+        assert (went and (went.host, went.port, went.path)) == where
+        assert "s3cret" not in str(went)
         assert place.gate.records == []
 
 

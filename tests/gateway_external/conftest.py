@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ringfence.client.actions import PendingAction
+from ringfence.client.sponsor import Sponsor
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from tests.brokers import RedisServer
 from tests.brokers.secured import Authority
@@ -31,8 +33,9 @@ RULES = (
         method="POST", path="/{path*}", body={"kind": ("note",)}, verb="read", resource="path/{path*}"
     ),
     RequestRule(method="POST", path="/{path*}", verb="write", resource="path/{path*}"),
+    RequestRule(method="PATCH", path="/{path*}", verb="merge", resource="path/{path*}"),
 )
-VERBS = (VerbFloor(verb="read"), VerbFloor(verb="write"))
+VERBS = (VerbFloor(verb="read"), VerbFloor(verb="write"), VerbFloor(verb="merge", ask="sponsor"))
 
 
 @dataclass
@@ -103,7 +106,7 @@ async def _staffed(desk: Desk) -> Desk:
     )
     await desk.world.target("hub", backend=hub, requests=RULES, verbs=VERBS)
     await desk.world.target("keyed", backend=keyed, requests=RULES, verbs=VERBS)
-    wide = tuple(scope(name, ("read", "write"), ("path/**",))[0] for name in ("hub", "keyed"))
+    wide = tuple(scope(name, ("read", "write", "merge"), ("path/**",))[0] for name in ("hub", "keyed"))
     user = await desk.world.user("ursula", entitlements=wide)
     desk.bot = await desk.world.agent("proxied-bot", sponsor=desk.sam, ceiling=wide)
     desk.task = await desk.world.task(desk.bot, by=user, scope=wide)
@@ -120,3 +123,12 @@ def running(request: pytest.FixtureRequest, name: str, stage: Stage) -> Iterator
     """Each of the programs, one after the other."""
     with needed(request), started(name, stage.places, stage.folder / name) as port:
         yield Running(name, PROGRAMS[name], port)
+
+
+async def next_action(sponsor: Sponsor, other: str | None = None) -> PendingAction:
+    """The action that waits for somebody, but for the one with that digest."""
+    async with asyncio.timeout(WITHIN_S):
+        async for pending in sponsor.watch_actions(everyone=False):
+            if pending.digest != other:
+                return pending
+    raise AssertionError("the watch ended")

@@ -8,16 +8,20 @@ import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
+from ringfence.client.sponsor import Sponsor
 from ringfence.dev.processes import LOOPBACK, free_port
 from ringfence.gateway.wire import OF_PROXIES
 from ringfence.model.request_map import MAX_BODY_BYTES
 from tests.flows.gating import action
+from tests.flows.sdk import client
+from tests.gateway_external import programs
 from tests.gateway_external.agent import HOST, Agent, Answer, request
-from tests.gateway_external.conftest import SECRET, Running, Stage
+from tests.gateway_external.conftest import SECRET, Running, Stage, next_action
 from tests.gateway_external.programs import PROGRAMS, started
 from tests.gateway_external.target import EVENTS, FIRST, FORBIDDEN, SECOND, Received
 from tests.world import WITHIN_S
@@ -135,6 +139,97 @@ async def test_out_of_scope_is_told_why_and_reaches_nothing(
         if code == "beyond_lease":
             assert problem["permission"]["resources"] == [f"path{path}"]
             assert problem["ask"].startswith("ringfence request --task ")
+
+
+async def test_who_does_not_show_all_headers_asks_nobody(stage: Stage, running: Running) -> None:
+    agent = await stage.agent(running.port, "read", "merge")
+    stage.target.received.clear()
+    answer = await agent.send("PATCH", "/a/x", [("Content-Type", "text/plain")], b"merge it")
+    assert (answer.status, answer.json()["code"]) == (403, "headers_unseen")
+    assert stage.target.received == []
+
+
+async def test_traefik_asks_where_it_is_configured_to_show_all(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/gateway-external.md says; the rest of the configuration is the one that is tested above."""
+    shipped = (programs.CONFIGURATIONS / "traefik" / "dynamic.yaml").read_text()
+    added = "".join(
+        f'          {name}: ""\n' for name in ("Traceparent", "Tracestate", "Baggage", "Date", "X-Request-Id")
+    )
+    shown = "        authRequestHeaders: [Authorization, DPoP, X-Ringfence-Label, Content-Type, Content-Encoding]\n"
+    for old, new in (
+        ("middlewares: [arriving, decision,", "middlewares: [arriving, whole, decision,"),
+        (
+            "    decision:\n",
+            "    whole:\n      buffering:\n        maxRequestBodyBytes: 1048576\n\n    decision:\n",
+        ),
+        ('          Te: ""\n', f'          Te: ""\n{added}'),
+        (shown, ""),
+        (
+            '          X-Ringfence-Label: ""\n',
+            '          X-Ringfence-Label: ""\n          X-Ringfence-Handle: ""\n',
+        ),
+        ("hub?body=whole\n", "hub?body=whole&headers=whole\n"),
+    ):
+        assert shipped.count(old) == 1, old
+        shipped = shipped.replace(old, new)
+    (tmp_path / "traefik").mkdir()
+    (tmp_path / "traefik" / "dynamic.yaml").write_text(shipped)
+    static = (programs.CONFIGURATIONS / "traefik" / "traefik.yaml").read_text()
+    (tmp_path / "traefik" / "traefik.yaml").write_text(static)
+    monkeypatch.setattr(programs, "CONFIGURATIONS", tmp_path)
+    with started("traefik", stage.places, stage.folder / "traefik-that-asks") as port:
+        agent = await stage.agent(port, "read", "merge")
+        stage.target.received.clear()
+
+        async def send(media: str, trace: str) -> Answer:
+            lines = (
+                ("Content-Type", media),
+                ("X-Dup", "b"),
+                ("X-Dup", "a"),
+                ("X-Secret", "s3cret"),
+                ("traceparent", trace),
+                ("Trailer", "Destination"),
+                ("Transfer-Encoding", "chunked"),
+                ("Connection", "close"),
+            )
+            body = b"8\r\nmerge it\r\n0\r\nDestination: /b\r\n\r\n"
+            head = request("PATCH", "/a/x", [*agent.shown("PATCH", "/a/x"), *lines], None)
+            return await agent.send_raw(head + body)
+
+        agent.nonce = (await agent.send("GET", "/a/x")).get("DPoP-Nonce") or agent.nonce
+        stage.target.received.clear()
+        async with Sponsor.connect(stage.desk.sam.key, client(stage.world)) as sam:
+            asking = asyncio.create_task(send("text/plain", "00-1"))
+            pending = await next_action(sam)
+            told = [
+                (one.name, one.value) for one in pending.headers if not one.name.startswith(("x-real", "acc"))
+            ]
+            assert ("content-type", "text/plain") in told
+            assert [name for name, _ in told if name in ("x-dup", "x-secret")] == [
+                "x-dup",
+                "x-dup",
+                "x-secret",
+            ]
+            assert not {"traceparent", "trailer", "authorization", "dpop"} & {name for name, _ in told}
+            asking.cancel()
+            left = await action(stage.world, lease_id=agent.handle, verb="merge", allowed=False)
+            assert left.reasons[0].code == "client_gone"
+            other = asyncio.create_task(send("text/html", "00-1"))
+            second = await next_action(sam, pending.digest)
+            assert second.headers_digest != pending.headers_digest
+            await sam.deny_action(second)
+            assert (await other).json()["code"] == "approval_denied"
+            assert stage.target.received == []
+            await sam.approve_action(pending)
+            again = await send("text/plain", "00-2")
+            assert again.status == 200, "the very same but for what traces it"
+        [received] = stage.target.received
+        assert received.body == b"merge it"
+        assert received.all("X-Dup") == ["b", "a"]
+        for name in ("Trailer", "traceparent", "X-Ringfence-Handle"):
+            assert received.all(name) == []
 
 
 async def test_nobody_in_particular_is_401(stage: Stage, agent: Agent) -> None:

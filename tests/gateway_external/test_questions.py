@@ -9,11 +9,14 @@ import time
 import pytest
 
 from ringfence.client.dpop import proof
+from ringfence.client.sponsor import Sponsor
 from ringfence.dev.processes import LOOPBACK
 from ringfence.gateway.authz import PROBLEM
 from ringfence.model.request_map import MAX_BODY_BYTES
+from tests.flows.gating import action
+from tests.flows.sdk import client
 from tests.gateway_external.agent import HOST, Agent, Answer, Headers, exchange, request
-from tests.gateway_external.conftest import HUB, Stage
+from tests.gateway_external.conftest import HUB, Stage, next_action
 
 FORWARDED = (("X-Forwarded-Host", HOST), ("X-Forwarded-Proto", "https"))
 NOTE = b'{"kind": "note"}'
@@ -173,6 +176,50 @@ async def test_a_body_counts_only_where_the_configuration_says_that_it_is_whole(
     answer = await ask(agent, "/authz/fwd/hub?body=whole", told("POST"), about=about)
     assert not allowed(answer)
     assert answer.json()["code"] == "request_unmapped"
+
+
+async def test_a_person_is_asked_only_where_the_configuration_promises_all_headers(stage: Stage) -> None:
+    agent = await stage.agent(stage.proxy.port, "read", "merge")
+    about, plain = ("PATCH", f"https://{HOST}/a/x"), ("Content-Type", "text/plain")
+    sent = [*told("PATCH"), plain, ("X-Note", "s3cret-of-the-agent")]
+    for where, shown in (
+        ("/authz/fwd/hub?body=whole", sent),
+        ("/authz/fwd/hub?body=whole&headers=whole", [*sent, ("traceparent", "00-1")]),
+    ):
+        answer = await ask(agent, where, shown, b"merge it", about=about)
+        assert (answer.status, answer.json()["code"]) == (403, "headers_unseen")
+    envoy = [*FORWARDED[1:], plain, ("x-envoy-auth-partial-body", "false")]
+    answer = await ask(agent, "/authz/envoy-target/hub/a/x", envoy, b"merge it", method="PATCH", about=about)
+    assert (answer.status, answer.json()["code"]) == (403, "headers_unseen")
+    whole = "/authz/fwd/hub?body=whole&headers=whole"
+    async with Sponsor.connect(stage.desk.sam.key, client(stage.world)) as sam:
+        asking = asyncio.create_task(ask(agent, whole, sent, b"merge it", about=about))
+        pending = await next_action(sam)
+        values = {one.name: one.value for one in pending.headers}
+        assert (values["content-type"], values["x-note"]) == ("text/plain", None)
+        assert not {"authorization", "dpop", "x-forwarded-uri", "host"} & set(values)
+        other = [*told("PATCH"), ("Content-Type", "text/html"), sent[-1]]
+        changed = asyncio.create_task(ask(agent, whole, other, b"merge it", about=about))
+        second = await next_action(sam, pending.digest)
+        assert second.headers_digest != pending.headers_digest
+        await sam.approve_action(pending)
+        assert allowed(await asking)
+        await sam.deny_action(second)
+        assert (await changed).json()["code"] == "approval_denied"
+
+
+async def test_a_proxy_that_waits_no_more_uses_up_no_yes(stage: Stage) -> None:
+    agent = await stage.agent(stage.proxy.port, "read", "merge")
+    about, where = ("PATCH", f"https://{HOST}/a/x"), "/authz/fwd/hub?body=whole&headers=whole"
+    sent = [*told("PATCH"), ("Content-Type", "text/plain")]
+    async with Sponsor.connect(stage.desk.sam.key, client(stage.world)) as sam:
+        asking = asyncio.create_task(ask(agent, where, sent, b"merge this", about=about))
+        pending = await next_action(sam)
+        asking.cancel()
+        left = await action(stage.world, lease_id=agent.handle, allowed=False)
+        assert left.reasons[0].code == "client_gone"
+        await sam.approve_action(pending)
+        assert allowed(await ask(agent, where, sent, b"merge this", about=about))
 
 
 async def test_envoy_says_itself_whether_a_body_is_whole(agent: Agent) -> None:

@@ -9,10 +9,17 @@ import httpx
 import orjson
 import pytest
 
-from ringfence.audit.actions import counted
+from ringfence.audit.actions import counted, path_prefix, unknown_destinations
 from ringfence.audit.http import AuditApi
 from ringfence.audit.store import CursorLostError, SqliteIndex, Viewer
-from ringfence.client.action_report import MAX_LABELS, OTHER_LABELS, ActionReport, action_report, is_injected
+from ringfence.client.action_report import (
+    MAX_DESTINATIONS,
+    MAX_LABELS,
+    OTHER_LABELS,
+    ActionReport,
+    action_report,
+    is_injected,
+)
 from ringfence.client.api import ReadApi
 from ringfence.client.errors import ApiError
 from ringfence.client.settings import ClientSettings
@@ -218,3 +225,62 @@ def test_an_event_that_tells_of_several_counts_as_many() -> None:
     words = {"agent": None, "target": None, "outcome": "denied", "access": None, "label": None}
     one = {"unmapped": words, "status_code": "malformed_http"}
     assert counted([one, {**one, "count": 999}]) == [{**words, "reason": "malformed_http", "count": 1000}]
+
+
+# --- where it was going -----------------------------------------------------------------------------------------------
+
+
+def went(
+    host: str, path: str = "/v1/charges/7", code: str = "target_unknown", **words: Any
+) -> dict[str, Any]:
+    destination = {"scheme": "https", "host": host, "port": 443, "path": path}
+    return {
+        "status_code": code,
+        "unmapped": {"outcome": "denied", "method": "POST", "destination": destination, **words},
+    }  # fmt: skip
+
+
+def test_unknown_destinations_are_counted_by_the_first_segments_of_their_paths() -> None:
+    found = unknown_destinations([
+        went("api.example"), went("api.example", "/v1/charges/8"), {**went("api.example"), "count": 5},
+        went("hub.example", "/repos", "request_unmapped", target="hub"),
+        went("api.example", code="beyond_scope", target="hub"), went("api.example", outcome="allowed"),
+        went("other.example", code="no_credentials"), went("hub.example", code="no_credentials", target="hub"),
+        {"status_code": "target_unknown", "unmapped": {"outcome": "denied"}},
+    ])  # fmt: skip
+    assert [(one["host"], one["path"], one["target"], one["count"]) for one in found] == [
+        ("api.example", "/v1/charges/*", None, 7), ("hub.example", "/repos", "hub", 1),
+        ("other.example", "/v1/charges/*", None, 1),
+    ]  # fmt: skip
+    assert (found[0]["scheme"], found[0]["port"], found[0]["method"]) == ("https", 443, "POST")
+
+
+@pytest.mark.parametrize(
+    ("path", "prefix"),
+    [("/", "/"), ("/a", "/a"), ("/a/b", "/a/b"), ("/a/b/", "/a/b/*"), ("/a/b/c/d", "/a/b/*"), ("", "")],
+)
+def test_a_prefix_has_two_segments(path: str, prefix: str) -> None:
+    assert path_prefix(path) == prefix
+
+
+def test_a_million_destinations_fill_no_memory_and_hide_no_frequent_one() -> None:
+    made = ActionReport(0, 1)
+    for page in range(25):
+        events = [went(f"host-{page}-{number}.example") for number in range(999)]
+        made.add((), unknown_destinations([*events, went("often.example")]))
+    assert len(made.destinations) <= MAX_DESTINATIONS
+    said = made.as_json()
+    assert said["unknown_destinations"][0] == {
+        "scheme": "https", "host": "often.example", "port": 443, "method": "POST", "path": "/v1/charges/*",
+        "target": None, "count": 25,
+    }  # fmt: skip
+    assert len(said["unknown_destinations"]) == 100
+    counts = sum(one["count"] for one in said["unknown_destinations"])
+    assert counts + said["unknown_destinations_left_out"] == 25_000
+
+
+def test_a_connect_is_neither_read_nor_write() -> None:
+    """Older gateways said that it was a write."""
+    (group,) = counted([went("api.example", method="CONNECT", access="write")])
+    assert group["access"] is None
+    assert report([group])["blocked"] == {"total": 1, "read": 0, "write": 0, "injected": 0}

@@ -12,8 +12,9 @@ from typing import Any, cast
 
 import pytest
 
+from ringfence.gateway.approved_headers import digest_of_headers
 from ringfence.gateway.approving import Approvals
-from ringfence.gateway.attempts import Attempt, Presented, Verdict
+from ringfence.gateway.attempts import Attempt, Headers, Presented, Verdict
 from ringfence.gateway.domain import Ask, Refusal, Sender, refused, stale_view
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.questions import Questions
@@ -42,6 +43,7 @@ RULES = (
     RequestRule(method="POST", path="/{path*}", verb="read", resource="{path*}"),
 )
 BUNDLE = "a" * 64
+HEADERS = (("content-type", "text/plain"), ("x-note", "hello"))
 WITHIN_S = 10
 
 
@@ -140,7 +142,8 @@ class Gateway(PlayedRecorder):
 
     # what a test does
     def attempt(self, method: str = "GET", target: str = "/env/staging/web", **fields: Any) -> Attempt:
-        return Attempt("hub.example", "https", method, target, **fields)
+        given = {"headers": lambda: HEADERS, "sent_by_gateway": True, **fields}
+        return Attempt("hub.example", "https", method, target, **given)
 
     @asynccontextmanager
     async def waiting(
@@ -522,6 +525,88 @@ async def test_without_its_body_nobody_is_asked(gateway: Gateway) -> None:
         0
     ].code == "action_unshowable"
     assert gateway.sent == []
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        (("content-type", "text/html"), ("x-note", "hello")),
+        (("x-note", "hello"), ("content-type", "text/plain")),
+        (("content-type", "text/plain"), ("x-note", "hello"), ("x-note", "hello")),
+        (("content-type", "text/plain"),),
+        (("content-type", "text/plain"), ("content-encoding", "gzip"), ("x-note", "hello")),
+        (("content-type", "text/plain"), ("x-note", "bye")),
+    ],
+)
+async def test_a_yes_lets_no_other_headers_go_on(others: Headers) -> None:
+    gateway = Gateway(wait_s=0.01)
+
+    async def decide(headers: Headers, body: bytes = b"x") -> Verdict:
+        put = gateway.attempt("POST", headers=lambda: headers)
+        return await gateway.gate.decide(Presented(), put, patient=Sent(body))
+
+    assert not (await decide(HEADERS)).allowed
+    await gateway.said()
+    verdict = await decide(others)
+    assert verdict.reasons[0].code == "approval_pending"
+    assert len(gateway.sent) == 2, "it is another question"
+    verdict = await decide(HEADERS)
+    assert verdict.allowed
+    assert verdict.headers == HEADERS, "what was approved is what goes on"
+    first, second = (parse(compact).unverified_claims(ActionRequest) for _, compact in gateway.sent)
+    assert first.headers_digest == digest_of_headers(HEADERS)
+    assert second.headers_digest == digest_of_headers(others)
+
+
+async def test_an_exact_retry_finds_its_question_whatever_traces_it() -> None:
+    gateway = Gateway(wait_s=0.01)
+
+    async def decide(number: int) -> Verdict:
+        moving = (("traceparent", f"00-{number}"), ("date", str(number)), ("x-request-id", str(number)))
+        sent = gateway.attempt(headers=lambda: (*moving, *HEADERS))
+        return await gateway.gate.decide(Presented(), sent, patient=Sent())
+
+    assert (await decide(1)).reasons[0].code == "approval_pending"
+    await gateway.said()
+    verdict = await decide(2)
+    assert verdict.allowed
+    assert verdict.headers == HEADERS
+    assert len(gateway.sent) == 1
+
+
+async def test_the_question_shows_no_value_that_may_be_a_secret(gateway: Gateway) -> None:
+    headers = (("content-type", "text/plain"), ("cookie", "s3cret"))
+    async with gateway.waiting(gateway.attempt(headers=lambda: headers)):
+        ((_, compact),) = gateway.sent
+    asked = parse(compact).unverified_claims(ActionRequest)
+    assert [(one.name, one.value) for one in asked.headers or ()] == [
+        ("content-type", "text/plain"), ("cookie", None),
+    ]  # fmt: skip
+    assert "s3cret" not in asked.model_dump_json()
+
+
+async def test_who_does_not_show_all_headers_cannot_ask(gateway: Gateway) -> None:
+    unseen = gateway.attempt("POST", body=b"x", headers=None)
+    traced = gateway.attempt(
+        "POST", body=b"x", headers=lambda: (("traceparent", "1"),), sent_by_gateway=False
+    )
+    for attempt in (unseen, traced):
+        verdict = await gateway.gate.decide(Presented(), attempt)
+        assert (verdict.status, verdict.reasons[0].code) == (403, "headers_unseen")
+    odd = gateway.attempt("POST", body=b"x", headers=lambda: (("destination", "/\xe9"),))
+    assert (await gateway.gate.decide(Presented(), odd)).reasons[0].code == "action_unshowable"
+    assert gateway.sent == []
+    gateway.wants = None
+    assert (await gateway.gate.decide(Presented(), unseen)).allowed, "where nobody is asked it goes on"
+
+
+async def test_a_question_of_an_older_gateway_lets_nothing_through(gateway: Gateway) -> None:
+    async with gateway.waiting() as decided:
+        ours = parse(gateway.sent[-1][1]).unverified_claims(ActionRequest)
+        before = ours.model_copy(update={"headers_digest": None, "headers": None, "jti": "x" * 43})
+        await gateway.said(gateway.claims(sign(before, gateway.key)))
+        assert gateway.refused == ["request_unknown"]
+        assert await gateway.still_waits(decided)
 
 
 async def test_who_left_does_not_act_any_more(gateway: Gateway) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,10 +12,11 @@ import httpx
 import pytest
 
 from ringfence.gateway import authz_envoy, authz_forward
-from ringfence.gateway.attempts import Attempt, Gate, Presented, Verdict
-from ringfence.gateway.authz import ProxyAuth
+from ringfence.gateway.attempts import Attempt, Blocked, Gate, Patient, Presented, Verdict
+from ringfence.gateway.authz import Asker, ProxyAuth
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
+from ringfence.messages.operations import Destination
 
 ID = "d9428888-122b-51e1-b85c-61cd3cbb3210"
 READERS = {authz_forward.PREFIX: authz_forward.read, authz_envoy.PREFIX: authz_envoy.read}
@@ -33,8 +35,9 @@ class Played:
         self.verdict: Verdict | Exception = ALLOWED
         self.inject: Mapping[str, str] | Exception = {"Authorization": "Bearer x"}
         self.asked: list[tuple[Presented, Attempt]] = []
+        self.blocked: list[Blocked] = []
 
-    async def decide(self, presented: Presented, attempt: Attempt) -> Verdict:
+    async def decide(self, presented: Presented, attempt: Attempt, *, patient: Patient) -> Verdict:
         self.asked.append((presented, attempt))
         if isinstance(self.verdict, Exception):
             raise self.verdict
@@ -48,7 +51,7 @@ class Played:
     async def ask(
         self, path: str, headers: list[tuple[str, str]], method: str = "GET", **fields: Any
     ) -> httpx.Response:
-        transport = httpx.ASGITransport(ProxyAuth(cast(Gate, self), READERS))
+        transport = httpx.ASGITransport(ProxyAuth(cast(Gate, self), READERS, self.blocked.append))
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
             return await http.request(method, path, headers=headers, **fields)
 
@@ -56,6 +59,45 @@ class Played:
 @pytest.fixture
 def played() -> Played:
     return Played()
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "went"),
+    [
+        ("/authz/fwd/hub?odd", FORWARDED, ("hub.example", 8443, "/a%2Fb")),
+        ("/authz/envoy-target/hub/a?b", [*ENVOY, ENVOY[1]], ("hub.example", 443, "/a")),
+        ("/authz/envoy/a", [ENVOY[0]], ("hub.example", 443, "/a")),
+    ],
+)  # fmt: skip
+async def test_a_question_that_is_not_clear_is_recorded_with_where_it_was_going(
+    played: Played, path: str, headers: list[tuple[str, str]], went: tuple[str, int, str]
+) -> None:
+    await played.ask(path, headers, method="PUT")
+    (blocked,) = played.blocked
+    host, port, path = went
+    assert (blocked.code, blocked.method) == ("question_invalid", "PUT")
+    assert blocked.destination == Destination(scheme="https", host=host, port=port, path=path)
+
+
+async def test_headers_count_as_seen_only_where_the_configuration_promises_all(played: Played) -> None:
+    sent = [
+        *FORWARDED, ("Authorization", "DPoP LEASE"), ("DPoP", "p"), ("X-Ringfence-Label", "pr"), ("X_Note", "2"),
+        ("Content-Type", "text/plain"), ("X-Note", "1"), ("X-Note", "2"), ("Traceparent", "t"),
+    ]  # fmt: skip
+    await played.ask("/authz/fwd/hub?body=whole", sent)
+    await played.ask("/authz/envoy-target/hub/a", [*ENVOY, *sent[4:]])
+    assert [attempt.headers for _, attempt in played.asked] == [None, None]
+    await played.ask("/authz/fwd/hub?body=whole&headers=whole", sent)
+    headers = played.asked[-1][1].headers
+    assert headers is not None
+    told = headers()
+    assert [one for one in told if one[0] not in ("accept", "accept-encoding", "user-agent")] == [
+        ("x-note", "2"), ("content-type", "text/plain"), ("x-note", "1"), ("x-note", "2"), ("traceparent", "t"),
+    ]  # fmt: skip
+    assert "accept-encoding" in dict(told), "the proxy forwards it"
+    for query in ("headers=whole", "headers=whole&body=whole", "body=whole&headers=some"):
+        answer = await played.ask(f"/authz/fwd/hub?{query}", sent)
+        assert (answer.status_code, answer.json()["code"]) == (403, "question_invalid")
 
 
 async def test_a_proxy_tells_of_the_request_as_it_came(played: Played) -> None:
@@ -196,3 +238,33 @@ async def test_what_goes_wrong_denies_without_a_word_of_it(played: Played, spoil
     assert answer.status_code == 403
     assert "secret" not in answer.text
     assert "authorization" not in answer.headers
+
+
+async def test_a_proxy_that_hangs_up_is_gone() -> None:
+    messages = [{"type": "http.request"}, {"type": "http.disconnect"}]
+    gone = asyncio.Event()
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    Asker(receive).on_gone(gone.set)
+    async with asyncio.timeout(10):
+        await gone.wait()
+    assert await Asker(receive).whole() is None
+
+
+async def test_a_proxy_that_was_answered_is_watched_no_more() -> None:
+    leaves, gone = asyncio.Event(), asyncio.Event()
+
+    async def receive() -> Any:
+        await leaves.wait()
+        return {"type": "http.disconnect"}
+
+    unsubscribe = Asker(receive).on_gone(gone.set)
+    await asyncio.sleep(0)
+    unsubscribe()
+    leaves.set()
+    await asyncio.gather(
+        *(one for one in asyncio.all_tasks() if one.get_name() == "proxy that waits"), return_exceptions=True
+    )
+    assert not gone.is_set()

@@ -8,10 +8,10 @@ import pytest
 
 from ringfence.gateway.attempts import Attempt, Blocked, Presented
 from ringfence.gateway.blocking import BlockedRequests
-from ringfence.gateway.counting import Counted
+from ringfence.gateway.counting import MAX_DESTINATIONS, Counted
 from ringfence.gateway.spool import SpoolFullError
 from ringfence.gateway.targets import Targets
-from ringfence.messages.operations import ActionDecided
+from ringfence.messages.operations import ActionDecided, Destination
 from tests.unit.test_gateway_domain import Place
 
 GATEWAY = "spiffe://test.example/service/gateway"
@@ -96,5 +96,29 @@ async def test_what_there_is_no_room_for_is_told_when_there_is(parts: Parts) -> 
 
 def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None:
     for code in ("host_invalid", "malformed_http"):
-        parts.blocked.add(Blocked(code, "quoted: eve.example", method="EVE-WAS-HERE"))
-    assert "eve" not in "".join(one.model_dump_json() for one in parts.events).lower()
+        parts.blocked.add(Blocked(code, "quoted: eve.example", method="EVE \x1b[31m" + "E" * 99))
+    assert "eve.example" not in "".join(one.model_dump_json() for one in parts.events).lower()
+    assert {one.method for one in parts.events} == {"EVE??[31m" + "E" * 23}
+
+
+def test_where_it_was_going(parts: Parts) -> None:
+    read = Attempt("hub.example", "https", "GET", "/a?token=s3cret")
+    parts.add(attempt=read, method="GET")
+    parts.add(destination=Destination(host="elsewhere.example"), method="CONNECT")
+    assert [one.destination for one in parts.events] == [
+        Destination(scheme="https", host="hub.example", port=443, path="/a"),
+        Destination(host="elsewhere.example"),
+    ]
+    assert [one.access for one in parts.events] == ["read", None]
+
+
+def test_who_tries_a_million_hosts_gets_no_event_for_each(parts: Parts) -> None:
+    for number in range(1000):
+        parts.add(method=f"M{number}", destination=Destination(host=f"host-{number}.example"))
+    parts.blocked.tell()
+    assert len(parts.events) == MAX_DESTINATIONS + 2, "each of the first, the first of the rest, and the rest"
+    assert sum(one.count or 0 for one in parts.events) == 1000
+    assert sum(one.destination is not None for one in parts.events) == MAX_DESTINATIONS
+    parts.blocked.tell()
+    parts.add(destination=Destination(host="later.example"))
+    assert parts.events[-1].destination == Destination(host="later.example"), "a second later there is room"

@@ -21,7 +21,7 @@ from ringfence.gateway.spool import SpoolFullError
 from ringfence.gateway.targets import Targets
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
-from ringfence.messages.operations import ActionDecided
+from ringfence.messages.operations import ActionDecided, Destination
 from ringfence.messages.registry import AgentSuspend, BackendSettings, McpRule, RequestRule, VerbFloor
 from tests.gateway.recorder import PlayedRecorder
 from tests.planted import as_before
@@ -504,7 +504,8 @@ async def test_a_message_is_a_read_where_it_or_the_map_says_so(
 async def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None:
     await parts.gate.decide(Presented(), attempt("G\nET", "/\udcff", label="a b\n"))
     (event,) = parts.events
-    assert (event.method, event.label, event.allowed) == (None, None, False)
+    assert (event.method, event.label, event.allowed) == ("G?ET", None, False)
+    assert event.destination == Destination(scheme="https", host="hub.example", port=443, path="/?")
 
 
 async def test_what_comes_under_a_rule_that_is_not_understood_is_denied_and_says_so(parts: Parts) -> None:
@@ -529,3 +530,33 @@ async def test_what_comes_under_a_rule_that_is_not_understood_is_denied_and_says
     verdict = await parts.gate.decide(Presented(), posted)
     assert (verdict.status, verdict.reasons[0].code) == (403, "rule_not_understood")
     assert parts.events[-1].reasons[0].code == "rule_not_understood"
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "code"),
+    [("GET", "/elsewhere/a?token=s3cret#x", "request_unmapped"), ("GET", "/env/prod/web?a", "beyond_lease")],
+)
+async def test_a_denial_says_where_it_was_going(parts: Parts, method: str, target: str, code: str) -> None:
+    await parts.gate.decide(Presented(), attempt(method, target))
+    await parts.gate.decide(Presented(), attempt(method, target, authority=None, target_id="staging"))
+    parts.refuses = refused("proof_missing", "no proof")
+    await parts.gate.decide(Presented(handle="none"), attempt(method, target))
+    path = target.partition("?")[0]
+    expected = Destination(scheme="https", host="hub.example", port=443, path=path)
+    assert [event.destination for event in parts.events] == [expected] * 3
+    assert [event.method for event in parts.events] == [method] * 3
+    assert code in [reason.code for reason in parts.events[0].reasons]
+
+
+async def test_an_unknown_destination_is_told_and_an_allowed_one_is_not(parts: Parts) -> None:
+    await parts.gate.decide(Presented(), attempt("PUT", "/v1/charges", authority="api.example:8443"))
+    await parts.gate.decide(Presented(), attempt("PUT", "/v1/charges", authority=None, target_id="nothing"))
+    await parts.gate.decide(Presented(), attempt("CONNECT", "api.example:443", authority="api.example"))
+    assert (await parts.gate.decide(Presented(), attempt())).allowed
+    first, second, connect, allowed = parts.events
+    assert first.destination == Destination(scheme="https", host="api.example", port=8443, path="/v1/charges")
+    assert second.destination == Destination(scheme="https", path="/nothing/v1/charges")
+    assert connect.destination == Destination(scheme="https", host="api.example", port=443)
+    assert {one.reasons[0].code for one in (first, second, connect)} == {"target_unknown"}
+    assert (first.access, connect.access, connect.method) == ("write", None, "CONNECT")
+    assert allowed.destination is None

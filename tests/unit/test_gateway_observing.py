@@ -58,7 +58,7 @@ async def test_nobody_is_asked_about_what_goes_on_all_the_same(parts: Watched) -
     verdict = await parts.ask("/env/staging/web")
     assert (verdict.allowed, verdict.observed, verdict.reasons[0].code) == (False, True, "approval_required")
     bare = await parts.ask("/env/staging/web", own=frozenset())
-    assert (bare.allowed, bare.observed, bare.reasons[0].code) == (False, False, "body_unseen"), (
+    assert (bare.allowed, bare.observed, bare.reasons[0].code) == (False, False, "headers_unseen"), (
         "it is asked about"
     )
 

@@ -6,6 +6,8 @@ them, and the events say that nobody vouches for them.
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,7 +29,7 @@ from ringfence.audit.ocsf import (
     user_of,
 )
 from ringfence.kernel.text import with_article
-from ringfence.messages.operations import ActionAnswered, ActionDecided
+from ringfence.messages.operations import ActionAnswered, ActionDecided, Destination
 
 if TYPE_CHECKING:
     from ringfence.kernel.kafka import Received
@@ -42,6 +44,8 @@ _ACTIVITIES: Final[Mapping[str, int]] = {
 _OTHER: Final = "Call"
 _HTTP_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "POST", "PUT", "DELETE", "CONNECT"})
 """Those that OCSF knows; PATCH is none of them."""
+_HOSTNAME: Final = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
+"""What is a `hostname_t` of OCSF."""
 
 
 def _each(code: str, **how: Any) -> dict[int | str, Step]:
@@ -81,8 +85,9 @@ def acted(
     words: dict[str, Any] = {
         **_said(claims, about),
         "lease_agent": lease.agent if lease is not None and not own_lease else None,
-        "access": claims.access,
+        "access": _access(claims),
         "method": claims.method,
+        "destination": _destination(claims.destination),
         "request_digest": claims.request_digest,
         "latency_us": claims.latency_us,
         "label": claims.label,
@@ -100,8 +105,7 @@ def acted(
         own["api"]["service"] = {"name": claims.target_id}
     if claims.resource is not None:
         own["resources"] = [{"name": claims.resource}]
-    if claims.method in _HTTP_METHODS:
-        own["http_request"] = {"http_method": claims.method}
+    own |= _where(claims)
     if claims.count is not None:
         own["count"] = claims.count
     return event(
@@ -176,6 +180,46 @@ def _said(claims: ActionDecided | ActionAnswered, about: Mapping[str, Any]) -> d
     }
 
 
+def _access(claims: ActionDecided) -> str | None:
+    """Older gateways took CONNECT for a write."""
+    return claims.access if claims.method != "CONNECT" else None
+
+
+def _where(claims: ActionDecided) -> dict[str, Any]:
+    """What OCSF has of an HTTP request and where it was going: only what its types allow."""
+    went = claims.destination
+    request: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    if claims.method in _HTTP_METHODS:
+        request["http_method"] = claims.method
+    if went is not None:
+        host = went.host if went.host is not None and _HOSTNAME.fullmatch(went.host) else None
+        ip = _address(went.host)
+        path = scrubbed(went.path) if went.path else None
+        url = {"scheme": went.scheme, "hostname": host or ip, "port": went.port, "path": path}
+        if path is not None:  # OCSF has no URL without one
+            request["url"] = {name: value for name, value in url.items() if value is not None}
+        end = {"hostname": host if ip is None else None, "ip": ip, "port": went.port}
+        if host is not None or ip is not None:
+            found["dst_endpoint"] = {name: value for name, value in end.items() if value is not None}
+    return {**found, **({"http_request": request} if request else {})}
+
+
+def _destination(went: Destination | None) -> dict[str, Any] | None:
+    if went is None:
+        return None
+    found = {"scheme": went.scheme, "host": went.host, "port": went.port}
+    path = scrubbed(went.path) if went.path is not None else None
+    return {name: value for name, value in {**found, "path": path}.items() if value is not None}
+
+
+def _address(host: str | None) -> str | None:
+    try:
+        return str(ipaddress.ip_address(host or ""))
+    except ValueError:
+        return None
+
+
 def _asked(claims: ActionDecided) -> dict[str, Any]:
     asked = claims.asked
     if asked is None:
@@ -195,7 +239,8 @@ def _outcome(claims: ActionDecided) -> str:
 
 
 def _kind(claims: ActionDecided) -> Step:
-    activity = _ACTIVITIES.get(claims.method or "", _OTHER)
+    # Without an access nobody could read what it would do, whatever method it begins with.
+    activity = _ACTIVITIES.get(claims.method or "", _OTHER) if claims.access is not None else _OTHER
     if claims.allowed:
         return _ALLOWED[activity]
     if claims.observed:
@@ -204,10 +249,17 @@ def _kind(claims: ActionDecided) -> Step:
     return (_BY_ANOTHER if by_another else _DENIED)[activity]
 
 
+def _at(went: Destination | None) -> str:
+    """Where it was going, where no target is there."""
+    if went is None or went.host is None:
+        return ""
+    return f" at {went.host}" + (f":{went.port}" if went.port is not None else "")
+
+
 def _message(claims: ActionDecided) -> str:
     who = claims.agent_id or "somebody"
     what = f"{claims.verb} on {claims.resource}" if claims.verb else with_article(claims.method or "request")
-    where = f" at {claims.target_id}" if claims.target_id else ""
+    where = f" at {claims.target_id}" if claims.target_id else _at(claims.destination)
     if claims.allowed:
         return f"{who} did {what}{where}"
     why = scrubbed("; ".join(reason.message for reason in claims.reasons)) or "it was not allowed"

@@ -9,6 +9,14 @@ from typing import Any, Final
 BY: Final = ("agent", "target", "outcome", "access", "reason", "label")
 """What actions that are counted together have in common. Each may be None, where that is not known."""
 
+WHERE: Final = ("scheme", "host", "port", "method", "path", "target")
+"""What is known of an unknown destination. Each may be None."""
+UNKNOWN: Final = frozenset({"target_unknown", "target_missing", "host_unknown", "request_unmapped"})
+"""Codes of what was blocked because no target is there, or no rule of it says what the request does."""
+_UNHEARD: Final = frozenset({"no_credentials"})
+"""Codes of what was blocked before anybody looked where it was going."""
+_SEGMENTS: Final = 2
+
 
 def counted(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """`[{agent, target, outcome, access, reason, label, count}]` of API Activity events, in the order of their firsts.
@@ -23,7 +31,41 @@ def counted(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**dict(zip(BY, common, strict=True)), "count": count} for common, count in counts.items()]
 
 
+def unknown_destinations(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`[{scheme, host, port, method, path, target, count}]` of what was blocked because nobody knows what is there.
+
+    `path` is a prefix: what differs further down is counted together. `target` is None where no target is there at all.
+    """
+    counts: Counter[tuple[Any, ...]] = Counter()
+    for event in events:
+        words = event["unmapped"]
+        went = words.get("destination")
+        if isinstance(went, dict) and _is_unknown(event):
+            said = [went.get(name) for name in ("scheme", "host", "port")]
+            path, method, target = went.get("path"), words.get("method"), words.get("target")
+            prefix = path_prefix(path) if isinstance(path, str) else None
+            counts[(*said, method, prefix, target)] += int(event.get("count", 1))
+    return [{**dict(zip(WHERE, where, strict=True)), "count": count} for where, count in counts.items()]
+
+
+def path_prefix(path: str) -> str:
+    """The first segments of a path: `/repos/acme/*` of `/repos/acme/shop/issues`."""
+    parts = path.split("/", _SEGMENTS + 1)
+    return path if len(parts) <= _SEGMENTS + 1 else "/".join((*parts[:-1], "*"))
+
+
+def _is_unknown(event: Mapping[str, Any]) -> bool:
+    """Whether it was blocked for the lack of a target, or of a rule; or nobody even looked for one."""
+    words = event["unmapped"]
+    if words.get("outcome") == "allowed":
+        return False
+    code = event.get("status_code")
+    return code in UNKNOWN or (code in _UNHEARD and words.get("target") is None)
+
+
 def _common(event: Mapping[str, Any]) -> tuple[str | None, ...]:
     words = event["unmapped"]
     said = {**{name: words.get(name) for name in BY}, "reason": event.get("status_code")}
+    if words.get("method") == "CONNECT":
+        said["access"] = None  # it is neither, whatever an older gateway took it for
     return tuple(value if isinstance(value, str) else None for value in said.values())

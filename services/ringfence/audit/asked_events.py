@@ -118,6 +118,7 @@ def _words(claims: ActionRequest, about: Mapping[str, Any]) -> dict[str, Any]:
         "method": claims.method,
         "required": [claims.required],
         "body_digest": claims.body_digest,
+        "headers_digest": claims.headers_digest,
         "deadline": claims.exp,
         "policy_revision": claims.revisions.policy,
         "decided_by": claims.iss,

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ringfence.audit.actions import counted
+from ringfence.audit.actions import counted, unknown_destinations
 from ringfence.audit.break_glass_events import uses
 from ringfence.audit.coverage import behind, count_actions, count_leases, went_through
 from ringfence.audit.queries import WrongQueryError, limit_of, number_of, wanted_of
@@ -117,6 +117,7 @@ class AuditApi:
         metrics.HTTP_REQUESTS.labels("/v1/actions", "200").inc()
         return JSONResponse({
             "groups": counted(found.events),
+            "unknown_destinations": unknown_destinations(found.events),
             **_place(span_ms, found),
         })  # fmt: skip
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from ringfence import __version__
-from ringfence.kernel.secret_text import REDACTED, without_secrets
+from ringfence.kernel.secret_text import without_secrets, without_tokens
 from ringfence.kernel.trace import trace_id
 from ringfence.messages.audit import OCSF_VERSION
 from ringfence.messages.credential import Reason
@@ -71,7 +71,6 @@ _MAX_TEXT = 500
 _MAX_KEY = 2048  # of an entry of audit.intake; of a stranger's record it may be anything
 _MAX_LOOKED_AT = 2048
 _LAST_WORD = re.compile(r"(?<![\w.-])[\w.-]+$")
-_TOKEN = re.compile(r"(?<![\w-])[\w-]{8,}\.[\w-]*\.[\w-]{8,}(?:\.[\w-]+){0,2}")
 
 
 class Event(NamedTuple):
@@ -285,9 +284,7 @@ def scrubbed(text: str) -> str:
     """What people and agents wrote, without anything that looks like a secret, and not too long."""
     if len(text) > _MAX_LOOKED_AT:
         text = _LAST_WORD.sub("…", text[:_MAX_LOOKED_AT])  # what is cut there may be half a token
-    if text.count(".") >= 2:
-        text = _TOKEN.sub(REDACTED, text)
-    return _cut(without_secrets(text), _MAX_TEXT)
+    return _cut(without_secrets(without_tokens(text)), _MAX_TEXT)
 
 
 def _cut(text: str, length: int) -> str:

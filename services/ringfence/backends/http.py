@@ -26,6 +26,15 @@ log = logging.getLogger(__name__)
 _SENDABLE: Final = re.compile(r"[!-~]([ -~]*[!-~])?")
 
 
+def secret_header(target: TargetState) -> str | None:
+    """The name, in lower case, of the header of its own that a target takes its secret in; None where it has none.
+
+    Raises TargetSettingsError.
+    """
+    header = settings_of(target, HttpSettings).header if target.backend.kind == "http" else None
+    return header.lower() if header is not None else None
+
+
 class HttpBackend:
     """Leases for targets whose static secret only the gateway has."""
 

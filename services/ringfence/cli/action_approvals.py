@@ -21,7 +21,12 @@ def row(one: PendingAction, now_s: float) -> tuple[str, ...]:
         one.agent,
         one.on_behalf_of,
         show_act(one.target, one.verb, one.resource),
-        f"ONE ACTION: {visible_name(one.method)} {visible_name(one.url)}",
+        "\n".join(
+            (
+                f"ONE ACTION: {visible_name(one.method)} {visible_name(one.url)}",
+                *questions.shown_headers(one),
+            )
+        ),
         "in " + span(one.expires_at - now_s),
     )
 

@@ -9,7 +9,7 @@ import typer
 
 from ringfence.cli.ids import a_name, a_target
 from ringfence.cli.options import IdentityOption, JsonOption, duration_s, identity, run, wants_json
-from ringfence.cli.output import print_json, print_table, say
+from ringfence.cli.output import print_json, print_table, say, visible
 from ringfence.cli.progress import counting
 from ringfence.client.action_report import ActionReport, Count, Sums, action_report
 from ringfence.client.api import ReadApi
@@ -17,6 +17,7 @@ from ringfence.client.api import ReadApi
 app = typer.Typer(help="What gateways let pass, and what they blocked.", no_args_is_help=True)
 
 _MOST_ROWS = 50
+_MOST_DESTINATIONS = 20
 
 
 @app.callback()
@@ -38,7 +39,8 @@ def stats(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Count what was blocked, by agent, target, read or write, and reason, and what was allowed beside it.
+    """Count what was blocked, by agent, target, read or write, and reason, and what was allowed beside it. List the
+    unknown destinations that were tried most often: hosts that are no target, and requests that no map has.
 
     Operators and auditors see all, sponsors what concerns their agents. What a gateway in observe mode would have
     blocked is counted as blocked, and told apart as observed: it went through.
@@ -80,6 +82,7 @@ def _print(report: ActionReport, since: str) -> None:
         empty="",
     )  # fmt: skip
     _print_blocked(report)
+    _print_unknown(report)
 
 
 def _print_blocked(report: ActionReport) -> None:
@@ -104,6 +107,34 @@ def _print_blocked(report: ActionReport) -> None:
         say(f"and {len(rows) - _MOST_ROWS} more: --json has all, --agent and --target look closer")
 
 
+def _print_unknown(report: ActionReport) -> None:
+    rows = report.unknown()
+    if not rows:
+        return
+    say("unknown destinations, the most frequent:", "bold")
+    print_table(
+        ["host", "!port", "method", "path", "target", "!blocked"],
+        (
+            (
+                *(_shown(part) for part in (where.host, where.port, where.method, where.path, where.target)),
+                str(count),
+            )
+            for where, count in rows[:_MOST_DESTINATIONS]
+        ),
+        empty="",
+    )
+    if len(rows) > _MOST_DESTINATIONS:
+        say(f"and {len(rows) - _MOST_DESTINATIONS} more: --json has up to 100")
+    say(
+        "where agents may go there: ringfence target add NAME --description TEXT --verb VERB --setting "
+        "url=https://HOST:PORT --request 'METHOD /PATH/{rest*} VERB RESOURCE'"
+    )
+
+
+def _shown(part: str | int | None) -> str:
+    return visible(str(part)) if part is not None else ""
+
+
 def _beside(pair: tuple[str | None, ...], sums: Sums) -> tuple[str, ...]:
     return (
         *map(_named, pair),
@@ -117,7 +148,9 @@ def _beside(pair: tuple[str | None, ...], sums: Sums) -> tuple[str, ...]:
 
 
 def _said(count: Count) -> str:
-    return f"{count.total} ({count.read} reads, {count.write} writes)"
+    neither = count.total - count.read - count.write
+    rest = f", {neither} neither" if neither else ""
+    return f"{count.total} ({count.read} reads, {count.write} writes{rest})"
 
 
 def _named(name: str | None) -> str:

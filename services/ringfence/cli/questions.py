@@ -75,6 +75,7 @@ def print_action(one: PendingAction) -> None:
             "with a body of": f"{one.body_bytes} bytes, SHA-256 {one.body_digest}"
             if one.body_bytes
             else "nothing",
+            "with headers": "\n".join(_headers(one)),
             "waits at": one.gateway,
             "needs": who((one.required,)) + ("" if one.mine else "  (not yours to give)"),
             "answer until": until(one.expires_at, time.time()),
@@ -82,6 +83,21 @@ def print_action(one: PendingAction) -> None:
         },
         title=f"action {one.request_id}: this one alone, once",
     )
+
+
+def shown_headers(one: PendingAction) -> list[str]:
+    """The headers of an action whose values the gateway shows, a line each."""
+    return [f"{visible(each.name)}: {visible(each.value)}" for each in one.headers if each.value is not None]
+
+
+def _headers(one: PendingAction) -> list[str]:
+    if one.headers_digest is None:
+        return [
+            "NOT PART OF THIS APPROVAL: the gateway is an older one, and lets any headers go on; upgrade it"
+        ]
+    names = ", ".join(visible(each.name) for each in one.headers if each.value is None)
+    unseen = [f"values not shown: {names}"] if names else []
+    return [*shown_headers(one), *unseen, f"SHA-256 {one.headers_digest}"]
 
 
 def action_as_json(one: PendingAction) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, TypeVar
@@ -12,6 +13,9 @@ from ringfence.messages.operations import INJECTED
 MAX_LABELS: Final = 100
 """Labels are what senders make up: so many are told apart."""
 OTHER_LABELS: Final = "(others)"
+MAX_DESTINATIONS: Final = 10_000
+"""So many unknown destinations are told apart at a time: agents choose them freely."""
+_MOST_FREQUENT: Final = 100
 _ALLOWED, _OBSERVED = "allowed", "observed"
 K = TypeVar("K")
 
@@ -23,6 +27,18 @@ class Row(NamedTuple):
     target: str | None
     access: str | None
     reason: str | None
+
+
+class Unknown(NamedTuple):
+    """Where requests were going, and nobody knows what is there; `path` is a prefix. None where that is not known."""
+
+    scheme: str | None
+    host: str | None
+    port: int | None
+    method: str | None
+    path: str | None
+    target: str | None
+    """Whose map does not say what such a request does; None where no target is there."""
 
 
 @dataclass(slots=True)
@@ -95,11 +111,20 @@ class ActionReport:
     sums: Sums = field(default_factory=Sums)
     rows: dict[Row, Sums] = field(default_factory=dict)
     labels: dict[str, Sums] = field(default_factory=dict)
+    destinations: Counter[Unknown] = field(default_factory=Counter)
+    destinations_left_out: int = 0
+    """How many requests to seldom destinations are not told apart: the counts of the others are not too high."""
 
-    def add(self, groups: Iterable[Mapping[str, Any]]) -> None:
+    def add(self, groups: Iterable[Mapping[str, Any]], unknown: Iterable[Mapping[str, Any]] = ()) -> None:
         """Take in what audit counted together."""
         for group in groups:
             self._add(group)
+        for one in unknown:
+            self._add_unknown(one)
+
+    def unknown(self, most: int = _MOST_FREQUENT) -> list[tuple[Unknown, int]]:
+        """The most frequent unknown destinations."""
+        return sorted(self.destinations.items(), key=lambda one: (-one[1], str(one[0])))[:most]
 
     def by(self, part: Callable[[Row], K]) -> dict[K, Sums]:
         """The sums by a part of the rows, those of which the most was blocked first."""
@@ -136,7 +161,19 @@ class ActionReport:
                 }
                 for row, sums in self.blocked().items()
             ],
+            "unknown_destinations": [{**where._asdict(), "count": count} for where, count in self.unknown()],
+            "unknown_destinations_left_out": self.destinations_left_out
+            + self.destinations.total()
+            - sum(count for _, count in self.unknown()),
         }
+
+    def _add_unknown(self, one: Mapping[str, Any]) -> None:
+        where = Unknown(*(one[name] for name in Unknown._fields))
+        self.destinations[where] += one["count"]
+        if len(self.destinations) > MAX_DESTINATIONS:
+            kept = Counter(dict(self.destinations.most_common(MAX_DESTINATIONS // 2)))
+            self.destinations_left_out += self.destinations.total() - kept.total()
+            self.destinations = kept
 
     def _add(self, group: Mapping[str, Any]) -> None:
         outcome, access, label, count = (group[name] for name in ("outcome", "access", "label", "count"))
@@ -169,7 +206,7 @@ async def action_report(
     report = ActionReport(since_ms, page["until_ms"])
     began_ms = page["looked_at_ms"][0] if page["looked_at_ms"] else since_ms
     while True:
-        report.add(page["groups"])
+        report.add(page["groups"], page.get("unknown_destinations", ()))  # an older audit counts none
         if page["after"] is None:
             progress(1.0)
             return report

@@ -26,6 +26,15 @@ MOST_OF_ONE = 1000
 
 
 @dataclass(frozen=True, slots=True)
+class ActionHeader:
+    """A header that goes on with an action."""
+
+    name: str
+    value: str | None
+    """None where the gateway does not show it: it may be a secret."""
+
+
+@dataclass(frozen=True, slots=True)
 class PendingAction:
     """One action of an agent that waits for a person, from what a gateway signed and from verified records alone."""
 
@@ -53,6 +62,9 @@ class PendingAction:
     body_digest: str
     """SHA-256 (hex) of the body."""
     body_bytes: int
+    headers_digest: str | None
+    """SHA-256 (hex) over all headers; None where the gateway is an older one, and binds none."""
+    headers: tuple[ActionHeader, ...]
     required: ActionClass
     mine: bool
     """Whether the person who asks could give it."""
@@ -181,6 +193,8 @@ class OpenActions:
             url=claims.url,
             body_digest=claims.body_digest,
             body_bytes=claims.body_bytes,
+            headers_digest=claims.headers_digest,
+            headers=tuple(ActionHeader(one.name, one.value) for one in claims.headers or ()),
             required=claims.required,
             mine=mine,
             asked_at=claims.iat,

@@ -214,7 +214,10 @@ class ReadApi(Lifetime):
         agent: str | None = None,
         target: str | None = None,
     ) -> Any:
-        """Some actions through gateways, counted: `{groups, until_ms, looked_at_ms, after}`. See `ActionReport`."""
+        """Some actions through gateways, counted. See `ActionReport`.
+
+        `{groups, unknown_destinations, until_ms, looked_at_ms, after}`; go on with `after` until it is None.
+        """
         return await self.get(
             "audit", "actions", since_ms=since_ms, until_ms=until_ms, after=after, agent=agent, target=target
         )

@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from aiokafka.errors import KafkaError
 
-from ringfence.gateway.attempts import Patient
+from ringfence.gateway.approved_headers import digest_of_headers, shown, unshowable
+from ringfence.gateway.attempts import Headers, Patient
 from ringfence.gateway.domain import UNAVAILABLE, Ask, Chosen, Refusal, refused, refused_for
 from ringfence.gateway.leases import LeaseTable
 from ringfence.gateway.questions import Question, Questions, Same, written
@@ -57,6 +58,8 @@ class Waiting:
     method: str
     url: str
     body: bytes
+    headers: Headers
+    """All that go on but for the credential's."""
     chosen: Chosen
     action: Action
     ask: Ask
@@ -158,6 +161,8 @@ class Approvals:
             url=waiting.url,
             body_digest=hashlib.sha256(waiting.body).hexdigest(),
             body_bytes=len(waiting.body),
+            headers_digest=digest_of_headers(waiting.headers),
+            headers=shown(waiting.headers),
             required=waiting.ask.required,
             revisions=ground.revisions(waiting.ask.policy),
         )
@@ -403,6 +408,8 @@ def _unaskable(waiting: Waiting) -> Refusal | None:
     if len(waiting.url) > MAX_URL_CHARS or not all("!" <= one <= "~" for one in waiting.url):
         message = f"nobody can be shown this URL: it has to be ASCII, {MAX_URL_CHARS} characters at most"
         return refused("action_unshowable", message)
+    if (why := unshowable(waiting.headers)) is not None:
+        return refused("action_unshowable", f"nobody can be shown this request: {why}")
     return None
 
 

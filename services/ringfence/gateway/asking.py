@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from ringfence.gateway.attempts import Attempt, Carried, Presented
-from ringfence.gateway.headers import HANDLE, LABEL, is_handle, own_names
+from ringfence.gateway.headers import HANDLE, LABEL, is_handle, kept_headers, own_names
 from ringfence.gateway.hosts import Scheme, canonical
 from ringfence.gateway.media import says_json
 from ringfence.gateway.refusals import RefusedError
+from ringfence.gateway.websockets import asks_for_websocket
 from ringfence.gateway.wire import Fields, RequestHead
 
 _READ_OF_MCP: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})
@@ -76,6 +77,7 @@ def asked(request: RequestHead, way: Way, knows: Callable[[str], bool]) -> tuple
         label=said.label,
         carried=said.carried,
         sent_by_gateway=True,
+        headers=functools.partial(kept_headers, request, upgrade=asks_for_websocket(request)),
     )
 
 

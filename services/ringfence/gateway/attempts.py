@@ -15,9 +15,12 @@ from typing import Literal, Protocol
 
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
-from ringfence.messages.operations import AnswerKind
+from ringfence.messages.operations import AnswerKind, Destination
 from ringfence.messages.registry import TargetState
 from ringfence.model.request_map import Action
+
+Headers = tuple[tuple[str, str], ...]
+"""Names in lower case, with `-` for `_`, and values without white space around them; each byte is one character."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,9 @@ class Attempt:
     """None from data planes that do not show the answers of targets: MCP is not spoken through these."""
     sent_by_gateway: bool = False
     """Whether it is the gateway that sends it on: then it has to know where to."""
+    headers: Callable[[], Headers] | None = field(default=None, repr=False, compare=False)
+    """All headers that go on, in their order, but for those of the credential. None from data planes that do not show
+    all: no person is asked about what may carry others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,10 @@ class Blocked:
     attempt: Attempt | None = None
     """What it asked for, as far as that could be read."""
     method: str | None = None
+    destination: Destination | None = None
+    """Where it was going, where there is no attempt."""
+    unread: bool = False
+    """Whether its head could not be read for certain: then nobody knows what it would do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +166,8 @@ class Verdict:
     observed: bool = False
     """It is not allowed, and goes on to `target` all the same, exactly as the agent sent it: its own `Authorization`
     kept, the headers of its handle and proof taken out, nothing injected, and bound to no lease (observe mode)."""
+    headers: Headers | None = field(default=None, repr=False, compare=False)
+    """Where a person approved it: what goes on are these headers and the credential, and no other of the agent's."""
     injects: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
     """The core's own: planes ask `Gate.injected`."""
 

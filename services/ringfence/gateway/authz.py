@@ -7,22 +7,26 @@ stands in the body, and in short in a header too, for proxies that pass no body 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ringfence.gateway.attempts import Attempt, Blocked, Blocks, Gate, Presented, Verdict
+from ringfence.gateway.attempts import Attempt, Blocked, Blocks, Gate, Headers, Presented, Verdict
+from ringfence.gateway.destination import destination_of_line
 from ringfence.gateway.media import says_json
 from ringfence.gateway.observing import own_headers
 from ringfence.gateway.problem import MEDIA_TYPE, headers, problem
 from ringfence.kernel.errors import UnavailableError
 from ringfence.messages.credential import Reason
+from ringfence.messages.operations import Destination
 from ringfence.messages.registry import TargetState
 from ringfence.model.request_map import MAX_BODY_BYTES
 
@@ -42,6 +46,13 @@ _INVALID: Final = "question_invalid"
 _UNCERTAIN: Final = (
     "the question does not say for certain which request it is about: a proxy says each thing once"
 )
+_OF_THE_QUESTION: Final = frozenset({
+    "host", "connection", "keep-alive", "te", "trailer", "transfer-encoding", "content-length", "expect",
+    "authorization", "dpop",
+})  # fmt: skip
+"""Hop by hop, or the answer's to replace. What else a proxy has to leave out is hashed where it shows it."""
+_OF_ENVOY: Final = re.compile(r"^/authz/envoy(-target/[^/]*)?(?=/)")
+"""What Envoy puts before the path of a request."""
 _NO_STORE: Final = {"Cache-Control": "no-store"}
 
 Read = Callable[[Request], Awaitable[tuple[Presented, Attempt] | None]]
@@ -75,9 +86,10 @@ class ProxyAuth:
             return _said(f"ask {' or '.join(self._readers)}")
         asked = await read(request)
         if asked is None:
-            self._blocked(Blocked(_INVALID, _UNCERTAIN))
+            method, destination = _told(request)
+            self._blocked(Blocked(_INVALID, _UNCERTAIN, method=method, destination=destination))
             return _said(_UNCERTAIN)
-        verdict = await self._gate.decide(*asked)
+        verdict = await self._gate.decide(*asked, patient=Asker(request.receive))
         if verdict.observed and verdict.target is not None:
             return _as_it_came(request, asked[0], verdict.target)
         if not verdict.allowed:
@@ -88,6 +100,34 @@ class ProxyAuth:
             reason = Reason(code=error.code, message=error.message[:1000])
             return _denied(replace(verdict, allowed=False, status=403, reasons=(reason,)))
         return Response(status_code=200, headers={"Authorization": NOTHING, **_NO_STORE, **injected})
+
+
+class Asker:
+    """The `Patient` of a proxy: one that does not wait for the answer any more must not use up a person's yes."""
+
+    __slots__ = ("_receive",)
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+
+    async def whole(self) -> bytes | None:
+        """See `Patient`. What the question did not show of the body cannot be had."""
+        return None
+
+    def on_gone(self, told: Callable[[], None]) -> Callable[[], None]:
+        """See `Patient`."""
+
+        async def watch() -> None:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            told()
+
+        watching = asyncio.create_task(watch(), name="proxy that waits")
+
+        def unsubscribe() -> None:
+            watching.cancel()
+
+        return unsubscribe
 
 
 def handle_and_own(request: Request) -> tuple[str | None, frozenset[str]]:
@@ -112,6 +152,20 @@ def only(request: Request, name: str) -> str | None:
     return values[0] if values else None
 
 
+def shown_headers(request: Request) -> Headers:
+    """All headers of a question that go on with its request: more than the proxy forwards, rather than fewer."""
+    return tuple(
+        (name, value.decode("latin-1").strip(" \t"))
+        for given, value in request.headers.raw
+        if not _is_of_question(name := given.decode("latin-1").lower().replace("_", "-"))
+    )
+
+
+def _is_of_question(name: str) -> bool:
+    """Whether a header is about the question itself, or ends at the proxy whatever an agent sends in it."""
+    return name in _OF_THE_QUESTION or name.startswith(("x-forwarded-", "x-ringfence-", "proxy-"))
+
+
 def shows_json(request: Request) -> bool:
     """Whether the body is said to be JSON. Raises ValueError where that is said twice."""
     return says_json(only(request, "content-type"), only(request, "content-encoding"))
@@ -125,6 +179,16 @@ async def whole_body(request: Request) -> bytes | None:
         if len(found) > MAX_BODY_BYTES:
             return None
     return bytes(found)
+
+
+def _told(request: Request) -> tuple[str, Destination]:
+    """Method and destination in a question that is not clear: for the record alone."""
+    said = request.headers
+    scheme: Literal["http", "https"] = "http" if said.get("x-forwarded-proto") == "http" else "https"
+    host = said.get("x-forwarded-host", said.get("host"))
+    method = said.get("x-forwarded-method", request.method)
+    target = said.get("x-forwarded-uri", _OF_ENVOY.sub("", request.scope["path"]))
+    return method, destination_of_line(method, target, host, scheme)
 
 
 def _denied(verdict: Verdict) -> Response:

@@ -6,7 +6,8 @@ import asyncio
 from typing import Final
 
 from ringfence.gateway.attempts import Attempt, Blocked, Presented
-from ringfence.gateway.counting import Counted, Kind
+from ringfence.gateway.counting import Counted, Kind, access_if_known
+from ringfence.gateway.destination import destination_of, printable_method
 from ringfence.gateway.targets import Compiled, Targets
 from ringfence.messages.credential import Reason
 from ringfence.model.chains import ChainError
@@ -58,7 +59,19 @@ class BlockedRequests:
 
     def _kind(self, blocked: Blocked) -> Kind:
         agent_id, task_id = self._whose(blocked.presented)
-        return Kind(agent_id, task_id, self._target_of(blocked.attempt), blocked.method, blocked.code)
+        target, attempt, destination = self._target_of(blocked.attempt), blocked.attempt, blocked.destination
+        if attempt is not None:
+            url = target.url if target is not None else None
+            destination = destination_of(attempt, url, blocked.presented.handle)
+        return Kind(
+            agent_id,
+            task_id,
+            target.state.target_id if target is not None else None,
+            printable_method(blocked.method) if blocked.method is not None else None,
+            blocked.code,
+            destination=destination,
+            access=None if blocked.unread else access_if_known(blocked.method),
+        )
 
     def _whose(self, presented: Presented) -> tuple[str | None, str | None]:
         """Agent and task, as far as the connection alone shows them."""
@@ -72,6 +85,6 @@ class BlockedRequests:
             return subject_of(self._trust_domain, presented.certificate, "agent"), None
         return None, None
 
-    def _target_of(self, attempt: Attempt | None) -> str | None:
+    def _target_of(self, attempt: Attempt | None) -> Compiled | None:
         target = self._targets.find(attempt) if attempt is not None else None
-        return target.state.target_id if isinstance(target, Compiled) else None
+        return target if isinstance(target, Compiled) else None

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from ringfence.gateway.domain import access_of
+from ringfence.gateway.domain import Access, access_of
 from ringfence.gateway.spool import SpoolFullError
 from ringfence.kernel.clock import Clock
 from ringfence.messages.credential import Reason
-from ringfence.messages.operations import ActionDecided
+from ringfence.messages.operations import ActionDecided, Destination
 
 log = logging.getLogger(__name__)
 
 MAX_KINDS: Final = 2000
 """So many kinds are told apart within a second; of more, what senders choose freely is left out."""
+MAX_DESTINATIONS: Final = 8
+"""So many methods and destinations of what is otherwise one kind are told apart within a second; those of more are left
+out. Who tries a million hosts gets no event for each."""
 _METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "CONNECT"})
 """Others are what a stranger made up."""
 
@@ -36,6 +40,8 @@ class Kind(NamedTuple):
     code: str
     lease_id: str | None = None
     label: str | None = None
+    destination: Destination | None = None
+    access: Access | None = None
 
 
 @dataclass(slots=True)
@@ -56,6 +62,8 @@ class Counted:
         self._clock = clock
         self._gateway = gateway
         self._kinds: dict[Kind, _More] = {}
+        self._destinations: Counter[Kind] = Counter()
+        """How many kinds differ by method and destination alone, by what they have in common."""
 
     def another(self, kind: Kind, reason: Reason) -> str | None:
         """One more: the id of the event that will tell of it, or None where it is the first of its kind.
@@ -65,6 +73,7 @@ class Counted:
         kind, more = self._known(kind)
         if more is None:
             self._kinds[kind] = _More(reason)
+            self._destinations[_common(kind)] += 1
             return None
         more.count += 1
         return more.id
@@ -89,14 +98,19 @@ class Counted:
         for kind, more in list(self._kinds.items()):
             if more.count == 0:
                 del self._kinds[kind]
+                self._destinations[_common(kind)] -= 1
+                if not self._destinations[_common(kind)]:
+                    del self._destinations[_common(kind)]
             elif not self._tell(kind, more):
                 return
 
     def _known(self, kind: Kind) -> tuple[Kind, _More | None]:
-        kind = kind._replace(method=kind.method if kind.method in _METHODS else None)
         more = self._kinds.get(kind)
+        if more is None and self._destinations[_common(kind)] >= MAX_DESTINATIONS:
+            kind = _common(kind)
+            more = self._kinds.get(kind)
         if more is None and len(self._kinds) >= MAX_KINDS:
-            kind = kind._replace(lease_id=None, label=None)
+            kind = _common(kind)._replace(lease_id=None, label=None)
             more = self._kinds.get(kind)
         return kind, more
 
@@ -111,8 +125,9 @@ class Counted:
             target_id=kind.target_id,
             allowed=False,
             reasons=(more.reason,),
-            access=access_of(kind.method) if kind.method is not None else None,
+            access=kind.access,
             method=kind.method,
+            destination=kind.destination,
             label=kind.label,
             count=more.count,
             at_ms=self._clock.now_ms(),
@@ -124,3 +139,13 @@ class Counted:
             return False
         more.count, more.id = 0, str(uuid.uuid4())
         return True
+
+
+def access_if_known(method: str | None) -> Access | None:
+    """The access of a method that is known; None where it was not told, or is made up."""
+    return access_of(method) if method is not None and method in _METHODS else None
+
+
+def _common(kind: Kind) -> Kind:
+    """A kind without what a stranger makes up: the destination, and a method that nobody knows."""
+    return kind._replace(method=kind.method if kind.method in _METHODS else None, destination=None)

@@ -87,8 +87,10 @@ class Leases(Protocol):
     def problem(self, lease: Lease) -> Reason | None: ...
 
 
-def access_of(method: str) -> Access:
-    """Whether a method only reads, as far as HTTP says."""
+def access_of(method: str) -> Access | None:
+    """Whether a method only reads, as far as HTTP says. CONNECT asks for a tunnel: it is neither."""
+    if method == "CONNECT":
+        return None
     return "read" if method in SAFE_METHODS else "write"
 
 

@@ -234,6 +234,7 @@ class Exchange:
             injected,
             length=length,
             upgrade=self._upgrade,
+            approved=asked.verdict.headers,
         )
 
     @property

@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Final
 
 from ringfence.gateway.action_ids import ActionIds
+from ringfence.gateway.approved_headers import headers_to_approve
 from ringfence.gateway.approving import Approvals, Waiting
-from ringfence.gateway.attempts import Admits, Attempt, Mcp, Patient, Presented, Rpc, Verdict
+from ringfence.gateway.attempts import Admits, Attempt, Headers, Mcp, Patient, Presented, Rpc, Verdict
 from ringfence.gateway.counting import Counted
 from ringfence.gateway.course import Course
 from ringfence.gateway.domain import (
@@ -337,6 +338,12 @@ class DecisionGate:
 
     async def _approved(self, course: Course, sender: Sender, ask: Ask) -> Refusal | None:
         """Wait for a yes to exactly this, and look at everything once more: it is used when nothing else lacks."""
+        if course.target is None or headers_to_approve(course.attempt, course.target.state) is None:
+            message = (
+                "a person is asked about this, with its headers, and this data plane does not show all that it "
+                "forwards: go through the gateway's own data plane"
+            )
+            return refused("headers_unseen", message)
         if (refusal := await self._seen_whole(course)) is not None:
             return refusal
         waiting = _waiting(course, ask)
@@ -420,6 +427,7 @@ class DecisionGate:
             observed=course.observed,
             mcp=self._exchange(course, attempt) if refusal is None else None,
             rpc=self._rpc(course, attempt) if refusal is not None else None,
+            headers=_approved_headers(course) if refusal is None else None,
             injects=course.injects if refusal is None else None,
         )
 
@@ -441,6 +449,13 @@ class DecisionGate:
         return rpc_of(attempt) if speaks and attempt.method == "POST" else None
 
 
+def _approved_headers(course: Course) -> Headers | None:
+    """The headers that a person approved; None where nobody was asked."""
+    if course.question is None or course.target is None:
+        return None
+    return headers_to_approve(course.attempt, course.target.state)
+
+
 def _nowhere(target: Compiled, attempt: Attempt) -> Refusal | None:
     """What is recorded as allowed can be sent: a proxy knows where its target is, the gateway only by the record."""
     if target.url is not None or not attempt.sent_by_gateway:
@@ -457,5 +472,7 @@ def _waiting(course: Course, ask: Ask) -> Waiting | None:
     chosen, target, action, attempt = course.chosen, course.target, course.action, course.attempt
     if chosen is None or target is None or target.url is None or action is None or attempt.body is None:
         return None
+    if (headers := headers_to_approve(attempt, target.state)) is None:
+        return None
     url = f"{target.url}{attempt.target}"
-    return Waiting(course.id, attempt.method, url, attempt.body, chosen, action, ask)
+    return Waiting(course.id, attempt.method, url, attempt.body, headers, chosen, action, ask)

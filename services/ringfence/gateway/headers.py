@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Final
 
+from ringfence.gateway.attempts import Headers
 from ringfence.gateway.wire import OF_PROXIES, Fields, RequestHead, ResponseHead
 
 LABEL: Final = b"x-ringfence-label"
@@ -53,6 +54,19 @@ def own_names(block: Fields) -> frozenset[str]:
     )
 
 
+def kept_headers(request: RequestHead, *, upgrade: bool) -> Headers:
+    """All headers that go on with a credential but for its own, in order. `upgrade`: whether it opens a WebSocket."""
+    named = request.block.named
+    kept = tuple(
+        (spelled.decode("ascii"), line.partition(b":")[2].strip(b" \t").decode("latin-1"))
+        for name, line in request.block.lines
+        if (spelled := _kept(name)) is not None
+        and _kept(spelled) is not None  # it goes on by this name: `keep_alive` must not become `keep-alive`
+        and named.isdisjoint((name, spelled))
+    )
+    return (*kept, ("upgrade", "websocket")) if upgrade else kept
+
+
 def request_head(
     request: RequestHead,
     target: str,
@@ -61,6 +75,7 @@ def request_head(
     *,
     length: int | None,
     upgrade: bool,
+    approved: Headers | None = None,
 ) -> bytes:
     """The head of a request to a target.
 
@@ -72,13 +87,16 @@ def request_head(
             on as it came.
         length: of the body, where it is known; a body of which it is not known is sent in chunks.
         upgrade: whether it asks for a WebSocket.
+        approved: where a person approved the action, its headers: nothing else of the agent's goes on.
     """
     first = f"{request.method} {target} HTTP/1.1\r\nHost: {authority}\r\n".encode("ascii")
-    lines = (
-        _as_they_came(request)
-        if injected is None
-        else _with(request.block, *_carrying(tuple(injected.items())))
-    )
+    if injected is None:
+        lines = _as_they_came(request)
+    else:
+        replaced, put_in = _carrying(tuple(injected.items()))
+        lines = (
+            _with(request.block, replaced, put_in) if approved is None else _only(approved, replaced) + put_in
+        )
     if upgrade:
         framed = b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
     elif request.chunked and length is None:
@@ -86,6 +104,14 @@ def request_head(
     else:
         framed = b"Content-Length: %d\r\n\r\n" % length if length is not None else b"\r\n"
     return first + lines + framed
+
+
+def _only(approved: Headers, replaced: frozenset[bytes]) -> bytes:
+    """The lines of headers that were approved, spelled as they were hashed. How the body ends is said elsewhere."""
+    lines = [(name.encode("ascii"), value.encode("latin-1")) for name, value in approved]
+    return b"".join(
+        name + b": " + value + b"\r\n" for name, value in lines if name != b"upgrade" and name not in replaced
+    )
 
 
 @functools.lru_cache(maxsize=1024)

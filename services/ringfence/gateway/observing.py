@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-from ringfence.backends.settings import settings_of
+from ringfence.backends.http import secret_header
 from ringfence.gateway.attempts import Attempt, Presented
 from ringfence.gateway.domain import UNAVAILABLE, Refusal
 from ringfence.gateway.targets import Compiled, Targets
 from ringfence.messages.registry import TargetState
-from ringfence.model.target_settings import HttpSettings
 
 UNSHOWN: Final = "no_credentials"
 """The code of a refusal of a sender who showed nothing at all."""
@@ -64,9 +63,8 @@ class Observing:
 
 def own_headers(target: TargetState) -> frozenset[str]:
     """Names, in lower case, of the headers in which an agent could have a credential of its own for a target."""
-    if target.backend.kind == "http" and (name := settings_of(target, HttpSettings).header) is not None:
-        return _ANYWHERE | {name.lower()}
-    return _ANYWHERE
+    name = secret_header(target)
+    return _ANYWHERE | {name} if name is not None else _ANYWHERE
 
 
 def said_of(target_ids: Collection[str]) -> str:

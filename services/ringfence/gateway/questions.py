@@ -30,14 +30,15 @@ class Same:
     method: str
     url: str
     body_digest: str
+    headers_digest: str | None
     required: ActionClass
     revisions: str
 
     @classmethod
     def of(cls, claims: ActionRequest) -> Same:
         return cls(
-            claims.agent_id, claims.lease_id, claims.method, claims.url, claims.body_digest, claims.required,
-            written(claims.revisions),
+            claims.agent_id, claims.lease_id, claims.method, claims.url, claims.body_digest, claims.headers_digest,
+            claims.required, written(claims.revisions),
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from ringfence.gateway.asking import Way, asked, presented_by
 from ringfence.gateway.attempts import Attempt, Blocked, Presented, Verdict
 from ringfence.gateway.connect import AGREED, connect_authority
 from ringfence.gateway.desk import Desk
+from ringfence.gateway.destination import destination_of_line, unread_line
 from ringfence.gateway.forwarding import Asked, goes_no_further, goes_on
 from ringfence.gateway.framing import Body, request_body
 from ringfence.gateway.hosts import split
@@ -22,7 +23,7 @@ from ringfence.gateway.refusals import RefusedError, head, problem
 from ringfence.gateway.sent import Sent
 from ringfence.gateway.shortcut import Shortcut
 from ringfence.gateway.stream import ExpiredError, GoneError, Stream
-from ringfence.gateway.wire import RequestHead, cut_head, parse_request
+from ringfence.gateway.wire import MAX_HEAD_BYTES, RequestHead, cut_head, parse_request
 from ringfence.kernel import metrics
 
 MAX_READ_BYTES: Final = 1024 * 1024
@@ -44,6 +45,8 @@ class Connection:
         self._shortcut = Shortcut(client, way, desk, self._turn)
         self._attempt: Attempt | None = None
         """What is asked for, until that is decided."""
+        self._unread = b""
+        """A head that cannot be read for certain."""
 
     async def run(self) -> None:
         """Serve until it ends."""
@@ -61,13 +64,14 @@ class Connection:
 
     async def _one(self) -> bool:
         """Serve one request. Whether there may be another."""
-        self._attempt = None
+        self._attempt, given = None, None
         try:
             given = await self._head()
             if given is None:
                 return await self._begun()
             request = parse_request(given)
         except RefusedError as error:
+            self._unread = given if given is not None else bytes(self._client.buffer[:MAX_HEAD_BYTES])
             return await self._refuse(error, None, close=True)
         if request.method == "CONNECT":
             return await self._connect(request)
@@ -213,8 +217,16 @@ class Connection:
 
     def _block(self, code: str, message: str, request: RequestHead | None) -> None:
         shown = Presented(self._way.task_id, self._way.certificate)
-        method = request.method if request is not None else None
-        self._desk.blocked(Blocked(code, message, shown, self._attempt, method))
+        if request is not None:
+            host = request.known.get(b"host")
+            method, target = request.method, request.target
+            named = host.decode("latin-1") if host is not None else None
+        else:
+            method, target, named = unread_line(self._unread)
+        destination = destination_of_line(method, target, named, self._way.scheme) if target else None
+        self._desk.blocked(
+            Blocked(code, message, shown, self._attempt, method or None, destination, unread=request is None)
+        )
 
     async def _tell(self, error: RefusedError, request: RequestHead | None, *, close: bool) -> bool:
         metrics.GATEWAY_REFUSED.labels(error.code).inc()

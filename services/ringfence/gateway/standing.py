@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from ringfence.gateway.action_ids import ActionIds
 from ringfence.gateway.attempts import Admits, Attempt, Verdict
-from ringfence.gateway.domain import Chosen, Sender, access_of
+from ringfence.gateway.domain import Access, Chosen, Sender, access_of
 from ringfence.gateway.evaluating import NO_ANSWER, Evaluator, kind_of
 from ringfence.gateway.history import Earlier
 from ringfence.gateway.injection import Injector
@@ -139,6 +139,6 @@ class Standing:
 
 
 @functools.cache
-def counter_of(outcome: str, access: str) -> TalliedCounter:
+def counter_of(outcome: str, access: Access | None) -> TalliedCounter:
     """What counts decisions of this outcome."""
-    return metrics.ACTIONS.labels(outcome, access)
+    return metrics.ACTIONS.labels(outcome, access or "none")

@@ -6,8 +6,9 @@ import logging
 from typing import Final
 
 from ringfence.gateway.attempts import Attempt, McpOutcome, Presented, Verdict
-from ringfence.gateway.counting import Kind
+from ringfence.gateway.counting import Kind, access_if_known
 from ringfence.gateway.course import Course
+from ringfence.gateway.destination import destination_of, printable_method
 from ringfence.gateway.domain import Access, Refusal, access_of
 from ringfence.gateway.history import Earlier
 from ringfence.gateway.recording import Recorder
@@ -18,7 +19,7 @@ from ringfence.gateway.view import View
 from ringfence.gateway.written import AllowedEvents, act_of, digest_of, label_of, method_of
 from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
-from ringfence.messages.operations import ActionAnswered, ActionAsked, ActionDecided
+from ringfence.messages.operations import ActionAnswered, ActionAsked, ActionDecided, Destination
 from ringfence.model.mcp import CALL
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Telling:
         self._clock = clock
         self._gateway = gateway
 
-    def note(self, course: Course, verdict: Verdict) -> tuple[Access, str | None, int]:
+    def note(self, course: Course, verdict: Verdict) -> tuple[Access | None, str | None, int]:
         """Count it where numbers are asked for. Its access, its target's id, and the time."""
         access = _access(course)
         outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
@@ -68,10 +69,12 @@ class Telling:
             course.sender.agent_id if course.sender is not None else None,
             course.task_id,
             target.state.target_id if isinstance(target, Compiled) else None,
-            attempt.method,
+            printable_method(attempt.method),
             refusal.reasons[0].code,
             self._lease_of(course, presented),
             label_of(attempt),
+            destination_of(attempt, target.url if isinstance(target, Compiled) else None, presented.handle),
+            access_if_known(attempt.method),
         )
 
     def record(
@@ -101,7 +104,8 @@ class Telling:
                 allowed=verdict.allowed,
                 reasons=verdict.reasons,
                 access=access,
-                method=method_of(attempt),
+                method=method_of(attempt) if verdict.allowed else printable_method(attempt.method),
+                destination=None if verdict.allowed else self._destination_of(course, presented),
                 request_digest=digest_of(attempt),
                 latency_us=course.took_ns // 1000,
                 label=label_of(attempt),
@@ -112,7 +116,12 @@ class Telling:
             )
         )
 
-    def _record_allowed(self, course: Course, access: Access, now_ms: int) -> None:
+    def _destination_of(self, course: Course, presented: Presented) -> Destination:
+        target = course.target if course.target is not None else self._targets.find(course.attempt)
+        url = target.url if isinstance(target, Compiled) else None
+        return destination_of(course.attempt, url, presented.handle)
+
+    def _record_allowed(self, course: Course, access: Access | None, now_ms: int) -> None:
         """The same `ActionDecided` for what is simply allowed, which is most: written without a model in between."""
         sender, lease, action, attempt = course.sender, course.lease, course.action, course.attempt
         assert sender is not None, "it was allowed"
@@ -157,7 +166,7 @@ class Telling:
         return handle if handle is not None and self._table.get(handle) is not None else None
 
 
-def _access(course: Course) -> Access:
+def _access(course: Course) -> Access | None:
     """Whether it only reads. All messages of MCP are posted: there the message says so, and of a call its verb."""
     message = course.spoken.message if course.spoken is not None else None
     if message is None:

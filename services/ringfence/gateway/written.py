@@ -29,15 +29,23 @@ class AllowedEvents:
     __slots__ = ("_template",)
 
     def __init__(
-        self, gateway: str, agent_id: str, lease: Lease, action: Action, access: Access, attempt: Attempt
+        self,
+        gateway: str,
+        agent_id: str,
+        lease: Lease,
+        action: Action,
+        access: Access | None,
+        attempt: Attempt,
     ) -> None:
         before: dict[str, object] = {"gateway": gateway, "agent_id": agent_id}
         if (act := act_of(lease, agent_id)) is not None:
             before["act"] = act
         before |= {
             "task_id": lease.task_id, "lease_id": lease.lease_id, "target_id": lease.target_id,
-            "verb": action.verb, "resource": action.resource, "allowed": True, "reasons": (), "access": access,
+            "verb": action.verb, "resource": action.resource, "allowed": True, "reasons": (),
         }  # fmt: skip
+        if access is not None:
+            before["access"] = access
         if (method := method_of(attempt)) is not None:
             before["method"] = method
         before["request_digest"] = digest_of(attempt)

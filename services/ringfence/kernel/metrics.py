@@ -113,7 +113,7 @@ TOMBSTONES = Counter(
 ACTIONS = TalliedCounter(
     "ringfence_actions_total", "Requests of agents decided by the gateway", ["outcome", "access"]
 )
-"""`outcome`: allowed, denied, observed. `access`: read, write."""
+"""`outcome`: allowed, denied, observed. `access`: read, write, none (CONNECT)."""
 MCP_ANSWERS = Counter(
     "ringfence_gateway_mcp_answers_total",
     "What came of requests that were forwarded to MCP endpoints",

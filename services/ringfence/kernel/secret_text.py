@@ -33,6 +33,14 @@ _NAMED: Final = re.compile(
 )
 
 
+_TOKEN: Final = re.compile(r"(?<![\w-])[\w-]{8,}\.[\w-]*\.[\w-]{8,}(?:\.[\w-]+){0,2}")
+
+
+def without_tokens(text: str) -> str:
+    """The text with `[redacted]` in the place of whatever looks like a compact JWS or JWE."""
+    return _TOKEN.sub(REDACTED, text) if text.count(".") >= 2 else text
+
+
 def without_secrets(text: str) -> str:
     """The text with `[redacted]` in the place of each secret that has a known form."""
     if any(len(word) >= _SHORTEST for word in text.split()):

@@ -11,6 +11,7 @@ from ringfence.messages.base import (
     Digest,
     ExpiringClaims,
     Jws,
+    Message,
     Name,
     NonEmpty,
     Seconds,
@@ -96,6 +97,15 @@ class GrantWithdraw(ExpiringClaims):
     reason: NonEmpty
 
 
+class ShownHeader(Message):
+    """One header that goes on with an action, as a person sees it."""
+
+    name: Annotated[str, Field(pattern=r"^[!#$%&'*+.^`|~0-9a-z-]{1,256}$")]
+    """In lower case, with `-` for `_`."""
+    value: Annotated[str, Field(max_length=2048, pattern=r"^[ -~]*$")] | None = None
+    """None where it is not shown: it may be a secret."""
+
+
 class ActionRequest(ExpiringClaims):
     """A gateway asks a person about one action of an agent, which waits: exactly this one, once, until `exp`.
 
@@ -121,6 +131,11 @@ class ActionRequest(ExpiringClaims):
     body_digest: Digest
     """SHA-256 of the body, of nothing where there is none."""
     body_bytes: Annotated[int, Field(ge=0)]
+    headers_digest: Digest | None = None
+    """Over all headers that go on, in their order, without the credential: SHA-256 over each name and each value, with
+    its length in four bytes before it. Always set by a gateway that binds headers; an older one did not."""
+    headers: Annotated[tuple[ShownHeader, ...], Field(max_length=128)] | None = None
+    """The same headers, in the same order, as a person sees them."""
     required: ActionClass
     """Whose word the bundle wants."""
     revisions: Revisions

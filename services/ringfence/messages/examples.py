@@ -16,6 +16,7 @@ from ringfence.messages.approval import (
     BreakGlassReview,
     Grant,
     GrantWithdraw,
+    ShownHeader,
 )
 from ringfence.messages.base import Message
 from ringfence.messages.credential import (
@@ -311,6 +312,11 @@ _ALL: tuple[Message, ...] = (
         url="https://hub.example/repos/shop/pulls/7/merge",
         body_digest=_DIGEST,
         body_bytes=41,
+        headers_digest=_DIGEST,
+        headers=(
+            ShownHeader(name="content-type", value="application/json"),
+            ShownHeader(name="user-agent"),
+        ),
         required="sponsor",
         revisions=_REVISIONS,
     ),

@@ -115,6 +115,20 @@ class ActionAsked(Message):
     """How long this request waited; `latency_us` is without it."""
 
 
+MAX_PATH_CHARS: Final = 256
+
+
+class Destination(Message):
+    """Where a request was going, as its sender wrote it: made safe to print, without query and user information."""
+
+    scheme: Literal["http", "https"] | None = None
+    host: Annotated[str, Field(pattern=r"^[a-z0-9._:?-]{1,253}$")] | None = None
+    """`?` stands for what is in no host."""
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    path: Annotated[str, Field(max_length=MAX_PATH_CHARS, pattern=r"^[!-~]*$")] | None = None
+    """Undecoded. Cut where it ends in `...`."""
+
+
 class ActionDecided(Message):
     """One request of an agent through the gateway, and what was decided on it; or, with `count`, several that are alike
     and were refused before anything could be decided."""
@@ -134,8 +148,11 @@ class ActionDecided(Message):
     allowed: bool
     reasons: tuple[Reason, ...] = ()
     access: Literal["read", "write"] | None = None
-    """By its method (RFC 9110, 9.2.1), whatever the verb is called; at an endpoint of MCP by the message."""
+    """By its method (RFC 9110, 9.2.1), whatever the verb is called; at an endpoint of MCP by the message. CONNECT is
+    neither."""
     method: Annotated[str, Field(max_length=32)] | None = None
+    destination: Destination | None = None
+    """Where it was going, where it was not allowed."""
     request_digest: Digest | None = None
     """Over method, URL and body: it tells two requests apart, and says nothing of what was in them."""
     latency_us: Annotated[int, Field(ge=0)] | None = None

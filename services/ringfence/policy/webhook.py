@@ -112,11 +112,23 @@ def body_of_action(id: str, claims: ActionRequest, ground: Ground) -> bytes:
         f"Agent {_code(claims.agent_id)} waits to do one thing; it needs {whom}.",
         f"Wants: {_code(f'{claims.target_id}:{visible_name(claims.verb)}:{visible_name(claims.resource)}')}",
         f"Sends: {_code(f'{claims.method} {claims.url}')} with {claims.body_bytes} bytes",
+        *_header_lines(claims),
         f"On behalf of {_code(ground.task.state.on_behalf_of)}",
         f"Task: {_code(ground.task.state.purpose)}",
         f"Until {until}. Look at it, and answer, with: {_code('ringfence approvals show ' + id)}",
     ]
     return orjson.dumps({"text": "\n".join(lines), "unfurl_links": False, "unfurl_media": False})
+
+
+def _header_lines(claims: ActionRequest) -> list[str]:
+    """What the question shows of the headers: values of the gateway's fixed list, names of all others."""
+    headers = claims.headers or ()
+    seen = [f"{one.name}: {one.value}" for one in headers if one.value is not None]
+    names = ", ".join(one.name for one in headers if one.value is None)
+    return [
+        *(f"Header: {_code(one)}" for one in seen),
+        *([f"Headers, values not shown: {_code(names)}"] if names else []),
+    ]
 
 
 def _code(text: str) -> str:
