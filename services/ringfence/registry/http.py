@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.clock import Clock
 from ringfence.messages.registry import AgentState, AnyState, TaskState, UserState
-from ringfence.model.access import Caller, ForbiddenError, NotFoundError, authenticate_user
+from ringfence.model.access import Authenticator, Caller, ForbiddenError, NotFoundError
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory, Entry
 from ringfence.model.identity import SubjectKind
@@ -32,9 +32,9 @@ Filter = Callable[[AnyState, Request], bool]
 class Api:
     """The routes over one directory."""
 
-    def __init__(self, directory: Directory, trust_domain: str, clock: Clock) -> None:
+    def __init__(self, directory: Directory, authenticator: Authenticator, clock: Clock) -> None:
         self._directory = directory
-        self._trust_domain = trust_domain
+        self._authenticator = authenticator
         self._clock = clock
 
     def routes(self) -> list[BaseRoute]:
@@ -73,9 +73,7 @@ class Api:
     # --- who sees what ---
 
     def _caller(self, request: Request) -> Caller:
-        return authenticate_user(
-            request.headers.get("authorization"), self._directory, self._trust_domain, self._clock.now_ms()
-        )
+        return self._authenticator.user(request.headers.get("authorization"))
 
     async def _visible(self, kind: SubjectKind, caller: Caller) -> AsyncIterator[Entry[AnyState]]:
         for seen, entry in enumerate(self._directory.entries(kind), start=1):
