@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES
+from ringfence.kernel.private_files import write_private
 from ringfence.kernel.settings import FOUND_BY_ITSELF
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def write_config(environment: dict[str, str], path: Path) -> Path:
         f"{name.removeprefix('RINGFENCE_').lower()} = {_toml(value)}"
         for name, value in sorted(environment.items())
     ]
-    path.write_text("\n".join(lines) + "\n")
+    write_private(path, "\n".join(lines) + "\n")
     return Path(os.path.relpath(path))
 
 
