@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.clock import Clock
 from ringfence.messages.lease import Lease, LeaseStatus
-from ringfence.model.access import Authenticator, Caller, ForbiddenError, NotFoundError
+from ringfence.model.access import Authenticator, Caller, NotFoundError
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.lease_store import LeaseStore
@@ -86,12 +86,11 @@ class LeasesApi:
         caller, id = self._caller(request), request.path_params["id"]
         stored = await self._store.get([id]) if _is_uuid(id) else {}
         lease = (await self._ender.read(stored)).get(id)
-        if lease is None:
+        if lease is None or not self._may_see(caller, lease):
             raise NotFoundError(
-                f"there is no lease {id}, or it ended long ago; see: ringfence audit trace {id}"
+                f"there is no lease {id} that {caller.user.user_id} may see, or it ended long ago; "
+                f"see: ringfence audit trace {id}"
             )
-        if not self._may_see(caller, lease):
-            raise ForbiddenError(f"{caller.user.user_id} may not see lease {id}")
         answer = self._json(lease)
         if request.query_params.get("records") == "1":
             answer["record"] = stored[id].jws.decode("ascii")
