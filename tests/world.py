@@ -40,7 +40,7 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.topics_admin import TopicsAdmin
 from ringfence.kernel.trust import TrustStore
-from ringfence.messages.api import ApiToken
+from ringfence.messages.api import ApiToken, api_audience
 from ringfence.messages.base import Claims, ExpiringClaims, Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.keys import KeyRecord
@@ -511,10 +511,12 @@ class World:
                 task.result()
                 raise AssertionError(f"{task.get_name()} ended while it was needed")
 
-    def bearer(self, who: Party, **fields: Any) -> dict[str, str]:
-        """The Authorization header of a call by a user, or a target's resource server."""
+    def bearer(self, who: Party, service: ServiceRole, **fields: Any) -> dict[str, str]:
+        """The Authorization header of one call of a service by a user, or a target's resource server."""
         now = int(time.time())
-        token = self.claims(ApiToken, who, **{"exp": now + 60, **fields})
+        token = self.claims(
+            ApiToken, who, **{"aud": api_audience(self.td, service), "exp": now + 60, **fields}
+        )
         return {"Authorization": f"Bearer {sign(token, who.key)}"}
 
     async def known(self, who: Party, *roles: ServiceRole) -> None:
@@ -529,7 +531,7 @@ class World:
         self, role: ServiceRole, path: str, who: Party | None = None, **params: str
     ) -> httpx.Response:
         """GET from the HTTP API of a running service."""
-        headers = self.bearer(who) if who else {}
+        headers = self.bearer(who, role) if who else {}
         async with httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{self.ports[role]}", timeout=WITHIN_S
         ) as client:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Protocol
 from urllib.parse import urlencode, urlsplit
@@ -15,16 +14,13 @@ from ringfence.client.credentials import IssuedCredential
 from ringfence.client.dpop import proof
 from ringfence.gateway.identifying import NONCE_WANTED
 from ringfence.issuer.http import INTROSPECTION_PATH
-from ringfence.kernel.jws import sign
 from ringfence.kernel.keys import SigningKey
-from ringfence.messages.api import ApiToken
+from ringfence.model.api_tokens import api_token
 
 ANSWER_WITHIN_S = 5.0
 _NO_ANSWER = (OSError, ValueError, LookupError, EOFError, TimeoutError)
 _OK = 200
 _OVER = ("lease_ended", "lease_cut")
-_TOKEN_S = 60
-_RENEWED_AFTER_S = 20
 
 
 _Answer = tuple[int, dict[str, str], bytes]
@@ -50,7 +46,6 @@ class IntrospectionDoor:
         self._keys = keys
         self._ports = [urlsplit(url).port or 80 for url in issuers]
         self._turn = 0
-        self._tokens: dict[str, tuple[float, str]] = {}
         self._connections = _Connections()
 
     async def opens(self, credential: IssuedCredential) -> bool | None:
@@ -68,25 +63,13 @@ class IntrospectionDoor:
 
     async def _post(self, port: int, credential: IssuedCredential) -> _Answer:
         form = urlencode({"token": credential.value})
+        token = api_token(self._keys[credential.target], "issuer", now_ms=int(time.time() * 1000))
         return await self._connections.ask(
             port,
             f"POST {INTROSPECTION_PATH} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-            f"Authorization: Bearer {self._token(credential.target)}\r\n"
+            f"Authorization: Bearer {token}\r\n"
             f"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {len(form)}\r\n\r\n{form}",
         )
-
-    def _token(self, target: str) -> str:
-        now = time.time()
-        until, token = self._tokens.get(target, (0.0, ""))
-        if until < now:
-            key = self._keys[target]
-            claims = ApiToken(
-                iss=key.id, aud=key.id.removeprefix("spiffe://").partition("/")[0], iat=int(now),
-                exp=int(now) + _TOKEN_S, jti=str(uuid.uuid4()),
-            )  # fmt: skip
-            token = sign(claims, key)
-            self._tokens[target] = (now + _RENEWED_AFTER_S, token)
-        return token
 
     def close(self) -> None:
         """Close what is idle."""

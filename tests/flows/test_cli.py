@@ -275,7 +275,9 @@ async def test_an_agents_ceiling_is_narrowed_to_what_it_used(shell: Shell) -> No
     ]
     assert narrowed["set_ceiling"] is None
     assert (await shell.json("sam", "lease", "show", lease))["status"] == "active"
-    assert "may not see" in await shell("maria", "agent", "show", "bot", status=1)
+    assert "there is no agent bot that maria may see" in await shell(
+        "maria", "agent", "show", "bot", status=1
+    )
 
 
 async def test_an_agent_is_shown_without_policy(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,7 +288,7 @@ async def introspected(desk: Desk, token: str) -> bool:
     url = f"http://127.0.0.1:{desk.world.ports['issuer']}"
     async with httpx.AsyncClient(base_url=url, timeout=WITHIN_S) as http:
         answer = await http.post(
-            "/oauth2/introspect", data={"token": token}, headers=desk.world.bearer(desk.target)
+            "/oauth2/introspect", data={"token": token}, headers=desk.world.bearer(desk.target, "issuer")
         )
     assert answer.status_code == 200
     return bool(answer.json()["active"])

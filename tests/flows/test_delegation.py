@@ -105,7 +105,7 @@ async def is_active(desk: Desk, content: ReplyContent) -> bool:
         answer = await http.post(
             "/oauth2/introspect",
             data={"token": content.credential.value},
-            headers=desk.world.bearer(desk.target),
+            headers=desk.world.bearer(desk.target, "issuer"),
         )
     return bool(answer.json()["active"])
 

@@ -216,7 +216,7 @@ async def test_a_token_of_a_gateway_lives_for_a_minute(desk: Desk) -> None:
     path = f"/v1/leases/{asked.lease_id}/sealed-credential"
     now = int(time.time())
     for wrong in ({"exp": now + 300}, {"exp": now - 1, "iat": now - 60}, {"aud": "other.example"}):
-        headers = desk.world.bearer(gateway(desk), **wrong)
+        headers = desk.world.bearer(gateway(desk), "issuer", **wrong)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{desk.world.ports['issuer']}") as http:
             assert (await http.get(path, headers=headers)).status_code == 401, wrong
 

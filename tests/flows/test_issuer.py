@@ -90,7 +90,7 @@ async def token_claims(desk: Desk, token: str) -> dict[str, Any]:
 
 
 async def introspect(desk: Desk, token: str, by: Party | None = None) -> httpx.Response:
-    headers = desk.world.bearer(by) if by else {}
+    headers = desk.world.bearer(by, "issuer") if by else {}
     async with httpx.AsyncClient(base_url=url(desk), timeout=WITHIN_S) as http:
         return await http.post("/oauth2/introspect", data={"token": token}, headers=headers)
 
@@ -671,11 +671,10 @@ async def test_introspection_of_what_this_issuer_did_not_sign(desk: Desk) -> Non
 
 
 async def test_introspection_wants_a_token(desk: Desk) -> None:
-    async with httpx.AsyncClient(
-        base_url=url(desk), headers=desk.world.bearer(desk.target), timeout=WITHIN_S
-    ) as http:
+    async with httpx.AsyncClient(base_url=url(desk), timeout=WITHIN_S) as http:
         for body in ("", "tok=x", "token=a&token=b", "token=" + "x" * 70_000, "\xff"):
-            response = await http.post("/oauth2/introspect", content=body)
+            headers = desk.world.bearer(desk.target, "issuer")
+            response = await http.post("/oauth2/introspect", content=body, headers=headers)
             assert (response.status_code, response.json()["error"]) == (400, "invalid_request")
             assert "`token`" in response.json()["error_description"], "the name of RFC 6749, 5.2"
         assert (await http.get("/oauth2/introspect")).status_code == 405

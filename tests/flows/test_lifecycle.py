@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ringfence.issuer import domain
 from ringfence.messages.lease import EndCause
 from ringfence.messages.registry import (
     AgentActivate,
@@ -126,6 +127,27 @@ async def test_a_key_that_was_replaced_asks_for_nothing_more(desk: Desk, store: 
     await request_leaves(desk.world, ENDED_KEY, late.id)
     after, _ = await desk.issued("read", by=new)
     await lives(desk, store, before, after)
+
+
+async def test_policy_puts_no_request_back_into_the_time_of_a_key_that_ended(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a request came is policy's word. A key that was replaced has a fence; one that just ended, a limit."""
+    one, other = await desk.ask("read"), await desk.ask("read")
+    await a_second_begins()
+    new = await rotate(desk)
+    await desk.decide(one)
+    refusal = desk.refusal(await desk.answer(one))
+    assert [reason.code for reason in refusal.reasons] == ["fenced"]
+    monkeypatch.setattr(domain, "ENDED_KEY_MS", 0)
+    await desk.decide(other)
+    assert (await desk.event("refused", other)).reasons[0].code == "key_ended"
+    for asked in (one, other):
+        assert not await desk.records(asked.lease_id)
+    name = desk.bot.name
+    story = asked_for(name) + allowed(name) + refused_by_issuer("key_ended", name, finding=False)
+    await request_leaves(desk.world, story, other.id)
+    assert (await desk.issued("read", by=new))[1].credential is not None
 
 
 async def test_a_compromised_key_takes_what_it_asked_for_with_it_and_nothing_else(

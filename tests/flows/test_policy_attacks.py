@@ -414,7 +414,7 @@ async def test_a_reader_changes_nothing_in_production_by_any_way(world: World, t
         }  # fmt: skip
         async with httpx.AsyncClient(timeout=WITHIN_S, trust_env=False) as http:
             url = f"http://127.0.0.1:{world.ports['policy']}/access/v1/evaluation"
-            answer = (await http.post(url, json=body, headers=world.bearer(server))).json()
+            answer = (await http.post(url, json=body, headers=world.bearer(server, "policy"))).json()
         assert answer["decision"] is False
 
         # The registry: nobody lends her their entitlements without signing for it, and she gives herself none.

@@ -592,11 +592,11 @@ async def test_who_sees_what(world: World):
         assert await sees(adam, "tasks", status="ended") == {task}
         cases: list[tuple[str, Party | None, int]] = [
             ("agents/robot", suzy, 200),
-            ("agents/robot", sam, 403),
+            ("agents/robot", sam, 404),
             ("agents/nobody", sam, 404),
             ("users/uma", uma, 200),
-            ("users/sam", uma, 403),
-            (f"tasks/{other}", uma, 403),
+            ("users/sam", uma, 404),
+            (f"tasks/{other}", uma, 404),
             (f"tasks/{task}", sam, 200),
             ("targets/staging", uma, 200),
             ("targets/none", uma, 404),
@@ -608,6 +608,15 @@ async def test_who_sees_what(world: World):
         for path, caller, status in cases:
             response = await world.get("registry", f"/v1/{path}", caller)
             assert response.status_code == status, (path, response.text)
+        # What is there and not theirs is answered as what is not there is, to the letter.
+        for kind, id in (("users", "suzy"), ("agents", "robot"), ("tasks", other)):
+            answers = [await world.get("registry", f"/v1/{kind}/{one}", uma) for one in (id, "nobody")]
+            told = [
+                (answer.status_code, answer.text.replace(one, "ID"))
+                for answer, one in zip(answers, (id, "nobody"), strict=True)
+            ]
+            assert told[0] == told[1]
+            assert told[0][0] == 404
 
 
 async def test_a_record_read_over_http_can_be_verified(world: World):

@@ -158,7 +158,7 @@ async def test_introspection_says_how_a_token_is_to_be_presented(world: World) -
             response = await there.http.post(
                 f"{there.issuer}/oauth2/introspect",
                 data={"token": credential.value},
-                headers=world.bearer(staging),
+                headers=world.bearer(staging, "issuer"),
             )
             assert (credential.token_type, response.json()["token_type"]) == (kind, kind)
             assert response.json()["cnf"] == {"jkt" if dpop == "required" else "kid": there.bot.key.kid}

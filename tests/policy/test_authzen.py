@@ -53,7 +53,7 @@ class Desk:
     ) -> httpx.Response:
         url = f"http://127.0.0.1:{self.world.ports['policy']}/access/v1/{path}"
         async with httpx.AsyncClient(timeout=WITHIN_S, trust_env=False) as http:
-            bearer = self.world.bearer(who or self.server)
+            bearer = self.world.bearer(who or self.server, "policy")
             return await http.post(url, json=body, headers={**bearer, **(headers or {})})
 
     async def ask(self, **parts: Any) -> dict[str, Any]:
@@ -180,7 +180,7 @@ async def test_who_may_ask_and_what_is_no_question(world: World):
             for type, status in (
                 ("text/plain", 400), ("", 400), ("application/json; charset=utf-8", 200),
             ):  # fmt: skip
-                headers = {**world.bearer(desk.server), "Content-Type": type}
+                headers = {**world.bearer(desk.server, "policy"), "Content-Type": type}
                 answered = await http.post(url, content=json.dumps(good), headers=headers)
                 assert answered.status_code == status, type
             text = json.dumps(good)
@@ -189,7 +189,7 @@ async def test_who_may_ask_and_what_is_no_question(world: World):
                 text.replace('"deploy-bot"', r'"deploy-\ud800"'), "[" * 30_000, text[:-1], "null",
             ):  # fmt: skip
                 assert body != text
-                headers = {**world.bearer(desk.server), "Content-Type": "application/json"}
+                headers = {**world.bearer(desk.server, "policy"), "Content-Type": "application/json"}
                 assert (await http.post(url, content=body, headers=headers)).status_code == 400, body[:200]
         # What nobody here knows is passed over.
         unknown = {**good, "evaluations": [], "later": 1, "options": {"another_option": "value"}}

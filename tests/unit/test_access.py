@@ -1,17 +1,34 @@
-"""Who is turned away at an HTTP API, and what they hear: whose key it is, why it does not count; others nothing."""
+"""Who is turned away at an HTTP API, and what they hear: whose key it is, why it does not count; others nothing.
+
+An API token is for one service, and counts once.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import Any, get_args
 
 import pytest
 
-from ringfence.kernel.jws import sign
+import ringfence
+from ringfence.kernel import metrics
+from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.jws import LEEWAY_S, sign
 from ringfence.kernel.keys import SigningKey
-from ringfence.messages.api import ApiToken
+from ringfence.messages.api import (
+    MAX_API_TOKEN_S,
+    UNBOUND_API_TOKENS_END,
+    ApiToken,
+    api_audience,
+)
 from ringfence.messages.registry import UserDisable
-from ringfence.model.access import UnauthenticatedError, authenticate_user
+from ringfence.messages.trust import ServiceRole
+from ringfence.model import access
+from ringfence.model.access import Authenticator, UnauthenticatedError
+from ringfence.model.api_tokens import api_token
 from tests.ledger import TD, Ledger
+
+SERVICES: tuple[ServiceRole, ...] = get_args(ServiceRole)
 
 
 @pytest.fixture
@@ -21,15 +38,19 @@ def ledger() -> Ledger:
     return made
 
 
+def of_service(ledger: Ledger, service: ServiceRole = "policy") -> Authenticator:
+    return Authenticator(ledger.directory, service, ledger.clock)
+
+
 def token(ledger: Ledger, who: str, key: SigningKey | None = None, **fields: Any) -> str:
     now_s = ledger.clock.ms // 1000
-    claims = ledger.claims(ApiToken, who, **{"exp": now_s + 60, **fields})
+    claims = ledger.claims(ApiToken, who, **{"aud": api_audience(TD, "policy"), "exp": now_s + 60, **fields})
     return f"Bearer {sign(claims, key or ledger.key(who))}"
 
 
-def told(ledger: Ledger, authorization: str) -> str:
+def told(ledger: Ledger, authorization: str, by: Authenticator | None = None) -> str:
     with pytest.raises(UnauthenticatedError) as refused:
-        authenticate_user(authorization, ledger.directory, TD, ledger.clock.ms)
+        (by or of_service(ledger)).user(authorization)
     return str(refused.value)
 
 
@@ -39,7 +60,7 @@ def disable(ledger: Ledger, who: str) -> None:
 
 def test_a_disabled_user_is_told_so(ledger: Ledger):
     before = token(ledger, "uma")
-    assert authenticate_user(before, ledger.directory, TD, ledger.clock.ms).user.user_id == "uma"
+    assert of_service(ledger).user(before).user.user_id == "uma"
     disable(ledger, "uma")
     assert "user uma is disabled" in told(ledger, before)
 
@@ -70,9 +91,8 @@ def test_a_stranger_learns_nothing_of_who_is_disabled(ledger: Ledger, who: str):
 
 def test_who_is_no_user_is_told_who_is_answered(ledger: Ledger):
     agent = SigningKey.generate(f"spiffe://{TD}/agent/bot")
-    now_s = ledger.clock.ms // 1000
-    claims = ApiToken(iss=agent.id, aud=TD, iat=now_s, exp=now_s + 60, jti="j")
-    assert f"{agent.id} is no user" in told(ledger, f"Bearer {sign(claims, agent)}")
+    bearer = f"Bearer {api_token(agent, 'policy', now_ms=ledger.clock.ms)}"
+    assert f"{agent.id} is no user" in told(ledger, bearer)
 
 
 def test_who_names_anothers_key_learns_nothing(ledger: Ledger):
@@ -92,3 +112,135 @@ def test_an_old_token_in_other_hands_tells_nothing(ledger: Ledger):
 def test_a_key_that_is_not_of_its_name_tells_nothing(ledger: Ledger):
     """Nobody's record may lead a token to be verified by a key that its `kid` does not name."""
     assert "no valid key" in told(ledger, token(ledger, "uma", ledger.key("sam")))
+
+
+# --- for one service --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_token_opens_the_service_that_it_is_for_and_no_other(ledger: Ledger, service: ServiceRole):
+    bearer = f"Bearer {api_token(ledger.key('uma'), service, now_ms=ledger.clock.ms)}"
+    for other in SERVICES:
+        if other != service:
+            says = told(ledger, bearer, of_service(ledger, other))
+            assert f"aud is '{TD}/{service}', which is not this service; sign one for '{TD}/{other}'" in says
+    assert of_service(ledger, service).user(bearer).user.user_id == "uma"
+
+
+@pytest.mark.parametrize(
+    "aud", ["other.example", "other.example/policy", f"{TD}/", f"{TD}/policy/", "policy"]
+)
+def test_another_audience_is_refused(ledger: Ledger, aud: str):
+    assert "is not this service" in told(ledger, token(ledger, "uma", aud=aud))
+
+
+def test_a_token_for_the_trust_domain_counts_for_one_release_and_is_told(
+    ledger: Ledger, caplog: pytest.LogCaptureFixture
+):
+    def counted() -> float:
+        return metrics.API_TOKENS_UNBOUND.labels("policy")._value.get()
+
+    before, here, bearer = counted(), of_service(ledger), token(ledger, "uma", aud=TD)
+    with caplog.at_level(logging.WARNING):
+        assert here.user(bearer).user.user_id == "uma"
+    assert counted() == before + 1
+    assert f"takes only those whose aud is {TD}/policy" in caplog.text
+    assert "it was used before" in told(ledger, bearer, here)
+
+
+def test_the_release_that_refuses_tokens_for_the_trust_domain_is_not_out():
+    """Once it is, `Authenticator` takes one audience, and the row of the threat model goes."""
+    assert _numbers(ringfence.__version__) < _numbers(UNBOUND_API_TOKENS_END)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+# --- once -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_counts_once_until_its_end_and_is_then_forgotten(ledger: Ledger):
+    here, bearer = of_service(ledger), token(ledger, "uma")
+    assert here.user(bearer).user.user_id == "uma"
+    for later_ms in (0, 1, 59_998):
+        ledger.clock.ms += later_ms
+        assert "it was used before, and counts once; sign one for each call" in told(ledger, bearer, here)
+    assert len(here._used) == 1
+    ledger.clock.ms += 1
+    assert "after its exp" in told(ledger, bearer, here)
+    here.user(token(ledger, "sam"))
+    assert len(here._used) == 1  # that of sam
+
+
+def test_once_means_the_token_and_not_its_bytes(ledger: Ledger):
+    """Signing the same claims once more makes no other token of them; the same `jti` of others is theirs."""
+    here = of_service(ledger)
+    here.user(token(ledger, "uma", jti="one"))
+    assert "it was used before" in told(ledger, token(ledger, "uma", jti="one"), here)
+    assert here.user(token(ledger, "sam", jti="one")).user.user_id == "sam"
+
+
+def test_a_clock_that_was_set_back_brings_no_token_back(ledger: Ledger):
+    here, bearer = of_service(ledger), token(ledger, "uma")
+    here.user(bearer)
+    ledger.clock.ms += 3600_000
+    here.user(token(ledger, "sam"))  # what is over is forgotten
+    ledger.clock.ms -= 3600_000
+    assert "it was used before" in told(ledger, bearer, here)
+
+
+def test_of_a_signer_whose_clock_is_ahead_a_token_is_remembered_as_long_as_it_counts(ledger: Ledger):
+    here, now_s = of_service(ledger), ledger.clock.ms // 1000
+    ahead = now_s + LEEWAY_S
+    bearer = token(ledger, "uma", iat=ahead, exp=ahead + MAX_API_TOKEN_S)
+    here.user(bearer)
+    ledger.clock.ms += (LEEWAY_S + MAX_API_TOKEN_S) * 1000 - 1
+    assert "it was used before" in told(ledger, bearer, here)
+    assert "iat lies" in told(ledger, token(ledger, "uma", iat=ahead + 100, exp=ahead + 101), here)
+
+
+def test_what_is_refused_is_not_used_up(ledger: Ledger):
+    """A token that was sent to the wrong place still counts at the right one; nor do strangers fill the memory."""
+    here, elsewhere, bearer = of_service(ledger), of_service(ledger, "audit"), token(ledger, "uma")
+    told(ledger, bearer, elsewhere)
+    stranger = SigningKey.generate(ledger.key("uma").id)
+    for _ in range(20):
+        told(ledger, token(ledger, "uma", stranger), here)
+    assert len(here._used) == len(elsewhere._used) == 0
+    assert here.user(bearer).user.user_id == "uma"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"exp": 3600}, "it lives longer than 60 s"),
+        ({"exp": 0}, "after its exp"),
+        ({"jti": ""}, "jti"),
+        ({"jti": None}, "jti"),
+    ],
+)
+def test_a_token_without_an_id_or_with_too_long_a_life_is_refused(
+    ledger: Ledger, wrong: dict[str, Any], says: str
+):
+    if "exp" in wrong:
+        wrong = {"exp": ledger.clock.ms // 1000 + wrong["exp"]}
+        bearer = token(ledger, "uma", **wrong)
+    else:
+        claims = ledger.claims(ApiToken, "uma", aud=api_audience(TD, "policy")).model_copy(update=wrong)
+        bearer = f"Bearer {sign(claims, ledger.key('uma'))}"
+    assert says in told(ledger, bearer)
+
+
+def test_who_sends_all_that_can_be_remembered_shuts_out_nobody_else(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(access, "MAX_REMEMBERED", 100)
+    here, sent = of_service(ledger), 0
+    with pytest.raises(UnavailableError):
+        for sent in range(200):  # noqa: B007
+            here.user(token(ledger, "uma"))
+    assert sent == 50
+    assert here.user(token(ledger, "sam")).user.user_id == "sam"
+    ledger.clock.ms += 61_000
+    assert here.user(token(ledger, "uma")).user.user_id == "uma"

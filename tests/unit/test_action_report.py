@@ -28,6 +28,7 @@ from ringfence.kernel.http import application
 from ringfence.kernel.kafka import Received
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import AUDIT
+from ringfence.model.access import Authenticator
 from tests.audit_office import TD, Office
 
 ALWAYS = (0, 2**53)
@@ -171,7 +172,9 @@ class Place:
     def __init__(self, office: Office, index: SqliteIndex) -> None:
         self.complete = True
         self.index = index
-        routes = AuditApi(index, office.directory, SystemClock(), TD, lambda: self.complete).routes()
+        clock = SystemClock()
+        authenticator = Authenticator(office.directory, "audit", clock)
+        routes = AuditApi(index, office.directory, clock, authenticator, lambda: self.complete).routes()
         self.api = ReadApi(office.key("user", "sam"), ClientSettings(trust_domain=TD))
         self.api._http = httpx.AsyncClient(transport=httpx.ASGITransport(application(routes, [])))
 

@@ -34,6 +34,7 @@ from ringfence.kernel.kafka import Received
 from ringfence.messages.credential import Reason
 from ringfence.messages.permission import Permission
 from ringfence.messages.topics import AUDIT
+from ringfence.model.access import Authenticator
 from tests.audit_office import TD, Office
 
 ALWAYS = (0, 2**53)
@@ -297,7 +298,13 @@ class Counter:
     def __init__(self, shelf: Shelf, who: str = "sam") -> None:
         self.complete = True
         office, clock = shelf.office, SystemClock()
-        base = AuditApi(shelf.index, office.directory, clock, TD, lambda: self.complete)
+        base = AuditApi(
+            shelf.index,
+            office.directory,
+            clock,
+            Authenticator(office.directory, "audit", clock),
+            lambda: self.complete,
+        )
         asking = AskingApi(shelf.index, clock, base.viewer, lambda: self.complete)
         self.api = ReadApi(office.key("user", who), ClientSettings(trust_domain=TD))
         self.fail_after: int | None = None

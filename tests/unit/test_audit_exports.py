@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Any
@@ -89,6 +90,58 @@ async def test_csv_has_a_row_an_event_and_no_formula(events: list[dict[str, Any]
         for cell in row.values():
             assert not cell.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r", "\n", "＝")), cell
     assert rows[9]["message"] == events[9]["message"]
+
+
+HOSTILE = (
+    "plain;=cmd|' /C calc'!A0",
+    "a\t=1+1",
+    "a|@SUM(1)",
+    "a, -5",
+    "two\n=lines",
+    "two\r\n +lines",
+    'quotes;"=1+1"',
+    'quotes;""  "=1+1"',
+    "; \u00a0\u3000=1",
+    "\ufeff=1",
+    "\u200b\x01\x7f=1",
+    "\x00=1",
+    ";\n=1",
+    "\n;\t|,=1",
+    "\u2028=1",
+    "\x85=1",
+    "；；＝1;＝1",
+    "x;﹦1;⁺1;−1",
+    '"=1',
+    "''=1;=2",
+)
+BEGINS = re.compile(
+    r"[\s\"\x00-\x1f\x7f-\x9f\xad\u200b-\u200f\u2060-\u2064\ufeff]*[=+\-@＝＋－＠﹦﹢﹣﹫⁼⁺⁻₌₊₋−]"
+)
+
+
+def read_as(text: str, separator: str) -> list[str]:
+    """Cells as a program reads them that splits there: one that knows quotes, and one that does not."""
+    strict = [cell for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) for cell in row]
+    return [*strict, *re.split(rf"[{re.escape(separator)}\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", text)]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("said", HOSTILE)
+async def test_no_cell_is_a_formula_wherever_a_program_splits(
+    events: list[dict[str, Any]], separator: str, said: str
+) -> None:
+    events[0]["message"] = said
+    made = written("csv", events[:1]).decode()
+    assert [cell for cell in read_as(made, separator) if BEGINS.match(cell)] == []
+    (row,) = csv.DictReader(io.StringIO(made, newline=""))
+    assert row["message"].replace("'", "") == said.replace("'", "")
+
+
+@pytest.mark.parametrize("said", ["a=b; c-d, user@example.com", "1 - 2 = 3", "x;y\tz", "it's -fine"])
+async def test_what_is_no_formula_stays_as_it_was(events: list[dict[str, Any]], said: str) -> None:
+    events[0]["message"] = said
+    (row,) = csv.DictReader(io.StringIO(written("csv", events[:1]).decode(), newline=""))
+    assert row["message"] == said
 
 
 async def test_a_csv_that_is_gone_on_with_has_one_header(events: list[dict[str, Any]]) -> None:

@@ -75,7 +75,10 @@ class Issuer:
         async def introspect(request: Request) -> Response:
             bearer = request.headers["authorization"].removeprefix("Bearer ")
             claims = open_signed(
-                parse(bearer), ApiToken, lambda iss, kid: public_key(TARGET.public), audience="acme.example"
+                parse(bearer),
+                ApiToken,
+                lambda iss, kid: public_key(TARGET.public),
+                audience="acme.example/issuer",
             ).claims
             assert claims.exp - claims.iat <= 60
             self.askers.append(claims.iss)

@@ -188,7 +188,7 @@ def test_which_claim_names_the_user_is_in_the_trust_bundle(ledger: Ledger):
 
 @pytest.mark.parametrize(
     ("verified", "counts"),
-    [(None, True), (True, True), ("true", True), (False, False), ("false", False), (1.5, False)],
+    [(None, False), (True, True), ("true", True), (False, False), ("false", False), (1.5, False)],
 )
 def test_an_address_that_the_issuer_has_not_verified_is_nobodys(ledger: Ledger, verified: Any, counts: bool):
     """Some issuers let their users say any address, and say so beside it."""
@@ -199,7 +199,33 @@ def test_an_address_that_the_issuer_has_not_verified_is_nobodys(ledger: Ledger, 
     if counts:
         assert ledger.give(assign(ledger, token, terms)) is not None
     else:
-        assert "not uma's" in refused(ledger, assign(ledger, token, terms))
+        why = "email_unverified: the ID token does not say" if verified is None else "not uma's"
+        assert why in refused(ledger, assign(ledger, token, terms))
+
+
+def test_an_issuer_of_which_the_root_says_that_it_verifies_addresses_need_not(ledger: Ledger):
+    pinned = {"user_claim": "email", "user_suffix": "@acme.example", "emails_verified": True}
+    trusting(ledger, ISSUER.pinned("users").model_copy(update=pinned))
+    terms = ledger.terms("bot")
+    token = ISSUER.token(claims_of(ledger, terms, sub="x", email="uma@acme.example"))
+    assert ledger.give(assign(ledger, token, terms)) is not None
+    other = ledger.terms("bot", purpose="another")
+    token = ISSUER.token(claims_of(ledger, other, sub="x", email="uma@acme.example", email_verified=False))
+    assert "not uma's" in refused(ledger, assign(ledger, token, other))
+
+
+def test_a_task_of_before_that_rests_on_an_address_is_still_believed(ledger: Ledger):
+    pinned = {"user_claim": "email", "user_suffix": "@acme.example", "emails_verified": True}
+    trusting(ledger, ISSUER.pinned("users").model_copy(update=pinned))
+    terms = ledger.terms("bot")
+    change = ledger.give(
+        assign(ledger, ISSUER.token(claims_of(ledger, terms, sub="x", email="uma@acme.example")), terms)
+    )
+    assert change is not None
+    trusting(ledger, ISSUER.pinned("users").model_copy(update={**pinned, "emails_verified": None}))
+    task = ledger.directory.task(change.state.task_id)  # type: ignore[union-attr]
+    assert task is not None
+    ledger.chains().verify(task.record)
 
 
 def test_a_registry_cannot_make_a_task_of_a_token_that_does_not_count(ledger: Ledger):

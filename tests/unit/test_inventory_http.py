@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from ringfence.kernel.http import application
-from ringfence.kernel.jws import sign
-from ringfence.messages.api import ApiToken
+from ringfence.model.access import Authenticator
+from ringfence.model.api_tokens import api_token
 from ringfence.policy import inventory_http, roster_http
 from ringfence.policy.inventory_http import InventoryApi
 from tests.ledger import TD
@@ -24,12 +24,13 @@ class Desk(Book):
         super().__init__()
         self.stale: str | None = None
         runtime: Any = SimpleNamespace(clock=self.clock, settings=SimpleNamespace(trust_domain=TD))
-        api = InventoryApi(runtime, self.ledger.directory, self.roster, lambda: self.stale)
+        authenticator = Authenticator(self.ledger.directory, "policy", self.clock)
+        api = InventoryApi(runtime, self.ledger.directory, authenticator, self.roster, lambda: self.stale)
         self.app = application(api.routes(), [])
 
     async def get(self, who: str, path: str = "/v1/inventory", **query: str) -> httpx.Response:
-        token = self.ledger.claims(ApiToken, who, exp=self.now_s + 60)
-        bearer = {"Authorization": f"Bearer {sign(token, self.ledger.key(who))}"}
+        token = api_token(self.ledger.key(who), "policy", now_ms=self.now_s * 1000)
+        bearer = {"Authorization": f"Bearer {token}"}
         transport = httpx.ASGITransport(self.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://policy") as client:
             return await client.get(path, params=query, headers=bearer)

@@ -10,10 +10,10 @@ import pytest
 
 from ringfence.kernel.http import application
 from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import sign
-from ringfence.messages.api import ApiToken
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentSuspend, VerbFloor
+from ringfence.model.access import Authenticator
+from ringfence.model.api_tokens import api_token
 from ringfence.policy import reach_http
 from ringfence.policy.reach_http import ReachApi
 from tests.ledger import TD
@@ -32,7 +32,8 @@ class Desk(Book):
         self.stale: str | None = None
         settings = SimpleNamespace(trust_domain=TD, entitlements_max_age_s=MAX_AGE_S)
         runtime: Any = SimpleNamespace(clock=self.clock, settings=settings)
-        api = ReachApi(runtime, self.ledger.directory, self.roster, lambda: self.stale)
+        authenticator = Authenticator(self.ledger.directory, "policy", self.clock)
+        api = ReachApi(runtime, self.ledger.directory, authenticator, self.roster, lambda: self.stale)
         self.app = application(api.routes(), [])
         self.roster.complete = True
         verbs = (VerbFloor(verb="read"), VerbFloor(verb="deploy", floor="sponsor"))
@@ -48,8 +49,8 @@ class Desk(Book):
         return message_id(claims.iss, claims.jti)
 
     async def ask(self, who: str, **query: str) -> httpx.Response:
-        token = self.ledger.claims(ApiToken, who, exp=self.now_s + 60)
-        bearer = {"Authorization": f"Bearer {sign(token, self.ledger.key(who))}"}
+        token = api_token(self.ledger.key(who), "policy", now_ms=self.now_s * 1000)
+        bearer = {"Authorization": f"Bearer {token}"}
         transport = httpx.ASGITransport(self.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://policy") as client:
             return await client.get("/v1/reach", params={"target": "platform", **query}, headers=bearer)

@@ -33,6 +33,12 @@ SAID = {
     "environment": f"PGPASSWORD={MARK[:9]} psql",
     "quoted": f"client_secret = '{MARK[:9]}'",
     "JSON": f'{{"access_token": "{MARK[:9]}"}}',
+    "phrase": f"password = correct {MARK[:9]} battery staple",
+    "phrase, quoted": f"passphrase='correct {MARK[:9]} battery staple'",
+    "phrase, escaped": f'{{"secret": "co\\"rrect {MARK[:9]} staple"}}',
+    "phrase, single letters": f"pass_phrase=a b c {MARK[:9]} d",
+    "phrase, before another": f"db_password=correct {MARK[:9]} staple user=app",
+    "phrase in a URL": f"postgres://app:correct {MARK[:9]} staple@db.example/shop",
     "query": f"https://api.example/x?api_key={MARK[:9]}&page=2",
 }
 HARMLESS = (
@@ -41,6 +47,7 @@ HARMLESS = (
     "ask sam@example.com, or git@github.com:acme/shop.git, or ssh://git@git.example/shop",
     "staging does not allow write on env/production/web at spiffe://acme.example/agent/deploy-bot",
     "621faa025d3e55cbd799749c3eb3d997ade2735d36a39a201962720c4a749f10 and 5d35cb05-b1f2-512b-8944-82df23812053",
+    "http://db.example:5432 is away, ask sam@example.com; https://x.example:443, or ali@example.com",
     "a basic understanding of task-based skills; AKIAs are keys",
 )
 
@@ -52,6 +59,13 @@ def test_what_has_the_form_of_a_secret_is_neither_audited_nor_logged(said: str) 
         assert "Canary" not in text
         assert "CANARY" not in text
         assert "[redacted]" in text
+
+
+@pytest.mark.parametrize(
+    "end", [" user=app host=db", " --host=db", "\nthe next line", "; then", "&page=2", ", and so on"]
+)
+def test_a_phrase_ends_where_the_next_setting_begins(end: str) -> None:
+    assert without_secrets(f"password=correct horse battery staple{end}") == f"password=[redacted]{end}"
 
 
 @pytest.mark.parametrize("said", HARMLESS)
@@ -66,6 +80,7 @@ from ringfence.kernel.logging import redact
 
 for piece in (
     "a", "a.", "-", "_", "'", ":", "://", "://a:", "a@", "token", "token=", "bearer ", "AKIA", "whsec_", "s.",
+    "password=", "password=a ", "password=a b=", "secret='\\\\", "://a:b ",
     "-----BEGIN ", "-----BEGIN PRIVATE KEY-----", 'passwd"', "=",
 ):
     for end in ("", ".."):

@@ -25,6 +25,7 @@ from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load, of_setting
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, TRUST
+from ringfence.model.access import Authenticator
 from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
 
@@ -94,7 +95,8 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     )
     _look_at_what_is_followed(runtime, own, directory)
     _chain(runtime, own, writer)
-    api = AuditApi(index, directory, runtime.clock, settings.trust_domain, indexed.complete.is_set)
+    authenticator = Authenticator(directory, runtime.role, runtime.clock)
+    api = AuditApi(index, directory, runtime.clock, authenticator, indexed.complete.is_set)
     runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]
     runtime.routes += AskingApi(index, runtime.clock, api.viewer, indexed.complete.is_set).routes()
 

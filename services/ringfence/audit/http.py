@@ -23,7 +23,7 @@ from ringfence.kernel import metrics
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import RingfenceError, UnavailableError
 from ringfence.messages.registry import AgentState
-from ringfence.model.access import authenticate_user
+from ringfence.model.access import Authenticator
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.identity import SubjectKind
@@ -52,7 +52,7 @@ class AuditApi:
         index: EventIndex,
         directory: Directory,
         clock: Clock,
-        trust_domain: str,
+        authenticator: Authenticator,
         complete: Callable[[], bool],
     ) -> None:
         """`complete`: whether the index holds all that was audited before this process began."""
@@ -60,7 +60,7 @@ class AuditApi:
         self._complete = complete
         self._directory = directory
         self._clock = clock
-        self._trust_domain = trust_domain
+        self._authenticator = authenticator
 
     def routes(self) -> list[Route]:
         """What the service adds to its HTTP."""
@@ -179,9 +179,7 @@ class AuditApi:
 
     def viewer(self, request: Request) -> Viewer | None:
         """Whose eyes a question is for. Raises where nobody who may ask has signed it."""
-        caller = authenticate_user(
-            request.headers.get("authorization"), self._directory, self._trust_domain, self._clock.now_ms()
-        )
+        caller = self._authenticator.user(request.headers.get("authorization"))
         if caller.sees_all:
             return None
         me = caller.user.user_id

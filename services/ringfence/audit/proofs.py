@@ -6,12 +6,12 @@ Both can be lost: the topics have everything.
 from __future__ import annotations
 
 import logging
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ringfence.audit import leaves, tree_hashes
+from ringfence.audit.index_files import new_database
 from ringfence.audit.leaves import Leaves
 from ringfence.audit.read_back import ReadBack, Trailed
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
@@ -70,11 +70,8 @@ class ProofStore:
 
     def __init__(self, trust: TrustStore, file: Path | None) -> None:
         self._trust = trust
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in (file, file.with_name(f"{file.name}-journal")):
-                leftover.unlink(missing_ok=True)
-        self._db = sqlite3.connect(file if file is not None else ":memory:", isolation_level=None)
+        """Raises OSError, NotPrivateError."""
+        self._db = new_database(file)
         self._db.executescript(_OPENING)
         self._leaves: dict[str, Leaves] = {}
         self._heads: dict[str, SignedHead] = {}

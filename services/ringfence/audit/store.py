@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import sqlite3
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import orjson
 
 from ringfence.audit.break_glass_events import USED, take_in
 from ringfence.audit.handed_over import mark_of
+from ringfence.audit.index_files import new_database
 from ringfence.audit.ocsf import DETECTION_FINDING, ENTITY_MANAGEMENT
 from ringfence.audit.wanted import EVERYTHING, Wanted
 from ringfence.kernel import metrics
@@ -227,11 +227,8 @@ class SqliteIndex:
     """`EventIndex` in SQLite: in memory, or in a file so that it need not fit there. Built anew at each start."""
 
     def __init__(self, file: Path | None) -> None:
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in (file, file.with_name(f"{file.name}-journal")):
-                leftover.unlink(missing_ok=True)
-        self._db = sqlite3.connect(file if file is not None else ":memory:", isolation_level=None)
+        """Raises OSError, NotPrivateError."""
+        self._db = new_database(file)
         self._db.executescript(_OPENING)
         self._epoch = secrets.token_hex(4)
         self._seq = 0

@@ -164,6 +164,7 @@ class State:
         """Make what is not there."""
         for folder in (self._config.state, self._open, self._sessions):
             folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o700)  # one that was there before may be open to others
         with self._locked():
             self._publish()
 

@@ -40,6 +40,7 @@ from ringfence.client.api import Filters, ReadApi
 from ringfence.client.auditor import HEADS, SETTLE_S, TrailReport, read_heads, verify_trail, witness
 from ringfence.client.connection import load_key, load_settings
 from ringfence.client.errors import InvalidCallError
+from ringfence.kernel.private_files import write_private
 
 app = typer.Typer(help="Follow the trail; trace one credential back to the human.", no_args_is_help=True)
 
@@ -227,7 +228,7 @@ def verify(
         if report.faults:
             return report, 0
         if heads is not None:
-            heads.write_bytes(HEADS.dump_json(report.heads))
+            write_private(heads, HEADS.dump_json(report.heads))
         return report, await witness(report, load_key(identity(me), load_settings())) if as_witness else 0
 
     report, witnessed = run(work())

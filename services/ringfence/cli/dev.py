@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES
 from ringfence.kernel import config_file
+from ringfence.kernel.private_files import write_private
 from ringfence.kernel.text import visible, visible_lines
 from ringfence.kernel.trusted_files import TrustedFilesError
 
@@ -150,7 +151,7 @@ def write_config(environment: dict[str, str], path: Path) -> Path:
         for name, value in sorted(environment.items())
     ]
     data = ("\n".join(lines) + "\n").encode()
-    path.write_bytes(data)
+    write_private(path, data)
     with contextlib.suppress(TrustedFilesError):
         config_file.allow(str(path), data)
     return Path(os.path.relpath(path))

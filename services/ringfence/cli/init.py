@@ -70,6 +70,7 @@ def init(
     oidc_user_claim: oidc_issuers.ClaimOption = "sub",
     oidc_user_suffix: oidc_issuers.SuffixOption = None,
     oidc_external_id: oidc_issuers.ExternalOption = False,
+    oidc_emails_verified: oidc_issuers.EmailsVerifiedOption = False,
     remove_oidc_issuer: oidc_issuers.RemoveOption = None,
     rotate_service: Annotated[
         list[str] | None,
@@ -154,6 +155,7 @@ def init(
         following = partial(
             _add_issuer, trust, oidc_issuer, told, jwks, oidc_for, discovery=oidc_discovery,
             claim=oidc_user_claim, suffix=oidc_user_suffix, external=oidc_external_id,
+            emails_verified=oidc_emails_verified,
         )  # fmt: skip
     elif remove_oidc_issuer:
         following = partial(_remove_issuer, trust, remove_oidc_issuer, told)

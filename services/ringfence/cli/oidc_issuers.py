@@ -56,6 +56,14 @@ ExternalOption = Annotated[
         "--oidc-external-id", help="The claim is the externalId that a directory gave, and not the id."
     ),
 ]
+EmailsVerifiedOption = Annotated[
+    bool,
+    typer.Option(
+        "--oidc-emails-verified",
+        help="With the claim email: it counts also in tokens without email_verified, as this issuer lets nobody choose "
+        "their address.",
+    ),
+]
 RemoveOption = Annotated[
     str | None,
     typer.Option(
@@ -77,6 +85,7 @@ def add(
     claim: str,
     suffix: str | None,
     external: bool,
+    emails_verified: bool = False,
 ) -> tuple[int, str]:
     """Sign a bundle with an issuer. Returns its version, and what to say of it. Raises CeremonyError, JwksError."""
     if unknown := sorted(set(uses or ()) - set(_USES)):
@@ -87,6 +96,8 @@ def add(
         keys = read_jwks(jwks.read_bytes()) if jwks else ()
     except OSError as error:
         raise CeremonyError(f"cannot read {jwks}: {error.strerror}") from None
+    if emails_verified and claim != "email":
+        raise typer.BadParameter("goes with --oidc-user-claim email", param_hint="--oidc-emails-verified")
     with checked(issuer):
         wanted = OidcIssuer(
             issuer=issuer,
@@ -96,6 +107,7 @@ def add(
             user_claim=claim,
             user_suffix=suffix,
             user_match="external_id" if external else "id",
+            emails_verified=True if emails_verified else None,
         )
     version = set_oidc_issuer(trust, wanted).version
     known_by = f"{len(keys)} pinned keys" if keys else "keys that it publishes"

@@ -36,6 +36,7 @@ from ringfence.client.administrator import Administrator
 from ringfence.client.api import ReadApi
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.outcomes import Accepted
+from ringfence.kernel.private_files import open_private
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import Delegation, GroupDelegation, Role, UserState
@@ -184,7 +185,7 @@ def make_token(
     from ringfence.kernel.bearer_tokens import new_token
 
     token, line = new_token(name)
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    descriptor = open_private(file, os.O_RDWR | os.O_APPEND)
     with os.fdopen(descriptor, "ab+") as tokens:
         size = tokens.seek(0, os.SEEK_END)
         # A line that somebody left open would swallow this one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +15,10 @@ from ringfence.client.errors import ApiError
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.clock import Clock, SystemClock
-from ringfence.kernel.jws import sign
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.settings import load
 from ringfence.kernel.web import web_client
-from ringfence.messages.api import MAX_API_TOKEN_S, ApiToken
+from ringfence.model.api_tokens import api_token
 from ringfence.model.identity import SubjectKind
 
 Filters = Mapping[str, str | int | None]
@@ -62,7 +60,7 @@ class ReadApi(Lifetime):
         params = {name: value for name, value in query.items() if value is not None}
         try:
             response = await self._http.get(
-                url, params=params, headers={"Authorization": f"Bearer {self._token()}"}
+                url, params=params, headers={"Authorization": f"Bearer {self._token(service)}"}
             )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ApiError(
@@ -236,13 +234,5 @@ class ReadApi(Lifetime):
             "audit", "coverage", what, since_ms=since_ms, until_ms=until_ms, after=after, short_s=short_s
         )
 
-    def _token(self) -> str:
-        now_s = self._clock.now_ms() // 1000
-        claims = ApiToken(
-            iss=self.key.id,
-            aud=self.settings.trust_domain,
-            iat=now_s,
-            exp=now_s + MAX_API_TOKEN_S,
-            jti=str(uuid.uuid4()),
-        )
-        return sign(claims, self.key)
+    def _token(self, service: Service) -> str:
+        return api_token(self.key, service, now_ms=self._clock.now_ms())

@@ -20,6 +20,7 @@ from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.jws import open_signed, parse, sign
 from ringfence.kernel.kafka import Publisher
 from ringfence.kernel.keys import KeyFileError, SigningKey, public_key
+from ringfence.kernel.private_files import write_private
 from ringfence.kernel.service_keys import BEFORE, NEXT
 from ringfence.kernel.settings import BusSettings
 from ringfence.messages.base import Name
@@ -135,7 +136,7 @@ def _make_trust(
         version=1,
         services=tuple(services),
     )
-    folder.bundle.write_text(sign(bundle, root, header_jwk=True) + "\n")
+    write_private(folder.bundle, sign(bundle, root, header_jwk=True) + "\n")
     root.save(folder.root_key)
     return root.kid
 
@@ -223,7 +224,7 @@ def sign_following(
         update={"iat": now_s, "jti": str(uuid.uuid4()), "version": bundle.version + 1, **changed}
     )
     fresh = folder.bundle.with_suffix(".new")
-    fresh.write_text(sign(following, root, header_jwk=True) + "\n")
+    write_private(fresh, sign(following, root, header_jwk=True) + "\n")
     fresh.replace(folder.bundle)
     return following
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from typing import Any, Final
 
 import httpx
@@ -11,9 +10,8 @@ import jwt
 
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import RingfenceError, UnavailableError
-from ringfence.kernel.jws import sign
 from ringfence.kernel.keys import SigningKey
-from ringfence.messages.api import MAX_API_TOKEN_S, ApiToken
+from ringfence.model.api_tokens import api_token
 
 ALGORITHMS: Final = ("ES256", "RS256")
 """What tokens can be signed with; each key with its own alone."""
@@ -45,15 +43,7 @@ class TokenIssuer:
 
     async def is_active(self, token: str, key: SigningKey) -> bool:
         """What introspection (RFC 7662) says now, asked with the key of the target. Raises UnavailableError."""
-        now_s = self._clock.now_ms() // 1000
-        # The audience of API tokens is the trust domain, which the key's own id names.
-        trust_domain = key.id.removeprefix("spiffe://").partition("/")[0]
-        own = sign(
-            ApiToken(
-                iss=key.id, aud=trust_domain, iat=now_s, exp=now_s + MAX_API_TOKEN_S, jti=str(uuid.uuid4())
-            ),
-            key,
-        )
+        own = api_token(key, "issuer", now_ms=self._clock.now_ms())
         url = str(self._discovery.get("introspection_endpoint"))
         try:
             response = await self._http.post(

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import hmac
 import secrets
-from collections import OrderedDict
 from typing import Any, Final, Protocol
 
 from pydantic import ValidationError
@@ -17,6 +16,7 @@ from ringfence.kernel.clock import Clock, SystemClock
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.jws import LEEWAY_S
 from ringfence.kernel.keys import PublicKey, b64decode, b64encode, public_key
+from ringfence.kernel.replay_memory import ReplayMemory, ReplayMemoryFullError
 from ringfence.kernel.strict_json import json_object
 from ringfence.messages.keys import PublicJwk
 
@@ -41,36 +41,19 @@ class ProofMemory(Protocol):
 
 
 class ProofsInMemory:
-    """The ids of one process. Full of those that still count, it takes no more: what it forgot could come again.
-
-    Of one key it takes as many as there is still room for: however many keys send all they can, there is room for
-    others.
-    """
+    """The ids of one process. Full of those that still count, it takes no more: see `ReplayMemory`."""
 
     def __init__(self, limit: int = MAX_PROOFS) -> None:
-        self._limit = limit
-        self._until_s: OrderedDict[str, tuple[int, str]] = OrderedDict()
-        self._of_key: dict[str, int] = {}
+        self._memory = ReplayMemory(limit)
 
     async def remember(self, id: str, *, key: str, until_s: int, now_s: int) -> bool:
         """See `ProofMemory`."""
-        self._forget(now_s)
-        if id in self._until_s:
-            return False
-        having = self._of_key.get(key, 0)
-        if having >= self._limit - len(self._until_s):
-            raise UnavailableError("more proofs came in a minute than can be remembered; ask again later")
-        self._until_s[id] = until_s, key
-        self._of_key[key] = having + 1
-        return True
-
-    def _forget(self, now_s: int) -> None:
-        """Those that came first and are over; one with a late end may keep a few others a little longer."""
-        while self._until_s and next(iter(self._until_s.values()))[0] <= now_s:
-            _, (_, key) = self._until_s.popitem(last=False)
-            self._of_key[key] -= 1
-            if not self._of_key[key]:
-                del self._of_key[key]
+        try:
+            return self._memory.remember(id, sender=key, until_s=until_s, now_s=now_s)
+        except ReplayMemoryFullError:
+            raise UnavailableError(
+                "more proofs came in a minute than can be remembered; ask again later"
+            ) from None
 
 
 class Nonces:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ringfence.kernel.private_files import open_private
+
 _SSH_CONFIG = """\
 Host {target}
     HostName {host}
@@ -56,6 +58,6 @@ def ssh_files(value: str, target: str, folder: Path) -> Path:
         ("known_hosts", known),
         ("config", config),
     ):
-        with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with os.fdopen(open_private(folder / name, os.O_WRONLY | os.O_EXCL), "w") as file:
             file.write(text)
     return folder / "config"

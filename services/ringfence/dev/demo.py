@@ -29,6 +29,7 @@ from ringfence.dev.stack import Stack
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.private_files import write_private
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
 
@@ -103,8 +104,7 @@ class Story:
         state, domain = self.stack.options.state, self.settings.trust_domain
         key_of(self.stack.trust, domain, "target", PLATFORM)
         token_file = state / "legacy-admin-token"
-        token_file.touch(mode=0o600)
-        token_file.write_text(legacy_token)
+        write_private(token_file, legacy_token)
         port = free_port()
         self._platform_url = f"http://{LOOPBACK}:{port}"
         argv = [sys.executable, "-P", "-m", "ringfence.dev.platform", "--port", str(port)]

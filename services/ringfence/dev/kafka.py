@@ -21,7 +21,8 @@ import socket
 import struct
 from pathlib import Path
 
-from ringfence.dev.processes import LOOPBACK, Child, StackError, claim_port, spawn
+from ringfence.dev.processes import LOOPBACK, PRIVATE, Child, StackError, claim_port, spawn
+from ringfence.kernel.private_files import make_private_folder
 
 _ANSWER_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 20.0
@@ -85,10 +86,10 @@ class EmbeddedKafka:
     def _launch(self) -> None:
         binary = program()
         self.port = claim_port(self.port, "The embedded Kafka broker", "--free-ports")
-        self._store.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self._store)
         argv = [str(binary), "start", "--data-dir", str(self._store), "--host", LOOPBACK]
         argv += ["--only", "kafka", "--kafka-port", str(self.port)]
-        self.child = spawn("kafka (noida-db)", argv, log_path=self._log_path)
+        self.child = spawn("kafka (noida-db)", argv, log_path=self._log_path, umask=PRIVATE)
         try:
             self.child.wait_until(
                 lambda: kafka_answers(self.port) and _refuses_unknown_topics(self.port),

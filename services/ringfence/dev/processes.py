@@ -26,8 +26,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Final
 
 from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.private_files import make_folders, open_private
 
 LOOPBACK = "127.0.0.1"
 MOST_PATIENCE = 10
@@ -229,6 +231,10 @@ class Child:
         return f" Its log is {self.log_path}" + (f" and ends with:\n{tail}" if tail else " (empty).")
 
 
+PRIVATE: Final = 0o077
+"""The umask of a child whose files are for its user alone."""
+
+
 def spawn(
     name: str,
     argv: Sequence[str],
@@ -236,24 +242,25 @@ def spawn(
     log_path: Path,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    umask: int = -1,
 ) -> Child:
     """Start `argv` in its own process group, with no input and all output appended to `log_path` (mode 0600).
 
-    `env` is the whole environment of the child; None hands on the parent's. May be called from any thread.
-    Raises StackError where the program is not there.
+    `env` is the whole environment of the child; None hands on the parent's, as -1 does with `umask`. May be called
+    from any thread. Raises StackError where the program is not there.
     """
     path = env.get("PATH") if env is not None else None
     if shutil.which(argv[0], path=path) is None:
         raise StackError(
             f"{name} cannot start: there is no program {argv[0]}. Install it, or put it on PATH."
         )
-    log_path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(log_path.parent)
     command = list(argv)
     if sys.platform == "linux":
         command = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *argv]
 
     def popen() -> subprocess.Popen[bytes]:
-        log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        log = open_private(log_path, os.O_WRONLY | os.O_APPEND)
         try:
             return subprocess.Popen(
                 command,
@@ -263,6 +270,7 @@ def spawn(
                 env=env,
                 cwd=cwd,
                 process_group=0,
+                umask=umask,
             )
         finally:
             os.close(log)
@@ -341,7 +349,7 @@ def _reserve(port: int) -> bool:
     global _reservations
     if _reservations is None:
         path = Path(tempfile.gettempdir(), f"ringfence-ports-{os.getuid()}")
-        _reservations = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        _reservations = open_private(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
         fcntl.lockf(_reservations, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
     except OSError:

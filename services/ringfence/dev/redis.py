@@ -10,7 +10,8 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from ringfence.dev.processes import LOOPBACK, Child, StackError, claim_port, spawn
+from ringfence.dev.processes import LOOPBACK, PRIVATE, Child, StackError, claim_port, spawn
+from ringfence.kernel.private_files import make_private_folder
 
 _ANSWER_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 20.0
@@ -79,7 +80,7 @@ class EmbeddedRedis:
     def _launch(self) -> None:
         binary = program()
         self.port = claim_port(self.port, "The embedded Redis server", "--free-ports")
-        self._store.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self._store)
         options = {
             "bind": LOOPBACK,
             "port": str(self.port),
@@ -93,7 +94,7 @@ class EmbeddedRedis:
             **self._options,
         }
         argv = [str(binary), *(word for name, value in options.items() for word in (f"--{name}", value))]
-        self.child = spawn("redis (valkey-server)", argv, log_path=self._log_path)
+        self.child = spawn("redis (valkey-server)", argv, log_path=self._log_path, umask=PRIVATE)
         try:
             self.child.wait_until(
                 lambda: _answers(self.port), _START_TIMEOUT_S, f"answers PING on {LOOPBACK}:{self.port}"

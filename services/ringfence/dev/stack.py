@@ -27,9 +27,10 @@ from ringfence.client.ceremony import (
 from ringfence.dev import kafka as embedded_kafka
 from ringfence.dev import redis as embedded_redis
 from ringfence.dev.kafka import EmbeddedKafka
-from ringfence.dev.processes import LOOPBACK, Child, StackError, claim_port, free_port, spawn
+from ringfence.dev.processes import LOOPBACK, PRIVATE, Child, StackError, claim_port, free_port, spawn
 from ringfence.dev.redis import EmbeddedRedis
 from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.private_files import make_private_folder, open_private
 from ringfence.kernel.settings import ServiceSettings
 from ringfence.kernel.topics_admin import TopicsAdmin
 from ringfence.messages.api import GATEWAY_PORT, PORTS
@@ -143,7 +144,7 @@ class Stack:
         if not self.redis_url:
             embedded_redis.program()
         state = self.options.state
-        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_folder(state)
         self._claim_state()
         self._claim_ports()
         self._make_trust()
@@ -207,6 +208,7 @@ class Stack:
             [sys.executable, "-P", "-m", "ringfence.cli.main", "serve", role],
             env=environment,
             log_path=self.options.state / "logs" / f"{role}.log",
+            umask=PRIVATE,
         )
 
     def _of_gateway(self) -> dict[str, str]:
@@ -287,7 +289,7 @@ class Stack:
 
     def _claim_state(self) -> None:
         """Two stacks in one folder would delete each other's data. The lock goes with this process, however it ends."""
-        claim = os.open(self.options.state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        claim = open_private(self.options.state / "lock", os.O_RDWR)
         try:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

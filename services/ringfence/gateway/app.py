@@ -13,6 +13,7 @@ from ringfence.kernel.http import HttpServer
 from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.model.access import Authenticator
 
 
 def build(
@@ -22,7 +23,9 @@ def build(
     own = own or load(GatewaySettings)
     runtime = Runtime("gateway", settings, clock)
     core = core_of(runtime, settings, own)
-    runtime.routes += GatewayApi(runtime, core.view).routes()
+    runtime.routes += GatewayApi(
+        Authenticator(core.view.directory, runtime.role, runtime.clock), core.view
+    ).routes()
     if own.listen is not None or own.sockets is not None:
         listening = Listening(runtime, core, own)
         runtime.background("data plane", listening.run)

@@ -21,6 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ringfence.gateway.refusals import RefusedError
 from ringfence.kernel.clock import Clock
+from ringfence.kernel.private_files import write_private
 
 OWN_LIFE: Final = datetime.timedelta(days=90)
 LEAF_LIFE: Final = datetime.timedelta(days=2)
@@ -68,9 +69,13 @@ class Authority:
         return bool(added)
 
     def write(self, path: Path) -> None:
-        """Put the certificate into a file, in one step. Raises OSError."""
+        """Put the certificate into a file, in one step. Agents of other users read it, and must not replace it.
+
+        Raises OSError, NotPrivateError.
+        """
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
-        fresh.write_text(self.certificate_pem)
+        write_private(fresh, self.certificate_pem)
+        fresh.chmod(0o644)
         fresh.replace(path)
 
     def context(self, host: str) -> ssl.SSLContext:

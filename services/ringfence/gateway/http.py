@@ -11,8 +11,7 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.gateway.view import View
 from ringfence.kernel import metrics
-from ringfence.kernel.runtime import Runtime
-from ringfence.model.access import NotFoundError, authenticate_user
+from ringfence.model.access import Authenticator, NotFoundError
 
 _LEASE_PATH = "/v1/leases/{lease_id}"
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -21,8 +20,8 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 class GatewayApi:
     """The routes."""
 
-    def __init__(self, runtime: Runtime, view: View) -> None:
-        self._runtime = runtime
+    def __init__(self, authenticator: Authenticator, view: View) -> None:
+        self._authenticator = authenticator
         self._view = view
 
     def routes(self) -> Sequence[BaseRoute]:
@@ -30,12 +29,7 @@ class GatewayApi:
 
     async def lease(self, request: Request) -> Response:
         """Whether requests can go by a lease here now, and why not: for whoever may see its agent."""
-        caller = authenticate_user(
-            request.headers.get("authorization"),
-            self._view.directory,
-            self._runtime.settings.trust_domain,
-            self._runtime.clock.now_ms(),
-        )
+        caller = self._authenticator.user(request.headers.get("authorization"))
         lease_id = request.path_params["lease_id"]
         lease = self._view.table.get(lease_id) if _UUID.fullmatch(lease_id) else None
         agent = self._view.directory.agent(lease.agent_id) if lease is not None else None

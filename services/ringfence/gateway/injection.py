@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -21,20 +20,19 @@ from ringfence.gateway.leases import LeaseTable
 from ringfence.kernel.clock import Clock
 from ringfence.kernel.envelope import Opener, recipients_of
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.jws import open_signed, parse, sign
+from ringfence.kernel.jws import open_signed, parse
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.log_floods import of_a_kind
 from ringfence.kernel.trust import TrustStore
-from ringfence.messages.api import ApiToken
 from ringfence.messages.credential import Credential, CredentialDelivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
+from ringfence.model.api_tokens import api_token
 
 log = logging.getLogger(__name__)
 
 MAX_KEPT: Final = 100_000
-_TOKEN_S: Final = 60
 _WITHIN_S: Final = 12.0
 """The issuer reads Kafka for up to 10 s."""
 _NOT_AGAIN_MS: Final = 1000
@@ -182,15 +180,7 @@ class SealedCredentials:
         return delivery
 
     def _token(self) -> str:
-        key, now_s = self._key(), self._clock.now_ms() // 1000
-        claims = ApiToken(
-            iss=key.id,
-            aud=self._trust.trust_domain,
-            iat=now_s,
-            exp=now_s + _TOKEN_S,
-            jti=str(uuid.uuid4()),
-        )
-        return sign(claims, key)
+        return api_token(self._key(), "issuer", now_ms=self._clock.now_ms())
 
 
 class Injector:

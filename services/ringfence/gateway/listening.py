@@ -15,6 +15,7 @@ from ringfence.gateway.plane import DataPlane, ListenError
 from ringfence.gateway.problem import answer
 from ringfence.gateway.settings import GatewaySettings, host_and_port
 from ringfence.kernel.errors import SettingsError
+from ringfence.kernel.private_files import make_folders
 from ringfence.kernel.runtime import Runtime
 from ringfence.model.chains import ChainError
 
@@ -117,7 +118,7 @@ class Listening:
 def _made_private(folder: Path) -> None:
     """A folder for sockets that others cannot look into; sockets that a gateway left there are removed."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folders(folder)
         if folder.stat().st_mode & 0o022:
             raise SettingsError(f"RINGFENCE_GATEWAY_SOCKETS: others can write to {folder}; chmod go-w it")
         for left in folder.iterdir():

@@ -1,19 +1,22 @@
 """The injected secret, should a target echo it: replaced by as many asterisks, so that no length changes.
 
-Searched for are the secret as it stands in the header, without its scheme, as a Basic password, and each of these in
-base64 (in all three alignments), in hexadecimal, percent-encoded, and escaped as in JSON and HTML, in the ways in which
-the usual libraries do that. A target that compresses, encrypts or takes the secret apart hides it from this.
+Searched for are the secret as it stands in the header, without its scheme, as a Basic password, and its words where it
+has spaces. Each of these is searched for in base64 (in all three alignments), in hexadecimal, percent-encoded, and
+escaped as in JSON and HTML, in the ways in which the usual libraries do that. A target that compresses, encrypts or
+takes the secret apart otherwise hides it from this.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import functools
 import html
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 from urllib.parse import quote
 
@@ -21,6 +24,7 @@ SHORTEST: Final = 6
 """What is shorter is not searched for: it would be found everywhere."""
 LOOSE: Final = 4
 
+_WORD: Final = re.compile(r"\S+")
 _HTML: Final[tuple[dict[str, str], ...]] = (
     {},
     {'"': "&quot;", "'": "&#39;"},
@@ -30,7 +34,14 @@ _HTML: Final[tuple[dict[str, str], ...]] = (
     {'"': "&quot;", "'": "&#39;", "/": "&#x2F;", "=": "&#x3D;", "`": "&#x60;"},
 )
 """What is written for characters besides `&`, `<` and `>`: by PHP, Go, Python, and what templates of JavaScript do."""
+MAX_PARTS: Final = 32
+"""So many parts of a secret with spaces are searched for by themselves, besides the whole."""
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,31} +(?=\S)")
+_SCHEMES: Final = frozenset({
+    "apikey", "api-key", "basic", "bearer", "digest", "dpop", "hoba", "key", "mutual", "negotiate", "ntlm", "oauth",
+    "privatetoken", "token", "vapid",
+})  # fmt: skip
+"""First words of a header that are no part of a secret (IANA, and what APIs made up). Any other may be one."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -45,10 +56,7 @@ def needles_of(values: tuple[str, ...]) -> tuple[bytes, ...]:
 
 def redact(data: bytes, needles: Iterable[bytes]) -> bytes:
     """All of it, without the secret."""
-    for needle in needles:
-        if needle in data:
-            data = data.replace(needle, b"*" * len(needle))
-    return data
+    return _united(data, [data.replace(one, b"*" * len(one)) for one in needles if one in data])
 
 
 class Redactor:
@@ -58,42 +66,125 @@ class Redactor:
     has to go on at once. Where the secret does follow, it is these bytes of it that the agent sees.
     """
 
-    __slots__ = ("_kept", "_needles", "_sent")
+    __slots__ = ("_beginnings", "_kept", "_needles", "_redacted", "_sent")
 
     def __init__(self, needles: tuple[bytes, ...]) -> None:
         self._needles = needles
+        self._beginnings = [Beginning(needle) for needle in needles]
         self._kept = b""
         """The end of what came, where it may be the beginning of the secret."""
+        self._redacted = b""
+        """The same, without what was found in it. What one needle hides may be the beginning of another."""
         self._sent = 0
         """So much of that went on."""
 
     def feed(self, piece: bytes) -> bytes:
         """What may go on now."""
-        data, sent = redact(self._kept + piece if self._kept else piece, self._needles), self._sent
-        keep = max((_begun(data, needle) for needle in self._needles), default=0)
+        sent, (data, redacted) = self._sent, self._with(piece)
+        keep = max((beginning.follow(piece) for beginning in self._beginnings), default=0)
         start = len(data) - keep
         end = len(data) if keep <= LOOSE else max(sent, start)
-        self._kept, self._sent = data[start:], end - start
-        return data[sent:end]
+        self._kept, self._redacted, self._sent = data[start:], redacted[start:], end - start
+        return redacted[sent:end]
 
     def last(self, piece: bytes) -> bytes:
         """What may go on at the end: nothing is held back any more."""
-        data, sent = redact(self._kept + piece if self._kept else piece, self._needles), self._sent
-        self._kept, self._sent = b"", 0
-        return data[sent:] if sent else data
+        sent, (_, redacted) = self._sent, self._with(piece)
+        self._kept, self._redacted, self._sent = b"", b"", 0
+        return redacted[sent:] if sent else redacted
+
+    def _with(self, piece: bytes) -> tuple[bytes, bytes]:
+        """What was kept and this piece, as they came and redacted."""
+        if not self._kept:
+            return piece, redact(piece, self._needles)
+        data = self._kept + piece
+        return data, _united(data, [self._redacted + piece, redact(data, self._needles)])
+
+
+class Beginning:
+    """How much of the end of a stream may be the beginning of a needle (Knuth, Morris, Pratt).
+
+    Each byte is compared twice at most, and only the last `len(needle)` of a piece are: a target that sends what looks
+    like a secret again and again, byte by byte, gains nothing.
+    """
+
+    __slots__ = ("_length", "_needle")
+
+    def __init__(self, needle: bytes) -> None:
+        self._needle = needle
+        self._length = 0
+
+    def follow(self, piece: bytes) -> int:
+        """The bytes at the end of the stream, after this piece, that may be the beginning."""
+        needle, length, at, end = self._needle, self._length, 0, len(piece)
+        if end >= len(needle):
+            length, at = 0, end - len(needle) + 1
+        elif length and length + end < len(needle) and needle.startswith(piece, length):
+            length, at = length + end, end
+        while at < end:
+            if not length:
+                at = piece.find(needle[0], at) + 1
+                if not at:
+                    break
+                length = 1
+            elif needle[length] == piece[at]:
+                length, at = length + 1, at + 1
+                if length == len(needle):
+                    length = 0
+            else:
+                length = _borders(needle)[length] if length > 1 else 0
+        self._length = length
+        return length
+
+
+@functools.lru_cache(maxsize=1024)
+def _borders(needle: bytes) -> list[int]:
+    """By each length of a beginning of the needle: how long a shorter one is that it ends with."""
+    found = [0, 0]
+    for at in range(1, len(needle)):
+        length = found[at]
+        while length and needle[length] != needle[at]:
+            length = found[length]
+        found.append(length + 1 if needle[length] == needle[at] else 0)
+    return found
+
+
+def _united(data: bytes, redacted: Sequence[bytes]) -> bytes:
+    """The data with an asterisk wherever one of its redacted forms has one: what is hidden in one may overlap."""
+    if len(redacted) < 2:
+        return redacted[0] if redacted else data
+    plain, hidden = int.from_bytes(data), 0
+    for one in redacted:
+        hidden |= plain ^ int.from_bytes(one)
+    return (plain ^ hidden).to_bytes(len(data))
 
 
 def _secrets(value: str) -> set[str]:
     scheme = _SCHEME.match(value)
     bare = value[scheme.end() :] if scheme else value
-    found = {bare}
-    if scheme and scheme[0].strip().lower() == "basic":
-        try:
+    word = scheme[0].strip().lower() if scheme else ""
+    whole = {bare} if word in _SCHEMES else {value, bare}
+    if word == "basic":
+        with contextlib.suppress(binascii.Error, UnicodeDecodeError):
             pair = base64.b64decode(bare, validate=True).decode("utf-8")
-        except (binascii.Error, UnicodeDecodeError):
-            return found
-        found |= {pair, pair.partition(":")[2]}
-    return found
+            whole = {bare, pair, pair.partition(":")[2]}
+    # Each needle is searched for in all that comes: a secret of very many words is not taken apart to its end.
+    return whole | set(sorted({part for one in whole for part in _parts(one)}, key=len)[-MAX_PARTS:])
+
+
+def _parts(secret: str) -> Iterator[str]:
+    """From each word of a secret on, and up to each, as few as are long enough to be searched for.
+
+    Together they hide every word of whatever is shown of it, where that is long enough.
+    """
+    words = [(word.start(), word.end()) for word in _WORD.finditer(secret)]
+    if len(words) < 2:
+        return
+    for number in range(len(words)):
+        onward = (secret[words[number][0] : end] for _, end in words[number:])
+        back = (secret[start : words[number][1]] for start, _ in reversed(words[: number + 1]))
+        for parts in (onward, back):
+            yield from itertools.islice((one for one in parts if len(one.encode()) >= SHORTEST), 1)
 
 
 def _spellings(secret: str) -> set[bytes]:
@@ -134,14 +225,3 @@ def _in_html(secret: str) -> Iterator[str]:
     named = html.escape(secret, quote=False)
     for own in _HTML:
         yield "".join(own.get(one, one) for one in named)
-
-
-def _begun(data: bytes, needle: bytes) -> int:
-    """How many bytes at the end may be the beginning of the needle."""
-    tail = data[max(0, len(data) - len(needle) + 1) :]
-    at = tail.find(needle[:1])
-    while at >= 0:
-        if needle.startswith(tail[at:]):
-            return len(tail) - at
-        at = tail.find(needle[:1], at + 1)
-    return 0

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.private_files import NotPrivateError, make_private_folder, open_private
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ class Spool:
         self._total = 0
         """Of all files; kept along, as it is asked for with each entry."""
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            make_private_folder(folder)
+            self._lock = open_private(folder / "lock", os.O_RDWR)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._sizes = {int(path.stem): path.stat().st_size for path in sorted(folder.glob(f"*{_SUFFIX}"))}
             self._number, self._offset = self._marked()
@@ -64,7 +65,7 @@ class Spool:
             raise SpoolError(
                 f"another gateway uses {folder}: set RINGFENCE_GATEWAY_SPOOL to another folder"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, NotPrivateError) as error:
             why = (error.strerror if isinstance(error, OSError) else None) or str(error)
             raise SpoolError(
                 f"the spool {folder} cannot be used: {why}; set RINGFENCE_GATEWAY_SPOOL to another folder"
@@ -154,7 +155,7 @@ class Spool:
     # --- files ---
 
     def _marked(self) -> tuple[int, int]:
-        self._mark = os.open(self._folder / _MARK, os.O_RDWR | os.O_CREAT, 0o600)
+        self._mark = open_private(self._folder / _MARK, os.O_RDWR)
         marked = os.pread(self._mark, 16, 0)
         number, offset = struct.unpack(">QQ", marked) if len(marked) == 16 else (0, 0)
         for old in [one for one in self._sizes if one < number]:
@@ -180,7 +181,7 @@ class Spool:
 
     def _opened(self, number: int) -> int:
         path = self._folder / f"{number:012}{_SUFFIX}"
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        return open_private(path, os.O_WRONLY | os.O_APPEND)
 
     def _take_back(self) -> None:
         """Half an entry must not stand before the next one. Raises OSError where there is no other file either."""

@@ -31,6 +31,7 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.seal_keys import SealKeys
 from ringfence.kernel.settings import ServiceSettings, load, of_setting
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, HEARTBEAT
+from ringfence.model.access import Authenticator
 from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
 from ringfence.model.grants import KEEP_MS as GRANTS_KEEP_MS
@@ -120,17 +121,16 @@ def build(
         granted.settle()
 
     runtime.consume("issuer", {CREDENTIAL_DECISION: handler}, on_assigned=settle)
+    authenticator = Authenticator(directory, runtime.role, runtime.clock)
     runtime.routes += IssuerHttp(
         issuer_url=settings.issuer_url,
-        trust_domain=settings.trust_domain,
+        authenticator=authenticator,
         keys=token_keys,
         store=store,
-        directory=directory,
-        clock=runtime.clock,
         jwks_max_age_s=own.jwks_max_age_s,
     ).routes()
     resealer = Resealer(settings, runtime.trust, store, seal_keys, runtime.clock)
-    runtime.routes += GatewayHttp(resealer, runtime.trust, runtime.clock).routes()
+    runtime.routes += GatewayHttp(resealer, authenticator).routes()
     return runtime
 
 

@@ -43,6 +43,9 @@ SKEW_MS = 1000
 DECISION_LIFE_S = 3600
 """How long after it was signed a decision may reach Kafka. Less than a lease is remembered past its end, so that a
 decision that somebody appends again later finds its lease, or is too old."""
+ENDED_KEY_MS, APPROVALS_MS = 3600 * 1000, 24 * 3600 * 1000
+"""How long after the end of its key a request may be decided, and how much longer where people were asked. When the
+request came is policy's word, and only until then it can put one by a key of before back into the time of that key."""
 REQUEST_LIFE_MS = 6 * 24 * 3600 * 1000
 """How old a request may be when it is decided: less than a fence stands."""
 
@@ -219,6 +222,15 @@ def _request(decision: Decision, directory: Directory, terms: Terms) -> _Asked:
     return _Asked(request, jws.header.kid)
 
 
+def _counted_at(asked: _Asked, directory: Directory, at_ms: int) -> bool:
+    """Whether the key of a request still counted at a moment."""
+    find_key = keys_of_agents(directory, parse(asked.signed.compact), CredentialRequest, at_ms / 1000)
+    try:
+        return find_key(asked.signed.claims.iss, asked.kid) is not None
+    except (InvalidMessageError, ChainError):
+        return False
+
+
 def _ended_in_between(request: Jws, source: Coordinates, directory: Directory) -> bool:
     """Whether a request says that it is by a key that was replaced in the second in which it was appended.
 
@@ -247,6 +259,13 @@ def _issue(decision: Decision, asked: _Asked, directory: Directory, terms: Terms
         )
     if at_ms - claims.source.appended_at_ms > REQUEST_LIFE_MS:
         raise _RefusedError(_reason("request_too_old", "the request is days old; ask anew"))
+    within_ms = ENDED_KEY_MS + (APPROVALS_MS if claims.approvals else 0)
+    if not _counted_at(asked, directory, max(claims.source.appended_at_ms, at_ms - within_ms)):
+        raise _RefusedError(
+            _reason(
+                "key_ended", "the key of this request ended long before the decision; ask anew by another"
+            )
+        )
     try:
         facts = gather(directory, asked.signed, claims.request_id)
     except DeniedError as error:

@@ -12,9 +12,7 @@ from starlette.routing import BaseRoute, Route
 from ringfence.issuer.delivery import ENVELOPE_TYPE
 from ringfence.issuer.resealing import Resealer
 from ringfence.kernel import metrics
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.trust import TrustStore
-from ringfence.model.access import NotFoundError, authenticate_gateway
+from ringfence.model.access import Authenticator, NotFoundError
 
 SEALED_PATH = "/v1/leases/{lease_id}/sealed-credential"
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -23,19 +21,16 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 class GatewayHttp:
     """The routes for gateways."""
 
-    def __init__(self, resealer: Resealer, trust: TrustStore, clock: Clock) -> None:
+    def __init__(self, resealer: Resealer, authenticator: Authenticator) -> None:
         self._resealer = resealer
-        self._trust = trust
-        self._clock = clock
+        self._authenticator = authenticator
 
     def routes(self) -> Sequence[BaseRoute]:
         return [Route(SEALED_PATH, self.sealed)]
 
     async def sealed(self, request: Request) -> Response:
         """The credential of a live lease, sealed to the gateway that asks, and to nobody else."""
-        gateway = authenticate_gateway(
-            request.headers.get("authorization"), self._trust, self._clock.now_ms()
-        )
+        gateway = self._authenticator.gateway(request.headers.get("authorization"))
         lease_id = request.path_params["lease_id"]
         if not _UUID.fullmatch(lease_id):
             raise NotFoundError("a lease's id is a UUID in lower case")

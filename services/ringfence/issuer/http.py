@@ -12,10 +12,8 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.backends import TokenKeys
 from ringfence.kernel import metrics
-from ringfence.kernel.clock import Clock
 from ringfence.messages.permission import PERMISSION_TYPE
-from ringfence.model.access import authenticate_target
-from ringfence.model.directory import Directory
+from ringfence.model.access import Authenticator
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases import ALL_MARK
 from ringfence.model.standing import is_cut
@@ -32,19 +30,15 @@ class IssuerHttp:
         self,
         *,
         issuer_url: str,
-        trust_domain: str,
+        authenticator: Authenticator,
         keys: TokenKeys,
         store: LeaseStore,
-        directory: Directory,
-        clock: Clock,
         jwks_max_age_s: int,
     ) -> None:
         self._issuer = issuer_url.rstrip("/")
-        self._trust_domain = trust_domain
+        self._authenticator = authenticator
         self._keys = keys
         self._store = store
-        self._directory = directory
-        self._clock = clock
         self._caching = {"Cache-Control": f"public, max-age={jwks_max_age_s}"}
 
     def routes(self) -> Sequence[BaseRoute]:
@@ -99,12 +93,7 @@ class IssuerHttp:
 
         Whoever else asks learns nothing: to them no token is active.
         """
-        target_id = authenticate_target(
-            request.headers.get("authorization"),
-            self._directory,
-            self._trust_domain,
-            self._clock.now_ms(),
-        )
+        target_id = self._authenticator.target(request.headers.get("authorization"))
         token = await _token_of(request)
         if token is None:
             metrics.HTTP_REQUESTS.labels(INTROSPECTION_PATH, "400").inc()

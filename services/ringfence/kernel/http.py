@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -93,9 +93,65 @@ READING_S = 30.0
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
+_NO_ROOM = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+)
+
+
+class ConnectionLimit:
+    """How many connections are open at once (admission control), and which of them goes where another one comes.
+
+    A connection that brings no whole request makes room, the one first that has waited longest: who opens very many and
+    says little shuts out nobody. One whose request is being answered is never closed. Of one address there are half as
+    many, at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._most_of_one = most, max(1, most // 2)
+        self._addresses: dict[Requests, str] = {}
+        self._waiting: dict[Requests, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._addresses)
+
+    def admit(self, connection: Requests, address: str) -> bool:
+        """Whether there is room for it, where others have been closed for that if need be."""
+        same = [one for one, other in self._addresses.items() if other == address]
+        if len(same) >= self._most_of_one and not self._close_one(set(same)):
+            return False
+        if len(self._addresses) >= self._most and not self._close_one(self._addresses.keys()):
+            return False
+        self._addresses[connection] = address
+        return True
+
+    def waits(self, connection: Requests) -> None:
+        """It has no request under way: the latest of those."""
+        if connection in self._addresses:
+            self._waiting.pop(connection, None)
+            self._waiting[connection] = None
+
+    def works(self, connection: Requests) -> None:
+        """A whole request came."""
+        self._waiting.pop(connection, None)
+
+    def leave(self, connection: Requests) -> None:
+        """It is closed."""
+        self._addresses.pop(connection, None)
+        self._waiting.pop(connection, None)
+
+    def _close_one(self, among: Collection[Requests]) -> bool:
+        oldest = next((one for one in self._waiting if one in among), None)
+        if oldest is None:
+            return False
+        self.leave(oldest)
+        oldest.transport.abort()
+        return True
+
+
 class Requests(HttpToolsProtocol):
     """Reads requests within bounds: the parser by itself keeps headers without an end, and waits for them for ever."""
 
+    limit: ConnectionLimit | None = None
     reading_s = READING_S
     _in_head = False
     _begun = 0
@@ -105,10 +161,18 @@ class Requests(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.limit is not None:
+            if not self.limit.admit(self, self.client[0] if self.client else ""):
+                transport.write(_NO_ROOM)
+                transport.close()
+                return
+            self.limit.waits(self)
         self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._has_come()
+        if self.limit is not None:
+            self.limit.leave(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -140,7 +204,16 @@ class Requests(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._has_come()
+        if self.limit is not None:
+            self.limit.works(self)
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if (
+            self.limit is not None and self.cycle.response_complete
+        ):  # none that was sent along is answered now
+            self.limit.waits(self)
 
     def _expect(self) -> None:
         if self._too_late is None and not self.transport.is_closing():
@@ -155,13 +228,22 @@ class Requests(HttpToolsProtocol):
 class HttpServer(uvicorn.Server):
     """uvicorn inside a loop that somebody else runs; signals are that somebody's."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int, *, setting: str = "RINGFENCE_HTTP") -> None:
-        """`setting`: by which it was told where to listen, for errors."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        *,
+        setting: str = "RINGFENCE_HTTP",
+        connections: int | None = None,
+    ) -> None:
+        """`setting`: by which it was told where to listen, for errors. `connections`: so many are open at once."""
         self._setting = setting
+        limit = ConnectionLimit(connections) if connections is not None else None
         super().__init__(
             uvicorn.Config(
                 app, host=host, port=port, log_config=None, access_log=False, lifespan="off", server_header=False,
-                http=Requests, ws="none", timeout_graceful_shutdown=5,
+                http=type("LimitedRequests", (Requests,), {"limit": limit}), ws="none", timeout_graceful_shutdown=5,
             )
         )  # fmt: skip
 

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
 from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.private_files import make_folders, open_private
 from ringfence.messages.keys import KeyRecord, PublicJwk
 
 _ECDSA = ec.ECDSA(hashes.SHA256())
@@ -188,12 +189,12 @@ class SigningKey:
 
 def save_private(path: Path, id: str, public: PublicJwk, d: bytes) -> None:
     """Write a private key to a new file of mode 0600. Raises KeyFileError where a file is there already."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folders(path.parent)
     text = json.dumps(
         {"id": id, "jwk": {**public.model_dump(exclude_none=True), "d": b64encode(d)}}, indent=1
     )
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = open_private(path, os.O_WRONLY | os.O_EXCL)
     except FileExistsError:
         raise KeyFileError(f"{path} exists already; move it away, or name another file") from None
     with os.fdopen(descriptor, "w") as file:

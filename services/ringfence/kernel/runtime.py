@@ -330,6 +330,7 @@ class Runtime:
             application(self.routes, self._checks, self._denials, self._warnings, self._facts),
             host,
             int(port or PORTS[self.role]),
+            connections=self.settings.http_connections,
         )
         work: list[asyncio.Task[None]] = [asyncio.create_task(server.run_until_stopped(), name="http")]
         stopping = asyncio.create_task(stop.wait())

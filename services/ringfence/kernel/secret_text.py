@@ -24,13 +24,21 @@ _ISSUED: Final = re.compile(
 _PEM: Final = re.compile(
     r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY-----|\Z)", re.DOTALL
 )
-_IN_URL: Final = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")
+_IN_URL: Final = re.compile(r"(?<=://)[^\s/@:]*:(?!\d{1,5}(?:[\s/,;.)]|\Z))[^/@\r\n]+(?=@)")
+"""Of which the password may have spaces. What begins as a port is none."""
 _PRESENTED: Final = re.compile(r"((?<!\w)(?:bearer|basic|dpop)[ \t]{1,4})[\w.~+/=-]{20,}", re.IGNORECASE)
+_IS: Final = r"(?:[\"']?\s{0,4}=\s{0,4}|[\"']\s{0,4}:\s{0,4})"
+_QUOTED: Final = r"\"(?:[^\"\\]|\\.){4,}+\"?|'(?:[^'\\]|\\.){4,}+'?"
 _NAMED: Final = re.compile(
-    r"((?:passw(?:or)?d|secret|token|api_?key|access_?key)(?:[\"']?\s{0,4}=\s{0,4}|[\"']\s{0,4}:\s{0,4}))"
-    r"(?:\"[^\"]{4,}\"?|'[^']{4,}'?|[^\s\"'&;,]{4,})",
-    re.IGNORECASE,
+    rf"((?:token|api_?key|access_?key){_IS})(?:{_QUOTED}|[^\s\"'&;,]{{4,}})", re.IGNORECASE
 )
+_PHRASE: Final = re.compile(
+    # Without quotes it ends with its line, at what separates settings, or before the next one of them.
+    rf"((?:passw(?:or)?d|pass_?phrase|secret){_IS})"
+    rf"(?:{_QUOTED}|(?:(?!\s+(?:--?)?[\w.-]{{1,40}}=)[^\r\n\"'&;,]){{4,}}+)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""What people make up may have spaces; what programs hand out has none."""
 
 
 _TOKEN: Final = re.compile(r"(?<![\w-])[\w-]{8,}\.[\w-]*\.[\w-]{8,}(?:\.[\w-]+){0,2}")
@@ -52,4 +60,5 @@ def without_secrets(text: str) -> str:
         text = _IN_URL.sub(REDACTED, text)
     if "=" in text or (":" in text and ('"' in text or "'" in text)):
         text = _NAMED.sub(rf"\g<1>{REDACTED}", text)
+        text = _PHRASE.sub(rf"\g<1>{REDACTED}", text)
     return text

@@ -153,6 +153,8 @@ class ServiceSettings(BusSettings):
         "127.0.0.1"
     )
     """`host` or `host:port` of the service's HTTP (health, metrics, API); each service has a port of its own."""
+    http_connections: Annotated[int, Field(ge=8, le=65_535)] = 512
+    """So many connections to it are open at once, half as many of one address. Those that bring nothing make room."""
     issuer_url: Url = "http://127.0.0.1:8703"
     """The `iss` of tokens: where the issuer's HTTP is reached from outside."""
     policy_url: Url = "http://127.0.0.1:8702"

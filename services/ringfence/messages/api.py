@@ -5,15 +5,28 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.trust import ServiceRole
 
 
 class ApiToken(ExpiringClaims):
-    """A bearer token that its caller signs for itself, for at most 60 s: a user, or a target's resource server."""
+    """A bearer token that its caller signs for itself, for one call of one service, for at most 60 s.
+
+    Its caller is a user, a target's resource server, or a gateway. `aud` is what `api_audience` says.
+    """
 
     typ: ClassVar[str] = "api"
 
 
 MAX_API_TOKEN_S = 60
+
+
+def api_audience(trust_domain: str, service: ServiceRole) -> str:
+    """The `aud` of API tokens for a service: no other service takes them."""
+    return f"{trust_domain}/{service}"
+
+
+UNBOUND_API_TOKENS_END = "0.2"
+"""The version that takes no more API tokens whose `aud` is the trust domain alone, as callers signed them at first."""
 
 PORTS = {
     "registry": 8701,

@@ -42,6 +42,9 @@ class OidcIssuer(Message):
     """What that claim ends in, and the id does not: `@example.com`. Without it the token is nobody's."""
     user_match: Literal["id", "external_id"] = "id"
     """What the claim is: the user's id, or what their directory knows them by (the `externalId` of SCIM)."""
+    emails_verified: bool | None = None
+    """Where the claim is `email`: whether it counts also in tokens without `email_verified`, as this issuer lets nobody
+    choose an address."""
     discovery: bool = False
     """Where nothing is pinned: the registry reads the keys from the issuer (OpenID Connect Discovery), and the others
     take its word. For instances alone."""

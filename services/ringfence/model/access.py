@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Final
 
+from ringfence.kernel import metrics
+from ringfence.kernel.clock import Clock
 from ringfence.kernel.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.jws import KeyFinder, open_signed, parse
+from ringfence.kernel.ids import digest
+from ringfence.kernel.jws import KeyFinder, UnverifiedJws, open_signed, parse
 from ringfence.kernel.keys import PublicKey, valid_key
+from ringfence.kernel.log_floods import of_a_kind
+from ringfence.kernel.replay_memory import ReplayMemory
 from ringfence.kernel.text import visible_name
-from ringfence.kernel.trust import TrustStore
-from ringfence.messages.api import MAX_API_TOKEN_S, ApiToken
+from ringfence.messages.api import MAX_API_TOKEN_S, UNBOUND_API_TOKENS_END, ApiToken, api_audience
 from ringfence.messages.registry import UserState
+from ringfence.messages.trust import ServiceRole
 from ringfence.model.directory import Directory
 from ringfence.model.identity import subject_of
+
+log = logging.getLogger(__name__)
+
+MAX_REMEMBERED: Final = 200_000
+"""So many API tokens of the last minute a replica remembers, some 40 MB."""
 
 
 class UnauthenticatedError(RingfenceError):
@@ -49,39 +61,105 @@ class Caller:
         return self.sees_all or self.user.user_id == sponsor
 
 
-def authenticate_user(
-    authorization: str | None, directory: Directory, trust_domain: str, now_ms: int
-) -> Caller:
-    """The user who signed the bearer token of a call. Raises UnauthenticatedError."""
-    uncounted = _Uncounted(directory, now_ms / 1000)
-    iss = _verified_iss(
-        authorization,
-        lambda iss, kid: directory.user_key(iss, kid, now_ms / 1000),
-        trust_domain,
-        now_ms,
-        uncounted,
-    )
-    entry = directory.user(subject_of(trust_domain, iss, "user") or "")
-    if entry is None:
-        raise UnauthenticatedError(f"{visible_name(iss[:512])} is no user")
-    return Caller(entry.state)
+class Authenticator:
+    """Says who calls one service, by the API token of the call: one for this service, which counts once.
 
+    What it remembers is this replica's: another one, or this one once it was started again, may take a token once more.
+    """
 
-def authenticate_target(
-    authorization: str | None, directory: Directory, trust_domain: str, now_ms: int
-) -> str:
-    """The target whose resource server signed the bearer token of a call. Raises UnauthenticatedError."""
-    iss = _verified_iss(
-        authorization, lambda iss, kid: directory.target_key(iss, kid, now_ms / 1000), trust_domain, now_ms
-    )
-    return subject_of(trust_domain, iss, "target") or ""
+    def __init__(self, directory: Directory, service: ServiceRole, clock: Clock) -> None:
+        self._directory = directory
+        self._trust = directory.trust
+        self._trust_domain = directory.trust.trust_domain
+        self._service = service
+        self._audience = api_audience(self._trust_domain, service)
+        self._clock = clock
+        self._used = ReplayMemory(MAX_REMEMBERED)
 
+    def user(self, authorization: str | None) -> Caller:
+        """The user who signed the bearer token of a call. Raises UnauthenticatedError, UnavailableError."""
+        at_s = self._now_s()
+        uncounted = _Uncounted(self._directory, at_s)
+        iss = self._verified_iss(
+            authorization, lambda iss, kid: self._directory.user_key(iss, kid, at_s), uncounted
+        )
+        entry = self._directory.user(subject_of(self._trust_domain, iss, "user") or "")
+        if entry is None:
+            raise UnauthenticatedError(f"{visible_name(iss[:512])} is no user")
+        return Caller(entry.state)
 
-def authenticate_gateway(authorization: str | None, trust: TrustStore, now_ms: int) -> str:
-    """The SPIFFE ID of the gateway that signed the bearer token of a call. Raises UnauthenticatedError."""
-    return _verified_iss(
-        authorization, trust.finder("gateway", at_s=now_ms / 1000), trust.trust_domain, now_ms
-    )
+    def target(self, authorization: str | None) -> str:
+        """The target whose resource server signed the bearer token of a call.
+
+        Raises UnauthenticatedError, UnavailableError.
+        """
+        at_s = self._now_s()
+        iss = self._verified_iss(authorization, lambda iss, kid: self._directory.target_key(iss, kid, at_s))
+        return subject_of(self._trust_domain, iss, "target") or ""
+
+    def gateway(self, authorization: str | None) -> str:
+        """The SPIFFE ID of the gateway that signed the bearer token of a call.
+
+        Raises UnauthenticatedError, UnavailableError.
+        """
+        return self._verified_iss(authorization, self._trust.finder("gateway", at_s=self._now_s()))
+
+    def _now_s(self) -> float:
+        return self._clock.now_ms() / 1000
+
+    def _verified_iss(
+        self, authorization: str | None, find_key: KeyFinder, uncounted: _Uncounted | None = None
+    ) -> str:
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise UnauthenticatedError(
+                "send Authorization: Bearer with a JWT (typ ringfence.api+jwt) signed by your key"
+            )
+        now_ms = self._clock.now_ms()
+        try:
+            jws = parse(token.strip())
+            audience = self._audience_of(jws)
+        except InvalidMessageError as error:
+            raise _refused(error) from None
+        try:
+            claims = open_signed(jws, ApiToken, find_key, audience=audience, appended_at_ms=now_ms).claims
+        except InvalidMessageError as error:
+            why = None
+            if error.code == "key_unknown" and uncounted is not None:
+                why = _told_to_its_holder(jws, audience, now_ms, uncounted)
+            raise _refused(why or error) from None
+        if claims.exp - claims.iat > MAX_API_TOKEN_S:
+            raise _refused(f"it lives longer than {MAX_API_TOKEN_S} s; sign it shorter")
+        self._use(claims, now_ms / 1000)
+        if audience != self._audience:
+            self._tell_unbound(claims)
+        return claims.iss
+
+    def _audience_of(self, jws: UnverifiedJws) -> str:
+        """Which of the two audiences that are taken here an unverified token names. Raises InvalidMessageError."""
+        aud = jws.unverified_claims(ApiToken).aud
+        if aud not in (self._audience, self._trust_domain):
+            raise InvalidMessageError(
+                f"aud is {aud[:80]!r}, which is not this service; sign one for {self._audience!r}",
+                code="aud_unexpected",
+            )
+        return aud
+
+    def _use(self, claims: ApiToken, now_s: float) -> None:
+        """The one use of a token whose signature holds. Raises UnauthenticatedError where it was used before."""
+        id = digest(f"{claims.iss} {claims.jti}")
+        if not self._used.remember(id, sender=claims.iss, until_s=claims.exp, now_s=now_s):
+            raise _refused("it was used before, and counts once; sign one for each call")
+
+    def _tell_unbound(self, claims: ApiToken) -> None:
+        metrics.API_TOKENS_UNBOUND.labels(self._service).inc()
+        log.warning(
+            "an API token of %s is for the whole trust domain: version %s takes only those whose aud is %s",
+            claims.iss,
+            UNBOUND_API_TOKENS_END,
+            self._audience,
+            extra=of_a_kind(claims.iss),
+        )
 
 
 class _Uncounted:
@@ -111,9 +189,9 @@ class _Uncounted:
             self.why = f"key {kid} of user {user_id} counts only from {_utc(record.not_before)} on"
         return valid_key((record,), kid, record.not_before)
 
-    def no_user(self, token: str) -> str | None:
+    def no_user(self, jws: UnverifiedJws) -> str | None:
         """What is said to who signs as somebody else than a user: no more than they said themselves."""
-        iss = parse(token.strip()).unverified_claims(ApiToken).iss
+        iss = jws.unverified_claims(ApiToken).iss
         if subject_of(self._directory.trust.trust_domain, iss, "user") is not None:
             return None
         return (
@@ -125,42 +203,14 @@ def _utc(at_s: int) -> str:
     return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds")
 
 
-def _verified_iss(
-    authorization: str | None,
-    find_key: KeyFinder,
-    trust_domain: str,
-    now_ms: int,
-    uncounted: _Uncounted | None = None,
-) -> str:
-    scheme, _, token = (authorization or "").partition(" ")
-    if scheme.lower() != "bearer" or not token:
-        raise UnauthenticatedError(
-            "send Authorization: Bearer with a JWT (typ ringfence.api+jwt) signed by your key"
-        )
-    try:
-        claims = open_signed(
-            parse(token.strip()), ApiToken, find_key, audience=trust_domain, appended_at_ms=now_ms
-        ).claims
-    except InvalidMessageError as error:
-        why = (
-            _told_to_its_holder(token, trust_domain, now_ms, uncounted)
-            if error.code == "key_unknown"
-            else None
-        )
-        raise UnauthenticatedError(f"the bearer token is refused: {why or error}") from None
-    if claims.exp - claims.iat > MAX_API_TOKEN_S:
-        raise UnauthenticatedError(f"the bearer token lives longer than {MAX_API_TOKEN_S} s; sign it shorter")
-    return claims.iss
+def _refused(why: object) -> UnauthenticatedError:
+    return UnauthenticatedError(f"the bearer token is refused: {why}")
 
 
-def _told_to_its_holder(
-    token: str, trust_domain: str, now_ms: int, uncounted: _Uncounted | None
-) -> str | None:
+def _told_to_its_holder(jws: UnverifiedJws, audience: str, now_ms: int, uncounted: _Uncounted) -> str | None:
     """Why a key does not count, where the token is one that its holder signed just now. Strangers learn nothing."""
-    if uncounted is None:
-        return None
     try:
-        open_signed(parse(token.strip()), ApiToken, uncounted, audience=trust_domain, appended_at_ms=now_ms)
+        open_signed(jws, ApiToken, uncounted, audience=audience, appended_at_ms=now_ms)
     except InvalidMessageError:
-        return uncounted.no_user(token)
+        return uncounted.no_user(jws)
     return uncounted.why

@@ -32,6 +32,9 @@ class Consent:
     mark: tuple[str, str]
     transfer: AgentTransferConsent | None = None
     """What was consented to, where an agent is transferred."""
+    address_unverified: bool = False
+    """Whether it rests on an `email` of which the token does not say that it was verified. Registries take no such
+    command any more; readers do, as tasks of before rest on some."""
 
 
 def canonical_terms(terms: TaskTerms) -> bytes:
@@ -83,7 +86,12 @@ def verified_consent(
         raise InvalidMessageError(
             f"the ID token is not {user.user_id}'s, by its claim {issuer.user_claim}", code="user_mismatch"
         )
-    return Consent(user.user_id, (verified.issuer, verified.digest))
+    unsaid = issuer.user_claim == "email" and "email_verified" not in verified.claims
+    return Consent(
+        user.user_id,
+        (verified.issuer, verified.digest),
+        address_unverified=unsaid and not issuer.emails_verified,
+    )
 
 
 def _is_theirs(token: IdentityToken, issuer: OidcIssuer, user: UserState) -> bool:

@@ -27,6 +27,7 @@ from ringfence.messages.topics import (
     LEASE,
     SERVICE_EVENT,
 )
+from ringfence.model.access import Authenticator
 from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
 from ringfence.model.grants import KEEP_MS as GRANTS_KEEP_MS
@@ -197,14 +198,15 @@ def build(
     runtime.ready_when(decisions.unready)
     runtime.denies_when(directory.stale)
     runtime.warns_when(lambda: gatekeeper.behind(runtime.clock.now_ms()))
-    runtime.routes += Api(runtime, directory, decisions).routes()
-    runtime.routes += UsageApi(runtime, directory, holdings, sightings).routes()
-    runtime.routes += InventoryApi(runtime, directory, roster, directory.stale).routes()
-    runtime.routes += ReachApi(runtime, directory, roster, directory.stale).routes()
+    authenticator = Authenticator(directory, runtime.role, runtime.clock)
+    runtime.routes += Api(runtime, directory, authenticator, decisions).routes()
+    runtime.routes += UsageApi(directory, authenticator, holdings, sightings, runtime.clock).routes()
+    runtime.routes += InventoryApi(runtime, directory, authenticator, roster, directory.stale).routes()
+    runtime.routes += ReachApi(runtime, directory, authenticator, roster, directory.stale).routes()
     runtime.routes += GrantApi(
-        runtime, directory, grant_table, grants, lambda: judge.policy_revision
+        runtime, directory, authenticator, grant_table, grants, lambda: judge.policy_revision
     ).routes()
-    runtime.routes += AuthZen(runtime, directory, judge).routes()
+    runtime.routes += AuthZen(runtime, authenticator, judge).routes()
     return runtime
 
 

@@ -29,8 +29,7 @@ from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.strict_json import json_object
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.permission import Permission
-from ringfence.model.access import ForbiddenError, authenticate_target
-from ringfence.model.directory import Directory
+from ringfence.model.access import Authenticator, ForbiddenError
 from ringfence.policy.domain import Case, Judgement
 from ringfence.policy.judge import Judge
 
@@ -88,9 +87,9 @@ class _Batch(BaseModel):
 class AuthZen:
     """The two endpoints, and where they are."""
 
-    def __init__(self, runtime: Runtime, directory: Directory, judge: Judge) -> None:
+    def __init__(self, runtime: Runtime, authenticator: Authenticator, judge: Judge) -> None:
         self._runtime = runtime
-        self._directory = directory
+        self._authenticator = authenticator
         self._judge = judge
 
     def routes(self) -> list[BaseRoute]:
@@ -144,12 +143,7 @@ class AuthZen:
         return {"evaluations": answers}
 
     def _caller(self, request: Request) -> str:
-        return authenticate_target(
-            request.headers.get("authorization"),
-            self._directory,
-            self._runtime.settings.trust_domain,
-            self._runtime.clock.now_ms(),
-        )
+        return self._authenticator.target(request.headers.get("authorization"))
 
     async def _answered(self, question: _Question, target_id: str) -> dict[str, Any]:
         if question.resource.type != target_id:

@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.approval import Grant
-from ringfence.model.access import Caller, NotFoundError, authenticate_user
+from ringfence.model.access import Authenticator, Caller, NotFoundError
 from ringfence.model.directory import Directory
 from ringfence.model.grants import GrantTable, id_of, signer_of
 from ringfence.model.requests import DeniedError, Ground, find_ground
@@ -25,12 +25,14 @@ class GrantApi:
         self,
         runtime: Runtime,
         directory: Directory,
+        authenticator: Authenticator,
         table: GrantTable,
         book: GrantBook,
         policy_revision: Callable[[], str],
     ) -> None:
         self._runtime = runtime
         self._directory = directory
+        self._authenticator = authenticator
         self._table = table
         self._book = book
         self._policy_revision = policy_revision
@@ -61,12 +63,7 @@ class GrantApi:
         return JSONResponse(view)
 
     def _caller(self, request: Request) -> Caller:
-        return authenticate_user(
-            request.headers.get("authorization"),
-            self._directory,
-            self._runtime.settings.trust_domain,
-            self._runtime.clock.now_ms(),
-        )
+        return self._authenticator.user(request.headers.get("authorization"))
 
     def _view(self, grant: Grant, caller: Caller) -> dict[str, Any] | None:
         """A grant as the caller sees it: operators, auditors, its signer, the sponsor, and whom it is on behalf of."""

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 from ringfence.kernel.jws import Signed, parse
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
-from ringfence.model.access import Caller, NotFoundError, authenticate_user
+from ringfence.model.access import Authenticator, Caller, NotFoundError
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.requests import DeniedError, Facts, gather
@@ -27,9 +27,11 @@ from ringfence.policy.store import Decisions, Known, Place
 class Api:
     """The routes over the memory of this replica. Every replica remembers the decisions of all."""
 
-    def __init__(self, runtime: Runtime, directory: Directory, decisions: Decisions) -> None:
-        self._runtime = runtime
+    def __init__(
+        self, runtime: Runtime, directory: Directory, authenticator: Authenticator, decisions: Decisions
+    ) -> None:
         self._directory = directory
+        self._authenticator = authenticator
         self._decisions = decisions
         self._explainer = Explainer(runtime)
 
@@ -85,12 +87,7 @@ class Api:
         return known
 
     def _caller(self, request: Request) -> Caller:
-        return authenticate_user(
-            request.headers.get("authorization"),
-            self._directory,
-            self._runtime.settings.trust_domain,
-            self._runtime.clock.now_ms(),
-        )
+        return self._authenticator.user(request.headers.get("authorization"))
 
     def _may_see(self, caller: Caller, known: Known) -> bool:
         return self._may_see_agent(caller, known.agent_id)

@@ -129,7 +129,7 @@ class InventoryApi(RosterApi):
     async def _asked(self, request: Request) -> tuple[_Wanted, list[str]]:
         """What is asked for, and what will be missing in the answer."""
         now_ms, query = self._runtime.clock.now_ms(), request.query_params
-        caller = self._caller(request, now_ms)
+        caller = self._caller(request)
         wanted = _Wanted(
             caller,
             agent=query.get("agent"),

@@ -38,7 +38,7 @@ class ReachApi(RosterApi):
 
     async def _reach(self, request: Request) -> Response:
         now_ms, query = self._runtime.clock.now_ms(), request.query_params
-        caller = self._caller(request, now_ms)
+        caller = self._caller(request)
         target_id = query.get("target")
         if not target_id:
             raise WrongQueryError("target is the id of the target that is asked about")

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from ringfence.kernel.errors import RingfenceError, UnavailableError
 from ringfence.kernel.runtime import Runtime
 from ringfence.messages.registry import TargetState
-from ringfence.model.access import Caller, authenticate_user
+from ringfence.model.access import Authenticator, Caller
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.policy.roster import Roster
@@ -31,22 +31,23 @@ class RosterApi:
     """Answers from the roster. Every replica knows all agents."""
 
     def __init__(
-        self, runtime: Runtime, directory: Directory, roster: Roster, stale: Callable[[], str | None]
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        authenticator: Authenticator,
+        roster: Roster,
+        stale: Callable[[], str | None],
     ) -> None:
         """`stale`: why the records may be behind the registry's, or None."""
         self._runtime = runtime
         self._directory = directory
+        self._authenticator = authenticator
         self._roster = roster
         self._stale = stale
 
-    def _caller(self, request: Request, now_ms: int) -> Caller:
+    def _caller(self, request: Request) -> Caller:
         """Who asks. Raises UnauthenticatedError; UnavailableError where policy does not know all agents yet."""
-        caller = authenticate_user(
-            request.headers.get("authorization"),
-            self._directory,
-            self._runtime.settings.trust_domain,
-            now_ms,
-        )
+        caller = self._authenticator.user(request.headers.get("authorization"))
         if not self._roster.complete:
             raise UnavailableError("policy is still reading its tables; what it told now would be too little")
         return caller

@@ -6,8 +6,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.kernel.runtime import Runtime
-from ringfence.model.access import NotFoundError, authenticate_user
+from ringfence.kernel.clock import Clock
+from ringfence.model.access import Authenticator, NotFoundError
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.policy.holdings import Holdings
@@ -19,10 +19,16 @@ class UsageApi:
     """One route. Every replica knows the leases of all agents."""
 
     def __init__(
-        self, runtime: Runtime, directory: Directory, holdings: Holdings, sightings: Sightings
+        self,
+        directory: Directory,
+        authenticator: Authenticator,
+        holdings: Holdings,
+        sightings: Sightings,
+        clock: Clock,
     ) -> None:
-        self._runtime = runtime
         self._directory = directory
+        self._authenticator = authenticator
+        self._clock = clock
         self._holdings = holdings
         self._sightings = sightings
 
@@ -31,20 +37,14 @@ class UsageApi:
         return [Route("/v1/agents/{agent_id}/usage", self._usage)]
 
     async def _usage(self, request: Request) -> Response:
-        now_ms = self._runtime.clock.now_ms()
-        caller = authenticate_user(
-            request.headers.get("authorization"),
-            self._directory,
-            self._runtime.settings.trust_domain,
-            now_ms,
-        )
+        caller = self._authenticator.user(request.headers.get("authorization"))
         try:
             entry = self._directory.agent(request.path_params["agent_id"])
         except ChainError:
             entry = None
         if entry is None or not caller.may_see_agent_of(entry.state.sponsor):
             raise NotFoundError("no agent with this id that you could see")
-        agent, now_s = entry.state, now_ms // 1000
+        agent, now_s = entry.state, self._clock.now_ms() // 1000
         used = self._holdings.used(agent.agent_id, now_s)
         held = self._holdings.held(agent.agent_id, now_s)
         kept = {(one.target, one.verb) for one in used}

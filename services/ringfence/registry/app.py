@@ -12,6 +12,7 @@ from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
 from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
+from ringfence.model.access import Authenticator
 from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
 from ringfence.registry.discovery import Discovery
@@ -70,7 +71,9 @@ def build(
     registry.on_own_event = enroller.on_event
     runtime.routes += EnrolApi(enroller).routes()
     runtime.ready_when(registry.untrusted)
-    runtime.routes += Api(directory, settings.trust_domain, runtime.clock).routes()
+    runtime.routes += Api(
+        directory, Authenticator(directory, runtime.role, runtime.clock), runtime.clock
+    ).routes()
     return runtime
 
 

@@ -288,6 +288,12 @@ def _check_transfer(command: AgentTransfer, given: Authorised, revision: int) ->
 def _check_task(command: TaskAssign, given: Authorised, around: Surroundings) -> None:
     _check_people((command.terms.agent_id,), command.on_behalf_of, around)
     used = given.consent if uses_consent(command, given.actor.user_id) else None
+    if used is not None and used.address_unverified:
+        raise CommandRefusedError(
+            "the ID token does not say that its email was verified (email_verified): take another claim, or let the "
+            "root say that this issuer verifies all of them: ringfence init --oidc-issuer ... --oidc-emails-verified",
+            code="email_unverified",
+        )
     if used is not None and (task := around.task_of_consent(*used.mark)):
         raise CommandRefusedError(
             f"this consent was used for task {task}; ask {command.on_behalf_of} for another",

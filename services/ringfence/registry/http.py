@@ -1,7 +1,8 @@
 """What people read of the registry: users, agents, targets, tasks.
 
 Operators and auditors see all; sponsors their own agents, the tasks of those, and what they handed on; everybody
-themself, the targets, and the tasks that they assigned or that are on behalf of them. `?records=1` adds the signed
+themself, the targets, and the tasks that they assigned or that are on behalf of them. What somebody may not see is not
+found, as what is not there. `?records=1` adds the signed
 records, to be verified.
 """
 
@@ -17,7 +18,7 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.clock import Clock
 from ringfence.messages.registry import AgentState, AnyState, TaskState, UserState
-from ringfence.model.access import Caller, ForbiddenError, NotFoundError, authenticate_user
+from ringfence.model.access import Authenticator, Caller, NotFoundError
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory, Entry
 from ringfence.model.identity import SubjectKind
@@ -32,9 +33,9 @@ Filter = Callable[[AnyState, Request], bool]
 class Api:
     """The routes over one directory."""
 
-    def __init__(self, directory: Directory, trust_domain: str, clock: Clock) -> None:
+    def __init__(self, directory: Directory, authenticator: Authenticator, clock: Clock) -> None:
         self._directory = directory
-        self._trust_domain = trust_domain
+        self._authenticator = authenticator
         self._clock = clock
 
     def routes(self) -> list[BaseRoute]:
@@ -61,11 +62,12 @@ class Api:
             try:
                 entry = self._directory.entry(kind, id)
             except ChainError as error:
-                raise NotFoundError(f"the record of {kind} {id} counts for nothing: {error}") from None
-            if entry is None:
-                raise NotFoundError(f"there is no {kind} {id}")
-            if not self._may_see(caller, entry.state):
-                raise ForbiddenError(f"{caller.user.user_id} may not see {kind} {id}")
+                if caller.sees_all:
+                    raise NotFoundError(f"the record of {kind} {id} counts for nothing: {error}") from None
+                entry = None
+            # Who may not see it learns no more than that: whether there is one is not for them to know.
+            if entry is None or not self._may_see(caller, entry.state):
+                raise NotFoundError(f"there is no {kind} {id} that {caller.user.user_id} may see")
             return JSONResponse(_json(entry, request))
 
         return [Route(f"/v1/{kind}s", all_of_them), Route(f"/v1/{kind}s/{{id}}", one)]
@@ -73,9 +75,7 @@ class Api:
     # --- who sees what ---
 
     def _caller(self, request: Request) -> Caller:
-        return authenticate_user(
-            request.headers.get("authorization"), self._directory, self._trust_domain, self._clock.now_ms()
-        )
+        return self._authenticator.user(request.headers.get("authorization"))
 
     async def _visible(self, kind: SubjectKind, caller: Caller) -> AsyncIterator[Entry[AnyState]]:
         for seen, entry in enumerate(self._directory.entries(kind), start=1):

@@ -13,6 +13,7 @@ from ringfence.kernel.process import run
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings, load
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST
+from ringfence.model.access import Authenticator
 from ringfence.model.alarms import report_alarms
 from ringfence.model.directory import TABLES, Directory
 from ringfence.model.lease_store import LeaseStore
@@ -140,8 +141,9 @@ def build(
     runtime.consume(
         "revoker-issued", {LEASE: on_issued}, max_records=ISSUED_TOGETHER, linger_ms=ISSUED_LINGER_MS
     )
+    authenticator = Authenticator(directory, runtime.role, runtime.clock)
     runtime.routes += LeasesApi(
-        store, ender, overdue, directory, orders, runtime.clock, settings.trust_domain
+        store, ender, overdue, directory, orders, runtime.clock, authenticator
     ).routes()
     return runtime
 

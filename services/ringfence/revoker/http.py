@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.clock import Clock
 from ringfence.messages.lease import Lease, LeaseStatus
-from ringfence.model.access import Caller, ForbiddenError, NotFoundError, authenticate_user
+from ringfence.model.access import Authenticator, Caller, NotFoundError
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.lease_store import LeaseStore
@@ -38,7 +38,7 @@ class LeasesApi:
         directory: Directory,
         orders: Orders,
         clock: Clock,
-        trust_domain: str,
+        authenticator: Authenticator,
     ) -> None:
         self._store = store
         self._ender = ender
@@ -46,7 +46,7 @@ class LeasesApi:
         self._directory = directory
         self._orders = orders
         self._clock = clock
-        self._trust_domain = trust_domain
+        self._authenticator = authenticator
 
     def routes(self) -> list[BaseRoute]:
         """To be added to those of the runtime."""
@@ -86,21 +86,18 @@ class LeasesApi:
         caller, id = self._caller(request), request.path_params["id"]
         stored = await self._store.get([id]) if _is_uuid(id) else {}
         lease = (await self._ender.read(stored)).get(id)
-        if lease is None:
+        if lease is None or not self._may_see(caller, lease):
             raise NotFoundError(
-                f"there is no lease {id}, or it ended long ago; see: ringfence audit trace {id}"
+                f"there is no lease {id} that {caller.user.user_id} may see, or it ended long ago; "
+                f"see: ringfence audit trace {id}"
             )
-        if not self._may_see(caller, lease):
-            raise ForbiddenError(f"{caller.user.user_id} may not see lease {id}")
         answer = self._json(lease)
         if request.query_params.get("records") == "1":
             answer["record"] = stored[id].jws.decode("ascii")
         return JSONResponse(answer)
 
     def _caller(self, request: Request) -> Caller:
-        return authenticate_user(
-            request.headers.get("authorization"), self._directory, self._trust_domain, self._clock.now_ms()
-        )
+        return self._authenticator.user(request.headers.get("authorization"))
 
     def _json(self, lease: Lease) -> dict[str, Any]:
         claims = lease.model_dump(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ringfence.client.api import ReadApi
 from ringfence.client.exports.writers import Format, Writer, writer_of
 from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.private_files import open_private, write_private
 
 PART: Final = ".part"
 STATE: Final = ".part.json"
@@ -63,7 +64,7 @@ class Unfinished:
         if self.writer.resumable:
             saved = _beside(self.target, STATE)
             fresh = saved.with_name(f"{saved.name}.new")
-            fresh.write_text(self.state.model_dump_json())
+            write_private(fresh, self.state.model_dump_json())
             fresh.replace(saved)
 
     def finish(self) -> None:
@@ -91,7 +92,7 @@ def begin(target: Path, question: Question) -> Unfinished:
     if target.exists():
         raise ExportError(f"{target} is there already; name another file, or delete it")
     try:
-        number = os.open(_beside(target, PART), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        number = open_private(_beside(target, PART), os.O_WRONLY | os.O_EXCL)
     except FileExistsError:
         raise ExportError(
             f"an export that stopped stands in {_beside(target, PART)}; go on with --resume, or delete it"
@@ -113,7 +114,8 @@ def resume(target: Path) -> Unfinished:
     """Go on with an export that stopped. Raises ExportError where there is none."""
     try:
         state = State.model_validate_json(_beside(target, STATE).read_bytes())
-        number = os.open(_beside(target, PART), os.O_WRONLY)
+        _beside(target, PART).stat()
+        number = open_private(_beside(target, PART), os.O_WRONLY)
     except (OSError, ValidationError):
         raise ExportError(
             f"no export that stopped, and can be gone on with, stands beside {target}; begin anew without --resume"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from typing import BinaryIO, Final, Literal, Protocol
 
@@ -14,8 +15,17 @@ from ringfence.client.exports.ecs import ecs_of
 
 Format = Literal["ocsf", "ecs", "csv", "parquet"]
 
-_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+_FORMULA: Final = re.compile(
+    # Where a cell may begin: also behind a separator of another locale, or of a program's import, and on the next line
+    # of a cell whose quotes such a program does not take for quotes.
+    r"(^|[,;|\t\v\f\r\n\x1c-\x1e\x85\u2028\u2029])"
+    # What programs pass over at the beginning of a cell.
+    '(?=(?:(?![\t\v\f\r\n\x1c-\x1e\x85\u2028\u2029])[\\s"\x00-\x1f\x7f-\x9f\xad\u200b-\u200f\u2060-\u2064\ufeff])*'
+    # What makes a formula of it, with the forms that some take for the same letters (Unicode, NFKC).
+    r"[=+\-@＝＋－＠﹦﹢﹣﹫⁼⁺⁻₌₊₋−])"
+)
 """What a spreadsheet takes a cell for a formula by (OWASP, CSV Injection)."""
+_CONTROL: Final = ("\t", "\r", "\n", "\x00")
 
 
 class Writer(Protocol):
@@ -69,7 +79,7 @@ class EcsWriter:
 
 
 class CsvWriter:
-    """One row an event (RFC 4180), with a header. No cell begins like a formula."""
+    """One row an event (RFC 4180), with a header. No cell begins like a formula, whatever a program splits cells at."""
 
     resumable = True
 
@@ -113,4 +123,5 @@ def _safe(cell: Cell) -> str:
         return "true" if cell else "false"
     if isinstance(cell, int):
         return str(cell)
-    return f"'{cell}" if cell.lstrip(" ").startswith(_FORMULA) else cell
+    safe = _FORMULA.sub(r"\1'", cell)
+    return f"'{safe}" if safe.lstrip(" ").startswith(_CONTROL) else safe

@@ -1,0 +1,120 @@
+"""How many connections a service's HTTP keeps open, and who is served while somebody opens all they can."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import pytest
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from ringfence.dev.processes import free_port
+from ringfence.kernel.http import ConnectionLimit, HttpServer, Requests, application
+
+WITHIN_S = 20
+MOST = 8
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: here\r\n\r\n"
+HOLD = b"GET /hold HTTP/1.1\r\nHost: here\r\n\r\n"
+ATTACKERS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@dataclass
+class Place:
+    port: int
+    limit: ConnectionLimit
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    held: int = 0
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    async def hold(self, _: Request) -> Response:
+        self.held += 1
+        await self.go_on.wait()
+        return PlainTextResponse("held")
+
+    async def connected(self, said: bytes, address: str = "127.0.0.1") -> Connection:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, local_addr=(address, 0))
+        self.writers.append(writer)
+        writer.write(said)
+        return reader, writer
+
+    async def status(self, connection: Connection) -> bytes:
+        async with asyncio.timeout(WITHIN_S):
+            return (await connection[0].readline()).removeprefix(b"HTTP/1.1 ")[:3]
+
+    async def until_held(self, count: int) -> None:
+        async with asyncio.timeout(WITHIN_S):
+            while self.held < count:
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def place() -> AsyncIterator[Place]:
+    port = free_port()
+    made = Place(port, ConnectionLimit(MOST))
+    server = HttpServer(application([Route("/hold", made.hold)], []), "127.0.0.1", port, connections=MOST)
+    protocol = server.config.http
+    assert isinstance(protocol, type)
+    assert issubclass(protocol, Requests)
+    assert protocol.limit is not None
+    made.limit = protocol.limit
+    running = asyncio.create_task(server.run_until_stopped())
+    async with asyncio.timeout(WITHIN_S):
+        while not server.started:
+            await asyncio.sleep(0.01)
+    yield made
+    made.go_on.set()
+    for writer in made.writers:
+        writer.close()
+    server.should_exit = True
+    await running
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"GET /hea", HEALTH[:-2] + b"X-A: "], ids=["nothing", "a line", "a header"]
+)
+async def test_who_opens_very_many_and_says_little_shuts_out_nobody(place: Place, said: bytes) -> None:
+    for number in range(60):
+        await place.connected(said, ATTACKERS[number % len(ATTACKERS)])
+    for _ in range(5):
+        assert await place.status(await place.connected(HEALTH)) == b"200"
+    assert len(place.limit) <= MOST
+
+
+async def test_connections_that_are_kept_open_make_room(place: Place) -> None:
+    for number in range(60):
+        address = ATTACKERS[number % len(ATTACKERS)]
+        assert await place.status(await place.connected(HEALTH, address)) == b"200"
+    assert await place.status(await place.connected(HEALTH)) == b"200"
+    assert len(place.limit) <= MOST
+
+
+async def test_of_one_address_half_of_them_are_answered_and_others_are_served(place: Place) -> None:
+    held = [await place.connected(HOLD, ATTACKERS[0]) for _ in range(MOST // 2)]
+    await place.until_held(MOST // 2)
+    assert await place.status(await place.connected(HEALTH, ATTACKERS[0])) == b"503"
+    assert await place.status(await place.connected(HEALTH)) == b"200"
+    place.go_on.set()
+    assert [await place.status(one) for one in held] == [b"200"] * len(held)
+
+
+async def test_where_all_are_being_answered_a_new_one_is_told_so_and_none_is_cut_off(place: Place) -> None:
+    held = [await place.connected(HOLD, ATTACKERS[number % 2]) for number in range(MOST)]
+    await place.until_held(MOST)
+    assert await place.status(await place.connected(HEALTH)) == b"503"
+    place.go_on.set()
+    assert [await place.status(one) for one in held] == [b"200"] * MOST
+    assert await place.status(await place.connected(HEALTH)) == b"200"
+
+
+async def test_who_goes_leaves_their_place(place: Place) -> None:
+    one = await place.connected(HEALTH)
+    assert await place.status(one) == b"200"
+    one[1].close()
+    async with asyncio.timeout(WITHIN_S):
+        while len(place.limit):
+            await asyncio.sleep(0.01)

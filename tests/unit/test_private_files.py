@@ -1,0 +1,139 @@
+"""Files and folders for their owner alone: what the command line and the SDK write, under any umask."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ringfence.client.exports import running
+from ringfence.gateway.spool import Spool, SpoolError
+from ringfence.kernel.private_files import (
+    NotPrivateError,
+    make_folders,
+    make_private_folder,
+    open_private,
+    write_private,
+)
+
+
+@pytest.fixture(params=[0, 0o022, 0o277], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    try:
+        yield request.param
+    finally:
+        os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_folder_and_all_above_it_that_is_missing(tmp_path: Path, umask: int) -> None:
+    before = mode(tmp_path)
+    make_folders(tmp_path / "a" / "b" / "c")
+    assert [mode(tmp_path / part) for part in ("a", "a/b", "a/b/c")] == [0o700] * 3
+    assert mode(tmp_path) == before
+
+
+def test_a_folder_that_is_there_is_closed_where_it_is_ringfences_own(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o775)
+    make_folders(tmp_path / "shared" / "own")
+    assert mode(tmp_path / "shared") == 0o775
+    make_private_folder(tmp_path / "shared")
+    assert mode(tmp_path / "shared") == 0o700
+
+
+def test_what_stands_in_the_way_of_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match="file"):
+            make_private_folder(path)
+
+
+def test_a_file_is_made_private_and_one_that_is_there_is_closed(tmp_path: Path, umask: int) -> None:
+    write_private(tmp_path / "new", "one")
+    (tmp_path / "old").write_text("longer than what comes")
+    (tmp_path / "old").chmod(0o666)
+    write_private(tmp_path / "old", b"two")
+    assert [mode(tmp_path / name) for name in ("new", "old")] == [0o600, 0o600]
+    assert (tmp_path / "old").read_text() == "two"
+
+
+def test_a_device_is_written_to_as_it_is() -> None:
+    before = mode(Path(os.devnull))
+    write_private(Path(os.devnull), "gone")
+    assert mode(Path(os.devnull)) == before
+
+
+def test_what_belongs_to_somebody_else_and_is_open_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "not permitted")
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder").chmod(0o755)
+    (tmp_path / "folder" / "file").touch()
+    (tmp_path / "folder" / "file").chmod(0o644)
+    monkeypatch.setattr(os, "fchmod", refused)
+    monkeypatch.setattr(Path, "chmod", refused)
+    with pytest.raises(NotPrivateError, match="name a folder in it, which Ringfence makes"):
+        make_private_folder(tmp_path / "folder")
+    with pytest.raises(NotPrivateError, match="name another file"):
+        open_private(tmp_path / "folder" / "file", os.O_RDWR)
+    with pytest.raises(SpoolError, match="RINGFENCE_GATEWAY_SPOOL"):
+        Spool(tmp_path / "folder", max_bytes=1024)
+
+
+def test_an_export_that_stopped_and_goes_on(tmp_path: Path, umask: int) -> None:
+    target = tmp_path / "out.ndjson"
+    one = running.begin(target, running.Question(format="ocsf", since_ms=0, until_ms=1, filters={}))
+    one.state.after = "here"
+    one.keep()
+    one.leave()
+    files = sorted(path for path in tmp_path.iterdir())
+    assert [mode(path) for path in files] == [0o600, 0o600]
+    for path in files:
+        path.chmod(0o666)
+    two = running.resume(target)
+    two.keep()
+    assert [mode(path) for path in files] == [0o600, 0o600]
+    two.finish()
+    assert mode(target) == 0o600
+
+
+def test_a_spool_that_is_there_is_closed(tmp_path: Path, umask: int) -> None:
+    folder = tmp_path / "spool"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    for name in ("lock", "published"):
+        (folder / name).touch()
+        (folder / name).chmod(0o666)
+    spool = Spool(folder, max_bytes=1024 * 1024)
+    spool.append(b"an event")
+    spool.close()
+    assert [mode(folder), *(mode(path) for path in folder.iterdir())] == [0o700, 0o600, 0o600, 0o600]
+
+
+@pytest.mark.parametrize("umask", [0, 0o022], ids=oct)
+def test_what_the_command_line_writes(tmp_path: Path, umask: int) -> None:
+    cli = [sys.executable, "-m", "ringfence.cli.main"]
+    (tmp_path / "tokens").write_text("# of before\n")
+    (tmp_path / "tokens").chmod(0o666)
+    for argv in (
+        ["init", "--folder", "trust", "--operator", "olga"],
+        ["key", "new", "deep/er/bot.json", "--id", "spiffe://acme.example/agent/bot"],
+        ["provisioner", "new-token", "tokens", "--name", "acme"],
+    ):
+        subprocess.run([*cli, *argv], cwd=tmp_path, umask=umask, check=True, capture_output=True)
+    found = {path.relative_to(tmp_path): mode(path) for path in tmp_path.rglob("*")}
+    assert len(found) > 10
+    assert {str(path): oct(bits) for path, bits in found.items() if bits & 0o077} == {}
