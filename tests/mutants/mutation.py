@@ -1,13 +1,13 @@
 """Mutants of a Python module: each is its source with one small mistake in it.
 
-Most operators are mutmut's. Those below add the mistakes that matter most in a module that decides: a check that is gone,
-and one of several conditions that is gone. mutmut's own command is not used: it leaves out constants, tables and class
-bodies, its workers inherit filled `lru_cache`s, and it names mutants by running numbers, which change with every edit.
+Most operators are mutmut's. Those below add the mistakes that matter most in a module that decides: a check that is
+gone, and one of several conditions that is gone. mutmut's own command is not used: it leaves out constants, tables and
+class bodies, its workers inherit filled `lru_cache`s, and its mutants have running numbers, which every edit changes.
 
 Not mutated, as no program depends on it:
 
-- text for people: strings with a space in them, what stands in such an f-string, `message`, arguments of log calls. Tests
-  assert codes and the named parts that a reader needs;
+- text for people: strings with a space in them, what stands in such an f-string, `message`, arguments of log calls.
+  Tests assert codes and the named parts that a reader needs;
 - types: annotations, aliases, the first argument of `cast`, `isinstance`;
 - decorators (`dataclass`, `lru_cache` and its size), imports and docstrings.
 """

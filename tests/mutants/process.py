@@ -1,8 +1,8 @@
 """Runs the tests of one module against its mutants, each in a forked process that dies with its verdict.
 
-The files on disk stay as they are: a mutant exists in the memory of its process alone. Where the mistake is in the body of
-a function, the process is forked after the tests were collected, the function's code is exchanged, and only the tests that
-reach the function run. Any other mistake (constants, class bodies, defaults) needs the module to be imported anew.
+The files on disk stay as they are: a mutant exists in the memory of its process alone. Where the mistake is in the body
+of a function, the process is forked after the tests were collected, the function's code is exchanged, and only the
+tests that reach the function run. Any other (constants, class bodies, defaults) needs the module to be imported anew.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def _in_child(work: Callable[[], bool], limits: _Limits) -> int:
 def _run_all(
     jobs: Iterable[tuple[int, Callable[[], bool], _Limits]], at_once: int
 ) -> Iterator[tuple[int, Verdict]]:
-    """Run jobs (number, work, limits), some at a time; yields each number with its verdict. Ends all where it is closed."""
+    """Run jobs (number, work, limits), some at a time, and yield each number with its verdict. All end where it is
+    closed.
+    """
     waiting = iter(jobs)
     running: dict[int, tuple[int, float]] = {}
     more = True
@@ -173,7 +175,7 @@ class _Mutating:
             cache.cache_clear()
 
     def _measure(self, session: pytest.Session) -> tuple[list[float], dict[str, list[int]]] | None:
-        """How long each test takes, and which tests reach which function. In a process of its own, which fills caches."""
+        """How long each test takes, and which tests reach which function. In its own process: it fills caches."""
         reading, writing = os.pipe()
 
         def run() -> bool:

@@ -425,7 +425,7 @@ def test_a_request_is_decided_within_days(place: Place, late_ms: int, codes: set
     assert ("request_too_old" in found) == bool(late_ms)
 
 
-# --- the records that policy saw ----------------------------------------------------------------------------------------
+# --- the records that policy saw --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["agent", "user", "task", "target"])
