@@ -90,12 +90,16 @@ def mutants_of(module: str, source: str) -> list[Mutant]:
 
 
 def _changed_lines(source: str, text: str) -> tuple[str, str]:
-    old, new = source.splitlines(), text.splitlines()
+    old, new = _lines(source), _lines(text)
     while old and new and old[0] == new[0]:
         del old[0], new[0]
     while old and new and old[-1] == new[-1]:
         del old[-1], new[-1]
-    return " ".join(" ".join(old).split()), " ".join(" ".join(new).split())
+    return " ".join(old), " ".join(new)
+
+
+def _lines(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
 # Operators ---------------------------------------------------------------------------------------------------
