@@ -325,7 +325,9 @@ class _Collector(cst.CSTVisitor):
             if isinstance(node, cst.Match):
                 text = self._module.deep_replace(node, new).code  # type: ignore[attr-defined]
             else:
-                rendered = self._module.code_for_node(new).strip().encode()
+                rendered = self._module.code_for_node(new).encode()
+                if not isinstance(node, cst.ComparisonTarget):  # whose place includes the space before it
+                    rendered = rendered.strip()
                 before, after = self._source[: span.start], self._source[span.start + span.length :]
                 text = (before + b" " * _needs_space(before) + rendered + after).decode()
             try:

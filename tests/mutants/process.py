@@ -55,7 +55,7 @@ class _Limits:
 
     @classmethod
     def of(cls, usual_s: float) -> _Limits:
-        return cls(5 + 10 * usual_s, 30 + 20 * usual_s)
+        return cls(2 + 4 * usual_s, 20 + 20 * usual_s)
 
 
 # Forking -----------------------------------------------------------------------------------------------------
