@@ -250,7 +250,8 @@ class _Collector(cst.CSTVisitor):
         return node.value is not None and self._assigned(node, node.value)
 
     def _assigned(self, node: cst.Assign | cst.AnnAssign, value: cst.BaseExpression) -> bool:
-        if m.matches(value, m.Subscript(value=m.OneOf(*(m.Name(name) for name in _TYPES)))):
+        names = m.OneOf(*(m.Name(name) for name in _TYPES))
+        if m.matches(value, m.Subscript(value=names) | m.Call(func=names)):
             return False
         self._add(node, operator_assignment(node))
         return True

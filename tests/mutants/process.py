@@ -153,7 +153,7 @@ class _Mutating:
         names = [name for name in sys.modules if name.partition(".")[0] not in ("ringfence", "tests")]
         self._tell({"modules": names})
         self._caches = [
-            cast("functools._lru_cache_wrapper[Any]", found)
+            found
             for found in gc.get_objects()
             if isinstance(found, functools._lru_cache_wrapper) and found.__module__.startswith("ringfence")
         ]
@@ -212,7 +212,7 @@ class _Mutating:
                 touched.add(frame.f_code.co_qualname.partition(".<locals>")[0])
 
         sys.setprofile(called if touched is not None else None)
-        threading.setprofile(called if touched is not None else None)  # type: ignore[arg-type]
+        threading.setprofile(called if touched is not None else None)
 
     def _judge(self, session: pytest.Session, durations: list[float], reached: dict[str, list[int]]) -> None:
         self._tell({"usual_s": sum(durations)})

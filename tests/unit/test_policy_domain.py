@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ringfence.kernel.jws import Signed
 from ringfence.kernel.kafka import to_json
 from ringfence.messages.approval import Approval
-from ringfence.messages.credential import CredentialRequest, Reason
+from ringfence.messages.credential import CredentialRequest, Reason, RequiredClass
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.instances import InstanceEnrolment
 from ringfence.messages.permission import Permission
@@ -478,7 +478,8 @@ def test_no_more_are_asked_than_a_crowd():
 
 
 def test_which_classes_one_may_give():
-    given, every = sponsored(), ("sponsor", "second_person", "operator", "break_glass")
+    given = sponsored()
+    every: tuple[RequiredClass, ...] = ("sponsor", "second_person", "operator", "break_glass")
     assert may_approve_any(PEOPLE, "sam", every, given) == ("sponsor",)
     assert may_approve_any(PEOPLE, "olga", every, given) == ("operator", "break_glass")
     assert may_approve_any(PEOPLE, "olga", ("sponsor",), given) == ()
