@@ -76,8 +76,7 @@ def mutants_of(module: str, source: str) -> list[Mutant]:
     seen = {ast.dump(ast.parse(source))}
     times: Counter[MutantId] = Counter()
     found: list[Mutant] = []
-    for where, in_function, start, text in sorted(collector.found, key=lambda one: one[2]):
-        shape = ast.dump(ast.parse(text))
+    for where, in_function, start, text, shape in sorted(collector.found, key=lambda one: one[2]):
         if shape in seen:
             continue
         seen.add(shape)
@@ -167,13 +166,13 @@ def _is_text_argument(arg: cst.Arg) -> bool:
 
 
 class _Collector(cst.CSTVisitor):
-    """Visits a module and collects (where, in_function, position, text of the mutated module)."""
+    """Visits a module and collects (where, in_function, position, text of the mutated module, its syntax tree)."""
 
     METADATA_DEPENDENCIES = (ByteSpanPositionProvider, ParentNodeProvider)
 
     def __init__(self, module: cst.Module) -> None:
         super().__init__()
-        self.found: list[tuple[str, bool, int, str]] = []
+        self.found: list[tuple[str, bool, int, str, str]] = []
         self._module = module
         self._source = module.code.encode()
         self._names: list[str] = []
@@ -332,10 +331,12 @@ class _Collector(cst.CSTVisitor):
                 before, after = self._source[: span.start], self._source[span.start + span.length :]
                 text = (before + b" " * _needs_space(before) + rendered + after).decode()
             try:
-                ast.parse(text)
+                tree = ast.parse(text)
             except SyntaxError:
                 text = self._module.deep_replace(node, new).code  # type: ignore[attr-defined]
-            self.found.append((".".join(self._names), bool(self._functions), span.start, text))
+                tree = ast.parse(text)
+            place = ".".join(self._names), bool(self._functions), span.start
+            self.found.append((*place, text, ast.dump(tree)))
 
 
 def _needs_space(before: bytes) -> bool:

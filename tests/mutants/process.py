@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
@@ -47,21 +47,21 @@ class BrokenTestsError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Limits:
+class Limits:
     """Processor time is what a hanging loop uses up on any machine; the other limit ends what waits for ever."""
 
     cpu_s: float
     wall_s: float
 
     @classmethod
-    def of(cls, usual_s: float) -> _Limits:
+    def of(cls, usual_s: float) -> Limits:
         return cls(2 + 4 * usual_s, 20 + 20 * usual_s)
 
 
 # Forking -----------------------------------------------------------------------------------------------------
 
 
-def _in_child(work: Callable[[], bool], limits: _Limits) -> int:
+def _in_child(work: Callable[[], bool], limits: Limits) -> int:
     """Fork a process, in a group of its own, that exits with 1 where `work` says so; returns its id."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -84,9 +84,9 @@ def _in_child(work: Callable[[], bool], limits: _Limits) -> int:
         os._exit(status)
 
 
-def _run_all(
-    jobs: Iterable[tuple[int, Callable[[], bool], _Limits]], at_once: int
-) -> Iterator[tuple[int, Verdict]]:
+def run_all(
+    jobs: Iterable[tuple[int, Callable[[], bool], Limits]], at_once: int
+) -> Generator[tuple[int, Verdict], None, None]:
     """Run jobs (number, work, limits), some at a time, and yield each number with its verdict. All end where it is
     closed.
     """
@@ -194,7 +194,7 @@ class _Mutating:
                 json.dump([durations, reached], out)
             return bool(session.testsfailed)
 
-        pid = _in_child(run, _Limits(600, 600))
+        pid = _in_child(run, Limits(600, 600))
         os.close(writing)
         with os.fdopen(reading) as answer:
             text = answer.read()
@@ -217,7 +217,7 @@ class _Mutating:
     def _judge(self, session: pytest.Session, durations: list[float], reached: dict[str, list[int]]) -> None:
         self._tell({"usual_s": sum(durations)})
 
-        def jobs() -> Iterator[tuple[int, Callable[[], bool], _Limits]]:
+        def jobs() -> Iterator[tuple[int, Callable[[], bool], Limits]]:
             for number, mutant in enumerate(self._mutants):
                 tests = reached.get(mutant.id.where, [])
                 if not mutant.in_function or not tests:
@@ -226,9 +226,9 @@ class _Mutating:
                 tests = sorted(tests, key=lambda test: durations[test])
                 usual_s = sum(durations[test] for test in tests)
                 items = [session.items[test] for test in tests]
-                yield number, functools.partial(self._fails, session, mutant, items), _Limits.of(usual_s)
+                yield number, functools.partial(self._fails, session, mutant, items), Limits.of(usual_s)
 
-        for number, verdict in _run_all(jobs(), self._at_once):
+        for number, verdict in run_all(jobs(), self._at_once):
             self._tell({"number": number, "verdict": verdict})
 
     def _fails(self, session: pytest.Session, mutant: Mutant, items: Sequence[pytest.Item]) -> bool:
@@ -309,7 +309,7 @@ def judge(
             tell({"status": int(pytest.main([*_OPTIONS, *tests], [_Mutating(path, mutants, at_once, tell)]))})
         return False
 
-    pid = _in_child(collected, _Limits(100_000, 100_000))
+    pid = _in_child(collected, Limits(100_000, 100_000))
     os.close(writing)
     to_import: list[int] = []
     usual_s, status = 0.0, None
@@ -339,9 +339,9 @@ def judge(
         return pytest.main([*_OPTIONS, *tests]) != 0
 
     jobs = (
-        (number, functools.partial(fails, mutants[number]), _Limits.of(usual_s + 2)) for number in to_import
+        (number, functools.partial(fails, mutants[number]), Limits.of(usual_s + 2)) for number in to_import
     )
-    for number, verdict in _run_all(jobs, at_once):
+    for number, verdict in run_all(jobs, at_once):
         yield mutants[number], verdict
 
 

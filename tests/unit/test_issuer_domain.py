@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -38,8 +38,11 @@ from ringfence.messages.credential import (
     DelegatorRevisions,
     Revisions,
 )
+from ringfence.messages.instances import AttestationSelector, InstanceEnrolment
+from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
     AgentRotateKey,
+    AgentSetAttestation,
     AgentSetCeiling,
     AgentSuspend,
     BackendSettings,
@@ -50,8 +53,11 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.model.approvals import APPROVAL_SLACK_MS, BREAK_GLASS_TTL_S
+from ringfence.model.attestation import selector_id
+from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.grants import id_of
+from ringfence.model.instances import instance_id
 from ringfence.model.leases import origin_of, record_id
 from ringfence.model.lifecycle import subject_key
 from tests.ledger import TD, Ledger, permission
@@ -282,6 +288,9 @@ def test_delivery_is_what_was_asked_for(place: Place, delivery: str) -> None:
 
 
 def test_of_a_part_of_a_task_the_lease_names_who_handed_it_on(place: Place) -> None:
+    for _ in range(3):  # so that the revisions of the chain differ
+        place.ledger.give(place.ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=()))
+        place.ledger.give(place.ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(EVERYTHING,)))
     part = place.handed_on()
     directory = place.ledger.directory
     agent, parent, task = directory.agent("other"), directory.task(place.task), directory.task(part)
@@ -317,6 +326,39 @@ def test_of_a_part_of_a_task_the_lease_names_who_handed_it_on(place: Place) -> N
     # More steps than the task has are no honest policy's, and no reason to wait.
     longer = revisions.model_copy(update={"delegators": (*revisions.delegators, *revisions.delegators)})  # type: ignore[misc]
     assert isinstance(place.weigh(place.decision(request, revisions=longer)), Issue)
+
+
+def enrolled(place: Place, key: SigningKey, end_s: int) -> str:
+    """The registry's word that `key` is that of an instance of bot, which bot's sponsor lets in."""
+    ledger, issuer = place.ledger, "https://platform.example"
+    bundle = ledger.trust.require()
+    following = bundle.model_copy(
+        update={
+            "version": bundle.version + 1,
+            "oidc_issuers": (OidcIssuer(issuer=issuer, uses=("instances",), discovery=True),),
+        }
+    )
+    ledger.trust.load(sign(following, ledger.root, header_jwk=True), place.now_ms / 1000)
+    let_in = AttestationSelector(issuer=issuer, claims={"sub": "pod-1"})
+    ledger.give(ledger.claims(AgentSetAttestation, "sam", agent_id="bot", attestation=(let_in,)))
+    claims = InstanceEnrolment(
+        iss=ledger.registry.id, aud=TD, iat=place.now_ms // 1000, jti="e1", sub=key.id,
+        instance_id=instance_id("0" * 64, key.kid), key=key.record(end_s), issuer=issuer, subject="pod-1",
+        selector=selector_id(let_in), claims={"sub": "pod-1"}, token_digest="0" * 64, agent_revision=1,
+    )  # fmt: skip
+    return sign(claims, ledger.registry)
+
+
+def test_an_instances_lease_names_it_and_ends_with_its_key(place: Place) -> None:
+    key = SigningKey.generate(place.ledger.key("bot", "agent").id)
+    end_s = place.now_ms // 1000 + 300
+    request = place.request(key, enrolment=enrolled(place, key, end_s))
+    lease = place.issued(place.decision(request)).lease
+    assert lease.instance is not None
+    assert (lease.instance.subject, lease.instance.not_after) == ("pod-1", end_s)
+    assert (lease.deadline, lease.key_thumbprint) == (end_s, key.kid)
+    place.ledger.give(place.ledger.claims(AgentSetAttestation, "sam", agent_id="bot", attestation=()))
+    assert place.refused(place.decision(request)) == (["instance_void"], True)
 
 
 # --- the request ----------------------------------------------------------------------------------------------------
@@ -748,10 +790,73 @@ def test_break_glass_takes_two_operators_and_ends_soon(place: Place) -> None:
     assert place.refused(decided(60, "olga", "sam")) == (["approval_lacking"], True)
 
 
+# --- records that do not hold, and codes ------------------------------------------------------------------------------
+
+
+class Distrusting:
+    """A directory in which a record of one kind does not hold."""
+
+    def __init__(self, directory: Directory, *kinds: str) -> None:
+        self._directory, self._kinds = directory, kinds
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._kinds:
+            return self._fail
+        return getattr(self._directory, name)
+
+    def _fail(self, *_: Any, **__: Any) -> Any:
+        raise ChainError("the chain of x does not hold")
+
+
+def distrusted(place: Place, decision: Decision, *kinds: str) -> Refusal:
+    found = weigh(decision, cast(Directory, Distrusting(place.ledger.directory, *kinds)), place.terms)
+    assert isinstance(found, Refusal)
+    assert not found.finding, "a registry may lie, or a record be on its way"
+    return found
+
+
+def test_a_record_that_does_not_hold_refuses_whichever_it_is(place: Place) -> None:
+    request = place.request(scope=(DEPLOY,))
+    decision = place.decision(request, approvals=(place.approval(request),))
+    # The agent's key, the approver's key, the approver's roles: each rests on a record of its own.
+    for kinds in (("agent_key",), ("user_key",)):
+        (reason,) = distrusted(place, decision, *kinds).reasons
+        assert (reason.code, reason.message) == ("record_untrusted", "the chain of x does not hold")
+
+
+def test_a_record_that_does_not_hold_yet_is_waited_for(place: Place) -> None:
+    directory = cast(Directory, Distrusting(place.ledger.directory, "task"))
+    found = weigh(place.decision(), directory, place.terms)
+    assert isinstance(found, Behind)
+    assert found.reason == "the chain of x does not hold"
+
+
+def test_a_key_of_an_agent_whose_record_does_not_hold_was_not_replaced(place: Place) -> None:
+    stranger = SigningKey.generate(place.ledger.key("bot", "agent").id)
+    decision = place.decision(place.request(stranger), revisions=None)
+    found = weigh(decision, cast(Directory, Distrusting(place.ledger.directory, "agent")), place.terms)
+    assert isinstance(found, Refusal)
+    assert ([reason.code for reason in found.reasons], found.finding) == (["key_unknown"], True)
+
+
+def test_a_refusal_says_what_the_task_leaves(place: Place) -> None:
+    task = place.ledger.directory.task(place.task)
+    assert task is not None
+    late_ms = (task.state.not_after - 1) * 1000 + 1
+    request = place.request(iat=late_ms // 1000 - 5, exp=late_ms // 1000 + 100)
+    found = place.weigh(place.decision(request, source_ms=late_ms - 1000, at_ms=late_ms))
+    assert isinstance(found, Refusal)
+    assert found.reasons[0].code == "deadline_too_close"
+    assert "task" in found.reasons[0].message
+
+
 # --- what the issuer says of the rest -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mark", "what"), [("agent:bot", "agent bot was"), ("all", "all was")])
+@pytest.mark.parametrize(
+    ("mark", "what"),
+    [("agent:bot", "agent bot was"), ("all", "all was"), ("task:a:b", "task a:b was")],
+)
 def test_what_was_revoked_before_the_lease_was_there_is_named(mark: str, what: str) -> None:
     (reason,) = fenced(mark)
     assert reason.code == "fenced"
@@ -776,3 +881,4 @@ def test_codes_that_agents_know() -> None:
         "lease_ended",
     ]
     assert FULL_RETRY_S >= RETRY_AFTER_S == 1
+    assert SKEW_MS == 1000
