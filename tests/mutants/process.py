@@ -27,7 +27,9 @@ from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, Literal, cast
 
+import hypothesis
 import pytest
+from hypothesis import Phase
 
 from tests.mutants.mutation import Mutant
 
@@ -40,6 +42,8 @@ _OPTIONS = ("-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesi
 _MEMORY_BYTES = 4 * 1024**3
 _POLL_S = 0.004
 _IMPORT_STATUS = 3
+_SETTINGS = "_hypothesis_internal_use_settings"
+"""Where Hypothesis keeps a test's settings: it has no other way to change them from outside."""
 
 
 class BrokenTestsError(Exception):
@@ -136,7 +140,18 @@ def _verdict(status: int) -> Verdict:
 # In the process of the tests ---------------------------------------------------------------------------------
 
 
-class _Mutating:
+class _Quick:
+    """A plugin of pytest: Hypothesis looks for no smaller example once it has one, which takes most of its time."""
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        phases = (Phase.explicit, Phase.reuse, Phase.generate)
+        for item in items:
+            test = getattr(item, "function", None)
+            if (usual := getattr(test, _SETTINGS, None)) is not None:
+                setattr(test, _SETTINGS, hypothesis.settings(usual, phases=phases))
+
+
+class _Mutating(_Quick):
     """A plugin of pytest that runs the collected tests again and again, once for each mutant."""
 
     def __init__(
@@ -336,7 +351,7 @@ def judge(
     def fails(mutant: Mutant) -> bool:
         _silence(log)
         sys.meta_path.insert(0, _MutantFinder(name, path, mutant.text))
-        return pytest.main([*_OPTIONS, *tests]) != 0
+        return pytest.main([*_OPTIONS, *tests], [_Quick()]) != 0
 
     jobs = (
         (number, functools.partial(fails, mutants[number]), Limits.of(usual_s + 2)) for number in to_import

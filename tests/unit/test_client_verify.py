@@ -400,9 +400,10 @@ async def test_a_key_that_is_only_named_binds_nothing(
 async def test_a_token_may_be_half_a_minute_early(
     verifier: TokenVerifier, issuer: Issuer, clock: Clock, name: str
 ) -> None:
-    assert (await verifier.verify(issuer.token(clock, **{name: clock.now + 30}))).sponsor == "sam"
+    early: dict[str, Any] = {name: clock.now + 30}
+    assert (await verifier.verify(issuer.token(clock, **early))).sponsor == "sam"
     with pytest.raises(TokenRejectedError, match="not valid yet"):
-        await verifier.verify(issuer.token(clock, **{name: clock.now + 31}))
+        await verifier.verify(issuer.token(clock, **{**early, name: clock.now + 31}))
 
 
 async def test_times_are_by_the_clock_that_is_given_and_not_the_machines(
@@ -483,10 +484,11 @@ async def test_a_client_of_its_own_is_closed_and_one_that_was_given_is_not(http:
     given, own = TokenVerifier(ISSUER, AUDIENCE, http=http), TokenVerifier(ISSUER, AUDIENCE)
     await given.close()
     assert not http.is_closed
+    client = own._http
     async with own:
-        assert not own._http.is_closed
-    assert own._http.is_closed
-    assert own._http.timeout.connect == 5.0
+        opened = client.is_closed
+    assert (opened, client.is_closed) == (False, True)
+    assert client.timeout.connect == 5.0
     slow = TokenVerifier(ISSUER, AUDIENCE, timeout_s=9.0)
     assert slow._http.timeout.read == 9.0
     await slow.close()

@@ -600,13 +600,13 @@ def test_a_request_for_several_targets_is_none(place: Place) -> None:
 def test_a_decision_gives_a_ttl_and_no_more_than_asked_for(place: Place) -> None:
     assert place.refused(ttl_s=None) == (["decision_incomplete"], True)
     assert place.refused(ttl_s=601) == (["ttl_too_long"], True)
-    assert place.issued(ttl_s=600)
+    assert place.issued(ttl_s=600).lease.status == "active"
 
 
 def test_no_lease_outlives_what_the_target_allows(place: Place) -> None:
     place.ledger.clock.ms += 1000
     exact, longer = place.request(ttl_s=MAX_TTL_S), place.request(ttl_s=MAX_TTL_S + 1)
-    assert place.issued(place.decision(exact))
+    assert place.issued(place.decision(exact)).lease.deadline == place.now_ms // 1000 + MAX_TTL_S
     assert place.refused(place.decision(longer)) == (["ttl_too_long"], True)
     before = place.revisions()
     place.set_target(max_ttl_s=60)
@@ -733,7 +733,8 @@ def test_an_approval_by_a_key_that_counts_no_more_is_none(place: Place) -> None:
     request = place.request(scope=(DEPLOY,))
     approval = place.approval(request)
     at_ms = place.now_ms
-    assert place.issued(place.decision(request, source_ms=at_ms, approvals=(approval,)))
+    before = place.issued(place.decision(request, source_ms=at_ms, approvals=(approval,)))
+    assert before.lease.scope == (DEPLOY,)
     ledger = place.ledger
     ledger.give(
         ledger.user_set(

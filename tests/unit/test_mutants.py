@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.mutants import survivors
@@ -125,7 +126,7 @@ def leave_a_process(file: Path) -> bool:
 
 def test_each_is_run_to_its_end_and_leaves_nothing_behind(tmp_path: Path):
     file = tmp_path / "pid"
-    works = [
+    works: list[Callable[[], bool]] = [
         lambda: True,
         lambda: False,
         spin,
@@ -160,8 +161,8 @@ def test_those_that_run_end_where_nobody_asks_any_more(tmp_path: Path):
             time.sleep(0.01)
         return True
 
-    jobs = [(0, once_it_waits, Limits(60, 60)), (1, functools.partial(wait, file), Limits(60, 60))]
-    found = run_all(jobs, 2)
+    works: list[Callable[[], bool]] = [once_it_waits, functools.partial(wait, file)]
+    found = run_all([(number, work, Limits(60, 60)) for number, work in enumerate(works)], 2)
     assert next(found) == (0, "killed")
     found.close()
     await_end(int(file.read_text()))
