@@ -348,14 +348,17 @@ def judge(
     if status != 0:
         raise BrokenTestsError(module)
 
-    def fails(mutant: Mutant) -> bool:
+    def fails(text: str) -> bool:
         _silence(log)
-        sys.meta_path.insert(0, _MutantFinder(name, path, mutant.text))
+        sys.meta_path.insert(0, _MutantFinder(name, path, text))
         return pytest.main([*_OPTIONS, *tests], [_Quick()]) != 0
 
-    jobs = (
-        (number, functools.partial(fails, mutants[number]), Limits.of(usual_s + 2)) for number in to_import
-    )
+    limits = Limits.of(usual_s + 2)
+    if to_import:  # without a mistake nothing may fail in this way either
+        ((_, verdict),) = run_all([(0, functools.partial(fails, path.read_text()), limits)], 1)
+        if verdict != "survived":
+            raise BrokenTestsError(module)
+    jobs = ((number, functools.partial(fails, mutants[number].text), limits) for number in to_import)
     for number, verdict in run_all(jobs, at_once):
         yield mutants[number], verdict
 
