@@ -365,7 +365,7 @@ async def test_a_token_is_read_whole(verifier: TokenVerifier, issuer: Issuer, cl
                 {"type": "urn:ringfence:permission", "target": "*", "verbs": ["a"], "resources": ["b"]}
             ]
         },
-        {"cnf": {"kid": 1}}, {"cnf": {"jkt": 1}}, {"cnf": ["jkt"]},
+        {"cnf": {"kid": 1}}, {"cnf": {"jkt": 1}}, {"cnf": ["jkt"]}, {"cnf": ["x"]}, {"cnf": "x"},
     ],
 )  # fmt: skip
 async def test_a_token_in_another_form_is_rejected(

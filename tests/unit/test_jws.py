@@ -11,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from ringfence.kernel import jws
 from ringfence.kernel.errors import InvalidMessageError, SignatureError
@@ -29,6 +29,8 @@ from ringfence.kernel.jws import (
 from ringfence.kernel.keys import PublicKey, SigningKey, b64decode, b64encode, public_key
 from ringfence.messages.api import ApiToken
 from ringfence.messages.base import Claims
+from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.registry import AgentResume, UserDisable
 
@@ -375,6 +377,28 @@ def test_members_of_a_list_are_named_and_the_list_is_not_blamed_as_well() -> Non
     assert explain(caught.value).count("many") == 2
     for part in ("many.1: ", "many.2: "):
         assert part in explain(caught.value)
+
+
+def test_a_list_of_nothing_but_mistakes_is_not_called_too_short() -> None:
+    with pytest.raises(ValidationError) as caught:
+        _Many.model_validate({"many": ["x", "y"]})
+    assert "many: " not in explain(caught.value)
+    with pytest.raises(ValidationError) as caught:
+        _Many.model_validate({"many": []})
+    assert explain(caught.value).startswith("many: ")
+
+
+def test_what_is_wrong_is_cut_where_a_message_ends() -> None:
+    model = create_model("Long", **{f"{'x' * 120}{n}": (int, ...) for n in range(6)})  # type: ignore[call-overload]
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate({})
+    assert len(explain(caught.value)) == 500
+
+
+def test_what_is_not_there_is_not_written(key: SigningKey) -> None:
+    claims = EXAMPLES[CredentialRequest]
+    assert None in dict(claims).values()
+    assert b"null" not in parse(sign(claims, key)).payload
 
 
 def test_only_what_is_said_too_often_is_left_out() -> None:

@@ -498,4 +498,5 @@ def test_a_denial_may_say_when_to_ask_again():
         "denied", (Reason(code="x", message="y"),), retry_after_s=5
     )
     assert denied("x", "y").ruling.retry_after_s is None
-    assert denied("x", "y").facts is None
+    assert (denied("x", "y").facts, denied("x", "y").grants) == (None, ())
+    assert (Ruling("denied").reasons, Ruling("denied").required) == ((), ())
