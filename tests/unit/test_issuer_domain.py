@@ -326,6 +326,13 @@ def test_of_a_part_of_a_task_the_lease_names_who_handed_it_on(place: Place) -> N
     # More steps than the task has are no honest policy's, and no reason to wait.
     longer = revisions.model_copy(update={"delegators": (*revisions.delegators, *revisions.delegators)})  # type: ignore[misc]
     assert isinstance(place.weigh(place.decision(request, revisions=longer)), Issue)
+    # A refusal that has nothing to do with the chain is one, and nothing is waited for.
+    for seen in (revisions, longer):
+        assert place.refused(place.decision(request, revisions=seen, ttl_s=601)) == (["ttl_too_long"], True)
+    ahead_of_all = revisions.model_copy(update={"target": revisions.target + 1})
+    found = place.weigh(place.decision(request, revisions=ahead_of_all))
+    assert isinstance(found, Behind)
+    assert "target staging" in found.reason
 
 
 def enrolled(place: Place, key: SigningKey, end_s: int) -> str:
@@ -619,8 +626,11 @@ def test_delivery_is_not_changed(place: Place) -> None:
 
 def test_a_reply_goes_to_no_key_that_everybody_has(place: Place) -> None:
     zero = place.reply_key.public.model_copy(update={"kty": "OKP", "crv": "X25519", "x": "A" * 43, "y": None})
-    codes, finding = place.refused(place.decision(place.request(reply_key=zero)))
-    assert (codes, finding) == (["reply_key_invalid"], False)
+    found = place.weigh(place.decision(place.request(reply_key=zero)))
+    assert isinstance(found, Refusal)
+    (reason,) = found.reasons
+    assert (reason.code, found.finding) == ("reply_key_invalid", False)
+    assert "X25519" in reason.message
 
 
 def test_a_kind_of_credential_that_this_issuer_does_not_make(place: Place) -> None:
@@ -631,6 +641,11 @@ def test_a_kind_of_credential_that_this_issuer_does_not_make(place: Place) -> No
     assert (reason.code, found.finding) == ("backend_unknown", False)
     for part in ("staging", "postgres", "jwt, static"):
         assert part in reason.message
+
+
+def test_where_no_secret_is_kept_back_all_are_handed_out(place: Place) -> None:
+    place.terms = Terms(ISSUER, TD, 30 * 86_400, ("jwt",))
+    assert place.issued().lease.delivery == "agent"
 
 
 def test_a_secret_that_only_gateways_have_is_never_handed_out(place: Place) -> None:
@@ -881,5 +896,5 @@ def test_codes_that_agents_know() -> None:
         "overloaded",
         "lease_ended",
     ]
-    assert FULL_RETRY_S >= RETRY_AFTER_S == 1
+    assert (RETRY_AFTER_S, FULL_RETRY_S) == (1, 5)
     assert SKEW_MS == 1000
