@@ -2,7 +2,8 @@
 
 The files on disk stay as they are: a mutant exists in the memory of its process alone. Where the mistake is in the body
 of a function, the process is forked after the tests were collected, the function's code is exchanged, and only the
-tests that reach the function run. Any other (constants, class bodies, defaults) needs the module to be imported anew.
+tests that reach the function run. Any other (constants, class bodies, defaults) needs the module to be imported anew,
+and so does one that survives in a function that ran while tests were collected.
 """
 
 from __future__ import annotations
@@ -161,8 +162,12 @@ class _Mutating(_Quick):
         self._mutants = mutants
         self._at_once = at_once
         self._tell = tell
+        self._while_collecting: set[str] = set()
+        """Functions that ran while tests were collected: what came of them then is that of no mutant."""
+        self._watch(self._while_collecting)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self._watch(None)
         if session.testsfailed:
             raise session.Failed("the tests cannot be collected")
         names = [name for name in sys.modules if name.partition(".")[0] not in ("ringfence", "tests")]
@@ -244,6 +249,8 @@ class _Mutating(_Quick):
                 yield number, functools.partial(self._fails, session, mutant, items), Limits.of(usual_s)
 
         for number, verdict in run_all(jobs(), self._at_once):
+            if verdict == "survived" and self._mutants[number].id.where in self._while_collecting:
+                verdict = "import"
             self._tell({"number": number, "verdict": verdict})
 
     def _fails(self, session: pytest.Session, mutant: Mutant, items: Sequence[pytest.Item]) -> bool:
