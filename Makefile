@@ -22,7 +22,7 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev lint format test test-apache test-tools test-opa test-backends test-gateways chaos schemas schemas-check bench wheel-check lock clean
+.PHONY: help demo dev lint format test test-apache test-tools test-opa test-backends test-gateways chaos mutants schemas schemas-check bench wheel-check lock clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ test-gateways: $(STAMP) ## nginx, HAProxy, Envoy, Caddy and Traefik before a tar
 
 chaos: $(STAMP) ## everything fails for SECONDS=60, as SEED=n has it, and no lease may be forgotten (JDK 17+, Maven)
 	$(BIN)/python -m tests.chaos.run --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+mutants: $(STAMP) ## mistakes put into the modules that decide, one at a time: unit tests find them (ARGS="model/rule.py")
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy, import-linter
 	@status=0; for check in "ruff check ." "ruff format --check ." mypy lint-imports; do \

@@ -10,9 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.messages.credential import RequiredClass
+from ringfence.kernel.ids import digest
+from ringfence.kernel.jws import Signed
+from ringfence.messages.approval import Approval
+from ringfence.messages.credential import CredentialRequest, RequiredClass
+from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.registry import VerbFloor
-from ringfence.model.approvals import may_approve, required_classes, unmet
+from ringfence.model.approvals import (
+    BREAK_GLASS_TTL_S,
+    approval_problem,
+    may_approve,
+    required_classes,
+    unmet,
+)
+from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.lifecycle import subject_key
 from ringfence.model.requests import Facts, find_ground
@@ -137,3 +148,106 @@ def test_break_glass_is_asked_for_by_the_request_alone():
     )  # fmt: skip
     assert required_classes((), (), break_glass=True) == TWO
     assert required_classes(("none",), TWO, break_glass=True) == TWO
+
+
+# --- whether one approval stands --------------------------------------------------------------------------------------
+
+EXAMPLE = cast(Approval, EXAMPLES[Approval])
+GIVEN = EXAMPLE.model_copy(
+    update={"verdict": "approved", "request_digest": digest(EXAMPLE.request), "exp": 1000}
+)
+END_MS = 1000 * 1000
+STALE = GIVEN.revisions.model_copy(update={"task": GIVEN.revisions.task + 1})
+
+
+def problem(at_ms: int = END_MS, **changes: Any) -> str | None:
+    request = Signed(cast(CredentialRequest, EXAMPLES[CredentialRequest]), GIVEN.request)
+    found = approval_problem(
+        Signed(GIVEN.model_copy(update=changes), ""), cast(Facts, SimpleNamespace(request=request)),
+        at_ms=at_ms, ttl_s=GIVEN.ttl_s, delivery=GIVEN.delivery, revisions=GIVEN.revisions,
+    )  # fmt: skip
+    return found.code if found is not None else None
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({}, None),
+        ({"request_digest": "0" * 64}, "approval_other_request"),
+        ({"request": "x.y.z"}, "approval_other_request"),
+        ({"verdict": "denied"}, "approval_denied"),
+        ({"verdict": "denied", "comment": "no"}, "approval_denied"),
+        ({"ttl_s": GIVEN.ttl_s + 1}, "approval_other_terms"),
+        ({"delivery": "agent" if GIVEN.delivery == "gateway" else "gateway"}, "approval_other_terms"),
+        ({"revisions": STALE}, "approval_stale"),
+    ],
+)
+def test_an_approval_is_for_one_request_on_its_terms_and_records(changes: dict[str, Any], code: str | None):
+    assert problem(**changes) == code
+
+
+def test_a_denial_names_who_said_so_and_why():
+    request = Signed(cast(CredentialRequest, EXAMPLES[CredentialRequest]), GIVEN.request)
+    no = GIVEN.model_copy(update={"verdict": "denied", "comment": "not on a Friday"})
+    found = approval_problem(
+        Signed(no, ""), cast(Facts, SimpleNamespace(request=request)), at_ms=END_MS, ttl_s=GIVEN.ttl_s,
+        delivery=GIVEN.delivery, revisions=GIVEN.revisions,
+    )  # fmt: skip
+    assert found is not None
+    assert no.iss in found.message
+    assert "not on a Friday" in found.message
+
+
+def test_an_approval_ends_a_minute_after_its_time_at_the_latest():
+    assert problem(END_MS + 60_000) is None
+    assert problem(END_MS + 60_001) == "approval_expired"
+
+
+def test_break_glass_gives_a_quarter_of_an_hour():
+    assert BREAK_GLASS_TTL_S == 900
+
+
+# --- who may give one -------------------------------------------------------------------------------------------------
+
+
+def test_all_that_are_asked_for_stand_in_one_order():
+    every: tuple[RequiredClass, ...] = ("operator", "second_person", "sponsor")
+    assert required_classes(every, (), break_glass=False) == ("sponsor", "second_person", "operator")
+    assert required_classes((), every, break_glass=True) == ("sponsor", "second_person", "operator", *TWO)
+
+
+class Distrusted:
+    def user(self, user_id: str) -> Any:
+        raise ChainError("it does not hold")
+
+
+class Nobody:
+    def user(self, user_id: str) -> Any:
+        return None
+
+
+@pytest.mark.parametrize("wanted", ["sponsor", "second_person", "operator", "break_glass"])
+def test_whoever_has_no_record_that_holds_gives_none(wanted: RequiredClass):
+    for directory in (Distrusted(), Nobody()):
+        assert not may_approve(cast(Directory, directory), "sam", wanted, FACTS)
+
+
+def test_a_class_of_another_version_is_given_by_nobody():
+    for who in ROLES:
+        for unheard in ("none", "root", ""):
+            assert not may_approve(DIRECTORY, who, cast(Any, unheard), FACTS)
+
+
+def test_the_agents_sponsor_is_one_no_more_without_the_role():
+    facts = cast(
+        Facts,
+        SimpleNamespace(**{**vars(FACTS), "agent": SimpleNamespace(state=SimpleNamespace(sponsor="olga"))}),
+    )
+    assert not may_approve(DIRECTORY, "olga", "sponsor", facts)
+
+
+def test_what_no_user_signed_counts_for_nobody():
+    by_agent = [SimpleNamespace(claims=SimpleNamespace(aud="td", iss="spiffe://td/agent/olga"))]
+    assert unmet(("operator",), cast(Any, by_agent), DIRECTORY, FACTS) == ("operator",)
+    elsewhere = [SimpleNamespace(claims=SimpleNamespace(aud="td", iss="spiffe://other/user/olga"))]
+    assert unmet(("operator",), cast(Any, [*elsewhere, *signed("otto")]), DIRECTORY, FACTS) == ()

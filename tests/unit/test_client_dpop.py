@@ -24,10 +24,11 @@ from ringfence.client.proofs import (
     ProofError,
     ProofsInMemory,
 )
+from ringfence.client.verify import TokenVerifier
 from ringfence.kernel.errors import UnavailableError
 from ringfence.kernel.jws import LEEWAY_S
 from ringfence.kernel.keys import SigningKey, b64decode, b64encode
-from tests.unit.test_client_verify import Clock
+from tests.unit.test_client_verify import AUDIENCE, ISSUER, Clock, Issuer
 
 KEY = SigningKey.generate("spiffe://acme.example/agent/deploy-bot")
 URL = "https://shop.example/env/staging/web"
@@ -337,3 +338,21 @@ def test_a_p256_key_of_somebody_else_proves_nothing() -> None:
     checker = ProofChecker()
     with pytest.raises(ProofError, match="does not verify"):
         checker._signed_by(forged, KEY.kid)
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+async def test_servers_that_share_a_memory_take_a_proof_once(clock: Clock) -> None:
+    issuer, memory = Issuer(), ProofsInMemory()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(issuer.app())) as http:
+        one, other = (
+            TokenVerifier(ISSUER, AUDIENCE, http=http, clock=clock, proof_memory=memory) for _ in range(2)
+        )
+        clock.now -= 10**6  # which no machine's clock shows
+        token = issuer.token(clock, cnf={"jkt": KEY.kid})
+        shown = proof(KEY, "GET", URL, access_token=token, now_s=clock.now)
+        headers = {"authorization": f"DPoP {token}", "dpop": shown}
+        assert (await one.verify_request("GET", URL, headers)).key_thumbprint == KEY.kid
+        with pytest.raises(ProofError, match="came before"):
+            await other.verify_request("GET", URL, headers)

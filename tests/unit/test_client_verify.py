@@ -336,3 +336,170 @@ async def test_another_issuers_discovery_is_not_believed(
     issuer.named = "http://elsewhere.example"
     with pytest.raises(UnavailableError, match="elsewhere"):
         await verifier.verify(issuer.token(clock))
+
+
+# --- what a token says ------------------------------------------------------------------------------------------------
+
+
+async def test_a_token_is_read_whole(verifier: TokenVerifier, issuer: Issuer, clock: Clock) -> None:
+    chain = {
+        "sub": "spiffe://acme.example/agent/deploy-bot",
+        "act": {"sub": "spiffe://acme.example/agent/lead"},
+    }
+    token = await verifier.verify(issuer.token(clock, act=chain))
+    assert token.act == ("spiffe://acme.example/agent/deploy-bot", "spiffe://acme.example/agent/lead")
+    assert token.lease_id == token.claims["jti"] == "6f1c0a4e-0000-5000-8000-000000000001"
+    assert token.task == token.claims["task"]
+    assert token.expires_at == token.claims["exp"] == clock.now + 300
+    assert token.claims["act"] == chain
+    assert "authorization_details" not in repr(token), "claims may be long"
+    assert (await verifier.verify(issuer.token(clock))).act == ()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"act": {"sub": 1}}, {"act": {}}, {"act": "bot"}, {"act": {"sub": "a", "act": []}}, {"act": {"sub": ""}},
+        {"sponsor": 1}, {"sponsor": ""}, {"task": None}, {"on_behalf_of": ["maria"]},
+        {"authorization_details": [{"type": "urn:ringfence:permission"}]},
+        {"authorization_details": [1]}, {"authorization_details": {"type": "x"}},
+        {
+            "authorization_details": [
+                {"type": "urn:ringfence:permission", "target": "*", "verbs": ["a"], "resources": ["b"]}
+            ]
+        },
+        {"cnf": {"kid": 1}}, {"cnf": {"jkt": 1}}, {"cnf": ["jkt"]}, {"cnf": ["x"]}, {"cnf": "x"},
+    ],
+)  # fmt: skip
+async def test_a_token_in_another_form_is_rejected(
+    verifier: TokenVerifier, issuer: Issuer, clock: Clock, changed: dict[str, Any]
+) -> None:
+    with pytest.raises(TokenRejectedError) as refused:
+        await verifier.verify(issuer.token(clock, **changed))
+    assert refused.value.code == "invalid_token"
+
+
+async def test_a_token_without_details_allows_nothing(
+    verifier: TokenVerifier, issuer: Issuer, clock: Clock
+) -> None:
+    for token in (
+        issuer.token(clock, drop="authorization_details"), issuer.token(clock, authorization_details=None),
+    ):  # fmt: skip
+        assert (await verifier.verify(token)).permissions == ()
+
+
+async def test_a_key_that_is_only_named_binds_nothing(
+    verifier: TokenVerifier, issuer: Issuer, clock: Clock
+) -> None:
+    assert (await verifier.verify(issuer.token(clock, cnf={"kid": "a-key"}))).key_thumbprint is None
+    with pytest.raises(TokenRejectedError, match="DPoP"):
+        await verifier.verify(issuer.token(clock, cnf={"kid": "a-key", "jkt": "j" * 43}))
+
+
+# --- when it counts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["iat", "nbf"])
+async def test_a_token_may_be_half_a_minute_early(
+    verifier: TokenVerifier, issuer: Issuer, clock: Clock, name: str
+) -> None:
+    early: dict[str, Any] = {name: clock.now + 30}
+    assert (await verifier.verify(issuer.token(clock, **early))).sponsor == "sam"
+    with pytest.raises(TokenRejectedError, match="not valid yet"):
+        await verifier.verify(issuer.token(clock, **{**early, name: clock.now + 31}))
+
+
+async def test_times_are_by_the_clock_that_is_given_and_not_the_machines(
+    verifier: TokenVerifier, issuer: Issuer, clock: Clock
+) -> None:
+    for moved in (-(10**7), 2 * 10**7):
+        clock.now += moved
+        assert (await verifier.verify(issuer.token(clock, nbf=clock.now))).sponsor == "sam"
+
+
+@pytest.mark.parametrize("value", [1.5, "1", None])
+@pytest.mark.parametrize("name", ["exp", "iat", "nbf"])
+async def test_times_are_whole_seconds(
+    verifier: TokenVerifier, issuer: Issuer, clock: Clock, name: str, value: Any
+) -> None:
+    with pytest.raises(TokenRejectedError):
+        await verifier.verify(issuer.token(clock, **{name: value}))
+
+
+# --- how it is shown --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("header", ["bearer {}", "BEARER   {} ", "Bearer {}"])
+async def test_a_header_is_read_as_http_reads_it(
+    verifier: TokenVerifier, issuer: Issuer, clock: Clock, header: str
+) -> None:
+    assert (await verifier.verify_header(header.format(issuer.token(clock)))).sponsor == "sam"
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer ", "{}", "Basic {}", "DPoP {}", "Bearer {} {}"]
+)
+async def test_a_token_in_another_header_is_none(
+    verifier: TokenVerifier, issuer: Issuer, clock: Clock, header: str | None
+) -> None:
+    token = issuer.token(clock)
+    with pytest.raises(TokenRejectedError) as refused:
+        await verifier.verify_header(header and header.format(token, token))
+    assert refused.value.code == "invalid_token"
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [
+        ({}, None),
+        ({"verb": "deploy", "resource": "env/staging/web"}, None),
+        ({"verb": "read", "resource": "env/staging/web"}, "insufficient_scope"),
+        ({"verb": "deploy"}, "insufficient_scope"),
+        ({"resource": "env/staging/web"}, "insufficient_scope"),
+    ],
+)
+async def test_a_request_is_asked_about_its_verb_and_its_resource(
+    verifier: TokenVerifier, issuer: Issuer, clock: Clock, asked: dict[str, str], code: str | None
+) -> None:
+    headers = {"authorization": f"Bearer {issuer.token(clock)}"}
+    if code is None:
+        verified = await verifier.verify_request("GET", "https://shop.example/x", headers, **asked)
+        assert verified.sponsor == "sam"
+        return
+    with pytest.raises(TokenRejectedError) as refused:
+        await verifier.verify_request("GET", "https://shop.example/x", headers, **asked)
+    assert (refused.value.code, refused.value.scheme) == (code, "Bearer")
+
+
+async def test_a_bearer_token_needs_no_proof_and_is_none_with_one(
+    verifier: TokenVerifier, issuer: Issuer, clock: Clock
+) -> None:
+    headers = {"authorization": f"DPoP {issuer.token(clock)}", "dpop": "a.b.c"}
+    with pytest.raises(TokenRejectedError, match="bound to no key") as refused:
+        await verifier.verify_request("GET", "https://shop.example/x", headers)
+    assert (refused.value.code, refused.value.scheme) == ("invalid_token", "DPoP")
+
+
+# --- whose client it is -----------------------------------------------------------------------------------------------
+
+
+async def test_a_client_of_its_own_is_closed_and_one_that_was_given_is_not(http: httpx.AsyncClient) -> None:
+    given, own = TokenVerifier(ISSUER, AUDIENCE, http=http), TokenVerifier(ISSUER, AUDIENCE)
+    await given.close()
+    assert not http.is_closed
+    client = own._http
+    async with own:
+        opened = client.is_closed
+    assert (opened, client.is_closed) == (False, True)
+    assert client.timeout.connect == 5.0
+    slow = TokenVerifier(ISSUER, AUDIENCE, timeout_s=9.0)
+    assert slow._http.timeout.read == 9.0
+    await slow.close()
+
+
+async def test_without_a_clock_the_time_is_the_machines(http: httpx.AsyncClient, issuer: Issuer) -> None:
+    verifier, now = TokenVerifier(ISSUER, AUDIENCE, http=http), Clock()
+    assert (await verifier.verify(issuer.token(now))).sponsor == "sam"
+    now.now -= 1000
+    with pytest.raises(TokenRejectedError, match="expired"):
+        await verifier.verify(issuer.token(now))

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
 import pytest
 
-from ringfence.gateway.domain import Chosen, Refusal, Sender, narrowest, weigh
+from ringfence.gateway.domain import (
+    FORBIDDEN,
+    NOT_FOUND,
+    TOO_FAST,
+    TOO_LARGE,
+    UNAUTHORIZED,
+    UNAVAILABLE,
+    UNREADABLE,
+    Chosen,
+    Refusal,
+    Sender,
+    access_of,
+    narrowest,
+    refused,
+    weigh,
+)
 from ringfence.gateway.leases import LeaseTable
 from ringfence.kernel.keys import SigningKey
 from ringfence.messages.instances import AttestationSelector, InstanceRef
@@ -21,10 +37,12 @@ from ringfence.messages.registry import (
     AgentSuspend,
     TargetRemove,
     TargetState,
+    TaskDelegate,
     TaskEnd,
     UserDisable,
 )
 from ringfence.model.attestation import selector_id
+from ringfence.model.lifecycle import subject_key
 from ringfence.model.request_map import Action
 from tests import leases
 from tests.ledger import Ledger, permission
@@ -272,6 +290,13 @@ def _lease(*resources: str, verbs: Sequence[str] = ("read",), deadline: int = 10
         (_lease("env/a", "env/b"), _lease("env/*")),
         (_lease("env/a"), _lease("env/a", verbs=("read", "deploy"))),
         (_lease("env/a", deadline=999), _lease("env/a", deadline=1000)),
+        (_lease("env/a", verbs=("read", "deploy")), _lease("env/*")),
+        (
+            _lease("env/a", verbs=("read", "deploy", "wipe")),
+            _lease("env/a", "env/b", verbs=("read", "deploy")),
+        ),
+        (_lease("env/a/**", "b/*/c"), _lease("env/a/**", "b/*/c", "d/*/e")),
+        (_lease("env/a/**", "env/b/c/**", "d"), _lease("env/a/**", "env/b/c/**", "d/*")),
     ],
 )
 def test_the_narrowest_decides(narrower: Lease, wider: Lease) -> None:
@@ -317,3 +342,196 @@ def test_a_lease_of_a_compromised_key_is_refused_however_its_agent_is_known(plac
     place.table.revoke("00000000-0000-4000-8000-00000000000a", ledger.clock.ms)
     place.leased(lease_id="00000000-0000-4000-8000-00000000000b", key_thumbprint=new.kid)
     assert place.codes() == set()
+
+
+# --- what a refusal says ----------------------------------------------------------------------------------------------
+
+
+def reasons(found: Chosen | Refusal) -> list[tuple[str, str | None, Permission | None]]:
+    assert isinstance(found, Refusal)
+    return [(reason.code, reason.side, reason.permission) for reason in found.reasons]
+
+
+def test_what_is_chosen_is_held_against_what_was_wanted(place: Place) -> None:
+    found = place.weigh()
+    assert isinstance(found, Chosen)
+    assert found.wanted == (permission("env/staging/web", verbs=("read",)),)
+
+
+def test_a_handle_that_nobody_knows_is_no_authorisation(place: Place) -> None:
+    found = place.weigh(Sender("bot", place.task, "unknown"))
+    assert isinstance(found, Refusal)
+    assert (found.status, reasons(found), found.sender) == (401, [("handle_unknown", None, None)], None)
+
+
+def test_a_lease_that_is_for_something_else_is_what_lacks_it(place: Place) -> None:
+    sender = Sender("bot", place.task, place.lease.lease_id)
+    assert reasons(place.weigh(sender, target="other")) == [("handle_other_target", "lease", None)]
+    found = place.weigh(sender, target="other")
+    assert isinstance(found, Refusal)
+    assert found.status == 403
+    assert "staging" in found.reasons[0].message
+    assert "other" in found.reasons[0].message
+    to_itself = place.leased(delivery="agent")
+    sender = Sender("bot", place.task, to_itself.lease_id)
+    assert reasons(place.weigh(sender)) == [("lease_not_for_gateways", "lease", None)]
+
+
+def test_without_a_lease_the_lease_is_what_lacks_the_permission(place: Place) -> None:
+    place.table.revoke(place.lease.lease_id, place.ledger.clock.ms)
+    wanted = permission("env/staging/web", verbs=("read",))
+    found = place.weigh()
+    assert reasons(found) == [("no_lease", "lease", wanted)]
+    assert isinstance(found, Refusal)
+    assert place.task in found.reasons[0].message
+    found = place.weigh(Sender("bot"))
+    assert reasons(found) == [("no_lease", "lease", wanted)]
+    assert isinstance(found, Refusal)
+    assert "agent bot" in found.reasons[0].message
+    place.leased(backend="http")
+    assert reasons(place.weigh()) == [("lease_outdated", "lease", None)]
+
+
+def test_the_records_of_a_named_leases_task_count_though_it_allows_too_little(place: Place) -> None:
+    sender = Sender("bot", None, place.lease.lease_id)
+    assert place.codes(sender, Action("read", "other")) == {"beyond_lease", "beyond_scope"}
+    assert place.codes(sender, Action("read", "env/production/web")) == {"beyond_lease"}
+
+
+def test_a_lease_of_a_task_that_nobody_knows_is_good_for_nothing(place: Place) -> None:
+    place.table.revoke(place.lease.lease_id, place.ledger.clock.ms)
+    ref = InstanceRef(
+        instance_id="3f1c7a52-9a0e-5c1b-8d2e-7a529a0e5c1b", issuer="https://x.example", subject="a",
+        selector="5" * 64, not_after=place.ledger.clock.ms // 1000 + 300,
+    )  # fmt: skip
+    place.leased(task_id="00000000-0000-5000-8000-000000000000", instance=ref)
+    assert reasons(place.weigh(Sender("bot"))) == [("task_unknown", None, None)]
+
+
+def test_a_compromised_key_is_named_with_its_agent(place: Place) -> None:
+    ledger = place.ledger
+    new = SigningKey.generate(ledger.key("bot", "agent").id)
+    rotated = ledger.claims(
+        AgentRotateKey, "sam", agent_id="bot", key=ledger.key_record(new), compromised=True
+    )
+    ledger.give(rotated)
+    place.table.revoke(place.lease.lease_id, ledger.clock.ms)
+    place.leased(key_thumbprint=ledger.key("bot", "agent").kid)
+    found = place.weigh()
+    assert isinstance(found, Refusal)
+    assert "agent bot" in found.reasons[0].message
+
+
+def test_a_record_that_does_not_hold_is_no_agent(place: Place) -> None:
+    ledger = place.ledger
+    reader = ledger.reader()
+    entry = ledger.directory.agent("bot")
+    assert entry is not None
+    ledger.admit(ledger.sign_record(entry.state, entry.record.commands, entry.revision), reader)
+    found = weigh(
+        Sender("bot"), place.target(), READ, LeaseTable(ledger.clock), reader, now_s=ledger.clock.ms / 1000,
+        entitlements_max_age_s=MAX_AGE_S,
+    )  # fmt: skip
+    assert [code for code, *_ in reasons(found)] == ["record_untrusted", "no_lease"]
+    assert isinstance(found, Refusal)
+    assert found.reasons[0].message.strip()
+
+
+# --- agents that the lease names and its task does not ----------------------------------------------------------------
+
+
+@pytest.fixture
+def others(place: Place) -> Place:
+    """The lease names two agents more than its task does."""
+    ledger = place.ledger
+    ledger.give(ledger.register("sam", "helper", "sam", ceiling=(WIDE,)))
+    place.table.revoke(place.lease.lease_id, ledger.clock.ms)
+    place.lease = place.leased(act=("bot", "thief", "helper"))
+    return place
+
+
+def test_the_ceiling_of_each_of_them_counts(others: Place) -> None:
+    ledger = others.ledger
+    assert others.codes() == set()
+    for agent in ("helper", "thief"):
+        ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id=agent, ceiling=()))
+    wanted = permission("env/staging/web", verbs=("read",))
+    assert reasons(others.weigh()) == [
+        ("beyond_scope", "ceiling:thief", wanted),
+        ("beyond_scope", "ceiling:helper", wanted),
+    ]
+
+
+def test_each_of_them_is_active(others: Place) -> None:
+    ledger = others.ledger
+    ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="thief", ceiling=()))
+    ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="helper", reason="x"))
+    assert [code for code, *_ in reasons(others.weigh())] == ["beyond_scope", "agent_suspended"]
+    ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="thief", reason="x"))
+    found = others.weigh()
+    assert [code for code, *_ in reasons(found)] == ["agent_suspended", "agent_suspended"]
+    assert isinstance(found, Refusal)
+    assert ["thief" in found.reasons[0].message, "helper" in found.reasons[1].message] == [True, True]
+
+
+def test_one_that_nobody_knows_is_none(place: Place) -> None:
+    place.table.revoke(place.lease.lease_id, place.ledger.clock.ms)
+    place.leased(act=("bot", "nobody"))
+    assert reasons(place.weigh()) == [("agent_unknown", None, None)]
+
+
+def test_those_that_the_task_names_too_are_told_of_once(place: Place) -> None:
+    ledger = place.ledger
+    terms = ledger.terms("thief", scope=(WIDE,), not_after=ledger.clock.ms // 1000 + 600)
+    change = ledger.give(
+        ledger.claims(TaskDelegate, "bot", iss=ledger.key("bot", "agent").id, parent=place.task, terms=terms)
+    )
+    assert change is not None
+    part = subject_key(change.state)[1]
+    place.leased(agent_id="thief", act=("thief", "bot"), task_id=part)
+    sender = Sender("thief", part)
+    assert isinstance(place.weigh(sender), Chosen)
+    ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=()))
+    wanted = permission("env/staging/web", verbs=("read",))
+    assert reasons(place.weigh(sender)) == [("beyond_scope", "ceiling:bot", wanted)]
+    ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="thief", reason="x"))
+    assert sorted(code for code, *_ in reasons(place.weigh(sender))) == ["agent_suspended", "beyond_scope"]
+
+
+def test_the_leases_own_agent_is_told_of_once_where_its_task_is_not_there(place: Place) -> None:
+    place.table.revoke(place.lease.lease_id, place.ledger.clock.ms)
+    place.leased(task_id="00000000-0000-5000-8000-000000000000")
+    place.ledger.give(place.ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
+    assert reasons(place.weigh(Sender("bot"))) == [("task_unknown", None, None)]
+
+
+# --- words that others go by ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "access"),
+    [
+        ("GET", "read"), ("HEAD", "read"), ("OPTIONS", "read"), ("TRACE", "read"),
+        ("POST", "write"), ("PUT", "write"), ("DELETE", "write"), ("PATCH", "write"), ("get", "write"), ("X", "write"),
+    ],
+)  # fmt: skip
+def test_what_only_reads(method: str, access: str) -> None:
+    assert access_of(method) == access
+
+
+def test_a_refusal_says_all_that_it_is_given() -> None:
+    wanted, sender = permission("a", verbs=("read",)), Sender("bot")
+    found = refused("x", "y" * 1001, status=429, permission=wanted, side="task", sender=sender)
+    assert (found.status, found.sender) == (429, sender)
+    (reason,) = found.reasons
+    assert (reason.code, reason.message, reason.permission, reason.side) == ("x", "y" * 1000, wanted, "task")
+    plain = refused("x", "y")
+    assert (plain.status, plain.sender, plain.reasons[0].side) == (403, None, None)
+
+
+def test_statuses_are_those_of_http() -> None:
+    named = (UNREADABLE, UNAUTHORIZED, FORBIDDEN, NOT_FOUND, TOO_LARGE, TOO_FAST, UNAVAILABLE)
+    assert [HTTPStatus(status).phrase for status in named] == [
+        "Bad Request", "Unauthorized", "Forbidden", "Not Found", "Request Entity Too Large", "Too Many Requests",
+        "Service Unavailable",
+    ]  # fmt: skip

@@ -18,6 +18,7 @@ from ringfence.model.globs import (
     ScopeError,
     parse_glob,
     parse_name,
+    quoted,
 )
 from tests.glob_oracles import (
     E_NFC,
@@ -448,3 +449,82 @@ def test_what_someone_would_write_takes_few_steps() -> None:
     right = ("env/*/deploy/**", "env/staging/**", "repo/acme/*/issues/*", "**/public/**")
     for left in ("env/staging/api-*", "env/**/deploy/*", "repo/**/issues/1", "x/public/**", "**"):
         assert module._search(left, right)[1] < 40
+
+
+# To the last character ----------------------------------------------------------------------------------------
+
+
+def test_limits_are_those_that_are_documented() -> None:
+    assert (MAX_GLOB_CHARS, MAX_WILDCARDS, STEP_LIMIT) == (512, 8, 4096)
+
+
+@pytest.mark.parametrize(
+    "character",
+    [
+        "\u1160", "\u17b4", "\u17b5", "\u3164", "\uffa0", "\u180b", "\u180f", "\ufe00", "\ufe0f", "\U000e0100",
+        "\U000e01ef", "\u2029",
+    ],
+)  # fmt: skip
+def test_each_invisible_character_is_refused_as_one(character: str) -> None:
+    with pytest.raises(
+        ScopeError, match=f"invisible or unassigned character U\\+{ord(character):04X}"
+    ) as caught:
+        parse_glob(f"a{character}b")
+    assert caught.value.code == "scope_invalid"
+
+
+@pytest.mark.parametrize("text", ["a\u1161", "a\u1810b", "X\u0301", "a\u17b6"])
+def test_their_neighbours_are_accepted(text: str) -> None:
+    assert parse_glob(text).text == text
+
+
+def test_what_is_next_to_the_variation_selectors_is_a_compatibility_form() -> None:
+    with pytest.raises(ScopeError, match="compatibility"):
+        parse_glob("a\ufe10")
+
+
+@pytest.mark.parametrize(
+    ("glob", "depths"),
+    [
+        ("a", {1}),
+        ("a/*", {2}),
+        ("**", {0, 1, 2, 3, 4, 5}),
+        ("a/**", {1, 2, 3, 4, 5}),
+        ("**/b/*", {2, 3, 4, 5}),
+    ],
+)
+def test_a_glob_reaches_as_deep_as_it_has_segments(glob: str, depths: set[int]) -> None:
+    assert {depth for depth in range(6) if Glob(glob).reaches(depth)} == depths
+
+
+@pytest.mark.parametrize(
+    ("length", "shown"), [(80, "'" + "a" * 80 + "'"), (81, "'" + "a" * 77 + "...'"), (0, "''")]
+)
+def test_a_message_shows_so_much_of_a_text(length: int, shown: str) -> None:
+    assert quoted("a" * length) == shown
+    assert quoted("\u202e\x1b") == "'\\u202e\\x1b'"
+
+
+def test_a_glob_is_shown_and_compared_by_its_text() -> None:
+    assert repr(Glob("a/b")) == "Glob(text='a/b')"
+    assert str(Glob("a/b")) == "a/b"
+
+
+@pytest.mark.parametrize(
+    ("glob", "union"),
+    [
+        # One branch of the search ends at a `**` of the union; what remains of the others still counts.
+        ("**/a", ("*", "a/**")),
+        ("**/a", ("a/**", "*/a")),
+        ("**/a", ("a/**", "**/b")),
+        ("**/a", ("*/b", "a*/**")),
+        # A letter that no glob has stands for any segment, whatever the globs begin or end with.
+        ("**", ("X*", "X*/**")),
+        ("**", ("*X", "*X/**")),
+        ("**", ("*", "a/**")),
+        ("a/**", ("a", "a/b/**")),
+    ],
+)
+def test_no_union_covers_what_one_branch_leaves_open(glob: str, union: tuple[str, ...]) -> None:
+    assert not module.within(glob, union)
+    assert module.within(glob, (*union, "**/*" if glob != "a/**" else "a/*/**"))

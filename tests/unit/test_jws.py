@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from typing import Any
+from typing import Annotated, Any, ClassVar, cast
 
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from ringfence.kernel import jws
 from ringfence.kernel.errors import InvalidMessageError, SignatureError
-from ringfence.kernel.jws import MAX_LIFE_S, ExpiredError, kid_of, open_signed, parse, sign, sign_payload
+from ringfence.kernel.jws import (
+    MAX_LIFE_S,
+    ExpiredError,
+    explain,
+    kid_of,
+    open_payload,
+    open_signed,
+    parse,
+    sign,
+    sign_payload,
+)
 from ringfence.kernel.keys import PublicKey, SigningKey, b64decode, b64encode, public_key
 from ringfence.messages.api import ApiToken
 from ringfence.messages.base import Claims
+from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.registry import AgentResume, UserDisable
 
 TD = "acme.example"
 NOW_S = 1_790_000_000
 LEASE = "0c6f2f2e-55a3-5f0e-8f4e-2f2e55a35f0e"
+
+
+class TaskEndless(Claims):
+    """A message without an end."""
+
+    typ: ClassVar[str] = "task.endless"
+
+
+class _Many(BaseModel):
+    many: Annotated[list[int], Field(min_length=2)]
 
 
 def command(key: SigningKey, **changed: Any) -> UserDisable:
@@ -229,6 +253,258 @@ def test_no_flipped_bit_verifies(position: int, bit: int) -> None:
     raw[position % len(raw)] ^= 1 << bit
     with pytest.raises(InvalidMessageError):
         open_as(bytes(raw), key)
+
+
+# --- limits, to the second and the byte -------------------------------------------------------------------------------
+
+
+def refusal(compact: str | bytes, key: SigningKey, **how: Any) -> InvalidMessageError:
+    with pytest.raises(InvalidMessageError) as caught:
+        open_as(compact, key, **how)
+    return caught.value
+
+
+def test_a_writers_clock_may_be_half_a_minute_ahead(key: SigningKey) -> None:
+    for fields in ({"iat": NOW_S + 31}, {"iat": NOW_S, "nbf": NOW_S + 31}):
+        compact = sign(command(key, **{"exp": NOW_S + 60, **fields}), key)
+        assert open_as(compact, key, at_s=NOW_S + 1)
+        early = refusal(compact, key, at_s=NOW_S + 0.999)
+        assert early.code == ("not_yet" if "nbf" in fields else "iat_in_future")
+
+
+def test_times_are_read_in_the_unit_in_which_they_are_given(key: SigningKey) -> None:
+    error = refusal(sign(command(key, iat=NOW_S + 101, exp=NOW_S + 200), key), key, at_s=NOW_S + 1)
+    assert "100 s ahead" in error.message
+    assert "61.5 s after" in refusal(sign(command(key), key), key, at_s=NOW_S + 121.5).message
+
+
+def test_a_life_is_a_day_at_most(key: SigningKey) -> None:
+    assert MAX_LIFE_S == 86_400
+    assert open_as(sign(command(key, exp=NOW_S + MAX_LIFE_S), key), key)
+    error = refusal(sign(command(key, exp=NOW_S + MAX_LIFE_S + 1), key), key)
+    assert (error.code, "86400 s" in error.message) == ("life_too_long", True)
+
+
+def test_what_expired_has_that_code(key: SigningKey) -> None:
+    assert refusal(sign(command(key), key), key, at_s=NOW_S + 60).code == "expired"
+
+
+def test_a_message_that_does_not_expire_is_judged_by_its_beginning(key: SigningKey) -> None:
+    claims = TaskEndless(iss=key.id, aud=TD, iat=NOW_S, jti="j")
+    compact = sign(claims, key)
+    assert open_as(compact, key, TaskEndless, NOW_S + 10**9).claims == claims
+    assert refusal(compact, key, model=TaskEndless, at_s=NOW_S - 31).code == "iat_in_future"
+
+
+def test_a_message_has_half_a_mebibyte_at_most(key: SigningKey) -> None:
+    head, _, tail = sign(command(key), key).split(".")
+    room = 512 * 1024 - len(head) - len(tail) - 2
+    body = b64encode(b" " * (room * 3 // 4 - 2))
+    assert parse(f"{head}.{body}.{tail}").payload.isspace()
+    with pytest.raises(InvalidMessageError) as caught:
+        parse("a" * (512 * 1024 + 1))
+    assert (caught.value.code, "524288" in caught.value.message) == ("too_large", True)
+    with pytest.raises(InvalidMessageError) as caught:
+        parse("a" * (512 * 1024))
+    assert caught.value.code == "not_a_jws"
+
+
+# --- what stands in a refusal -----------------------------------------------------------------------------------------
+
+
+def test_every_refusal_has_its_code(key: SigningKey) -> None:
+    thief = SigningKey.generate(key.id, key.alg)
+    head, body, _ = sign(command(key), key).split(".")
+    forged = f"{head}.{body}.{b64encode(thief.sign(f'{head}.{body}'.encode()))}"
+    other_alg = b64encode(
+        json.dumps({"alg": "none", "kid": key.kid, "typ": "ringfence.user.disable+jwt"}).encode()
+    )
+    found = {
+        "aud": refusal(sign(command(key, aud="other.example"), key), key),
+        "key": refusal(sign(command(thief), thief), key),
+        "alg": refusal(f"{other_alg}.{body}.AA", key),
+        "signature": refusal(forged, key),
+        "claims": refusal(sign_payload(UserDisable, b"{}", key), key),
+        "jws": refusal("x", key),
+    }
+    assert {name: error.code for name, error in found.items()} == {
+        "aud": "aud_unexpected",
+        "key": "key_unknown",
+        "alg": "alg_unexpected",
+        "signature": SignatureError.code,
+        "claims": "claims_invalid",
+        "jws": "not_a_jws",
+    }
+    assert "other.example" in found["aud"].message
+    assert TD in found["aud"].message
+    assert thief.kid in found["key"].message
+    assert key.id in found["key"].message
+    assert "user.disable" in found["key"].message
+    assert "none" in found["alg"].message
+    assert key.alg in found["alg"].message
+    assert key.id in found["signature"].message
+
+
+def test_what_another_typ_is_and_should_be_is_said(key: SigningKey) -> None:
+    error = refusal(sign(command(key), key), key, model=AgentResume)
+    assert error.code == "typ_unexpected"
+    assert "ringfence.user.disable+jwt" in error.message
+    assert "ringfence.agent.resume+jwt" in error.message
+
+
+def test_what_is_wrong_with_claims_is_said_by_field_and_without_values(key: SigningKey) -> None:
+    secret = "hunter2-and-more"
+    error = refusal(
+        sign_payload(
+            UserDisable, json.dumps({"iss": 1, "aud": TD, "jti": secret, "iat": secret}).encode(), key
+        ),
+        key,
+    )
+    for name in ("iss", "iat", "exp", "user_id"):
+        assert f"{name}: " in error.message
+    assert secret not in error.message
+    assert error.message.count("; ") == 4, "no more than five"
+    assert len(refusal(sign_payload(UserDisable, b"[]", key), key).message) < 600
+
+
+def test_what_the_whole_is_lacking_is_said_of_it(key: SigningKey) -> None:
+    assert "it: " in refusal(sign_payload(UserDisable, b"[]", key), key).message
+
+
+def test_members_of_a_list_are_named_and_the_list_is_not_blamed_as_well() -> None:
+    with pytest.raises(ValidationError) as caught:
+        _Many.model_validate({"many": [1, "x", "y"]})
+    assert explain(caught.value).count("many") == 2
+    for part in ("many.1: ", "many.2: "):
+        assert part in explain(caught.value)
+
+
+def test_a_list_of_nothing_but_mistakes_is_not_called_too_short() -> None:
+    with pytest.raises(ValidationError) as caught:
+        _Many.model_validate({"many": ["x", "y"]})
+    assert "many: " not in explain(caught.value)
+    with pytest.raises(ValidationError) as caught:
+        _Many.model_validate({"many": []})
+    assert explain(caught.value).startswith("many: ")
+
+
+def test_what_is_wrong_is_cut_where_a_message_ends() -> None:
+    model = create_model("Long", **{f"{'x' * 120}{n}": (int, ...) for n in range(6)})  # type: ignore[call-overload]
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate({})
+    assert len(explain(caught.value)) == 500
+
+
+def test_what_is_not_there_is_not_written(key: SigningKey) -> None:
+    claims = cast(CredentialRequest, EXAMPLES[CredentialRequest])
+    assert None in dict(claims).values()
+    assert b"null" not in parse(sign(claims, key)).payload
+
+
+def test_only_what_is_said_too_often_is_left_out() -> None:
+    with pytest.raises(ValidationError) as caught:
+        _Many.model_validate({"many": ["x"] * 3000})
+    said = explain(caught.value)
+    assert len(said) <= 500
+    assert said.count("many.") == 5
+
+
+# --- other ways in ----------------------------------------------------------------------------------------------------
+
+
+def payload_of(compact: str, key: SigningKey, model: type[Claims] = UserDisable) -> dict[str, Any]:
+    def find(iss: str, kid: str) -> PublicKey | None:
+        return public_key(key.public) if (iss, kid) == (key.id, key.kid) else None
+
+    return open_payload(parse(compact), model, find, audience=TD)
+
+
+def test_a_payload_that_verifies_is_given_as_it_is(key: SigningKey) -> None:
+    assert payload_of(sign(command(key, colour="blue"), key), key)["colour"] == "blue"
+    assert payload_of(sign(command(key, exp=NOW_S - 10), key), key)["exp"] == NOW_S - 10
+
+
+def test_a_payload_is_verified_as_a_message_is(key: SigningKey) -> None:
+    thief = SigningKey.generate(key.id, key.alg)
+    head, body, _ = sign(command(key), key).split(".")
+    forged = f"{head}.{body}.{b64encode(thief.sign(f'{head}.{body}'.encode()))}"
+    for compact, model, code in (
+        (forged, UserDisable, SignatureError.code),
+        (sign(command(thief), thief), UserDisable, "key_unknown"),
+        (sign(command(key, aud="other.example"), key), UserDisable, "aud_unexpected"),
+        (sign(command(key), key), AgentResume, "typ_unexpected"),
+        (sign_payload(UserDisable, b"{}", key), UserDisable, "claims_invalid"),
+        (sign_payload(UserDisable, b"[]", key), UserDisable, "claims_invalid"),
+        (sign_payload(UserDisable, b"{", key), UserDisable, "claims_invalid"),
+    ):
+        with pytest.raises(InvalidMessageError) as caught:
+            payload_of(compact, key, model)
+        assert caught.value.code == code
+
+
+def test_what_was_verified_before_still_has_a_key_and_its_times(key: SigningKey) -> None:
+    jws_ = parse(sign(command(key), key))
+    before = open_as(jws_.compact, key).claims
+
+    def again(found: PublicKey | None, at_s: int = NOW_S, audience: str = TD) -> Any:
+        return open_signed(
+            jws_,
+            UserDisable,
+            lambda iss, kid: found,
+            audience=audience,
+            appended_at_ms=at_s * 1000,
+            verified=before,
+        )
+
+    mine = public_key(key.public)
+    assert again(mine) == (before, jws_.compact)
+    for args in ((None,), (mine, NOW_S + 60), (mine, NOW_S, "other.example")):
+        with pytest.raises(InvalidMessageError):
+            again(*args)
+
+
+def test_a_name_twice_is_read_in_two_ways(key: SigningKey) -> None:
+    parse(sign(command(key), key)).check_one_reading()
+    twice = sign_payload(UserDisable, b'{"iss":"a","iss":"b"}', key)
+    with pytest.raises(InvalidMessageError) as caught:
+        parse(twice).check_one_reading()
+    assert caught.value.code == "ambiguous"
+
+
+def test_a_header_shows_a_key_only_where_it_is_asked_to(key: SigningKey) -> None:
+    assert parse(sign(command(key), key)).header.jwk is None
+    compact = sign(command(key), key, header_jwk=True)
+    header = json.loads(b64decode(compact.partition(".")[0]))
+    assert header == {
+        "alg": key.alg, "kid": key.kid, "typ": "ringfence.user.disable+jwt",
+        "jwk": key.public.model_dump(exclude_none=True),
+    }  # fmt: skip
+    assert parse(compact).header.jwk == header["jwk"]
+    assert open_as(compact, key).claims == command(key)
+
+
+@pytest.mark.parametrize("name", ["crit", "b64"])
+def test_demands_of_a_header_are_refused(key: SigningKey, name: str) -> None:
+    fields = {"alg": key.alg, "kid": key.kid, "typ": "ringfence.user.disable+jwt", name: ["x"]}
+    with pytest.raises(InvalidMessageError) as caught:
+        parse(f"{b64encode(json.dumps(fields).encode())}.e30.AA")
+    assert caught.value.code == "not_a_jws"
+
+
+@pytest.mark.parametrize("name", ["alg", "kid", "typ"])
+@pytest.mark.parametrize("value", [None, 1])
+def test_a_header_without_a_part_is_none(key: SigningKey, name: str, value: Any) -> None:
+    fields = {"alg": key.alg, "kid": key.kid, "typ": "ringfence.user.disable+jwt", name: value}
+    head = b64encode(json.dumps({k: v for k, v in fields.items() if v is not None}).encode())
+    for take in (parse, kid_of):
+        with pytest.raises(InvalidMessageError) as caught:
+            take(f"{head}.e30.AA")
+        assert caught.value.code == "not_a_jws"
+
+
+def test_a_digest_is_of_the_very_text(key: SigningKey) -> None:
+    compact = sign(command(key), key)
+    assert open_as(compact, key).digest == hashlib.sha256(compact.encode()).hexdigest()
 
 
 FLIPPED_KEY = SigningKey.generate(f"spiffe://{TD}/user/olga")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ringfence.messages.registry import McpRule, RequestRule
 from ringfence.model.globs import parse_name
 from ringfence.model.mcp import McpMessageError, read_message
-from ringfence.model.request_map import Action, RequestMap, RequestMapError
+from ringfence.model.request_map import MAX_BODY_BYTES, Action, RequestMap, RequestMapError
 
 
 def rule(
@@ -255,3 +255,102 @@ def test_whatever_is_called_is_one_resource_of_the_rule_or_nothing(
 @given(st.binary(max_size=200) | _VALUES.map(lambda value: json.dumps(value).encode()))
 def test_whatever_is_posted_is_decided(posted: bytes) -> None:
     assert decided(posted) is None
+
+
+# --- several endpoints ------------------------------------------------------------------------------------------------
+
+
+def at(path: str, verb: str, name: str, resource: str = "server", **more: Any) -> RequestRule:
+    mcp = McpRule(method="tools/call", name=name, **more)
+    return RequestRule(method="MCP", path=path, mcp=mcp, verb=verb, resource=resource)
+
+
+TWO = RequestMap(
+    [
+        at("/Api/{team}/one", "first", "push", "team/{team}"),
+        at("/Api/{team}/two", "second", "push", "team/{team}"),
+        at("/Api/{team}/two", "third", "push"),
+        at("/Api/{team}/two", "pull", "pull_{what}", "{what}/{arguments.repo}"),
+        RequestRule(method="POST", path="/{all*}", verb="anything", resource="x"),
+        RequestRule(method="GET", path="/{all*}", verb="look", resource="x"),
+    ]
+)
+
+
+def test_each_endpoint_has_rules_of_its_own() -> None:
+    assert TWO.action("POST", "/Api/a/one", call("push")) == Action("first", "team/a")
+    assert TWO.action("POST", "/Api/a/two", call("push")) == Action("second", "team/a")
+    assert TWO.action("POST", "/Api/a/one", call("pull_x", repo="y")) is None
+    assert TWO.mcp_offers("/Api/a/one", "tools/call", "push") == (Action("first", "team/a"),)
+    assert TWO.mcp_offers("/Api/a/two", "tools/call", "push") == (Action("second", "team/a"),)
+    assert TWO.mcp_offers("/Api/a/one", "tools/call", "pull_x") == ()
+    assert TWO.mcp_offers("/elsewhere", "tools/call", "push") == ()
+    assert TWO.mcp_action("/elsewhere", read_message(call("push"))) is None
+    assert TWO.mcp_action("/Api/a/one#", read_message(call("push"))) is None
+
+
+def test_what_some_would_take_for_an_endpoint_is_no_other_request() -> None:
+    for target in ("/api/a/one", "/API/a/ONE", "/Api/A/Two"):
+        assert TWO.action("POST", target, call("push")) is None
+        assert TWO.action("GET", target) == Action("look", "x")
+    assert TWO.action("POST", "/api/a/three", call("push")) == Action("anything", "x")
+
+
+def test_where_an_endpoint_is() -> None:
+    assert TWO.speaks_mcp("/Api/a/one")
+    assert TWO.speaks_mcp("/Api/a/one?session=1")
+    for target in ("/Api/a/one/", "/Api/a", "/Api/../Api/a/one", "/api/a/one"):
+        assert not TWO.speaks_mcp(target)
+    assert TWO.speaks_mcp("/Api/a/one?".ljust(8192, "x"))
+    assert not TWO.speaks_mcp("/Api/a/one?".ljust(8193, "x"))
+    assert TWO.reads_body("POST", "/Api/a/one")
+    assert not TWO.reads_body("GET", "/Api/a/one")
+
+
+@pytest.mark.parametrize(("length", "verb"), [(MAX_BODY_BYTES, "first"), (MAX_BODY_BYTES + 1, None)])
+def test_so_long_is_a_message_at_most(length: int, verb: str | None) -> None:
+    found = TWO.action("POST", "/Api/a/one", call("push").ljust(length))
+    assert (found.verb if found else None) == verb
+    assert TWO.action("POST", "/Api/a/one") is None
+    assert TWO.action("POST", "/Api/a/one", b"") is None
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "a%2e", "a;b", "", "a\\b"])
+def test_a_name_that_is_no_segment_is_neither_done_nor_offered(name: str) -> None:
+    assert TWO.action("POST", "/Api/a/two", call(f"pull_{name}", repo="y")) is None
+    assert TWO.mcp_offers("/Api/a/two", "tools/call", f"pull_{name}") == ()
+    assert TWO.mcp_offers("/Api/a/two", "tools/call", "pull_x") == (Action("pull", "x/*"),)
+
+
+def test_a_name_that_no_resource_can_have_is_not_offered() -> None:
+    assert TWO.mcp_offers("/Api/a/two", "tools/call", "pull_" + "x" * 600) == ()
+
+
+@pytest.mark.parametrize(
+    "resource", ["x/{arguments.a*}", "{arguments.a*}", "{arguments.a}/{arguments.b}", "x-{arguments.a}/y"]
+)
+def test_arguments_stand_where_a_resource_has_room_for_them(resource: str) -> None:
+    assert RequestMap([at("/mcp", "v", "t", resource)]).speaks_mcp("/mcp")
+
+
+@pytest.mark.parametrize("resource", ["x{arguments.a*}", "{arguments.a*}/y", "x/{arguments.a*}y"])
+def test_several_segments_stand_alone_at_the_end(resource: str) -> None:
+    with pytest.raises(RequestMapError, match="the last one"):
+        RequestMap([at("/mcp", "v", "t", resource)])
+
+
+def test_arguments_are_those_of_a_message_that_has_some() -> None:
+    with pytest.raises(RequestMapError, match="no arguments"):
+        RequestMap([rule("tools/list", "x", "{arguments.a}")])
+    with pytest.raises(RequestMapError, match="no arguments"):
+        RequestMap([RequestRule(method="POST", path="/mcp", verb="x", resource="{arguments.a}")])
+
+
+def test_a_rule_for_messages_has_no_condition_on_the_query() -> None:
+    with pytest.raises(RequestMapError, match="arguments alone"):
+        RequestMap([at("/mcp", "v", "t").model_copy(update={"query": {"a": ("b",)}})])
+
+
+def test_what_is_wrong_with_a_message_is_said() -> None:
+    with pytest.raises(RequestMapError, match=r"\bname\b"):
+        RequestMap([rule("tools/list", "x", "x", "name")])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 from hypothesis import given
@@ -11,14 +12,29 @@ from hypothesis import strategies as st
 
 from ringfence.kernel.jws import Signed
 from ringfence.kernel.kafka import to_json
-from ringfence.messages.credential import CredentialRequest, Reason
+from ringfence.messages.approval import Approval
+from ringfence.messages.credential import CredentialRequest, Reason, RequiredClass
 from ringfence.messages.examples import EXAMPLES
+from ringfence.messages.instances import InstanceEnrolment
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentRecord, TargetRecord, TaskRecord, UserRecord, VerbFloor
 from ringfence.model.approvals import BREAK_GLASS_TTL_S
 from ringfence.model.directory import Directory, Entry
-from ringfence.model.requests import Facts
-from ringfence.policy.domain import MAX_REASONS, InputBuilder, Ruling, rule
+from ringfence.model.requests import Delegation, Facts
+from ringfence.policy.domain import (
+    INPUT_FIELDS,
+    MAX_ASKED,
+    MAX_REASONS,
+    InputBuilder,
+    Ruling,
+    approver,
+    denied,
+    may_approve_any,
+    people_to_ask,
+    rule,
+    signer,
+    weighed,
+)
 from ringfence.rego.engine import PolicyFailedError, PolicyResult, result_of
 
 NOBODY = cast(Directory, None)
@@ -160,7 +176,7 @@ def test_all_reasons_are_given_and_none_twice():
 
 def test_reasons_end_somewhere():
     many = tuple(Reason(code=f"r{n}", message="x") for n in range(MAX_REASONS + 1))
-    assert len(ruling(PolicyResult(False, many, (), 0)).reasons) == MAX_REASONS
+    assert len(ruling(PolicyResult(False, many, (), 0)).reasons) == MAX_REASONS == 50
 
 
 def test_a_shortened_life_is_told():
@@ -206,3 +222,281 @@ def test_the_input_follows_the_records():
         builder.build(suspended, (), [], [], {}, requested_at_s=1, now_s=1)["agent"]["status"] == "suspended"
     )
     assert builder.build(first, (), [], [], {}, requested_at_s=1, now_s=1)["agent"]["status"] == "active"
+
+
+# --- all of the input -------------------------------------------------------------------------------------------------
+
+
+def built(given: Facts, **changes: Any) -> dict[str, Any]:
+    fields = {"against": (), "approvals": [], "held": [], "history": {}, "requested_at_s": 90, "now_s": 100}
+    return InputBuilder(declared).build(given, **{**fields, **changes})
+
+
+def test_the_input_has_what_bundles_and_replays_go_by():
+    document = built(facts())
+    assert {field for field in INPUT_FIELDS if "." not in field} <= document.keys()
+    for field in INPUT_FIELDS:
+        whole, _, part = field.partition(".")
+        assert not part or part in document[whole]
+    assert {
+        "agent.registered_at_s",
+        "target.revocability",
+        "target.enforced_by",
+        "floors",
+        "held",
+    } <= INPUT_FIELDS
+    assert len(INPUT_FIELDS) == 14
+
+
+def test_the_input_says_what_was_asked():
+    given = facts()
+    claims = given.request.claims
+    (wanted,) = claims.scope
+    assert built(given)["request"] == {
+        "id": given.request_id,
+        "agent_id": given.agent.state.agent_id,
+        "task_id": claims.task_id,
+        "scope": [
+            {"target": wanted.target, "verbs": list(wanted.verbs), "resources": list(wanted.resources)}
+        ],
+        "ttl_s": claims.ttl_s,
+        "delivery": claims.delivery,
+        "reason": claims.reason,
+        "requested_at_s": 90,
+    }
+
+
+def test_the_input_is_json_as_it_is():
+    given = facts(break_glass=True)
+    document = built(given, against=(LACK, OTHER), approvals=({"user_id": "sam"},))
+    assert json.loads(json.dumps(document)) == document
+    assert document["approvals"] == [{"user_id": "sam"}]
+    assert document["lacking"] == [
+        {
+            "code": "beyond_scope", "message": LACK.message, "side": "task",
+            "permission": {"target": "staging", "verbs": ["deploy"], "resources": ["env/production/*"]},
+        },
+        {"code": "other", "message": OTHER.message},
+    ]  # fmt: skip
+
+
+def test_the_input_holds_each_record_under_its_name():
+    given = facts()
+    document = built(given, held=[{"lease_id": "x"}], history={"requests": 3})
+    assert document["agent"]["agent_id"] == given.agent.state.agent_id
+    assert document["agent"]["registered_at_s"] == given.agent.record.commands[0].appended_at_ms // 1000
+    assert document["task"]["task_id"] == given.task.state.task_id
+    assert document["user"]["user_id"] == given.user.state.user_id
+    assert document["target"]["target_id"] == given.target.state.target_id
+    assert document["floors"] == ["sponsor"]
+    assert (document["held"], document["history"]) == ([{"lease_id": "x"}], {"requests": 3})
+
+
+def test_one_builder_keeps_records_apart():
+    builder, first = InputBuilder(declared), facts()
+    both = {"agent": "bot-2", "task": "00000000-0000-5000-8000-000000000002", "user": "u2", "target": "t2"}
+    second = replace(
+        first,
+        agent=entry(AgentRecord, agent_id=both["agent"]),
+        task=entry(TaskRecord, task_id=both["task"]),
+        user=entry(UserRecord, user_id=both["user"]),
+        target=entry(TargetRecord, target_id=both["target"]),
+    )
+
+    def ids(given: Facts) -> dict[str, str]:
+        found = builder.build(given, (), [], [], {}, requested_at_s=1, now_s=1)
+        return {name: found[name][f"{name}_id"] for name in both}
+
+    assert ids(second) == both
+    assert ids(first) != both
+    assert ids(second) == both
+
+
+def test_the_kind_of_credential_is_asked_about_the_target():
+    asked: list[Any] = []
+
+    def declared_by(target: Any) -> dict[str, str]:
+        asked.append(target)
+        return {"revocability": "immediate"}
+
+    given = facts()
+    found = InputBuilder(declared_by).build(given, (), [], [], {}, requested_at_s=1, now_s=1)
+    assert asked == [given.target.state]
+    assert found["target"]["revocability"] == "immediate"
+
+
+def test_what_is_not_there_is_left_out_of_the_input():
+    given = replace(facts(), sponsor=None)
+    document = built(given)
+    assert document.keys().isdisjoint({"sponsor", "delegations"})
+    assert document["request"].keys().isdisjoint({"break_glass", "instance"})
+    assert built(facts(break_glass=True))["request"]["break_glass"] is True
+    enrolment = cast(InstanceEnrolment, EXAMPLES[InstanceEnrolment])
+    instance = built(replace(given, instance=enrolment))["request"]["instance"]
+    assert (instance["instance_id"], instance["not_after"]) == (
+        enrolment.instance_id,
+        enrolment.key.not_after,
+    )
+    step = Delegation(entry(AgentRecord, agent_id="above"), given.sponsor, entry(TaskRecord), "kid")
+    (written,) = built(replace(given, delegations=(step,)))["delegations"]
+    assert written["agent"]["agent_id"] == "above"
+
+
+def test_an_approver_is_shown_with_their_roles():
+    user = entry(UserRecord, user_id="sam", roles=("sponsor", "operator")).state
+    assert approver(user) == {"user_id": "sam", "roles": ["sponsor", "operator"]}
+
+
+# --- approvals that stand ---------------------------------------------------------------------------------------------
+
+
+class People:
+    """A directory of users; the agent's sponsor is sam."""
+
+    ROLES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "sam": ("sponsor",), "olga": ("operator",), "otto": ("operator",), "petra": ("sponsor",),
+        **{f"op-{n}": ("operator",) for n in range(MAX_ASKED + 5)},
+    }  # fmt: skip
+
+    def user(self, user_id: str) -> Entry[Any] | None:
+        if user_id not in self.ROLES:
+            return None
+        return entry(UserRecord, user_id=user_id, roles=self.ROLES[user_id], status="active")
+
+
+PEOPLE = cast(Directory, People())
+
+
+def signed(*people: str) -> tuple[Any, ...]:
+    claims = cast(Approval, EXAMPLES[Approval])
+    return tuple(
+        Signed(claims.model_copy(update={"iss": f"spiffe://{claims.aud}/user/{who}"}), "") for who in people
+    )
+
+
+def sponsored(**request: Any) -> Facts:
+    agent = entry(AgentRecord, sponsor="sam", status="active")
+    # Who sponsored it before stands in its commands; those of the example are no JWS.
+    record = agent.record.model_copy(update={"commands": ()})
+    return replace(facts(**request), agent=replace(agent, record=record))
+
+
+def decided(result: PolicyResult, given: Facts, *people: str) -> Ruling:
+    return rule(given, (), result, signed(*people), PEOPLE)
+
+
+def test_what_is_required_is_met_by_who_may_give_it():
+    wants = PolicyResult(True, (), ("operator",), 3600)
+    given = sponsored()
+    for people, outcome in (
+        ((), "approval_required"),
+        (("sam",), "approval_required"),
+        (("olga",), "approval_required"),
+        (("sam", "petra"), "approval_required"),
+        (("sam", "olga"), "allowed"),
+    ):
+        found = decided(wants, given, *people)
+        assert (found.outcome, found.required) == (outcome, ("sponsor", "operator"))
+        assert found.ttl_s == given.request.claims.ttl_s
+
+
+def test_break_glass_that_was_not_needed_stands_where_it_was_answered():
+    given = replace(
+        sponsored(break_glass=True), target=entry(TargetRecord, verbs=(VerbFloor(verb="deploy"),))
+    )
+    assert [reason.code for reason in decided(ALLOW, given).reasons] == ["break_glass_not_needed"]
+    assert decided(ALLOW, given, "olga").outcome == "approval_required"
+    assert decided(ALLOW, given, "olga", "otto").outcome == "allowed"
+
+
+def test_break_glass_tells_what_it_outweighs():
+    given = replace(
+        sponsored(break_glass=True), target=entry(TargetRecord, verbs=(VerbFloor(verb="deploy"),))
+    )
+    found = decided(PolicyResult(False, (OTHER,), (), 0), given, "olga", "otto")
+    assert found.outcome == "allowed"
+    assert [reason.code for reason in found.reasons][:2] == ["break_glass", "other"]
+
+
+@pytest.mark.parametrize(("given_s", "ttl_s"), [(1, 1), (0, 300), (-1, 300), (20, 20)])
+def test_break_glass_is_no_way_around_a_life_that_the_bundle_gives(given_s: int, ttl_s: int):
+    found = weighed((), PolicyResult(False, (OTHER,), (), given_s), (), 300, 3600, break_glass=True)
+    assert (found.denials, found.ttl_s, found.outweighed) == ((), ttl_s, (OTHER,))
+    assert found.required == TWO
+
+
+def test_without_break_glass_nothing_is_outweighed():
+    found = weighed((), PolicyResult(False, (OTHER,), (), 60), (), 300, 3600)
+    assert (found.denials, found.ttl_s, found.outweighed, found.required) == ((OTHER,), None, (), ())
+
+
+@pytest.mark.parametrize(
+    ("verb", "floor", "asks", "codes"),
+    [
+        ("deploy", "operator", (), ["floor"]),
+        ("deploy", "operator", ("operator",), ["floor", "policy"]),
+        ("other", "operator", ("operator",), ["policy"]),
+        ("deploy", "sponsor", ("second_person",), ["floor", "policy"]),
+    ],
+)
+def test_who_wants_it_is_told_apart(verb: str, floor: str, asks: tuple[Any, ...], codes: list[str]):
+    verbs = (VerbFloor(verb=verb, floor=cast(Any, floor)), VerbFloor(verb="unasked", floor="sponsor"))
+    given = replace(sponsored(), target=entry(TargetRecord, verbs=verbs))
+    found = decided(PolicyResult(True, (), asks, 3600), given)
+    assert [reason.code for reason in found.reasons] == codes
+    assert not any("unasked" in reason.message for reason in found.reasons)
+
+
+def test_break_glass_itself_is_not_explained_and_what_stands_beside_it_is():
+    given = sponsored(break_glass=True)
+    found = decided(PolicyResult(False, (OTHER,), ("operator",), 0), given)
+    assert found.required == ("sponsor", "operator", *TWO)
+    assert [reason.code for reason in found.reasons] == ["floor", "policy", "break_glass", "other"]
+
+
+# --- who is asked -----------------------------------------------------------------------------------------------------
+
+
+def test_for_each_class_those_are_asked_who_may_give_it():
+    given = sponsored()
+    candidates = ["petra", "olga", "sam", "otto", "nobody"]
+    assert people_to_ask(PEOPLE, given, ("sponsor",), candidates) == ("sam",)
+    assert people_to_ask(PEOPLE, given, ("operator",), candidates) == ("olga", "otto")
+    assert people_to_ask(PEOPLE, given, ("sponsor", "operator"), candidates) == ("sam", "olga", "otto")
+    assert people_to_ask(PEOPLE, given, ("second_person",), candidates) == ("petra",)
+    assert people_to_ask(PEOPLE, given, (), candidates) == ()
+
+
+def test_where_nobody_may_the_sponsor_is_asked():
+    assert people_to_ask(PEOPLE, sponsored(), ("operator",), ["petra"]) == ("sam",)
+    assert people_to_ask(PEOPLE, sponsored(), ("operator",), []) == ("sam",)
+
+
+def test_no_more_are_asked_than_a_crowd():
+    crowd = [f"op-{n}" for n in range(MAX_ASKED + 5)]
+    assert people_to_ask(PEOPLE, sponsored(), ("operator",), crowd) == tuple(crowd[:20])
+
+
+def test_which_classes_one_may_give():
+    given = sponsored()
+    every: tuple[RequiredClass, ...] = ("sponsor", "second_person", "operator", "break_glass")
+    assert may_approve_any(PEOPLE, "sam", every, given) == ("sponsor",)
+    assert may_approve_any(PEOPLE, "olga", every, given) == ("operator", "break_glass")
+    assert may_approve_any(PEOPLE, "olga", ("sponsor",), given) == ()
+    assert may_approve_any(PEOPLE, "nobody", every, given) == ()
+
+
+def test_only_a_user_of_the_domain_is_a_signer():
+    (approval,) = signed("sam")
+    assert signer(approval) == "sam"
+    for iss in (f"spiffe://{approval.claims.aud}/agent/sam", "spiffe://elsewhere.example/user/sam"):
+        assert signer(Signed(approval.claims.model_copy(update={"iss": iss}), "")) is None
+
+
+def test_a_denial_may_say_when_to_ask_again():
+    assert denied("x", "y", retry_after_s=5).ruling == Ruling(
+        "denied", (Reason(code="x", message="y"),), retry_after_s=5
+    )
+    assert denied("x", "y").ruling.retry_after_s is None
+    assert (denied("x", "y").facts, denied("x", "y").grants) == (None, ())
+    assert (Ruling("denied").reasons, Ruling("denied").required) == ((), ())

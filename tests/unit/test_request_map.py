@@ -249,3 +249,85 @@ def test_a_rule_before_that_looks_at_no_body_decides_without_one() -> None:
     assert map.reads_body("POST", "/x?dry=2")
     assert not map.reads_body("POST", "/x?dry=1&dry=2"), "it is no verb, whatever its body says"
     assert map.action("POST", "/x?dry=1&dry=2", b'{"event": "COMMENT"}') is None
+
+
+# --- limits, and what lies just beyond --------------------------------------------------------------------------------
+
+PLAIN = RequestMap(
+    [
+        rule("POST", "/x", "write"),
+        rule("GET", "/deep/{path*}", "dig"),
+        rule("POST", "/find", "find", query={"q": ("a=b", "")}),
+        rule("POST", "/find", "other"),
+    ]
+)
+
+
+@pytest.mark.parametrize(("length", "verb"), [(8192, "list"), (8193, None)])
+def test_a_target_has_so_many_characters_at_most(length: int, verb: str | None) -> None:
+    found = MAP.action("GET", "/?".ljust(length, "x"))
+    assert (found.verb if found else None) == verb
+    target = "/reviews?".ljust(length, "x")
+    assert MAP.reads_body("POST", target) == bool(verb)
+    assert (MAP.action("POST", target, b'{"event": "ASK"}') is not None) == bool(verb)
+
+
+@pytest.mark.parametrize(("depth", "verb"), [(254, "dig"), (255, "dig"), (256, None)])
+@pytest.mark.parametrize("segment", ["a", "%61"])
+def test_a_path_has_so_many_segments_at_most(depth: int, verb: str | None, segment: str) -> None:
+    found = PLAIN.action("GET", "/deep" + f"/{segment}" * depth)
+    assert (found.verb if found else None) == verb
+
+
+@pytest.mark.parametrize(("length", "verb"), [(MAX_BODY_BYTES, "comment"), (MAX_BODY_BYTES + 1, None)])
+def test_so_much_of_a_body_is_looked_at(length: int, verb: str | None) -> None:
+    assert MAX_BODY_BYTES == 1_048_576
+    found = MAP.action("POST", "/reviews", b'{"event": "COMMENT"}'.ljust(length))
+    assert (found.verb if found else None) == verb
+
+
+@pytest.mark.parametrize(
+    "path", ["/deep/%2e", "/deep/%2e%2e/x", "/deep/./x", "/deep/..", "xdeep/a", "deep/a", ""]
+)
+def test_no_rule_takes_a_path_that_leads_elsewhere(path: str) -> None:
+    assert PLAIN.action("GET", path) is None
+    assert PLAIN.action("GET", "/deep/.a") == Action("dig", "x")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "_method=DELETE", "%5fm%65thod=DELETE", "%5f%6d%65%74%68%6f%64=x", "+_method=x", "++_method=x", " _method=x",
+        "x-http-method=PUT", "X-Method-Override=PUT", "x-http-method-override=PUT", "_method[=x",
+    ],
+)  # fmt: skip
+def test_a_parameter_that_makes_it_another_method_is_seen_where_no_rule_looks_at_the_query(
+    query: str,
+) -> None:
+    assert PLAIN.action("POST", f"/x?{query}") is None
+
+
+@pytest.mark.parametrize("query", ["_method+=x", "a=_method", "methods=1", "%5fmethods=x"])
+def test_others_are_none_of_those(query: str) -> None:
+    assert PLAIN.action("POST", f"/x?{query}") == Action("write", "x")
+
+
+@pytest.mark.parametrize(
+    ("query", "verb"),
+    [("?q=a=b", "find"), ("?q=a", "other"), ("?q=", "find"), ("?q", "find"), ("", "other"), ("?", "other")],
+)
+def test_a_value_begins_after_the_first_sign(query: str, verb: str) -> None:
+    assert PLAIN.action("POST", f"/find{query}") == Action(verb, "x")
+
+
+def test_a_body_need_not_be_seen_where_the_target_is_none() -> None:
+    assert MAP.reads_body("POST", "/reviews?x=1")
+    for target in ("/reviews?x#y", "/reviews#", "/reviews/..", "/elsewhere"):
+        assert not MAP.reads_body("POST", target)
+
+
+def test_what_is_wrong_with_a_map_has_its_code() -> None:
+    for path in ("/a/./b", "/a/../b"):
+        with pytest.raises(RequestMapError, match="neither a segment") as refused:
+            RequestMap([rule("GET", path, "read")])
+        assert refused.value.code == "request_map_invalid"

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
-from ringfence.kernel.jws import Signed
-from ringfence.messages.credential import CredentialRequest
+from ringfence.kernel.ids import message_id
+from ringfence.kernel.jws import Signed, sign
+from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.seal import ReplyKey
+from ringfence.messages.credential import CredentialRequest, DelegatorRevisions, Reason, Revisions
 from ringfence.messages.examples import EXAMPLES
+from ringfence.messages.instances import AttestationSelector, InstanceEnrolment
+from ringfence.messages.lease import Delegator
 from ringfence.messages.permission import Permission
-from ringfence.messages.registry import AgentRecord, TargetRecord, TaskRecord, UserRecord
-from ringfence.model.directory import Entry
-from ringfence.model.requests import Delegation, Facts, violations
+from ringfence.messages.registry import (
+    AgentDecommission,
+    AgentRecord,
+    AgentRotateKey,
+    AgentSetCeiling,
+    AgentSuspend,
+    AgentTransfer,
+    TargetRecord,
+    TargetRemove,
+    TaskDelegate,
+    TaskEnd,
+    TaskRecord,
+    UserDisable,
+    UserRecord,
+    VerbFloor,
+)
+from ringfence.model.attestation import selector_id
+from ringfence.model.directory import Directory, Entry
+from ringfence.model.identity import SubjectKind
+from ringfence.model.lifecycle import subject_key
+from ringfence.model.requests import Delegation, DeniedError, Facts, find_ground, gather, violations
+from tests.ledger import Ledger, permission
 
 AS_OF, AGE_S = 1_000_000, 3600
 WANTED = Permission(target="staging", verbs=("read",), resources=("env/staging/web",))
@@ -107,3 +132,391 @@ def test_another_resource_is_another_wish_on_the_same_records():
         f"ceiling:{given.agent.state.agent_id}",
         f"entitlements:{given.user.state.user_id}",
     ]
+
+
+# --- records that the registry made -----------------------------------------------------------------------------------
+
+VERBS = ("read", "deploy", "wipe")
+EVERYTHING = permission("**", verbs=VERBS)
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    """sam's bot and suzy's other; uma, who may do everything at `staging`."""
+    ledger = Ledger()
+    ledger.organisation()
+    ledger.give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(EVERYTHING)))
+    verbs = (
+        VerbFloor(verb="read"),
+        VerbFloor(verb="deploy", floor="sponsor"),
+        VerbFloor(verb="wipe", floor="operator"),
+    )
+    ledger.give(ledger.target_set("olga", "staging", verbs=verbs))
+    ledger.give(ledger.register("sam", "bot", "sam", ceiling=(EVERYTHING,)))
+    ledger.give(ledger.register("suzy", "other", "suzy", ceiling=(EVERYTHING,)))
+    return ledger
+
+
+def made(ledger: Ledger, claims: Any) -> str:
+    change = ledger.give(claims)
+    assert change is not None
+    return subject_key(change.state)[1]
+
+
+@pytest.fixture
+def assigned(ledger: Ledger) -> str:
+    """The task that uma assigned to bot, for an hour."""
+    return made(ledger, ledger.assign("uma", "bot", terms=ledger.terms("bot", scope=(EVERYTHING,))))
+
+
+def handed_on(ledger: Ledger, parent: str) -> str:
+    """bot hands its task on to other, for ten minutes."""
+    terms = ledger.terms("other", scope=(EVERYTHING,), not_after=ledger.clock.ms // 1000 + 600)
+    iss = ledger.key("bot", "agent").id
+    return made(ledger, ledger.claims(TaskDelegate, "bot", iss=iss, parent=parent, terms=terms))
+
+
+def asked(ledger: Ledger, task_id: str, agent: str = "bot", **fields: Any) -> Signed[CredentialRequest]:
+    given = {
+        "iss": ledger.key(agent, "agent").id,
+        "task_id": task_id,
+        "scope": (permission("env/staging/web", verbs=("read",)),),
+        "ttl_s": 600,
+        "reason": "a test",
+        "reply_key": ReplyKey().public,
+    }
+    claims = ledger.claims(CredentialRequest, agent, **{**given, **fields})
+    return Signed(claims, sign(claims, ledger.key(agent, "agent")))
+
+
+def reasons(ledger: Ledger, given: Facts, now_s: float | None = None) -> list[Reason]:
+    return list(violations(given, ledger.clock.ms / 1000 if now_s is None else now_s, 30 * 86_400))
+
+
+def codes(ledger: Ledger, request: Signed[CredentialRequest], now_s: float | None = None) -> list[str]:
+    return [reason.code for reason in reasons(ledger, gather(ledger.directory, request), now_s)]
+
+
+def denied(directory: Directory, *names: str) -> Reason:
+    with pytest.raises(DeniedError) as caught:
+        find_ground(directory, *names)
+    assert (caught.value.code, caught.value.message) == (
+        caught.value.reason.code,
+        caught.value.reason.message,
+    )
+    return caught.value.reason
+
+
+def only(ledger: Ledger, *, but_for: Sequence[str] = ()) -> Directory:
+    """A reader that has not seen some of the records."""
+    reader = ledger.reader()
+    kinds: tuple[SubjectKind, ...] = ("user", "target", "agent", "task")
+    for kind in kinds:
+        for one in ledger.directory.entries(kind):
+            if one.record.sub.rpartition("/")[2] not in but_for:
+                ledger.admit(
+                    ledger.sign_record(one.record.state, one.record.commands, one.record.revision), reader
+                )
+    return reader
+
+
+def test_what_it_is_held_against_are_the_records_that_it_names(ledger: Ledger, assigned: str):
+    request = asked(ledger, assigned)
+    given = gather(ledger.directory, request)
+    directory = ledger.directory
+    assert (given.agent, given.sponsor) == (directory.agent("bot"), directory.user("sam"))
+    assert (given.task, given.user) == (directory.task(assigned), directory.user("uma"))
+    assert (given.target, given.delegations) == (directory.target("staging"), ())
+    assert (given.request, given.instance) == (request, None)
+    assert given.request_id == message_id(request.claims.iss, request.claims.jti)
+    assert gather(directory, request, "given").request_id == "given"
+    assert (given.act, given.delegators()) == (("bot",), None)
+    assert reasons(ledger, given) == []
+
+
+def test_a_part_is_held_against_every_agent_that_handed_it_on(ledger: Ledger, assigned: str):
+    part = handed_on(ledger, assigned)
+    given = gather(ledger.directory, asked(ledger, part, "other"))
+    (step,) = given.delegations
+    bot, parent = ledger.directory.agent("bot"), ledger.directory.task(assigned)
+    assert (step.agent, step.sponsor, step.task) == (bot, ledger.directory.user("sam"), parent)
+    assert step.kid == ledger.key("bot", "agent").kid
+    assert given.act == ("other", "bot")
+    assert given.delegators() == (
+        Delegator(agent_id="bot", task_id=assigned, sponsor="sam", key_thumbprint=step.kid),
+    )
+    assert [side.name for side in given.sides(ledger.clock.ms / 1000, 30 * 86_400)] == [
+        "task", "ceiling:other", "ceiling:bot", "entitlements:uma",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("age_s", "scope"), [(2, (EVERYTHING,)), (1, ())])
+def test_the_sides_that_are_shown_are_those_that_count(
+    ledger: Ledger, assigned: str, age_s: int, scope: tuple[Permission, ...]
+):
+    ground = find_ground(ledger.directory, "bot", assigned, "staging")
+    as_of = ground.user.state.entitlements.as_of
+    sides = {side.name: side.scope for side in ground.sides(as_of + 1, age_s)}
+    assert sides == {"task": (EVERYTHING,), "ceiling:bot": (EVERYTHING,), "entitlements:uma": scope}
+
+
+def test_revisions_are_those_of_each_record(ledger: Ledger, assigned: str):
+    for _ in range(4):
+        ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=()))
+        ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(EVERYTHING,)))
+    part = handed_on(ledger, assigned)
+    ledger.give(ledger.claims(AgentSetCeiling, "suzy", agent_id="other", ceiling=(EVERYTHING, EVERYTHING)))
+    ledger.give(ledger.target_set("olga", "staging", description="another"))
+    ledger.give(ledger.target_set("olga", "staging", description="a third"))
+    ledger.give(ledger.target_set("olga", "staging", description="a fourth"))
+    ledger.give(ledger.claims(TaskEnd, "uma", task_id=part, reason="done"))
+    directory = ledger.directory
+
+    def revision(entry: Entry[Any] | None) -> int:
+        assert entry is not None
+        return entry.revision
+
+    found = find_ground(directory, "other", part, "staging").revisions("p1")
+    bot, parent = revision(directory.agent("bot")), revision(directory.task(assigned))
+    assert found == Revisions(
+        agent=revision(directory.agent("other")),
+        user=revision(directory.user("uma")),
+        task=revision(directory.task(part)),
+        target=revision(directory.target("staging")),
+        policy="p1",
+        delegators=(DelegatorRevisions(agent=bot, task=parent),),
+    )
+    assert find_ground(directory, "bot", assigned, "staging").revisions("p1").delegators is None
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "said"),
+    [
+        (("nobody", None, "staging"), "agent_unknown", "nobody"),
+        (("bot", "00000000-0000-5000-8000-000000000000", "staging"), "task_unknown", "00000000-0000-5000"),
+        (("bot", None, "nowhere"), "target_unknown", "nowhere"),
+    ],
+)
+def test_what_is_not_there_is_named(
+    ledger: Ledger, assigned: str, names: tuple[str, str | None, str], code: str, said: str
+):
+    agent, task, target = names
+    reason = denied(ledger.directory, agent, task or assigned, target)
+    assert reason.code == code
+    assert said in reason.message
+
+
+class Without:
+    """A directory that lacks one kind of record, which an honest one only does while records arrive."""
+
+    def __init__(self, directory: Directory, kind: str, id: str) -> None:
+        self._directory, self._missing = directory, (kind, id)
+
+    def __getattr__(self, kind: str) -> Any:
+        find = getattr(self._directory, kind)
+        return lambda name: None if (kind, name) == self._missing else find(name)
+
+
+def test_a_record_of_the_chain_that_is_not_there_denies(ledger: Ledger, assigned: str):
+    def reason(kind: str, id: str, task: str, agent: str = "bot") -> Reason:
+        return denied(cast(Directory, Without(ledger.directory, kind, id)), agent, task, "staging")
+
+    part = handed_on(ledger, assigned)
+    user = reason("user", "uma", assigned)
+    assert (user.code, "uma" in user.message) == ("user_unknown", True)
+    for missing in (("task", assigned), ("agent", "bot")):
+        found = reason(*missing, part, "other")
+        assert found.code == "task_unknown"
+        assert part in found.message
+        assert assigned in found.message
+
+
+def test_records_that_do_not_hold_deny(ledger: Ledger, assigned: str):
+    reason = denied(only(ledger, but_for=("olga",)), "bot", assigned, "staging")
+    assert reason.code == "record_untrusted"
+    assert "olga" in reason.message or "sam" in reason.message
+
+
+def test_a_request_is_for_one_target(ledger: Ledger, assigned: str):
+    scope = (permission("a", verbs=("read",)), permission("a", target="other", verbs=("read",)))
+    with pytest.raises(DeniedError) as caught:
+        gather(ledger.directory, asked(ledger, assigned, scope=scope))
+    assert caught.value.reason.code == "several_targets"
+    scope = (permission("a", verbs=("read",)), permission("b", verbs=("read",)))
+    assert codes(ledger, asked(ledger, assigned, scope=scope)) == []
+
+
+def test_nobody_but_an_agent_asks(ledger: Ledger, assigned: str):
+    with pytest.raises(DeniedError) as caught:
+        gather(ledger.directory, asked(ledger, assigned, iss=ledger.key("sam").id))
+    assert caught.value.reason.code == "agent_unknown"
+
+
+@pytest.mark.parametrize(
+    ("model", "by", "fields", "code", "named"),
+    [
+        (AgentSuspend, "sam", {"agent_id": "bot"}, "agent_suspended", "bot"),
+        (AgentDecommission, "sam", {"agent_id": "bot"}, "agent_decommissioned", "bot"),
+        (UserDisable, "olga", {"user_id": "sam"}, "agent_orphaned", "sam"),
+        (UserDisable, "olga", {"user_id": "uma"}, "user_disabled", "uma"),
+        (TargetRemove, "olga", {"target_id": "staging"}, "target_removed", "staging"),
+    ],
+)
+def test_who_is_not_active_stands_against_it(
+    ledger: Ledger, assigned: str, model: Any, by: str, fields: dict[str, str], code: str, named: str
+):
+    ledger.give(ledger.claims(model, by, reason="x", **fields))
+    (reason,) = reasons(ledger, gather(ledger.directory, asked(ledger, assigned)))
+    assert reason.code == code
+    assert named in reason.message
+
+
+def test_a_sponsor_who_is_none_any_more_leaves_an_orphan(ledger: Ledger, assigned: str):
+    ledger.give(ledger.user_set("olga", "sam", ["operator"]))
+    assert codes(ledger, asked(ledger, assigned)) == ["agent_orphaned"]
+
+
+def test_a_task_ends_in_its_last_second_and_by_its_end(ledger: Ledger, assigned: str):
+    request = asked(ledger, assigned)
+    task = ledger.directory.task(assigned)
+    assert task is not None
+    end_s = task.state.not_after
+    assert codes(ledger, request, end_s - 0.001) == []
+    assert codes(ledger, request, end_s) == ["task_ended"]
+    ledger.give(ledger.claims(TaskEnd, "uma", task_id=assigned, reason="done"))
+    (reason,) = reasons(ledger, gather(ledger.directory, request))
+    assert (reason.code, assigned in reason.message) == ("task_ended", True)
+
+
+def test_a_part_ends_with_what_it_is_a_part_of(ledger: Ledger, assigned: str):
+    given = gather(ledger.directory, asked(ledger, handed_on(ledger, assigned), "other"))
+    (step,) = given.delegations
+
+    def ends(**changes: Any) -> list[str]:
+        state = step.task.state.model_copy(update=changes)
+        above = replace(step, task=replace(step.task, state=state))
+        return [reason.code for reason in reasons(ledger, replace(given, delegations=(above,)))]
+
+    now_s = ledger.clock.ms // 1000
+    assert ends() == ends(not_after=now_s + 1) == []
+    assert ends(not_after=now_s) == ends(status="ended") == ["task_ended"]
+
+
+def test_a_task_is_its_agents_alone(ledger: Ledger, assigned: str):
+    assert codes(ledger, asked(ledger, assigned, "other")) == ["task_other_agent"]
+
+
+def test_a_verb_that_the_target_does_not_have_is_named_with_those_that_it_has(ledger: Ledger, assigned: str):
+    wide = permission("**", verbs=("read", "fly", "swim"))
+    ledger.give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(wide)))
+    ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(wide,)))
+    task = made(ledger, ledger.assign("uma", "bot", terms=ledger.terms("bot", scope=(wide,))))
+    wanted = (permission("a", verbs=("read",)), permission("b", verbs=("fly", "read", "swim")))
+    (reason,) = reasons(ledger, gather(ledger.directory, asked(ledger, task, scope=wanted)))
+    assert (reason.code, reason.permission, reason.side) == ("verb_unknown", wanted[1], "target")
+    assert "fly, swim" in reason.message
+    assert "deploy, read, wipe" in reason.message
+
+
+def test_what_is_beyond_a_side_is_named_with_the_part_that_is(ledger: Ledger, assigned: str):
+    ledger.give(
+        ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(permission("a", verbs=("read",)),))
+    )
+    request = asked(ledger, assigned, scope=(permission("a", "b", verbs=("read",)),))
+    (reason,) = reasons(ledger, gather(ledger.directory, request))
+    lacking = permission("b", verbs=("read",))
+    assert (reason.code, reason.permission, reason.side) == ("beyond_scope", lacking, "ceiling:bot")
+    assert "read on b at staging" in reason.message
+
+
+def test_what_breaks_the_grammar_is_said_with_its_place(ledger: Ledger, assigned: str):
+    request = asked(ledger, assigned, scope=(permission("a/../b", verbs=("read",)),))
+    (reason,) = reasons(ledger, gather(ledger.directory, request))
+    assert reason.code == "scope_invalid"
+    assert "'a/../b'" in reason.message
+
+
+@pytest.mark.parametrize(("length", "short"), [(472, False), (473, True)])
+def test_a_long_scope_is_told_as_far_as_a_message_goes(
+    ledger: Ledger, assigned: str, length: int, short: bool
+):
+    wanted = permission("a" * length, "b" * 480, verbs=("read",))
+    ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=()))
+    request = asked(ledger, assigned, scope=(wanted,))
+    (reason,) = reasons(ledger, gather(ledger.directory, request))
+    assert reason.permission == wanted
+    begun = f"ceiling:bot does not allow read on {'a' * length}, "
+    assert reason.message.startswith(begun)
+    assert len(reason.message) <= 1000
+    assert reason.message.endswith("...") == short
+    if short:
+        assert len(reason.message) == 1000
+
+
+@pytest.mark.parametrize(
+    ("verbs", "floors"),
+    [
+        (("read",), set()),
+        (("deploy",), {"sponsor"}),
+        (("read", "wipe"), {"operator"}),
+        (("deploy", "wipe"), {"sponsor", "operator"}),
+    ],
+)
+def test_floors_are_those_of_what_is_asked_for(
+    ledger: Ledger, assigned: str, verbs: tuple[str, ...], floors: set[str]
+):
+    given = gather(ledger.directory, asked(ledger, assigned, scope=(permission("a", verbs=verbs),)))
+    assert given.floors() == floors
+
+
+def test_break_glass_is_what_the_request_says(ledger: Ledger, assigned: str):
+    assert gather(ledger.directory, asked(ledger, assigned, break_glass=True)).break_glass is True
+    assert gather(ledger.directory, asked(ledger, assigned)).break_glass is False
+
+
+def test_what_a_compromised_key_signed_is_told_apart_from_what_another_did(ledger: Ledger, assigned: str):
+    before = asked(ledger, assigned)
+    new = SigningKey.generate(ledger.key("bot", "agent").id)
+    rotate = ledger.claims(
+        AgentRotateKey, "sam", agent_id="bot", key=ledger.key_record(new), compromised=True
+    )
+    ledger.give(rotate)
+    ledger.keys["agent/bot"] = new
+    assert codes(ledger, asked(ledger, assigned)) == []
+    (reason,) = reasons(ledger, gather(ledger.directory, before))
+    assert (reason.code, "agent bot" in reason.message) == ("key_compromised", True)
+    # What an enforcement point asks is signed by nobody.
+    assert codes(ledger, Signed(before.claims, "")) == []
+
+
+def test_everybody_who_ever_answered_for_the_agent_is_a_sponsor(ledger: Ledger, assigned: str):
+    ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(EVERYTHING, EVERYTHING)))
+    ledger.give(ledger.claims(AgentTransfer, "sam", agent_id="bot", sponsor="suzy"))
+    assert find_ground(ledger.directory, "bot", assigned, "staging").sponsors == {"sam", "suzy"}
+
+
+# --- instances --------------------------------------------------------------------------------------------------------
+
+ENROLMENT = cast(InstanceEnrolment, EXAMPLES[InstanceEnrolment])
+LET_IN = AttestationSelector(issuer=ENROLMENT.issuer, claims=dict(ENROLMENT.claims), max_life_s=43_200)
+
+
+def test_an_instance_is_the_one_that_the_request_carries_the_enrolment_of(ledger: Ledger, assigned: str):
+    compact = sign(ENROLMENT, ledger.registry)
+    assert gather(ledger.directory, asked(ledger, assigned, enrolment=compact)).instance == ENROLMENT
+
+
+@pytest.mark.parametrize(("task_ends", "key_ends"), [(100, 200), (200, 100), (100, 100)])
+def test_nothing_outlives_the_task_or_the_instances_key(task_ends: int, key_ends: int):
+    key = ENROLMENT.key.model_copy(update={"not_after": key_ends})
+    given = replace(facts(), task=entry(TaskRecord, not_after=task_ends))
+    assert given.not_after == task_ends
+    assert replace(given, instance=ENROLMENT.model_copy(update={"key": key})).not_after == 100
+
+
+def test_an_instance_that_is_let_in_no_more_stands_against_it():
+    enrolment = ENROLMENT.model_copy(update={"selector": selector_id(LET_IN)})
+    for attestation, found in (((LET_IN,), []), ((), ["instance_void"])):
+        bot = entry(AgentRecord, status="active", ceiling=HELD, attestation=attestation)
+        given = replace(facts(), agent=bot, instance=enrolment)
+        assert [reason.code for reason in violations(given, AS_OF, AGE_S)] == found

@@ -154,6 +154,7 @@ def test_the_refusal_names_each_permission_and_its_side() -> None:
 
 def test_nothing_is_allowed_by_default() -> None:
     wanted = (permission("r", "a"), permission("w", "b"))
+    assert NO_SIDE == "none"  # refusals show it
     assert lacking(wanted, ()) == tuple(Lack(p, NO_SIDE) for p in wanted)
     assert lacking(wanted, iter([Side.task(())])) == tuple(Lack(p, "task") for p in wanted)
     everything = (permission("rw", "**"),)
@@ -206,11 +207,14 @@ def test_deadline(appended_ms: int, ttl_s: int, task_end_ms: int, expected: int)
         (10_000, 60, 10_000, "new task"),
         (10_000, 60, 5_000, "new task"),
         (10_000, 60, 0, "new task"),
+        (1_000_000, 60, 1_000_500, "new task"),
+        (10_001, 1, 11_001, "at least 2 s"),
     ],
 )
 def test_no_deadline_without_a_second_left(appended_ms: int, ttl_s: int, task_end_ms: int, why: str) -> None:
-    with pytest.raises(DeadlineError, match=why):
+    with pytest.raises(DeadlineError, match=why) as caught:
         deadline_ms(appended_ms, ttl_s, task_end_ms)
+    assert caught.value.code == "deadline_too_close"
 
 
 moments = st.integers(0, 2**53)

@@ -110,6 +110,7 @@ def test_what_breaks_the_grammar_is_lacking_and_grants_nothing() -> None:
         assert missing(bad, everything) == (permission("t", "r", [text]),)
         assert missing(bad, bad) == (permission("t", "r", [text]),)
         assert missing((permission("t", "r", ["a"]),), bad) == ()
+        assert missing((permission("t", "r", ["b"]),), bad) == (permission("t", "r", ["b"]),)
         assert intersect(bad, everything) == (permission("t", "r", ["a"]),)
     # Straight past the checks of the message model, as a careless caller could.
     for target, verb in (
@@ -136,7 +137,7 @@ def test_a_field_from_a_newer_version_never_widens() -> None:
     plain = permission("t", "r", ["a"])
     assert missing((plain,), (newer,)) == (plain,)
     assert missing((newer,), (plain,)) == (newer,)
-    assert intersect((newer,), (plain,)) == ()
+    assert intersect((newer,), (plain,)) == intersect((plain,), (newer,)) == ()
     with pytest.raises(ScopeError, match="only_before"):
         validate_scope((newer,))
 
@@ -163,6 +164,10 @@ def test_validate_scope_names_the_offender() -> None:
     )
     with pytest.raises(ScopeError, match="4160 pairs"):
         validate_scope((many,))
+    most = many.model_copy(update={"verbs": many.verbs[:64]})
+    validate_scope((most,))
+    with pytest.raises(ScopeError, match="4097 pairs"):
+        validate_scope((most, good))
 
 
 # Intersection ----------------------------------------------------------------------------------------------
@@ -225,6 +230,12 @@ def test_intersect_is_what_both_allow(a: Scope, b: Scope) -> None:
     assert both == tuple(sorted(both, key=lambda p: (p.target, p.verbs)))
     if both:
         validate_scope(both)
+
+
+def test_the_limit_of_pairs_is_one_for_all_permissions(monkeypatch: pytest.MonkeyPatch) -> None:
+    scope = (permission("t", "r", ["x"]), permission("t", "r", ["y"]))
+    monkeypatch.setattr(module, "_MEET_PAIRS", 1)
+    assert intersect(scope, scope) == (permission("t", "r", ["x"]),)
 
 
 def test_intersect_beyond_its_limits_leaves_out_and_never_adds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from datetime import UTC, datetime
+
 import pytest
 
+from ringfence.kernel.envelope import EncryptionKey
 from ringfence.kernel.errors import InvalidMessageError, SignatureError, UnavailableError
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.jws import parse, sign
+from ringfence.kernel.keys import SigningKey, b64encode
 from ringfence.kernel.trust import TrustStore
+from ringfence.messages.base import typ_header
+from ringfence.messages.lease import Lease
+from ringfence.messages.oidc import OidcIssuer, OidcUse
 from ringfence.messages.registry import UserRecord
-from ringfence.messages.trust import RootHandover, TrustBundle
+from ringfence.messages.topics import LEASE
+from ringfence.messages.trust import RootHandover, ServiceIdentity, ServiceRole, TrustBundle
 from ringfence.model.chains import ChainError
 from tests.ledger import START_MS, TD, FixedClock, Ledger
 
@@ -196,3 +204,212 @@ def test_an_expired_bundle_is_the_roots_last_word_all_the_same(roots: list[Signi
     assert not store.load(bundle(1, roots[0]), NOW_S)
     assert store.load(bundle(3, roots[0]), NOW_S)
     assert store.expired(NOW_S) is None
+
+
+# --- services ---------------------------------------------------------------------------------------------------------
+
+END_S = NOW_S + 1000
+ISSUER = SigningKey.generate(f"spiffe://{TD}/service/issuer")
+GATEWAY = SigningKey.generate(f"spiffe://{TD}/gateway/edge", "EdDSA")
+OIDC = OidcIssuer(issuer="https://idp.example", uses=("users",))
+
+
+@pytest.fixture
+def store() -> TrustStore:
+    """Trusts an issuer and a gateway until `END_S`; the gateway's key ends before."""
+    root = new_root()
+    services = (
+        ServiceIdentity(id=ISSUER.id, roles=("issuer",), keys=(ISSUER.record(END_S + 10**6),)),
+        ServiceIdentity(id=GATEWAY.id, roles=("gateway",), keys=(GATEWAY.record(NOW_S + 500),)),
+    )
+    store = TrustStore(TD, root.kid)
+    store.load(
+        bundle(
+            7,
+            root,
+            services=services,
+            exp=END_S,
+            oidc_issuers=(OIDC, OIDC.model_copy(update={"issuer": "https://b"})),
+        ),
+        NOW_S,
+    )
+    return store
+
+
+def said(by: SigningKey, payload: bytes | None = None, **header: object) -> str:
+    """Something of no shape that anybody knows, signed by a service."""
+    head = json.dumps({"alg": by.alg, "kid": by.kid, "typ": "unheard-of", **header}).encode()
+    body = json.dumps({"iss": by.id}).encode() if payload is None else payload
+    text = f"{b64encode(head)}.{b64encode(body)}"
+    return f"{text}.{b64encode(by.sign(text.encode()))}"
+
+
+def test_a_store_that_has_seen_nothing_believes_nobody() -> None:
+    store = TrustStore(TD, new_root().kid)
+    assert (store.version, store.compact, store.expired(NOW_S)) == (None, b"", None)
+    assert store.service_key(ISSUER.id, ISSUER.kid, ("issuer",), NOW_S) is None
+    assert store.root_key(ROOT, new_root().kid) is None
+    assert store.encryption_keys("gateway", NOW_S) == ()
+    assert store.oidc_issuer(OIDC.issuer, "users", NOW_S) is None
+    assert not store.may_be_vouched_for(LEASE, said(ISSUER, typ=typ_header(Lease)), NOW_S)
+    assert not store.signed_by_service(parse(said(ISSUER)), NOW_S, ("issuer",))
+    assert store.no_later_s(NOW_S) == NOW_S
+    assert "ringfence init --publish" in str(store.unready())
+    with pytest.raises(UnavailableError, match="ringfence init --publish"):
+        store.require()
+
+
+def test_another_with_the_same_pin_believes_the_same_bundle(roots: list[SigningKey]) -> None:
+    store = TrustStore(TD, roots[0].kid)
+    text = bundle(1, roots[0])
+    assert store.load(text, NOW_S)
+    assert store.compact == text.encode()
+    again = store.anew()
+    assert again.version is None
+    assert again.load(text.encode(), NOW_S)
+    assert again.compact == text.encode()
+    with pytest.raises(SignatureError):
+        store.anew().load(bundle(2, roots[1]), NOW_S)
+
+
+def test_the_same_version_once_more_is_nothing_new(roots: list[SigningKey]) -> None:
+    store = TrustStore(TD, roots[0].kid)
+    assert store.load(bundle(2, roots[0]), NOW_S)
+    assert not store.load(bundle(2, roots[0], jti="another"), NOW_S)
+    assert not store.load(bundle(1, roots[0]), NOW_S)
+    assert store.unready() is None
+
+
+def test_a_bundle_that_is_out_of_date_is_logged(
+    roots: list[SigningKey], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = TrustStore(TD, roots[0].kid)
+    store.load(bundle(1, roots[0]), NOW_S)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    store.load(bundle(2, roots[0], exp=NOW_S), NOW_S)
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "trust bundle 2 expired" in record.getMessage()
+    moment = datetime.fromtimestamp(NOW_S, UTC).isoformat(timespec="seconds")
+    assert moment in record.getMessage()
+
+
+def test_the_root_signs_as_the_root(roots: list[SigningKey]) -> None:
+    store = TrustStore(TD, roots[0].kid)
+    with pytest.raises(SignatureError):
+        store.load(bundle(1, roots[0], iss=f"spiffe://{TD}/user/root"), NOW_S)
+    for jwk in (None, {"kty": "EC"}, {**roots[0].public.model_dump(exclude_none=True), "x": 1}):
+        _, body, tail = bundle(1, roots[0]).split(".")
+        fields = {"alg": roots[0].alg, "kid": roots[0].kid, "typ": "ringfence.trust.bundle+jwt", "jwk": jwk}
+        with pytest.raises(InvalidMessageError, match="jwk"):
+            store.load(f"{b64encode(json.dumps(fields).encode())}.{body}.{tail}", NOW_S)
+    assert store.version is None
+
+
+@pytest.mark.parametrize(
+    ("who", "roles", "at_s", "counts"),
+    [
+        (ISSUER, ("issuer",), NOW_S, True),
+        (ISSUER, ("gateway", "issuer"), END_S - 1, True),
+        (ISSUER, ("gateway",), NOW_S, False),
+        (ISSUER, (), NOW_S, False),
+        (ISSUER, ("issuer",), END_S, False),
+        (GATEWAY, ("gateway",), NOW_S + 499, True),
+        (GATEWAY, ("gateway",), NOW_S + 500, False),
+    ],
+)
+def test_a_service_speaks_as_what_it_is_in_its_time(
+    store: TrustStore, who: SigningKey, roles: tuple[ServiceRole, ...], at_s: int, counts: bool
+) -> None:
+    assert (store.service_key(who.id, who.kid, roles, at_s) is not None) == counts
+    assert (store.finder(*roles, at_s=at_s)(who.id, who.kid) is not None) == counts
+
+
+def test_whether_a_service_signed_it_whatever_it_says(store: TrustStore) -> None:
+    both: tuple[ServiceRole, ...] = ("issuer", "gateway")
+
+    def signed(compact: str, *roles: ServiceRole, at_s: float = NOW_S) -> bool:
+        return store.signed_by_service(parse(compact), at_s, roles or both)
+
+    assert signed(said(ISSUER))
+    assert signed(said(ISSUER), "issuer", "policy")
+    assert not signed(said(ISSUER), "gateway")
+    assert not store.signed_by_service(parse(said(ISSUER)), NOW_S, ())
+    assert signed(said(GATEWAY))
+    assert not signed(said(GATEWAY), at_s=NOW_S + 500)
+    thief = SigningKey.generate(ISSUER.id)
+    assert not signed(said(thief))
+    assert not signed(said(ISSUER, json.dumps({"iss": GATEWAY.id}).encode()))
+    head, body, _ = said(ISSUER).split(".")
+    assert not signed(f"{head}.{body}.{b64encode(thief.sign(f'{head}.{body}'.encode()))}")
+    assert not signed(said(ISSUER, alg="EdDSA"))
+    for payload in (
+        b"", b"{", b"[]", b"1", b'"iss"', b"{}", b'{"iss": 1}', b'{"iss": null}', b'{"iss": ["x"]}', b"[" * 100_000,
+    ):  # fmt: skip
+        assert not signed(said(ISSUER, payload))
+
+
+def test_what_a_service_signs_after_the_bundles_end_waits_for_the_next(store: TrustStore) -> None:
+    typ = typ_header(Lease)
+    for compact, at_s, waits in (
+        (said(ISSUER, typ=typ), END_S, True),
+        (said(ISSUER, typ=typ), END_S + 100, True),
+        (said(ISSUER, typ=typ), END_S - 1, False),
+        (said(ISSUER), END_S, False),  # no message of this topic
+        (said(GATEWAY, typ=typ), END_S, False),  # whose word no lease is
+        (said(SigningKey.generate(ISSUER.id), typ=typ), END_S, False),
+        ("no jws", END_S, False),
+    ):
+        assert store.may_be_vouched_for(LEASE, compact, at_s) == waits
+        assert store.may_be_vouched_for(LEASE, compact.encode(), at_s) == waits
+        if waits:
+            with pytest.raises(UnavailableError, match="trust bundle 7 expired") as caught:
+                store.require_judgeable(LEASE, compact, at_s)
+            assert caught.value.code == "trust_expired"
+        else:
+            store.require_judgeable(LEASE, compact, at_s)
+
+
+@pytest.mark.parametrize(
+    ("at_s", "judged_s"), [(NOW_S, NOW_S), (END_S - 1, END_S - 1), (END_S + 50, END_S - 1)]
+)
+def test_an_end_is_judged_within_the_bundle(store: TrustStore, at_s: int, judged_s: int) -> None:
+    assert store.no_later_s(at_s) == judged_s
+
+
+def test_a_bundle_in_force_is_required_in_its_time(store: TrustStore) -> None:
+    assert store.require().version == store.require(END_S - 1).version == 7
+    assert store.expired(END_S - 1) is None
+    with pytest.raises(UnavailableError) as caught:
+        store.require(END_S)
+    assert caught.value.code == "trust_expired"
+
+
+def test_keys_to_seal_to_end_with_the_bundle(roots: list[SigningKey]) -> None:
+    record = EncryptionKey.generate(GATEWAY.id).record(END_S + 10**6)
+    services = (
+        ServiceIdentity(id=GATEWAY.id, roles=("gateway",), keys=(), encryption_keys=(record,)),
+        ServiceIdentity(id=f"{GATEWAY.id}2", roles=("gateway",), keys=(), encryption_keys=()),
+    )
+    store = TrustStore(TD, roots[0].kid)
+    store.load(bundle(1, roots[0], services=services, exp=END_S), NOW_S)
+    assert store.encryption_keys("gateway", END_S - 1) == (record,)
+    assert store.encryption_keys("gateway", END_S - 1, of=GATEWAY.id) == (record,)
+    assert store.encryption_keys("gateway", END_S - 1, of=f"{GATEWAY.id}2") == ()
+    assert store.encryption_keys("issuer", END_S - 1) == ()
+    assert store.encryption_keys("gateway", END_S) == ()
+
+
+@pytest.mark.parametrize(
+    ("issuer", "use", "at_s", "found"),
+    [
+        (OIDC.issuer, "users", NOW_S, True),
+        (OIDC.issuer, "users", END_S - 1, True),
+        (OIDC.issuer, "users", END_S, False),
+        (OIDC.issuer, "instances", NOW_S, False),
+        ("https://other.example", "users", NOW_S, False),
+    ],
+)
+def test_an_issuer_of_tokens_counts_for_its_use(
+    store: TrustStore, issuer: str, use: OidcUse, at_s: int, found: bool
+) -> None:
+    assert store.oidc_issuer(issuer, use, at_s) == (OIDC if found else None)
