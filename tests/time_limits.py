@@ -33,7 +33,7 @@ from typing import Any
 import pytest
 import pytest_timeout  # type: ignore[import-untyped]
 
-RUNNING = "RINGFENCE_TESTS_RUNNING"
+RUNNING = "TESTS_RUNNING_DIR"
 """The environment variable that names a folder: there stands which test each process runs, and which ones hung."""
 GRACE_S = 5.0
 """How long each step may take."""

@@ -761,9 +761,7 @@ async def test_provisioners_are_listed_with_what_they_may_give(shell: Shell) -> 
     )
     assert "no provisioner" in await shell("olga", "provisioner", "list")
     given = ("--name", "Directory of ACME", "--delegation", str(file))
-    await shell(
-        "olga", "provisioner", "set", "acme", *given, "--anyway", "--new-key", str(shell.folder / "acme.json")
-    )
+    await shell("olga", "provisioner", "set", "acme", *given, "--new-key", str(shell.folder / "acme.json"))
     printed = " ".join((await shell("olga", "provisioner", "list")).split())
     for said in ("acme", "active", "Deployers: sponsor; platform:read:env/**"):
         assert said in printed

@@ -350,7 +350,7 @@ async def test_policy_gets_no_credential_sealed_to_a_key_of_its_own(desk: Desk, 
     if delivery == "gateway":
         seals = desk.world.seals
         envelope = await envelope_of(desk, honest)
-        bundle = desk.world.trust.require()
+        bundle = desk.world.runtimes["issuer"].trust.require()
         own = {
             key.kid
             for service in bundle.services

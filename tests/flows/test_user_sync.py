@@ -55,7 +55,7 @@ async def shell(
         shell = Shell(tmp_path, capsys)
         await shell(
             "olga", "provisioner", "set", "hr", "--name", "HR", "--delegation", str(tmp_path / "delegation.yaml"),
-            "--new-key", str(tmp_path / "hr.json"), "--anyway",
+            "--new-key", str(tmp_path / "hr.json"),
         )  # fmt: skip
         gc.disable()
         try:
@@ -69,10 +69,9 @@ async def test_what_is_delegated_is_said_before_it_replaces_what_was(shell: Shel
     change = ("provisioner", "set", "hr", "--delegation", str(file))
     await shell("olga", *change)  # nothing changes, and nobody is asked
     file.write_text(DELEGATION.replace("platform:", "platfrom:"))
-    assert "there is no target platfrom" in await shell("olga", *change, "--yes", status=1)
-    assert "add --yes" in await shell("olga", *change, "--anyway", status=2)
+    assert "add --yes" in await shell("olga", *change, status=2)
     assert "group " in shell.noted
-    await shell("olga", *change, "--anyway", "--yes")
+    await shell("olga", *change, "--yes")
     assert "warning: there is no target platfrom" in shell.noted
     assert "add --yes" in await shell("olga", "provisioner", "disable", "hr", "--reason", "x", status=2)
 

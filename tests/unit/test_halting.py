@@ -30,7 +30,7 @@ from ringfence.messages.topics import (
     USER,
 )
 from ringfence.messages.trust import SERVICE_ROLES, ServiceRole
-from tests.malformed import Services, malformed, signed_messages, typs
+from tests.malformed import DAY_S, Services, malformed, signed_messages, typs
 
 MANY = MAX_INVALID_SIGNED + 5
 SIGNED = [topic for topic in ALL if signed_messages(topic)]
@@ -170,7 +170,7 @@ async def test_what_came_before_a_burst_counts_no_more(services: Services) -> No
 async def test_after_the_end_of_the_bundle_only_who_may_write_there_is_waited_for(role: ServiceRole) -> None:
     """Else one record of any service would hold up orders of people until there is another bundle."""
     services = Services()
-    services.publish(lasts_s=-60)
+    services.publish(lasts_s=-DAY_S // 2)  # long before this module was imported
     for topic, model in ((REVOCATION_REQUEST, RevocationRequest), (LEASE, Lease)):
         value = malformed(services.keys[role], typ_header(model), "test.example")
         record = Received(topic, f"t.{topic.what}.v1", 0, 0, NOW_MS, "k", value.encode())

@@ -23,17 +23,34 @@ async def refuse_unknown(
 
     `held`: what was allowed before, of which nothing is said again. Raises InvalidCallError.
     """
+    found = await _unknown(administrator, scope, held)
+    if found and not anyway:
+        raise InvalidCallError(
+            f"{'; '.join(found)}. Correct it, have an operator add it first (ringfence target add), or add --anyway"
+        )
+    _warn(found)
+
+
+async def warn_of_unknown(
+    administrator: Administrator, scope: Sequence[Permission], held: Sequence[Permission] = ()
+) -> None:
+    """Warn of targets and verbs that are not there, where a scope may well come before them. `held`: as above."""
+    _warn(await _unknown(administrator, scope, held))
+
+
+async def _unknown(
+    administrator: Administrator, scope: Sequence[Permission], held: Sequence[Permission]
+) -> list[str]:
     known = {(one.target, verb) for one in held for verb in one.verbs}
     new = [
         one.model_copy(update={"verbs": verbs})
         for one in scope
         if (verbs := tuple(verb for verb in one.verbs if (one.target, verb) not in known))
     ]
-    found = await administrator.unknown_names(new)
-    if found and not anyway:
-        raise InvalidCallError(
-            f"{'; '.join(found)}. Correct it, have an operator add it first (ringfence target add), or add --anyway"
-        )
+    return await administrator.unknown_names(new)
+
+
+def _warn(found: Sequence[str]) -> None:
     for says in found:
         note(f"warning: {says}; that part allows nothing until an operator adds it", "yellow")
 

@@ -12,7 +12,6 @@ import typer
 from ringfence.cli.changes import Replacement, check_unchanged
 from ringfence.cli.ids import a_name
 from ringfence.cli.options import (
-    AnywayOption,
     IdentityOption,
     JsonOption,
     KeyDaysOption,
@@ -28,7 +27,7 @@ from ringfence.cli.options import (
     settings,
     wants_json,
 )
-from ringfence.cli.outcome import print_accepted, refuse_unknown
+from ringfence.cli.outcome import print_accepted, warn_of_unknown
 from ringfence.cli.output import note, print_json, print_table
 from ringfence.cli.scopes import parse_permission, show_permission
 from ringfence.cli.yaml_files import YamlFile
@@ -61,7 +60,6 @@ def change(
     public_key: PublicKeyOption = None,
     new_key: NewKeyOption = None,
     key_days: KeyDaysOption = 365,
-    anyway: AnywayOption = False,
     yes: YesOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
@@ -83,7 +81,7 @@ def change(
             before = entry.state.delegation if entry else None
             held = [one for group in before.groups for one in group.scope] if before else []
             given = [one for group in delegation.groups for one in group.scope]
-            await refuse_unknown(administrator, given, anyway, held)
+            await warn_of_unknown(administrator, given, held)
             said: dict[str, Any] = {}
             if entry is not None and before is not None:
                 shown = _replacement(provisioner, before, delegation, kept, keys)

@@ -10,7 +10,6 @@ import typer
 from ringfence.cli.ids import a_name, a_uuid
 from ringfence.cli.options import (
     AllowOption,
-    AnywayOption,
     IdentityOption,
     JsonOption,
     ReasonOption,
@@ -20,7 +19,7 @@ from ringfence.cli.options import (
     run,
     wants_json,
 )
-from ringfence.cli.outcome import print_accepted, refuse_unknown
+from ringfence.cli.outcome import print_accepted
 from ringfence.cli.output import moment, note, print_json, say
 from ringfence.cli.records import list_records, print_record
 from ringfence.cli.scopes import parse_scope, show_permission, show_scope
@@ -79,9 +78,7 @@ def assign(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what it would allow.")] = False,
     anyway: Annotated[
         bool,
-        typer.Option(
-            "--anyway", help="Assign it even where it allows nothing now, or names what is not there (yet)."
-        ),
+        typer.Option("--anyway", help="Assign it even where it allows nothing now."),
     ] = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
@@ -106,8 +103,6 @@ def assign(
                 _show_preview(shown)
             if dry_run:
                 return terms, whose or administrator.id, shown, None
-            if not anyway:  # else it stands among the warnings
-                await refuse_unknown(administrator, terms.scope)
             if not shown.effective and not anyway:
                 if wants_json(as_json):
                     _show_preview(shown)
@@ -137,7 +132,6 @@ def consent(
     valid: Annotated[
         str, typer.Option("--valid", metavar="DURATION", help="Until when it may be used.")
     ] = "1h",
-    anyway: AnywayOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -147,8 +141,6 @@ def consent(
     async def work() -> tuple[TaskTerms, str]:
         async with Administrator.connect(identity(me)) as administrator:
             terms = administrator.terms(agent, **wanted)
-            if not anyway:
-                await refuse_unknown(administrator, terms.scope)
             _show_preview(await administrator.preview(terms))
             return terms, administrator.sign_consent(terms, life_s=life_s)
 

@@ -28,7 +28,7 @@ from ringfence.model.identity import subject_of
 from ringfence.model.instances import enrolment_of, void
 from ringfence.model.rule import Side, are_in_force, lacking, sides_of
 from ringfence.model.scope import ScopeError, validate_scope
-from ringfence.model.unknown_fields import is_understood, names_of, told, unknown_fields
+from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
 
 _REMEMBERED_WISHES = 512
 """Each keeps the records that it was held against from being let go of, though others may have followed."""
@@ -224,7 +224,6 @@ def violations(facts: Facts, now_s: float, entitlements_max_age_s: int) -> tuple
     gone = void(facts.instance, facts.agent.state) if facts.instance else None
     return (
         *_signature(facts),
-        *_not_understood(facts.request.claims),
         *against(facts, facts.request.claims.scope, now_s, entitlements_max_age_s),
         *((gone,) if gone else ()),
     )
@@ -241,16 +240,6 @@ def _signature(facts: Facts) -> tuple[Reason, ...]:
     if not agent.compromised or not compact:  # what an enforcement point asks is signed by nobody
         return ()
     return (key_compromised(agent.agent_id),) if parse(compact).header.kid in agent.compromised else ()
-
-
-def _not_understood(request: CredentialRequest) -> tuple[Reason, ...]:
-    """What an agent wants may be less than it seems, where a field of its request is not known here. What is wrong with
-    its scope is told with that.
-    """
-    if is_understood(request):
-        return ()
-    found = [one for one in unknown_fields(request) if one.path[:1] != ("scope",)]
-    return (_reason("request_not_understood", told(found, "the request")),) if found else ()
 
 
 def key_compromised(agent_id: str) -> Reason:

@@ -24,9 +24,7 @@ _MOST_TOLD: Final = 5
 _NEAR: Final = 0.6
 
 
-NOT_UNDERSTOOD: Final = frozenset(
-    {"verb_not_understood", "request_not_understood", "grant_not_understood", "approval_not_understood"}
-)
+NOT_UNDERSTOOD: Final = frozenset({"verb_not_understood", "grant_not_understood", "approval_not_understood"})
 """Codes of what is denied for an unknown field alone: an honest service of another version may know the field."""
 
 
