@@ -24,8 +24,8 @@ def backend_problem(backend: BackendSettings, *, anyway: bool) -> str | None:
 
 def no_backend(kind: str) -> str:
     """That there is no such backend, with the nearest that there is."""
-    near = did_you_mean(kind, _known()) or "."
-    return f"there is no backend {visible_name(kind[:64]) or 'without a name'}{near} There are {', '.join(sorted(_known()))}"
+    known, name = sorted(_known()), visible_name(kind[:64]) or "without a name"
+    return f"there is no backend {name}{did_you_mean(kind, known) or '.'} There are {', '.join(known)}"
 
 
 def _known() -> set[str]:
