@@ -56,6 +56,8 @@ app = typer.Typer(help="Systems that agents act on: verbs and approval floors.",
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", callback=a_target, help="The target's id.")]
 _FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
 _CLASSES: tuple[ActionClass, ...] = get_args(ActionClass)
+_SETTING = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+"""What may be meant as the name of a setting; those that there are, the backends say."""
 _REQUEST = re.compile(
     r"(\S+) (\S+) (\S+) (\S+)((?: (?:(?:query|body|argument):[^\s=]+=\S+|message:[^\s=]+(?:=\S+)?))*)"
 )
@@ -332,7 +334,7 @@ def _settings(given: Iterable[str]) -> dict[str, str | int]:
     settings: dict[str, str | int] = {}
     for text in given:
         name, equals, value = text.partition("=")
-        if not equals or not name:
+        if not equals or not _SETTING.fullmatch(name):
             raise typer.BadParameter(f"{text[:64]!r}: write NAME=VALUE", param_hint="--setting")
         if name in BackendSettings.model_fields:
             option = "--backend" if name == "kind" else f"--{name}"
