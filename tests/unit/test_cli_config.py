@@ -155,6 +155,29 @@ def test_show_shows_no_secret_of_the_environment(
     assert not [secret for secret in SECRETS if secret in said]
 
 
+@pytest.mark.parametrize("password", ["with/slash", "with@sign", "with space", "a:b?c#d"])
+def test_show_shows_no_password_that_nobody_encoded(
+    password: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RINGFENCE_REDIS_URL", f"redis://:{password}@redis:6379/0")
+    shown = by_name(printed(capsys, "config", "show"))["RINGFENCE_REDIS_URL"]
+    assert shown == ("redis://[redacted]@redis:6379/0", "environment")
+
+
+def test_what_is_no_utf8_is_shown_and_trusted(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strange = folder / "strange\udcff"
+    strange.mkdir()
+    monkeypatch.chdir(strange)
+    Path("ringfence.toml").write_text('kafka = "broker:9092"\n')
+    monkeypatch.setenv("RINGFENCE_REDIS_URL", "redis://a\udcff")
+    assert printed(capsys, "config", "trust")["path"] == str(strange / "ringfence.toml")
+    shown = printed(capsys, "config", "show")
+    assert by_name(shown)["RINGFENCE_KAFKA"] == ("broker:9092", "trusted file")
+    assert by_name(shown)["RINGFENCE_REDIS_URL"] == ("redis://a\udcff", "environment")
+
+
 def test_dev_trusts_what_it_writes_each_time_it_changes_it(folder: Path) -> None:
     (folder / ".ringfence").mkdir()
     file = folder / ".ringfence/ringfence.toml"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,28 @@ def test_without_a_home_directory_nothing_found_counts(
     assert "there is no home directory" in capsys.readouterr().err
     assert main(["config", "trust"]) == 1
     assert "set HOME, or XDG_STATE_HOME" in capsys.readouterr().err
+
+
+LIKE_WINDOWS = """
+import os, sys
+
+sys.modules["fcntl"] = None
+for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_DIRECTORY", "geteuid", "fchmod"):
+    delattr(os, name)
+from ringfence import Agent
+from ringfence.client.settings import ClientSettings
+
+print(ClientSettings().kafka)
+"""
+
+
+def test_where_files_have_no_owners_agents_run_and_nothing_found_counts() -> None:
+    allow(plant())
+    done = subprocess.run(
+        [sys.executable, "-c", LIKE_WINDOWS], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, f"{USUAL}\n"), done.stderr
+    assert "name your settings file by RINGFENCE_CONFIG" in done.stderr
 
 
 def test_where_the_list_cannot_be_believed_nothing_found_counts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,7 @@ class Service:
     async def run(self, stop):
         asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
         if sys.argv[1] == "fails":
-            raise RuntimeError("it broke")
+            raise RuntimeError("it broke\\x1b[2J\\u202e\\nRuntimeError: not this one")
 
 
 class Ended:
@@ -127,6 +127,8 @@ def test_a_thread_that_hangs_does_not_hold_what_has_ended(how: str, status: int,
     )
     assert done.returncode == status
     assert says in done.stderr
+    assert not {"\x1b", "\u202e"} & set(done.stderr), "nothing acts upon a terminal"
+    assert "\nRuntimeError: not this one" not in done.stderr, "nor begins a line that is not its own"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

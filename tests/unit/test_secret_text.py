@@ -40,6 +40,7 @@ SAID = {
     "phrase, before another": f"db_password=correct {MARK[:9]} staple user=app",
     "phrase in a URL": f"postgres://app:correct {MARK[:9]} staple@db.example/shop",
     "query": f"https://api.example/x?api_key={MARK[:9]}&page=2",
+    "query, with a hyphen": f"https://api.example/x?api-key={MARK[:9]}&page=2",
 }
 HARMLESS = (
     "release 421: deploy to staging, see https://ci.example/builds/421?page=2#log",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ringfence.backends import Material, built_in
+from ringfence.cli.main import main
 from ringfence.cli.target_templates import TEMPLATES
 from ringfence.client import target_backends
 from ringfence.client.target_backends import backend_problem
@@ -44,6 +45,15 @@ def test_templates_say_what_their_backend_understands(name: str) -> None:
         (backend("ssh", source_address="10.0.0.1/8"), "source_address: "),
         (backend("postgres", address="db.example"), "address is malformed"),
         (backend("postgres", audience="x"), "an audience is for tokens"),
+        (backend("jwt", audience=""), "the audience is empty"),
+        (backend("jwt", audience="a\u202eb"), "characters that nobody sees"),
+        (backend("jwt", url="https://a..example"), "url is malformed"),
+        (backend("jwt", url="https://-"), "url is malformed"),
+        (backend("jwt", url="https://1.2.3"), "url is malformed"),
+        (backend("jwt", url="https://[:::]"), "url is malformed"),
+        (backend("ssh", address="..:22"), "address is malformed"),
+        (backend("redis", address="a.example:0"), "address is malformed"),
+        (backend("postgres", SSLMODE="require"), "no setting SSLMODE; did you mean sslmode?"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -61,6 +71,48 @@ def test_the_registry_refuses_what_a_built_in_backend_does_not_understand(
     ledger.give_as_before(command)
     assert ledger.directory.target("shop") is not None
     ledger.give(ledger.target_set("olga", "shop"))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "db",
+        "db.example.",
+        "DB-1.example:5432",
+        "192.0.2.7:5432",
+        "[2001:db8::1]:5432",
+        "[::1]",
+        "7up.example",
+    ],
+)
+def test_a_place_that_can_be_reached_is_taken(place: str) -> None:
+    assert problems(backend("jwt", url=f"https://{place}")) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--backend", "POSTGRES"], "there is no backend POSTGRES; did you mean postgres?"),
+        (["--backend", ""], "there is no backend without a name"),
+        (["--backend", "postgres", "--setting", "connection-limit=3"], "did you mean connection_limit?"),
+        (["--backend", "postgres", "--setting", "connection_limit=" + "9" * 5000], "connection_limit: "),
+        (["--setting", "audience=https://a.example"], "write --audience VALUE"),
+        (["--setting", "kind=jwt"], "write --backend VALUE"),
+        (["--setting", "dpop=off", "--setting", "dpop=required"], "dpop is given twice"),
+        (["--setting", "=off"], "write NAME=VALUE"),
+        (["--audience", ""], "the audience is empty"),
+    ],
+)
+def test_target_add_says_what_is_wrong_and_what_was_meant(
+    options: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")  # no line is folded
+    monkeypatch.setenv("TERMINAL_WIDTH", "10000")
+    assert main(["target", "add", "shop", "--description", "x", "--verb", "read", *options]) == 2
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "name"), [("jwt", "url"), ("jwt", "dpop"), ("ssh", "source_address")])

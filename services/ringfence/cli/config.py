@@ -35,7 +35,8 @@ _HOLDS_SECRETS: Final = re.compile(
 """Names of settings beside which a secret could stand, rightly or not."""
 _PLACE: Final = re.compile(r"(?:env|file|vault):\S+")
 """Where a secret is, which is none itself."""
-_USER_IN_URL: Final = re.compile(r"(?<=://)[^\s/@]+(?=@)")
+_USER_IN_URL: Final = re.compile(r"(?<=://)[^\r\n]+(?=@)")
+"""Up to the last `@`: a password that nobody encoded can have any sign."""
 _NAMES_A_PATH: Final = re.compile(r"(?:^|_)(?:file|files|dir|path|identity|tokens|bundle)$")
 
 

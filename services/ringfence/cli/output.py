@@ -49,12 +49,12 @@ def console(*, stderr: bool = False) -> Console:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
-    _write(orjson.dumps(document, option=orjson.OPT_INDENT_2, default=_plain).decode())
+    _write(_json_of(document, orjson.OPT_INDENT_2))
 
 
 def print_json_line(document: Any) -> None:
     """One JSON object on a line of its own, at once: for what goes on and on."""
-    _write(orjson.dumps(document, default=_plain).decode())
+    _write(_json_of(document, 0))
     sys.stdout.flush()
 
 
@@ -75,6 +75,15 @@ def _write(text: str) -> None:
     if (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8":
         text = _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text)
     sys.stdout.write(text + "\n")
+
+
+def _json_of(document: Any, option: int) -> str:
+    try:
+        return orjson.dumps(document, option=option, default=_plain).decode()
+    except TypeError:
+        # Names of files and the environment can have bytes that are no UTF-8, which Python has as lone surrogates.
+        indent = 2 if option & orjson.OPT_INDENT_2 else None
+        return json.dumps(document, indent=indent, default=_plain)
 
 
 def _plain(value: Any) -> Any:

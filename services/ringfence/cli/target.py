@@ -36,7 +36,7 @@ from ringfence.cli.records import list_records, show_record, target_fields
 from ringfence.cli.target_templates import TEMPLATES, Template
 from ringfence.client.administrator import Administrator
 from ringfence.client.outcomes import Accepted
-from ringfence.client.target_backends import backend_problem
+from ringfence.client.target_backends import backend_problem, no_backend
 from ringfence.kernel.jws import explain
 from ringfence.messages.registry import (
     ActionClass,
@@ -56,6 +56,8 @@ app = typer.Typer(help="Systems that agents act on: verbs and approval floors.",
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", callback=a_target, help="The target's id.")]
 _FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
 _CLASSES: tuple[ActionClass, ...] = get_args(ActionClass)
+_SETTING = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+"""What may be meant as the name of a setting; those that there are, the backends say."""
 _REQUEST = re.compile(
     r"(\S+) (\S+) (\S+) (\S+)((?: (?:(?:query|body|argument):[^\s=]+=\S+|message:[^\s=]+(?:=\S+)?))*)"
 )
@@ -149,7 +151,7 @@ def add(
     verbs = _asking(_verbs(base, verb or ()), ask or ())
     requests = [*map(_request, request or ()), *(base.requests if base else ())]
     _check_map(requests)
-    kind = backend or (base.backend if base else "jwt")
+    kind = backend if backend is not None else base.backend if base else "jwt"
     own = (dict(base.settings) if base and kind == base.backend else {}) | _settings(setting or ())
     own |= {} if address is None else {"address": address}
     made_of = _backend(kind, audience, own)
@@ -332,10 +334,16 @@ def _settings(given: Iterable[str]) -> dict[str, str | int]:
     settings: dict[str, str | int] = {}
     for text in given:
         name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier() or name in BackendSettings.model_fields:
-            raise typer.BadParameter(f"{text!r}: write NAME=VALUE", param_hint="--setting")
-        # What would not be written so again is a word that looks like a number.
-        settings[name] = int(value) if value.isdecimal() and str(int(value)) == value else value
+        if not equals or not _SETTING.fullmatch(name):
+            raise typer.BadParameter(f"{text[:64]!r}: write NAME=VALUE", param_hint="--setting")
+        if name in BackendSettings.model_fields:
+            option = "--backend" if name == "kind" else f"--{name}"
+            raise typer.BadParameter(f"{name} is not given so: write {option} VALUE", param_hint="--setting")
+        if name in settings:
+            raise typer.BadParameter(f"{name} is given twice: say which counts", param_hint="--setting")
+        # What would not be written so again is a word that looks like a number. No setting is a longer one.
+        is_number = len(value) < 20 and value.isdecimal() and str(int(value)) == value
+        settings[name] = int(value) if is_number else value
     return settings
 
 
@@ -343,6 +351,8 @@ def _backend(kind: str, audience: str | None, own: dict[str, str | int]) -> Back
     try:  # further fields belong to the kind
         return BackendSettings.model_validate({"kind": kind, "audience": audience, **own})
     except ValidationError as error:
+        if any(one["loc"][:1] == ("kind",) for one in error.errors(include_url=False)):
+            raise typer.BadParameter(no_backend(kind), param_hint="--backend") from None
         raise typer.BadParameter(f"{kind!r}: {explain(error)}", param_hint="--backend") from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from ringfence.kernel.text import did_you_mean
+from ringfence.kernel.text import did_you_mean, visible_name
 from ringfence.messages.registry import BackendSettings
 from ringfence.model.target_settings import DECLARED, ENTRY_POINTS, problems
 
@@ -15,12 +15,18 @@ def backend_problem(backend: BackendSettings, *, anyway: bool) -> str | None:
     `anyway`: the issuer has a backend of another package that is not installed here. Of such a backend, and of one that
     is installed here, the settings are not known and not checked.
     """
-    installed = {point.name for point in entry_points(group=ENTRY_POINTS)}
-    known = DECLARED.keys() | installed
-    if backend.kind not in known and not anyway:
-        near = did_you_mean(backend.kind, known) or "."
+    if backend.kind not in _known() and not anyway:
         return (
-            f"there is no backend {backend.kind}{near} There are {', '.join(sorted(known))}. Where only the issuer has "
-            "it, by a package of its own, add --anyway"
+            f"{no_backend(backend.kind)}. Where only the issuer has it, by a package of its own, add --anyway"
         )
     return "; ".join(problems(backend)) or None
+
+
+def no_backend(kind: str) -> str:
+    """That there is no such backend, with the nearest that there is."""
+    known, name = sorted(_known()), visible_name(kind[:64]) or "without a name"
+    return f"there is no backend {name}{did_you_mean(kind, known) or '.'} There are {', '.join(known)}"
+
+
+def _known() -> set[str]:
+    return DECLARED.keys() | {point.name for point in entry_points(group=ENTRY_POINTS)}

@@ -8,7 +8,9 @@ the bytes that are parsed.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
+import operator
 import os
 import stat
 import sys
@@ -121,7 +123,9 @@ def allow(path: str, data: bytes) -> str:
 
 def read_once(path: str) -> bytes:
     """The bytes of a regular file that may be a stranger's. Raises OSError; ELOOP where it is a symbolic link."""
-    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    # Where a flag is missing (Windows), nothing that is found is trusted.
+    flags = (getattr(os, flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
+    file = os.open(path, functools.reduce(operator.or_, flags, os.O_RDONLY))
     with os.fdopen(file, "rb") as opened:
         if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)

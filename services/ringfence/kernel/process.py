@@ -9,7 +9,6 @@ import resource
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Sequence
 
 import uvloop
@@ -20,6 +19,7 @@ from ringfence.kernel.kafka_trouble import KafkaTrouble
 from ringfence.kernel.log_floods import LogFloods
 from ringfence.kernel.runtime import Runtime
 from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.terminal import visible_traceback
 
 HELD_S = 5.0
 """For so long a process waits for its threads once its services have stopped."""
@@ -89,7 +89,8 @@ def _end_within(held_s: float, error: BaseException | None) -> None:
     def end(*_: object) -> None:
         if error is not None:
             # Not by `sys.stderr`: a thread that hangs may have its lock.
-            os.write(2, "".join(traceback.format_exception(error)).encode(errors="replace"))
+            told = visible_traceback(type(error), error, error.__traceback__)
+            os.write(2, told.encode(errors="replace"))
         os._exit(0 if error is None else 1)
 
     for signum in (signal.SIGTERM, signal.SIGINT):

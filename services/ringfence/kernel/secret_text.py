@@ -30,7 +30,7 @@ _PRESENTED: Final = re.compile(r"((?<!\w)(?:bearer|basic|dpop)[ \t]{1,4})[\w.~+/
 _IS: Final = r"(?:[\"']?\s{0,4}=\s{0,4}|[\"']\s{0,4}:\s{0,4})"
 _QUOTED: Final = r"\"(?:[^\"\\]|\\.){4,}+\"?|'(?:[^'\\]|\\.){4,}+'?"
 _NAMED: Final = re.compile(
-    rf"((?:token|api_?key|access_?key){_IS})(?:{_QUOTED}|[^\s\"'&;,]{{4,}})", re.IGNORECASE
+    rf"((?:token|api[_-]?key|access[_-]?key){_IS})(?:{_QUOTED}|[^\s\"'&;,]{{4,}})", re.IGNORECASE
 )
 _PHRASE: Final = re.compile(
     # Without quotes it ends with its line, at what separates settings, or before the next one of them.

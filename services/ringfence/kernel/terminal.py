@@ -71,8 +71,12 @@ def _shown(
     kind: type[BaseException], error: BaseException, where: TracebackType | None, said: str = ""
 ) -> None:
     if sys.stderr is not None:
-        parts = map(_shown_part, traceback.format_exception(kind, error, where))
-        sys.stderr.write(visible_lines(said) + "".join(parts))
+        sys.stderr.write(visible_lines(said) + visible_traceback(kind, error, where))
+
+
+def visible_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> str:
+    """A traceback in which what a stranger wrote acts upon no terminal, and looks like no line of ours."""
+    return "".join(map(_shown_part, traceback.format_exception(kind, error, where)))
 
 
 def _shown_part(part: str) -> str:

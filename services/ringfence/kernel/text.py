@@ -48,7 +48,13 @@ def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str
 
     `cutoff`: how alike they must be, from 0 to 1 (names that begin alike need more).
     """
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    if not near:  # nor one that differs in more than its case
+        by_lower = {one.lower(): one for one in names}
+        near = [
+            by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+        ]
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import stat
@@ -20,6 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ringfence.kernel.errors import RingfenceError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where agents may run
+    _KNOWS_OWNERS = False
+else:
+    _KNOWS_OWNERS = True
 
 LIST_NAME = "trusted.json"
 _LOCK_NAME = "trusted.lock"
@@ -46,8 +52,13 @@ class TrustedFiles:
         """The list of whoever runs this process: `$XDG_STATE_HOME/ringfence`, else `~/.local/state/ringfence`.
 
         A relative `XDG_STATE_HOME` is ignored, as the XDG Base Directory Specification demands. Raises
-        TrustedFilesError without a home directory.
+        TrustedFilesError without a home directory, and where files have no owners and modes as POSIX has them.
         """
+        if not _KNOWS_OWNERS:
+            raise TrustedFilesError(
+                "this system does not say of a list of trusted settings files who could write it; name your settings "
+                "file by RINGFENCE_CONFIG"
+            )
         state = Path(os.environ.get("XDG_STATE_HOME", ""))
         if state.is_absolute():
             return cls(state / _FOLDER_NAME)

@@ -7,6 +7,7 @@ installs: the command line, the SDK, and the registry.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Self
@@ -130,6 +131,8 @@ ENTRY_POINTS: Final = "ringfence.backends"
 """The entry point group by which other packages bring backends: each is called with the `Material`."""
 REACHED: Final = ("postgres", "redis", "ssh")
 """The kinds whose credentials tell agents where the target is."""
+_PLACE: Final = re.compile(r"([^:\[\]/@]+|\[[^\[\]]+\])(?::([0-9]{1,5}))?", re.ASCII)
+_LABEL: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?", re.ASCII)
 _WRITE: Final = MappingProxyType({
     "address": "write HOST:PORT, the port from 1 to 65535",
     "url": "write https://HOST or https://HOST:PORT, without a path; http only for 127.0.0.1, localhost or [::1]",
@@ -146,7 +149,9 @@ def problems(backend: BackendSettings) -> list[str]:
     found = [_unknown(backend.kind, name, names) for name in sorted(given.keys() - set(names))]
     if backend.audience is not None and backend.kind != "jwt":
         found.append(f"an audience is for tokens, and backend {backend.kind} makes none: leave it out")
-    malformed = {name for name in _WRITE if name in given and not _port_is_one(given[name])}
+    elif backend.audience is not None and not (backend.audience.strip() and backend.audience.isprintable()):
+        found.append("the audience is empty, or has characters that nobody sees: write it, or leave it out")
+    malformed = {name for name in _WRITE if name in given and not _may_be_reached(given[name])}
     try:
         declared.model_validate({name: value for name, value in given.items() if name in names})
     except ValidationError as error:
@@ -168,7 +173,22 @@ def _unknown(kind: str, name: str, names: Sequence[str]) -> str:
     return f"{said}{did_you_mean(name, names) or '; it has ' + ', '.join(names)}"
 
 
-def _port_is_one(place: Any) -> bool:
-    """Whether the port of a `host:port` or URL is one, where it has any."""
-    port = str(place).rpartition(":")[2]
-    return not (port.isascii() and port.isdecimal()) or 1 <= int(port[:6]) <= 65_535
+def _may_be_reached(place: Any) -> bool:
+    """Whether host and port of a `host:port` or URL can be ones, where it has the form of either."""
+    found = _PLACE.fullmatch(str(place).rpartition("://")[2])
+    if found is None:
+        return True  # what is wrong with its form is said by its pattern
+    host, port = found.groups()
+    return _host_is_one(host) and (port is None or 1 <= int(port) <= 65_535)
+
+
+def _host_is_one(host: str) -> bool:
+    """An IP address, or a name each of whose labels DNS could have (RFC 1123, 2.1)."""
+    labels = host.removesuffix(".").split(".")
+    if not host.startswith("[") and not labels[-1].isdecimal():
+        return all(map(_LABEL.fullmatch, labels))
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True

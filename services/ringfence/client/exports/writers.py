@@ -20,7 +20,8 @@ _FORMULA: Final = re.compile(
     # of a cell whose quotes such a program does not take for quotes.
     r"(^|[,;|\t\v\f\r\n\x1c-\x1e\x85\u2028\u2029])"
     # What programs pass over at the beginning of a cell.
-    '(?=(?:(?![\t\v\f\r\n\x1c-\x1e\x85\u2028\u2029])[\\s"\x00-\x1f\x7f-\x9f\xad\u200b-\u200f\u2060-\u2064\ufeff])*'
+    "(?=(?:(?![\t\v\f\r\n\x1c-\x1e\x85\u2028\u2029])"
+    '[\\s"\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff])*'
     # What makes a formula of it, with the forms that some take for the same letters (Unicode, NFKC).
     r"[=+\-@＝＋－＠﹦﹢﹣﹫⁼⁺⁻₌₊₋−])"
 )
