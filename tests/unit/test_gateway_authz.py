@@ -102,7 +102,12 @@ async def test_headers_count_as_seen_only_where_the_configuration_promises_all(p
 
 
 async def test_what_may_go_on_with_a_request_is_hashed_whatever_family_it_is_of(played: Played) -> None:
-    others = [("X-Forwarded-User", "root"), ("x_forwarded_prefix", "/p"), ("Proxy-Note", "1"), ("X-Ringfence-X", "2")]
+    others = [
+        ("X-Forwarded-User", "root"),
+        ("x_forwarded_prefix", "/p"),
+        ("Proxy-Note", "1"),
+        ("X-Ringfence-X", "2"),
+    ]
     own = [("X-Forwarded-For", "10.0.0.1"), ("Proxy-Connection", "close"), ("X-Ringfence-Handle", "LEASE")]
     await played.ask("/authz/fwd/hub?body=whole&headers=whole", [*FORWARDED, *others, *own])
     headers = played.asked[-1][1].headers
