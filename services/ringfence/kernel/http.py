@@ -237,7 +237,8 @@ class Requests(HttpToolsProtocol):
 
     def _answered(self) -> bool:
         """Whether nothing that came is being answered, also of what was sent along."""
-        return self.cycle is None or self.cycle.response_complete
+        cycle = getattr(self, "cycle", None)  # before the first head was read whole there is none
+        return cycle is None or bool(cycle.response_complete)
 
     def _look(self) -> None:
         """Whether more of the answer has been taken."""
