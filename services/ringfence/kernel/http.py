@@ -104,9 +104,9 @@ _NO_ROOM = (
 class ConnectionLimit:
     """How many connections are open at once (admission control), and which of them goes where another one comes.
 
-    A connection that brings no whole request, or takes no answer, makes room, the one first that has waited longest: who
-    opens very many and says little shuts out nobody. One whose request is being answered is never closed. Of one address
-    there are half as many, at most.
+    A connection that brings no whole request, or takes no answer, makes room, the one first that has waited longest:
+    who opens very many and says little shuts out nobody. One whose request is being answered is never closed. Of one
+    address there are half as many, at most.
     """
 
     def __init__(self, most: int) -> None:
