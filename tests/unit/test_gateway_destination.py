@@ -117,7 +117,8 @@ def test_a_request_line_says_where_it_leads(method: str, target: str, expected: 
         (b"GET  http://me:s3cret@a.example/b?t0ken HTTP/1.1", "GET", "a.example", "/b"),
         (b"http://me:s3cret@a.example/b?t0ken", "http?", None, None),
         (b"GET?t0ken=s3cret /b HTTP/1.1", "GET?", "said.example", "/b"),
-        (b"\x16\x03\x01\x02s3cret", "?", None, None),
+        (b"\x16\x03\x01\x02", "????", None, None),
+        (b"me:s3cret@a.example /b", "me?", "said.example", "/b"),
     ],
 )
 def test_no_part_of_a_url_is_taken_for_a_method(

@@ -22,7 +22,7 @@ _LOOKED_AT: Final = 4096
 """So much of what a stranger wrote is looked at."""
 _ODD_IN_HOST: Final = re.compile(r"[^a-z0-9._:-]")
 _ODD: Final = re.compile(r"[^!-~]")
-_NO_METHOD: Final = re.compile(r"[^!#$%&'*+.^_`|~0-9A-Za-z-].*", re.DOTALL)
+_URL_IN_METHOD: Final = re.compile(r"[/\\?#@:=].*", re.DOTALL)
 _ABSOLUTE: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15})://(.*)", re.DOTALL)
 _AFTER_HOST: Final = re.compile(r"[/\\?#]")
 _HOST_AND_PORT: Final = re.compile(r"(?:\[[^\]]*\]|[^:]*)(?::[0-9]*)?")
@@ -72,12 +72,11 @@ def unread_line(head: bytes) -> tuple[str, str, str | None]:
 
 
 def printable_method(method: str) -> str | None:
-    """A method; of what is none, what comes before the first character of no method, and `?`. None of nothing.
+    """A method, made safe where it is none; None where there is nothing.
 
-    What follows there may be a URL, which is recorded without its query and user information, or not at all.
+    What is no part of one, but of a URL, ends it: that is recorded without its query and user information, or not.
     """
-    shown = method[:MAX_METHOD_CHARS]
-    return _NO_METHOD.sub("?", shown, count=1) or None
+    return _ODD.sub("?", _URL_IN_METHOD.sub("?", method[:MAX_METHOD_CHARS])) or None
 
 
 def _cut(rest: str) -> tuple[str, str]:
