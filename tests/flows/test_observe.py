@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
 import json
 import os
@@ -363,3 +364,26 @@ async def test_a_target_that_is_not_named_blocks(week: Week) -> None:
     assert (bare.status_code, bare.headers["authorization"]) == (200, OLD)
     nowhere = await week.front.proxy.ask("GET", "https://nowhere.test.example/a/x", authorization=OLD)
     assert nowhere.status_code == 401
+
+
+@pytest.mark.parametrize("week", ["plane"], indirect=True)
+async def test_a_connect_to_an_unknown_host_is_on_the_list(week: Week, shell: Shell) -> None:
+    """With a handle in the URL of the proxy, or with nothing: no proof comes with it, so nobody knows who sends it."""
+    assert isinstance(week.front, Plane)
+    user = base64.b64encode(f"{week.leases['reviewer']}:".encode()).decode()
+    head = "CONNECT api.example:8443 HTTP/1.1\r\nHost: api.example:8443\r\n"
+    shown = f"{head}Proxy-Authorization: Basic {user}\r\n\r\n".encode()
+    for _ in range(3):
+        async with connected(week.front.port) as raw:
+            assert (await raw.ask(shown)).status in (401, 403)
+    said = await counted(shell, "olga", 3 + week.tried)
+    assert said["blocked"] == {"total": 3, "read": 0, "write": 0, "injected": 0}
+    assert said["unknown_destinations"] == [
+        {
+            "scheme": "https", "host": "api.example", "port": 8443, "method": "CONNECT", "path": None, "target": None,
+            "count": 3,
+        }
+    ]  # fmt: skip
+    text = await shell("olga", "gateway", "stats")
+    assert "3 (0 reads, 0 writes, 3 neither) blocked" in text
+    assert "api.example" in text

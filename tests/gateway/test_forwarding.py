@@ -6,11 +6,14 @@ import asyncio
 import base64
 import html
 import json
+from dataclasses import replace
+from typing import Any
 from urllib.parse import quote, quote_plus
 
 import h11
 import pytest
 
+from ringfence.gateway.attempts import Attempt, Presented, Verdict
 from ringfence.gateway.forwarding import Patiences
 from tests.gateway.conftest import Place, placed
 from tests.gateway.raw import connected
@@ -641,6 +644,26 @@ async def test_a_request_is_not_sent_again_without_its_body(place: Place) -> Non
         data = request("GET /api/files/a HTTP/1.1", "Content-Length: 5", body=b"hello")
         assert (await raw.ask(data)).status == 502
     assert [one.body for one in place.target.requests] == [b"", b"hello"]
+
+
+async def test_what_a_person_approved_is_sent_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the connection that was kept for its target is closed."""
+    decide, asks = place.gate.decide, GET.replace(b"/a ", b"/asks ")
+
+    async def approved(presented: Presented, attempt: Attempt, *others: Any) -> Verdict:
+        assert attempt.headers is not None
+        return replace(await decide(presented, attempt, *others), headers=attempt.headers())
+
+    async with place.connected() as raw:
+        assert (await raw.ask(GET)).status == 200
+        monkeypatch.setattr(place.gate, "standing", lambda *_: None)
+        monkeypatch.setattr(place.gate, "decide", approved)
+        place.target.respond = _gone
+        assert (await raw.ask(asks)).status == 502
+    assert len(place.target.requests) == 2
+    async with place.connected() as raw:
+        place.target.respond = lambda _: OK
+        assert (await raw.ask(asks)).status == 200
 
 
 def _gone(received: Received) -> bytes:

@@ -223,7 +223,10 @@ async def test_what_policy_forgot_is_explained_as_audit_knows_where_it_stands(
         path = f"/v1/decisions/{asked.id}/explanation"
         here = {"partition": str(place.partition), "offset": str(place.offset)}
         assert (await world.get("policy", path, office.sam, **here)).status_code == 200
-        assert (await world.get("policy", path, office.petra, **here)).status_code == 404
+        theirs = await world.get("policy", path, office.petra, **here)
+        none = await world.get("policy", f"/v1/decisions/{uuid.uuid4()}/explanation", office.petra, **here)
+        assert theirs.status_code == none.status_code == 404
+        assert theirs.text == none.text, "whether one is there is not for them to know"
         for offset in (str(place.offset + 1), "999999"):
             found = await world.get("policy", path, office.sam, **{**here, "offset": offset})
             assert found.status_code in (404, 503), found.text

@@ -12,6 +12,7 @@ import pytest
 from ringfence.audit.actions import counted, path_prefix, unknown_destinations
 from ringfence.audit.http import AuditApi
 from ringfence.audit.store import CursorLostError, SqliteIndex, Viewer
+from ringfence.cli.gateway import _print
 from ringfence.client.action_report import (
     MAX_DESTINATIONS,
     MAX_LABELS,
@@ -256,6 +257,29 @@ def test_unknown_destinations_are_counted_by_the_first_segments_of_their_paths()
         ("other.example", "/v1/charges/*", None, 1),
     ]  # fmt: skip
     assert (found[0]["scheme"], found[0]["port"], found[0]["method"]) == ("https", 443, "POST")
+
+
+@pytest.mark.parametrize("code", ["no_credentials", "proof_missing", "handle_unknown", "invalid_dpop_proof"])
+def test_where_nobody_knows_who_sent_it_an_unknown_destination_counts(code: str) -> None:
+    """As with a CONNECT, with which no proof comes."""
+    (found,) = unknown_destinations([
+        went("other.example", code=code, method="CONNECT"), went("hub.example", code=code, target="hub"),
+    ])  # fmt: skip
+    assert (found["host"], found["method"], found["count"]) == ("other.example", "CONNECT", 1)
+
+
+def test_what_is_neither_read_nor_write_is_shown_as_that(capsys: pytest.CaptureFixture[str]) -> None:
+    events = [went("api.example", method="CONNECT", agent="bot", target=None)]
+    made = ActionReport(0, 1)
+    made.add(counted([{**events[0], "count": 7}]), unknown_destinations(events))
+    _print(made, "7d")
+    said = capsys.readouterr().out
+    assert "7 (0 reads, 0 writes, 7 neither) blocked" in said
+    heads, line, *_ = (one.split() for one in said.splitlines() if one.split()[:1] in (["agent"], ["bot"]))
+    assert heads[-3:] == ["neither", "observed", "injected"]
+    assert line == ["bot", "unknown", "0", "0", "0", "0", "7"]
+    (where,) = (one.split() for one in said.splitlines() if "api.example" in one)
+    assert where == ["https", "api.example", "443", "CONNECT", "/v1/charges/*", "1"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from ringfence.gateway.asking import Way, asked
 from ringfence.gateway.attempts import Attempt, Headers
 from ringfence.gateway.headers import kept_headers, request_head
 from ringfence.gateway.wire import RequestHead, parse_request
+from ringfence.messages.approval import MAX_HEADER_NAME_CHARS, MAX_HEADERS
 from ringfence.messages.registry import BackendSettings, TargetState
 
 INJECTED = {"Authorization": "Bearer of-the-target"}
@@ -99,7 +100,7 @@ def test_an_upgrade_is_approved_as_one() -> None:
     ):
         _, made = asked(request, Way("somebody", "https", names=None, task_id="task"), lambda _: True)
         assert made.headers is not None
-        found[name] = made.headers()
+        found[name] = made.headers() or ()
     assert found["tunnel"] == (*found["plain"], ("upgrade", "websocket"))
     assert digest_of_headers(found["tunnel"]) != digest_of_headers(found["plain"])
     sent = forwarded(head(*lines, *upgrade, first=first), found["tunnel"])
@@ -157,6 +158,8 @@ def test_a_person_sees_values_of_the_list_and_names_of_the_others() -> None:
         (("destination", "/b\ttab"),),
         (("destination", "x" * (MAX_VALUE_CHARS + 1)),),
         tuple((f"x-{number:0200}", "") for number in range(MAX_SHOWN_CHARS // 200)),
+        tuple((f"x-{number}", "") for number in range(MAX_HEADERS + 1)),
+        (("x" * (MAX_HEADER_NAME_CHARS + 1), ""),),
     ],
 )
 def test_what_cannot_be_shown_is_not_asked_about(headers: Headers) -> None:
@@ -165,3 +168,7 @@ def test_what_cannot_be_shown_is_not_asked_about(headers: Headers) -> None:
 
 def test_what_can_be_shown_is() -> None:
     assert unshowable((("content-type", "x" * MAX_VALUE_CHARS), ("x-note", "\xe9" * 9000))) is None
+    many = tuple((f"x-{number:0{MAX_HEADER_NAME_CHARS - 2}}", "") for number in range(30))
+    for headers in (many, tuple((f"x-{number}", "") for number in range(MAX_HEADERS))):
+        assert unshowable(headers) is None
+        assert len(shown(headers)) == len(headers)

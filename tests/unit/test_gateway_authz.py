@@ -91,6 +91,7 @@ async def test_headers_count_as_seen_only_where_the_configuration_promises_all(p
     headers = played.asked[-1][1].headers
     assert headers is not None
     told = headers()
+    assert told is not None
     assert [one for one in told if one[0] not in ("accept", "accept-encoding", "user-agent")] == [
         ("x-note", "2"), ("content-type", "text/plain"), ("x-note", "1"), ("x-note", "2"), ("traceparent", "t"),
     ]  # fmt: skip
@@ -98,6 +99,42 @@ async def test_headers_count_as_seen_only_where_the_configuration_promises_all(p
     for query in ("headers=whole", "headers=whole&body=whole", "body=whole&headers=some"):
         answer = await played.ask(f"/authz/fwd/hub?{query}", sent)
         assert (answer.status_code, answer.json()["code"]) == (403, "question_invalid")
+
+
+async def test_what_may_go_on_with_a_request_is_hashed_whatever_family_it_is_of(played: Played) -> None:
+    others = [
+        ("X-Forwarded-User", "root"),
+        ("x_forwarded_prefix", "/p"),
+        ("Proxy-Note", "1"),
+        ("X-Ringfence-X", "2"),
+    ]
+    own = [("X-Forwarded-For", "10.0.0.1"), ("Proxy-Connection", "close"), ("X-Ringfence-Handle", "LEASE")]
+    await played.ask("/authz/fwd/hub?body=whole&headers=whole", [*FORWARDED, *others, *own])
+    headers = played.asked[-1][1].headers
+    assert headers is not None
+    told = [one for one in headers() or () if one[0] not in ("accept", "accept-encoding", "user-agent")]
+    assert told == [(name.lower().replace("_", "-"), value) for name, value in others]
+
+
+@pytest.mark.parametrize(
+    ("connection", "seen"),
+    [
+        (["close"], True),
+        (["keep-alive, X-Gone"], True),
+        (["Destination"], False),
+        (["close, x_note"], False),
+        (["close", " DESTINATION\t, close"], False),
+    ],
+)
+async def test_what_connection_names_may_be_left_out_so_nobody_is_asked(
+    played: Played, connection: list[str], seen: bool
+) -> None:
+    named = [("Connection", one) for one in connection]
+    sent = [*FORWARDED, ("Destination", "/b"), ("X-Note", "1"), *named]
+    await played.ask("/authz/fwd/hub?body=whole&headers=whole", sent)
+    headers = played.asked[-1][1].headers
+    assert headers is not None
+    assert (headers() is not None) == seen
 
 
 async def test_a_proxy_tells_of_the_request_as_it_came(played: Played) -> None:

@@ -35,6 +35,11 @@ def at(target: str, authority: str | None = "hub.example", **fields: Any) -> Des
         ("/hook/ghp_0123456789abcdefghij0123456789abcdef", "/hook/[redacted]"),
         ("/matrix;token=s3cret-value/b", "/matrix;token=[redacted]"),
         ("/https://me:s3cret@hub.example/", "/https://[redacted]@hub.example/"),
+        ("/https://t0ken@hub.example/", "/https://[redacted]@hub.example/"),
+        ("//me:s3cret@hub.example/a", "//[redacted]@hub.example/a"),
+        ("/\\me:s3cret@hub.example/a", "/\\[redacted]@hub.example/a"),
+        ("/%2F%2Fme:s3cret@hub.example/a", "[redacted]"),
+        ("/@scope/package//1.0/@latest", "/@scope/package//1.0/@latest"),
         ("/" + "a" * MAX_PATH_CHARS, "/" + "a" * (MAX_PATH_CHARS - 4) + "..."),
         ("hub.example:443", None),
     ],
@@ -58,6 +63,9 @@ def test_a_path_is_kept_without_what_does_not_belong_there(target: str, path: st
         ("h\x1b[31mub.example", "h??31mub.example", 443),
         ("a" * 300, "a" * 253, 443),
         ("me@", None, 443),
+        ("hub.example/a?token=s3cret", "hub.example", 443),
+        ("me:s3c/ret@hub.example:1", "hub.example", 1),
+        ("2001:db8::1", "2001:db8::1", None),
     ],
 )
 def test_a_host_is_kept_without_user_information(authority: str, host: str | None, port: int | None) -> None:
@@ -86,10 +94,39 @@ def test_a_target_that_is_named_is_where_its_record_says() -> None:
         ("GET", "/a", Destination(scheme="http", host="said.example", port=80, path="/a")),
         ("CONNECT", "a.example:22", Destination(scheme="https", host="a.example", port=22)),
         ("OPTIONS", "*", Destination(scheme="http", host="said.example", port=80, path="*")),
+        (
+            "GET",
+            "http://me:s3/cr?et@a.example:81/b?c",
+            Destination(scheme="http", host="a.example", port=81, path="/b"),
+        ),
+        ("CONNECT", "me:s3/cret@a.example:22", Destination(scheme="https", host="a.example", port=22)),
+        ("CONNECT", "a.example:22?token=s3cret", Destination(scheme="https", host="a.example", port=22)),
+        ("connect", "me:s3cret@a.example:22", Destination(scheme="https", host="a.example", port=22)),
+        ("GET", "me:s3cret@a:22", Destination(scheme="http", host="said.example", port=80, path="a:22")),
+        ("GET", "http:/me:s3cret@a/b", Destination(scheme="http", host="said.example", port=80, path="a/b")),
     ],
 )
 def test_a_request_line_says_where_it_leads(method: str, target: str, expected: Destination) -> None:
     assert destination_of_line(method, target, "said.example", "http") == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "method", "host", "path"),
+    [
+        (b"GET\thttp://me:s3cret@a.example/b?t0ken HTTP/1.1", "GET", "a.example", "/b"),
+        (b"GET  http://me:s3cret@a.example/b?t0ken HTTP/1.1", "GET", "a.example", "/b"),
+        (b"http://me:s3cret@a.example/b?t0ken", "http?", None, None),
+        (b"GET?t0ken=s3cret /b HTTP/1.1", "GET?", "said.example", "/b"),
+        (b"\x16\x03\x01\x02", "????", None, None),
+        (b"me:s3cret@a.example /b", "me?", "said.example", "/b"),
+    ],
+)
+def test_no_part_of_a_url_is_taken_for_a_method(
+    line: bytes, method: str, host: str | None, path: str | None
+) -> None:
+    told, target, said = unread_line(line + b"\r\nHost: said.example\r\n")
+    went = destination_of_line(told, target, said, "http") if target else Destination()
+    assert (printable_method(told), went.host, went.path) == (method, host, path)
 
 
 @given(st.binary(max_size=600), st.text(max_size=300))

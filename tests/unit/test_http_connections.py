@@ -18,6 +18,9 @@ WITHIN_S = 20
 MOST = 8
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: here\r\n\r\n"
 HOLD = b"GET /hold HTTP/1.1\r\nHost: here\r\n\r\n"
+LARGE_BYTES = 20_000_000
+"""More than sockets take in that nobody reads."""
+LARGE = b"GET /large HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n"
 ATTACKERS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -35,6 +38,10 @@ class Place:
         self.held += 1
         await self.go_on.wait()
         return PlainTextResponse("held")
+
+    async def large(self, _: Request) -> Response:
+        self.held += 1
+        return PlainTextResponse(b"x" * LARGE_BYTES)
 
     async def connected(self, said: bytes, address: str = "127.0.0.1") -> Connection:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, local_addr=(address, 0))
@@ -56,7 +63,12 @@ class Place:
 async def place() -> AsyncIterator[Place]:
     port = free_port()
     made = Place(port, ConnectionLimit(MOST))
-    server = HttpServer(application([Route("/hold", made.hold)], []), "127.0.0.1", port, connections=MOST)
+    server = HttpServer(
+        application([Route("/hold", made.hold), Route("/large", made.large)], []),
+        "127.0.0.1",
+        port,
+        connections=MOST,
+    )
     protocol = server.config.http
     assert isinstance(protocol, type)
     assert issubclass(protocol, Requests)
@@ -116,5 +128,42 @@ async def test_who_goes_leaves_their_place(place: Place) -> None:
     assert await place.status(one) == b"200"
     one[1].close()
     async with asyncio.timeout(WITHIN_S):
+        while len(place.limit):
+            await asyncio.sleep(0.01)
+
+
+async def test_an_answer_that_is_on_its_way_is_not_cut_off(place: Place) -> None:
+    reader, writer = await place.connected(LARGE, ATTACKERS[0])
+    assert await place.status((reader, writer)) == b"200"
+    for number in range(60):
+        await place.connected(b"", ATTACKERS[1 + number % 2])
+    assert await place.status(await place.connected(HEALTH)) == b"200"
+    async with asyncio.timeout(WITHIN_S):
+        assert (await reader.read()).endswith(b"x" * LARGE_BYTES)
+
+
+@pytest.mark.parametrize("times", [1, 9], ids=["one request", "many at once"])
+async def test_who_takes_no_answer_makes_room(
+    place: Place, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    monkeypatch.setattr(Requests, "stall_s", 0.05)
+    for number in range(MOST):
+        reader, _ = await place.connected(
+            LARGE.replace(b"close", b"keep-alive") * times, ATTACKERS[number % 2]
+        )
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+    async with asyncio.timeout(WITHIN_S):
+        while await place.status(await place.connected(HEALTH)) != b"200":
+            await asyncio.sleep(0.01)
+
+
+async def test_who_takes_no_answer_is_not_waited_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Requests, "stall_s", 0.05)
+    monkeypatch.setattr(Requests, "reading_s", 0.2)
+    reader, _ = await place.connected(LARGE)
+    reader._transport.pause_reading()  # type: ignore[attr-defined]
+    async with asyncio.timeout(WITHIN_S):
+        while not place.held:
+            await asyncio.sleep(0.01)
         while len(place.limit):
             await asyncio.sleep(0.01)

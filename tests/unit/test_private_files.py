@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from ringfence.cli import audit
+from ringfence.cli.main import main
+from ringfence.client.auditor import TrailReport, TreeReport
 from ringfence.client.exports import running
 from ringfence.gateway.spool import Spool, SpoolError
 from ringfence.kernel.private_files import (
@@ -121,6 +124,21 @@ def test_a_spool_that_is_there_is_closed(tmp_path: Path, umask: int) -> None:
     spool.append(b"an event")
     spool.close()
     assert [mode(folder), *(mode(path) for path in folder.iterdir())] == [0o700, 0o600, 0o600, 0o600]
+
+
+def test_heads_that_an_auditor_keeps(tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def good(*_: object, **__: object) -> TrailReport:
+        return TrailReport([TreeReport("1", 1, 7, 0, 7, "ab" * 32, ())])
+
+    monkeypatch.setattr(audit, "verify_trail", good)
+    for name in ("new", "of-before"):
+        path = tmp_path / name
+        if name == "of-before":
+            path.write_text("{}")
+            path.chmod(0o666)
+        assert main(["audit", "verify", "--heads", str(path)]) == 0
+        assert "ab" * 32 in path.read_text()
+        assert mode(path) == 0o600
 
 
 @pytest.mark.parametrize("umask", [0, 0o022], ids=oct)

@@ -13,8 +13,12 @@ WHERE: Final = ("scheme", "host", "port", "method", "path", "target")
 """What is known of an unknown destination. Each may be None."""
 UNKNOWN: Final = frozenset({"target_unknown", "target_missing", "host_unknown", "request_unmapped"})
 """Codes of what was blocked because no target is there, or no rule of it says what the request does."""
-_UNHEARD: Final = frozenset({"no_credentials"})
-"""Codes of what was blocked before anybody looked where it was going."""
+_UNHEARD: Final = frozenset({
+    "no_credentials", "proof_missing", "handle_malformed", "handle_unknown", "handle_other_agent", "invalid_dpop_proof",
+    "proof_by_stranger", "proof_other_key", "proofs_full", "certificate_unknown", "task_unknown",
+})  # fmt: skip
+"""Codes of what was blocked before anybody looked where it was going: who sent it was not certain. A CONNECT with a
+handle is one for any unknown host: no proof comes with it."""
 _SEGMENTS: Final = 2
 
 

@@ -76,7 +76,8 @@ def _print(report: ActionReport, since: str) -> None:
     pairs = report.by(lambda row: (row.agent, row.target))
     print_table(
         [
-            "agent", "target", "allowed: reads", "writes", "blocked: reads", "writes", "observed", "injected",
+            "agent", "target", "allowed: reads", "writes", "blocked: reads", "writes", "neither", "observed",
+            "injected",
         ],
         (_beside(pair, one) for pair, one in list(pairs.items())[:_MOST_ROWS]),
         empty="",
@@ -113,21 +114,15 @@ def _print_unknown(report: ActionReport) -> None:
         return
     say("unknown destinations, the most frequent:", "bold")
     print_table(
-        ["host", "!port", "method", "path", "target", "!blocked"],
-        (
-            (
-                *(_shown(part) for part in (where.host, where.port, where.method, where.path, where.target)),
-                str(count),
-            )
-            for where, count in rows[:_MOST_DESTINATIONS]
-        ),
+        ["scheme", "host", "!port", "method", "path", "target", "!blocked"],
+        ((*map(_shown, where), str(count)) for where, count in rows[:_MOST_DESTINATIONS]),
         empty="",
     )
     if len(rows) > _MOST_DESTINATIONS:
         say(f"and {len(rows) - _MOST_DESTINATIONS} more: --json has up to 100")
     say(
         "where agents may go there: ringfence target add NAME --description TEXT --verb VERB --setting "
-        "url=https://HOST:PORT --request 'METHOD /PATH/{rest*} VERB RESOURCE'"
+        "url=SCHEME://HOST:PORT --request 'METHOD /PATH/{rest*} VERB RESOURCE'"
     )
 
 
@@ -142,14 +137,14 @@ def _beside(pair: tuple[str | None, ...], sums: Sums) -> tuple[str, ...]:
         str(sums.allowed.write),
         str(sums.blocked.read),
         str(sums.blocked.write),
+        _if_any(sums.blocked.neither),
         _if_any(sums.observed.total),
         _if_any(sums.blocked.injected),
     )
 
 
 def _said(count: Count) -> str:
-    neither = count.total - count.read - count.write
-    rest = f", {neither} neither" if neither else ""
+    rest = f", {count.neither} neither" if count.neither else ""
     return f"{count.total} ({count.read} reads, {count.write} writes{rest})"
 
 

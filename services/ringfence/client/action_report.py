@@ -51,6 +51,11 @@ class Count:
     injected: int = 0
     """Those that came of input marked as injected."""
 
+    @property
+    def neither(self) -> int:
+        """Those of which it is not known, and CONNECT."""
+        return self.total - self.read - self.write
+
     def add(self, count: int, access: str | None, *, injected: bool) -> None:
         """So many more."""
         self.total += count

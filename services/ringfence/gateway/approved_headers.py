@@ -12,7 +12,7 @@ from typing import Final
 
 from ringfence.backends.http import secret_header
 from ringfence.gateway.attempts import Attempt, Headers
-from ringfence.messages.approval import ShownHeader
+from ringfence.messages.approval import MAX_HEADER_NAME_CHARS, MAX_HEADERS, ShownHeader
 from ringfence.messages.registry import TargetState
 
 LEFT_OUT: Final = frozenset({"traceparent", "tracestate", "baggage", "date", "x-request-id"})
@@ -70,6 +70,8 @@ def unshowable(headers: Headers) -> str | None:
     seen = [value for name, value in headers if name in SHOWN]
     if not all(" " <= char <= "~" for value in seen for char in value):
         return f"the values of {', '.join(sorted(SHOWN & {name for name, _ in headers}))} have to be printable ASCII"
+    if len(headers) > MAX_HEADERS or any(len(name) > MAX_HEADER_NAME_CHARS for name, _ in headers):
+        return f"it may have {MAX_HEADERS} headers, with names of {MAX_HEADER_NAME_CHARS} characters"
     if max(map(len, seen), default=0) > MAX_VALUE_CHARS:
         return f"a header whose value is shown may have {MAX_VALUE_CHARS} characters"
     if sum(len(name) for name, _ in headers) + sum(map(len, seen)) > MAX_SHOWN_CHARS:

@@ -82,9 +82,9 @@ class Attempt:
     """None from data planes that do not show the answers of targets: MCP is not spoken through these."""
     sent_by_gateway: bool = False
     """Whether it is the gateway that sends it on: then it has to know where to."""
-    headers: Callable[[], Headers] | None = field(default=None, repr=False, compare=False)
-    """All headers that go on, in their order, but for those of the credential. None from data planes that do not show
-    all: no person is asked about what may carry others."""
+    headers: Callable[[], Headers | None] | None = field(default=None, repr=False, compare=False)
+    """All headers that go on, in their order, but for those of the credential. None, or a call that says None, where a
+    data plane does not show all: no person is asked about what may carry others."""
 
 
 @dataclass(frozen=True, slots=True)

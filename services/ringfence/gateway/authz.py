@@ -48,9 +48,12 @@ _UNCERTAIN: Final = (
 )
 _OF_THE_QUESTION: Final = frozenset({
     "host", "connection", "keep-alive", "te", "trailer", "transfer-encoding", "content-length", "expect",
-    "authorization", "dpop",
+    "authorization", "dpop", "proxy-authorization", "proxy-connection", "x-ringfence-handle", "x-ringfence-label",
+    "x-forwarded-method", "x-forwarded-uri", "x-forwarded-host", "x-forwarded-proto",
+    "x-forwarded-for", "x-forwarded-port", "x-forwarded-server",
 })  # fmt: skip
-"""Hop by hop, or the answer's to replace. What else a proxy has to leave out is hashed where it shows it."""
+"""Hop by hop, the answer's to replace, or the proxy's own words in the question. Everything else is hashed, also what a
+proxy has to leave out: others of a family, as `X-Forwarded-User`, may go on."""
 _OF_ENVOY: Final = re.compile(r"^/authz/envoy(-target/[^/]*)?(?=/)")
 """What Envoy puts before the path of a request."""
 _NO_STORE: Final = {"Cache-Control": "no-store"}
@@ -152,18 +155,23 @@ def only(request: Request, name: str) -> str | None:
     return values[0] if values else None
 
 
-def shown_headers(request: Request) -> Headers:
-    """All headers of a question that go on with its request: more than the proxy forwards, rather than fewer."""
-    return tuple(
+def shown_headers(request: Request) -> Headers | None:
+    """All headers of a question that go on with its request: more than the proxy forwards, rather than fewer.
+
+    None where `Connection` names one of them: nobody knows whether the proxy shows and forwards that alike.
+    """
+    shown = tuple(
         (name, value.decode("latin-1").strip(" \t"))
         for given, value in request.headers.raw
-        if not _is_of_question(name := given.decode("latin-1").lower().replace("_", "-"))
+        if (name := _as_hashed(given.decode("latin-1"))) not in _OF_THE_QUESTION
     )
+    options = ",".join(request.headers.getlist("connection")).split(",")
+    named = {_as_hashed(option.strip(" \t")) for option in options}
+    return shown if named.isdisjoint(name for name, _ in shown) else None
 
 
-def _is_of_question(name: str) -> bool:
-    """Whether a header is about the question itself, or ends at the proxy whatever an agent sends in it."""
-    return name in _OF_THE_QUESTION or name.startswith(("x-forwarded-", "x-ringfence-", "proxy-"))
+def _as_hashed(name: str) -> str:
+    return name.lower().replace("_", "-")
 
 
 def shows_json(request: Request) -> bool:

@@ -22,7 +22,12 @@ _LOOKED_AT: Final = 4096
 """So much of what a stranger wrote is looked at."""
 _ODD_IN_HOST: Final = re.compile(r"[^a-z0-9._:-]")
 _ODD: Final = re.compile(r"[^!-~]")
-_ABSOLUTE: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15})://([^/?#]*)(.*)", re.DOTALL)
+_URL_IN_METHOD: Final = re.compile(r"[/\\?#@:=].*", re.DOTALL)
+_ABSOLUTE: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15})://(.*)", re.DOTALL)
+_AFTER_HOST: Final = re.compile(r"[/\\?#]")
+_HOST_AND_PORT: Final = re.compile(r"(?:\[[^\]]*\]|[^:]*)(?::[0-9]*)?")
+_USER_IN_PATH: Final = re.compile(r"([/\\]{2})[^/\\]*@")
+"""Of a URL in a path, or of a path that some read as one."""
 
 Scheme = Literal["http", "https"]
 
@@ -48,24 +53,44 @@ def destination_of_line(method: str, target: str, host: str | None, scheme: Sche
     """Where a request line leads, with the `Host` of the message; also one that cannot be read for certain."""
     target = target[:_LOOKED_AT]
     if (absolute := _ABSOLUTE.fullmatch(target)) is not None:
-        return _destination(absolute[1].lower(), absolute[2], absolute[3] or "/")
-    if method == "CONNECT":
-        return _destination("https", target.partition("/")[0], None)
+        authority, path = _cut(absolute[2])
+        return _destination(absolute[1].lower(), authority, path or "/")
+    if method.upper() == "CONNECT":
+        return _destination("https", _cut(target)[0], None)
+    if not target.startswith("/"):
+        target = target.rpartition("@")[2]  # no path: an authority, or a URL of which a slash is missing
     return _destination(scheme, host, target)
 
 
 def unread_line(head: bytes) -> tuple[str, str, str | None]:
     """Method, target and `Host` of a head that is no valid one, as far as they can be told apart."""
     first, *lines = re.split(rb"\r\n|\r|\n", head[:_LOOKED_AT])
-    method, _, rest = first.partition(b" ")
+    method, *rest = re.split(rb"[ \t]+", first, maxsplit=2)
     hosts = [line.partition(b":")[2] for line in lines if line[:5].lower() == b"host:"]
     host = hosts[0].strip(b" \t").decode("latin-1") if hosts else None
-    return method.decode("latin-1"), rest.partition(b" ")[0].decode("latin-1"), host
+    return method.decode("latin-1"), rest[0].decode("latin-1") if rest else "", host
 
 
 def printable_method(method: str) -> str | None:
-    """A method, made safe where it is none; None where there is nothing."""
-    return _ODD.sub("?", method[:MAX_METHOD_CHARS]) or None
+    """A method, made safe where it is none; None where there is nothing.
+
+    What is no part of one, but of a URL, ends it: that is recorded without its query and user information, or not.
+    """
+    return _ODD.sub("?", _URL_IN_METHOD.sub("?", method[:MAX_METHOD_CHARS])) or None
+
+
+def _cut(rest: str) -> tuple[str, str]:
+    """An authority, and what follows it. Where it is none, what ends it may stand in a password."""
+    at = _end_of_authority(rest)
+    if "@" in rest[at:] and not _HOST_AND_PORT.fullmatch(rest[:at]):
+        rest = rest.rpartition("@")[2]
+        at = _end_of_authority(rest)
+    return rest[:at], rest[at:]
+
+
+def _end_of_authority(rest: str) -> int:
+    found = _AFTER_HOST.search(rest)
+    return found.start() if found is not None else len(rest)
 
 
 def _destination(
@@ -80,9 +105,12 @@ def _destination(
 
 def _host_and_port(authority: str, scheme: str) -> tuple[str | None, int | None]:
     rest = authority[:_LOOKED_AT].rpartition("@")[2]
+    rest = rest[: _end_of_authority(rest)]
     if rest.startswith("["):
         host, _, after = rest[1:].partition("]")
         given = after.removeprefix(":")
+    elif rest.count(":") > 1:
+        host, given = rest, "?"  # IPv6 without brackets: nobody can tell a port from it
     else:
         host, _, given = rest.partition(":")
     host = _ODD_IN_HOST.sub("?", host.lower()[:_MAX_HOST_CHARS])
@@ -106,4 +134,4 @@ def _path(target: str, handle: str | None) -> str:
 def _scrubbed(text: str, handle: str | None) -> str:
     if handle:
         text = re.sub(re.escape(handle), REDACTED, text, flags=re.IGNORECASE)
-    return without_secrets(without_tokens(text))
+    return _USER_IN_PATH.sub(rf"\g<1>{REDACTED}@", without_secrets(without_tokens(text)))

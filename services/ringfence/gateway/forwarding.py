@@ -111,7 +111,9 @@ class Forwarder:
         exchange = Exchange(client, asked, injected, origin, self._patiences, lapsed, self._gate.doubt)
         exchange.unsubscribe = self._on_end(asked.verdict, exchange.lease_ended)
         try:
-            return await self._exchange(exchange, *await self._upstreams.take(origin))
+            # What a person approved is sent once: never on a connection that may be closed, so never again on another.
+            fresh = asked.verdict.headers is not None
+            return await self._exchange(exchange, *await self._upstreams.take(origin, fresh=fresh))
         finally:
             exchange.finish()
 

@@ -89,7 +89,10 @@ def number_in(text: str, least: int, most: int) -> int | None:
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request's line and headers, besides what the read brought that they began in."""
 READING_S = 30.0
-"""So long a request may take to arrive, its body with it, and so long a connection may wait to bring one."""
+"""So long a request may take to arrive, its body with it, and so long a connection may wait to bring one. So long, too,
+nothing of an answer may be taken."""
+STALL_S = 2.0
+"""Of whom nothing of an answer was taken for so long, nobody thinks that they want it."""
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -101,9 +104,9 @@ _NO_ROOM = (
 class ConnectionLimit:
     """How many connections are open at once (admission control), and which of them goes where another one comes.
 
-    A connection that brings no whole request makes room, the one first that has waited longest: who opens very many and
-    says little shuts out nobody. One whose request is being answered is never closed. Of one address there are half as
-    many, at most.
+    A connection that brings no whole request, or takes no answer, makes room, the one first that has waited longest:
+    who opens very many and says little shuts out nobody. One whose request is being answered is never closed. Of one
+    address there are half as many, at most.
     """
 
     def __init__(self, most: int) -> None:
@@ -153,14 +156,21 @@ class Requests(HttpToolsProtocol):
 
     limit: ConnectionLimit | None = None
     reading_s = READING_S
+    stall_s = STALL_S
     _in_head = False
     _begun = 0
     """How many requests began: one that did in the present read is not counted by its bytes."""
     _head_bytes = 0
     _too_late: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
+    """Set while something of an answer has not been taken."""
+    _untaken = 0
+    _stalls = 0
+    """How many times in a row nothing more had been taken of it."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # `pause_writing` and `resume_writing` tell what has been taken
         if self.limit is not None:
             if not self.limit.admit(self, self.client[0] if self.client else ""):
                 transport.write(_NO_ROOM)
@@ -171,9 +181,21 @@ class Requests(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._has_come()
+        self._taken()
         if self.limit is not None:
             self.limit.leave(self)
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._untaken, self._stalls = self.transport.get_write_buffer_size(), 0
+        self._stalled = self.loop.call_later(self.stall_s, self._look)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._taken()
+        if self.limit is not None:
+            (self.limit.waits if self._answered() or self._too_late else self.limit.works)(self)
 
     def data_received(self, data: bytes) -> None:
         begun = self._begun
@@ -210,10 +232,32 @@ class Requests(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if (
-            self.limit is not None and self.cycle.response_complete
-        ):  # none that was sent along is answered now
+        if self.limit is not None and self._answered() and self._stalled is None:
             self.limit.waits(self)
+
+    def _answered(self) -> bool:
+        """Whether nothing that came is being answered, also of what was sent along."""
+        cycle = getattr(self, "cycle", None)  # before the first head was read whole there is none
+        return cycle is None or bool(cycle.response_complete)
+
+    def _look(self) -> None:
+        """Whether more of the answer has been taken."""
+        untaken = self.transport.get_write_buffer_size()
+        self._stalls = self._stalls + 1 if untaken >= self._untaken else 0
+        self._untaken = untaken
+        if self._stalls * self.stall_s >= self.reading_s:
+            self.transport.abort()
+            return
+        self._stalled = self.loop.call_later(self.stall_s, self._look)
+        if self.limit is not None and self._stalls == 0 and self._too_late is None:
+            self.limit.works(self)
+        elif self.limit is not None and self._stalls == 1:
+            self.limit.waits(self)
+
+    def _taken(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def _expect(self) -> None:
         if self._too_late is None and not self.transport.is_closing():

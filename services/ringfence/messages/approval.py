@@ -97,10 +97,14 @@ class GrantWithdraw(ExpiringClaims):
     reason: NonEmpty
 
 
+MAX_HEADERS = 128
+MAX_HEADER_NAME_CHARS = 256
+
+
 class ShownHeader(Message):
     """One header that goes on with an action, as a person sees it."""
 
-    name: Annotated[str, Field(pattern=r"^[!#$%&'*+.^`|~0-9a-z-]{1,256}$")]
+    name: Annotated[str, Field(pattern=rf"^[!#$%&'*+.^`|~0-9a-z-]{{1,{MAX_HEADER_NAME_CHARS}}}$")]
     """In lower case, with `-` for `_`."""
     value: Annotated[str, Field(max_length=2048, pattern=r"^[ -~]*$")] | None = None
     """None where it is not shown: it may be a secret."""
@@ -134,7 +138,7 @@ class ActionRequest(ExpiringClaims):
     headers_digest: Digest | None = None
     """Over all headers that go on, in their order, without the credential: SHA-256 over each name and each value, with
     its length in four bytes before it. Always set by a gateway that binds headers; an older one did not."""
-    headers: Annotated[tuple[ShownHeader, ...], Field(max_length=128)] | None = None
+    headers: Annotated[tuple[ShownHeader, ...], Field(max_length=MAX_HEADERS)] | None = None
     """The same headers, in the same order, as a person sees them."""
     required: ActionClass
     """Whose word the bundle wants."""

@@ -22,6 +22,8 @@ from ringfence.model.identity import subject_of
 from ringfence.policy.store import Known, Place
 
 READ_TIMEOUT_S = 5.0
+NOT_SEEN = "no decision with this request id that you could see is remembered here; audit keeps all of them"
+"""Said also where there is one: that is not for everybody to know."""
 _SHOWN = {
     "request_id", "outcome", "reasons", "ttl_s", "delivery", "required", "revisions", "input", "input_digest",
     "expires_at", "retry_after_s", "source",
@@ -54,7 +56,7 @@ class Explainer:
         except InvalidMessageError:
             told = {}
         if told.get("request_id") != request_id:
-            raise NotFoundError(f"no decision on request {request_id} stands there")
+            raise NotFoundError(NOT_SEEN)
         return told
 
     def _told(self, compact: str | bytes, at_ms: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.model.requests import DeniedError, Facts, gather
 from ringfence.policy.domain import may_approve_any
-from ringfence.policy.explaining import Explainer
+from ringfence.policy.explaining import NOT_SEEN, Explainer
 from ringfence.policy.store import Decisions, Known, Place
 
 
@@ -76,14 +76,14 @@ class Api:
         caller = self._caller(request)
         told = await self._explainer.explain_recorded(request.path_params["request_id"], place)
         if not self._may_see_agent(caller, told["agent_id"]):
-            raise NotFoundError(_NOT_SEEN)
+            raise NotFoundError(NOT_SEEN)
         return JSONResponse(told)
 
     def _known(self, request: Request) -> Known:
         caller = self._caller(request)
         known = self._decisions.get(request.path_params["request_id"])
         if known is None or known.outcome is None or not self._may_see(caller, known):
-            raise NotFoundError(_NOT_SEEN)
+            raise NotFoundError(NOT_SEEN)
         return known
 
     def _caller(self, request: Request) -> Caller:
@@ -135,9 +135,6 @@ class Api:
             return gather(self._directory, Signed(request, decision.request))
         except DeniedError:
             return None
-
-
-_NOT_SEEN = "no decision with this request id that you could see is remembered here; audit keeps all of them"
 
 
 def _place(request: Request) -> Place | None:
