@@ -9,9 +9,9 @@ exception, and the test hangs on. Here a thread watches instead, and ends what t
 4. Where that fails as well, the process ends: xdist then reports that its worker crashed while it ran this test.
    faulthandler does this where C code never gives the GIL back.
 
-The test fails, is named, and the stacks of all threads and tasks are printed. What hangs behind it in the same tear-down
-is ended as well. So is what hangs when all tests are over: the tear-down of a fixture of the session, which an
-interruption puts off until then, or a thread that the process waits for before it ends.
+The test fails, is named, and the stacks of all threads and tasks are printed. What hangs behind it in the same
+tear-down is ended as well. So is what hangs when all tests are over: the tear-down of a fixture of the session, which
+an interruption puts off until then, or a thread that the process waits for before it ends.
 
 pytest-timeout still reads the settings: its option, its marker and `timeout` in pyproject.toml, which is the limit of a
 call.
@@ -226,7 +226,7 @@ class TimeLimits:
         faulthandler.dump_traceback_later(limit_s + 5 * GRACE_S, exit=True, file=self._stderr)
 
     def _finishing(self) -> Any:
-        """`FixtureDef.finish`, from which a cancellation comes as a failure: else pytest would tear down nothing more."""
+        """`FixtureDef.finish` with failures for cancellations: behind one of these pytest would tear down nothing."""
         finish = self._finish
 
         def finishing(fixture: pytest.FixtureDef[Any], request: Any) -> None:
