@@ -169,7 +169,9 @@ class TimeLimits:
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
         """What is torn down here belongs to no test. Where it hangs, the summary still comes."""
         self._session = session
-        phase = self._begin(None, "teardown", self._limit_s("teardown"))
+        # A process that only hands tests to workers of xdist has nothing to tear down but those, within a limit.
+        hands_out = self._config.pluginmanager.hasplugin("dsession")
+        phase = self._begin(None, "teardown", 0 if hands_out else self._limit_s("teardown"))
         try:
             return (yield)
         except (Exception, asyncio.CancelledError, pytest.fail.Exception):
