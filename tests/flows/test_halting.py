@@ -272,6 +272,9 @@ async def test_a_halted_revoker_whose_clock_is_wrong_denies_as_well(world: World
     async with opened_desks(world) as first, world.running("issuer"), world.running("revoker", clock=clock):
         desk = await another(first)
         clock.off_ms = -180_000
+        await world.until(
+            lambda: world.runtimes["revoker"].clock_behind(), "that it knows that its clock is wrong"
+        )
         for _ in range(MANY):
             value = of_no_shape(world.key("registry"), typ_header(AgentRecord), world.td)
             await world.send(AGENT, "nobody", value)
