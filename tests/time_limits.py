@@ -9,8 +9,12 @@ exception, and the test hangs on. Here a thread watches instead, and ends what t
 4. Where that fails as well, the process ends: xdist then reports that its worker crashed while it ran this test.
    faulthandler does this where C code never gives the GIL back.
 
-The test fails, is named, and the stacks of all threads and tasks are printed. pytest-timeout still reads the settings:
-its option, its marker and `timeout` in pyproject.toml, which is the limit of a call.
+The test fails, is named, and the stacks of all threads and tasks are printed. What hangs behind it in the same
+tear-down is ended as well. So is what hangs when all tests are over: the tear-down of a fixture of the session, which
+an interruption puts off until then, or a thread that the process waits for before it ends.
+
+pytest-timeout still reads the settings: its option, its marker and `timeout` in pyproject.toml, which is the limit of a
+call.
 """
 
 from __future__ import annotations
@@ -40,6 +44,9 @@ GRACE_S = 5.0
 SIGNALS = 5
 """How often `Failed` is raised in the main thread, within one step."""
 
+AFTER_ALL = "the end of the run"
+"""What is over its limit where no test is."""
+
 _AGAIN_S = 1.0
 """How long a task that was cancelled has to clean up, before it is cancelled again."""
 _abandoned: list[asyncio.Task[Any]] = []
@@ -54,14 +61,21 @@ def add_settings(parser: pytest.Parser) -> None:
 
 @dataclass(eq=False)
 class Phase:
-    """The set-up, the call or the tear-down of one test."""
+    """The set-up, the call or the tear-down of one test; or the tear-down of what is left when all are over."""
 
-    item: pytest.Item
+    item: pytest.Item | None
     when: str
     limit_s: float
     ended: threading.Event = field(default_factory=threading.Event)
     report: str | None = None
     """What is said of it, once its time is over."""
+    torn_down: int = 0
+    """How many fixtures have ended in it."""
+
+    @property
+    def name(self) -> str:
+        """Of the test."""
+        return AFTER_ALL if self.item is None else self.item.nodeid
 
     def __post_init__(self) -> None:
         self.deadline_s = time.monotonic() + self.limit_s
@@ -81,6 +95,9 @@ class TimeLimits:
         folder = os.environ.get(RUNNING)
         self._running = Path(folder, f"running-{worker}-{os.getpid()}") if folder else None
         self._hung = Path(folder, f"hung-{worker}-{os.getpid()}") if folder else None
+        self._session: pytest.Session | None = None
+        self._finish = pytest.FixtureDef.finish
+        pytest.FixtureDef.finish = self._finishing()  # type: ignore[method-assign] # no hook comes before it raises
         signal.signal(signal.SIGALRM, self._raise)
         threading.Thread(target=self._watch, name="time limits", daemon=True).start()
 
@@ -133,31 +150,69 @@ class TimeLimits:
             self._end(phase)
         return True
 
-    def pytest_unconfigure(self) -> None:
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+    ) -> Generator[None, object, object]:
+        """A fixture whose set-up was cancelled has failed: tests that share it do not wait for it once more."""
+        try:
+            return (yield)
+        except asyncio.CancelledError:
+            phase = self._phase
+            if phase is None or phase.report is None:
+                raise
+            failure = pytest.fail.Exception(phase.report, pytrace=False)
+            fixturedef.cached_result = (None, fixturedef.cache_key(request), (failure, None))  # type: ignore[arg-type]
+            raise failure from None
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
+        """What is torn down here belongs to no test. Where it hangs, the summary still comes."""
+        self._session = session
+        # A process that only hands tests to workers of xdist has nothing to tear down but those, within a limit.
+        hands_out = self._config.pluginmanager.hasplugin("dsession")
+        phase = self._begin(None, "teardown", 0 if hands_out else self._limit_s("teardown"))
+        try:
+            return (yield)
+        except (Exception, asyncio.CancelledError, pytest.fail.Exception):
+            if phase.report is None:
+                raise
+            return None
+        finally:
+            self._end(phase)
+            if phase.report is not None:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_unconfigure(self, config: pytest.Config) -> None:
+        """The process ends now, unless a thread keeps it: Python waits for those that are no daemons, and for pools."""
+        pytest.FixtureDef.finish = self._finish  # type: ignore[method-assign]
         faulthandler.cancel_dump_traceback_later()
+        if self._session is not None and not hasattr(config, "workerinput"):  # xdist ends its workers
+            threading.Thread(target=self._leave, name="time limits: end", daemon=True).start()
 
     # --- one phase ---
 
     @contextlib.contextmanager
     def _limited(self, item: pytest.Item, when: str) -> Iterator[None]:
-        limit_s = float(self._config.getini(f"{when}_timeout"))
-        if self._config.getoption("timeout", None) == 0:
-            limit_s = 0
-        phase = self._begin(item, when, limit_s)
+        phase = self._begin(item, when, self._limit_s(when))
         try:
             yield
         finally:
             self._end(phase)
             _fail_if_over(phase)
 
-    def _begin(self, item: pytest.Item, when: str, limit_s: float) -> Phase:
+    def _limit_s(self, when: str) -> float:
+        if self._config.getoption("timeout", None) == 0:
+            return 0
+        return float(self._config.getini(f"{when}_timeout"))
+
+    def _begin(self, item: pytest.Item | None, when: str, limit_s: float) -> Phase:
         phase = Phase(item, when, limit_s)
         if limit_s > 0 and not self._config.getoption("usepdb", False):
             with self._changed:
                 self._phase = phase
                 self._changed.notify()
-            # Later than all other steps.
-            faulthandler.dump_traceback_later(limit_s + 5 * GRACE_S, exit=True, file=self._stderr)
+            self._end_process_after(limit_s)
         return phase
 
     def _end(self, phase: Phase) -> None:
@@ -167,6 +222,28 @@ class TimeLimits:
                 faulthandler.cancel_dump_traceback_later()
                 self._changed.notify()
         phase.ended.set()
+
+    def _end_process_after(self, limit_s: float) -> None:
+        """Later than all other steps."""
+        faulthandler.dump_traceback_later(limit_s + 5 * GRACE_S, exit=True, file=self._stderr)
+
+    def _finishing(self) -> Any:
+        """`FixtureDef.finish` with failures for cancellations: behind one of these pytest would tear down nothing."""
+        finish = self._finish
+
+        def finishing(fixture: pytest.FixtureDef[Any], request: Any) -> None:
+            try:
+                finish(fixture, request)
+            except BaseException as error:
+                phase = self._phase
+                if phase is None or phase.report is None or not _is_cancelled(error):
+                    raise
+                raise pytest.fail.Exception(phase.report, pytrace=False) from None
+            finally:
+                if self._phase is not None:
+                    self._phase.torn_down += 1
+
+        return finishing
 
     def _raise(self, _: int, __: FrameType | None) -> None:
         """The handler of the signal: in the main thread, wherever that is."""
@@ -192,29 +269,55 @@ class TimeLimits:
 
     def _interrupt(self, phase: Phase) -> None:
         """End a phase whose time is over, or this process."""
-        main = _Main(self._main)
+        loop = _Main(self._main).loop
         phase.report = (
-            f"Timeout: {phase.when} of {phase.item.nodeid} took longer than {phase.limit_s:g} s and was ended"
+            f"Timeout: {phase.when} of {phase.name} took longer than {phase.limit_s:g} s and was ended"
         )
-        stacks = "\n".join(_stacks(main.loop))
+        stacks = "\n".join(_stacks(loop))
         with contextlib.suppress(OSError):
             if self._hung is not None:
+                self._hung.parent.mkdir(parents=True, exist_ok=True)
                 with self._hung.open("a") as hung:
-                    hung.write(phase.item.nodeid + "\n")
+                    hung.write(phase.name + "\n")
         self._say(f"\n{phase.report}\n{stacks}\n")
-        phase.item.add_report_section(phase.when, "stacks", stacks)
-        if main.cancel(phase) and phase.ended.wait(GRACE_S):
-            return
-        if main.reacts and main.abandon(phase) and phase.ended.wait(GRACE_S):
-            return
-        for _ in range(SIGNALS):
-            signal.pthread_kill(self._main, signal.SIGALRM)
-            if phase.ended.wait(GRACE_S / SIGNALS):
+        if phase.item is not None:
+            phase.item.add_report_section(phase.when, "stacks", stacks)
+        while True:
+            torn_down = phase.torn_down
+            self._end_process_after(0)
+            if self._is_ended(phase):
                 return
-        if main.reacts and main.abandon(phase) and phase.ended.wait(GRACE_S):
-            return
+            if phase.torn_down == torn_down:
+                break
+            # What hung has ended, and something behind it hangs as well.
         self._say(f"\nNothing ended it: this process ends. {phase.report}\n")
         os._exit(1)
+
+    def _is_ended(self, phase: Phase) -> bool:
+        """Whether a phase is over after all steps. False as well where something else hangs in it by now."""
+        main, torn_down = _Main(self._main), phase.torn_down
+        if main.cancel(phase) and phase.ended.wait(GRACE_S):
+            return True
+        if phase.torn_down != torn_down:
+            return False
+        if main.reacts and main.abandon(phase) and phase.ended.wait(GRACE_S):
+            return True
+        for _ in range(SIGNALS):
+            if phase.torn_down != torn_down:
+                return False
+            signal.pthread_kill(self._main, signal.SIGALRM)
+            if phase.ended.wait(GRACE_S / SIGNALS):
+                return True
+        return main.reacts and main.abandon(phase) and phase.ended.wait(GRACE_S)
+
+    def _leave(self) -> None:
+        """End this process where it does not end by itself. Nothing is left to tear down."""
+        time.sleep(4 * GRACE_S)
+        status = self._session.exitstatus if self._session is not None else 1
+        self._say(
+            f"\nA thread is left that this process waits for: it ends.\n{chr(10).join(_stacks(None))}\n"
+        )
+        os._exit(int(status))
 
     def _say(self, text: str) -> None:
         with contextlib.suppress(OSError):
@@ -228,6 +331,12 @@ def _fail_if_over(phase: Phase) -> None:
     """Raises Failed in place of whatever the phase ended with."""
     if phase.report is not None and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
         raise pytest.fail.Exception(phase.report, pytrace=False) from None
+
+
+def _is_cancelled(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(_is_cancelled, error.exceptions))
+    return isinstance(error, asyncio.CancelledError)
 
 
 class _Main:
@@ -269,11 +378,10 @@ class _Main:
             return False
 
         def leave() -> None:
-            if phase.ended.is_set():
+            if phase.ended.is_set() or task.done():  # another one may run in the loop by now
                 return
-            if not task.done():
-                _abandoned.append(task)
-                _forget(loop, task)
+            _abandoned.append(task)
+            _forget(loop, task)
             loop.stop()
 
         return _called(loop, leave)

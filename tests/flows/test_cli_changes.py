@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ringfence.cli.main import main
+from ringfence.client.administrator import Administrator
 from tests.flows.test_cli import Shell, organisation, shell
 
 __all__ = ["shell"]
@@ -135,6 +136,38 @@ async def test_a_ceiling_and_entitlements_change_in_parts(
     assert [(one["verbs"], one["resources"]) for one in scope] == [
         (["read"], ["env/**"]), (["deploy"], ["env/test/*"]),
     ]  # fmt: skip
+
+
+async def test_what_is_left_of_entitlements_grows_no_younger_where_something_is_removed(
+    shell: Shell,
+) -> None:
+    """Else that would give back all the rest, once it has grown too old to count."""
+    await organisation(shell)
+    before = await state(shell, "user", "maria")
+    looked_at = before["entitlements"]["as_of"] - 10_000_000
+    async with Administrator.connect(shell.folder / "olga.json") as administrator:
+        entry = (await administrator.directory()).user("maria")
+        assert entry is not None
+        await administrator.set_user(
+            "maria", name="Maria", keys=entry.state.keys, entitlements=entry.state.entitlements.scope, as_of=looked_at
+        )  # fmt: skip
+
+    async def as_of() -> int:
+        return int((await state(shell, "user", "maria"))["entitlements"]["as_of"])
+
+    entitled = ("user", "set", "maria", "--yes")
+    await shell("olga", *entitled, "--remove", "platform:read:env/**")
+    assert await as_of() == looked_at
+    await shell("olga", *entitled, "--add", "platform:read:env/test/*")
+    assert await as_of() > looked_at
+
+
+async def test_a_consent_is_for_a_day_at_most(shell: Shell) -> None:
+    """Longer, nobody would take it: then it must not say that it counts so long."""
+    terms = ("--purpose", "look", "--for", "1h", "--allow", "platform:read:env/**")
+    for consent in (("agent", "consent-transfer", "bot"), ("task", "consent", "bot", *terms)):
+        said = await shell("sam", *consent, "--valid", "25h", status=2)
+        assert "longer than a consent may be used" in " ".join(said.replace("│", " ").split())
 
 
 async def test_what_a_user_loses_is_said_first(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

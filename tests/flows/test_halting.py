@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from ringfence.kernel.bus import MAX_INVALID_SIGNED
+from ringfence.kernel.clock import SystemClock
 from ringfence.kernel.kafka import Received
 from ringfence.kernel.keys import SigningKey
 from ringfence.kernel.runtime import Runtime
@@ -251,6 +252,34 @@ async def test_what_halts_a_reader_of_records_alone_denies_as_well(world: World)
         group = f"{world.prefix}.revoker-records"
         await world.until(lambda: world.runtimes["revoker"].halted() == (group,) or None, "that it halts")
         await heard(world, (group,))
+        asked = await desk.ask("read")
+        await desk.decide(asked)
+        assert await desk.refusal_codes(asked) == ["revoker_halted"]
+
+
+class WrongClock:
+    """One that is set wrong while its service runs."""
+
+    off_ms = 0
+
+    def now_ms(self) -> int:
+        return SystemClock().now_ms() + self.off_ms
+
+
+async def test_a_halted_revoker_whose_clock_is_wrong_denies_as_well(world: World) -> None:
+    """Its heartbeats would look like old ones that somebody sent again."""
+    clock = WrongClock()
+    async with opened_desks(world) as first, world.running("issuer"), world.running("revoker", clock=clock):
+        desk = await another(first)
+        clock.off_ms = -180_000
+        await world.until(
+            lambda: world.runtimes["revoker"].clock_behind(), "that it knows that its clock is wrong"
+        )
+        for _ in range(MANY):
+            value = of_no_shape(world.key("registry"), typ_header(AgentRecord), world.td)
+            await world.send(AGENT, "nobody", value)
+        await world.until(lambda: world.runtimes["revoker"].halted() or None, "that it halts")
+        await heard(world, world.runtimes["revoker"].halted())
         asked = await desk.ask("read")
         await desk.decide(asked)
         assert await desk.refusal_codes(asked) == ["revoker_halted"]

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.cli.attestation import parse_selectors, show_selector
+from ringfence.cli.main import main
 from ringfence.cli.provisioner import read_delegation
 from ringfence.cli.records import print_record
-from ringfence.cli.scopes import parse_permission
+from ringfence.cli.scopes import parse_permission, parse_scope
 from ringfence.cli.yaml_files import YamlFileError
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError
@@ -321,6 +322,38 @@ def test_the_command_line_names_it_in_a_permission() -> None:
         typer.BadParameter, match=r'unknown field "resource" in .*: did you mean "resources"\?'
     ):
         parse_permission(text)
+
+
+def test_the_command_line_takes_nothing_that_is_said_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last would count, and what the first limits would be lost."""
+    one = '"issuer": "https://a.example", "claims": {"sub": "a"}'
+    (tmp_path / "selectors.json").write_text(f'[{{{one}, "max_life_s": 60, "max_life_s": 3600}}]')
+    (tmp_path / "scope.json").write_text(
+        '[{"target": "a", "verbs": ["read"], "verbs": ["go"], "resources": ["a"]}]'
+    )
+    for selector in (
+        "https://a.example sub=a sub=repo:*", "https://a.example sub=a life=60s life=1h",
+        f'{{{one}, "claims": {{"sub": "repo:*"}}}}', f"@{tmp_path}/selectors.json",
+    ):  # fmt: skip
+        with pytest.raises(typer.BadParameter, match="twice"):
+            parse_selectors([selector])
+    for text in (
+        '{"target": "a", "verbs": ["read"], "resources": ["a"], "resources": ["**"]}', f"@{tmp_path}/scope.json"
+    ):  # fmt: skip
+        with pytest.raises(typer.BadParameter, match="twice"):
+            parse_scope([text])
+    add = ("target", "add", "a", "--description", "x", "--backend", "jwt")
+    for options in (
+        ("--verb", "deploy=sponsor", "--verb", "deploy"),
+        ("--verb", "deploy", "--ask", "deploy=operator", "--ask", "deploy=sponsor"),
+        ("--verb", "read", "--request", "GET /a read a query:m=1 query:m=2"),
+        ("--verb", "read", "--request", "MCP /a read a message:tools/call=x argument:m=1 argument:m=2"),
+        ("--verb", "read", "--setting", "url=https://a.example", "--setting", "url=https://b.example"),
+    ):
+        assert main([*add, *options]) == 2
+        assert "is there twice" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 # --- where it is read: nothing becomes possible by it -----------------------------------------------------------------

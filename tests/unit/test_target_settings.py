@@ -98,7 +98,7 @@ def test_a_place_that_can_be_reached_is_taken(place: str) -> None:
         (["--backend", "postgres", "--setting", "connection_limit=" + "9" * 5000], "connection_limit: "),
         (["--setting", "audience=https://a.example"], "write --audience VALUE"),
         (["--setting", "kind=jwt"], "write --backend VALUE"),
-        (["--setting", "dpop=off", "--setting", "dpop=required"], "dpop is given twice"),
+        (["--setting", "dpop=off", "--setting", "dpop=required"], "dpop is there twice"),
         (["--setting", "=off"], "write NAME=VALUE"),
         (["--audience", ""], "the audience is empty"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.time_limits import RUNNING
+from tests.time_limits import AFTER_ALL, RUNNING
 
 ROOT = Path(__file__).parents[2]
 WITHIN_S = 90
@@ -185,6 +185,77 @@ def test_never_leaves_c_code():
 def test_after():
     pass
 """
+LEFT = """
+import asyncio
+import threading
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+async def last():
+    yield
+    print("the last one is torn down")
+
+
+@pytest.fixture(scope="session")
+async def shared(last):
+    yield
+    await asyncio.Event().wait()
+
+
+@pytest.fixture
+async def inner():
+    yield
+    print("the inner one is torn down")
+
+
+@pytest.fixture
+async def hanging(inner):
+    async with asyncio.TaskGroup() as group:
+        group.create_task(asyncio.Event().wait())
+        yield
+
+
+@pytest.fixture(scope="session")
+async def never_there():
+    await asyncio.Event().wait()
+
+
+async def test_needs_what_never_comes(never_there):
+    pass
+
+
+async def test_needs_it_too(never_there):
+    pass
+
+
+async def test_leaves_a_thread():
+    await asyncio.to_thread(threading.Event().wait)
+
+
+async def test_leaves_two(shared, hanging):
+    pass
+"""
+FAILING = """
+import asyncio
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+async def shared():
+    yield
+    await asyncio.Event().wait()
+
+
+async def test_fails(shared):
+    assert False
+
+
+async def test_after(shared):
+    pass
+"""
 
 
 def run(folder: Path, code: str, *options: str, **more: str) -> str:
@@ -258,3 +329,29 @@ def test_without_workers_what_nothing_ends_ends_the_run_by_name(tmp_path: Path) 
     assert [file.read_text() for file in running.glob("running-*")] == [
         "test_it.py::test_swallows_everything\n"
     ]
+
+
+def test_what_hangs_behind_what_hangs_ends_too(tmp_path: Path) -> None:
+    """In one tear-down, in a set-up that several tests share, and in a thread that Python waits for at its end."""
+    said = run(tmp_path, LEFT, "-s")
+    assert outcomes(said) == {
+        "test_needs_what_never_comes": {"ERROR"},
+        "test_needs_it_too": {"ERROR"},
+        "test_leaves_a_thread": {"FAILED"},
+        "test_leaves_two": {"PASSED", "ERROR"},
+    }, said
+    assert said.count("took longer than 1 s and was ended\n--- thread") == 3, "of what was never there, once"
+    assert "the inner one is torn down" in said
+    assert "the last one is torn down" in said
+    assert "A thread is left that this process waits for" in said
+
+
+def test_what_hangs_when_all_is_over_ends_with_a_summary(tmp_path: Path) -> None:
+    """An interruption ends the run before what the tests share is torn down."""
+    hung = tmp_path / "running"
+    said = run(tmp_path, FAILING, "--maxfail", "1", **{RUNNING: str(hung)})
+    assert outcomes(said) == {"test_fails": {"FAILED", "ERROR"}}, said
+    assert "Timeout: teardown of test_it.py::test_fails took longer than 1 s" in said
+    again = run(tmp_path, FAILING.replace("assert False", "raise KeyboardInterrupt"))
+    assert f"Timeout: teardown of {AFTER_ALL} took longer than 1 s" in again
+    assert "no tests ran in" in again, "the summary"

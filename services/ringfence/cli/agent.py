@@ -24,6 +24,7 @@ from ringfence.cli.options import (
     RemoveOption,
     YesOption,
     confirm,
+    consent_life_s,
     duration_s,
     identity,
     kept_if_accepted,
@@ -245,7 +246,7 @@ def consent_transfer(
 
     It counts once. It counts no more after any change of the agent: the present sponsor cannot widen what you saw.
     """
-    life_s = duration_s(valid)
+    life_s = consent_life_s(valid)
 
     async def work() -> tuple[str, AgentState]:
         async with Administrator.connect(identity(me)) as administrator:

@@ -27,6 +27,7 @@ from ringfence.client.ending_leases import Loss
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.outcomes import Accepted
 from ringfence.kernel.jws import explain
+from ringfence.kernel.strict_json import once
 from ringfence.messages.instances import AttestationSelector
 from ringfence.model.attestation import selector_id
 from ringfence.model.unknown_fields import names_of, told, unknown_fields
@@ -89,7 +90,7 @@ def parse_selectors(given: list[str] | None) -> tuple[AttestationSelector, ...]:
     for text in given or ():
         if text.startswith("@"):
             try:
-                listed = json.loads(Path(text[1:]).read_text())
+                listed = json.loads(Path(text[1:]).read_text(), object_pairs_hook=once)
             except (OSError, ValueError) as error:
                 raise typer.BadParameter(f"{text}: {error}", param_hint="--selector") from None
             found += [_selector(one, text) for one in (listed if isinstance(listed, list) else [listed])]
@@ -110,13 +111,17 @@ def show_selector(selector: AttestationSelector) -> str:
 def _fields(text: str) -> Any:
     try:
         if text.startswith("{"):
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=once)
         issuer, *words = shlex.split(text)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r}: {error}", param_hint="--selector") from None
     fields: dict[str, Any] = {"issuer": issuer, "claims": {}}
+    given_names: set[str] = set()
     for word in words:
         name, given, value = word.partition("=")
+        if name in given_names:  # the last would count, and what the others limit would be lost
+            raise typer.BadParameter(f"{text!r}: {name} is there twice", param_hint="--selector")
+        given_names.add(name)
         if word == "key-bound":
             fields["key_bound"] = True
         elif name == "life" and given:

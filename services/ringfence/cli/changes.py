@@ -34,6 +34,11 @@ class ScopeOptions:
         return self.whole is not None or bool(self.add or self.remove)
 
     @property
+    def gives(self) -> bool:
+        """Whether it says what is allowed, and not only what no longer is."""
+        return self.whole is not None or bool(self.add)
+
+    @property
     def named(self) -> Scope:
         """The permissions that are to be allowed from now on, as they were written."""
         return (*(self.whole or ()), *self.add)

@@ -23,6 +23,7 @@ from ringfence.cli.scopes import SYNTAX
 from ringfence.client.errors import NotAnsweredError
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.jws import MAX_LIFE_S
 from ringfence.kernel.keys import KeyFileError, SigningKey, public_key, thumbprint
 from ringfence.kernel.settings import load
 from ringfence.kernel.text import visible_lines
@@ -141,6 +142,14 @@ def duration_s(text: str) -> int:
     if total < 1:
         raise typer.BadParameter(f"{text!r} is no time at all; write for example 15m")
     return total
+
+
+def consent_life_s(text: str) -> int:
+    """How long a consent may be used. Raises typer.BadParameter where nobody would take one that long."""
+    life_s = duration_s(text)
+    if life_s > MAX_LIFE_S:
+        raise typer.BadParameter(f"{text!r} is longer than a consent may be used: 24h", param_hint="--valid")
+    return life_s
 
 
 def moment_s(text: str) -> int:

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ringfence.cli.output import visible_name
 from ringfence.kernel.jws import explain
+from ringfence.kernel.strict_json import once
 from ringfence.messages.permission import Permission, Scope
 from ringfence.model.scope import ScopeError, validate_scope
 
@@ -28,6 +29,7 @@ def parse_permission(text: str) -> Permission:
     Raises typer.BadParameter (exit 2), saying where it is wrong.
     """
     if text.lstrip().startswith("{"):
+        _check_names(text, text)
         try:
             permission = _JSON.validate_json(text)
         except ValidationError as error:
@@ -75,9 +77,21 @@ def _parse_short(text: str) -> Permission:
         raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
 
 
+def _check_names(data: str | bytes, what: str) -> None:
+    """Raises typer.BadParameter where a name comes twice in JSON: the last would count, whatever the first limits."""
+    try:
+        json.loads(data, object_pairs_hook=once)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return  # whoever reads it next says what is wrong
+    except ValueError as error:
+        raise typer.BadParameter(f"{what!r}: {error}") from None
+
+
 def _read_file(name: str) -> tuple[Permission, ...]:
     try:
-        return _JSON_FILE.validate_json(Path(name).read_bytes())
+        data = Path(name).read_bytes()
+        _check_names(data, name)
+        return _JSON_FILE.validate_json(data)
     except OSError as error:
         raise typer.BadParameter(f"@{name}: {error.strerror}") from None
     except ValidationError as error:

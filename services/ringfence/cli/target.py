@@ -287,6 +287,11 @@ def _conditions(where: str, text: str) -> dict[str, tuple[str, ...]] | None:
         kind, _, rest = condition.partition(":")
         if kind == where:
             name, _, values = rest.partition("=")
+            if name in found:
+                raise typer.BadParameter(
+                    f"{kind}:{name} is there twice; write {kind}:{name}=VALUE,VALUE for either",
+                    param_hint="--request",
+                )
             found[name] = tuple(values.split(","))
     return found or None
 
@@ -308,7 +313,9 @@ def _verbs(template: Template | None, given: Iterable[str]) -> list[VerbFloor]:
     """Those of the template, and those given, which count instead."""
     usual = template.verbs if template else {}
     verbs = {verb: VerbFloor(verb=verb, floor=floor) for verb, floor in usual.items()}
-    verbs |= {floor.verb: floor for floor in map(_verb, given)}
+    named = [_verb(text) for text in given]
+    _check_once([floor.verb for floor in named], "--verb")
+    verbs |= {floor.verb: floor for floor in named}
     if not verbs:
         raise typer.BadParameter("name at least one verb, or a template", param_hint="--verb")
     return list(verbs.values())
@@ -316,10 +323,18 @@ def _verbs(template: Template | None, given: Iterable[str]) -> list[VerbFloor]:
 
 def _asking(verbs: list[VerbFloor], given: Iterable[str]) -> list[VerbFloor]:
     """The verbs, those marked of which each action waits for a person."""
-    classes = dict(_ask(text) for text in given)
+    asks = [_ask(text) for text in given]
+    _check_once([verb for verb, _ in asks], "--ask")
+    classes = dict(asks)
     if unknown := classes.keys() - {verb.verb for verb in verbs}:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: no verb of this target", param_hint="--ask")
     return [verb.model_copy(update={"ask": classes.get(verb.verb, verb.ask)}) for verb in verbs]
+
+
+def _check_once(names: list[str], option: str) -> None:
+    """Of two for one verb the last would count, and might be the weaker one."""
+    if twice := sorted(name for name in set(names) if names.count(name) > 1):
+        raise typer.BadParameter(f"{', '.join(twice)} is there twice", param_hint=option)
 
 
 def _ask(text: str) -> tuple[str, ActionClass]:
@@ -340,7 +355,7 @@ def _settings(given: Iterable[str]) -> dict[str, str | int]:
             option = "--backend" if name == "kind" else f"--{name}"
             raise typer.BadParameter(f"{name} is not given so: write {option} VALUE", param_hint="--setting")
         if name in settings:
-            raise typer.BadParameter(f"{name} is given twice: say which counts", param_hint="--setting")
+            raise typer.BadParameter(f"{name} is there twice: say which counts", param_hint="--setting")
         # What would not be written so again is a word that looks like a number. No setting is a longer one.
         is_number = len(value) < 20 and value.isdecimal() and str(int(value)) == value
         settings[name] = int(value) if is_number else value

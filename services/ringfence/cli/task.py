@@ -13,6 +13,7 @@ from ringfence.cli.options import (
     IdentityOption,
     JsonOption,
     ReasonOption,
+    consent_life_s,
     duration_s,
     identity,
     moment_s,
@@ -130,13 +131,13 @@ def consent(
     lasts: ForOption = None,
     until: UntilOption = None,
     valid: Annotated[
-        str, typer.Option("--valid", metavar="DURATION", help="Until when it may be used.")
+        str, typer.Option("--valid", metavar="DURATION", help="Until when it may be used, 24h at most.")
     ] = "1h",
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Sign the terms of a task that somebody else will assign on your behalf; prints the consent."""
-    wanted, life_s = _wanted(purpose, allow, lasts, until), duration_s(valid)
+    wanted, life_s = _wanted(purpose, allow, lasts, until), consent_life_s(valid)
 
     async def work() -> tuple[TaskTerms, str]:
         async with Administrator.connect(identity(me)) as administrator:

@@ -122,7 +122,8 @@ def change(
 ) -> None:
     """Change what is named and keep the rest. A new key ends the old ones. A disabled user is active again.
 
-    --allow and --role say the whole and replace what was. First shows what is taken away and which leases end, and
+    --allow and --role say the whole and replace what was. --allow and --add confirm all entitlements as of now, as
+    --refresh does; --remove does not. First shows what is taken away and which leases end, and
     asks. What is changed of a user from a directory is set again by it, but for their keys. As an operator; nobody
     widens their own roles or entitlements.
     """
@@ -151,7 +152,7 @@ def change(
                 await check_unchanged(administrator, "user", user, entry)
             accepted = await administrator.set_user(
                 user,
-                **_changed(state, name, roles, scope, source, refresh),
+                **_changed(state, name, roles, scope, source, confirmed=refresh or options.gives),
                 keys=keys or _current(state),
                 provisioned=None if take_over else _provisioning(state),
             )
@@ -306,16 +307,17 @@ def _changed(
     roles: tuple[Role, ...] | None,
     scope: Scope | None,
     source: str | None,
-    refresh: bool,
+    *,
+    confirmed: bool,
 ) -> dict[str, Any]:
-    # What is not touched keeps its date too: a new date would say that somebody has looked at it again.
-    fresh = scope is not None or refresh
+    # What is not touched keeps its date too: a new date would say that somebody has looked at it again. So does what is
+    # left when something is removed: else that would give back what had grown too old.
     return {
         "name": name or state.name,
         "roles": state.roles if roles is None else roles,
         "entitlements": state.entitlements.scope if scope is None else scope,
         "source": source or state.entitlements.source,
-        "as_of": None if fresh else state.entitlements.as_of,
+        "as_of": None if confirmed else state.entitlements.as_of,
     }
 
 

@@ -223,6 +223,11 @@ class Runtime:
         """Why this process's clock holds for young, and for still to come, what is not; or None."""
         return self._skew.behind()
 
+    def broker_now_ms(self) -> int:
+        """What the broker's clock says by now, where this process's is known to be off; else what this one says."""
+        now_ms = self.clock.now_ms()
+        return now_ms - (self._skew.ahead_ms() or 0) if self._skew.unready() else now_ms
+
     def broker_past_ms(self) -> int | None:
         """A moment that is over by each broker's clock: what was appended by then is on Kafka now. None where no
         broker's time is known yet.

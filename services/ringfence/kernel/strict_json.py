@@ -16,7 +16,7 @@ def json_object(body: bytes) -> dict[str, Any]:
     """
     try:
         found = orjson.loads(body)  # the strict one, which does not say what comes twice
-        json.loads(body.decode("utf-8"), object_pairs_hook=_once)
+        json.loads(body.decode("utf-8"), object_pairs_hook=once)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(found, dict):
@@ -24,7 +24,8 @@ def json_object(body: bytes) -> dict[str, Any]:
     return found
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `object_pairs_hook` of `json`: raises ValueError where a name comes twice in an object."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name comes twice")

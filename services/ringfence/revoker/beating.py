@@ -43,14 +43,15 @@ class Beating:
     async def beat(self) -> None:
         """Say what has come since the last time."""
         positions = await self._follower.positions(CONFIRMED)
-        key, now_ms = self._runtime.key, self._runtime.clock.now_ms()
+        key, now_ms, halted = self._runtime.key, self._runtime.clock.now_ms(), self._runtime.halted()
         heartbeat = Heartbeat(
             iss=key.id,
             aud=self._runtime.settings.trust_domain,
             iat=now_ms // 1000,
             jti=derived_id("heartbeat", key.id, now_ms),
-            at_ms=now_ms,
+            # That it has halted is to be heard however far off its clock is: by the broker's it is no old heartbeat.
+            at_ms=self._runtime.broker_now_ms() if halted else now_ms,
             streams=self._streams.digests(positions),
-            halted=self._runtime.halted(),
+            halted=halted,
         )
         await self._runtime.publisher.publish_signed(HEARTBEAT, self._runtime.role, heartbeat, key)
