@@ -363,9 +363,12 @@ def test_a_busy_port_is_named_with_its_remedy(server: Any, tmp_path: Path) -> No
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no names that others can read")
 def test_the_thread_that_writes_all_it_holds_stands_back_for_whoever_waits(tmp_path: Path) -> None:
     def scheduling(pid: int) -> list[int]:
-        tasks = Path(f"/proc/{pid}/task").iterdir()
-        return [os.sched_getscheduler(int(task.name)) for task in tasks
-                if (task / "comm").read_text().strip() == "autosave"]  # fmt: skip
+        found = []
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended meanwhile
+                if (task / "comm").read_text().strip() == "autosave":
+                    found.append(os.sched_getscheduler(int(task.name)))
+        return found
 
     one = EmbeddedKafka(tmp_path)
     one.start()
