@@ -262,7 +262,7 @@ class _Mutating(_Quick):
         kills = memoryview(mmap.mmap(-1, 4 * len(durations))).cast("I")
 
         def kills_per_s(test: int) -> float:
-            return (kills[test] + 1) / (durations[test] + _TEST_OVERHEAD_S)
+            return (kills[test] + 0.05) / (durations[test] + _TEST_OVERHEAD_S)
 
         def jobs() -> Iterator[tuple[int, Callable[[], bool], Limits]]:
             for number, mutant in enumerate(self._mutants):
@@ -272,11 +272,8 @@ class _Mutating(_Quick):
                     continue
                 tests = sorted(tests, key=kills_per_s, reverse=True)
                 usual_s = sum(durations[test] for test in tests)
-                yield (
-                    number,
-                    functools.partial(self._fails, session, mutant, tests, kills),
-                    Limits.of(usual_s),
-                )
+                work = functools.partial(self._fails, session, mutant, tests, durations, kills)
+                yield number, work, Limits.of(usual_s)
 
         for number, verdict in run_all(jobs(), self._at_once):
             if verdict == "survived" and self._mutants[number].id.where in self._while_collecting:
@@ -284,7 +281,12 @@ class _Mutating(_Quick):
             self._tell({"number": number, "verdict": verdict})
 
     def _fails(
-        self, session: pytest.Session, mutant: Mutant, tests: Sequence[int], kills: memoryview[int]
+        self,
+        session: pytest.Session,
+        mutant: Mutant,
+        tests: Sequence[int],
+        durations: Sequence[float],
+        kills: memoryview[int],
     ) -> bool:
         try:
             self._exchange(mutant)
@@ -293,6 +295,7 @@ class _Mutating(_Quick):
         self._forget()
         for test, following in zip(tests, [*tests[1:], None], strict=True):
             self._running = (kills, test)
+            limit_further_cpu(Limits.of(durations[test]).cpu_s)
             _run_item(session.items[test], None if following is None else session.items[following])
         return bool(session.testsfailed)
 
@@ -309,6 +312,13 @@ class _Mutating(_Quick):
         order = sorted({one.__code__.co_firstlineno for one in held})
         for function in held:
             function.__code__ = changed[order.index(function.__code__.co_firstlineno)]
+
+
+def limit_further_cpu(seconds: float) -> None:
+    """Let this process use so much more, within the limit that it has: a loop without end is ended soon."""
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    wanted = int(time.process_time() + seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (min(wanted, most), most))
 
 
 def _run_item(item: pytest.Item, following: pytest.Item | None) -> None:

@@ -27,7 +27,7 @@ from ringfence.messages.registry import (
     TaskEnd,
     UserDisable,
 )
-from ringfence.model.chains import ChainError, unverified_command
+from ringfence.model.chains import ChainError, Chains, unverified_command
 from ringfence.model.identity import SubjectKind
 from ringfence.model.lifecycle import CommandRefusedError, still_needed
 from tests.ledger import START_MS, Ledger, permission
@@ -424,6 +424,27 @@ def test_a_user_whose_history_was_rewritten_is_folded_anew(ledger: Ledger):
     users["olga"] = forged(ledger, users["olga"], too_late)
     with pytest.raises(ChainError, match="after its exp"):
         chains.roles_at("olga", START_MS + 10**9)
+
+
+def test_what_is_forgotten_is_folded_anew(ledger: Ledger):
+    """Until then a fold stands, whatever becomes of what it rests on; another trust bundle makes readers forget."""
+    users: dict[str, Any] = {}
+
+    def find(user_id: str) -> Any:
+        return users.get(user_id) or ledger.directory.unverified("user", user_id)
+
+    chains, now_ms = Chains(ledger.trust, find, ledger.directory.unverified), ledger.clock.ms
+    sam, bot = chains.user_at("sam", now_ms), chains.agent_at("bot", now_ms)
+    assert sam
+    assert bot
+    olga = the(ledger, "user", "olga")
+    users["olga"] = forged(ledger, olga, (ledger.embed(ledger.user_set("eve", "olga", ["operator"])),))
+    assert (chains.user_at("sam", now_ms), chains.agent_at("bot", now_ms)) == (sam, bot)
+    chains.forget()
+    with pytest.raises(ChainError):
+        chains.agent_at("bot", now_ms)
+    with pytest.raises(ChainError):
+        chains.user_at("sam", now_ms)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
