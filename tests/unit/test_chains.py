@@ -161,9 +161,9 @@ def test_operators_who_set_each_other_in_turns_are_believed(ledger: Ledger):
 
 
 def test_a_long_line_of_operators_is_believed(ledger: Ledger):
-    """Each was made by the one before: 600 steps back to the root."""
+    """Each was made by the one before: 250 steps back to the root, twice as many as the stack has room for."""
     by = "olga"
-    for step in range(600):
+    for step in range(250):
         ledger.give(ledger.user_set(by, f"op{step}", ["operator"]))
         by = f"op{step}"
     ledger.chains().verify(the(ledger, "user", by))
@@ -258,6 +258,15 @@ def test_a_consent_or_a_record_is_no_command(ledger: Ledger):
     ):
         with pytest.raises(InvalidMessageError, match="names no command"):
             ledger.chains().authorise(parse(compact), ledger.clock.ms)
+
+
+def test_what_is_embedded_and_of_an_unknown_type_is_no_command(ledger: Ledger):
+    consent = EmbeddedCommand(jws=ledger.consent("uma", ledger.terms("bot")), appended_at_ms=ledger.clock.ms)
+    with pytest.raises(InvalidMessageError) as unread:
+        unverified_command(consent)
+    with pytest.raises(InvalidMessageError) as unsigned:
+        ledger.chains().authorise(parse(consent.jws), ledger.clock.ms)
+    assert (unread.value.code, unsigned.value.code) == ("typ_unexpected", "typ_unexpected")
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

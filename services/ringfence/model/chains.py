@@ -362,8 +362,8 @@ class Chains:
                 raise ChainError(f"there was no agent {agent_id} then")
             return Actor(None, frozenset(), agent=agent)
         user = self._user_of(iss, at_ms, own)
-        if user is None:
-            return Actor(subject_of(self._trust.trust_domain, iss, "user") or "", frozenset())
+        if user is None:  # whose key then was it?
+            raise ChainError(f"there was no user {iss} then")
         by = user.provisioned.by if user.provisioned else None
         return Actor(user.user_id, frozenset(user.roles), user.delegation, by)
 
