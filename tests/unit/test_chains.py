@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.keys import SigningKey, b64decode, b64encode
 from ringfence.messages.registry import (
@@ -258,6 +259,17 @@ def test_a_consent_or_a_record_is_no_command(ledger: Ledger):
     ):
         with pytest.raises(InvalidMessageError, match="names no command"):
             ledger.chains().authorise(parse(compact), ledger.clock.ms)
+
+
+def test_two_people_may_use_the_same_jti(ledger: Ledger):
+    """A command's id is of its signer as well: else one could take the id of another's, and stand for it."""
+    ids = set()
+    for who in ("olga", "otto"):
+        claims = ledger.user_set(who, "uma", jti="the same")
+        given = ledger.chains().authorise(parse(ledger.embed(claims).jws), ledger.clock.ms)
+        assert given.command_id == message_id(claims.iss, "the same")
+        ids.add(given.command_id)
+    assert len(ids) == 2
 
 
 def test_what_is_embedded_and_of_an_unknown_type_is_no_command(ledger: Ledger):
