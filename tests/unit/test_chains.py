@@ -367,6 +367,16 @@ def test_ones_own_record_is_folded_to_the_very_command_before(ledger: Ledger):
     )
 
 
+def test_a_key_that_was_replaced_in_the_very_moment_signs_nothing_about_its_owner(ledger: Ledger):
+    """In their own record, a user's keys are those after the very command before."""
+    at, old = ledger.clock.ms, ledger.key("olga")
+    fresh = ledger.key_record(SigningKey.generate(old.id))
+    ledger.give(ledger.user_set("otto", "olga", ["operator"], keys=(fresh,)))
+    olga = the(ledger, "user", "olga")
+    own = ledger.embed(ledger.user_set("olga", "olga", ["operator"]), at, old)
+    assert "no valid key" in broken(ledger, forged(ledger, olga, (*olga.commands, own)))
+
+
 # --- dropping, swapping, repeating ------------------------------------------------------------------------------------
 
 

@@ -162,12 +162,12 @@ class Chains:
             return Authorised(signed, actor, appended_at_ms, None, str(error))
         return Authorised(signed, actor, appended_at_ms, consent)
 
-    def user_key(self, iss: str, kid: str, at_ms: int, own: UserState | None = None) -> PublicKey | None:
+    def user_key(self, iss: str, kid: str, at_ms: int) -> PublicKey | None:
         """The key `kid` of the user `iss` if it counted at `at_ms`, by a chain that ends at the root; else None.
 
         For whatever a human says. A provisioner is none.
         """
-        user = self._user_of(iss, at_ms, own)
+        user = self._user_of(iss, at_ms, None)
         return valid_key(user.keys, kid, at_ms / 1000) if user and user.delegation is None else None
 
     def command_key(self, iss: str, kid: str, at_ms: int, own: UserState | None = None) -> PublicKey | None:
