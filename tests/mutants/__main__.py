@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="ringfence-mutants-") as folder:
         os.environ |= {"TMPDIR": folder, "HYPOTHESIS_STORAGE_DIRECTORY": f"{folder}/hypothesis"}
         tempfile.tempdir = None
-        results = [_run(module, options.jobs, Path(folder)) for module in chosen]
+        listed = survivors.read()
+        results = [_run(module, options.jobs, Path(folder), listed) for module in chosen]
     return _report(results, refresh=options.refresh, show_listed=options.all_survivors)
 
 
-def _run(module: str, at_once: int, folder: Path) -> Result:
+def _run(module: str, at_once: int, folder: Path, listed: Collection[MutantId]) -> Result:
     begun = time.monotonic()
     mutants = mutants_of(module, (PACKAGE / module).read_text())
     log = folder / "log"
@@ -73,6 +74,8 @@ def _run(module: str, at_once: int, folder: Path) -> Result:
     try:
         for mutant, verdict in judge(module, mutants, tests, at_once, log):
             verdicts[mutant.id] = verdict
+            if verdict == "survived" and mutant.id not in listed:
+                print(_named("survived, and is not listed", mutant.id), file=sys.stderr, flush=True)
             if sys.stderr.isatty():
                 print(f"\r{module} {len(verdicts)}/{len(mutants)} ", end="", file=sys.stderr, flush=True)
     except BrokenTestsError:
@@ -112,7 +115,7 @@ def _report(results: Sequence[Result], *, refresh: bool, show_listed: bool) -> i
     ]
     for id in survived:
         if id not in listed:
-            problems.append(_named("survived, and is not listed", id))
+            problems.append(f"{id.module} {id.where or 'module'}: a survivor that is not listed, see above")
         elif not listed[id].strip():
             problems.append(_named("survived, and is listed without a reason", id))
         elif show_listed:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 MODULES: dict[str, tuple[str, ...]] = {
-    "model/rule.py": ("test_rule.py",),
-    "model/scope.py": ("test_scope.py", "test_rule.py"),
+    "model/rule.py": ("test_rule.py", "test_limiting_fields.py"),
+    "model/scope.py": ("test_scope.py", "test_rule.py", "test_limiting_fields.py"),
     "model/globs.py": ("test_globs.py",),
     "model/chains.py": (
         "test_chains.py", "test_delegation.py", "test_agent_keys.py", "test_id_token_consent.py",
-        "test_provisioners.py", "test_directory.py",
+        "test_provisioners.py", "test_directory.py", "test_transfers.py", "test_trust_root.py",
     ),
-    "model/approvals.py": ("test_approvals.py", "test_delegation.py"),
-    "model/requests.py": ("test_requests.py", "test_delegation.py", "test_approvals.py", "test_agent_keys.py"),
-    "model/request_map.py": ("test_request_map.py", "test_mcp_rules.py", "test_target_templates.py"),
+    "model/approvals.py": ("test_approvals.py", "test_delegation.py", "test_limiting_fields.py"),
+    "model/requests.py": (
+        "test_requests.py", "test_delegation.py", "test_approvals.py", "test_agent_keys.py",
+        "test_limiting_fields.py",
+    ),
+    "model/request_map.py": (
+        "test_request_map.py", "test_mcp_rules.py", "test_target_templates.py", "test_limiting_fields.py",
+    ),
     "kernel/jws.py": ("test_jws.py", "test_keys_and_seals.py", "test_opening.py"),
     "kernel/trust.py": ("test_trust_root.py", "test_keys_and_seals.py", "test_service_keys.py", "test_seal_keys.py"),
     "policy/domain.py": ("test_policy_domain.py",),
     "gateway/domain.py": ("test_gateway_domain.py",),
-    "issuer/domain.py": ("test_issuer_domain.py", "test_issuer_limits.py"),
+    "issuer/domain.py": ("test_issuer_domain.py", "test_issuer_limits.py", "test_limiting_fields.py"),
     "client/verify.py": ("test_client_verify.py", "test_client_dpop.py", "test_client_asgi.py"),
 }  # fmt: skip

@@ -2,8 +2,9 @@
 
 The files on disk stay as they are: a mutant exists in the memory of its process alone. Where the mistake is in the body
 of a function, the process is forked after the tests were collected, the function's code is exchanged, and only the
-tests that reach the function run. Any other (constants, class bodies, defaults) needs the module to be imported anew,
-and so does one that survives in a function that ran while tests were collected.
+tests that reach the function run, up to the first that fails: those first that have killed most for their time. Any
+other (constants, class bodies, defaults) needs the module to be imported anew, and so does one that survives in a
+function that ran while tests were collected.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
+import mmap
 import os
 import resource
 import signal
@@ -42,6 +44,8 @@ PACKAGE = ROOT / "services" / "ringfence"
 _OPTIONS = ("-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0")
 _MEMORY_BYTES = 4 * 1024**3
 _POLL_S = 0.004
+_TEST_OVERHEAD_S = 0.005
+"""What running any test costs beside its own time, roughly."""
 _IMPORT_STATUS = 3
 _SETTINGS = "_hypothesis_internal_use_settings"
 """Where Hypothesis keeps a test's settings: it has no other way to change them from outside."""
@@ -142,7 +146,16 @@ def _verdict(status: int) -> Verdict:
 
 
 class _Quick:
-    """A plugin of pytest: Hypothesis looks for no smaller example once it has one, which takes most of its time."""
+    """A plugin of pytest for the process of a mutant. Its first failure ends it: describing one takes longer than most
+    tests. Hypothesis looks for no smaller example, either.
+    """
+
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+        if call.excinfo and not call.excinfo.errisinstance((pytest.skip.Exception, pytest.xfail.Exception)):
+            self.failed()
+
+    def failed(self) -> None:
+        os._exit(1)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         phases = (Phase.explicit, Phase.reuse, Phase.generate)
@@ -162,6 +175,8 @@ class _Mutating(_Quick):
         self._mutants = mutants
         self._at_once = at_once
         self._tell = tell
+        self._running: tuple[memoryview[int], int] | None = None
+        """In the process of a mutant: where kills are counted, and the test that runs."""
         self._while_collecting: set[str] = set()
         """Functions that ran while tests were collected: what came of them then is that of no mutant."""
         self._watch(self._while_collecting)
@@ -215,10 +230,16 @@ class _Mutating(_Quick):
             return bool(session.testsfailed)
 
         pid = _in_child(run, Limits(600, 600))
-        os.close(writing)
-        with os.fdopen(reading) as answer:
-            text = answer.read()
-        _, status = os.waitpid(pid, 0)
+        status = None
+        try:
+            os.close(writing)
+            with os.fdopen(reading) as answer:
+                text = answer.read()
+            _, status = os.waitpid(pid, 0)
+        finally:
+            if status is None:  # interrupted
+                _end_group(pid)
+                os.waitpid(pid, 0)
         if _verdict(status) != "survived":
             self._tell({"broken": "the tests fail without a mutant"})
             return None
@@ -236,6 +257,12 @@ class _Mutating(_Quick):
 
     def _judge(self, session: pytest.Session, durations: list[float], reached: dict[str, list[int]]) -> None:
         self._tell({"usual_s": sum(durations)})
+        # How many mutants each test has killed, in memory that the forked processes share. Two that count at the same
+        # moment may lose one, which changes an order and no verdict.
+        kills = memoryview(mmap.mmap(-1, 4 * len(durations))).cast("I")
+
+        def kills_per_s(test: int) -> float:
+            return (kills[test] + 0.05) / (durations[test] + _TEST_OVERHEAD_S)
 
         def jobs() -> Iterator[tuple[int, Callable[[], bool], Limits]]:
             for number, mutant in enumerate(self._mutants):
@@ -243,27 +270,40 @@ class _Mutating(_Quick):
                 if not mutant.in_function or not tests:
                     self._tell({"number": number, "verdict": "import"})
                     continue
-                tests = sorted(tests, key=lambda test: durations[test])
+                tests = sorted(tests, key=kills_per_s, reverse=True)
                 usual_s = sum(durations[test] for test in tests)
-                items = [session.items[test] for test in tests]
-                yield number, functools.partial(self._fails, session, mutant, items), Limits.of(usual_s)
+                work = functools.partial(self._fails, session, mutant, tests, durations, kills)
+                yield number, work, Limits.of(usual_s)
 
         for number, verdict in run_all(jobs(), self._at_once):
             if verdict == "survived" and self._mutants[number].id.where in self._while_collecting:
                 verdict = "import"
             self._tell({"number": number, "verdict": verdict})
 
-    def _fails(self, session: pytest.Session, mutant: Mutant, items: Sequence[pytest.Item]) -> bool:
+    def _fails(
+        self,
+        session: pytest.Session,
+        mutant: Mutant,
+        tests: Sequence[int],
+        durations: Sequence[float],
+        kills: memoryview[int],
+    ) -> bool:
         try:
             self._exchange(mutant)
         except ValueError:  # it closes over other names than before
             os._exit(_IMPORT_STATUS)
         self._forget()
-        for item, following in zip(items, [*items[1:], None], strict=True):
-            _run_item(item, following)
-            if session.testsfailed:
-                return True
-        return False
+        for test, following in zip(tests, [*tests[1:], None], strict=True):
+            self._running = (kills, test)
+            limit_further_cpu(Limits.of(durations[test]).cpu_s)
+            _run_item(session.items[test], None if following is None else session.items[following])
+        return bool(session.testsfailed)
+
+    def failed(self) -> None:
+        if self._running:
+            kills, test = self._running
+            kills[test] += 1
+            os._exit(1)
 
     def _exchange(self, mutant: Mutant) -> None:
         changed = _codes_of(compile(mutant.text, self._path, "exec", dont_inherit=True), mutant.id.where)
@@ -272,6 +312,13 @@ class _Mutating(_Quick):
         order = sorted({one.__code__.co_firstlineno for one in held})
         for function in held:
             function.__code__ = changed[order.index(function.__code__.co_firstlineno)]
+
+
+def limit_further_cpu(seconds: float) -> None:
+    """Let this process use so much more, within the limit that it has: a loop without end is ended soon."""
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    wanted = int(time.process_time() + seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (min(wanted, most), most))
 
 
 def _run_item(item: pytest.Item, following: pytest.Item | None) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.ids import message_id
 from ringfence.kernel.jws import parse, sign
 from ringfence.kernel.keys import SigningKey, b64decode, b64encode
 from ringfence.messages.registry import (
@@ -27,7 +28,7 @@ from ringfence.messages.registry import (
     TaskEnd,
     UserDisable,
 )
-from ringfence.model.chains import ChainError, unverified_command
+from ringfence.model.chains import ChainError, Chains, unverified_command
 from ringfence.model.identity import SubjectKind
 from ringfence.model.lifecycle import CommandRefusedError, still_needed
 from tests.ledger import START_MS, Ledger, permission
@@ -161,9 +162,9 @@ def test_operators_who_set_each_other_in_turns_are_believed(ledger: Ledger):
 
 
 def test_a_long_line_of_operators_is_believed(ledger: Ledger):
-    """Each was made by the one before: 600 steps back to the root."""
+    """Each was made by the one before: 250 steps back to the root, twice as many as the stack has room for."""
     by = "olga"
-    for step in range(600):
+    for step in range(250):
         ledger.give(ledger.user_set(by, f"op{step}", ["operator"]))
         by = f"op{step}"
     ledger.chains().verify(the(ledger, "user", by))
@@ -260,6 +261,26 @@ def test_a_consent_or_a_record_is_no_command(ledger: Ledger):
             ledger.chains().authorise(parse(compact), ledger.clock.ms)
 
 
+def test_two_people_may_use_the_same_jti(ledger: Ledger):
+    """A command's id is of its signer as well: else one could take the id of another's, and stand for it."""
+    ids = set()
+    for who in ("olga", "otto"):
+        claims = ledger.user_set(who, "uma", jti="the same")
+        given = ledger.chains().authorise(parse(ledger.embed(claims).jws), ledger.clock.ms)
+        assert given.command_id == message_id(claims.iss, "the same")
+        ids.add(given.command_id)
+    assert len(ids) == 2
+
+
+def test_what_is_embedded_and_of_an_unknown_type_is_no_command(ledger: Ledger):
+    consent = EmbeddedCommand(jws=ledger.consent("uma", ledger.terms("bot")), appended_at_ms=ledger.clock.ms)
+    with pytest.raises(InvalidMessageError) as unread:
+        unverified_command(consent)
+    with pytest.raises(InvalidMessageError) as unsigned:
+        ledger.chains().authorise(parse(consent.jws), ledger.clock.ms)
+    assert (unread.value.code, unsigned.value.code) == ("typ_unexpected", "typ_unexpected")
+
+
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +367,16 @@ def test_ones_own_record_is_folded_to_the_very_command_before(ledger: Ledger):
     )
 
 
+def test_a_key_that_was_replaced_in_the_very_moment_signs_nothing_about_its_owner(ledger: Ledger):
+    """In their own record, a user's keys are those after the very command before."""
+    at, old = ledger.clock.ms, ledger.key("olga")
+    fresh = ledger.key_record(SigningKey.generate(old.id))
+    ledger.give(ledger.user_set("otto", "olga", ["operator"], keys=(fresh,)))
+    olga = the(ledger, "user", "olga")
+    own = ledger.embed(ledger.user_set("olga", "olga", ["operator"]), at, old)
+    assert "no valid key" in broken(ledger, forged(ledger, olga, (*olga.commands, own)))
+
+
 # --- dropping, swapping, repeating ------------------------------------------------------------------------------------
 
 
@@ -424,6 +455,27 @@ def test_a_user_whose_history_was_rewritten_is_folded_anew(ledger: Ledger):
     users["olga"] = forged(ledger, users["olga"], too_late)
     with pytest.raises(ChainError, match="after its exp"):
         chains.roles_at("olga", START_MS + 10**9)
+
+
+def test_what_is_forgotten_is_folded_anew(ledger: Ledger):
+    """Until then a fold stands, whatever becomes of what it rests on; another trust bundle makes readers forget."""
+    users: dict[str, Any] = {}
+
+    def find(user_id: str) -> Any:
+        return users.get(user_id) or ledger.directory.unverified("user", user_id)
+
+    chains, now_ms = Chains(ledger.trust, find, ledger.directory.unverified), ledger.clock.ms
+    sam, bot = chains.user_at("sam", now_ms), chains.agent_at("bot", now_ms)
+    assert sam
+    assert bot
+    olga = the(ledger, "user", "olga")
+    users["olga"] = forged(ledger, olga, (ledger.embed(ledger.user_set("eve", "olga", ["operator"])),))
+    assert (chains.user_at("sam", now_ms), chains.agent_at("bot", now_ms)) == (sam, bot)
+    chains.forget()
+    with pytest.raises(ChainError):
+        chains.agent_at("bot", now_ms)
+    with pytest.raises(ChainError):
+        chains.user_at("sam", now_ms)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from ringfence.gateway.domain import (
     access_of,
     narrowest,
     refused,
+    stale_view,
     weigh,
 )
 from ringfence.gateway.leases import LeaseTable
@@ -513,9 +514,10 @@ def test_the_leases_own_agent_is_told_of_once_where_its_task_is_not_there(place:
     [
         ("GET", "read"), ("HEAD", "read"), ("OPTIONS", "read"), ("TRACE", "read"),
         ("POST", "write"), ("PUT", "write"), ("DELETE", "write"), ("PATCH", "write"), ("get", "write"), ("X", "write"),
+        ("CONNECT", None),
     ],
 )  # fmt: skip
-def test_what_only_reads(method: str, access: str) -> None:
+def test_what_only_reads(method: str, access: str | None) -> None:
     assert access_of(method) == access
 
 
@@ -535,3 +537,9 @@ def test_statuses_are_those_of_http() -> None:
         "Bad Request", "Unauthorized", "Forbidden", "Not Found", "Request Entity Too Large", "Too Many Requests",
         "Service Unavailable",
     ]  # fmt: skip
+
+
+def test_a_view_that_is_too_old_is_said_with_its_reason() -> None:
+    reason = stale_view("no heartbeat")
+    assert (reason.code, reason.message.startswith("no heartbeat; denied")) == ("stale_view", True)
+    assert len(stale_view("x" * 2000).message) == 1000

@@ -9,7 +9,9 @@ from typing import Any, cast
 import pytest
 
 from ringfence.issuer.domain import (
+    APPROVALS_MS,
     DECISION_LIFE_S,
+    ENDED_KEY_MS,
     FULL,
     FULL_RETRY_S,
     LATE,
@@ -36,6 +38,7 @@ from ringfence.messages.credential import (
     CredentialDecision,
     CredentialRequest,
     DelegatorRevisions,
+    Reason,
     Revisions,
 )
 from ringfence.messages.instances import AttestationSelector, InstanceEnrolment
@@ -469,6 +472,41 @@ def test_a_decision_reaches_kafka_within_an_hour(place: Place, late_ms: int, hol
         assert place.refused(decision) == (["decision_too_old"], False)
 
 
+@pytest.mark.parametrize("late_ms", [0, 1])
+def test_a_key_that_ended_is_good_for_a_decision_within_an_hour(place: Place, late_ms: int) -> None:
+    """When the request came is policy's word, which puts it back into the time of the key no longer than that."""
+    assert ENDED_KEY_MS == 3_600_000
+    old, end_s = rotated(place)
+    request = place.request(old, iat=end_s - 5, exp=end_s + 300)
+    source_ms = end_s * 1000 - 1
+    at_ms = source_ms + ENDED_KEY_MS + late_ms
+    decision = place.decision(request, source_ms=source_ms, at_ms=at_ms, iat=at_ms // 1000)
+    if late_ms:
+        assert place.refused(decision) == (["key_ended"], False)
+    else:
+        assert place.issued(decision).lease.key_thumbprint == old.kid
+
+
+@pytest.mark.parametrize("late_ms", [0, 1])
+def test_where_people_were_asked_it_is_good_for_a_day_more(place: Place, late_ms: int) -> None:
+    assert APPROVALS_MS == 86_400_000
+    old, end_s = rotated(place)
+    request = place.request(old, iat=end_s - 5, exp=end_s + 300, scope=(DEPLOY,))
+    approval = place.approval(request)
+    source_ms = end_s * 1000 - 1
+    at_ms = source_ms + ENDED_KEY_MS + APPROVALS_MS + late_ms
+    decision = place.decision(
+        request, source_ms=source_ms, at_ms=at_ms, iat=at_ms // 1000, approvals=(approval,)
+    )
+    codes, finding = place.refused(decision)
+    assert ("key_ended" in codes, "task_ended" in codes, finding) == (bool(late_ms), not late_ms, False)
+
+
+def test_a_key_that_counts_is_good_for_as_long_as_the_request(place: Place) -> None:
+    at_ms = place.now_ms + ENDED_KEY_MS + 1
+    assert place.issued(at_ms=at_ms, iat=at_ms // 1000).lease.iat == at_ms // 1000
+
+
 @pytest.mark.parametrize(("late_ms", "codes"), [(0, {"task_ended"}), (1, {"request_too_old"})])
 def test_a_request_is_decided_within_days(place: Place, late_ms: int, codes: set[str]) -> None:
     assert REQUEST_LIFE_MS == 518_400_000
@@ -888,6 +926,18 @@ def test_a_backend_that_cannot_says_why_to_the_agent(place: Place) -> None:
     assert reason.message.startswith("no such role xxx")
     assert len(reason.message) == 2048
     assert (refusal.finding, refusal.retry_after_s) == (False, None)
+
+
+def test_while_it_is_halted_nothing_is_issued_and_no_forged_request_is_answered(place: Place) -> None:
+    halted = Reason(code="revoker_halted", message="a revoker stands still")
+    decision = place.decision()
+    found = weigh(decision, place.ledger.directory, place.terms, halted)
+    request = parse(decision.claims.request).unverified_claims(CredentialRequest)
+    assert found == Refusal((halted,), request, finding=False, retry_after_s=30)
+    stranger = SigningKey.generate(place.ledger.key("bot", "agent").id)
+    forged = weigh(place.decision(place.request(stranger)), place.ledger.directory, place.terms, halted)
+    assert isinstance(forged, Refusal)
+    assert ([reason.code for reason in forged.reasons], forged.request) == (["key_unknown"], None)
 
 
 def test_codes_that_agents_know() -> None:

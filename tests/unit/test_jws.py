@@ -25,6 +25,7 @@ from ringfence.kernel.jws import (
     parse,
     sign,
     sign_payload,
+    unverified_time,
 )
 from ringfence.kernel.keys import PublicKey, SigningKey, b64decode, b64encode, public_key
 from ringfence.messages.api import ApiToken
@@ -389,10 +390,15 @@ def test_a_list_of_nothing_but_mistakes_is_not_called_too_short() -> None:
 
 
 def test_what_is_wrong_is_cut_where_a_message_ends() -> None:
-    model = create_model("Long", **{f"{'x' * 120}{n}": (int, ...) for n in range(6)})  # type: ignore[call-overload]
+    inner = create_model("Inner", **{f"{'x' * 70}{n}": (int, ...) for n in range(6)})  # type: ignore[call-overload]
+    outer = "y" * 100
+    model = create_model("Outer", **{outer: (inner, ...)})  # type: ignore[call-overload]
     with pytest.raises(ValidationError) as caught:
-        model.model_validate({})
+        model.model_validate({outer: {}})
     assert len(explain(caught.value)) == 500
+    assert explain(caught.value).startswith("y" * 80 + "." + "x" * 70 + "0: "), (
+        "a name has 80 letters at most"
+    )
 
 
 def test_what_is_not_there_is_not_written(key: SigningKey) -> None:
@@ -509,3 +515,20 @@ def test_a_digest_is_of_the_very_text(key: SigningKey) -> None:
 
 FLIPPED_KEY = SigningKey.generate(f"spiffe://{TD}/user/olga")
 FLIPPED = sign(command(FLIPPED_KEY), FLIPPED_KEY)
+
+
+@pytest.mark.parametrize(
+    ("payload", "said"),
+    [
+        (b'{"iat": 1790000000, "jti": 5}', 1_790_000_000),
+        (b'{"iat": "1790000000"}', None),
+        (b'{"exp": 1790000000}', None),
+        (b"[]", None),
+        (b"null", None),
+        (b"iat", None),
+    ],
+)
+def test_when_a_message_says_that_it_was_signed(key: SigningKey, payload: bytes, said: int | None) -> None:
+    """Of whatever shape it is: for what is kept or dropped before anything of it is verified."""
+    head = sign(command(key), key).split(".")[0]
+    assert unverified_time(parse(f"{head}.{b64encode(payload)}.{b64encode(bytes(64))}")) == said

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.mutants import survivors
 from tests.mutants.modules import MODULES
 from tests.mutants.mutation import Mutant, MutantId, mutants_of
-from tests.mutants.process import PACKAGE, ROOT, Limits, run_all
+from tests.mutants.process import PACKAGE, ROOT, Limits, limit_further_cpu, run_all
 
 SOURCE = '''\
 """What it is about."""
@@ -109,6 +109,11 @@ def spin() -> bool:
         pass
 
 
+def spin_in_a_short_test() -> bool:
+    limit_further_cpu(0)
+    return spin()
+
+
 def wait(file: Path) -> bool:
     file.write_text(str(os.getpid()))
     time.sleep(600)
@@ -132,11 +137,16 @@ def test_each_is_run_to_its_end_and_leaves_nothing_behind(tmp_path: Path):
         spin,
         functools.partial(wait, tmp_path / "waits"),
         functools.partial(leave_a_process, file),
+        spin_in_a_short_test,
     ]
-    limits = [Limits(60, 60), Limits(60, 60), Limits(0, 60), Limits(60, 1), Limits(60, 60)]
+    limits = [
+        Limits(60, 60), Limits(60, 60), Limits(0, 60), Limits(60, 1), Limits(60, 60), Limits(600, 600),
+    ]  # fmt: skip
     jobs = [(number, work, limit) for number, (work, limit) in enumerate(zip(works, limits, strict=True))]
     verdicts = dict(run_all(jobs, 3))
-    assert [verdicts[number] for number in range(5)] == ["killed", "survived", "timeout", "timeout", "killed"]
+    assert [verdicts[number] for number in range(6)] == [
+        "killed", "survived", "timeout", "timeout", "killed", "timeout",
+    ]  # fmt: skip
     for name in ("pid", "waits"):
         await_end(int((tmp_path / name).read_text()))
 

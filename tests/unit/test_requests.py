@@ -23,7 +23,6 @@ from ringfence.messages.registry import (
     AgentRotateKey,
     AgentSetCeiling,
     AgentSuspend,
-    AgentTransfer,
     TargetRecord,
     TargetRemove,
     TaskDelegate,
@@ -491,7 +490,7 @@ def test_what_a_compromised_key_signed_is_told_apart_from_what_another_did(ledge
 
 def test_everybody_who_ever_answered_for_the_agent_is_a_sponsor(ledger: Ledger, assigned: str):
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(EVERYTHING, EVERYTHING)))
-    ledger.give(ledger.claims(AgentTransfer, "sam", agent_id="bot", sponsor="suzy"))
+    ledger.give(ledger.transfer("sam", "bot", "suzy"))
     assert find_ground(ledger.directory, "bot", assigned, "staging").sponsors == {"sam", "suzy"}
 
 

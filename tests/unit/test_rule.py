@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.registry import Entitlements
 from ringfence.model.rule import (
     NO_SIDE,
     DeadlineError,
     Lack,
     Side,
+    are_in_force,
     deadline_ms,
     effective,
     lacking,
@@ -233,3 +235,8 @@ def test_a_deadline_is_whole_seconds_within_ttl_and_task(
     assert deadline % 1000 == 0
     assert appended_ms + 1000 <= deadline <= min(appended_ms + ttl_s * 1000, task_end_ms)
     assert deadline + 1000 > min(appended_ms + ttl_s * 1000, task_end_ms)
+
+
+@pytest.mark.parametrize(("now_s", "count"), [(1099.999, True), (1100, False), (1101, False)])
+def test_entitlements_count_up_to_their_age(now_s: float, count: bool) -> None:
+    assert are_in_force(Entitlements(scope=(), source="test", as_of=1000), now_s, 100) is count

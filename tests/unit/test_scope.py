@@ -138,8 +138,9 @@ def test_a_field_from_a_newer_version_never_widens() -> None:
     assert missing((plain,), (newer,)) == (plain,)
     assert missing((newer,), (plain,)) == (newer,)
     assert intersect((newer,), (plain,)) == intersect((plain,), (newer,)) == ()
-    with pytest.raises(ScopeError, match="only_before"):
-        validate_scope((newer,))
+    with pytest.raises(ScopeError, match="only_before") as caught:
+        validate_scope((plain, newer))
+    assert "permission 2 (target " in caught.value.message
 
 
 def test_validate_scope_names_the_offender() -> None:
