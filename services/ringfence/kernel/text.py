@@ -43,19 +43,24 @@ def with_article(word: str) -> str:
     return f"an {word}" if word[:1].lower() in set("aeio") else f"a {word}"
 
 
-def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """`; did you mean NAME?`, of the known name that is nearest to a wrong one; nothing where none is near.
+def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known name that is spelled most like `name`, whatever the case; None where none is near.
 
     `cutoff`: how alike they must be, from 0 to 1 (names that begin alike need more).
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
-    if not near:  # nor one that differs in more than its case
-        by_lower = {one.lower(): one for one in names}
-        near = [
-            by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
-        ]
-    return f"; did you mean {near[0]}?" if near else ""
+    if near:
+        return near[0]
+    by_lower = {one.lower(): one for one in names}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[near[0]] if near else None
+
+
+def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """`; did you mean NAME?`, of the nearest known name; nothing where none is near. See `nearest_name`."""
+    near = nearest_name(name, known, cutoff=cutoff)
+    return f"; did you mean {near}?" if near else ""
 
 
 def _is_hidden(char: str) -> bool:

@@ -7,11 +7,10 @@ in a record already. What each reader makes of one is in ADR 0060.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from ringfence.kernel.text import visible_name
+from ringfence.kernel.text import nearest_name, visible_name
 from ringfence.messages.base import Claims, Message
 from ringfence.messages.registry import BackendSettings, GroupDelegation, RequestRule, VerbFloor
 
@@ -21,7 +20,6 @@ _OF_ALL_CLAIMS: Final = frozenset({"nbf"})
 """What no model declares and every reader of a signed message holds to all the same (RFC 7519, 4.1.5)."""
 _LONGEST_NAME: Final = 80
 _MOST_TOLD: Final = 5
-_NEAR: Final = 0.6
 
 
 NOT_UNDERSTOOD: Final = frozenset({"verb_not_understood", "grant_not_understood", "approval_not_understood"})
@@ -64,8 +62,7 @@ def names_of(found: Sequence[UnknownField]) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is spelled most like `name`, where one is."""
-    wanted = name.casefold().replace("-", "_")[:_LONGEST_NAME]
-    return next(iter(difflib.get_close_matches(wanted, list(known), n=1, cutoff=_NEAR)), None)
+    return nearest_name(name.replace("-", "_")[:_LONGEST_NAME], known)
 
 
 def _are_understood(values: Iterable[Any]) -> bool:
