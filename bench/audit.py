@@ -30,7 +30,7 @@ from ringfence.client.api import ReadApi
 from ringfence.client.auditor import verify_trail
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.stack import Stack
-from ringfence.kernel.kafka import Follower, Publisher, Received
+from ringfence.kernel.kafka.producer import Follower, Publisher, Received
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.permission import Permission
 from ringfence.messages.topics import ACTION, AUDIT

@@ -22,7 +22,7 @@ from redis.asyncio import Redis
 
 from bench.machine import percentile
 from ringfence.backends import Backend, JwtBackend, StaticSecrets, TargetAccess, TokenKey, TokenKeys
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission

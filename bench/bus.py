@@ -14,11 +14,11 @@ from typing import Any
 
 from bench.machine import percentile
 from ringfence.dev.kafka import EmbeddedKafka
-from ringfence.kernel.bus import Consumer
-from ringfence.kernel.embedded_broker import adapt_to_embedded_broker
-from ringfence.kernel.kafka import Publisher, Received
-from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.topics_admin import TopicsAdmin
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.kafka.consumer import Consumer
+from ringfence.kernel.kafka.embedded_broker import adapt_to_embedded_broker
+from ringfence.kernel.kafka.producer import Publisher, Received
+from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 
 MESSAGES = 20_000

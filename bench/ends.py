@@ -20,12 +20,12 @@ from bench.stack import WITHOUT_GATEWAY, more_of, running
 from ringfence.client.agent import Agent
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.stack import Stack
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.kafka_connection import connection
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.connection import connection
+from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceRole

@@ -12,10 +12,10 @@ from typing import Any, cast
 import hiredis
 from redis import Redis
 
-from ringfence.kernel.ids import derived_id, lease_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.ids import derived_id, lease_id
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease

@@ -37,7 +37,7 @@ from bench.http_load import Measured, Way, asked, connected, measure, request
 from bench.machine import cpu_s
 from ringfence.client.dpop import proof
 from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from tests.brokers.secured import Authority
 from tests.gateway_external import programs
 from tests.gateway_external.agent import HOST

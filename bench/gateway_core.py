@@ -38,8 +38,8 @@ from ringfence.gateway.plane import DataPlane
 from ringfence.gateway.recording import Recorder
 from ringfence.gateway.spool import Spool
 from ringfence.gateway.targets import Targets
-from ringfence.kernel.http import HttpServer
-from ringfence.kernel.process import search_seldom_for_cycles
+from ringfence.kernel.service.http import HttpServer
+from ringfence.kernel.service.process import search_seldom_for_cycles
 from ringfence.messages.registry import BackendSettings, RequestRule
 from ringfence.rego.bundle import OWN_BUNDLE, load_bundle
 from ringfence.rego.embedded import EmbeddedEngine

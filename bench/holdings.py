@@ -10,11 +10,11 @@ from typing import cast
 
 import psutil
 
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.messages.permission import Permission

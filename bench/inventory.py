@@ -24,10 +24,10 @@ from ringfence.client.ceremony import first_operator
 from ringfence.client.inventory import read_inventory
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.stack import Stack
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Publisher
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Publisher
 from ringfence.messages.base import Topic
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease

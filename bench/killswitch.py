@@ -22,10 +22,10 @@ from bench.machine import cpu_s, percentile
 from bench.stack import running
 from ringfence.dev.processes import Child, free_port, spawn
 from ringfence.dev.stack import Stack
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Follower, Outbound, Publisher, Received
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Follower, Outbound, Publisher, Received
 from ringfence.messages.base import Topic
 from ringfence.messages.lease import TERMINAL, Lease, RevocationAck, RevocationRequest, Selector
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST

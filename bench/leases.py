@@ -18,9 +18,9 @@ from redis.asyncio import Redis as AsyncRedis
 from bench.filling import PER_AGENT, PER_TASK, SPONSORS, TARGETS, USERS, Valkey, signed_leases
 from bench.machine import percentile
 from bench.stack import running
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import SignedLease

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from ringfence.kernel.keys import SigningKey, public_key
+from ringfence.kernel.crypto.keys import SigningKey, public_key
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 

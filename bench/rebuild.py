@@ -12,11 +12,11 @@ from redis.asyncio import Redis
 from bench.machine import cpu_s
 from bench.stack import running
 from ringfence.dev.stack import Stack
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Publisher
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Publisher
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease

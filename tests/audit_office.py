@@ -16,14 +16,14 @@ from ringfence.audit.believing import Believer
 from ringfence.audit.handlers import AuditHandlers
 from ringfence.audit.intake import Intake, Told
 from ringfence.audit.settings import AuditSettings
-from ringfence.kernel.clock import Clock, SystemClock
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import derived_id, digest, lease_id, message_id
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.seal import ReplyKey, seal
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import derived_id, digest, lease_id, message_id
+from ringfence.kernel.crypto.jwe import ReplyKey, seal
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import ActionRequest, Approval, ApprovalRequest
 from ringfence.messages.base import Claims, ExpiringClaims, Message, Topic
 from ringfence.messages.credential import (

@@ -5,12 +5,12 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from ringfence.kernel.envelope import EncryptionKey, enclose
-from ringfence.kernel.ids import derived_id, digest, message_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.seal import seal
+from ringfence.kernel.base.ids import derived_id, digest, message_id
+from ringfence.kernel.crypto.jwe import seal
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
 from ringfence.messages.base import ExpiringClaims, Topic
 from ringfence.messages.credential import Reason

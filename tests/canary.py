@@ -12,8 +12,8 @@ from typing import Any
 from redis.asyncio import Redis
 
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.topics import ALL
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.lease_store.packing import expanded

@@ -12,10 +12,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ringfence.gateway.view import View
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.process import run
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.settings import ServiceSettings, load
+from ringfence.kernel.service.process import run
+from ringfence.kernel.service.runtime import Runtime
 
 
 class CutListener:

@@ -8,9 +8,9 @@ import uuid
 from collections.abc import Callable
 from typing import Any, cast
 
-from ringfence.kernel.ids import derived_id, lease_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.ids import derived_id, lease_id
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import EndCause, Lease, LeaseStatus

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.model.lease_store import Restoration
 
 

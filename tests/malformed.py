@@ -7,9 +7,9 @@ import time
 import uuid
 from typing import Any
 
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey, b64encode
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey, b64encode
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import Claims, Topic, typ_header
 from ringfence.messages.trust import SERVICE_ROLES, ServiceIdentity, ServiceRole, TrustBundle
 

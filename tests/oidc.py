@@ -9,7 +9,7 @@ from typing import Any
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from ringfence.kernel.oidc import read_jwks
+from ringfence.kernel.crypto.oidc import read_jwks
 from ringfence.messages.oidc import OidcIssuer, OidcKey, OidcUse
 
 

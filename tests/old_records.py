@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ringfence.kernel.jws import parse
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.registry import AnyRecord
 from ringfence.model.chains import Authorised
 from ringfence.model.directory import Alarm, Directory

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ringfence.kernel.jws import sign
+from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.base import Message
 from ringfence.messages.registry import BackendSettings, TargetSet
 from tests.ledger import Ledger

@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from ringfence.kernel.bus import one_by_one
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.process import run
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.kernel.base.settings import ServiceSettings, load
+from ringfence.kernel.kafka.consumer import one_by_one
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.process import run
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 
 GROUP = "issuer-slow"

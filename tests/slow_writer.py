@@ -12,9 +12,9 @@ from typing import Any
 
 from ringfence.audit.app import build
 from ringfence.audit.chaining import ChainWriter
-from ringfence.kernel.process import run
-from ringfence.kernel.settings import ServiceSettings, load
-from ringfence.kernel.transactions import TransactionalPublisher
+from ringfence.kernel.base.settings import ServiceSettings, load
+from ringfence.kernel.kafka.transactions import TransactionalPublisher
+from ringfence.kernel.service.process import run
 
 
 def main(sent: Path, go: Path) -> int:

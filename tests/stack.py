@@ -16,10 +16,10 @@ from ringfence.client.agent import Agent
 from ringfence.client.settings import ClientSettings
 from ringfence.client.sponsor import PendingApproval, Sponsor
 from ringfence.dev.stack import Stack
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Follower, Publisher, Received
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Follower, Publisher, Received
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.operations import ServiceEvent

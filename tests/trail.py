@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ringfence.audit.believing import Believer
 from ringfence.audit.handlers import AuditHandlers
 from ringfence.audit.settings import AuditSettings
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AGENT, AUDIT, AUDITED, TARGET, TASK, TRUST, USER
 from ringfence.model.directory import Directory

@@ -14,8 +14,8 @@ import orjson
 from ringfence.audit.detector import Detector
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.store import SqliteIndex
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.topics import AUDIT
 from ringfence.model.audit_chain import Source
 from tests.audit_office import TD, KeptEvents, Office

@@ -30,16 +30,16 @@ import httpx
 from aiokafka.admin import AIOKafkaAdminClient
 
 from ringfence.dev.processes import free_port
-from ringfence.kernel.envelope import EncryptionKey
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import open_signed, parse, sign
-from ringfence.kernel.kafka import Follower, Publisher, Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.topics_admin import TopicsAdmin
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.jws import open_signed, parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Follower, Publisher, Received
+from ringfence.kernel.kafka.topics_admin import TopicsAdmin
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.api import ApiToken, api_audience
 from ringfence.messages.base import Claims, ExpiringClaims, Topic
 from ringfence.messages.credential import Coordinates

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ringfence.cli.target_templates import TEMPLATES
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, VerbFloor

@@ -37,7 +37,7 @@ from ringfence.backends import (
     TokenKeys,
 )
 from ringfence.backends.ssh_certificates import private_text, public_text
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Credential
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease

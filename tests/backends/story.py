@@ -15,9 +15,9 @@ from ringfence.cli.dev import client_settings
 from ringfence.cli.target_templates import TEMPLATES, Template
 from ringfence.client.credentials import GatewayCredential, IssuedCredential
 from ringfence.dev.stack import Stack, StackOptions
-from ringfence.kernel.envelope import EncryptionKey, unverified_about
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, unverified_about
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import CredentialDelivery, Delivery
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, VerbFloor

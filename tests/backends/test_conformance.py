@@ -18,7 +18,7 @@ from ringfence.backends import (
     TargetRefusedError,
     built_in,
 )
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.lease import Lease
 from tests.backends.conftest import BY_THE_GATEWAY, BY_THE_TARGET
 from tests.backends.kinds import TARGET, Kind, Stateful, allow, lease, state

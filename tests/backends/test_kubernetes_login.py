@@ -29,7 +29,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ringfence.dev.processes import StackError, free_port
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from tests.brokers import RedisServer
 from tests.conftest import Kafka, needed

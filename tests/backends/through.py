@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ringfence.client.dpop import proof
 from ringfence.dev.processes import LOOPBACK
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from tests.gateway_external.agent import Answer, Headers, exchange, parsed, request
 from tests.world import WITHIN_S
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.skew import MAX_SKEW_MS
+from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
+from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.model.leases import ALL_MARK, FOLLOWING, end_status, is_covered, mark_of, marks_of
 from tests.chaos.entitled import Offices

@@ -14,7 +14,7 @@ from ringfence.client.credentials import IssuedCredential
 from ringfence.client.dpop import proof
 from ringfence.gateway.identifying import NONCE_WANTED
 from ringfence.issuer.http import INTROSPECTION_PATH
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.model.api_tokens import api_token
 
 ANSWER_WITHIN_S = 5.0

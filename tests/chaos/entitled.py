@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from ringfence.kernel.ids import derived_id
+from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.lease import EndKind, Lease
 from ringfence.messages.registry import AgentState, AnyState, TargetState, TaskState, UserState
 from ringfence.model.identity import subject_of

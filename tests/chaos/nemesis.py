@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from redis import RedisError
 
 from ringfence.dev.processes import StackError
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 from tests.chaos.faults import Blow, Fault
 from tests.chaos.system import REPLICAS, SERVICES, System
 

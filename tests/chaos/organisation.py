@@ -13,7 +13,7 @@ from ringfence.client.administrator import Administrator
 from ringfence.client.agent import Agent
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.model.identity import Kind, spiffe_id

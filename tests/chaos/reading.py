@@ -10,14 +10,14 @@ from typing import Any
 import orjson
 
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.ids import digest, message_id
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.keys import PublicKey
-from ringfence.kernel.seal import unverified_kid
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.ids import digest, message_id
+from ringfence.kernel.crypto.jwe import unverified_kid
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.operations import ServiceEvent

@@ -22,8 +22,8 @@ from typing import Any, Literal, TypeVar
 import uvloop
 
 from ringfence.client.auditor import verify_trail
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import BackendSettings
 from ringfence.model.identity import spiffe_id
 from tests.chaos import reading

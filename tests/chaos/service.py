@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 from ringfence.gateway.settings import GatewaySettings
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.process import run
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.settings import ServiceSettings, load
+from ringfence.kernel.service.process import run
+from ringfence.kernel.service.runtime import Runtime
 from tests import cut_listener
 
 _AHEAD = struct.Struct("<q")

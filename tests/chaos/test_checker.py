@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.ids import derived_id, digest
-from ringfence.kernel.skew import MAX_SKEW_MS
+from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
+from ringfence.kernel.base.ids import derived_id, digest
 from ringfence.messages.credential import Coordinates, Delivery
 from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, RevocationRequest, Selector
 from ringfence.messages.permission import Permission

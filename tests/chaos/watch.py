@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 import orjson
 
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.seal import unverified_kid
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jwe import unverified_kid
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import TERMINAL, Lease, LeaseEpoch

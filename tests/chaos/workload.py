@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ringfence.client.credentials import IssuedCredential
 from ringfence.client.errors import NotAnsweredError, RefusedError, RequestDeniedError, RequestTimeoutError
-from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.base.errors import UnavailableError
 from tests.chaos.organisation import SPONSORS, USERS, Organisation
 from tests.chaos.upstream import HUB
 

@@ -13,9 +13,9 @@ from typing import Any, get_args
 import orjson
 import pytest
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.base import ExpiringClaims, Message, Topic, typ_header
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import EndKind, RevocationRequest

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.jws import open_signed, parse, sign
-from ringfence.kernel.keys import SigningKey, public_key
+from ringfence.kernel.crypto.jws import open_signed, parse, sign
+from ringfence.kernel.crypto.keys import SigningKey, public_key
 from ringfence.messages.base import Claims
 from ringfence.messages.schemas import models
 

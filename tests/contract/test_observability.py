@@ -13,7 +13,7 @@ import pytest
 import yaml
 from prometheus_client import Histogram
 
-from ringfence.kernel.metrics_reference import declared, labels_of, reference
+from tools.metrics_reference import declared, labels_of, reference
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy/prometheus/alerts.yml"
@@ -86,7 +86,7 @@ def code_words() -> set[str]:
 
 def test_the_reference_is_up_to_date() -> None:
     assert (ROOT / "docs/metrics.md").read_text() == reference(), (
-        "docs/metrics.md differs from the code: python -m ringfence.kernel.metrics_reference docs/metrics.md"
+        "docs/metrics.md differs from the code: python -m tools.metrics_reference docs/metrics.md"
     )
 
 

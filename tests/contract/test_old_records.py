@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.jws import open_signed, parse
+from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.messages.approval import Approval, Grant, GrantWithdraw
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import RevocationRequest

@@ -13,11 +13,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ringfence.kernel.ids import digest, lease_id, message_id
-from ringfence.kernel.jws import Signed, open_signed, parse, sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.seal import ReplyKey, unverified_kid
+from ringfence.kernel.base.ids import digest, lease_id, message_id
+from ringfence.kernel.crypto.jwe import ReplyKey, unverified_kid
+from ringfence.kernel.crypto.jws import Signed, open_signed, parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import Approval
 from ringfence.messages.credential import (
     Coordinates,

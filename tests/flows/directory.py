@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from ringfence.kernel.bearer_tokens import new_token
+from ringfence.kernel.service.bearer_tokens import new_token
 from ringfence.messages.registry import Delegation, GroupDelegation, ProvisionerSet, UserRecord, UserState
 from ringfence.messages.topics import USER
 from ringfence.scim.settings import ScimSettings

@@ -17,7 +17,7 @@ import httpx
 from ringfence.client.dpop import proof
 from ringfence.dev.processes import free_port
 from ringfence.gateway.settings import GatewaySettings
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import ReplyContent
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor

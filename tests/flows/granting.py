@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ringfence.kernel.jws import parse, sign
+from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.messages.approval import Grant
 from tests.flows.desk import Asked, Desk
 from tests.world import Party

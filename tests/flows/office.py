@@ -13,11 +13,11 @@ from typing import Any
 import orjson
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from ringfence.kernel.ids import digest, message_id
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.seal import ReplyKey, unverified_kid
-from ringfence.kernel.topics_admin import partitions_of
+from ringfence.kernel.base.ids import digest, message_id
+from ringfence.kernel.crypto.jwe import ReplyKey, unverified_kid
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.topics_admin import partitions_of
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, ReplyContent
 from ringfence.messages.operations import DeadLetter

@@ -6,9 +6,9 @@ import asyncio
 import uuid
 from typing import Any
 
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import Signed, open_signed, parse, sign
-from ringfence.kernel.kafka import Publisher
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.jws import Signed, open_signed, parse, sign
+from ringfence.kernel.kafka.producer import Publisher
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, Lease, LeaseStatus
 from ringfence.messages.topics import LEASE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ringfence.kernel.jws import Signed
+from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, EndCause, Lease, LeaseStatus

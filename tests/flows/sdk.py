@@ -14,11 +14,11 @@ import httpx
 from ringfence.client.administrator import Administrator
 from ringfence.client.settings import ClientSettings
 from ringfence.client.sponsor import PendingApproval, Sponsor
-from ringfence.kernel.ids import digest, lease_id, message_id
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.seal import seal
+from ringfence.kernel.base.ids import digest, lease_id, message_id
+from ringfence.kernel.crypto.jwe import seal
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import (
     Coordinates,
     Credential,

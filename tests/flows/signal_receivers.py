@@ -13,7 +13,7 @@ import httpx
 import jwt
 
 from ringfence.dev.processes import free_port
-from ringfence.kernel.bearer_tokens import new_token
+from ringfence.kernel.service.bearer_tokens import new_token
 from ringfence.signals.domain import SESSION_REVOKED, VERIFICATION
 from ringfence.signals.settings import SignalsSettings
 from tests.world import World

@@ -8,10 +8,10 @@ from collections import Counter
 from itertools import count
 from typing import Any, cast
 
-from ringfence.kernel.ids import lease_id, message_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import partition_of
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.ids import lease_id, message_id
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import partition_of
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease, LeaseStatus, RevocationRequest
 from ringfence.messages.operations import ServiceEvent

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ringfence.client.sponsor import Sponsor
-from ringfence.kernel.ids import digest
-from ringfence.kernel.jws import sign
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
 from ringfence.model.approvals import APPROVAL_SLACK_MS

@@ -16,13 +16,13 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
 from ringfence.audit.settings import AuditSettings
-from ringfence.kernel.ids import digest, lease_id, message_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.seal import ReplyKey, seal
-from ringfence.kernel.topics_admin import partitions_of
-from ringfence.kernel.trace import new_traceparent, trace_id
+from ringfence.kernel.base.ids import digest, lease_id, message_id
+from ringfence.kernel.crypto.jwe import ReplyKey, seal
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.topics_admin import partitions_of
+from ringfence.kernel.tracing.traceparent import new_traceparent, trace_id
 from ringfence.messages.approval import Approval
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Revisions

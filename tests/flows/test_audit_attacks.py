@@ -11,8 +11,8 @@ import pytest
 
 from ringfence.audit.chaining import ChainWriter
 from ringfence.client.auditor import TrailReport, witness
-from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
 from ringfence.model.audit_chain import Source, event_of, linkable, linked

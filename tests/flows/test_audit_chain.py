@@ -17,13 +17,13 @@ from ringfence.audit.proofs import NoProofError, ProofStore
 from ringfence.audit.settings import AuditSettings
 from ringfence.client.auditor import TrailReport, verify_trail, witness
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.transactions import FencedError, TransactionalPublisher
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.transactions import FencedError, TransactionalPublisher
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.audit import AuditCheckpoint, AuditIntake, IntakeEntry
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.operations import DeadLetter

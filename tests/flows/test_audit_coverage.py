@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.jws import sign
+from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import ActionDecided

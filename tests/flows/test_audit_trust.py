@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from ringfence.audit.intake import Intake, Told
-from ringfence.kernel import metrics
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.operations import DeadLetter, ServiceEvent

@@ -10,11 +10,11 @@ import pytest
 from ringfence.audit import chaining
 from ringfence.audit.chaining import ChainWriter
 from ringfence.audit.intake import Told
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.kafka import Received, partition_of
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.transactions import FencedError, TransactionalPublisher
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received, partition_of
+from ringfence.kernel.kafka.transactions import FencedError, TransactionalPublisher
 from ringfence.messages.audit import AuditChained, AuditIntake
 from ringfence.messages.base import typ_header
 from ringfence.messages.registry import AgentSuspend

@@ -23,10 +23,10 @@ from ringfence.client.replies import PendingRequest
 from ringfence.client.reviewer import review_break_glass, uses_of_break_glass
 from ringfence.client.settings import ClientSettings
 from ringfence.client.sponsor import Sponsor
-from ringfence.kernel import metrics
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base import metrics
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import Grant
 from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.lease import Lease

@@ -24,8 +24,8 @@ from ringfence.client.errors import (
 from ringfence.client.sponsor import Sponsor
 from ringfence.client.verify import TokenVerifier
 from ringfence.dev.processes import free_port
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import sign
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT

@@ -21,8 +21,8 @@ from ringfence.client.errors import (
     RequestTimeoutError,
 )
 from ringfence.client.replies import PendingRequest
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.operations import DeadLetter, ServiceEvent

@@ -14,11 +14,11 @@ import pytest
 
 from ringfence.client.errors import NotYoursError, StaleApprovalError
 from ringfence.client.sponsor import APPROVAL_LIFE_S, PendingApproval, Sponsor
-from ringfence.kernel.ids import digest, message_id
-from ringfence.kernel.in_the_clear import apart
-from ringfence.kernel.jws import open_signed, parse, sign, sign_payload
-from ringfence.kernel.keys import SigningKey, public_key
-from ringfence.kernel.seal import ReplyKey
+from ringfence.kernel.base.ids import digest, message_id
+from ringfence.kernel.crypto.jwe import ReplyKey
+from ringfence.kernel.crypto.jws import open_signed, parse, sign, sign_payload
+from ringfence.kernel.crypto.keys import SigningKey, public_key
+from ringfence.kernel.kafka.detached_signature import apart
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Outcome, Reason, Revisions
 from ringfence.messages.registry import AgentSetCeiling

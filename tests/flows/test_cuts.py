@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from ringfence.dev.processes import Child, free_port, spawn
-from ringfence.kernel.clock import Clock, SystemClock
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease, RevocationAck, Selector
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.registry import AgentSetCeiling

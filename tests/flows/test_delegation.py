@@ -13,8 +13,8 @@ import httpx
 import jwt
 import pytest
 
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.jws import open_signed, parse, sign
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.crypto.jws import open_signed, parse, sign
 from ringfence.messages.credential import DelegatorRevisions, ReplyContent
 from ringfence.messages.lease import TERMINAL, Delegator, Lease, RevocationRequest, Selector
 from ringfence.messages.operations import ServiceEvent

@@ -14,14 +14,19 @@ from ringfence.client.credentials import GatewayCredential
 from ringfence.client.replies import SentRequest, read_reply
 from ringfence.dev.processes import free_port
 from ringfence.issuer.resealing import Resealer
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.envelope import EncryptionKey, enclose, recipients_of, unverified_about
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import open_signed, parse, sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey, b64encode
-from ringfence.kernel.seal import ReplyKey
-from ringfence.kernel.trace import new_traceparent
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jwe import ReplyKey
+from ringfence.kernel.crypto.jws import open_signed, parse, sign
+from ringfence.kernel.crypto.keys import SigningKey, b64encode
+from ringfence.kernel.crypto.multi_recipient_jwe import (
+    EncryptionKey,
+    enclose,
+    recipients_of,
+    unverified_about,
+)
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.tracing.traceparent import new_traceparent
 from ringfence.messages.credential import Credential, CredentialDelivery, ReplyContent
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE

@@ -11,9 +11,9 @@ import pytest
 from redis.asyncio import Redis
 
 from ringfence.backends.jwt import JwtBackend
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.kafka import Outbound, Publisher
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.kafka.producer import Outbound, Publisher
 from ringfence.messages.base import Topic
 from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, LeaseStatus
 from ringfence.messages.topics import LEASE

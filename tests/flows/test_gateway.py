@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.kernel.jws import sign
+from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.lease import RevocationAck, Selector
 from ringfence.messages.registry import AgentSuspend, TaskEnd
 from ringfence.messages.topics import ACTION, REVOCATION_ACK, REVOCATION_REQUEST

@@ -22,9 +22,9 @@ from ringfence.client.actions import PendingAction
 from ringfence.client.agent import Agent
 from ringfence.client.errors import NotYoursError, StaleApprovalError
 from ringfence.client.sponsor import Sponsor
-from ringfence.kernel.ids import digest
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.registry import (
     AgentSuspend,

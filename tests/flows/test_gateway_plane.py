@@ -17,7 +17,7 @@ from ringfence.client.dpop import DpopAuth
 from ringfence.dev.processes import free_port
 from ringfence.gateway.plane import DataPlane
 from ringfence.gateway.settings import GatewaySettings
-from ringfence.kernel.http import HttpServer
+from ringfence.kernel.service.http import HttpServer
 from ringfence.messages.registry import TaskEnd
 from tests.brokers import RedisServer
 from tests.conftest import Kafka

@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from ringfence.kernel.bus import MAX_INVALID_SIGNED
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.consumer import MAX_INVALID_SIGNED
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, BreakGlassReview
 from ringfence.messages.base import Claims, typ_header
 from ringfence.messages.credential import Coordinates, CredentialDecision

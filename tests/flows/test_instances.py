@@ -14,10 +14,10 @@ import pytest
 from ringfence.client.agent import Agent
 from ringfence.client.credentials import TokenCredential
 from ringfence.client.errors import EnrolmentRefusedError, IdentityError, InvalidCallError, RequestDeniedError
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import compact_jws, parse, sign
-from ringfence.kernel.keys import SigningKey, b64decode, b64encode
-from ringfence.kernel.seal import ReplyKey
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.jwe import ReplyKey
+from ringfence.kernel.crypto.jws import compact_jws, parse, sign
+from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.instances import InstanceEnrolment
 from ringfence.messages.lease import Lease

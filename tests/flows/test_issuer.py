@@ -18,12 +18,12 @@ from ringfence.client.verify import TokenVerifier
 from ringfence.dev.processes import free_port
 from ringfence.dev.redis import EmbeddedRedis
 from ringfence.issuer.settings import IssuerSettings
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.ids import digest
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.seal import unverified_kid
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.crypto.jwe import unverified_kid
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates, CredentialDelivery, ReplyContent
 from ringfence.messages.keys import PublicJwk

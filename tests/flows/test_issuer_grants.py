@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Grant, GrantWithdraw
 from ringfence.messages.registry import AgentResume, AgentSetCeiling, AgentSuspend
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, LEASE

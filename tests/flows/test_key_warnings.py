@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.jws import parse
+from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentRotateKey
 from ringfence.messages.topics import SERVICE_EVENT

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel import metrics
+from ringfence.kernel.base import metrics
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REQUEST
 from ringfence.messages.trust import ServiceRole
 from ringfence.policy.settings import PolicySettings

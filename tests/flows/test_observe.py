@@ -26,7 +26,7 @@ from ringfence.audit.settings import AuditSettings
 from ringfence.client.dpop import proof
 from ringfence.dev.processes import free_port
 from ringfence.gateway.authz import HANDLE
-from ringfence.kernel.http import HttpServer
+from ringfence.kernel.service.http import HttpServer
 from ringfence.messages.topics import ACTION, AUDIT
 from tests.brokers import RedisServer
 from tests.conftest import Kafka

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ringfence.client.api import ReadApi
-from ringfence.kernel.jws import sign
-from ringfence.kernel.seal import ReplyKey
+from ringfence.kernel.crypto.jwe import ReplyKey
+from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentRegister

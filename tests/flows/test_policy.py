@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.ids import digest, message_id
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.kafka import Received, to_json
-from ringfence.kernel.trace import trace_id
+from ringfence.kernel.base.ids import digest, message_id
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.kafka.producer import Received, to_json
+from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentSuspend, BackendSettings, UserDisable

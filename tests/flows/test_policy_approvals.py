@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.ids import digest
-from ringfence.kernel.jws import sign, sign_payload
-from ringfence.kernel.kafka import Follower
-from ringfence.kernel.skew import MAX_SKEW_MS
+from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.crypto.jws import sign, sign_payload
+from ringfence.kernel.kafka.producer import Follower
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.registry import AgentSuspend, TaskEnd, UserDisable
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, CREDENTIAL_REQUEST

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from ringfence.kernel.ids import digest, lease_id
-from ringfence.kernel.jws import sign
+from ringfence.kernel.base.ids import digest, lease_id
+from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.approval import Approval
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.messages.operations import ServiceEvent

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ringfence.kernel.jws import sign_payload
+from ringfence.kernel.crypto.jws import sign_payload
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 from tests.flows.office import READ, Office

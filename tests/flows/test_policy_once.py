@@ -9,8 +9,8 @@ from typing import Any
 
 from aiokafka.errors import KafkaTimeoutError
 
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import sign
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.topics import (
     APPROVAL_REQUEST,

@@ -14,9 +14,9 @@ import pytest
 from redis.asyncio import Redis
 
 from ringfence.cli.main import main
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Follower, Received
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.lease import TERMINAL, EndCause, Selector
 from ringfence.messages.topics import LEASE
 from ringfence.model.grants import id_of

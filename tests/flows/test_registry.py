@@ -12,11 +12,11 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from prometheus_client import generate_latest
 
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.operations import Heartbeat, ServiceEvent

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import sign
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.lease import EndCause, Lease, Selector
 from ringfence.messages.topics import DEAD_LETTER, REVOCATION_REQUEST
 from ringfence.model.lease_store import LeaseStore

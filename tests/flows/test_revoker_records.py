@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import b64encode
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import b64encode
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.base import Topic
 from ringfence.messages.lease import EndCause, RevocationRequest
 from ringfence.messages.registry import (

@@ -20,10 +20,10 @@ from scim2_tester import Status, check_server
 
 from ringfence.client.provisioner import Provisioner
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.bearer_tokens import MAX_WRONG, new_token
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.kafka import Follower
-from ringfence.kernel.settings import BusSettings
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.settings import BusSettings
+from ringfence.kernel.kafka.producer import Follower
+from ringfence.kernel.service.bearer_tokens import MAX_WRONG, new_token
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.registry import (
     AgentRegister,

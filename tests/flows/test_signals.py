@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ringfence.kernel.jws import sign
+from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.signals import SignalStream
 from ringfence.messages.topics import LEASE, SERVICE_EVENT, SIGNAL_STREAM
 from ringfence.signals.pushing import REFUSALS

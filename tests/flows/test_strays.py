@@ -19,12 +19,12 @@ from ringfence.audit.intake import Intake, Told
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.strays import Found, Strays
 from ringfence.client.auditor import witness
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Received, partition_of
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.transactions import FencedError
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received, partition_of
+from ringfence.kernel.kafka.transactions import FencedError
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.credential import Coordinates

@@ -18,11 +18,11 @@ import pytest
 
 from ringfence.backends import RedisBackend
 from ringfence.issuer.settings import IssuerSettings
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import b64decode
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import b64decode
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import ReplyContent
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import TERMINAL, Lease, LeaseStatus, Selector

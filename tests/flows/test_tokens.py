@@ -27,7 +27,7 @@ from ringfence.client.proofs import Nonces
 from ringfence.client.verify import TokenVerifier, VerifiedToken
 from ringfence.dev.processes import free_port
 from ringfence.issuer.settings import IssuerSettings
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.trust import ServiceRole
 from tests.brokers import RedisServer

@@ -12,11 +12,11 @@ from typing import Any, get_args
 
 import pytest
 
-from ringfence.kernel.errors import SignatureError
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.errors import SignatureError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import Approval
 from ringfence.messages.base import Topic
 from ringfence.messages.lease import EndCause, Lease, RevocationRequest, Selector

@@ -14,8 +14,8 @@ import httpx
 
 from ringfence.client.agent import Agent
 from ringfence.client.token_sources import TokenSource
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.instances import AttestationSelector, InstanceEnrol
 from ringfence.messages.oidc import OidcIssuer

@@ -23,7 +23,7 @@ from ringfence.gateway.plane import DataPlane, ListenError
 from ringfence.gateway.refusals import RefusedError
 from ringfence.gateway.stream import Patience
 from ringfence.gateway.upstream import Upstreams
-from ringfence.kernel.clock import SystemClock
+from ringfence.kernel.base.clock import SystemClock
 from tests.gateway.certificates import Certificates
 from tests.gateway.conftest import Place
 from tests.gateway.raw import Raw, connected, connected_unix

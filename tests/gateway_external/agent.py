@@ -15,7 +15,7 @@ import orjson
 
 from ringfence.client.dpop import proof
 from ringfence.dev.processes import LOOPBACK
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from tests.world import WITHIN_S
 
 HOST = "hub.gateway.example"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from ringfence.dev.stack import Stack, StackOptions
-from ringfence.kernel.kafka import Publisher
-from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.topics_admin import TopicsAdmin
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.topics import ALL
 from tests.brokers import RedisServer
 from tests.conftest import Kafka

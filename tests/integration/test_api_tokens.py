@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from ringfence.client.api import ReadApi
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.api import api_audience
 from ringfence.messages.trust import ServiceRole
 from ringfence.model.api_tokens import api_token

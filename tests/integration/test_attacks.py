@@ -17,11 +17,11 @@ from ringfence.audit.handlers import BURIED_HERE
 from ringfence.client.agent import Agent
 from ringfence.client.api import ReadApi
 from ringfence.client.errors import ApiError, RefusedError
-from ringfence.kernel.ids import digest, lease_id, message_id
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.kafka import Publisher, Received
-from ringfence.kernel.keys import SigningKey, b64encode
-from ringfence.kernel.seal import ReplyKey
+from ringfence.kernel.base.ids import digest, lease_id, message_id
+from ringfence.kernel.crypto.jwe import ReplyKey
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey, b64encode
+from ringfence.kernel.kafka.producer import Publisher, Received
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Revisions

@@ -23,10 +23,10 @@ from ringfence.audit.intake import Intake, Told
 from ringfence.client.auditor import verify_trail
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.processes import Child, free_port, spawn
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, DEAD_LETTER
 from ringfence.model.audit_chain import Source, event_of

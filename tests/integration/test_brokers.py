@@ -29,8 +29,8 @@ from aiokafka.errors import CommitFailedError, KafkaError
 from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.dev.processes import LOOPBACK, StackError, free_port, spawn
 from ringfence.dev.redis import EmbeddedRedis
-from ringfence.kernel import embedded_broker
-from ringfence.kernel.embedded_broker import adapt_to_embedded_broker
+from ringfence.kernel.kafka import embedded_broker
+from ringfence.kernel.kafka.embedded_broker import adapt_to_embedded_broker
 from tests.brokers import start_kafka
 from tests.conftest import Kafka
 

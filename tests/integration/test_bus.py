@@ -16,8 +16,11 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from ringfence.cli.main import main
 from ringfence.dev.kafka import EmbeddedKafka
-from ringfence.kernel import metrics
-from ringfence.kernel.bus import (
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.kafka.consumer import (
     MAX_INVALID_SIGNED,
     BatchHandler,
     Consumer,
@@ -26,11 +29,8 @@ from ringfence.kernel.bus import (
     one_by_one,
     side_by_side,
 )
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.kafka import Follower, Publisher, Reader, Received
-from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.topics_admin import TopicsAdmin, partitions_of
+from ringfence.kernel.kafka.producer import Follower, Publisher, Reader, Received
+from ringfence.kernel.kafka.topics_admin import TopicsAdmin, partitions_of
 from ringfence.messages.base import Topic, typ_header
 from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.operations import DeadLetter

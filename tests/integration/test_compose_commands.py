@@ -18,8 +18,8 @@ import yaml
 from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES, make_trust
 from ringfence.dev.processes import free_port, spawn
 from ringfence.dev.stack import Stack, StackOptions, readiness
-from ringfence.kernel.bearer_tokens import new_token
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.service.bearer_tokens import new_token
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.lost_redis import declare_complete

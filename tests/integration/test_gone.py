@@ -10,10 +10,10 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
-from ringfence.kernel.bus import Consumer
-from ringfence.kernel.gone import Gone
-from ringfence.kernel.kafka import Follower, Publisher, Received
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.kafka.consumer import Consumer
+from ringfence.kernel.kafka.data_loss import Gone
+from ringfence.kernel.kafka.producer import Follower, Publisher, Received
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 
 WITHIN_S = 60

@@ -16,8 +16,8 @@ import pytest
 
 from ringfence.dev.processes import free_port
 from ringfence.dev.redis import EmbeddedRedis
-from ringfence.kernel.errors import SettingsError, UnavailableError
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.errors import SettingsError, UnavailableError
+from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import EndCause, LeaseStatus
 from ringfence.model.lease_store import (

@@ -15,8 +15,8 @@ import pytest
 
 from ringfence.cli.diagnosis_redis import redis_findings
 from ringfence.dev.processes import free_port
-from ringfence.kernel.errors import SettingsError, UnavailableError
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.errors import SettingsError, UnavailableError
+from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.model.lease_store import (
     Activation,
     LeaseStore,

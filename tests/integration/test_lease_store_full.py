@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from ringfence.dev.redis import EmbeddedRedis
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import CLOSING_TOKEN, FullError, LeaseStore, Restoration
 from ringfence.model.leases import ALL_MARK

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import LeaseStore, LostError, SignedLease
 from ringfence.model.lease_store.keys import AHEAD_MS, THUMBPRINT, Keys, packed

@@ -13,8 +13,8 @@ import pytest
 from redis.asyncio import Redis
 
 from ringfence.dev.processes import free_port
-from ringfence.kernel.clock import suspend_aware_ms
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.clock import suspend_aware_ms
+from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import Had, LeaseStore, LostError, Restoration
 from ringfence.model.lease_store.keys import Keys

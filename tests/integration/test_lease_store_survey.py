@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import (
     SELECTOR_KEEP_MS,

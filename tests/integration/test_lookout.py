@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.model.lease_store import LeaseStore, SignedLease
 from ringfence.revoker import foresight
 from ringfence.revoker.foresight import ForeseenEnd, Foresight, Lookout

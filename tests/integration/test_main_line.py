@@ -14,8 +14,8 @@ from ringfence import Agent
 from ringfence.client.api import ReadApi
 from ringfence.client.errors import ApiError, RefusedError, RequestDeniedError, TokenRejectedError
 from ringfence.client.verify import TokenVerifier
-from ringfence.kernel.jws import parse
-from ringfence.kernel.trace import trace_id
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.audit import AuditEvent
 from ringfence.messages.lease import Lease

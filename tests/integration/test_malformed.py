@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey, b64encode
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.topics import (

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.kernel import kafka_probe
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.kafka import Publisher
-from ringfence.kernel.kafka_probe import Listener, Silence, look
-from ringfence.kernel.settings import BusSettings, ServiceSettings
-from ringfence.kernel.topics_admin import TopicsAdmin
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.settings import BusSettings, ServiceSettings
+from ringfence.kernel.kafka import probe
+from ringfence.kernel.kafka.probe import Listener, Silence, look
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from tests.brokers.secured import Authority
 from tests.conftest import Kafka
 
@@ -102,7 +102,7 @@ async def test_a_program_that_is_no_kafka(monkeypatch: pytest.MonkeyPatch):
 
 
 async def test_a_host_that_keeps_silent(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kafka_probe, "WITHIN_S", 0.2)
+    monkeypatch.setattr(probe, "WITHIN_S", 0.2)
     server = await asyncio.start_server(lambda reader, writer: asyncio.sleep(60), "127.0.0.1", 0)
     at = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     assert await look(BusSettings(kafka=at), None) == {

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.kernel import config_file
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base import config_file
+from ringfence.kernel.crypto.keys import SigningKey
 
 SDK = """
 import asyncio, sys

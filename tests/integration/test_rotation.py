@@ -21,9 +21,9 @@ from ringfence.client.ceremony import SERVICE_ROLES, publish_bundle
 from ringfence.client.errors import RequestDeniedError
 from ringfence.client.rotation import rotate_root, rotate_services
 from ringfence.dev.stack import Stack, StackOptions
-from ringfence.kernel.envelope import recipients_of
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.multi_recipient_jwe import recipients_of
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.operations import DeadLetter

@@ -20,10 +20,10 @@ from ringfence.client.administrator import Administrator
 from ringfence.client.agent import Agent
 from ringfence.client.settings import ClientSettings
 from ringfence.client.sponsor import Sponsor
-from ringfence.kernel.errors import SettingsError, UnavailableError
-from ringfence.kernel.kafka import Publisher
-from ringfence.kernel.settings import BusSettings, ServiceSettings
-from ringfence.kernel.topics_acls import PARTIES
+from ringfence.kernel.base.errors import SettingsError, UnavailableError
+from ringfence.kernel.base.settings import BusSettings, ServiceSettings
+from ringfence.kernel.kafka.acls import PARTIES
+from ringfence.kernel.kafka.producer import Publisher
 from ringfence.messages.base import Topic
 from ringfence.messages.registry import VerbFloor
 from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, CREDENTIAL_REQUEST, LEASE

@@ -26,10 +26,10 @@ from ringfence.cli.dev import client_settings
 from ringfence.client import connection as client_connection
 from ringfence.client.errors import RequestDeniedError
 from ringfence.dev.stack import Stack, StackOptions
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka_connection import connection
-from ringfence.kernel.tracing_spans import SpanTracing
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.kafka.connection import connection
+from ringfence.kernel.tracing.otel import SpanTracing
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, CREDENTIAL_REQUEST, DEAD_LETTER, LEASE

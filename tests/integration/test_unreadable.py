@@ -15,13 +15,13 @@ from aiokafka.codec import has_snappy
 from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy as BatchWriter
 from aiokafka.record.util import calc_crc32c
 
-from ringfence.kernel.bus import Consumer, DeadLetters, one_by_one
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.fetching import fetch_options
-from ringfence.kernel.kafka import Follower, Publisher, Received
-from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.topics_admin import TopicsAdmin
-from ringfence.kernel.unreadable import UNREADABLE
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.kafka.consumer import Consumer, DeadLetters, one_by_one
+from ringfence.kernel.kafka.fetch_control import fetch_options
+from ringfence.kernel.kafka.producer import Follower, Publisher, Received
+from ringfence.kernel.kafka.topics_admin import TopicsAdmin
+from ringfence.kernel.kafka.unreadable_batches import UNREADABLE
 from ringfence.messages.topics import ALL, AUDIT, CREDENTIAL_REQUEST, LEASE
 from tests.conftest import Kafka
 from tests.integration.test_bus import Seen, consuming

@@ -18,8 +18,10 @@ MODULES: dict[str, tuple[str, ...]] = {
     "model/request_map.py": (
         "test_request_map.py", "test_mcp_rules.py", "test_target_templates.py", "test_limiting_fields.py",
     ),
-    "kernel/jws.py": ("test_jws.py", "test_keys_and_seals.py", "test_opening.py"),
-    "kernel/trust.py": ("test_trust_root.py", "test_keys_and_seals.py", "test_service_keys.py", "test_seal_keys.py"),
+    "kernel/crypto/jws.py": ("test_jws.py", "test_keys_and_seals.py", "test_opening.py"),
+    "kernel/crypto/trust_store.py": (
+        "test_trust_root.py", "test_keys_and_seals.py", "test_service_keys.py", "test_seal_keys.py",
+    ),
     "policy/domain.py": ("test_policy_domain.py",),
     "gateway/domain.py": ("test_gateway_domain.py",),
     "issuer/domain.py": ("test_issuer_domain.py", "test_issuer_limits.py", "test_limiting_fields.py"),

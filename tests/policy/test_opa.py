@@ -14,7 +14,7 @@ import orjson
 import pytest
 
 from ringfence.dev.processes import free_port
-from ringfence.kernel.settings import load
+from ringfence.kernel.base.settings import load
 from ringfence.rego.bundle import OWN_BUNDLE, Bundle
 from ringfence.rego.engine import (
     PolicyFailedError,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.kernel import metrics
+from ringfence.kernel.base import metrics
 from ringfence.rego.bundle import load_bundle
 from ringfence.rego.embedded import EmbeddedEngine
 from ringfence.rego.reloading import BundleWatch

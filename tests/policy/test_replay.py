@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.messages.topics import CREDENTIAL_DECISION
 from ringfence.policy.domain import INPUT_FIELDS

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.registry import VerbFloor
 from ringfence.messages.topics import CREDENTIAL_DECISION

@@ -11,10 +11,10 @@ from typing import Any, get_args
 import pytest
 
 import ringfence
-from ringfence.kernel import metrics
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import LEEWAY_S, sign
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.jws import LEEWAY_S, sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.api import (
     MAX_API_TOKEN_S,
     UNBOUND_API_TOKENS_END,

@@ -24,9 +24,9 @@ from ringfence.client.action_report import (
 from ringfence.client.api import ReadApi
 from ringfence.client.errors import ApiError
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.http import application
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.http import application
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import AUDIT
 from ringfence.model.access import Authenticator

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import Signed, parse, sign
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import Signed, parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Claims
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.keys import KeyRecord

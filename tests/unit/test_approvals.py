@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.kernel.ids import digest
-from ringfence.kernel.jws import Signed
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import Approval
 from ringfence.messages.credential import CredentialRequest, RequiredClass
 from ringfence.messages.examples import EXAMPLES

@@ -28,9 +28,9 @@ from ringfence.client.exports.running import (
 )
 from ringfence.client.settings import ClientSettings
 from ringfence.client.who import who_report
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.http import application
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.http import application
 from ringfence.messages.credential import Reason
 from ringfence.messages.permission import Permission
 from ringfence.messages.topics import AUDIT

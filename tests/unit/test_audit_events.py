@@ -14,12 +14,12 @@ from ringfence.audit import credential_events, ocsf, service_events
 from ringfence.audit.believing import Believer
 from ringfence.audit.handlers import AuditHandlers
 from ringfence.audit.ocsf import moment, privileges, scrubbed
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.envelope import EncryptionKey, enclose
-from ringfence.kernel.ids import derived_id, digest, message_id
-from ringfence.kernel.jws import parse, sign, sign_payload
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import PublicKey, SigningKey
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.ids import derived_id, digest, message_id
+from ringfence.kernel.crypto.jws import parse, sign, sign_payload
+from ringfence.kernel.crypto.keys import PublicKey, SigningKey
+from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.audit import IntakeEntry
 from ringfence.messages.base import ExpiringClaims

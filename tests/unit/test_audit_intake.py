@@ -12,11 +12,11 @@ import pytest
 from ringfence.audit.believing import require_trust
 from ringfence.audit.intake import Intake, Lately, Told, opened_intake
 from ringfence.audit.read_back import ReadBack
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Outbound, Publisher, Received
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Outbound, Publisher, Received
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, SERVICE_EVENT
 from ringfence.model.audit_chain import linkable, linked, linked_event

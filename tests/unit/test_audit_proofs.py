@@ -14,9 +14,9 @@ import pytest
 
 from ringfence.audit.proofs import NoProofError, ProofStore
 from ringfence.audit.read_back import ReadBack, Trailed
-from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT
 from ringfence.model.audit_chain import NOTHING, Source, Tip, linkable, linked, loaded

@@ -14,7 +14,7 @@ from ringfence.audit.break_glass_events import uses
 from ringfence.audit.store import SqliteIndex, Viewer
 from ringfence.audit.trace import tree
 from ringfence.audit.wanted import Wanted
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.messages.lease import EndCause, RevocationRequest, Selector
 from ringfence.messages.registry import TaskEnd

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.kernel.keys import b64decode, b64encode
+from ringfence.kernel.crypto.keys import b64decode, b64encode
 
 URL_SAFE = string.ascii_letters + string.digits + "-_"
 LOOSE = st.text(URL_SAFE + "+/= \n.é", max_size=12) | st.text(URL_SAFE, max_size=12)

@@ -10,7 +10,9 @@ from typing import Any, cast
 import pytest
 
 from ringfence.issuer.handlers import DecisionHandler
-from ringfence.kernel.bus import (
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.kafka.consumer import (
     MAX_INVALID_SIGNED,
     BatchHandler,
     DeadLetters,
@@ -18,9 +20,7 @@ from ringfence.kernel.bus import (
     one_by_one,
     side_by_side,
 )
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.base import typ_header
 from ringfence.messages.registry import UserRecord
 from ringfence.messages.topics import REGISTRY_COMMAND, USER

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.keys import SigningKey, b64decode, b64encode
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from ringfence.messages.registry import (
     AgentDecommission,
     AgentResume,

@@ -14,8 +14,8 @@ import pytest
 from ringfence.cli.dev import write_config
 from ringfence.cli.main import main
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.settings import load
-from ringfence.kernel.trusted_files import TrustedFiles
+from ringfence.kernel.base.settings import load
+from ringfence.kernel.base.trusted_files import TrustedFiles
 
 SECRETS = ("hunter2", "s3cr3t-in-url", "hook-secret", "not-a-place")
 CONTENT = """

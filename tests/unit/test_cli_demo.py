@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ringfence.cli.demo import next_commands, press_approve
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 
 PENDING: Any = SimpleNamespace(scope=[SimpleNamespace(verbs=["deploy"])], agent="deploy-bot")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.kernel.bearer_tokens import Tokens
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.service.bearer_tokens import Tokens
 
 
 @pytest.fixture(autouse=True)

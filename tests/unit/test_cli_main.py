@@ -18,8 +18,8 @@ import ringfence
 from ringfence.cli.main import COMMANDS, EXTRAS, main
 from ringfence.client.api import ReadApi
 from ringfence.client.errors import ApiError
-from ringfence.kernel import config_file
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base import config_file
+from ringfence.kernel.crypto.keys import SigningKey
 
 ID = "5f0c0e6e-0000-4000-8000-000000000000"
 
@@ -340,7 +340,7 @@ def test_what_kafka_refuses_in_the_middle_is_said_in_a_line(
 ) -> None:
     from aiokafka.errors import TopicAuthorizationFailedError
 
-    from ringfence.kernel.topics_admin import TopicsAdmin
+    from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 
     def refused(*_: object) -> None:
         raise TopicAuthorizationFailedError("x")

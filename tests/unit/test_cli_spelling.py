@@ -12,8 +12,8 @@ import pytest
 import ringfence
 from ringfence.cli.main import main
 from ringfence.cli.spelling import known_settings, mistyped
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.settings import RingfenceSettings
+from ringfence.kernel.base.settings import RingfenceSettings
+from ringfence.kernel.crypto.keys import SigningKey
 
 
 def test_every_setting_is_known() -> None:
@@ -61,7 +61,7 @@ def test_a_service_that_starts_tells_of_what_is_mistyped(
     monkeypatch.setenv("RINGFENCE_CONFIG", str(file))
     monkeypatch.setenv("RINGFENCE_KEY_DIR", str(tmp_path))
     monkeypatch.setenv("RINGFENCE_KAKFA", "h:1")
-    monkeypatch.setattr("ringfence.kernel.process.run", lambda runtimes, settings: 0)
+    monkeypatch.setattr("ringfence.kernel.service.process.run", lambda runtimes, settings: 0)
     assert main(["serve", "registry"]) == 0
     told = capsys.readouterr().err
     assert "warning: RINGFENCE_KAKFA is no setting" in told

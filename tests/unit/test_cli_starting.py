@@ -15,7 +15,7 @@ def trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrustFolder:
     folder = TrustFolder(tmp_path)
     monkeypatch.setenv("RINGFENCE_TRUST_ROOT", make_trust(folder, "ringfence.local", "olga"))
     monkeypatch.setenv("RINGFENCE_KEY_DIR", str(tmp_path / "keys"))
-    monkeypatch.setattr("ringfence.kernel.process.run", lambda runtimes, settings: 0)
+    monkeypatch.setattr("ringfence.kernel.service.process.run", lambda runtimes, settings: 0)
     return folder
 
 

@@ -13,9 +13,9 @@ import pytest
 
 from ringfence.cli.main import main
 from ringfence.cli.output import console, print_table
-from ringfence.kernel.errors import SettingsError
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.web import web_client
+from ringfence.kernel.base.errors import SettingsError
+from ringfence.kernel.base.http_client import web_client
+from ringfence.kernel.crypto.keys import SigningKey
 
 
 @pytest.fixture(autouse=True)

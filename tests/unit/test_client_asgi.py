@@ -14,7 +14,7 @@ from ringfence.client.dpop import BearerAuth, DpopAuth, proof
 from ringfence.client.errors import InvalidCallError, TokenRejectedError
 from ringfence.client.proofs import Nonces
 from ringfence.client.verify import TokenVerifier, VerifiedToken
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from tests.unit.test_client_verify import AUDIENCE, ISSUER, TARGET, Clock, Issuer
 
 BASE = "https://staging.example"

@@ -25,9 +25,9 @@ from ringfence.client.proofs import (
     ProofsInMemory,
 )
 from ringfence.client.verify import TokenVerifier
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import LEEWAY_S
-from ringfence.kernel.keys import SigningKey, b64decode, b64encode
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.jws import LEEWAY_S
+from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from tests.unit.test_client_verify import AUDIENCE, ISSUER, Clock, Issuer
 
 KEY = SigningKey.generate("spiffe://acme.example/agent/deploy-bot")

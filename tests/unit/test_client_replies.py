@@ -12,13 +12,13 @@ import pytest
 
 from ringfence.client.credentials import IssuedCredential
 from ringfence.client.replies import Allowed, Denied, PendingRequest, SentRequest, read_reply
-from ringfence.kernel.errors import InvalidMessageError, SignatureError
-from ringfence.kernel.ids import digest, lease_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey, b64encode
-from ringfence.kernel.seal import ReplyKey, seal, unverified_kid
-from ringfence.kernel.trace import new_traceparent
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
+from ringfence.kernel.base.ids import digest, lease_id
+from ringfence.kernel.crypto.jwe import ReplyKey, seal, unverified_kid
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey, b64encode
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.tracing.traceparent import new_traceparent
 from ringfence.messages.credential import (
     Coordinates,
     Credential,

@@ -21,9 +21,9 @@ from starlette.routing import Route
 
 from ringfence.client.errors import TokenRejectedError
 from ringfence.client.verify import TokenVerifier
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.keys import SigningKey, b64encode, public_key
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.keys import SigningKey, b64encode, public_key
 from ringfence.messages.api import ApiToken
 
 ISSUER = "http://issuer.example"

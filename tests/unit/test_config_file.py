@@ -12,10 +12,10 @@ import pytest
 
 from ringfence.cli.main import main
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel import config_file
-from ringfence.kernel.errors import SettingsError
-from ringfence.kernel.settings import ServiceSettings, load
-from ringfence.kernel.trusted_files import TrustedFiles
+from ringfence.kernel.base import config_file
+from ringfence.kernel.base.errors import SettingsError
+from ringfence.kernel.base.settings import ServiceSettings, load
+from ringfence.kernel.base.trusted_files import TrustedFiles
 
 PLANTED = 'kafka = "planted:1"\n[policy]\nbundle = "planted"\n'
 USUAL = "127.0.0.1:9092"

@@ -25,7 +25,7 @@ from ringfence.client.credentials import (
     class_of,
 )
 from ringfence.client.errors import CredentialOverError, CredentialUseError
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Delivery
 
 CANARY = "a-canary-of-a-secret"

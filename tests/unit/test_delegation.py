@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import parse
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Claims
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import (

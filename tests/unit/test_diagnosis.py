@@ -6,9 +6,9 @@ import pytest
 
 from ringfence.cli.diagnosis_redis import eviction, persistence
 from ringfence.cli.diagnosis_trust import SOON_S, bundle_findings, versions
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from tests.ledger import TD
 

@@ -11,15 +11,15 @@ import pytest
 from joserfc import jwe
 from joserfc.jwk import ECKey, OKPKey
 
-from ringfence.kernel.envelope import (
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, b64encode, thumbprint
+from ringfence.kernel.crypto.multi_recipient_jwe import (
     EncryptionKey,
     enclose,
     recipients_of,
     unverified_about,
     usable,
 )
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.keys import KeyFileError, SigningKey, b64encode, thumbprint
 from ringfence.messages.keys import KeyRecord, PublicJwk
 
 END_S = 10**10

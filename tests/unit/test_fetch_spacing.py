@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from aiokafka.errors import NodeNotReadyError
 
-from ringfence.kernel.embedded_broker import hold_fetches
-from ringfence.kernel.fetching import MUCH_BYTES, Fetches, Gathering
+from ringfence.kernel.kafka.embedded_broker import hold_fetches
+from ringfence.kernel.kafka.fetch_control import MUCH_BYTES, Fetches, Gathering
 
 _FETCH, _HEARTBEAT = 1, 12
 

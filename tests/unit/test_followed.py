@@ -7,11 +7,11 @@ from typing import cast
 import pytest
 
 from ringfence.audit.followed import Followed
-from ringfence.kernel.bus import DeadLetters
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.kafka.consumer import DeadLetters
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.audit import AuditWitness
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import AUDIT_CHECKPOINT, HEARTBEAT

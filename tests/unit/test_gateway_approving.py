@@ -19,10 +19,10 @@ from ringfence.gateway.domain import Ask, Refusal, Sender, refused, stale_view
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.questions import Questions
 from ringfence.gateway.targets import Targets
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.ids import digest
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided

@@ -14,7 +14,7 @@ import pytest
 from ringfence.gateway import authz_envoy, authz_forward
 from ringfence.gateway.attempts import Attempt, Blocked, Gate, Patient, Presented, Verdict
 from ringfence.gateway.authz import Asker, ProxyAuth
-from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Destination
 

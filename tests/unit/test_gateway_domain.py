@@ -26,7 +26,7 @@ from ringfence.gateway.domain import (
     weigh,
 )
 from ringfence.gateway.leases import LeaseTable
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.instances import AttestationSelector, InstanceRef
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission

@@ -19,7 +19,7 @@ from ringfence.gateway.mcp import Sessions
 from ringfence.gateway.problem import answer
 from ringfence.gateway.spool import SpoolFullError
 from ringfence.gateway.targets import Targets
-from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided, Destination
 from ringfence.messages.registry import AgentSuspend, BackendSettings, McpRule, RequestRule, VerbFloor

@@ -14,11 +14,11 @@ from ringfence.backends.access import TargetAccess
 from ringfence.backends.http import StaticSecrets
 from ringfence.gateway.injection import Injector, SealedCredentials
 from ringfence.gateway.leases import LeaseTable
-from ringfence.kernel.envelope import EncryptionKey, enclose
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Credential, CredentialDelivery
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease

@@ -18,9 +18,9 @@ from ringfence.gateway.domain import Ask, Sender, refused
 from ringfence.gateway.gate import DecisionGate
 from ringfence.gateway.observing import STILL_DENIED
 from ringfence.gateway.settings import GatewaySettings
-from ringfence.kernel import process
-from ringfence.kernel.errors import SettingsError, UnavailableError
-from ringfence.kernel.settings import load
+from ringfence.kernel.base.errors import SettingsError, UnavailableError
+from ringfence.kernel.base.settings import load
+from ringfence.kernel.service import process
 from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd, UserDisable
 from tests.planted import as_before, planted
 from tests.unit.test_gateway_gate import RULES, Parts, attempt

@@ -15,7 +15,7 @@ from ringfence.gateway.domain import Chosen, Sender
 from ringfence.gateway.lasting import lasts_until
 from ringfence.gateway.recalling import Recalled
 from ringfence.gateway.remembering import Remembered
-from ringfence.kernel.jws import sign
+from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.trust import TrustBundle
 from ringfence.model.request_map import Action

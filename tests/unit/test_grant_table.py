@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import Signed
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import Grant
 from ringfence.messages.examples import EXAMPLES
 from ringfence.model import grants

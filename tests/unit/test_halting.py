@@ -8,14 +8,14 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.kernel.bus import BURST_MS, MAX_INVALID_SIGNED, DeadLetters, HaltedError
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.postponed import Postponed
-from ringfence.kernel.topics_acls import Operation, Party, acls
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.acls import Operation, Party, acls
+from ringfence.kernel.kafka.consumer import BURST_MS, MAX_INVALID_SIGNED, DeadLetters, HaltedError
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.postponed import Postponed
 from ringfence.messages.base import Claims, Topic, typ_header
 from ringfence.messages.lease import Lease, RevocationRequest
 from ringfence.messages.topics import (

@@ -10,9 +10,9 @@ import pytest
 
 from ringfence.audit.handed_over import HandedOver, Mark, mark_of
 from ringfence.audit.intake import MOST_HASHES, vouched
-from ringfence.kernel.jws import sign_payload
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.jws import sign_payload
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.audit import AuditIntake
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT_INTAKE

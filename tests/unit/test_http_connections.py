@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from ringfence.dev.processes import free_port
-from ringfence.kernel.http import ConnectionLimit, HttpServer, Requests, application
+from ringfence.kernel.service.http import ConnectionLimit, HttpServer, Requests, application
 
 WITHIN_S = 20
 MOST = 8

@@ -9,7 +9,7 @@ from typing import Any
 import jwt
 import pytest
 
-from ringfence.kernel.jws import sign
+from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import TaskAssign, TaskTerms, UserDisable
 from ringfence.model.chains import ChainError

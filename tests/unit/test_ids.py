@@ -7,7 +7,7 @@ import uuid
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.kernel.ids import NAMESPACE, derived_id, lease_id, message_id
+from ringfence.kernel.base.ids import NAMESPACE, derived_id, lease_id, message_id
 
 texts = st.text(st.characters(codec="utf-8"))
 

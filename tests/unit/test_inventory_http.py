@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ringfence.kernel.http import application
+from ringfence.kernel.service.http import application
 from ringfence.model.access import Authenticator
 from ringfence.model.api_tokens import api_token
 from ringfence.policy import inventory_http, roster_http

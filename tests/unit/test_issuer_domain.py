@@ -28,10 +28,10 @@ from ringfence.issuer.domain import (
     fenced,
     weigh,
 )
-from ringfence.kernel.ids import digest, lease_id, message_id
-from ringfence.kernel.jws import Signed, parse, sign
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.seal import ReplyKey
+from ringfence.kernel.base.ids import digest, lease_id, message_id
+from ringfence.kernel.crypto.jwe import ReplyKey
+from ringfence.kernel.crypto.jws import Signed, parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import (
     Coordinates,

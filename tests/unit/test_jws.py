@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, ValidationError, create_model
 
-from ringfence.kernel import jws
-from ringfence.kernel.errors import InvalidMessageError, SignatureError
-from ringfence.kernel.jws import (
+from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
+from ringfence.kernel.crypto import jws
+from ringfence.kernel.crypto.jws import (
     MAX_LIFE_S,
     ExpiredError,
     explain,
@@ -27,7 +27,7 @@ from ringfence.kernel.jws import (
     sign_payload,
     unverified_time,
 )
-from ringfence.kernel.keys import PublicKey, SigningKey, b64decode, b64encode, public_key
+from ringfence.kernel.crypto.keys import PublicKey, SigningKey, b64decode, b64encode, public_key
 from ringfence.messages.api import ApiToken
 from ringfence.messages.base import Claims
 from ringfence.messages.credential import CredentialRequest

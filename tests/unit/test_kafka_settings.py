@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ringfence.kernel.errors import SettingsError
-from ringfence.kernel.kafka_connection import connection, diagnosis
-from ringfence.kernel.kafka_probe import Found, Listener, Silence, addresses
-from ringfence.kernel.settings import BusSettings, load
+from ringfence.kernel.base.errors import SettingsError
+from ringfence.kernel.base.settings import BusSettings, load
+from ringfence.kernel.kafka.connection import connection, diagnosis
+from ringfence.kernel.kafka.probe import Found, Listener, Silence, addresses
 
 
 def test_without_any_setting_kafka_is_reached_in_clear():

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from aiokafka.errors import CommitFailedError, KafkaConnectionError, NodeNotReadyError
 
-from ringfence.kernel.kafka_trouble import NOW_AND_THEN_S, KafkaTrouble
-from ringfence.kernel.settings import BusSettings
+from ringfence.kernel.base.settings import BusSettings
+from ringfence.kernel.kafka.outage_log import NOW_AND_THEN_S, KafkaTrouble
 
 CLIENT = logging.getLogger("aiokafka.client")
 REFUSED = ConnectionRefusedError(111, "Connection refused")
@@ -61,7 +61,9 @@ async def look(lines: Lines) -> None:
 def complain() -> None:
     CLIENT.error("Unable connect to node with id %s: %s", 0, REFUSED)
     CLIENT.error("Unable to update metadata from %s", [0])
-    logging.getLogger("ringfence.kernel.fetching").warning("a fetch failed: %s", NodeNotReadyError("x"))
+    logging.getLogger("ringfence.kernel.kafka.fetch_control").warning(
+        "a fetch failed: %s", NodeNotReadyError("x")
+    )
 
 
 async def test_one_line_at_once_one_now_and_then_and_one_when_it_is_back(lines: Lines, listener: str) -> None:
@@ -118,7 +120,7 @@ async def test_what_is_about_something_else_is_written(lines: Lines) -> None:
     lines.new()
     CLIENT.error("Topic %s not found in cluster metadata", "x")
     CLIENT.error("Heartbeat failed: %r", CommitFailedError())
-    logging.getLogger("ringfence.kernel.runtime").warning("waiting: %s", KafkaConnectionError("x"))
+    logging.getLogger("ringfence.kernel.service.runtime").warning("waiting: %s", KafkaConnectionError("x"))
     logging.getLogger("ringfence.revoker").warning("the target does not answer: %s", REFUSED)
     assert len(lines.new()) == 4
     CLIENT.warning("Marking the coordinator dead (node %s)for group %s.", 0, "g")

@@ -22,12 +22,17 @@ from ringfence.client.ceremony import (
     lacking,
     make_trust,
 )
-from ringfence.kernel.envelope import EncryptionKey, enclose
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError, SignatureError, UnavailableError
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.keys import KeyFileError, SigningKey, b64decode, b64encode
-from ringfence.kernel.seal import ReplyKey, seal, unverified_kid
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import (
+    InvalidMessageError,
+    RingfenceError,
+    SignatureError,
+    UnavailableError,
+)
+from ringfence.kernel.crypto.jwe import ReplyKey, seal, unverified_kid
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, b64decode, b64encode
+from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.keys import PublicJwk
 from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
 from tests.old_trust import without_signals

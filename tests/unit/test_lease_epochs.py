@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.lease import LeaseEpoch
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import derived_id, lease_id
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.keys import SigningKey, b64encode
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import derived_id, lease_id
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.messages.lease import Delegator, EndCause, Lease, LeaseStatus
 from ringfence.messages.permission import Permission
 from ringfence.model.lease_store.packing import condensed, expanded, unverified_names, unverified_payload

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import b64encode
+from ringfence.kernel.crypto.keys import b64encode
+from ringfence.kernel.kafka.producer import Received
 from ringfence.revoker.truth import Fold, peek
 from tests.unit.test_lease_epochs import Markers
 

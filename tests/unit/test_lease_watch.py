@@ -6,9 +6,9 @@ from itertools import count
 from types import SimpleNamespace
 from typing import Any, cast
 
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.lease import EndCause
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_epochs import Epochs

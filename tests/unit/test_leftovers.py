@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from ringfence.kernel.bus import Consumer
-from ringfence.kernel.fetching import Fetches
+from ringfence.kernel.kafka.consumer import Consumer
+from ringfence.kernel.kafka.fetch_control import Fetches
 
 
 class Kept:

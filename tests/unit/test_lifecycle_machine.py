@@ -15,9 +15,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import LEEWAY_S, parse
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import LEEWAY_S, parse
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import (

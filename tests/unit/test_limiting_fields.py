@@ -26,9 +26,9 @@ from ringfence.client.settings import ClientSettings
 from ringfence.gateway.domain import Refusal
 from ringfence.issuer import domain as issuer_domain
 from ringfence.issuer.domain import Decision, Issue, Terms, weigh
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import Signed, parse, sign, sign_payload
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import Signed, parse, sign, sign_payload
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import ActionApproval, Approval, Grant
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
 from ringfence.messages.examples import EXAMPLES

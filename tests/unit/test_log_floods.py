@@ -10,13 +10,13 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.kernel import logging as ringfence_logging
-from ringfence.kernel import metrics
-from ringfence.kernel.bus import DeadLetters, one_by_one
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.log_floods import EVERY_S, FIRST, QUIET_S, LogFloods, of_a_kind
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.log_limiter import EVERY_S, FIRST, QUIET_S, LogFloods, of_a_kind
+from ringfence.kernel.kafka.consumer import DeadLetters, one_by_one
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service import logging as ringfence_logging
 from ringfence.messages.topics import HEARTBEAT, REGISTRY_COMMAND
 
 LOG = logging.getLogger("ringfence.test")

@@ -18,9 +18,9 @@ from ringfence.client.ceremony import (
     remove_oidc_issuer,
     set_oidc_issuer,
 )
-from ringfence.kernel.jws import parse
-from ringfence.kernel.oidc import JwksError, TokenError, read_jwks, unverified_issuer, verify
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.oidc import JwksError, TokenError, read_jwks, unverified_issuer, verify
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.trust import TrustBundle
 from tests.oidc import TokenIssuer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.kernel.errors import SettingsError, UnavailableError
+from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.registry.discovery import MAX_DOCUMENT_BYTES, Discovery
 from tests.gateway.certificates import Certificates
 from tests.ledger import FixedClock

@@ -7,10 +7,10 @@ from typing import cast, get_args
 
 import pytest
 
-from ringfence.kernel.errors import SignatureError
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import SignatureError
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle

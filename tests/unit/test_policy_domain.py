@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.kernel.jws import Signed
-from ringfence.kernel.kafka import to_json
+from ringfence.kernel.crypto.jws import Signed
+from ringfence.kernel.kafka.producer import to_json
 from ringfence.messages.approval import Approval
 from ringfence.messages.credential import CredentialRequest, Reason, RequiredClass
 from ringfence.messages.examples import EXAMPLES

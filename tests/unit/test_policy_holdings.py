@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.ids import lease_id, message_id
-from ringfence.kernel.jws import Signed, sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.ids import lease_id, message_id
+from ringfence.kernel.crypto.jws import Signed, sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease, LeaseEpoch, LeaseStatus

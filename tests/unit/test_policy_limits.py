@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.kernel.jws import Signed
+from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.examples import EXAMPLES
 from ringfence.model.chains import ChainError

@@ -7,9 +7,9 @@ from cryptography.hazmat.primitives.asymmetric import x25519
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.keys import SigningKey, b64decode, b64encode
-from ringfence.kernel.seal import ReplyKey, check_reply_key, seal
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jwe import ReplyKey, check_reply_key, seal
+from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from ringfence.messages.keys import PublicJwk
 
 P256 = [SigningKey.generate("x", "ES256").public for _ in range(20)]

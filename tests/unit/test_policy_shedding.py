@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import Signed, sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import Signed, sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.topics import CREDENTIAL_REQUEST

@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.kernel.ids import digest, message_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.ids import digest, message_id
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import Approval
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Outcome
 from ringfence.messages.examples import EXAMPLES

@@ -16,7 +16,7 @@ from ringfence.cli.main import main
 from ringfence.client.auditor import TrailReport, TreeReport
 from ringfence.client.exports import running
 from ringfence.gateway.spool import Spool, SpoolError
-from ringfence.kernel.private_files import (
+from ringfence.kernel.base.private_files import (
     NotPrivateError,
     make_folders,
     make_private_folder,

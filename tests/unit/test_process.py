@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from ringfence.kernel.log_floods import FIRST
+from ringfence.kernel.base.log_limiter import FIRST
 
 SERVICE = """
 import resource
 from types import SimpleNamespace
 
-from ringfence.kernel.process import run
+from ringfence.kernel.service.process import run
 
 hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
 resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
@@ -37,7 +37,7 @@ ASKED_TWICE = """
 import os, signal
 from types import SimpleNamespace
 
-from ringfence.kernel.process import run
+from ringfence.kernel.service.process import run
 
 
 class Service:
@@ -59,7 +59,7 @@ HELD = """
 import asyncio, os, signal, sys, threading
 from types import SimpleNamespace
 
-from ringfence.kernel.process import run
+from ringfence.kernel.service.process import run
 
 
 class Service:
@@ -90,8 +90,8 @@ FLOODED = """
 import logging
 from types import SimpleNamespace
 
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.process import run
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.service.process import run
 
 
 class Service:

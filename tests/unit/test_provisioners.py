@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Claims
 from ringfence.messages.registry import (
     AgentRegister,

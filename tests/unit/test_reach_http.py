@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from ringfence.kernel.http import application
-from ringfence.kernel.ids import message_id
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.service.http import application
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentSuspend, VerbFloor
 from ringfence.model.access import Authenticator

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import Signed, sign
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.seal import ReplyKey
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jwe import ReplyKey
+from ringfence.kernel.crypto.jws import Signed, sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import CredentialRequest, DelegatorRevisions, Reason, Revisions
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.instances import AttestationSelector, InstanceEnrolment

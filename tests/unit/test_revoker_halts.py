@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ringfence.kernel.clock import CarriedOn
-from ringfence.kernel.jws import open_signed, parse, sign, sign_payload
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.base.clock import CarriedOn
+from ringfence.kernel.crypto.jws import open_signed, parse, sign, sign_payload
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.base import Claims, Millis
 from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import HEARTBEAT

@@ -9,12 +9,12 @@ import pytest
 
 from ringfence.client.ceremony import TrustFolder, make_trust
 from ringfence.client.rotation import OVERLAP_S, rotate_services
-from ringfence.kernel.envelope import EncryptionKey, enclose, recipients_of
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.keys import KeyFileError
-from ringfence.kernel.seal_keys import SealKeys
-from ringfence.kernel.service_keys import files_before, next_file
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.encryption_keys import SealKeys
+from ringfence.kernel.crypto.keys import KeyFileError
+from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose, recipients_of
+from ringfence.kernel.crypto.service_keys import files_before, next_file
+from ringfence.kernel.crypto.trust_store import TrustStore
 from tests.ledger import TD, FixedClock
 
 GATEWAY = f"spiffe://{TD}/service/gateway"

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from ringfence.audit.ocsf import scrubbed
-from ringfence.kernel.logging import redact
-from ringfence.kernel.secret_text import without_secrets
+from ringfence.kernel.base.secret_scrubber import without_secrets
+from ringfence.kernel.service.logging import redact
 
 MARK = "Canary0Canary0Canary0Canary0Canary0Canary0Canary0Canary0"
 SAID = {
@@ -77,7 +77,7 @@ def test_what_has_not_is_told_as_it_was_said(said: str) -> None:
 
 LONG = """
 from ringfence.audit.ocsf import scrubbed
-from ringfence.kernel.logging import redact
+from ringfence.kernel.service.logging import redact
 
 for piece in (
     "a", "a.", "-", "_", "'", ":", "://", "://a:", "a@", "token", "token=", "bearer ", "AKIA", "whsec_", "s.",

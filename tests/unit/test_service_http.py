@@ -11,8 +11,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from ringfence.dev.processes import free_port
-from ringfence.kernel import http
-from ringfence.kernel.http import HttpServer, Requests, application
+from ringfence.kernel.service import http
+from ringfence.kernel.service.http import HttpServer, Requests, application
 
 WITHIN_S = 20
 SOON_S = 0.2

@@ -9,10 +9,10 @@ import pytest
 
 from ringfence.client.ceremony import CeremonyError, TrustFolder, make_trust
 from ringfence.client.rotation import OVERLAP_S, renew, rotate_root, rotate_services
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.keys import KeyFileError, SigningKey
-from ringfence.kernel.service_keys import SETTLE_S, ServiceKeys, next_file
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.keys import KeyFileError, SigningKey
+from ringfence.kernel.crypto.service_keys import SETTLE_S, ServiceKeys, next_file
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.trust import TrustBundle
 from tests.ledger import TD, FixedClock
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import jwt
 import pytest
 
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import SettingsError
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.errors import SettingsError
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.lease import EndCause, Lease
 from ringfence.signals.asked import AskedWronglyError, Poll, SubjectChange, understood
 from ringfence.signals.domain import (

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ringfence.cli.starting import check
-from ringfence.kernel.errors import SettingsError
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.errors import SettingsError
+from ringfence.kernel.crypto.keys import SigningKey
 from tests.ledger import TD
 
 

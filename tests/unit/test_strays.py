@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ringfence.audit.strays import Found, Strays
 from ringfence.audit.tips import _Stood, _strays, _Stretch
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.topics import AUDIT
 from ringfence.model.audit_chain import Tip, event_of, linkable, linked
 from ringfence.model.merkle import leaf_hash

@@ -6,8 +6,8 @@ from itertools import count
 
 import pytest
 
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import HEARTBEAT, LEASE
 from ringfence.model.streams import REMEMBERED, StreamCheck, Streams

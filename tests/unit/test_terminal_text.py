@@ -26,10 +26,10 @@ from ringfence.cli.main import main
 from ringfence.cli.output import print_fields, print_json, print_json_line, print_table
 from ringfence.client.actions import PendingAction
 from ringfence.client.errors import ApiError
-from ringfence.kernel.errors import RingfenceError, SignatureError
-from ringfence.kernel.jws import explain, open_signed, parse
-from ringfence.kernel.keys import SigningKey, b64encode
-from ringfence.kernel.text import visible_lines
+from ringfence.kernel.base.errors import RingfenceError, SignatureError
+from ringfence.kernel.base.text import visible_lines
+from ringfence.kernel.crypto.jws import explain, open_signed, parse
+from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.messages.registry import TaskEnd
 
 HOSTILE = (

@@ -22,7 +22,7 @@ from ringfence.backends import (
     TokenKeys,
     built_in,
 )
-from ringfence.kernel.keys import KeyFileError, SigningKey, b64encode
+from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, b64encode
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.kernel import topics_admin
-from ringfence.kernel.topics_admin import TopicError
+from ringfence.kernel.kafka import topics_admin
+from ringfence.kernel.kafka.topics_admin import TopicError
 
 
 async def test_it_is_waited_for() -> None:

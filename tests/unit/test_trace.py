@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.trace import nearest, new_traceparent, parsed, trace_id, well_formed, written
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.tracing.traceparent import (
+    nearest,
+    new_traceparent,
+    parsed,
+    trace_id,
+    well_formed,
+    written,
+)
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -18,15 +18,17 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, Sp
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from ringfence.kernel import metrics, tracing_export, tracing_settings
-from ringfence.kernel.errors import SettingsError, UnavailableError
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.trace import new_traceparent, trace_id
-from ringfence.kernel.tracing import NOT_TRACING, Tracing, Work, of_application
-from ringfence.kernel.tracing_export import MOST_WAITING, Exporting
-from ringfence.kernel.tracing_settings import of_service, where_to
-from ringfence.kernel.tracing_spans import SpanTracing
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import SettingsError, UnavailableError
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.tracing import export as tracing_export
+from ringfence.kernel.tracing import tracing_settings
+from ringfence.kernel.tracing.api import NOT_TRACING, Tracing, Work, of_application
+from ringfence.kernel.tracing.export import MOST_WAITING, Exporting
+from ringfence.kernel.tracing.otel import SpanTracing
+from ringfence.kernel.tracing.traceparent import new_traceparent, trace_id
+from ringfence.kernel.tracing.tracing_settings import of_service, where_to
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 
 TOPIC = "t.credential.request.v1"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Claims
 from ringfence.messages.registry import (
     AgentActivate,

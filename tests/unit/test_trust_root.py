@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 
 import pytest
 
-from ringfence.kernel.envelope import EncryptionKey
-from ringfence.kernel.errors import InvalidMessageError, SignatureError, UnavailableError
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.keys import SigningKey, b64encode
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError, SignatureError, UnavailableError
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey, b64encode
+from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import typ_header
 from ringfence.messages.lease import Lease
 from ringfence.messages.oidc import OidcIssuer, OidcUse

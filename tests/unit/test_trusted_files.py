@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.kernel.trusted_files import TrustedFiles, TrustedFilesError
+from ringfence.kernel.base.trusted_files import TrustedFiles, TrustedFilesError
 
 DIGEST = "ab" * 32
 
@@ -133,7 +133,7 @@ def test_many_at_once_lose_nothing(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from ringfence.kernel.trusted_files import TrustedFiles
+from ringfence.kernel.base.trusted_files import TrustedFiles
 for number in range(20):
     TrustedFiles(Path(sys.argv[1])).allow(f"/{sys.argv[2]}/{number}", "ab" * 32)
 """

@@ -18,12 +18,12 @@ from ringfence.audit.read_back import ReadBack
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.store import SqliteIndex
 from ringfence.audit.strays import Strays
-from ringfence.kernel.bus import DeadLetters
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.process import run
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import ServiceSettings, load, of_setting
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
+from ringfence.kernel.kafka.consumer import DeadLetters
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.process import run
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, TRUST
 from ringfence.model.access import Authenticator
 from ringfence.model.alarms import report_alarms

@@ -20,12 +20,12 @@ from ringfence.audit.ocsf import (
     step,
     user_of,
 )
-from ringfence.kernel.ids import message_id
+from ringfence.kernel.base.ids import message_id
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.model.identity import spiffe_id
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka import Received
+    from ringfence.kernel.kafka.producer import Received
 
 ASKED: Final = step(
     "action.approval_requested", AUTHORIZE_SESSION, "Ask for Approval", status="Requested", action=OBSERVED

@@ -11,9 +11,9 @@ from starlette.routing import Route
 from ringfence.audit.queries import WrongQueryError, limit_of, number_of, wanted_of
 from ringfence.audit.store import EventIndex, Viewer
 from ringfence.audit.who import HELD_BEFORE_MS, leases_of, who_did
-from ringfence.kernel import metrics
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.permission import Permission
 from ringfence.model.scope import ScopeError, validate_scope
 

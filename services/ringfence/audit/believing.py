@@ -15,13 +15,13 @@ from pydantic import ValidationError
 from ringfence.audit.domain import LeaseFacts, Recent, RequestFacts, SeenMessages, Sighting
 from ringfence.audit.ocsf import in_words, permission, privileges, scrubbed, user_of
 from ringfence.audit.settings import AuditSettings
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import derived_id, digest, message_id
-from ringfence.kernel.jws import ExpiredError, KeyFinder, UnverifiedJws, open_signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import PublicKey
-from ringfence.kernel.text import with_article
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import derived_id, digest, message_id
+from ringfence.kernel.base.text import with_article
+from ringfence.kernel.crypto.jws import ExpiredError, KeyFinder, UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
 from ringfence.messages.base import Claims, ExpiringClaims, Message
 from ringfence.messages.credential import CredentialRequest

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from ringfence.audit.domain import Recent
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.trust import TrustBundle
 
 _REMEMBERED = 10_000

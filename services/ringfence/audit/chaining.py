@@ -26,17 +26,17 @@ from ringfence.audit.intake import Lately, Told, opened_intake, require_still, v
 from ringfence.audit.read_back import ReadBack
 from ringfence.audit.strays import Found, Strays, why_not
 from ringfence.audit.tips import TipsRead, read_tips
-from ringfence.kernel.bus import gather_all
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Outbound, Received
-from ringfence.kernel.kafka_connection import connection, no_answer
-from ringfence.kernel.kafka_reading import Stretches
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.transactions import TransactionalPublisher
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.connection import connection, no_answer
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.producer import Outbound, Received
+from ringfence.kernel.kafka.range_reader import Stretches
+from ringfence.kernel.kafka.transactions import TransactionalPublisher
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.audit import AuditChained, AuditCheckpoint
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE

@@ -30,15 +30,15 @@ from ringfence.audit.ocsf import (
     step,
     user_of,
 )
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import parse
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.approval import Approval, ApprovalRequest, Grant
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.messages.lease import Lease, LeaseStatus, RevocationAck, RevocationRequest, Selector
 from ringfence.model.grants import id_of
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka import Received
+    from ringfence.kernel.kafka.producer import Received
 
 _S = AUTHORIZE_SESSION
 REQUESTED = step("credential.requested", _S, "Request Privileges", status="Requested", action=OBSERVED)

@@ -22,7 +22,7 @@ from ringfence.audit.ocsf import (
     step,
     user_of,
 )
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.topics import AUDITED
 from ringfence.model.identity import spiffe_id
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
-from ringfence.kernel.ids import derived_id
+from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.topics import AUDITED
 from ringfence.model.audit_chain import Source
 

@@ -23,11 +23,11 @@ from ringfence.audit.domain import Recent
 from ringfence.audit.intake import Intake
 from ringfence.audit.intake import Told as Handed
 from ringfence.audit.settings import AuditSettings
-from ringfence.kernel import metrics
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.log_floods import of_a_kind
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.kafka.producer import Received
 from ringfence.model.audit_chain import linkable, loaded
 
 log = logging.getLogger(__name__)

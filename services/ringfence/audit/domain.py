@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from ringfence.kernel.ids import digest
+from ringfence.kernel.base.ids import digest
 from ringfence.messages.lease import Delegator
 
 K = TypeVar("K")

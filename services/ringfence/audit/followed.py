@@ -10,12 +10,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ringfence.audit.believing import require_trust
-from ringfence.kernel.bus import BatchHandler, DeadLetters, Handler, side_by_side
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.jws import UnverifiedJws, open_signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.crypto.jws import UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.consumer import BatchHandler, DeadLetters, Handler, side_by_side
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import Claims, Topic, typ_header
 from ringfence.messages.operations import Heartbeat

@@ -25,7 +25,7 @@ from ringfence.model.grants import id_of
 from ringfence.model.identity import spiffe_id
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka import Received
+    from ringfence.kernel.kafka.producer import Received
 
 GIVEN = step("grant.given", AUTHORIZE_SESSION, "Approve Ahead", severity=LOW, action=ALLOWED)
 WITHDRAWN = step("grant.withdrawn", AUTHORIZE_SESSION, "Withdraw Approval", severity=LOW, action=DENIED)

@@ -18,10 +18,10 @@ from typing import Any, Final
 import orjson
 
 from ringfence.audit.intake import Opened, opened_intake
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.kafka_reading import Stretches
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.messages.topics import AUDIT_INTAKE
 from ringfence.model.merkle import Hash
 

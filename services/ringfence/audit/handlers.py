@@ -28,17 +28,17 @@ from ringfence.audit.bundles import Bundles
 from ringfence.audit.domain import RequestFacts
 from ringfence.audit.intake import Intake, Told
 from ringfence.audit.ocsf import MAX_EVENT_BYTES, Event, shortened
-from ringfence.kernel import metrics
-from ringfence.kernel.bus import BatchHandler, gather_all
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.envelope import recipients_of, unverified_about
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import digest, message_id
-from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.seal import unverified_kid
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import digest, message_id
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jwe import unverified_kid
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.multi_recipient_jwe import recipients_of, unverified_about
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.consumer import BatchHandler, gather_all
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import (
     ActionApproval,
     ActionRequest,

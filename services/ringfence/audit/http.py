@@ -19,9 +19,9 @@ from ringfence.audit.coverage import behind, count_actions, count_leases, went_t
 from ringfence.audit.queries import WrongQueryError, limit_of, number_of, wanted_of
 from ringfence.audit.store import STORY_KINDS, Actions, EventIndex, Viewer
 from ringfence.audit.trace import tree
-from ringfence.kernel import metrics
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.messages.registry import AgentState
 from ringfence.model.access import Authenticator
 from ringfence.model.chains import ChainError

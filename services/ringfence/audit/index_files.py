@@ -6,7 +6,7 @@ import os
 import sqlite3
 from pathlib import Path
 
-from ringfence.kernel.private_files import make_private_folder, open_private
+from ringfence.kernel.base.private_files import make_private_folder, open_private
 
 _BESIDE = ("", "-journal", "-wal", "-shm")
 """What SQLite keeps beside a file takes the mode of the file."""

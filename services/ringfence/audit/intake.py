@@ -11,14 +11,14 @@ from typing import Any, NamedTuple, Protocol
 
 import orjson
 
-from ringfence.kernel.bus import gather_all
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import open_payload, open_signed, parse, sign, sign_payload
-from ringfence.kernel.kafka import Outbound, Publisher, Received, partition_of
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import open_payload, open_signed, parse, sign, sign_payload
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.producer import Outbound, Publisher, Received, partition_of
 from ringfence.messages.audit import AuditChained, AuditIntake
 from ringfence.messages.base import typ_header
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE

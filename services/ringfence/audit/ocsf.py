@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from ringfence import __version__
-from ringfence.kernel.secret_text import without_secrets, without_tokens
-from ringfence.kernel.trace import trace_id
+from ringfence.kernel.base.secret_scrubber import without_secrets, without_tokens
+from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.audit import OCSF_VERSION
 from ringfence.messages.credential import Reason
 from ringfence.messages.permission import Permission
 from ringfence.model.audit_chain import Source
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka import Received
+    from ringfence.kernel.kafka.producer import Received
 
 _CATEGORIES = {2: "Findings", 3: "Identity & Access Management", 6: "Application Activity"}
 DETECTION_FINDING, AUTHENTICATION, AUTHORIZE_SESSION, ENTITY_MANAGEMENT = 2004, 3002, 3003, 3004

@@ -14,11 +14,11 @@ from ringfence.audit import leaves, tree_hashes
 from ringfence.audit.index_files import new_database
 from ringfence.audit.leaves import Leaves
 from ringfence.audit.read_back import ReadBack, Trailed
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.base import typ_header
 from ringfence.model.audit_chain import Tip, event_of, said_link

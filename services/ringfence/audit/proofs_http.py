@@ -13,7 +13,7 @@ from ringfence.audit.http import NotFoundError
 from ringfence.audit.proofs import Inclusion, NoProofError, ProofStore
 from ringfence.audit.queries import WrongQueryError
 from ringfence.audit.store import EventIndex, Viewer
-from ringfence.kernel import metrics
+from ringfence.kernel.base import metrics
 
 
 class ProofApi:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from starlette.requests import Request
 
 from ringfence.audit.wanted import Wanted
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.http import number_in
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.service.http import number_in
 
 _MAX_CODES = 50
 _STATUSES = {"success": 1, "failure": 2, "other": 99}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.kafka.producer import Received
 from ringfence.model.audit_chain import loaded
 from ringfence.model.merkle import Hash, leaf_hash
 

@@ -27,7 +27,7 @@ from ringfence.audit.ocsf import (
     step,
     user_of,
 )
-from ringfence.kernel.ids import message_id
+from ringfence.kernel.base.ids import message_id
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.credential import Reason
 from ringfence.messages.keys import KeyRecord
@@ -56,7 +56,7 @@ from ringfence.messages.registry import (
 from ringfence.model.lifecycle import agents_of
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka import Received
+    from ringfence.kernel.kafka.producer import Received
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,13 +27,13 @@ from ringfence.audit.ocsf import (
     step,
     user_of,
 )
-from ringfence.kernel.text import with_article
+from ringfence.kernel.base.text import with_article
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
 from ringfence.messages.lease import LeaseEpoch
 from ringfence.messages.operations import DeadLetter, ServiceEvent
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka import Received
+    from ringfence.kernel.kafka.producer import Received
 
 _A = AUTHENTICATION
 _STARTED = step("service.started", _A, 1)

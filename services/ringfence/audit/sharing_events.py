@@ -9,7 +9,7 @@ from ringfence.audit.ocsf import DETECTION_FINDING, HIGH, MEDIUM, NEW, Event, ev
 from ringfence.messages.operations import ServiceEvent
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka import Received
+    from ringfence.kernel.kafka.producer import Received
 
 _F = DETECTION_FINDING
 _KINDS = {

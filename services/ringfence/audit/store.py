@@ -16,10 +16,10 @@ from ringfence.audit.handed_over import mark_of
 from ringfence.audit.index_files import new_database
 from ringfence.audit.ocsf import DETECTION_FINDING, ENTITY_MANAGEMENT
 from ringfence.audit.wanted import EVERYTHING, Wanted
-from ringfence.kernel import metrics
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.log_floods import of_a_kind
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.kafka.producer import Received
 from ringfence.model.audit_chain import loaded
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.kafka.producer import Received
 from ringfence.model.audit_chain import event_of, loaded
 
 

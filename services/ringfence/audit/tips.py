@@ -9,11 +9,11 @@ from typing import NamedTuple
 import orjson
 
 from ringfence.audit.handed_over import HandedOver, Mark, is_kept_for, mark_of
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka_reading import Stretches
-from ringfence.kernel.settings import BusSettings
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.settings import BusSettings
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.messages.audit import AuditCheckpoint, ChainLink
 from ringfence.messages.base import typ_header
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE

@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from ringfence.backends.secret_sources import AccessError, LocalSource, SecretSource, VaultSource
-from ringfence.kernel.settings import RingfenceSettings
+from ringfence.kernel.base.settings import RingfenceSettings
 
 SecretPlace = Annotated[str, Field(pattern=r"^(env|file|vault):.+$")]
 """`env:NAME`, `file:PATH`, or `vault:MOUNT/data/PATH#FIELD`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 
 
 class BackendError(RingfenceError):

@@ -10,8 +10,8 @@ from typing import Any, Final, Literal, Protocol
 
 import httpx
 
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.places import PlaceError, read_place, read_variable
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.secret_refs import PlaceError, read_place, read_variable
 
 KEPT_S: Final = 10.0
 """How long a secret of Vault's is kept: so late at most is a replaced one seen."""

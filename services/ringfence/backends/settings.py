@@ -8,8 +8,8 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from ringfence.backends.access import TargetAccess
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.jws import explain
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.registry import TargetState
 from ringfence.model.target_settings import TargetSettings
 

@@ -16,10 +16,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.jws import parse
-from ringfence.kernel.keys import SigningKey, b64encode, public_key
-from ringfence.kernel.places import PlaceError, read_place
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.secret_refs import PlaceError, read_place
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.keys import SigningKey, b64encode, public_key
 from ringfence.model.target_settings import TokenAlgorithm
 
 TOKEN_TYPE: Final = "at+jwt"  # noqa: S105 - a media type

@@ -43,8 +43,8 @@ from ringfence.client.api import ReadApi
 from ringfence.client.ending_leases import Loss
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.outcomes import Accepted
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import parse
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import AgentState, AgentTransferConsent
 from ringfence.model.identity import spiffe_id

@@ -40,7 +40,7 @@ from ringfence.client.api import Filters, ReadApi
 from ringfence.client.auditor import HEADS, SETTLE_S, TrailReport, read_heads, verify_trail, witness
 from ringfence.client.connection import load_key, load_settings
 from ringfence.client.errors import InvalidCallError
-from ringfence.kernel.private_files import write_private
+from ringfence.kernel.base.private_files import write_private
 
 app = typer.Typer(help="Follow the trail; trace one credential back to the human.", no_args_is_help=True)
 

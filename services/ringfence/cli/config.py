@@ -19,11 +19,11 @@ from ringfence.cli.options import JsonOption, wants_json
 from ringfence.cli.output import note, print_fields, print_json, print_table, say, visible_name
 from ringfence.cli.spelling import DECLARED_IN
 from ringfence.client.errors import InvalidCallError
-from ringfence.kernel import config_file
-from ringfence.kernel.config_file import CONFIG_FILE_ENV, ConfigFile, FoundFile
-from ringfence.kernel.secret_text import REDACTED, without_secrets
-from ringfence.kernel.settings import RingfenceSettings, table_of
-from ringfence.kernel.trusted_files import TrustedFiles
+from ringfence.kernel.base import config_file
+from ringfence.kernel.base.config_file import CONFIG_FILE_ENV, ConfigFile, FoundFile
+from ringfence.kernel.base.secret_scrubber import REDACTED, without_secrets
+from ringfence.kernel.base.settings import RingfenceSettings, table_of
+from ringfence.kernel.base.trusted_files import TrustedFiles
 
 app = typer.Typer(help="Where settings come from; trust a settings file.", no_args_is_help=True)
 

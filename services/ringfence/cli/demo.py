@@ -17,8 +17,8 @@ from rich.status import Status
 from rich.text import Text
 
 from ringfence.cli.context import wants_json
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.text import visible
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.text import visible
 
 if TYPE_CHECKING:
     from ringfence.client.sponsor import PendingApproval

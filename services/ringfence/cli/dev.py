@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES
-from ringfence.kernel import config_file
-from ringfence.kernel.private_files import write_private
-from ringfence.kernel.text import visible, visible_lines
-from ringfence.kernel.trusted_files import TrustedFilesError
+from ringfence.kernel.base import config_file
+from ringfence.kernel.base.private_files import write_private
+from ringfence.kernel.base.text import visible, visible_lines
+from ringfence.kernel.base.trusted_files import TrustedFilesError
 
 if TYPE_CHECKING:
     from ringfence.client.settings import ClientSettings

@@ -18,14 +18,14 @@ from ringfence.cli.finding import Finding
 from ringfence.cli.finding import clock as clock_finding
 from ringfence.cli.spelling import unread
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.skew import SkewCheck
-from ringfence.kernel.topics_admin import TopicsAdmin
-from ringfence.kernel.trust import TrustStore
-from ringfence.kernel.web import web_client
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.clock_skew import SkewCheck
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.http_client import web_client
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.topics import HEARTBEAT, TRUST
 
 _READ_WITHIN_S = 10.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from ringfence.cli.finding import Finding
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.settings import load
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.settings import load
 
 _WITHIN_MS = 3_000
 

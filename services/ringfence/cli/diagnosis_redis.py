@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 
 from ringfence.cli.finding import Finding, clock
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.skew import SkewCheck
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.clock_skew import SkewCheck
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.settings import ServiceSettings
 
 _OPTIONS = ("maxmemory-policy", "notify-keyspace-events", "appendonly", "save")
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from ringfence.cli.finding import Finding
 from ringfence.client.ceremony import SEAL, lacking
-from ringfence.kernel.envelope import EncryptionKey
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.service_keys import NEXT
-from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
+from ringfence.kernel.crypto.service_keys import NEXT
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.trust import ServiceIdentity
 
 SOON_S = 14 * 86_400

@@ -15,7 +15,7 @@ def doctor(as_json: JsonOption = False) -> None:
     from ringfence.cli.diagnosis import examine
     from ringfence.cli.finding import Finding
     from ringfence.client.settings import ClientSettings
-    from ringfence.kernel.settings import ServiceSettings, load
+    from ringfence.kernel.base.settings import ServiceSettings, load
 
     async def work() -> list[Finding]:
         return [one async for one in examine(load(ServiceSettings), load(ClientSettings))]

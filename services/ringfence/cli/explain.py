@@ -89,7 +89,7 @@ def _fired(found: Mapping[str, Any], folder: Path | None) -> list[tuple[str, Any
     if not found.get("input") or revision is None:
         return None
     try:
-        from ringfence.kernel.settings import load
+        from ringfence.kernel.base.settings import load
         from ringfence.policy.settings import PolicySettings
         from ringfence.rego.bundle import load_bundle
         from ringfence.rego.engine import ACTION

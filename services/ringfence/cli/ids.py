@@ -7,7 +7,7 @@ import re
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from ringfence.kernel.jws import explain
+from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.base import Name, TargetId, Uuid
 
 _NAME: TypeAdapter[str] = TypeAdapter(Name)

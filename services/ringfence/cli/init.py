@@ -26,8 +26,8 @@ from ringfence.client.errors import InvalidCallError
 from ringfence.client.rotation import OVERLAP_S, rotate_services
 from ringfence.client.rotation import renew as renewed
 from ringfence.client.rotation import rotate_root as root_rotated
-from ringfence.kernel.service_keys import files_before, next_file
-from ringfence.kernel.settings import BusSettings, load
+from ringfence.kernel.base.settings import BusSettings, load
+from ringfence.kernel.crypto.service_keys import files_before, next_file
 
 _OPERATOR = "operator"
 

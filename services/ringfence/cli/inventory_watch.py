@@ -16,7 +16,7 @@ from ringfence.cli.output import console, print_json_line, visible
 from ringfence.client.api import Filters, ReadApi
 from ringfence.client.errors import ApiError
 from ringfence.client.inventory import PAGE_ROWS, Inventory, read_inventory
-from ringfence.kernel.ids import digest
+from ringfence.kernel.base.ids import digest
 
 
 async def watch_table(

@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ringfence.cli.options import JsonOption, settings, wants_json
 from ringfence.cli.output import print_fields, print_json
-from ringfence.kernel.jws import explain
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.jws import explain
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Name, SpiffeId, TargetId
 
 app = typer.Typer(help="Make and show identity keys.", no_args_is_help=True)

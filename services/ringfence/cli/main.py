@@ -20,9 +20,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ringfence.cli import context
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.terminal import filter_stderr
-from ringfence.kernel.text import visible_lines
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.terminal import filter_stderr
+from ringfence.kernel.base.text import visible_lines
 
 EXTRAS = {
     "asyncpg": "server",

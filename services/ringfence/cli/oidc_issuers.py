@@ -9,7 +9,7 @@ import typer
 
 from ringfence.client.ceremony import CeremonyError, TrustFolder, remove_oidc_issuer, set_oidc_issuer
 from ringfence.client.errors import checked
-from ringfence.kernel.oidc import read_jwks
+from ringfence.kernel.crypto.oidc import read_jwks
 from ringfence.messages.oidc import OidcIssuer, OidcUse
 
 IssuerOption = Annotated[

@@ -22,11 +22,11 @@ from ringfence.cli.ids import a_name
 from ringfence.cli.scopes import SYNTAX
 from ringfence.client.errors import NotAnsweredError
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.jws import MAX_LIFE_S
-from ringfence.kernel.keys import KeyFileError, SigningKey, public_key, thumbprint
-from ringfence.kernel.settings import load
-from ringfence.kernel.text import visible_lines
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.settings import load
+from ringfence.kernel.base.text import visible_lines
+from ringfence.kernel.crypto.jws import MAX_LIFE_S
+from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key, thumbprint
 from ringfence.messages.keys import KeyRecord, PublicJwk
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ringfence.kernel.text import visible, visible_lines, visible_name
+from ringfence.kernel.base.text import visible, visible_lines, visible_name
 
 __all__ = [
     "console", "escaped_json", "moment", "note", "print_fields", "print_json", "print_json_line", "print_table", "say",

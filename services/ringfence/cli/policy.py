@@ -12,7 +12,7 @@ from ringfence.cli.explain import explain
 from ringfence.cli.options import JsonOption, wants_json
 from ringfence.cli.output import print_json, print_table, say
 from ringfence.cli.replay import replay
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 
 app = typer.Typer(
     help="The rules: run their tests, pack them for OPA, replay what was decided, explain a decision.",

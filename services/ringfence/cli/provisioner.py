@@ -35,7 +35,7 @@ from ringfence.client.administrator import Administrator
 from ringfence.client.api import ReadApi
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.outcomes import Accepted
-from ringfence.kernel.private_files import open_private
+from ringfence.kernel.base.private_files import open_private
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import Delegation, GroupDelegation, Role, UserState
@@ -180,7 +180,7 @@ def make_token(
     as_json: JsonOption = False,
 ) -> None:
     """Make a bearer token for the SCIM endpoint: print it, once, and add its hash to the file."""
-    from ringfence.kernel.bearer_tokens import new_token
+    from ringfence.kernel.service.bearer_tokens import new_token
 
     token, line = new_token(name)
     descriptor = open_private(file, os.O_RDWR | os.O_APPEND)

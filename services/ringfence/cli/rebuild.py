@@ -12,7 +12,7 @@ from ringfence.cli.options import JsonOption, run, wants_json
 from ringfence.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
-    from ringfence.kernel.settings import ServiceSettings
+    from ringfence.kernel.base.settings import ServiceSettings
     from ringfence.revoker.checking import Difference
 
 _TAKEN_UP_WITHIN_S = 30.0
@@ -31,7 +31,7 @@ def rebuild(
     It happens by itself when Redis is lost; this is for when somebody has changed its keys. Run it with the settings of
     a service.
     """
-    from ringfence.kernel.settings import ServiceSettings, load
+    from ringfence.kernel.base.settings import ServiceSettings, load
 
     settings = load(ServiceSettings)
     if check:
@@ -57,8 +57,8 @@ def _show(differences: list[Difference], as_json: bool) -> None:
 
 
 async def _differences(settings: ServiceSettings) -> list[Difference]:
-    from ringfence.kernel.clock import SystemClock
-    from ringfence.kernel.settings import load
+    from ringfence.kernel.base.clock import SystemClock
+    from ringfence.kernel.base.settings import load
     from ringfence.revoker.checking import checking
     from ringfence.revoker.settings import RevokerSettings
 
@@ -69,7 +69,7 @@ async def _differences(settings: ServiceSettings) -> list[Difference]:
 
 async def _rebuilt(settings: ServiceSettings) -> tuple[int, float]:
     """Have a revoker rebuild. Returns how many leases are alive then, and the seconds that it took."""
-    from ringfence.kernel.errors import RingfenceError
+    from ringfence.kernel.base.errors import RingfenceError
     from ringfence.model.lease_store import LeaseStore, LostError, Restoration
     from ringfence.model.leases import ALL_MARK
 

@@ -13,7 +13,7 @@ from ringfence.cli.options import run
 from ringfence.cli.output import moment, print_fields, print_json, print_table, span, until
 from ringfence.cli.scopes import show_scope
 from ringfence.client.api import ReadApi
-from ringfence.kernel.secret_text import without_secrets
+from ringfence.kernel.base.secret_scrubber import without_secrets
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import (
     AgentState,

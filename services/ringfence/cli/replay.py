@@ -73,8 +73,8 @@ def replay(
 
 async def _replayed(folder: Path, since_s: int) -> Report:
     from ringfence.client.connection import load_settings
-    from ringfence.kernel.clock import SystemClock
-    from ringfence.kernel.settings import load
+    from ringfence.kernel.base.clock import SystemClock
+    from ringfence.kernel.base.settings import load
     from ringfence.policy.recorded import recorded_decisions, trust_of
     from ringfence.policy.replaying import Replay
     from ringfence.policy.settings import PolicySettings

@@ -10,8 +10,8 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from ringfence.cli.output import visible_name
-from ringfence.kernel.jws import explain
-from ringfence.kernel.strict_json import once
+from ringfence.kernel.base.strict_json import once
+from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.permission import Permission, Scope
 from ringfence.model.scope import ScopeError, validate_scope
 

@@ -10,8 +10,8 @@ import typer
 from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES
 
 if TYPE_CHECKING:
-    from ringfence.kernel.runtime import Runtime
-    from ringfence.kernel.settings import ServiceSettings
+    from ringfence.kernel.base.settings import ServiceSettings
+    from ringfence.kernel.service.runtime import Runtime
 
 _SERVED = (*SERVICE_ROLES, *ON_DEMAND)
 
@@ -37,8 +37,8 @@ def serve(
     from ringfence.cli.output import note
     from ringfence.cli.spelling import unread
     from ringfence.cli.starting import check
-    from ringfence.kernel.process import run
-    from ringfence.kernel.settings import ServiceSettings, load
+    from ringfence.kernel.base.settings import ServiceSettings, load
+    from ringfence.kernel.service.process import run
 
     unknown = [name for name in services if name not in _SERVED]
     if unknown:
@@ -57,7 +57,7 @@ def _built(name: str, settings: ServiceSettings, observe: list[str]) -> Runtime:
     app = importlib.import_module(f"ringfence.{name}.app")
     if name == "gateway" and observe:
         from ringfence.gateway.settings import GatewaySettings
-        from ringfence.kernel.settings import load
+        from ringfence.kernel.base.settings import load
 
         built: Runtime = app.build(settings, load(GatewaySettings, observe=tuple(observe)))
     else:

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ringfence.kernel.config_file import CONFIG_FILE_ENV, read_config
-from ringfence.kernel.settings import RingfenceSettings
-from ringfence.kernel.text import did_you_mean
+from ringfence.kernel.base.config_file import CONFIG_FILE_ENV, read_config
+from ringfence.kernel.base.settings import RingfenceSettings
+from ringfence.kernel.base.text import did_you_mean
 
 _PREFIX = "RINGFENCE_"
 DECLARED_IN = (

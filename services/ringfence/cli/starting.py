@@ -7,9 +7,9 @@ import inspect
 from collections.abc import Iterator, Sequence
 
 from ringfence.client.ceremony import ON_DEMAND
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.settings import RingfenceSettings, ServiceSettings, problems, wrong
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.settings import RingfenceSettings, ServiceSettings, problems, wrong
+from ringfence.kernel.crypto.keys import SigningKey
 
 _BESIDES = {
     "policy": ("ringfence.rego.settings",),

@@ -37,7 +37,7 @@ from ringfence.cli.target_templates import TEMPLATES, Template
 from ringfence.client.administrator import Administrator
 from ringfence.client.outcomes import Accepted
 from ringfence.client.target_backends import backend_problem, no_backend
-from ringfence.kernel.jws import explain
+from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.registry import (
     ActionClass,
     ApprovalClass,

@@ -31,8 +31,8 @@ from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError, checked
 from ringfence.client.outcomes import Accepted
 from ringfence.client.preview import Preview
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.jws import parse
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.registry import TaskConsent, TaskTerms
 from ringfence.model.consents import canonical_terms, nonce_of
 

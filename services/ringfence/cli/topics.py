@@ -9,9 +9,9 @@ import typer
 
 from ringfence.cli.options import JsonOption, run, wants_json
 from ringfence.cli.output import note, print_json, print_table, say
-from ringfence.kernel.settings import ServiceSettings, load
-from ringfence.kernel.topics_acls import PARTIES, Acl, Party, acls, commands
-from ringfence.kernel.topics_admin import Difference, TopicsAdmin
+from ringfence.kernel.base.settings import ServiceSettings, load
+from ringfence.kernel.kafka.acls import PARTIES, Acl, Party, acls, commands
+from ringfence.kernel.kafka.topics_admin import Difference, TopicsAdmin
 
 app = typer.Typer(help="Create the topics, check them, and say who may use them.", no_args_is_help=True)
 

@@ -13,8 +13,8 @@ from ringfence.cli.yaml_files import YamlFile
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.provisioner import Provisioner
 from ringfence.client.sync import Difference, Plan, Wanted, carry_out, delegation_of, plan
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.jws import explain
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.base import Name
 from ringfence.messages.registry import Provisioning
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.model.unknown_fields import nearest
 
 MAX_BYTES = 16 * 1024 * 1024

@@ -6,10 +6,10 @@ import logging
 from dataclasses import dataclass
 
 from ringfence.client.connection import Connection
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import Signed, open_signed, parse
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import Signed, open_signed, parse
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import Jws, typ_header
 from ringfence.messages.registry import ActionClass

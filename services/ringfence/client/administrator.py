@@ -10,9 +10,9 @@ from ringfence.client.outcomes import MEANWHILE, Accepted
 from ringfence.client.preview import Preview, preview, unknown_names
 from ringfence.client.signatory import COMMAND_LIFE_S, Signatory
 from ringfence.client.target_backends import backend_problem
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import MAX_LIFE_S, sign
-from ringfence.kernel.keys import SigningKey, thumbprint
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import MAX_LIFE_S, sign
+from ringfence.kernel.crypto.keys import SigningKey, thumbprint
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.instances import AttestationSelector
 from ringfence.messages.keys import KeyRecord, PublicJwk

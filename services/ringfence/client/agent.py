@@ -27,15 +27,15 @@ from ringfence.client.process_mark import process_mark
 from ringfence.client.replies import Allowed, Answer, Denied, PendingRequest, SentRequest, read_reply, who
 from ringfence.client.settings import ClientSettings
 from ringfence.client.token_sources import TokenSource, source_of
-from ringfence.kernel.clock import Clock, SystemClock
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.seal import ReplyKey, unverified_kid
-from ringfence.kernel.trace import new_traceparent
-from ringfence.kernel.tracing import Work
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jwe import ReplyKey, unverified_kid
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.tracing.api import Work
+from ringfence.kernel.tracing.traceparent import new_traceparent
 from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, Delivery
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.permission import Permission

@@ -14,10 +14,10 @@ from ringfence.client.connection import load_key
 from ringfence.client.errors import ApiError
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.clock import Clock, SystemClock
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.settings import load
-from ringfence.kernel.web import web_client
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.http_client import web_client
+from ringfence.kernel.base.settings import load
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.model.api_tokens import api_token
 from ringfence.model.identity import SubjectKind
 

@@ -17,7 +17,7 @@ from ringfence.client.challenges import HttpRefusal
 from ringfence.client.dpop import NONCE_HEADER, target_uri
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.verify import TokenVerifier, VerifiedToken
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

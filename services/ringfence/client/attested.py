@@ -13,12 +13,12 @@ import httpx
 from ringfence.client.errors import EnrolmentRefusedError
 from ringfence.client.settings import ClientSettings
 from ringfence.client.token_sources import TokenSource
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.ids import digest
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.web import web_client
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.http_client import web_client
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.instances import InstanceEnrol, InstanceEnrolment
 from ringfence.model.attestation import bound_audience
 from ringfence.model.identity import spiffe_id

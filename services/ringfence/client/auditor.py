@@ -14,14 +14,14 @@ from pydantic import TypeAdapter
 
 from ringfence.client.connection import load_settings
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import UnverifiedJws, open_signed, parse
-from ringfence.kernel.kafka import Publisher, Received
-from ringfence.kernel.kafka_reading import Stretches
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Publisher, Received
+from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import typ_header
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDITED, TRUST, USER

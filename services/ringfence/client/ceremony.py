@@ -15,14 +15,14 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ringfence.client.errors import checked
-from ringfence.kernel.envelope import EncryptionKey
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.jws import open_signed, parse, sign
-from ringfence.kernel.kafka import Publisher
-from ringfence.kernel.keys import KeyFileError, SigningKey, public_key
-from ringfence.kernel.private_files import write_private
-from ringfence.kernel.service_keys import BEFORE, NEXT
-from ringfence.kernel.settings import BusSettings
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.private_files import write_private
+from ringfence.kernel.base.settings import BusSettings
+from ringfence.kernel.crypto.jws import open_signed, parse, sign
+from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key
+from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
+from ringfence.kernel.crypto.service_keys import BEFORE, NEXT
+from ringfence.kernel.kafka.producer import Publisher
 from ringfence.messages.base import Name
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import Entitlements, UserSet

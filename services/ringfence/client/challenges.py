@@ -12,7 +12,7 @@ import orjson
 from ringfence.client.dpop import NONCE_HEADER
 from ringfence.client.errors import TokenRejectedError
 from ringfence.client.proofs import PROOF_ALGORITHMS
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 
 Headers = Mapping[str, str] | Iterable[tuple[str, str]]
 Scheme = Literal["Bearer", "DPoP"]

@@ -17,15 +17,15 @@ from ringfence.client.errors import IdentityError, require_understood
 from ringfence.client.identities import KeyFile, succeeding
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.clock import Clock, SystemClock
-from ringfence.kernel.errors import SettingsError, UnavailableError
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Follower, Publisher, Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.settings import load
-from ringfence.kernel.tracing import of_application
-from ringfence.kernel.trust import TrustStore
-from ringfence.kernel.trust_records import take_in
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.errors import SettingsError, UnavailableError
+from ringfence.kernel.base.settings import load
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Follower, Publisher, Received
+from ringfence.kernel.service.trust_updates import take_in
+from ringfence.kernel.tracing.api import of_application
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.operations import DeadLetter

@@ -18,9 +18,9 @@ import httpx
 from ringfence.client.dpop import BearerAuth, DpopAuth, proof
 from ringfence.client.errors import CredentialOverError, CredentialUseError, InvalidCallError
 from ringfence.client.ssh_files import ssh_client
-from ringfence.kernel.clock import SystemClock
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.trace import trace_id
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.credential import Delivery
 from ringfence.messages.permission import Scope
 

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 import httpx
 import orjson
 
-from ringfence.kernel.clock import Clock, SystemClock
-from ringfence.kernel.keys import SigningKey, b64encode
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.crypto.keys import SigningKey, b64encode
 
 PROOF_TYPE: Final = "dpop+jwt"
 """The `typ` of a proof (RFC 9449, 4.2)."""

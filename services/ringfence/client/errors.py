@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.jws import explain
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.base import Message
 from ringfence.messages.credential import Reason
 from ringfence.model.unknown_fields import told, unknown_fields

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ringfence.client.errors import IdentityError
-from ringfence.kernel.keys import KeyFileError, SigningKey
+from ringfence.kernel.crypto.keys import KeyFileError, SigningKey
 
 log = logging.getLogger(__name__)
 

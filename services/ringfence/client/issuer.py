@@ -8,9 +8,9 @@ from typing import Any, Final
 import httpx
 import jwt
 
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import RingfenceError, UnavailableError
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.model.api_tokens import api_token
 
 ALGORITHMS: Final = ("ES256", "RS256")

@@ -10,10 +10,10 @@ from typing import Any
 
 from ringfence.client.connection import Connection, Coordinate
 from ringfence.client.errors import NotAnsweredError, RefusedError
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.topics import DEAD_LETTER, SERVICE_EVENT

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ringfence.client.errors import InvalidCallError
-from ringfence.kernel.text import did_you_mean
+from ringfence.kernel.base.text import did_you_mean
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import TargetState, TaskTerms
 from ringfence.model.directory import Directory

@@ -12,12 +12,12 @@ from pydantic import ValidationError
 
 from ringfence.client.dpop import PROOF_TYPE, access_token_hash, target_uri
 from ringfence.client.errors import TokenRejectedError
-from ringfence.kernel.clock import Clock, SystemClock
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import LEEWAY_S
-from ringfence.kernel.keys import PublicKey, b64decode, b64encode, public_key
-from ringfence.kernel.replay_memory import ReplayMemory, ReplayMemoryFullError
-from ringfence.kernel.strict_json import json_object
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.replay_memory import ReplayMemory, ReplayMemoryFullError
+from ringfence.kernel.base.strict_json import json_object
+from ringfence.kernel.crypto.jws import LEEWAY_S
+from ringfence.kernel.crypto.keys import PublicKey, b64decode, b64encode, public_key
 from ringfence.messages.keys import PublicJwk
 
 PROOF_ALGORITHMS: Final = ("ES256", "EdDSA")

@@ -12,12 +12,12 @@ from typing import Literal
 from pydantic import ValidationError
 
 from ringfence.client.credentials import IssuedCredential, Secret, class_of
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import digest, lease_id, message_id
-from ringfence.kernel.jws import explain, open_signed, parse
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.seal import ReplyKey
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import digest, lease_id, message_id
+from ringfence.kernel.crypto.jwe import ReplyKey
+from ringfence.kernel.crypto.jws import explain, open_signed, parse
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import Jws
 from ringfence.messages.credential import (
     Credential,

@@ -11,7 +11,7 @@ from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import InvalidCallError, NotAnsweredError, RefusedError, checked
 from ringfence.client.naming import named
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import BreakGlassReview
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import APPROVAL_RESPONSE

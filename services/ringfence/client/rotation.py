@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringfence.client.ceremony import YEAR_S, CeremonyError, TrustFolder, sign_following, signed_before
-from ringfence.kernel.envelope import EncryptionKey
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.service_keys import file_before, files_before, next_file
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
+from ringfence.kernel.crypto.service_keys import file_before, files_before, next_file
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.trust import RootHandover, ServiceIdentity, TrustBundle
 

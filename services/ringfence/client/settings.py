@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from ringfence.kernel.settings import BusSettings, Url
+from ringfence.kernel.base.settings import BusSettings, Url
 from ringfence.messages.api import PORTS
 
 

@@ -9,8 +9,8 @@ from ringfence.client.connection import Connection, subject
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.outcomes import Outcomes
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.model.directory import Directory
 
 COMMAND_LIFE_S = 120

@@ -18,12 +18,12 @@ from ringfence.client.naming import named
 from ringfence.client.replies import who
 from ringfence.client.settings import ClientSettings
 from ringfence.client.usual import DAYS, Usual
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import MAX_LIFE_S, open_signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import MAX_LIFE_S, open_signed, parse
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, ApprovalRequest
 from ringfence.messages.base import Jws, typ_header
 from ringfence.messages.credential import (

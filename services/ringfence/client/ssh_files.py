@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ringfence.kernel.private_files import open_private
+from ringfence.kernel.base.private_files import open_private
 
 _SSH_CONFIG = """\
 Host {target}

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.provisioner import Provisioner
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.registry import Delegation, Provisioning, UserState
 from ringfence.model.provisioning import given_by, is_of
 

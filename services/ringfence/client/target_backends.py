@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from ringfence.kernel.text import did_you_mean, visible_name
+from ringfence.kernel.base.text import did_you_mean, visible_name
 from ringfence.messages.registry import BackendSettings
 from ringfence.model.target_settings import DECLARED, ENTRY_POINTS, problems
 

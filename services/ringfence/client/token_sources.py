@@ -12,8 +12,8 @@ from typing import Protocol
 import httpx
 
 from ringfence.client.errors import InvalidCallError
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.oidc import MAX_TOKEN_BYTES
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.crypto.oidc import MAX_TOKEN_BYTES
 
 _TIMEOUT_S = 10.0
 _GOOGLE = "http://metadata.google.internal"

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import PublicKey
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import CredentialRequest, Delivery

@@ -14,11 +14,11 @@ from ringfence.client.errors import TokenRejectedError
 from ringfence.client.issuer import ALGORITHMS, TokenIssuer
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.proofs import Nonces, ProofChecker, ProofError, ProofMemory
-from ringfence.kernel.clock import Clock, SystemClock
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.jws import LEEWAY_S
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.web import web_client
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.http_client import web_client
+from ringfence.kernel.crypto.jws import LEEWAY_S
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.permission import PERMISSION_TYPE, Permission, Scope
 from ringfence.model.globs import ScopeError, parse_name
 from ringfence.model.scope import missing

@@ -26,10 +26,10 @@ from ringfence.client.sponsor import PendingApproval, Sponsor
 from ringfence.dev.organisation import DEPLOY_STAGING, PLATFORM, READ_ALL, key_of
 from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
 from ringfence.dev.stack import Stack
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.private_files import write_private
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.private_files import write_private
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
 

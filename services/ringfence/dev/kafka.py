@@ -2,7 +2,7 @@
 
 What differs from Apache Kafka, as measured with 0.2.3:
 - It answers a fetch that finds nothing at once, whatever the consumer asked for: pace consumers of it with
-  `ringfence.kernel.embedded_broker`.
+  `ringfence.kernel.kafka.embedded_broker`.
 - All data is in memory. About every two seconds in which something changed it writes all of it as one JSON
   file, so records acknowledged since then are lost where it is killed, and every megabyte it holds costs CPU:
   bound topics by `retention.ms` and `retention.bytes`, which it honours. It accepts `cleanup.policy=compact`
@@ -22,7 +22,7 @@ import struct
 from pathlib import Path
 
 from ringfence.dev.processes import LOOPBACK, PRIVATE, Child, StackError, claim_port, spawn
-from ringfence.kernel.private_files import make_private_folder
+from ringfence.kernel.base.private_files import make_private_folder
 
 _ANSWER_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 20.0

@@ -15,7 +15,7 @@ from pathlib import Path
 from ringfence.client.administrator import Administrator
 from ringfence.client.ceremony import TrustFolder
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, Role, VerbFloor
 from ringfence.model.identity import Kind, spiffe_id

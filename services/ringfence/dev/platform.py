@@ -22,7 +22,7 @@ from starlette.routing import Route
 from ringfence.client.asgi import TOKEN, App, Needs, Scope, TokenGuard
 from ringfence.client.verify import TokenVerifier, VerifiedToken
 from ringfence.dev.processes import LOOPBACK
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey
 
 ENVIRONMENTS = ("staging", "production")
 

@@ -28,8 +28,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Final
 
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.private_files import make_folders, open_private
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.private_files import make_folders, open_private
 
 LOOPBACK = "127.0.0.1"
 MOST_PATIENCE = 10

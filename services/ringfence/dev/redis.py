@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ringfence.dev.processes import LOOPBACK, PRIVATE, Child, StackError, claim_port, spawn
-from ringfence.kernel.private_files import make_private_folder
+from ringfence.kernel.base.private_files import make_private_folder
 
 _ANSWER_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 20.0

@@ -29,10 +29,10 @@ from ringfence.dev import redis as embedded_redis
 from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.dev.processes import LOOPBACK, PRIVATE, Child, StackError, claim_port, free_port, spawn
 from ringfence.dev.redis import EmbeddedRedis
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.private_files import make_private_folder, open_private
-from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.topics_admin import TopicsAdmin
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.private_files import make_private_folder, open_private
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.api import GATEWAY_PORT, PORTS
 from ringfence.messages.trust import ServiceRole
 

@@ -8,11 +8,11 @@ from ringfence.gateway.core import core_of
 from ringfence.gateway.http import GatewayApi
 from ringfence.gateway.listening import Listening
 from ringfence.gateway.settings import GatewaySettings, host_and_port
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.http import HttpServer
-from ringfence.kernel.process import run
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.settings import ServiceSettings, load
+from ringfence.kernel.service.http import HttpServer
+from ringfence.kernel.service.process import run
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.model.access import Authenticator
 
 

@@ -21,13 +21,20 @@ from ringfence.gateway.attempts import Headers, Patient
 from ringfence.gateway.domain import UNAVAILABLE, Ask, Chosen, Refusal, refused, refused_for
 from ringfence.gateway.leases import LeaseTable
 from ringfence.gateway.questions import Question, Questions, Same, written
-from ringfence.kernel import metrics
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError, SignatureError
-from ringfence.kernel.jws import ExpiredError, Signed, UnverifiedJws, open_signed, parse, sign
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import PublicKey
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, SignatureError
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import (
+    ExpiredError,
+    Signed,
+    UnverifiedJws,
+    open_signed,
+    parse,
+    sign,
+)
+from ringfence.kernel.crypto.keys import PublicKey
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import Reason

@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ringfence.gateway.refusals import RefusedError
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.private_files import write_private
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.private_files import write_private
 
 OWN_LIFE: Final = datetime.timedelta(days=90)
 LEAF_LIFE: Final = datetime.timedelta(days=2)

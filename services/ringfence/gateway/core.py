@@ -26,10 +26,10 @@ from ringfence.gateway.sharing import SharedKeys
 from ringfence.gateway.spool import Spool
 from ringfence.gateway.targets import Targets
 from ringfence.gateway.view import View
-from ringfence.kernel import metrics
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.seal_keys import SealKeys
-from ringfence.kernel.settings import ServiceSettings, load, of_setting
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
+from ringfence.kernel.crypto.encryption_keys import SealKeys
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REPLY
 from ringfence.model.sharing import KeyUses

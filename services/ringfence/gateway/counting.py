@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from ringfence.gateway.domain import Access, access_of
 from ringfence.gateway.spool import SpoolFullError
-from ringfence.kernel.clock import Clock
+from ringfence.kernel.base.clock import Clock
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided, Destination
 

@@ -12,11 +12,11 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from ringfence.gateway.leases import LeaseTable
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import RevocationAck
 from ringfence.messages.topics import REVOCATION_ACK
 from ringfence.model.directory import Directory

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from ringfence.gateway.attempts import Attempt
 from ringfence.gateway.hosts import PORTS
-from ringfence.kernel.secret_text import REDACTED, without_secrets, without_tokens
+from ringfence.kernel.base.secret_scrubber import REDACTED, without_secrets, without_tokens
 from ringfence.messages.operations import MAX_PATH_CHARS, Destination
 
 MAX_METHOD_CHARS: Final = 32

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ringfence.gateway.domain import TOO_FAST, UNAVAILABLE, Ask, Chosen, Refusal, refused
-from ringfence.kernel import metrics
-from ringfence.kernel.kafka import to_json
+from ringfence.kernel.base import metrics
+from ringfence.kernel.kafka.producer import to_json
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState
 from ringfence.model.request_map import Action

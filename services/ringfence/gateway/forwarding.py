@@ -39,7 +39,7 @@ from ringfence.gateway.wire import (
     cut_head,
     parse_response,
 )
-from ringfence.kernel.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.messages.credential import Reason
 
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})

@@ -43,8 +43,8 @@ from ringfence.gateway.standing import AtHand, Standing
 from ringfence.gateway.targets import Compiled, Targets
 from ringfence.gateway.telling import Telling
 from ringfence.gateway.view import View
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState

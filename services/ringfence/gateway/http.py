@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ringfence.gateway.view import View
-from ringfence.kernel import metrics
+from ringfence.kernel.base import metrics
 from ringfence.model.access import Authenticator, NotFoundError
 
 _LEASE_PATH = "/v1/leases/{lease_id}"

@@ -14,9 +14,9 @@ from ringfence.client.errors import TokenRejectedError
 from ringfence.client.proofs import MAX_PROOF_BYTES, ProofChecker
 from ringfence.gateway.attempts import Attempt, Presented
 from ringfence.gateway.domain import UNAUTHORIZED, UNAVAILABLE, Leases, Refusal, Sender, refused
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.keys import b64decode, thumbprint
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.keys import b64decode, thumbprint
 from ringfence.messages.keys import PublicJwk
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import AgentRecord

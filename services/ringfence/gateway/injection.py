@@ -17,14 +17,14 @@ import httpx
 from ringfence.backends.http import StaticSecrets
 from ringfence.backends.settings import TargetSettingsError
 from ringfence.gateway.leases import LeaseTable
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.envelope import Opener, recipients_of
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.multi_recipient_jwe import Opener, recipients_of
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import Credential, CredentialDelivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState

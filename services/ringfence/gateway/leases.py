@@ -12,8 +12,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.skew import MAX_SKEW_MS
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.model.leases import (

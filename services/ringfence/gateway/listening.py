@@ -14,9 +14,9 @@ from ringfence.gateway.limits import Allowance
 from ringfence.gateway.plane import DataPlane, ListenError
 from ringfence.gateway.problem import answer
 from ringfence.gateway.settings import GatewaySettings, host_and_port
-from ringfence.kernel.errors import SettingsError
-from ringfence.kernel.private_files import make_folders
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.errors import SettingsError
+from ringfence.kernel.base.private_files import make_folders
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.model.chains import ChainError
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import orjson
 from ringfence.gateway.attempts import Mcp, McpOutcome
 from ringfence.gateway.refusals import RefusedError
 from ringfence.gateway.wire import ResponseHead
-from ringfence.kernel.strict_json import json_object
+from ringfence.kernel.base.strict_json import json_object
 from ringfence.model.mcp import LISTED
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024

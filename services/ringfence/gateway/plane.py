@@ -36,9 +36,9 @@ from ringfence.gateway.refusals import Answer
 from ringfence.gateway.serving import Connection
 from ringfence.gateway.stream import Outbox, Patience, Stream
 from ringfence.gateway.upstream import Upstreams
-from ringfence.kernel import metrics
-from ringfence.kernel.clock import Clock, SystemClock
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.errors import RingfenceError
 
 log = logging.getLogger(__name__)
 

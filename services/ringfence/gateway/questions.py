@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ringfence.gateway.domain import TOO_FAST, Refusal, refused
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import Signed
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.credential import Revisions
 from ringfence.messages.registry import ActionClass

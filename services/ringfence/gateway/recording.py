@@ -11,11 +11,11 @@ from aiokafka.errors import KafkaError
 
 from ringfence.gateway.spool import Spool, SpoolFullError
 from ringfence.gateway.steps import traced
-from ringfence.kernel import metrics
-from ringfence.kernel.bus import gather_all
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.kafka import Outbound, Publisher
-from ringfence.kernel.tracing import NOT_TRACING, Tracing
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.producer import Outbound, Publisher
+from ringfence.kernel.tracing.api import NOT_TRACING, Tracing
 from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.topics import ACTION
 

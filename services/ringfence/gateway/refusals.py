@@ -9,7 +9,7 @@ from typing import Final
 import orjson
 
 from ringfence.gateway.attempts import Verdict
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 
 Answer = Callable[[Verdict], tuple[int, Mapping[str, str], bytes]]
 """Status, headers and body that tell an agent of a verdict that is not `allowed`."""

@@ -24,7 +24,7 @@ from ringfence.gateway.sent import Sent
 from ringfence.gateway.shortcut import Shortcut
 from ringfence.gateway.stream import ExpiredError, GoneError, Stream
 from ringfence.gateway.wire import MAX_HEAD_BYTES, RequestHead, cut_head, parse_request
-from ringfence.kernel import metrics
+from ringfence.kernel.base import metrics
 
 MAX_READ_BYTES: Final = 1024 * 1024
 """So much of a body is read before the decision, where the decision needs it."""

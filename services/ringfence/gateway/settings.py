@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from ringfence.kernel.settings import RingfenceSettings
+from ringfence.kernel.base.settings import RingfenceSettings
 from ringfence.messages.base import TargetId
 from ringfence.rego.embedded import TIMEOUT_MS
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
 from ringfence.model.identity import spiffe_id

@@ -24,7 +24,7 @@ from ringfence.gateway.redaction import redact
 from ringfence.gateway.refusals import RefusedError
 from ringfence.gateway.stream import Stream
 from ringfence.gateway.wire import END, MAX_HEAD_BYTES, RequestHead, parse_request
-from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.base.errors import UnavailableError
 
 log = logging.getLogger(__name__)
 

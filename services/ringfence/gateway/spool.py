@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.private_files import NotPrivateError, make_private_folder, open_private
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.private_files import NotPrivateError, make_private_folder, open_private
 
 log = logging.getLogger(__name__)
 

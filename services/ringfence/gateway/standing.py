@@ -21,9 +21,9 @@ from ringfence.gateway.lasting import Basis
 from ringfence.gateway.recording import Recorder
 from ringfence.gateway.view import View
 from ringfence.gateway.written import AllowedEvents
-from ringfence.kernel import metrics
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.tallies import TalliedCounter
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.tallies import TalliedCounter
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
 from ringfence.model.request_map import Action

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringfence.kernel.tracing import Tracing, Work
+from ringfence.kernel.tracing.api import Tracing, Work
 from ringfence.messages.operations import ActionAnswered, ActionDecided
 
 

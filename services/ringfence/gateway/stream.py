@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, cast
 
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 
 HIGH_BYTES: Final = 64 * 1024
 

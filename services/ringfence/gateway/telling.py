@@ -17,8 +17,8 @@ from ringfence.gateway.standing import counter_of
 from ringfence.gateway.targets import Compiled, Targets
 from ringfence.gateway.view import View
 from ringfence.gateway.written import AllowedEvents, act_of, digest_of, label_of, method_of
-from ringfence.kernel import metrics
-from ringfence.kernel.clock import Clock
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
 from ringfence.messages.operations import ActionAnswered, ActionAsked, ActionDecided, Destination
 from ringfence.model.mcp import CALL
 

@@ -11,12 +11,12 @@ from aiokafka.errors import KafkaError
 from ringfence.gateway.cutting import Cutter, LeaseFeed
 from ringfence.gateway.domain import stale_view
 from ringfence.gateway.leases import LEASES_SINCE_MS, ORDERS_KEPT_MS, LeaseTable
-from ringfence.kernel.clock import CarriedOn, suspend_aware_ms
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.skew import MAX_SKEW_MS
+from ringfence.kernel.base.clock import CarriedOn, suspend_aware_ms
+from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_REQUEST

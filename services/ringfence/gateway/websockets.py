@@ -12,7 +12,7 @@ from typing import Final
 from ringfence.gateway.redaction import Redactor
 from ringfence.gateway.stream import ExpiredError, GoneError, Stream
 from ringfence.gateway.wire import RequestHead, ResponseHead
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 

@@ -24,12 +24,12 @@ from ringfence.issuer.limits import Gatekeeper, Limits
 from ringfence.issuer.minting import Minter
 from ringfence.issuer.resealing import Resealer
 from ringfence.issuer.settings import IssuerSettings
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.process import run
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.seal_keys import SealKeys
-from ringfence.kernel.settings import ServiceSettings, load, of_setting
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
+from ringfence.kernel.crypto.encryption_keys import SealKeys
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.process import run
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, HEARTBEAT
 from ringfence.model.access import Authenticator
 from ringfence.model.alarms import report_alarms

@@ -11,13 +11,13 @@ import logging
 from collections.abc import Callable, Sequence
 
 from ringfence.issuer.domain import Issue, Refusal
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.envelope import MAX_RECIPIENTS, enclose
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.jws import compact_jws, signing_input
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.seal_keys import SealKeys
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.encryption_keys import SealKeys
+from ringfence.kernel.crypto.jws import compact_jws, signing_input
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.multi_recipient_jwe import MAX_RECIPIENTS, enclose
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Credential, CredentialDelivery, Reason
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.lease import Lease

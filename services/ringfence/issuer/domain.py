@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import lease_id, message_id
-from ringfence.kernel.jws import Signed, open_signed, parse
-from ringfence.kernel.seal import check_reply_key
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import lease_id, message_id
+from ringfence.kernel.crypto.jwe import check_reply_key
+from ringfence.kernel.crypto.jws import Signed, open_signed, parse
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.base import Jws
 from ringfence.messages.credential import (

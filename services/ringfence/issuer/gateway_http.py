@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.issuer.delivery import ENVELOPE_TYPE
 from ringfence.issuer.resealing import Resealer
-from ringfence.kernel import metrics
+from ringfence.kernel.base import metrics
 from ringfence.model.access import Authenticator, NotFoundError
 
 SEALED_PATH = "/v1/leases/{lease_id}/sealed-credential"

@@ -34,15 +34,15 @@ from ringfence.issuer.grants import GrantKeeper
 from ringfence.issuer.limits import Gatekeeper
 from ringfence.issuer.minting import REPLAYED, Minted, Minter, Replayed
 from ringfence.issuer.steps import say
-from ringfence.kernel import metrics
-from ringfence.kernel.bus import gather_all
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import derived_id, digest, lease_id
-from ringfence.kernel.jws import Signed, open_signed, parse, sign
-from ringfence.kernel.kafka import Outbound, Received
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.seal import seal
-from ringfence.kernel.tracing import Work
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import derived_id, digest, lease_id
+from ringfence.kernel.crypto.jwe import seal
+from ringfence.kernel.crypto.jws import Signed, open_signed, parse, sign
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.producer import Outbound, Received
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.tracing.api import Work
 from ringfence.messages.credential import (
     Credential,
     CredentialDecision,

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ringfence.backends import TokenKeys
-from ringfence.kernel import metrics
+from ringfence.kernel.base import metrics
 from ringfence.messages.permission import PERMISSION_TYPE
 from ringfence.model.access import Authenticator
 from ringfence.model.lease_store import LeaseStore

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ringfence.issuer.domain import Decision, Issue, Refusal
-from ringfence.kernel.clock import Clock
+from ringfence.kernel.base.clock import Clock
 from ringfence.messages.credential import Reason
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases import agent_mark, sponsor_mark

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 
 from ringfence.backends import AccessError, Backend, Caller, TargetRefusedError, TargetShutError
 from ringfence.issuer.domain import FULL, FULL_RETRY_S, LATE, OVER, Issue, Refusal, cannot, fenced
-from ringfence.kernel import metrics
-from ringfence.kernel.bus import gather_all
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.jws import open_signed, parse, sign
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.crypto.jws import open_signed, parse, sign
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Credential, Reason
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE

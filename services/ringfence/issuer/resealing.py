@@ -7,14 +7,14 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.envelope import Opener, enclose, unverified_about
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.settings import BusSettings
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.settings import BusSettings
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.multi_recipient_jwe import Opener, enclose, unverified_about
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.credential import CredentialDelivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import CREDENTIAL_REPLY

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ringfence.issuer.domain import Issue, Refusal
-from ringfence.kernel.tracing import Span
+from ringfence.kernel.tracing.api import Span
 from ringfence.model.steps import ids_of
 
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from ringfence.kernel import metrics
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.ids import digest
-from ringfence.kernel.jws import KeyFinder, UnverifiedJws, open_signed, parse
-from ringfence.kernel.keys import PublicKey, valid_key
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.replay_memory import ReplayMemory
-from ringfence.kernel.text import visible_name
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.replay_memory import ReplayMemory
+from ringfence.kernel.base.text import visible_name
+from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.messages.api import MAX_API_TOKEN_S, UNBOUND_API_TOKENS_END, ApiToken, api_audience
 from ringfence.messages.registry import UserState
 from ringfence.messages.trust import ServiceRole

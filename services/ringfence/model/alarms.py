@@ -6,8 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.model.directory import Alarm
 

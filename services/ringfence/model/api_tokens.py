@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import uuid
 
-from ringfence.kernel.jws import sign
-from ringfence.kernel.keys import SigningKey
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.api import MAX_API_TOKEN_S, ApiToken, api_audience
 from ringfence.messages.trust import ServiceRole
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ringfence.kernel.jws import Signed
+from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import ActionApproval, Approval, Grant
 from ringfence.messages.credential import Delivery, Reason, RequiredClass, Revisions
 from ringfence.model.chains import ChainError

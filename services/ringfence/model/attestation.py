@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ringfence.kernel.ids import digest
+from ringfence.kernel.base.ids import digest
 from ringfence.messages.instances import AttestationSelector
 from ringfence.model.unknown_fields import is_understood
 

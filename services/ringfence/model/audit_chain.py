@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import orjson
 from pydantic import ValidationError
 
-from ringfence.kernel.ids import derived_id
+from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.audit import AuditCheckpoint, ChainLink
 from ringfence.model.merkle import Hash, Head, leaf_hash
 

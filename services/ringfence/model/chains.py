@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import Signed, UnverifiedJws, open_signed, parse
-from ringfence.kernel.keys import PublicKey, valid_key
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import Signed, UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey, valid_key
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import ExpiringClaims, typ_header
 from ringfence.messages.registry import (
     COMMANDS,

@@ -12,11 +12,17 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import digest
-from ringfence.kernel.keys import b64encode
-from ringfence.kernel.oidc import IdentityToken, JwksError, TokenError, unverified_issuer, verify
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.crypto.keys import b64encode
+from ringfence.kernel.crypto.oidc import (
+    IdentityToken,
+    JwksError,
+    TokenError,
+    unverified_issuer,
+    verify,
+)
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import AgentTransferConsent, TaskTerms, UserState
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
-from ringfence.kernel.clock import CarriedOn, Clock
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.keys import PublicKey, valid_key
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import CarriedOn, Clock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey, valid_key
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.operations import Heartbeat, PartitionDigest
 from ringfence.messages.registry import (
@@ -41,7 +41,7 @@ from ringfence.model.identity import SubjectKind, subject_of
 from ringfence.model.lifecycle import may_be_dropped
 
 if TYPE_CHECKING:  # rules look things up here, and import nothing that does I/O
-    from ringfence.kernel.kafka import Received
+    from ringfence.kernel.kafka.producer import Received
 
 log = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final
 
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 
 MAX_GLOB_CHARS: Final = 512
 MAX_WILDCARDS: Final = 8

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import Signed, open_signed, parse
-from ringfence.kernel.keys import PublicKey
-from ringfence.kernel.log_floods import of_a_kind
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import Signed, open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import Delivery, Reason, Revisions
@@ -24,7 +24,7 @@ from ringfence.model.scope import missing
 from ringfence.model.unknown_fields import is_understood, told, unknown_fields
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka import Received
+    from ringfence.kernel.kafka.producer import Received
 
 log = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ bundle: then the enrolment carries the platform's own token, and that is verifie
 
 from __future__ import annotations
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import LEEWAY_S, KeyFinder, UnverifiedJws, open_signed, parse
-from ringfence.kernel.keys import PublicKey, valid_key
-from ringfence.kernel.oidc import TokenError, verify
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import LEEWAY_S, KeyFinder, UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey, valid_key
+from ringfence.kernel.crypto.oidc import TokenError, verify
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import Claims
 from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.messages.instances import MAX_ENROLMENT_S, InstanceEnrolment, InstanceRef

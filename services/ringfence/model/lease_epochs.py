@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.lease import LeaseEpoch
 
 log = logging.getLogger(__name__)

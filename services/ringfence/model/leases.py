@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.ids import derived_id
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.base import SpiffeId
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, EndCause, EndKind, Lease, LeaseStatus, Selector

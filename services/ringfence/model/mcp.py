@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.strict_json import json_object
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.strict_json import json_object
 
 RESPONSE: Final = "response"
 """Stands for the method of what answers a request of the server's, which has none."""

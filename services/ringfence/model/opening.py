@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import SignatureError
-from ringfence.kernel.jws import LEEWAY_S, open_signed, parse, unverified_time
-from ringfence.kernel.keys import PublicKey
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import SignatureError
+from ringfence.kernel.crypto.jws import LEEWAY_S, open_signed, parse, unverified_time
+from ringfence.kernel.crypto.keys import PublicKey
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.lease import Lease
 
 _LONGEST_S = 86_400

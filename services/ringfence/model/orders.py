@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import Signed, open_signed, parse
-from ringfence.kernel.keys import PublicKey, b64decode
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import Signed, open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey, b64decode
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.lease import EndCause, EndKind, Lease, RevocationRequest, Selector
 from ringfence.model.chains import ChainError
@@ -17,7 +17,7 @@ from ringfence.model.identity import subject_of
 from ringfence.model.instances import keys_of_agents
 
 if TYPE_CHECKING:  # rules use what stands here, and import nothing that does I/O
-    from ringfence.kernel.kafka import Received
+    from ringfence.kernel.kafka.producer import Received
 
 BY_USERS: frozenset[EndKind] = frozenset({"revocation"})
 BY_AGENTS: frozenset[EndKind] = frozenset({"release"})

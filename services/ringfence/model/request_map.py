@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.strict_json import json_object
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.strict_json import json_object
 from ringfence.messages.registry import RequestRule
 from ringfence.model.globs import ScopeError, parse_glob, parse_name
 from ringfence.model.mcp import McpMessage, McpMessageError, read_message

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import Signed, parse
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import Signed, parse
 from ringfence.messages.credential import CredentialRequest, DelegatorRevisions, Reason, Revisions
 from ringfence.messages.instances import InstanceEnrolment
 from ringfence.messages.lease import Delegator

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from ringfence.kernel.clock import CarriedOn
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import digest
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import CarriedOn
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
 
 if TYPE_CHECKING:  # rules use what stands here, and import nothing that does I/O
-    from ringfence.kernel.kafka import Received
+    from ringfence.kernel.kafka.producer import Received
 
 HALTED: Final = "revoker_halted"
 """The code of a denial for it."""

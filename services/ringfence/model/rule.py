@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import Entitlements
 from ringfence.model.scope import ScopeError, intersect, missing

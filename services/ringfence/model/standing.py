@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringfence.kernel.jws import parse
+from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import Looked
 from ringfence.model.leases import is_covered

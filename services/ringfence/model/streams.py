@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from ringfence.kernel.clock import CarriedOn, Clock
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import CarriedOn, Clock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.base import Topic
 from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import LEASE, REVOCATION_REQUEST

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ringfence.kernel.text import did_you_mean, visible_name
+from ringfence.kernel.base.text import did_you_mean, visible_name
 from ringfence.messages.registry import BackendSettings
 
 Address = Annotated[str, Field(pattern=r"^([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}$")]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from ringfence.kernel.text import nearest_name, visible_name
+from ringfence.kernel.base.text import nearest_name, visible_name
 from ringfence.messages.base import Claims, Message
 from ringfence.messages.registry import BackendSettings, GroupDelegation, RequestRule, VerbFloor
 

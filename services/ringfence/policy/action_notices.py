@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import ExpiredError, open_signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import ExpiredError, open_signed, parse
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
 from ringfence.messages.base import typ_header
 from ringfence.model.directory import Directory

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import orjson
 
-from ringfence.kernel import metrics
-from ringfence.kernel.bus import gather_all
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import MAX_JWS_BYTES, Signed, sign, sign_payload
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.seal import seal
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jwe import seal
+from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, Signed, sign, sign_payload
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.credential import CredentialDecision, Reason, ReplyContent
 from ringfence.messages.topics import APPROVAL_REQUEST, CREDENTIAL_DECISION, CREDENTIAL_REPLY

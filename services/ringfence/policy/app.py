@@ -10,13 +10,13 @@ from typing import Any
 
 from ringfence.backends import Material, all_backends
 from ringfence.backends.declared import Declared
-from ringfence.kernel.bus import DeadLetters, one_by_one, side_by_side
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import RingfenceError, UnavailableError
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.process import run
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import ServiceSettings, load, of_setting
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
+from ringfence.kernel.kafka.consumer import DeadLetters, one_by_one, side_by_side
+from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.service.process import run
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.messages.topics import (

@@ -7,11 +7,11 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import ExpiredError, Signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.trace import nearest
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import ExpiredError, Signed, parse
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.tracing.traceparent import nearest
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
 from ringfence.model.approvals import approval_problem

@@ -22,11 +22,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import Signed, explain
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.strict_json import json_object
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.base.strict_json import json_object
+from ringfence.kernel.crypto.jws import Signed, explain
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.permission import Permission
 from ringfence.model.access import Authenticator, ForbiddenError

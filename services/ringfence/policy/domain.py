@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ringfence.kernel.jws import Signed
+from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import (
     Coordinates,

@@ -8,11 +8,11 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import paced
-from ringfence.kernel.kafka_connection import connection
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.kafka.connection import connection
+from ringfence.kernel.kafka.producer import paced
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.messages.topics import CREDENTIAL_DECISION

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from ringfence.kernel.jws import ExpiredError, Signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.crypto.jws import ExpiredError, Signed, parse
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Approval, Grant, GrantWithdraw
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.model.approvals import may_approve, unmet

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Grant
 from ringfence.model.access import Authenticator, Caller, NotFoundError
 from ringfence.model.directory import Directory

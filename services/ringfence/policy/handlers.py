@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import ExpiredError, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import ExpiredError, parse
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.policy.answers import Answers
 from ringfence.policy.domain import Case, Judgement, denied

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.kernel.jws import Signed, parse
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.crypto.jws import Signed, parse
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.model.access import Authenticator, Caller, NotFoundError
 from ringfence.model.chains import ChainError

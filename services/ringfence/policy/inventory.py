@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from ringfence.kernel.jws import parse
+from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.registry import AgentState, EmbeddedCommand, TaskState, UserState
 from ringfence.model.short_lived import is_short_lived, is_task_bound
 from ringfence.policy.holdings import Ending, Live

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.kernel.http import number_in
+from ringfence.kernel.service.http import number_in
 from ringfence.model.access import Caller
 from ringfence.model.key_ends import WARN_BEFORE_S
 from ringfence.policy.inventory import Line, row_of, totals

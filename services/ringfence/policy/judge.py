@@ -9,12 +9,12 @@ from dataclasses import replace
 from math import ceil
 
 from ringfence.backends.declared import Declared
-from ringfence.kernel import metrics
-from ringfence.kernel.ids import digest
-from ringfence.kernel.jws import Signed
-from ringfence.kernel.kafka import Follower, to_json
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import Signed
+from ringfence.kernel.kafka.producer import Follower, to_json
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import Reason
 from ringfence.model.chains import ChainError

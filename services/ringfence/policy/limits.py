@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from math import ceil
 
-from ringfence.kernel.kafka import Received
+from ringfence.kernel.kafka.producer import Received
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory
 from ringfence.policy.domain import Case, Judgement, denied

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import httpx
 
-from ringfence.kernel import metrics
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.jws import Signed
-from ringfence.kernel.places import PlaceError, read_place
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.secret_refs import PlaceError, read_place
+from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.credential import CredentialRequest
 from ringfence.model.directory import Directory

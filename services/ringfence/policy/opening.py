@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from ringfence.kernel.errors import InvalidMessageError, SignatureError
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import ExpiredError, KeyFinder, Signed, open_signed, parse
-from ringfence.kernel.kafka import Received, partition_of
-from ringfence.kernel.keys import PublicKey, valid_key
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.seal import check_reply_key
-from ringfence.kernel.text import with_article
+from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.base.text import with_article
+from ringfence.kernel.crypto.jwe import check_reply_key
+from ringfence.kernel.crypto.jws import ExpiredError, KeyFinder, Signed, open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey, valid_key
+from ringfence.kernel.kafka.producer import Received, partition_of
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
 from ringfence.messages.base import ExpiringClaims, typ_header
 from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest

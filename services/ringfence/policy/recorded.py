@@ -8,12 +8,12 @@ from contextlib import asynccontextmanager
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.kafka import Follower, Received, missing_topics, paced, received
-from ringfence.kernel.kafka_connection import connection, no_answer
-from ringfence.kernel.settings import BusSettings
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.settings import BusSettings
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.connection import connection, no_answer
+from ringfence.kernel.kafka.producer import Follower, Received, missing_topics, paced, received
 from ringfence.messages.topics import CREDENTIAL_DECISION, TRUST
 
 _BATCH = 500

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Received, to_json
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received, to_json
 from ringfence.messages.credential import CredentialDecision, Reason, RequiredClass
 from ringfence.messages.registry import ApprovalClass
 from ringfence.policy.domain import INPUT_FIELDS, weighed

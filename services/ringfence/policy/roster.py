@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.registry import AgentState, TaskState
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory

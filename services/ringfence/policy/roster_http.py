@@ -9,8 +9,8 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ringfence.kernel.errors import RingfenceError, UnavailableError
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.registry import TargetState
 from ringfence.model.access import Authenticator, Caller
 from ringfence.model.chains import ChainError

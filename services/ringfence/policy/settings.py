@@ -8,8 +8,8 @@ from typing import Annotated
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from ringfence.kernel.places import Place
-from ringfence.kernel.settings import RingfenceSettings
+from ringfence.kernel.base.secret_refs import Place
+from ringfence.kernel.base.settings import RingfenceSettings
 from ringfence.rego.embedded import TIMEOUT_MS
 
 

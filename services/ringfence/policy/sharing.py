@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ringfence.kernel.jws import kid_of
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.crypto.jws import kid_of
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.model.sharing import WINDOW_MS, KeyUses
 from ringfence.policy.domain import Case

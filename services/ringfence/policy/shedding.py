@@ -15,13 +15,13 @@ from enum import IntEnum
 
 import orjson
 
-from ringfence.kernel import metrics
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import message_id
-from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.now_and_then import now_and_then
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.base.now_and_then import now_and_then
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Coordinates, CredentialRequest, Reason
 from ringfence.policy.store import Decisions
 

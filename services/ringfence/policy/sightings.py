@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import kid_of
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import kid_of
 from ringfence.messages.credential import CredentialDecision
 
 MAX_KEYS: Final = 32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ringfence.kernel.tracing import Span, Tracing, Work
+from ringfence.kernel.tracing.api import Span, Tracing, Work
 from ringfence.messages.credential import Outcome, Reason
 from ringfence.policy.domain import Case
 

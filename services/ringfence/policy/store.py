@@ -16,12 +16,12 @@ from typing import NamedTuple, Protocol, cast
 
 import orjson
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.ids import digest, message_id
-from ringfence.kernel.jws import MAX_LIFE_S, Signed, open_signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import digest, message_id
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import MAX_LIFE_S, Signed, open_signed, parse
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Approval
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Outcome
 from ringfence.messages.registry import UserState

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.kernel.clock import Clock
+from ringfence.kernel.base.clock import Clock
 from ringfence.model.access import Authenticator, NotFoundError
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory

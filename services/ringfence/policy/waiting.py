@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ringfence.kernel import metrics
-from ringfence.kernel.clock import Clock
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
 from ringfence.policy.store import Decisions
 
 

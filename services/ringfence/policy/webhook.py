@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.text import visible, visible_name
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.text import visible, visible_name
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
 from ringfence.model.requests import Facts, Ground
 

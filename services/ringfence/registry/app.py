@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from ringfence.kernel.bus import one_by_one
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.process import run
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.settings import ServiceSettings, load
+from ringfence.kernel.kafka.consumer import one_by_one
+from ringfence.kernel.service.process import run
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
 from ringfence.model.access import Authenticator
 from ringfence.model.alarms import report_alarms

@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import SettingsError, UnavailableError
-from ringfence.kernel.oidc import JwksError, read_jwks
-from ringfence.kernel.strict_json import json_object
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import SettingsError, UnavailableError
+from ringfence.kernel.base.strict_json import json_object
+from ringfence.kernel.crypto.oidc import JwksError, read_jwks
 from ringfence.messages.oidc import OidcKey
 
 log = logging.getLogger(__name__)

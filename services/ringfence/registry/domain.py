@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ringfence.kernel.jws import MAX_JWS_BYTES, parse
-from ringfence.kernel.text import with_article
+from ringfence.kernel.base.text import with_article
+from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, parse
 from ringfence.messages.base import Message
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (

@@ -6,7 +6,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.kernel.errors import InvalidMessageError
+from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.registry.enrolling import MAX_ENROL_BYTES, Enroller
 
 

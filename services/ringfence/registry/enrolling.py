@@ -10,12 +10,18 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import LEEWAY_S, Signed, open_signed, parse, sign
-from ringfence.kernel.keys import PublicKey, public_key
-from ringfence.kernel.oidc import IdentityToken, TokenError, unverified_issuer, unverified_kid, verify
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import LEEWAY_S, Signed, open_signed, parse, sign
+from ringfence.kernel.crypto.keys import PublicKey, public_key
+from ringfence.kernel.crypto.oidc import (
+    IdentityToken,
+    TokenError,
+    unverified_issuer,
+    unverified_kid,
+    verify,
+)
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.instances import (
     AttestationSelector,

@@ -9,11 +9,11 @@ from typing import Any
 
 from aiokafka.errors import KafkaError
 
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.ids import derived_id, digest
-from ringfence.kernel.jws import open_signed, parse, sign
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.ids import derived_id, digest
+from ringfence.kernel.crypto.jws import open_signed, parse, sign
+from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.operations import EventKind, Heartbeat, ServiceEvent

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 from aiokafka.errors import KafkaError
 
-from ringfence.kernel import metrics
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentState, AnyState, UserState

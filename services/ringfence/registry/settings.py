@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from ringfence.kernel.settings import RingfenceSettings
+from ringfence.kernel.base.settings import RingfenceSettings
 
 
 class RegistrySettings(RingfenceSettings):

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import LEEWAY_S, MAX_LIFE_S, parse
-from ringfence.kernel.oidc import TokenError, unverified_issuer
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import LEEWAY_S, MAX_LIFE_S, parse
+from ringfence.kernel.crypto.oidc import TokenError, unverified_issuer
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 
 TEST_SUFFIX = "_test.rego"
 _INSTALLED = Path(__file__).parent / "bundle"

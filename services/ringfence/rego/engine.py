@@ -9,7 +9,7 @@ from typing import Protocol, cast, get_args
 import orjson
 from pydantic import ValidationError
 
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ApprovalClass
 from ringfence.rego.bundle import Bundle

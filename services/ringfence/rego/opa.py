@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.rego.bundle import Bundle
 from ringfence.rego.embedded import TIMEOUT_MS
 from ringfence.rego.engine import (

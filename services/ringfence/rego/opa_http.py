@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.base.errors import UnavailableError
 
 MAX_ANSWER_BYTES = 2**20
 

@@ -7,8 +7,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from ringfence.kernel import metrics
-from ringfence.kernel.ids import digest
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.ids import digest
 from ringfence.rego.bundle import OWN_BUNDLE, BundleError, bundle_files, load_bundle
 from ringfence.rego.engine import PolicyEngine, PolicyUnavailableError
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from ringfence.kernel.settings import RingfenceSettings
+from ringfence.kernel.base.settings import RingfenceSettings
 from ringfence.rego.bundle import Bundle
 from ringfence.rego.embedded import EmbeddedEngine
 from ringfence.rego.engine import PolicyEngine

@@ -12,7 +12,7 @@ from typing import cast
 
 import orjson
 
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.rego.bundle import Bundle, BundleError
 from ringfence.rego.engine import PolicyFailedError, PolicyTimeoutError, PolicyUnavailableError
 

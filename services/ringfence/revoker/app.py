@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from ringfence.backends import BackendSettings, Caller, Material, TargetAccess, all_backends
-from ringfence.kernel.bus import one_by_one
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.process import run
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.settings import ServiceSettings, load
+from ringfence.kernel.kafka.consumer import one_by_one
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.process import run
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST
 from ringfence.model.access import Authenticator
 from ringfence.model.alarms import report_alarms

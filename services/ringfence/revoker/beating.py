@@ -10,10 +10,10 @@ import logging
 
 from aiokafka.errors import KafkaError
 
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.kafka import Follower
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.kafka.producer import Follower
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT
 from ringfence.model.streams import CONFIRMED, Streams

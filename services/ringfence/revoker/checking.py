@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.trust import TrustStore
-from ringfence.kernel.trust_records import take_in
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.service.trust_updates import take_in
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import TRUST

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ringfence.kernel.ids import derived_id
+from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, RevocationRequest, Selector
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import (

@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ringfence.kernel import metrics
-from ringfence.kernel.bus import gather_all
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import parse, sign
-from ringfence.kernel.kafka import Outbound
-from ringfence.kernel.partitioning import key_number
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.tracing import Span
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.partitioning import key_number
+from ringfence.kernel.kafka.producer import Outbound
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.tracing.api import Span
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import TERMINAL, EndCause, Lease, LeaseStatus
 from ringfence.messages.topics import LEASE

@@ -12,8 +12,8 @@ from functools import partial
 
 from aiokafka.errors import KafkaError
 
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.model.lease_store import MIN_LEFT_MS, Claimed, LeaseStore, LostError, StoredLease
 from ringfence.revoker.domain import deadline_cause
 from ringfence.revoker.ending import AT_A_TIME, TOGETHER, Ender, Wish

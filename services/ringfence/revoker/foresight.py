@@ -15,9 +15,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.kafka import Outbound
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.kafka.producer import Outbound
 from ringfence.model.lease_store import AHEAD_MS, LeaseStore, Told
 from ringfence.revoker.truth import Glance
 

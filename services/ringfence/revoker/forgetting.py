@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from ringfence.kernel import metrics
-from ringfence.kernel.bus import gather_all
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.fetching import fetch_options
-from ringfence.kernel.kafka import Received, paced, received
-from ringfence.kernel.kafka_connection import connection
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.kafka.connection import connection
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.fetch_control import fetch_options
+from ringfence.kernel.kafka.producer import Received, paced, received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_epochs import Epochs

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ringfence.kernel import metrics
-from ringfence.kernel.bus import gather_all
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import TERMINAL, Lease, RevocationRequest, Selector

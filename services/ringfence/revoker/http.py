@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.kernel.clock import Clock
+from ringfence.kernel.base.clock import Clock
 from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.model.access import Authenticator, Caller, NotFoundError
 from ringfence.model.chains import ChainError

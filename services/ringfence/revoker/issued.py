@@ -11,11 +11,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Iterator, Sequence
 
-from ringfence.kernel.bus import gather_all
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.jws import parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import REVOCATION_REQUEST
 from ringfence.model.chains import ChainError

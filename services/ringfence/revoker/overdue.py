@@ -6,11 +6,11 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 
-from ringfence.kernel import metrics
-from ringfence.kernel.bus import gather_all
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import SERVICE_EVENT

@@ -19,12 +19,12 @@ from functools import partial
 
 from aiokafka.errors import KafkaError
 
-from ringfence.kernel.bus import gather_all
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import sign
-from ringfence.kernel.kafka import Follower
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.producer import Follower
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease, LeaseEpoch
 from ringfence.messages.topics import LEASE
 from ringfence.model.directory import Directory

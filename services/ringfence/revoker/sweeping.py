@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Mapping
 
 from ringfence.backends import Backend, Caller
-from ringfence.kernel import metrics
-from ringfence.kernel.bus import gather_all
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.registry import TargetState

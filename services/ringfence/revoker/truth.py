@@ -11,13 +11,13 @@ from typing import Any
 
 import orjson
 
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.keys import b64decode
-from ringfence.kernel.settings import ServiceSettings
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.keys import b64decode
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.base import Topic
 from ringfence.messages.lease import TERMINAL, Delegator, Lease
 from ringfence.messages.topics import LEASE, REVOCATION_REQUEST

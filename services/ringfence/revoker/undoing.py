@@ -18,10 +18,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ringfence.backends import Backend, Caller, TargetShutError
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.tracing import Tracing
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.tracing.api import Tracing
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.steps import step_of

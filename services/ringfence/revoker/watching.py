@@ -18,10 +18,10 @@ import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.kafka import Follower, Received
-from ringfence.kernel.trust import TrustStore
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.model.lease_epochs import Epochs, number_of
 from ringfence.model.lease_store import LeaseStore, LostError, Outgoing, SignedLease, StoredLease

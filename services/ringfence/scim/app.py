@@ -6,13 +6,13 @@ import sys
 
 from ringfence.client.provisioner import Provisioner
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.bearer_tokens import Tokens
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import RingfenceError, UnavailableError
-from ringfence.kernel.keys import SigningKey
-from ringfence.kernel.process import run
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import BusSettings, ServiceSettings, load
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base.settings import BusSettings, ServiceSettings, load
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.service.bearer_tokens import Tokens
+from ringfence.kernel.service.process import run
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import HEARTBEAT, USER
 from ringfence.model.alarms import report_alarms

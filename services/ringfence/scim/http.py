@@ -29,10 +29,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ringfence.client.errors import NotAnsweredError, RefusedError
-from ringfence.kernel.bearer_tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import RingfenceError, UnavailableError
-from ringfence.kernel.metrics import HTTP_REQUESTS
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base.metrics import HTTP_REQUESTS
+from ringfence.kernel.service.bearer_tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import GroupLink, UserRecord
 from ringfence.scim import discovery

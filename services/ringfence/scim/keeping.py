@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.messages.registry import Delegation, UserRecord
 from ringfence.scim.people import People
 from ringfence.scim.settings import ScimSettings

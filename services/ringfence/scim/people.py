@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
-from ringfence.kernel.errors import UnavailableError
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.registry import Delegation, GroupLink, UserRecord
 from ringfence.model.chains import ChainError
 from ringfence.model.directory import Directory

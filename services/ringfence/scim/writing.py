@@ -19,7 +19,7 @@ from scim2_models import (
 )
 
 from ringfence.client.provisioner import Provisioner
-from ringfence.kernel.jws import explain
+from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.registry import Delegation, GroupLink, Provisioned, Provisioning, UserRecord
 from ringfence.model.provisioning import given_by
 from ringfence.scim.naming import free_id

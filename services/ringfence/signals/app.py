@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from ringfence.kernel.bearer_tokens import Tokens
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.process import run
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.settings import ServiceSettings, load
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.settings import ServiceSettings, load
+from ringfence.kernel.service.bearer_tokens import Tokens
+from ringfence.kernel.service.process import run
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import LEASE, SIGNAL_STREAM
 from ringfence.signals.following import Following
 from ringfence.signals.http import Api

@@ -7,9 +7,9 @@ from typing import Annotated, Any, TypeVar
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.jws import explain
-from ringfence.kernel.strict_json import json_object
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.strict_json import json_object
+from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.signals import DeliveryMethod
 
 _Text = Annotated[str, Field(max_length=512)]

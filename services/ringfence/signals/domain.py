@@ -9,9 +9,9 @@ from typing import Any
 
 import orjson
 
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import compact_jws
-from ringfence.kernel.keys import SigningKey, b64encode
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import compact_jws
+from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.messages.lease import TERMINAL, EndCause, EndKind, Lease
 from ringfence.model.identity import spiffe_id
 

@@ -16,13 +16,13 @@ from functools import partial
 
 from aiokafka.errors import KafkaError
 
-from ringfence.kernel import metrics
-from ringfence.kernel.bus import Consumer, HaltedError, gather_all
-from ringfence.kernel.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.text import visible
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.text import visible
+from ringfence.kernel.kafka.consumer import Consumer, HaltedError, gather_all
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.signals import DeliveryMethod

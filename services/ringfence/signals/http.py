@@ -13,12 +13,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.kernel import metrics
-from ringfence.kernel.bearer_tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
-from ringfence.kernel.errors import RingfenceError, UnavailableError
-from ringfence.kernel.places import PlaceError, read_place
-from ringfence.kernel.runtime import Runtime
-from ringfence.kernel.strict_json import json_object
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base.secret_refs import PlaceError, read_place
+from ringfence.kernel.base.strict_json import json_object
+from ringfence.kernel.service.bearer_tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.signals.asked import (
     AskedWronglyError,

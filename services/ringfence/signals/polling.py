@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterable
 
-from ringfence.kernel.clock import Clock
+from ringfence.kernel.base.clock import Clock
 from ringfence.signals.domain import Event
 
 AT_A_TIME = 500

@@ -10,12 +10,12 @@ from collections.abc import Awaitable, Callable
 
 import httpx
 
-from ringfence.kernel import metrics
-from ringfence.kernel.clock import Clock
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.places import PlaceError, read_place
-from ringfence.kernel.strict_json import json_object
-from ringfence.kernel.text import visible
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.secret_refs import PlaceError, read_place
+from ringfence.kernel.base.strict_json import json_object
+from ringfence.kernel.base.text import visible
 from ringfence.signals.domain import Event
 from ringfence.signals.receivers import Receiver
 from ringfence.signals.settings import SignalsSettings

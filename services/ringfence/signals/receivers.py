@@ -9,9 +9,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ringfence.kernel.errors import SettingsError
-from ringfence.kernel.jws import explain
-from ringfence.kernel.places import Place
+from ringfence.kernel.base.errors import SettingsError
+from ringfence.kernel.base.secret_refs import Place
+from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.base import NonEmpty, TargetId
 from ringfence.messages.lease import EndKind, Lease
 from ringfence.signals.settings import safe_url

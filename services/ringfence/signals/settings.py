@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field
 from pydantic_settings import SettingsConfigDict
 
-from ringfence.kernel.settings import RingfenceSettings
+from ringfence.kernel.base.settings import RingfenceSettings
 
 
 def safe_url(url: str) -> str:

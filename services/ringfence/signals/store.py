@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ringfence.kernel.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.ids import derived_id
-from ringfence.kernel.jws import open_signed, parse
-from ringfence.kernel.kafka import Received
-from ringfence.kernel.log_floods import of_a_kind
-from ringfence.kernel.runtime import Runtime
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.signals import DeliveryMethod, SignalStream
 from ringfence.messages.topics import SIGNAL_STREAM
 from ringfence.signals.domain import SUPPORTED

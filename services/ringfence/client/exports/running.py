@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ringfence.client.api import ReadApi
 from ringfence.client.exports.writers import Format, Writer, writer_of
-from ringfence.kernel.errors import RingfenceError
-from ringfence.kernel.private_files import open_private, write_private
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.private_files import open_private, write_private
 
 PART: Final = ".part"
 STATE: Final = ".part.json"

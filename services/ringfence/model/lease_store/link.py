@@ -30,7 +30,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from ringfence.kernel.errors import SettingsError, UnavailableError
+from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.model.lease_store.scripts import LOST, Argument, Command, Script
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from typing import Any
 
 import orjson
 
-from ringfence.kernel.ids import derived_id, lease_id
-from ringfence.kernel.jws import MAX_JWS_BYTES
-from ringfence.kernel.keys import b64decode, b64encode
+from ringfence.kernel.base.ids import derived_id, lease_id
+from ringfence.kernel.crypto.jws import MAX_JWS_BYTES
+from ringfence.kernel.crypto.keys import b64decode, b64encode
 from ringfence.messages.base import typ_header
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store.keys import packed, unpacked

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL
 from ringfence.model.lease_store.arguments import (

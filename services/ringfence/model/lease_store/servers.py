@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ringfence.kernel.skew import SkewCheck
+from ringfence.kernel.base.clock_skew import SkewCheck
 
 QUESTIONS = (("INFO", "memory"), ("INFO", "stats"), ("TIME",))
 """The time last: it is held against ours when the answer comes."""

@@ -7,10 +7,10 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 
-from ringfence.kernel import metrics
-from ringfence.kernel.clock import Clock, SystemClock
-from ringfence.kernel.errors import UnavailableError
-from ringfence.kernel.settings import ServiceSettings
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store.arguments import (
     AT_A_TIME,

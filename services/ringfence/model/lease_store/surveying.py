@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from ringfence.kernel.errors import InvalidMessageError
-from ringfence.kernel.jws import parse
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import REVOCATION_REQUEST
 from ringfence.model.lease_store.arguments import place_of_text

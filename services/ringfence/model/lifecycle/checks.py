@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ringfence.kernel.keys import public_key
+from ringfence.kernel.crypto.keys import public_key
 from ringfence.messages.instances import AttestationSelector
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ringfence.kernel.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.registry import AgentState, AgentTransferConsent, Delegation, Role, TaskState
 
 

@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ringfence.kernel.jws import parse
+from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.approval import Approval, Grant, GrantWithdraw
 from ringfence.messages.credential import CredentialRequest, Revisions
 from ringfence.messages.instances import AttestationSelector

@@ -1,0 +1,82 @@
+"""Whoever may write to a topic may write garbage, hundreds of records a second, and each would be a line in the log of
+each service that reads it. Of each kind the first few are, and then one line now and then says how many there were.
+
+Nothing else is held back: metrics and dead letters count each.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ringfence.kernel.base.now_and_then import Tally, now_and_then
+
+log = logging.getLogger(__name__)
+
+FIRST = 5
+EVERY_S = 60.0
+QUIET_S = 600.0
+"""A kind of which none came for so long is new again."""
+_MOST_KINDS = 1000
+"""Topics and codes are our own words, and few. What is beyond that is of one kind."""
+_LOOK_S = 1.0
+_KIND = "flood_kind"
+
+_Kind = tuple[object, ...]
+
+
+def of_a_kind(*kind: str) -> dict[str, Any]:
+    """The `extra` of a log line of which there may be a flood: the same words from the same place, and these, are one
+    kind. Give the topic and the reason's code; nothing that a stranger chooses.
+    """
+    return {_KIND: kind}
+
+
+class LogFloods(logging.Filter):
+    """Holds back what comes too often. `watch` tells how many there were."""
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._now_s = now_s
+        self._lock = threading.Lock()
+        self._tallies: dict[_Kind, tuple[Tally, str, int]] = {}
+        """With each the name and the level that the last of its lines had."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is to be written."""
+        own = record.__dict__.pop(_KIND, None)  # else it would be written as well
+        if own is None:
+            return True
+        kind, now_s = (record.name, record.msg, *own), self._now_s()
+        with self._lock:
+            if kind not in self._tallies and len(self._tallies) >= _MOST_KINDS:
+                kind = ()
+            tally, *_ = self._tallies.get(kind) or (Tally(now_s, first=FIRST, every_s=EVERY_S),)
+            self._tallies[kind] = tally, record.name, record.levelno
+            return tally.tells(record.getMessage(), now_s)
+
+    async def watch(self) -> None:
+        """Tell how many there were, now and then, for ever."""
+        await now_and_then(_LOOK_S, self._look, "not told how many lines were left out")
+
+    async def _look(self) -> None:
+        self.tell()
+
+    def tell(self, *, all: bool = False) -> None:
+        """Tell what was left out of each kind: where it is time, or of all."""
+        now_s = self._now_s()
+        lines: list[tuple[str, int, int, float, str]] = []
+        with self._lock:
+            for kind, (tally, name, level) in list(self._tallies.items()):
+                if tally.left_out and (all or tally.due(now_s)):
+                    since_s = now_s - tally.told_s
+                    lines.append((name, level, tally.told(now_s), since_s, tally.last))
+                elif not tally.left_out and now_s - tally.latest_s >= QUIET_S:
+                    del self._tallies[kind]
+        for name, level, count, since_s, last in lines:
+            logging.getLogger(name).log(
+                level, "left out %d like these in the last %.0f s, the last: %s", count, since_s, last
+            )

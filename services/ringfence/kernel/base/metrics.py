@@ -1,0 +1,140 @@
+"""Every metric, once. Prometheus names; labels never hold ids of agents or leases (they would grow without bound)."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from ringfence.kernel.base.tallies import TalliedCounter, TalliedHistogram
+
+RECORDS = Counter("ringfence_records_total", "Kafka records handled", ["topic", "outcome"])
+"""`outcome`: done, dead_lettered."""
+BATCH_RETRIES = Counter("ringfence_batch_retries_total", "Batches tried again after a failure", ["group"])
+HALTED = Gauge(
+    "ringfence_consumer_halted",
+    "1 where a consumer stopped at too many malformed records of services that may write them; where it is a "
+    "revoker's, issuers and gateways deny",
+    ["group"],
+)
+HANDLING_LAG = Gauge(
+    "ringfence_handling_lag_seconds",
+    "From a record's append to Kafka until it was handled, or now where it is tried again, for the oldest of the last "
+    "batch; 0 once there is none to handle",
+    ["group"],
+)
+RECORDS_GONE = Counter(
+    "ringfence_records_gone_total",
+    "Records that Kafka removed before they were read, or lost after that",
+    ["topic", "group"],
+)
+"""`group`: who was to read them; a service, where it follows a topic for a table or an index."""
+CLOCK_AHEAD = Gauge(
+    "ringfence_clock_ahead_seconds",
+    "How far this process's clock is ahead of another one, at most; below 0 where it is behind",
+    ["whose"],
+)
+"""`whose`: broker, redis."""
+KEYS_ENDING = Gauge(
+    "ringfence_keys_ending",
+    "Keys of agents and users that end within two weeks and that nothing has replaced, by the registry that works",
+)
+DECISIONS = Counter("ringfence_decisions_total", "Decisions by outcome", ["outcome"])
+"""`outcome`: allowed, denied, approval_required."""
+REQUESTS_SHED = Counter(
+    "ringfence_requests_shed_total",
+    "Requests that policy did not answer: too old for anybody to wait for, or of who was told no too often already",
+)
+APPROVALS_WAITING = Gauge(
+    "ringfence_approvals_waiting", "Requests of agents that wait for approvals of people"
+)
+APPROVALS_OLDEST = Gauge(
+    "ringfence_approvals_oldest_seconds", "How long ago the oldest request that waits for approvals was made"
+)
+BREAK_GLASS = Counter("ringfence_break_glass_total", "Break glass decisions by outcome", ["outcome"])
+BREAK_GLASS_UNREVIEWED = Gauge(
+    "ringfence_break_glass_unreviewed", "Uses of break glass that nobody has reviewed, by audit's index"
+)
+POLICY_FAILURES = Counter(
+    "ringfence_policy_failures_total", "Requests denied because the policy bundle gave no answer", ["code"]
+)
+"""`code`: policy_timeout, policy_unavailable, policy_invalid."""
+POLICY_BUNDLE_REFUSED = Gauge(
+    "ringfence_policy_bundle_refused",
+    "1 where the bundle on disk was changed and is not used: it does not compile or fails its tests",
+)
+NOTICES = Counter("ringfence_notices_total", "Webhooks that tell people of what waits for them", ["outcome"])
+"""`outcome`: delivered, failed, dropped (too many under way), skipped (answered meanwhile)."""
+SIGNALS = Counter(
+    "ringfence_signals_total", "Ends of leases told to receivers of shared signals", ["outcome"]
+)
+"""`outcome`: delivered, failed (a push that is tried again), refused (the receiver will not have it)."""
+SIGNALS_STUCK = Gauge(
+    "ringfence_signals_stuck_receivers",
+    "Receivers of shared signals that have taken nothing for a while, though there is",
+)
+LEASES_ISSUED = Counter("ringfence_leases_issued_total", "Leases activated", ["backend"])
+ISSUE_REFUSED = Counter("ringfence_issue_refused_total", "Allowed requests that the issuer refused", ["code"])
+LEASES_ENDED = Counter("ringfence_leases_ended_total", "Terminal lease records written", ["status"])
+"""`status`: released, revoked, expired, aborted."""
+EXPIRY_LAG = Histogram(
+    "ringfence_expiry_lag_seconds",
+    "From a lease's deadline to its terminal record on Kafka",
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60),
+)
+SPANS = Counter("ringfence_spans_total", "Spans that were made for traces", ["outcome"])
+"""`outcome`: sent, failed (what takes them was not there, or refused), dropped (too many waited)."""
+AUDIT_EVENTS = Counter("ringfence_audit_events_total", "OCSF events written", ["class_uid"])
+HTTP_REQUESTS = Counter("ringfence_http_requests_total", "HTTP requests answered", ["route", "status"])
+API_TOKENS_UNBOUND = Counter(
+    "ringfence_api_tokens_unbound_total",
+    "API tokens taken whose aud is the trust domain alone, which version 0.2 refuses",
+    ["service"],
+)
+REVOCATIONS_OVERDUE = Gauge(
+    "ringfence_revocations_overdue",
+    "Leases that are cut and could not be undone at their targets for a while",
+)
+TIME_TO_CUT = Histogram(
+    "ringfence_time_to_cut_seconds",
+    "From a revocation's append to Kafka until Redis and every live gateway refuse what it covers",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
+CUTS_UNCONFIRMED = Counter(
+    "ringfence_cuts_unconfirmed_total", "Cuts that a live gateway did not confirm within the grace"
+)
+ORPHANS_UNDONE = Counter(
+    "ringfence_orphans_undone_total",
+    "Credentials found at targets without a lease, and taken back",
+    ["backend"],
+)
+GATEWAY_REFUSED = Counter(
+    "ringfence_gateway_refused_total",
+    "Requests that the gateway's data plane refused by itself, before or after the decision",
+    ["code"],
+)
+GATEWAY_CONNECTIONS = Gauge("ringfence_gateway_connections", "Connections of agents that are open")
+TOMBSTONES = Counter(
+    "ringfence_lease_tombstones_total", "Leases deleted from the lease topic, long after their end"
+)
+ACTIONS = TalliedCounter(
+    "ringfence_actions_total", "Requests of agents decided by the gateway", ["outcome", "access"]
+)
+"""`outcome`: allowed, denied, observed. `access`: read, write, none (CONNECT)."""
+MCP_ANSWERS = Counter(
+    "ringfence_gateway_mcp_answers_total",
+    "What came of requests that were forwarded to MCP endpoints",
+    ["outcome"],
+)
+"""`outcome`: result, tool_error, rpc_error, accepted, transport_error, none."""
+OBSERVED_TARGETS = Gauge(
+    "ringfence_gateway_observed_targets",
+    "Targets at which the gateway blocks nothing, and only records (observe mode)",
+)
+ACTIONS_SPOOLED = Gauge("ringfence_actions_spooled_bytes", "Events on disk that Kafka does not have yet")
+ACTIONS_WAITING = Gauge(
+    "ringfence_actions_waiting", "Requests that the gateway holds back for a person's word"
+)
+DECISION_TIME = TalliedHistogram(
+    "ringfence_action_decision_seconds",
+    "What deciding on one request took",
+    buckets=(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1),
+)

@@ -1,0 +1,240 @@
+"""Settings: `RINGFENCE_*` in the environment, or the settings file (`config_file`); the environment wins."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+from pydantic_settings.exceptions import SettingsError as UnreadableError
+
+from ringfence.kernel.base.config_file import ConfigFile, read_config
+from ringfence.kernel.base.errors import RingfenceError, SettingsError
+from ringfence.kernel.base.secret_refs import Place
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+def _bootstrap(servers: str) -> str:
+    """`host:port[,host:port]`; what Kafka's clients would stumble over is said here."""
+    for server in servers.split(","):
+        host, colon, port = server.strip().rpartition(":")
+        if not (host if colon else port) or (colon and not _is_port(port)) or "/" in server:
+            raise ValueError(f"{server!r} is not host:port")
+        try:
+            (host if colon else port).encode("idna")
+        except UnicodeError:
+            raise ValueError(
+                f"{server!r} names no host: each part of a name has 1 to 63 characters"
+            ) from None
+    return servers
+
+
+def _is_port(text: str) -> bool:
+    return text.isdecimal() and 0 < int(text) < 65_536
+
+
+def _address(text: str) -> str:
+    _, colon, port = text.partition(":")
+    if colon and not _is_port(port):
+        raise ValueError(f"{port} is no port: they go from 1 to 65535")
+    return text
+
+
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/]\S*$")]
+"""`http://host:port` or `https://...`."""
+
+
+class RingfenceSettings(BaseSettings):
+    """Base of all settings classes: reads the environment, then the settings file that counts."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="RINGFENCE_", extra="ignore", frozen=True, use_attribute_docstrings=True
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _TomlTable(settings_cls)
+
+
+class _TomlTable(InitSettingsSource):
+    """The part of the settings file that a settings class owns: the top level, or the table of its prefix.
+
+    `RINGFENCE_POLICY_BUNDLE` in the environment is `bundle` in the table `[policy]`.
+    """
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        super().__init__(settings_cls, table_of(settings_cls, read_config()))
+
+
+def table_of(settings_cls: type[BaseSettings], file: ConfigFile | None) -> dict[str, Any]:
+    """What a settings file says to a settings class. Raises SettingsError."""
+    table: Any = file.content if file else {}
+    prefix = str(settings_cls.model_config.get("env_prefix") or "")
+    for part in prefix.lower().removeprefix("ringfence_").strip("_").split("_"):
+        table = table.get(part, {}) if part else table
+        if file and not isinstance(table, dict):
+            raise SettingsError(f"{file.path}: {part} is the table [{part}], and no value; correct it")
+    return dict(table)
+
+
+class BusSettings(RingfenceSettings):
+    """What anybody needs who talks to Ringfence, agents and sponsors included."""
+
+    kafka: Annotated[str, AfterValidator(_bootstrap)] = "127.0.0.1:9092"
+    """Bootstrap servers, `host:port[,host:port]`."""
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    """`security.protocol`, in Kafka's own words."""
+    kafka_ssl_ca_file: Path | None = None
+    """The authority (PEM) that the brokers' certificates are verified by; the machine's own where not set."""
+    kafka_ssl_cert_file: Path | None = None
+    """The certificate (PEM) that this client shows the brokers (mutual TLS)."""
+    kafka_ssl_key_file: Path | None = None
+    """Its private key (PEM); in the file of the certificate where not set."""
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    kafka_sasl_username: str = ""
+    kafka_sasl_password: Place | None = None
+    """Where the password is read from: `env:NAME`, or `file:PATH` of mode 0600."""
+    topic_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")] = "ringfence"
+    trust_domain: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = "ringfence.local"
+    trust_root: str = ""
+    """The root key's fingerprint (RFC 7638 thumbprint); `ringfence init` prints it."""
+    embedded_broker: bool = False
+    """Set for the embedded broker alone, whose manners differ (`ringfence.kernel.kafka.embedded_broker`)."""
+
+    @model_validator(mode="after")
+    def _names_itself_to_kafka(self) -> Self:
+        if self.kafka_security_protocol.startswith("SASL"):
+            if not (self.kafka_sasl_username and self.kafka_sasl_password):
+                raise ValueError(
+                    f"RINGFENCE_KAFKA_SECURITY_PROTOCOL: {self.kafka_security_protocol} needs "
+                    "RINGFENCE_KAFKA_SASL_USERNAME and RINGFENCE_KAFKA_SASL_PASSWORD (env:NAME or file:PATH)"
+                )
+            if self.kafka_sasl_mechanism == "PLAIN" and self.kafka_security_protocol != "SASL_SSL":
+                raise ValueError(
+                    "RINGFENCE_KAFKA_SASL_MECHANISM: PLAIN sends the password as it is; use it with SASL_SSL alone"
+                )
+        if self.kafka_ssl_key_file is not None and self.kafka_ssl_cert_file is None:
+            raise ValueError(
+                "RINGFENCE_KAFKA_SSL_KEY_FILE: a key without its certificate; set RINGFENCE_KAFKA_SSL_CERT_FILE"
+            )
+        return self
+
+
+class ServiceSettings(BusSettings):
+    """What every service needs."""
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]+$")] = "rf"
+    redis_shards: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Into how many hash slots the leases are spread; the same for all services.
+
+    Where it is another than before, Redis is emptied, and rebuilt from Kafka."""
+    key_file: Path | None = None
+    """The service's private key (JSON, mode 0600); `ringfence init` makes one for each service."""
+    key_dir: Path = Path(".ringfence/keys")
+    """Where `<service>.json` is looked for when `key_file` is not set."""
+    http: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+(:\d{1,5})?$"), AfterValidator(_address)] = (
+        "127.0.0.1"
+    )
+    """`host` or `host:port` of the service's HTTP (health, metrics, API); each service has a port of its own."""
+    http_connections: Annotated[int, Field(ge=8, le=65_535)] = 512
+    """So many connections to it are open at once, half as many of one address. Those that bring nothing make room."""
+    issuer_url: Url = "http://127.0.0.1:8703"
+    """The `iss` of tokens: where the issuer's HTTP is reached from outside."""
+    policy_url: Url = "http://127.0.0.1:8702"
+    """Where policy's HTTP is reached from outside: what AuthZEN calls the policy decision point."""
+    partitions: Annotated[int, Field(ge=1, le=1024)] = 6
+    """Partitions of the topics keyed by agent id."""
+    replication: Annotated[int, Field(ge=1, le=9)] = 1
+    instance: str | None = None
+    """A name for this replica that outlives its process (static group membership, KIP-345): after a crash it takes its
+    partitions up again at once, instead of after the session timeout. No two live replicas may share one."""
+    grace_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
+    """How old a view (of records, of revocations) may be before it denies."""
+    entitlements_max_age_s: Annotated[int, Field(ge=1)] = 30 * 24 * 3600
+    """Past this age a user's entitlements count for nothing."""
+    state_dir: Path | None = None
+    """Where indexes that can be rebuilt are kept; in memory where not set."""
+    otlp_endpoint: Annotated[str, Field(pattern=r"^(https?://\S+)?$")] = ""
+    """Where spans are sent (OTLP over HTTP), as `http://host:4318`; `OTEL_EXPORTER_OTLP_ENDPOINT` where not set, and
+    where that is not set either, none are made."""
+    log_format: Annotated[str, Field(pattern=r"^(json|console)$")] = "json"
+    log_level: Annotated[str, Field(pattern=r"^(debug|info|warning|error)$")] = "info"
+
+
+def load(cls: type[S], **overrides: Any) -> S:
+    """Read settings. Raises SettingsError that names everything that is wrong, all at once."""
+    try:
+        return cls(**overrides)
+    except ValidationError as error:
+        raise wrong(_lines(cls, error)) from None
+    except UnreadableError as error:
+        raise wrong([_no_json(cls, error)]) from None
+
+
+def problems(cls: type[BaseSettings]) -> list[str]:
+    """What is wrong with settings, a line for each, and what is meant instead; empty where nothing is."""
+    try:
+        cls()
+    except ValidationError as error:
+        return _lines(cls, error)
+    except UnreadableError as error:
+        return [_no_json(cls, error)]
+    except SettingsError as error:
+        return [error.message]
+    return []
+
+
+@contextlib.contextmanager
+def of_setting(name: str) -> Iterator[None]:
+    """What goes wrong in here is told as being of this setting. Raises SettingsError."""
+    try:
+        yield
+    except RingfenceError as error:
+        raise SettingsError(f"{name}: {error.message}") from None
+    except OSError as error:
+        raise SettingsError(f"{name}: {error.filename}: {error.strerror}") from None
+
+
+def wrong(lines: Sequence[str]) -> SettingsError:
+    """The error that says all of this."""
+    return SettingsError(
+        "settings are wrong; correct them in the environment or in ringfence.toml:\n  " + "\n  ".join(lines)
+    )
+
+
+def _no_json(cls: type[BaseSettings], error: UnreadableError) -> str:
+    """What is to be JSON in the environment and is none; the error names the field, and nothing of its value."""
+    field = next((name for name in cls.model_fields if f'"{name}"' in str(error)), "")
+    return f"{cls.model_config.get('env_prefix') or ''}{field}".upper() + ": not JSON, which it has to be"
+
+
+def _lines(cls: type[BaseSettings], error: ValidationError) -> list[str]:
+    prefix = cls.model_config.get("env_prefix") or ""
+    found = []
+    for item in error.errors(include_url=False):
+        if not item["loc"]:  # it is about several, and names them
+            found.append(item["msg"].removeprefix("Value error, "))
+            continue
+        field = cls.model_fields.get(str(item["loc"][0]))
+        meant = " ".join((field.description or "").split()) if field else ""
+        name = f"{prefix}{item['loc'][0]}".upper() + "".join(f" ({part})" for part in item["loc"][1:])
+        said = item["msg"].removeprefix("Value error, ")
+        found.append(f"{name}: {said}" + (f". It is: {meant}" if meant else ""))
+    return found

@@ -1,0 +1,230 @@
+"""Keys: private ones as files of mode 0600, public ones as JWKs named by their RFC 7638 thumbprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import cast
+
+import pybase64
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.private_files import make_folders, open_private
+from ringfence.messages.keys import KeyRecord, PublicJwk
+
+_ECDSA = ec.ECDSA(hashes.SHA256())
+_ECDSA_REPEATABLE = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
+"""RFC 6979: the same message by the same key has the same signature, so that whatever is said twice is one text."""
+_URL_SAFE = b"-_"
+_PADDING = (b"", b"===", b"==", b"=")
+_LAST = (b"", b"", b"AQgw", b"AEIMQUYcgkosw048")
+"""By length modulo 4: the last characters whose unused bits are zero."""
+
+
+class KeyFileError(RingfenceError):
+    """A key file is missing, unreadable by design (not 0600), or does not hold a usable key."""
+
+    code = "key_file_invalid"
+
+
+def b64encode(data: bytes) -> str:
+    """base64url without padding (RFC 7515)."""
+    return pybase64.b64encode_as_string(data, _URL_SAFE).rstrip("=")
+
+
+def b64decode(text: str | bytes) -> bytes:
+    """Decode strict base64url without padding. Raises ValueError for anything that `b64encode` would not write."""
+    raw = text.encode("ascii") if isinstance(text, str) else text
+    # The decoder lets these pass: what base64 without `url` uses, and padding.
+    if b"=" in raw or b"+" in raw or b"/" in raw:
+        raise ValueError("not base64url without padding")
+    rest = len(raw) % 4
+    data = pybase64.b64decode(raw + _PADDING[rest], _URL_SAFE, validate=True)
+    if rest and raw[-1] not in _LAST[rest]:
+        raise ValueError("not canonical base64url: bits that belong to no byte are set")
+    return data
+
+
+def thumbprint(jwk: PublicJwk) -> str:
+    """The RFC 7638 thumbprint (SHA-256, base64url): the `kid` of every key in Ringfence."""
+    members = {"crv": jwk.crv, "kty": jwk.kty, "x": jwk.x}
+    if jwk.kty == "EC":
+        members["y"] = jwk.y or ""
+    canonical = json.dumps(members, sort_keys=True, separators=(",", ":"))
+    return b64encode(hashlib.sha256(canonical.encode()).digest())
+
+
+@dataclass(frozen=True, slots=True)
+class PublicKey:
+    """A key that verifies signatures with the one algorithm that belongs to its curve."""
+
+    kid: str
+    alg: str
+    _key: ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey = field(repr=False)
+
+    def verifies(self, signature: bytes, data: bytes) -> bool:
+        """True where `signature` (JWS form: raw R||S for ES256) is this key's over `data`."""
+        # By `alg`, not by class: the classes of `cryptography` are abstract, and asking them costs as much as a hash.
+        try:
+            if self.alg == "EdDSA":
+                cast(ed25519.Ed25519PublicKey, self._key).verify(signature, data)
+            elif len(signature) == 64:
+                r, s = int.from_bytes(signature[:32]), int.from_bytes(signature[32:])
+                key = cast(ec.EllipticCurvePublicKey, self._key)
+                key.verify(encode_dss_signature(r, s), data, _ECDSA)
+            else:
+                return False
+        except InvalidSignature:
+            return False
+        return True
+
+
+@lru_cache(maxsize=65_536)
+def _public_key(kty: str, crv: str, x: str, y: str | None) -> PublicKey:
+    jwk = PublicJwk(kty=kty, crv=crv, x=x, y=y)  # type: ignore[arg-type]
+    if (kty, crv) == ("OKP", "Ed25519"):
+        return PublicKey(thumbprint(jwk), "EdDSA", ed25519.Ed25519PublicKey.from_public_bytes(b64decode(x)))
+    if (kty, crv) == ("EC", "P-256"):
+        x_bytes, y_bytes = b64decode(x), b64decode(y or "")
+        if len(x_bytes) != 32 or len(y_bytes) != 32:
+            raise ValueError("coordinates of P-256 have 32 bytes")
+        numbers = ec.EllipticCurvePublicNumbers(
+            int.from_bytes(x_bytes), int.from_bytes(y_bytes), ec.SECP256R1()
+        )
+        return PublicKey(thumbprint(jwk), "ES256", numbers.public_key())
+    raise ValueError(f"keys of {kty} {crv} do not sign; use EC P-256 (ES256) or OKP Ed25519 (EdDSA)")
+
+
+def public_key(jwk: PublicJwk) -> PublicKey:
+    """The verifying key of a JWK. Raises ValueError where it is no P-256 or Ed25519 key."""
+    return _public_key(jwk.kty, jwk.crv, jwk.x, jwk.y)
+
+
+def valid_key(keys: tuple[KeyRecord, ...], kid: str, at_s: float) -> PublicKey | None:
+    """The key named `kid` among `keys` if it counts at `at_s`, and its name is indeed its thumbprint."""
+    for record in keys:
+        if record.kid == kid and record.not_before <= at_s < record.not_after:
+            try:
+                key = public_key(record.jwk)
+            except ValueError:
+                return None
+            return key if key.kid == kid else None
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class SigningKey:
+    """A private key, and the SPIFFE ID that it speaks for."""
+
+    id: str
+    public: PublicJwk
+    kid: str
+    alg: str
+    _key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey = field(repr=False)
+
+    @classmethod
+    def generate(cls, id: str, alg: str = "ES256") -> SigningKey:
+        """A fresh key for `id`; `alg` is ES256 or EdDSA."""
+        if alg == "ES256":
+            return cls._of(id, ec.generate_private_key(ec.SECP256R1()))
+        if alg == "EdDSA":
+            return cls._of(id, ed25519.Ed25519PrivateKey.generate())
+        raise ValueError(f"unknown algorithm {alg!r}; use ES256 or EdDSA")
+
+    @classmethod
+    def _of(cls, id: str, key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> SigningKey:
+        if isinstance(key, ed25519.Ed25519PrivateKey):
+            jwk = PublicJwk(kty="OKP", crv="Ed25519", x=b64encode(key.public_key().public_bytes_raw()))
+            return cls(id, jwk, thumbprint(jwk), "EdDSA", key)
+        numbers = key.public_key().public_numbers()
+        jwk = PublicJwk(
+            kty="EC", crv="P-256", x=b64encode(numbers.x.to_bytes(32)), y=b64encode(numbers.y.to_bytes(32))
+        )
+        return cls(id, jwk, thumbprint(jwk), "ES256", key)
+
+    def sign(self, data: bytes, *, repeatable: bool = True) -> bytes:
+        """The signature in JWS form (RFC 7518, 3.4: raw R||S for ES256).
+
+        `repeatable`: the same data always has the same one. What need not be, costs a little less.
+        """
+        if self.alg == "EdDSA":
+            return cast(ed25519.Ed25519PrivateKey, self._key).sign(data)
+        key = cast(ec.EllipticCurvePrivateKey, self._key)
+        r, s = decode_dss_signature(key.sign(data, _ECDSA_REPEATABLE if repeatable else _ECDSA))
+        return r.to_bytes(32) + s.to_bytes(32)
+
+    def record(self, not_after: int, not_before: int = 0) -> KeyRecord:
+        """The public half, valid in `[not_before, not_after)`, as it stands in messages."""
+        return KeyRecord(kid=self.kid, jwk=self.public, not_before=not_before, not_after=not_after)
+
+    def save(self, path: Path) -> None:
+        """Write the private key to a new file of mode 0600. Raises KeyFileError where a file is there already."""
+        if isinstance(self._key, ed25519.Ed25519PrivateKey):
+            d = self._key.private_bytes_raw()
+        else:
+            d = self._key.private_numbers().private_value.to_bytes(32)
+        save_private(path, self.id, self.public, d)
+
+    @classmethod
+    def load(cls, path: Path) -> SigningKey:
+        """Read a private key. Raises KeyFileError where others may read the file, or it holds no usable key."""
+        id, crv, d = load_private(path)
+        try:
+            if crv == "Ed25519":
+                return cls._of(id, ed25519.Ed25519PrivateKey.from_private_bytes(d))
+            if crv == "P-256":
+                return cls._of(id, ec.derive_private_key(int.from_bytes(d), ec.SECP256R1()))
+        except ValueError:
+            pass  # the message below says it; the original could quote the key
+        raise unusable(path)
+
+
+def save_private(path: Path, id: str, public: PublicJwk, d: bytes) -> None:
+    """Write a private key to a new file of mode 0600. Raises KeyFileError where a file is there already."""
+    make_folders(path.parent)
+    text = json.dumps(
+        {"id": id, "jwk": {**public.model_dump(exclude_none=True), "d": b64encode(d)}}, indent=1
+    )
+    try:
+        descriptor = open_private(path, os.O_WRONLY | os.O_EXCL)
+    except FileExistsError:
+        raise KeyFileError(f"{path} exists already; move it away, or name another file") from None
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text + "\n")
+
+
+def load_private(path: Path) -> tuple[str, str, bytes]:
+    """What stands in the file of a private key: whose it is, its curve, its secret. Raises KeyFileError."""
+    try:
+        mode = path.stat().st_mode & 0o777
+        text = path.read_bytes()
+    except OSError as error:
+        raise KeyFileError(
+            f"cannot read the key file {path}: {error.strerror}; make one or name another"
+        ) from None
+    if mode & 0o077:
+        raise KeyFileError(f"{path} can be read by others (mode {mode:o}); run: chmod 600 {path}")
+    try:
+        data = json.loads(text)
+        id, crv, d = data["id"], data["jwk"]["crv"], b64decode(data["jwk"]["d"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise unusable(path) from None  # the original could quote the key
+    if not isinstance(id, str) or not isinstance(crv, str):
+        raise unusable(path)
+    return id, crv, d
+
+
+def unusable(path: Path) -> KeyFileError:
+    """What is said of a file that holds no private key of the kind that is needed."""
+    return KeyFileError(
+        f"{path} does not hold a private key of Ringfence; make one with: ringfence key new "
+        "(for services: ringfence init)"
+    )

@@ -1,0 +1,188 @@
+"""Envelopes: what several readers may open, each with a key that it keeps. JWE (RFC 7516) in General JSON.
+
+Anybody can seal to a public key: what is inside has to say, by a signature, whose word it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import orjson
+from cryptography.hazmat.primitives.asymmetric import x25519
+from joserfc import jwe
+from joserfc.errors import JoseError
+from joserfc.jwk import ECKey, OKPKey
+from joserfc.registry import HeaderParameter
+
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jwe import check_reply_key
+from ringfence.kernel.crypto.keys import (
+    b64decode,
+    b64encode,
+    load_private,
+    save_private,
+    thumbprint,
+    unusable,
+)
+from ringfence.messages.keys import KeyRecord, PublicJwk
+
+ABOUT = "about"
+"""The protected header that tells, in the clear, what is inside: readers find it without opening everything."""
+MAX_ENVELOPE_BYTES = 2 * 1024 * 1024
+MAX_RECIPIENTS = 256
+
+_REGISTRY = jwe.JWERegistry(
+    header_registry={ABOUT: HeaderParameter("What is inside", "str")},
+    algorithms=["ECDH-ES+A256KW", "A256GCM"],
+    max_recipients=MAX_RECIPIENTS,
+)
+_REGISTRY.max_ciphertext_length = MAX_ENVELOPE_BYTES
+
+_MALFORMED = (
+    JoseError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError
+)  # fmt: skip
+"""What joserfc raises for headers and keys that strangers made up: not only its own errors."""
+
+
+class Opener(Protocol):
+    """Opens envelopes that are sealed to any of its keys."""
+
+    @property
+    def kids(self) -> frozenset[str]:
+        """The names of the keys."""
+        ...
+
+    def open(self, envelope: str | bytes) -> bytes:
+        """The plaintext. Raises InvalidMessageError where it is no envelope, or none for these keys."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EncryptionKey:
+    """A private X25519 key that opens envelopes, and the SPIFFE ID of who keeps it. It signs nothing."""
+
+    id: str
+    public: PublicJwk
+    kid: str
+    _key: x25519.X25519PrivateKey = field(repr=False)
+
+    @classmethod
+    def generate(cls, id: str) -> EncryptionKey:
+        """A fresh key for `id`."""
+        return cls._of(id, x25519.X25519PrivateKey.generate())
+
+    @classmethod
+    def _of(cls, id: str, key: x25519.X25519PrivateKey) -> EncryptionKey:
+        public = PublicJwk(kty="OKP", crv="X25519", x=b64encode(key.public_key().public_bytes_raw()))
+        return cls(id, public, thumbprint(public), key)
+
+    @property
+    def kids(self) -> frozenset[str]:
+        """Its name, as the only one."""
+        return frozenset({self.kid})
+
+    def record(self, not_after: int, not_before: int = 0) -> KeyRecord:
+        """The public half, valid in `[not_before, not_after)`, as it stands in the trust bundle."""
+        return KeyRecord(kid=self.kid, jwk=self.public, not_before=not_before, not_after=not_after)
+
+    def save(self, path: Path) -> None:
+        """Write the private key to a new file of mode 0600. Raises KeyFileError where a file is there already."""
+        save_private(path, self.id, self.public, self._key.private_bytes_raw())
+
+    @classmethod
+    def load(cls, path: Path) -> EncryptionKey:
+        """Read a private key. Raises KeyFileError where others may read the file, or it holds no such key."""
+        id, crv, d = load_private(path)
+        if crv != "X25519" or len(d) != 32:
+            raise unusable(path)
+        return cls._of(id, x25519.X25519PrivateKey.from_private_bytes(d))
+
+    def open(self, envelope: str | bytes) -> bytes:
+        """The plaintext of an envelope that has this key among its recipients.
+
+        Raises InvalidMessageError where it is no envelope, or none for this key.
+        """
+        data = _parsed(envelope)
+        mine = [one for one in data["recipients"] if _kid(one) == self.kid]
+        if len(mine) != 1:
+            raise InvalidMessageError("the envelope is not sealed to this key", code="not_a_recipient")
+        own = {**self.public.model_dump(exclude_none=True), "d": b64encode(self._key.private_bytes_raw())}
+        try:
+            only = cast(jwe.GeneralJSONSerialization, {**data, "recipients": mine})
+            plaintext = jwe.decrypt_json(only, OKPKey.import_key(own), registry=_REGISTRY).plaintext
+        except _MALFORMED as error:
+            raise InvalidMessageError(
+                f"cannot open the envelope: {type(error).__name__}", code="seal_broken"
+            ) from None
+        if plaintext is None:
+            raise InvalidMessageError("the envelope is empty", code="seal_broken")
+        return plaintext
+
+
+def usable(keys: Iterable[KeyRecord], at_s: float) -> tuple[KeyRecord, ...]:
+    """Those of the keys that count at `at_s` and can be sealed to: one that is no key must not stop the others."""
+    found = {}
+    for record in keys:
+        if not record.not_before <= at_s < record.not_after or record.kid != thumbprint(record.jwk):
+            continue
+        try:
+            check_reply_key(record.jwk)
+        except InvalidMessageError:
+            continue
+        found[record.kid] = record
+    return tuple(found.values())
+
+
+def enclose(plaintext: bytes, to: Iterable[KeyRecord], *, about: str) -> str:
+    """Seal to each of the keys, which are `usable`; `about` stands in the clear, and is part of what is sealed.
+
+    Raises InvalidMessageError where there is no key, or more than an envelope may have.
+    """
+    recipients = list(to)
+    if not 0 < len(recipients) <= MAX_RECIPIENTS:
+        raise InvalidMessageError(
+            f"an envelope has 1 to {MAX_RECIPIENTS} recipients, not {len(recipients)}", code="recipients"
+        )
+    envelope = jwe.GeneralJSONEncryption({"enc": "A256GCM", ABOUT: about}, plaintext)
+    for record in recipients:
+        fields = record.jwk.model_dump(exclude_none=True)
+        key = ECKey.import_key(fields) if record.jwk.kty == "EC" else OKPKey.import_key(fields)
+        envelope.add_recipient({"alg": "ECDH-ES+A256KW", "kid": record.kid}, key)
+    return json.dumps(jwe.encrypt_json(envelope, None, registry=_REGISTRY), separators=(",", ":"))
+
+
+def unverified_about(envelope: bytes) -> str | None:
+    """What an envelope says that it is about, unverified: good to find one, as opening it proves the rest."""
+    try:
+        header = orjson.loads(b64decode(_parsed(envelope)["protected"]))
+        about = header[ABOUT]
+    except (InvalidMessageError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return about if isinstance(about, str) else None
+
+
+def recipients_of(envelope: str | bytes) -> tuple[str, ...]:
+    """The `kid` of each key that an envelope says it is sealed to. Raises InvalidMessageError where it is none."""
+    return tuple(kid for one in _parsed(envelope)["recipients"] if (kid := _kid(one)) is not None)
+
+
+def _parsed(envelope: str | bytes) -> dict[str, Any]:
+    if len(envelope) > MAX_ENVELOPE_BYTES:
+        raise InvalidMessageError("the envelope is too large", code="too_large")
+    try:
+        data = orjson.loads(envelope)
+    except ValueError:
+        data = None
+    if not isinstance(data, dict) or not isinstance(data.get("recipients"), list):
+        raise InvalidMessageError("not a JWE in General JSON serialisation", code="not_an_envelope")
+    return data
+
+
+def _kid(recipient: object) -> str | None:
+    header = recipient.get("header") if isinstance(recipient, Mapping) else None
+    kid = header.get("kid") if isinstance(header, Mapping) else None
+    return kid if isinstance(kid, str) else None

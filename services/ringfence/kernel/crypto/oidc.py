@@ -1,0 +1,266 @@
+"""Identity tokens of issuers outside (JWT, RFC 7519, by the rules of RFC 8725), verified with keys that are at hand.
+
+What is at the edge goes through PyJWT, which knows RSA; `ringfence.kernel.crypto.jws` is for messages of Ringfence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from pydantic import ValidationError
+
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.base.strict_json import json_object
+from ringfence.kernel.base.text import visible_name
+from ringfence.kernel.crypto.jws import LEEWAY_S, explain
+from ringfence.kernel.crypto.keys import b64decode
+from ringfence.messages.oidc import OidcAlgorithm, OidcKey
+
+ALGORITHMS: tuple[str, ...] = get_args(OidcAlgorithm)
+MAX_TOKEN_BYTES = 16 * 1024
+MAX_KEYS = 32
+_MIN_RSA_BITS = 2048
+_TYPES = (None, "JWT", "JOSE")
+"""What an identity token may call itself in `typ`; an access token says `at+jwt` (RFC 9068)."""
+_JWS = jwt.PyJWS()
+_USUAL: dict[tuple[Any, Any], OidcAlgorithm] = {
+    ("RSA", None): "RS256",
+    ("EC", "P-256"): "ES256",
+    ("OKP", "Ed25519"): "EdDSA",
+}
+"""By kind and curve: what a key signs with that does not say it."""
+
+
+class TokenError(RingfenceError):
+    """An identity token does not count. `code` says why; the message never holds the token."""
+
+    code = "token_invalid"
+
+
+class JwksError(RingfenceError):
+    """A JWKS (RFC 7517, 5) cannot be used: it is none, or has no key that may verify identity tokens."""
+
+    code = "jwks_invalid"
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityToken:
+    """A verified token."""
+
+    issuer: str
+    subject: str
+    issued_at_s: int
+    expires_at_s: int
+    kid: str
+    """The issuer's key that verified it."""
+    digest: str
+    """SHA-256 (hex) of what was signed: what it is remembered by. An ECDSA signature has a second form that verifies
+    too, so the whole text would not do."""
+    claims: Mapping[str, Any]
+
+
+def unverified_issuer(token: str) -> str:
+    """The `iss` of a token that nobody has verified: good for finding whose keys to verify it with, never to decide.
+
+    Raises TokenError (`token_malformed`) where there is none.
+    """
+    issuer = _unverified(token, 1).get("iss")
+    if not isinstance(issuer, str):
+        raise TokenError("the token has no `iss`", code="token_malformed")
+    return issuer
+
+
+def unverified_kid(token: str) -> str:
+    """The name of the key that a token says it is signed with. Raises TokenError (`token_malformed`)."""
+    kid = _unverified(token, 0).get("kid")
+    if not isinstance(kid, str) or not kid:
+        raise TokenError("the token does not name its key (`kid`)", code="token_malformed")
+    return kid
+
+
+def verify(
+    token: str,
+    keys: Sequence[OidcKey],
+    *,
+    issuer: str,
+    audience: str | tuple[str, ...],
+    at_s: float,
+    max_age_s: int,
+    leeway_s: int = LEEWAY_S,
+) -> IdentityToken:
+    """Verify a token and return what it says.
+
+    Args:
+        token: a JWS in compact serialisation.
+        keys: those of the issuer.
+        issuer: what `iss` must be, to the letter.
+        audience: what `aud` must be, alone: a token that is for others too may have come from them. Of several here
+            any one will do.
+        at_s: the moment that it is judged at; where it came by Kafka, the append time.
+        max_age_s: how long ago it may have been issued, whatever its `exp` says.
+        leeway_s: how far the issuer's clock may be off.
+
+    Raises:
+        TokenError: `token_malformed`, `alg_not_allowed`, `key_unknown`, `signature_invalid`, `iss_unexpected`,
+            `aud_unexpected`, `expired`, `not_yet_valid`, `iat_in_future` or `too_old`.
+    """
+    header, kid = _header(token), unverified_kid(token)
+    key = next((key for key in keys if key.kid == kid), None)
+    if key is None:
+        raise TokenError(
+            f"{issuer} has no key {visible_name(kid[:80])!r} that is known here", code="key_unknown"
+        )
+    if header.get("alg") != key.alg:
+        raise TokenError(
+            f"alg is {str(header.get('alg'))[:16]!r}, that of the key is {key.alg}", code="alg_not_allowed"
+        )
+    try:
+        payload = _JWS.decode_complete(token, _public_key(key), algorithms=[key.alg])["payload"]
+        claims = json_object(payload)
+    except jwt.InvalidSignatureError:
+        raise TokenError(
+            f"the signature is not by key {visible_name(kid[:80])} of {issuer}", code="signature_invalid"
+        ) from None
+    except (jwt.PyJWTError, JwksError, ValueError):
+        raise TokenError("not a JWT that can be read in one way only", code="token_malformed") from None
+    return _judged(token, kid, claims, issuer, audience, at_s, max_age_s, leeway_s)
+
+
+def _judged(
+    token: str,
+    kid: str,
+    claims: dict[str, Any],
+    issuer: str,
+    audience: str | tuple[str, ...],
+    at_s: float,
+    max_age_s: int,
+    leeway_s: int,
+) -> IdentityToken:
+    if claims.get("iss") != issuer:
+        raise TokenError(
+            f"iss is {str(claims.get('iss'))[:200]!r}, expected {issuer!r}", code="iss_unexpected"
+        )
+    wanted = (audience,) if isinstance(audience, str) else audience
+    given = claims.get("aud")
+    if isinstance(given, list) and len(given) == 1:
+        (given,) = given
+    if not isinstance(given, str) or given not in wanted:
+        raise TokenError(
+            f"aud is {str(given)[:200]!r}; ask for a token for {wanted[0]!r} alone", code="aud_unexpected"
+        )
+    issued, ends = _moment(claims, "iat"), _moment(claims, "exp")
+    if at_s >= ends + leeway_s:
+        raise TokenError(f"expired {at_s - ends:.0f} s ago; get a new one", code="expired")
+    if issued > at_s + leeway_s:
+        raise TokenError(f"iat lies {issued - at_s:.0f} s ahead; compare the clocks", code="iat_in_future")
+    if "nbf" in claims and _moment(claims, "nbf") > at_s + leeway_s:
+        raise TokenError("nbf lies ahead; compare the clocks, or wait", code="not_yet_valid")
+    if at_s - issued > max_age_s + leeway_s:
+        raise TokenError(
+            f"issued {at_s - issued:.0f} s ago, and may be {max_age_s} s old; get a new one", code="too_old"
+        )
+    subject = claims.get("sub")
+    if not isinstance(subject, str) or not subject:
+        raise TokenError("the token has no `sub`", code="token_malformed")
+    return IdentityToken(
+        issuer, subject, int(issued), int(ends), kid, digest(token.rpartition(".")[0]), claims
+    )
+
+
+def _moment(claims: Mapping[str, Any], name: str) -> float:
+    value = claims.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
+        raise TokenError(f"the token has no `{name}` that is a time", code="token_malformed")
+    return value
+
+
+def _header(token: str) -> dict[str, Any]:
+    header = _unverified(token, 0)
+    if "crit" in header or "b64" in header:
+        raise TokenError(
+            "its header asks for what is not understood here (crit, b64)", code="token_malformed"
+        )
+    typ = header.get("typ")
+    if (typ.upper() if isinstance(typ, str) else typ) not in _TYPES:
+        raise TokenError(f"typ is {str(typ)[:40]!r}: this is no identity token", code="token_malformed")
+    if header.get("alg") not in ALGORITHMS:
+        raise TokenError(
+            f"alg is {str(header.get('alg'))[:16]!r}; it may be {', '.join(ALGORITHMS)}",
+            code="alg_not_allowed",
+        )
+    return header
+
+
+def _unverified(token: str, part: int) -> dict[str, Any]:
+    if len(token) > MAX_TOKEN_BYTES:
+        raise TokenError(
+            f"a token of {len(token)} bytes; the limit is {MAX_TOKEN_BYTES}", code="token_malformed"
+        )
+    parts = token.split(".")
+    try:
+        if len(parts) != 3:
+            raise ValueError("not three parts")
+        return json_object(b64decode(parts[part]))
+    except ValueError:
+        raise TokenError("not a JWT in compact serialisation", code="token_malformed") from None
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def read_jwks(text: str | bytes) -> tuple[OidcKey, ...]:
+    """The keys of a JWKS that may verify identity tokens; those for encryption and of other kinds are passed over.
+
+    A key that does not name its algorithm has that of its kind (RSA: RS256). Raises JwksError where none is left, where
+    two have one name, or an RSA key is too short.
+    """
+    try:
+        listed = json_object(text.encode() if isinstance(text, str) else text)["keys"]
+        found = [key for each in listed if (key := _usable(each)) is not None]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise JwksError('not a JWKS: it has no list "keys" of JWKs (RFC 7517, 5)') from None
+    if not found:
+        raise JwksError(f"the JWKS has no key for {', '.join(ALGORITHMS)}")
+    if len(found) > MAX_KEYS:
+        raise JwksError(f"the JWKS has {len(found)} keys; the limit is {MAX_KEYS}")
+    if len({key.kid for key in found}) < len(found):
+        raise JwksError("two keys of the JWKS have one name (kid)")
+    for key in found:
+        _public_key(key)
+    return tuple(found)
+
+
+def _usable(jwk: dict[str, Any]) -> OidcKey | None:
+    """A JWK as a key, or None where it is for something else. Private members are never taken over."""
+    kind = (jwk.get("kty"), jwk.get("crv"))
+    usual = _USUAL.get(kind)
+    alg = jwk.get("alg", usual)
+    if usual is None or alg not in (usual, "PS256" if usual == "RS256" else usual):
+        return None
+    if jwk.get("use") == "enc" or "verify" not in jwk.get("key_ops", ["verify"]):
+        return None
+    if not jwk.get("kid"):
+        raise JwksError("a key of the JWKS has no name (kid), so that no token can name it")
+    members = ("kid", "kty", "n", "e") if usual == "RS256" else ("kid", "kty", "crv", "x", "y")
+    try:
+        return OidcKey.model_validate({"alg": alg, **{name: jwk[name] for name in members if name in jwk}})
+    except ValidationError as error:
+        raise JwksError(f"a key of the JWKS is malformed: {explain(error)}") from None
+
+
+def _public_key(key: OidcKey) -> jwt.PyJWK:
+    try:
+        found = jwt.PyJWK(json.loads(key.model_dump_json(exclude_none=True)), algorithm=key.alg)
+    except (jwt.PyJWTError, ValueError):
+        raise JwksError(f"key {visible_name(key.kid[:80])} of the JWKS is malformed") from None
+    if isinstance(found.key, RSAPublicKey) and found.key.key_size < _MIN_RSA_BITS:
+        raise JwksError(
+            f"key {visible_name(key.kid[:80])} of the JWKS has {found.key.key_size} bits; it must have {_MIN_RSA_BITS}"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Kafka: connection, producer, consumer groups, readers of whole topics, administration."""

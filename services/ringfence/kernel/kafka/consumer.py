@@ -1,0 +1,568 @@
+"""Consumer groups: batches in, effects, then the commit. At least once, and never past what failed.
+
+A batch that fails is tried again, for ever, with backoff; only what is *invalid* is dead-lettered. The consumer reads
+aiokafka directly (ADR 0001).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.abc import ConsumerRebalanceListener
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
+
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.ids import derived_id, digest
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.jws import UnverifiedJws, parse, unverified_time
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.assignors import AllToOneAssignor, ByInstance
+from ringfence.kernel.kafka.committing import COMMIT_MS, Commits
+from ringfence.kernel.kafka.connection import connection
+from ringfence.kernel.kafka.data_loss import NO_RESET, OnGone, Onward
+from ringfence.kernel.kafka.fetch_control import Fetches, Gathering, fetch_options
+from ringfence.kernel.kafka.producer import Publisher, Received, paced, received
+from ringfence.kernel.tracing.api import NOT_TRACING, Tracing
+from ringfence.messages.base import Topic
+from ringfence.messages.operations import DeadLetter
+from ringfence.messages.topics import DEAD_LETTER
+
+log = logging.getLogger(__name__)
+
+BatchHandler = Callable[[Sequence[Received]], Awaitable[None]]
+"""Takes a batch to its durable effects. Raises only for what may work later; the same batch comes again then."""
+Handler = Callable[[Received], Awaitable[Awaitable[object] | None]]
+"""Takes one record to its durable effects, but for what it returns: that is awaited before its batch counts as done.
+InvalidMessageError sends it to the dead letters."""
+
+MAX_INVALID_SIGNED = 20
+"""More malformed records of one topic than this halt its consumer, where services that may write them signed them: a
+bad deploy must not divert everything."""
+_LEAVE_S = 2.0
+_MOST_LOGGED = 500
+"""Characters of a reason: it may quote what somebody chose."""
+BURST_MS = 600_000
+"""Within such a time."""
+_COPY_AFTER_S = 3600
+"""A record that says it was signed so long before Kafka had it is a copy: anybody can append an old one again."""
+_IDLE_MS = 1000
+_AWAY_S = 0.5
+
+
+class HaltedError(RingfenceError):
+    """A consumer stopped itself: too many malformed records from services that may write them. Needs a person."""
+
+    code = "consumer_halted"
+
+    def __init__(self, message: str, record: Received) -> None:
+        super().__init__(message)
+        self.record = record
+        """The first that is not dead-lettered any more."""
+
+
+class DeadLetters:
+    """Where invalid records go: coordinates and the reason, never the payload."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        service: str,
+        clock: Clock,
+        trust: TrustStore | None = None,
+        trust_moved: Callable[[], Awaitable[bool]] | None = None,
+        *,
+        halts: bool = True,
+    ) -> None:
+        """Args:
+            trust: says what services signed; without it nothing halts.
+            trust_moved: whether a trust bundle came that was not known a moment ago; asked where a key is unknown.
+            halts: whether a bad deploy halts what buries here. Not where what is lost is a hint, and its writers many.
+        """  # fmt: skip
+        self._trust = trust
+        self._trust_moved = trust_moved
+        self._halts = halts
+        self._publisher = publisher
+        self._service = service
+        self._clock = clock
+        self._malformed: dict[str, dict[str, int]] = {}
+        """By topic, so that who may write to one halts nobody who reads another: when which came, by their digests, so
+        that somebody who sends one again and again stops nobody."""
+
+    async def bury(self, record: Received, error: InvalidMessageError) -> None:
+        """Report one invalid record. Raises as `bury_soon` does; Kafka has the letter when this returns."""
+        await (await self.bury_soon(record, error))
+
+    async def bury_soon(self, record: Received, error: InvalidMessageError) -> Awaitable[Any]:
+        """Hand over the report on one invalid record. Await what it returns for the broker's acknowledgement.
+
+        Raises HaltedError at the limit of malformed records from services that may write them, UnavailableError where
+        its key may be known by now, or counts once the bundle that has expired is followed by another: the same record
+        is to be looked at again.
+        """
+        if error.code == "key_unknown" and self._trust_moved is not None and await self._trust_moved():
+            raise UnavailableError(f"a new trust bundle came meanwhile, so once more: {error}")
+        if error.code == "key_unknown" and self._trust is not None:
+            self._trust.require_judgeable(record.topic, record.value, record.appended_at_ms / 1000)
+        if self._is_of_a_bad_deploy(record, error):
+            self._count(record, error)
+        log.warning(
+            "dead-lettered %s/%d@%d: %s (%s)",
+            record.topic_name,
+            record.partition,
+            record.offset,
+            str(error)[:_MOST_LOGGED],
+            error.code,
+            extra=of_a_kind(record.topic_name, error.code),
+        )
+        record.span.refused(error.code)
+        metrics.RECORDS.labels(record.topic.what, "dead_lettered").inc()
+        letter = DeadLetter(
+            source=record.coordinates,
+            service=self._service,
+            code=error.code,
+            reason=str(error)[:2000].encode(errors="replace").decode(),  # it may quote what is no text
+            at_ms=self._clock.now_ms(),
+        )
+        id = derived_id("dead-letter", self._service, record.topic_name, record.partition, record.offset)
+        return await self._publisher.send(
+            DEAD_LETTER,
+            record.topic_name,
+            letter.model_dump_json(exclude_none=True),
+            id=id,
+            type=DEAD_LETTER.what,
+            traceparent=record.traceparent,
+        )
+
+    def _is_of_a_bad_deploy(self, record: Received, error: InvalidMessageError) -> bool:
+        """Whether a service that may write this message on this topic signed it, and it has no shape known here.
+
+        Whatever else services sign is as any stranger's. So is what a key signed that has ended since: once a stolen
+        key is rotated, what the thief left behind halts nobody who is started again.
+        """
+        if not self._halts or self._trust is None or error.code != "claims_invalid":
+            return False
+        try:
+            jws = parse(record.value)
+        except InvalidMessageError:
+            return False
+        roles, at_s = record.topic.signed_by(jws.header.typ), record.appended_at_ms / 1000
+        return (
+            not _is_a_copy(jws, at_s)
+            and self._trust.signed_by_service(jws, at_s, roles)
+            and self._trust.signed_by_service(jws, self._clock.now_ms() / 1000, roles)
+        )
+
+    def _count(self, record: Received, error: InvalidMessageError) -> None:
+        """Raises HaltedError where it is one too many. Those before it do not halt where they are handled once more."""
+        since_ms = record.appended_at_ms - BURST_MS
+        before = self._malformed.get(record.topic_name, {})
+        recent = {mark: at_ms for mark, at_ms in before.items() if at_ms >= since_ms}
+        self._malformed[record.topic_name] = recent
+        mark = digest(record.value)
+        if mark not in recent and len(recent) >= MAX_INVALID_SIGNED:
+            raise HaltedError(
+                f"{MAX_INVALID_SIGNED + 1} malformed records on {record.topic_name} within {BURST_MS // 60_000} min, "
+                "all signed by services that may write there; consumption is halted: look at its dead letters, mend "
+                "who wrote them, then restart this service; the last, at "
+                f"{record.partition}@{record.offset}: {error}",
+                record,
+            )
+        recent[mark] = record.appended_at_ms
+
+
+def _is_a_copy(jws: UnverifiedJws, at_s: float) -> bool:
+    signed_s = unverified_time(jws)
+    return signed_s is not None and signed_s < at_s - _COPY_AFTER_S
+
+
+def one_by_one(handle: Handler, letters: DeadLetters) -> BatchHandler:
+    """A batch handler that takes records in order, each after the one before.
+
+    What is invalid holds up nothing: its dead letters are waited for together, at the end, with what `handle` returned.
+    """
+
+    async def handle_batch(batch: Sequence[Received]) -> None:
+        outstanding = list[Awaitable[Any]]()
+        try:
+            for record in batch:
+                try:
+                    if (later := await handle(record)) is not None:
+                        outstanding.append(later)
+                    metrics.RECORDS.labels(record.topic.what, "done").inc()
+                except InvalidMessageError as error:
+                    outstanding.append(await letters.bury_soon(record, error))
+                record.span.end()
+        finally:
+            await gather_all(outstanding)
+
+    return handle_batch
+
+
+def side_by_side(handle: Handler, letters: DeadLetters) -> BatchHandler:
+    """A batch handler that takes all records of a batch at once. For handlers to which order means nothing."""
+
+    async def settle(record: Received) -> bool:
+        try:
+            if (later := await handle(record)) is not None:
+                await later
+            done = True
+        except InvalidMessageError as error:
+            await letters.bury(record, error)
+            done = False
+        record.span.end()
+        return done
+
+    async def handle_batch(batch: Sequence[Received]) -> None:
+        done = await gather_all(settle(record) for record in batch)
+        metrics.RECORDS.labels(batch[0].topic.what, "done").inc(sum(done))
+
+    return handle_batch
+
+
+async def gather_all(work: Iterable[Awaitable[Any]]) -> list[Any]:
+    """Run all to their ends, then raise the first failure, if any: nothing is left running behind a raised error."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def _before(batch: Sequence[Received], halting: Received) -> list[Received]:
+    """The records of a batch that stand before this one; none where it is not in the batch."""
+    place = (halting.topic_name, halting.partition, halting.offset)
+    for i, record in enumerate(batch):
+        if (record.topic_name, record.partition, record.offset) == place:
+            return list(batch[:i])
+    return []
+
+
+async def _left(consumer: AIOKafkaConsumer, commits: Commits) -> None:
+    await commits.flush()
+    with contextlib.suppress(KafkaError):
+        await consumer.stop()
+
+
+class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
+    """One member of a consumer group over some topics, each with its batch handler."""
+
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        group: str,
+        handlers: dict[Topic[Any], BatchHandler],
+        *,
+        max_records: int = 32,
+        linger_ms: int = 0,
+        on_assigned: Callable[[], Awaitable[None]] | None = None,
+        alone: bool = False,
+        patience_ms: int = 600_000,
+        on_gone: OnGone | None = None,
+        on_halted: Callable[[HaltedError], Awaitable[None]] | None = None,
+        from_the_first: bool = False,
+        uncommitted: bool = False,
+        tracing: Tracing = NOT_TRACING,
+    ) -> None:
+        """Args:
+            group: the name of the group, without the topic prefix.
+            handlers: topics of one partition count are assigned together (range assignor), so that whatever is keyed
+                alike comes to the same member. Of what came together, earlier topics are handled before later ones; in
+                one batch, where topics that follow each other have the same handler.
+            max_records: small batches keep latency even; 32 was the best of those measured.
+            linger_ms: let records gather for so long, where nobody waits for what comes of them: few large batches
+                take far less CPU than many small ones.
+            on_assigned: awaited before the first record after each assignment, e.g. until a local table is complete.
+            alone: one member has all partitions, the others stand by.
+            patience_ms: after so long over one batch a member counts as dead.
+            on_gone: told of records that Kafka removed before this group had read them.
+            on_halted: told once where this member has halted.
+            from_the_first: whether that counts as well of what was gone before the group read its first record.
+            uncommitted: read also what no transaction has committed, for whoever looks for what should not be there.
+        """  # fmt: skip
+        self._uncommitted = uncommitted
+        self._on_halted = on_halted
+        self._halting: asyncio.Task[None] | None = None
+        self._patience_ms = patience_ms
+        self._tracing = tracing
+        self.group = f"{settings.topic_prefix}.{group}"
+        self._settings = settings
+        self._handlers = {topic.name(settings.topic_prefix): handler for topic, handler in handlers.items()}
+        self._topics = {topic.name(settings.topic_prefix): topic for topic in handlers}
+        self._max_records = max_records
+        self._linger_ms = linger_ms
+        self._on_assigned = on_assigned
+        way = AllToOneAssignor if alone else RangePartitionAssignor
+        self._assignor = ByInstance(way, settings.instance)
+        self._assigned_anew = True
+        self._gathering = Gathering(max_records)
+        self._gathering_s = 0.0
+        self._consumer: AIOKafkaConsumer | None = None
+        self._commits: Commits | None = None
+        self._fetches: Fetches | None = None
+        self._ahead: dict[TopicPartition, tuple[int, Received]] = {}
+        """What was read ahead of each partition, behind the batch under way: the first offset and the last record."""
+        self._draining = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._onward = Onward(self.group, on_gone, from_the_first=from_the_first)
+        self.gone = self._onward.gone
+        """What Kafka removed, or lost."""
+        self.halted: str | None = None
+        self.running = False
+
+    def owns(self, topic_name: str, partition: int) -> bool:
+        """Whether this member has this partition now: for background work that one member of the group does."""
+        if self._consumer is None:
+            return False
+        return TopicPartition(topic_name, partition) in self._consumer.assignment()
+
+    async def run(self) -> None:
+        """Consume until cancelled. Connection failures are retried inside."""
+        consumer = AIOKafkaConsumer(
+            **connection(self._settings),
+            group_id=self.group,
+            group_instance_id=self._settings.instance,
+            enable_auto_commit=False,
+            auto_offset_reset=NO_RESET,
+            **fetch_options(self._topics.values(), uncommitted=self._uncommitted),
+            session_timeout_ms=10_000,
+            heartbeat_interval_ms=1_000,
+            max_poll_interval_ms=self._patience_ms,
+            partition_assignment_strategy=(self._assignor,),
+        )
+        fetches, commits = paced(consumer, self._settings, self._linger_ms), Commits(consumer)
+        consumer.subscribe(list(self._topics), listener=self)
+        try:
+            await self._start(consumer)
+            self._consumer, self._commits, self._fetches = consumer, commits, fetches
+            self.running = True
+            while not self._draining.is_set():
+                await self._step(consumer, fetches, commits)
+        finally:
+            self.running = False
+            self._consumer = self._commits = self._fetches = None
+            if self._halting is not None:
+                self._halting.cancel()
+            # Whoever is cancelled meanwhile still leaves the group: else the others wait until its session is over.
+            leaving = asyncio.create_task(_left(consumer, commits), name=f"leaving {self.group}")
+            try:
+                await asyncio.shield(leaving)
+            except asyncio.CancelledError:
+                await asyncio.wait([leaving], timeout=_LEAVE_S)
+                raise
+
+    async def read_ahead(self) -> list[Received]:
+        """What comes behind the batch under way, within a second. For a handler whose batch waits for somebody else.
+
+        The batch is done only when these records are as well: where the handler raises, they come again.
+        """
+        consumer, fetches, commits = self._consumer, self._fetches, self._commits
+        ends = self._draining.is_set() or self.halted is not None
+        if consumer is None or fetches is None or commits is None or ends:
+            await asyncio.sleep(_AWAY_S)
+            return []
+        try:
+            batches = await self._next(consumer, fetches, commits)
+        except KafkaError as error:
+            log.warning("reading ahead failed, trying again: %s", error)
+            await asyncio.sleep(_AWAY_S)
+            return []
+        found = list[Received]()
+        for partition, records in batches.items():
+            read = [received(record, self._topics) for record in records]
+            first, _ = self._ahead.get(partition, (read[0].offset, None))
+            self._ahead[partition] = min(first, read[0].offset), read[-1]
+            found += read
+        return found
+
+    async def settle_early(self, records: Iterable[Received]) -> None:
+        """Commit these, though what was read behind them is not done yet. All that came before them must be done."""
+        if self._commits is not None:
+            self._commits.done(records)
+            await self._commits.flush()
+
+    async def drain(self) -> None:
+        """Take nothing new, and return once what was taken is done and committed. It may never be: bound the wait."""
+        self._draining.set()
+        if self.halted is None:
+            await self._idle.wait()
+            if self._commits is not None:
+                await self._commits.flush()
+
+    async def _start(self, consumer: AIOKafkaConsumer) -> None:
+        while True:
+            try:
+                await consumer.start()
+                return
+            except UnknownTopicOrPartitionError:
+                log.error("a topic of %s is missing; run: ringfence topics apply", list(self._topics))
+            except KafkaError as error:
+                log.error("Kafka at %s does not answer: %s", self._settings.kafka, error)
+            await asyncio.sleep(1)
+
+    async def _step(self, consumer: AIOKafkaConsumer, fetches: Fetches, commits: Commits) -> None:
+        try:
+            batches = await self._next(consumer, fetches, commits)
+        except KafkaError as error:
+            log.warning("reading failed, trying again: %s", error)
+            await asyncio.sleep(_AWAY_S)
+            return
+        if self._draining.is_set():  # what is not committed comes again, to whoever is there then
+            return
+        if not batches:
+            if commits.waiting:
+                await commits.flush()
+            else:
+                metrics.HANDLING_LAG.labels(self.group).set(0)
+            return
+        # What comes while a batch is handled gathers at the broker for the next one: read ahead, every handler would be
+        # given a batch of one or two.
+        fetches.hold()
+        self._idle.clear()
+        try:
+            await self._handle(consumer, commits, batches)
+            if not self._linger_ms:
+                self._gathering_s = self._gathering.after(sum(map(len, batches.values())))
+        finally:
+            self._idle.set()
+
+    async def _next(
+        self, consumer: AIOKafkaConsumer, fetches: Fetches, commits: Commits
+    ) -> dict[TopicPartition, list[Any]]:
+        """What is left of what came before; then what comes. Raises KafkaError."""
+        if fetches.held:
+            batches = await self._onward.next(consumer, timeout_ms=0, max_records=self._max_records)
+            if not batches:
+                fetches.go_on(self._gathering_s)
+            if commits.due:
+                await commits.flush()
+            if batches:
+                return batches
+        timeout_ms = COMMIT_MS if commits.waiting else _IDLE_MS
+        return await self._onward.next(consumer, timeout_ms=timeout_ms, max_records=self._max_records)
+
+    async def _handle(
+        self, consumer: AIOKafkaConsumer, commits: Commits, batches: dict[TopicPartition, list[Any]]
+    ) -> None:
+        while self._assigned_anew and self._on_assigned is not None:
+            self._assigned_anew = False  # before it is awaited: meanwhile there may be yet another assignment
+            await self._on_assigned()
+        by_topic: dict[str, list[Received]] = {}
+        for partition, records in batches.items():
+            by_topic.setdefault(partition.topic, []).extend(
+                received(record, self._topics) for record in records
+            )
+        # What one handler takes comes to it together.
+        for handler, names in itertools.groupby(self._handlers, self._handlers.__getitem__):
+            batch = [record for name in names for record in by_topic.get(name, ())]
+            if batch and not await self._settle(consumer, commits, handler, batch):
+                return
+
+    def _tell_lag(self, batch: Sequence[Received]) -> None:
+        oldest_ms = min(record.appended_at_ms for record in batch)
+        metrics.HANDLING_LAG.labels(self.group).set(max(0, SystemClock().now_ms() - oldest_ms) / 1000)
+
+    async def _settle(
+        self, consumer: AIOKafkaConsumer, commits: Commits, handler: BatchHandler, batch: list[Received]
+    ) -> bool:
+        """Handle a batch until it is done and may be committed. What was assigned away meanwhile is somebody else's.
+
+        False where it failed and the consumer is to end: it is not committed, and comes again.
+        """
+        attempt = 0
+        while True:
+            mine = consumer.assignment()
+            batch = [record for record in batch if (record.topic_name, record.partition) in mine]
+            if not batch:
+                if self.halted is not None:
+                    await self._stand_still(commits)
+                return True
+            self._ahead.clear()
+            try:
+                with self._tracing.received(batch, self.group) as traced:
+                    await handler(traced)
+                self._tell_lag(batch)
+                break
+            except HaltedError as error:
+                if self.halted is None:
+                    self.halted = str(error)
+                    metrics.HALTED.labels(self.group).set(1)
+                    log.critical("%s", error)
+                    self._halting = asyncio.create_task(self._tell_halted(error), name=f"halted {self.group}")
+                # Those before it are taken to their ends and committed: else who is started again would halt at the
+                # same batch for ever, and an order that came before would wait for as long.
+                if not self._was_read_ahead(error.record):
+                    batch = _before(batch, error.record)
+            except Exception as error:
+                delay_s = min(5.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
+                attempt = min(attempt + 1, 10)
+                metrics.BATCH_RETRIES.labels(self.group).inc()
+                self._tell_lag(batch)
+                known = isinstance(error, RingfenceError | KafkaError | OSError)
+                why = str(error) or type(error).__name__
+                log.warning(
+                    "a batch of %d from %s failed, again in %.1f s: %s",
+                    len(batch),
+                    batch[0].topic_name,
+                    delay_s,
+                    why,
+                    exc_info=None if known else error,
+                    extra=of_a_kind(self.group, type(error).__name__, getattr(error, "code", "")),
+                )
+                await commits.flush()
+                self._rewind(consumer)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._draining.wait(), delay_s)
+                if self._draining.is_set():
+                    return False
+        if self.halted is not None:
+            commits.done(batch)
+            await self._stand_still(commits)
+        commits.done([*batch, *(last for _, last in self._ahead.values())])
+        self._ahead.clear()
+        return True
+
+    async def _stand_still(self, commits: Commits) -> None:
+        """Until a person restarts the service."""
+        await commits.flush()
+        await asyncio.Event().wait()
+
+    async def _tell_halted(self, error: HaltedError) -> None:
+        if self._on_halted is None:
+            return
+        try:
+            await self._on_halted(error)
+        except (RingfenceError, KafkaError, OSError) as failure:  # the log, the metric and `/readyz` say it
+            log.warning("that %s has halted was not told to audit: %s", self.group, failure)
+
+    def _was_read_ahead(self, record: Received) -> bool:
+        first, _ = self._ahead.get(TopicPartition(record.topic_name, record.partition), (None, None))
+        return first is not None and first <= record.offset
+
+    def _rewind(self, consumer: AIOKafkaConsumer) -> None:
+        """What was read ahead of a batch that failed comes again."""
+        for partition, (first, _) in self._ahead.items():
+            if partition in consumer.assignment():
+                consumer.seek(partition, first)
+        self._ahead.clear()
+
+    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        """Called by aiokafka before a rebalance: the batch under way goes on, and comes again if its commit fails."""
+        # Not beside a batch, which may commit by itself, in a transaction: the group would be set back behind that.
+        if self._commits is not None and self._idle.is_set():
+            await self._commits.flush()
+
+    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        """Called by aiokafka after a rebalance."""
+        self._assigned_anew = True

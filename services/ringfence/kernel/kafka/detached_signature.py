@@ -1,0 +1,28 @@
+"""Signed messages that stand on their topic as plain JSON, the signature in a header (RFC 7515, appendix F).
+
+Anybody reads them with whatever reads JSON. Who acts on one puts the two together again, and has a JWS as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ringfence.kernel.crypto.keys import b64decode, b64encode
+
+SIGNATURE = "signature"
+"""The header: the compact JWS without its payload, `<header>..<signature>`."""
+
+
+def apart(compact: str) -> tuple[bytes, bytes]:
+    """The JSON that was signed, to the byte, and what makes a JWS of it again."""
+    head, payload, signature = compact.split(".")
+    return b64decode(payload), f"{head}..{signature}".encode()
+
+
+def together(value: bytes, headers: Sequence[tuple[str, bytes | None]]) -> bytes:
+    """The compact JWS of JSON and its signature; nothing is verified. As it came where either is missing."""
+    beside = next((header for name, header in headers if name == SIGNATURE), None)
+    if beside is None or not value.startswith(b"{"):
+        return value
+    head, _, signature = beside.partition(b"..")
+    return b".".join((head, b64encode(value).encode(), signature))

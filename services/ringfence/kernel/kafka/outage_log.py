@@ -1,0 +1,115 @@
+"""While Kafka is away its clients say so hundreds of times a second: here that is one line, one now and then, and one
+when it is back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from aiokafka.errors import KafkaConnectionError, NodeNotReadyError, RequestTimedOutError
+
+from ringfence.kernel.base.now_and_then import Tally, now_and_then
+from ringfence.kernel.base.settings import BusSettings
+from ringfence.kernel.kafka.probe import answers
+
+log = logging.getLogger(__name__)
+
+NOW_AND_THEN_S = 30.0
+_QUIET_S = 2.0
+"""So long nobody complained before it counts as back: clients try again several times a second."""
+_LOOK_S = 0.5
+_CLIENTS = (
+    "aiokafka",
+    *(f"ringfence.kernel.kafka.{name}" for name in ("consumer", "committing", "fetch_control", "producer")),
+)
+_NO_CONNECTION = (KafkaConnectionError, NodeNotReadyError, RequestTimedOutError, OSError)
+_WHATEVER_WHY = ("Unable connect to ", "Unable to update metadata ", "Unable to request metadata ")
+"""So begins what aiokafka says of it, if perhaps without such an error."""
+_COMES_OF_IT = ("Marking the coordinator dead ", "not known to be caught up with ", "not known where ")
+"""Meanwhile, what is no more than to be expected."""
+_FIRST_TIME = 'Unable connect to "'
+"""A client that is only being made: whoever makes it is told by an error, and says so."""
+
+
+class KafkaTrouble(logging.Filter):
+    """Holds back what is said of connections that do not come about. `watch` says how it goes on."""
+
+    def __init__(self, settings: BusSettings, now_s: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._settings = settings
+        self._now_s = now_s
+        self._lock = threading.Lock()
+        self._since_s: float | None = None
+        self._tally = self._begun(0.0)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is to be written. The first of many is, in words that say what it is about."""
+        if not _is_of_a_client(record.name) or record.levelno < logging.WARNING:
+            return True
+        trouble, message = _is_trouble(record), record.getMessage()
+        with self._lock:
+            if not trouble:
+                expected = self._since_s is not None and str(record.msg).startswith(_COMES_OF_IT)
+                self._tally.left_out += expected
+                return not expected
+            now_s = self._now_s()
+            if self._since_s is None:
+                self._since_s, self._tally = now_s, self._begun(now_s)
+            if str(record.msg).startswith(_FIRST_TIME):
+                self._tally.leave_out(message, now_s)
+                return False
+            if told := self._tally.tells(message, now_s):
+                record.msg = "Kafka at %s does not answer as it should, trying again until it does: %s"
+                record.args = (self._settings.kafka, message)
+            return told
+
+    async def watch(self) -> None:
+        """Say how it goes on, for ever."""
+        # Did it end, everything was held back from then on, and nobody said so.
+        await now_and_then(_LOOK_S, self.look, "not known whether Kafka is back")
+
+    async def look(self) -> None:
+        """Say what there is to say now: that it is back, or that it is still away."""
+        since_s = self._since_s
+        if since_s is None:
+            return
+        if self._now_s() - self._tally.latest_s >= _QUIET_S and await answers(self._settings):
+            self._tell_back(since_s)
+        elif self._tally.due(self._now_s()):
+            with self._lock:
+                left_out = self._tally.told(self._now_s())
+            log.warning(
+                "Kafka at %s has not answered as it should for %.0f s; left out %d messages about it, the last: %s",
+                self._settings.kafka,
+                self._now_s() - since_s,
+                left_out,
+                self._tally.last,
+            )
+
+    def _tell_back(self, since_s: float) -> None:
+        with self._lock:
+            if self._now_s() - self._tally.latest_s < _QUIET_S:  # it went on while we asked
+                return
+            lasted_s, left_out = self._tally.latest_s - since_s, self._tally.left_out
+            self._since_s = None
+        log.warning(
+            "Kafka at %s is back after %.1f s; left out %d messages about it",
+            self._settings.kafka,
+            lasted_s,
+            left_out,
+        )
+
+    def _begun(self, now_s: float) -> Tally:
+        return Tally(now_s, first=1, every_s=NOW_AND_THEN_S)
+
+
+def _is_trouble(record: logging.LogRecord) -> bool:
+    args = record.args if isinstance(record.args, tuple) else ()
+    return any(isinstance(arg, _NO_CONNECTION) for arg in args) or str(record.msg).startswith(_WHATEVER_WHY)
+
+
+def _is_of_a_client(name: str) -> bool:
+    return name in _CLIENTS or name.startswith("aiokafka.")

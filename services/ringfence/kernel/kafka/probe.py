@@ -1,0 +1,166 @@
+"""What answers where Kafka should be, for people to be told: a client of Kafka learns no more than that it failed.
+
+Only asks what anybody may ask. Nobody is told a password, and who is not believed is shown no certificate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import struct
+from dataclasses import dataclass
+
+from aiokafka.conn import collect_hosts
+
+from ringfence.kernel.base.settings import BusSettings
+
+WITHIN_S = 3.0
+"""For one listener to answer in."""
+_MAX_ASKED = 5
+_MAX_ANSWER = 1024 * 1024
+_API_VERSIONS, _SASL_HANDSHAKE = (18, 0), (17, 1)
+"""Key and version of requests (https://kafka.apache.org/protocol): what any client may ask before anything else."""
+_UNSUPPORTED_MECHANISM, _NO_SASL_HERE = 33, 34
+_CORRELATION = 0x52464E43
+"""By which an answer is known as one to us."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A listener of Kafka's, as it was found."""
+
+    tls: bool
+    sasl: bool | None
+    """None where it does not say, as where it wants to see a certificate first."""
+    mechanisms: tuple[str, ...] = ()
+    disbelieved: str = ""
+    """Why its certificate is not believed with the settings, where it was looked at."""
+
+    @property
+    def protocol(self) -> str:
+        """As `RINGFENCE_KAFKA_SECURITY_PROTOCOL` names it."""
+        wire = "SSL" if self.tls else "PLAINTEXT"
+        return f"SASL_{wire}" if self.sasl else wire
+
+
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """No Kafka was found there, and why."""
+
+    why: str
+
+
+Found = Listener | Silence
+
+
+def addresses(settings: BusSettings) -> list[tuple[str, int]]:
+    """Where the settings say that brokers are, as the client itself reads them."""
+    return [(host, port) for host, port, _ in collect_hosts(settings.kafka, randomize=False)]
+
+
+async def look(settings: BusSettings, context: ssl.SSLContext | None) -> dict[str, Found]:
+    """What is at the first few addresses of the settings. `context`: what certificates are believed by, with TLS."""
+    asked = addresses(settings)[:_MAX_ASKED]
+    found = await asyncio.gather(*(_look_at(host, port, context) for host, port in asked))
+    return {f"{host}:{port}": one for (host, port), one in zip(asked, found, strict=True)}
+
+
+async def answers(settings: BusSettings) -> bool:
+    """Whether anything takes connections at any of the addresses."""
+    found = await asyncio.gather(*(_connects(host, port) for host, port in addresses(settings)[:_MAX_ASKED]))
+    return None in found
+
+
+async def _look_at(host: str, port: int, context: ssl.SSLContext | None) -> Found:
+    if silence := await _connects(host, port):
+        return Silence(silence)
+    if (sasl := await _asked(host, port, None)) is not None:
+        return Listener(False, *sasl)
+    if (sasl := await _asked(host, port, _anybody())) is None:
+        return Silence("something listens there that is no Kafka, or does not answer")
+    return Listener(True, *sasl, disbelieved=await _disbelieved(host, port, context) if context else "")
+
+
+async def _connects(host: str, port: int) -> str | None:
+    """Why there is no connection, or None where there is one."""
+    try:
+        async with asyncio.timeout(WITHIN_S):
+            _, writer = await asyncio.open_connection(host, port)
+    except TimeoutError:
+        return f"nothing answered within {WITHIN_S:g} s"
+    except socket.gaierror:
+        return f"there is no host {host}"
+    except OSError as error:
+        refused = isinstance(error, ConnectionRefusedError)
+        return "nothing listens there" if refused else f"no way there ({error.strerror or error})"
+    writer.close()
+    return None
+
+
+async def _asked(
+    host: str, port: int, context: ssl.SSLContext | None
+) -> tuple[bool | None, tuple[str, ...]] | None:
+    """Whether SASL is spoken there, and by which mechanisms; None where this is no way to speak to it at all."""
+    writer, spoken = None, False
+    try:
+        async with asyncio.timeout(WITHIN_S):
+            reader, writer = await asyncio.open_connection(host, port, ssl=context)
+            spoken = context is not None
+            await _exchange(reader, writer, _API_VERSIONS, b"")
+            spoken = True
+            answer = await _exchange(reader, writer, _SASL_HANDSHAKE, struct.pack(">h", 1) + b"?")
+            return _mechanisms(answer)
+    except (OSError, EOFError, ValueError, struct.error):
+        # With TLS 1.3 who wants to see a certificate says so only after the handshake.
+        return (None, ()) if spoken else None
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+async def _exchange(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, api: tuple[int, int], body: bytes
+) -> bytes:
+    """One question and its answer, without its header. Raises ValueError where it is none of Kafka's."""
+    request = struct.pack(">hhi", *api, _CORRELATION) + struct.pack(">h", -1) + body
+    writer.write(struct.pack(">i", len(request)) + request)
+    await writer.drain()
+    size, correlation = struct.unpack(">ii", await reader.readexactly(8))
+    if correlation != _CORRELATION or not 4 <= size <= _MAX_ANSWER:
+        raise ValueError("no answer of Kafka")
+    return await reader.readexactly(size - 4)
+
+
+def _mechanisms(answer: bytes) -> tuple[bool | None, tuple[str, ...]]:
+    code, count = struct.unpack_from(">hi", answer)
+    if code == _NO_SASL_HERE:
+        return False, ()
+    if code != _UNSUPPORTED_MECHANISM:
+        return None, ()
+    found, at = [], 6
+    for _ in range(min(count, 100)):
+        (length,) = struct.unpack_from(">h", answer, at)
+        found.append(answer[at + 2 : at + 2 + length].decode("ascii", "replace"))
+        at += 2 + length
+    return True, tuple(found)
+
+
+def _anybody() -> ssl.SSLContext:
+    """Believes every certificate: it is only asked which protocol is spoken, and nothing else is said."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+async def _disbelieved(host: str, port: int, context: ssl.SSLContext) -> str:
+    try:
+        async with asyncio.timeout(WITHIN_S):
+            _, writer = await asyncio.open_connection(host, port, ssl=context)
+    except ssl.SSLCertVerificationError as error:
+        return str(error.verify_message)
+    except OSError:
+        return ""
+    writer.close()
+    return ""

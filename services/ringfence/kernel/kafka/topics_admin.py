@@ -1,0 +1,245 @@
+"""Creating topics and checking that they are what the contract says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.protocol.admin import CreateAclsRequest
+
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.kafka.acls import Acl, Party
+from ringfence.kernel.kafka.connection import connection, no_answer
+from ringfence.kernel.kafka.topics_altering import AlterConfigs
+from ringfence.messages.base import Topic
+from ringfence.messages.topics import ALL, HEARTBEAT, LEASE
+
+_ANY_HOST, _ALLOW = "*", 3
+"""In Kafka's protocol: ACLs hold from everywhere, and allow (`AclPermissionType`)."""
+
+_HEARTBEAT_BYTES = 1024 * 1024
+"""Kept of them at most, where anything is bounded: some minutes. They come on an idle system too, and only the last of
+each service counts; but one record of a stranger's, as large as a broker takes, is not to push out those that audit is
+about to look at.
+"""
+
+
+_SEEN_WITHIN_S, _LOOK_EVERY_S = 30.0, 0.05
+"""Kafka's controller acknowledges what its brokers hear of a moment later; whoever is told "done" may ask a broker."""
+
+_TOPIC = "topic"
+"""What differs where it is not there."""
+_NO_END = -1
+"""`retention.ms` of what is kept for ever."""
+_POLICY = "cleanup.policy"
+_KEPT_LONGER = frozenset({"retention.ms", "min.compaction.lag.ms"})
+"""Of these a lower value lets Kafka remove what an organisation chose to keep: that is left to a person."""
+
+
+class TopicError(RingfenceError):
+    """The broker refused to create, describe or alter a topic, or to create an ACL."""
+
+    code = "topic_refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One way in which a topic is not what the contract says."""
+
+    topic: str
+    what: str
+    expected: str
+    found: str
+
+
+def _removes_more(difference: Difference) -> bool:
+    """Whether to set this right would let Kafka remove records that it keeps now."""
+    # What is only compacted, or has no policy at all, keeps each key's last for ever.
+    if difference.what == _POLICY:
+        return difference.expected == "delete" and "delete" not in difference.found
+    if difference.what not in _KEPT_LONGER or not difference.found.lstrip("-").isdigit():
+        return False
+    found = int(difference.found)
+    return found == _NO_END or found > int(difference.expected)
+
+
+def partitions_of(topic: Topic[Any], settings: ServiceSettings) -> int:
+    """How many partitions a topic has: one count for all that are keyed by agent (and for leases), else one."""
+    return settings.partitions if topic.by_agent or topic is LEASE else 1
+
+
+def _bounds(topic: Topic[Any], keep_bytes: int | None) -> dict[str, str]:
+    """Kafka deletes whole segments: four of them make the bound."""
+    if keep_bytes is None or topic.compacted:
+        return {}
+    if topic is HEARTBEAT:
+        keep_bytes = min(keep_bytes, _HEARTBEAT_BYTES)
+    return {"retention.bytes": str(keep_bytes), "segment.bytes": str(keep_bytes // 4)}
+
+
+class TopicsAdmin:
+    """Use as an async context manager."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self._settings = settings
+        self._client = AIOKafkaAdminClient(**connection(settings))
+
+    async def __aenter__(self) -> TopicsAdmin:
+        try:
+            await self._client.start()
+        except KafkaError as error:
+            await self._client.close()
+            raise await no_answer(self._settings, error) from None
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+
+    async def apply(self, *, keep_bytes: int | None = None) -> list[str]:
+        """Create every topic that is not there. Returns the names of those created, once a broker shows all topics.
+        Raises TopicError.
+
+        `keep_bytes` bounds each partition of what is not compacted as well: for a broker that has all in memory.
+        """
+        present = set(await self._client.list_topics())
+        wanted = [t for t in ALL if t.name(self._settings.topic_prefix) not in present]
+        if not wanted:
+            return []
+        answer = await self._client.create_topics(
+            [
+                NewTopic(
+                    name=topic.name(self._settings.topic_prefix),
+                    num_partitions=partitions_of(topic, self._settings),
+                    replication_factor=self._settings.replication,
+                    topic_configs=topic.configs() | _bounds(topic, keep_bytes),
+                )
+                for topic in wanted
+            ]
+        )
+        created = list[str]()
+        for name, code, *rest in answer.topic_errors:
+            if not code:
+                created.append(name)
+            elif for_code(code) is not TopicAlreadyExistsError:
+                raise TopicError(
+                    f"the broker refused topic {name}: {for_code(code).__name__} {rest[0] if rest else ''}"
+                )
+        names = {topic.name(self._settings.topic_prefix) for topic in wanted}
+
+        async def missing() -> set[str]:
+            return names - set(await self._client.list_topics())
+
+        await _until_none(missing)
+        return created
+
+    async def set_right(self) -> tuple[list[Difference], list[Difference]]:
+        """Set what `apply` sets at creation on topics that are there. Returns what was set, and what was left:
+        partitions and replicas, which nobody changes by the way, and what keeps records longer than the contract asks.
+
+        Raises TopicError.
+        """
+        right, left = list[Difference](), list[Difference]()
+        settings = {name for topic in ALL for name in topic.configs()}
+        for difference in await self.check():
+            if difference.what == _TOPIC:
+                continue
+            may = difference.what in settings and not _removes_more(difference)
+            (right if may else left).append(difference)
+        for name in dict.fromkeys(one.topic for one in right):
+            wanted = {one.what: one.expected for one in right if one.topic == name}
+            answer = await self._client._send_to_controller(AlterConfigs(name, wanted))
+            for code, message, *_ in answer.responses:
+                if code:
+                    raise TopicError(
+                        f"the broker refused to set {', '.join(wanted)} of topic {name}: {for_code(code).__name__} "
+                        f"{message or ''}; whoever asks needs AlterConfigs on it"
+                    )
+
+        async def unchanged() -> list[str]:
+            wrong = {(one.topic, one.what) for one in await self.check()}
+            return [f"{one.what} of {one.topic}" for one in right if (one.topic, one.what) in wrong]
+
+        if right:
+            await _until_none(unchanged)
+        return right, left
+
+    async def grant(self, wanted: Iterable[Acl], principals: Mapping[Party, str]) -> int:
+        """Create these ACLs; those that are there already stay as they are. Returns how many. Raises TopicError."""
+        count = 0
+        for acl in wanted:
+            request = CreateAclsRequest(
+                acl.resource_type,
+                acl.name,
+                acl.pattern,
+                principals[acl.party],
+                _ANY_HOST,
+                acl.operation,
+                _ALLOW,
+            )
+            answer = await self._client._send_to_controller(request)
+            for code, message in answer.creation_responses:
+                if code:
+                    raise TopicError(
+                        f"the broker refused ACLs: {for_code(code).__name__} {message or ''}; it needs an authorizer, "
+                        "and whoever asks needs Alter on the cluster"
+                    )
+            count += 1
+        return count
+
+    async def check(self) -> list[Difference]:
+        """Compare the broker's topics with the contract. Empty where all is as it should be."""
+        found: list[Difference] = []
+        names = {topic.name(self._settings.topic_prefix): topic for topic in ALL}
+        present = set(await self._client.list_topics())
+        found += [Difference(name, _TOPIC, "present", "missing") for name in names if name not in present]
+        there = [name for name in names if name in present]
+        if not there:  # asked for no topic, a broker describes all that it has
+            return found
+        for description in await self._client.describe_topics(there):
+            name = description["topic"]
+            expected = partitions_of(names[name], self._settings)
+            if len(description["partitions"]) != expected:
+                found.append(
+                    Difference(name, "partitions", str(expected), str(len(description["partitions"])))
+                )
+            replicas = min(len(one["replicas"]) for one in description["partitions"])
+            if replicas < self._settings.replication:
+                found.append(Difference(name, "replicas", str(self._settings.replication), str(replicas)))
+        resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in there]
+        for response in await self._client.describe_configs(resources):
+            for code, message, _, name, entries in response.resources:
+                if code:
+                    raise TopicError(
+                        f"the broker does not describe topic {name}: {for_code(code).__name__} {message or ''}; "
+                        "whoever asks needs DescribeConfigs on it"
+                    )
+                actual = {entry[0]: entry[1] for entry in entries}
+                for key, value in names[name].configs().items():
+                    if actual.get(key) != value:
+                        found.append(Difference(name, key, value, str(actual.get(key))))
+        return found
+
+
+async def _until_none(find: Callable[[], Awaitable[Iterable[str]]]) -> None:
+    """Return once nothing is found of what the controller has acknowledged and a broker does not show. Raises
+    TopicError.
+    """
+    found = ""
+    try:
+        async with asyncio.timeout(_SEEN_WITHIN_S):
+            while True:
+                found = ", ".join(sorted(await find()))
+                if not found:
+                    return
+                await asyncio.sleep(_LOOK_EVERY_S)
+    except TimeoutError:
+        raise TopicError(
+            f"Kafka acknowledged what its broker does not show after {_SEEN_WITHIN_S:g} s: {found}; look at the "
+            "broker's log, then run this again"
+        ) from None

@@ -1,0 +1,102 @@
+"""Who may call: bearer tokens (RFC 6750), known by their SHA-256 alone.
+
+A token has 256 random bits, so a plain hash is enough, and guessing is hopeless; wrong ones are limited so that they do
+not fill the logs and the trail.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+from ringfence.kernel.base.errors import SettingsError
+from ringfence.kernel.base.secret_refs import PlaceError, read_place
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_LINE = re.compile(rf"(?P<name>{_NAME.pattern})\s+sha256:(?P<hash>[0-9a-f]{{64}})")
+MAX_WRONG = 10
+"""So many wrong tokens within `WRONG_WINDOW_MS` are told one by one."""
+WRONG_WINDOW_MS = 60_000
+
+
+def new_token(name: str) -> tuple[str, str]:
+    """A fresh token, and the line of the file that lets it in. Raises SettingsError for a name that none can have."""
+    if not _NAME.fullmatch(name):
+        raise SettingsError(f"{name!r} is no name of a token: up to 64 of A-Z, a-z, 0-9, '.', '_', '-'")
+    token = secrets.token_urlsafe(32)
+    return token, f"{name} sha256:{_hash(token)}"
+
+
+def read_tokens(file: Path, setting: str) -> Mapping[str, str]:
+    """The hashes in a file to the names of their tokens; `setting` names the file, for errors. Raises SettingsError."""
+    try:
+        lines = read_place(f"file:{file}", "the bearer tokens").splitlines()
+    except PlaceError as error:
+        raise SettingsError(f"{setting}: {error}") from None
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = _LINE.fullmatch(line.strip())
+        if match is None:
+            raise SettingsError(
+                f"{setting}: line {number} of {file} is not NAME sha256:HASH; make one with: "
+                "ringfence provisioner new-token"
+            )
+        found[match["hash"]] = match["name"]
+    return found
+
+
+class Tokens:
+    """The tokens that are let in. Their file is read again when it has changed: a token is replaced without a stop."""
+
+    def __init__(self, file: Path, setting: str) -> None:
+        """`setting`: what names the file, for errors. Raises SettingsError."""
+        self._file = file
+        self._setting = setting
+        self._seen = file.stat().st_mtime_ns if file.exists() else 0
+        self._names = read_tokens(file, setting)
+
+    def name_of(self, authorization: str | None) -> str | None:
+        """The name of the token in an `Authorization` header, or None where it is none that is let in."""
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        presented = _hash(token.strip())
+        found = None
+        for known, name in self._current().items():  # all of them, so that the time tells nothing
+            if hmac.compare_digest(known, presented):
+                found = name
+        return found
+
+    def _current(self) -> Mapping[str, str]:
+        try:
+            seen = self._file.stat().st_mtime_ns
+            if seen != self._seen:
+                self._names, self._seen = read_tokens(self._file, self._setting), seen
+        except (OSError, SettingsError):
+            return {}  # whoever takes the file away lets nobody in
+        return self._names
+
+
+class WrongTokens:
+    """How many wrong tokens came lately."""
+
+    def __init__(self) -> None:
+        self._at_ms: deque[int] = deque(maxlen=MAX_WRONG)
+
+    def add(self, now_ms: int) -> bool:
+        """One more. Whether it is to be told: not where there were `MAX_WRONG` within the window."""
+        if len(self._at_ms) == MAX_WRONG and self._at_ms[0] > now_ms - WRONG_WINDOW_MS:
+            return False
+        self._at_ms.append(now_ms)
+        return True
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -1,0 +1,89 @@
+"""Logs: structlog over the standard library, one JSON object a line on stderr, without secrets.
+
+Lines quote strangers, and people read them on terminals, also what is in the JSON: nothing in them is invisible or
+moves a cursor, and none begins where a stranger wants it to.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import structlog
+
+from ringfence.kernel.base.secret_scrubber import REDACTED, without_secrets
+from ringfence.kernel.base.terminal import filter_tracebacks, indented
+from ringfence.kernel.base.text import visible, visible_lines, visible_name
+
+_TOKEN = re.compile(r"(?<![\w-])[\w-]{16,}\.[\w-]*\.[\w-]{16,}(?:\.[\w-]+){0,2}")
+
+
+def redact(_: Any, __: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
+    """Replace whatever looks like a JWS or JWE, or another secret: any of them could be a credential."""
+    return {
+        k: without_secrets(_TOKEN.sub(REDACTED, v)) if isinstance(v, str) else v for k, v in event.items()
+    }
+
+
+_OF_LINES = ("exception", "stack")
+"""What has lines of its own."""
+
+
+def make_visible(_: Any, __: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
+    """Show what is invisible or moves a cursor as its code point, in names and in text."""
+    return {
+        visible_name(k): (visible_lines(v) if k in _OF_LINES else visible(v)) if isinstance(v, str) else v
+        for k, v in event.items()
+    }
+
+
+def _indent(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """No line of a traceback looks like a line of the log."""
+    for name in _OF_LINES:
+        if isinstance(event.get(name), str):
+            event[name] = indented(event[name])
+    return event
+
+
+def configure(
+    service: str, *, format: str = "json", level: str = "info", filters: Sequence[logging.Filter] = ()
+) -> None:
+    """Send the records of `logging` and `structlog`, but for what `filters` hold back, to stderr. Call once."""
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.processors.format_exc_info,
+    ]
+    # What is no text is written as its repr in the one and with escapes in the other.
+    renderers: list[Any] = (
+        [structlog.processors.JSONRenderer()]
+        if format == "json"
+        else [_indent, structlog.dev.ConsoleRenderer()]
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                redact,
+                make_visible,
+                *renderers,
+            ],
+        )
+    )
+    for one in filters:
+        handler.addFilter(one)
+    filter_tracebacks()
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    logging.getLogger("aiokafka").setLevel(max(logging.WARNING, root.level))
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    structlog.contextvars.bind_contextvars(service=service)

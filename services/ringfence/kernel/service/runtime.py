@@ -1,0 +1,528 @@
+"""The life of a service process: start, work, drain, stop. What a service *does* is handed in by its `app.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from starlette.routing import BaseRoute
+
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.clock_skew import SkewCheck
+from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.keys import KeyFileError, SigningKey
+from ringfence.kernel.crypto.service_keys import ServiceKeys
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.consumer import BatchHandler, Consumer, DeadLetters, HaltedError
+from ringfence.kernel.kafka.data_loss import Gone
+from ringfence.kernel.kafka.producer import Follower, Publisher, Reader, Received
+from ringfence.kernel.service.http import HttpServer, ReadyCheck, application
+from ringfence.kernel.service.postponed import Postponed
+from ringfence.kernel.service.trust_updates import take_in
+from ringfence.kernel.tracing.api import Work
+from ringfence.kernel.tracing.tracing_settings import of_service
+from ringfence.messages.api import PORTS
+from ringfence.messages.base import Topic
+from ringfence.messages.credential import Coordinates, Reason
+from ringfence.messages.operations import EventKind, ServiceEvent
+from ringfence.messages.topics import HEARTBEAT, SERVICE_EVENT, TRUST
+from ringfence.messages.trust import ServiceRole
+
+log = logging.getLogger(__name__)
+
+_CANCEL_AGAIN_S = 3.0
+_TRUST_MS = 200
+"""A new trust bundle comes once in months."""
+_CATCH_UP_S = 2.0
+DRAIN_S = 10.0
+"""What a batch under way is given to end once the service is told to stop."""
+FAREWELL_S = 5.0
+"""So long is waited for Kafka to hear of the end of a service, and then for what else was sent to it."""
+
+
+class Runtime:
+    """One service in a process: identity, trust, publisher, tables, consumers, HTTP, background work."""
+
+    def __init__(self, role: ServiceRole, settings: ServiceSettings, clock: Clock | None = None) -> None:
+        """Reads the service's key. Raises KeyFileError, SettingsError."""
+        self.role: ServiceRole = role
+        self.settings = settings
+        self.clock: Clock = clock or SystemClock()
+        self.trust = TrustStore(settings.trust_domain, settings.trust_root)
+        self._keys = ServiceKeys(
+            settings.key_file or settings.key_dir / f"{role}.json", self.trust, self.clock
+        )
+        self._instance = secrets.token_hex(8)
+        self.tracing = of_service(role, self._instance, settings)
+        self.publisher = Publisher(settings, self.key.id, self.clock, self.tracing)
+        self.letters = DeadLetters(self.publisher, role, self.clock, self.trust, self.trust_moved)
+        self.routes: list[BaseRoute] = []
+        self._tables: dict[Topic[Any], Reader] = {}
+        self._table_follower: Follower | None = None
+        self._trust_follower: Follower | None = None
+        self.bundle_overwritten = False
+        """Whether the last record under the key of the bundle in force is another: compaction would let it vanish."""
+        self._followers: list[Follower] = []
+        self._postponed: list[Postponed] = []
+        self._histories: dict[int, Follower] = {}
+        """By how long they linger."""
+        self._consumers: list[Consumer] = []
+        self._started = False
+        """Whether all tables are complete, and work is taken."""
+        self._waits_for: str | None = None
+        """What was told already, of what it waits for before it begins."""
+        self._background: list[tuple[str, Callable[[], Awaitable[None]]]] = []
+        self._skew = SkewCheck("the broker")
+        self._checks: list[ReadyCheck] = [
+            self._untrusted,
+            self._follower_check,
+            self._consumer_check,
+            self._skew.unready,
+        ]
+        self._denials: list[ReadyCheck] = [
+            lambda: self.trust.expired(self.clock.now_ms() / 1000),
+            lambda: self._keys.uncounted(role),
+        ]
+        self._warnings: list[ReadyCheck] = [self._gone_warning]
+        self._rereading: list[Callable[[], None]] = []
+        self._opening: list[Callable[[], Awaitable[None]]] = []
+        self._closing: list[Callable[[], Awaitable[None]]] = []
+
+    @property
+    def key(self) -> SigningKey:
+        """The key to sign by now: ask for it each time, as another one may follow it. Its `id` stays the same."""
+        return self._keys.current
+
+    def believed_key(self) -> SigningKey:
+        """`key`, for what is of no use unless it is believed. Raises UnavailableError where nobody would believe it."""
+        self.trust.require(self.clock.now_ms() / 1000)
+        if (reason := self._keys.uncounted(self.role)) is not None:
+            raise UnavailableError(reason, code="key_uncounted")
+        return self.key
+
+    def reload_keys(self) -> None:
+        """Read the key files again: one that follows may have been put beside. What is wrong with them is logged."""
+        for reread in (self._keys.reload, *self._rereading):
+            self._reread(reread)
+
+    def _reread(self, reread: Callable[[], None]) -> None:
+        try:
+            reread()
+        except KeyFileError as error:
+            log.error("going on with the keys of before: %s", error)
+
+    # --- what `app.py` says before the start ---
+
+    def table(self, topics: Sequence[Topic[Any]], reader: Reader) -> None:
+        """Read these topics whole, from their beginnings, and go on reading; complete before any work is taken."""
+        self._tables |= dict.fromkeys(topics, reader)
+
+    def history(
+        self, topics: Sequence[Topic[Any]], reader: Reader, *, since_ms: int, linger_ms: int = 0
+    ) -> Follower:
+        """Read these topics from a moment on, and go on reading; complete before any work is taken.
+
+        Those that linger alike are read by one follower, so that each fetch is for all of them.
+        """
+        if (shared := self._histories.get(linger_ms)) is not None:
+            shared.also(topics, reader, since_ms=since_ms)
+            return shared
+        follower = self._histories[linger_ms] = Follower(
+            self.settings,
+            topics,
+            reader,
+            since_ms=since_ms,
+            linger_ms=linger_ms,
+            reader=self.role,
+            on_gone=self._tell_gone,
+        )
+        self._followers.append(follower)
+        return follower
+
+    def and_by_the_next_bundle(self, reader: Reader) -> Reader:
+        """A reader for `table` or `history` that gives `reader` what comes, and, once another trust bundle is in force,
+        what services signed after the end of the one before once more: it must not mind to see what it has seen.
+        """
+        postponed = Postponed(self.trust, reader)
+        self._postponed.append(postponed)
+        return postponed.on_records
+
+    def consume(
+        self,
+        group: str,
+        handlers: dict[Topic[Any], BatchHandler],
+        *,
+        max_records: int = 32,
+        linger_ms: int = 0,
+        on_assigned: Callable[[], Awaitable[None]] | None = None,
+        alone: bool = False,
+        from_the_first: bool = False,
+        uncommitted: bool = False,
+        tell_gone: bool = True,
+    ) -> Consumer:
+        """Take work from these topics as a member of a group. See `Consumer` for what it is given and what it tells.
+
+        `tell_gone`: whether the audit trail, and an alert, tell of records that were gone; the log and `/readyz` do.
+        """
+        consumer = Consumer(
+            self.settings,
+            group,
+            handlers,
+            max_records=max_records,
+            linger_ms=linger_ms,
+            on_assigned=on_assigned,
+            alone=alone,
+            on_gone=self._tell_gone if tell_gone else None,
+            on_halted=self.tell_halted,
+            from_the_first=from_the_first,
+            uncommitted=uncommitted,
+            tracing=self.tracing,
+        )
+        self._consumers.append(consumer)
+        return consumer
+
+    def background(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Run this beside the consumers. When it ends or raises, the process ends with an error."""
+        self._background.append((name, work))
+
+    def ready_when(self, check: ReadyCheck) -> None:
+        """Add a reason why the service may not be ready."""
+        self._checks.append(check)
+
+    def denies_when(self, check: ReadyCheck) -> None:
+        """Add a reason why the service may deny what it is asked. `/readyz` says it, and the service stays ready: being
+        taken out of use would help nobody, and end what it still can do.
+        """
+        self._denials.append(check)
+
+    def warns_when(self, check: ReadyCheck) -> None:
+        """Add what people should know of the service, though it does what it was told. `/readyz` says it."""
+        self._warnings.append(check)
+
+    def on_keys(self, reread: Callable[[], None]) -> None:
+        """Call this when key files may have changed: at each trust bundle, and at SIGHUP. It may raise KeyFileError."""
+        self._rereading.append(reread)
+
+    def on_start(self, opening: Callable[[], Awaitable[None]]) -> None:
+        """Await this before any work is taken, e.g. to connect to a store."""
+        self._opening.append(opening)
+
+    def on_stop(self, closing: Callable[[], Awaitable[None]]) -> None:
+        """Await this after all work has ended."""
+        self._closing.append(closing)
+
+    # --- what handlers use ---
+
+    def clock_behind(self) -> str | None:
+        """Why this process's clock holds for young, and for still to come, what is not; or None."""
+        return self._skew.behind()
+
+    def broker_now_ms(self) -> int:
+        """What the broker's clock says by now, where this process's is known to be off; else what this one says."""
+        now_ms = self.clock.now_ms()
+        return now_ms - (self._skew.ahead_ms() or 0) if self._skew.unready() else now_ms
+
+    def broker_past_ms(self) -> int | None:
+        """A moment that is over by each broker's clock: what was appended by then is on Kafka now. None where no
+        broker's time is known yet.
+        """
+        return self._skew.past_ms(self.clock.now_ms())
+
+    async def tables_caught_up(self, timeout_s: float) -> bool:
+        """Wait until the tables hold what stood on their topics when this was called. See `Follower.caught_up`."""
+        return self._table_follower is not None and await self._table_follower.caught_up(timeout_s)
+
+    async def trust_moved(self) -> bool:
+        """Whether a trust bundle came that was not known when this was called."""
+        version = self.trust.version
+        if self._trust_follower is not None:
+            await self._trust_follower.caught_up(_CATCH_UP_S)
+        return self.trust.version != version
+
+    async def event(
+        self,
+        kind: EventKind,
+        subject: str,
+        *,
+        about: tuple[object, ...],
+        reasons: Sequence[Reason] = (),
+        source: Coordinates | None = None,
+        traceparent: str | None = None,
+        at_ms: int | None = None,
+        **fields: Any,
+    ) -> None:
+        """`event_soon`, acknowledged when this returns."""
+        await (
+            await self.event_soon(
+                kind,
+                subject,
+                about=about,
+                reasons=reasons,
+                source=source,
+                traceparent=traceparent,
+                at_ms=at_ms,
+                **fields,
+            )
+        )
+
+    async def event_soon(
+        self,
+        kind: EventKind,
+        subject: str,
+        *,
+        about: tuple[object, ...],
+        reasons: Sequence[Reason] = (),
+        source: Coordinates | None = None,
+        traceparent: str | None = None,
+        at_ms: int | None = None,
+        **fields: Any,
+    ) -> Awaitable[object]:
+        """Publish a signed `service.event`. Await what this returns for the broker's acknowledgement.
+
+        `about` makes its id: the same event said twice has the same one. With `at_ms`, where it is not of now, it is
+        the same text each time.
+        """
+        now_ms = self.clock.now_ms() if at_ms is None else at_ms
+        event = ServiceEvent(
+            iss=self.key.id,
+            aud=self.settings.trust_domain,
+            iat=now_ms // 1000,
+            jti=derived_id("service.event", self.key.id, kind, subject, *map(str, about)),
+            kind=kind,
+            subject=subject,
+            reasons=tuple(reasons),
+            source=source,
+            at_ms=now_ms,
+            traceparent=traceparent,
+            **fields,
+        )
+        ids = {name: value for name, value in fields.items() if name.endswith("_id")}
+        with self.tracing.step(f"{kind} {subject}", Work(traceparent, ids)) as span:
+            if reasons:
+                span.refused(*(reason.code for reason in reasons))
+            _, acknowledged = await self.publisher.send_signed(
+                SERVICE_EVENT, self.role, event, self.key, traceparent=span.traceparent
+            )
+        return acknowledged
+
+    def halted(self) -> tuple[str, ...]:
+        """The consumer groups of this service that have halted here."""
+        return tuple(sorted(consumer.group for consumer in self._consumers if consumer.halted is not None))
+
+    # --- the life ---
+
+    def unready(self) -> list[str]:
+        """Why the service is not ready; empty where it is."""
+        return [reason for check in self._checks if (reason := check())]
+
+    def _facts(self) -> dict[str, object]:
+        """What `/readyz` tells besides: all services should have one trust bundle in force."""
+        return {"trust_bundle": self.trust.version, "signs_by": self.key.kid}
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Run until `stop` is set, then drain: the batches under way end, nothing new is taken.
+
+        Raises RingfenceError where something needed cannot be had, or background work ended.
+        """
+        host, _, port = self.settings.http.partition(":")
+        server = HttpServer(
+            application(self.routes, self._checks, self._denials, self._warnings, self._facts),
+            host,
+            int(port or PORTS[self.role]),
+            connections=self.settings.http_connections,
+        )
+        work: list[asyncio.Task[None]] = [asyncio.create_task(server.run_until_stopped(), name="http")]
+        stopping = asyncio.create_task(stop.wait())
+        started = False
+        try:
+            started = await self._start(stop, work[0])
+            if started:
+                work += [asyncio.create_task(_forever(job), name=name) for name, job in self._background]
+                work += [asyncio.create_task(c.run(), name=c.group) for c in self._consumers]
+                self._started = True
+                log.info("%s ready", self.role)
+                await self.event("started", self.role, about=(self._instance,))
+                await asyncio.wait([stopping, *work], return_when=asyncio.FIRST_COMPLETED)
+                for task in work:
+                    if task.done():
+                        task.result()
+                        raise RingfenceError(f"{task.get_name()} of {self.role} ended by itself")
+        finally:
+            stopping.cancel()
+            await self._drain()
+            await _end(work[1:])
+            if started:
+                await self._heard(self.event("stopped", self.role, about=(self._instance,)))
+            server.should_exit = True
+            await asyncio.gather(work[0], return_exceptions=True)
+            for follower in self._followers:
+                await follower.stop()
+            for closing in self._closing:
+                await closing()
+            await self._heard(self.publisher.stop())
+            await self.tracing.close()
+
+    async def _heard(self, last: Awaitable[None]) -> None:
+        """See to what Kafka has to acknowledge before the process ends, and go without that where it does not."""
+        try:
+            async with asyncio.timeout(FAREWELL_S):
+                await last
+        except Exception as error:  # noqa: BLE001 - whatever it is, the rest is to be closed as well
+            why = str(error) or type(error).__name__
+            log.warning(
+                "%s ends, and Kafka at %s does not hear of it: %s", self.role, self.settings.kafka, why
+            )
+
+    async def _drain(self) -> None:
+        """Let the batches under way come to their ends, and their offsets be committed, within `DRAIN_S`."""
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                await asyncio.gather(*(consumer.drain() for consumer in self._consumers))
+        except TimeoutError:
+            log.warning("%s goes without what it began: it comes again, to whoever is there then", self.role)
+
+    async def _start(self, stop: asyncio.Event, http: asyncio.Task[None]) -> bool:
+        """Start everything that is needed before work is taken; False where the service was stopped meanwhile."""
+        await _until_available(self.publisher.start, stop, http)
+        # Trust comes first: a record that arrived before the bundle would be refused as signed by nobody.
+        trust = self._trust_follower = Follower(self.settings, [TRUST], self._on_trust, linger_ms=_TRUST_MS)
+        if self._tables:
+            self._table_follower = Follower(
+                self.settings, list(self._tables), self._on_tables, reader=self.role, on_gone=self._tell_gone
+            )
+            self._followers.insert(0, self._table_follower)
+        tables, self._followers = self._followers, [trust]
+        await _until_available(trust.start, stop, http)
+        await _until(lambda: trust.complete.is_set() and self._is_believed(), stop, http)
+        for opening in self._opening:
+            await _until_available(opening, stop, http)
+        for follower in tables:
+            self._followers.append(follower)
+            await _until_available(follower.start, stop, http)
+        await _until(lambda: all(f.complete.is_set() for f in self._followers), stop, http)
+        return not stop.is_set()
+
+    def _untrusted(self) -> str | None:
+        """Why this service believes nobody, or, before it begins, nobody would believe it: the records of a registry
+        with another's key would stand in the place of those that count.
+        """
+        return self.trust.unready() or (None if self._started else self._keys.unknown(self.role))
+
+    def _is_believed(self) -> bool:
+        reason = self._untrusted()
+        if reason and reason != self._waits_for:
+            log.warning("waiting: %s", reason)
+        self._waits_for = reason
+        return reason is None
+
+    def _on_tables(self, records: Sequence[Received]) -> None:
+        if not records:
+            return
+        self._tables[records[0].topic](records)
+        # While the tables are still being read, heartbeats are of any age.
+        if records[0].topic is HEARTBEAT and self._table_follower and self._table_follower.complete.is_set():
+            self._skew.heard(records[-1].appended_at_ms, self.clock.now_ms())
+            metrics.CLOCK_AHEAD.labels("broker").set((self._skew.ahead_ms() or 0) / 1000)
+
+    def _on_trust(self, records: Sequence[Received]) -> None:
+        for record in records:
+            self._take_bundle(record)
+            if record.key == str(self.trust.version):
+                self.bundle_overwritten = record.value != self.trust.compact
+
+    def _take_bundle(self, record: Received) -> None:
+        if not take_in(self.trust, record, self.clock):
+            return
+        self._keys.on_bundle(record.appended_at_ms)
+        for reread in self._rereading:
+            self._reread(reread)
+        for postponed in self._postponed:
+            postponed.again()
+
+    async def _tell_gone(self, gone: Gone) -> None:
+        """A service that loses work says so where people look: it must not be found out by what never happened."""
+        await self.event(
+            "finding",
+            "records gone",
+            about=("records_gone", *gone),
+            reasons=(Reason(code="records_gone", message=gone.message),),
+        )
+        metrics.RECORDS_GONE.labels(gone.topic_name, gone.by).inc(gone.until - gone.first)
+
+    async def tell_halted(self, error: HaltedError) -> None:
+        """A service that stopped working says so where people look."""
+        at = error.record
+        await self.event(
+            "finding",
+            "consumer halted",
+            about=("consumer_halted", self._instance, at.topic_name, at.partition, at.offset),
+            reasons=(Reason(code=error.code, message=str(error)[:2048]),),
+        )
+
+    def _gone_warning(self) -> str | None:
+        """One of those that were gone; the log and the metric have all."""
+        readers: list[Consumer | Follower] = [*self._consumers, *self._followers]
+        return next((gone.message for reader in readers for gone in reversed(reader.gone.values())), None)
+
+    def _follower_check(self) -> str | None:
+        for follower in self._followers:
+            if follower.failed:
+                return follower.failed
+        # Before the start is over not even all followers are there, and those that are there may be complete.
+        return None if self._started else "local tables are not complete yet"
+
+    def _consumer_check(self) -> str | None:
+        for consumer in self._consumers:
+            if consumer.halted:
+                return consumer.halted
+            if not consumer.running:
+                return f"the consumer {consumer.group} has not started"
+        return None
+
+
+async def _until(ready: Callable[[], bool], stop: asyncio.Event, http: asyncio.Task[None]) -> None:
+    """Return once `ready()` or `stop`. Raises what ended the HTTP server, where it ended."""
+    while not (ready() or stop.is_set()):
+        if http.done():
+            http.result()
+        await asyncio.sleep(0.02)
+
+
+async def _forever(job: Callable[[], Awaitable[None]]) -> None:
+    await job()
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel tasks, and again where one goes on: `asyncio.wait_for` of Python 3.11, which redis and aiokafka use, loses
+    a cancellation that comes together with its result.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_S)
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _until_available(
+    start: Callable[[], Awaitable[None]], stop: asyncio.Event, http: asyncio.Task[None]
+) -> None:
+    """Try again each half second while a dependency is away: services may start in any order."""
+    said = ""
+    while not stop.is_set():
+        try:
+            await start()
+            return
+        except UnavailableError as error:
+            if str(error) != said:
+                said = str(error)
+                log.warning("waiting: %s", error)
+        if http.done():
+            http.result()
+        await asyncio.sleep(0.5)

@@ -1,0 +1,1 @@
+"""Spans and their export to OpenTelemetry, and W3C `traceparent`."""

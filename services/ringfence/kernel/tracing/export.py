@@ -1,0 +1,134 @@
+"""Where a service's spans go: over HTTP to what takes OTLP (a collector, Jaeger, Tempo), in the background.
+
+Whether that is there, slow or hanging changes nothing for the service. What waits is bounded, what does not fit is
+dropped and counted, and at the end so much time is given to what is left and no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Self
+
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+from ringfence.kernel.base import metrics
+from ringfence.kernel.tracing.otel import SCOPE, VERSION, SpanTracing
+
+MOST_WAITING = 8192
+"""So many spans wait to be sent, at most; each takes about 3 KB."""
+CLOSE_S = 2.0
+"""So long a service that stops waits for what is left to be sent."""
+
+
+class _Once(logging.Filter):
+    """Lets through what is said first when spans stop arriving, and nothing more until they arrive again."""
+
+    failing = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said, self.failing = self.failing, True
+        return not said
+
+
+_once = _Once()
+logging.getLogger(OTLPSpanExporter.__module__).addFilter(_once)
+
+
+class Exporting(SpanTracing):
+    """Makes the spans of one service, and sends them."""
+
+    def __init__(self, role: str, instance: str, exporter: SpanExporter) -> None:
+        """`instance`: a name that no other process has."""
+        resource = {
+            "service.name": f"{SCOPE}-{role}",
+            "service.instance.id": instance,
+            "service.version": VERSION,
+        }
+        self._provider = TracerProvider(
+            resource=Resource.create(resource),
+            shutdown_on_exit=False,  # it would wait for as long as it takes
+        )
+        self._queue = _Queue(exporter)
+        self._provider.add_span_processor(self._queue)
+        super().__init__(self._provider.get_tracer(SCOPE, VERSION))
+
+    @classmethod
+    def to(cls, url: str, role: str, instance: str) -> Self:
+        """Sends them to this URL; headers, certificates and the like are `OTEL_EXPORTER_OTLP_*` of the environment."""
+        return cls(role, instance, OTLPSpanExporter(endpoint=url))
+
+    async def close(self) -> None:
+        """See `Tracing`."""
+        # In a thread that nobody has to wait for: it may hang in a connection.
+        closing = threading.Thread(target=self._provider.shutdown, name="spans", daemon=True)
+        closing.start()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + CLOSE_S
+        while closing.is_alive() and loop.time() < until:  # noqa: ASYNC110 - a thread sets no event of a loop
+            await asyncio.sleep(0.01)
+        self._queue.give_up()
+
+
+class _Queue(BatchSpanProcessor):
+    """Spans that wait to be sent: what is too much is dropped and counted, where it comes in."""
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._over = False
+        super().__init__(_Telling(exporter, self._settled), max_queue_size=MOST_WAITING)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Called with each span that has ended."""
+        if span.context is None or not span.context.trace_flags.sampled:
+            return
+        with self._lock:
+            taken = not self._over and self._waiting < MOST_WAITING
+            self._waiting += taken
+        if taken:
+            super().on_end(span)
+        else:
+            metrics.SPANS.labels("dropped").inc()
+
+    def give_up(self) -> None:
+        """What is not sent by now counts as dropped, whatever becomes of it."""
+        with self._lock:
+            self._over = True
+        metrics.SPANS.labels("dropped").inc(self._waiting)
+
+    def _settled(self, count: int, outcome: str) -> None:
+        with self._lock:
+            if self._over:
+                return
+            self._waiting -= count
+        metrics.SPANS.labels(outcome).inc(count)
+
+
+class _Telling(SpanExporter):
+    """Tells what an exporter did with what it was given."""
+
+    def __init__(self, exporter: SpanExporter, settled: Callable[[int, str], None]) -> None:
+        self._exporter = exporter
+        self._settled = settled
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Send some spans."""
+        result = SpanExportResult.FAILURE
+        try:
+            result = self._exporter.export(spans)
+        finally:
+            arrived = result is SpanExportResult.SUCCESS
+            self._settled(len(spans), "sent" if arrived else "failed")
+            if arrived:
+                _once.failing = False
+        return result
+
+    def shutdown(self) -> None:
+        """Give up what is on its way."""
+        self._exporter.shutdown()
