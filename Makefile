@@ -74,7 +74,7 @@ test-gateways: $(STAMP) ## nginx, HAProxy, Envoy, Caddy and Traefik before a tar
 chaos: $(STAMP) ## everything fails for SECONDS=60, as SEED=n has it, and no lease may be forgotten (JDK 17+, Maven)
 	$(BIN)/python -m tests.chaos.run --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-mutants: $(STAMP) ## mistakes put into the modules that decide, one at a time: unit tests find them (ARGS="model/rule.py")
+mutants: $(STAMP) ## mistakes put into the modules that decide, one at a time: unit tests find them (ARGS="model/scope/rule.py")
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy, import-linter
@@ -87,11 +87,11 @@ format: $(STAMP) ## let ruff put the code in order
 	$(BIN)/ruff format .
 
 schemas: $(STAMP) ## generate schemas/ from ringfence.messages
-	$(BIN)/python -m ringfence.messages.schemas schemas README.md
+	$(BIN)/python -m tools.schemas.generate schemas README.md
 
 schemas-check: $(STAMP) ## fail where schemas/ differs from what ringfence.messages generates
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
-	$(BIN)/python -m ringfence.messages.schemas "$$fresh" && \
+	$(BIN)/python -m tools.schemas.generate "$$fresh" && \
 	{ diff -ru schemas "$$fresh" && echo "schemas/ is up to date" || \
 		{ echo "schemas/ differs from ringfence.messages: run 'make schemas' and commit the result" >&2; exit 1; }; }
 

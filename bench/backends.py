@@ -23,7 +23,6 @@ from redis.asyncio import Redis
 from bench.machine import percentile
 from ringfence.backends import Backend, JwtBackend, StaticSecrets, TargetAccess, TokenKey, TokenKeys
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
@@ -31,6 +30,7 @@ from tests.postgres import PostgresServer, PostgresTarget, server_programs
 from tests.ssh import SshServer, SshTarget, client, lives
 from tests.targets import valkey_target
 from tests.token_keys import rsa_key_file
+from tools.schemas.examples import EXAMPLES
 
 TARGET = "bench"
 ROUNDS = 100

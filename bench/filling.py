@@ -17,13 +17,13 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Coordinates
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import SignedLease
+from ringfence.model.lease_store.codec.records import STATE_BYTES, THUMBPRINT_BYTES, condensed
 from ringfence.model.lease_store.keys import AHEAD_MS, THUMBPRINT, Keys, packed, shard_of
-from ringfence.model.lease_store.packing import STATE_BYTES, THUMBPRINT_BYTES, condensed
 from ringfence.model.lease_store.scripts import KEPT_SHORT
-from ringfence.model.leases import origin_of, record_id
+from ringfence.model.leases.lifecycle import origin_of, record_id
+from tools.schemas.examples import EXAMPLES
 
 PER_AGENT, PER_TASK = 100, 20
 SPONSORS, USERS, TARGETS = 500, 1_000, 50

@@ -15,13 +15,13 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Received
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentRecord
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.policy.holdings import Holdings
+from tools.schemas.examples import EXAMPLES
 
 TTL_S = 3600
 FIRST = 2_000

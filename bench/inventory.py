@@ -29,7 +29,6 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.messages.base import Topic
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
@@ -47,6 +46,7 @@ from ringfence.messages.registry import (
     UserState,
 )
 from ringfence.messages.topics import AGENT, LEASE, TASK, USER
+from tools.schemas.examples import EXAMPLES
 
 SIZES = (10_000, 100_000)
 SPONSORS, AT_WORK = 500, 10

@@ -30,7 +30,7 @@ from ringfence.rego.bundle import Bundle, archive, load_bundle
 from ringfence.rego.embedded import EmbeddedEngine
 from ringfence.rego.engine import ISSUANCE, PolicyEngine
 from ringfence.rego.opa import OpaEngine
-from ringfence.rego.programs import compiled
+from ringfence.rego.regorus_programs import compiled
 from tests.policy.cases import GOOD
 
 SIZES = (1_000, 10_000, 100_000)

@@ -18,11 +18,11 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.messages.credential import Coordinates
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import LeaseStore, SignedLease
-from ringfence.model.leases import ALL_MARK, origin_of, record_id
+from ringfence.model.leases.lifecycle import ALL_MARK, origin_of, record_id
+from tools.schemas.examples import EXAMPLES
 
 SIZES = (10_000, 100_000)
 _AT_A_TIME = 500

@@ -76,9 +76,9 @@ from ringfence.messages.topics import (
     USER,
 )
 from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
-from ringfence.model.directory import Directory
-from ringfence.model.lease_epochs import marker_key
+from ringfence.model.leases.epochs import marker_key
 from ringfence.model.lifecycle import Actor, Context, apply
+from ringfence.model.records.directory import Directory
 
 TD = "acme.example"
 PREFIX = "ringfence"

@@ -14,7 +14,7 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
 from ringfence.messages.base import ExpiringClaims, Topic
 from ringfence.messages.credential import Reason
-from ringfence.messages.instances import AttestationSelector, EnrolledInstance
+from ringfence.messages.enrolment import AttestationSelector, EnrolledInstance
 from ringfence.messages.lease import EndCause, RevocationAck, RevocationRequest, Selector
 from ringfence.messages.operations import Destination
 from ringfence.messages.registry import (

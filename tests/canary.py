@@ -16,7 +16,7 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.topics import ALL
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.lease_store.packing import expanded
+from ringfence.model.lease_store.codec.records import expanded
 from tests.stack import WITHIN_S
 
 _BASE64 = re.compile(rb"[A-Za-z0-9_-]{24,}")

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 from hypothesis import strategies as st
 
-from ringfence.model.globs import MAX_WILDCARDS, is_within, parse_glob
+from ringfence.model.scope.globs import MAX_WILDCARDS, is_within, parse_glob
 
 # Oracle 1: enumeration -------------------------------------------------------------------------------------
 

@@ -12,10 +12,10 @@ from ringfence.kernel.base.ids import derived_id, lease_id
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Coordinates
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import EndCause, Lease, LeaseStatus
 from ringfence.model.lease_store import LeaseStore, SignedLease, Step
-from ringfence.model.leases import follow, origin_of, record_id
+from ringfence.model.leases.lifecycle import follow, origin_of, record_id
+from tools.schemas.examples import EXAMPLES
 
 EXAMPLE = EXAMPLES[Lease]
 assert isinstance(EXAMPLE, Lease)

@@ -38,10 +38,10 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import AGENT, TARGET, TASK, USER
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.model.chains import Chains, subject_spiffe, unverified_command
-from ringfence.model.directory import Alarm, Directory
-from ringfence.model.identity import SubjectKind
+from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import Context, apply, command_subject, subject_key
+from ringfence.model.records.command_chain import Chains, subject_spiffe, unverified_command
+from ringfence.model.records.directory import Alarm, Directory
 from ringfence.registry.domain import Change, Current, Embedded, decide
 from ringfence.registry.store import Memory
 

@@ -10,9 +10,9 @@ from typing import Any
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.registry import AnyRecord
-from ringfence.model.chains import Authorised
-from ringfence.model.directory import Alarm, Directory
-from ringfence.model.identity import SubjectKind
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.command_chain import Authorised
+from ringfence.model.records.directory import Alarm, Directory
 from tests.ledger import RECORDS, TOPICS, FixedClock
 
 FILE = Path(__file__).parent / "contract/golden/records/v1.json"

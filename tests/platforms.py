@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from ringfence.messages.instances import AttestationSelector
+from ringfence.messages.enrolment import AttestationSelector
 from tests.oidc import TokenIssuer
 
 PLATFORMS = ("kubernetes", "github", "gcp", "spiffe")

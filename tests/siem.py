@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ringfence.dev.processes import Child, spawn
-from ringfence.model.audit_chain import Tip, event_of
+from ringfence.model.audit_log.chain import Tip, event_of
 
 DEPLOY = Path(__file__).parents[1] / "deploy" / "siem"
 GRACE_S = 20.0

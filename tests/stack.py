@@ -27,7 +27,7 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, DEAD_LETTER, LEASE, SERVICE_EVENT
 from ringfence.messages.trust import ServiceRole
-from ringfence.model.identity import Kind, spiffe_id
+from ringfence.model.identity.spiffe_ids import Kind, spiffe_id
 
 WITHIN_S = 60.0
 C = TypeVar("C", bound=Claims)

@@ -21,7 +21,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AGENT, AUDIT, AUDITED, TARGET, TASK, TRUST, USER
-from ringfence.model.directory import Directory
+from ringfence.model.records.directory import Directory
 from tests.audit_office import KeptEvents
 from tests.ocsf import problems
 

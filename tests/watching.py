@@ -17,7 +17,7 @@ from ringfence.audit.store import SqliteIndex
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.topics import AUDIT
-from ringfence.model.audit_chain import Source
+from ringfence.model.audit_log.chain import Source
 from tests.audit_office import TD, KeptEvents, Office
 from tests.ocsf import LATER_VERSION, problems
 

@@ -39,16 +39,16 @@ from ringfence.backends import (
 from ringfence.backends.ssh_certificates import private_text, public_text
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Credential
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
-from ringfence.model.globs import parse_glob
+from ringfence.model.scope.globs import parse_glob
 from tests import postgres, ssh
 from tests.backends.gated import SECRET, Gated
 from tests.postgres import PostgresTarget
 from tests.ssh import SshTarget
 from tests.targets import ValkeyTarget
+from tools.schemas.examples import EXAMPLES
 
 TARGET = "thing"
 Act = tuple[str, ...]

@@ -16,7 +16,14 @@ from typing import Literal
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.lease import TERMINAL, Lease
-from ringfence.model.leases import ALL_MARK, FOLLOWING, end_status, is_covered, mark_of, marks_of
+from ringfence.model.leases.lifecycle import (
+    ALL_MARK,
+    FOLLOWING,
+    end_status,
+    is_covered,
+    mark_of,
+    marks_of,
+)
 from tests.chaos.entitled import Offices
 from tests.chaos.history import History, LeaseRecord, Order
 

@@ -15,7 +15,7 @@ from ringfence.client.dpop import proof
 from ringfence.gateway.identifying import NONCE_WANTED
 from ringfence.issuer.http import INTROSPECTION_PATH
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.model.api_tokens import api_token
+from ringfence.model.identity.api_tokens import api_token
 
 ANSWER_WITHIN_S = 5.0
 _NO_ANSWER = (OSError, ValueError, LookupError, EOFError, TimeoutError)

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.lease import EndKind, Lease
 from ringfence.messages.registry import AgentState, AnyState, TargetState, TaskState, UserState
-from ringfence.model.identity import subject_of
-from ringfence.model.scope import missing
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.scope.scope import missing
 from tests.chaos.history import Order, State
 
 _S = TypeVar("_S", bound=AnyState)

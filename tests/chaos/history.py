@@ -11,7 +11,7 @@ from typing import Literal
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import Lease, RevocationRequest
 from ringfence.messages.registry import AnyState
-from ringfence.model.audit_verifying import Fault
+from ringfence.model.audit_log.verification import Fault
 
 Revocability = Literal["instant", "session", "ttl"]
 

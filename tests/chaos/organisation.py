@@ -16,7 +16,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
-from ringfence.model.identity import Kind, spiffe_id
+from ringfence.model.identity.spiffe_ids import Kind, spiffe_id
 
 SPONSORS = ("sam", "petra")
 USERS = ("maria", "mike")

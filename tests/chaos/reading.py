@@ -40,10 +40,10 @@ from ringfence.messages.topics import (
     TRUST,
     USER,
 )
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.lease_epochs import Epochs
-from ringfence.model.leases import statement
+from ringfence.model.leases.epochs import Epochs
+from ringfence.model.leases.lifecycle import statement
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 from tests.chaos.history import Ack, Followed, History, LeaseRecord, Order, State
 
 _RECORDS: dict[Any, type[AnyRecord]] = {

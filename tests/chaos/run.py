@@ -25,7 +25,7 @@ from ringfence.client.auditor import verify_trail
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import BackendSettings
-from ringfence.model.identity import spiffe_id
+from ringfence.model.identity.spiffe_ids import spiffe_id
 from tests.chaos import reading
 from tests.chaos.checker import Problem, check, lives_of, tally
 from tests.chaos.doors import ForwardingDoor, GatewayDoor, IntrospectionDoor

@@ -15,8 +15,8 @@ from ringfence.messages.credential import Coordinates, Delivery
 from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, RevocationRequest, Selector
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentState, Entitlements, TaskState, UserState
-from ringfence.model.audit_verifying import Fault
-from ringfence.model.leases import end_status, record_id, restated, statement
+from ringfence.model.audit_log.verification import Fault
+from ringfence.model.leases.lifecycle import end_status, record_id, restated, statement
 from tests.chaos.checker import GRACE_MS, KINDS, check, tally
 from tests.chaos.history import Ack, Followed, History, LeaseRecord, Leftover, Order, Probe, State
 

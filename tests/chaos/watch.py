@@ -18,7 +18,7 @@ from ringfence.messages.base import typ_header
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import TERMINAL, Lease, LeaseEpoch
 from ringfence.messages.topics import AUDIT, CREDENTIAL_REPLY, CREDENTIAL_REQUEST, LEASE
-from ringfence.model.lease_epochs import Epochs
+from ringfence.model.leases.epochs import Epochs
 from tests.chaos.reading import TOLD
 
 

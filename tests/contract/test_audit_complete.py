@@ -22,7 +22,7 @@ from ringfence.messages.lease import EndKind, RevocationRequest
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import COMMANDS
 from ringfence.messages.topics import ALL, AUDITED
-from ringfence.model.chains import COMMAND_OF_TYP
+from ringfence.model.records.command_chain import COMMAND_OF_TYP
 from tests.audit_office import Office, steps
 from tests.audit_records import every_record
 

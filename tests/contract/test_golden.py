@@ -15,7 +15,7 @@ import pytest
 from ringfence.kernel.crypto.jws import open_signed, parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, public_key
 from ringfence.messages.base import Claims
-from ringfence.messages.schemas import models
+from tools.schemas.generate import models
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "schemas"

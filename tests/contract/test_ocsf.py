@@ -25,7 +25,7 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.audit import OCSF_VERSION, AuditEvent
 from ringfence.messages.registry import COMMANDS
 from ringfence.messages.topics import ALL
-from ringfence.model.audit_chain import Source
+from ringfence.model.audit_log.chain import Source
 from tests.audit_office import Office, steps
 from tests.audit_records import every_record
 from tests.ocsf import LATER_VERSION, problems

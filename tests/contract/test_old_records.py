@@ -11,17 +11,17 @@ from ringfence.messages.approval import Approval, Grant, GrantWithdraw
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.registry import COMMANDS, AgentTransfer
-from ringfence.model.approvals import approval_problem
-from ringfence.model.attestation import matching
-from ringfence.model.chains import Authorised, unverified_command
-from ringfence.model.directory import Directory
-from ringfence.model.grants import grant_problem
-from ringfence.model.instances import keys_of_agents
-from ringfence.model.leases import mark_of
+from ringfence.model.http_targets.request_map import Action, RequestMap
+from ringfence.model.identity.attestation import matching
+from ringfence.model.leases.lifecycle import mark_of
 from ringfence.model.lifecycle import CommandRefusedError
-from ringfence.model.provisioning import given_by
-from ringfence.model.request_map import Action, RequestMap
-from ringfence.model.requests import Facts, against, find_ground, gather, violations
+from ringfence.model.records.command_chain import Authorised, unverified_command
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import keys_of_agents
+from ringfence.model.records.provisioning import given_by
+from ringfence.model.requests.approvals import approval_problem
+from ringfence.model.requests.facts import Facts, against, find_ground, gather, violations
+from ringfence.model.requests.grants import grant_problem
 from ringfence.model.unknown_fields import is_understood
 from ringfence.registry.domain import Current, Embedded, decide, takes_away
 from ringfence.registry.store import Memory

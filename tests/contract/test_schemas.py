@@ -10,8 +10,8 @@ import pytest
 import yaml
 from jsonschema.validators import Draft202012Validator
 
-from ringfence.messages.schemas import models, renew_table
 from ringfence.messages.topics import ALL
+from tools.schemas.generate import models, renew_table
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = ROOT / "schemas"

@@ -12,9 +12,9 @@ from ringfence.kernel.kafka.producer import Publisher
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, Lease, LeaseStatus
 from ringfence.messages.topics import LEASE
-from ringfence.model.lease_epochs import Epochs
 from ringfence.model.lease_store import LeaseStore, SignedLease
-from ringfence.model.leases import ALL_MARK, marks_of, origin_of, record_id, statement
+from ringfence.model.leases.epochs import Epochs
+from ringfence.model.leases.lifecycle import ALL_MARK, marks_of, origin_of, record_id, statement
 from tests.chaos.valkey import ChaosValkey
 from tests.flows.desk import Asked, Desk
 

@@ -12,7 +12,6 @@ from ringfence.kernel.base.ids import lease_id, message_id
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.producer import partition_of
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease, LeaseStatus, RevocationRequest
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentSetCeiling, VerbFloor
@@ -29,6 +28,7 @@ from ringfence.registry.store import Memory
 from tests.flows.office import Asked, Office, codes
 from tests.ledger import FixedClock, Ledger
 from tests.world import DAY_S, Party, Scope, World, scope
+from tools.schemas.examples import EXAMPLES
 
 SIX_WEEKS_S = 42 * DAY_S
 READ_CODE = scope("github", ["clone"], ["acme/shop"])

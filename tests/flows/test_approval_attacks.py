@@ -13,7 +13,7 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
-from ringfence.model.approvals import APPROVAL_SLACK_MS
+from ringfence.model.requests.approvals import APPROVAL_SLACK_MS
 from tests.flows.desk import Desk
 from tests.flows.office import DEPLOY, EVERYTHING, Office, codes
 from tests.flows.sdk import client

@@ -15,8 +15,8 @@ from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
-from ringfence.model.audit_chain import Source, event_of, linkable, linked
-from ringfence.model.merkle import leaf_hash
+from ringfence.model.audit_log.chain import Source, event_of, linkable, linked
+from ringfence.model.audit_log.merkle import leaf_hash
 from tests.flows.test_audit_chain import (
     client_settings,
     hand_over,

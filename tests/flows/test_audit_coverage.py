@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from ringfence.kernel.crypto.jws import sign
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.topics import ACTION, LEASE
 from tests.flows import test_cli
 from tests.world import WITHIN_S, World
+from tools.schemas.examples import EXAMPLES
 
 organisation, shell = test_cli.organisation, test_cli.shell
 ASK = ("--allow", "platform:read:env/staging/web", "--reason", "look")

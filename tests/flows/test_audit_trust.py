@@ -25,7 +25,7 @@ from ringfence.messages.topics import (
     SERVICE_EVENT,
 )
 from ringfence.messages.trust import TrustBundle
-from ringfence.model.audit_chain import Source
+from ringfence.model.audit_log.chain import Source
 from tests.flows.test_audit_chain import (
     QUICK,
     chained,

@@ -19,8 +19,8 @@ from ringfence.messages.audit import AuditChained, AuditIntake
 from ringfence.messages.base import typ_header
 from ringfence.messages.registry import AgentSuspend
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, DEAD_LETTER, SERVICE_EVENT
-from ringfence.model.audit_chain import Source
-from ringfence.model.merkle import leaf_hash
+from ringfence.model.audit_log.chain import Source
+from ringfence.model.audit_log.merkle import leaf_hash
 from tests.flows.test_audit_attacks import made_up, put_next
 from tests.flows.test_audit_chain import (
     DEPLOY,

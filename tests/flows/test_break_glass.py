@@ -33,7 +33,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.registry import AgentSuspend, TaskEnd, UserDisable, VerbFloor
 from ringfence.messages.topics import APPROVAL_RESPONSE, AUDIT, CREDENTIAL_DECISION, LEASE
 from ringfence.messages.trust import ServiceRole
-from ringfence.model.approvals import BREAK_GLASS_TTL_S
+from ringfence.model.requests.approvals import BREAK_GLASS_TTL_S
 from ringfence.policy.settings import PolicySettings
 from tests.flows.desk import Desk
 from tests.flows.office import DEPLOY, EVERYTHING, READ, Asked, Office, codes

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.model.attestation import audience
+from ringfence.model.identity.attestation import audience
 from tests.oidc import TokenIssuer
 from tests.world import WITHIN_S, World
 

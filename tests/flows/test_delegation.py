@@ -437,7 +437,9 @@ async def test_nobody_is_passed_over_where_the_records_cannot_be_read_to_their_e
         return False
 
     monkeypatch.setattr(desk.world.runtimes["revoker"], "tables_caught_up", never)
-    monkeypatch.setattr("ringfence.model.delegations.Delegations.holders", lambda self, mark: frozenset())
+    monkeypatch.setattr(
+        "ringfence.model.records.delegations.Delegations.holders", lambda self, mark: frozenset()
+    )
     claims, _ = await desk.revoke(desk.world.operator, selector=Selector(agent_id=desk.bot.name))
     assert (await desk.verdict(claims)).kind == "accepted"
     await ended(below, asked, "revocation")

@@ -31,8 +31,8 @@ from ringfence.messages.credential import Credential, CredentialDelivery, ReplyC
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
 from ringfence.messages.trust import ServiceIdentity
-from ringfence.model.access import NotFoundError
 from ringfence.model.lease_store import LeaseStore
+from ringfence.model.records.api_access import NotFoundError
 from tests import canary
 from tests.brokers import RedisServer
 from tests.conftest import Kafka

@@ -17,10 +17,10 @@ from ringfence.kernel.kafka.producer import Outbound, Publisher
 from ringfence.messages.base import Topic
 from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, LeaseStatus
 from ringfence.messages.topics import LEASE
-from ringfence.model.lease_epochs import marker_key, number_of
-from ringfence.model.lease_store import Restoration, SignedLease, Step, arguments, outbox_field
+from ringfence.model.lease_store import Restoration, SignedLease, Step, outbox_field, script_args
 from ringfence.model.lease_store.keys import packed
-from ringfence.model.leases import follow, statement
+from ringfence.model.leases.epochs import marker_key, number_of
+from ringfence.model.leases.lifecycle import follow, statement
 from ringfence.revoker.watching import LeaseWatch
 from tests.flows.place import Place, publish
 
@@ -70,7 +70,7 @@ async def held_end(
 def lasting(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is issued counts as something that stays at its target; revokers soon abort what is not finished."""
     monkeypatch.setattr(JwtBackend, "stateless", False)
-    monkeypatch.setattr(arguments, "MINTING_MS", 200)
+    monkeypatch.setattr(script_args, "MINTING_MS", 200)
 
 
 @contextlib.asynccontextmanager

@@ -24,7 +24,7 @@ from ringfence.messages.operations import DeadLetter, Heartbeat
 from ringfence.messages.registry import AgentRecord
 from ringfence.messages.topics import AGENT, ALL, DEAD_LETTER, HEARTBEAT, REVOCATION_REQUEST
 from ringfence.messages.trust import SERVICE_ROLES, ServiceRole
-from ringfence.model.revoker_halts import RETRY_AFTER_S
+from ringfence.model.leases.revoker_halts import RETRY_AFTER_S
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Desk, another, opened_desks

@@ -19,7 +19,7 @@ from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import compact_jws, parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from ringfence.messages.credential import CredentialRequest
-from ringfence.messages.instances import InstanceEnrolment
+from ringfence.messages.enrolment import InstanceEnrolment
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.registry import (
@@ -30,8 +30,8 @@ from ringfence.messages.registry import (
     BackendSettings,
 )
 from ringfence.messages.topics import ALL, AUDIT, CREDENTIAL_REQUEST, DEAD_LETTER, LEASE, SERVICE_EVENT
-from ringfence.model.attestation import audience
-from ringfence.model.instances import instance_id
+from ringfence.model.identity.attestation import audience
+from ringfence.model.records.instances import instance_id
 from tests import platforms
 from tests.brokers import RedisServer
 from tests.conftest import Kafka

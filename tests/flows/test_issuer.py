@@ -33,7 +33,7 @@ from ringfence.messages.topics import CREDENTIAL_DECISION, CREDENTIAL_REPLY, DEA
 from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import LeaseStore, SignedLease, Step
 from ringfence.model.lease_store.keys import packed
-from ringfence.model.leases import follow
+from ringfence.model.leases.lifecycle import follow
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Desk, another, opened_desks, opened_office

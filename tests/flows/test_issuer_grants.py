@@ -16,7 +16,7 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Grant, GrantWithdraw
 from ringfence.messages.registry import AgentResume, AgentSetCeiling, AgentSuspend
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, LEASE
-from ringfence.model.grants import id_of
+from ringfence.model.requests.grants import id_of
 from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.granting import claims_of, grant, granted
 from tests.world import Party, World

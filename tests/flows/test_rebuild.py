@@ -19,7 +19,6 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.lease import TERMINAL, EndCause, Selector
 from ringfence.messages.topics import LEASE
-from ringfence.model.grants import id_of
 from ringfence.model.lease_store import (
     LeaseStore,
     LostError,
@@ -30,7 +29,8 @@ from ringfence.model.lease_store import (
     outbox_field,
 )
 from ringfence.model.lease_store.keys import Keys, packed
-from ringfence.model.leases import ALL_MARK, follow
+from ringfence.model.leases.lifecycle import ALL_MARK, follow
+from ringfence.model.requests.grants import id_of
 from ringfence.revoker import app as revoker_app
 from ringfence.revoker.rebuilding import Rebuilder
 from ringfence.revoker.watching import LeaseWatch

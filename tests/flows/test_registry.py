@@ -39,7 +39,7 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.topics import AGENT, HEARTBEAT, REGISTRY_COMMAND, SERVICE_EVENT, TARGET, TASK, USER
-from ringfence.model.directory import TABLES, Directory
+from ringfence.model.records.directory import TABLES, Directory
 from tests.world import DeadLetteredError, Party, World, scope
 
 ENV, ENV_A = (scope("staging", ["deploy"], [glob]) for glob in ("env/**", "env/a"))

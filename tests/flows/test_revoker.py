@@ -19,7 +19,7 @@ from ringfence.messages.lease import EndCause, Lease, LeaseStatus
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, Step
-from ringfence.model.leases import follow, origin_of, record_id
+from ringfence.model.leases.lifecycle import follow, origin_of, record_id
 from ringfence.revoker import app, foresight
 from ringfence.revoker.ending import Ender
 from ringfence.revoker.foresight import ForeseenEnd, Foresight

@@ -35,7 +35,7 @@ from ringfence.messages.registry import (
     UserState,
 )
 from ringfence.messages.topics import HEARTBEAT, SERVICE_EVENT, USER
-from ringfence.model.directory import Directory
+from ringfence.model.records.directory import Directory
 from ringfence.scim.keeping import Keeper
 from ringfence.scim.people import People
 from ringfence.scim.settings import ScimSettings

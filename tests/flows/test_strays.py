@@ -39,8 +39,8 @@ from ringfence.messages.topics import (
     SIGNAL_STREAM,
 )
 from ringfence.messages.trust import ServiceRole
-from ringfence.model.audit_chain import Source, linkable, linked
-from ringfence.model.merkle import leaf_hash
+from ringfence.model.audit_log.chain import Source, linkable, linked
+from ringfence.model.audit_log.merkle import leaf_hash
 from tests.flows.test_audit_chain import (
     QUICK,
     chained,

@@ -24,7 +24,6 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import b64decode
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import ReplyContent
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import TERMINAL, Lease, LeaseStatus, Selector
 from ringfence.messages.registry import (
     AgentDecommission,
@@ -47,6 +46,7 @@ from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, opened_desks
 from tests.targets import Gate, ValkeyTarget, valkey_target, works
 from tests.world import Party, World, scope
+from tools.schemas.examples import EXAMPLES
 
 QUICK: dict[ServiceRole, Any] = {
     "issuer": IssuerSettings(mint_deadline_s=1.0, mint_within_s=8.0),

@@ -42,7 +42,7 @@ from ringfence.messages.topics import (
     USER,
 )
 from ringfence.messages.trust import ServiceRole
-from ringfence.model.leases import follow
+from ringfence.model.leases.lifecycle import follow
 from tests.flows.desk import Desk, another, opened_desks
 from tests.flows.office import DEPLOY, EVERYTHING, READ, Office, codes
 from tests.stories import asked_for, buried, forged, leaves, refused_by_policy, request_leaves

@@ -15,7 +15,7 @@ from ringfence.gateway.headers import request_head
 from ringfence.gateway.redaction import Redactor, needles_of, redact
 from ringfence.gateway.refusals import RefusedError
 from ringfence.gateway.wire import cut_head, parse_request
-from ringfence.model.request_map import RequestMap
+from ringfence.model.http_targets.request_map import RequestMap
 from tests.gateway.conftest import Place, placed
 from tests.gateway.table_gate import RULES, SECRET
 from tests.gateway.test_smuggling import BODIES, REFUSED

@@ -12,7 +12,7 @@ from ringfence.client.dpop import proof
 from ringfence.client.sponsor import Sponsor
 from ringfence.dev.processes import LOOPBACK
 from ringfence.gateway.authz import PROBLEM
-from ringfence.model.request_map import MAX_BODY_BYTES
+from ringfence.model.http_targets.request_map import MAX_BODY_BYTES
 from tests.flows.gating import action
 from tests.flows.sdk import client
 from tests.gateway_external.agent import HOST, Agent, Answer, Headers, exchange, request

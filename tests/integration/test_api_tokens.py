@@ -15,7 +15,7 @@ from ringfence.client.api import ReadApi
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.api import api_audience
 from ringfence.messages.trust import ServiceRole
-from ringfence.model.api_tokens import api_token
+from ringfence.model.identity.api_tokens import api_token
 from tests.stack import WITHIN_S, Realm
 
 PATHS: dict[ServiceRole, str] = {

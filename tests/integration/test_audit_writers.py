@@ -29,7 +29,7 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, DEAD_LETTER
-from ringfence.model.audit_chain import Source, event_of
+from ringfence.model.audit_log.chain import Source, event_of
 from tests.world import World
 
 SERVE = [sys.executable, "-m", "ringfence.cli.main", "serve", "audit"]

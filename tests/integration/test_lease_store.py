@@ -31,7 +31,7 @@ from ringfence.model.lease_store import (
     told_of,
 )
 from ringfence.model.lease_store.keys import AHEAD_MS, FENCE_KEEP_MS, packed
-from ringfence.model.leases import ALL_MARK, marks_of, wide_marks_of
+from ringfence.model.leases.lifecycle import ALL_MARK, marks_of, wide_marks_of
 from tests.brokers import RedisServer
 from tests.leases import VISIBLE_MS, bearing, claimed, lease, minted, minting, soon, step, until
 from tests.lost_redis import declare_complete

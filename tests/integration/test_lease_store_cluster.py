@@ -24,7 +24,7 @@ from ringfence.model.lease_store import (
     Preparation,
     SignedLease,
 )
-from ringfence.model.leases import ALL_MARK, marks_of
+from ringfence.model.leases.lifecycle import ALL_MARK, marks_of
 from tests.chaos.proxy import Link
 from tests.chaos.valkey import ChaosValkey, follow, is_replica, join, moving_slot
 from tests.conftest import Kafka

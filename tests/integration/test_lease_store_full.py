@@ -13,7 +13,7 @@ from ringfence.dev.redis import EmbeddedRedis
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import CLOSING_TOKEN, FullError, LeaseStore, Restoration
-from ringfence.model.leases import ALL_MARK
+from ringfence.model.leases.lifecycle import ALL_MARK
 from tests.leases import VISIBLE_MS, claimed, lease, minted, minting, soon, step, until
 from tests.lost_redis import declare_complete
 

@@ -15,9 +15,9 @@ from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import LeaseStore, LostError, SignedLease
+from ringfence.model.lease_store.connection import server_id
 from ringfence.model.lease_store.keys import AHEAD_MS, THUMBPRINT, Keys, packed
-from ringfence.model.lease_store.link import server_id
-from ringfence.model.leases import ALL_MARK
+from ringfence.model.leases.lifecycle import ALL_MARK
 from tests.brokers import RedisServer
 from tests.leases import REVOKER, VISIBLE_MS, lease, minted, minting, soon, step
 from tests.lost_redis import declare_complete

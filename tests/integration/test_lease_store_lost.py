@@ -18,7 +18,7 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import Had, LeaseStore, LostError, Restoration
 from ringfence.model.lease_store.keys import Keys
-from ringfence.model.leases import ALL_MARK, marks_of
+from ringfence.model.leases.lifecycle import ALL_MARK, marks_of
 from tests.brokers import RedisServer
 from tests.chaos.proxy import Link
 from tests.chaos.valkey import ChaosValkey

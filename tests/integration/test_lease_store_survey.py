@@ -25,7 +25,7 @@ from ringfence.model.lease_store import (
     SignedLease,
 )
 from ringfence.model.lease_store.keys import THUMBPRINT, Keys, outbox_field, packed
-from ringfence.model.leases import ALL_MARK
+from ringfence.model.leases.lifecycle import ALL_MARK
 from tests.brokers import RedisServer
 from tests.leases import VISIBLE_MS, lease, minting, signed, step
 from tests.lost_redis import declare_complete

@@ -19,9 +19,9 @@ from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.audit import AuditEvent
 from ringfence.messages.lease import Lease
-from ringfence.messages.schemas import json_schema
 from ringfence.messages.topics import APPROVAL_REQUEST, AUDIT, CREDENTIAL_DECISION, CREDENTIAL_REPLY, LEASE
 from tests.stack import WITHIN_S, Realm, Seen, first_pending, now_s
+from tools.schemas.generate import json_schema
 
 
 def audience(realm: Realm) -> str:

@@ -11,12 +11,12 @@ import pytest
 from ringfence.backends import RedisBackend
 from ringfence.backends.errors import InexactError
 from ringfence.backends.redis import MAX_PATTERNS, READ, WRITE, rules
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
-from ringfence.model.globs import parse_glob
+from ringfence.model.scope.globs import parse_glob
 from tests.targets import ValkeyTarget, valkey_target, works
+from tools.schemas.examples import EXAMPLES
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from ringfence.audit.settings import AuditSettings
 from ringfence.messages.registry import AgentResume, AgentSuspend
 from ringfence.messages.topics import AUDIT, SERVICE_EVENT
-from ringfence.model.audit_chain import Source
+from ringfence.model.audit_log.chain import Source
 from tests.brokers import KafkaServer, start_kafka
 from tests.conftest import needed
 from tests.ocsf import problems

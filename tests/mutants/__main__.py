@@ -46,7 +46,7 @@ def _percent(killed: int, of: int) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make mutants", description=__doc__)
-    parser.add_argument("modules", nargs="*", help="only these, as in: model/rule.py")
+    parser.add_argument("modules", nargs="*", help="only these, as in: model/scope/rule.py")
     parser.add_argument("--jobs", type=int, default=2, help="how many mutants run at a time (default: 2)")
     parser.add_argument("--refresh", action="store_true", help="write what survives to survivors.toml")
     parser.add_argument("--all-survivors", action="store_true", help="print the listed ones too")

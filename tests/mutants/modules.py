@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 MODULES: dict[str, tuple[str, ...]] = {
-    "model/rule.py": ("test_rule.py", "test_limiting_fields.py"),
-    "model/scope.py": ("test_scope.py", "test_rule.py", "test_limiting_fields.py"),
-    "model/globs.py": ("test_globs.py",),
-    "model/chains.py": (
+    "model/scope/rule.py": ("test_rule.py", "test_limiting_fields.py"),
+    "model/scope/scope.py": ("test_scope.py", "test_rule.py", "test_limiting_fields.py"),
+    "model/scope/globs.py": ("test_globs.py",),
+    "model/records/command_chain.py": (
         "test_chains.py", "test_delegation.py", "test_agent_keys.py", "test_id_token_consent.py",
         "test_provisioners.py", "test_directory.py", "test_transfers.py", "test_trust_root.py",
     ),
-    "model/approvals.py": ("test_approvals.py", "test_delegation.py", "test_limiting_fields.py"),
-    "model/requests.py": (
+    "model/requests/approvals.py": ("test_approvals.py", "test_delegation.py", "test_limiting_fields.py"),
+    "model/requests/facts.py": (
         "test_requests.py", "test_delegation.py", "test_approvals.py", "test_agent_keys.py",
         "test_limiting_fields.py",
     ),
-    "model/request_map.py": (
+    "model/http_targets/request_map.py": (
         "test_request_map.py", "test_mcp_rules.py", "test_target_templates.py", "test_limiting_fields.py",
     ),
     "kernel/crypto/jws.py": ("test_jws.py", "test_keys_and_seals.py", "test_opening.py"),

@@ -16,7 +16,7 @@ import regorus
 from bench.policy import Directory
 from ringfence.rego.bundle import BundleError, archive, load_bundle
 from ringfence.rego.engine import ISSUANCE, PolicyFailedError, read_result
-from ringfence.rego.programs import Outcome, compiled, run_tests
+from ringfence.rego.regorus_programs import Outcome, compiled, run_tests
 from tests.policy.bundles import made
 from tests.policy.cases import CASES, GOOD, changed
 from tests.policy.conftest import Engines

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ringfence.rego.bundle import load_bundle
 from ringfence.rego.engine import ISSUANCE
-from ringfence.rego.programs import compiled, run_tests
+from ringfence.rego.regorus_programs import compiled, run_tests
 from tests.policy.cases import CASES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()

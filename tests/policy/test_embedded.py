@@ -55,7 +55,7 @@ def workers() -> list[psutil.Process]:
     return [
         child
         for child in children
-        if child.pid not in _of_others and "ringfence.rego.worker" in child.cmdline()
+        if child.pid not in _of_others and "ringfence.rego.worker_process" in child.cmdline()
     ]
 
 

@@ -13,7 +13,7 @@ import regorus
 
 from ringfence.rego.bundle import BundleError, Module, load_bundle
 from ringfence.rego.engine import ACTION, ISSUANCE, PolicyFailedError, result_of
-from ringfence.rego.programs import compiled
+from ringfence.rego.regorus_programs import compiled
 from tests.policy.cases import CASES, Case
 from tests.policy.mutants import Mutant, mutants_of, rules_of
 from tests.policy.opa_server import running_opa

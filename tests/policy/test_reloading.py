@@ -11,8 +11,8 @@ import pytest
 
 from ringfence.kernel.base import metrics
 from ringfence.rego.bundle import load_bundle
+from ringfence.rego.bundle_watch import BundleWatch
 from ringfence.rego.embedded import EmbeddedEngine
-from ringfence.rego.reloading import BundleWatch
 from tests.policy.bundles import ALLOWS, write
 from tests.policy.conftest import TIMEOUT_MS
 

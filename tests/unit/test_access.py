@@ -23,9 +23,9 @@ from ringfence.messages.api import (
 )
 from ringfence.messages.registry import UserDisable
 from ringfence.messages.trust import ServiceRole
-from ringfence.model import access
-from ringfence.model.access import Authenticator, UnauthenticatedError
-from ringfence.model.api_tokens import api_token
+from ringfence.model.identity.api_tokens import api_token
+from ringfence.model.records import api_access
+from ringfence.model.records.api_access import Authenticator, UnauthenticatedError
 from tests.ledger import TD, Ledger
 
 SERVICES: tuple[ServiceRole, ...] = get_args(ServiceRole)
@@ -235,7 +235,7 @@ def test_a_token_without_an_id_or_with_too_long_a_life_is_refused(
 def test_who_sends_all_that_can_be_remembered_shuts_out_nobody_else(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(access, "MAX_REMEMBERED", 100)
+    monkeypatch.setattr(api_access, "MAX_REMEMBERED", 100)
     here, sent = of_service(ledger), 0
     with pytest.raises(UnavailableError):
         for sent in range(200):  # noqa: B007

@@ -29,7 +29,7 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.kernel.service.http import application
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import AUDIT
-from ringfence.model.access import Authenticator
+from ringfence.model.records.api_access import Authenticator
 from tests.audit_office import TD, Office
 
 ALWAYS = (0, 2**53)

@@ -26,10 +26,10 @@ from ringfence.messages.registry import (
     UserDisable,
     VerbFloor,
 )
-from ringfence.model.chains import ChainError
-from ringfence.model.key_ends import DAY_S, endings, is_lost
 from ringfence.model.lifecycle import CommandRefusedError
-from ringfence.model.requests import gather, violations
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.key_expiry import DAY_S, endings, is_lost
+from ringfence.model.requests.facts import gather, violations
 from ringfence.registry.domain import MAX_RECORD_BYTES
 from tests import leases
 from tests.ledger import START_MS, Ledger, permission

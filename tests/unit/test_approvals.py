@@ -14,20 +14,20 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import Approval
 from ringfence.messages.credential import CredentialRequest, RequiredClass
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.registry import VerbFloor
-from ringfence.model.approvals import (
+from ringfence.model.lifecycle import subject_key
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.approvals import (
     BREAK_GLASS_TTL_S,
     approval_problem,
     may_approve,
     required_classes,
     unmet,
 )
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.lifecycle import subject_key
-from ringfence.model.requests import Facts, find_ground
+from ringfence.model.requests.facts import Facts, find_ground
 from tests.ledger import Ledger, permission
+from tools.schemas.examples import EXAMPLES
 
 ROLES = {
     "sam": ("sponsor", "operator"), "maria": ("operator",), "petra": ("sponsor",), "olga": ("operator",),

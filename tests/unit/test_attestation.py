@@ -8,9 +8,9 @@ import pytest
 import typer
 
 from ringfence.cli.attestation import parse_selectors, show_selector
-from ringfence.messages.instances import AttestationSelector
+from ringfence.messages.enrolment import AttestationSelector
 from ringfence.messages.registry import AgentRegister, AgentSetAttestation, AgentState
-from ringfence.model.attestation import claim, matches, matching, problem, selector_id
+from ringfence.model.identity.attestation import claim, matches, matching, problem, selector_id
 from ringfence.model.lifecycle import CommandRefusedError
 from tests.ledger import Ledger
 

@@ -34,7 +34,7 @@ from ringfence.kernel.service.http import application
 from ringfence.messages.credential import Reason
 from ringfence.messages.permission import Permission
 from ringfence.messages.topics import AUDIT
-from ringfence.model.access import Authenticator
+from ringfence.model.records.api_access import Authenticator
 from tests.audit_office import TD, Office
 
 ALWAYS = (0, 2**53)

@@ -61,7 +61,7 @@ from ringfence.messages.topics import (
     TASK,
     USER,
 )
-from ringfence.model.audit_chain import Source
+from ringfence.model.audit_log.chain import Source
 from tests.audit_office import TRACE_ID, Office, steps
 from tests.audit_records import unbelievable
 

@@ -19,8 +19,8 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.producer import Outbound, Publisher, Received
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, SERVICE_EVENT
-from ringfence.model.audit_chain import linkable, linked, linked_event
-from ringfence.model.merkle import leaf_hash
+from ringfence.model.audit_log.chain import linkable, linked, linked_event
+from ringfence.model.audit_log.merkle import leaf_hash
 from tests.audit_office import TD, Office
 
 HASH = bytes(range(32))

@@ -10,8 +10,8 @@ import pytest
 from ringfence.audit import leaves, tree_hashes
 from ringfence.audit.leaves import Leaves
 from ringfence.audit.tree_hashes import TreeHashes
-from ringfence.model.audit_chain import NOTHING
-from ringfence.model.merkle import Hash, Head, leaf_hash
+from ringfence.model.audit_log.chain import NOTHING
+from ringfence.model.audit_log.merkle import Hash, Head, leaf_hash
 
 Way = list[tuple[int, str, Hash]]
 

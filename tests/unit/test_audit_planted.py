@@ -11,8 +11,8 @@ import orjson
 import pytest
 
 from ringfence.messages.audit import AuditCheckpoint
-from ringfence.model.audit_chain import Source, Tip, linkable, linked
-from ringfence.model.audit_verifying import ChainVerifier, Fault
+from ringfence.model.audit_log.chain import Source, Tip, linkable, linked
+from ringfence.model.audit_log.verification import ChainVerifier, Fault
 
 TREES = ("0", "1", "2")
 COUNT, BATCH, SIGNED = 30, 5, 10

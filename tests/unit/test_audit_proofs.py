@@ -19,8 +19,8 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT
-from ringfence.model.audit_chain import NOTHING, Source, Tip, linkable, linked, loaded
-from ringfence.model.merkle import Hash, Head, is_consistent, leaf_hash, root_by_inclusion
+from ringfence.model.audit_log.chain import NOTHING, Source, Tip, linkable, linked, loaded
+from ringfence.model.audit_log.merkle import Hash, Head, is_consistent, leaf_hash, root_by_inclusion
 from tests.audit_office import Office
 
 

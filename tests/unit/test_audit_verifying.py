@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.messages.audit import AuditCheckpoint
-from ringfence.model.audit_chain import Source, Tip, linkable, linked
-from ringfence.model.audit_verifying import ChainVerifier, Fault
+from ringfence.model.audit_log.chain import Source, Tip, linkable, linked
+from ringfence.model.audit_log.verification import ChainVerifier, Fault
 
 TREE = "3"
 COUNT = 12

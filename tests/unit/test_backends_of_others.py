@@ -10,8 +10,8 @@ from typing import cast
 import pytest
 
 from ringfence.backends import BackendError, Material, all_backends, built_in
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.registry import TargetRecord
+from tools.schemas.examples import EXAMPLES
 
 MATERIAL = Material("acme.example", "https://issuer.acme.example")
 TARGET = cast(TargetRecord, EXAMPLES[TargetRecord]).state

@@ -28,9 +28,9 @@ from ringfence.messages.registry import (
     TaskEnd,
     UserDisable,
 )
-from ringfence.model.chains import ChainError, Chains, unverified_command
-from ringfence.model.identity import SubjectKind
+from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import CommandRefusedError, still_needed
+from ringfence.model.records.command_chain import ChainError, Chains, unverified_command
 from tests.ledger import START_MS, Ledger, permission
 
 WIDE, NARROW = (permission("env/**"),), (permission("env/a"),)

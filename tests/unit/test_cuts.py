@@ -21,7 +21,7 @@ from ringfence.messages.lease import RevocationAck, RevocationRequest, Selector
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT, REVOCATION_ACK
 from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
-from ringfence.model.orders import Order
+from ringfence.model.leases.revocations import Order
 from ringfence.revoker.cuts import Cuts
 from tests.ledger import START_MS, TD, FixedClock
 

@@ -8,8 +8,8 @@ import pytest
 
 from ringfence.backends import Material, built_in
 from ringfence.backends.declared import Declared
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
+from tools.schemas.examples import EXAMPLES
 
 EXAMPLE = cast(TargetRecord, EXAMPLES[TargetRecord]).state
 

@@ -26,13 +26,13 @@ from ringfence.messages.registry import (
     UserDisable,
     VerbFloor,
 )
-from ringfence.model.approvals import may_approve
-from ringfence.model.chains import ChainError
-from ringfence.model.delegations import Delegations
-from ringfence.model.directory import Directory
-from ringfence.model.identity import SubjectKind
+from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import MAX_DEPTH, CommandRefusedError
-from ringfence.model.requests import against, find_ground
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.delegations import Delegations
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.approvals import may_approve
+from ringfence.model.requests.facts import against, find_ground
 from ringfence.registry.domain import MAX_PARTS
 from tests.ledger import START_MS, Ledger, permission
 

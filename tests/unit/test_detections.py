@@ -16,8 +16,8 @@ from ringfence.messages.approval import BreakGlassReview, Grant
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.topics import AGENT, APPROVAL_RESPONSE
-from ringfence.model.audit_chain import NOTHING, Source, linkable, linked
-from ringfence.model.audit_verifying import ChainVerifier
+from ringfence.model.audit_log.chain import NOTHING, Source, linkable, linked
+from ringfence.model.audit_log.verification import ChainVerifier
 from tests.audit_office import Story
 from tests.watching import DAY_MS, Watch, other
 

@@ -24,9 +24,9 @@ from ringfence.messages.registry import (
     UserDisable,
 )
 from ringfence.messages.topics import AGENT, HEARTBEAT, USER
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Alarm, Directory
-from ringfence.model.identity import SubjectKind
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Alarm, Directory
 from tests.ledger import TOPICS, Ledger, permission
 from tests.waiting import until
 

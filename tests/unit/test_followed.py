@@ -15,7 +15,7 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.audit import AuditWitness
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import AUDIT_CHECKPOINT, HEARTBEAT
-from ringfence.model.directory import Directory
+from ringfence.model.records.directory import Directory
 from tests.audit_office import Office
 from tests.ledger import FixedClock
 

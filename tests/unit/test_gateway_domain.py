@@ -27,7 +27,7 @@ from ringfence.gateway.domain import (
 )
 from ringfence.gateway.leases import LeaseTable
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.instances import AttestationSelector, InstanceRef
+from ringfence.messages.enrolment import AttestationSelector, InstanceRef
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
@@ -42,9 +42,9 @@ from ringfence.messages.registry import (
     TaskEnd,
     UserDisable,
 )
-from ringfence.model.attestation import selector_id
+from ringfence.model.http_targets.request_map import Action
+from ringfence.model.identity.attestation import selector_id
 from ringfence.model.lifecycle import subject_key
-from ringfence.model.request_map import Action
 from tests import leases
 from tests.ledger import Ledger, permission
 

@@ -13,7 +13,7 @@ from ringfence.gateway.evaluating import LONGEST_MS, Evaluator
 from ringfence.gateway.history import MAX_TASKS, Earlier
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState, VerbFloor
-from ringfence.model.request_map import Action
+from ringfence.model.http_targets.request_map import Action
 from ringfence.rego.engine import (
     Answer,
     PolicyFailedError,

@@ -13,7 +13,7 @@ from ringfence.gateway.domain import Refusal, Sender
 from ringfence.gateway.identifying import Identifier
 from ringfence.gateway.leases import LeaseTable
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.instances import InstanceRef
+from ringfence.messages.enrolment import InstanceRef
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import AgentRotateKey, AgentSuspend
 from tests import leases

@@ -20,13 +20,13 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Credential, CredentialDelivery
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from ringfence.messages.topics import CREDENTIAL_REPLY
 from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
 from tests import leases
 from tests.ledger import START_MS, TD, FixedClock, Ledger
+from tools.schemas.examples import EXAMPLES
 
 NOW_S = START_MS // 1000
 YEAR_S = 365 * 86_400

@@ -9,7 +9,7 @@ import pytest
 from ringfence.gateway.leases import ENDED_KEPT_MS, ORDERS_KEPT_MS, SLACK_MS, LeaseTable
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.messages.lease import EndCause, Lease
-from ringfence.model.leases import follow
+from ringfence.model.leases.lifecycle import follow
 from tests import leases
 from tests.ledger import START_MS, FixedClock, permission
 

@@ -12,10 +12,10 @@ from ringfence.cli.scopes import parse_scope
 from ringfence.gateway.attempts import Verdict
 from ringfence.gateway.problem import answer, headers, how_to_ask, problem, problem_body
 from ringfence.messages.credential import Reason
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TargetRecord
-from ringfence.model.request_map import Action
+from ringfence.model.http_targets.request_map import Action
+from tools.schemas.examples import EXAMPLES
 
 TARGET = cast(TargetRecord, EXAMPLES[TargetRecord]).state
 ID = "d9428888-122b-51e1-b85c-61cd3cbb3210"

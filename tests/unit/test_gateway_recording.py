@@ -14,7 +14,7 @@ from ringfence.gateway.recording import Recorder
 from ringfence.gateway.spool import Spool, SpoolFullError
 from ringfence.gateway.written import AllowedEvents
 from ringfence.messages.operations import ActionDecided
-from ringfence.model.request_map import Action
+from ringfence.model.http_targets.request_map import Action
 from tests import leases
 
 GATEWAY = "spiffe://acme.example/service/gateway"

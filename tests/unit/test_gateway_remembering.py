@@ -18,7 +18,7 @@ from ringfence.gateway.remembering import Remembered
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.trust import TrustBundle
-from ringfence.model.request_map import Action
+from ringfence.model.http_targets.request_map import Action
 from tests.ledger import permission
 from tests.unit.test_gateway_domain import MAX_AGE_S, READ, WIDE, Place
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from ringfence.model import globs as module
-from ringfence.model.globs import (
+from ringfence.model.scope import globs as module
+from ringfence.model.scope.globs import (
     MAX_GLOB_CHARS,
     MAX_WILDCARDS,
     STEP_LIMIT,

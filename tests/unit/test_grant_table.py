@@ -10,9 +10,9 @@ import pytest
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import Grant
-from ringfence.messages.examples import EXAMPLES
-from ringfence.model import grants
-from ringfence.model.grants import KEEP_MS, GrantTable
+from ringfence.model.requests import grants
+from ringfence.model.requests.grants import KEEP_MS, GrantTable
+from tools.schemas.examples import EXAMPLES
 
 EXAMPLE = cast(Grant, EXAMPLES[Grant])
 AT_MS = EXAMPLE.iat * 1000

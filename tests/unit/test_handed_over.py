@@ -16,7 +16,7 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.audit import AuditIntake
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT_INTAKE
-from ringfence.model.merkle import Hash
+from ringfence.model.audit_log.merkle import Hash
 from tests.audit_office import TD, Office
 
 EACH = 10

@@ -12,9 +12,9 @@ import pytest
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import TaskAssign, TaskTerms, UserDisable
-from ringfence.model.chains import ChainError
-from ringfence.model.consents import MAX_AGE_S, canonical_terms, nonce_of
 from ringfence.model.lifecycle import CommandRefusedError
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.consent import MAX_AGE_S, canonical_terms, nonce_of
 from tests.ledger import TD, Ledger, permission
 from tests.oidc import TokenIssuer
 from tests.planted import NAME, planted

@@ -14,7 +14,6 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
@@ -33,6 +32,7 @@ from ringfence.policy.roster import _IDLE_S, CursorLostError, Roster
 from ringfence.policy.sightings import MAX_KEYS, Sightings
 from ringfence.policy.usage import DAY_S
 from tests.ledger import TD, Ledger
+from tools.schemas.examples import EXAMPLES
 
 READ, DEPLOY = (
     Permission(target="platform", verbs=(verb,), resources=("env/staging/web",))

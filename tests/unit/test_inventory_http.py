@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from ringfence.kernel.service.http import application
-from ringfence.model.access import Authenticator
-from ringfence.model.api_tokens import api_token
+from ringfence.model.identity.api_tokens import api_token
+from ringfence.model.records.api_access import Authenticator
 from ringfence.policy import inventory_http, roster_http
 from ringfence.policy.inventory_http import InventoryApi
 from tests.ledger import TD

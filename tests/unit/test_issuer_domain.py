@@ -41,7 +41,7 @@ from ringfence.messages.credential import (
     Reason,
     Revisions,
 )
-from ringfence.messages.instances import AttestationSelector, InstanceEnrolment
+from ringfence.messages.enrolment import AttestationSelector, InstanceEnrolment
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
     AgentRotateKey,
@@ -55,14 +55,14 @@ from ringfence.messages.registry import (
     UserDisable,
     VerbFloor,
 )
-from ringfence.model.approvals import APPROVAL_SLACK_MS, BREAK_GLASS_TTL_S
-from ringfence.model.attestation import selector_id
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.grants import id_of
-from ringfence.model.instances import instance_id
-from ringfence.model.leases import origin_of, record_id
+from ringfence.model.identity.attestation import selector_id
+from ringfence.model.leases.lifecycle import origin_of, record_id
 from ringfence.model.lifecycle import subject_key
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import instance_id
+from ringfence.model.requests.approvals import APPROVAL_SLACK_MS, BREAK_GLASS_TTL_S
+from ringfence.model.requests.grants import id_of
 from tests.ledger import TD, Ledger, permission
 
 POLICY = SigningKey.generate(f"spiffe://{TD}/service/policy")

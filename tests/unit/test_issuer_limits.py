@@ -11,9 +11,9 @@ import pytest
 
 from ringfence.issuer.domain import Decision, Issue, Refusal
 from ringfence.issuer.limits import Gatekeeper, Limits
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetRecord
+from tools.schemas.examples import EXAMPLES
 
 NOW_MS = 1_800_000_000_000
 REQUEST = cast(Any, object())

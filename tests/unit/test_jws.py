@@ -31,9 +31,9 @@ from ringfence.kernel.crypto.keys import PublicKey, SigningKey, b64decode, b64en
 from ringfence.messages.api import ApiToken
 from ringfence.messages.base import Claims
 from ringfence.messages.credential import CredentialRequest
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.registry import AgentResume, UserDisable
+from tools.schemas.examples import EXAMPLES
 
 TD = "acme.example"
 NOW_S = 1_790_000_000

@@ -15,7 +15,7 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.lease import LeaseEpoch
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.model.lease_epochs import Epochs, marker_key, number_of
+from ringfence.model.leases.epochs import Epochs, marker_key, number_of
 
 TD = "acme.example"
 ONE, TWO, OTHER_TWO, THREE = "1.aaaaaaaa", "2.bbbbbbbb", "2.cccccccc", "3.aaaaaaaa"

@@ -16,8 +16,13 @@ from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.messages.lease import Delegator, EndCause, Lease, LeaseStatus
 from ringfence.messages.permission import Permission
-from ringfence.model.lease_store.packing import condensed, expanded, unverified_names, unverified_payload
-from ringfence.model.leases import follow, marks_of
+from ringfence.model.lease_store.codec.records import (
+    condensed,
+    expanded,
+    unverified_names,
+    unverified_payload,
+)
+from ringfence.model.leases.lifecycle import follow, marks_of
 from tests.leases import lease
 
 ISSUER, REVOKER = "spiffe://acme.example/service/issuer", "spiffe://acme.example/service/revoker"

@@ -11,9 +11,9 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.lease import EndCause
 from ringfence.messages.topics import LEASE
-from ringfence.model.lease_epochs import Epochs
 from ringfence.model.lease_store import LostError, SignedLease
-from ringfence.model.leases import follow
+from ringfence.model.leases.epochs import Epochs
+from ringfence.model.leases.lifecycle import follow
 from ringfence.revoker.said import Said, glance_of
 from ringfence.revoker.watching import LeaseWatch
 from tests.leases import REVOKER, lease, signed

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.messages.credential import Coordinates
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import TERMINAL, EndCause, EndKind, Lease, LeaseStatus, Selector
-from ringfence.model.leases import (
+from ringfence.model.leases.lifecycle import (
     ALL_MARK,
     FOLLOWING,
     LeaseStateError,
@@ -30,6 +29,7 @@ from ringfence.model.leases import (
     statement,
 )
 from ringfence.revoker.domain import deadline_cause, next_status
+from tools.schemas.examples import EXAMPLES
 
 STATUSES: tuple[LeaseStatus, ...] = get_args(LeaseStatus)
 KINDS: tuple[EndKind, ...] = get_args(EndKind)

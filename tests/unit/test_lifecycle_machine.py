@@ -34,10 +34,10 @@ from ringfence.messages.registry import (
     EmbeddedCommand,
     UserDisable,
 )
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import SubjectKind
+from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import CommandRefusedError
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 from tests.ledger import START_MS, TD, Ledger, permission
 
 PEOPLE = ("root", "olga", "otto", "sam", "suzy", "uma")

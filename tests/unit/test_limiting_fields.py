@@ -31,8 +31,7 @@ from ringfence.kernel.crypto.jws import Signed, parse, sign, sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import ActionApproval, Approval, Grant
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
-from ringfence.messages.examples import EXAMPLES
-from ringfence.messages.instances import AttestationSelector, InstanceEnrolment, InstanceRef
+from ringfence.messages.enrolment import AttestationSelector, InstanceEnrolment, InstanceRef
 from ringfence.messages.keys import PublicJwk
 from ringfence.messages.lease import RevocationRequest, Selector
 from ringfence.messages.oidc import OidcIssuer
@@ -62,16 +61,16 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
-from ringfence.model.approvals import approval_problem, not_understood
-from ringfence.model.attestation import matching, selector_id
-from ringfence.model.grants import grant_problem
-from ringfence.model.instances import EnrolmentError, instance_id, open_enrolment, ref_void
-from ringfence.model.leases import mark_of
+from ringfence.model.http_targets.request_map import Action, RequestMap
+from ringfence.model.identity.attestation import matching, selector_id
+from ringfence.model.leases.lifecycle import mark_of
 from ringfence.model.lifecycle import CommandRefusedError
-from ringfence.model.provisioning import given_by
-from ringfence.model.request_map import Action, RequestMap
-from ringfence.model.requests import gather, violations
-from ringfence.model.scope import missing
+from ringfence.model.records.instances import EnrolmentError, instance_id, open_enrolment, ref_void
+from ringfence.model.records.provisioning import given_by
+from ringfence.model.requests.approvals import approval_problem, not_understood
+from ringfence.model.requests.facts import gather, violations
+from ringfence.model.requests.grants import grant_problem
+from ringfence.model.scope.scope import missing
 from ringfence.model.unknown_fields import NOT_UNDERSTOOD, is_understood, told, unknown_fields
 from ringfence.registry.domain import takes_away
 from tests.ledger import TD, Ledger, permission
@@ -79,6 +78,7 @@ from tests.planted import NAME, as_before, planted
 from tests.unit.test_gateway_domain import Place
 from tests.unit.test_id_token_consent import trusting
 from tests.unit.test_requests import AGE_S, AS_OF, WANTED, facts
+from tools.schemas.examples import EXAMPLES
 
 WIDE = permission("env/**", verbs=("read", "deploy"))
 ISSUER = "https://token.actions.example"

@@ -10,9 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.messages.registry import McpRule, RequestRule
-from ringfence.model.globs import parse_name
-from ringfence.model.mcp import McpMessageError, read_message
-from ringfence.model.request_map import MAX_BODY_BYTES, Action, RequestMap, RequestMapError
+from ringfence.model.http_targets.mcp import McpMessageError, read_message
+from ringfence.model.http_targets.request_map import (
+    MAX_BODY_BYTES,
+    Action,
+    RequestMap,
+    RequestMapError,
+)
+from ringfence.model.scope.globs import parse_name
 
 
 def rule(

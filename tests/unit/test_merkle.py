@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.model.merkle import (
+from ringfence.model.audit_log.merkle import (
     EMPTY_ROOT,
     Hash,
     Head,

@@ -11,11 +11,11 @@ from ringfence.kernel.base.errors import SignatureError
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
-from ringfence.model.opening import open_lease
+from ringfence.model.leases.verification import open_lease
 from tests.ledger import FixedClock
+from tools.schemas.examples import EXAMPLES
 
 TD = "acme.example"
 NOW_S = 1_790_000_000

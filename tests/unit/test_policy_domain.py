@@ -14,13 +14,12 @@ from ringfence.kernel.crypto.jws import Signed
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.messages.approval import Approval
 from ringfence.messages.credential import CredentialRequest, Reason, RequiredClass
-from ringfence.messages.examples import EXAMPLES
-from ringfence.messages.instances import InstanceEnrolment
+from ringfence.messages.enrolment import InstanceEnrolment
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentRecord, TargetRecord, TaskRecord, UserRecord, VerbFloor
-from ringfence.model.approvals import BREAK_GLASS_TTL_S
-from ringfence.model.directory import Directory, Entry
-from ringfence.model.requests import Delegation, Facts
+from ringfence.model.records.directory import Directory, Entry
+from ringfence.model.requests.approvals import BREAK_GLASS_TTL_S
+from ringfence.model.requests.facts import Delegation, Facts
 from ringfence.policy.domain import (
     INPUT_FIELDS,
     MAX_ASKED,
@@ -36,6 +35,7 @@ from ringfence.policy.domain import (
     weighed,
 )
 from ringfence.rego.engine import PolicyFailedError, PolicyResult, result_of
+from tools.schemas.examples import EXAMPLES
 
 NOBODY = cast(Directory, None)
 """No directory is asked where there is no approval to weigh."""

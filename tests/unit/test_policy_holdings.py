@@ -15,19 +15,19 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease, LeaseEpoch, LeaseStatus
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.permission import Permission
 from ringfence.messages.topics import LEASE, SERVICE_EVENT
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.model.lease_epochs import marker_key
-from ringfence.model.opening import open_lease
-from ringfence.model.short_lived import is_short_lived
+from ringfence.model.leases.epochs import marker_key
+from ringfence.model.leases.short_lived import is_short_lived
+from ringfence.model.leases.verification import open_lease
 from ringfence.policy.domain import Case, Judgement, Ruling, denied
 from ringfence.policy.holdings import _REFUSED_KEPT, SLACK_S, Holdings
 from ringfence.policy.usage import DAY_S, WINDOW_DAYS
 from tests.ledger import FixedClock
+from tools.schemas.examples import EXAMPLES
 
 TD = "test.example"
 NOW = 1_790_000_000

@@ -11,10 +11,10 @@ import pytest
 
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.credential import Coordinates, CredentialRequest
-from ringfence.messages.examples import EXAMPLES
-from ringfence.model.chains import ChainError
+from ringfence.model.records.command_chain import ChainError
 from ringfence.policy.domain import Case, Judgement
 from ringfence.policy.limits import PENDING_RETRY_S, Doorkeeper, Gatekeeper, Limits, PendingLimits
+from tools.schemas.examples import EXAMPLES
 
 MINUTE = 60_000
 START = 1_800_000_000_000 - 1_800_000_000_000 % MINUTE

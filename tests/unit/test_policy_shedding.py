@@ -13,11 +13,11 @@ from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import Coordinates, CredentialRequest
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 from ringfence.policy.domain import Case
 from ringfence.policy.limits import LOOKED_AT, SHARE, TOLD_NO, Gatekeeper, Limits
 from ringfence.policy.shedding import Backlog, LetGo, Stage
+from tools.schemas.examples import EXAMPLES
 
 WAIT_S = 40
 START = 1_800_000_000_000 - 1_800_000_000_000 % 60_000

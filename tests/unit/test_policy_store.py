@@ -14,10 +14,10 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import Approval
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Outcome
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.topics import CREDENTIAL_DECISION
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.policy.store import KEEP_MS, MAX_AGE_MS, DecisionsInMemory, Place
+from tools.schemas.examples import EXAMPLES
 
 TD = "test.example"
 NOW = int(time.time())

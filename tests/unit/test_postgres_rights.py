@@ -22,7 +22,7 @@ from ringfence.backends.postgres_rights import (
 )
 from ringfence.backends.scram import verifier
 from ringfence.messages.permission import Permission
-from ringfence.model.globs import parse_glob
+from ringfence.model.scope.globs import parse_glob
 
 SCHEMAS = [(1, "a"), (2, "b"), (3, "a/b")]
 RELATIONS = [

@@ -22,8 +22,8 @@ from ringfence.messages.registry import (
     UserSet,
     UserState,
 )
-from ringfence.model.chains import ChainError
 from ringfence.model.lifecycle import CommandRefusedError
+from ringfence.model.records.command_chain import ChainError
 from tests.ledger import START_MS, Ledger, permission
 
 NOW_S = START_MS // 1000

@@ -12,8 +12,8 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.service.http import application
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentSuspend, VerbFloor
-from ringfence.model.access import Authenticator
-from ringfence.model.api_tokens import api_token
+from ringfence.model.identity.api_tokens import api_token
+from ringfence.model.records.api_access import Authenticator
 from ringfence.policy import reach_http
 from ringfence.policy.reach_http import ReachApi
 from tests.ledger import TD

@@ -10,8 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.messages.registry import RequestRule
-from ringfence.model.globs import parse_name
-from ringfence.model.request_map import MAX_BODY_BYTES, Action, RequestMap, RequestMapError
+from ringfence.model.http_targets.request_map import (
+    MAX_BODY_BYTES,
+    Action,
+    RequestMap,
+    RequestMapError,
+)
+from ringfence.model.scope.globs import parse_name
 
 
 def rule(method: str, path: str, verb: str, resource: str = "x", **conditions: Any) -> RequestRule:

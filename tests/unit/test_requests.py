@@ -13,8 +13,7 @@ from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import CredentialRequest, DelegatorRevisions, Reason, Revisions
-from ringfence.messages.examples import EXAMPLES
-from ringfence.messages.instances import AttestationSelector, InstanceEnrolment
+from ringfence.messages.enrolment import AttestationSelector, InstanceEnrolment
 from ringfence.messages.lease import Delegator
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
@@ -32,12 +31,20 @@ from ringfence.messages.registry import (
     UserRecord,
     VerbFloor,
 )
-from ringfence.model.attestation import selector_id
-from ringfence.model.directory import Directory, Entry
-from ringfence.model.identity import SubjectKind
+from ringfence.model.identity.attestation import selector_id
+from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import subject_key
-from ringfence.model.requests import Delegation, DeniedError, Facts, find_ground, gather, violations
+from ringfence.model.records.directory import Directory, Entry
+from ringfence.model.requests.facts import (
+    Delegation,
+    DeniedError,
+    Facts,
+    find_ground,
+    gather,
+    violations,
+)
 from tests.ledger import Ledger, permission
+from tools.schemas.examples import EXAMPLES
 
 AS_OF, AGE_S = 1_000_000, 3600
 WANTED = Permission(target="staging", verbs=("read",), resources=("env/staging/web",))

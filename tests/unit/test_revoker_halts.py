@@ -13,7 +13,7 @@ from ringfence.messages.base import Claims, Millis
 from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import HEARTBEAT
 from ringfence.messages.trust import SERVICE_ROLES, ServiceRole
-from ringfence.model.revoker_halts import RevokerHalts
+from ringfence.model.leases.revoker_halts import RevokerHalts
 from tests.malformed import Services
 
 GRACE_MS = 5000

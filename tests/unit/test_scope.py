@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringfence.messages.permission import Permission, Scope
-from ringfence.model import glob_meeting
-from ringfence.model import scope as module
-from ringfence.model.scope import ScopeError, intersect, missing, validate_scope
+from ringfence.model.scope import glob_intersection
+from ringfence.model.scope import scope as module
+from ringfence.model.scope.scope import ScopeError, intersect, missing, validate_scope
 from tests.glob_oracles import SHORT, globs, names_of, separated, short_globs, union_of
 
 # Scopes ----------------------------------------------------------------------------------------------------
@@ -203,20 +203,20 @@ def test_every_pair_of_short_globs_meets_exactly() -> None:
     wrong = [
         (left, right)
         for left, right in itertools.combinations_with_replacement(few, 2)
-        if union_of(glob_meeting.meet(left, right)) != names_of(left) & names_of(right)
+        if union_of(glob_intersection.meet(left, right)) != names_of(left) & names_of(right)
     ]
     assert wrong == []
 
 
 @given(short_globs, short_globs)
 def test_a_meeting_of_short_globs_is_exact(left: str, right: str) -> None:
-    assert union_of(glob_meeting.meet(left, right)) == names_of(left) & names_of(right)
+    assert union_of(glob_intersection.meet(left, right)) == names_of(left) & names_of(right)
 
 
 @settings(max_examples=300)
 @given(globs, globs)
 def test_a_meeting_is_within_both(left: str, right: str) -> None:
-    for text in glob_meeting.meet(left, right):
+    for text in glob_intersection.meet(left, right):
         assert separated(text, (left,)) is None
         assert separated(text, (right,)) is None
 
@@ -251,12 +251,12 @@ def test_intersect_beyond_its_limits_leaves_out_and_never_adds(monkeypatch: pyte
     a, b = (permission("t", "r", ["*a*b*", "x"]),), (permission("t", "r", ["*b*a*", "x"]),)
     whole = rights(intersect(a, b))["t", "r"]
     for limit, value in (("_MEET_PAIRS", 1), ("_MEET_CELLS", 12), ("_MEET_GLOBS", 1)):
-        glob_meeting.meet.cache_clear()
-        glob_meeting._meet_segments.cache_clear()
-        monkeypatch.setattr(module if limit == "_MEET_PAIRS" else glob_meeting, limit, value)
+        glob_intersection.meet.cache_clear()
+        glob_intersection._meet_segments.cache_clear()
+        monkeypatch.setattr(module if limit == "_MEET_PAIRS" else glob_intersection, limit, value)
         part = rights(intersect(a, b))["t", "r"]
         assert part != whole
         assert not part & ~whole
         monkeypatch.undo()
-    glob_meeting.meet.cache_clear()
-    glob_meeting._meet_segments.cache_clear()
+    glob_intersection.meet.cache_clear()
+    glob_intersection._meet_segments.cache_clear()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.scope_changes import with_added, with_removed
 from ringfence.messages.permission import Permission, Scope
-from ringfence.model.scope import intersect, missing
+from ringfence.model.scope.scope import intersect, missing
 
 
 def scope(*texts: str) -> Scope:

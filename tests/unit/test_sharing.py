@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from ringfence.client.process_mark import process_mark
 from ringfence.gateway.sharing import SharedKeys
-from ringfence.model.sharing import WINDOW_MS, KeyUses
+from ringfence.model.records.key_sharing import WINDOW_MS, KeyUses
 from tests.ledger import TD, FixedClock
 from tests.world import WITHIN_S
 

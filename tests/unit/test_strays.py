@@ -14,8 +14,8 @@ from ringfence.audit.strays import Found, Strays
 from ringfence.audit.tips import _Stood, _strays, _Stretch
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.topics import AUDIT
-from ringfence.model.audit_chain import Tip, event_of, linkable, linked
-from ringfence.model.merkle import leaf_hash
+from ringfence.model.audit_log.chain import Tip, event_of, linkable, linked
+from ringfence.model.audit_log.merkle import leaf_hash
 
 
 def records(*offsets: int, partition: int = 0) -> list[Received]:

@@ -10,7 +10,7 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import HEARTBEAT, LEASE
-from ringfence.model.streams import REMEMBERED, StreamCheck, Streams
+from ringfence.model.leases.stream_digests import REMEMBERED, StreamCheck, Streams
 from tests.ledger import FixedClock
 from tests.unit.test_lease_epochs import TD, Markers
 from tests.waiting import until

@@ -15,7 +15,7 @@ from ringfence.cli.target import _request, _settings, _template, _verbs
 from ringfence.cli.target_templates import TEMPLATES
 from ringfence.client.applying import applied, environment
 from ringfence.client.credentials import IssuedCredential, Secret
-from ringfence.model.request_map import Action, RequestMap
+from ringfence.model.http_targets.request_map import Action, RequestMap
 from ringfence.model.target_settings import HttpSettings
 
 

@@ -24,10 +24,10 @@ from ringfence.backends import (
 )
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, b64encode
 from ringfence.messages.credential import Coordinates
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
-from ringfence.model.leases import origin_of, record_id
+from ringfence.model.leases.lifecycle import origin_of, record_id
+from tools.schemas.examples import EXAMPLES
 
 KEY = TokenKey(SigningKey.generate("spiffe://acme.example/service/issuer"))
 RSA_PRIVATE = rsa.generate_private_key(public_exponent=65537, key_size=2048)

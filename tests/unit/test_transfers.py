@@ -15,8 +15,8 @@ from ringfence.messages.registry import (
     EmbeddedCommand,
     UserDisable,
 )
-from ringfence.model.chains import ChainError
 from ringfence.model.lifecycle import CommandRefusedError
+from ringfence.model.records.command_chain import ChainError
 from tests.ledger import Ledger, permission
 
 WIDE = (permission("env/**"),)

@@ -18,7 +18,7 @@ from ringfence.messages.oidc import OidcIssuer, OidcUse
 from ringfence.messages.registry import UserRecord
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import RootHandover, ServiceIdentity, ServiceRole, TrustBundle
-from ringfence.model.chains import ChainError
+from ringfence.model.records.command_chain import ChainError
 from tests.ledger import START_MS, TD, FixedClock, Ledger
 
 NOW_S = START_MS // 1000

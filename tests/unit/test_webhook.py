@@ -10,12 +10,12 @@ import orjson
 import pytest
 
 from ringfence.messages.approval import ApprovalRequest
-from ringfence.messages.examples import EXAMPLES
 from ringfence.messages.registry import TaskRecord
 from ringfence.policy.webhook import Webhook, WebhookError, body_of, parse_webhook, signed_headers
 from tests.unit.test_policy_domain import entry, facts
 from tests.unit.test_questions import HOSTILE
 from tests.world import scope
+from tools.schemas.examples import EXAMPLES
 
 SECRET = "whsec_" + base64.b64encode(b"k" * 32).decode()
 URL = "https://hooks.slack.com/services/T000/B000/XXXX"

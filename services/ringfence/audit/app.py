@@ -25,9 +25,9 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, TRUST
-from ringfence.model.access import Authenticator
-from ringfence.model.alarms import report_alarms
-from ringfence.model.directory import TABLES, Directory
+from ringfence.model.records.alarms import report_alarms
+from ringfence.model.records.api_access import Authenticator
+from ringfence.model.records.directory import TABLES, Directory
 
 _AT_ONCE = 32
 """Events of the trail that are parsed and then taken in: more of them do not stay in the caches of a core, and parsing

@@ -22,7 +22,7 @@ from ringfence.audit.ocsf import (
 )
 from ringfence.kernel.base.ids import message_id
 from ringfence.messages.approval import ActionApproval, ActionRequest
-from ringfence.model.identity import spiffe_id
+from ringfence.model.identity.spiffe_ids import spiffe_id
 
 if TYPE_CHECKING:
     from ringfence.kernel.kafka.producer import Received

@@ -28,13 +28,13 @@ from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.registry import AgentTransfer, AnyRecord, TaskAssign, TaskState
 from ringfence.messages.trust import ServiceRole
-from ringfence.model.chains import BY_AGENTS, COMMAND_OF_TYP, ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.grants import id_of, signer_of
-from ringfence.model.identity import subject_of
-from ringfence.model.instances import enrolment_of, keys_of_agents, ref_of
-from ringfence.model.leases import statement
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.leases.lifecycle import statement
 from ringfence.model.lifecycle import agents_of
+from ringfence.model.records.command_chain import BY_AGENTS, COMMAND_OF_TYP, ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import enrolment_of, keys_of_agents, ref_of
+from ringfence.model.requests.grants import id_of, signer_of
 
 C = TypeVar("C", bound=Claims)
 P = TypeVar("P", bound=Message)

@@ -40,8 +40,8 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.audit import AuditChained, AuditCheckpoint
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
-from ringfence.model.audit_chain import Tip, linked, linked_event
-from ringfence.model.merkle import Hash, leaf_hash
+from ringfence.model.audit_log.chain import Tip, linked, linked_event
+from ringfence.model.audit_log.merkle import Hash, leaf_hash
 
 log = logging.getLogger(__name__)
 

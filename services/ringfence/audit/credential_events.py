@@ -35,7 +35,7 @@ from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.approval import Approval, ApprovalRequest, Grant
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.messages.lease import Lease, LeaseStatus, RevocationAck, RevocationRequest, Selector
-from ringfence.model.grants import id_of
+from ringfence.model.requests.grants import id_of
 
 if TYPE_CHECKING:
     from ringfence.kernel.kafka.producer import Received

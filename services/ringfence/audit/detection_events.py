@@ -24,7 +24,7 @@ from ringfence.audit.ocsf import (
 )
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.topics import AUDITED
-from ringfence.model.identity import spiffe_id
+from ringfence.model.identity.spiffe_ids import spiffe_id
 
 _F = DETECTION_FINDING
 STEPS = {

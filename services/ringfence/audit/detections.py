@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.topics import AUDITED
-from ringfence.model.audit_chain import Source
+from ringfence.model.audit_log.chain import Source
 
 CODE_PREFIX = "detection."
 """Of the event codes of all that is found here: nothing is found about findings."""

@@ -21,9 +21,9 @@ from ringfence.messages.base import Claims, Topic, typ_header
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.signals import SignalStream
 from ringfence.messages.topics import ALL, AUDIT_CHECKPOINT, HEARTBEAT, SIGNAL_STREAM
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import subject_of
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 
 _CAUGHT_UP_S = 2.0
 _ELSEWHERE = frozenset(

@@ -21,8 +21,8 @@ from ringfence.audit.ocsf import (
     user_of,
 )
 from ringfence.messages.approval import Grant, GrantWithdraw
-from ringfence.model.grants import id_of
-from ringfence.model.identity import spiffe_id
+from ringfence.model.identity.spiffe_ids import spiffe_id
+from ringfence.model.requests.grants import id_of
 
 if TYPE_CHECKING:
     from ringfence.kernel.kafka.producer import Received

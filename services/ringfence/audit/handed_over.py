@@ -23,7 +23,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Received
 from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.messages.topics import AUDIT_INTAKE
-from ringfence.model.merkle import Hash
+from ringfence.model.audit_log.merkle import Hash
 
 _AT_FIRST, _MOST = 50, 3200
 """Messages, read at a time."""

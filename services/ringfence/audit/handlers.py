@@ -82,11 +82,11 @@ from ringfence.messages.topics import (
     TRUST,
     USER,
 )
-from ringfence.model.audit_chain import linkable
-from ringfence.model.chains import ChainError
-from ringfence.model.grants import kind_of
-from ringfence.model.identity import subject_of
-from ringfence.model.lease_epochs import Epochs
+from ringfence.model.audit_log.chain import linkable
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.leases.epochs import Epochs
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.requests.grants import kind_of
 
 log = logging.getLogger(__name__)
 

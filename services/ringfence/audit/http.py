@@ -23,11 +23,11 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.messages.registry import AgentState
-from ringfence.model.access import Authenticator
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import SubjectKind
-from ringfence.model.short_lived import SHORT_LIVED_S
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.leases.short_lived import SHORT_LIVED_S
+from ringfence.model.records.api_access import Authenticator
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 
 _MAX_EVENTS = 1000
 _MAX_REQUESTS = 500

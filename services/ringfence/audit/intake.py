@@ -22,8 +22,8 @@ from ringfence.kernel.kafka.producer import Outbound, Publisher, Received, parti
 from ringfence.messages.audit import AuditChained, AuditIntake
 from ringfence.messages.base import typ_header
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
-from ringfence.model.audit_chain import linkable
-from ringfence.model.merkle import Hash
+from ringfence.model.audit_log.chain import linkable
+from ringfence.model.audit_log.merkle import Hash
 
 MOST_BYTES = 320 * 1024
 """Of events in one message: as a JWS it is a third longer, and no message may be over 512 KiB."""

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ringfence.audit.tree_hashes import ROW, TreeHashes
-from ringfence.model.audit_chain import NOTHING
-from ringfence.model.merkle import Hash
+from ringfence.model.audit_log.chain import NOTHING
+from ringfence.model.audit_log.merkle import Hash
 
 TABLE = """
 CREATE TABLE aside (tree TEXT, place INTEGER, leaf BLOB, prev BLOB, PRIMARY KEY (tree, place, leaf)) WITHOUT ROWID;

@@ -24,7 +24,7 @@ from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.audit import OCSF_VERSION
 from ringfence.messages.credential import Reason
 from ringfence.messages.permission import Permission
-from ringfence.model.audit_chain import Source
+from ringfence.model.audit_log.chain import Source
 
 if TYPE_CHECKING:
     from ringfence.kernel.kafka.producer import Received

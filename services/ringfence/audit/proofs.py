@@ -21,8 +21,8 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.base import typ_header
-from ringfence.model.audit_chain import Tip, event_of, said_link
-from ringfence.model.merkle import (
+from ringfence.model.audit_log.chain import Tip, event_of, said_link
+from ringfence.model.audit_log.merkle import (
     Hash,
     Subtree,
     consistency_proof,

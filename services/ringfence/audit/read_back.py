@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ringfence.kernel.kafka.producer import Received
-from ringfence.model.audit_chain import loaded
-from ringfence.model.merkle import Hash, leaf_hash
+from ringfence.model.audit_log.chain import loaded
+from ringfence.model.audit_log.merkle import Hash, leaf_hash
 
 
 class Trailed(NamedTuple):

@@ -20,7 +20,7 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.log_limiter import of_a_kind
 from ringfence.kernel.kafka.producer import Received
-from ringfence.model.audit_chain import loaded
+from ringfence.model.audit_log.chain import loaded
 
 log = logging.getLogger(__name__)
 

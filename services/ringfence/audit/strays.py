@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.kafka.producer import Received
-from ringfence.model.audit_chain import event_of, loaded
+from ringfence.model.audit_log.chain import event_of, loaded
 
 
 class Found(NamedTuple):

@@ -17,8 +17,8 @@ from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.messages.audit import AuditCheckpoint, ChainLink
 from ringfence.messages.base import typ_header
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
-from ringfence.model.audit_chain import Tip, event_of
-from ringfence.model.merkle import Hash, leaf_hash
+from ringfence.model.audit_log.chain import Tip, event_of
+from ringfence.model.audit_log.merkle import Hash, leaf_hash
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
-from ringfence.model.merkle import Hash, node_hash
+from ringfence.model.audit_log.merkle import Hash, node_hash
 
 _STEP = 8
 """Each eighth level is kept, from the leaves on: what is between is made of at most 256 hashes when it is needed."""

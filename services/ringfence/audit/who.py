@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from ringfence.audit.store import ENDED, ISSUED
 from ringfence.messages.permission import Permission
-from ringfence.model.scope import intersect
+from ringfence.model.scope.scope import intersect
 
 Event = Mapping[str, Any]
 BY: Final = ("agent", "sponsor", "on_behalf_of")

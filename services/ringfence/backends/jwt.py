@@ -11,7 +11,7 @@ from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import PERMISSION_TYPE
 from ringfence.messages.registry import TargetState
-from ringfence.model.identity import spiffe_id
+from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.target_settings import JwtSettings
 
 log = logging.getLogger(__name__)

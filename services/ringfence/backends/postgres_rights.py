@@ -13,7 +13,7 @@ from typing import Final, Literal, NamedTuple
 
 from ringfence.backends.errors import InexactError
 from ringfence.messages.permission import Permission
-from ringfence.model.globs import Glob, ScopeError, parse_glob
+from ringfence.model.scope.globs import Glob, ScopeError, parse_glob
 
 Level = Literal["database", "schema", "table", "sequence", "column"]
 

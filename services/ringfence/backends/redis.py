@@ -38,7 +38,7 @@ from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TargetState
-from ringfence.model.globs import ScopeError, parse_glob
+from ringfence.model.scope.globs import ScopeError, parse_glob
 from ringfence.model.target_settings import TargetSettings
 
 

@@ -15,7 +15,7 @@ from typing import Final
 from ringfence.backends.errors import InexactError
 from ringfence.backends.ssh_helper import COMMAND_VERBS, WAYS
 from ringfence.messages.permission import Permission
-from ringfence.model.globs import Glob, ScopeError, parse_glob
+from ringfence.model.scope.globs import Glob, ScopeError, parse_glob
 
 VERBS: Final = (*COMMAND_VERBS, *WAYS)
 MAX_COMMANDS: Final = 64

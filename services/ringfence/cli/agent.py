@@ -47,8 +47,8 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import AgentState, AgentTransferConsent
-from ringfence.model.identity import spiffe_id
-from ringfence.model.scope import missing
+from ringfence.model.identity.spiffe_ids import spiffe_id
+from ringfence.model.scope.scope import missing
 
 app = typer.Typer(
     help="Agents: register, ceiling, sponsor, keys, suspend, decommission.", no_args_is_help=True

@@ -28,8 +28,8 @@ from ringfence.client.errors import InvalidCallError
 from ringfence.client.outcomes import Accepted
 from ringfence.kernel.base.strict_json import once
 from ringfence.kernel.crypto.jws import explain
-from ringfence.messages.instances import AttestationSelector
-from ringfence.model.attestation import selector_id
+from ringfence.messages.enrolment import AttestationSelector
+from ringfence.model.identity.attestation import selector_id
 from ringfence.model.unknown_fields import names_of, told, unknown_fields
 
 SelectorOption = Annotated[

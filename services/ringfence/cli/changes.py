@@ -18,8 +18,8 @@ from ringfence.client.ending_leases import EndingLeases, Loss, ending_leases
 from ringfence.client.errors import StaleApprovalError
 from ringfence.client.scope_changes import with_added, with_removed
 from ringfence.messages.permission import Scope
-from ringfence.model.directory import Entry
-from ringfence.model.scope import missing
+from ringfence.model.records.directory import Entry
+from ringfence.model.scope.scope import missing
 
 
 @dataclass(frozen=True, slots=True)

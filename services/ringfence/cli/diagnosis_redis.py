@@ -17,7 +17,7 @@ _OPTIONS = ("maxmemory-policy", "notify-keyspace-events", "appendonly", "save")
 async def redis_findings(settings: ServiceSettings) -> AsyncIterator[Finding]:
     """Whether it answers, how it is set up, and how far its clock is from ours: each node that holds keys."""
     try:
-        from ringfence.model.lease_store.link import Link
+        from ringfence.model.lease_store.connection import Link
     except ModuleNotFoundError:
         says = "not looked at: that needs the extra `server` (ringfence[server]): pip install '.[server]'"
         yield Finding("Redis", "unknown", says)

@@ -19,7 +19,7 @@ from ringfence.client.errors import ApiError
 from ringfence.client.replies import who
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.topics import CREDENTIAL_DECISION
-from ringfence.model.scope import missing
+from ringfence.model.scope.scope import missing
 
 
 def explain(
@@ -93,7 +93,7 @@ def _fired(found: Mapping[str, Any], folder: Path | None) -> list[tuple[str, Any
         from ringfence.policy.settings import PolicySettings
         from ringfence.rego.bundle import load_bundle
         from ringfence.rego.engine import ACTION
-        from ringfence.rego.programs import fired
+        from ringfence.rego.regorus_programs import fired
     except ModuleNotFoundError:  # the extra `server` has the engine
         return None
     here = load_bundle(folder or load(PolicySettings).bundle)

@@ -46,7 +46,7 @@ def run_bundle_tests(
     """
     from ringfence.rego.bundle import load_bundle
     from ringfence.rego.engine import ISSUANCE
-    from ringfence.rego.programs import compiled, run_tests
+    from ringfence.rego.regorus_programs import compiled, run_tests
 
     found = load_bundle(bundle)
     compiled(found.modules, ISSUANCE)

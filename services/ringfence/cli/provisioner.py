@@ -39,7 +39,7 @@ from ringfence.kernel.base.private_files import open_private
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import Delegation, GroupDelegation, Role, UserState
-from ringfence.model.identity import spiffe_id
+from ringfence.model.identity.spiffe_ids import spiffe_id
 
 app = typer.Typer(help="Directories that users come from: what they may give.", no_args_is_help=True)
 

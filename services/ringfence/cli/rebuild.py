@@ -71,7 +71,7 @@ async def _rebuilt(settings: ServiceSettings) -> tuple[int, float]:
     """Have a revoker rebuild. Returns how many leases are alive then, and the seconds that it took."""
     from ringfence.kernel.base.errors import RingfenceError
     from ringfence.model.lease_store import LeaseStore, LostError, Restoration
-    from ringfence.model.leases import ALL_MARK
+    from ringfence.model.leases.lifecycle import ALL_MARK
 
     restoration, store = Restoration(settings), LeaseStore(settings)
     start = heard = time.monotonic()

@@ -24,8 +24,8 @@ from ringfence.messages.registry import (
     UserState,
     VerbFloor,
 )
-from ringfence.model.identity import SubjectKind
-from ringfence.model.key_ends import endings
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.key_expiry import endings
 from ringfence.model.unknown_fields import names_of, unknown_fields
 
 _SOON = "ends soon: give another"

@@ -13,7 +13,7 @@ from ringfence.cli.output import visible_name
 from ringfence.kernel.base.strict_json import once
 from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.permission import Permission, Scope
-from ringfence.model.scope import ScopeError, validate_scope
+from ringfence.model.scope.scope import ScopeError, validate_scope
 
 SYNTAX = "target:verb[,verb]:resource[,resource]"
 _JSON = TypeAdapter(Permission)

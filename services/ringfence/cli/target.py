@@ -47,8 +47,8 @@ from ringfence.messages.registry import (
     TargetState,
     VerbFloor,
 )
-from ringfence.model.identity import spiffe_id
-from ringfence.model.request_map import RequestMap, RequestMapError
+from ringfence.model.http_targets.request_map import RequestMap, RequestMapError
+from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.target_settings import DECLARED, REACHED
 
 app = typer.Typer(help="Systems that agents act on: verbs and approval floors.", no_args_is_help=True)

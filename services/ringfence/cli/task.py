@@ -34,7 +34,7 @@ from ringfence.client.preview import Preview
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.registry import TaskConsent, TaskTerms
-from ringfence.model.consents import canonical_terms, nonce_of
+from ringfence.model.records.consent import canonical_terms, nonce_of
 
 app = typer.Typer(help="Tasks: assign, with what all sides allow; hand on; end.", no_args_is_help=True)
 

@@ -40,9 +40,9 @@ from ringfence.client.outcomes import Accepted
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import AgentState, Provisioning, Role, UserState
-from ringfence.model.directory import Directory
-from ringfence.model.identity import spiffe_id
-from ringfence.model.scope import missing
+from ringfence.model.identity.spiffe_ids import spiffe_id
+from ringfence.model.records.directory import Directory
+from ringfence.model.scope.scope import missing
 
 app = typer.Typer(help="People: roles, keys, entitlements.", no_args_is_help=True)
 

@@ -13,11 +13,11 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import Jws, typ_header
 from ringfence.messages.registry import ActionClass
-from ringfence.model.approvals import may_approve
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import subject_of
-from ringfence.model.requests import DeniedError, find_ground
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.approvals import may_approve
+from ringfence.model.requests.facts import DeniedError, find_ground
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import MAX_LIFE_S, sign
 from ringfence.kernel.crypto.keys import SigningKey, thumbprint
 from ringfence.messages.base import ExpiringClaims
-from ringfence.messages.instances import AttestationSelector
+from ringfence.messages.enrolment import AttestationSelector
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.lease import RevocationRequest, Selector
 from ringfence.messages.permission import Permission
@@ -47,8 +47,8 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
-from ringfence.model.request_map import RequestMap
-from ringfence.model.scope import validate_scope
+from ringfence.model.http_targets.request_map import RequestMap
+from ringfence.model.scope.scope import validate_scope
 
 KEY_LIFE_S = 365 * 24 * 3600
 """How long a key is valid where nothing else is said."""
@@ -412,7 +412,7 @@ class Administrator(Signatory):
         """Assign a task of these terms; returns its id. See `assign_task`.
 
         `id_token`, in place of `consent`: an OIDC ID token of the user, with the nonce of the terms
-        (`ringfence.model.consents.nonce_of`).
+        (`ringfence.model.records.consent.nonce_of`).
         """
         with checked("the task"):
             command = TaskAssign(

@@ -47,7 +47,7 @@ from ringfence.messages.topics import (
     REGISTRY_COMMAND,
     REVOCATION_REQUEST,
 )
-from ringfence.model.scope import validate_scope
+from ringfence.model.scope.scope import validate_scope
 
 log = logging.getLogger(__name__)
 

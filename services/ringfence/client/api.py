@@ -18,8 +18,8 @@ from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.base.settings import load
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.model.api_tokens import api_token
-from ringfence.model.identity import SubjectKind
+from ringfence.model.identity.api_tokens import api_token
+from ringfence.model.identity.spiffe_ids import SubjectKind
 
 Filters = Mapping[str, str | int | None]
 """By name, what the answer is narrowed down by. Those that are None are left out."""

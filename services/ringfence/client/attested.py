@@ -19,9 +19,9 @@ from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.instances import InstanceEnrol, InstanceEnrolment
-from ringfence.model.attestation import bound_audience
-from ringfence.model.identity import spiffe_id
+from ringfence.messages.enrolment import InstanceEnrol, InstanceEnrolment
+from ringfence.model.identity.attestation import bound_audience
+from ringfence.model.identity.spiffe_ids import spiffe_id
 
 log = logging.getLogger(__name__)
 

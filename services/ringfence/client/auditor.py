@@ -25,11 +25,11 @@ from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import typ_header
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDITED, TRUST, USER
-from ringfence.model.audit_chain import Source, Tip
-from ringfence.model.audit_verifying import ChainVerifier, Fault, FaultKind
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import subject_of
+from ringfence.model.audit_log.chain import Source, Tip
+from ringfence.model.audit_log.verification import ChainVerifier, Fault, FaultKind
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 
 SETTLE_S = 60.0
 """A record that is younger may have no event yet."""

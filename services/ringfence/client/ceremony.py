@@ -28,7 +28,7 @@ from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import Entitlements, UserSet
 from ringfence.messages.topics import REGISTRY_COMMAND, TRUST
 from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
-from ringfence.model.identity import spiffe_id
+from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.unknown_fields import told, unknown_fields
 
 _KEYS_BY_ROLE: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker", "audit")

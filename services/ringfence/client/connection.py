@@ -30,8 +30,8 @@ from ringfence.messages.base import Claims, Topic
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import AGENT, REGISTRY_COMMAND, TARGET, TASK, TRUST, USER
-from ringfence.model.directory import Directory
-from ringfence.model.identity import Kind, subject_of
+from ringfence.model.identity.spiffe_ids import Kind, subject_of
+from ringfence.model.records.directory import Directory
 
 READY_TIMEOUT_S = 30.0
 """How long a topic may take to be read up to its present end."""

@@ -9,7 +9,7 @@ from typing import Any
 from ringfence.client.api import ReadApi
 from ringfence.client.errors import ApiError
 from ringfence.messages.permission import Permission, Scope
-from ringfence.model.scope import missing
+from ringfence.model.scope.scope import missing
 
 
 @dataclass(frozen=True, slots=True)

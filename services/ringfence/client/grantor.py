@@ -17,10 +17,10 @@ from ringfence.messages.credential import Delivery
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import ApprovalClass
 from ringfence.messages.topics import APPROVAL_RESPONSE
-from ringfence.model.approvals import may_approve
-from ringfence.model.requests import DeniedError, find_ground
-from ringfence.model.rule import Side, are_in_force, effective, sides_of
-from ringfence.model.scope import validate_scope
+from ringfence.model.requests.approvals import may_approve
+from ringfence.model.requests.facts import DeniedError, find_ground
+from ringfence.model.scope.rule import Side, are_in_force, effective, sides_of
+from ringfence.model.scope.scope import validate_scope
 
 _CLASSES: tuple[ApprovalClass, ...] = ("sponsor", "second_person", "operator")
 

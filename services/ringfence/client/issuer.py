@@ -11,7 +11,7 @@ import jwt
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.model.api_tokens import api_token
+from ringfence.model.identity.api_tokens import api_token
 
 ALGORITHMS: Final = ("ES256", "RS256")
 """What tokens can be signed with; each key with its own alone."""

@@ -8,9 +8,9 @@ from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.text import did_you_mean
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import TargetState, TaskTerms
-from ringfence.model.directory import Directory
-from ringfence.model.rule import Lack, are_in_force, effective, lacking, sides_of
-from ringfence.model.scope import validate_scope
+from ringfence.model.records.directory import Directory
+from ringfence.model.scope.rule import Lack, are_in_force, effective, lacking, sides_of
+from ringfence.model.scope.scope import validate_scope
 from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
 
 

@@ -18,7 +18,7 @@ from ringfence.messages.registry import (
     UserSet,
 )
 from ringfence.messages.topics import REGISTRY_COMMAND
-from ringfence.model.provisioning import given_by
+from ringfence.model.records.provisioning import given_by
 
 _TRIES = 3
 """A command that came in the same moment as a change of its signer is refused as `too_early`, and given once more."""

@@ -30,7 +30,7 @@ from ringfence.messages.credential import (
     RequiredClass,
 )
 from ringfence.messages.lease import Lease
-from ringfence.model.identity import subject_of
+from ringfence.model.identity.spiffe_ids import subject_of
 
 _WHO: dict[RequiredClass, str] = {
     "none": "nobody",

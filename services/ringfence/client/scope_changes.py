@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from ringfence.client.errors import InvalidCallError
 from ringfence.messages.permission import Permission, Scope
-from ringfence.model.glob_meeting import meet
-from ringfence.model.globs import within
-from ringfence.model.scope import missing, validate_scope
+from ringfence.model.scope.glob_intersection import meet
+from ringfence.model.scope.globs import within
+from ringfence.model.scope.scope import missing, validate_scope
 
 
 def with_added(held: Scope, more: Iterable[Permission]) -> Scope:

@@ -11,7 +11,7 @@ from ringfence.client.outcomes import Outcomes
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.model.directory import Directory
+from ringfence.model.records.directory import Directory
 
 COMMAND_LIFE_S = 120
 """`exp` of a command: how long it may take to reach the broker, clocks that differ included."""

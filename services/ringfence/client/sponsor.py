@@ -36,11 +36,11 @@ from ringfence.messages.credential import (
 )
 from ringfence.messages.permission import Scope
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
-from ringfence.model.approvals import may_approve
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.instances import keys_of_agents
-from ringfence.model.requests import DeniedError, Facts, gather
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import keys_of_agents
+from ringfence.model.requests.approvals import may_approve
+from ringfence.model.requests.facts import DeniedError, Facts, gather
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from ringfence.client.errors import InvalidCallError
 from ringfence.client.provisioner import Provisioner
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.registry import Delegation, Provisioning, UserState
-from ringfence.model.provisioning import given_by, is_of
+from ringfence.model.records.provisioning import given_by, is_of
 
 _AT_ONCE = 32
 Kind = Literal["add", "change", "confirm", "disable"]

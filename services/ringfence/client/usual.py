@@ -16,11 +16,11 @@ from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import CredentialRequest, Delivery
 from ringfence.messages.permission import Scope
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import subject_of
-from ringfence.model.instances import keys_of_agents
-from ringfence.model.scope import missing
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import keys_of_agents
+from ringfence.model.scope.scope import missing
 
 if TYPE_CHECKING:
     from ringfence.client.sponsor import PendingApproval

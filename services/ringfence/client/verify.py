@@ -20,8 +20,8 @@ from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.crypto.jws import LEEWAY_S
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.permission import PERMISSION_TYPE, Permission, Scope
-from ringfence.model.globs import ScopeError, parse_name
-from ringfence.model.scope import missing
+from ringfence.model.scope.globs import ScopeError, parse_name
+from ringfence.model.scope.scope import missing
 
 TOKEN_TYPE: Final = "at+jwt"  # noqa: S105 - a media type
 """The `typ` of an access token (RFC 9068, 2.1)."""

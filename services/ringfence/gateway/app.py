@@ -13,7 +13,7 @@ from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.http import HttpServer
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.model.access import Authenticator
+from ringfence.model.records.api_access import Authenticator
 
 
 def build(

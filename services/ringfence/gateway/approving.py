@@ -39,12 +39,12 @@ from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import APPROVAL_REQUEST
-from ringfence.model.approvals import may_approve, not_understood
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import subject_of
-from ringfence.model.request_map import MAX_BODY_BYTES, Action
-from ringfence.model.requests import DeniedError, find_ground
+from ringfence.model.http_targets.request_map import MAX_BODY_BYTES, Action
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.approvals import may_approve, not_understood
+from ringfence.model.requests.facts import DeniedError, find_ground
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import AnswerKind, Destination
 from ringfence.messages.registry import TargetState
-from ringfence.model.request_map import Action
+from ringfence.model.http_targets.request_map import Action
 
 Headers = tuple[tuple[str, str], ...]
 """Names in lower case, with `-` for `_`, and values without white space around them; each byte is one character."""

@@ -28,7 +28,7 @@ from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Destination
 from ringfence.messages.registry import TargetState
-from ringfence.model.request_map import MAX_BODY_BYTES
+from ringfence.model.http_targets.request_map import MAX_BODY_BYTES
 
 log = logging.getLogger(__name__)
 

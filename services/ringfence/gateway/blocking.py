@@ -10,9 +10,9 @@ from ringfence.gateway.counting import Counted, Kind, access_if_known
 from ringfence.gateway.destination import destination_of, printable_method
 from ringfence.gateway.targets import Compiled, Targets
 from ringfence.messages.credential import Reason
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import subject_of
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 
 _TOLD_EVERY_S: Final = 1.0
 _IN_OTHER_WORDS: Final = {

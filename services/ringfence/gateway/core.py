@@ -32,10 +32,10 @@ from ringfence.kernel.crypto.encryption_keys import SealKeys
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REPLY
-from ringfence.model.sharing import KeyUses
+from ringfence.model.records.key_sharing import KeyUses
 from ringfence.rego.bundle import load_bundle
+from ringfence.rego.bundle_watch import BundleWatch
 from ringfence.rego.engine import ACTION
-from ringfence.rego.reloading import BundleWatch
 from ringfence.rego.settings import OpaSettings, engine_of
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from ringfence.gateway.mcp import Spoken
 from ringfence.gateway.questions import Question
 from ringfence.gateway.targets import Compiled
 from ringfence.messages.lease import Lease
-from ringfence.model.request_map import Action
+from ringfence.model.http_targets.request_map import Action
 
 
 @dataclass(slots=True)

@@ -19,11 +19,11 @@ from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import RevocationAck
 from ringfence.messages.topics import REVOCATION_ACK
-from ringfence.model.directory import Directory
-from ringfence.model.lease_epochs import Epochs
-from ringfence.model.leases import mark_of
-from ringfence.model.opening import open_lease
-from ringfence.model.orders import Order, objection, open_order
+from ringfence.model.leases.epochs import Epochs
+from ringfence.model.leases.lifecycle import mark_of
+from ringfence.model.leases.revocations import Order, objection, open_order
+from ringfence.model.leases.verification import open_lease
+from ringfence.model.records.directory import Directory
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,20 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import ActionClass, TargetState
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.instances import ref_void
-from ringfence.model.key_ends import is_lost
-from ringfence.model.request_map import Action
-from ringfence.model.requests import DeniedError, Ground, against, find_ground, key_compromised
-from ringfence.model.rule import Side, lacking
-from ringfence.model.scope import missing
+from ringfence.model.http_targets.request_map import Action
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import ref_void
+from ringfence.model.records.key_expiry import is_lost
+from ringfence.model.requests.facts import (
+    DeniedError,
+    Ground,
+    against,
+    find_ground,
+    key_compromised,
+)
+from ringfence.model.scope.rule import Side, lacking
+from ringfence.model.scope.scope import missing
 
 INJECTABLE: Final = frozenset({"http", "jwt"})
 """The kinds of credentials that go into the header of a request."""

@@ -11,8 +11,8 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState
-from ringfence.model.request_map import Action
-from ringfence.model.written import WrittenRecords, revisions_of
+from ringfence.model.http_targets.request_map import Action
+from ringfence.model.requests.policy_view import WrittenRecords, revisions_of
 from ringfence.rego.engine import Answer, PolicyEngine, PolicyFailedError, PolicyResult
 
 LONGEST_MS: Final = 5000

@@ -48,7 +48,7 @@ from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
-from ringfence.model.request_map import MAX_BODY_BYTES, Action
+from ringfence.model.http_targets.request_map import MAX_BODY_BYTES, Action
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from ringfence.kernel.crypto.keys import b64decode, thumbprint
 from ringfence.messages.keys import PublicJwk
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import AgentRecord
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import SubjectKind, spiffe_id, subject_of
+from ringfence.model.identity.spiffe_ids import SubjectKind, spiffe_id, subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 NONCE_WANTED: Final = "use_dpop_nonce"

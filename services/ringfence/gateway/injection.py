@@ -28,7 +28,7 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import Credential, CredentialDelivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
-from ringfence.model.api_tokens import api_token
+from ringfence.model.identity.api_tokens import api_token
 
 log = logging.getLogger(__name__)
 

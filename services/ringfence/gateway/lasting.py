@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from ringfence.gateway.domain import Chosen
 from ringfence.gateway.leases import LeaseTable
-from ringfence.model.directory import Directory
+from ringfence.model.records.directory import Directory
 
 K = TypeVar("K", bound=Hashable)
 F = TypeVar("F")

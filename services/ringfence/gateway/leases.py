@@ -16,7 +16,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
-from ringfence.model.leases import (
+from ringfence.model.leases.lifecycle import (
     ALL_MARK,
     bears,
     comes_after,

@@ -17,7 +17,7 @@ from ringfence.gateway.settings import GatewaySettings, host_and_port
 from ringfence.kernel.base.errors import SettingsError
 from ringfence.kernel.base.private_files import make_folders
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.model.chains import ChainError
+from ringfence.model.records.command_chain import ChainError
 
 log = logging.getLogger(__name__)
 

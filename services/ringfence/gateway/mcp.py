@@ -18,9 +18,9 @@ from ringfence.gateway.leases import LeaseTable
 from ringfence.gateway.targets import Compiled
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
-from ringfence.model.mcp import McpMessage, McpMessageError, read_message
-from ringfence.model.request_map import MAX_BODY_BYTES, Action
-from ringfence.model.scope import intersect
+from ringfence.model.http_targets.mcp import McpMessage, McpMessageError, read_message
+from ringfence.model.http_targets.request_map import MAX_BODY_BYTES, Action
+from ringfence.model.scope.scope import intersect
 
 _JSON: Final = re.compile(r'application/json(?:[ \t]*;[ \t]*charset="?utf-8"?)?', re.IGNORECASE)
 _SESSION: Final = re.compile(r"[!-~]{1,256}")

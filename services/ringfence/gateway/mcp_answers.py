@@ -15,7 +15,7 @@ from ringfence.gateway.attempts import Mcp, McpOutcome
 from ringfence.gateway.refusals import RefusedError
 from ringfence.gateway.wire import ResponseHead
 from ringfence.kernel.base.strict_json import json_object
-from ringfence.model.mcp import LISTED
+from ringfence.model.http_targets.mcp import LISTED
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 """So large one message of a target may be: it is held until it is complete."""

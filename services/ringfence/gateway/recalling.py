@@ -12,7 +12,7 @@ from ringfence.gateway.attempts import Attempt, Presented
 from ringfence.gateway.domain import Chosen
 from ringfence.gateway.lasting import Lasting
 from ringfence.gateway.leases import LeaseTable
-from ringfence.model.directory import Directory
+from ringfence.model.records.directory import Directory
 
 MAX_RECALLED: Final = 10_000
 _MAX_TARGET_CHARS: Final = 512

@@ -11,8 +11,8 @@ from ringfence.gateway.domain import Chosen, Sender
 from ringfence.gateway.lasting import Lasting, lasts_until
 from ringfence.gateway.leases import LeaseTable
 from ringfence.messages.registry import TargetState
-from ringfence.model.directory import Directory
-from ringfence.model.request_map import Action
+from ringfence.model.http_targets.request_map import Action
+from ringfence.model.records.directory import Directory
 
 MAX_REMEMBERED: Final = 20_000
 

@@ -9,8 +9,8 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
-from ringfence.model.identity import spiffe_id
-from ringfence.model.sharing import WINDOW_MS, KeyUses
+from ringfence.model.identity.spiffe_ids import spiffe_id
+from ringfence.model.records.key_sharing import WINDOW_MS, KeyUses
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.tallies import TalliedCounter
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
-from ringfence.model.request_map import Action
+from ringfence.model.http_targets.request_map import Action
 
 
 class AtHand:

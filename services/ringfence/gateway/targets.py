@@ -11,10 +11,10 @@ from ringfence.backends.settings import TargetSettingsError, settings_of
 from ringfence.gateway.attempts import Attempt
 from ringfence.gateway.domain import Refusal, refused
 from ringfence.messages.registry import AnyRecord, TargetRecord, TargetState
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import SubjectKind
-from ringfence.model.request_map import RequestMap, RequestMapError
+from ringfence.model.http_targets.request_map import RequestMap, RequestMapError
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 from ringfence.model.target_settings import HttpSettings, JwtSettings
 
 _PORTS: Final = {"http": 80, "https": 443}

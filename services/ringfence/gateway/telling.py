@@ -20,7 +20,7 @@ from ringfence.gateway.written import AllowedEvents, act_of, digest_of, label_of
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.messages.operations import ActionAnswered, ActionAsked, ActionDecided, Destination
-from ringfence.model.mcp import CALL
+from ringfence.model.http_targets.mcp import CALL
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_REQUEST
-from ringfence.model.alarms import report_alarms
-from ringfence.model.directory import TABLES, Directory
-from ringfence.model.revoker_halts import RevokerHalts
-from ringfence.model.streams import CONFIRMED, StreamCheck, Streams
+from ringfence.model.leases.revoker_halts import RevokerHalts
+from ringfence.model.leases.stream_digests import CONFIRMED, StreamCheck, Streams
+from ringfence.model.records.alarms import report_alarms
+from ringfence.model.records.directory import TABLES, Directory
 
 log = logging.getLogger(__name__)
 

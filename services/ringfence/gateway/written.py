@@ -15,7 +15,7 @@ from ringfence.gateway.attempts import Attempt
 from ringfence.gateway.domain import Access
 from ringfence.gateway.recording import entry_head
 from ringfence.messages.lease import Lease
-from ringfence.model.request_map import Action
+from ringfence.model.http_targets.request_map import Action
 
 _LABEL: Final = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
 _METHOD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")

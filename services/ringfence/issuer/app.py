@@ -31,13 +31,13 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, HEARTBEAT
-from ringfence.model.access import Authenticator
-from ringfence.model.alarms import report_alarms
-from ringfence.model.directory import TABLES, Directory
-from ringfence.model.grants import KEEP_MS as GRANTS_KEEP_MS
-from ringfence.model.grants import GrantTable
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.revoker_halts import RevokerHalts
+from ringfence.model.leases.revoker_halts import RevokerHalts
+from ringfence.model.records.alarms import report_alarms
+from ringfence.model.records.api_access import Authenticator
+from ringfence.model.records.directory import TABLES, Directory
+from ringfence.model.requests.grants import KEEP_MS as GRANTS_KEEP_MS
+from ringfence.model.requests.grants import GrantTable
 
 TOKEN_KEY_FILE = "issuer-token.json"  # noqa: S105 - the name of a file
 """In the folder of the services' keys."""

@@ -22,16 +22,21 @@ from ringfence.messages.credential import (
 )
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState, TaskState
-from ringfence.model.approvals import BREAK_GLASS_TTL_S, approval_problem, required_classes, unmet
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory, Entry
-from ringfence.model.grants import grant_problem, id_of
-from ringfence.model.identity import subject_of
-from ringfence.model.instances import keys_of_agents, ref_of
-from ringfence.model.leases import origin_of, record_id
-from ringfence.model.requests import DeniedError, Facts, gather, violations
-from ringfence.model.revoker_halts import RETRY_AFTER_S as HALTED_RETRY_S
-from ringfence.model.rule import DeadlineError, deadline_ms
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.leases.lifecycle import origin_of, record_id
+from ringfence.model.leases.revoker_halts import RETRY_AFTER_S as HALTED_RETRY_S
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory, Entry
+from ringfence.model.records.instances import keys_of_agents, ref_of
+from ringfence.model.requests.approvals import (
+    BREAK_GLASS_TTL_S,
+    approval_problem,
+    required_classes,
+    unmet,
+)
+from ringfence.model.requests.facts import DeniedError, Facts, gather, violations
+from ringfence.model.requests.grants import grant_problem, id_of
+from ringfence.model.scope.rule import DeadlineError, deadline_ms
 from ringfence.model.unknown_fields import NOT_UNDERSTOOD
 
 A = TypeVar("A", Approval, Grant)

@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Route
 from ringfence.issuer.delivery import ENVELOPE_TYPE
 from ringfence.issuer.resealing import Resealer
 from ringfence.kernel.base import metrics
-from ringfence.model.access import Authenticator, NotFoundError
+from ringfence.model.records.api_access import Authenticator, NotFoundError
 
 SEALED_PATH = "/v1/leases/{lease_id}/sealed-credential"
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")

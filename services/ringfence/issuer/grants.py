@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from ringfence.issuer.domain import FULL, FULL_RETRY_S, RETRY_AFTER_S, Issue, Refusal
 from ringfence.messages.approval import Grant
 from ringfence.messages.credential import Reason
-from ringfence.model.grants import GrantTable, id_of
 from ringfence.model.lease_store import FullError, LeaseStore
+from ringfence.model.requests.grants import GrantTable, id_of
 
 
 class GrantKeeper:

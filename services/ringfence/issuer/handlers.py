@@ -56,13 +56,13 @@ from ringfence.messages.credential import (
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import EventKind
 from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import subject_of
+from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, StoredLease
-from ringfence.model.leases import origin_of, springs_from
-from ringfence.model.opening import open_lease
-from ringfence.model.steps import step_of, work_on
+from ringfence.model.leases.lifecycle import origin_of, springs_from
+from ringfence.model.leases.tracing import step_of, work_on
+from ringfence.model.leases.verification import open_lease
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 
 log = logging.getLogger(__name__)
 

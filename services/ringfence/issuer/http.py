@@ -13,10 +13,10 @@ from starlette.routing import BaseRoute, Route
 from ringfence.backends import TokenKeys
 from ringfence.kernel.base import metrics
 from ringfence.messages.permission import PERMISSION_TYPE
-from ringfence.model.access import Authenticator
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.leases import ALL_MARK
-from ringfence.model.standing import is_cut
+from ringfence.model.lease_store.standing import is_cut
+from ringfence.model.leases.lifecycle import ALL_MARK
+from ringfence.model.records.api_access import Authenticator
 
 INTROSPECTION_PATH = "/oauth2/introspect"
 JWKS_PATH = "/.well-known/jwks.json"

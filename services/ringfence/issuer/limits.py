@@ -14,7 +14,7 @@ from ringfence.issuer.domain import Decision, Issue, Refusal
 from ringfence.kernel.base.clock import Clock
 from ringfence.messages.credential import Reason
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.leases import agent_mark, sponsor_mark
+from ringfence.model.leases.lifecycle import agent_mark, sponsor_mark
 
 RETRY_AFTER_S = 10
 """When to ask again where too many leases live: some end by themselves."""

@@ -23,8 +23,8 @@ from ringfence.messages.credential import Credential, Reason
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import Activation, LeaseStore, Preparation, SignedLease, StoredLease
-from ringfence.model.leases import after_minting, before_minting, restated, springs_from
-from ringfence.model.steps import step_of
+from ringfence.model.leases.lifecycle import after_minting, before_minting, restated, springs_from
+from ringfence.model.leases.tracing import step_of
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.credential import CredentialDelivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import CREDENTIAL_REPLY
-from ringfence.model.access import ForbiddenError, NotFoundError
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.leases import ALL_MARK, marks_of
-from ringfence.model.opening import open_lease
-from ringfence.model.standing import is_cut
+from ringfence.model.lease_store.standing import is_cut
+from ringfence.model.leases.lifecycle import ALL_MARK, marks_of
+from ringfence.model.leases.verification import open_lease
+from ringfence.model.records.api_access import ForbiddenError, NotFoundError
 
 log = logging.getLogger(__name__)
 

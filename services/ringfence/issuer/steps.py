@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ringfence.issuer.domain import Issue, Refusal
 from ringfence.kernel.tracing.api import Span
-from ringfence.model.steps import ids_of
+from ringfence.model.leases.tracing import ids_of
 
 
 def say(span: Span, outcome: Issue | Refusal) -> None:

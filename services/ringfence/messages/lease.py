@@ -20,7 +20,7 @@ from ringfence.messages.base import (
     Uuid,
 )
 from ringfence.messages.credential import Delivery
-from ringfence.messages.instances import InstanceRef
+from ringfence.messages.enrolment import InstanceRef
 from ringfence.messages.permission import Permission
 
 LeaseStatus = Literal["minting", "active", "ending", "released", "revoked", "expired", "aborted"]

@@ -1,4 +1,4 @@
-"""Permissions and scopes as they stand in messages. What they mean is in `ringfence.model.scope`."""
+"""Permissions and scopes as they stand in messages. What they mean is in `ringfence.model.scope.scope`."""
 
 from __future__ import annotations
 

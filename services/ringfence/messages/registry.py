@@ -25,7 +25,7 @@ from ringfence.messages.base import (
     Uuid,
     Verb,
 )
-from ringfence.messages.instances import AttestationSelector
+from ringfence.messages.enrolment import AttestationSelector
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope
 

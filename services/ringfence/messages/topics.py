@@ -30,7 +30,7 @@ from ringfence.messages.credential import (
     SealedDelivery,
     SealedReply,
 )
-from ringfence.messages.instances import InstanceEnrol, InstanceEnrolment
+from ringfence.messages.enrolment import InstanceEnrol, InstanceEnrolment
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
 from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, Heartbeat, ServiceEvent
 from ringfence.messages.registry import COMMANDS, AgentRecord, TargetRecord, TaskRecord, UserRecord

@@ -10,8 +10,8 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
 from ringfence.messages.base import typ_header
-from ringfence.model.directory import Directory
-from ringfence.model.requests import DeniedError, find_ground
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.facts import DeniedError, find_ground
 from ringfence.policy.notices import Notice, Notices
 from ringfence.policy.webhook import body_of_action
 

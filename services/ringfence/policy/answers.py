@@ -18,8 +18,8 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.credential import CredentialDecision, Reason, ReplyContent
 from ringfence.messages.topics import APPROVAL_REQUEST, CREDENTIAL_DECISION, CREDENTIAL_REPLY
-from ringfence.model.directory import Directory
-from ringfence.model.requests import DeniedError, gather
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.facts import DeniedError, gather
 from ringfence.policy.domain import Case, Judgement, people_to_ask
 from ringfence.policy.notices import Notices
 from ringfence.policy.steps import say, step_of

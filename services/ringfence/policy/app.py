@@ -27,12 +27,12 @@ from ringfence.messages.topics import (
     LEASE,
     SERVICE_EVENT,
 )
-from ringfence.model.access import Authenticator
-from ringfence.model.alarms import report_alarms
-from ringfence.model.directory import TABLES, Directory
-from ringfence.model.grants import KEEP_MS as GRANTS_KEEP_MS
-from ringfence.model.grants import GrantTable, kind_of
-from ringfence.model.sharing import KeyUses
+from ringfence.model.records.alarms import report_alarms
+from ringfence.model.records.api_access import Authenticator
+from ringfence.model.records.directory import TABLES, Directory
+from ringfence.model.records.key_sharing import KeyUses
+from ringfence.model.requests.grants import KEEP_MS as GRANTS_KEEP_MS
+from ringfence.model.requests.grants import GrantTable, kind_of
 from ringfence.policy.action_notices import teller
 from ringfence.policy.answers import Answers
 from ringfence.policy.approvals import ApprovalHandler
@@ -57,8 +57,8 @@ from ringfence.policy.store import HISTORY_MS, Approvers, DecisionsInMemory
 from ringfence.policy.usage_http import UsageApi
 from ringfence.policy.waiting import count_what_waits
 from ringfence.rego.bundle import load_bundle
+from ringfence.rego.bundle_watch import BundleWatch
 from ringfence.rego.engine import ISSUANCE
-from ringfence.rego.reloading import BundleWatch
 from ringfence.rego.settings import OpaSettings, engine_of
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.traceparent import nearest
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
-from ringfence.model.approvals import approval_problem
-from ringfence.model.directory import Directory
-from ringfence.model.requests import DeniedError, gather, violations
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.approvals import approval_problem
+from ringfence.model.requests.facts import DeniedError, gather, violations
 from ringfence.policy.answers import Answers
 from ringfence.policy.domain import MAX_REASONS, Case, Judgement, Ruling, may_approve_any, signer
 from ringfence.policy.judge import Judge

@@ -29,7 +29,7 @@ from ringfence.kernel.crypto.jws import Signed, explain
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.permission import Permission
-from ringfence.model.access import Authenticator, ForbiddenError
+from ringfence.model.records.api_access import Authenticator, ForbiddenError
 from ringfence.policy.domain import Case, Judgement
 from ringfence.policy.judge import Judge
 

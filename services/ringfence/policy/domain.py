@@ -18,12 +18,17 @@ from ringfence.messages.credential import (
     Revisions,
 )
 from ringfence.messages.registry import TargetState, UserState
-from ringfence.model.approvals import BREAK_GLASS_TTL_S, may_approve, required_classes, unmet
-from ringfence.model.directory import Directory
-from ringfence.model.identity import subject_of
-from ringfence.model.instances import ref_of
-from ringfence.model.requests import Facts
-from ringfence.model.written import WrittenRecords
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import ref_of
+from ringfence.model.requests.approvals import (
+    BREAK_GLASS_TTL_S,
+    may_approve,
+    required_classes,
+    unmet,
+)
+from ringfence.model.requests.facts import Facts
+from ringfence.model.requests.policy_view import WrittenRecords
 from ringfence.rego.engine import PolicyResult
 
 MAX_ASKED = 20

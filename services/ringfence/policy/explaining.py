@@ -16,9 +16,9 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.messages.topics import CREDENTIAL_DECISION
-from ringfence.model.access import NotFoundError
-from ringfence.model.grants import id_of, signer_of
-from ringfence.model.identity import subject_of
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.api_access import NotFoundError
+from ringfence.model.requests.grants import id_of, signer_of
 from ringfence.policy.store import Known, Place
 
 READ_TIMEOUT_S = 5.0

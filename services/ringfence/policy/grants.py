@@ -12,9 +12,11 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Approval, Grant, GrantWithdraw
 from ringfence.messages.credential import CredentialDecision, Reason
-from ringfence.model.approvals import may_approve, unmet
-from ringfence.model.directory import Directory
-from ringfence.model.grants import (
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.approvals import may_approve, unmet
+from ringfence.model.requests.facts import DeniedError, Ground, find_ground
+from ringfence.model.requests.grants import (
     MOST_OF_ONE,
     GrantTable,
     grant_problem,
@@ -23,9 +25,7 @@ from ringfence.model.grants import (
     not_understood,
     signer_of,
 )
-from ringfence.model.identity import subject_of
-from ringfence.model.requests import DeniedError, Ground, find_ground
-from ringfence.model.scope import ScopeError, validate_scope
+from ringfence.model.scope.scope import ScopeError, validate_scope
 from ringfence.policy.domain import Case, Judgement
 from ringfence.policy.opening import Opener
 

@@ -11,10 +11,10 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Grant
-from ringfence.model.access import Authenticator, Caller, NotFoundError
-from ringfence.model.directory import Directory
-from ringfence.model.grants import GrantTable, id_of, signer_of
-from ringfence.model.requests import DeniedError, Ground, find_ground
+from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.facts import DeniedError, Ground, find_ground
+from ringfence.model.requests.grants import GrantTable, id_of, signer_of
 from ringfence.policy.grants import GrantBook
 
 

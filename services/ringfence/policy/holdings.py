@@ -35,9 +35,9 @@ from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentState
-from ringfence.model.lease_epochs import Epochs
-from ringfence.model.opening import open_lease
-from ringfence.model.short_lived import is_short_lived
+from ringfence.model.leases.epochs import Epochs
+from ringfence.model.leases.short_lived import is_short_lived
+from ringfence.model.leases.verification import open_lease
 from ringfence.policy.domain import Case, Judgement
 from ringfence.policy.usage import DAY_S, WINDOW_DAYS, Usage, Used, Verb, summary, verbs_of
 

@@ -15,10 +15,10 @@ from starlette.routing import BaseRoute, Route
 from ringfence.kernel.crypto.jws import Signed, parse
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
-from ringfence.model.access import Authenticator, Caller, NotFoundError
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.requests import DeniedError, Facts, gather
+from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.facts import DeniedError, Facts, gather
 from ringfence.policy.domain import may_approve_any
 from ringfence.policy.explaining import NOT_SEEN, Explainer
 from ringfence.policy.store import Decisions, Known, Place

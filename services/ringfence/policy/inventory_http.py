@@ -17,8 +17,8 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.service.http import number_in
-from ringfence.model.access import Caller
-from ringfence.model.key_ends import WARN_BEFORE_S
+from ringfence.model.records.api_access import Caller
+from ringfence.model.records.key_expiry import WARN_BEFORE_S
 from ringfence.policy.inventory import Line, row_of, totals
 from ringfence.policy.roster import CursorLostError
 from ringfence.policy.roster_http import RosterApi, WrongQueryError, answered

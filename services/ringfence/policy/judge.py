@@ -17,10 +17,10 @@ from ringfence.kernel.kafka.producer import Follower, to_json
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import Reason
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import SubjectKind
-from ringfence.model.requests import DeniedError, gather, violations
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.facts import DeniedError, gather, violations
 from ringfence.policy.domain import Case, InputBuilder, Judgement, Ruling, approver, denied, rule, signer
 from ringfence.policy.grants import GrantBook
 from ringfence.policy.holdings import MAX_HELD, Holdings

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from ringfence.kernel.kafka.producer import Received
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 from ringfence.policy.domain import Case, Judgement, denied
 from ringfence.policy.shedding import Backlog, Stage
 from ringfence.policy.store import Decisions

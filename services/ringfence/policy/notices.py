@@ -20,8 +20,8 @@ from ringfence.kernel.base.secret_refs import PlaceError, read_place
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.credential import CredentialRequest
-from ringfence.model.directory import Directory
-from ringfence.model.requests import DeniedError, gather
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.facts import DeniedError, gather
 from ringfence.policy.store import Decisions
 from ringfence.policy.webhook import Webhook, WebhookError, body_of, parse_webhook, signed_headers
 

@@ -16,10 +16,10 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
 from ringfence.messages.base import ExpiringClaims, typ_header
 from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import subject_of
-from ringfence.model.instances import keys_of_agents
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import keys_of_agents
 from ringfence.policy.domain import Case
 from ringfence.policy.store import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS
 

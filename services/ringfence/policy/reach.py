@@ -7,8 +7,8 @@ from typing import Any
 
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import TargetState
-from ringfence.model.requests import Ground, against
-from ringfence.model.rule import Side, effective
+from ringfence.model.requests.facts import Ground, against
+from ringfence.model.scope.rule import Side, effective
 from ringfence.model.unknown_fields import is_understood
 from ringfence.policy.inventory import Facts, row_of
 

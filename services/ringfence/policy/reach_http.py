@@ -15,9 +15,9 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import TargetState
-from ringfence.model.access import Caller
-from ringfence.model.requests import DeniedError, find_ground
-from ringfence.model.scope import ScopeError, validate_scope
+from ringfence.model.records.api_access import Caller
+from ringfence.model.requests.facts import DeniedError, find_ground
+from ringfence.model.scope.scope import ScopeError, validate_scope
 from ringfence.policy.reach import asked_for, by_ceiling, by_task, line_of
 from ringfence.policy.roster_http import RosterApi, WrongQueryError, answered
 

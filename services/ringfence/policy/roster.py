@@ -18,9 +18,9 @@ from typing import Final
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.registry import AgentState, TaskState
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import SubjectKind
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 from ringfence.policy.holdings import Holdings
 from ringfence.policy.inventory import Facts, Line, line_of, next_change_s
 from ringfence.policy.sightings import Sightings

@@ -12,9 +12,9 @@ from starlette.responses import Response
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.registry import TargetState
-from ringfence.model.access import Authenticator, Caller
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
+from ringfence.model.records.api_access import Authenticator, Caller
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 from ringfence.policy.roster import Roster
 
 _SETTLED_AT_ONCE: Final = 4000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ringfence.kernel.crypto.jws import kid_of
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import CredentialRequest, Reason
-from ringfence.model.sharing import WINDOW_MS, KeyUses
+from ringfence.model.records.key_sharing import WINDOW_MS, KeyUses
 from ringfence.policy.domain import Case
 
 

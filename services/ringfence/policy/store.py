@@ -25,8 +25,8 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Approval
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Outcome
 from ringfence.messages.registry import UserState
-from ringfence.model.directory import Directory
-from ringfence.model.identity import SubjectKind, subject_of
+from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
+from ringfence.model.records.directory import Directory
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.base.clock import Clock
-from ringfence.model.access import Authenticator, NotFoundError
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
+from ringfence.model.records.api_access import Authenticator, NotFoundError
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 from ringfence.policy.holdings import Holdings
 from ringfence.policy.sightings import Sightings
 from ringfence.policy.usage import DAY_S, WINDOW_DAYS, narrower, verbs_of

@@ -19,7 +19,7 @@ import orjson
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible, visible_name
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
-from ringfence.model.requests import Facts, Ground
+from ringfence.model.requests.facts import Facts, Ground
 
 _MAX_TEXT = 300
 """Of what an agent or a person wrote, so much is told; all of it is seen by who looks at the request."""

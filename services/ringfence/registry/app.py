@@ -12,9 +12,9 @@ from ringfence.kernel.kafka.consumer import one_by_one
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
-from ringfence.model.access import Authenticator
-from ringfence.model.alarms import report_alarms
-from ringfence.model.directory import TABLES, Directory
+from ringfence.model.records.alarms import report_alarms
+from ringfence.model.records.api_access import Authenticator
+from ringfence.model.records.directory import TABLES, Directory
 from ringfence.registry.discovery import Discovery
 from ringfence.registry.enrol_http import EnrolApi
 from ringfence.registry.enrolling import Enroller

@@ -31,8 +31,7 @@ from ringfence.messages.registry import (
     UserSet,
     UserState,
 )
-from ringfence.model.chains import Authorised
-from ringfence.model.identity import SubjectKind
+from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import (
     MAY_WIDEN,
     CommandRefusedError,
@@ -42,7 +41,8 @@ from ringfence.model.lifecycle import (
     command_subject,
     still_needed,
 )
-from ringfence.model.provisioning import given_by
+from ringfence.model.records.command_chain import Authorised
+from ringfence.model.records.provisioning import given_by
 from ringfence.model.target_settings import problems
 from ringfence.model.unknown_fields import told, unknown_fields
 

@@ -23,7 +23,7 @@ from ringfence.kernel.crypto.oidc import (
 )
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
-from ringfence.messages.instances import (
+from ringfence.messages.enrolment import (
     AttestationSelector,
     EnrolledInstance,
     InstanceEnrol,
@@ -33,11 +33,11 @@ from ringfence.messages.keys import KeyRecord
 from ringfence.messages.oidc import OidcIssuer, OidcKey
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentState
-from ringfence.model.attestation import bound_audience, matching, selector_id
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.identity import subject_of
-from ringfence.model.instances import MAX_TOKEN_AGE_S, audiences, instance_id
+from ringfence.model.identity.attestation import bound_audience, matching, selector_id
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import MAX_TOKEN_AGE_S, audiences, instance_id
 from ringfence.model.unknown_fields import told, unknown_fields
 from ringfence.registry.store import Memory
 

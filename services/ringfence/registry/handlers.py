@@ -29,10 +29,10 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import AGENT, HEARTBEAT, TARGET, TASK, TRUST, USER
 from ringfence.messages.trust import TrustBundle
-from ringfence.model.chains import Authorised, ChainError, unverified_command
-from ringfence.model.directory import Alarm, Directory
-from ringfence.model.identity import SubjectKind
+from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import CommandRefusedError, command_subject
+from ringfence.model.records.command_chain import Authorised, ChainError, unverified_command
+from ringfence.model.records.directory import Alarm, Directory
 from ringfence.registry.domain import Change, Current, Embedded, Subject, check_size, decide
 from ringfence.registry.store import Memory
 

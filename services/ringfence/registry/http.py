@@ -18,11 +18,11 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.base.clock import Clock
 from ringfence.messages.registry import AgentState, AnyState, TaskState, UserState
-from ringfence.model.access import Authenticator, Caller, NotFoundError
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory, Entry
-from ringfence.model.identity import SubjectKind
+from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import agents_of, subject_key
+from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory, Entry
 
 _PAUSE_EVERY = 50
 """So many entries are looked at before the rest of the process gets its turn: the first look verifies each chain."""

@@ -19,10 +19,10 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentState, AnyState, UserState
-from ringfence.model.chains import ChainError, subject_spiffe
-from ringfence.model.directory import Directory
-from ringfence.model.identity import SubjectKind
-from ringfence.model.key_ends import DAY_S, WARN_BEFORE_S, KeyEnding, endings
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.command_chain import ChainError, subject_spiffe
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.key_expiry import DAY_S, WARN_BEFORE_S, KeyEnding, endings
 
 log = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from ringfence.messages.registry import (
     TaskState,
     UserState,
 )
-from ringfence.model.chains import ChainError, unverified_command
-from ringfence.model.consents import unverified_mark
-from ringfence.model.directory import Directory
-from ringfence.model.identity import SubjectKind, subject_of
+from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
+from ringfence.model.records.command_chain import ChainError, unverified_command
+from ringfence.model.records.consent import unverified_mark
+from ringfence.model.records.directory import Directory
 from ringfence.registry.domain import Subject, keys_of, uses_consent
 
 REMEMBERED_MS = (MAX_LIFE_S + LEEWAY_S + 600) * 1000

@@ -13,7 +13,7 @@ from ringfence.rego.engine import (
     PolicyUnavailableError,
     read_result,
 )
-from ringfence.rego.workers import Worker, WorkerLostError, start_worker
+from ringfence.rego.worker_client import Worker, WorkerLostError, start_worker
 
 log = logging.getLogger(__name__)
 

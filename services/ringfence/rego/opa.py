@@ -19,7 +19,7 @@ from ringfence.rego.engine import (
     result_of,
 )
 from ringfence.rego.opa_http import HttpPool
-from ringfence.rego.workers import start_worker
+from ringfence.rego.worker_client import start_worker
 
 CONNECTIONS = 32
 

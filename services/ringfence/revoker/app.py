@@ -13,11 +13,11 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST
-from ringfence.model.access import Authenticator
-from ringfence.model.alarms import report_alarms
-from ringfence.model.directory import TABLES, Directory
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.streams import Streams
+from ringfence.model.leases.stream_digests import Streams
+from ringfence.model.records.alarms import report_alarms
+from ringfence.model.records.api_access import Authenticator
+from ringfence.model.records.directory import TABLES, Directory
 from ringfence.revoker.beating import Beating
 from ringfence.revoker.cuts import Cuts
 from ringfence.revoker.ending import Ender

@@ -16,7 +16,7 @@ from ringfence.kernel.kafka.producer import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT
-from ringfence.model.streams import CONFIRMED, Streams
+from ringfence.model.leases.stream_digests import CONFIRMED, Streams
 
 log = logging.getLogger(__name__)
 

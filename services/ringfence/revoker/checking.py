@@ -19,8 +19,6 @@ from ringfence.kernel.service.trust_updates import take_in
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import TRUST
-from ringfence.model.directory import TABLES, Directory
-from ringfence.model.lease_epochs import number_of
 from ringfence.model.lease_store import (
     FENCE_KEEP_MS,
     GRANT_KEEP_MS,
@@ -31,7 +29,9 @@ from ringfence.model.lease_store import (
     Restoration,
     uses_of,
 )
-from ringfence.model.leases import is_cut_mark, is_over, own_marks_of, statement
+from ringfence.model.leases.epochs import number_of
+from ringfence.model.leases.lifecycle import is_cut_mark, is_over, own_marks_of, statement
+from ringfence.model.records.directory import TABLES, Directory
 from ringfence.revoker.truth import (
     Fold,
     Known,

@@ -24,7 +24,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.lease import RevocationAck
 from ringfence.messages.operations import Heartbeat
-from ringfence.model.orders import Order
+from ringfence.model.leases.revocations import Order
 
 log = logging.getLogger(__name__)
 

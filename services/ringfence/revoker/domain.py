@@ -20,13 +20,13 @@ from ringfence.messages.registry import (
     UserSet,
     UserState,
 )
-from ringfence.model.chains import unverified_command
-from ringfence.model.directory import Directory, Entry
-from ringfence.model.instances import ref_void
-from ringfence.model.key_ends import is_lost
-from ringfence.model.leases import bears, end_status, is_over, mark_of
-from ringfence.model.rule import are_in_force
-from ringfence.model.scope import missing
+from ringfence.model.leases.lifecycle import bears, end_status, is_over, mark_of
+from ringfence.model.records.command_chain import unverified_command
+from ringfence.model.records.directory import Directory, Entry
+from ringfence.model.records.instances import ref_void
+from ringfence.model.records.key_expiry import is_lost
+from ringfence.model.scope.rule import are_in_force
+from ringfence.model.scope.scope import missing
 
 # --- records ----------------------------------------------------------------------------------------------------------
 

@@ -34,9 +34,9 @@ from ringfence.model.lease_store import (
     expanded,
     told_of,
 )
-from ringfence.model.leases import bears, follow, is_over, restated
-from ringfence.model.opening import open_lease
-from ringfence.model.steps import work_on
+from ringfence.model.leases.lifecycle import bears, follow, is_over, restated
+from ringfence.model.leases.tracing import work_on
+from ringfence.model.leases.verification import open_lease
 from ringfence.revoker.domain import deadline_cause, next_status
 from ringfence.revoker.foresight import ForeseenEnd, Foresight, digest_of
 from ringfence.revoker.said import Said, glance_of

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import Coordinates
 from ringfence.model.lease_store import SELECTOR_KEEP_MS, LeaseStore
-from ringfence.model.leases import mark_of
-from ringfence.model.orders import Order, may_have_selector
+from ringfence.model.leases.lifecycle import mark_of
+from ringfence.model.leases.revocations import Order, may_have_selector
 from ringfence.revoker.cuts import Cuts
 from ringfence.revoker.orders import Orders
 

@@ -22,9 +22,9 @@ from ringfence.kernel.kafka.producer import Received, paced, received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
-from ringfence.model.lease_epochs import Epochs
-from ringfence.model.leases import is_over
-from ringfence.model.opening import open_lease
+from ringfence.model.leases.epochs import Epochs
+from ringfence.model.leases.lifecycle import is_over
+from ringfence.model.leases.verification import open_lease
 
 log = logging.getLogger(__name__)
 

@@ -30,12 +30,12 @@ from ringfence.messages.registry import (
     UserRecord,
 )
 from ringfence.messages.topics import AGENT, REVOCATION_REQUEST, TARGET, TASK, USER
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory, Entry
-from ringfence.model.identity import SubjectKind, subject_of
+from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.leases import is_covered, mark_of
-from ringfence.model.orders import Order
+from ringfence.model.leases.lifecycle import is_covered, mark_of
+from ringfence.model.leases.revocations import Order
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory, Entry
 from ringfence.revoker.cuts import Cuts
 from ringfence.revoker.domain import (
     Ending,

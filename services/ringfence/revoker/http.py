@@ -11,12 +11,12 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.base.clock import Clock
 from ringfence.messages.lease import Lease, LeaseStatus
-from ringfence.model.access import Authenticator, Caller, NotFoundError
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.leases import ALL_MARK, bears
-from ringfence.model.orders import agent_of_task
+from ringfence.model.leases.lifecycle import ALL_MARK, bears
+from ringfence.model.leases.revocations import agent_of_task
+from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 from ringfence.revoker.ending import Ender
 from ringfence.revoker.orders import Orders
 from ringfence.revoker.overdue import Overdue

@@ -18,10 +18,10 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import REVOCATION_REQUEST
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.opening import open_lease
+from ringfence.model.leases.verification import open_lease
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 from ringfence.revoker.domain import Overtaken, derived_order, overtaken
 from ringfence.revoker.said import Said
 

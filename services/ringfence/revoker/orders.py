@@ -9,11 +9,11 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease, Selector
-from ringfence.model.chains import ChainError
-from ringfence.model.delegations import Delegations
-from ringfence.model.directory import Directory
-from ringfence.model.identity import SubjectKind
-from ringfence.model.orders import Order, agent_of_task, objection, open_order
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.leases.revocations import Order, agent_of_task, objection, open_order
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.delegations import Delegations
+from ringfence.model.records.directory import Directory
 
 
 class Orders:

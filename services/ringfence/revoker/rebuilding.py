@@ -27,8 +27,6 @@ from ringfence.kernel.kafka.producer import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease, LeaseEpoch
 from ringfence.messages.topics import LEASE
-from ringfence.model.directory import Directory
-from ringfence.model.lease_epochs import marker_key
 from ringfence.model.lease_store import (
     FENCE_KEEP_MS,
     Had,
@@ -38,8 +36,10 @@ from ringfence.model.lease_store import (
     Restoration,
     SignedLease,
 )
-from ringfence.model.leases import comes_after, cut_before, follow, restated
-from ringfence.model.opening import open_lease
+from ringfence.model.leases.epochs import marker_key
+from ringfence.model.leases.lifecycle import comes_after, cut_before, follow, restated
+from ringfence.model.leases.verification import open_lease
+from ringfence.model.records.directory import Directory
 from ringfence.revoker.truth import (
     Fold,
     Known,

@@ -19,8 +19,8 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.registry import TargetState
-from ringfence.model.directory import Directory
 from ringfence.model.lease_store import LeaseStore
+from ringfence.model.records.directory import Directory
 
 log = logging.getLogger(__name__)
 

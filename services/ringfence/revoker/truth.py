@@ -21,12 +21,12 @@ from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.base import Topic
 from ringfence.messages.lease import TERMINAL, Delegator, Lease
 from ringfence.messages.topics import LEASE, REVOCATION_REQUEST
-from ringfence.model.directory import Directory
-from ringfence.model.lease_epochs import Epochs
 from ringfence.model.lease_store import Knowledge, SignedLease
-from ringfence.model.leases import ALL_MARK, cut_mark, is_covered, mark_of, marks_of
-from ringfence.model.opening import open_lease
-from ringfence.model.orders import Order, may_have_selector, objection, open_order
+from ringfence.model.leases.epochs import Epochs
+from ringfence.model.leases.lifecycle import ALL_MARK, cut_mark, is_covered, mark_of, marks_of
+from ringfence.model.leases.revocations import Order, may_have_selector, objection, open_order
+from ringfence.model.leases.verification import open_lease
+from ringfence.model.records.directory import Directory
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from ringfence.kernel.base.log_limiter import of_a_kind
 from ringfence.kernel.tracing.api import Tracing
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.steps import step_of
+from ringfence.model.leases.tracing import step_of
 from ringfence.revoker.ending import Wish
 from ringfence.revoker.overdue import Overdue
 

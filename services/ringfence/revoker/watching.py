@@ -23,10 +23,10 @@ from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Follower, Received
 from ringfence.messages.lease import TERMINAL, Lease
-from ringfence.model.lease_epochs import Epochs, number_of
 from ringfence.model.lease_store import LeaseStore, LostError, Outgoing, SignedLease, StoredLease
-from ringfence.model.leases import comes_after
-from ringfence.model.opening import open_lease
+from ringfence.model.leases.epochs import Epochs, number_of
+from ringfence.model.leases.lifecycle import comes_after
+from ringfence.model.leases.verification import open_lease
 from ringfence.revoker.ending import Ender
 from ringfence.revoker.rebuilding import Rebuilder
 from ringfence.revoker.said import Said

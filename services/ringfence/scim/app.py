@@ -15,8 +15,8 @@ from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import HEARTBEAT, USER
-from ringfence.model.alarms import report_alarms
-from ringfence.model.directory import Directory
+from ringfence.model.records.alarms import report_alarms
+from ringfence.model.records.directory import Directory
 from ringfence.scim.http import Api
 from ringfence.scim.keeping import Keeper
 from ringfence.scim.people import People

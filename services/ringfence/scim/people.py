@@ -7,9 +7,9 @@ from typing import cast
 
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.registry import Delegation, GroupLink, UserRecord
-from ringfence.model.chains import ChainError
-from ringfence.model.directory import Directory
-from ringfence.model.provisioning import is_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.provisioning import is_of
 from ringfence.scim.resources import group_id
 
 

@@ -21,7 +21,7 @@ from scim2_models import (
 from ringfence.client.provisioner import Provisioner
 from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.registry import Delegation, GroupLink, Provisioned, Provisioning, UserRecord
-from ringfence.model.provisioning import given_by
+from ringfence.model.records.provisioning import given_by
 from ringfence.scim.naming import free_id
 from ringfence.scim.people import People
 from ringfence.scim.resources import Group, User, group_resource, name_of, said_of, user_resource

@@ -13,7 +13,7 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import compact_jws
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.messages.lease import TERMINAL, EndCause, EndKind, Lease
-from ringfence.model.identity import spiffe_id
+from ringfence.model.identity.spiffe_ids import spiffe_id
 
 SESSION_REVOKED = "https://schemas.openid.net/secevent/caep/event-type/session-revoked"
 """CAEP 1.0, 3.1."""

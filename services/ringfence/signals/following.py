@@ -27,8 +27,8 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.signals import DeliveryMethod
 from ringfence.messages.topics import LEASE
-from ringfence.model.lease_epochs import Epochs
-from ringfence.model.opening import open_lease
+from ringfence.model.leases.epochs import Epochs
+from ringfence.model.leases.verification import open_lease
 from ringfence.signals.domain import (
     SESSION_REVOKED,
     Event,

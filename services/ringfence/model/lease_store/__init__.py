@@ -7,7 +7,8 @@ not done again.
 
 from __future__ import annotations
 
-from ringfence.model.lease_store.arguments import told_of, uses_of
+from ringfence.model.lease_store.codec.records import expanded
+from ringfence.model.lease_store.connection import FullError, LostError
 from ringfence.model.lease_store.keys import (
     AHEAD_MS,
     CLOSING_TOKEN,
@@ -19,12 +20,11 @@ from ringfence.model.lease_store.keys import (
     SELECTOR_KEEP_MS,
     outbox_field,
 )
-from ringfence.model.lease_store.link import FullError, LostError
-from ringfence.model.lease_store.packing import expanded
-from ringfence.model.lease_store.restoring import Had, Held, Restoration
+from ringfence.model.lease_store.rebuild import Had, Held, Restoration
+from ringfence.model.lease_store.script_args import told_of, uses_of
 from ringfence.model.lease_store.store import LeaseStore
-from ringfence.model.lease_store.surveying import SLACK_MS, Alive, Knowledge
-from ringfence.model.lease_store.values import (
+from ringfence.model.lease_store.survey import SLACK_MS, Alive, Knowledge
+from ringfence.model.lease_store.types import (
     Activation,
     Claimed,
     Looked,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ringfence.messages.lease import Lease
-from ringfence.model.leases import wide_marks_of
+from ringfence.model.leases.lifecycle import wide_marks_of
 
 DAY_MS = 24 * 3600 * 1000
 RECORD_KEEP_MS = DAY_MS

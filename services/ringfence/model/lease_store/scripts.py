@@ -10,6 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
+from ringfence.model.lease_store.codec.records import (
+    ACTIVE,
+    BEFORE_AGENT,
+    BOUND,
+    STATE_BYTES,
+    THUMBPRINT_BYTES,
+)
 from ringfence.model.lease_store.keys import (
     AHEAD_MS,
     ANEW,
@@ -22,13 +29,6 @@ from ringfence.model.lease_store.keys import (
     SIGNERS,
     THUMBPRINT,
     Keys,
-)
-from ringfence.model.lease_store.packing import (
-    ACTIVE,
-    BEFORE_AGENT,
-    BOUND,
-    STATE_BYTES,
-    THUMBPRINT_BYTES,
 )
 
 Argument = str | bytes | int

@@ -10,8 +10,8 @@ from typing import Any
 
 from ringfence.kernel.base.clock import suspend_aware_ms
 from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.model.lease_store.connection import Call, Link, LostError
 from ringfence.model.lease_store.keys import Keys, shard_of
-from ringfence.model.lease_store.link import Call, Link, LostError
 from ringfence.model.lease_store.scripts import DISTRUST, GIVE_UP, Argument, Command, Script
 
 _SLOW_MS = 1_000

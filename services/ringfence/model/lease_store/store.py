@@ -12,7 +12,20 @@ from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.credential import Coordinates
-from ringfence.model.lease_store.arguments import (
+from ringfence.model.lease_store.codec.records import expanded
+from ringfence.model.lease_store.connection import WHO, LostError, server_id
+from ringfence.model.lease_store.keys import (
+    CLOSING_TOKEN,
+    FENCE_KEEP_MS,
+    ID_BYTES,
+    RECORD_KEEP_MS,
+    Keys,
+    lease_of_field,
+    outbox_field,
+    packed,
+    unpacked,
+)
+from ringfence.model.lease_store.script_args import (
     AT_A_TIME,
     DONE,
     FULL,
@@ -31,19 +44,6 @@ from ringfence.model.lease_store.arguments import (
     uses_of,
     using,
 )
-from ringfence.model.lease_store.keys import (
-    CLOSING_TOKEN,
-    FENCE_KEEP_MS,
-    ID_BYTES,
-    RECORD_KEEP_MS,
-    Keys,
-    lease_of_field,
-    outbox_field,
-    packed,
-    unpacked,
-)
-from ringfence.model.lease_store.link import WHO, LostError, server_id
-from ringfence.model.lease_store.packing import expanded
 from ringfence.model.lease_store.scripts import (
     ACTIVATE,
     CLAIM,
@@ -70,7 +70,7 @@ from ringfence.model.lease_store.scripts import (
 )
 from ringfence.model.lease_store.servers import QUESTIONS, Servers
 from ringfence.model.lease_store.shards import ShardCall, Shards
-from ringfence.model.lease_store.values import (
+from ringfence.model.lease_store.types import (
     Activation,
     Claimed,
     Looked,
@@ -82,7 +82,7 @@ from ringfence.model.lease_store.values import (
     StoredLease,
     Told,
 )
-from ringfence.model.leases import ALL_MARK, cut_mark, marks_of
+from ringfence.model.leases.lifecycle import ALL_MARK, cut_mark, marks_of
 
 log = logging.getLogger(__name__)
 

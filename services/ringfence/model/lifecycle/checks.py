@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ringfence.kernel.crypto.keys import public_key
-from ringfence.messages.instances import AttestationSelector
+from ringfence.messages.enrolment import AttestationSelector
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import UserState
-from ringfence.model.attestation import problem, selector_id
+from ringfence.model.identity.attestation import problem, selector_id
 from ringfence.model.lifecycle.context import CommandRefusedError, Context
-from ringfence.model.scope import ScopeError, validate_scope
+from ringfence.model.scope.scope import ScopeError, validate_scope
 
 
 def operator_only(context: Context, what: str) -> None:

@@ -11,7 +11,7 @@ from typing import Final
 from ringfence.messages.registry import TaskDelegate, TaskState
 from ringfence.model.lifecycle.checks import check_scope
 from ringfence.model.lifecycle.context import CommandRefusedError, Context
-from ringfence.model.scope import missing
+from ringfence.model.scope.scope import missing
 
 MAX_DEPTH: Final = 3
 """How many times a task can be handed on: so many agents and one more are in the longest chain."""

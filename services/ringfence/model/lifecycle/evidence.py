@@ -16,7 +16,7 @@ from ringfence.messages.registry import (
     TargetSet,
     UserSet,
 )
-from ringfence.model.identity import subject_of
+from ringfence.model.identity.spiffe_ids import subject_of
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.model.lifecycle.checks import check_keys, check_scope, ended_keys, operator_only
 from ringfence.model.lifecycle.context import CommandRefusedError, Context
-from ringfence.model.scope import missing
+from ringfence.model.scope.scope import missing
 
 BY_PROVISIONERS: tuple[type[Any], ...] = (UserSet, UserDisable, ProvisionerLink)
 """All that a provisioner may sign."""

@@ -12,7 +12,7 @@ from ringfence.messages.registry import (
 from ringfence.model.lifecycle.checks import check_keys, check_scope, ended_keys, operator_only
 from ringfence.model.lifecycle.context import CommandRefusedError, Context
 from ringfence.model.lifecycle.provisioners import disable_by_provisioner, provisioned_of, set_by_provisioner
-from ringfence.model.scope import missing
+from ringfence.model.scope.scope import missing
 
 
 def apply_to_user(state: UserState | None, command: UserSet | UserDisable, context: Context) -> UserState:

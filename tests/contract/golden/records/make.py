@@ -14,7 +14,7 @@ from typing import Any
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.approval import Approval, Grant, GrantWithdraw
 from ringfence.messages.credential import CredentialRequest, Revisions
-from ringfence.messages.instances import AttestationSelector
+from ringfence.messages.enrolment import AttestationSelector
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.lease import RevocationRequest, Selector
 from ringfence.messages.registry import (

@@ -1,0 +1,133 @@
+"""Which message of the Model Context Protocol a rule of a target's map means, and what it captures. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ringfence.messages.registry import McpRule
+from ringfence.model.http_targets.mcp import NAMED_BY, WITH_ARGUMENTS, McpMessage
+
+ARGUMENT: Final = re.compile(r"arguments\.([A-Za-z0-9_.$-]{1,64}?)(\*?)")
+"""What stands in the braces of a resource for an argument: its name, and whether it may be several segments."""
+HOLE: Final = re.compile(r"\{([^{}]*)\}")
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_ANY_NOTIFICATION: Final = "notifications/*"
+_MOST_HOLES: Final = 2
+_WORDS: Final[Mapping[str, Any]] = {"true": True, "false": False, "null": None}
+_WHOLE: Final = re.compile(r"0|-?[1-9][0-9]{0,14}")
+_NOT_IN_A_SEGMENT: Final = re.compile(r"[/\\%;\x00-\x1f\x7f]")
+
+
+class McpRuleError(ValueError):
+    """A rule has no meaning. The message says what is wrong."""
+
+
+class CannotTellError(Exception):
+    """A condition or a capture that cannot be judged: falling through to a weaker rule would be a guess."""
+
+
+class CompiledMcpRule:
+    """One rule, ready to be held against messages."""
+
+    __slots__ = ("_conditions", "_method", "_name", "captures", "conditional")
+
+    def __init__(self, rule: McpRule) -> None:
+        """Raises McpRuleError."""
+        self._method = rule.method
+        if rule.name is not None and rule.method not in NAMED_BY:
+            raise McpRuleError(f"a message {rule.method} names nothing: leave the name out")
+        if rule.arguments and rule.method not in WITH_ARGUMENTS:
+            raise McpRuleError(f"a message {rule.method} has no arguments")
+        self._name, self.captures = _template(rule.name)
+        self._conditions = {
+            name: tuple(_literal(value) for value in values)
+            for name, values in (rule.arguments or {}).items()
+        }
+        self.conditional = bool(self._conditions)
+
+    def named(self, method: str, name: str | None) -> dict[str, str] | None:
+        """What the template captures of a name, or None where it is another method or name."""
+        if self._method != method and not (
+            self._method == _ANY_NOTIFICATION and method.startswith("notifications/")
+        ):
+            return None
+        if self._name is None:
+            return {}
+        found = self._name.fullmatch(name or "")
+        return dict(zip(self.captures, found.groups(), strict=True)) if found is not None else None
+
+    def fits(self, message: McpMessage) -> bool:
+        """Whether the arguments are as the rule wants them. Raises CannotTellError."""
+        return all(
+            any(_same(argument(message, name), value) for value in values)
+            for name, values in self._conditions.items()
+        )
+
+
+def takes_arguments(method: str) -> bool:
+    """Whether a resource can be made of the arguments of such a message."""
+    return method in WITH_ARGUMENTS
+
+
+def argument(message: McpMessage, name: str) -> Any:
+    """One argument, or None where it is not there. Raises CannotTellError where another is spelled almost so."""
+    if name not in message.arguments and any(
+        given.casefold() == name.casefold() for given in message.arguments
+    ):
+        raise CannotTellError
+    return message.arguments.get(name)
+
+
+def captured(message: McpMessage, hole: str) -> str:
+    """What an argument puts into a resource. Raises CannotTellError where it is missing, or not what a name is of."""
+    found = ARGUMENT.fullmatch(hole)
+    assert found is not None, "checked when the rule was compiled"
+    value = argument(message, found[1])
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise CannotTellError
+    check_segments(value, several=bool(found[2]))
+    return value
+
+
+def check_segments(value: str, *, several: bool) -> None:
+    """Raises CannotTellError where a text is not one segment of a name, or `several`."""
+    for segment in value.split("/") if several else [value]:
+        if segment in ("", ".", "..") or _NOT_IN_A_SEGMENT.search(segment):
+            raise CannotTellError
+
+
+def _template(text: str | None) -> tuple[re.Pattern[str] | None, tuple[str, ...]]:
+    if text is None:
+        return None, ()
+    pattern, names, end = "", [], 0
+    for hole in HOLE.finditer(text):
+        name, star = hole[1].removesuffix("*"), hole[1].endswith("*")
+        if not _NAME.fullmatch(name) or name == "arguments" or hole[1] in names:
+            raise McpRuleError(f"{hole[0]}: a capture has a name of its own, of a-z, 0-9 and _")
+        if star and hole.end() != len(text):
+            raise McpRuleError(f"nothing can stand after {hole[0]}, which takes all that is left")
+        names.append(hole[1])
+        pattern += re.escape(text[end : hole.start()]) + ("(.+)" if star else "([^/]+)")
+        end = hole.end()
+    rest = text[end:]
+    if len(names) > _MOST_HOLES or re.search(r"[{}*]", HOLE.sub("", text)):
+        raise McpRuleError(
+            f"{text!r}: a name is written out, with at most {_MOST_HOLES} captures {{name}} in it"
+        )
+    return re.compile(pattern + re.escape(rest), re.DOTALL), tuple(names)
+
+
+def _literal(text: str) -> Any:
+    if text in _WORDS:
+        return _WORDS[text]
+    return int(text) if _WHOLE.fullmatch(text) else text
+
+
+def _same(given: Any, wanted: Any) -> bool:
+    """As JSON has it: 1 is not true, and an argument that is not there is null."""
+    return type(given) is type(wanted) and bool(given == wanted)

@@ -1,0 +1,462 @@
+"""Which HTTP request is which verb on which resource: the ordered map of a target, evaluated. Pure.
+
+The first rule that matches counts; what matches none, or cannot be told for certain, is no verb at all, and nothing
+allows it. A request that two readers could understand differently is such a one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+from urllib.parse import unquote_to_bytes
+
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.strict_json import json_object
+from ringfence.messages.registry import RequestRule
+from ringfence.model.http_targets.mcp import McpMessage, McpMessageError, read_message
+from ringfence.model.http_targets.mcp_rules import (
+    ARGUMENT,
+    HOLE,
+    CannotTellError,
+    CompiledMcpRule,
+    McpRuleError,
+    captured,
+    check_segments,
+    takes_arguments,
+)
+from ringfence.model.scope.globs import ScopeError, parse_glob, parse_name
+from ringfence.model.unknown_fields import names_of, unknown_fields
+
+MAX_TARGET_CHARS: Final = 8192
+MAX_BODY_BYTES: Final = 1024 * 1024
+"""So much of a body is looked at: a rule with conditions on the body of a larger one matches nothing."""
+
+_MAX_SEGMENTS: Final = 256
+"""More would only cost time: no resource has as many."""
+
+_MCP: Final = "MCP"
+"""The method of rules that mean messages, and of no request."""
+_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_LITERAL: Final = re.compile(r"[A-Za-z0-9._~!$&'()+,=:@-]+")
+_RAW_SEGMENT: Final = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,=:@-]|%[0-9A-Fa-f]{2})+")
+_PLAIN_PATH: Final = re.compile(r"(?:/[A-Za-z0-9_~!$&'()*+,=:@-][A-Za-z0-9._~!$&'()*+,=:@-]*)+")
+_NOT_IN_A_SEGMENT: Final = re.compile(r"[/\\%;\x00-\x1f\x7f]")
+_NOT_OF_A_NAME: Final = re.compile(r"[\[\]_. \t-]")
+_OVERRIDES: Final = frozenset({"_method", "x-http-method-override", "x-http-method", "x-method-override"})
+"""Parameters by which servers take a POST for another method."""
+
+
+class RequestMapError(RingfenceError):
+    """A rule of a target's map cannot be used. The message names it, and says what to write."""
+
+    code = "request_map_invalid"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What a request does: one verb on one resource."""
+
+    verb: str
+    resource: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    segments: tuple[str | None, ...]
+    """The literals; None where one is captured."""
+    names: tuple[str | None, ...]
+    rest: str | None
+    """The name of what captures one segment or more, at the end."""
+    rule: RequestRule = field(repr=False)
+    mcp: CompiledMcpRule | None = None
+    unknown: str = ""
+    """The names of fields of it that this version does not know."""
+
+    def folded(self) -> _Rule:
+        """The same for paths in lower case."""
+        return replace(
+            self, segments=tuple(one.casefold() if one is not None else None for one in self.segments)
+        )
+
+    def captures(self, segments: Sequence[str]) -> dict[str, str] | None:
+        """What the template captures of a path, or None where it does not match."""
+        known = len(self.segments)
+        if len(segments) < known + 1 if self.rest else len(segments) != known:
+            return None
+        found = {}
+        for want, name, got in zip(self.segments, self.names, segments, strict=False):
+            if name is not None:
+                found[name] = got
+            elif want != got:
+                return None
+        if self.rest:
+            found[f"{self.rest}*"] = "/".join(segments[known:])
+        return found
+
+
+class RequestMap:
+    """The map of one target, compiled once."""
+
+    def __init__(self, rules: Sequence[RequestRule]) -> None:
+        """Raises RequestMapError where a rule says something that has no meaning."""
+        self._by_method: dict[str, list[_Rule]] = {}
+        self._mcp: list[_Rule] = []
+        for rule in map(_compiled, rules):
+            some = self._mcp if rule.mcp is not None else self._by_method.setdefault(rule.rule.method, [])
+            some.append(rule)
+        self._looked_at = {
+            method for method, some in self._by_method.items() if any(one.rule.body for one in some)
+        }
+        """Methods of which some rule has conditions on the body."""
+        self._nearly = [rule.folded() for rule in self._mcp]
+
+    def speaks_mcp(self, target: str) -> bool:
+        """Whether an endpoint of the Model Context Protocol is there. `target` as in `action`."""
+        return bool(self._mcp) and self._endpoint(target) is not None
+
+    def _is_nearly_endpoint(self, segments: Sequence[str]) -> bool:
+        """Whether some servers would take a path for that of an endpoint: they do not tell upper from lower case."""
+        folded = [segment.casefold() for segment in segments]
+        return any(rule.captures(folded) is not None for rule in self._nearly)
+
+    def _endpoint(self, target: str) -> tuple[str, ...] | None:
+        """The segments of the path where it is such an endpoint."""
+        segments = _decoded(target.partition("?")[0]) if len(target) <= MAX_TARGET_CHARS else None
+        if segments is None or not any(rule.captures(segments) is not None for rule in self._mcp):
+            return None
+        return segments
+
+    def reads_body(self, method: str, target: str) -> bool:
+        """Whether a rule that may come to apply to such a request looks at its body: then it must be seen whole first.
+
+        `method` and `target` as in `action`.
+        """
+        if method == "POST" and self.speaks_mcp(target):
+            return True
+        if method not in self._looked_at:
+            return False
+        path, _, query = target.partition("?")
+        segments = _decoded(path) if len(target) <= MAX_TARGET_CHARS and "#" not in query else None
+        if segments is None:
+            return False
+        for rule in self._by_method.get(method, ()):
+            if rule.captures(segments) is None:
+                continue
+            try:
+                if not _query_fits(rule.rule.query, query):
+                    continue
+            except CannotTellError:
+                return False
+            return bool(rule.rule.body)
+        return False
+
+    def action(self, method: str, target: str, body: bytes | None = None) -> Action | None:
+        """What a request does, or None where no rule says so, or where the one that it comes under is not understood.
+
+        Args:
+            method: as it was sent; case matters.
+            target: path and query as they were sent (origin-form, RFC 9112, 3.2.1), nothing decoded.
+            body: as it was sent, or None where it was not seen, or is not said to be JSON.
+        """
+        found = self._found(method, target, body)
+        return found if isinstance(found, Action) else None
+
+    def not_understood(self, method: str, target: str, body: bytes | None = None) -> str | None:
+        """Why a request is nothing that anybody is allowed, where that is for a field of its rule; else None.
+
+        The rule that it comes under has a field that this version does not know. Nobody can say what the request does
+        then, and the rules after it are for what does not come under it. Arguments as for `action`.
+        """
+        found = self._found(method, target, body)
+        if not isinstance(found, _Rule):
+            return None
+        return (
+            f"the rule for {found.rule.method} {found.rule.path} has a field that is not known here, and may limit it: "
+            f"{found.unknown}; upgrade the gateway, or have an operator set the target without that field"
+        )
+
+    def _found(self, method: str, target: str, body: bytes | None) -> Action | _Rule | None:
+        """What a request does; the rule that it comes under, where that is not understood; or None."""
+        if len(target) > MAX_TARGET_CHARS:
+            return None
+        if method == "POST" and self.speaks_mcp(target):
+            try:
+                return self._found_of_message(target, read_message(body or b"")) if _is_seen(body) else None
+            except McpMessageError:
+                return None
+        path, _, query = target.partition("?")
+        segments = _decoded(path)
+        if segments is None or "#" in query or (method == "POST" and _overrides(query)):
+            return None
+        if self._nearly and method == "POST" and self._is_nearly_endpoint(segments):
+            return None
+        for rule in self._by_method.get(method, ()):
+            captures = rule.captures(segments)
+            if captures is None:
+                continue
+            try:
+                if _query_fits(rule.rule.query, query) and _body_fits(rule.rule.body, body):
+                    return rule if rule.unknown else _action(rule.rule, captures)
+            except CannotTellError:
+                return None
+        return None
+
+    def mcp_action(self, target: str, message: McpMessage) -> Action | None:
+        """What a message that is posted to an endpoint does, or None, as `action` has it. `target` as there."""
+        found = self._found_of_message(target, message)
+        return found if isinstance(found, Action) else None
+
+    def _found_of_message(self, target: str, message: McpMessage) -> Action | _Rule | None:
+        segments = self._endpoint(target)
+        if segments is None or "#" in target:
+            return None
+        for rule in self._mcp:
+            assert rule.mcp is not None
+            of_name = rule.mcp.named(message.method, message.name)
+            of_path = rule.captures(segments) if of_name is not None else None
+            if of_path is None or of_name is None:
+                continue
+            try:
+                if not rule.mcp.fits(message):
+                    continue
+                if rule.unknown:
+                    return rule
+                return _action(rule.rule, _captured_of(rule.rule, of_path, of_name, message))
+            except CannotTellError:
+                return None
+        return None
+
+    def mcp_offers(self, target: str, method: str, name: str) -> tuple[Action, ...]:
+        """What using a tool, a prompt or a resource may come to, whatever its arguments: their resources are globs."""
+        segments = self._endpoint(target)
+        found: list[Action] = []
+        if segments is None:
+            return ()
+        for rule in self._mcp:
+            assert rule.mcp is not None
+            of_name = rule.mcp.named(method, name)
+            of_path = rule.captures(segments) if of_name is not None else None
+            if of_path is None or of_name is None:
+                continue
+            if not rule.unknown:
+                with contextlib.suppress(CannotTellError, ScopeError):
+                    found.append(_offered(rule.rule, {**_checked(of_name), **of_path}))
+            if not rule.mcp.conditional:
+                break
+        return tuple(found)
+
+
+# --- templates --------------------------------------------------------------------------------------------------------
+
+
+def _compiled(rule: RequestRule) -> _Rule:
+    def wrong(message: str) -> RequestMapError:
+        return RequestMapError(f"'{rule.method} {rule.path}': {message}")
+
+    if not rule.path.startswith("/"):
+        raise wrong("a path begins with '/'")
+    parts = rule.path[1:].split("/") if rule.path != "/" else []
+    segments: list[str | None] = []
+    names: list[str | None] = []
+    rest: str | None = None
+    for part in parts:
+        if rest is not None:
+            raise wrong(f"nothing can stand after {{{rest}*}}, which takes all that is left")
+        hole = HOLE.fullmatch(part)
+        if hole is None:
+            if not _LITERAL.fullmatch(part) or part in (".", ".."):
+                raise wrong(
+                    f"{part!r} is neither a segment as it is after decoding, nor {{name}} or {{name*}} as a whole"
+                )
+            segments.append(part)
+            names.append(None)
+            continue
+        name, star = hole[1].removesuffix("*"), hole[1].endswith("*")
+        if not _NAME.fullmatch(name) or name in names:
+            raise wrong(f"{part!r}: a capture has a name of its own, of a-z, 0-9 and _")
+        if star:
+            rest = name
+        else:
+            segments.append(None)
+            names.append(name)
+    mcp = _compiled_mcp(rule, wrong)
+    found = {name for name in (*names, rest and f"{rest}*") if name is not None}
+    if mcp is not None and (twice := found & set(mcp.captures)):
+        raise wrong(f"{{{min(twice)}}} is captured twice, of the path and of the name")
+    _check_resource(rule, found | set(mcp.captures if mcp is not None else ()), wrong)
+    return _Rule(tuple(segments), tuple(names), rest, rule, mcp, names_of(unknown_fields(rule)))
+
+
+def _compiled_mcp(rule: RequestRule, wrong: Any) -> CompiledMcpRule | None:
+    if rule.mcp is None and rule.method != _MCP:
+        return None
+    if rule.mcp is None or rule.method != _MCP or rule.query or rule.body:
+        raise wrong(
+            "a rule with the method MCP says which message it means, and has conditions on arguments alone"
+        )
+    try:
+        return CompiledMcpRule(rule.mcp)
+    except McpRuleError as error:
+        raise wrong(str(error)) from None
+
+
+def _check_resource(rule: RequestRule, known: set[str], wrong: Any) -> None:
+    holes = set(HOLE.findall(rule.resource))
+    of_arguments = {hole for hole in holes if ARGUMENT.fullmatch(hole)}
+    if of_arguments and (rule.mcp is None or not takes_arguments(rule.mcp.method)):
+        raise wrong(
+            f"the resource {rule.resource!r} uses {{{min(of_arguments)}}}, and there are no arguments"
+        )
+    for hole in of_arguments:
+        if hole.endswith("*") and not f"/{rule.resource}".endswith(f"/{{{hole}}}"):
+            raise wrong(f"the resource {rule.resource!r}: {{{hole}}} is a segment by itself, the last one")
+    unknown = holes - known - of_arguments
+    if unknown:
+        raise wrong(
+            f"the resource {rule.resource!r} uses {{{min(unknown)}}}, which the path does not capture"
+        )
+    try:
+        parse_name(HOLE.sub("x", rule.resource))
+    except ScopeError as error:
+        raise wrong(f"the resource {rule.resource!r} is none: {error}") from None
+
+
+def _captured_of(
+    rule: RequestRule, of_path: Mapping[str, str], of_name: Mapping[str, str], message: McpMessage
+) -> dict[str, str]:
+    """All that the resource of a rule for messages is made of. Raises CannotTellError."""
+    of_arguments = {
+        hole: captured(message, hole) for hole in HOLE.findall(rule.resource) if ARGUMENT.fullmatch(hole)
+    }
+    return {**of_arguments, **_checked(of_name), **of_path}
+
+
+def _checked(of_name: Mapping[str, str]) -> dict[str, str]:
+    """Raises CannotTellError."""
+    for name, value in of_name.items():
+        check_segments(value, several=name.endswith("*"))
+    return dict(of_name)
+
+
+def _offered(rule: RequestRule, captures: Mapping[str, str]) -> Action:
+    """Raises ScopeError where it can be no resource, whatever the arguments."""
+
+    def filled(hole: re.Match[str]) -> str:
+        return captures[hole[1]] if hole[1] in captures else "**" if hole[1].endswith("*") else "*"
+
+    return Action(rule.verb, str(parse_glob(HOLE.sub(filled, rule.resource))))
+
+
+def _is_seen(body: bytes | None) -> bool:
+    return body is not None and len(body) <= MAX_BODY_BYTES
+
+
+def _action(rule: RequestRule, captures: Mapping[str, str]) -> Action | None:
+    """None where what was captured is no resource: nobody could have been allowed it."""
+    resource = HOLE.sub(lambda hole: captures[hole[1]], rule.resource)
+    try:
+        parse_name(resource)
+    except ScopeError:
+        return None
+    return Action(rule.verb, resource)
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+def _decoded(path: str) -> tuple[str, ...] | None:
+    """The segments of a path, each decoded once; None for every path that others might read otherwise."""
+    if path == "/":
+        return ()
+    if not path.startswith("/") or path.count("/") > _MAX_SEGMENTS:
+        return None
+    if _PLAIN_PATH.fullmatch(path):  # nothing to decode, and no segment of dots
+        return tuple(path[1:].split("/"))
+    segments = []
+    for raw in path[1:].split("/"):
+        if not _RAW_SEGMENT.fullmatch(raw):
+            return None
+        try:
+            segment = unquote_to_bytes(raw).decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+        if segment in (".", "..") or _NOT_IN_A_SEGMENT.search(segment):
+            return None
+        segments.append(segment)
+    return tuple(segments)
+
+
+def _query_fits(conditions: Mapping[str, tuple[str, ...]] | None, query: str) -> bool:
+    if not conditions:
+        return True
+    return _fit(conditions, _query(query))
+
+
+def _fit(conditions: Mapping[str, tuple[str, ...]], given: Mapping[str, Any]) -> bool:
+    """Whether all are met. Raises CannotTellError where others might read one of the names in another of those given.
+
+    What is not met needs no certainty: the rule after it is the stronger.
+    """
+    if not all(given.get(name) in values for name, values in conditions.items()):
+        return False
+    meant = {plain for name in conditions for plain in _plainly(name)}
+    if any(not meant.isdisjoint(_plainly(name)) for name in given if name not in conditions):
+        raise CannotTellError
+    return True
+
+
+def _plainly(name: str) -> set[str]:
+    """How lax readers take a name: without case, what joins its words, or an index (`mode[]` is `mode` to some)."""
+    name = name.partition("\x00")[0].casefold()
+    return {_NOT_OF_A_NAME.sub("", one) for one in (name, name.partition("[")[0])}
+
+
+def _overrides(query: str) -> bool:
+    """Whether a parameter may make it another request than its method says (`_method=DELETE`)."""
+    if "ethod" not in query.lower() and "%" not in query:
+        return False
+    for pair in re.split("[&;]", query):
+        name = unquote_to_bytes(re.split("[=\\[]", pair.lstrip("+"), maxsplit=1)[0]).decode("latin-1")
+        if re.sub(r"^[ .[]|[.]", "_", name.partition("\x00")[0].strip()).lower() in _OVERRIDES:
+            return True
+    return False
+
+
+def _query(query: str) -> dict[str, str]:
+    """The parameters, decoded. Raises CannotTellError where one comes twice, or cannot be decoded."""
+    found: dict[str, str] = {}
+    for pair in query.split("&") if query else ():
+        name, _, value = (_word(part) for part in pair.partition("="))
+        if name in found:
+            raise CannotTellError
+        found[name] = value
+    return found
+
+
+def _word(raw: str) -> str:
+    # Whether `+` is a space, and `;` parts parameters, is for each server to say.
+    if re.search(r"[+;]|%(?![0-9A-Fa-f]{2})", raw):
+        raise CannotTellError
+    try:
+        return unquote_to_bytes(raw).decode("utf-8")
+    except UnicodeDecodeError:
+        raise CannotTellError from None
+
+
+def _body_fits(conditions: Mapping[str, tuple[str, ...]] | None, body: bytes | None) -> bool:
+    if not conditions:
+        return True
+    return _fit(conditions, _json_object(body))
+
+
+def _json_object(body: bytes | None) -> dict[str, Any]:
+    """The members of a JSON object. Raises CannotTellError for anything else, and where a name comes twice."""
+    if body is None or len(body) > MAX_BODY_BYTES:
+        raise CannotTellError
+    try:
+        return json_object(body)
+    except ValueError:
+        raise CannotTellError from None

@@ -1,0 +1,1 @@
+"""Identities of agents: SPIFFE IDs, attestation by a platform, tokens for APIs."""

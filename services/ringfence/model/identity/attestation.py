@@ -1,0 +1,114 @@
+"""Which identity tokens an agent's selectors let in. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ringfence.kernel.base.ids import digest
+from ringfence.messages.enrolment import AttestationSelector
+from ringfence.model.unknown_fields import is_understood
+
+_IDENTIFYING = ("sub", "repository", "repository_id", "/kubernetes.io/serviceaccount/uid")
+"""Claims that name one workload, or one project, among all those of an issuer."""
+_LONGEST_VALUE = 2048
+_SEPARATORS = ":/"
+
+
+def audience(trust_domain: str) -> str:
+    """What a platform's token must be for. No person's token is for that, so none of those enrols anything."""
+    return f"spiffe://{trust_domain}/enrol"
+
+
+def bound_audience(trust_domain: str, kid: str) -> str:
+    """The same, for one key alone: what to ask for wherever the platform lets its caller choose."""
+    return f"{audience(trust_domain)}/{kid}"
+
+
+def selector_id(selector: AttestationSelector) -> str:
+    """What a selector is known by in enrolments and leases: another selector has another id."""
+    fields = selector.model_dump(mode="json")
+    return digest(json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+
+
+def problem(selector: AttestationSelector) -> str | None:
+    """Why a selector lets in more than one agent's instances, or None."""
+    for name in _IDENTIFYING:
+        pattern = selector.claims.get(name)
+        if pattern is not None and _names_one(name, pattern):
+            return None
+    return (
+        f"no claim of the selector for {selector.issuer} says whose workload it is: give one of "
+        f"{', '.join(_IDENTIFYING)} whole, or sub with a * at its end after two parts (repo:acme/deploy:*)"
+    )
+
+
+def _names_one(name: str, pattern: str) -> bool:
+    literal, star, rest = pattern.partition("*")
+    if not star:
+        return True
+    parts = sum(literal.count(separator) for separator in _SEPARATORS)
+    return name == "sub" and not rest and literal[-1:] in tuple(_SEPARATORS) and parts >= 2
+
+
+def matching(
+    selectors: Iterable[AttestationSelector], issuer: str, claims: Mapping[str, Any]
+) -> tuple[AttestationSelector, dict[str, str]] | None:
+    """The first selector that the claims of a verified token match, and the claims that it looks at; or None."""
+    for selector in selectors:
+        if selector.issuer == issuer:
+            found = {name: value for name in selector.claims if (value := claim(claims, name)) is not None}
+            if fits(selector, issuer, found):
+                return selector, found
+    return None
+
+
+def fits(selector: AttestationSelector, issuer: str, found: Mapping[str, str]) -> bool:
+    """Whether claims, by the names that the selector has for them, are as it wants them.
+
+    A selector with a field that this version does not know, which may limit it, lets nobody in.
+    """
+    return (
+        selector.issuer == issuer
+        and is_understood(selector)
+        and all(name in found and matches(pattern, found[name]) for name, pattern in selector.claims.items())
+    )
+
+
+def claim(claims: Mapping[str, Any], name: str) -> str | None:
+    """One claim as text; None where it is not there, or is no text, whole number or truth value."""
+    value: Any = claims
+    for step in _steps(name):
+        if not isinstance(value, Mapping) or step not in value:
+            return None
+        value = value[step]
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    return value if isinstance(value, str) and len(value) <= _LONGEST_VALUE else None
+
+
+def _steps(name: str) -> list[str]:
+    """RFC 6901, 4: `~1` is a slash, `~0` a tilde."""
+    if not name.startswith("/"):
+        return [name]
+    return [step.replace("~1", "/").replace("~0", "~") for step in name[1:].split("/")]
+
+
+def matches(pattern: str, value: str) -> bool:
+    """Whether `value` is `pattern`, in which `*` stands for any characters. In linear time for each `*`."""
+    first, *others = pattern.split("*")
+    if not others:
+        return pattern == value
+    *between, last = others
+    if not value.startswith(first) or len(value) < len(first) + len(last) or not value.endswith(last):
+        return False
+    at, end = len(first), len(value) - len(last)
+    for part in between:
+        found = value.find(part, at, end)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return True

@@ -1,0 +1,475 @@
+"""Redis while it is made complete again: by one at a time, and nobody else does anything until that is done."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.messages.credential import Coordinates
+from ringfence.messages.lease import TERMINAL
+from ringfence.model.lease_store.codec.records import expanded
+from ringfence.model.lease_store.connection import Call, Link
+from ringfence.model.lease_store.keys import (
+    ANEW,
+    DAY_MS,
+    ENDED,
+    FENCE_KEEP_MS,
+    ID_BYTES,
+    RECORD_KEEP_MS,
+    SELECTOR_KEEP_MS,
+    Keys,
+    is_kept,
+    is_outbox_field,
+    lease_of_field,
+    outbox_field,
+    packed,
+    shard_of,
+    shard_of_key,
+    unpacked,
+)
+from ringfence.model.lease_store.script_args import (
+    NO_LIMIT,
+    place_of_text,
+    place_text,
+    restoring,
+    uses_of,
+    using,
+)
+from ringfence.model.lease_store.scripts import (
+    COMPARE,
+    GET,
+    GIVE_UP,
+    MEND,
+    QUEUE,
+    RECOUNT,
+    RESTORE,
+    RESUME,
+    Argument,
+    Command,
+    Script,
+    all_ids,
+    always,
+    fencing,
+    held,
+)
+from ringfence.model.lease_store.shards import epoch_name, epoch_server
+from ringfence.model.lease_store.survey import Alive, Knowledge, Stray, Survey
+from ringfence.model.lease_store.types import SignedLease, StoredLease
+
+log = logging.getLogger(__name__)
+
+CLAIM_MS = 15_000
+"""How long who rebuilds may give no sign of life before another may begin."""
+_AT_A_TIME = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Had:
+    """Which record Redis has of a lease: none is 0. Of one epoch there is one record of each `seq`."""
+
+    seq: int = 0
+    epoch: str | None = None
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Had:
+        seq, _, epoch = packed.decode("ascii").partition(" ")
+        return cls(int(seq), epoch or None)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Everything that Redis holds of one lease."""
+
+    stored: StoredLease | None
+    live_until_ms: int | None
+    """When its live key goes, -1 for never; None where there is none."""
+    deadline_ms: int | None
+    """Its place among the deadlines, or the minutes."""
+    claimed: bool
+    kept_until_ms: int | None
+    """When its record goes, of one that has ended, -1 for never; None where none stands among those."""
+    marks: frozenset[str]
+    """Those that it is found by."""
+
+
+class Restoration:
+    """One rebuild of Redis.
+
+    Raises LostError where Redis was lost again meanwhile, or another has taken the rebuild over.
+    """
+
+    def __init__(self, settings: ServiceSettings, *, record_keep_ms: int = RECORD_KEEP_MS) -> None:
+        """Raises SettingsError where the URL is none of Redis."""
+        self._prefix = settings.redis_prefix
+        self._keys = [Keys(self._prefix, shard) for shard in range(settings.redis_shards)]
+        self._record_keep_ms = record_keep_ms
+        self._run_ids: list[str] = []
+        """The server of each shard."""
+        self._link = Link(settings.redis_url, lambda run_id: run_id in self._run_ids)
+        self._nonce = secrets.token_hex(8)
+        self.epochs: set[str] = set()
+        """Those that the shards had; known from `look`."""
+        self._claim = ""
+        """What stands for this rebuild while it lasts: the server of the first shard, and a nonce."""
+        self.complete = False
+        """Whether each shard has an epoch, of the server that holds it; known from `look`."""
+        self._spread: set[int] = set()
+        """Over how many shards leases were spread when these were last rebuilt; known from `look`."""
+        self.anew = False
+        """Whether all leases are to be written again, also those that Redis has; known from `begin`."""
+
+    async def close(self) -> None:
+        """Disconnect."""
+        await self._link.close()
+
+    # --- the rebuild ---
+
+    async def look(self) -> None:
+        """Take the servers for what they are now. Before anything else, where `begin` is not called."""
+        size = len(self._keys)
+        asked = [*(at.epoch for at in self._keys), *(at.spread for at in self._keys)]
+        answers = await self._link.inspect(asked)
+        found, spread = answers[:size], [count for _, count in answers[size:]]
+        self._run_ids = [run_id for run_id, _ in found]
+        self._claim = f"{self._run_ids[0]}.{self._nonce}"
+        self._spread = {int(count) for count in spread if count is not None}
+        self.complete = set(spread) == {b"%d" % size} and all(
+            epoch is not None and epoch_server(epoch) == run_id for run_id, epoch in found
+        )
+        self.anew = any(epoch == ANEW for _, epoch in found)
+        self.epochs = {epoch_name(epoch) for _, epoch in found if epoch and epoch != ANEW}
+
+    async def begin(self, *, anyway: bool = False) -> bool:
+        """Stop all use of Redis. False where another is at it, or Redis is complete: then nothing is done.
+
+        `anyway`: also where it is complete.
+        """
+        await self.look()
+        first, *others = self._keys
+        await self._void_claim(first)
+        lock = always("SET", first.rebuilding, self._claim, "NX", "PX", CLAIM_MS)
+        if not (await self._link.pipeline([lock]))[0]:
+            return False
+        await self.look()  # whoever had the claim before may have finished
+        if self.complete and not anyway:
+            await self._link.scripts([self._call(GIVE_UP, first, (), ())])
+            return False
+        await self._link.pipeline(
+            [
+                ("DEL", first.epoch),
+                *(always("SET", at.rebuilding, self._claim, "PX", CLAIM_MS) for at in others),
+                *(("DEL", at.epoch) for at in others),
+            ]
+        )
+        if self._spread - {len(self._keys)}:
+            await self._empty()
+        return True
+
+    async def _empty(self) -> None:
+        """Throw away what shards hold of which there were more or fewer: none of it stands where it belongs.
+
+        Those that are none any more are stopped first, whoever still uses them.
+        """
+        former = max(self._spread)
+        log.warning(
+            "Redis was rebuilt for %d shards, and is emptied for %d (RINGFENCE_REDIS_SHARDS)",
+            former,
+            len(self._keys),
+        )
+        await self._link.pipeline([("DEL", Keys(self._prefix, shard).epoch) for shard in range(former)])
+        gone: list[Command] = []
+        async for key in self._link.keys(f"{self._prefix}{{*}}:*"):
+            gone += [] if is_kept(key) else [("UNLINK", key)]
+            if len(gone) == _AT_A_TIME:
+                await self._link.pipeline(gone)
+                await self.keep()
+                gone = []
+        await self._link.pipeline(gone)
+
+    async def _void_claim(self, first: Keys) -> None:
+        """Take away the claim of a rebuild that another server saw begin, which this one only remembers, and one that
+        has no end: nobody gives it signs of life."""
+        claim, left_ms = await self._link.pipeline([("GET", first.rebuilding), ("PTTL", first.rebuilding)])
+        if claim is not None and (left_ms == -1 or epoch_server(claim) != self._run_ids[0]):
+            await self._link.scripts([Call(GIVE_UP, (first.rebuilding,), (claim,))])
+
+    async def keep(self) -> None:
+        """Give a sign of life."""
+        await self.compare([])
+
+    def epoch(self, number: int) -> str:
+        """The epoch of this number that this rebuild would begin: nobody else would name it so."""
+        return f"{number}.{self._nonce[:8]}"
+
+    async def compare(self, lease_ids: Sequence[str]) -> dict[str, Had]:
+        """Which record Redis has of each lease."""
+        asked: dict[Keys, list[str]] = {at: [] for at in self._keys}
+        for lease_id in lease_ids:
+            asked[self._at(lease_id)].append(lease_id)
+        calls = [self._call(COMPARE, at, (), (CLAIM_MS, *map(packed, ids))) for at, ids in asked.items()]
+        answers = await self._link.scripts(calls)
+        return {
+            id: Had.unpack(packed)
+            for ids, had in zip(asked.values(), answers, strict=True)
+            for id, packed in zip(ids, had, strict=True)
+        }
+
+    async def restore(
+        self, leases: Sequence[SignedLease], over: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """Write these records, verified ones, where Redis has none or a lower one; with `anew`, or the same.
+
+        `over`: leases of which Redis has a record of up to this `seq` that counts for nothing. With it goes what was to
+        be published of them.
+        """
+        await self._link.scripts([self._restore(one, over.get(one.claims.lease_id, 0)) for one in leases])
+
+    async def count_grants(self, leases: Sequence[SignedLease]) -> None:
+        """Count these leases, verified ones, among those that name the grants that they name."""
+        calls = []
+        for grant_id, lease_id in (use for one in leases for use in uses_of(one.claims)):
+            at = self._at(grant_id)
+            calls.append(self._call(RECOUNT, at, *using(at, grant_id, lease_id, NO_LIMIT)))
+        if calls:
+            await self._link.scripts(calls)
+
+    def _restore(self, lease: SignedLease, over_seq: int) -> Call:
+        at = self._at(lease.claims.lease_id)
+        over_seq = max(over_seq, lease.claims.seq if self.anew else 0)
+        return self._call(RESTORE, at, *restoring(at, lease, self._record_keep_ms, over_seq=over_seq))
+
+    async def queue(self, leases: Sequence[SignedLease], *, instead: bool = False) -> None:
+        """Have these records published that Redis has and Kafka has not. Those that wait for it already, wait.
+
+        `instead`: in the place of what waits under their names.
+        """
+        if instead:
+            fields = [
+                (self._at(id), outbox_field(id, one.claims.seq))
+                for one in leases
+                for id in (one.claims.lease_id,)
+            ]
+            await self._mend([("HDEL", at.outbox, field) for at, field in fields])
+        await self._link.scripts(
+            [
+                self._call(
+                    QUEUE,
+                    at := self._at(one.claims.lease_id),
+                    (at.outbox, at.outbox_times),
+                    (outbox_field(one.claims.lease_id, one.claims.seq), one.record),
+                )
+                for one in leases
+            ]
+        )
+
+    async def fence(self, fences: Mapping[str, int]) -> None:
+        """Put fences (mark: `issued_before` in ms) back; higher ones stay."""
+        await self._link.pipeline(
+            [one for at in self._keys for one in fencing(at.fences, fences, FENCE_KEEP_MS)]
+        )
+
+    async def first_seen(self, places: Mapping[str, Coordinates], now_ms: int) -> None:
+        """Put back where selectors (derived ids) were seen first, until when that would have been remembered."""
+        commands = []
+        for id, at in places.items():
+            left_ms = at.appended_at_ms + SELECTOR_KEEP_MS - now_ms
+            keep_ms = min(max(left_ms, DAY_MS), SELECTOR_KEEP_MS)
+            commands.append(always("SET", self._at(id).selector(id), place_text(at), "PX", keep_ms))
+        await self._link.pipeline(commands)
+
+    async def resume(self, epoch: str) -> None:
+        """All is there: let everybody go on, in this epoch."""
+        await self._link.scripts(
+            [
+                self._call(RESUME, at, (at.epoch, at.spread), (f"{run_id}.{epoch}", len(self._keys)))
+                for at, run_id in zip(self._keys, self._run_ids, strict=True)
+            ]
+        )
+
+    async def give_up(self) -> None:
+        """Let another begin: this one failed."""
+        await self._link.scripts([self._call(GIVE_UP, at, (), ()) for at in self._keys])
+
+    async def declare_lost(self) -> None:
+        """Stop all use of Redis until a revoker has rebuilt it, from top to bottom."""
+        await self.look()
+        await self._link.pipeline([always("SET", at.epoch, ANEW) for at in self._keys])
+
+    async def is_under_way(self) -> bool:
+        """Whether somebody is rebuilding now."""
+        return bool((await self._link.pipeline([("EXISTS", self._keys[0].rebuilding)]))[0])
+
+    # --- what there is, as it is ---
+
+    async def ids(self) -> list[str]:
+        """All leases that Redis thinks have not ended: those that somebody will come to, and those that nobody will.
+
+        What stands in a shard that is not its own is none.
+        """
+        commands = [one for at in self._keys for one in (all_ids(at), ("HKEYS", at.leases))]
+        answers = iter(await self._link.pipeline(commands))
+        return list(
+            dict.fromkeys(
+                id
+                for at in self._keys
+                for ids in (next(answers), next(answers))
+                for id in (unpacked(one) for one in ids if len(one) == ID_BYTES)
+                if self._at(id) is at
+            )
+        )
+
+    async def records(self, lease_ids: Sequence[str]) -> dict[str, StoredLease]:
+        """The records of these leases, as far as there are any. In a rebuild."""
+        calls = [self._call(GET, self._at(id), (), (packed(id),)) for id in lease_ids]
+        answers = await self._link.scripts(calls)
+        return {
+            id: StoredLease.unpack(record) for id, (record,) in zip(lease_ids, answers, strict=True) if record
+        }
+
+    async def held(self, marks: Mapping[str, Sequence[str]]) -> dict[str, Held]:
+        """What Redis holds of leases; with each are given the marks that it should be found by, its agent's first."""
+        commands: list[Command] = []
+        for lease_id, some in marks.items():
+            at, id = self._at(lease_id), packed(lease_id)
+            commands += [
+                held(at, id),
+                *(_found_by(at, id, mark, some[0]) for mark in some),
+            ]
+        answers = iter(await self._link.pipeline(commands))
+        return {lease_id: _held(answers, some) for lease_id, some in marks.items()}
+
+    async def waiting(self) -> set[tuple[str, int]]:
+        """The records (lease id, `seq`) that Kafka has not acknowledged, as far as Redis knows."""
+        answers = await self._link.pipeline([("HKEYS", at.outbox) for at in self._keys])
+        return {lease_of_field(field) for fields in answers for field in fields if is_outbox_field(field)}
+
+    async def queued(self, records: Sequence[tuple[str, int]]) -> list[bytes | None]:
+        """Of each record (lease id, `seq`): what waits to be published under its name, as JWS."""
+        commands: list[Command] = [
+            ("HGET", self._at(id).outbox, outbox_field(id, seq)) for id, seq in records
+        ]
+        return [expanded(one) if one is not None else None for one in await self._link.pipeline(commands)]
+
+    def survey(self, alive: Mapping[str, Alive], knowledge: Knowledge, now_ms: int) -> Survey:
+        """A look at every key, held against the records that Redis has."""
+        return Survey(self._link, self._prefix, self._keys, alive, knowledge, now_ms)
+
+    async def alive(self) -> dict[str, Alive]:
+        """What Redis has of each lease that has not ended. Of all that it holds nothing else is needed at once."""
+        ids, alive = await self.ids(), dict[str, Alive]()
+        for start in range(0, len(ids), _AT_A_TIME):
+            for id, one in (await self.held(dict.fromkeys(ids[start : start + _AT_A_TIME], ()))).items():
+                if one.stored is not None and one.stored.status not in TERMINAL:
+                    alive[id] = Alive.of(one.stored)
+        return alive
+
+    async def ended(self) -> AsyncIterator[str]:
+        """The ids of all leases that have ended, as far as Redis knows them still."""
+        async for key in self._link.keys(f"{self._prefix}{{*}}:{ENDED}*"):
+            id = key.partition(f"}}:{ENDED}".encode())[2]
+            if len(id) == ID_BYTES:
+                yield unpacked(id)
+
+    async def mend(self, strays: AsyncIterator[Stray]) -> int:
+        """Put right what does not follow from the records. In a rebuild. Returns how much that was."""
+        count, commands = 0, list[Command]()
+        async for one in strays:
+            count += 1
+            commands += one.mend
+            if len(commands) >= _AT_A_TIME:
+                await self._mend(commands)
+                commands = []
+        await self._mend(commands)
+        return count
+
+    async def _mend(self, commands: Sequence[Command]) -> None:
+        """Raises LostError where another is at it: what he and others wrote since is none of ours to change."""
+        calls, others = list[Call](), list[Command]()
+        for command in commands:
+            name, named, *args = command
+            key = named if isinstance(named, bytes) else str(named).encode()
+            shard = shard_of_key(self._prefix, key)
+            if shard is not None and shard < len(self._keys):
+                calls.append(self._call(MEND, self._keys[shard], (key,), (name, *args)))
+            else:  # of a shard that there is not, which nobody uses
+                others.append(command)
+        await self.keep()
+        await self._link.scripts(calls)
+        await self._link.pipeline(others)
+
+    async def drop(self, lease_ids: Sequence[str]) -> None:
+        """Take away the records of leases that are none. In a rebuild: what else there is of them is mended after."""
+        commands: list[Command] = []
+        for lease_id in lease_ids:
+            at, id = self._at(lease_id), packed(lease_id)
+            commands += [("HDEL", at.leases, id), ("UNLINK", at.ended(id))]
+        await self._mend(commands)
+
+    async def put_right(self, leases: Sequence[SignedLease], published: Mapping[str, int]) -> None:
+        """Write everything again that follows from these records, which Redis has and Kafka has not. In a rebuild.
+
+        `published`: the `seq` that Kafka has of them, none is 0.
+        """
+        calls = []
+        for one in leases:
+            at, id = self._at(one.claims.lease_id), one.claims.lease_id
+            written = restoring(
+                at, one, self._record_keep_ms, over_seq=one.claims.seq, published=published[id]
+            )
+            calls.append(self._call(RESTORE, at, *written))
+        await self._link.scripts(calls)
+
+    async def fences(self) -> list[dict[str, int]]:
+        """The fences of each shard: mark and `issued_before` in ms."""
+        answers = await self._link.pipeline([("ZRANGE", at.fences, 0, -1, "WITHSCORES") for at in self._keys])
+        return [{mark.decode(): int(before) for mark, before in found} for found in answers]
+
+    async def counted(self, uses: Sequence[tuple[str, str]]) -> list[bool]:
+        """Of each use of a grant (its id, the lease's): whether it is counted."""
+        commands: list[Command] = [
+            ("SISMEMBER", self._at(grant_id).grant(grant_id), packed(lease_id)) for grant_id, lease_id in uses
+        ]
+        return [bool(answer) for answer in await self._link.pipeline(commands)]
+
+    async def sightings(self, ids: Sequence[str]) -> dict[str, Coordinates]:
+        """Where selectors (derived ids) were seen first, as far as that is known."""
+        answers = await self._link.pipeline([("GET", self._at(id).selector(id)) for id in ids])
+        return {id: place_of_text(text) for id, text in zip(ids, answers, strict=True) if text is not None}
+
+    def _at(self, id: str) -> Keys:
+        return self._keys[shard_of(id, len(self._keys))]
+
+    def _call(
+        self, script: Script, at: Keys, keys: tuple[str | bytes, ...], args: tuple[Argument, ...]
+    ) -> Call:
+        return Call(script, (*keys, at.rebuilding), (*args, self._claim))
+
+
+def _held(answers: Iterator[Any], marks: Sequence[str]) -> Held:
+    record, live_until_ms, deadline_ms, claimed, kept_until_ms = next(answers)
+    return Held(
+        StoredLease.unpack(record) if record else None,
+        live_until_ms if live_until_ms != -2 else None,
+        deadline_ms or None,
+        claimed is not None,
+        kept_until_ms if kept_until_ms != -2 else None,
+        _marks(marks, [bool(next(answers)) for _ in marks]),
+    )
+
+
+def _found_by(at: Keys, id: bytes, mark: str, agent: str) -> Command:
+    """What asks whether a lease is found by a mark, provided that it is by its agent's."""
+    agent_id = agent.partition(":")[2]
+    if mark.startswith(("agent:", "task:", "target:")):
+        return ("HEXISTS", at.index(agent_id), id)
+    return ("HEXISTS", at.agents(mark), agent_id)
+
+
+def _marks(marks: Sequence[str], found: Sequence[bool]) -> frozenset[str]:
+    """Those that a lease is found by: none where it does not stand among the leases of its agent."""
+    return frozenset(mark for mark, is_found in zip(marks, found, strict=True) if is_found and found[0])

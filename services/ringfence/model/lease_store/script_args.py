@@ -1,0 +1,180 @@
+"""What scripts are told of leases, and what their answers mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ringfence.messages.credential import Coordinates
+from ringfence.messages.lease import TERMINAL, Lease
+from ringfence.model.lease_store.keys import GRANT_KEEP_MS, MIN_LEFT_MS, Keys, outbox_field, packed
+from ringfence.model.lease_store.scripts import Argument
+from ringfence.model.lease_store.types import (
+    LETTERS,
+    Activation,
+    Preparation,
+    SignedLease,
+    Step,
+    Stepped,
+    StoredLease,
+    Told,
+)
+from ringfence.model.leases.lifecycle import wide_marks_of
+
+MINTING_MS = 10_000
+"""How long a lease that is restored while it was being minted is left to its issuer."""
+AT_A_TIME = 64
+"""So many leases go through one run of a script: less than a millisecond, in which Redis serves nobody else."""
+NO_LIMIT = 2**31
+"""So many leases may name a grant where they do already: they are counted again."""
+
+
+def place_text(at: Coordinates) -> str:
+    """Where on Kafka something stands, as Redis holds it."""
+    return f"{at.topic} {at.partition} {at.offset} {at.appended_at_ms}"
+
+
+def place_of_text(text: bytes) -> Coordinates:
+    """What `place_text` wrote."""
+    topic, partition, offset, appended_at_ms = text_of(text).split(" ")
+    return Coordinates(
+        topic=topic, partition=int(partition), offset=int(offset), appended_at_ms=int(appended_at_ms)
+    )
+
+
+def restoring(
+    at: Keys, lease: SignedLease, record_keep_ms: int, *, over_seq: int = 0, published: int | None = None
+) -> tuple[tuple[str | bytes, ...], tuple[Argument, ...]]:
+    """The keys and arguments of RESTORE, of a lease of this shard. Also where Redis has `over_seq`, or a lower one.
+
+    `published`: the `seq` that Kafka has, where that is not the record's; whoever has claimed the lease keeps it then.
+    """
+    claims, id = lease.claims, packed(lease.claims.lease_id)
+    # Nobody has the token of a lease that was being minted: its issuer takes it over, or a revoker aborts it.
+    head = head_of(claims) + (" -" if claims.status == "minting" else "")
+    return (
+        (
+            at.live(id),
+            at.claimed,
+            at.outbox,
+            at.outbox_times,
+            *at.indexes(claims),
+        ),
+        (
+            id,
+            max(claims.seq, over_seq) if published is None else published,
+            claims.status,
+            claims.deadline * 1000,
+            head,
+            lease.record,
+            record_keep_ms if claims.status in TERMINAL else "",
+            MINTING_MS if claims.status == "minting" else 0,
+            max(claims.seq, over_seq + 1),
+            claims.agent_id,
+            "CH" if published is None else "NX",
+        ),
+    )
+
+
+def uses_of(claims: Lease) -> list[tuple[str, str]]:
+    """(id of the grant, id of the lease) for each grant that a lease names."""
+    return [(grant_id, claims.lease_id) for grant_id in claims.grants or ()]
+
+
+def using(
+    at: Keys, grant_id: str, lease_id: str, most: int
+) -> tuple[tuple[str | bytes, ...], tuple[Argument, ...]]:
+    """The keys and arguments of USE_GRANT, of a grant of this shard."""
+    return (at.grant(grant_id),), (packed(lease_id), most, GRANT_KEEP_MS)
+
+
+def head_of(claims: Lease) -> str:
+    """What scripts read of a record: it stands before the signed one."""
+    return f"{_state_of(claims)} {claims.deadline}" + (f" {claims.epoch}" if claims.epoch else "")
+
+
+def following(claims: Lease) -> str:
+    """What a record must be for another to follow it."""
+    return f"{_state_of(claims)} {claims.epoch or ''}"
+
+
+def _state_of(claims: Lease) -> str:
+    return f"{LETTERS[claims.status]}{claims.seq}"
+
+
+def issuing(id: bytes, lease: SignedLease) -> tuple[Argument, ...]:
+    """What the scripts that issue a lease are told of it."""
+    claims = lease.claims
+    return (
+        id,
+        claims.deadline * 1000,
+        claims.requested_at_ms,
+        head_of(claims),
+        lease.record,
+        outbox_field(claims.lease_id, claims.seq),
+        MIN_LEFT_MS,
+    )
+
+
+def told_of(step: Step) -> Told:
+    """What TRANSITION is told of a step."""
+    claims = step.lease.claims
+    over: tuple[Argument, ...] = ("",)
+    if claims.status in TERMINAL:
+        over = (claims.deadline * 1000, claims.agent_id, *wide_marks_of(claims))
+    return Told(
+        claims.lease_id,
+        claims.epoch,
+        (
+            packed(claims.lease_id),
+            following(step.after),
+            head_of(claims),
+            step.lease.record,
+            outbox_field(claims.lease_id, claims.seq),
+            *over,
+        ),
+    )
+
+
+def in_parts(numbers: Sequence[int], lease_ids: Sequence[str]) -> list[list[int]]:
+    """Numbers of steps in parts for one run of a script each. Steps of one lease that come together stay together."""
+    parts: list[list[int]] = []
+    last = None
+    for number, lease_id in zip(numbers, lease_ids, strict=True):
+        if not parts or (len(parts[-1]) >= AT_A_TIME and lease_id != last):
+            parts.append([])
+        parts[-1].append(number)
+        last = lease_id
+    return parts
+
+
+DONE = Stepped("done")
+FULL = (b"full",)
+
+
+def stepped(outcome: bytes, *rest: bytes) -> Stepped:
+    """What TRANSITION answers for one lease."""
+    return Stepped(text_of(outcome), stored_of(*rest))  # type: ignore[arg-type]
+
+
+def text_of(value: bytes) -> str:
+    """A word, a name or a mark."""
+    return value.decode("ascii")
+
+
+def stored_of(record: bytes | None = None) -> StoredLease | None:
+    """A record, where there is one."""
+    return StoredLease.unpack(record) if record else None
+
+
+def preparation_of(outcome: bytes, *rest: bytes) -> Preparation:
+    """What PREPARE answers."""
+    if outcome == b"fenced":
+        return Preparation("fenced", mark=text_of(rest[0]))
+    return Preparation(text_of(outcome), stored=stored_of(*rest))  # type: ignore[arg-type]
+
+
+def activation_of(outcome: bytes, *rest: bytes) -> Activation:
+    """What ACTIVATE answers."""
+    if outcome == b"fenced":
+        return Activation("fenced", mark=text_of(rest[0]))
+    return Activation(text_of(outcome), stored=stored_of(*rest))  # type: ignore[arg-type]

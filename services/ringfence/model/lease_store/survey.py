@@ -1,0 +1,453 @@
+"""Every key of the lease store that follows from records that stand there, held against those.
+
+Kafka says which record a lease must have; here it is only asked whether everything else in Redis goes with the records
+that it has. One pass over all keys, some at a time; what is remembered is one entry for each lease that has not ended.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import parse
+from ringfence.messages.lease import Lease
+from ringfence.messages.topics import REVOCATION_REQUEST
+from ringfence.model.lease_store.codec.records import expanded, unverified_names
+from ringfence.model.lease_store.connection import Link
+from ringfence.model.lease_store.keys import (
+    AGENTS,
+    AHEAD_MS,
+    BY_AGENT,
+    DAY_MS,
+    DUE,
+    ENDED,
+    GRANT,
+    GRANT_KEEP_MS,
+    ID_BYTES,
+    LIVE,
+    REBUILDING,
+    SELECTOR,
+    SELECTOR_KEEP_MS,
+    SPREAD,
+    THUMBPRINT,
+    Keys,
+    is_outbox_field,
+    lease_of_field,
+    packed,
+    shard_of,
+    shard_of_key,
+    unpacked,
+)
+from ringfence.model.lease_store.script_args import place_of_text
+from ringfence.model.lease_store.scripts import Command, counted_with, told
+from ringfence.model.lease_store.types import StoredLease
+from ringfence.model.leases.lifecycle import statement
+
+_AT_A_TIME = 500
+SLACK_MS = 60_000
+"""So far apart the clocks of Redis and of who looks at it may be. Records wait no longer for whoever sweeps them."""
+CLAIMED_AT_MOST_MS = 3_600_000
+"""No setting leaves a lease to one revoker, or to one issuer, for longer."""
+
+_ORDERS_STAY_MS = (REVOCATION_REQUEST.retention_s or 0) * 1000
+"""So long Kafka has an order at least."""
+
+What = Literal["stray", "miscounted", "mistimed", "stuck", "unknown"]
+"""`stray`: it stands where nothing should. `miscounted`: leases of an agent are counted wrongly. `mistimed`: a key goes
+at another time than it should, or never. `stuck`: a record waits to be published, and nobody comes to it. `unknown`: it
+is of a lease that has ended, and that Kafka does not know.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """Something that does not follow from any record, and what puts it right while nobody else works with Redis."""
+
+    about: str
+    what: What
+    wanted: str
+    found: str
+    mend: tuple[Command, ...] = ()
+    """Each on one key, which comes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """What the keys of a lease that has not ended follow from."""
+
+    status: str
+    deadline_ms: int
+    agent_id: str | None
+    wide: tuple[str, ...]
+    """The marks of its sponsor and its user."""
+
+    @classmethod
+    def of(cls, stored: StoredLease) -> Alive:
+        """From its record, which nobody has verified: it is compared with what stands beside it, not believed."""
+        names = [unverified_names(stored.record, kind) for kind in ("agent", "sponsor", "user")]
+        if None in names and (lease := _unverified(stored.record)) is not None:
+            names = [(lease.agent_id,), (lease.sponsor,), (lease.on_behalf_of,)]
+        agent, sponsor, user = (some[0] if some else None for some in names)
+        wide = _wide(sponsor or "", user or "")
+        return cls(stored.status, stored.deadline_ms, sys.intern(agent) if agent else None, wide)
+
+
+@lru_cache(maxsize=4096)
+def _wide(sponsor: str, user: str) -> tuple[str, ...]:
+    """The same for all leases of which it is the same."""
+    return f"sponsor:{sponsor}", f"user:{user}"
+
+
+class Knowledge:
+    """What Kafka knows, as far as Redis's own records do not say it."""
+
+    def knows(self, lease_id: str) -> bool:
+        """Whether there is such a lease, ended or not."""
+        return True
+
+    def is_order(self, id: str) -> bool:
+        """Whether there is such an order on `revocation.request`, followed or not."""
+        return True
+
+    def names_grant(self, lease_id: str, grant_id: str) -> bool | None:
+        """Whether a lease names a grant; None where that is not known."""
+        return None
+
+
+class Survey:
+    """One look at all keys of all shards."""
+
+    def __init__(
+        self,
+        link: Link,
+        prefix: str,
+        keys: Sequence[Keys],
+        alive: Mapping[str, Alive],
+        knowledge: Knowledge,
+        now_ms: int,
+    ) -> None:
+        """`alive`: the leases that Redis has, each by its record there."""
+        self._link = link
+        self._prefix = prefix
+        self._keys = keys
+        self._alive = alive
+        self._knowledge = knowledge
+        self._now_ms = now_ms
+
+    async def books(self) -> AsyncIterator[Stray]:
+        """What records are read and published by. A rebuild puts it right before it reads what Redis has."""
+        for at in self._keys:
+            async for one in self._outbox(at):
+                yield one
+            async for one in self._signers(at):
+                yield one
+
+    async def strays(self) -> AsyncIterator[Stray]:
+        """Everything that does not follow from the records."""
+        async for one in self.books():
+            yield one
+        for at in self._keys:
+            async for one in self._shard(at):
+                yield one
+        some: list[bytes] = []
+        async for key in self._link.keys(f"{self._prefix}{{*}}:*"):
+            some.append(key)
+            if len(some) == _AT_A_TIME:
+                async for one in self._looked_at(some):
+                    yield one
+                some = []
+        async for one in self._looked_at(some):
+            yield one
+
+    # --- keys of which each shard has one ---
+
+    async def _shard(self, at: Keys) -> AsyncIterator[Stray]:
+        leases, deadlines, claimed, minutes, claim_ms = await self._link.pipeline(
+            [
+                ("HKEYS", at.leases),
+                ("ZRANGE", at.deadlines, 0, -1),
+                ("ZRANGE", at.claimed, 0, -1, "WITHSCORES"),
+                ("ZRANGE", at.minutes, 0, -1, "WITHSCORES"),
+                ("PTTL", at.rebuilding),
+            ]
+        )
+        for id in leases:
+            if not self._is_here(id, at):
+                yield _stray(at, at.leases, id, ("HDEL", at.leases, id))
+        for id in deadlines:
+            if not self._is_alive(id, at):
+                yield _stray(at, at.deadlines, id, ("ZREM", at.deadlines, id))
+        latest_ms = self._now_ms + CLAIMED_AT_MOST_MS + SLACK_MS
+        for id, until_ms in claimed:
+            if not self._is_alive(id, at):
+                yield _stray(at, at.claimed, id, ("ZREM", at.claimed, id))
+            elif until_ms > latest_ms:
+                wanted = f"at most {latest_ms}"
+                about = _about(at, at.claimed, id)
+                mend: Command = ("ZADD", at.claimed, "XX", self._now_ms, id)
+                yield Stray(about, "mistimed", wanted, f"{until_ms:.0f}", (mend,))
+        for minute, open_ms in minutes:
+            wanted_ms = int(minute) * 60_000 - AHEAD_MS if minute.isdigit() else None
+            if wanted_ms is None:
+                yield _stray(at, at.minutes, minute, ("ZREM", at.minutes, minute))
+            elif open_ms != wanted_ms:
+                mend = ("ZADD", at.minutes, wanted_ms, minute)
+                about = _about(at, at.minutes, minute)
+                yield Stray(about, "mistimed", str(wanted_ms), f"{open_ms:.0f}", (mend,))
+        if claim_ms == -1:
+            yield Stray(_about(at, at.rebuilding), "mistimed", "an end", "none")  # the next rebuild takes it
+
+    async def _outbox(self, at: Keys) -> AsyncIterator[Stray]:
+        fields, times = await self._link.pipeline(
+            [("HKEYS", at.outbox), ("ZRANGE", at.outbox_times, 0, -1, "WITHSCORES")]
+        )
+        by_field, waiting = dict(times), set(fields)
+        for field in by_field.keys() - waiting:
+            yield _stray(at, at.outbox_times, field, ("ZREM", at.outbox_times, field))
+        for start in range(0, len(fields), _AT_A_TIME):
+            some = fields[start : start + _AT_A_TIME]
+            (records,) = await self._link.pipeline([("HMGET", at.outbox, *some)])
+            others = await self._saying_otherwise(at, dict(zip(some, records, strict=True)))
+            for field, record in zip(some, records, strict=True):
+                if record is not None and not self._is_of(field, record, at):
+                    gone = (("HDEL", at.outbox, field), ("ZREM", at.outbox_times, field))
+                    yield _stray(at, at.outbox, field, *gone)
+                    continue
+                if field in others:
+                    yield _stray(at, at.outbox, field)  # which of the two counts, their signatures say
+                since_ms = by_field.get(field)
+                if since_ms is None or abs(since_ms - self._now_ms) > SLACK_MS:
+                    about = _about(at, at.outbox, field)
+                    found = "" if since_ms is None else f"{since_ms:.0f}"
+                    mend = ("ZADD", at.outbox_times, self._now_ms, field)
+                    yield Stray(about, "stuck", f"about {self._now_ms}", found, (mend,))
+
+    def _is_of(self, field: bytes, record: bytes, at: Keys) -> bool:
+        """Whether a record stands under its own name, in the shard of its lease."""
+        if not is_outbox_field(field) or not self._is_here(field[:ID_BYTES], at):
+            return False
+        lease = _unverified(record)
+        return lease is not None and (lease.lease_id, lease.seq) == lease_of_field(field)
+
+    async def _saying_otherwise(self, at: Keys, waiting: Mapping[bytes, bytes | None]) -> set[bytes]:
+        """Which of these records say something else than Redis has of the same `seq` of their leases."""
+        fields = [field for field in waiting if is_outbox_field(field)]
+        if not fields:
+            return set()
+        (stored,) = await self._link.pipeline([told(at, [field[:ID_BYTES] for field in fields])])
+        found = set()
+        for field, kept in zip(fields, stored, strict=True):
+            now, record = StoredLease.unpack(kept) if kept else None, waiting[field]
+            if now is None or record is None or now.record == record or now.seq != lease_of_field(field)[1]:
+                continue
+            # What a rebuild restated says the same in another epoch.
+            one, other = _unverified(record), _unverified(now.record)
+            if one is None or other is None or statement(one) != statement(other):
+                found.add(field)
+        return found
+
+    async def _signers(self, at: Keys) -> AsyncIterator[Stray]:
+        """Who signed records stands there twice: by the number, and by the name. The number decides."""
+        (flat,) = await self._link.pipeline([("HGETALL", at.signers)])
+        signers = dict(flat)
+        for field, value in signers.items():
+            if len(field) == 1:
+                if value not in signers:
+                    about = _about(at, at.signers, field)
+                    mend = ("HSET", at.signers, value, field)
+                    yield Stray(about, "stray", "the number by the name", "", (mend,))
+            elif signers.get(value) != field:
+                yield _stray(at, at.signers, field, ("HDEL", at.signers, field))
+
+    # --- keys of which there are many ---
+
+    async def _looked_at(self, keys: Sequence[bytes]) -> AsyncIterator[Stray]:
+        by_kind: dict[str, list[tuple[Keys, bytes, bytes]]] = {}
+        for key in keys:
+            shard, name = shard_of_key(self._prefix, key), key.partition(b"}:")[2]
+            if shard is None:
+                continue
+            if shard >= len(self._keys):
+                if name not in (SPREAD.encode(), REBUILDING.encode()):
+                    about = f"{_text(name)} in shard {shard}"
+                    yield Stray(about, "stray", "", "of a shard that there is not", (("UNLINK", key),))
+                continue
+            at = self._keys[shard]
+            for kind in (LIVE, ENDED, BY_AGENT, AGENTS, DUE, SELECTOR, GRANT):
+                if name.startswith(kind.encode()):
+                    by_kind.setdefault(kind, []).append((at, key, name[len(kind) :]))
+        for kind, looked in (
+            (LIVE, self._live), (ENDED, self._ended), (BY_AGENT, self._by_agent), (AGENTS, self._agents),
+            (DUE, self._due), (SELECTOR, self._selectors), (GRANT, self._grants),
+        ):  # fmt: skip
+            if kind in by_kind:
+                async for one in looked(by_kind[kind]):
+                    yield one
+
+    async def _live(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        for at, key, id in found:
+            if not self._is_alive(id, at):
+                yield _stray(at, key, b"", ("UNLINK", key))
+
+    async def _ended(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        untils = await self._link.pipeline([("PTTL", key) for _, key, _ in found])
+        for (at, key, id), left_ms in zip(found, untils, strict=True):
+            if not self._is_here(id, at) or unpacked(id) in self._alive:
+                yield _stray(at, key, b"", ("UNLINK", key))
+                continue
+            if left_ms == -1:
+                # Of one that Redis need have, its record decides: that is put back with its end before.
+                yield Stray(unpacked(id), "mistimed", "an end", "none", (("PEXPIRE", key, DAY_MS),))
+            if left_ms != -2 and not self._knowledge.knows(unpacked(id)):
+                yield Stray(unpacked(id), "unknown", "", "ended")
+
+    async def _by_agent(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        answers = await self._link.pipeline([("HKEYS", key) for _, key, _ in found])
+        for (at, key, agent), ids in zip(found, answers, strict=True):
+            others = [
+                id
+                for id in ids
+                if id != THUMBPRINT.encode()
+                and not (self._is_alive(id, at) and self._alive[unpacked(id)].agent_id == _text(agent))
+            ]
+            is_empty = not set(ids) - set(others) - {THUMBPRINT.encode()}
+            for id in others or ([THUMBPRINT.encode()] if ids and is_empty else []):
+                yield _stray(at, key, id, ("UNLINK", key) if is_empty else ("HDEL", key, id))
+
+    async def _agents(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        answers = await self._link.pipeline([("HKEYS", key) for _, key, _ in found])
+        asked = [
+            (at, key, mark, agent)
+            for (at, key, mark), agents in zip(found, answers, strict=True)
+            for agent in agents
+        ]
+        for start in range(0, len(asked), _AT_A_TIME):
+            some = asked[start : start + _AT_A_TIME]
+            # Both of one moment: leases come and go, and what is counted goes with what it counts.
+            now = await self._link.pipeline([counted_with(at, key, agent) for at, key, _, agent in some])
+            for (at, key, mark, agent), (count, ids) in zip(some, now, strict=True):
+                wanted = await self._bearing(at, ids, _text(mark))
+                if count is not None and count != b"%d" % wanted:
+                    mend = ("HSET", key, agent, wanted) if wanted else ("HDEL", key, agent)
+                    about = f"{_text(agent)} of {_text(mark)} in shard {at.shard}"
+                    yield Stray(about, "miscounted", str(wanted), _text(count), (mend,))
+
+    async def _bearing(self, at: Keys, ids: Sequence[bytes], mark: str) -> int:
+        """How many of the leases of an agent bear a mark. Of those that came a moment ago Redis tells."""
+        here = [id for id in ids if self._is_here(id, at)]
+        known = [one for id in here if (one := self._alive.get(unpacked(id))) is not None]
+        others = [id for id in here if unpacked(id) not in self._alive]
+        for start in range(0, len(others), _AT_A_TIME):
+            (records,) = await self._link.pipeline([told(at, others[start : start + _AT_A_TIME])])
+            known += [Alive.of(StoredLease.unpack(one)) for one in records if one]
+        return sum(mark in one.wide for one in known)
+
+    async def _due(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        answers = await self._link.pipeline([("SMEMBERS", key) for _, key, _ in found])
+        for (at, key, minute), ids in zip(found, answers, strict=True):
+            for id in ids:
+                lease = self._alive.get(unpacked(id)) if self._is_here(id, at) else None
+                if lease is None or b"%d" % (lease.deadline_ms // 60_000) != minute:
+                    yield _stray(at, key, id, ("SREM", key, id))
+
+    async def _selectors(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        answers = iter(
+            await self._link.pipeline([one for _, key, _ in found for one in (("PTTL", key), ("GET", key))])
+        )
+        for at, key, id in found:
+            left_ms, place = next(answers), next(answers)
+            if place is None:
+                continue
+            if not self._belongs(_text(id), at) or not (
+                self._is_seen(id, place) or self._is_outlived(place, left_ms)
+            ):
+                yield _stray(at, key, b"", ("UNLINK", key))
+            elif left_ms == -1 or left_ms > SELECTOR_KEEP_MS + SLACK_MS:
+                yield self._mistimed(at, key, left_ms, SELECTOR_KEEP_MS)
+
+    async def _grants(self, found: Sequence[tuple[Keys, bytes, bytes]]) -> AsyncIterator[Stray]:
+        answers = iter(
+            await self._link.pipeline(
+                [one for _, key, _ in found for one in (("PTTL", key), ("SMEMBERS", key))]
+            )
+        )
+        for at, key, grant_id in found:
+            left_ms, ids = next(answers), next(answers)
+            if not self._belongs(_text(grant_id), at):
+                yield _stray(at, key, b"", ("UNLINK", key))
+                continue
+            for id in ids:
+                # What was counted and then not issued stays counted: leases that Kafka does not know may be right.
+                named = len(id) == ID_BYTES and self._knowledge.names_grant(unpacked(id), _text(grant_id))
+                if named is False:
+                    yield _stray(at, key, id, ("SREM", key, id))
+            if ids and (left_ms == -1 or left_ms > GRANT_KEEP_MS + SLACK_MS):
+                yield self._mistimed(at, key, left_ms, GRANT_KEEP_MS)
+
+    def _mistimed(self, at: Keys, key: bytes, left_ms: int, keep_ms: int) -> Stray:
+        found = "none" if left_ms == -1 else f"in {left_ms} ms"
+        return Stray(_about(at, key), "mistimed", f"within {keep_ms} ms", found, (("PEXPIRE", key, keep_ms),))
+
+    # --- what belongs where ---
+
+    def _is_seen(self, id: bytes, place: bytes) -> bool:
+        """Whether what was seen somewhere is there, as far as Kafka is asked."""
+        return b".revocation.request." not in place.partition(b" ")[0] or self._knowledge.is_order(_text(id))
+
+    def _is_outlived(self, place: bytes, left_ms: int) -> bool:
+        """Whether it may be gone from Kafka by its age: it is remembered for longer, and not for long any more."""
+        try:
+            age_ms = self._now_ms - place_of_text(place).appended_at_ms
+        except ValueError:
+            return False
+        at_most_ms = max(SELECTOR_KEEP_MS - age_ms, 0) + DAY_MS
+        return _ORDERS_STAY_MS - SLACK_MS < age_ms < 2 * SELECTOR_KEEP_MS and 0 <= left_ms <= at_most_ms
+
+    def _is_here(self, id: bytes, at: Keys) -> bool:
+        """Whether this is the id of a lease of this shard."""
+        return len(id) == ID_BYTES and shard_of(unpacked(id), len(self._keys)) == at.shard
+
+    def _is_alive(self, id: bytes, at: Keys) -> bool:
+        return self._is_here(id, at) and unpacked(id) in self._alive
+
+    def _belongs(self, id: str, at: Keys) -> bool:
+        """Whether a derived id is one of this shard."""
+        try:
+            return unpacked(packed(id)) == id and shard_of(id, len(self._keys)) == at.shard
+        except ValueError:
+            return False
+
+
+def _unverified(record: bytes) -> Lease | None:
+    """The claims of a record as it stands in Redis, which nobody has verified: they are compared, not believed."""
+    try:
+        return parse(expanded(record)).unverified_claims(Lease)
+    except InvalidMessageError:
+        return None
+
+
+def _stray(at: Keys, key: str | bytes, member: bytes | str, *mend: Command) -> Stray:
+    return Stray(_about(at, key, member), "stray", "", "it is there", mend)
+
+
+def _about(at: Keys, key: str | bytes, member: bytes | str = b"") -> str:
+    """A key, without what all begin with, and what stands in it, for people to read: raw ids as leases are named."""
+    name = (key if isinstance(key, bytes) else key.encode()).partition(b"}:")[2]
+    kind, colon, rest = name.partition(b":")
+    if colon and len(rest) == ID_BYTES and kind + colon in (LIVE.encode(), ENDED.encode()):
+        name = kind + colon + unpacked(rest).encode()
+    raw = member if isinstance(member, bytes) else member.encode()
+    if is_outbox_field(raw):
+        lease_id, seq = lease_of_field(raw)
+        inner = f"{lease_id}:{seq}"
+    else:
+        inner = unpacked(raw) if len(raw) == ID_BYTES else _text(raw)
+    return f"{inner + ' in ' if inner else ''}{_text(name)} in shard {at.shard}"
+
+
+def _text(value: bytes) -> str:
+    return value.decode("ascii", "backslashreplace")

@@ -1,0 +1,1 @@
+"""Leases: life cycle, verification, epochs and revocations."""

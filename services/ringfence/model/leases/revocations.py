@@ -1,0 +1,168 @@
+"""Revocations: whose word each is, and whether they have a say. Revokers follow them, and gateways refuse by them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import Signed, open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey, b64decode
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.credential import Coordinates, Reason
+from ringfence.messages.lease import EndCause, EndKind, Lease, RevocationRequest, Selector
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import keys_of_agents
+
+if TYPE_CHECKING:  # rules use what stands here, and import nothing that does I/O
+    from ringfence.kernel.kafka.producer import Received
+
+BY_USERS: frozenset[EndKind] = frozenset({"revocation"})
+BY_AGENTS: frozenset[EndKind] = frozenset({"release"})
+BY_SERVICES: frozenset[EndKind] = frozenset(
+    {
+        "revocation",
+        "task_ended",
+        "agent_suspended",
+        "agent_decommissioned",
+        "user_disabled",
+        "target_removed",
+        "scope_narrowed",
+        "key_compromised",
+        "agent_orphaned",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A revocation of which the signature holds, and where it stands."""
+
+    signed: Signed[RevocationRequest]
+    at: Coordinates
+    traceparent: str | None = None
+
+    @property
+    def claims(self) -> RevocationRequest:
+        return self.signed.claims
+
+    @property
+    def id(self) -> str:
+        """The same for the same message wherever it stands."""
+        return derived_id("revocation", self.claims.iss, self.claims.jti)
+
+    def cause(self) -> EndCause:
+        """What the records of the leases that it ends say."""
+        claims = self.claims
+        return EndCause(
+            kind=claims.kind,
+            at_ms=self.at.appended_at_ms,
+            by=claims.iss,
+            ref=claims.jti,
+            reason=claims.reason,
+        )
+
+
+def objection(order: Order, lease: Lease | None, directory: Directory) -> Reason | None:
+    """Why an order is not followed, or None. `lease` is the one that it names, where Redis knows it."""
+    claims = order.claims
+    agent_id = subject_of(claims.aud, claims.iss, "agent")
+    user_id = subject_of(claims.aud, claims.iss, "user")
+    kinds = BY_AGENTS if agent_id else BY_USERS if user_id else BY_SERVICES
+    if claims.kind not in kinds:
+        return Reason(
+            code="kind_unexpected", message=f"{claims.iss} may not ask for an end of kind {claims.kind}"
+        )
+    if claims.lease_id is not None and lease is None:
+        return Reason(
+            code="lease_unknown", message=f"there is no lease {claims.lease_id}, or it ended long ago"
+        )
+    if agent_id is None and user_id is None:
+        return None  # a service: its signature was accepted for its role
+    if agent_id is not None:
+        entitled = lease is not None and lease.agent_id == agent_id
+        who = "an agent gives back its own leases only"
+    else:
+        entitled = _user_may(user_id or "", claims.selector, lease, directory)
+        who = (
+            "leases are revoked by the sponsor of an agent that acts, the task's assigner, the user they are on "
+            "behalf of, or an operator"
+        )
+    return None if entitled else Reason(code="not_entitled", message=who)
+
+
+def _user_may(user_id: str, selector: Selector | None, lease: Lease | None, directory: Directory) -> bool:
+    try:
+        user = directory.user(user_id)
+        if user is None or user.state.status != "active":
+            return False
+        if "operator" in user.state.roles:
+            return True
+        if lease is not None:
+            held = [(lease.agent_id, lease.task_id)]
+            held += [(one.agent_id, one.task_id) for one in lease.delegators or ()]
+            return user_id == lease.on_behalf_of or any(
+                _answers_for(user_id, directory, agent_id=agent_id, task_id=task_id)
+                for agent_id, task_id in held
+            )
+        if selector is None:
+            return False
+        return user_id in (selector.sponsor, selector.user_id) or _answers_for(
+            user_id, directory, agent_id=selector.agent_id, task_id=selector.task_id
+        )
+    except ChainError:
+        return False
+
+
+def _answers_for(user_id: str, directory: Directory, *, agent_id: str | None, task_id: str | None) -> bool:
+    """Whether the user sponsors the agent, or one of the task's, or assigned the task, or is who it is on behalf of."""
+    task = directory.task(task_id) if task_id is not None else None
+    if task is not None and user_id in (task.state.assigned_by, task.state.on_behalf_of):
+        return True
+    agent = directory.agent(agent_id or (task.state.agent_id if task else ""))
+    return agent is not None and agent.state.sponsor == user_id
+
+
+def agent_of_task(task_id: str, directory: Directory) -> str | None:
+    """The only agent that has leases of a task itself; None where it is not known.
+
+    A task is one agent's for good, and no other is issued a credential for it; of its parts see `Delegations`.
+    """
+    try:
+        task = directory.task(task_id)
+    except ChainError:
+        return None
+    return task.state.agent_id if task is not None else None
+
+
+def open_order(record: Received, directory: Directory, trust: TrustStore) -> Order:
+    """A revocation with the signature of somebody who may have a say. Raises InvalidMessageError.
+
+    After the end of the trust bundle a service still has its say: behind an order of one that waits for the next bundle
+    those of people would wait as well, and an end gives nobody anything.
+    """
+    at_s, jws = record.appended_at_ms / 1000, parse(record.value)
+    agents = keys_of_agents(directory, jws, RevocationRequest, at_s)
+
+    def find(iss: str, kid: str) -> PublicKey | None:
+        try:
+            return (
+                agents(iss, kid)
+                or directory.user_key(iss, kid, at_s)
+                or trust.service_key(iss, kid, RevocationRequest.signed_by, trust.no_later_s(at_s))
+            )
+        except ChainError:
+            return None
+
+    signed = open_signed(jws, RevocationRequest, find, audience=trust.trust_domain)
+    return Order(signed, record.coordinates, record.traceparent)
+
+
+def may_have_selector(record: Received) -> bool:
+    """Whether a revocation may have one: most are releases, which need no look."""
+    try:
+        return b'"selector"' in b64decode(record.value.split(b".")[1])
+    except (ValueError, IndexError):
+        return False

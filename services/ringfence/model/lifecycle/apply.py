@@ -1,0 +1,109 @@
+"""Which rules a command comes under: those of the kind of its subject."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ringfence.messages.registry import (
+    AgentActivate,
+    AgentResume,
+    AgentRotateKey,
+    AgentSetAttestation,
+    AgentSetCeiling,
+    AgentState,
+    AgentTransfer,
+    AnyState,
+    Command,
+    ProvisionerLink,
+    ProvisionerSet,
+    TargetRemove,
+    TargetSet,
+    TargetState,
+    TaskAssign,
+    TaskDelegate,
+    TaskEnd,
+    UserDisable,
+    UserSet,
+    UserState,
+)
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.lifecycle.agents import apply_to_agent
+from ringfence.model.lifecycle.context import CommandRefusedError, Context
+from ringfence.model.lifecycle.provisioners import BY_PROVISIONERS, apply_to_provisioner
+from ringfence.model.lifecycle.targets import apply_to_target
+from ringfence.model.lifecycle.tasks import apply_to_task
+from ringfence.model.lifecycle.users import apply_to_user
+
+MAY_WIDEN: tuple[type[Any], ...] = (
+    UserSet,
+    ProvisionerSet,
+    ProvisionerLink,
+    AgentActivate,
+    AgentSetCeiling,
+    AgentSetAttestation,
+    AgentTransfer,
+    AgentRotateKey,
+    AgentResume,
+    TargetSet,
+)
+"""Commands that can give more than there was. Given in another order than they were signed in, they would undo what
+came after them, so that order is kept. What only narrows is never late."""
+
+
+def apply(state: AnyState | None, command: Command, context: Context) -> AnyState:
+    """The state after `command`. Raises CommandRefusedError with a reason; a refused command changes nothing."""
+    if state is not None and subject_key(state) != command_subject(command, context.command_id):
+        raise CommandRefusedError("the command is about another subject", code="wrong_subject")
+    if isinstance(command, MAY_WIDEN) and command.iat < context.last_signed_s:
+        raise CommandRefusedError(
+            "it was signed before a later change of the same subject; look at what that changed, and sign anew",
+            code="overtaken",
+        )
+    if context.actor.delegation is not None and not isinstance(command, BY_PROVISIONERS):
+        raise CommandRefusedError(
+            f"{context.actor.user_id} is a provisioner, which only sets and disables users",
+            code="provisioner_only",
+        )
+    # What the state is of follows from its kind, which was just compared.
+    held: Any = state
+    match command:
+        case UserSet() | UserDisable():
+            return apply_to_user(held, command, context)
+        case ProvisionerSet() | ProvisionerLink():
+            return apply_to_provisioner(held, command, context)
+        case TargetSet() | TargetRemove():
+            return apply_to_target(held, command, context)
+        case TaskAssign() | TaskDelegate() | TaskEnd():
+            return apply_to_task(held, command, context)
+        case _:
+            return apply_to_agent(held, command, context)
+
+
+def subject_key(state: AnyState) -> tuple[SubjectKind, str]:
+    """(kind, id) of what a state is about."""
+    match state:
+        case UserState():
+            return "user", state.user_id
+        case AgentState():
+            return "agent", state.agent_id
+        case TargetState():
+            return "target", state.target_id
+        case _:
+            return "task", state.task_id
+
+
+def command_subject(command: Command, command_id: str) -> tuple[SubjectKind, str]:
+    """(kind, id) of what a command is about. `command_id` is the UUIDv5 of its (`iss`, `jti`): the id of a new task."""
+    match command:
+        case UserSet() | UserDisable():
+            return "user", command.user_id
+        case ProvisionerSet() | ProvisionerLink():
+            return "user", command.provisioner_id
+        case TargetSet() | TargetRemove():
+            return "target", command.target_id
+        case TaskAssign() | TaskDelegate():
+            return "task", command_id
+        case TaskEnd():
+            return "task", command.task_id
+        case _:
+            return "agent", command.agent_id

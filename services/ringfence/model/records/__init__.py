@@ -1,0 +1,1 @@
+"""Records of the registry, verified: command chains, the directory, consent, instances, delegations."""

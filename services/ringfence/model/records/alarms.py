@@ -1,0 +1,65 @@
+"""What a local table refused to believe, told to audit: every alarm becomes a signed `service.event` (`finding`)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.credential import Reason
+from ringfence.model.records.directory import Alarm
+
+log = logging.getLogger(__name__)
+
+MAX_PENDING = 1000
+"""More alarms than this wait for nobody: whoever can write to a topic must not fill this process's memory."""
+_AGAIN_S = 1.0
+
+
+def report_alarms(runtime: Runtime) -> Callable[[Alarm], None]:
+    """The `on_alarm` of a service's `Directory`; adds the background job that publishes what it is given.
+
+    The id of an event is derived from the coordinates of the record, so that the same finding after a restart, which
+    reads all tables again, is the same event.
+    """
+    pending: asyncio.Queue[Alarm] = asyncio.Queue(MAX_PENDING)
+
+    def on_alarm(alarm: Alarm) -> None:
+        try:
+            pending.put_nowait(alarm)
+        except asyncio.QueueFull:
+            log.error(
+                "more than %d alarms wait; this one is no finding: %s",
+                MAX_PENDING,
+                alarm.message,
+                extra=of_a_kind(alarm.code),
+            )
+
+    async def publish() -> None:
+        while True:
+            alarm = await pending.get()
+            await _published(runtime, alarm)
+
+    runtime.background("alarms", publish)
+    return on_alarm
+
+
+async def _published(runtime: Runtime, alarm: Alarm) -> None:
+    source = alarm.source
+    where = (source.topic, source.partition, source.offset) if source else (alarm.subject, alarm.message)
+    while True:
+        try:
+            await runtime.event(
+                "finding",
+                "record",
+                about=(alarm.code, *where),
+                reasons=(Reason(code=alarm.code, message=alarm.message[:2048]),),
+                source=source,
+                result=alarm.subject,
+            )
+            return
+        except Exception:  # an alarm is not lost because the broker is away
+            log.exception("a finding could not be published, again in %.0f s", _AGAIN_S)
+            await asyncio.sleep(_AGAIN_S)

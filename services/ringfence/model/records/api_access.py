@@ -1,0 +1,216 @@
+"""Who calls an HTTP API, and what they may see."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.replay_memory import ReplayMemory
+from ringfence.kernel.base.text import visible_name
+from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey, valid_key
+from ringfence.messages.api import MAX_API_TOKEN_S, UNBOUND_API_TOKENS_END, ApiToken, api_audience
+from ringfence.messages.registry import UserState
+from ringfence.messages.trust import ServiceRole
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.directory import Directory
+
+log = logging.getLogger(__name__)
+
+MAX_REMEMBERED: Final = 200_000
+"""So many API tokens of the last minute a replica remembers, some 40 MB."""
+
+
+class UnauthenticatedError(RingfenceError):
+    """The call bears no valid token."""
+
+    code = "unauthenticated"
+
+
+class ForbiddenError(RingfenceError):
+    """The caller is known and may not see this."""
+
+    code = "forbidden"
+
+
+class NotFoundError(RingfenceError):
+    """There is no such thing to see."""
+
+    code = "not_found"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """An authenticated user and what they may see: operators and auditors all, sponsors their own agents."""
+
+    user: UserState
+
+    @property
+    def sees_all(self) -> bool:
+        return bool({"operator", "auditor"} & set(self.user.roles))
+
+    def may_see_agent_of(self, sponsor: str) -> bool:
+        """True where the caller may see an agent with this sponsor."""
+        return self.sees_all or self.user.user_id == sponsor
+
+
+class Authenticator:
+    """Says who calls one service, by the API token of the call: one for this service, which counts once.
+
+    What it remembers is this replica's: another one, or this one once it was started again, may take a token once more.
+    """
+
+    def __init__(self, directory: Directory, service: ServiceRole, clock: Clock) -> None:
+        self._directory = directory
+        self._trust = directory.trust
+        self._trust_domain = directory.trust.trust_domain
+        self._service = service
+        self._audience = api_audience(self._trust_domain, service)
+        self._clock = clock
+        self._used = ReplayMemory(MAX_REMEMBERED)
+
+    def user(self, authorization: str | None) -> Caller:
+        """The user who signed the bearer token of a call. Raises UnauthenticatedError, UnavailableError."""
+        at_s = self._now_s()
+        uncounted = _Uncounted(self._directory, at_s)
+        iss = self._verified_iss(
+            authorization, lambda iss, kid: self._directory.user_key(iss, kid, at_s), uncounted
+        )
+        entry = self._directory.user(subject_of(self._trust_domain, iss, "user") or "")
+        if entry is None:
+            raise UnauthenticatedError(f"{visible_name(iss[:512])} is no user")
+        return Caller(entry.state)
+
+    def target(self, authorization: str | None) -> str:
+        """The target whose resource server signed the bearer token of a call.
+
+        Raises UnauthenticatedError, UnavailableError.
+        """
+        at_s = self._now_s()
+        iss = self._verified_iss(authorization, lambda iss, kid: self._directory.target_key(iss, kid, at_s))
+        return subject_of(self._trust_domain, iss, "target") or ""
+
+    def gateway(self, authorization: str | None) -> str:
+        """The SPIFFE ID of the gateway that signed the bearer token of a call.
+
+        Raises UnauthenticatedError, UnavailableError.
+        """
+        return self._verified_iss(authorization, self._trust.finder("gateway", at_s=self._now_s()))
+
+    def _now_s(self) -> float:
+        return self._clock.now_ms() / 1000
+
+    def _verified_iss(
+        self, authorization: str | None, find_key: KeyFinder, uncounted: _Uncounted | None = None
+    ) -> str:
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise UnauthenticatedError(
+                "send Authorization: Bearer with a JWT (typ ringfence.api+jwt) signed by your key"
+            )
+        now_ms = self._clock.now_ms()
+        try:
+            jws = parse(token.strip())
+            audience = self._audience_of(jws)
+        except InvalidMessageError as error:
+            raise _refused(error) from None
+        try:
+            claims = open_signed(jws, ApiToken, find_key, audience=audience, appended_at_ms=now_ms).claims
+        except InvalidMessageError as error:
+            why = None
+            if error.code == "key_unknown" and uncounted is not None:
+                why = _told_to_its_holder(jws, audience, now_ms, uncounted)
+            raise _refused(why or error) from None
+        if claims.exp - claims.iat > MAX_API_TOKEN_S:
+            raise _refused(f"it lives longer than {MAX_API_TOKEN_S} s; sign it shorter")
+        self._use(claims, now_ms / 1000)
+        if audience != self._audience:
+            self._tell_unbound(claims)
+        return claims.iss
+
+    def _audience_of(self, jws: UnverifiedJws) -> str:
+        """Which of the two audiences that are taken here an unverified token names. Raises InvalidMessageError."""
+        aud = jws.unverified_claims(ApiToken).aud
+        if aud not in (self._audience, self._trust_domain):
+            raise InvalidMessageError(
+                f"aud is {aud[:80]!r}, which is not this service; sign one for {self._audience!r}",
+                code="aud_unexpected",
+            )
+        return aud
+
+    def _use(self, claims: ApiToken, now_s: float) -> None:
+        """The one use of a token whose signature holds. Raises UnauthenticatedError where it was used before."""
+        id = digest(f"{claims.iss} {claims.jti}")
+        if not self._used.remember(id, sender=claims.iss, until_s=claims.exp, now_s=now_s):
+            raise _refused("it was used before, and counts once; sign one for each call")
+
+    def _tell_unbound(self, claims: ApiToken) -> None:
+        metrics.API_TOKENS_UNBOUND.labels(self._service).inc()
+        log.warning(
+            "an API token of %s is for the whole trust domain: version %s takes only those whose aud is %s",
+            claims.iss,
+            UNBOUND_API_TOKENS_END,
+            self._audience,
+            extra=of_a_kind(claims.iss),
+        )
+
+
+class _Uncounted:
+    """Finds a user's key that does not count now, only for whoever signs by it to be told why."""
+
+    def __init__(self, directory: Directory, at_s: float) -> None:
+        self._directory = directory
+        self._at_s = at_s
+        self.why = ""
+
+    def __call__(self, iss: str, kid: str) -> PublicKey | None:
+        user_id = subject_of(self._directory.trust.trust_domain, iss, "user") or ""
+        entry = self._directory.user(user_id)
+        record = next((key for key in entry.state.keys if key.kid == kid), None) if entry else None
+        if entry is None or record is None or entry.state.delegation is not None:
+            return None
+        if entry.state.status != "active":
+            self.why = (
+                f"user {user_id} is {entry.state.status}; an operator can set them again: ringfence user set"
+            )
+        elif self._at_s >= record.not_after:
+            self.why = (
+                f"key {kid} of user {user_id} ended at {_utc(record.not_after)}; use the key that follows it, or let "
+                "an operator set one: ringfence user set --public-key"
+            )
+        else:
+            self.why = f"key {kid} of user {user_id} counts only from {_utc(record.not_before)} on"
+        return valid_key((record,), kid, record.not_before)
+
+    def no_user(self, jws: UnverifiedJws) -> str | None:
+        """What is said to who signs as somebody else than a user: no more than they said themselves."""
+        iss = jws.unverified_claims(ApiToken).iss
+        if subject_of(self._directory.trust.trust_domain, iss, "user") is not None:
+            return None
+        return (
+            f"{visible_name(iss[:512])} is no user, and users alone are answered here: call with a user's key"
+        )
+
+
+def _utc(at_s: int) -> str:
+    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds")
+
+
+def _refused(why: object) -> UnauthenticatedError:
+    return UnauthenticatedError(f"the bearer token is refused: {why}")
+
+
+def _told_to_its_holder(jws: UnverifiedJws, audience: str, now_ms: int, uncounted: _Uncounted) -> str | None:
+    """Why a key does not count, where the token is one that its holder signed just now. Strangers learn nothing."""
+    try:
+        open_signed(jws, ApiToken, uncounted, audience=audience, appended_at_ms=now_ms)
+    except InvalidMessageError:
+        return uncounted.no_user(jws)
+    return uncounted.why

@@ -1,0 +1,443 @@
+"""Record chains: a record counts only when the commands that it embeds, folded again, give its state, and each is
+signed by someone who was entitled to it, up to the root.
+
+Looking up a signer means folding *their* commands up to just before the moment in question, so every step back is a
+step back in time, and the chain ends at the root or not at all. Commands of one millisecond do not see each other.
+
+What a chain cannot show is what a registry left out: a directory holds each record against the one before it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import Signed, UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey, valid_key
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.base import ExpiringClaims, typ_header
+from ringfence.messages.registry import (
+    COMMANDS,
+    AgentState,
+    AgentTransfer,
+    AgentTransferConsent,
+    AnyRecord,
+    AnyState,
+    Command,
+    EmbeddedCommand,
+    ProvisionerLink,
+    ProvisionerSet,
+    Role,
+    TaskAssign,
+    TaskConsent,
+    TaskDelegate,
+    TaskEnd,
+    TaskState,
+    UserDisable,
+    UserRecord,
+    UserSet,
+    UserState,
+)
+from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
+from ringfence.model.lifecycle import MAX_DEPTH, Actor, CommandRefusedError, Context, apply, subject_key
+from ringfence.model.records.consent import Consent, verified_consent
+
+COMMAND_OF_TYP: dict[str, type[ExpiringClaims]] = {typ_header(command): command for command in COMMANDS}
+"""The `typ` header to the command's class."""
+
+
+class ChainError(RingfenceError):
+    """A record whose chain of commands does not hold: it counts for nothing, and whoever signed it lied."""
+
+    code = "chain_broken"
+
+
+@dataclass(frozen=True, slots=True)
+class Authorised:
+    """A command whose signature is verified, and who gave it."""
+
+    signed: Signed[ExpiringClaims]
+    actor: Actor
+    appended_at_ms: int
+    consent: Consent | None = None
+    """The embedded consent, where it counts: to a task over the same terms, by a user's signature or their ID token; to
+    the transfer of the same agent, by its new sponsor's signature."""
+    consent_problem: str | None = None
+    """Why an embedded consent does not count."""
+
+    @property
+    def claims(self) -> Command:
+        return cast(Command, self.signed.claims)
+
+    @property
+    def command_id(self) -> str:
+        return message_id(self.signed.claims.iss, self.signed.claims.jti)
+
+    @property
+    def consent_by(self) -> str | None:
+        """The user who consented."""
+        return self.consent.user_id if self.consent else None
+
+
+UserLookup = Callable[[str], UserRecord | None]
+"""A user id to the record that the local table holds, its chain not yet verified."""
+RecordLookup = Callable[[SubjectKind, str], AnyRecord | None]
+"""The same for the record of anything."""
+BY_AGENTS = (TaskDelegate, TaskEnd)
+"""The commands that agents give too."""
+INCOMPLETE = "chain_incomplete"
+"""The code of a chain that rests on a record which is not there, and may be on its way: nobody need have lied."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a fold has come to after one command."""
+
+    state: AnyState
+    command_id: str
+    last_signed_s: int
+    """The latest `iat` up to here."""
+    consent: Consent | None = None
+    """What this one command rests on."""
+
+
+@dataclass(slots=True)
+class _History:
+    """The commands of a user, or of an agent or a task that others rest on, and what folding them has come to so far:
+    one step for each command, from the first on.
+    """
+
+    record: AnyRecord
+    appended_ms: list[int]
+    steps: list[_Step]
+
+
+class Chains:
+    """Verifies commands and records against the root and the user records of a local table."""
+
+    def __init__(
+        self,
+        trust: TrustStore,
+        unverified_user: UserLookup,
+        unverified: RecordLookup = lambda *_: None,
+    ) -> None:
+        """`unverified`: agents and tasks, which commands of agents rest on."""
+        self._trust = trust
+        self._unverified_user = unverified_user
+        self._unverified = unverified
+        self._histories: dict[str, _History] = {}
+        self._others: dict[tuple[SubjectKind, str], _History] = {}
+        self._depth = 0
+
+    def authorise(self, jws: UnverifiedJws, appended_at_ms: int, own: UserState | None = None) -> Authorised:
+        """Verify the signature of a command as of its append time.
+
+        `own` is the state, up to then, of the user whose own record is being folded.
+
+        Raises InvalidMessageError where it is malformed, expired, or not signed by a user (or the root) of this domain,
+        and ChainError where the record of its signer does not hold.
+        """
+        model = COMMAND_OF_TYP.get(jws.header.typ)
+        if model is None:
+            raise InvalidMessageError(f"typ {jws.header.typ[:80]!r} names no command", code="typ_unexpected")
+
+        def find(iss: str, kid: str) -> PublicKey | None:
+            key = self._trust.root_key(iss, kid, appended_at_ms / 1000)
+            key = key or self.command_key(iss, kid, appended_at_ms, own)
+            if key is None and model in BY_AGENTS:
+                key = self.agent_key(iss, kid, appended_at_ms)
+            return key
+
+        signed = open_signed(
+            jws, model, find, audience=self._trust.trust_domain, appended_at_ms=appended_at_ms
+        )
+        actor = self._actor(signed.claims.iss, appended_at_ms, own)
+        try:
+            consent = self._consent(signed.claims, appended_at_ms)
+        except InvalidMessageError as error:
+            return Authorised(signed, actor, appended_at_ms, None, str(error))
+        return Authorised(signed, actor, appended_at_ms, consent)
+
+    def user_key(self, iss: str, kid: str, at_ms: int, own: UserState | None = None) -> PublicKey | None:
+        """The key `kid` of the user `iss` if it counted at `at_ms`, by a chain that ends at the root; else None.
+
+        For whatever a human says. A provisioner is none.
+        """
+        user = self._user_of(iss, at_ms, own)
+        return valid_key(user.keys, kid, at_ms / 1000) if user and user.delegation is None else None
+
+    def command_key(self, iss: str, kid: str, at_ms: int, own: UserState | None = None) -> PublicKey | None:
+        """As `user_key`, for a command: a provisioner gives some too."""
+        user = self._user_of(iss, at_ms, own)
+        return valid_key(user.keys, kid, at_ms / 1000) if user else None
+
+    def agent_key(self, iss: str, kid: str, at_ms: int) -> PublicKey | None:
+        """The key `kid` of the agent `iss` if it counted at `at_ms`, whatever the agent's status."""
+        agent_id = subject_of(self._trust.trust_domain, iss, "agent")
+        agent = self.agent_at(agent_id, at_ms) if agent_id else None
+        return valid_key(agent.keys, kid, at_ms / 1000) if agent else None
+
+    def roles_at(self, user_id: str, at_ms: int, own: UserState | None = None) -> frozenset[Role]:
+        """The roles of an active user just before `at_ms`; none where unknown or disabled."""
+        user = self.user_at(user_id, at_ms, own)
+        return frozenset(user.roles) if user and user.status == "active" else frozenset()
+
+    def user_at(self, user_id: str, at_ms: int, own: UserState | None = None) -> UserState | None:
+        """A user as of just before `at_ms`, folded from their commands; None where there was none.
+
+        Raises ChainError where the user's record does not hold.
+        """
+        if own is not None and own.user_id == user_id:
+            return own
+        history = self._history(user_id)
+        if history is None:
+            return None
+        wanted = bisect_left(history.appended_ms, at_ms)
+        if len(history.steps) < wanted:
+            self._fold_users(user_id, at_ms)
+        return cast(UserState, history.steps[wanted - 1].state) if wanted else None
+
+    def agent_at(self, agent_id: str, at_ms: int) -> AgentState | None:
+        """An agent as of just before `at_ms`, folded from its commands. Raises ChainError."""
+        return cast("AgentState | None", self._other_at("agent", agent_id, at_ms))
+
+    def task_at(self, task_id: str, at_ms: int) -> TaskState | None:
+        """A task as of just before `at_ms`, folded from its commands. Raises ChainError."""
+        return cast("TaskState | None", self._other_at("task", task_id, at_ms))
+
+    def verify(self, record: AnyRecord) -> None:
+        """Raises ChainError where the record's commands do not give its state, or one was not authorised."""
+        state = self._folded(record)
+        if state != record.state:
+            raise ChainError(f"the state of {record.sub} is not what its commands say")
+        if record.sub != subject_spiffe(self._trust.trust_domain, state):
+            raise ChainError(f"the record of {record.sub} is about another subject")
+
+    def forget(self) -> None:
+        """Fold everything anew when it is next looked at: another trust bundle may say otherwise."""
+        self._histories.clear()
+        self._others.clear()
+
+    # --- folding ---
+
+    def _folded(self, record: AnyRecord) -> AnyState:
+        if isinstance(record, UserRecord):
+            user_id = record.state.user_id
+            history = self._history(user_id)
+            if history is not None and history.record is record:
+                self._fold_users(user_id, history.appended_ms[-1] + 1)
+                return history.steps[-1].state
+        _check_order(record)
+        steps: list[_Step] = []
+        for embedded in record.commands:
+            steps.append(self._next(steps, embedded))
+        if not steps:
+            raise ChainError("a record without commands")
+        return steps[-1].state
+
+    def _history(self, user_id: str) -> _History | None:
+        record = self._unverified_user(user_id)
+        if record is None:
+            return None
+        history = self._histories.get(user_id)
+        if history is None or history.record is not record:
+            _check_order(record)
+            same = _common(history.record.commands, record.commands) if history else 0
+            history = _History(
+                record,
+                [command.appended_at_ms for command in record.commands],
+                history.steps[:same] if history else [],
+            )
+            self._histories[user_id] = history
+        return history
+
+    def _fold_users(self, user_id: str, before_ms: int) -> None:
+        """Fold a user's commands that came before a moment; those of the signers first, whose own signers before them.
+
+        A list takes the place of recursion, so that no length of chain exhausts the stack. It ends, as whatever is put
+        on top lies earlier than what it is for.
+        """
+        todo = [(user_id, before_ms)]
+        while todo:
+            current, until_ms = todo[-1]
+            history = self._history(current)
+            wanted = bisect_left(history.appended_ms, until_ms) if history else 0
+            if history is None or len(history.steps) >= wanted:
+                todo.pop()
+                continue
+            embedded = history.record.commands[len(history.steps)]
+            signer = self._unverified_signer(embedded, current)
+            if signer != current and not self._is_folded(signer, embedded.appended_at_ms):
+                todo.append((signer, embedded.appended_at_ms))
+                continue
+            step = self._next(history.steps, embedded)
+            if not isinstance(step.state, UserState) or step.state.user_id != current:
+                raise ChainError(f"the commands in the record of user {current} are about something else")
+            history.steps.append(step)
+
+    def _other_at(self, kind: SubjectKind, id: str, at_ms: int) -> AnyState | None:
+        record = self._unverified(kind, id)
+        if record is None:
+            return None
+        history = self._others.get((kind, id))
+        if history is None or history.record is not record:
+            _check_order(record)
+            same = _common(history.record.commands, record.commands) if history else 0
+            times = [command.appended_at_ms for command in record.commands]
+            history = _History(record, times, history.steps[:same] if history else [])
+            self._others[kind, id] = history
+        wanted = bisect_left(history.appended_ms, at_ms)
+        # What a task was handed on from lies before it, so this ends. Of a chain that is longer than any may be the
+        # rest is not looked at.
+        if self._depth > 2 * MAX_DEPTH + 2:
+            raise ChainError(f"the chain that leads to {record.sub} is longer than any may be")
+        self._depth += 1
+        try:
+            while len(history.steps) < wanted:
+                step = self._next(history.steps, record.commands[len(history.steps)])
+                if subject_key(step.state) != (kind, id):
+                    raise ChainError(f"the commands in the record of {kind} {id} are about something else")
+                history.steps.append(step)
+        finally:
+            self._depth -= 1
+        return history.steps[wanted - 1].state if wanted else None
+
+    def _is_folded(self, user_id: str, before_ms: int) -> bool:
+        history = self._history(user_id)
+        return history is None or len(history.steps) >= bisect_left(history.appended_ms, before_ms)
+
+    def _unverified_signer(self, embedded: EmbeddedCommand, user_id: str) -> str:
+        """Who a command in a user's record says it is from: good to know whom to fold first, `_next` verifies it."""
+        try:
+            jws = parse(embedded.jws)
+            model = COMMAND_OF_TYP.get(jws.header.typ)
+            if model not in (UserSet, UserDisable, ProvisionerSet, ProvisionerLink):
+                raise ChainError(f"the record of user {user_id} embeds a command that is about no user")
+            iss = jws.unverified_claims(model).iss
+        except InvalidMessageError as error:
+            raise ChainError(f"an embedded command does not hold: {error}") from None
+        return subject_of(self._trust.trust_domain, iss, "user") or ""
+
+    def _next(self, steps: Sequence[_Step], embedded: EmbeddedCommand) -> _Step:
+        """The step after `steps`, by one embedded command. Raises ChainError."""
+        at_ms = embedded.appended_at_ms
+        state = steps[-1].state if steps else None
+        signed_s = steps[-1].last_signed_s if steps else 0
+        own = state if isinstance(state, UserState) else None
+        try:
+            given = self.authorise(parse(embedded.jws), at_ms, own)
+            if any(step.command_id == given.command_id for step in steps):
+                raise ChainError("one command is embedded twice")
+            if given.consent and any(
+                step.consent and step.consent.mark == given.consent.mark for step in steps
+            ):
+                raise ChainError("one consent is used twice")
+            context = Context(
+                actor=given.actor,
+                at_s=at_ms // 1000,
+                command_id=given.command_id,
+                roles_of=lambda user_id: self.roles_at(user_id, at_ms, own),
+                task_at=lambda task_id: self.task_at(task_id, at_ms),
+                last_signed_s=signed_s,
+                consent_by=given.consent_by,
+                consent_problem=given.consent_problem,
+                transfer_consent=given.consent.transfer if given.consent else None,
+            )
+            state = apply(state, given.claims, context)
+        except (InvalidMessageError, CommandRefusedError) as error:
+            code = INCOMPLETE if error.code == "unknown_parent" else None
+            raise ChainError(f"an embedded command does not hold: {error}", code=code) from None
+        return _Step(state, given.command_id, max(signed_s, given.claims.iat), given.consent)
+
+    def _actor(self, iss: str, at_ms: int, own: UserState | None) -> Actor:
+        if iss == self._trust.root_id:
+            return Actor(None, frozenset({"operator"}))
+        if agent_id := subject_of(self._trust.trust_domain, iss, "agent"):
+            agent = self.agent_at(agent_id, at_ms)
+            if agent is None:  # whose key then was it?
+                raise ChainError(f"there was no agent {agent_id} then")
+            return Actor(None, frozenset(), agent=agent)
+        user = self._user_of(iss, at_ms, own)
+        if user is None:
+            return Actor(subject_of(self._trust.trust_domain, iss, "user") or "", frozenset())
+        by = user.provisioned.by if user.provisioned else None
+        return Actor(user.user_id, frozenset(user.roles), user.delegation, by)
+
+    def _user_of(self, iss: str, at_ms: int, own: UserState | None) -> UserState | None:
+        """The active user, or provisioner, that a signer was."""
+        user_id = subject_of(self._trust.trust_domain, iss, "user")
+        user = self.user_at(user_id, at_ms, own) if user_id else None
+        return user if user and user.status == "active" else None
+
+    def _consent(self, command: ExpiringClaims, at_ms: int) -> Consent | None:
+        """The consent that a command embeds, None where it embeds none. Raises InvalidMessageError, ChainError."""
+        if isinstance(command, AgentTransfer):
+            return self._transfer_consent(command, at_ms)
+        if not isinstance(command, TaskAssign):
+            return None
+        if command.id_token is not None:
+            if command.consent is not None:
+                raise InvalidMessageError("a consent and an ID token: give one of them", code="consent_twice")
+            user = self.user_at(command.on_behalf_of, at_ms)
+            return verified_consent(command.id_token, command.terms, user, self._trust, at_ms)
+        if command.consent is None:
+            return None
+        claims = open_signed(
+            parse(command.consent), TaskConsent, lambda iss, kid: self.user_key(iss, kid, at_ms),
+            audience=self._trust.trust_domain, appended_at_ms=at_ms,
+        ).claims  # fmt: skip
+        if claims.terms != command.terms:
+            raise InvalidMessageError("the consent is to other terms", code="consent_other_terms")
+        user_id = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
+        return Consent(user_id, (claims.iss, claims.jti))
+
+    def _transfer_consent(self, command: AgentTransfer, at_ms: int) -> Consent | None:
+        """As `_consent`. Whose the agent was is for the fold to compare, which knows it."""
+        if command.consent is None:
+            return None
+        claims = open_signed(
+            parse(command.consent), AgentTransferConsent, lambda iss, kid: self.user_key(iss, kid, at_ms),
+            audience=self._trust.trust_domain, appended_at_ms=at_ms,
+        ).claims  # fmt: skip
+        user_id = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
+        if (claims.agent_id, user_id) != (command.agent_id, command.sponsor):
+            raise InvalidMessageError(
+                f"it is {user_id}'s, to take over agent {claims.agent_id}", code="consent_other_terms"
+            )
+        return Consent(user_id, (claims.iss, claims.jti), claims)
+
+
+def subject_spiffe(trust_domain: str, state: AnyState) -> str:
+    """The SPIFFE ID of what a state is about: `sub` of its record."""
+    kind, id = subject_key(state)
+    return f"spiffe://{trust_domain}/{kind}/{id}"
+
+
+def unverified_command(embedded: EmbeddedCommand) -> Command:
+    """The claims of an embedded command, not verified here: for records whose chain is verified, or indexes over them.
+
+    Raises InvalidMessageError.
+    """
+    jws = parse(embedded.jws)
+    model = COMMAND_OF_TYP.get(jws.header.typ)
+    if model is None:
+        raise InvalidMessageError("an embedded command of an unknown type", code="typ_unexpected")
+    return cast(Command, jws.unverified_claims(model))
+
+
+def _check_order(record: AnyRecord) -> None:
+    times = [command.appended_at_ms for command in record.commands]
+    if times != sorted(times):
+        raise ChainError(f"the commands in the record of {record.sub} are out of order")
+
+
+def _common(old: Sequence[EmbeddedCommand], new: Sequence[EmbeddedCommand]) -> int:
+    """How many commands two histories have in common from the first on."""
+    for index, (a, b) in enumerate(zip(old, new, strict=False)):
+        if (a.jws, a.appended_at_ms) != (b.jws, b.appended_at_ms):
+            return index
+    return min(len(old), len(new))

@@ -1,0 +1,57 @@
+"""Which agents hold parts of other agents' tasks: whoever ends what was handed on looks for leases there as well.
+
+Leases in Redis are found by the agents that hold them. One that came of another agent's task ends with that task, and
+with that agent; who holds such, the records of the tasks say. Nothing is let in by this: it only says where to look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ringfence.messages.registry import TaskState
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.directory import Directory
+
+
+class Delegations:
+    """An index over the tasks of a directory. What was handed on once stays in it, whatever a later record says."""
+
+    def __init__(self, directory: Directory) -> None:
+        """To be made before the directory is fed."""
+        self._directory = directory
+        self._parts: dict[str, dict[str, str]] = {}
+        """By task: its parts, and the agents that hold them."""
+        self._holders: dict[str, set[str]] = {}
+        """By agent: those that hold parts of its tasks, or parts of these."""
+        directory.on_change(self._on_change)
+
+    def holders(self, mark: str) -> frozenset[str]:
+        """The agents whose leases may bear a mark as what came of tasks that were handed on to them."""
+        kind, _, id = mark.partition(":")
+        match kind:
+            case "agent":
+                return frozenset(self._holders.get(id, ()))
+            case "task":
+                return frozenset(self._under(id))
+            case "sponsor":  # of whom in the chain at the time of issue, is not known any more
+                return frozenset(agent for some in self._holders.values() for agent in some)
+            case _:
+                return frozenset()
+
+    def _under(self, task_id: str) -> Iterator[str]:
+        todo, seen = [task_id], {task_id}
+        while todo:
+            for part, agent_id in self._parts.get(todo.pop(), {}).items():
+                if part not in seen:
+                    seen.add(part)
+                    todo.append(part)
+                    yield agent_id
+
+    def _on_change(self, kind: SubjectKind, id: str) -> None:
+        record = self._directory.unverified(kind, id) if kind == "task" else None
+        task = record.state if record is not None else None
+        if not isinstance(task, TaskState) or task.parent is None:
+            return
+        self._parts.setdefault(task.parent, {})[id] = task.agent_id
+        for agent_id in (task.act or ())[1:]:
+            self._holders.setdefault(agent_id, set()).add(task.agent_id)

@@ -1,0 +1,491 @@
+"""The local table of users, agents, targets and tasks that every service holds: complete, verified, fresh.
+
+A record is taken in when the registry's signature holds and its revision is not lower than the one known; its chain of
+commands is verified when it is first looked at, so that starting up costs one signature a record and records may
+arrive in any order. What does not verify is not there: asking for it says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
+
+from ringfence.kernel.base.clock import CarriedOn, Clock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey, valid_key
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.credential import Coordinates
+from ringfence.messages.operations import Heartbeat, PartitionDigest
+from ringfence.messages.registry import (
+    AgentRecord,
+    AgentState,
+    AnyRecord,
+    AnyState,
+    EmbeddedCommand,
+    TargetRecord,
+    TargetState,
+    TaskRecord,
+    TaskState,
+    UserRecord,
+    UserState,
+)
+from ringfence.messages.topics import AGENT, HEARTBEAT, TARGET, TASK, USER
+from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
+from ringfence.model.lifecycle import may_be_dropped
+from ringfence.model.records.command_chain import INCOMPLETE, ChainError, Chains, unverified_command
+
+if TYPE_CHECKING:  # rules look things up here, and import nothing that does I/O
+    from ringfence.kernel.kafka.producer import Received
+
+log = logging.getLogger(__name__)
+
+TABLES = (USER, AGENT, TARGET, TASK, HEARTBEAT)
+"""The topics that a directory is fed from."""
+
+S = TypeVar("S", bound=AnyState)
+_RECORDS: dict[SubjectKind, type[AnyRecord]] = {
+    "user": UserRecord,
+    "agent": AgentRecord,
+    "target": TargetRecord,
+    "task": TaskRecord,
+}
+_REMEMBERED_DIGESTS = 10_000
+_REMEMBERED_UNBELIEVED = 1_000
+_CLOCKS_DIFFER_MS = 60_000
+"""How far the registry's clock may be from the broker's before its heartbeats count as old ones, sent again."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry(Generic[S]):
+    """A verified record: its state, revision, and the record as it was signed.
+
+    Equal to itself alone, so that what follows from it can be remembered by it.
+    """
+
+    state: S
+    revision: int
+    record: AnyRecord
+    compact: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Something on a record topic that an honest registry does not do."""
+
+    code: str
+    message: str
+    subject: str
+    """The SPIFFE ID of what the record is about, or the key that it stands under."""
+    source: Coordinates | None
+
+
+@dataclass(slots=True)
+class _Slot:
+    record: AnyRecord
+    compact: bytes
+    source: Coordinates | None = None
+    verified: bool = False
+    broken: ChainError | None = None
+    broken_as_of: int = -1
+    """How many records had been taken in when it was found broken: a signer, or a parent, may have been still to come.
+    """
+    entry: Entry[AnyState] = field(init=False)
+    """What is handed out of it: the same each time, once it is verified."""
+
+    def __post_init__(self) -> None:
+        self.entry = Entry(self.record.state, self.record.revision, self.record, self.compact)
+
+
+@dataclass(slots=True)
+class _Part:
+    """The digest over one partition, and those it had lately: a heartbeat may be a little older than the table."""
+
+    count: int = 0
+    value: int = 0
+    lately: deque[tuple[int, int]] = field(
+        default_factory=lambda: deque([(0, 0)], maxlen=_REMEMBERED_DIGESTS)
+    )
+    expected: tuple[int, int] | None = None
+    expected_at_ms: int = 0
+    confirmed_at_ms: int = 0
+
+    def change(self, added: int, removed: int) -> None:
+        self.value ^= added ^ removed
+        self.count += (added != 0) - (removed != 0)
+        self.lately.append((self.count, self.value))
+        if self.expected == (self.count, self.value):
+            self.confirmed_at_ms = max(self.confirmed_at_ms, self.expected_at_ms)
+
+    def compare(self, expected: tuple[int, int], at_ms: int) -> None:
+        self.expected, self.expected_at_ms = expected, at_ms
+        if expected in self.lately:
+            self.confirmed_at_ms = max(self.confirmed_at_ms, at_ms)
+
+
+class Directory:
+    """Users, agents, targets and tasks, as the registry's records and their chains say."""
+
+    def __init__(
+        self,
+        trust: TrustStore,
+        clock: Clock,
+        *,
+        grace_ms: int | None,
+        on_alarm: Callable[[Alarm], None] = lambda alarm: None,
+    ) -> None:
+        """`grace_ms` is how old the last matching heartbeat may be before the table denies; None never asks."""
+        self._trust = trust
+        self._clock = clock
+        self._grace_ms = grace_ms
+        self._on_alarm = on_alarm
+        self._slots: dict[SubjectKind, dict[str, _Slot]] = {"user": {}, "agent": {}, "target": {}, "task": {}}
+        self._parts: dict[tuple[str, int], _Part] = {}
+        self._listeners: list[Callable[[SubjectKind, str], None]] = []
+        self.version = 0
+        """Another one after each record that was taken in."""
+        self._taken_in = 0
+        self._displaced: set[tuple[SubjectKind, str]] = set()
+        self._own: set[tuple[str, int, int]] = set()
+        """Where records stand that this registry has taken in, and that their topics have not brought back yet."""
+        self._read_to: dict[tuple[str, int], int] = {}
+        self._last_beat_ms = 0
+        self._beat_heard_ms = 0
+        self._broker = CarriedOn()
+        self._oldest: tuple[int, str] | None = None
+        """When, and of which topic, what was confirmed longest ago; None where that has to be looked for."""
+        self._trust_version = trust.version
+        self._unbelieved: deque[Received] = deque(maxlen=_REMEMBERED_UNBELIEVED)
+        """Records by keys that the trust bundle did not have: the next one may, and may come a moment later."""
+        self._chains = Chains(trust, self._unverified_user, self.unverified)
+
+    @property
+    def trust(self) -> TrustStore:
+        """The trust bundle that the registry's signatures are verified by."""
+        return self._trust
+
+    @property
+    def versions(self) -> tuple[int, int | None]:
+        """Another pair after each record that was taken in, and with each trust bundle: what rests on both is anew."""
+        return self.version, self._trust.version
+
+    @property
+    def chains(self) -> Chains:
+        """What verifies commands, by the trust bundle that is in force now."""
+        self._trust_as_it_is_now()
+        return self._chains
+
+    # --- feeding ---
+
+    def on_records(self, records: Sequence[Received]) -> None:
+        """Take in what came from the topics in `TABLES`."""
+        self._trust_as_it_is_now()
+        for record in records:
+            if record.topic is HEARTBEAT:
+                self._on_heartbeat(record)
+            else:
+                self._on_record(record)
+
+    def _trust_as_it_is_now(self) -> None:
+        """Where another trust bundle is in force, what was verified by the one before is verified anew."""
+        if self._trust_version == self._trust.version:
+            return
+        self._trust_version = self._trust.version
+        self._chains.forget()
+        for slots in self._slots.values():
+            for slot in slots.values():
+                slot.verified, slot.broken = False, None
+        unbelieved, self._unbelieved = self._unbelieved, deque(maxlen=_REMEMBERED_UNBELIEVED)
+        for record in unbelieved:
+            self._on_record(record)
+
+    def on_change(self, listener: Callable[[SubjectKind, str], None]) -> None:
+        """Call `listener` with (kind, id) after each record that was taken in."""
+        self._listeners.append(listener)
+
+    def admit(
+        self,
+        kind: SubjectKind,
+        topic_name: str,
+        partition: int,
+        compact: bytes,
+        at_ms: int,
+        source: Coordinates | None = None,
+        key: str | None = None,
+    ) -> str | None:
+        """Take in one record. Returns why not, or None.
+
+        `key` is the Kafka key, where it must be the id: compaction would else let the record stand in another's place.
+        """
+        try:
+            record: AnyRecord = open_signed(
+                parse(compact), _RECORDS[kind], self._trust.finder(*_RECORDS[kind].signed_by, at_s=at_ms / 1000),
+                audience=self._trust.trust_domain,
+            ).claims  # fmt: skip
+        except InvalidMessageError as error:
+            return f"{error.code}: {error}"
+        id = subject_of(self._trust.trust_domain, record.sub, kind)
+        if id is None:
+            return f"wrong_subject: {record.sub} is no {kind}"
+        if key is not None and key != id:
+            return f"wrong_key: the record of {record.sub} stands under the key {key}"
+        known = self._slots[kind].get(id)
+        if known is not None:
+            if record == known.record:
+                return None  # the same record, perhaps signed once more
+            if record.revision <= known.record.revision:
+                return f"revision_fell: {record.sub} has revision {known.record.revision}, this says {record.revision}"
+            if problem := _left_out(known.record.commands, record.commands):
+                return f"history_changed: revision {record.revision} of {record.sub} {problem}"
+        self._slots[kind][id] = _Slot(record, compact, source)
+        self.version += 1
+        if kind != "target":  # what others rest on
+            self._taken_in += 1
+        # The first record of all here: that there was none is what the last heartbeat confirmed, by not naming it.
+        part = self._parts.setdefault((topic_name, partition), _Part(confirmed_at_ms=self._beat_heard_ms))
+        part.change(_mark(id, record.revision), _mark(id, known.record.revision) if known else 0)
+        self._oldest = None
+        for listener in self._listeners:
+            listener(kind, id)
+        return None
+
+    def take_own(self, kind: SubjectKind, compact: bytes, at: Coordinates) -> str | None:
+        """Take in what this registry has just published. Returns why not, or None.
+
+        It may publish more on the same subject before the topic brings this back: then this is the older one, and
+        still nothing that somebody put there again.
+        """
+        problem = self.admit(kind, at.topic, at.partition, compact, at.appended_at_ms, at)
+        if problem is None and at.offset > self._read_to.get((at.topic, at.partition), -1):
+            self._own.add((at.topic, at.partition, at.offset))
+        return problem
+
+    def _on_record(self, record: Received) -> None:
+        kind = cast(SubjectKind, record.topic.what)
+        problem = None if self._is_own(record) else self._problem(kind, record)
+        key = record.key or ""
+        if problem is None:
+            self._displaced.discard((kind, key))
+            return
+        if key in self._slots[kind]:
+            self._displaced.add((kind, key))
+        code, _, message = problem.partition(": ")
+        if code == "key_unknown":
+            self._unbelieved.append(record)
+        log.error(
+            "refused a %s record at %d@%d: %s",
+            record.topic.what,
+            record.partition,
+            record.offset,
+            problem,
+            extra=of_a_kind(record.topic_name, code),
+        )
+        subject = f"spiffe://{self._trust.trust_domain}/{kind}/{key}"
+        self._on_alarm(Alarm(code, message, subject, record.coordinates))
+
+    def _is_own(self, record: Received) -> bool:
+        """Whether this brings back what was taken in when it was published: once each."""
+        place = (record.topic_name, record.partition, record.offset)
+        self._read_to[place[:2]] = record.offset
+        if place not in self._own:
+            return False
+        self._own.remove(place)
+        return True
+
+    def _problem(self, kind: SubjectKind, record: Received) -> str | None:
+        if not record.value:
+            return "tombstone: a record was deleted, which no registry does"
+        key = record.key or ""
+        slot = self._slots[kind].get(key)
+        if slot is not None and slot.compact == record.value:
+            return None
+        return self.admit(
+            kind, record.topic_name, record.partition, record.value, record.appended_at_ms,
+            record.coordinates, key,
+        )  # fmt: skip
+
+    def _on_heartbeat(self, record: Received) -> None:
+        try:
+            heartbeat = open_signed(
+                parse(record.value), Heartbeat, self._trust.finder("registry", at_s=record.appended_at_ms / 1000),
+                audience=self._trust.trust_domain,
+            ).claims  # fmt: skip
+        except InvalidMessageError:
+            return  # other services' heartbeats are on the topic too
+        # One that was sent before, by whoever can write to the topic, must not make an old table young.
+        if heartbeat.at_ms <= self._last_beat_ms:
+            return
+        if abs(heartbeat.at_ms - record.appended_at_ms) > _CLOCKS_DIFFER_MS:
+            log.error(
+                "a heartbeat of the registry is not of now: repeated, or its clock is wrong",
+                extra=of_a_kind(record.topic_name),
+            )
+            return
+        self._last_beat_ms = heartbeat.at_ms
+        self._beat_heard_ms = record.appended_at_ms
+        self._broker.heard(record.appended_at_ms)
+        self._oldest = None
+        for table in heartbeat.tables:
+            part = self._parts.setdefault((table.topic, table.partition), _Part())
+            part.compare((table.count, int(table.digest, 16)), record.appended_at_ms)
+
+    # --- asking ---
+
+    def entry(self, kind: SubjectKind, id: str) -> Entry[AnyState] | None:
+        """The verified record of one subject, or None where there is none. Raises ChainError."""
+        return self._entry(kind, id)
+
+    def user(self, user_id: str) -> Entry[UserState] | None:
+        """The verified record of a user, or None where there is none. Raises ChainError."""
+        return cast("Entry[UserState] | None", self._entry("user", user_id))
+
+    def agent(self, agent_id: str) -> Entry[AgentState] | None:
+        """The verified record of an agent, or None where there is none. Raises ChainError."""
+        return cast("Entry[AgentState] | None", self._entry("agent", agent_id))
+
+    def target(self, target_id: str) -> Entry[TargetState] | None:
+        """The verified record of a target, or None where there is none. Raises ChainError."""
+        return cast("Entry[TargetState] | None", self._entry("target", target_id))
+
+    def task(self, task_id: str) -> Entry[TaskState] | None:
+        """The verified record of a task, or None where there is none. Raises ChainError."""
+        return cast("Entry[TaskState] | None", self._entry("task", task_id))
+
+    def entries(self, kind: SubjectKind) -> Iterator[Entry[AnyState]]:
+        """All verified records of a kind, by id; those whose chain does not hold are left out."""
+        for id in sorted(self._slots[kind]):
+            try:
+                entry = self._entry(kind, id)
+            except ChainError:
+                continue
+            if entry is not None:
+                yield entry
+
+    def agent_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
+        """The key `kid` of the agent `iss` if it counts at `at_s`, whatever the agent's status."""
+        agent_id = subject_of(self._trust.trust_domain, iss, "agent")
+        entry = self.agent(agent_id) if agent_id else None
+        return valid_key(entry.state.keys, kid, at_s) if entry else None
+
+    def user_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
+        """The key `kid` of the active user `iss` if it counts at `at_s`, as of the present record. A provisioner is no
+        user: what it signs are commands, which the registry verifies.
+        """
+        user_id = subject_of(self._trust.trust_domain, iss, "user")
+        entry = self.user(user_id) if user_id else None
+        if entry is None or entry.state.status != "active" or entry.state.delegation is not None:
+            return None
+        return valid_key(entry.state.keys, kid, at_s)
+
+    def target_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
+        """The key `kid` of the resource server of target `iss` if it counts at `at_s`."""
+        target_id = subject_of(self._trust.trust_domain, iss, "target")
+        entry = self.target(target_id) if target_id else None
+        return valid_key(entry.state.keys, kid, at_s) if entry else None
+
+    def unverified(self, kind: SubjectKind, id: str) -> AnyRecord | None:
+        """A record whose chain was perhaps not verified yet: for indexes that can only refuse, never to allow."""
+        slot = self._slots[kind].get(id)
+        return slot.record if slot else None
+
+    def displaced(self) -> list[tuple[SubjectKind, str]]:
+        """Ids whose own record is not the last on its topic under its key, so that compaction would let it vanish."""
+        return sorted(self._displaced)
+
+    def unmatched(self) -> list[str]:
+        """Topics that do not hold what the last heartbeat said of them, with what was found instead."""
+        return [
+            f"{topic}/{partition} holds {part.count} ids, digest {part.value:064x}"
+            for (topic, partition), part in sorted(self._parts.items())
+            if part.expected is not None and part.confirmed_at_ms < part.expected_at_ms
+        ]
+
+    def stale(self) -> str | None:
+        """Why this table must deny, or None: no matching heartbeat of the registry within the grace."""
+        if self._grace_ms is None:
+            return None
+        if expired := self._trust.expired(self._clock.now_ms() / 1000):
+            return expired
+        if not self._last_beat_ms:
+            return "no heartbeat of the registry was seen yet"
+        if self._oldest is None:
+            confirmed = [(part.confirmed_at_ms, topic) for (topic, _), part in self._parts.items()]
+            # Before the first record of all, what is confirmed is that there is none.
+            self._oldest = min(confirmed, default=(self._beat_heard_ms, "records"))
+        oldest_ms, name = self._oldest
+        # Our own clock may be set back, and then an old table is none the younger.
+        age_ms = max(self._clock.now_ms(), self._broker.now_ms()) - oldest_ms
+        if age_ms <= self._grace_ms:
+            return None
+        if not oldest_ms:
+            return f"the local table of {name} was never what the registry says that it is"
+        return f"the local table of {name} was last confirmed by the registry {age_ms} ms ago"
+
+    def digests(self) -> tuple[PartitionDigest, ...]:
+        """What the registry's heartbeat says of its tables."""
+        return tuple(
+            PartitionDigest(topic=topic, partition=partition, count=part.count, digest=f"{part.value:064x}")
+            for (topic, partition), part in sorted(self._parts.items())
+        )
+
+    def _entry(self, kind: SubjectKind, id: str) -> Entry[AnyState] | None:
+        self._trust_as_it_is_now()
+        slot = self._slots[kind].get(id)
+        if slot is None:
+            return None
+        if not slot.verified:
+            self._verify(slot)
+        return slot.entry
+
+    def _verify(self, slot: _Slot) -> None:
+        if slot.broken is not None and slot.broken_as_of == self._taken_in:
+            raise slot.broken
+        try:
+            self._chains.verify(slot.record)
+        except ChainError as error:
+            if error.code == INCOMPLETE:
+                log.info("the record of %s does not count yet: %s", slot.record.sub, error)
+            elif slot.broken is None or slot.broken.code == INCOMPLETE:
+                log.error("the record of %s counts for nothing: %s", slot.record.sub, error)
+                self._on_alarm(Alarm(error.code, str(error), slot.record.sub, slot.source))
+            slot.broken, slot.broken_as_of = error, self._taken_in
+            raise
+        slot.verified, slot.broken = True, None
+
+    def _unverified_user(self, user_id: str) -> UserRecord | None:
+        slot = self._slots["user"].get(user_id)
+        return cast(UserRecord, slot.record) if slot else None
+
+
+def _left_out(known: Sequence[EmbeddedCommand], new: Sequence[EmbeddedCommand]) -> str | None:
+    """Why commands of a newer record do not go on from those of the one before, or None.
+
+    A registry may drop what later commands made irrelevant (`still_needed`) and add to the end, nothing else: it cannot
+    leave out a suspension, register a name once more, or slip a command in between.
+    """
+    there = {(command.jws, command.appended_at_ms) for command in new}
+    kept: list[EmbeddedCommand] = []
+    try:
+        for command in known:
+            if (command.jws, command.appended_at_ms) in there:
+                kept.append(command)
+                continue
+            before = unverified_command(kept[-1]) if kept else None
+            after = [unverified_command(later) for later in new[len(kept) :]]
+            if not may_be_dropped(unverified_command(command), before, after):
+                return f"leaves out a command of {command.appended_at_ms} ms that still counts"
+    except InvalidMessageError as error:
+        return f"embeds what is no command: {error}"
+    added = new[len(kept) :]
+    if list(new[: len(kept)]) != kept or any(c.appended_at_ms < known[-1].appended_at_ms for c in added):
+        return "changes the order of its commands, or adds to their past"
+    return None
+
+
+def _mark(id: str, revision: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{id}@{revision}".encode()).digest())

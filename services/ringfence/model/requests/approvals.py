@@ -1,0 +1,135 @@
+"""Which approvals a request needs, and whether those given are enough. Pure; used by policy and issuer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ringfence.kernel.crypto.jws import Signed
+from ringfence.messages.approval import ActionApproval, Approval, Grant
+from ringfence.messages.credential import Delivery, Reason, RequiredClass, Revisions
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.facts import Facts, Ground
+from ringfence.model.unknown_fields import is_understood, told, unknown_fields
+
+_ORDER: tuple[RequiredClass, ...] = ("sponsor", "second_person", "operator")
+BREAK_GLASS_TTL_S = 15 * 60
+"""The longest life of a credential that break glass gives."""
+APPROVAL_SLACK_MS = 60_000
+"""So long after an approval's end a decision that rests on it may reach Kafka: policy goes by when the approval did.
+"""
+_TWO_OPERATORS: tuple[RequiredClass, ...] = ("break_glass", "break_glass")
+
+
+def required_classes(
+    floors: Iterable[RequiredClass], by_policy: Iterable[RequiredClass], *, break_glass: bool
+) -> tuple[RequiredClass, ...]:
+    """All approvals that the target's floor, policy or break glass asks for, in a fixed order."""
+    asked = {*floors, *by_policy}
+    usual = tuple(c for c in _ORDER if c in asked)
+    return (*usual, *_TWO_OPERATORS) if break_glass else usual
+
+
+def may_approve(directory: Directory, user_id: str, approval_class: RequiredClass, facts: Ground) -> bool:
+    """True where the user, as of the present records, can give an approval of this class for such a request.
+
+    All but the sponsor's are the word of somebody else: neither of who answers, or ever answered, for an agent of the
+    chain, nor of whom it acts for, whatever roles those have besides.
+    """
+    try:
+        entry = directory.user(user_id)
+    except ChainError:
+        return False
+    if entry is None or entry.state.status != "active":
+        return False
+    roles, sponsor = entry.state.roles, facts.agent.state.sponsor
+    stands_apart = user_id not in facts.sponsors and user_id != facts.task.state.on_behalf_of
+    match approval_class:
+        case "sponsor":
+            return user_id == sponsor and "sponsor" in roles
+        case "second_person":
+            return stands_apart and "sponsor" in roles
+        case "operator" | "break_glass":
+            return stands_apart and "operator" in roles
+        case _:
+            return False
+
+
+def approval_problem(
+    approval: Signed[Approval],
+    facts: Facts,
+    *,
+    at_ms: int,
+    ttl_s: int,
+    delivery: Delivery,
+    revisions: Revisions,
+) -> Reason | None:
+    """Why one verified approval does not stand for this request as it would be issued at `at_ms`, or None."""
+    claims = approval.claims
+    if claims.request_digest != facts.request.digest or claims.request != facts.request.compact:
+        return Reason(
+            code="approval_other_request", message="the approval is a signature over another request"
+        )
+    if claims.verdict != "approved":
+        return Reason(
+            code="approval_denied",
+            message=f"{claims.iss} denied it: {(claims.comment or 'no comment')[:500]}",
+        )
+    if (unread := not_understood(claims)) is not None:
+        return unread
+    if (claims.ttl_s, claims.delivery) != (ttl_s, delivery):
+        return Reason(
+            code="approval_other_terms", message="the approval was given for another TTL or delivery"
+        )
+    if at_ms > claims.exp * 1000 + APPROVAL_SLACK_MS:
+        return Reason(code="approval_expired", message="the time of the approval is over; ask anew")
+    if claims.revisions != revisions:
+        return Reason(
+            code="approval_stale",
+            message="agent, user, task, target or policy changed since the approval; ask anew",
+        )
+    return None
+
+
+def not_understood(answer: Approval | ActionApproval) -> Reason | None:
+    """Why a yes counts for nothing that has a field which this version does not know, and which may limit it; or None.
+
+    A no counts whatever stands beside it.
+    """
+    if answer.verdict != "approved" or is_understood(answer):
+        return None
+    message = told(unknown_fields(answer), "the approval")[:2048]
+    return Reason(code="approval_not_understood", message=message)
+
+
+def unmet(
+    required: Sequence[RequiredClass],
+    approvals: Sequence[Signed[Approval] | Signed[Grant]],
+    directory: Directory,
+    facts: Facts,
+) -> tuple[RequiredClass, ...]:
+    """The approval classes that are still missing. Each needs a person of its own; nobody counts twice.
+
+    `approvals` are those without a problem (`approval_problem`, `grant_problem`). As many classes as can be are met:
+    who stands for one is moved to another where that makes room (a maximum matching, by Kuhn's augmenting paths).
+    """
+    if not required:
+        return ()
+    people = sorted({subject_of(a.claims.aud, a.claims.iss, "user") or "" for a in approvals} - {""})
+    fitting = [
+        [person for person in people if may_approve(directory, person, wanted, facts)] for wanted in required
+    ]
+    stands_for: dict[str, int] = {}
+
+    def found(place: int, asked: set[str]) -> bool:
+        for person in fitting[place]:
+            if person in asked:
+                continue
+            asked.add(person)
+            if person not in stands_for or found(stands_for[person], asked):
+                stands_for[person] = place
+                return True
+        return False
+
+    return tuple(wanted for place, wanted in enumerate(required) if not found(place, set()))

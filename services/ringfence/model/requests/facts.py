@@ -1,0 +1,357 @@
+"""One request held against the verified records: the rule of the design, as policy and issuer both check it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import Signed, parse
+from ringfence.messages.credential import CredentialRequest, DelegatorRevisions, Reason, Revisions
+from ringfence.messages.enrolment import InstanceEnrolment
+from ringfence.messages.lease import Delegator
+from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.registry import (
+    AgentRegister,
+    AgentState,
+    AgentTransfer,
+    ApprovalClass,
+    TargetState,
+    TaskState,
+    UserState,
+)
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError, unverified_command
+from ringfence.model.records.directory import Directory, Entry
+from ringfence.model.records.instances import enrolment_of, void
+from ringfence.model.scope.rule import Side, are_in_force, lacking, sides_of
+from ringfence.model.scope.scope import ScopeError, validate_scope
+from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
+
+_REMEMBERED_WISHES = 512
+"""Each keeps the records that it was held against from being let go of, though others may have followed."""
+
+
+class DeniedError(RingfenceError):
+    """A request that cannot be weighed: something that it names is not there. `reason` says what."""
+
+    code = "denied"
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.message, code=reason.code)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Delegation:
+    """One step of a chain: an agent that handed its task on, who answers for it, and the task."""
+
+    agent: Entry[AgentState]
+    sponsor: Entry[UserState] | None
+    task: Entry[TaskState]
+    kid: str
+    """The key with which it handed the task on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """The verified records that a request, or a grant, is held against."""
+
+    agent: Entry[AgentState]
+    sponsor: Entry[UserState] | None
+    task: Entry[TaskState]
+    user: Entry[UserState]
+    target: Entry[TargetState]
+    delegations: tuple[Delegation, ...] = field(default=(), kw_only=True)
+    """How the task came to its agent, where that was by other agents: the last step first."""
+
+    @property
+    def act(self) -> tuple[str, ...]:
+        """The agents that act: the one that asks first, then those that handed the task on."""
+        return (self.agent.state.agent_id, *(step.agent.state.agent_id for step in self.delegations))
+
+    @property
+    def sponsors(self) -> frozenset[str]:
+        """Everybody who answers, or ever answered, for one of these agents: who handed one over may have its key."""
+        return frozenset().union(*map(_sponsors_of, self._agents))
+
+    def delegators(self) -> tuple[Delegator, ...] | None:
+        """The agents that handed the task on, as a lease names them; None where nobody did."""
+        found = tuple(
+            Delegator(
+                agent_id=step.agent.state.agent_id,
+                task_id=step.task.state.task_id,
+                sponsor=step.agent.state.sponsor,
+                key_thumbprint=step.kid,
+            )
+            for step in self.delegations
+        )
+        return found or None
+
+    def sides(self, now_s: float, entitlements_max_age_s: int) -> tuple[Side, ...]:
+        """The sides that whatever is asked must be within. Entitlements past their age count for nothing."""
+        return _sides(
+            self.task, self._agents, self.user, entitled=self._entitled(now_s, entitlements_max_age_s)
+        )
+
+    def beyond(self, wanted: Scope, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
+        """What of the wish is not within every side."""
+        return _beyond(
+            wanted,
+            self.task,
+            self._agents,
+            self.user,
+            entitled=self._entitled(now_s, entitlements_max_age_s),
+        )
+
+    @property
+    def _agents(self) -> tuple[Entry[AgentState], ...]:
+        return (self.agent, *(step.agent for step in self.delegations))
+
+    def _entitled(self, now_s: float, entitlements_max_age_s: int) -> bool:
+        return are_in_force(self.user.state.entitlements, now_s, entitlements_max_age_s)
+
+    def revisions(self, policy: str) -> Revisions:
+        """What an approval, or a decision, was made on."""
+        return Revisions(
+            agent=self.agent.revision,
+            user=self.user.revision,
+            task=self.task.revision,
+            target=self.target.revision,
+            policy=policy,
+            delegators=tuple(
+                DelegatorRevisions(agent=step.agent.revision, task=step.task.revision)
+                for step in self.delegations
+            )
+            or None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Facts(Ground):
+    """A request and the records that it is held against."""
+
+    request: Signed[CredentialRequest]
+    request_id: str
+    instance: InstanceEnrolment | None = None
+    """The running instance that asks, where it is one."""
+
+    @property
+    def not_after(self) -> int:
+        """The latest end of what is issued: that of the task, or of the instance's key."""
+        task_end: int = self.task.state.not_after
+        return min(task_end, self.instance.key.not_after) if self.instance else task_end
+
+    @property
+    def break_glass(self) -> bool:
+        """Whether the agent asked for what policy denies, and for two operators to allow it once."""
+        return self.request.claims.break_glass is True
+
+    def floors(self) -> frozenset[ApprovalClass]:
+        """The approvals that the target wants for the requested verbs, whatever policy says."""
+        wanted = {verb for permission in self.request.claims.scope for verb in permission.verbs}
+        return frozenset(v.floor for v in self.target.state.verbs if v.verb in wanted and v.floor != "none")
+
+
+def gather(directory: Directory, request: Signed[CredentialRequest], request_id: str | None = None) -> Facts:
+    """Look up what a verified request names. Its id is derived where it is not given.
+
+    Raises DeniedError where a record is missing or its chain is broken: there is nothing to weigh then.
+    """
+    claims = request.claims
+    targets = {permission.target for permission in claims.scope}
+    if len(targets) != 1:
+        raise DeniedError(
+            _reason("several_targets", "a request is for one target; ask for each with its own request")
+        )
+    agent_id = subject_of(claims.aud, claims.iss, "agent") or ""
+    (target_id,) = targets
+    ground = find_ground(directory, agent_id, claims.task_id, target_id)
+    return Facts(
+        ground.agent, ground.sponsor, ground.task, ground.user, ground.target,
+        request, request_id or message_id(claims.iss, claims.jti), enrolment_of(claims), delegations=ground.delegations,
+    )  # fmt: skip
+
+
+def find_ground(directory: Directory, agent_id: str, task_id: str, target_id: str) -> Ground:
+    """Look up the records. Raises DeniedError where one is missing or its chain is broken."""
+    try:
+        agent = directory.agent(agent_id)
+        if agent is None:
+            raise DeniedError(_reason("agent_unknown", f"there is no agent {agent_id}"))
+        task = directory.task(task_id)
+        if task is None:
+            raise DeniedError(_reason("task_unknown", f"there is no task {task_id}; have one assigned"))
+        user = directory.user(task.state.on_behalf_of)
+        if user is None:
+            raise DeniedError(_reason("user_unknown", f"there is no user {task.state.on_behalf_of}"))
+        target = directory.target(target_id)
+        if target is None:
+            raise DeniedError(_reason("target_unknown", f"there is no target {target_id}"))
+        sponsor = directory.user(agent.state.sponsor)
+        delegations = tuple(_delegations(directory, task))
+    except ChainError as error:
+        raise DeniedError(_reason("record_untrusted", str(error))) from None
+    return Ground(agent, sponsor, task, user, target, delegations=delegations)
+
+
+def _delegations(directory: Directory, task: Entry[TaskState]) -> Iterator[Delegation]:
+    """How a task came to its agent. It ends: who verified a task has verified that its chain is no longer than may be.
+
+    Raises DeniedError, ChainError.
+    """
+    while task.state.parent is not None:
+        parent = directory.task(task.state.parent)
+        agent = directory.agent(parent.state.agent_id) if parent else None
+        if parent is None or agent is None:
+            state = task.state
+            message = (
+                f"task {state.task_id} is a part of {state.parent}, which is not there, or whose agent is not"
+            )
+            raise DeniedError(_reason("task_unknown", message))
+        kid = parse(task.record.commands[0].jws).header.kid  # no command of a task is dropped
+        yield Delegation(agent, directory.user(agent.state.sponsor), parent, kid)
+        task = parent
+
+
+def violations(facts: Facts, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
+    """Everything that stands against the request, whatever policy says. Empty means that the rule holds.
+
+    `now_s` is a time on the broker's clock: an append time, so that a repeat gives the same answer.
+    """
+    gone = void(facts.instance, facts.agent.state) if facts.instance else None
+    return (
+        *_signature(facts),
+        *against(facts, facts.request.claims.scope, now_s, entitlements_max_age_s),
+        *((gone,) if gone else ()),
+    )
+
+
+def against(ground: Ground, wanted: Scope, now_s: float, entitlements_max_age_s: int) -> tuple[Reason, ...]:
+    """Everything that these records say against what is wanted: the whole of a request, or one action."""
+    return (*_standing(ground, wanted, now_s), *ground.beyond(wanted, now_s, entitlements_max_age_s))
+
+
+def _signature(facts: Facts) -> tuple[Reason, ...]:
+    """Whoever had the key may have made the request, though it counted when it was appended."""
+    agent, compact = facts.agent.state, facts.request.compact
+    if not agent.compromised or not compact:  # what an enforcement point asks is signed by nobody
+        return ()
+    return (key_compromised(agent.agent_id),) if parse(compact).header.kid in agent.compromised else ()
+
+
+def key_compromised(agent_id: str) -> Reason:
+    """What is said of whatever rests on a key that may be in other hands."""
+    message = (
+        f"it was asked for with a key of agent {agent_id} that is compromised; ask anew with the new one"
+    )
+    return _reason("key_compromised", message)
+
+
+def _standing(ground: Ground, wanted: Scope, now_s: float) -> list[Reason]:
+    found: list[Reason] = []
+    agent, task, user, target = ground.agent.state, ground.task.state, ground.user.state, ground.target.state
+    found += _standing_of_agent(agent, ground.sponsor)
+    for step in ground.delegations:
+        found += _standing_of_agent(step.agent.state, step.sponsor)
+        if step.kid in step.agent.state.compromised:
+            message = (
+                f"the task was handed on with a key of agent {step.agent.state.agent_id} that is compromised"
+            )
+            found.append(_reason("key_compromised", message))
+        above = step.task.state
+        if above.status != "active" or above.not_after <= now_s:
+            message = (
+                f"task {above.task_id} of agent {above.agent_id} has ended, and with it every part of it"
+            )
+            found.append(_reason("task_ended", message))
+    if task.agent_id != agent.agent_id:
+        found.append(_reason("task_other_agent", f"task {task.task_id} was assigned to another agent"))
+    if task.status != "active" or task.not_after <= now_s:
+        found.append(_reason("task_ended", f"task {task.task_id} has ended; have a new one assigned"))
+    if user.status != "active":
+        found.append(
+            _reason("user_disabled", f"user {user.user_id}, whom the task is on behalf of, is disabled")
+        )
+    if target.status != "active":
+        found.append(_reason("target_removed", f"target {target.target_id} was removed"))
+    known = {floor.verb: floor for floor in target.verbs}
+    for permission in wanted:
+        for verb in permission.verbs:
+            if verb in known and not is_understood(known[verb]):
+                # Passing over the floor would leave the verb without one: it is no verb that anybody could be given.
+                message = (
+                    f"the floor of {verb} at {target.target_id} has a field that is not known here, and may limit it: "
+                    f"{names_of(unknown_fields(known[verb]))}; upgrade, or have an operator set the target without it"
+                )
+                found.append(_reason("verb_not_understood", message, permission, "target"))
+        unknown = [verb for verb in permission.verbs if verb not in known]
+        if unknown:
+            message = (
+                f"{target.target_id} has no verb {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+            )
+            found.append(_reason("verb_unknown", message, permission, "target"))
+    return found
+
+
+def _standing_of_agent(agent: AgentState, sponsored_by: Entry[UserState] | None) -> Iterator[Reason]:
+    """What stands against one agent of the chain, whatever is wanted."""
+    if agent.status != "active":
+        yield _reason(f"agent_{agent.status}", f"agent {agent.agent_id} is {agent.status}")
+    sponsor = sponsored_by.state if sponsored_by else None
+    if sponsor is None or sponsor.status != "active" or "sponsor" not in sponsor.roles:
+        message = (
+            f"the sponsor {agent.sponsor} of {agent.agent_id} is no active sponsor; transfer the agent first"
+        )
+        yield _reason("agent_orphaned", message)
+
+
+@lru_cache(maxsize=_REMEMBERED_WISHES)
+def _sponsors_of(agent: Entry[AgentState]) -> frozenset[str]:
+    """An agent's sponsors, the former ones too: no record of an agent leaves out who handed it over."""
+    commands = map(unverified_command, agent.record.commands)
+    named = (one.sponsor for one in commands if isinstance(one, AgentRegister | AgentTransfer))
+    return frozenset((agent.state.sponsor, *named))
+
+
+def _sides(
+    task: Entry[TaskState], agents: Sequence[Entry[AgentState]], user: Entry[UserState], *, entitled: bool
+) -> tuple[Side, ...]:
+    return sides_of(
+        task.state.scope,
+        [(agent.state.agent_id, agent.state.ceiling) for agent in agents],
+        user.state.user_id,
+        user.state.entitlements.scope if entitled else (),
+    )
+
+
+@lru_cache(maxsize=_REMEMBERED_WISHES)
+def _beyond(
+    wanted: Scope,
+    task: Entry[TaskState],
+    agents: tuple[Entry[AgentState], ...],
+    user: Entry[UserState],
+    *,
+    entitled: bool,
+) -> tuple[Reason, ...]:
+    """Remembered by all that it follows from: agents ask for the same again and again, on the very same records."""
+    try:
+        validate_scope(wanted)
+    except ScopeError as error:
+        return (_reason("scope_invalid", str(error)),)
+    found: list[Reason] = []
+    for lack in lacking(wanted, _sides(task, agents, user, entitled=entitled)):
+        verbs, resources = ", ".join(lack.permission.verbs), ", ".join(lack.permission.resources)
+        names = f"{verbs} on {resources} at {lack.permission.target}"
+        found.append(
+            _reason("beyond_scope", f"{lack.side} does not allow {names}", lack.permission, lack.side)
+        )
+    return tuple(found)
+
+
+def _reason(code: str, message: str, permission: Permission | None = None, side: str | None = None) -> Reason:
+    # A scope of many long globs is longer than a message may be; `permission` names it whole.
+    short = message if len(message) <= 1000 else f"{message[:997]}..."
+    return Reason(code=code, message=short, permission=permission, side=side)

@@ -1,0 +1,229 @@
+"""Grants: approvals given ahead. What one is good for, and the local table of those that were given and taken back."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import Signed, open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey
+from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
+from ringfence.messages.base import typ_header
+from ringfence.messages.credential import Delivery, Reason, Revisions
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.facts import Facts
+from ringfence.model.scope.scope import missing
+from ringfence.model.unknown_fields import is_understood, told, unknown_fields
+
+if TYPE_CHECKING:
+    from ringfence.kernel.kafka.producer import Received
+
+log = logging.getLogger(__name__)
+
+KEEP_MS = (MAX_GRANT_LIFE_S + 3600) * 1000
+"""How long a grant, and that it was taken back, is remembered."""
+_FORGET_EVERY_MS = 60_000
+MOST_OF_ONE = 1000
+"""So many grants of one person are remembered at most, and so many withdrawals of grants that nobody has heard of:
+nobody fills the memory of others."""
+
+
+def id_of(grant: Grant) -> str:
+    """The id of a grant: what leases name, and what is taken back by."""
+    return message_id(grant.iss, grant.jti)
+
+
+def signer_of(grant: Grant) -> str | None:
+    """The id of the user who signed it; None where that is no user."""
+    return subject_of(grant.aud, grant.iss, "user")
+
+
+def grant_problem(
+    grant: Grant, facts: Facts, *, at_ms: int, ttl_s: int, delivery: Delivery, revisions: Revisions
+) -> Reason | None:
+    """Why a verified grant does not stand for this request as it would be issued at `at_ms`, or None.
+
+    Whether its signer may give what is needed, how often it was used and whether it was taken back are other questions.
+    """
+    agent, task = facts.agent.state, facts.task.state
+    if (unread := not_understood(grant)) is not None:
+        return unread
+    if grant.exp - grant.iat > MAX_GRANT_LIFE_S:
+        return _reason(
+            "grant_too_long", f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most; sign a shorter one"
+        )
+    if (grant.agent_id, grant.task_id) != (agent.agent_id, task.task_id):
+        return _reason("grant_other_task", "the grant was given for another task or agent")
+    if facts.break_glass:
+        return _reason("grant_breaks_no_glass", "break glass takes signatures over the very request")
+    one_target = (
+        len({permission.target for permission in grant.scope}) == 1
+    )  # as it has one target's revision
+    if not one_target or missing(facts.request.claims.scope, grant.scope):
+        return _reason("grant_other_scope", "the request reaches beyond the scope of the grant")
+    if ttl_s > grant.ttl_s or delivery != grant.delivery:
+        return _reason("grant_other_terms", "the grant was given for a shorter life or another delivery")
+    if at_ms >= grant.exp * 1000:
+        return _reason("grant_ended", "the time of the grant is over; ask anew")
+    if grant.revisions != revisions:
+        return _reason(
+            "grant_stale", "agent, user, task, target or policy changed since the grant was given; ask anew"
+        )
+    return None
+
+
+def not_understood(grant: Grant) -> Reason | None:
+    """Why a grant opens nothing that has a field which this version does not know, and which may limit it; or None."""
+    if is_understood(grant):
+        return None
+    return _reason("grant_not_understood", told(unknown_fields(grant), "the grant")[:2048])
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A grant that a user signed, and where it stands on Kafka."""
+
+    signed: Signed[Grant]
+    partition: int
+    offset: int
+
+
+class GrantTable:
+    """Grants and withdrawals as they stand on `approval.response`, each by its first record, those of late.
+
+    Only what a user signed is in it. Whether it counts is decided where it is used.
+    """
+
+    def __init__(self, directory: Directory, trust_domain: str) -> None:
+        self._directory = directory
+        self._trust_domain = trust_domain
+        self._grants: dict[str, Given] = {}
+        self._by_task: dict[str, list[str]] = {}
+        self._withdrawn: dict[str, tuple[int, frozenset[str]]] = {}
+        self._given_by: Counter[str] = Counter()
+        self._withdrawn_unheard: Counter[str] = Counter()
+        self._unread: list[Received] | None = []
+        self._forgot_ms = 0
+
+    def on_records(self, records: Sequence[Received]) -> None:
+        """Take in what came from `approval.response`, approvals passed over."""
+        for record in records:
+            if kind_of(record) is None:
+                continue
+            if self._unread is None:
+                self._read(record)
+            else:
+                self._unread.append(record)
+
+    def settle(self) -> None:
+        """Believe what was read so far: called once the tables of users are complete, before anything is decided."""
+        aside, self._unread = self._unread or [], None
+        for record in aside:
+            self._read(record)
+
+    def keep(self, grant: Signed[Grant], partition: int, offset: int) -> Given | None:
+        """Take in a verified grant; what stands, which is the first of that id. None: its signer gave too many."""
+        id, signer = id_of(grant.claims), grant.claims.iss
+        given = self._grants.get(id)
+        if given is None and self._given_by[signer] < MOST_OF_ONE:
+            given = self._grants[id] = Given(grant, partition, offset)
+            self._by_task.setdefault(grant.claims.task_id, []).append(id)
+            self._given_by[signer] += 1
+        return given
+
+    def take_back(self, grant_id: str, user_id: str, at_ms: int) -> None:
+        """Take in that a user withdrew a grant, at an append time."""
+        _, users = self._withdrawn.get(grant_id, (0, frozenset()))
+        if user_id in users:
+            return
+        if grant_id not in self._grants:  # else there is no more of it than of grants
+            if self._withdrawn_unheard[user_id] >= MOST_OF_ONE:
+                return
+            self._withdrawn_unheard[user_id] += 1
+        self._withdrawn[grant_id] = (at_ms, users | {user_id})
+
+    def get(self, grant_id: str) -> Given | None:
+        """A grant that somebody signed, or None."""
+        return self._grants.get(grant_id)
+
+    def of_task(self, task_id: str) -> list[Signed[Grant]]:
+        """All grants for a task, the one that ends first first; what was taken back too."""
+        found = (self._grants[id].signed for id in self._by_task.get(task_id, ()))
+        return sorted(found, key=lambda signed: signed.claims.exp)
+
+    def all(self) -> Iterable[Signed[Grant]]:
+        """All grants that are remembered."""
+        return [given.signed for given in self._grants.values()]
+
+    def is_withdrawn(self, grant: Grant, *, sponsor: str, on_behalf_of: str) -> bool:
+        """Whether somebody took it back who may: its signer, the sponsor, or the user that it is on behalf of."""
+        _, users = self._withdrawn.get(id_of(grant), (0, frozenset[str]()))
+        return not users.isdisjoint({signer_of(grant), sponsor, on_behalf_of})
+
+    def _forget(self, now_ms: int) -> None:
+        """Let go of what is over, now and then."""
+        if now_ms - self._forgot_ms < _FORGET_EVERY_MS:
+            return
+        self._forgot_ms = now_ms
+        grants = [one for one in self._grants.values() if one.signed.claims.exp * 1000 + KEEP_MS >= now_ms]
+        self._grants = {id_of(one.signed.claims): one for one in grants}
+        self._by_task, self._given_by = {}, Counter()
+        for id, given in self._grants.items():
+            self._by_task.setdefault(given.signed.claims.task_id, []).append(id)
+            self._given_by[given.signed.claims.iss] += 1
+        self._withdrawn = {id: one for id, one in self._withdrawn.items() if one[0] + KEEP_MS >= now_ms}
+        self._withdrawn_unheard = Counter(
+            user for id, (_, users) in self._withdrawn.items() if id not in self._grants for user in users
+        )
+
+    def _read(self, record: Received) -> None:
+        at_s = record.appended_at_ms / 1000
+
+        def find(iss: str, kid: str) -> PublicKey | None:
+            return self._directory.user_key(iss, kid, at_s)
+
+        try:
+            jws, model = parse(record.value), Grant if kind_of(record) == Grant.typ else GrantWithdraw
+            signed = open_signed(
+                jws, model, find, audience=self._trust_domain, appended_at_ms=record.appended_at_ms
+            )
+        except (InvalidMessageError, ChainError) as error:
+            log.warning(
+                "ignored %s at %s@%d: %s",
+                kind_of(record),
+                record.topic_name,
+                record.offset,
+                error,
+                extra=of_a_kind(record.topic_name, error.code),
+            )
+            return
+        claims = signed.claims
+        if isinstance(claims, GrantWithdraw):
+            user_id = subject_of(self._trust_domain, claims.iss, "user") or ""
+            self.take_back(claims.grant_id, user_id, record.appended_at_ms)
+        elif isinstance(claims, Grant) and record.key == claims.agent_id:
+            self.keep(Signed(claims, signed.compact), record.partition, record.offset)
+        self._forget(record.appended_at_ms)
+
+
+def kind_of(record: Received) -> str | None:
+    """`grant` or `grant.withdraw` where a record of `approval.response` says that it is one; nothing is verified."""
+    try:
+        return _KINDS.get(parse(record.value).header.typ)
+    except InvalidMessageError:
+        return None
+
+
+_KINDS = {typ_header(Grant): Grant.typ, typ_header(GrantWithdraw): GrantWithdraw.typ}
+
+
+def _reason(code: str, message: str) -> Reason:
+    return Reason(code=code, message=message)

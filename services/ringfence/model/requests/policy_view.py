@@ -1,0 +1,65 @@
+"""Records as the Rego bundle sees them: what no rule needs is left out, and each is written out once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from ringfence.messages.registry import AgentRecord, AnyState, UserState
+from ringfence.model.records.directory import Entry
+from ringfence.model.requests.facts import Delegation
+
+# What no rule needs: keys and who may enrol some, names of people, and what only the gateway reads.
+_LEFT_OUT: Final = {"keys", "name", "requests", "attestation"}
+_OF_SPONSOR: Final = {"user_id", "status", "roles"}
+
+
+class WrittenRecords:
+    """Remembers what it wrote: agents ask again and again with the same records."""
+
+    def __init__(self) -> None:
+        self._written: dict[tuple[type[AnyState], str], tuple[Any, dict[str, Any]]] = {}
+        self._sponsors: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+    def of(self, entry: Entry[Any], id: str) -> dict[str, Any]:
+        """The state of a record as JSON, to be shared and not to be changed."""
+        key = (type(entry.state), id)
+        kept = self._written.get(key)
+        if kept is not None and kept[0] is entry.record:
+            return kept[1]
+        document: dict[str, Any] = entry.state.model_dump(mode="json", exclude=_LEFT_OUT, exclude_none=True)
+        if isinstance(entry.record, AgentRecord):
+            # No command is dropped that registers an agent: it is the first for ever.
+            document["registered_at_s"] = entry.record.commands[0].appended_at_ms // 1000
+        self._written[key] = (entry.record, document)
+        return document
+
+    def of_sponsor(self, entry: Entry[UserState]) -> dict[str, Any]:
+        """What rules see of an agent's sponsor, to be shared and not to be changed."""
+        id = entry.state.user_id
+        kept = self._sponsors.get(id)
+        if kept is None or kept[0] is not entry.record:
+            document = entry.state.model_dump(mode="json", include=_OF_SPONSOR)
+            kept = self._sponsors[id] = (entry.record, document)
+        return kept[1]
+
+    def of_delegations(self, steps: Sequence[Delegation]) -> list[dict[str, Any]]:
+        """How a task came to its agent, the last step first: who handed it on, their own task, who answers for them."""
+        return [
+            {
+                "agent": self.of(step.agent, step.agent.state.agent_id),
+                "task": self.of(step.task, step.task.state.task_id),
+                **({"sponsor": self.of_sponsor(step.sponsor)} if step.sponsor is not None else {}),
+            }
+            for step in steps
+        ]
+
+
+def revisions_of(step: Delegation) -> tuple[object, ...]:
+    """What tells the records of one step of a chain from later ones."""
+    sponsor = step.sponsor
+    return (
+        step.agent.revision,
+        step.task.revision,
+        (sponsor.state.user_id, sponsor.revision) if sponsor is not None else None,
+    )

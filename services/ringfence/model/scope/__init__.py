@@ -1,0 +1,1 @@
+"""Scopes: globs of resources, containment, intersection, and the invariant that a credential never exceeds a limit."""
