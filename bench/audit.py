@@ -26,8 +26,8 @@ from bench.stack import running
 from ringfence.audit.store import SqliteIndex
 from ringfence.audit.trace import tree
 from ringfence.audit.who import leases_of, who_did
-from ringfence.client.api import ReadApi
-from ringfence.client.auditor import verify_trail
+from ringfence.client.reports.auditor import verify_trail
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.stack import Stack
 from ringfence.kernel.kafka.producer import Follower, Publisher, Received

@@ -16,8 +16,8 @@ from collections.abc import AsyncIterator, Sequence
 
 from bench.machine import cpu_s, percentile
 from bench.stack import running
-from ringfence.client.administrator import Administrator
-from ringfence.client.agent import Agent
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.agent.agent import Agent
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.organisation import PLATFORM, READ_ALL, key_of, seed
 from ringfence.dev.stack import Stack

@@ -17,7 +17,7 @@ from bench import credentials
 from bench.filling import Valkey, signed_leases
 from bench.machine import cpu_s, percentile
 from bench.stack import WITHOUT_GATEWAY, more_of, running
-from ringfence.client.agent import Agent
+from ringfence.client.agent.agent import Agent
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.stack import Stack
 from ringfence.kernel.base.errors import RingfenceError

@@ -35,7 +35,7 @@ import uvloop
 from bench.gateway_core import Places
 from bench.http_load import Measured, Way, asked, connected, measure, request
 from bench.machine import cpu_s
-from ringfence.client.dpop import proof
+from ringfence.client.agent.dpop import proof
 from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
 from ringfence.kernel.crypto.keys import SigningKey
 from tests.brokers.secured import Authority

@@ -21,9 +21,9 @@ import orjson
 import uvloop
 
 from ringfence.backends import Material, TargetAccess, all_backends
-from ringfence.backends.declared import Declared
+from ringfence.backends.capabilities import Declared
 from ringfence.backends.http import StaticSecrets
-from ringfence.client.proofs import Nonces, ProofChecker
+from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker
 from ringfence.dev.processes import LOOPBACK
 from ringfence.gateway import authz_envoy, authz_forward
 from ringfence.gateway.authz import ProxyAuth

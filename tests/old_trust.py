@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringfence.client.ceremony import TrustFolder, sign_following, signed_before
+from ringfence.client.admin.trust_setup import TrustFolder, sign_following, signed_before
 
 
 def without_signals(folder: TrustFolder) -> None:

@@ -25,15 +25,16 @@ from typing import Any
 
 import psutil
 
-from ringfence.backends import SshBackend, ssh_helper
-from ringfence.client.ssh_files import ssh_files
+from ringfence.backends import SshBackend
+from ringfence.backends.ssh import host_helper
+from ringfence.client.agent.ssh_files import ssh_files
 from ringfence.dev.processes import LOOPBACK, Child, StackError, free_port, spawn
 from tests.targets import Placed
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "targets" / "ssh.md"
 """What is set up here is what it says."""
 BROKER = "ringfence-broker"
-HELPER = Path(ssh_helper.__file__)
+HELPER = Path(host_helper.__file__)
 _INSTALLED = "/usr/local/sbin/ringfence-ssh-helper"
 _START_S = 30.0
 _WRAPPERS = ("/usr/lib/*/libnss_wrapper.so", "/usr/lib64/libnss_wrapper.so")

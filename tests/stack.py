@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ringfence.cli.dev import client_settings
-from ringfence.client.administrator import Administrator
-from ringfence.client.agent import Agent
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.agent.agent import Agent
+from ringfence.client.approvals.sponsor import PendingApproval, Sponsor
 from ringfence.client.settings import ClientSettings
-from ringfence.client.sponsor import PendingApproval, Sponsor
 from ringfence.dev.stack import Stack
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import open_signed, parse

@@ -6,25 +6,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ringfence.client.actions import PendingAction as PendingAction
-    from ringfence.client.administrator import Administrator as Administrator
-    from ringfence.client.agent import Agent as Agent
-    from ringfence.client.asgi import Needs as Needs
-    from ringfence.client.asgi import TokenGuard as TokenGuard
-    from ringfence.client.credentials import GatewayCredential as GatewayCredential
-    from ringfence.client.credentials import IssuedCredential as IssuedCredential
-    from ringfence.client.credentials import PostgresCredential as PostgresCredential
-    from ringfence.client.credentials import RedisCredential as RedisCredential
-    from ringfence.client.credentials import SshCredential as SshCredential
-    from ringfence.client.credentials import TokenCredential as TokenCredential
-    from ringfence.client.grantor import Grantor as Grantor
-    from ringfence.client.grantor import Proposal as Proposal
-    from ringfence.client.proofs import Nonces as Nonces
+    from ringfence.client.admin.administrator import Administrator as Administrator
+    from ringfence.client.agent.agent import Agent as Agent
+    from ringfence.client.agent.credentials import GatewayCredential as GatewayCredential
+    from ringfence.client.agent.credentials import IssuedCredential as IssuedCredential
+    from ringfence.client.agent.credentials import PostgresCredential as PostgresCredential
+    from ringfence.client.agent.credentials import RedisCredential as RedisCredential
+    from ringfence.client.agent.credentials import SshCredential as SshCredential
+    from ringfence.client.agent.credentials import TokenCredential as TokenCredential
+    from ringfence.client.approvals.action_approvals import PendingAction as PendingAction
+    from ringfence.client.approvals.grants import Grantor as Grantor
+    from ringfence.client.approvals.grants import Proposal as Proposal
+    from ringfence.client.approvals.sponsor import PendingApproval as PendingApproval
+    from ringfence.client.approvals.sponsor import Sponsor as Sponsor
+    from ringfence.client.resource_server.asgi import Needs as Needs
+    from ringfence.client.resource_server.asgi import TokenGuard as TokenGuard
+    from ringfence.client.resource_server.dpop_proofs import Nonces as Nonces
+    from ringfence.client.resource_server.verifier import TokenVerifier as TokenVerifier
+    from ringfence.client.resource_server.verifier import VerifiedToken as VerifiedToken
     from ringfence.client.settings import ClientSettings as ClientSettings
-    from ringfence.client.sponsor import PendingApproval as PendingApproval
-    from ringfence.client.sponsor import Sponsor as Sponsor
-    from ringfence.client.verify import TokenVerifier as TokenVerifier
-    from ringfence.client.verify import VerifiedToken as VerifiedToken
 
 __version__ = "0.1.0"
 
@@ -51,25 +51,25 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Administrator": "ringfence.client.administrator",
-    "Agent": "ringfence.client.agent",
+    "Administrator": "ringfence.client.admin.administrator",
+    "Agent": "ringfence.client.agent.agent",
     "ClientSettings": "ringfence.client.settings",
-    "Grantor": "ringfence.client.grantor",
-    "Needs": "ringfence.client.asgi",
-    "Nonces": "ringfence.client.proofs",
-    "GatewayCredential": "ringfence.client.credentials",
-    "IssuedCredential": "ringfence.client.credentials",
-    "PendingAction": "ringfence.client.actions",
-    "PendingApproval": "ringfence.client.sponsor",
-    "PostgresCredential": "ringfence.client.credentials",
-    "Proposal": "ringfence.client.grantor",
-    "RedisCredential": "ringfence.client.credentials",
-    "Sponsor": "ringfence.client.sponsor",
-    "TokenGuard": "ringfence.client.asgi",
-    "SshCredential": "ringfence.client.credentials",
-    "TokenCredential": "ringfence.client.credentials",
-    "TokenVerifier": "ringfence.client.verify",
-    "VerifiedToken": "ringfence.client.verify",
+    "Grantor": "ringfence.client.approvals.grants",
+    "Needs": "ringfence.client.resource_server.asgi",
+    "Nonces": "ringfence.client.resource_server.dpop_proofs",
+    "GatewayCredential": "ringfence.client.agent.credentials",
+    "IssuedCredential": "ringfence.client.agent.credentials",
+    "PendingAction": "ringfence.client.approvals.action_approvals",
+    "PendingApproval": "ringfence.client.approvals.sponsor",
+    "PostgresCredential": "ringfence.client.agent.credentials",
+    "Proposal": "ringfence.client.approvals.grants",
+    "RedisCredential": "ringfence.client.agent.credentials",
+    "Sponsor": "ringfence.client.approvals.sponsor",
+    "TokenGuard": "ringfence.client.resource_server.asgi",
+    "SshCredential": "ringfence.client.agent.credentials",
+    "TokenCredential": "ringfence.client.agent.credentials",
+    "TokenVerifier": "ringfence.client.resource_server.verifier",
+    "VerifiedToken": "ringfence.client.resource_server.verifier",
 }
 
 

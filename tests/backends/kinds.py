@@ -36,7 +36,7 @@ from ringfence.backends import (
     TokenKey,
     TokenKeys,
 )
-from ringfence.backends.ssh_certificates import private_text, public_text
+from ringfence.backends.ssh.certificates import private_text, public_text
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease

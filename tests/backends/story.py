@@ -13,7 +13,7 @@ from pathlib import Path
 from ringfence import Agent
 from ringfence.cli.dev import client_settings
 from ringfence.cli.target_templates import TEMPLATES, Template
-from ringfence.client.credentials import GatewayCredential, IssuedCredential
+from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
 from ringfence.dev.stack import Stack, StackOptions
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, unverified_about

@@ -19,7 +19,7 @@ from ringfence.backends import (
     TargetAccess,
     TargetRefusedError,
 )
-from ringfence.backends.settings import TargetSettingsError
+from ringfence.backends.target_settings import TargetSettingsError
 from ringfence.cli.target_templates import TEMPLATES
 from ringfence.messages.registry import TargetState
 from tests.backends.kinds import TARGET, allow, lease, state

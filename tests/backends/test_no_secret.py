@@ -21,7 +21,7 @@ import pytest
 
 from ringfence import Agent
 from ringfence.cli.target_templates import TEMPLATES, Template
-from ringfence.client.credentials import GatewayCredential, IssuedCredential
+from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
 from ringfence.client.errors import CredentialOverError, CredentialUseError, RequestDeniedError
 from ringfence.messages.credential import Delivery
 from ringfence.messages.registry import RequestRule

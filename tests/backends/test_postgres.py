@@ -13,8 +13,8 @@ import asyncpg
 import pytest
 
 from ringfence.backends import PostgresBackend, TargetRefusedError
-from ringfence.backends import postgres_queries as queries
-from ringfence.backends.postgres import LOCK
+from ringfence.backends.postgres import queries
+from ringfence.backends.postgres.backend import LOCK
 from ringfence.dev.processes import LOOPBACK
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from ringfence import Agent
-from ringfence.client.applying import applied
-from ringfence.client.credentials import IssuedCredential
+from ringfence.client.agent.credentials import IssuedCredential
+from ringfence.client.agent.environment import applied
 from ringfence.client.errors import RequestDeniedError
 from ringfence.messages.topics import LEASE
 from tests import canary

@@ -16,8 +16,12 @@ import asyncpg
 import pytest
 
 from ringfence import Agent
-from ringfence.client.applying import environment
-from ringfence.client.credentials import GatewayCredential, IssuedCredential, PostgresCredential
+from ringfence.client.agent.credentials import (
+    GatewayCredential,
+    IssuedCredential,
+    PostgresCredential,
+)
+from ringfence.client.agent.environment import environment
 from ringfence.client.errors import CredentialOverError, RequestDeniedError
 from ringfence.messages.credential import Delivery
 from ringfence.messages.lease import Lease

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from ringfence.client.dpop import proof
+from ringfence.client.agent.dpop import proof
 from ringfence.dev.processes import LOOPBACK
 from ringfence.kernel.crypto.keys import SigningKey
 from tests.gateway_external.agent import Answer, Headers, exchange, parsed, request

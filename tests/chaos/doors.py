@@ -10,8 +10,8 @@ from urllib.parse import urlencode, urlsplit
 
 import orjson
 
-from ringfence.client.credentials import IssuedCredential
-from ringfence.client.dpop import proof
+from ringfence.client.agent.credentials import IssuedCredential
+from ringfence.client.agent.dpop import proof
 from ringfence.gateway.identifying import NONCE_WANTED
 from ringfence.issuer.http import INTROSPECTION_PATH
 from ringfence.kernel.crypto.keys import SigningKey

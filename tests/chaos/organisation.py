@@ -9,9 +9,9 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ringfence.client.administrator import Administrator
-from ringfence.client.agent import Agent
-from ringfence.client.lifetime import Lifetime
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.agent.agent import Agent
+from ringfence.client.connected import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.permission import Permission

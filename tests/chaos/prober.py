@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 
-from ringfence.client.credentials import IssuedCredential
+from ringfence.client.agent.credentials import IssuedCredential
 from tests.chaos.doors import Door, GatewayDoor
 from tests.chaos.history import Leftover, Probe
 

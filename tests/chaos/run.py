@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import uvloop
 
-from ringfence.client.auditor import verify_trail
+from ringfence.client.reports.auditor import verify_trail
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import BackendSettings

@@ -18,7 +18,7 @@ from typing import Literal
 import httpx
 
 from ringfence.cli.dev import client_settings
-from ringfence.client.ceremony import make_trust, publish_trust
+from ringfence.client.admin.trust_setup import make_trust, publish_trust
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.dev.processes import LOOPBACK, Child, Patience, StackError, port_is_free, spawn

@@ -11,7 +11,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError
 
-from ringfence.client.credentials import IssuedCredential
+from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.dev.processes import LOOPBACK
 from tests.chaos.history import Leftover
 from tests.chaos.proxy import Link

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from ringfence.client.credentials import IssuedCredential, Secret
+from ringfence.client.agent.credentials import IssuedCredential, Secret
 from ringfence.dev.processes import free_port
 from tests.chaos.proxy import Link
 from tests.chaos.target import TARGET, ValkeyDoor, leftovers, target_behind

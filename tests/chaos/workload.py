@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from ringfence.client.credentials import IssuedCredential
+from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.client.errors import NotAnsweredError, RefusedError, RequestDeniedError, RequestTimeoutError
 from ringfence.kernel.base.errors import UnavailableError
 from tests.chaos.organisation import SPONSORS, USERS, Organisation

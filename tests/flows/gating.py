@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from ringfence.client.dpop import proof
+from ringfence.client.agent.dpop import proof
 from ringfence.dev.processes import free_port
 from ringfence.gateway.settings import GatewaySettings
 from ringfence.kernel.crypto.keys import SigningKey

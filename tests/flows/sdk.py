@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 
-from ringfence.client.administrator import Administrator
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.approvals.sponsor import PendingApproval, Sponsor
 from ringfence.client.settings import ClientSettings
-from ringfence.client.sponsor import PendingApproval, Sponsor
 from ringfence.kernel.base.ids import digest, lease_id, message_id
 from ringfence.kernel.crypto.jwe import seal
 from ringfence.kernel.crypto.jws import parse, sign

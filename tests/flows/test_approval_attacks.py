@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.client.sponsor import Sponsor
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.approval import ApprovalRequest

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from ringfence.audit.chaining import ChainWriter
-from ringfence.client.auditor import TrailReport, witness
+from ringfence.client.reports.auditor import TrailReport, witness
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.audit import AuditCheckpoint

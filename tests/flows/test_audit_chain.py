@@ -15,7 +15,7 @@ from ringfence.audit.chaining import GROUP, ChainWriter
 from ringfence.audit.intake import Intake, Told
 from ringfence.audit.proofs import NoProofError, ProofStore
 from ringfence.audit.settings import AuditSettings
-from ringfence.client.auditor import TrailReport, verify_trail, witness
+from ringfence.client.reports.auditor import TrailReport, verify_trail, witness
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import UnavailableError

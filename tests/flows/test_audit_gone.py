@@ -9,7 +9,7 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from ringfence.audit.settings import AuditSettings
-from ringfence.client.auditor import TrailReport, verify_trail
+from ringfence.client.reports.auditor import TrailReport, verify_trail
 from ringfence.client.settings import ClientSettings
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates

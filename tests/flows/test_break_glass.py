@@ -17,12 +17,12 @@ import pytest
 
 from ringfence.audit.settings import AuditSettings
 from ringfence.cli.main import main
-from ringfence.client.agent import Agent
+from ringfence.client.agent.agent import Agent
+from ringfence.client.agent.replies import PendingRequest
+from ringfence.client.approvals.break_glass_review import review_break_glass, uses_of_break_glass
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import RefusedError
-from ringfence.client.replies import PendingRequest
-from ringfence.client.reviewer import review_break_glass, uses_of_break_glass
 from ringfence.client.settings import ClientSettings
-from ringfence.client.sponsor import Sponsor
 from ringfence.kernel.base import metrics
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey

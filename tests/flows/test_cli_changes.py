@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.client.administrator import Administrator
+from ringfence.client.admin.administrator import Administrator
 from tests.flows.test_cli import Shell, organisation, shell
 
 __all__ = ["shell"]

@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from ringfence.client.administrator import Administrator
-from ringfence.client.agent import Agent
-from ringfence.client.api import ReadApi
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.agent.agent import Agent
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import (
     ApiError,
     InvalidCallError,
@@ -21,8 +21,8 @@ from ringfence.client.errors import (
     RequestDeniedError,
     TokenRejectedError,
 )
-from ringfence.client.sponsor import Sponsor
-from ringfence.client.verify import TokenVerifier
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.client.resource_server.verifier import TokenVerifier
 from ringfence.dev.processes import free_port
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import sign

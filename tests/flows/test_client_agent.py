@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from ringfence.client.agent import Agent
-from ringfence.client.credentials import IssuedCredential
+from ringfence.client.agent.agent import Agent
+from ringfence.client.agent.credentials import IssuedCredential
+from ringfence.client.agent.replies import PendingRequest
 from ringfence.client.errors import (
     IdentityError,
     InvalidCallError,
@@ -20,7 +21,6 @@ from ringfence.client.errors import (
     RequestDeniedError,
     RequestTimeoutError,
 )
-from ringfence.client.replies import PendingRequest
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import Reason

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from ringfence.client.approvals.sponsor import APPROVAL_LIFE_S, PendingApproval, Sponsor
 from ringfence.client.errors import NotYoursError, StaleApprovalError
-from ringfence.client.sponsor import APPROVAL_LIFE_S, PendingApproval, Sponsor
 from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import open_signed, parse, sign, sign_payload

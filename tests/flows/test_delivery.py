@@ -10,8 +10,8 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from ringfence.client.credentials import GatewayCredential
-from ringfence.client.replies import SentRequest, read_reply
+from ringfence.client.agent.credentials import GatewayCredential
+from ringfence.client.agent.replies import SentRequest, read_reply
 from ringfence.dev.processes import free_port
 from ringfence.issuer.resealing import Resealer
 from ringfence.kernel.base.clock import SystemClock

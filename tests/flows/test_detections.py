@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ringfence.audit.settings import AuditSettings
-from ringfence.client.auditor import verify_trail
+from ringfence.client.reports.auditor import verify_trail
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.topics import AUDIT

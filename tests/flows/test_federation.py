@@ -20,8 +20,8 @@ import jwt
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.client.agent import Agent
-from ringfence.client.sponsor import Sponsor
+from ringfence.client.agent.agent import Agent
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.messages.permission import Permission
 from ringfence.messages.trust import ServiceRole

@@ -18,10 +18,10 @@ from typing import Any
 import httpx
 import pytest
 
-from ringfence.client.actions import PendingAction
-from ringfence.client.agent import Agent
+from ringfence.client.agent.agent import Agent
+from ringfence.client.approvals.action_approvals import PendingAction
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import NotYoursError, StaleApprovalError
-from ringfence.client.sponsor import Sponsor
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ringfence.client.dpop import DpopAuth
+from ringfence.client.agent.dpop import DpopAuth
 from ringfence.dev.processes import free_port
 from ringfence.gateway.plane import DataPlane
 from ringfence.gateway.settings import GatewaySettings

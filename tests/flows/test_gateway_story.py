@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.client.agent import Agent
-from ringfence.client.credentials import GatewayCredential
-from ringfence.client.sponsor import Sponsor
+from ringfence.client.agent.agent import Agent
+from ringfence.client.agent.credentials import GatewayCredential
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.gateway.injection import SealedCredentials
 from ringfence.gateway.recording import Recorder

@@ -11,8 +11,8 @@ from typing import Any
 import jwt
 import pytest
 
-from ringfence.client.agent import Agent
-from ringfence.client.credentials import TokenCredential
+from ringfence.client.agent.agent import Agent
+from ringfence.client.agent.credentials import TokenCredential
 from ringfence.client.errors import EnrolmentRefusedError, IdentityError, InvalidCallError, RequestDeniedError
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jwe import ReplyKey

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from ringfence.client.api import ReadApi
 from ringfence.client.errors import ApiError
-from ringfence.client.inventory import read_inventory
+from ringfence.client.reports.inventory import read_inventory
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.messages.registry import AgentSuspend, UserDisable
 from tests.flows import test_cli

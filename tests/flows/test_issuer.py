@@ -14,7 +14,7 @@ import pytest
 import redis.asyncio
 
 from ringfence.client.errors import TokenRejectedError
-from ringfence.client.verify import TokenVerifier
+from ringfence.client.resource_server.verifier import TokenVerifier
 from ringfence.dev.processes import free_port
 from ringfence.dev.redis import EmbeddedRedis
 from ringfence.issuer.settings import IssuerSettings

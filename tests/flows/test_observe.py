@@ -23,7 +23,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from ringfence.audit.settings import AuditSettings
-from ringfence.client.dpop import proof
+from ringfence.client.agent.dpop import proof
 from ringfence.dev.processes import free_port
 from ringfence.gateway.authz import HANDLE
 from ringfence.kernel.service.http import HttpServer

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.client.api import ReadApi
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.credential import CredentialDecision, CredentialRequest

@@ -18,7 +18,7 @@ import pytest
 from scim2_client.engines.httpx2 import SyncSCIMClient
 from scim2_tester import Status, check_server
 
-from ringfence.client.provisioner import Provisioner
+from ringfence.client.admin.provisioner import Provisioner
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.settings import BusSettings

@@ -18,7 +18,7 @@ from ringfence.audit.chaining import ChainWriter
 from ringfence.audit.intake import Intake, Told
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.strays import Found, Strays
-from ringfence.client.auditor import witness
+from ringfence.client.reports.auditor import witness
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import sign

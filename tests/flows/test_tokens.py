@@ -17,14 +17,14 @@ import jwt
 import pytest
 import uvicorn
 
-from ringfence.client.agent import Agent
-from ringfence.client.asgi import TOKEN, TokenGuard
-from ringfence.client.credentials import IssuedCredential
-from ringfence.client.dpop import BearerAuth, DpopAuth
+from ringfence.client.agent.agent import Agent
+from ringfence.client.agent.credentials import IssuedCredential
+from ringfence.client.agent.dpop import BearerAuth, DpopAuth
 from ringfence.client.errors import InvalidCallError, RequestDeniedError, TokenRejectedError
-from ringfence.client.issuer import KEYS_LIFE_S
-from ringfence.client.proofs import Nonces
-from ringfence.client.verify import TokenVerifier, VerifiedToken
+from ringfence.client.resource_server.asgi import TOKEN, TokenGuard
+from ringfence.client.resource_server.dpop_proofs import Nonces
+from ringfence.client.resource_server.issuer_keys import KEYS_LIFE_S
+from ringfence.client.resource_server.verifier import TokenVerifier, VerifiedToken
 from ringfence.dev.processes import free_port
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.kernel.crypto.keys import SigningKey

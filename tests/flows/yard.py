@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from ringfence.client.agent import Agent
+from ringfence.client.agent.agent import Agent
 from ringfence.client.token_sources import TokenSource
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from ringfence.client.dpop import proof
+from ringfence.client.agent.dpop import proof
 from ringfence.dev.processes import LOOPBACK
 from ringfence.kernel.crypto.keys import SigningKey
 from tests.world import WITHIN_S

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.client.actions import PendingAction
-from ringfence.client.sponsor import Sponsor
+from ringfence.client.approvals.action_approvals import PendingAction
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from tests.brokers import RedisServer
 from tests.brokers.secured import Authority

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from ringfence.client.sponsor import Sponsor
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.dev.processes import LOOPBACK, free_port
 from ringfence.gateway.wire import OF_PROXIES
 from ringfence.model.http_targets.request_map import MAX_BODY_BYTES

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from ringfence.client.dpop import proof
-from ringfence.client.sponsor import Sponsor
+from ringfence.client.agent.dpop import proof
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.dev.processes import LOOPBACK
 from ringfence.gateway.authz import PROBLEM
 from ringfence.model.http_targets.request_map import MAX_BODY_BYTES

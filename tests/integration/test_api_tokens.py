@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ringfence.client.api import ReadApi
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.api import api_audience
 from ringfence.messages.trust import ServiceRole

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from ringfence.audit.handlers import BURIED_HERE
-from ringfence.client.agent import Agent
-from ringfence.client.api import ReadApi
+from ringfence.client.agent.agent import Agent
 from ringfence.client.errors import ApiError, RefusedError
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.ids import digest, lease_id, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import parse, sign

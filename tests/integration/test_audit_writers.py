@@ -20,7 +20,7 @@ import pytest
 
 from ringfence.audit.chaining import ChainWriter
 from ringfence.audit.intake import Intake, Told
-from ringfence.client.auditor import verify_trail
+from ringfence.client.reports.auditor import verify_trail
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.processes import Child, free_port, spawn
 from ringfence.kernel.base.clock import SystemClock

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES, make_trust
+from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES, make_trust
 from ringfence.dev.processes import free_port, spawn
 from ringfence.dev.stack import Stack, StackOptions, readiness
 from ringfence.kernel.crypto.keys import SigningKey

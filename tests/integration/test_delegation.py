@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from ringfence import Agent
-from ringfence.client.api import ReadApi
 from ringfence.client.errors import ApiError, RefusedError, RequestDeniedError, TokenRejectedError
-from ringfence.client.verify import TokenVerifier
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.client.resource_server.verifier import TokenVerifier
 from ringfence.messages.topics import AUDIT, LEASE
 from tests.stack import WITHIN_S, Realm, first_pending
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from ringfence.cli.dev import client_settings
-from ringfence.client.agent import Agent
+from ringfence.client.agent.agent import Agent
 from ringfence.dev.stack import Stack, StackOptions
 from ringfence.messages.lease import TERMINAL
 from ringfence.messages.operations import ActionDecided

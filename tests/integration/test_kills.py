@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.client.credentials import IssuedCredential
+from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.client.errors import RequestDeniedError
 from ringfence.dev.stack import Stack, StackOptions
 from ringfence.messages.credential import CredentialDecision

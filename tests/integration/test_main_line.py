@@ -11,9 +11,9 @@ import pytest
 from jsonschema.validators import Draft202012Validator
 
 from ringfence import Agent
-from ringfence.client.api import ReadApi
 from ringfence.client.errors import ApiError, RefusedError, RequestDeniedError, TokenRejectedError
-from ringfence.client.verify import TokenVerifier
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.client.resource_server.verifier import TokenVerifier
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.approval import ApprovalRequest

@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
-from ringfence.client.agent import Agent
-from ringfence.client.ceremony import SERVICE_ROLES, publish_bundle
+from ringfence.client.admin.key_rotation import rotate_root, rotate_services
+from ringfence.client.admin.trust_setup import SERVICE_ROLES, publish_bundle
+from ringfence.client.agent.agent import Agent
 from ringfence.client.errors import RequestDeniedError
-from ringfence.client.rotation import rotate_root, rotate_services
 from ringfence.dev.stack import Stack, StackOptions
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey

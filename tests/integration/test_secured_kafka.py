@@ -16,10 +16,10 @@ import pytest
 from aiokafka.errors import TopicAuthorizationFailedError
 
 from ringfence.cli.main import main
-from ringfence.client.administrator import Administrator
-from ringfence.client.agent import Agent
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.agent.agent import Agent
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.settings import ClientSettings
-from ringfence.client.sponsor import Sponsor
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.settings import BusSettings, ServiceSettings
 from ringfence.kernel.kafka.acls import PARTIES

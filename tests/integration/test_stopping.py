@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from ringfence.client.ceremony import TrustFolder, make_trust
+from ringfence.client.admin.trust_setup import TrustFolder, make_trust
 from ringfence.dev.stack import Stack, StackOptions
 
 WITHIN_S = 60

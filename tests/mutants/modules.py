@@ -25,5 +25,5 @@ MODULES: dict[str, tuple[str, ...]] = {
     "policy/domain.py": ("test_policy_domain.py",),
     "gateway/domain.py": ("test_gateway_domain.py",),
     "issuer/domain.py": ("test_issuer_domain.py", "test_issuer_limits.py", "test_limiting_fields.py"),
-    "client/verify.py": ("test_client_verify.py", "test_client_dpop.py", "test_client_asgi.py"),
+    "client/resource_server/verifier.py": ("test_client_verify.py", "test_client_dpop.py", "test_client_asgi.py"),
 }  # fmt: skip

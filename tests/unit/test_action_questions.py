@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ringfence.cli.questions import action_as_json, print_action
-from ringfence.client.actions import ActionHeader, PendingAction
+from ringfence.client.approvals.action_approvals import ActionHeader, PendingAction
 
 
 def pending(**fields: Any) -> PendingAction:

@@ -13,7 +13,8 @@ from ringfence.audit.actions import counted, path_prefix, unknown_destinations
 from ringfence.audit.http import AuditApi
 from ringfence.audit.store import CursorLostError, SqliteIndex, Viewer
 from ringfence.cli.gateway import _print
-from ringfence.client.action_report import (
+from ringfence.client.errors import ApiError
+from ringfence.client.reports.action_report import (
     MAX_DESTINATIONS,
     MAX_LABELS,
     OTHER_LABELS,
@@ -21,8 +22,7 @@ from ringfence.client.action_report import (
     action_report,
     is_injected,
 )
-from ringfence.client.api import ReadApi
-from ringfence.client.errors import ApiError
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.kafka.producer import Received

@@ -16,9 +16,8 @@ from ringfence.audit.http import AuditApi
 from ringfence.audit.store import CursorLostError, SqliteIndex, Viewer
 from ringfence.audit.wanted import EVERYTHING, Wanted
 from ringfence.audit.who import leases_of, who_did
-from ringfence.client.api import ReadApi
 from ringfence.client.errors import ApiError
-from ringfence.client.exports.running import (
+from ringfence.client.exports.export import (
     ExportError,
     Question,
     State,
@@ -26,8 +25,9 @@ from ringfence.client.exports.running import (
     export_pages,
     resume,
 )
+from ringfence.client.reports.access_report import who_report
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
-from ringfence.client.who import who_report
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.kafka.producer import Received
 from ringfence.kernel.service.http import application

@@ -9,7 +9,7 @@ import pytest
 
 from ringfence.audit.coverage import behind, count_actions, count_leases, went_through
 from ringfence.audit.store import CursorLostError, Viewer
-from ringfence.client.coverage import Coverage, Share
+from ringfence.client.reports.coverage import Coverage, Share
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import AUDIT, LEASE, TASK

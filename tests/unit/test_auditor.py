@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from ringfence.client.auditor import holes
+from ringfence.client.reports.auditor import holes
 
 
 @pytest.mark.parametrize(

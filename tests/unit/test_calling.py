@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from ringfence.backends import Caller, TargetError, TargetRefusedError, TargetShutError
-from ringfence.backends.calling import FAILURES_TO_SHUT
+from ringfence.backends.circuit_breaker import FAILURES_TO_SHUT
 
 LONGEST_SHUT_S = 60.0
 

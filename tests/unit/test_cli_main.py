@@ -16,8 +16,8 @@ import pytest
 
 import ringfence
 from ringfence.cli.main import COMMANDS, EXTRAS, main
-from ringfence.client.api import ReadApi
 from ringfence.client.errors import ApiError
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base import config_file
 from ringfence.kernel.crypto.keys import SigningKey
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.client.ceremony import TrustFolder, make_trust
+from ringfence.client.admin.trust_setup import TrustFolder, make_trust
 
 
 @pytest.fixture

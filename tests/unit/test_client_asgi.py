@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 import pytest
 
-from ringfence.client.asgi import TOKEN, Needs, TokenGuard
-from ringfence.client.challenges import presented, refusal
-from ringfence.client.dpop import BearerAuth, DpopAuth, proof
+from ringfence.client.agent.dpop import BearerAuth, DpopAuth, proof
 from ringfence.client.errors import InvalidCallError, TokenRejectedError
-from ringfence.client.proofs import Nonces
-from ringfence.client.verify import TokenVerifier, VerifiedToken
+from ringfence.client.resource_server.asgi import TOKEN, Needs, TokenGuard
+from ringfence.client.resource_server.challenges import presented, refusal
+from ringfence.client.resource_server.dpop_proofs import Nonces
+from ringfence.client.resource_server.verifier import TokenVerifier, VerifiedToken
 from ringfence.kernel.crypto.keys import SigningKey
 from tests.unit.test_client_verify import AUDIENCE, ISSUER, TARGET, Clock, Issuer
 

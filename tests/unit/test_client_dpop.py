@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.client.dpop import BearerAuth, DpopAuth, access_token_hash, proof, target_uri
-from ringfence.client.proofs import (
+from ringfence.client.agent.dpop import BearerAuth, DpopAuth, access_token_hash, proof, target_uri
+from ringfence.client.resource_server.dpop_proofs import (
     MAX_PROOF_BYTES,
     NONCE_LIFE_S,
     PROOF_LIFE_S,
@@ -24,7 +24,7 @@ from ringfence.client.proofs import (
     ProofError,
     ProofsInMemory,
 )
-from ringfence.client.verify import TokenVerifier
+from ringfence.client.resource_server.verifier import TokenVerifier
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import LEEWAY_S
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode

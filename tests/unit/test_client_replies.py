@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ringfence.client.credentials import IssuedCredential
-from ringfence.client.replies import Allowed, Denied, PendingRequest, SentRequest, read_reply
+from ringfence.client.agent.credentials import IssuedCredential
+from ringfence.client.agent.replies import Allowed, Denied, PendingRequest, SentRequest, read_reply
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.base.ids import digest, lease_id
 from ringfence.kernel.crypto.jwe import ReplyKey, seal, unverified_kid

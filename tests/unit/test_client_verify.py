@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ringfence.client.errors import TokenRejectedError
-from ringfence.client.verify import TokenVerifier
+from ringfence.client.resource_server.verifier import TokenVerifier
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import open_signed, parse
 from ringfence.kernel.crypto.keys import SigningKey, b64encode, public_key

@@ -13,8 +13,7 @@ import httpx
 import jwt
 import pytest
 
-from ringfence.client.applying import environment
-from ringfence.client.credentials import (
+from ringfence.client.agent.credentials import (
     GatewayCredential,
     IssuedCredential,
     PostgresCredential,
@@ -24,6 +23,7 @@ from ringfence.client.credentials import (
     TokenCredential,
     class_of,
 )
+from ringfence.client.agent.environment import environment
 from ringfence.client.errors import CredentialOverError, CredentialUseError
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Delivery

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from ringfence.backends import Material, built_in
-from ringfence.backends.declared import Declared
+from ringfence.backends.capabilities import Declared
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from tools.schemas.examples import EXAMPLES
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.client.ceremony import TrustFolder, make_trust
+from ringfence.client.admin.trust_setup import TrustFolder, make_trust
 from ringfence.dev.processes import StackError
 from ringfence.dev.stack import Stack, StackOptions
 

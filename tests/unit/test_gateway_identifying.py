@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ringfence.client.dpop import proof
-from ringfence.client.proofs import Nonces, ProofChecker, ProofsInMemory
+from ringfence.client.agent.dpop import proof
+from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker, ProofsInMemory
 from ringfence.gateway.attempts import Attempt, Presented
 from ringfence.gateway.domain import Refusal, Sender
 from ringfence.gateway.identifying import Identifier

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from joserfc import jwe
 from joserfc.jwk import ECKey, OKPKey
 
-from ringfence.client.ceremony import (
+from ringfence.client.admin.trust_setup import (
     CeremonyError,
     TrustFolder,
     add_gateways,

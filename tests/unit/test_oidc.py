@@ -11,7 +11,7 @@ import jwt
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.client.ceremony import (
+from ringfence.client.admin.trust_setup import (
     CeremonyError,
     TrustFolder,
     make_trust,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.backends.errors import InexactError
-from ringfence.backends.postgres_rights import (
+from ringfence.backends.postgres.privileges import (
     RIGHTS,
     Column,
     Level,
@@ -20,7 +20,7 @@ from ringfence.backends.postgres_rights import (
     quoted,
     rights,
 )
-from ringfence.backends.scram import verifier
+from ringfence.backends.postgres.scram import verifier
 from ringfence.messages.permission import Permission
 from ringfence.model.scope.globs import parse_glob
 

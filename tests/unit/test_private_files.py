@@ -13,8 +13,8 @@ import pytest
 
 from ringfence.cli import audit
 from ringfence.cli.main import main
-from ringfence.client.auditor import TrailReport, TreeReport
-from ringfence.client.exports import running
+from ringfence.client.exports import export
+from ringfence.client.reports.auditor import TrailReport, TreeReport
 from ringfence.gateway.spool import Spool, SpoolError
 from ringfence.kernel.base.private_files import (
     NotPrivateError,
@@ -98,7 +98,7 @@ def test_what_belongs_to_somebody_else_and_is_open_is_refused(
 
 def test_an_export_that_stopped_and_goes_on(tmp_path: Path, umask: int) -> None:
     target = tmp_path / "out.ndjson"
-    one = running.begin(target, running.Question(format="ocsf", since_ms=0, until_ms=1, filters={}))
+    one = export.begin(target, export.Question(format="ocsf", since_ms=0, until_ms=1, filters={}))
     one.state.after = "here"
     one.keep()
     one.leave()
@@ -106,7 +106,7 @@ def test_an_export_that_stopped_and_goes_on(tmp_path: Path, umask: int) -> None:
     assert [mode(path) for path in files] == [0o600, 0o600]
     for path in files:
         path.chmod(0o666)
-    two = running.resume(target)
+    two = export.resume(target)
     two.keep()
     assert [mode(path) for path in files] == [0o600, 0o600]
     two.finish()

@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 
 from ringfence.cli.questions import as_json, print_question
-from ringfence.client.alike import Alike, alike
-from ringfence.client.sponsor import PendingApproval
-from ringfence.client.usual import Comparison, Past, compare
+from ringfence.client.approvals.grouping import Alike, alike
+from ringfence.client.approvals.history_comparison import Comparison, Past, compare
+from ringfence.client.approvals.sponsor import PendingApproval
 from ringfence.messages.credential import Reason, Revisions
 from ringfence.messages.permission import Permission
 from tests.world import Scope, scope

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ringfence.client.admin.scope_changes import with_added, with_removed
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.scope_changes import with_added, with_removed
 from ringfence.messages.permission import Permission, Scope
 from ringfence.model.scope.scope import intersect, missing
 

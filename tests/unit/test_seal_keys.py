@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.client.ceremony import TrustFolder, make_trust
-from ringfence.client.rotation import OVERLAP_S, rotate_services
+from ringfence.client.admin.key_rotation import OVERLAP_S, rotate_services
+from ringfence.client.admin.trust_setup import TrustFolder, make_trust
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.encryption_keys import SealKeys
 from ringfence.kernel.crypto.keys import KeyFileError

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.client.ceremony import CeremonyError, TrustFolder, make_trust
-from ringfence.client.rotation import OVERLAP_S, renew, rotate_root, rotate_services
+from ringfence.client.admin.key_rotation import OVERLAP_S, renew, rotate_root, rotate_services
+from ringfence.client.admin.trust_setup import CeremonyError, TrustFolder, make_trust
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey
 from ringfence.kernel.crypto.service_keys import SETTLE_S, ServiceKeys, next_file

@@ -7,7 +7,7 @@ import os
 from types import SimpleNamespace
 from typing import Any, cast
 
-from ringfence.client.process_mark import process_mark
+from ringfence.client.agent.process_id import process_mark
 from ringfence.gateway.sharing import SharedKeys
 from ringfence.model.records.key_sharing import WINDOW_MS, KeyUses
 from tests.ledger import TD, FixedClock

@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.backends import ssh_helper as helper
-from ringfence.backends.ssh_certificates import public_text
-from ringfence.backends.ssh_helper import (
+from ringfence.backends.ssh import host_helper as helper
+from ringfence.backends.ssh.certificates import public_text
+from ringfence.backends.ssh.host_helper import (
     Config,
     FailedError,
     RefusedError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ringfence.backends.errors import InexactError
-from ringfence.backends.ssh_rights import MAX_COMMANDS, Allowed, Rights, allowed, plan
+from ringfence.backends.ssh.privileges import MAX_COMMANDS, Allowed, Rights, allowed, plan
 from ringfence.messages.permission import Permission
 
 THERE: Rights = {

@@ -10,8 +10,8 @@ import pytest
 from ringfence.backends import Material, built_in
 from ringfence.cli.main import main
 from ringfence.cli.target_templates import TEMPLATES
-from ringfence.client import target_backends
-from ringfence.client.target_backends import backend_problem
+from ringfence.client.admin import target_backends
+from ringfence.client.admin.target_backends import backend_problem
 from ringfence.messages.registry import BackendSettings
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.target_settings import DECLARED, problems

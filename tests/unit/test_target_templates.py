@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import typer
 
-from ringfence.backends.postgres_rights import RIGHTS
-from ringfence.backends.ssh_rights import VERBS
+from ringfence.backends.postgres.privileges import RIGHTS
+from ringfence.backends.ssh.privileges import VERBS
 from ringfence.cli.target import _request, _settings, _template, _verbs
 from ringfence.cli.target_templates import TEMPLATES
-from ringfence.client.applying import applied, environment
-from ringfence.client.credentials import IssuedCredential, Secret
+from ringfence.client.agent.credentials import IssuedCredential, Secret
+from ringfence.client.agent.environment import applied, environment
 from ringfence.model.http_targets.request_map import Action, RequestMap
 from ringfence.model.target_settings import HttpSettings
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ringfence.cli import action_approvals
 from ringfence.cli.main import main
 from ringfence.cli.output import print_fields, print_json, print_json_line, print_table
-from ringfence.client.actions import PendingAction
+from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.errors import ApiError
 from ringfence.kernel.base.errors import RingfenceError, SignatureError
 from ringfence.kernel.base.text import visible_lines
@@ -149,7 +149,7 @@ import json, logging, sys, threading
 from ringfence.cli.main import main
 main(["--version"])
 hostile = json.loads(sys.argv[1])
-logging.getLogger("ringfence.client.agent").warning("ignored: %s", hostile)
+logging.getLogger("ringfence.client.agent.agent").warning("ignored: %s", hostile)
 try:
     raise ValueError(hostile + "\\nforged: by an error")
 except ValueError:

@@ -8,14 +8,14 @@ from importlib.metadata import entry_points
 from typing import ClassVar, Literal, Protocol
 
 from ringfence.backends.access import BackendSettings, TargetAccess
-from ringfence.backends.calling import Caller
+from ringfence.backends.circuit_breaker import Caller
 from ringfence.backends.errors import BackendError, TargetError, TargetRefusedError, TargetShutError
 from ringfence.backends.http import HttpBackend, StaticSecrets
 from ringfence.backends.jwt import JwtBackend
-from ringfence.backends.postgres import PostgresBackend
+from ringfence.backends.postgres.backend import PostgresBackend
 from ringfence.backends.redis import RedisBackend
 from ringfence.backends.secret_sources import AccessError, SecretSource
-from ringfence.backends.ssh import SshBackend
+from ringfence.backends.ssh.backend import SshBackend
 from ringfence.backends.token_keys import TokenKey, TokenKeyError, TokenKeys
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease

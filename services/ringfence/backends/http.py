@@ -15,7 +15,7 @@ from typing import ClassVar, Final, Literal
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.errors import TargetRefusedError
 from ringfence.backends.secret_sources import AccessError
-from ringfence.backends.settings import TargetSettingsError, settings_of
+from ringfence.backends.target_settings import TargetSettingsError, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState

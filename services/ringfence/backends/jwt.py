@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, ClassVar, Literal
 
-from ringfence.backends.settings import TargetSettingsError, settings_of
+from ringfence.backends.target_settings import TargetSettingsError, settings_of
 from ringfence.backends.token_keys import TokenKeyError, TokenKeys
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease

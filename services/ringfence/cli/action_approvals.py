@@ -9,8 +9,8 @@ from ringfence.cli import questions
 from ringfence.cli.options import confirm, identity, run
 from ringfence.cli.output import print_json, print_json_line, say, span, visible_name
 from ringfence.cli.scopes import show_act
-from ringfence.client.actions import PendingAction
-from ringfence.client.sponsor import Sponsor
+from ringfence.client.approvals.action_approvals import PendingAction
+from ringfence.client.approvals.sponsor import Sponsor
 
 
 def row(one: PendingAction, now_s: float) -> tuple[str, ...]:

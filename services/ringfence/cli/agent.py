@@ -38,11 +38,11 @@ from ringfence.cli.output import note, print_json, span
 from ringfence.cli.records import list_records, print_record
 from ringfence.cli.scopes import parse_scope, show_scope
 from ringfence.cli.usage import print_usage, set_ceiling_command
-from ringfence.client.administrator import Administrator
-from ringfence.client.api import ReadApi
-from ringfence.client.ending_leases import Loss
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.affected_leases import Loss
+from ringfence.client.admin.outcomes import Accepted
 from ringfence.client.errors import ApiError, InvalidCallError
-from ringfence.client.outcomes import Accepted
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.keys import KeyRecord

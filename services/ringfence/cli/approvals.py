@@ -17,12 +17,12 @@ from ringfence.cli.ids import a_beginning
 from ringfence.cli.options import IdentityOption, JsonOption, YesOption, confirm, identity, run, wants_json
 from ringfence.cli.output import note, print_json, print_json_line, print_table, say, span, visible
 from ringfence.cli.scopes import show_scope
-from ringfence.client.actions import PendingAction
-from ringfence.client.alike import Alike, AlikeKey, key_of
+from ringfence.client.approvals.action_approvals import PendingAction
+from ringfence.client.approvals.grouping import Alike, AlikeKey, key_of
+from ringfence.client.approvals.history_comparison import Comparison
+from ringfence.client.approvals.sponsor import PendingApproval, Sponsor
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.naming import named
-from ringfence.client.sponsor import PendingApproval, Sponsor
-from ringfence.client.usual import Comparison
+from ringfence.client.id_prefix import named
 
 app = typer.Typer(help="As a sponsor: see what waits, approve, deny; approve ahead.", no_args_is_help=True)
 

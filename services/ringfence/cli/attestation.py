@@ -22,10 +22,10 @@ from ringfence.cli.options import (
     wants_json,
 )
 from ringfence.cli.outcome import print_accepted
-from ringfence.client.administrator import Administrator
-from ringfence.client.ending_leases import Loss
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.affected_leases import Loss
+from ringfence.client.admin.outcomes import Accepted
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.outcomes import Accepted
 from ringfence.kernel.base.strict_json import once
 from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.enrolment import AttestationSelector

@@ -35,11 +35,18 @@ from ringfence.cli.ids import a_name
 from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.output import console, note, print_json, print_json_line, print_table, say, visible
 from ringfence.cli.spans import when_ms
-from ringfence.client.administrator import Administrator
-from ringfence.client.api import Filters, ReadApi
-from ringfence.client.auditor import HEADS, SETTLE_S, TrailReport, read_heads, verify_trail, witness
+from ringfence.client.admin.administrator import Administrator
 from ringfence.client.connection import load_key, load_settings
 from ringfence.client.errors import InvalidCallError
+from ringfence.client.reports.auditor import (
+    HEADS,
+    SETTLE_S,
+    TrailReport,
+    read_heads,
+    verify_trail,
+    witness,
+)
+from ringfence.client.reports.read_api import Filters, ReadApi
 from ringfence.kernel.base.private_files import write_private
 
 app = typer.Typer(help="Follow the trail; trace one credential back to the human.", no_args_is_help=True)

@@ -24,8 +24,7 @@ from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wan
 from ringfence.cli.output import escaped_json, moment, note, print_json, say, visible_lines
 from ringfence.cli.progress import counting
 from ringfence.cli.spans import span_ms
-from ringfence.client.api import ReadApi
-from ringfence.client.exports.running import (
+from ringfence.client.exports.export import (
     Question,
     State,
     Unfinished,
@@ -36,6 +35,7 @@ from ringfence.client.exports.running import (
     stopped_at_ms,
 )
 from ringfence.client.exports.writers import Format, Writer, writer_of
+from ringfence.client.reports.read_api import ReadApi
 
 
 def export(

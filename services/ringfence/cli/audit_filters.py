@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from ringfence.cli.ids import a_name, a_target, a_uuid
-from ringfence.client.api import Filters
+from ringfence.client.reports.read_api import Filters
 
 AgentFilter = Annotated[
     str | None, typer.Option("--agent", metavar="AGENT", callback=a_name, help="Only this agent.")

@@ -13,8 +13,8 @@ from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wan
 from ringfence.cli.output import moment, note, print_json, print_table, say
 from ringfence.cli.progress import counting
 from ringfence.cli.spans import span_ms
-from ringfence.client.api import ReadApi
-from ringfence.client.who import Who, who_report
+from ringfence.client.reports.access_report import Who, who_report
+from ringfence.client.reports.read_api import ReadApi
 
 _DID = [
     "agent", "sponsor", "on behalf of", "allowed", "denied", "observed", "credentials", "!first", "!last", "!trace",

@@ -10,7 +10,7 @@ from ringfence.cli.ids import a_beginning
 from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.output import moment, print_json, print_table, say
 from ringfence.cli.scopes import show_scope
-from ringfence.client.reviewer import review_break_glass, uses_of_break_glass
+from ringfence.client.approvals.break_glass_review import review_break_glass, uses_of_break_glass
 from ringfence.messages.permission import Permission
 
 app = typer.Typer(help="What two operators allowed against policy; review it.", no_args_is_help=True)

@@ -12,11 +12,11 @@ import typer
 from ringfence.cli.options import confirm
 from ringfence.cli.output import note
 from ringfence.cli.scopes import parse_scope, show_scope
-from ringfence.client.administrator import Administrator
-from ringfence.client.api import ReadApi
-from ringfence.client.ending_leases import EndingLeases, Loss, ending_leases
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.affected_leases import EndingLeases, Loss, ending_leases
+from ringfence.client.admin.scope_changes import with_added, with_removed
 from ringfence.client.errors import StaleApprovalError
-from ringfence.client.scope_changes import with_added, with_removed
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Scope
 from ringfence.model.records.directory import Entry
 from ringfence.model.scope.scope import missing

@@ -19,8 +19,8 @@ from ringfence.cli.options import (
 from ringfence.cli.output import moment, note, print_json, print_table, say, span
 from ringfence.cli.progress import counting
 from ringfence.cli.spans import span_ms
-from ringfence.client.api import ReadApi
-from ringfence.client.coverage import Coverage, Share, coverage_report
+from ringfence.client.reports.coverage import Coverage, Share, coverage_report
+from ringfence.client.reports.read_api import ReadApi
 
 _SHARES = {
     "agents_sponsored": "agents with a live sponsor, now",

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES
+from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
 from ringfence.kernel.base import config_file
 from ringfence.kernel.base.private_files import write_private
 from ringfence.kernel.base.text import visible, visible_lines

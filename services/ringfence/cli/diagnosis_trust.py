@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ringfence.cli.finding import Finding
-from ringfence.client.ceremony import SEAL, lacking
+from ringfence.client.admin.trust_setup import SEAL, lacking
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.keys import SigningKey

@@ -14,9 +14,9 @@ from ringfence.cli.ids import a_uuid
 from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.output import console, moment, note, print_fields, print_json, print_table, visible
 from ringfence.cli.scopes import show_scope
-from ringfence.client.api import ReadApi
+from ringfence.client.agent.replies import who
 from ringfence.client.errors import ApiError
-from ringfence.client.replies import who
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.topics import CREDENTIAL_DECISION
 from ringfence.model.scope.scope import missing

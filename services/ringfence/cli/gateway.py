@@ -11,8 +11,8 @@ from ringfence.cli.ids import a_name, a_target
 from ringfence.cli.options import IdentityOption, JsonOption, duration_s, identity, run, wants_json
 from ringfence.cli.output import print_json, print_table, say, visible
 from ringfence.cli.progress import counting
-from ringfence.client.action_report import ActionReport, Count, Sums, action_report
-from ringfence.client.api import ReadApi
+from ringfence.client.reports.action_report import ActionReport, Count, Sums, action_report
+from ringfence.client.reports.read_api import ReadApi
 
 app = typer.Typer(help="What gateways let pass, and what they blocked.", no_args_is_help=True)
 

@@ -23,10 +23,10 @@ from ringfence.cli.options import (
 from ringfence.cli.outcome import print_accepted
 from ringfence.cli.output import note, print_fields, print_json, print_table, span, until, visible
 from ringfence.cli.scopes import parse_scope, show_scope
+from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.approvals.grants import Grantor, Proposal
+from ringfence.client.approvals.sponsor import PendingApproval, Sponsor
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.grantor import Grantor, Proposal
-from ringfence.client.outcomes import Accepted
-from ringfence.client.sponsor import PendingApproval, Sponsor
 from ringfence.messages.permission import Permission
 
 GrantArgument = Annotated[str, typer.Argument(metavar="GRANT", callback=a_uuid, help="The grant's id.")]

@@ -13,7 +13,10 @@ import typer
 from ringfence.cli import oidc_issuers
 from ringfence.cli.options import JsonOption, run, wants_json
 from ringfence.cli.output import print_json, say
-from ringfence.client.ceremony import (
+from ringfence.client.admin.key_rotation import OVERLAP_S, rotate_services
+from ringfence.client.admin.key_rotation import renew as renewed
+from ringfence.client.admin.key_rotation import rotate_root as root_rotated
+from ringfence.client.admin.trust_setup import (
     TrustFolder,
     add_gateways,
     add_services,
@@ -23,9 +26,6 @@ from ringfence.client.ceremony import (
     signed_before,
 )
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.rotation import OVERLAP_S, rotate_services
-from ringfence.client.rotation import renew as renewed
-from ringfence.client.rotation import rotate_root as root_rotated
 from ringfence.kernel.base.settings import BusSettings, load
 from ringfence.kernel.crypto.service_keys import files_before, next_file
 

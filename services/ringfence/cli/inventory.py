@@ -14,8 +14,8 @@ from ringfence.cli.ids import a_name, a_target
 from ringfence.cli.inventory_watch import watch_lines, watch_table
 from ringfence.cli.options import IdentityOption, JsonOption, duration_s, identity, run, wants_json
 from ringfence.cli.output import console, moment, note, print_json, table_of, visible
-from ringfence.client.api import ReadApi
-from ringfence.client.inventory import Inventory, read_inventory
+from ringfence.client.reports.inventory import Inventory, read_inventory
+from ringfence.client.reports.read_api import ReadApi
 
 _WHY = {"disabled": "is disabled", "no_sponsor": "is no sponsor", "unknown": "is not known"}
 

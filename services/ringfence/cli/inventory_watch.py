@@ -13,9 +13,9 @@ from rich.live import Live
 from rich.text import Text
 
 from ringfence.cli.output import console, print_json_line, visible
-from ringfence.client.api import Filters, ReadApi
 from ringfence.client.errors import ApiError
-from ringfence.client.inventory import PAGE_ROWS, Inventory, read_inventory
+from ringfence.client.reports.inventory import PAGE_ROWS, Inventory, read_inventory
+from ringfence.client.reports.read_api import Filters, ReadApi
 from ringfence.kernel.base.ids import digest
 
 

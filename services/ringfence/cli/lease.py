@@ -12,7 +12,7 @@ from ringfence.cli.ids import a_name, a_target, a_uuid
 from ringfence.cli.options import IdentityOption, JsonOption, identity, run, wants_json
 from ringfence.cli.output import moment, note, print_fields, print_json, print_table, span, until
 from ringfence.cli.scopes import show_scope
-from ringfence.client.api import ReadApi
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Permission, Scope
 
 app = typer.Typer(help="The lives of issued credentials.", no_args_is_help=True)

@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-from ringfence.client.ceremony import CeremonyError, TrustFolder, remove_oidc_issuer, set_oidc_issuer
+from ringfence.client.admin.trust_setup import (
+    CeremonyError,
+    TrustFolder,
+    remove_oidc_issuer,
+    set_oidc_issuer,
+)
 from ringfence.client.errors import checked
 from ringfence.kernel.crypto.oidc import read_jwks
 from ringfence.messages.oidc import OidcIssuer, OidcUse

@@ -7,9 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ringfence.cli.output import note, print_json, say
-from ringfence.client.administrator import Administrator
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.outcomes import Accepted
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.outcomes import Accepted
 from ringfence.messages.permission import Permission
 
 

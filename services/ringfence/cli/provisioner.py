@@ -31,10 +31,10 @@ from ringfence.cli.outcome import print_accepted, warn_of_unknown
 from ringfence.cli.output import note, print_json, print_table
 from ringfence.cli.scopes import parse_permission, show_permission
 from ringfence.cli.yaml_files import YamlFile
-from ringfence.client.administrator import Administrator
-from ringfence.client.api import ReadApi
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.outcomes import Accepted
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.outcomes import Accepted
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.private_files import open_private
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Permission

@@ -11,10 +11,10 @@ from typing import Any
 
 from ringfence.cli.output import print_fields, span, until, visible, visible_name
 from ringfence.cli.scopes import show_scope
-from ringfence.client.actions import PendingAction
-from ringfence.client.alike import Alike
-from ringfence.client.replies import who
-from ringfence.client.usual import DAYS, Comparison, Difference
+from ringfence.client.agent.replies import who
+from ringfence.client.approvals.action_approvals import PendingAction
+from ringfence.client.approvals.grouping import Alike
+from ringfence.client.approvals.history_comparison import DAYS, Comparison, Difference
 
 
 def print_question(group: Alike, comparison: Comparison) -> None:

@@ -12,7 +12,7 @@ from ringfence.cli.attestation import show_selector
 from ringfence.cli.options import run
 from ringfence.cli.output import moment, print_fields, print_json, print_table, span, until
 from ringfence.cli.scopes import show_scope
-from ringfence.client.api import ReadApi
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.secret_scrubber import without_secrets
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import (

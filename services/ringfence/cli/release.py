@@ -17,8 +17,8 @@ from ringfence.cli.options import (
     wants_json,
 )
 from ringfence.cli.output import print_json, say
-from ringfence.client.agent import Agent
-from ringfence.client.signatory import TIMEOUT_S
+from ringfence.client.admin.command_client import TIMEOUT_S
+from ringfence.client.agent.agent import Agent
 
 
 def release(

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ringfence.cli.options import JsonOption, duration_s, run, wants_json
 from ringfence.cli.output import console, note, print_json, print_table, say
 from ringfence.cli.scopes import show_scope
-from ringfence.client.replies import who
+from ringfence.client.agent.replies import who
 from ringfence.messages.permission import Permission
 
 if TYPE_CHECKING:

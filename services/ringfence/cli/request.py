@@ -29,10 +29,10 @@ from ringfence.cli.options import (
 )
 from ringfence.cli.output import note, print_json, until, visible_lines
 from ringfence.cli.scopes import parse_scope, show_scope
-from ringfence.client.agent import Agent
-from ringfence.client.applying import applied
-from ringfence.client.credentials import GatewayCredential, IssuedCredential
-from ringfence.client.replies import PendingRequest
+from ringfence.client.agent.agent import Agent
+from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
+from ringfence.client.agent.environment import applied
+from ringfence.client.agent.replies import PendingRequest
 from ringfence.messages.credential import Delivery
 
 _DELIVERIES: tuple[Delivery, ...] = get_args(Delivery)

@@ -18,9 +18,9 @@ from ringfence.cli.options import (
     wants_json,
 )
 from ringfence.cli.outcome import print_accepted
-from ringfence.client.administrator import Administrator
-from ringfence.client.outcomes import Accepted
-from ringfence.client.signatory import TIMEOUT_S
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.command_client import TIMEOUT_S
+from ringfence.client.admin.outcomes import Accepted
 
 _ENDS_WITHIN_S = 60.0
 """The answer comes when all has ended; so long some ten thousand leases may take. They are refused long before."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ringfence.client.ceremony import ON_DEMAND, SERVICE_ROLES
+from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
 
 if TYPE_CHECKING:
     from ringfence.kernel.base.settings import ServiceSettings

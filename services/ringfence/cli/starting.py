@@ -6,7 +6,7 @@ import importlib
 import inspect
 from collections.abc import Iterator, Sequence
 
-from ringfence.client.ceremony import ON_DEMAND
+from ringfence.client.admin.trust_setup import ON_DEMAND
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import RingfenceSettings, ServiceSettings, problems, wrong
 from ringfence.kernel.crypto.keys import SigningKey
@@ -56,6 +56,6 @@ def _classes(services: Sequence[str]) -> Iterator[type[RingfenceSettings]]:
         for _, cls in inspect.getmembers(importlib.import_module(module), inspect.isclass):
             if issubclass(cls, RingfenceSettings) and cls.__module__ in (
                 module,
-                "ringfence.backends.settings",
+                "ringfence.backends.target_settings",
             ):
                 yield cls

@@ -34,9 +34,9 @@ from ringfence.cli.outcome import print_accepted
 from ringfence.cli.output import note
 from ringfence.cli.records import list_records, show_record, target_fields
 from ringfence.cli.target_templates import TEMPLATES, Template
-from ringfence.client.administrator import Administrator
-from ringfence.client.outcomes import Accepted
-from ringfence.client.target_backends import backend_problem, no_backend
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.target_backends import backend_problem, no_backend
 from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.registry import (
     ActionClass,
@@ -236,7 +236,7 @@ def show(target: TargetArgument, me: IdentityOption = None, as_json: JsonOption 
 def ssh_helper() -> None:
     """Print the program for hosts that agents reach by ssh. docs/targets/ssh.md says where it goes."""
     # Not imported: what runs on such a host needs nothing of Ringfence's, nor does it need what services need.
-    sys.stdout.write(files("ringfence").joinpath("backends", "ssh_helper.py").read_text())
+    sys.stdout.write(files("ringfence").joinpath("backends", "ssh", "host_helper.py").read_text())
 
 
 def _verb(text: str) -> VerbFloor:

@@ -24,13 +24,13 @@ from ringfence.cli.outcome import print_accepted
 from ringfence.cli.output import moment, note, print_json, say
 from ringfence.cli.records import list_records, print_record
 from ringfence.cli.scopes import parse_scope, show_permission, show_scope
-from ringfence.client.administrator import Administrator
-from ringfence.client.agent import Agent
-from ringfence.client.api import ReadApi
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.preview import Preview
+from ringfence.client.agent.agent import Agent
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError, checked
-from ringfence.client.outcomes import Accepted
-from ringfence.client.preview import Preview
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.registry import TaskConsent, TaskTerms

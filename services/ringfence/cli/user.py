@@ -33,10 +33,10 @@ from ringfence.cli.options import (
 from ringfence.cli.outcome import print_accepted, refuse_unknown
 from ringfence.cli.records import list_records, show_record
 from ringfence.cli.scopes import parse_scope, show_scope
-from ringfence.client.administrator import Administrator
-from ringfence.client.ending_leases import Loss
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.affected_leases import Loss
+from ringfence.client.admin.outcomes import Accepted
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.outcomes import Accepted
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import AgentState, Provisioning, Role, UserState

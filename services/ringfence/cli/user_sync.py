@@ -10,9 +10,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from ringfence.cli.output import note, print_json, say, visible
 from ringfence.cli.yaml_files import YamlFile
+from ringfence.client.admin.provisioner import Provisioner
+from ringfence.client.admin.user_sync import (
+    Difference,
+    Plan,
+    Wanted,
+    carry_out,
+    delegation_of,
+    plan,
+)
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.provisioner import Provisioner
-from ringfence.client.sync import Difference, Plan, Wanted, carry_out, delegation_of, plan
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.base import Name

@@ -12,10 +12,10 @@ from typing import Any
 from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
-from ringfence.client.attested import Attested
+from ringfence.client.connected import Lifetime
 from ringfence.client.errors import IdentityError, require_understood
-from ringfence.client.identities import KeyFile, succeeding
-from ringfence.client.lifetime import Lifetime
+from ringfence.client.instance_enrolment import Attested
+from ringfence.client.key_file import KeyFile, succeeding
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import SettingsError, UnavailableError

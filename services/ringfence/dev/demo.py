@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 import httpx
 
-from ringfence.client.administrator import Administrator
-from ringfence.client.agent import Agent
-from ringfence.client.api import ReadApi
-from ringfence.client.credentials import IssuedCredential
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.agent.agent import Agent
+from ringfence.client.agent.credentials import IssuedCredential
+from ringfence.client.approvals.sponsor import PendingApproval, Sponsor
 from ringfence.client.errors import ApiError, RequestDeniedError
+from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
-from ringfence.client.sponsor import PendingApproval, Sponsor
 from ringfence.dev.organisation import DEPLOY_STAGING, PLATFORM, READ_ALL, key_of
 from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
 from ringfence.dev.stack import Stack

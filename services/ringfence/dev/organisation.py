@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ringfence.client.administrator import Administrator
-from ringfence.client.ceremony import TrustFolder
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.trust_setup import TrustFolder
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.permission import Permission

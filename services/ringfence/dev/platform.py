@@ -19,8 +19,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ringfence.client.asgi import TOKEN, App, Needs, Scope, TokenGuard
-from ringfence.client.verify import TokenVerifier, VerifiedToken
+from ringfence.client.resource_server.asgi import TOKEN, App, Needs, Scope, TokenGuard
+from ringfence.client.resource_server.verifier import TokenVerifier, VerifiedToken
 from ringfence.dev.processes import LOOPBACK
 from ringfence.kernel.crypto.keys import SigningKey
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ringfence.client.ceremony import (
+from ringfence.client.admin.trust_setup import (
     SERVICE_ROLES,
     TrustFolder,
     add_services,

@@ -7,9 +7,9 @@ import uuid
 from dataclasses import dataclass
 
 from ringfence.backends import BackendSettings, Material, TargetAccess, all_backends
-from ringfence.backends.declared import Declared
+from ringfence.backends.capabilities import Declared
 from ringfence.backends.http import StaticSecrets
-from ringfence.client.proofs import Nonces, ProofChecker
+from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker
 from ringfence.gateway.approving import Approvals
 from ringfence.gateway.blocking import BlockedRequests
 from ringfence.gateway.counting import Counted

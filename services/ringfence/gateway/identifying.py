@@ -11,7 +11,7 @@ import orjson
 from pydantic import ValidationError
 
 from ringfence.client.errors import TokenRejectedError
-from ringfence.client.proofs import MAX_PROOF_BYTES, ProofChecker
+from ringfence.client.resource_server.dpop_proofs import MAX_PROOF_BYTES, ProofChecker
 from ringfence.gateway.attempts import Attempt, Presented
 from ringfence.gateway.domain import UNAUTHORIZED, UNAVAILABLE, Leases, Refusal, Sender, refused
 from ringfence.kernel.base.clock import Clock

@@ -15,7 +15,7 @@ from typing import Final
 import httpx
 
 from ringfence.backends.http import StaticSecrets
-from ringfence.backends.settings import TargetSettingsError
+from ringfence.backends.target_settings import TargetSettingsError
 from ringfence.gateway.leases import LeaseTable
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from ringfence.backends.settings import TargetSettingsError, settings_of
+from ringfence.backends.target_settings import TargetSettingsError, settings_of
 from ringfence.gateway.attempts import Attempt
 from ringfence.gateway.domain import Refusal, refused
 from ringfence.messages.registry import AnyRecord, TargetRecord, TargetState

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from ringfence.backends import Material, all_backends
-from ringfence.backends.declared import Declared
+from ringfence.backends.capabilities import Declared
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 
-from ringfence.backends.declared import Declared
+from ringfence.backends.capabilities import Declared
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.log_limiter import of_a_kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ringfence.client.provisioner import Provisioner
+from ringfence.client.admin.provisioner import Provisioner
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError

@@ -18,7 +18,7 @@ from scim2_models import (
     UniquenessException,
 )
 
-from ringfence.client.provisioner import Provisioner
+from ringfence.client.admin.provisioner import Provisioner
 from ringfence.kernel.crypto.jws import explain
 from ringfence.messages.registry import Delegation, GroupLink, Provisioned, Provisioning, UserRecord
 from ringfence.model.records.provisioning import given_by

@@ -1,0 +1,1 @@
+"""PostgreSQL roles that exist for one lease."""

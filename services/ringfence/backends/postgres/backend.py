@@ -1,0 +1,302 @@
+"""Roles of a PostgreSQL server (14 or newer): one for each credential, gone with its lease, its sessions with it.
+
+What the scope says is granted, on objects that are there, in one transaction with the role: `postgres_rights` says what
+the words mean. Then the server is asked whether the role may all of it, and whether PUBLIC, of which every role is a
+part, may anything beyond it; where not exactly, nothing is made.
+
+A role has one password. So a credential that is made again for the same lease is one more role, with the same rights:
+all that is named after a lease is the lease's. `VALID UNTIL` ends logins at the deadline, whether Ringfence is there or
+not; sessions end with the undo.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import ClassVar, Final, Literal
+from urllib.parse import quote
+from uuid import UUID
+
+from ringfence.backends.access import TargetAccess
+from ringfence.backends.connection_pool import Servers
+from ringfence.backends.errors import InexactError, TargetRefusedError
+from ringfence.backends.postgres import queries
+from ringfence.backends.postgres.privileges import (
+    Column,
+    Plan,
+    Relation,
+    Right,
+    grants,
+    plan,
+    quoted,
+    rights,
+)
+from ringfence.backends.postgres.scram import verifier
+from ringfence.backends.postgres.server import Connection, Server
+from ringfence.backends.secret_sources import AccessError
+from ringfence.backends.target_settings import not_set_up, settings_of
+from ringfence.messages.credential import Credential
+from ringfence.messages.lease import Lease
+from ringfence.messages.registry import TargetState
+from ringfence.model.target_settings import Owned, PostgresSettings, SslMode
+
+log = logging.getLogger(__name__)
+
+
+_NAME: Final = re.compile(r"ringfence_[0-9a-f]{10}_[0-9a-f]{32}_[0-9a-f]{6}_[dk]")
+_OWNED: Final[dict[str, Owned]] = {"d": "drop", "k": "keep"}
+LOCK: Final = 0x72696E6766656E63
+"""The key of the advisory lock: two at a time that change the rights on one object is an error for one of them."""
+_END_WITHIN_S: Final = 2.0
+"""How long a session is given to end once it is told to."""
+_DEPENDENT: Final = "2BP01"
+
+
+class PostgresBackend:
+    """Makes roles of which the password is known to the agent alone: the server is sent its SCRAM verifier."""
+
+    kind: ClassVar[str] = "postgres"
+    enforced_by: ClassVar[Literal["target", "gateway"]] = "target"
+    own_expiry: ClassVar[Literal["all", "logins", "none"]] = "logins"
+    stateless: ClassVar[bool] = False
+
+    def __init__(self, trust_domain: str, access: TargetAccess) -> None:
+        # At most 63 bytes with all that follows, and of characters that mean nothing in any pattern.
+        self._prefix = f"ringfence_{hashlib.sha256(trust_domain.encode()).hexdigest()[:10]}_"
+        self._access = access
+        self._servers = Servers(access, Server)
+
+    def roles_of(self, lease_id: str) -> str:
+        """How the names of all roles of a lease begin. They tell one trust domain's from another's at one server."""
+        return f"{self._prefix}{UUID(lease_id).hex}_"
+
+    def revocability(self, target: TargetState) -> Literal["instant", "session", "ttl"]:
+        """Sessions that are open are ended too."""
+        return "session"
+
+    def problem(self, lease: Lease, target: TargetState) -> str | None:
+        """Why exactly this credential cannot be made, or None, as far as that can be said without the server."""
+        try:
+            plan(lease.scope)
+        except InexactError as error:
+            return str(error)
+        return not_set_up(target, PostgresSettings, self._access)
+
+    async def mint(self, lease: Lease, target: TargetState) -> Credential:
+        """A role with a new password, and the URL for it. Again for the same lease: one more role.
+
+        Raises TargetError, TargetRefusedError, AccessError, TargetSettingsError.
+        """
+        settings = settings_of(target, PostgresSettings)
+        server = await self._servers.at(lease.target_id)
+        address = _address(server, settings)
+        letter = next(letter for letter, owned in _OWNED.items() if owned == settings.owned)
+        role, password = (
+            f"{self.roles_of(lease.lease_id)}{secrets.token_hex(3)}_{letter}",
+            secrets.token_urlsafe(32),
+        )
+        secret = verifier(password)
+
+        async def make(connection: Connection) -> bool:
+            async with connection.transaction():
+                return await _make(connection, role, secret, wanted, lease.deadline, settings)
+
+        try:
+            wanted = plan(lease.scope)
+            encrypted = await server.run(wanted.database, make)
+        except InexactError as error:
+            raise TargetRefusedError(str(error)) from None
+        return Credential(
+            kind=self.kind,
+            value=_url(role, password, address, wanted.database, _sslmode(server, settings, encrypted)),
+            expires_at=lease.deadline,
+        )
+
+    async def undo(self, lease_id: str, *, target_id: str) -> None:
+        """Lock the roles of a lease out, end their sessions, and take away what they may, made, and are.
+
+        Raises TargetError, TargetRefusedError, AccessError.
+        """
+        server = await self._servers.at(target_id)
+        own = server.login.database
+        for oid, role, databases in await server.run(own, partial(_made, prefix=self.roles_of(lease_id))):
+            await server.run(own, partial(_shut_out, role=role, oid=oid))
+            for database in databases:
+                await server.run(database, partial(_disown, role=role))
+            await server.run(own, partial(_drop, role=role, oid=oid))
+
+    async def standing(self, target_id: str) -> frozenset[str]:
+        """The leases that have a role at the target. Raises TargetError, AccessError."""
+        server = await self._servers.at(target_id)
+        roles = await server.run(server.login.database, partial(_named, prefix=self._prefix))
+        return frozenset(str(UUID(role.removeprefix(self._prefix)[:32])) for _, role, _ in roles)
+
+    async def close(self) -> None:
+        """Disconnect from all targets."""
+        await self._servers.close()
+
+
+# --- making -----------------------------------------------------------------------------------------------------------
+
+
+async def _make(
+    connection: Connection, role: str, secret: str, wanted: Plan, deadline_s: int, settings: PostgresSettings
+) -> bool:
+    """Make a role with exactly what is wanted. Whether the connection is encrypted. Raises InexactError."""
+    here = await connection.fetchrow(queries.HERE, LOCK)
+    if here["name"] != wanted.database:  # something in between gives databases other names
+        raise InexactError(f"there is no database {wanted.database!a}")
+    given = await _resolved(connection, wanted, here["oid"])
+    until = datetime.fromtimestamp(deadline_s, UTC).strftime("%Y-%m-%d %H:%M:%S+00")
+    statements = [
+        f"CREATE ROLE {quoted(role)} LOGIN CONNECTION LIMIT {settings.connection_limit}"
+        f" PASSWORD '{secret}' VALID UNTIL '{until}'",
+        f"ALTER ROLE {quoted(role)} SET statement_timeout = '{settings.statement_timeout_s}s'",
+        *grants(role, wanted.database, given),
+    ]
+    await connection.execute("; ".join(statements))
+    await _check(connection, role, given, settings)
+    return bool(here["encrypted"])
+
+
+async def _resolved(connection: Connection, wanted: Plan, database_oid: int) -> list[Right]:
+    """The rights that are meant, by what is there now."""
+    schemas = [(row["oid"], row["name"]) for row in await connection.fetch(queries.SCHEMAS, wanted.schemas)]
+    rows = await connection.fetch(queries.RELATIONS, wanted.schemas, wanted.relations)
+    relations = {
+        row["oid"]: Relation(row["oid"], row["schema"], row["name"], row["sequence"]) for row in rows
+    }
+    columns: list[Column] = []
+    if any(wish.wants_columns for wish in wanted.wishes):
+        found = await connection.fetch(queries.COLUMNS, list(relations))
+        columns = [Column(relations[row["relation"]], row["number"], row["name"]) for row in found]
+    return rights(wanted, database_oid, schemas, list(relations.values()), columns)
+
+
+async def _check(
+    connection: Connection, role: str, given: Sequence[Right], settings: PostgresSettings
+) -> None:
+    """Raises InexactError where the role may less than was given, or more by PUBLIC."""
+    asked = (
+        [right.level for right in given],
+        [right.oid for right in given],
+        [right.column for right in given],
+        [right.right for right in given],
+    )
+    # GRANT gives what the grantor may give, and only warns of the rest.
+    lacking = await connection.fetchval(queries.LACKING, role, *asked)
+    if lacking is not None:
+        right = given[lacking - 1]
+        what = "/".join(filter(None, (right.schema, right.table, right.column_name))) or "the database"
+        raise InexactError(f"Ringfence's own role may not give {right.right} on {what!a}; ask an operator")
+    if settings.public == "refuse":
+        beyond = await connection.fetchrow(queries.BEYOND, *asked)
+        if beyond is not None:
+            raise InexactError(
+                f"every role may {beyond['may']} {beyond['what']!a}, which is beyond the scope; ask an operator "
+                "to revoke it from PUBLIC"
+            )
+
+
+# --- undoing ----------------------------------------------------------------------------------------------------------
+
+
+async def _named(connection: Connection, prefix: str) -> list[tuple[int, str, list[str]]]:
+    """The roles whose names begin like this, and the databases in which they own or may something."""
+    rows = await connection.fetch(queries.ROLES, prefix)
+    return [(row["oid"], row["name"], row["databases"]) for row in rows if _NAME.fullmatch(row["name"])]
+
+
+async def _made(connection: Connection, prefix: str) -> list[tuple[int, str, list[str]]]:
+    """Likewise, once all that is being made in this database is there: who made it may have died before it was told."""
+    async with connection.transaction():
+        await connection.execute(f"SELECT pg_catalog.pg_advisory_xact_lock({LOCK})")
+        return await _named(connection, prefix)
+
+
+async def _shut_out(connection: Connection, role: str, oid: int) -> None:
+    try:
+        # Only now is Ringfence's own role part of it, to end its sessions and to drop what it owns: part of every
+        # live role, it would make the server look at each of them at every GRANT.
+        await connection.execute(f"ALTER ROLE {quoted(role)} NOLOGIN; GRANT {quoted(role)} TO CURRENT_USER")
+    except Exception as error:
+        if not _is_gone(error):
+            raise
+    await _end_sessions(connection, oid)
+
+
+async def _end_sessions(connection: Connection, oid: int) -> None:
+    """Wait until they are gone, for a while: what is stuck in the server keeps no rights once the role is dropped."""
+    # Not by the server's own waiting, which looks once in 100 ms.
+    delay_s = 0.001
+    while delay_s < _END_WITHIN_S and await connection.fetch(queries.TERMINATE, oid):
+        await asyncio.sleep(delay_s)
+        delay_s *= 2
+
+
+async def _disown(connection: Connection, role: str) -> None:
+    """Take away all that a role may and owns in this database."""
+    name = quoted(role)
+    drop = f"DROP OWNED BY {name}"
+    keep = f"REASSIGN OWNED BY {name} TO CURRENT_USER; {drop}"
+    try:
+        if _OWNED[role[-1]] == "keep":
+            await _locked(connection, keep)
+            return
+        try:
+            await _locked(connection, drop)
+        except Exception as error:
+            if getattr(error, "sqlstate", "") != _DEPENDENT:
+                raise
+            # Somebody else built on it: what is theirs is not taken from them.
+            log.warning("what role %s made is kept: others depend on it", role)
+            await _locked(connection, keep)
+    except Exception as error:
+        if not _is_gone(error):
+            raise
+
+
+async def _locked(connection: Connection, statements: str) -> None:
+    await connection.execute(f"SELECT pg_catalog.pg_advisory_xact_lock({LOCK}); {statements}")
+
+
+async def _drop(connection: Connection, role: str, oid: int) -> None:
+    await connection.execute(f"DROP ROLE IF EXISTS {quoted(role)}")
+    await _end_sessions(connection, oid)  # one that was logging in while it was locked out
+
+
+def _is_gone(error: Exception) -> bool:
+    return getattr(error, "sqlstate", "") == "42704"  # undefined_object: somebody else undoes it as well
+
+
+# --- what agents are told ---------------------------------------------------------------------------------------------
+
+
+def _address(server: Server, settings: PostgresSettings) -> str:
+    if settings.address is not None:
+        return settings.address
+    host, port = server.login.host, server.login.port
+    if host.startswith("/"):
+        raise AccessError(
+            f"Ringfence reaches target {server.target_id} by a socket; give its backend an address"
+        )
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _sslmode(server: Server, settings: PostgresSettings, encrypted: bool) -> SslMode | None:
+    if settings.sslmode is not None:
+        return settings.sslmode
+    if server.login.sslmode in ("verify-ca", "verify-full"):
+        return server.login.sslmode
+    return "require" if encrypted else None
+
+
+def _url(role: str, password: str, address: str, database: str, sslmode: SslMode | None) -> str:
+    query = f"?sslmode={sslmode}" if sslmode else ""
+    return f"postgresql://{role}:{password}@{address}/{quote(database, safe='')}{query}"

@@ -1,0 +1,1 @@
+"""SSH certificates for one lease, and the helper on the host."""

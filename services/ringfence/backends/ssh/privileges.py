@@ -1,0 +1,123 @@
+"""What a scope means at a host that is reached by ssh: one user, and which commands or ways in.
+
+A resource is `user` or `user/command`. `read` and `write` are rights on a command: the administrator of the host names
+each, and says which of the two it is. `shell` (every command), `terminal` and `forward` (TCP connections to and from
+wherever the host can) are rights on the user. What a certificate cannot say exactly is refused, never rounded up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ringfence.backends.errors import InexactError
+from ringfence.backends.ssh.host_helper import COMMAND_VERBS, WAYS
+from ringfence.messages.permission import Permission
+from ringfence.model.scope.globs import Glob, ScopeError, parse_glob
+
+VERBS: Final = (*COMMAND_VERBS, *WAYS)
+MAX_COMMANDS: Final = 64
+"""The most commands of one certificate."""
+_USER: Final = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+_COMMAND: Final = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._*-]{0,63}")
+
+Rights = Mapping[str, Mapping[str, Sequence[str]]]
+"""What the host has: by user, the names of its commands under `read` and `write`, its ways in under `may`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """One verb on one resource."""
+
+    verb: str
+    glob: Glob
+
+    def __str__(self) -> str:
+        return f"{self.verb} {self.glob.text!a}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A scope, understood: whom it is for, and what is wanted."""
+
+    user: str
+    wishes: tuple[Wish, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What a certificate says."""
+
+    user: str
+    commands: tuple[tuple[str, str], ...]
+    """Verb and name of each."""
+    ways: frozenset[str]
+
+
+def plan(scope: Iterable[Permission]) -> Plan:
+    """Understand a scope, without asking the host. Raises InexactError."""
+    wishes = [
+        Wish(_known(verb), _named(resource))
+        for permission in scope
+        for resource in permission.resources
+        for verb in permission.verbs
+    ]
+    if not wishes:
+        raise InexactError("the scope is empty")
+    for wish in wishes:
+        if not wish.glob.reaches(2 if wish.verb in COMMAND_VERBS else 1):
+            what = "command, user/command" if wish.verb in COMMAND_VERBS else "user"
+            raise InexactError(f"{wish}: {wish.verb} is a right on a {what}, which this cannot name")
+    users = {wish.glob.segments[0] for wish in wishes}
+    if len(users) > 1:
+        raise InexactError("a credential is for one user: ask for one for each")
+    verbs = {wish.verb for wish in wishes}
+    if "shell" in verbs and verbs & set(COMMAND_VERBS):
+        raise InexactError("shell is every command, not those named beside it: ask for one or the other")
+    return Plan(users.pop(), tuple(dict.fromkeys(wishes)))
+
+
+def _known(verb: str) -> str:
+    if verb not in VERBS:
+        raise InexactError(f"the verb {verb!a} is none: write one of {', '.join(VERBS)}")
+    return verb
+
+
+def _named(text: str) -> Glob:
+    try:
+        glob = parse_glob(text)
+    except ScopeError as error:
+        raise InexactError(str(error)) from None
+    user, *rest = glob.segments
+    if "*" in user:
+        raise InexactError(f"{text!a} names no user: write user, or user/command")
+    if not _USER.fullmatch(user):
+        raise InexactError(f"{text!a}: {user!a} is no name of a user")
+    for segment in rest:
+        if not _COMMAND.fullmatch(segment):
+            raise InexactError(f"{text!a}: {segment!a} is no name of a command")
+    return glob
+
+
+def allowed(wanted: Plan, there: Rights) -> Allowed:
+    """What a plan means at a host that has these rights. Raises InexactError for a wish that means nothing there."""
+    if wanted.user not in there:
+        raise InexactError(f"no certificate can be for user {wanted.user!a} there")
+    has = there[wanted.user]
+    commands: dict[tuple[str, str], None] = {}
+    ways: set[str] = set()
+    for wish in wanted.wishes:
+        if wish.verb in WAYS:
+            if wish.verb not in has["may"]:
+                raise InexactError(f"{wish}: the host does not allow it")
+            ways.add(wish.verb)
+            continue
+        meant = [name for name in has[wish.verb] if wish.glob.matches(f"{wanted.user}/{name}")]
+        if not meant:
+            raise InexactError(f"{wish} means no command that the host has now")
+        commands.update({(wish.verb, name): None for name in meant})
+    if len(commands) > MAX_COMMANDS:
+        raise InexactError(f"the scope means more than {MAX_COMMANDS} commands: ask for less at a time")
+    return Allowed(wanted.user, tuple(commands), frozenset(ways))

@@ -1,0 +1,1 @@
+"""For administrators: signed commands to the registry, and what they would change."""

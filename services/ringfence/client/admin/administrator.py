@@ -1,0 +1,503 @@
+"""Signed commands of people: what sponsors, operators and those who assign tasks do to records and leases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ringfence.client.admin.command_client import COMMAND_LIFE_S, Signatory
+from ringfence.client.admin.outcomes import MEANWHILE, Accepted
+from ringfence.client.admin.preview import Preview, preview, unknown_names
+from ringfence.client.admin.target_backends import backend_problem
+from ringfence.client.connection import Connection, subject
+from ringfence.client.errors import IdentityError, InvalidCallError, checked, require_understood
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import MAX_LIFE_S, sign
+from ringfence.kernel.crypto.keys import SigningKey, thumbprint
+from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.enrolment import AttestationSelector
+from ringfence.messages.keys import KeyRecord, PublicJwk
+from ringfence.messages.lease import RevocationRequest, Selector
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import (
+    AgentActivate,
+    AgentDecommission,
+    AgentRegister,
+    AgentResume,
+    AgentRotateKey,
+    AgentSetAttestation,
+    AgentSetCeiling,
+    AgentSuspend,
+    AgentTransfer,
+    AgentTransferConsent,
+    BackendSettings,
+    Delegation,
+    Entitlements,
+    ProvisionerSet,
+    Provisioning,
+    RequestRule,
+    Role,
+    TargetRemove,
+    TargetSet,
+    TaskAssign,
+    TaskConsent,
+    TaskEnd,
+    TaskTerms,
+    UserDisable,
+    UserSet,
+    VerbFloor,
+)
+from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
+from ringfence.model.http_targets.request_map import RequestMap
+from ringfence.model.scope.scope import validate_scope
+
+KEY_LIFE_S = 365 * 24 * 3600
+"""How long a key is valid where nothing else is said."""
+
+AnyKey = SigningKey | PublicJwk | KeyRecord
+
+
+def _by_root(connection: Connection) -> bool:
+    return connection.key.id == connection.trust.root_id
+
+
+_CUT_MEANWHILE = (
+    "The order stands on Kafka and does not expire: what it covers is refused as soon as a revoker and the gateways "
+    "have read it. The answer comes when all of that has ended, and very many leases take longer "
+    "(ringfence lease list); ringfence doctor says whether the revoker runs"
+)
+
+
+class Administrator(Signatory):
+    """A person (or the root) who gives commands, connected. Each method waits for the service's signed answer.
+
+    ```python
+    async with Administrator.connect(key="maria.json") as maria:
+        await maria.register_agent("deploy-bot", description="deploys", keys=[bot_key], ceiling=ceiling)
+        task_id = await maria.assign_task("deploy-bot", purpose="release 41", scope=scope, ends_in_s=3600)
+    ```
+    """
+
+    @property
+    def is_root(self) -> bool:
+        """Whether it is the root that speaks, and no user."""
+        return _by_root(self.connection)
+
+    @staticmethod
+    def _who(connection: Connection) -> str:
+        return "root" if _by_root(connection) else subject(connection.key, "user", connection.settings)
+
+    # --- users ---
+
+    async def set_user(
+        self,
+        user_id: str,
+        *,
+        name: str,
+        roles: Sequence[Role] = (),
+        keys: Sequence[AnyKey] = (),
+        entitlements: Sequence[Permission] = (),
+        source: str = "operator",
+        as_of: int | None = None,
+        provisioned: Provisioning | None = None,
+    ) -> Accepted:
+        """Create or replace a user; keys that are not listed end now.
+
+        Args:
+            entitlements: what the human may do; `source`: where that is known from; `as_of`: since when, in seconds
+                since 1970 (now where None).
+            provisioned: leaves a user who comes from a provisioner to it; without it they are taken over.
+        """
+        validate_scope(tuple(entitlements), allow_empty=True)
+        stamp = self.connection.stamp(COMMAND_LIFE_S)
+        with checked("the user"):
+            command = UserSet(
+                **stamp,
+                user_id=user_id,
+                name=name,
+                roles=tuple(roles),
+                keys=self.key_records(keys),
+                entitlements=Entitlements(
+                    scope=tuple(entitlements), source=source, as_of=stamp["iat"] if as_of is None else as_of
+                ),
+                provisioned=provisioned,
+            )
+        return await self._command(command, user_id)
+
+    async def disable_user(self, user_id: str, *, reason: str) -> Accepted:
+        """The user may no longer act; their agents become orphans."""
+        with checked("the command"):
+            command = UserDisable(**self.connection.stamp(COMMAND_LIFE_S), user_id=user_id, reason=reason)
+        return await self._command(command, user_id)
+
+    async def set_provisioner(
+        self, provisioner_id: str, *, name: str, keys: Sequence[AnyKey], delegation: Delegation
+    ) -> Accepted:
+        """Create or replace a provisioner: a key that sets users within what is delegated to named groups."""
+        with checked("the provisioner"):
+            command = ProvisionerSet(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                provisioner_id=provisioner_id,
+                name=name,
+                keys=self.key_records(keys),
+                delegation=delegation,
+            )
+        return await self._command(command, provisioner_id)
+
+    # --- agents ---
+
+    async def register_agent(
+        self,
+        agent_id: str,
+        *,
+        description: str,
+        keys: Sequence[AnyKey],
+        ceiling: Sequence[Permission],
+        sponsor: str | None = None,
+        inactive: bool = False,
+        attestation: Sequence[AttestationSelector] = (),
+    ) -> Accepted:
+        """Register an agent. `sponsor` is whoever signs where None; an operator may name another.
+
+        With `inactive` nothing is issued for it before the sponsor has taken it on: `activate_agent`. With
+        `attestation` it needs no key: its running instances enrol their own.
+        """
+        validate_scope(tuple(ceiling), allow_empty=True)
+        with checked("the agent"):
+            command = AgentRegister(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                agent_id=agent_id,
+                sponsor=sponsor or self._user_id("name the sponsor"),
+                description=description,
+                keys=self.key_records(keys),
+                ceiling=tuple(ceiling),
+                attestation=tuple(attestation),
+                inactive=True if inactive else None,
+            )
+        return await self._command(command, agent_id)
+
+    async def set_attestation(self, agent_id: str, attestation: Sequence[AttestationSelector]) -> Accepted:
+        """Replace which running instances of an agent may enrol a key; those that fit no more hold nothing new."""
+        with checked("the selectors"):
+            command = AgentSetAttestation(
+                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, attestation=tuple(attestation)
+            )
+        return await self._command(command, agent_id)
+
+    async def activate_agent(self, agent_id: str) -> Accepted:
+        """Take on an agent that was registered as inactive. As its sponsor."""
+        with checked("the command"):
+            command = AgentActivate(**self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id)
+        return await self._command(command, agent_id)
+
+    async def rotate_key(
+        self,
+        agent_id: str,
+        key: AnyKey,
+        *,
+        overlap_s: int = 3600,
+        replaces: Sequence[str] | None = None,
+        compromised: bool = False,
+        reason: str | None = None,
+    ) -> Accepted:
+        """Give the agent another key. Nobody may have had it before.
+
+        Args:
+            overlap_s: how long, in seconds, the keys that it takes the place of count on; 7 days at most.
+            replaces: their thumbprints; all others' where None.
+            compromised: they may be in other hands: they end at once, whatever `overlap_s` says, and so does what was
+                asked for with them.
+        """
+        (record,) = self.key_records([key])
+        with checked("the command"):
+            command = AgentRotateKey(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                agent_id=agent_id,
+                key=record,
+                replaces=None if replaces is None else tuple(replaces),
+                overlap_s=0 if compromised else overlap_s,
+                compromised=True if compromised else None,
+                reason=reason,
+            )
+        return await self._command(command, agent_id)
+
+    async def set_ceiling(self, agent_id: str, ceiling: Sequence[Permission]) -> Accepted:
+        """Replace the most that the agent may ever hold. Leases that no longer fit end."""
+        validate_scope(tuple(ceiling), allow_empty=True)
+        with checked("the ceiling"):
+            command = AgentSetCeiling(
+                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, ceiling=tuple(ceiling)
+            )
+        return await self._command(command, agent_id)
+
+    async def transfer_agent(
+        self, agent_id: str, *, sponsor: str, consent: str | None = None, without_consent: bool = False
+    ) -> Accepted:
+        """Make another sponsor accountable.
+
+        Args:
+            consent: the new sponsor's `consent_to_transfer`. None is needed where the new sponsor is who signs here.
+            without_consent: an operator transfers without asking the new sponsor; record and trail say so.
+        """
+        with checked("the command"):
+            command = AgentTransfer(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                agent_id=agent_id,
+                sponsor=sponsor,
+                consent=consent,
+                without_consent=True if without_consent else None,
+            )
+        return await self._command(command, agent_id)
+
+    async def consent_to_transfer(self, agent_id: str, *, life_s: int = 3600) -> str:
+        """This user's signature, to become the sponsor of an agent as it is now. Its present sponsor embeds it.
+
+        It counts once, within `life_s` seconds, and no more once anything of the agent's record has changed.
+        Raises InvalidCallError where there is no such agent.
+        """
+        user = self._user_id("the root answers for no agents")
+        entry = (await self.connection.current_directory()).agent(agent_id)
+        if entry is None:
+            raise InvalidCallError(f"there is no agent {agent_id}")
+        if entry.state.sponsor == user:
+            raise InvalidCallError(f"{user} is the sponsor of {agent_id} already")
+        with checked("the consent"):
+            claims = AgentTransferConsent(
+                **self.connection.stamp(min(life_s, MAX_LIFE_S)),
+                agent_id=agent_id,
+                from_sponsor=entry.state.sponsor,
+                revision=entry.revision,
+            )
+        return sign(claims, self.connection.key)
+
+    async def suspend_agent(self, agent_id: str, *, reason: str) -> Accepted:
+        """Stop the agent for now; its leases end."""
+        with checked("the command"):
+            command = AgentSuspend(**self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, reason=reason)
+        return await self._command(command, agent_id)
+
+    async def resume_agent(self, agent_id: str, *, reason: str) -> Accepted:
+        """Let a suspended agent go on."""
+        with checked("the command"):
+            command = AgentResume(**self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, reason=reason)
+        return await self._command(command, agent_id)
+
+    async def decommission_agent(self, agent_id: str, *, reason: str) -> Accepted:
+        """End the agent for good; its name is never given again."""
+        with checked("the command"):
+            command = AgentDecommission(
+                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, reason=reason
+            )
+        return await self._command(command, agent_id)
+
+    # --- targets ---
+
+    async def set_target(
+        self,
+        target_id: str,
+        *,
+        description: str,
+        verbs: Sequence[VerbFloor],
+        backend: BackendSettings,
+        requests: Sequence[RequestRule] = (),
+        max_ttl_s: int = 3600,
+        keys: Sequence[AnyKey] = (),
+        anyway: bool = False,
+    ) -> Accepted:
+        """Create or replace a target. `keys`: those of its resource server, with which it calls introspection.
+
+        `anyway`: the backend comes from another package, which need not be installed here.
+
+        Raises RequestMapError where a rule of `requests` has no meaning, InvalidCallError where the backend is not
+        known or does not take these settings; nothing was sent then.
+        """
+        RequestMap(requests)
+        if wrong := backend_problem(backend, anyway=anyway):
+            raise InvalidCallError(wrong)
+        with checked("the target"):
+            command = TargetSet(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                target_id=target_id,
+                description=description,
+                backend=backend,
+                verbs=tuple(verbs),
+                requests=tuple(requests),
+                max_ttl_s=max_ttl_s,
+                keys=self.key_records(keys),
+            )
+        return await self._command(command, target_id)
+
+    async def remove_target(self, target_id: str, *, reason: str) -> Accepted:
+        """Nothing more is issued for the target, and its leases end."""
+        with checked("the command"):
+            command = TargetRemove(
+                **self.connection.stamp(COMMAND_LIFE_S), target_id=target_id, reason=reason
+            )
+        return await self._command(command, target_id)
+
+    # --- tasks ---
+
+    def terms(
+        self,
+        agent_id: str,
+        *,
+        purpose: str,
+        scope: Sequence[Permission],
+        ends_in_s: int | None = None,
+        not_after: int | None = None,
+    ) -> TaskTerms:
+        """The terms of a task, ending in `ends_in_s` seconds or at `not_after` (seconds since 1970): give one."""
+        validate_scope(tuple(scope))
+        if (ends_in_s is None) == (not_after is None):
+            raise InvalidCallError("a task needs its end: give either ends_in_s or not_after")
+        end = (
+            not_after if not_after is not None else self.connection.clock.now_ms() // 1000 + (ends_in_s or 0)
+        )
+        with checked("the task"):
+            return TaskTerms(agent_id=agent_id, purpose=purpose, scope=tuple(scope), not_after=end)
+
+    async def preview(self, terms: TaskTerms, *, on_behalf_of: str | None = None) -> Preview:
+        """What a task would allow, and what each side cuts from it. See `ringfence.client.admin.preview`."""
+        return preview(
+            await self.directory(),
+            terms,
+            on_behalf_of or self._user_id("say on behalf of whom"),
+            now_s=self.connection.clock.now_ms() / 1000,
+            entitlements_max_age_s=self.connection.settings.entitlements_max_age_s,
+        )
+
+    async def unknown_names(self, scope: Sequence[Permission]) -> list[str]:
+        """What a ceiling or an entitlement names that is not there now, in words: targets, verbs of targets."""
+        return unknown_names(await self.connection.targets(), tuple(scope)) if scope else []
+
+    def sign_consent(self, terms: TaskTerms, *, life_s: int = 3600) -> str:
+        """This user's signature over the terms of a task that somebody else assigns on their behalf.
+
+        The one who assigns it embeds it, within `life_s` seconds.
+        """
+        self._user_id("the root consents to no tasks")
+        require_understood(terms, "the terms of the task")
+        with checked("the consent"):
+            return sign(
+                TaskConsent(**self.connection.stamp(min(life_s, MAX_LIFE_S)), terms=terms),
+                self.connection.key,
+            )
+
+    async def assign_task(
+        self,
+        agent_id: str,
+        *,
+        purpose: str,
+        scope: Sequence[Permission],
+        ends_in_s: int | None = None,
+        not_after: int | None = None,
+        on_behalf_of: str | None = None,
+        consent: str | None = None,
+    ) -> str:
+        """Assign a task; returns its id.
+
+        `on_behalf_of` is whoever signs where None. For another user, `consent` is their `sign_consent` over the very
+        same terms (use `assign_terms`, so that they are).
+        """
+        terms = self.terms(agent_id, purpose=purpose, scope=scope, ends_in_s=ends_in_s, not_after=not_after)
+        return await self.assign_terms(terms, on_behalf_of=on_behalf_of, consent=consent)
+
+    async def assign_terms(
+        self,
+        terms: TaskTerms,
+        *,
+        on_behalf_of: str | None = None,
+        consent: str | None = None,
+        id_token: str | None = None,
+    ) -> str:
+        """Assign a task of these terms; returns its id. See `assign_task`.
+
+        `id_token`, in place of `consent`: an OIDC ID token of the user, with the nonce of the terms
+        (`ringfence.model.records.consent.nonce_of`).
+        """
+        with checked("the task"):
+            command = TaskAssign(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                terms=terms,
+                on_behalf_of=on_behalf_of or self._user_id("the root assigns no tasks"),
+                consent=consent,
+                id_token=id_token,
+            )
+        task_id = message_id(command.iss, command.jti)
+        await self._command(command, task_id)
+        return task_id
+
+    async def end_task(self, task_id: str, *, reason: str) -> Accepted:
+        """End a task; its leases end."""
+        with checked("the command"):
+            command = TaskEnd(**self.connection.stamp(COMMAND_LIFE_S), task_id=task_id, reason=reason)
+        return await self._command(command, task_id)
+
+    # --- leases ---
+
+    async def revoke(
+        self,
+        *,
+        reason: str,
+        lease_id: str | None = None,
+        agent_id: str | None = None,
+        task_id: str | None = None,
+        sponsor: str | None = None,
+        target_id: str | None = None,
+        user_id: str | None = None,
+        all: bool = False,
+    ) -> Accepted:
+        """Revoke one lease, or all that one condition covers: give exactly one, or `all`.
+
+        `lease_id` may come with the `agent_id` of who holds it. `user_id` is the user on whose behalf. A condition
+        covers every lease whose request was made before.
+        """
+        selector = None
+        with checked("the revocation"):
+            if lease_id is None:
+                selector = Selector(
+                    agent_id=agent_id,
+                    task_id=task_id,
+                    sponsor=sponsor,
+                    target_id=target_id,
+                    user_id=user_id,
+                    all=all,
+                )
+            elif task_id or sponsor or target_id or user_id or all:
+                raise InvalidCallError("the revocation: name a lease or a condition, and not both")
+            claims = RevocationRequest(
+                **self.connection.stamp(life_s=0),
+                kind="revocation",
+                lease_id=lease_id,
+                selector=selector,
+                reason=reason,
+            )
+        key = agent_id or lease_id or task_id or sponsor or target_id or user_id or "all"
+        return await self._outcomes.send(
+            REVOCATION_REQUEST, key, claims, by="revoker", timeout_s=self.timeout_s,
+            meanwhile=MEANWHILE if lease_id else _CUT_MEANWHILE,
+        )  # fmt: skip
+
+    # --- ---
+
+    def key_records(self, keys: Sequence[AnyKey]) -> tuple[KeyRecord, ...]:
+        """Keys as they stand in commands; those without an end get one in a year."""
+        end = self.connection.clock.now_ms() // 1000 + KEY_LIFE_S
+        return tuple(_record(key, end) for key in keys)
+
+    async def _command(self, command: ExpiringClaims, subject_id: str) -> Accepted:
+        return await self._outcomes.send(
+            REGISTRY_COMMAND, subject_id, command, by="registry", timeout_s=self.timeout_s
+        )
+
+    def _user_id(self, remedy: str) -> str:
+        if self.is_root:
+            raise IdentityError(f"the root is no user: {remedy}")
+        return self.id
+
+
+def _record(key: AnyKey, end: int) -> KeyRecord:
+    if isinstance(key, KeyRecord):
+        return key
+    if isinstance(key, SigningKey):
+        return key.record(end)
+    return KeyRecord(kid=thumbprint(key), jwk=key, not_after=end)

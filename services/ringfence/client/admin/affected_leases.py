@@ -1,0 +1,85 @@
+"""Which leases a change would end, asked of the revoker before the change is signed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ringfence.client.errors import ApiError
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.messages.permission import Permission, Scope
+from ringfence.model.scope.scope import missing
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Of the leases of one agent, sponsor, target or user, those that would end."""
+
+    agent: str | None = None
+    sponsor: str | None = None
+    target: str | None = None
+    user: str | None = None
+    fits: Scope = ()
+    """A lease whose scope is within this goes on; none does where it is empty."""
+    selectors: frozenset[str] | None = None
+    """Where given, only leases of instances that enrolled by one of these selectors end, whatever their scope."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndingLeases:
+    """Which leases would end, as far as that could be found out."""
+
+    ids: tuple[str, ...] = ()
+    more: bool = False
+    """Whether there are so many that the revoker did not list all: then more may end."""
+    gap: str | None = None
+    """Why it is not known; `ids` is empty then."""
+
+    def in_words(self) -> str:
+        """For people: `2: ID, ID`, or why it is not known."""
+        if self.gap is not None:
+            return f"not known: {self.gap}"
+        if not self.ids and not self.more:
+            return "none"
+        shown = ", ".join(self.ids[:_SHOWN]) + (", ..." if len(self.ids) > _SHOWN else "")
+        return f"{'at least ' if self.more else ''}{len(self.ids)}{': ' if shown else ''}{shown}"
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`; `count` is None where it is not known."""
+        known = self.gap is None
+        return {
+            "count": len(self.ids) if known else None,
+            "ids": self.ids,
+            "more": self.more,
+            "gap": self.gap,
+        }
+
+
+_SHOWN = 5
+
+
+async def ending_leases(api: ReadApi, losses: Iterable[Loss]) -> EndingLeases:
+    """The leases that would end. It informs: what is issued meanwhile is not in it."""
+    ids: dict[str, None] = {}
+    more = False
+    for loss in losses:
+        try:
+            found = await api.leases(
+                agent=loss.agent, sponsor=loss.sponsor, target=loss.target, user=loss.user
+            )
+        except ApiError as error:
+            return EndingLeases(gap=str(error))
+        ids |= dict.fromkeys(lease["id"] for lease in found["leases"] if _ends(lease, loss))
+        more = more or bool(found["more"])
+    return EndingLeases(tuple(ids), more)
+
+
+def _ends(lease: Mapping[str, Any], loss: Loss) -> bool:
+    if lease["status"] == "ending":
+        return False  # it does already
+    if loss.selectors is not None:
+        return (lease.get("instance") or {}).get("selector") in loss.selectors
+    # Not strict: JSON has no tuples.
+    scope = tuple(Permission.model_validate(one, strict=False) for one in lease["scope"])
+    return not loss.fits or bool(missing(scope, loss.fits))

@@ -1,0 +1,171 @@
+"""How keys follow one another: those of services, and the root itself, each by the next version of the trust bundle.
+
+Nothing stops meanwhile, and what was signed before stays believed: docs/trust.md tells how.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ringfence.client.admin.trust_setup import (
+    YEAR_S,
+    CeremonyError,
+    TrustFolder,
+    sign_following,
+    signed_before,
+)
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
+from ringfence.kernel.crypto.service_keys import file_before, files_before, next_file
+from ringfence.messages.keys import KeyRecord
+from ringfence.messages.trust import RootHandover, ServiceIdentity, TrustBundle
+
+OVERLAP_S = 48 * 3600
+"""Twice the longest life of a lease: what the old key signed is over before the key ends."""
+_LONGEST_LEASE_S = OVERLAP_S // 2
+
+
+@dataclass(frozen=True, slots=True)
+class RotatedRoot:
+    """What came of a rotation of the root."""
+
+    bundle: TrustBundle
+    fingerprint: str
+    former: Path
+    """Where the private key of the root before lies now."""
+
+
+def renew(folder: TrustFolder, *, valid_s: int = YEAR_S) -> TrustBundle:
+    """Sign the next version: the same keys, with another end. For one that has expired, too.
+
+    Returns it. Needs the root's key. Raises CeremonyError where there is no trust root.
+    """
+    root, bundle = signed_before(folder)
+    now_s = int(time.time())
+    services = tuple(_lasting(service, bundle.exp, now_s + valid_s) for service in bundle.services)
+    return sign_following(folder, bundle, root, now_s, exp=now_s + valid_s, services=services)
+
+
+def rotate_services(
+    folder: TrustFolder,
+    names: Sequence[str],
+    *,
+    overlap_s: int = OVERLAP_S,
+    compromised: bool = False,
+    valid_s: int = YEAR_S,
+) -> TrustBundle:
+    """Make each of these services (or gateways) a new key, and sign the next version, in which old and new overlap.
+
+    The new key lies beside the old one (`<name>-next.json`); what lay there from the rotation before takes the old
+    one's place. So does the one that credentials are sealed to, where it has one; an old one of these that leases may
+    still need is kept (`<name>-seal-before-<kid>.json`). `compromised`: the old keys end now.
+
+    Returns the bundle. Needs the root's key. Raises CeremonyError where a name is not in the bundle, or there is no
+    trust root.
+    """
+    root, bundle = signed_before(folder)
+    now_s = int(time.time())
+    by_name = {service.id.rpartition("/")[2]: service for service in bundle.services}
+    if unknown := [name for name in names if name not in by_name]:
+        raise CeremonyError(
+            f"{unknown[0]} is not in the trust bundle; there are: {', '.join(sorted(by_name))}"
+        )
+    end_s = max(bundle.exp, now_s + valid_s)
+    old_ends_s = now_s if compromised else now_s + overlap_s
+    rotated = {
+        by_name[name].id: _followed(folder, name, by_name[name], now_s, old_ends_s, end_s)
+        for name in dict.fromkeys(names)
+    }
+    services = tuple(rotated.get(service.id, service) for service in bundle.services)
+    return sign_following(folder, bundle, root, now_s, exp=end_s, services=services)
+
+
+def rotate_root(
+    folder: TrustFolder, *, compromised_since_s: int | None = None, valid_s: int = YEAR_S
+) -> RotatedRoot:
+    """Make a new root. The old one hands over to it, and the new one signs the next version of the bundle.
+
+    Who is pinned to the old root follows by its handover; who is pinned to the new one believes what the old one signed
+    while it was the root: up to now, or up to `compromised_since_s`.
+
+    Raises CeremonyError where there is no trust root.
+    """
+    old, bundle = signed_before(folder)
+    now_s = int(time.time())
+    new = SigningKey.generate(old.id)
+    handover = RootHandover(
+        iss=old.id, aud=bundle.aud, iat=now_s, jti=str(uuid.uuid4()), next_root=new.public
+    )
+    began_s = max((former.not_after for former in bundle.former_roots), default=0)
+    ended_s = now_s if compromised_since_s is None else min(now_s, compromised_since_s)
+    former = folder.root_key.with_name(f"root-{old.kid[:8]}.json")
+    fresh = folder.root_key.with_suffix(".new")
+    fresh.unlink(missing_ok=True)
+    new.save(fresh)
+    following = sign_following(
+        folder, bundle, new, now_s,
+        exp=max(bundle.exp, now_s + valid_s),
+        former_roots=(*bundle.former_roots, old.record(ended_s, began_s)),
+        handovers=(*bundle.handovers, sign(handover, old, header_jwk=True)),
+    )  # fmt: skip
+    folder.root_key.replace(former)
+    fresh.replace(folder.root_key)
+    return RotatedRoot(following, new.kid, former)
+
+
+def _lasting(service: ServiceIdentity, old_end_s: int, end_s: int) -> ServiceIdentity:
+    """The service with those of its keys that were to last as long as the bundle lasting as long as the next one."""
+
+    def longer(keys: tuple[KeyRecord, ...]) -> tuple[KeyRecord, ...]:
+        return tuple(
+            key.model_copy(update={"not_after": end_s}) if key.not_after >= old_end_s else key for key in keys
+        )
+
+    return service.model_copy(
+        update={"keys": longer(service.keys), "encryption_keys": longer(service.encryption_keys)}
+    )
+
+
+def _followed(
+    folder: TrustFolder, name: str, service: ServiceIdentity, now_s: int, old_ends_s: int, end_s: int
+) -> ServiceIdentity:
+    """The service with a new key, and an end for those before."""
+    key = SigningKey.generate(service.id)
+    key.save(_made_way(folder.service_key(name)))
+    keys = (*_ending(service.keys, old_ends_s), key.record(end_s, now_s - 60))
+    if not service.encryption_keys:
+        return service.model_copy(update={"keys": keys})
+    # One that has ended is sealed to by nobody, but what was sealed to it is opened for as long as a lease lives.
+    ending = _ending(service.encryption_keys, old_ends_s)
+    before = tuple(one for one in ending if one.not_after + _LONGEST_LEASE_S > now_s)
+    _keep_aside(folder.encryption_key(name), {one.kid for one in before})
+    seal = EncryptionKey.generate(service.id)
+    seal.save(_made_way(folder.encryption_key(name)))
+    sealed_to = (*before, seal.record(end_s, now_s - 60))
+    return service.model_copy(update={"keys": keys, "encryption_keys": sealed_to})
+
+
+def _keep_aside(file: Path, needed: Collection[str]) -> None:
+    """Save the key in `file` from what takes its place next, if it is needed; drop those aside that no more are."""
+    for aside in files_before(file):
+        if EncryptionKey.load(aside).kid not in needed:
+            aside.unlink()
+    if next_file(file).exists() and file.exists() and (kid := EncryptionKey.load(file).kid) in needed:
+        file.replace(file_before(file, kid))
+
+
+def _made_way(file: Path) -> Path:
+    """Where the key goes that follows the one in `file`; what followed it until now takes its place."""
+    following = next_file(file)
+    if following.exists():
+        following.replace(file)
+    return following
+
+
+def _ending(keys: Sequence[KeyRecord], end_s: int) -> tuple[KeyRecord, ...]:
+    return tuple(key.model_copy(update={"not_after": min(key.not_after, end_s)}) for key in keys)

@@ -1,0 +1,346 @@
+"""What the offline root does, once and then rarely: keys, the trust bundle, the first operator.
+
+The root's private key is needed for nothing else. Keep it off the machines that run services.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from ringfence.client.errors import checked
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.private_files import write_private
+from ringfence.kernel.base.settings import BusSettings
+from ringfence.kernel.crypto.jws import open_signed, parse, sign
+from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key
+from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
+from ringfence.kernel.crypto.service_keys import BEFORE, NEXT
+from ringfence.kernel.kafka.producer import Publisher
+from ringfence.messages.base import Name
+from ringfence.messages.oidc import OidcIssuer
+from ringfence.messages.registry import Entitlements, UserSet
+from ringfence.messages.topics import REGISTRY_COMMAND, TRUST
+from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
+from ringfence.model.identity.spiffe_ids import spiffe_id
+from ringfence.model.unknown_fields import told, unknown_fields
+
+_KEYS_BY_ROLE: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker", "audit")
+"""All replicas of these have one key. A gateway has one of its own: cuts wait for the word of each."""
+SERVICE_ROLES: tuple[ServiceRole, ...] = (*_KEYS_BY_ROLE, "gateway")
+ON_DEMAND: tuple[ServiceRole, ...] = ("scim", "signals")
+"""Services that have a key from the beginning, and that not everybody runs."""
+TOKEN_KEY = "issuer-token"  # noqa: S105 - the name of a file
+"""The key that signs tokens is not the one that signs the issuer's messages."""
+_SEALED_TO: tuple[ServiceRole, ...] = ("issuer", "gateway")
+"""Whose services have a key that credentials are sealed to."""
+SEAL = "-seal"
+"""How the names of their files end."""
+YEAR_S = 365 * 24 * 3600
+_A_NAME = TypeAdapter(Name)
+
+
+class CeremonyError(RingfenceError):
+    """The trust root cannot be made, or is not there."""
+
+    code = "ceremony_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class TrustFolder:
+    """Where `ringfence init` keeps what it makes."""
+
+    path: Path
+
+    @property
+    def root_key(self) -> Path:
+        """The offline root's private key."""
+        return self.path / "root.json"
+
+    @property
+    def bundle(self) -> Path:
+        """The signed trust bundle."""
+        return self.path / "trust-bundle.jws"
+
+    def service_key(self, name: str) -> Path:
+        """The private key of a service."""
+        return self.path / "keys" / f"{name}.json"
+
+    def encryption_key(self, name: str) -> Path:
+        """The private key of a service that credentials are sealed to."""
+        return self.service_key(name + SEAL)
+
+    def user_key(self, user_id: str) -> Path:
+        """The private key of a user whose key was made here."""
+        return self.path / "users" / f"{user_id}.json"
+
+    def agent_key(self, agent_id: str) -> Path:
+        """The private key of an agent whose key was made here."""
+        return self.path / "agents" / f"{agent_id}.json"
+
+    def fingerprint(self) -> str:
+        """The root's fingerprint: what `RINGFENCE_TRUST_ROOT` pins. Raises KeyFileError where there is no root."""
+        return SigningKey.load(self.root_key).kid
+
+
+def make_trust(
+    folder: TrustFolder,
+    trust_domain: str,
+    operator: str,
+    *,
+    gateways: Sequence[str] = ("gateway",),
+    valid_s: int = YEAR_S,
+) -> str:
+    """Make the root, a key for each service and gateway, the first operator's key, and sign the trust bundle.
+
+    `gateways`: the name of each. A revocation waits for the word of all that are there, so each has a key of its own.
+
+    Returns the root's fingerprint. Raises InvalidCallError where a name cannot be one; CeremonyError where it is taken,
+    or where there is a root already: a second one would orphan everything that the first one signed.
+    """
+    if folder.root_key.exists():
+        raise CeremonyError(f"{folder.root_key} exists already; remove it only if nothing was signed with it")
+    _check_names(operator, gateways=gateways)
+    before = set(folder.path.rglob("*.j*"))
+    try:
+        return _make_trust(folder, trust_domain, operator, gateways, valid_s)
+    except BaseException:
+        # Keys without a root are of no use, and would stand in the way of the next try.
+        for made in set(folder.path.rglob("*.j*")) - before:
+            made.unlink(missing_ok=True)
+        raise
+
+
+def _make_trust(
+    folder: TrustFolder, trust_domain: str, operator: str, gateways: Sequence[str], valid_s: int
+) -> str:
+    root = SigningKey.generate(f"spiffe://{trust_domain}/root")
+    now_s = int(time.time())
+    named: list[tuple[str, ServiceRole]] = [(role, role) for role in (*_KEYS_BY_ROLE, *ON_DEMAND)]
+    named += [(name, "gateway") for name in dict.fromkeys(gateways)]
+    services = [_service(folder, trust_domain, name, role, now_s, now_s + valid_s) for name, role in named]
+    SigningKey.generate(spiffe_id(trust_domain, "service", "issuer")).save(folder.service_key(TOKEN_KEY))
+    SigningKey.generate(spiffe_id(trust_domain, "user", operator)).save(folder.user_key(operator))
+    bundle = TrustBundle(
+        iss=root.id,
+        aud=trust_domain,
+        iat=now_s,
+        jti=str(uuid.uuid4()),
+        exp=now_s + valid_s,
+        version=1,
+        services=tuple(services),
+    )
+    write_private(folder.bundle, sign(bundle, root, header_jwk=True) + "\n")
+    root.save(folder.root_key)
+    return root.kid
+
+
+def add_gateways(folder: TrustFolder, gateways: Sequence[str]) -> TrustBundle:
+    """Sign the next version of the trust bundle: with these gateways, each with new keys, beside all that is there.
+
+    Issuers and gateways of before that have no key to seal to get one. The end of the bundle stays what it is.
+
+    Returns the bundle. Needs the root's key. Raises InvalidCallError where a name cannot be one; CeremonyError where it
+    is taken, or there is no trust root, or its bundle has expired (see `ringfence.client.admin.key_rotation`).
+    """
+    root, bundle = signed_before(folder)
+    _check_names(gateways=gateways)
+    if taken := _taken(bundle, gateways):
+        raise CeremonyError(f"{taken} is in the trust bundle already; give the gateway another name")
+    return _with_more(folder, bundle, root, [(name, "gateway") for name in dict.fromkeys(gateways)])
+
+
+def add_services(folder: TrustFolder, roles: Sequence[str]) -> TrustBundle:
+    """Sign the next version of the trust bundle: with keys for services that not everybody runs (`ON_DEMAND`), where
+    the trust was made before there were such services.
+
+    Returns the bundle. Needs the root's key. Raises CeremonyError where there is no such service, it is in the bundle
+    already, or there is no trust root, or its bundle has expired.
+    """
+    root, bundle = signed_before(folder)
+    if unknown := [role for role in roles if role not in ON_DEMAND]:
+        raise CeremonyError(
+            f"{unknown[0]} is no service that can be added; these can: {', '.join(ON_DEMAND)}"
+        )
+    if taken := _taken(bundle, roles):
+        raise CeremonyError(
+            f"{taken} is in the trust bundle already; a new key for it: --rotate-service {taken}"
+        )
+    return _with_more(folder, bundle, root, [(role, role) for role in ON_DEMAND if role in roles])
+
+
+def lacking(bundle: TrustBundle) -> list[ServiceRole]:
+    """The services that not everybody runs and for which a trust bundle has no keys."""
+    return [role for role in ON_DEMAND if not any(role in service.roles for service in bundle.services)]
+
+
+def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
+    """Sign the next version of the trust bundle: with this issuer, in the place of one of that name if there is one.
+
+    Returns the bundle. Needs the root's key. Raises CeremonyError where the issuer lacks what its use needs, or there
+    is no trust root.
+    """
+    if found := unknown_fields(issuer):
+        raise CeremonyError(told(found, f"issuer {issuer.issuer}"))
+    if issuer.discovery == bool(issuer.keys):
+        raise CeremonyError(
+            f"{issuer.issuer} needs either pinned keys (--jwks) or discovery (--oidc-discovery)"
+        )
+    if issuer.discovery and issuer.uses != ("instances",):
+        raise CeremonyError("the keys of who speaks for people are pinned: give --jwks, not --oidc-discovery")
+    if issuer.discovery and not issuer.issuer.startswith("https://"):
+        raise CeremonyError(
+            f"discovery goes by HTTPS, and the issuer is {issuer.issuer}; pin its keys (--jwks)"
+        )
+    root, bundle = signed_before(folder)
+    others = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer.issuer)
+    return sign_following(folder, bundle, root, int(time.time()), oidc_issuers=(*others, issuer))
+
+
+def remove_oidc_issuer(folder: TrustFolder, issuer: str) -> TrustBundle:
+    """Sign the next version of the trust bundle without this issuer: its tokens count for nothing from then on.
+
+    Returns the bundle. Needs the root's key. Raises CeremonyError where it is not there, or there is no trust root.
+    """
+    root, bundle = signed_before(folder)
+    others = tuple(one for one in bundle.oidc_issuers if one.issuer != issuer)
+    if len(others) == len(bundle.oidc_issuers):
+        known = ", ".join(one.issuer for one in others) or "none"
+        raise CeremonyError(f"the trust bundle has no issuer {issuer}; it has {known}")
+    return sign_following(folder, bundle, root, int(time.time()), oidc_issuers=others)
+
+
+def sign_following(
+    folder: TrustFolder, bundle: TrustBundle, root: SigningKey, now_s: int, **changed: Any
+) -> TrustBundle:
+    """Sign the version after `bundle`, in which some fields are `changed`, and put it in the folder."""
+    following = bundle.model_copy(
+        update={"iat": now_s, "jti": str(uuid.uuid4()), "version": bundle.version + 1, **changed}
+    )
+    fresh = folder.bundle.with_suffix(".new")
+    write_private(fresh, sign(following, root, header_jwk=True) + "\n")
+    fresh.replace(folder.bundle)
+    return following
+
+
+def _check_names(*names: str, gateways: Sequence[str]) -> None:
+    for name in (*names, *gateways):
+        with checked(repr(name)):
+            _A_NAME.validate_python(name)
+    if taken := sorted({*_KEYS_BY_ROLE, *ON_DEMAND, TOKEN_KEY} & set(gateways)):
+        raise CeremonyError(f"{taken[0]} is the name of a service; give the gateway another")
+    if like := [name for name in gateways if name.endswith((SEAL, NEXT)) or SEAL + BEFORE in name]:
+        raise CeremonyError(
+            f"{like[0]} ends in {SEAL} or {NEXT}, or has {SEAL}{BEFORE} in it, as the files of other keys do; "
+            "give the gateway another"
+        )
+
+
+def _taken(bundle: TrustBundle, names: Sequence[str]) -> str | None:
+    """The first of these names that a service of the bundle has."""
+    ids = {service.id for service in bundle.services}
+    return next((name for name in names if spiffe_id(bundle.aud, "service", name) in ids), None)
+
+
+def _with_more(
+    folder: TrustFolder, bundle: TrustBundle, root: SigningKey, more: Sequence[tuple[str, ServiceRole]]
+) -> TrustBundle:
+    """Sign the next version of a bundle: with these services beside all that is there. Raises CeremonyError."""
+    now_s = int(time.time())
+    if bundle.exp <= now_s:
+        raise CeremonyError(f"the trust bundle in {folder.bundle} has expired; first sign it anew: --renew")
+    services = [_with_encryption_key(folder, service, now_s, bundle.exp) for service in bundle.services]
+    services += [_service(folder, bundle.aud, name, role, now_s, bundle.exp) for name, role in more]
+    return sign_following(folder, bundle, root, now_s, services=tuple(services))
+
+
+def _service(
+    folder: TrustFolder, trust_domain: str, name: str, role: ServiceRole, now_s: int, end_s: int
+) -> ServiceIdentity:
+    """A service with fresh keys, the private halves of which are in the folder."""
+    key = SigningKey.generate(spiffe_id(trust_domain, "service", name))
+    key.save(folder.service_key(name))
+    service = ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(end_s, now_s - 60),))
+    return _with_encryption_key(folder, service, now_s, end_s)
+
+
+def _with_encryption_key(
+    folder: TrustFolder, service: ServiceIdentity, now_s: int, end_s: int
+) -> ServiceIdentity:
+    """The same service, with a key that is sealed to where its role needs one and it has none."""
+    if service.encryption_keys or not set(_SEALED_TO) & set(service.roles):
+        return service
+    key = EncryptionKey.generate(service.id)
+    key.save(folder.encryption_key(service.id.rpartition("/")[2]))
+    return service.model_copy(update={"encryption_keys": (key.record(end_s, now_s - 60),)})
+
+
+def signed_before(folder: TrustFolder) -> tuple[SigningKey, TrustBundle]:
+    """The root's key, and the bundle that it signed last. Raises CeremonyError."""
+    try:
+        root = SigningKey.load(folder.root_key)
+        jws = parse(folder.bundle.read_text().strip())
+        trust_domain = root.id.removeprefix("spiffe://").partition("/")[0]
+        bundle = open_signed(
+            jws, TrustBundle, lambda iss, kid: public_key(root.public) if kid == root.kid else None,
+            audience=trust_domain,
+        ).claims  # fmt: skip
+    except (KeyFileError, OSError, InvalidMessageError) as error:
+        raise CeremonyError(f"no trust root in {folder.path} ({error}); run: ringfence init") from None
+    return root, bundle
+
+
+def first_operator(folder: TrustFolder, trust_domain: str, operator: str, name: str) -> UserSet:
+    """The root's command that makes the first operator; unsigned, it expires after an hour.
+
+    Raises CeremonyError where the folder has no key of theirs.
+    """
+    now_s = int(time.time())
+    file = folder.user_key(operator)
+    if not file.exists():
+        raise CeremonyError(
+            f"there is no key of operator {operator} ({file}): the trust root was made with another operator; "
+            "name that one (ringfence init --operator), or use another folder"
+        )
+    key = SigningKey.load(file)
+    return UserSet(
+        iss=f"spiffe://{trust_domain}/root",
+        aud=trust_domain,
+        iat=now_s,
+        jti=str(uuid.uuid4()),
+        exp=now_s + 3600,
+        user_id=operator,
+        name=name,
+        roles=("operator",),
+        keys=(key.record(now_s + YEAR_S, now_s - 60),),
+        entitlements=Entitlements(scope=(), source="root", as_of=now_s),
+    )
+
+
+async def publish_trust(folder: TrustFolder, settings: BusSettings, operator: str, name: str) -> None:
+    """Put the trust bundle and the first operator on Kafka. Needs the root's key.
+
+    Raises CeremonyError where `make_trust` has not run, or for another operator; UnavailableError where Kafka does not
+    answer.
+    """
+    root, _ = signed_before(folder)
+    command = first_operator(folder, settings.trust_domain, operator, name)
+    async with Publisher(settings, root.id) as publisher:
+        await publisher.require(TRUST, REGISTRY_COMMAND)
+        await publish_bundle(folder, settings)
+        await publisher.publish_signed(REGISTRY_COMMAND, f"user/{operator}", command, root)
+
+
+async def publish_bundle(folder: TrustFolder, settings: BusSettings) -> None:
+    """Put the trust bundle on Kafka. Raises CeremonyError where there is none, UnavailableError where Kafka is not."""
+    root, bundle = signed_before(folder)
+    compact, version = folder.bundle.read_text().strip(), str(bundle.version)
+    async with Publisher(settings, root.id) as publisher:
+        await publisher.require(TRUST)
+        await (await publisher.send(TRUST, version, compact, id=f"trust-{bundle.jti}", type=TrustBundle.typ))

@@ -1,0 +1,160 @@
+"""Users as a file says that they are: what has to change for that, and its doing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ringfence.client.admin.provisioner import Provisioner
+from ringfence.client.errors import InvalidCallError
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.registry import Delegation, Provisioning, UserState
+from ringfence.model.records.provisioning import given_by, is_of
+
+_AT_ONCE = 32
+Kind = Literal["add", "change", "confirm", "disable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A user as the file has them."""
+
+    name: str
+    said: Provisioning
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One user, and what is to be done: `confirm` where all is as it should be, and only their date is renewed."""
+
+    kind: Kind
+    user_id: str
+    details: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What has to be done, by user id, and what stands in its way."""
+
+    differences: tuple[Difference, ...]
+    problems: tuple[str, ...]
+    active: int
+    """How many users of this provisioner are active now."""
+
+    @property
+    def leaving(self) -> int:
+        """How many of them would be disabled."""
+        return sum(one.kind == "disable" for one in self.differences)
+
+    def check_leaving(self, percent: int) -> None:
+        """A file that was cut short must not disable half a company: more than one user, and more than `percent`.
+
+        Raises InvalidCallError.
+        """
+        if self.leaving > max(1, self.active * percent // 100):
+            raise InvalidCallError(
+                f"{self.leaving} of {self.active} active users are not in the file any more, which is more than "
+                f"{percent} %. If they have all left, add --force; nothing was changed"
+            )
+
+
+async def delegation_of(provisioner: Provisioner) -> Delegation:
+    """What an operator delegated. Raises InvalidCallError where that is nothing."""
+    entry = (await provisioner.directory()).user(provisioner.id)
+    if entry is None or entry.state.delegation is None or entry.state.status != "active":
+        raise InvalidCallError(
+            f"{provisioner.id} is no provisioner: an operator makes it one with: ringfence provisioner set "
+            f"{provisioner.id}; or name another key with --identity"
+        )
+    return entry.state.delegation
+
+
+async def plan(provisioner: Provisioner, wanted: Mapping[str, Wanted]) -> Plan:
+    """Compare the records with what is wanted. Raises InvalidCallError where nothing is delegated."""
+    delegation = await delegation_of(provisioner)
+    directory = await provisioner.directory()
+    users = [entry.state for entry in directory.entries("user")]
+    states = {state.user_id: state for state in users if isinstance(state, UserState)}
+    own = {id: state for id, state in states.items() if is_of(state, provisioner.id)}
+    problems: list[str] = []
+    found: list[Difference] = []
+    for user_id, one in sorted(wanted.items()):
+        state = states.get(user_id)
+        if problem := _problem(user_id, one, state, provisioner.id):
+            problems.append(problem)
+        else:
+            found.append(_difference(user_id, one, state, delegation))
+    for user_id, state in sorted(own.items()):
+        if user_id not in wanted and state.status == "active":
+            found.append(Difference("disable", user_id, ("not in the file",)))
+    active = sum(state.status == "active" for state in own.values())
+    return Plan(tuple(found), tuple(problems), active)
+
+
+async def carry_out(
+    provisioner: Provisioner,
+    wanted: Mapping[str, Wanted],
+    todo: Plan,
+    told: Callable[[Difference, str | None], None],
+) -> int:
+    """Give the commands; `told` hears of each what came of it (None: done). Returns how many failed."""
+    delegation = await delegation_of(provisioner)
+    at_once, failed = asyncio.Semaphore(_AT_ONCE), 0
+
+    async def one(difference: Difference) -> None:
+        nonlocal failed
+        async with at_once:
+            try:
+                if difference.kind == "disable":
+                    await provisioner.disable_user(difference.user_id, reason="not in the file any more")
+                else:
+                    user = wanted[difference.user_id]
+                    await provisioner.set_user(difference.user_id, delegation, user.said, name=user.name)
+            except RingfenceError as error:
+                failed += 1
+                told(difference, f"{error.code}: {error}")
+            else:
+                told(difference, None)
+
+    await asyncio.gather(*(one(difference) for difference in todo.differences))
+    return failed
+
+
+def _problem(user_id: str, one: Wanted, state: UserState | None, provisioner_id: str) -> str | None:
+    if state is None:
+        return None
+    if state.provisioned is None or state.provisioned.by != provisioner_id:
+        return f"{user_id} does not come from {provisioner_id}: an operator made them, or they come from elsewhere"
+    if state.provisioned.gone:
+        return f"{user_id} left for good; whoever comes now is somebody else, and needs another id"
+    if state.provisioned.blocked and one.said.active:
+        return (
+            f"{user_id} was disabled by an operator; until an operator sets them again, write active: false"
+        )
+    return None
+
+
+def _difference(user_id: str, one: Wanted, state: UserState | None, delegation: Delegation) -> Difference:
+    given = given_by(delegation, one.said.groups)
+    if state is None:
+        return Difference(
+            "add", user_id, (f"groups: {_words(given.groups)}", f"roles: {_words(given.roles)}")
+        )
+    before = state.provisioned or Provisioning()
+    pairs: Sequence[tuple[str, str, str]] = (
+        ("name", state.name, one.name),
+        ("groups", _words(before.groups), _words(given.groups)),
+        ("roles", _words(state.roles), _words(given.roles)),
+        ("external_id", before.external_id or "none", one.said.external_id or "none"),
+        ("active", str(state.status == "active").lower(), str(one.said.active).lower()),
+    )
+    details = [f"{what}: {old} -> {new}" for what, old, new in pairs if old != new]
+    if state.entitlements.scope != given.scope:
+        details.append("entitlements: as the delegation has them now")
+    return Difference("change" if details else "confirm", user_id, tuple(details))
+
+
+def _words(words: Sequence[str]) -> str:
+    return ", ".join(words) or "none"

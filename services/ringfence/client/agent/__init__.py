@@ -1,0 +1,1 @@
+"""For agents: request a credential, receive it, use it."""

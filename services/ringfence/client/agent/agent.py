@@ -1,0 +1,484 @@
+"""The agent's side: ask for a credential, use it, give it back."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from ringfence.client.admin.outcomes import Accepted, Outcomes
+from ringfence.client.agent.credentials import IssuedCredential
+from ringfence.client.agent.process_id import process_mark
+from ringfence.client.agent.replies import (
+    Allowed,
+    Answer,
+    Denied,
+    PendingRequest,
+    SentRequest,
+    read_reply,
+    who,
+)
+from ringfence.client.connected import Lifetime
+from ringfence.client.connection import Connection, Coordinate, load_settings, subject
+from ringfence.client.errors import (
+    IdentityError,
+    InvalidCallError,
+    RequestDeniedError,
+    RequestTimeoutError,
+    checked,
+)
+from ringfence.client.instance_enrolment import Attested
+from ringfence.client.settings import ClientSettings
+from ringfence.client.token_sources import TokenSource, source_of
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jwe import ReplyKey, unverified_kid
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.tracing.api import Work
+from ringfence.kernel.tracing.traceparent import new_traceparent
+from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, Delivery
+from ringfence.messages.lease import RevocationRequest
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import TaskDelegate, TaskEnd, TaskTerms
+from ringfence.messages.topics import (
+    CREDENTIAL_REPLY,
+    CREDENTIAL_REQUEST,
+    DEAD_LETTER,
+    REGISTRY_COMMAND,
+    REVOCATION_REQUEST,
+)
+from ringfence.model.scope.scope import validate_scope
+
+log = logging.getLogger(__name__)
+
+REQUEST_LIFE_S = 120
+"""`exp` of a request: how long it may take to reach the broker, clocks that differ included."""
+
+ANSWER_S = 15.0
+"""How long the registry's word is waited for where nothing else is said."""
+_MAX_ABANDONED = 1000
+
+OnPending = Callable[[PendingRequest], Awaitable[None] | None]
+"""Told once that approvals are waited for. May be a coroutine function."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    sent: SentRequest
+    answers: asyncio.Queue[Answer] = field(default_factory=asyncio.Queue)
+    at: Coordinate | None = None
+    ignored: str | None = None
+    """Why the last reply that did not prove itself was ignored."""
+    abandoned: bool = False
+    """Nobody waits any more: a credential that still comes is given back."""
+
+
+class Agent(Lifetime):
+    """An agent's identity, connected. One reply listener serves any number of requests at the same time.
+
+    Where its key came from a file, and another key of the same agent lies there now, that one signs from then on; see
+    also `use_key`. What was asked for with the old key is shown with the old key.
+
+    ```python
+    async with Agent.connect(key="deploy-bot.json") as agent:
+        async with agent.credential(
+            task=task_id, target="staging", verbs=["deploy"], resources=["env/staging/web"], reason="release 41"
+        ) as credential:
+            await http.post(url, auth=credential.apply())
+    ```
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        """Use `connect`. Raises IdentityError where the connection's key is no agent's."""
+        self.id = subject(connection.key, "agent", connection.settings)
+        self.connection = connection
+        self._outcomes = Outcomes(connection)
+        self._waiting: dict[str, _Waiting] = {}
+        self._giving_back: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    def connect(
+        cls,
+        key: SigningKey | Path | str | None = None,
+        settings: ClientSettings | None = None,
+        *,
+        attest: TokenSource | str | None = None,
+        agent_id: str | None = None,
+        clock: Clock | None = None,
+    ) -> Self:
+        """An agent to be used as an async context manager: `async with Agent.connect(...) as agent`.
+
+        Args:
+            key: the agent's key, or the path of its file; `RINGFENCE_IDENTITY` where None.
+            settings: where to connect to; read from `RINGFENCE_*` and the settings file where None.
+            attest: where the platform's identity token comes from, in the place of a key: a `TokenSource`, or
+                `file:PATH`, `github` or `gcp`; `RINGFENCE_ATTEST` where None and no key is given.
+            agent_id: the agent that this is an instance of, with `attest`; `RINGFENCE_AGENT` where None.
+
+        Raises:
+            SettingsError, IdentityError, KeyFileError, InvalidCallError; on entering, UnavailableError, and with
+            `attest` TokenSourceError and EnrolmentRefusedError.
+        """
+        settings, clock = load_settings(settings), clock or SystemClock()
+        attest = attest or (settings.attest if key is None else None)
+        if attest is None:
+            return cls(Connection(key, settings, clock))
+        if key is not None:
+            raise InvalidCallError("an instance enrols a key of its own: give a key or attest, and not both")
+        if not (agent_id := agent_id or settings.agent):
+            raise IdentityError("say which agent this is an instance of: agent_id, or RINGFENCE_AGENT")
+        source = source_of(attest) if isinstance(attest, str) else attest
+        attested = Attested(agent_id, source, settings, clock, key_file=settings.attest_key_file)
+        return cls(Connection(None, settings, clock, attested=attested))
+
+    async def start(self) -> None:
+        """Connect and begin to listen for replies. `async with` does it."""
+        await self.connection.start()
+        try:
+            # From the end and before the first request: every reply to come is seen, and none of those that came.
+            await self.connection.follow([CREDENTIAL_REPLY], self._on_replies, since_ms=None, key=self.id)
+            await self.connection.follow([DEAD_LETTER], self.connection.letters.on_records, since_ms=None)
+        except BaseException:
+            await self.connection.close()
+            raise
+
+    async def close(self) -> None:
+        """Give back what came too late, then disconnect. `async with` does it."""
+        await asyncio.gather(*self._giving_back, return_exceptions=True)
+        await self.connection.close()
+
+    def use_key(self, key: SigningKey | Path | str) -> None:
+        """Sign with another key of this agent from now on, one that was given to it by `ringfence agent rotate-key`.
+
+        Credentials that are held go on with the key that they were asked for with. Raises IdentityError, KeyFileError.
+        """
+        self.connection.use_key(key)
+
+    async def request(
+        self,
+        *,
+        task: str,
+        target: str,
+        verbs: Sequence[str],
+        resources: Sequence[str],
+        reason: str,
+        ttl_s: int = 300,
+        timeout_s: float | None = 60.0,
+        on_pending: OnPending | None = None,
+        break_glass: bool = False,
+        delivery: Delivery = "agent",
+    ) -> IssuedCredential:
+        """Ask for one credential and wait for it.
+
+        Args:
+            task: the id of the task that this is for.
+            target: the target's id; `verbs` and `resources` (globs) are what is needed there, no more.
+            reason: why, in a sentence that an approver will read.
+            ttl_s: how long it is needed, in seconds.
+            timeout_s: how long to wait for the final answer, approvals included; None waits until there is one.
+            on_pending: told once when a person has to approve.
+            break_glass: policy denies it, and two operators are asked to allow it once, for 15 minutes at most.
+            delivery: `gateway` where the gateway injects the credential: the agent gets a handle, and no secret.
+
+        Raises:
+            RequestDeniedError: with every reason of policy or issuer.
+            RequestTimeoutError: saying what is still waited for. A credential that comes later is given back.
+            InvalidCallError, ScopeError: the arguments make no request; nothing was sent.
+            UnavailableError: Kafka did not take the request.
+        """
+        with checked("the permission"):
+            permission = Permission(target=target, verbs=tuple(verbs), resources=tuple(resources))
+        return await self.request_scope(
+            task=task,
+            scope=[permission],
+            reason=reason,
+            ttl_s=ttl_s,
+            timeout_s=timeout_s,
+            on_pending=on_pending,
+            break_glass=break_glass,
+            delivery=delivery,
+        )
+
+    async def request_scope(
+        self,
+        *,
+        task: str,
+        scope: Sequence[Permission],
+        reason: str,
+        ttl_s: int = 300,
+        timeout_s: float | None = 60.0,
+        on_pending: OnPending | None = None,
+        break_glass: bool = False,
+        delivery: Delivery = "agent",
+    ) -> IssuedCredential:
+        """Like `request`, with several permissions at the one target: different verbs on different resources."""
+        await self.connection.renew()
+        facts = {"agent_id": self.id, "task_id": task}
+        with self.connection.tracing.step("request credential", Work(None, facts)) as span:
+            waiting = self._prepare(
+                task,
+                tuple(scope),
+                reason,
+                ttl_s,
+                delivery,
+                break_glass,
+                span.traceparent or new_traceparent(),
+            )
+            span.note(request_id=waiting.sent.request_id)
+            return await self._answer_to(waiting, timeout_s, on_pending)
+
+    async def _answer_to(
+        self, waiting: _Waiting, timeout_s: float | None, on_pending: OnPending | None
+    ) -> IssuedCredential:
+        sent = waiting.sent
+        self._waiting[sent.request_id] = waiting
+        answered = told = False
+        phase = "policy's decision"
+        limit = asyncio.timeout(timeout_s)
+        try:
+            async with limit:
+                waiting.at = await self.connection.publish(
+                    CREDENTIAL_REQUEST,
+                    self.id,
+                    sent.claims,
+                    compact=sent.compact,
+                    traceparent=sent.traceparent,
+                )
+                while True:
+                    match await waiting.answers.get():
+                        case IssuedCredential() as credential:
+                            answered = True
+                            return credential
+                        case Denied() as denied:
+                            answered = True
+                            raise RequestDeniedError(
+                                denied.request_id,
+                                denied.reasons,
+                                denied.by,
+                                retry_after_s=denied.retry_after_s,
+                            )
+                        case PendingRequest() as pending:
+                            phase = f"the approval of {who(pending.required)}"
+                            if on_pending and not told:
+                                told = True
+                                result = on_pending(pending)
+                                if inspect.isawaitable(result):
+                                    await result
+                        case Allowed():
+                            phase = "the issuer, after policy allowed it"
+        except TimeoutError:
+            if not limit.expired():
+                raise  # the caller's own, out of `on_pending`
+            raise RequestTimeoutError(sent.request_id, phase, timeout_s or 0.0, self._hint(waiting)) from None
+        finally:
+            if answered:
+                del self._waiting[sent.request_id]
+            else:
+                self._abandon(waiting)
+
+    @asynccontextmanager
+    async def credential(
+        self,
+        *,
+        task: str,
+        target: str,
+        verbs: Sequence[str],
+        resources: Sequence[str],
+        reason: str,
+        ttl_s: int = 300,
+        timeout_s: float | None = 60.0,
+        on_pending: OnPending | None = None,
+        break_glass: bool = False,
+        delivery: Delivery = "agent",
+    ) -> AsyncIterator[IssuedCredential]:
+        """`request` as a context manager: however the block ends, the credential is wiped and released."""
+        credential = await self.request(
+            task=task, target=target, verbs=verbs, resources=resources, reason=reason, ttl_s=ttl_s,
+            timeout_s=timeout_s, on_pending=on_pending, break_glass=break_glass, delivery=delivery,
+        )  # fmt: skip
+        try:
+            yield credential
+        finally:
+            credential.wipe()
+            await self._release_quietly(credential)
+
+    async def release(
+        self,
+        credential: IssuedCredential | str,
+        *,
+        reason: str = "no longer needed",
+        timeout_s: float | None = None,
+    ) -> None:
+        """Give a credential back before its time.
+
+        Args:
+            credential: what `request` returned, or its lease id.
+            timeout_s: None returns as soon as Kafka holds the release, which no crash can undo then; a number waits
+                that long for the revoker's word.
+
+        Raises:
+            RefusedError, NotAnsweredError: by or of the revoker, where its word is waited for.
+            UnavailableError: Kafka did not take the release.
+        """
+        self.connection.renew_key()
+        lease_id = credential if isinstance(credential, str) else credential.lease_id
+        await self.connection.renew()
+        with checked("the release"):
+            claims = RevocationRequest(
+                **self.connection.stamp(life_s=0),
+                kind="release",
+                lease_id=lease_id,
+                reason=reason,
+                enrolment=self.connection.enrolment,
+            )
+        traceparent = None if isinstance(credential, str) else credential.traceparent
+        if timeout_s is None:
+            await self.connection.publish(REVOCATION_REQUEST, self.id, claims, traceparent=traceparent)
+        else:
+            await self._outcomes.send(
+                REVOCATION_REQUEST,
+                self.id,
+                claims,
+                by="revoker",
+                timeout_s=timeout_s,
+                traceparent=traceparent,
+            )
+
+    async def delegate(
+        self,
+        *,
+        task: str,
+        to: str,
+        purpose: str,
+        scope: Sequence[Permission],
+        ends_in_s: int | None = None,
+        until: int | None = None,
+        timeout_s: float = ANSWER_S,
+    ) -> str:
+        """Hand part of a task to another agent. Returns the id of its task, which ends with this one at the latest.
+
+        Args:
+            task: the id of this agent's own task.
+            to: the other agent's id. What it may do is within this agent's ceiling, and within its own.
+            purpose: what for, in a sentence that approvers will read.
+            scope: no wider than that of `task`.
+            ends_in_s, until: when it ends, in seconds from now, or since 1970; one of them.
+
+        Raises:
+            RefusedError: by the registry, with the reason. NotAnsweredError: it gave no word within `timeout_s`.
+            InvalidCallError, ScopeError: nothing was sent. UnavailableError: Kafka did not take it.
+        """
+        if (ends_in_s is None) == (until is None):
+            raise InvalidCallError("say when the task ends: ends_in_s or until")
+        validate_scope(tuple(scope))
+        stamp = self.connection.stamp(REQUEST_LIFE_S)
+        with checked("the task"):
+            terms = TaskTerms(
+                agent_id=to,
+                purpose=purpose,
+                scope=tuple(scope),
+                not_after=until if until is not None else stamp["iat"] + (ends_in_s or 0),
+            )
+            claims = TaskDelegate(**stamp, parent=task, terms=terms)
+        await self._outcomes.send(
+            REGISTRY_COMMAND, message_id(claims.iss, claims.jti), claims, by="registry", timeout_s=timeout_s
+        )
+        return message_id(claims.iss, claims.jti)
+
+    async def end_delegated(self, task: str, *, reason: str, timeout_s: float = ANSWER_S) -> Accepted:
+        """End a task that this agent handed on, or that came of one: what is held under it ends.
+
+        Raises as `delegate` does.
+        """
+        with checked("the end of the task"):
+            claims = TaskEnd(**self.connection.stamp(REQUEST_LIFE_S), task_id=task, reason=reason)
+        return await self._outcomes.send(REGISTRY_COMMAND, task, claims, by="registry", timeout_s=timeout_s)
+
+    def _prepare(
+        self,
+        task: str,
+        scope: tuple[Permission, ...],
+        reason: str,
+        ttl_s: int,
+        delivery: Delivery,
+        break_glass: bool,
+        traceparent: str,
+    ) -> _Waiting:
+        validate_scope(scope)
+        self.connection.renew_key()
+        reply_key = ReplyKey()
+        with checked("the request"):
+            claims = CredentialRequest(
+                **self.connection.stamp(REQUEST_LIFE_S),
+                task_id=task,
+                scope=scope,
+                ttl_s=ttl_s,
+                delivery=delivery,
+                reason=reason,
+                reply_key=reply_key.public,
+                break_glass=True if break_glass else None,
+                process=process_mark(),
+                enrolment=self.connection.enrolment,
+            )
+        key = self.connection.key
+        compact = sign(claims, key)
+        if len(compact) > MAX_REQUEST_BYTES:
+            raise InvalidCallError(
+                f"the request has {len(compact)} bytes, and policy weighs no more than {MAX_REQUEST_BYTES}: name fewer "
+                "resources, or what they have in common"
+            )
+        return _Waiting(SentRequest(claims, compact, reply_key, traceparent, key))
+
+    def _abandon(self, waiting: _Waiting) -> None:
+        waiting.abandoned = True
+        abandoned = [id for id, other in self._waiting.items() if other.abandoned]
+        for id in abandoned[:-_MAX_ABANDONED]:
+            del self._waiting[id]
+
+    def _hint(self, waiting: _Waiting) -> str:
+        if letter := self.connection.letters.reason(waiting.at):
+            return letter
+        if waiting.ignored:
+            return f"a reply was ignored: {waiting.ignored}"
+        return ""
+
+    def _on_replies(self, records: Sequence[Received]) -> None:
+        for record in records:
+            # Unverified: it only picks the request whose key to try; opening the seal proves the rest.
+            waiting = self._waiting.get(unverified_kid(record.value) or "")
+            if waiting is None:
+                continue
+            try:
+                answer = read_reply(record.value, waiting.sent, self.connection.trust, record.appended_at_ms)
+            except InvalidMessageError as error:
+                waiting.ignored = str(error)
+                log.warning("ignored a reply at %s@%d: %s", record.topic_name, record.offset, error)
+                continue
+            if waiting.abandoned:
+                self._on_late(waiting, answer)
+            else:
+                waiting.answers.put_nowait(answer)
+
+    def _on_late(self, waiting: _Waiting, answer: Answer) -> None:
+        if isinstance(answer, IssuedCredential):
+            log.info("lease %s came after its request had timed out; it is given back", answer.lease_id)
+            task = asyncio.create_task(self._release_quietly(answer))
+            self._giving_back.add(task)
+            task.add_done_callback(self._giving_back.discard)
+        if isinstance(answer, IssuedCredential | Denied):
+            self._waiting.pop(waiting.sent.request_id, None)
+
+    async def _release_quietly(self, credential: IssuedCredential) -> None:
+        """What cannot be released now ends by itself at its deadline; that must not hide how the caller's work went."""
+        try:
+            await self.release(credential)
+        except RingfenceError as error:
+            log.warning("lease %s was not released and ends at its deadline: %s", credential.lease_id, error)

@@ -1,0 +1,273 @@
+"""What an agent gets: a credential of its kind, which says how it is used, renews nothing, and can be wiped.
+
+`apply()` gives what the usual library for its kind takes. A kind that has no class here is one that another package
+brought: its value is all that is known of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from ringfence.client.agent.dpop import BearerAuth, DpopAuth, proof
+from ringfence.client.agent.ssh_files import ssh_client
+from ringfence.client.errors import CredentialOverError, CredentialUseError, InvalidCallError
+from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.tracing.traceparent import trace_id
+from ringfence.messages.credential import Delivery
+from ringfence.messages.permission import Scope
+
+
+class Secret:
+    """A text that can be wiped. What was read from it meanwhile, Python keeps for as long as somebody refers to it."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, text: str) -> None:
+        self._data: bytearray | None = bytearray(text, "utf-8")
+
+    @property
+    def wiped(self) -> bool:
+        return self._data is None
+
+    def reveal(self) -> str:
+        """The text. Raises CredentialOverError once it was wiped."""
+        if self._data is None:
+            raise CredentialOverError("the credential was wiped when its block ended; ask for a new one")
+        return self._data.decode("utf-8")
+
+    def wipe(self) -> None:
+        """Overwrite it. Again does nothing."""
+        if self._data is not None:
+            self._data[:] = bytes(len(self._data))
+            self._data = None
+
+    def __repr__(self) -> str:
+        return "Secret()"
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedCredential:
+    """A credential that policy allowed and the issuer made. Its value is not shown by `repr`.
+
+    As a context manager it is wiped at the end of the block, and not released: `Agent.credential` does both.
+    """
+
+    lease_id: str
+    request_id: str
+    kind: str
+    """The backend that made it, e.g. `jwt`."""
+    secret: Secret = field(repr=False)
+    token_type: str | None
+    expires_at: int
+    """Seconds since 1970, UTC: from then on nobody accepts it."""
+    target: str
+    scope: Scope
+    task_id: str
+    agent_id: str
+    sponsor: str
+    on_behalf_of: str
+    delivery: Delivery
+    traceparent: str | None = field(default=None, repr=False)
+    """The W3C trace that request, decision, issue and end belong to, and where in it the request was made."""
+    key: SigningKey | None = field(default=None, repr=False)
+    """The agent's own: a credential that is bound to it (`token_type` is DPoP) is good only with proofs of it."""
+
+    @property
+    def trace_id(self) -> str | None:
+        """The id of that trace."""
+        return trace_id(self.traceparent)
+
+    @property
+    def value(self) -> str:
+        """The secret itself. Raises CredentialOverError once it was wiped."""
+        return self.secret.reveal()
+
+    def apply(self) -> Any:
+        """What the usual library for its kind takes; of an unknown kind the value.
+
+        Raises CredentialOverError where it was wiped, or its time is over: nothing is renewed behind the caller's back.
+        """
+        return self.usable()
+
+    def usable(self) -> str:
+        """The value, while it is good. Raises CredentialOverError."""
+        if time.time() >= self.expires_at:
+            raise CredentialOverError(f"the time of lease {self.lease_id} is over; ask for a new credential")
+        return self.value
+
+    def headers(self, method: str | None = None, url: str | None = None) -> dict[str, str]:
+        """The HTTP headers that present it: `Authorization` (RFC 6750), and with a bound one `DPoP` (RFC 9449).
+
+        A proof is for one request: `method` and `url` say which. Where the server demands nonces, use `auth`.
+
+        Raises InvalidCallError where they are missing and a proof is needed, CredentialOverError once it was wiped.
+        """
+        headers = {"Authorization": f"{self.token_type or 'Bearer'} {self.value}"}
+        if self.token_type == "DPoP":  # noqa: S105 - RFC 9449
+            if method is None or url is None:
+                raise InvalidCallError(
+                    f"the credential for {self.target} is bound to the agent's key: name method and URL of the "
+                    "request, as in headers('GET', url), or use auth()"
+                )
+            headers["DPoP"] = proof(
+                self._bound_to(), method, url,
+                access_token=self.value, now_s=SystemClock().now_ms() // 1000,
+            )  # fmt: skip
+        return headers
+
+    def auth(self) -> httpx.Auth:
+        """For httpx: `client.put(url, auth=credential.auth())`. Keep it for all requests: it remembers nonces.
+
+        A request after the end raises CredentialOverError and is not sent. A refusal (401) is the caller's to see.
+        """
+        if self.token_type == "DPoP":  # noqa: S105 - RFC 9449
+            return _WhileUsable(self, DpopAuth(self.value, self._bound_to()))
+        return _WhileUsable(self, BearerAuth(self.value))
+
+    def _bound_to(self) -> SigningKey:
+        if self.key is None:
+            raise InvalidCallError("the key that the credential is bound to is not known here")
+        return self.key
+
+    def wipe(self) -> None:
+        """Forget the value. It stays good at its target until it is released or its time is over."""
+        self.secret.wipe()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.wipe()
+
+
+class TokenCredential(IssuedCredential):
+    """An access token, kind `jwt`."""
+
+    __slots__ = ()
+
+    def apply(self) -> httpx.Auth:
+        """For httpx: `httpx.AsyncClient(auth=credential.apply())`; the same as `auth`."""
+        return self.auth()
+
+
+class PostgresCredential(IssuedCredential):
+    """A login of its own at a PostgreSQL server, kind `postgres`."""
+
+    __slots__ = ()
+
+    def apply(self) -> str:
+        """The DSN: `await asyncpg.connect(credential.apply())`, `psycopg.connect(credential.apply())`."""
+        return self.usable()
+
+    def headers(self, method: str | None = None, url: str | None = None) -> dict[str, str]:
+        raise CredentialUseError("a login for PostgreSQL is no HTTP header; apply() gives its DSN")
+
+    def auth(self) -> httpx.Auth:
+        raise CredentialUseError("a login for PostgreSQL is no HTTP header; apply() gives its DSN")
+
+
+class RedisCredential(IssuedCredential):
+    """A user of its own at a Valkey or Redis server, kind `redis`."""
+
+    __slots__ = ()
+
+    def apply(self) -> str:
+        """The URL: `redis.asyncio.Redis.from_url(credential.apply())`."""
+        return self.usable()
+
+    def headers(self, method: str | None = None, url: str | None = None) -> dict[str, str]:
+        raise CredentialUseError("a login for Redis is no HTTP header; apply() gives its URL")
+
+    def auth(self) -> httpx.Auth:
+        raise CredentialUseError("a login for Redis is no HTTP header; apply() gives its URL")
+
+
+class SshCredential(IssuedCredential):
+    """A key and a certificate of its own for a host with an OpenSSH server, kind `ssh`."""
+
+    __slots__ = ()
+
+    def apply(self) -> AbstractContextManager[list[str]]:
+        """The beginning of a command that knows the host by the target's id, in a block that its files last for.
+
+        `with credential.apply() as ssh: subprocess.run([*ssh, credential.target, "uptime"])`
+        """
+        return ssh_client(self.usable(), self.target)
+
+    def headers(self, method: str | None = None, url: str | None = None) -> dict[str, str]:
+        raise CredentialUseError("a certificate for SSH is no HTTP header; apply() gives the command")
+
+    def auth(self) -> httpx.Auth:
+        raise CredentialUseError("a certificate for SSH is no HTTP header; apply() gives the command")
+
+
+class GatewayCredential(IssuedCredential):
+    """A lease whose credential the gateway injects, whatever its kind. The agent has its handle, which is no secret."""
+
+    __slots__ = ()
+
+    @property
+    def handle(self) -> str:
+        """What names the lease to the gateway."""
+        return self.lease_id
+
+    @property
+    def value(self) -> str:
+        raise CredentialUseError(
+            "the credential went to the gateway, not to the agent: send the request through the gateway"
+        )
+
+    def usable(self) -> str:
+        """The handle, while the lease lives. Raises CredentialOverError."""
+        if time.time() >= self.expires_at:
+            raise CredentialOverError(f"the time of lease {self.lease_id} is over; ask for a new one")
+        return self.handle
+
+    def apply(self) -> httpx.Auth:
+        """What `auth` gives. Through its task's socket a request needs none of it. Raises CredentialOverError."""
+        self.usable()
+        return self.auth()
+
+    def headers(self, method: str | None = None, url: str | None = None) -> dict[str, str]:
+        raise CredentialUseError(
+            "the gateway demands a nonce of its own in each proof: use auth(), or the socket of the task"
+        )
+
+    def auth(self) -> httpx.Auth:
+        """For httpx, with the gateway's URL: shows the handle, with a proof by the agent's key."""
+        return _WhileUsable(self, DpopAuth(self.handle, self._bound_to()))
+
+
+_KINDS: Mapping[str, type[IssuedCredential]] = {
+    "jwt": TokenCredential,
+    "postgres": PostgresCredential,
+    "redis": RedisCredential,
+    "ssh": SshCredential,
+}
+
+
+def class_of(kind: str, delivery: Delivery) -> type[IssuedCredential]:
+    """The class of a credential of this kind, delivered so."""
+    return GatewayCredential if delivery == "gateway" else _KINDS.get(kind, IssuedCredential)
+
+
+class _WhileUsable(httpx.Auth):
+    """Presents a credential for as long as it is good: what is wiped or over is not sent."""
+
+    def __init__(self, credential: IssuedCredential, auth: httpx.Auth) -> None:
+        self._credential, self._auth = credential, auth
+        self.requires_request_body = auth.requires_request_body
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        self._credential.usable()
+        yield from self._auth.auth_flow(request)

@@ -1,0 +1,237 @@
+"""What a sealed reply says once it is opened and every signature in it holds. Pure.
+
+Anybody may write to the topic and seal to a `reply_key` that they saw: a reply that does not prove itself is ignored,
+never acted on and never an answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import ValidationError
+
+from ringfence.client.agent.credentials import IssuedCredential, Secret, class_of
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import digest, lease_id, message_id
+from ringfence.kernel.crypto.jwe import ReplyKey
+from ringfence.kernel.crypto.jws import explain, open_signed, parse
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.base import Jws
+from ringfence.messages.credential import (
+    Credential,
+    CredentialDelivery,
+    CredentialRequest,
+    DecidedTerms,
+    IssuerRefusal,
+    Reason,
+    ReplyContent,
+    RequiredClass,
+)
+from ringfence.messages.lease import Lease
+from ringfence.model.identity.spiffe_ids import subject_of
+
+_WHO: dict[RequiredClass, str] = {
+    "none": "nobody",
+    "sponsor": "the agent's sponsor",
+    "second_person": "a second person (a sponsor who is neither the agent's nor the user it acts for)",
+    "operator": "an operator (neither the agent's sponsor nor the user it acts for)",
+    "break_glass": "two operators (neither the agent's sponsor nor the user it acts for)",
+}
+
+
+def who(required: tuple[RequiredClass, ...]) -> str:
+    """Whose approvals are meant, in words."""
+    return " and ".join(_WHO[c] for c in dict.fromkeys(required)) or "a person"
+
+
+@dataclass(frozen=True, slots=True)
+class PendingRequest:
+    """Policy asked for approvals; they are waited for until `expires_at`."""
+
+    request_id: str
+    required: tuple[RequiredClass, ...]
+    reasons: tuple[Reason, ...]
+    expires_at: int | None
+    """Seconds since 1970, UTC."""
+
+    def __str__(self) -> str:
+        return f"waiting for the approval of {who(self.required)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """The final no: policy's, or the issuer's."""
+
+    request_id: str
+    by: Literal["policy", "issuer"]
+    reasons: tuple[Reason, ...]
+    retry_after_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """Policy allowed it; the issuer's answer is still to come."""
+
+    request_id: str
+
+
+Answer = PendingRequest | Denied | Allowed | IssuedCredential
+
+
+@dataclass(frozen=True, slots=True)
+class SentRequest:
+    """A request that an answer is waited for."""
+
+    claims: CredentialRequest
+    compact: str
+    reply_key: ReplyKey = field(repr=False)
+    traceparent: str
+    key: SigningKey | None = field(default=None, repr=False)
+    """The agent's, with which the request was signed."""
+    request_id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "request_id", message_id(self.claims.iss, self.claims.jti))
+
+
+class _Opened(ReplyContent):
+    """What was sealed. Its messages are read as any text: each is parsed and verified before anything is made of it."""
+
+    decision: str
+    lease: str | None = None
+    delivery: str | None = None
+    refusal: str | None = None
+
+
+def read_reply(value: bytes, sent: SentRequest, trust: TrustStore, at_ms: int) -> Answer:
+    """Open a reply and verify what is in it.
+
+    Args:
+        value: the JWE.
+        sent: the request that it claims to answer (by its `kid`).
+        trust: who may speak as policy and as issuer.
+        at_ms: the append time of the reply.
+
+    Raises:
+        InvalidMessageError: it is not sealed to the request's key, or is no answer of policy and issuer to just this
+            request.
+    """
+    try:
+        content = _Opened.model_validate_json(sent.reply_key.open(value))
+    except ValidationError as error:
+        raise InvalidMessageError(
+            f"not the content of a reply: {explain(error)}", code="claims_invalid"
+        ) from None
+    decision = open_signed(
+        parse(content.decision), DecidedTerms, trust.finder("policy", at_s=at_ms / 1000),
+        audience=trust.trust_domain,
+    ).claims  # fmt: skip
+    if decision.request != sent.compact or decision.request_id != sent.request_id:
+        raise _wrong("the decision is about another request")
+    if content.refusal is not None:
+        return _refused(content.refusal, sent, trust, at_ms)
+    if decision.outcome == "denied":
+        return Denied(sent.request_id, "policy", decision.reasons, decision.retry_after_s)
+    if decision.outcome == "approval_required":
+        return PendingRequest(sent.request_id, decision.required, decision.reasons, decision.expires_at)
+    if content.lease is None:
+        return Allowed(sent.request_id)
+    return _issued(content, content.lease, sent, trust, at_ms)
+
+
+def _refused(compact: Jws, sent: SentRequest, trust: TrustStore, at_ms: int) -> Denied:
+    refusal = open_signed(
+        parse(compact), IssuerRefusal, trust.finder("issuer", at_s=at_ms / 1000), audience=trust.trust_domain
+    ).claims
+    if refusal.request_id != sent.request_id:
+        raise _wrong("the issuer's refusal is about another request")
+    return Denied(sent.request_id, "issuer", refusal.reasons, refusal.retry_after_s)
+
+
+def _issued(
+    content: ReplyContent, compact: Jws, sent: SentRequest, trust: TrustStore, at_ms: int
+) -> IssuedCredential:
+    delivery = _delivery(content, trust, at_ms)
+    lease = _lease(compact, delivery, trust, at_ms)
+    wanted = sent.claims
+    agent_id = subject_of(wanted.aud, wanted.iss, "agent")
+    if (lease.request_id, lease.lease_id) != (sent.request_id, lease_id(sent.request_id)):
+        raise _wrong("the lease belongs to another request")
+    if lease.decision_digest != digest(content.decision):
+        raise _wrong("the lease was given on another decision")
+    if (lease.agent_id, lease.task_id, lease.delivery) != (agent_id, wanted.task_id, wanted.delivery):
+        raise _wrong("the lease is for another agent, task or delivery")
+    if lease.scope != wanted.scope:
+        raise _wrong("the lease has another scope than what was asked for")
+    if lease.status != "active":
+        raise _wrong(f"the lease is {lease.status}")
+    if lease.delivery == "gateway":
+        if delivery is not None or content.credential is not None:
+            raise _wrong("the reply holds a credential that was to go to the gateway")
+        return _typed(lease, None, sent)
+    if delivery is None:
+        raise _wrong("the reply holds a lease and no credential")
+    _check_delivered(delivery, lease)
+    if content.credential not in (None, delivery.credential):
+        raise _wrong("the reply holds another credential than the one that the issuer signed")
+    return _typed(lease, delivery.credential, sent)
+
+
+def _delivery(content: ReplyContent, trust: TrustStore, at_ms: int) -> CredentialDelivery | None:
+    """The credential as the issuer signed it: with another the agent would act as whoever made that one."""
+    if content.delivery is None:
+        return None
+    return open_signed(
+        parse(content.delivery), CredentialDelivery, trust.finder("issuer", at_s=at_ms / 1000),
+        audience=trust.trust_domain,
+    ).claims  # fmt: skip
+
+
+def _lease(compact: Jws, delivery: CredentialDelivery | None, trust: TrustStore, at_ms: int) -> Lease:
+    """The lease's record: signed by the issuer, or named, to the last character, in what the issuer signed."""
+    jws = parse(compact)
+    if delivery is None or delivery.lease_digest is None:
+        return open_signed(
+            jws, Lease, trust.finder("issuer", at_s=at_ms / 1000), audience=trust.trust_domain
+        ).claims
+    if delivery.lease_digest != digest(compact):
+        raise _wrong("the credential was delivered with another lease")
+    lease = jws.unverified_claims(Lease)  # the issuer's word by its digest
+    if (lease.iss, lease.aud) != (delivery.iss, delivery.aud):
+        raise _wrong("the lease is another issuer's")
+    return lease
+
+
+def _check_delivered(delivery: CredentialDelivery, lease: Lease) -> None:
+    about = (delivery.request_id, delivery.lease_id, delivery.target_id, delivery.credential.kind)
+    if about != (lease.request_id, lease.lease_id, lease.target_id, lease.backend):
+        raise _wrong("the credential is that of another lease")
+    if delivery.credential.expires_at > lease.deadline:
+        raise _wrong("the credential claims to outlive its lease")
+
+
+def _typed(lease: Lease, credential: Credential | None, sent: SentRequest) -> IssuedCredential:
+    kind = credential.kind if credential else lease.backend
+    return class_of(kind, lease.delivery)(
+        lease_id=lease.lease_id,
+        request_id=sent.request_id,
+        kind=kind,
+        secret=Secret(credential.value if credential else ""),
+        token_type=credential.token_type if credential else None,
+        expires_at=credential.expires_at if credential else lease.deadline,
+        target=lease.target_id,
+        scope=lease.scope,
+        task_id=lease.task_id,
+        agent_id=lease.agent_id,
+        sponsor=lease.sponsor,
+        on_behalf_of=lease.on_behalf_of,
+        delivery=lease.delivery,
+        traceparent=sent.traceparent,
+        key=sent.key,
+    )
+
+
+def _wrong(message: str) -> InvalidMessageError:
+    return InvalidMessageError(message, code="reply_unfit")

@@ -1,0 +1,1 @@
+"""For people who approve: questions, grants, actions, reviews of break glass."""

@@ -1,0 +1,92 @@
+"""The reviewer's side of break glass: which uses there are, and a signed review of one."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from ringfence.client.connection import Connection, subject
+from ringfence.client.errors import InvalidCallError, NotAnsweredError, RefusedError, checked
+from ringfence.client.id_prefix import named
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.approval import BreakGlassReview
+from ringfence.messages.credential import Reason
+from ringfence.messages.topics import APPROVAL_RESPONSE
+
+_LOOK_EVERY_S = 0.1
+
+
+async def uses_of_break_glass(
+    key: SigningKey | Path | str | None = None,
+    settings: ClientSettings | None = None,
+    *,
+    unreviewed: bool = False,
+) -> list[Any]:
+    """The uses of break glass that this person may see, oldest first, each with its `review` or None.
+
+    Raises ApiError where audit does not answer.
+    """
+    async with ReadApi(key, settings) as api:
+        return await api.break_glass(unreviewed=unreviewed)
+
+
+async def review_break_glass(
+    request_id: str,
+    note: str,
+    key: SigningKey | Path | str | None = None,
+    settings: ClientSettings | None = None,
+    *,
+    timeout_s: float = 15.0,
+) -> Any:
+    """Sign a review of one use, and wait until audit shows it. Returns the use with its review.
+
+    Args:
+        request_id: the id of the request that was allowed by break glass, or how it begins: four characters or more.
+        note: what was found.
+
+    Raises:
+        RefusedError: the review does not count: by somebody who had a part in it, or who is no operator or auditor.
+        InvalidCallError: there is no single such use; it is reviewed already.
+        NotAnsweredError: audit does not show it in time; it stands on Kafka and will count.
+        ApiError, UnavailableError: audit or Kafka do not answer.
+    """
+    async with Connection(key, settings) as connection, ReadApi(connection.key, connection.settings) as api:
+        subject(connection.key, "user", connection.settings)
+        use = named(request_id, await api.break_glass(), lambda one: str(one["request_id"]))
+        if use is None:
+            raise InvalidCallError(
+                f"no single use of break glass {request_id} that you may see; see: ringfence break-glass list"
+            )
+        if (before := use["review"]) is not None:
+            raise InvalidCallError(f"request {use['request_id']} was reviewed already, by {before['by']}")
+        with checked("the review"):
+            review = BreakGlassReview(
+                **connection.stamp(0),
+                request_id=use["request_id"],
+                decision_digest=use["decision_digest"],
+                agent_id=use["agent"],
+                note=note,
+            )
+        await connection.publish(APPROVAL_RESPONSE, review.agent_id, review)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await _shown(api, review)
+        except TimeoutError:
+            raise NotAnsweredError(
+                f"audit has not shown the review within {timeout_s:g} s; see: ringfence break-glass list"
+            ) from None
+
+
+async def _shown(api: ReadApi, review: BreakGlassReview) -> Any:
+    while True:
+        use = next(use for use in await api.break_glass() if use["request_id"] == review.request_id)
+        if use["review"] is not None and use["review"]["id"] == review.jti:
+            return use
+        for refused in use["refused_reviews"]:
+            if refused["id"] == review.jti:
+                reason = Reason(code="review_refused", message=refused["why"])
+                raise RefusedError(review.typ, (reason,), "audit")
+        await asyncio.sleep(_LOOK_EVERY_S)

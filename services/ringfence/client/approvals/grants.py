@@ -1,0 +1,172 @@
+"""Approving ahead: so many credentials of an agent, within one task, at one target, until a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ringfence.client.admin.command_client import COMMAND_LIFE_S, TIMEOUT_S, Signatory
+from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.preview import unknown_names
+from ringfence.client.connection import Connection
+from ringfence.client.errors import InvalidCallError, StaleApprovalError, checked
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
+from ringfence.messages.credential import Delivery
+from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.registry import ApprovalClass
+from ringfence.messages.topics import APPROVAL_RESPONSE
+from ringfence.model.requests.approvals import may_approve
+from ringfence.model.requests.facts import DeniedError, find_ground
+from ringfence.model.scope.rule import Side, are_in_force, effective, sides_of
+from ringfence.model.scope.scope import validate_scope
+
+_CLASSES: tuple[ApprovalClass, ...] = ("sponsor", "second_person", "operator")
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A grant as it would be signed, and what it comes to, from verified records."""
+
+    grant: Grant
+    agent_description: str
+    purpose: str
+    """What the task is for."""
+    on_behalf_of: str
+    target_description: str
+    effective: Scope
+    """What of its scope task, ceiling and entitlements allow now. Nothing beyond is ever issued."""
+    mine: tuple[ApprovalClass, ...]
+    """The classes of approval that its signer can give here. Empty: it would count for nothing."""
+
+
+class Grantor(Signatory):
+    """A person who approves ahead, connected.
+
+    ```python
+    async with Grantor.connect(key="sam.json") as sam:
+        proposal = await sam.propose(task_id, scope, count=5, lasts_s=7200)
+        accepted = await sam.give(proposal)
+        await sam.withdraw(accepted.result, reason="the release is off")
+    ```
+    """
+
+    def __init__(self, connection: Connection, *, timeout_s: float = TIMEOUT_S) -> None:
+        """Use `connect`."""
+        super().__init__(connection, timeout_s=timeout_s)
+        self._api = ReadApi(connection.key, connection.settings, clock=connection.clock)
+
+    async def close(self) -> None:
+        """Disconnect. `async with` does it."""
+        await self._api.close()
+        await super().close()
+
+    async def propose(
+        self,
+        task_id: str,
+        scope: Sequence[Permission],
+        *,
+        count: int,
+        lasts_s: int,
+        ttl_s: int | None = None,
+        delivery: Delivery = "agent",
+        comment: str | None = None,
+    ) -> Proposal:
+        """What `give` would sign, for being looked at. Nothing is sent.
+
+        Args:
+            scope: what each credential may be for, all at one target.
+            count: for how many credentials.
+            lasts_s: until when, from now; never past the end of the task.
+            ttl_s: how long each may live; the target's longest life where None.
+
+        Raises InvalidCallError, ScopeError; ApiError where policy does not say which bundle is in force.
+        """
+        validate_scope(tuple(scope))
+        targets = {permission.target for permission in scope}
+        if len(targets) != 1:
+            raise InvalidCallError("a grant is for one target; give one for each")
+        if lasts_s > MAX_GRANT_LIFE_S:
+            raise InvalidCallError(
+                f"a grant lasts {MAX_GRANT_LIFE_S // 3600} h at most; give another one then"
+            )
+        directory = await self.connection.directory()
+        task = directory.task(task_id)
+        if task is None:
+            raise InvalidCallError(f"there is no task {task_id}; see: ringfence task list")
+        try:
+            ground = find_ground(directory, task.state.agent_id, task_id, targets.pop())
+        except DeniedError as error:
+            raise InvalidCallError(str(error)) from None
+        if unknown := unknown_names(directory, tuple(scope)):
+            raise InvalidCallError("; ".join(unknown))
+        revision = (await self._api.get("policy", "bundle"))["revision"]
+        stamp = self.connection.stamp(lasts_s)
+        with checked("the grant"):
+            grant = Grant(
+                **{**stamp, "exp": min(stamp["exp"], task.state.not_after)},
+                agent_id=task.state.agent_id,
+                task_id=task_id,
+                scope=tuple(scope),
+                count=count,
+                ttl_s=ttl_s or ground.target.state.max_ttl_s,
+                delivery=delivery,
+                revisions=ground.revisions(revision),
+                comment=comment,
+            )
+        if grant.exp <= grant.iat:
+            raise InvalidCallError(f"task {task_id} has ended; nothing is issued in it any more")
+        entitlements = ground.user.state.entitlements
+        fresh = are_in_force(entitlements, grant.iat, self.connection.settings.entitlements_max_age_s)
+        ceiling = (grant.agent_id, ground.agent.state.ceiling)
+        held = entitlements.scope if fresh else ()
+        sides = sides_of(task.state.scope, [ceiling], task.state.on_behalf_of, held)
+        return Proposal(
+            grant=grant,
+            agent_description=ground.agent.state.description,
+            purpose=task.state.purpose,
+            on_behalf_of=task.state.on_behalf_of,
+            target_description=ground.target.state.description,
+            effective=effective((Side("grant", grant.scope), *sides)),
+            mine=tuple(one for one in _CLASSES if may_approve(directory, self.id, one, ground)),
+        )
+
+    async def give(self, proposal: Proposal) -> Accepted:
+        """Sign and send a grant as it was proposed; `result` of what comes back is its id.
+
+        Raises RefusedError with policy's reasons, NotAnsweredError; StaleApprovalError where records changed since.
+        """
+        grant = proposal.grant
+        directory = await self.connection.directory()
+        try:
+            ground = find_ground(directory, grant.agent_id, grant.task_id, grant.scope[0].target)
+        except DeniedError as error:
+            raise StaleApprovalError(str(error)) from None
+        if ground.revisions(grant.revisions.policy) != grant.revisions:
+            raise StaleApprovalError(
+                "agent, user, task or target changed since this was shown; look at it again"
+            )
+        return await self._send(grant.agent_id, grant)
+
+    async def withdraw(self, grant_id: str, *, reason: str) -> Accepted:
+        """Take a grant back: nothing more is issued on it. What was issued goes on; `revoke` ends it.
+
+        Raises RefusedError, NotAnsweredError; ApiError where policy knows no such grant that one could see.
+        """
+        grant: dict[str, Any] = await self._api.get("policy", "grants", grant_id)
+        with checked("the withdrawal"):
+            claims = GrantWithdraw(
+                **self.connection.stamp(COMMAND_LIFE_S), grant_id=grant["grant_id"], reason=reason
+            )
+        return await self._send(grant["agent_id"], claims)
+
+    async def grants(self) -> list[dict[str, Any]]:
+        """All grants that one may see, as policy knows them, the one that ends first first."""
+        found: list[dict[str, Any]] = (await self._api.get("policy", "grants"))["grants"]
+        return found
+
+    async def _send(self, agent_id: str, claims: Grant | GrantWithdraw) -> Accepted:
+        return await self._outcomes.send(
+            APPROVAL_RESPONSE, agent_id, claims, by="policy", timeout_s=self.timeout_s
+        )

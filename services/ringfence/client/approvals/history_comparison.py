@@ -1,0 +1,174 @@
+"""How a request differs from what people approved for its agent in the last 30 days."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey
+from ringfence.kernel.kafka.producer import Received
+from ringfence.messages.approval import Approval, Grant
+from ringfence.messages.base import typ_header
+from ringfence.messages.credential import CredentialRequest, Delivery
+from ringfence.messages.permission import Scope
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import keys_of_agents
+from ringfence.model.scope.scope import missing
+
+if TYPE_CHECKING:
+    from ringfence.client.approvals.sponsor import PendingApproval
+
+log = logging.getLogger(__name__)
+
+DAYS = 30
+_MOST_OF_AN_AGENT = 500
+_APPROVERS = {"sponsor", "operator"}
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """One answer of a person to an agent's request, or one approval given ahead."""
+
+    verdict: Literal["approved", "denied"]
+    request_id: str | None
+    scope: Scope
+    ttl_s: int
+    delivery: Delivery
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One way in which a request is not as usual."""
+
+    code: Literal["first", "target", "verbs", "resources", "ttl", "delivery", "denied"]
+    message: str
+    scope: Scope = ()
+    """The part of the request that it is about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A request beside what people answered before."""
+
+    approved: int
+    """How often somebody approved something for the agent in the last 30 days."""
+    denied: int
+    differences: tuple[Difference, ...]
+    """Empty: it is as usual."""
+
+
+def compare(wanted: Scope, ttl_s: int, delivery: Delivery, past: Iterable[Past]) -> Comparison:
+    """Hold what is asked for against what was answered before."""
+    known = list(past)
+    approved = [one for one in known if one.verdict == "approved"]
+    denied = [one for one in known if one.verdict == "denied"]
+    found = _new(wanted, approved)
+    if approved and ttl_s > (longest := max(one.ttl_s for one in approved)):
+        found.append(Difference("ttl", f"for {ttl_s} s, and at most {longest} s was approved before"))
+    if approved and delivery not in {one.delivery for one in approved}:
+        found.append(Difference("delivery", f"delivered to the {delivery}, and never was before"))
+    # Of what was refused, that which overlaps as a whole: the same again, or a part of it.
+    again = sum(not missing(wanted, one.scope) for one in denied)
+    if again:
+        found.append(Difference("denied", f"this was denied before, {_times(again)}"))
+    return Comparison(len(approved), len(denied), tuple(found))
+
+
+def _new(wanted: Scope, approved: Sequence[Past]) -> list[Difference]:
+    if not approved:
+        return [Difference("first", f"nothing was approved for this agent in {DAYS} days", wanted)]
+    before = tuple(permission for one in approved for permission in one.scope)
+    found: list[Difference] = []
+    for lack in missing(wanted, before):
+        there = [permission for permission in before if permission.target == lack.target]
+        if not there:
+            found.append(Difference("target", f"never approved before: anything at {lack.target}", (lack,)))
+            continue
+        verbs = {verb for permission in there for verb in permission.verbs}
+        new = tuple(verb for verb in lack.verbs if verb not in verbs)
+        if new:
+            part = lack.model_copy(update={"verbs": new})
+            found.append(
+                Difference("verbs", f"never approved before: {', '.join(new)} at {lack.target}", (part,))
+            )
+        if old := tuple(verb for verb in lack.verbs if verb in verbs):
+            part = lack.model_copy(update={"verbs": old})
+            found.append(Difference("resources", "wider than what was approved before", (part,)))
+    return found
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+class Usual:
+    """What people answered lately, by agent. Read from `approval.response`, believed where an approver signed it."""
+
+    def __init__(self, directory: Directory, trust_domain: str) -> None:
+        self._directory = directory
+        self._trust_domain = trust_domain
+        self._unread: dict[str, deque[Received]] = {}
+        self._past: dict[str, deque[Past]] = {}
+
+    def on_records(self, records: Sequence[Received]) -> None:
+        """Take in answers; they are verified when somebody looks at their agent."""
+        for record in records:
+            if record.key is not None:
+                self._unread.setdefault(record.key, deque(maxlen=_MOST_OF_AN_AGENT)).append(record)
+
+    def compared(self, pending: PendingApproval, *, besides: Iterable[str] = ()) -> Comparison:
+        """A request beside what was answered before; `besides`: other requests (ids) that do not count, nor does it."""
+        left_out = {pending.request_id, *besides}
+        past = [one for one in self._of(pending.agent) if one.request_id not in left_out]
+        return compare(pending.scope, pending.ttl_s, pending.delivery, past)
+
+    def _of(self, agent: str) -> Iterable[Past]:
+        past = self._past.setdefault(agent, deque(maxlen=_MOST_OF_AN_AGENT))
+        for record in self._unread.pop(agent, ()):
+            try:
+                one = self._believed(record, agent)
+            except (InvalidMessageError, ChainError) as error:
+                log.info("ignored an answer at %s@%d: %s", record.topic_name, record.offset, error)
+                continue
+            if one is not None:
+                past.append(one)
+        return past
+
+    def _believed(self, record: Received, agent: str) -> Past | None:
+        at_ms = record.appended_at_ms
+        audience = self._trust_domain
+
+        def person(iss: str, kid: str) -> PublicKey | None:
+            return self._directory.chains.user_key(iss, kid, at_ms)
+
+        jws = parse(record.value)
+        if jws.header.typ == typ_header(Grant):
+            grant = open_signed(jws, Grant, person, audience=audience).claims
+            if not self._is_approver(grant.iss) or grant.agent_id != agent:
+                return None
+            return Past("approved", None, grant.scope, grant.ttl_s, grant.delivery)
+        if jws.header.typ != typ_header(Approval):
+            return None
+        approval = open_signed(jws, Approval, person, audience=audience).claims
+        asked = parse(approval.request)
+        request = open_signed(
+            asked,
+            CredentialRequest,
+            keys_of_agents(self._directory, asked, CredentialRequest, at_ms / 1000),
+            audience=audience,
+        ).claims
+        if subject_of(audience, request.iss, "agent") != agent or not self._is_approver(approval.iss):
+            return None
+        return Past(approval.verdict, approval.request_id, request.scope, approval.ttl_s, approval.delivery)
+
+    def _is_approver(self, iss: str) -> bool:
+        user_id = subject_of(self._trust_domain, iss, "user")
+        entry = self._directory.user(user_id) if user_id else None
+        return entry is not None and not _APPROVERS.isdisjoint(entry.state.roles)

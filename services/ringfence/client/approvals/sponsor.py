@@ -1,0 +1,530 @@
+"""The approver's side: see what is asked, exactly as the agent signed it, and answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from ringfence.client.agent.replies import who
+from ringfence.client.approvals.action_approvals import OpenActions, PendingAction, is_action
+from ringfence.client.approvals.grouping import Alike, alike, key_of
+from ringfence.client.approvals.history_comparison import DAYS, Usual
+from ringfence.client.connected import Lifetime
+from ringfence.client.connection import Connection, subject
+from ringfence.client.errors import NotYoursError, StaleApprovalError, checked
+from ringfence.client.id_prefix import named
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import MAX_LIFE_S, open_signed, parse
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.producer import Received
+from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, ApprovalRequest
+from ringfence.messages.base import Jws, typ_header
+from ringfence.messages.credential import (
+    CredentialDecision,
+    CredentialRequest,
+    Delivery,
+    Reason,
+    RequiredClass,
+    Revisions,
+)
+from ringfence.messages.permission import Scope
+from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import keys_of_agents
+from ringfence.model.requests.approvals import may_approve
+from ringfence.model.requests.facts import DeniedError, Facts, gather
+
+log = logging.getLogger(__name__)
+
+APPROVAL_LIFE_S = 600
+"""`exp` of an answer: how long it may take to be used. One of several may wait for the others: as long as the question.
+"""
+LOOK_BACK_S = 24 * 3600
+"""How far back approvals that are still open are looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingApproval:
+    """One request that waits for a person.
+
+    Everything that describes it comes from the request as the agent signed it and from verified records; from the
+    message that asks for the approval, which policy signed, come only its terms, which the approval repeats, and why.
+    """
+
+    request_id: str
+    digest: str
+    """SHA-256 (hex) of the request's compact JWS: what an approval is over."""
+    agent: str
+    agent_description: str
+    sponsor: str
+    """The agent's sponsor."""
+    task_id: str
+    purpose: str
+    """What the task is for."""
+    on_behalf_of: str
+    target: str
+    target_description: str
+    scope: Scope
+    reason: str
+    """Why the agent wants it, in its own words."""
+    requested_ttl_s: int
+    requested_at: int
+    """`iat` of the request, seconds since 1970."""
+    ttl_s: int
+    """The life of the credential, in seconds, if approved."""
+    delivery: Delivery
+    required: tuple[RequiredClass, ...]
+    mine: tuple[RequiredClass, ...]
+    """Those of `required` that the person who asks could give. Empty: pass it on."""
+    expires_at: int
+    """Seconds since 1970; then it is denied."""
+    revisions: Revisions
+    why_asked: tuple[Reason, ...]
+    """Why policy wants an approval, and what break glass outweighs."""
+    request: Jws
+    break_glass: bool = False
+    """Two operators are asked to allow once what policy denies."""
+    delegators: tuple[str, ...] = ()
+    """The agents that handed the task on, the last to do so first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One question; several people may have been asked it, each by a message of their own."""
+
+    message: ApprovalRequest
+    appended_at_ms: int
+    people: frozenset[str]
+    traceparent: str | None = None
+
+
+class Sponsor(Lifetime):
+    """A person who approves, connected.
+
+    ```python
+    async with Sponsor.connect(key="maria.json") as maria:
+        async for pending in maria.watch():
+            print(pending.agent, pending.purpose, pending.scope)
+            await maria.approve(pending)
+    ```
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        """Use `connect`. Raises IdentityError where the connection's key is no user's."""
+        self.id = subject(connection.key, "user", connection.settings)
+        self.connection = connection
+        self._directory: Directory | None = None
+        self._actions: OpenActions | None = None
+        self._asked: dict[str, _Asked] = {}
+        self._answered: set[str] = set()
+        self._problems: dict[str, str] = {}
+        self._changed = asyncio.Event()
+        self._usual: dict[str | None, Usual] = {}
+        self._usual_lock = asyncio.Lock()
+
+    @classmethod
+    def connect(
+        cls,
+        key: SigningKey | Path | str | None = None,
+        settings: ClientSettings | None = None,
+        *,
+        clock: Clock | None = None,
+    ) -> Self:
+        """A sponsor to be used as an async context manager. See `Agent.connect`."""
+        return cls(Connection(key, settings, clock))
+
+    async def start(self) -> None:
+        """Connect and read what is open. `async with` does it."""
+        await self.connection.start()
+        try:
+            directory = self._directory = await self.connection.directory()
+            self._actions = OpenActions(self.connection, directory, self.id)
+            directory.on_change(lambda *_: self._notify())
+            since_ms = max(self.connection.clock.now_ms() - LOOK_BACK_S * 1000, 1)
+            await self.connection.follow([APPROVAL_REQUEST], self._on_asked, since_ms=since_ms)
+            # Answers come after the question: those before the oldest open one need not be read.
+            open_since = [asked.appended_at_ms for asked in self._open()]
+            open_since += [one.asked_at * 1000 for one in self._actions.pending(everyone=True)]
+            await self.connection.follow(
+                [CREDENTIAL_DECISION, APPROVAL_RESPONSE],
+                self._on_answers,
+                since_ms=min(open_since, default=self.connection.clock.now_ms() - 60_000),
+            )
+        except BaseException:
+            await self.connection.close()
+            raise
+
+    async def close(self) -> None:
+        """Disconnect. `async with` does it."""
+        await self.connection.close()
+
+    # --- asking ---
+
+    def pending(self, *, everyone: bool = False) -> list[PendingApproval]:
+        """What waits for this person now, oldest first.
+
+        `everyone`: also what others were asked and this person has no part in (for an overview).
+        """
+        shown = []
+        for asked in sorted(self._open(), key=lambda asked: asked.appended_at_ms):
+            pending = self._show(asked)
+            if pending and (everyone or pending.mine or self.id in asked.people):
+                shown.append(pending)
+        return shown
+
+    async def watch(self, *, everyone: bool = False) -> AsyncIterator[PendingApproval]:
+        """Each request that waits for this person, once, those open now first; goes on for ever."""
+        seen: set[tuple[str, str]] = set()
+        while True:
+            changed = self._changed
+            for pending in self.pending(everyone=everyone):
+                # Asked anew on other revisions, it is something else to look at.
+                key = (pending.request_id, pending.revisions.model_dump_json())
+                if key not in seen:
+                    seen.add(key)
+                    yield pending
+            await changed.wait()
+
+    def groups(self, *, everyone: bool = False) -> list[Alike]:
+        """`pending`, with what would come to the same put together."""
+        return alike(self.pending(everyone=everyone))
+
+    def alike(self, pending: PendingApproval) -> tuple[PendingApproval, ...]:
+        """All that waits and would come to the same as this one, with it, the oldest first."""
+        return tuple(
+            one
+            for one in self.pending(everyone=True)
+            if one.request_id == pending.request_id or key_of(one) == key_of(pending)
+        ) or (pending,)
+
+    async def usual(self, agent: str | None = None) -> Usual:
+        """What people answered in the last 30 days, to compare with. Read when first needed, and kept up to date.
+
+        For one `agent` less is read: only the partition that holds the answers to it.
+        """
+        async with self._usual_lock:
+            if agent not in self._usual:
+                usual = Usual(self._known_directory(), self.connection.settings.trust_domain)
+                since_ms = max(self.connection.clock.now_ms() - DAYS * 86_400_000, 1)
+                await self.connection.follow(
+                    [APPROVAL_RESPONSE], usual.on_records, since_ms=since_ms, key=agent
+                )
+                self._usual[agent] = usual
+        return self._usual[agent]
+
+    def find(self, request_id: str) -> PendingApproval | None:
+        """The open request with this id, or the only one whose id begins so (four characters or more), or None."""
+        return named(request_id, self.pending(everyone=True), lambda one: one.request_id)
+
+    @property
+    def unshowable(self) -> dict[str, str]:
+        """By request id, why something that asks for an approval is not shown: it is not what an agent signed."""
+        return {**self._problems, **self._known_actions().problems}
+
+    # --- single actions, through a gateway ---
+
+    def actions(self, *, everyone: bool = False) -> list[PendingAction]:
+        """The actions that wait for this person now, oldest first; with `everyone` those that wait for others too."""
+        return self._known_actions().pending(everyone=everyone)
+
+    async def watch_actions(self, *, everyone: bool = False) -> AsyncIterator[PendingAction]:
+        """Each action that waits for this person, once, those open now first; goes on for ever."""
+        seen: set[str] = set()
+        while True:
+            changed = self._changed
+            for pending in self.actions(everyone=everyone):
+                if pending.digest not in seen:
+                    seen.add(pending.digest)
+                    yield pending
+            await changed.wait()
+
+    def find_action(self, request_id: str) -> PendingAction | None:
+        """The open action with this id, or the only one whose id begins so (four characters or more), or None."""
+        return named(request_id, self.actions(everyone=True), lambda one: one.request_id)
+
+    async def approve_action(self, pending: PendingAction, comment: str | None = None) -> str:
+        """Sign a yes to exactly this action, once. Returns the approval's id once Kafka holds it.
+
+        Raises StaleApprovalError where it is not open any more, or not as it was shown, and NotYoursError.
+        """
+        return await self._answer_action(pending, "approved", comment)
+
+    async def deny_action(self, pending: PendingAction, comment: str | None = None) -> str:
+        """Sign a no. See `approve_action`."""
+        return await self._answer_action(pending, "denied", comment)
+
+    async def _answer_action(
+        self, pending: PendingAction, verdict: Literal["approved", "denied"], comment: str | None
+    ) -> str:
+        now = self._known_actions().get(pending.digest)
+        if now != pending:
+            why = self._known_actions().problems.get(
+                pending.request_id, "it was answered or its time is over"
+            )
+            raise StaleApprovalError(f"action {pending.request_id} is no longer open as it was shown: {why}")
+        if not pending.mine:
+            raise NotYoursError(
+                f"action {pending.request_id} needs {who((pending.required,))}, not {self.id}"
+            )
+        claims = self.connection.stamp(APPROVAL_LIFE_S)
+        with checked("the approval"):
+            answer = ActionApproval(
+                **{**claims, "exp": min(claims["exp"], pending.expires_at)},
+                verdict=verdict,
+                agent_id=pending.agent,
+                request=pending.request,
+                request_digest=pending.digest,
+                comment=comment,
+            )
+        await self.connection.publish(APPROVAL_RESPONSE, pending.agent, answer)
+        self._known_actions().answered(pending.digest)
+        self._notify()
+        return message_id(answer.iss, answer.jti)
+
+    def _known_actions(self) -> OpenActions:
+        if self._actions is None:
+            raise RuntimeError("not connected: use Sponsor as an async context manager")
+        return self._actions
+
+    # --- answering ---
+
+    async def approve(self, pending: PendingApproval, comment: str | None = None) -> str:
+        """Sign a yes to exactly this request, on these terms. Returns the approval's id once Kafka holds it.
+
+        Raises StaleApprovalError where records changed since `pending` was shown, or it is no longer open, and
+        NotYoursError where what it needs is others' to give.
+        """
+        return await self._answer(pending, "approved", comment)
+
+    async def deny(self, pending: PendingApproval, comment: str | None = None) -> str:
+        """Sign a no. See `approve`."""
+        return await self._answer(pending, "denied", comment)
+
+    async def approve_all(self, group: Alike, comment: str | None = None) -> list[str]:
+        """Sign a yes to each request of a group as it was shown, and to no other. Returns the approvals' ids.
+
+        Raises StaleApprovalError or NotYoursError, before anything is sent, where one of them is not as it was shown.
+        """
+        return await self._answer_all(group, "approved", comment)
+
+    async def deny_all(self, group: Alike, comment: str | None = None) -> list[str]:
+        """Sign a no to each. See `approve_all`."""
+        return await self._answer_all(group, "denied", comment)
+
+    async def _answer_all(
+        self, group: Alike, verdict: Literal["approved", "denied"], comment: str | None
+    ) -> list[str]:
+        for pending in group.requests:
+            self._check(pending)
+        return [await self._answer(pending, verdict, comment) for pending in group.requests]
+
+    async def _answer(
+        self, pending: PendingApproval, verdict: Literal["approved", "denied"], comment: str | None
+    ) -> str:
+        self._check(pending)
+        claims = self.connection.stamp(APPROVAL_LIFE_S if len(pending.required) == 1 else MAX_LIFE_S)
+        with checked("the approval"):
+            approval = Approval(
+                **{**claims, "exp": min(claims["exp"], pending.expires_at)},
+                verdict=verdict,
+                request=pending.request,
+                request_id=pending.request_id,
+                request_digest=pending.digest,
+                ttl_s=pending.ttl_s,
+                delivery=pending.delivery,
+                revisions=pending.revisions,
+                comment=comment,
+            )
+        asked = self._asked.get(pending.request_id)
+        await self.connection.publish(
+            APPROVAL_RESPONSE, pending.agent, approval, traceparent=asked.traceparent if asked else None
+        )
+        self._answered.add(pending.request_id)
+        self._notify()
+        return message_id(approval.iss, approval.jti)
+
+    def _check(self, pending: PendingApproval) -> None:
+        """Raises StaleApprovalError where a request is not open any more, or not as it was shown, and NotYoursError."""
+        asked = self._asked.get(pending.request_id)
+        over = asked is None or asked.message.expires_at <= self.connection.clock.now_ms() // 1000
+        if asked is None or over or pending.request_id in self._answered:
+            raise StaleApprovalError(
+                f"request {pending.request_id} is no longer open: it was answered or its time is over"
+            )
+        now = self._show(asked)
+        if now is None:
+            raise StaleApprovalError(
+                f"request {pending.request_id}: {self._problems.get(pending.request_id)}; look at it again"
+            )
+        if (now.revisions, now.ttl_s, now.delivery) != (pending.revisions, pending.ttl_s, pending.delivery):
+            raise StaleApprovalError(
+                "agent, user, task, target, policy or terms changed since this was shown; look at it again"
+            )
+        if not now.mine:
+            raise NotYoursError(
+                f"request {pending.request_id} needs {who(now.required)}, and {self.id} can give nothing of that"
+            )
+
+    # --- what is open, and what may be shown of it ---
+
+    def _open(self) -> list[_Asked]:
+        now_s = self.connection.clock.now_ms() / 1000
+        return [
+            asked
+            for id, asked in self._asked.items()
+            if id not in self._answered and asked.message.expires_at > now_s
+        ]
+
+    def _show(self, item: _Asked) -> PendingApproval | None:
+        asked = item.message
+        try:
+            facts = self._facts(asked, item.appended_at_ms)
+            mine = tuple(c for c in asked.required if may_approve(self._known_directory(), self.id, c, facts))
+        except (InvalidMessageError, DeniedError, ChainError) as error:
+            if self._problems.get(asked.request_id) != str(error):
+                self._problems[asked.request_id] = str(error)
+                log.warning("the approval asked for request %s is not shown: %s", asked.request_id, error)
+            return None
+        self._problems.pop(asked.request_id, None)
+        request = facts.request.claims
+        return PendingApproval(
+            request_id=facts.request_id,
+            digest=facts.request.digest,
+            agent=facts.agent.state.agent_id,
+            agent_description=facts.agent.state.description,
+            sponsor=facts.agent.state.sponsor,
+            task_id=facts.task.state.task_id,
+            purpose=facts.task.state.purpose,
+            on_behalf_of=facts.task.state.on_behalf_of,
+            target=facts.target.state.target_id,
+            target_description=facts.target.state.description,
+            scope=request.scope,
+            reason=request.reason,
+            requested_ttl_s=request.ttl_s,
+            requested_at=request.iat,
+            ttl_s=asked.ttl_s,
+            delivery=request.delivery,
+            required=asked.required,
+            mine=mine,
+            expires_at=asked.expires_at,
+            revisions=facts.revisions(asked.revisions.policy),
+            why_asked=asked.reasons,
+            request=asked.request,
+            break_glass=facts.break_glass,
+            delegators=facts.act[1:],
+        )
+
+    def _facts(self, asked: ApprovalRequest, at_ms: int) -> Facts:
+        """What the agent signed, held against the verified records. Raises where the asking does not agree with it."""
+        directory = self._known_directory()
+        jws = parse(asked.request)
+        request = open_signed(
+            jws,
+            CredentialRequest,
+            keys_of_agents(directory, jws, CredentialRequest, at_ms / 1000),
+            audience=self.connection.settings.trust_domain,
+        )
+        jws.check_one_reading()
+        claims = request.claims
+        if message_id(claims.iss, claims.jti) != asked.request_id:
+            raise InvalidMessageError("it names another request than the one that it embeds")
+        if asked.ttl_s > claims.ttl_s or asked.delivery != claims.delivery:
+            raise InvalidMessageError("its terms go beyond what the agent asked for")
+        facts = gather(directory, request)
+        if facts.revisions(asked.revisions.policy) != asked.revisions:
+            raise InvalidMessageError(
+                "agent, user, task or target changed since it was asked, or the change has not arrived here yet"
+            )
+        return facts
+
+    def _known_directory(self) -> Directory:
+        if self._directory is None:
+            raise RuntimeError("not connected: use Sponsor as an async context manager")
+        return self._directory
+
+    # --- what comes in ---
+
+    def _on_asked(self, records: Sequence[Received]) -> None:
+        for record in records:
+            if is_action(record, ActionRequest):
+                self._on_action(record)
+                continue
+            find = self.connection.trust.finder("policy", at_s=record.appended_at_ms / 1000)
+            audience = self.connection.settings.trust_domain
+            try:
+                asked = open_signed(parse(record.value), ApprovalRequest, find, audience=audience).claims
+            except InvalidMessageError as error:
+                log.warning("ignored an approval request at %d: %s", record.offset, error)
+                continue
+            before = self._asked.get(asked.request_id)
+            if before is not None and asked.iat < before.message.iat:
+                continue  # what was asked before it was asked anew, sent again by somebody
+            people = (before.people if before else frozenset()) | {asked.approver}
+            self._asked[asked.request_id] = _Asked(asked, record.appended_at_ms, people, record.traceparent)
+        self._forget_expired()
+        self._notify()
+
+    def _on_action(self, record: Received) -> None:
+        try:
+            self._known_actions().on_asked(record)
+        except InvalidMessageError as error:
+            log.warning("ignored a question about an action at %d: %s", record.offset, error)
+
+    def _on_answers(self, records: Sequence[Received]) -> None:
+        for record in records:
+            try:
+                if record.topic is CREDENTIAL_DECISION:
+                    self._on_decision(record)
+                elif is_action(record, ActionApproval):
+                    self._known_actions().on_answer(record)
+                else:
+                    self._on_response(record)
+            except (InvalidMessageError, ChainError) as error:
+                log.warning("ignored %s at %d: %s", record.topic_name, record.offset, error)
+        self._notify()
+
+    def _on_decision(self, record: Received) -> None:
+        jws = parse(record.value)
+        unverified = jws.unverified_claims(CredentialDecision)
+        if unverified.outcome == "approval_required" or unverified.request_id not in self._asked:
+            return  # skipped before its signature costs anything; nothing is believed by skipping
+        find = self.connection.trust.finder("policy", at_s=record.appended_at_ms / 1000)
+        decision = open_signed(
+            jws, CredentialDecision, find, audience=self.connection.settings.trust_domain
+        ).claims
+        self._answered.add(decision.request_id)
+
+    def _on_response(self, record: Received) -> None:
+        jws = parse(record.value)
+        if jws.header.typ != typ_header(Approval):
+            return  # grants and reviews: policy says what becomes of what they are about
+        if jws.unverified_claims(Approval).iss != self.connection.key.id:
+            return  # skipped before its signature costs anything; nothing is believed by skipping
+        directory = self._known_directory()
+        approval = open_signed(
+            jws,
+            Approval,
+            lambda iss, kid: directory.user_key(iss, kid, record.appended_at_ms / 1000),
+            audience=self.connection.settings.trust_domain,
+        ).claims
+        self._answered.add(approval.request_id)
+
+    def _notify(self) -> None:
+        """Wake every watcher; each takes the next event before it looks, so none misses a change."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _forget_expired(self) -> None:
+        now_s = self.connection.clock.now_ms() / 1000
+        for id in [id for id, asked in self._asked.items() if asked.message.expires_at <= now_s]:
+            del self._asked[id]
+            self._answered.discard(id)
+            self._problems.pop(id, None)

@@ -1,0 +1,1 @@
+"""What services report over HTTP: leases, inventory, coverage, the audit trail."""

@@ -1,0 +1,136 @@
+"""Who could reach a target and who did something there, put together from what policy and audit say page by page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ringfence.client.errors import ApiError
+from ringfence.client.reports.read_api import ReadApi
+
+_BY: Final = ("agent", "sponsor", "on_behalf_of")
+_COUNTS: Final = ("allowed", "denied", "observed", "leases", "handed_out", "unverified")
+
+
+@dataclass(slots=True)
+class Who:
+    """The answer for one target. `docs/asking-audit.md` says what stands in each line."""
+
+    target: str
+    verb: str | None
+    resource: str | None
+    since_ms: int
+    until_ms: int
+    could: list[dict[str, Any]] | None = None
+    """None where policy does not say."""
+    did: dict[tuple[str | None, ...], dict[str, Any]] = field(default_factory=dict)
+    gaps: list[str] = field(default_factory=list)
+
+    def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Take in what audit counted together, in the order of time."""
+        for line in lines:
+            known = self.did.setdefault(
+                tuple(line[name] for name in _BY), {**line, **dict.fromkeys(_COUNTS, 0)}
+            )
+            for name in _COUNTS:
+                known[name] += line[name]
+            known["first_ms"] = min(known["first_ms"], line["first_ms"])
+            known["last_ms"] = max(known["last_ms"], line["last_ms"])
+            known["lease"] = line["lease"] or known["lease"]
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Who did, those last that did so last."""
+        return sorted(self.did.values(), key=lambda line: (line["last_ms"], *map(str, map(line.get, _BY))))
+
+    def total(self, name: str) -> int:
+        """The sum of one count."""
+        return sum(line[name] for line in self.did.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "target": self.target,
+            "verb": self.verb,
+            "resource": self.resource,
+            "since_ms": self.since_ms,
+            "until_ms": self.until_ms,
+            "could": self.could,
+            "did": self.lines(),
+            "gaps": self.gaps,
+        }
+
+
+async def who_report(
+    api: ReadApi,
+    target: str,
+    since_ms: int,
+    until_ms: int,
+    progress: Callable[[float], None],
+    *,
+    verb: str | None = None,
+    resource: str | None = None,
+) -> Who:
+    """Who could and who did, as far as the caller may see.
+
+    `progress` is told how much has been read, from 0 to 1. A policy that does not answer is a gap. Raises ApiError
+    where audit does not, or where either finds fault with the question.
+    """
+    who = Who(target, verb, resource, since_ms, until_ms)
+    await _could(api, who)
+    asked: dict[str, str | int | None] = {
+        "target": target, "verb": verb, "resource": resource, "since_ms": since_ms, "until_ms": until_ms
+    }  # fmt: skip
+    after: str | None = None
+    while True:
+        page = await api.get("audit", "who", **asked, after=after)
+        who.add(page["lines"])
+        after = page["after"]
+        if after is None:
+            break
+        progress(max(page["looked_at_ms"][1] - since_ms, 0) / max(until_ms - since_ms, 1))
+    progress(1.0)
+    who.gaps += _blind_spots(who)
+    return who
+
+
+async def _could(api: ReadApi, who: Who) -> None:
+    found: list[dict[str, Any]] = []
+    after: str | None = None
+    try:
+        while True:
+            page = await api.get(
+                "policy", "reach", target=who.target, verb=who.verb, resource=who.resource, after=after
+            )
+            found += page["agents"]
+            who.gaps += [gap for gap in page["gaps"] if gap not in who.gaps]
+            after = page["after"]
+            if after is None:
+                break
+    except ApiError as error:
+        if error.status is not None and 400 <= error.status < 500:
+            raise
+        who.gaps.append(f"who could: {error}")
+        return
+    if not page["exists"]:
+        who.gaps.append(f"there is no target {who.target} now: nobody can be given anything for it")
+    who.could = found
+
+
+def _blind_spots(who: Who) -> list[str]:
+    """What neither gateways nor records can say."""
+    found = []
+    handed_out, unverified = who.total("handed_out"), who.total("unverified")
+    if handed_out:
+        found.append(
+            f"{handed_out} of the credentials were handed to the agents themselves: what they did with these past "
+            f"gateways, only the logs of {who.target} say"
+        )
+    if not who.total("allowed") + who.total("denied") + who.total("observed"):
+        found.append(
+            f"no gateway told of an action at {who.target} that fits: nobody did anything through one, or none "
+            "stands before it"
+        )
+    if unverified:
+        found.append(f"{unverified} leases were not signed by an issuer, and are not counted as issued")
+    return found

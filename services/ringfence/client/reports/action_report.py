@@ -1,0 +1,226 @@
+"""What gateways blocked and what they let pass, added up from what audit counts page by page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, TypeVar
+
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.messages.operations import INJECTED
+
+MAX_LABELS: Final = 100
+"""Labels are what senders make up: so many are told apart."""
+OTHER_LABELS: Final = "(others)"
+MAX_DESTINATIONS: Final = 10_000
+"""So many unknown destinations are told apart at a time: agents choose them freely."""
+_MOST_FREQUENT: Final = 100
+_ALLOWED, _OBSERVED = "allowed", "observed"
+K = TypeVar("K")
+
+
+class Row(NamedTuple):
+    """What is counted together. None where that is not known, as the reason also where it was allowed."""
+
+    agent: str | None
+    target: str | None
+    access: str | None
+    reason: str | None
+
+
+class Unknown(NamedTuple):
+    """Where requests were going, and nobody knows what is there; `path` is a prefix. None where that is not known."""
+
+    scheme: str | None
+    host: str | None
+    port: int | None
+    method: str | None
+    path: str | None
+    target: str | None
+    """Whose map does not say what such a request does; None where no target is there."""
+
+
+@dataclass(slots=True)
+class Count:
+    """How many actions there were of one kind. `total` may be more than reads and writes, where that is not known."""
+
+    total: int = 0
+    read: int = 0
+    write: int = 0
+    injected: int = 0
+    """Those that came of input marked as injected."""
+
+    @property
+    def neither(self) -> int:
+        """Those of which it is not known, and CONNECT."""
+        return self.total - self.read - self.write
+
+    def add(self, count: int, access: str | None, *, injected: bool) -> None:
+        """So many more."""
+        self.total += count
+        self.read += count if access == "read" else 0
+        self.write += count if access == "write" else 0
+        self.injected += count if injected else 0
+
+    def merge(self, other: Count) -> None:
+        """And all of those."""
+        self.total += other.total
+        self.read += other.read
+        self.write += other.write
+        self.injected += other.injected
+
+    def as_json(self) -> dict[str, int]:
+        """For `--json`."""
+        return {"total": self.total, "read": self.read, "write": self.write, "injected": self.injected}
+
+
+@dataclass(slots=True)
+class Sums:
+    """What was let pass, and what was blocked; `observed` are those of the blocked that went through all the same."""
+
+    allowed: Count = field(default_factory=Count)
+    blocked: Count = field(default_factory=Count)
+    observed: Count = field(default_factory=Count)
+
+    def add(self, outcome: str | None, count: int, access: str | None, *, injected: bool) -> None:
+        """So many more. Of what is not known to be allowed it is taken that it was blocked."""
+        if outcome == _ALLOWED:
+            self.allowed.add(count, access, injected=injected)
+            return
+        self.blocked.add(count, access, injected=injected)
+        if outcome == _OBSERVED:
+            self.observed.add(count, access, injected=injected)
+
+    def merge(self, other: Sums) -> None:
+        """And all of those."""
+        self.allowed.merge(other.allowed)
+        self.blocked.merge(other.blocked)
+        self.observed.merge(other.observed)
+
+    def as_json(self) -> dict[str, dict[str, int]]:
+        """For `--json`."""
+        return {
+            "allowed": self.allowed.as_json(),
+            "blocked": self.blocked.as_json(),
+            "observed": self.observed.as_json(),
+        }
+
+
+@dataclass(slots=True)
+class ActionReport:
+    """The sums of a span of time."""
+
+    since_ms: int
+    until_ms: int
+    sums: Sums = field(default_factory=Sums)
+    rows: dict[Row, Sums] = field(default_factory=dict)
+    labels: dict[str, Sums] = field(default_factory=dict)
+    destinations: Counter[Unknown] = field(default_factory=Counter)
+    destinations_left_out: int = 0
+    """How many requests to seldom destinations are not told apart: the counts of the others are not too high."""
+
+    def add(self, groups: Iterable[Mapping[str, Any]], unknown: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Take in what audit counted together."""
+        for group in groups:
+            self._add(group)
+        for one in unknown:
+            self._add_unknown(one)
+
+    def unknown(self, most: int = _MOST_FREQUENT) -> list[tuple[Unknown, int]]:
+        """The most frequent unknown destinations."""
+        return sorted(self.destinations.items(), key=lambda one: (-one[1], str(one[0])))[:most]
+
+    def by(self, part: Callable[[Row], K]) -> dict[K, Sums]:
+        """The sums by a part of the rows, those of which the most was blocked first."""
+        found: dict[K, Sums] = {}
+        for row, sums in self.rows.items():
+            found.setdefault(part(row), Sums()).merge(sums)
+        return dict(sorted(found.items(), key=lambda one: (-one[1].blocked.total, str(one[0]))))
+
+    def blocked(self) -> dict[Row, Sums]:
+        """The rows in which something was blocked, the most first."""
+        return {row: sums for row, sums in self.by(lambda row: row).items() if sums.blocked.total}
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        reasons = self.by(lambda row: row.reason).items()
+        return {
+            "since_ms": self.since_ms,
+            "until_ms": self.until_ms,
+            **self.sums.as_json(),
+            "by_reason": {reason: sums.blocked.total for reason, sums in reasons if sums.blocked.total},
+            "by_agent": [
+                {"agent": name, **sums.as_json()} for name, sums in self.by(lambda row: row.agent).items()
+            ],
+            "by_target": [
+                {"target": name, **sums.as_json()} for name, sums in self.by(lambda row: row.target).items()
+            ],
+            "by_label": [{"label": name, **sums.as_json()} for name, sums in self.labels.items()],
+            "blocked_rows": [
+                {
+                    **row._asdict(),
+                    "blocked": sums.blocked.total,
+                    "observed": sums.observed.total,
+                    "injected": sums.blocked.injected,
+                }
+                for row, sums in self.blocked().items()
+            ],
+            "unknown_destinations": [{**where._asdict(), "count": count} for where, count in self.unknown()],
+            "unknown_destinations_left_out": self.destinations_left_out
+            + self.destinations.total()
+            - sum(count for _, count in self.unknown()),
+        }
+
+    def _add_unknown(self, one: Mapping[str, Any]) -> None:
+        where = Unknown(*(one[name] for name in Unknown._fields))
+        self.destinations[where] += one["count"]
+        if len(self.destinations) > MAX_DESTINATIONS:
+            kept = Counter(dict(self.destinations.most_common(MAX_DESTINATIONS // 2)))
+            self.destinations_left_out += self.destinations.total() - kept.total()
+            self.destinations = kept
+
+    def _add(self, group: Mapping[str, Any]) -> None:
+        outcome, access, label, count = (group[name] for name in ("outcome", "access", "label", "count"))
+        reason = None if outcome == _ALLOWED else group["reason"]
+        where = [
+            self.sums,
+            self.rows.setdefault(Row(group["agent"], group["target"], access, reason), Sums()),
+        ]
+        if label is not None:
+            known = label in self.labels or len(self.labels) < MAX_LABELS
+            where.append(self.labels.setdefault(label if known else OTHER_LABELS, Sums()))
+        for sums in where:
+            sums.add(outcome, count, access, injected=is_injected(label))
+
+
+async def action_report(
+    api: ReadApi,
+    since_ms: int,
+    progress: Callable[[float], None],
+    *,
+    agent: str | None = None,
+    target: str | None = None,
+) -> ActionReport:
+    """All since `since_ms` and until now that the caller may see.
+
+    `progress` is told how much of it has been read, from 0 to 1. Raises ApiError; with the code `cursor_lost` where
+    audit was started anew meanwhile.
+    """
+    page = await api.actions(since_ms=since_ms, agent=agent, target=target)
+    report = ActionReport(since_ms, page["until_ms"])
+    began_ms = page["looked_at_ms"][0] if page["looked_at_ms"] else since_ms
+    while True:
+        report.add(page["groups"], page.get("unknown_destinations", ()))  # an older audit counts none
+        if page["after"] is None:
+            progress(1.0)
+            return report
+        progress((page["looked_at_ms"][1] - began_ms) / max(report.until_ms - began_ms, 1))
+        page = await api.actions(
+            since_ms=since_ms, until_ms=report.until_ms, after=page["after"], agent=agent, target=target
+        )
+
+
+def is_injected(label: str | None) -> bool:
+    """Whether a label says that the input was injected: `injected`, or `injected/` and whatever follows."""
+    return label is not None and label.partition("/")[0] == INJECTED

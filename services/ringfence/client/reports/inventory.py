@@ -1,0 +1,66 @@
+"""The inventory, put together from the pages that policy gives, with what only the revoker knows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ringfence.client.errors import ApiError
+from ringfence.client.reports.read_api import Filters, ReadApi
+
+PAGE_ROWS: Final = 5000
+"""So many agents are asked for at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Agents as they are at one moment, and what could not be found out."""
+
+    at_ms: int
+    totals: dict[str, int | None]
+    """`docs/inventory.md` says what each is. `overdue_leases` is None where the revoker does not say."""
+    agents: list[dict[str, Any]]
+    more: int
+    """How many more there are than were asked for."""
+    gaps: list[str]
+    cursor: str
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {"at_ms": self.at_ms, "totals": self.totals, "agents": self.agents, "gaps": self.gaps}
+
+
+async def read_inventory(api: ReadApi, most: int | None = None, filters: Filters | None = None) -> Inventory:
+    """The inventory of the agents that the caller may see, `most` of them in detail and all in the sums.
+
+    `filters` as for `ReadApi.inventory`. A revoker that does not answer is a gap; where policy does not, that is an
+    ApiError.
+    """
+    page = await api.inventory(filters, limit=PAGE_ROWS if most is None else min(most, PAGE_ROWS))
+    totals, gaps, agents = page["totals"], page["gaps"], page["agents"]
+    cursor: str = page["cursor"]
+    count = totals["agents"] + totals["decommissioned"]
+    while page["after"] is not None and (most is None or len(agents) < most):
+        left = PAGE_ROWS if most is None else min(most - len(agents), PAGE_ROWS)
+        page = await api.inventory(filters, after=page["after"], limit=left)
+        agents += page["agents"]
+        gaps += [gap for gap in page["gaps"] if gap not in gaps]
+    try:
+        await _add_overdue(api, totals, agents, gaps)
+    except ApiError as error:
+        totals["overdue_leases"] = None
+        gaps.append(f"which revoked leases their targets have not taken back: {error}")
+    return Inventory(page["at_ms"], totals, agents, count - len(agents), gaps, cursor)
+
+
+async def _add_overdue(
+    api: ReadApi, totals: dict[str, int | None], agents: list[dict[str, Any]], gaps: list[str]
+) -> None:
+    found = await api.leases(overdue=True)
+    late = Counter(lease["agent_id"] for lease in found["leases"])
+    totals["overdue_leases"] = late.total()
+    for agent in agents:
+        agent["overdue_leases"] = late[agent["id"]]
+    if found.get("more"):
+        gaps.append("more leases are overdue than the revoker lists at once; their number is too low")

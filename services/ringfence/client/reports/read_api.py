@@ -1,0 +1,238 @@
+"""The read APIs of registry, policy, revoker and audit: what `list`, `show`, `inventory` and `trace` print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import httpx
+import orjson
+
+from ringfence.client.connected import Lifetime
+from ringfence.client.connection import load_key
+from ringfence.client.errors import ApiError
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.http_client import web_client
+from ringfence.kernel.base.settings import load
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.model.identity.api_tokens import api_token
+from ringfence.model.identity.spiffe_ids import SubjectKind
+
+Filters = Mapping[str, str | int | None]
+"""By name, what the answer is narrowed down by. Those that are None are left out."""
+Service = Literal["registry", "policy", "issuer", "revoker", "audit"]
+
+
+class ReadApi(Lifetime):
+    """One user's view: operators and auditors see all, sponsors their own agents. Each call bears its own token."""
+
+    def __init__(
+        self,
+        key: SigningKey | Path | str | None = None,
+        settings: ClientSettings | None = None,
+        *,
+        clock: Clock | None = None,
+        timeout_s: float = 10.0,
+    ) -> None:
+        """See `Agent.connect`; the URLs are in the settings. Raises IdentityError, KeyFileError, SettingsError."""
+        self.settings = settings or load(ClientSettings)
+        self.key = load_key(key, self.settings)
+        self._clock: Clock = clock or SystemClock()
+        self._http = web_client(timeout_s=timeout_s)
+
+    async def close(self) -> None:
+        """Disconnect. `async with` does it."""
+        await self._http.aclose()
+
+    async def get(self, service: Service, *path: str, **query: str | int | None) -> Any:
+        """GET `/v1/<path>` of a service, as parsed JSON. Queries that are None are left out.
+
+        Raises ApiError with the service's own message; its `status` is None where the service did not answer.
+        """
+        if nothing := [part for part in path if not part or "/" in part]:
+            # It would be another path, of which the service says nothing.
+            raise ApiError(f"there is no {nothing[0]!r}: what has an id has one without a slash", status=404)
+        base = str(getattr(self.settings, f"{service}_url")).rstrip("/")
+        url = "/".join([base, "v1", *(quote(part, safe="") for part in path)])
+        params = {name: value for name, value in query.items() if value is not None}
+        try:
+            response = await self._http.get(
+                url, params=params, headers={"Authorization": f"Bearer {self._token(service)}"}
+            )
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ApiError(
+                f"the {service} at {base} does not answer ({type(error).__name__}); is it running? "
+                f"Its address is RINGFENCE_{service.upper()}_URL"
+            ) from None
+        try:
+            answer = orjson.loads(response.content)
+        except ValueError:
+            raise ApiError(
+                f"{url} answered {response.status_code} and no JSON; is this the {service}? "
+                f"Its address is RINGFENCE_{service.upper()}_URL",
+                status=response.status_code,
+            ) from None
+        if response.is_error:
+            said = answer.get("message") if isinstance(answer, dict) else None
+            code = answer.get("error") if isinstance(answer, dict) else None
+            raise ApiError(
+                str(said) if said else f"{url} answered {response.status_code}",
+                code=code,
+                status=response.status_code,
+            )
+        return answer
+
+    # --- registry ---
+
+    async def records(self, kind: SubjectKind, **query: str | None) -> list[Any]:
+        """All users, agents, targets or tasks that the caller may see: `[{id, revision, state}]`."""
+        found: list[Any] = (await self.get("registry", f"{kind}s", **query))[f"{kind}s"]
+        return found
+
+    async def record(self, kind: SubjectKind, id: str) -> Any:
+        """One user, agent, target or task: `{id, revision, state}`. Raises ApiError (404) where there is none."""
+        return await self.get("registry", f"{kind}s", id)
+
+    # --- policy ---
+
+    async def usage(self, agent_id: str) -> Any:
+        """What an agent holds now and used in 30 days, against its ceiling. Raises ApiError (404) where there is none.
+
+        `{agent_id, registered_at, since, ceiling, used: [{target, verb, first_used, last_used, days}], never_used,
+        held, narrower}`; `narrower` is a ceiling that would have done, or None where all was used.
+        """
+        return await self.get("policy", "agents", agent_id, "usage")
+
+    async def inventory(
+        self, filters: Filters | None = None, *, after: str | None = None, limit: int = 100
+    ) -> Any:
+        """A page of the agents that the caller may see: `{at_ms, totals, agents, after, cursor, gaps}`.
+
+        `totals`, on the first page alone, are the sums over all that fit. Go on with `after` until it is None.
+        `filters`: agent, sponsor, status, target; orphans, unused, standing, keys_ending (1); keys_within_s.
+        """
+        return await self.get("policy", "inventory", after=after, limit=limit, **(filters or {}))
+
+    async def inventory_changes(self, cursor: str, filters: Filters | None = None) -> Any:
+        """The agents that changed since a page was given: `{at_ms, agents, cursor, gaps}`. `filters` as for the page.
+
+        Each has `fits`: whether the filters let it through. Raises ApiError, with the code `cursor_lost` where policy
+        cannot tell any more what changed.
+        """
+        return await self.get("policy", "inventory", "changes", after=cursor, **(filters or {}))
+
+    # --- revoker ---
+
+    async def leases(
+        self,
+        *,
+        agent: str | None = None,
+        task: str | None = None,
+        target: str | None = None,
+        user: str | None = None,
+        sponsor: str | None = None,
+        status: str | None = None,
+        overdue: bool = False,
+    ) -> Any:
+        """Leases that have not ended, by deadline: `{leases: [...], more}`; `more` where there are over 1000.
+
+        `user`: on whose behalf. `sponsor`: who answered for an agent when it was issued.
+        `overdue`: only those that are revoked and that their targets have not taken back for a while.
+        """
+        return await self.get(
+            "revoker",
+            "leases",
+            agent=agent,
+            task=task,
+            target=target,
+            user=user,
+            sponsor=sponsor,
+            status=status,
+            overdue=1 if overdue else None,
+        )
+
+    async def lease(self, lease_id: str) -> Any:
+        """One lease, also a while past its end. Raises ApiError (404) where there is none."""
+        return await self.get("revoker", "leases", lease_id)
+
+    # --- audit ---
+
+    async def trace(self, id: str, kind: str | None = None) -> Any:
+        """The story of a lease, request, task, agent or user: `{id, kind, truncated, roots: [node]}`.
+
+        A node is `{id, kind, title, at_ms, duration_ms, actor, detail, children: [node]}`.
+        """
+        return await self.get("audit", "trace", id, kind=kind)
+
+    async def break_glass(self, *, unreviewed: bool = False) -> list[Any]:
+        """The uses of break glass, oldest first, each with its `review` or None."""
+        found: list[Any] = (await self.get("audit", "break-glass", unreviewed=1 if unreviewed else None))[
+            "uses"
+        ]
+        return found
+
+    async def events(
+        self,
+        filters: Filters | None = None,
+        *,
+        after: str | None = None,
+        limit: int = 100,
+        agent: str | None = None,
+        task: str | None = None,
+        request: str | None = None,
+        lease: str | None = None,
+    ) -> Any:
+        """`{events, after}`: the latest OCSF events, oldest first; or with `after`, those since.
+
+        `filters`: target, on_behalf_of, sponsor, class, status, severity; code (several with commas between).
+        """
+        named = {"agent": agent, "task": task, "request": request, "lease": lease}
+        return await self.get("audit", "events", after=after, limit=limit, **{**named, **(filters or {})})
+
+    async def export(
+        self, filters: Filters | None = None, *, since_ms: int, until_ms: int, after: str | None = None
+    ) -> Any:
+        """Some events by time and uid: `{events, until_ms, looked_at_ms, after}`; go on with `after` until it is None.
+
+        `events` are texts, to the byte as on the topic. `filters` as for `events`, and agent, task, request, lease.
+        """
+        return await self.get(
+            "audit", "export", since_ms=since_ms, until_ms=until_ms, after=after, **(filters or {})
+        )
+
+    async def actions(
+        self,
+        *,
+        since_ms: int,
+        until_ms: int | None = None,
+        after: str | None = None,
+        agent: str | None = None,
+        target: str | None = None,
+    ) -> Any:
+        """Some actions through gateways, counted. See `ActionReport`.
+
+        `{groups, unknown_destinations, until_ms, looked_at_ms, after}`; go on with `after` until it is None.
+        """
+        return await self.get(
+            "audit", "actions", since_ms=since_ms, until_ms=until_ms, after=after, agent=agent, target=target
+        )
+
+    async def coverage(
+        self,
+        what: Literal["leases", "actions"],
+        *,
+        since_ms: int,
+        until_ms: int | None = None,
+        after: str | None = None,
+        short_s: int | None = None,
+    ) -> Any:
+        """Some leases, or actions, counted by whether they lead back to a human. See `Coverage`."""
+        return await self.get(
+            "audit", "coverage", what, since_ms=since_ms, until_ms=until_ms, after=after, short_s=short_s
+        )
+
+    def _token(self, service: Service) -> str:
+        return api_token(self.key, service, now_ms=self._clock.now_ms())

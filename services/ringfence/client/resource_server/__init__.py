@@ -1,0 +1,1 @@
+"""For resource servers: verify tokens and proofs of possession, and challenge."""

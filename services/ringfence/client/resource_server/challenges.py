@@ -1,0 +1,101 @@
+"""How a token is presented over HTTP, and in which words a request is refused (RFC 6750, RFC 9449)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import orjson
+
+from ringfence.client.agent.dpop import NONCE_HEADER
+from ringfence.client.errors import TokenRejectedError
+from ringfence.client.resource_server.dpop_proofs import PROOF_ALGORITHMS
+from ringfence.kernel.base.errors import RingfenceError
+
+Headers = Mapping[str, str] | Iterable[tuple[str, str]]
+Scheme = Literal["Bearer", "DPoP"]
+
+_SCHEMES: Final[dict[str, Scheme]] = {"bearer": "Bearer", "dpop": "DPoP"}
+_ALGORITHMS: Final = f'algs="{" ".join(PROOF_ALGORITHMS)}"'
+_STATUS: Final = {"invalid_request": 400, "insufficient_scope": 403}
+_WORDS: Final = {"inactive": "invalid_token", "token_rejected": "invalid_token"}
+"""What the RFCs call it."""
+_UNQUOTABLE: Final = re.compile(r"[^\x20-\x21\x23-\x5b\x5d-\x7e]")
+"""What may not stand in `error_description` (RFC 6750, 3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Presented:
+    """What a request shows: nothing of it verified."""
+
+    scheme: Scheme
+    token: str = field(repr=False)
+    proofs: tuple[str, ...] = field(repr=False)
+    """Its `DPoP` headers."""
+
+
+def presented(headers: Headers) -> Presented:
+    """The token of a request, and its proofs.
+
+    Raises TokenRejectedError with the code `token_missing` where there is none of a scheme that is known, and
+    `invalid_request` where there are several.
+    """
+    pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
+    authorizations = [value for name, value in pairs if name.lower() == "authorization"]
+    if len(authorizations) > 1:
+        raise TokenRejectedError("send one Authorization header, and no more", code="invalid_request")
+    name, _, token = "".join(authorizations).partition(" ")
+    scheme = _SCHEMES.get(name.lower())
+    if scheme is None or not token.strip():
+        raise TokenRejectedError(
+            "send Authorization: Bearer or DPoP with a token of Ringfence", code="token_missing"
+        )
+    proofs = tuple(value for name, value in pairs if name.lower() == "dpop")
+    return Presented(scheme, token.strip(), proofs)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRefusal:
+    """An answer without any of the application's own."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    """JSON: `error`, a word for programs, and `message`."""
+
+
+def refusal(error: RingfenceError, *, require_proof: bool = False, nonce: str | None = None) -> HttpRefusal:
+    """400, 401 or 403 with a challenge for what is wrong with the token; 503 where it could not be judged at all.
+
+    Args:
+        require_proof: bearer tokens are not taken.
+        nonce: what the next proof should have.
+    """
+    headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
+    if not isinstance(error, TokenRejectedError):
+        # Who issues, and what does not answer, is for the operators of this server.
+        message = "tokens cannot be verified now; try again"
+        return HttpRefusal(503, (*headers, ("Retry-After", "1")), _body(error.code, message))
+    headers += [("WWW-Authenticate", challenge) for challenge in _challenges(error, require_proof)]
+    if nonce is not None:
+        headers.append((NONCE_HEADER, nonce))
+    return HttpRefusal(_STATUS.get(error.code, 401), tuple(headers), _body(error.code, error.message))
+
+
+def _challenges(error: TokenRejectedError, require_proof: bool) -> list[str]:
+    """In words of the scheme that was used, else in those of each that is taken."""
+    if error.code == "token_missing":  # RFC 6750, 3.1: whoever shows nothing is told of no error
+        return [f"DPoP {_ALGORITHMS}"] if require_proof else ["Bearer", f"DPoP {_ALGORITHMS}"]
+    word = _WORDS.get(error.code, error.code)
+    described = f'error="{word}", error_description="{_UNQUOTABLE.sub("?", error.message)}"'
+    if error.scheme == "DPoP":
+        return [f"DPoP {described}, {_ALGORITHMS}"]
+    if error.scheme is None or not require_proof:
+        return [f"Bearer {described}"]
+    return [f"DPoP {described}, {_ALGORITHMS}"]
+
+
+def _body(code: str, message: str) -> bytes:
+    return orjson.dumps({"error": code, "message": message})

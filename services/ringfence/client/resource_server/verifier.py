@@ -1,0 +1,327 @@
+"""For resource servers: is the token of this request good, whose is it, and what does it allow?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import httpx
+import jwt
+from pydantic import TypeAdapter, ValidationError
+
+from ringfence.client.connected import Lifetime
+from ringfence.client.errors import TokenRejectedError
+from ringfence.client.resource_server.challenges import (
+    Headers,
+    HttpRefusal,
+    Presented,
+    presented,
+    refusal,
+)
+from ringfence.client.resource_server.dpop_proofs import (
+    Nonces,
+    ProofChecker,
+    ProofError,
+    ProofMemory,
+)
+from ringfence.client.resource_server.issuer_keys import ALGORITHMS, TokenIssuer
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.http_client import web_client
+from ringfence.kernel.crypto.jws import LEEWAY_S
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.permission import PERMISSION_TYPE, Permission, Scope
+from ringfence.model.scope.globs import ScopeError, parse_name
+from ringfence.model.scope.scope import missing
+
+TOKEN_TYPE: Final = "at+jwt"  # noqa: S105 - a media type
+"""The `typ` of an access token (RFC 9068, 2.1)."""
+
+_PERMISSIONS: Final = TypeAdapter(tuple[Permission, ...])
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedToken:
+    """An access token of Ringfence whose signature, issuer, audience, type and time hold."""
+
+    agent: str
+    """The agent that acts: its SPIFFE ID (`sub`)."""
+    task: str
+    sponsor: str
+    """The user accountable for the agent."""
+    on_behalf_of: str
+    """The user for whom the agent acts."""
+    lease_id: str
+    """`jti`: with it the credential's story is found (`ringfence audit trace`)."""
+    permissions: Scope
+    expires_at: int
+    """Seconds since 1970, UTC."""
+    key_thumbprint: str | None
+    """`cnf.jkt` (RFC 9449, 6.1): the agent's key that the token is bound to; None for a bearer token."""
+    claims: dict[str, Any] = field(repr=False)
+    act: tuple[str, ...] = ()
+    """The agents that act, by their SPIFFE IDs: `agent` first, then those that handed the task on (RFC 8693, 4.1)."""
+
+    def allows(self, verb: str, resource: str) -> bool:
+        """Whether the token allows this verb on this one resource, named in full. What is no legal name is not."""
+        try:
+            parse_name(resource)
+            wanted = [
+                Permission(target=p.target, verbs=(verb,), resources=(resource,)) for p in self.permissions
+            ]
+        except (ScopeError, ValidationError):
+            return False
+        return any(not missing((one,), self.permissions) for one in wanted)
+
+    def require(self, verb: str, resource: str) -> None:
+        """Raises TokenRejectedError (code `insufficient_scope`) where the token does not allow it."""
+        if not self.allows(verb, resource):
+            raise TokenRejectedError(
+                f"the token of {self.agent} (lease {self.lease_id}) does not allow {verb} on {resource}",
+                code="insufficient_scope",
+            )
+
+
+class TokenVerifier(Lifetime):
+    """Verifies tokens of one issuer for one audience: by its published keys, and by introspection where a key is given.
+
+    Without introspection a token is good until its `exp`; with it, from the cut on it is refused. A token that is bound
+    to the agent's key (RFC 9449) counts with a proof of that key alone, so only in `verify_request`.
+    """
+
+    def __init__(
+        self,
+        issuer_url: str,
+        audience: str,
+        introspection_key: SigningKey | None = None,
+        *,
+        require_proof: bool = False,
+        nonces: Nonces | None = None,
+        proof_memory: ProofMemory | None = None,
+        http: httpx.AsyncClient | None = None,
+        clock: Clock | None = None,
+        timeout_s: float = 5.0,
+    ) -> None:
+        """Args:
+            issuer_url: the `iss` of tokens; its OIDC discovery document names everything else.
+            audience: who this resource server is (`aud`), by default its target's SPIFFE ID.
+            introspection_key: the key that the target was registered with; each token is then also asked about.
+            require_proof: take no tokens but those that are bound to a key.
+            nonces: demand one of them in each proof.
+            proof_memory: where it is remembered which proofs came; in this process where None.
+            http: a client to use; one of its own where None.
+        """  # fmt: skip
+        self._audience = audience
+        self._introspection_key = introspection_key
+        self.require_proof = require_proof
+        self._clock: Clock = clock or SystemClock()
+        self._own_http = http is None
+        self._http = http or web_client(timeout_s=timeout_s)
+        self._issuer = TokenIssuer(issuer_url, self._http, self._clock)
+        self._proofs = ProofChecker(memory=proof_memory, nonces=nonces, clock=self._clock)
+
+    async def close(self) -> None:
+        """Close the HTTP client if it is its own. `async with` does it."""
+        if self._own_http:
+            await self._http.aclose()
+
+    async def verify_request(
+        self,
+        method: str,
+        url: str,
+        headers: Headers,
+        *,
+        verb: str | None = None,
+        resource: str | None = None,
+    ) -> VerifiedToken:
+        """All that a resource server has to ask of one request.
+
+        Its token: signature, issuer, audience, time; the proof of the agent's key, where the token is bound to one;
+        what introspection says, where a key for it was given; and whether it allows `verb` on `resource`, where they
+        are given.
+
+        Args:
+            method, url: of the request, the URL as the agent wrote it: what a proxy made of it is no longer that.
+            headers: all of them; pairs, where a name can come twice.
+
+        Raises:
+            TokenRejectedError: the request must be refused. `code` is `token_missing`, `invalid_request`,
+                `invalid_token`, `inactive`, `invalid_dpop_proof`, `use_dpop_nonce` or `insufficient_scope`;
+                `refusal` makes the answer of it.
+            UnavailableError: the issuer does not answer: nothing can be accepted now.
+        """
+        shown = presented(headers)
+        try:
+            verified = await self._verified(shown.token)
+            await self._check_binding(verified, shown, method, url)
+            await self._check_active(verified, shown.token)
+            if verb is not None or resource is not None:
+                verified.require(verb or "", resource or "")
+        except TokenRejectedError as error:
+            error.scheme = shown.scheme
+            raise
+        return verified
+
+    async def verify(self, token: str) -> VerifiedToken:
+        """Verify a bearer token.
+
+        Raises:
+            TokenRejectedError: the token must not be accepted; `code` is `invalid_token`, or `inactive` where
+                introspection said so.
+            UnavailableError: the issuer does not answer: nothing can be accepted now.
+        """
+        verified = await self._verified(token)
+        self._check_bearer(verified)
+        await self._check_active(verified, token)
+        return verified
+
+    async def verify_header(self, authorization: str | None) -> VerifiedToken:
+        """Verify what stands in an `Authorization` header (`Bearer ...`, RFC 6750). Raises as `verify`."""
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise _rejected("send Authorization: Bearer with a token of Ringfence")
+        return await self.verify(token.strip())
+
+    def refusal(self, error: RingfenceError) -> HttpRefusal:
+        """The answer to a request that `verify_request` raised this for."""
+        return refusal(error, require_proof=self.require_proof, nonce=self.nonce())
+
+    def nonce(self) -> str | None:
+        """What belongs into the `DPoP-Nonce` of every answer; None where no nonces are demanded."""
+        return self._proofs.nonce()
+
+    async def _verified(self, token: str) -> VerifiedToken:
+        return self._read(await self._verified_claims(token))
+
+    def _check_bearer(self, verified: VerifiedToken) -> None:
+        if verified.key_thumbprint is not None:
+            raise _rejected("the token is bound to the agent's key: send Authorization: DPoP, and a proof")
+        if self.require_proof:
+            raise _rejected(
+                "only tokens that are bound to the agent's key are taken here (the target's dpop)"
+            )
+
+    async def _check_binding(self, verified: VerifiedToken, shown: Presented, method: str, url: str) -> None:
+        if shown.scheme == "Bearer":
+            self._check_bearer(verified)
+            return
+        if verified.key_thumbprint is None:
+            raise _rejected("the token is bound to no key: send Authorization: Bearer")
+        if len(shown.proofs) != 1:
+            raise ProofError(f"send one DPoP header with a proof; {len(shown.proofs)} came")
+        await self._proofs.check(
+            shown.proofs[0], method=method, url=url,
+            access_token=shown.token, thumbprint=verified.key_thumbprint,
+        )  # fmt: skip
+
+    async def _check_active(self, verified: VerifiedToken, token: str) -> None:
+        key = self._introspection_key
+        if key is not None and not await self._issuer.is_active(token, key):
+            raise TokenRejectedError(
+                f"lease {verified.lease_id} has ended (introspection says inactive); ask for a new credential",
+                code="inactive",
+            )
+
+    async def _verified_claims(self, token: str) -> dict[str, Any]:
+        try:
+            header = jwt.get_unverified_header(token)  # to find the key; what it says is checked below
+        except jwt.InvalidTokenError:
+            raise _rejected("not a JWT") from None
+        if header.get("typ") != TOKEN_TYPE or header.get("alg") not in ALGORITHMS:
+            raise _rejected(
+                f"not an access token: typ must be {TOKEN_TYPE} and alg {' or '.join(ALGORITHMS)}"
+            )
+        kid = str(header.get("kid"))
+        key = await self._issuer.key(kid)
+        if key is None:
+            raise _rejected(f"{self._issuer.url} publishes no key {kid[:43]!r}")
+        try:
+            # Times are judged below: PyJWT would read the machine's clock.
+            claims: dict[str, Any] = jwt.decode(
+                token, key, algorithms=[key.algorithm_name], audience=self._audience, issuer=self._issuer.url,
+                options={
+                    "require": ["iss", "aud", "sub", "jti", "exp", "iat"],
+                    "verify_exp": False, "verify_iat": False, "verify_nbf": False,
+                },
+            )  # fmt: skip
+        except jwt.InvalidAudienceError:
+            raise _rejected(f"the token is for another audience than {self._audience}") from None
+        except jwt.InvalidIssuerError:
+            raise _rejected(f"the token is of another issuer than {self._issuer.url}") from None
+        except jwt.InvalidTokenError as error:
+            raise _rejected(f"the token does not verify ({type(error).__name__})") from None
+        self._check_times(claims)
+        return claims
+
+    def _check_times(self, claims: dict[str, Any]) -> None:
+        now_s = self._clock.now_ms() / 1000
+        times = [claims["exp"], claims["iat"], claims.get("nbf", 0)]
+        if not all(isinstance(time, int) for time in times):
+            raise _rejected("exp, iat and nbf must be whole seconds")
+        if claims["exp"] <= now_s:
+            raise _rejected(f"the token expired {now_s - claims['exp']:.0f} s ago")
+        if max(claims["iat"], claims.get("nbf", 0)) > now_s + LEEWAY_S:
+            raise _rejected("the token is not valid yet; is the clock right?")
+
+    def _read(self, claims: dict[str, Any]) -> VerifiedToken:
+        details = claims.get("authorization_details")
+        try:
+            permissions = _PERMISSIONS.validate_python(
+                tuple(
+                    {
+                        **{k: v for k, v in detail.items() if k != "type"},
+                        "verbs": tuple(detail["verbs"]),
+                        "resources": tuple(detail["resources"]),
+                    }
+                    for detail in details or ()
+                    if detail["type"] == PERMISSION_TYPE
+                )
+            )
+            return VerifiedToken(
+                agent=_text(claims, "sub"),
+                task=_text(claims, "task"),
+                sponsor=_text(claims, "sponsor"),
+                on_behalf_of=_text(claims, "on_behalf_of"),
+                lease_id=_text(claims, "jti"),
+                permissions=permissions,
+                expires_at=claims["exp"],
+                key_thumbprint=_bound_to(claims["cnf"]) if "cnf" in claims else None,
+                claims=claims,
+                act=_actors(claims),
+            )
+        except (ValidationError, KeyError, TypeError, AttributeError):
+            raise _rejected(
+                "the token lacks what a token of Ringfence says, or says it in another form"
+            ) from None
+
+
+def _bound_to(cnf: Any) -> str | None:
+    """The key of which a proof is to be shown. None where `cnf` (RFC 7800) only says by its `kid` whose token it is.
+
+    Raises KeyError, TypeError where it asks for a confirmation of another kind.
+    """
+    if "jkt" not in cnf and cnf.keys() == {"kid"}:
+        _text(cnf, "kid")
+        return None
+    return _text(cnf, "jkt")
+
+
+def _actors(claims: dict[str, Any]) -> tuple[str, ...]:
+    """The nested actors, outermost first. Raises KeyError, TypeError, AttributeError where they are no such thing."""
+    found: list[str] = []
+    actor: Any = claims.get("act")
+    while actor is not None:
+        found.append(_text(actor, "sub"))
+        actor = actor.get("act")
+    return tuple(found)
+
+
+def _text(claims: dict[str, Any], name: str) -> str:
+    value = claims[name]
+    if not isinstance(value, str) or not value:
+        raise TypeError(name)
+    return value
+
+
+def _rejected(message: str) -> TokenRejectedError:
+    return TokenRejectedError(message, code="invalid_token")
