@@ -23,9 +23,9 @@ import psutil
 
 from bench.machine import cpu_s
 from bench.stack import running
-from ringfence.audit.store import SqliteIndex
-from ringfence.audit.trace import tree
-from ringfence.audit.who import leases_of, who_did
+from ringfence.audit.index.access_report import leases_of, who_did
+from ringfence.audit.index.store import SqliteIndex
+from ringfence.audit.index.trace import tree
 from ringfence.client.reports.auditor import verify_trail
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings

@@ -30,7 +30,7 @@ from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import SignedLease
-from ringfence.revoker.truth import whole
+from ringfence.revoker.consistency.kafka_view import whole
 
 DUE = 100_000
 AGENTS = 1_000

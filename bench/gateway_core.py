@@ -25,19 +25,19 @@ from ringfence.backends.capabilities import Declared
 from ringfence.backends.http import StaticSecrets
 from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker
 from ringfence.dev.processes import LOOPBACK
-from ringfence.gateway import authz_envoy, authz_forward
-from ringfence.gateway.authz import ProxyAuth
-from ringfence.gateway.counting import Counted
-from ringfence.gateway.evaluating import Evaluator
-from ringfence.gateway.gate import DecisionGate
-from ringfence.gateway.identifying import Identifier
-from ringfence.gateway.injection import Injector
-from ringfence.gateway.leases import LeaseTable
-from ringfence.gateway.limits import Allowance
-from ringfence.gateway.plane import DataPlane
-from ringfence.gateway.recording import Recorder
-from ringfence.gateway.spool import Spool
-from ringfence.gateway.targets import Targets
+from ringfence.gateway.dataplane.limits import Allowance
+from ringfence.gateway.dataplane.plane import DataPlane
+from ringfence.gateway.decision.evaluator import Evaluator
+from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.decision.injection import Injector
+from ringfence.gateway.decision.sender import Identifier
+from ringfence.gateway.decision.targets import Targets
+from ringfence.gateway.events.recorder import Recorder
+from ringfence.gateway.events.refusal_counts import Counted
+from ringfence.gateway.events.spool import Spool
+from ringfence.gateway.proxies import envoy, forward_auth
+from ringfence.gateway.proxies.authz import ProxyAuth
+from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.service.http import HttpServer
 from ringfence.kernel.service.process import search_seldom_for_cycles
 from ringfence.messages.registry import BackendSettings, RequestRule
@@ -198,7 +198,7 @@ async def _serve(places: Places) -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(places.certificate)
     await plane.listen(LOOPBACK, places.listen, names=[f"localhost:{places.listen}"], tls=context)
-    readers = {authz_forward.PREFIX: authz_forward.read, authz_envoy.PREFIX: authz_envoy.read}
+    readers = {forward_auth.PREFIX: forward_auth.read, envoy.PREFIX: envoy.read}
     server = HttpServer(ProxyAuth(gate, readers), LOOPBACK, places.authz)
     serving = asyncio.create_task(server.run_until_stopped())
     world.ledger.key("bot", "agent").save(places.agent_key)

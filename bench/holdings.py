@@ -20,7 +20,7 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentRecord
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.policy.holdings import Holdings
+from ringfence.policy.agents.holdings import Holdings
 from tools.schemas.examples import EXAMPLES
 
 TTL_S = 3600

@@ -12,10 +12,10 @@ from typing import Any, TypeVar, get_args
 
 import orjson
 
-from ringfence.audit.believing import Believer
-from ringfence.audit.handlers import AuditHandlers
-from ringfence.audit.intake import Intake, Told
+from ringfence.audit.records import AuditHandlers
 from ringfence.audit.settings import AuditSettings
+from ringfence.audit.trail.handover import Intake, Told
+from ringfence.audit.verification import Believer
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, lease_id, message_id

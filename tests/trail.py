@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ringfence.audit.believing import Believer
-from ringfence.audit.handlers import AuditHandlers
+from ringfence.audit.records import AuditHandlers
 from ringfence.audit.settings import AuditSettings
+from ringfence.audit.verification import Believer
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.trust_store import TrustStore

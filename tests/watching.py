@@ -11,9 +11,9 @@ from typing import Any
 
 import orjson
 
-from ringfence.audit.detector import Detector
+from ringfence.audit.detections.detector import Detector
+from ringfence.audit.index.store import SqliteIndex
 from ringfence.audit.settings import AuditSettings
-from ringfence.audit.store import SqliteIndex
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.topics import AUDIT

@@ -12,7 +12,7 @@ import orjson
 
 from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.client.agent.dpop import proof
-from ringfence.gateway.identifying import NONCE_WANTED
+from ringfence.gateway.decision.sender import NONCE_WANTED
 from ringfence.issuer.http import INTROSPECTION_PATH
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.model.identity.api_tokens import api_token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ringfence.audit.detection_events import STEPS
+from ringfence.audit.detections.events import STEPS
 from ringfence.audit.settings import AuditSettings
 
 ROOT = Path(__file__).parents[2]

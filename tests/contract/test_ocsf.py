@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 from ocsf_json_schema import get_ocsf_schema
 
-from ringfence.audit import (
-    action_events,
-    asked_events,
-    break_glass_events,
-    credential_events,
+from ringfence.audit.events import (
+    actions,
+    approvals,
+    break_glass,
+    credentials,
     grant_events,
     ocsf,
-    registry_events,
-    service_events,
+    registry,
+    services,
     sharing_events,
-    trust_events,
+    trust,
 )
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.audit import OCSF_VERSION, AuditEvent
@@ -32,8 +32,8 @@ from tests.ocsf import LATER_VERSION, problems
 from tests.trail import TOKEN
 
 MODULES = (
-    action_events, asked_events, break_glass_events, credential_events, grant_events, registry_events, service_events,
-    sharing_events, trust_events,
+    actions, approvals, break_glass, credentials, grant_events, registry, services,
+    sharing_events, trust,
 )  # fmt: skip
 AUDITED = {
     "trust", "registry.command", "user", "agent", "target", "task", "credential.request", "credential.decision",

@@ -74,7 +74,7 @@ def test_a_step_that_fails_is_said_in_a_line_and_ends_with_1(tmp_path: Path) -> 
         assert demo.stdout is not None
         assert any(json.loads(line)["step"] == "bypass.closed" for line in demo.stdout)
         for process in descendants(demo.pid):
-            if "ringfence.dev.platform" in process.cmdline():
+            if "ringfence.dev.demo_target" in process.cmdline():
                 process.kill()
         _, said = demo.communicate(timeout=WITHIN_S)
     assert demo.returncode == 1

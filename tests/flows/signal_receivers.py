@@ -14,7 +14,7 @@ import jwt
 
 from ringfence.dev.processes import free_port
 from ringfence.kernel.service.bearer_tokens import new_token
-from ringfence.signals.domain import SESSION_REVOKED, VERIFICATION
+from ringfence.signals.events import SESSION_REVOKED, VERIFICATION
 from ringfence.signals.settings import SignalsSettings
 from tests.world import World
 

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from ringfence.audit.chaining import ChainWriter
+from ringfence.audit.trail.chain_writer import ChainWriter
 from ringfence.client.reports.auditor import TrailReport, witness
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.producer import Received

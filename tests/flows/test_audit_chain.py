@@ -11,10 +11,10 @@ import httpx
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from ringfence.audit.chaining import GROUP, ChainWriter
-from ringfence.audit.intake import Intake, Told
-from ringfence.audit.proofs import NoProofError, ProofStore
 from ringfence.audit.settings import AuditSettings
+from ringfence.audit.trail.chain_writer import GROUP, ChainWriter
+from ringfence.audit.trail.handover import Intake, Told
+from ringfence.audit.trail.proofs import NoProofError, ProofStore
 from ringfence.client.reports.auditor import TrailReport, verify_trail, witness
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import SystemClock

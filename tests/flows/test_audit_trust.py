@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.audit.intake import Intake, Told
+from ringfence.audit.trail.handover import Intake, Told
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.crypto.jws import sign

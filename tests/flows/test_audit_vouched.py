@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ringfence.audit import chaining
-from ringfence.audit.chaining import ChainWriter
-from ringfence.audit.intake import Told
+from ringfence.audit.trail import chain_writer
+from ringfence.audit.trail.chain_writer import ChainWriter
+from ringfence.audit.trail.handover import Told
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
@@ -192,18 +192,18 @@ async def test_who_is_given_nothing_to_chain_waits_for_that_once(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has no partition any more, and nobody has taken over yet."""
-    monkeypatch.setattr(chaining, "_CATCH_UP_S", 0.05)
+    monkeypatch.setattr(chain_writer, "_CATCH_UP_S", 0.05)
     writer = await writing(world, *some(0, 1))
     writer.handed_over(AT, 10)
     assert not await writer.chained(events(*some(1, 1)))
-    monkeypatch.setattr(chaining, "_CATCH_UP_S", 600)
+    monkeypatch.setattr(chain_writer, "_CATCH_UP_S", 600)
     async with asyncio.timeout(5):
         assert not await writer.chained(events(*some(1, 1)))
     await killed(writer)
 
 
 async def test_who_waits_and_begins_anew_hands_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chaining, "_CATCH_UP_S", 600)
+    monkeypatch.setattr(chain_writer, "_CATCH_UP_S", 600)
     writer = await writing(world, *some(0, 1))
     writer.handed_over(AT, 10)
     following = asyncio.create_task(writer.chained(events(*some(1, 1))))

@@ -31,7 +31,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import REVOCATION_REQUEST, TASK
 from ringfence.model.lease_store import RECORD_KEEP_MS
-from ringfence.revoker.checking import checking
+from ringfence.revoker.consistency.compare import checking
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_office

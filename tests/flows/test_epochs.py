@@ -21,7 +21,7 @@ from ringfence.model.lease_store import Restoration, SignedLease, Step, outbox_f
 from ringfence.model.lease_store.keys import packed
 from ringfence.model.leases.epochs import marker_key, number_of
 from ringfence.model.leases.lifecycle import follow, statement
-from ringfence.revoker.watching import LeaseWatch
+from ringfence.revoker.consistency.lease_watch import LeaseWatch
 from tests.flows.place import Place, publish
 
 LATE_TWO = [False, True, True]

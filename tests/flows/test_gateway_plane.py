@@ -15,7 +15,7 @@ import pytest
 
 from ringfence.client.agent.dpop import DpopAuth
 from ringfence.dev.processes import free_port
-from ringfence.gateway.plane import DataPlane
+from ringfence.gateway.dataplane.plane import DataPlane
 from ringfence.gateway.settings import GatewaySettings
 from ringfence.kernel.service.http import HttpServer
 from ringfence.messages.registry import TaskEnd

@@ -16,8 +16,8 @@ from ringfence.client.agent.agent import Agent
 from ringfence.client.agent.credentials import GatewayCredential
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.dev.kafka import EmbeddedKafka
-from ringfence.gateway.injection import SealedCredentials
-from ringfence.gateway.recording import Recorder
+from ringfence.gateway.decision.injection import SealedCredentials
+from ringfence.gateway.events.recorder import Recorder
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import BackendSettings, VerbFloor
@@ -168,7 +168,7 @@ async def test_a_full_spool_lets_nothing_pass(world: World, monkeypatch: pytest.
         async with gateway(world, spool_max_bytes=1024 * 1024) as proxy:
             lease = await handle(desk, "read")
             await until(proxy, desk, lease, 200)
-            monkeypatch.setattr("ringfence.gateway.spool.Spool.size", lambda self: 1024 * 1024)
+            monkeypatch.setattr("ringfence.gateway.events.spool.Spool.size", lambda self: 1024 * 1024)
             answer = await proxy.as_agent(desk.bot.key, lease, "GET", A)
             assert (answer.status_code, answer.json()["code"]) == (403, "spool_full")
             assert "authorization" not in answer.headers

@@ -82,7 +82,9 @@ async def test_what_is_told_again_after_a_long_time_is_the_same_text(
         bot = world.party("agent", "bot")
         await world.agent("bot", sam, keys=(bot.key_record(2),))
         await told_of(world, bot)
-    monkeypatch.setattr("ringfence.registry.key_warnings.KeyWarnings.remember", lambda self, event: None)
+    monkeypatch.setattr(
+        "ringfence.registry.key_expiry_warnings.KeyWarnings.remember", lambda self, event: None
+    )
     async with world.running("registry", own=OFTEN):
         await looked(world, sam)
     texts = [

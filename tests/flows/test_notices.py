@@ -170,7 +170,9 @@ async def test_what_is_alike_is_told_once_while_it_waits(
 async def test_a_webhook_that_hangs_holds_up_neither_decisions_nor_others(
     world: World, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ringfence.policy.notices._TIMEOUT_S", 600.0)  # it hangs for as long as this takes
+    monkeypatch.setattr(
+        "ringfence.policy.notifications.notices._TIMEOUT_S", 600.0
+    )  # it hangs for as long as this takes
     with receiving() as other:
         receiver.hangs = True
         async with office(world, settings(tmp_path, sam=receiver, petra=other)) as desk:

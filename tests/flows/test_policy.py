@@ -318,7 +318,7 @@ async def test_who_asks_too_often_is_refused_and_told_when_to_ask_again(world: W
 async def test_why_something_was_denied_is_told_when_policy_keeps_the_text_no_longer(
     world: World, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("ringfence.policy.store.MOST_DENIALS", 1)
+    monkeypatch.setattr("ringfence.policy.decision_log.MOST_DENIALS", 1)
     async with world.running("registry", "policy"):
         office = await Office.open(world)
         asked = [await office.ask(scope("platform", ["read"], ["elsewhere"])) for _ in range(2)]
@@ -334,7 +334,7 @@ async def test_why_something_was_denied_is_told_when_policy_keeps_the_text_no_lo
 async def test_who_goes_on_asking_is_not_answered_for_ever_and_what_is_not_is_counted(
     world: World, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("ringfence.policy.limits.TOLD_NO", 2)
+    monkeypatch.setattr("ringfence.policy.incoming.admission.TOLD_NO", 2)
     own: dict[ServiceRole, Any] = {"policy": PolicySettings(agent_requests_per_minute=2)}
     async with world.running("registry", "policy", own=own):
         office = await Office.open(world)

@@ -283,7 +283,7 @@ async def test_a_change_while_the_rules_are_evaluated(world: World, monkeypatch:
 
 async def test_a_change_while_an_approval_is_waited_for(world: World, monkeypatch: pytest.MonkeyPatch):
     """The answer comes before policy itself has seen that nothing can come of it."""
-    monkeypatch.setattr("ringfence.policy.approvals._CLOSE_EVERY_S", 3600)
+    monkeypatch.setattr("ringfence.policy.incoming.approvals._CLOSE_EVERY_S", 3600)
     async with world.running("registry", "policy", "issuer"):
         for name, change in CHANGES.items():
             one = await case(world, name)

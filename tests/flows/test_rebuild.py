@@ -32,8 +32,8 @@ from ringfence.model.lease_store.keys import Keys, packed
 from ringfence.model.leases.lifecycle import ALL_MARK, follow
 from ringfence.model.requests.grants import id_of
 from ringfence.revoker import app as revoker_app
-from ringfence.revoker.rebuilding import Rebuilder
-from ringfence.revoker.watching import LeaseWatch
+from ringfence.revoker.consistency.lease_watch import LeaseWatch
+from ringfence.revoker.consistency.rebuild import Rebuilder
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import another, opened_desks

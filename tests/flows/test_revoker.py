@@ -20,12 +20,13 @@ from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, Step
 from ringfence.model.leases.lifecycle import follow, origin_of, record_id
-from ringfence.revoker import app, foresight
-from ringfence.revoker.ending import Ender
-from ringfence.revoker.foresight import ForeseenEnd, Foresight
-from ringfence.revoker.said import Said
+from ringfence.revoker import app
+from ringfence.revoker.consistency.lease_watch import LeaseWatch
+from ringfence.revoker.ending.lease_ender import Ender
+from ringfence.revoker.mass_expiry import precomputed
+from ringfence.revoker.mass_expiry.own_record_cache import Said
+from ringfence.revoker.mass_expiry.precomputed import ForeseenEnd, Foresight
 from ringfence.revoker.settings import RevokerSettings
-from ringfence.revoker.watching import LeaseWatch
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_desks, opened_office
@@ -187,7 +188,7 @@ async def test_what_came_while_no_revoker_was_there_is_gone_beyond_by_the_next(
 @pytest.fixture
 def foreseen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """However few leases are due soon, revokers look at them beforehand. What was remembered, and taken, by lease."""
-    monkeypatch.setattr(foresight, "MANY", 1)
+    monkeypatch.setattr(precomputed, "MANY", 1)
     seen: list[tuple[str, str]] = []
     remember, take = Foresight.remember, Foresight.take
 

@@ -26,8 +26,8 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import AGENT, DEAD_LETTER, LEASE, REVOCATION_REQUEST, TARGET, TASK, USER
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease
-from ringfence.revoker.issued import IssuedHandler
-from ringfence.revoker.said import Said
+from ringfence.revoker.consistency.recheck_issued import IssuedHandler
+from ringfence.revoker.mass_expiry.own_record_cache import Said
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, another, opened_office

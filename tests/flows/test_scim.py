@@ -36,10 +36,10 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import HEARTBEAT, SERVICE_EVENT, USER
 from ringfence.model.records.directory import Directory
-from ringfence.scim.keeping import Keeper
-from ringfence.scim.people import People
+from ringfence.scim.directory_view import People
+from ringfence.scim.provisioning import Writer
+from ringfence.scim.refresh import Keeper
 from ringfence.scim.settings import ScimSettings
-from ringfence.scim.writing import Writer
 from tests.conftest import Kafka
 from tests.flows.directory import GROUP_SCHEMA, GROUPS, USER_SCHEMA, Company, opened_company
 from tests.ledger import FixedClock

@@ -13,7 +13,7 @@ import pytest
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.signals import SignalStream
 from ringfence.messages.topics import LEASE, SERVICE_EVENT, SIGNAL_STREAM
-from ringfence.signals.pushing import REFUSALS
+from ringfence.signals.push import REFUSALS
 from tests.flows.desk import Desk, another
 from tests.flows.signal_receivers import (
     POLL,

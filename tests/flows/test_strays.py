@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from ringfence.audit.chaining import ChainWriter
-from ringfence.audit.intake import Intake, Told
 from ringfence.audit.settings import AuditSettings
-from ringfence.audit.strays import Found, Strays
+from ringfence.audit.trail.chain_writer import ChainWriter
+from ringfence.audit.trail.handover import Intake, Told
+from ringfence.audit.trail.unauthorised_records import Found, Strays
 from ringfence.client.reports.auditor import witness
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import UnavailableError

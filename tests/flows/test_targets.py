@@ -38,9 +38,9 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import CREDENTIAL_DECISION, LEASE, SERVICE_EVENT
 from ringfence.messages.trust import ServiceRole
 from ringfence.model.lease_store import LeaseStore
-from ringfence.revoker.ending import Ender
+from ringfence.revoker.ending.lease_ender import Ender
+from ringfence.revoker.ending.undo import Undoer
 from ringfence.revoker.settings import RevokerSettings
-from ringfence.revoker.undoing import Undoer
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.flows.desk import Asked, Desk, opened_desks

@@ -12,10 +12,10 @@ import pytest
 import pytest_asyncio
 import uvloop
 
-from ringfence.gateway.attempts import Blocked
-from ringfence.gateway.forwarding import Patiences
-from ringfence.gateway.limits import Allowance
-from ringfence.gateway.plane import DataPlane
+from ringfence.gateway.contract import Blocked
+from ringfence.gateway.dataplane.forwarder import Patiences
+from ringfence.gateway.dataplane.limits import Allowance
+from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.raw import Raw, connected
 from tests.gateway.table_gate import Entry, TableGate
 from tests.gateway.target import Target

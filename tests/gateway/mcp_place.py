@@ -13,12 +13,12 @@ import httpx
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 
-from ringfence.gateway.attempts import Attempt, Presented
+from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.dataplane.denials import answer
+from ringfence.gateway.dataplane.plane import DataPlane
+from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import Sender
-from ringfence.gateway.gate import DecisionGate
-from ringfence.gateway.plane import DataPlane
-from ringfence.gateway.problem import answer
-from ringfence.gateway.targets import Targets
 from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
 from tests.gateway.recorder import PlayedRecorder

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ringfence.gateway.attempts import Admits, Attempt, Patient, Presented, Verdict
+from ringfence.gateway.contract import Admits, Attempt, Patient, Presented, Verdict
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.gateway.forwarding import Patiences
-from ringfence.gateway.limits import Allowance
+from ringfence.gateway.dataplane.forwarder import Patiences
+from ringfence.gateway.dataplane.limits import Allowance
 from tests.gateway.certificates import Certificates
 from tests.gateway.conftest import Place, placed
 from tests.gateway.raw import connected, connected_unix

@@ -13,8 +13,8 @@ from urllib.parse import quote, quote_plus
 import h11
 import pytest
 
-from ringfence.gateway.attempts import Attempt, Presented, Verdict
-from ringfence.gateway.forwarding import Patiences
+from ringfence.gateway.contract import Attempt, Presented, Verdict
+from ringfence.gateway.dataplane.forwarder import Patiences
 from tests.gateway.conftest import Place, placed
 from tests.gateway.raw import connected
 from tests.gateway.table_gate import SECRET, with_entry

@@ -17,12 +17,12 @@ import pytest
 import pytest_asyncio
 from cryptography import x509
 
-from ringfence.gateway.attempts import Presented
-from ringfence.gateway.authority import Authority
-from ringfence.gateway.plane import DataPlane, ListenError
-from ringfence.gateway.refusals import RefusedError
-from ringfence.gateway.stream import Patience
-from ringfence.gateway.upstream import Upstreams
+from ringfence.gateway.contract import Presented
+from ringfence.gateway.dataplane.certificate_authority import Authority
+from ringfence.gateway.dataplane.errors import RefusedError
+from ringfence.gateway.dataplane.plane import DataPlane, ListenError
+from ringfence.gateway.dataplane.stream import Patience
+from ringfence.gateway.dataplane.upstream_pool import Upstreams
 from ringfence.kernel.base.clock import SystemClock
 from tests.gateway.certificates import Certificates
 from tests.gateway.conftest import Place

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from ringfence.gateway.plane import DataPlane
+from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.agents import Sandbox, bridged, missing
 from tests.gateway.certificates import Certificates
 from tests.gateway.table_gate import SECRET, TASK, Entry, TableGate, rule, with_entry

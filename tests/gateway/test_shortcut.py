@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ringfence.gateway.forwarding import Patiences
-from ringfence.gateway.limits import Allowance
+from ringfence.gateway.dataplane.forwarder import Patiences
+from ringfence.gateway.dataplane.limits import Allowance
 from tests.gateway.conftest import Place, placed
 from tests.gateway.raw import connected
 from tests.gateway.table_gate import SECRET, with_entry

@@ -15,7 +15,7 @@ import pytest
 
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.dev.processes import LOOPBACK, free_port
-from ringfence.gateway.wire import OF_PROXIES
+from ringfence.gateway.dataplane.http1_head import OF_PROXIES
 from ringfence.model.http_targets.request_map import MAX_BODY_BYTES
 from tests.flows.gating import action
 from tests.flows.sdk import client

@@ -11,7 +11,7 @@ import pytest
 from ringfence.client.agent.dpop import proof
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.dev.processes import LOOPBACK
-from ringfence.gateway.authz import PROBLEM
+from ringfence.gateway.proxies.authz import PROBLEM
 from ringfence.model.http_targets.request_map import MAX_BODY_BYTES
 from tests.flows.gating import action
 from tests.flows.sdk import client

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.audit.handlers import BURIED_HERE
+from ringfence.audit.records import BURIED_HERE
 from ringfence.client.agent.agent import Agent
 from ringfence.client.errors import ApiError, RefusedError
 from ringfence.client.reports.read_api import ReadApi

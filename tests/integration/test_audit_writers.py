@@ -18,8 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ringfence.audit.chaining import ChainWriter
-from ringfence.audit.intake import Intake, Told
+from ringfence.audit.trail.chain_writer import ChainWriter
+from ringfence.audit.trail.handover import Intake, Told
 from ringfence.client.reports.auditor import verify_trail
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.processes import Child, free_port, spawn

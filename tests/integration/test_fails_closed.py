@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ringfence.audit.intake import Intake
 from ringfence.audit.settings import AuditSettings
+from ringfence.audit.trail.handover import Intake
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT, CREDENTIAL_REPLY, LEASE

@@ -13,8 +13,8 @@ import pytest
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.model.lease_store import LeaseStore, SignedLease
-from ringfence.revoker import foresight
-from ringfence.revoker.foresight import ForeseenEnd, Foresight, Lookout
+from ringfence.revoker.mass_expiry import precomputed
+from ringfence.revoker.mass_expiry.precomputed import ForeseenEnd, Foresight, Lookout
 from tests.brokers import RedisServer
 from tests.leases import lease, step
 from tests.lost_redis import declare_complete
@@ -69,8 +69,8 @@ class Looking:
 async def test_what_comes_to_the_deadlines_late_is_not_passed_over(
     store: LeaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foresight, "MANY", 1)
-    monkeypatch.setattr(foresight, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(precomputed, "MANY", 1)
+    monkeypatch.setattr(precomputed, "_LOOK_EVERY_S", 0.02)
     second, gone = lease(deadline=int(time.time()) + 40), lease(deadline=int(time.time()) + 45)
     await store.activate([second, gone])
     looking = Looking(store)

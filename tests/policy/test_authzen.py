@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from ringfence.messages.registry import AgentRotateKey, AgentSuspend, VerbFloor
-from ringfence.policy.judge import Judge
+from ringfence.policy.decisions.evaluator import Judge
 from tests.world import WITHIN_S, Party, World, scope
 
 

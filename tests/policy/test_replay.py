@@ -15,8 +15,8 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.messages.topics import CREDENTIAL_DECISION
+from ringfence.policy.decisions.replay import Standing, changes_between, fields_of
 from ringfence.policy.domain import INPUT_FIELDS
-from ringfence.policy.replaying import Standing, changes_between, fields_of
 from ringfence.rego.bundle import OWN_BUNDLE, load_bundle
 from tests.flows.office import DEPLOY, READ, Office
 from tests.policy.bundles import ALLOWS, write

@@ -19,8 +19,8 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.registry import VerbFloor
 from ringfence.messages.topics import CREDENTIAL_DECISION
+from ringfence.policy.decision_log import DecisionsInMemory
 from ringfence.policy.settings import PolicySettings
-from ringfence.policy.store import DecisionsInMemory
 from ringfence.rego.bundle import Bundle, load_bundle
 from tests.flows.office import DEPLOY, READ, Office, codes
 from tests.policy.bundles import ALLOWS, EXPLODES, write

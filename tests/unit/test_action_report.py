@@ -9,9 +9,9 @@ import httpx
 import orjson
 import pytest
 
-from ringfence.audit.actions import counted, path_prefix, unknown_destinations
-from ringfence.audit.http import AuditApi
-from ringfence.audit.store import CursorLostError, SqliteIndex, Viewer
+from ringfence.audit.api.events import AuditApi
+from ringfence.audit.index.action_counts import counted, path_prefix, unknown_destinations
+from ringfence.audit.index.store import CursorLostError, SqliteIndex, Viewer
 from ringfence.cli.gateway import _print
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.action_report import (

@@ -10,12 +10,12 @@ import httpx
 import orjson
 import pytest
 
-from ringfence.audit import store
-from ringfence.audit.asking_http import AskingApi
-from ringfence.audit.http import AuditApi
-from ringfence.audit.store import CursorLostError, SqliteIndex, Viewer
-from ringfence.audit.wanted import EVERYTHING, Wanted
-from ringfence.audit.who import leases_of, who_did
+from ringfence.audit.api.events import AuditApi
+from ringfence.audit.api.reports import AskingApi
+from ringfence.audit.index import store
+from ringfence.audit.index.access_report import leases_of, who_did
+from ringfence.audit.index.filters import EVERYTHING, Wanted
+from ringfence.audit.index.store import CursorLostError, SqliteIndex, Viewer
 from ringfence.client.errors import ApiError
 from ringfence.client.exports.export import (
     ExportError,

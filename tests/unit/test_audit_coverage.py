@@ -7,8 +7,8 @@ from typing import Any
 import orjson
 import pytest
 
-from ringfence.audit.coverage import behind, count_actions, count_leases, went_through
-from ringfence.audit.store import CursorLostError, Viewer
+from ringfence.audit.index.coverage import behind, count_actions, count_leases, went_through
+from ringfence.audit.index.store import CursorLostError, Viewer
 from ringfence.client.reports.coverage import Coverage, Share
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.lease import Lease

@@ -10,10 +10,10 @@ from typing import Any
 import orjson
 import pytest
 
-from ringfence.audit import credential_events, ocsf, service_events
-from ringfence.audit.believing import Believer
-from ringfence.audit.handlers import AuditHandlers
-from ringfence.audit.ocsf import moment, privileges, scrubbed
+from ringfence.audit.events import credentials, ocsf, services
+from ringfence.audit.events.ocsf import moment, privileges, scrubbed
+from ringfence.audit.records import AuditHandlers
+from ringfence.audit.verification import Believer
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.crypto.jws import parse, sign, sign_payload
@@ -254,7 +254,7 @@ async def test_an_event_quotes_nothing_of_what_a_stranger_wrote(office: Office) 
 def test_a_key_of_any_length_makes_an_event_that_can_be_handed_over(office: Office) -> None:
     """Whoever may write to a topic chooses the ids that findings are about; a key on `audit.intake` has a bound."""
     record = office.received(DEAD_LETTER, b"")
-    told = ocsf.event(record, service_events._DEAD_LETTER, "told", {}, {}, key="k" * 5000)
+    told = ocsf.event(record, services._DEAD_LETTER, "told", {}, {}, key="k" * 5000)
     IntakeEntry(key=told.key, event=told.body)
 
 
@@ -479,7 +479,7 @@ async def test_a_record_that_audit_itself_cannot_describe_is_told_and_passed(
 
     story = office.credential()
     with monkeypatch.context() as patch:
-        patch.setattr(credential_events, "requested", broken)
+        patch.setattr(credentials, "requested", broken)
         event = await office.event(story.request)
     assert (steps([event]), event["status_code"]) == (["record.not_believed"], "unreadable")
     assert steps(await office.audit(story.allowed)) == ["request.allowed"]

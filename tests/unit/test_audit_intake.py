@@ -9,9 +9,9 @@ from typing import Any
 import orjson
 import pytest
 
-from ringfence.audit.believing import require_trust
-from ringfence.audit.intake import Intake, Lately, Told, opened_intake
-from ringfence.audit.read_back import ReadBack
+from ringfence.audit.trail.handover import Intake, Lately, Told, opened_intake
+from ringfence.audit.trail.written_cache import ReadBack
+from ringfence.audit.verification import require_trust
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import parse

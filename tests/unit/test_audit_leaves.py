@@ -7,9 +7,9 @@ import sqlite3
 
 import pytest
 
-from ringfence.audit import leaves, tree_hashes
-from ringfence.audit.leaves import Leaves
-from ringfence.audit.tree_hashes import TreeHashes
+from ringfence.audit.trail import merkle_leaves, tree_hashes
+from ringfence.audit.trail.merkle_leaves import Leaves
+from ringfence.audit.trail.tree_hashes import TreeHashes
 from ringfence.model.audit_log.chain import NOTHING
 from ringfence.model.audit_log.merkle import Hash, Head, leaf_hash
 
@@ -19,7 +19,7 @@ Way = list[tuple[int, str, Hash]]
 @pytest.fixture
 def db() -> sqlite3.Connection:
     made = sqlite3.connect(":memory:", isolation_level=None)
-    made.executescript(tree_hashes.TABLE + leaves.TABLE)
+    made.executescript(tree_hashes.TABLE + merkle_leaves.TABLE)
     return made
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import orjson
 import pytest
 
-from ringfence.audit.proofs import NoProofError, ProofStore
-from ringfence.audit.read_back import ReadBack, Trailed
+from ringfence.audit.trail.proofs import NoProofError, ProofStore
+from ringfence.audit.trail.written_cache import ReadBack, Trailed
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.producer import Received

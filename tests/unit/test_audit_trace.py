@@ -10,10 +10,10 @@ from typing import Any
 import orjson
 import pytest
 
-from ringfence.audit.break_glass_events import uses
-from ringfence.audit.store import SqliteIndex, Viewer
-from ringfence.audit.trace import tree
-from ringfence.audit.wanted import Wanted
+from ringfence.audit.events.break_glass import uses
+from ringfence.audit.index.filters import Wanted
+from ringfence.audit.index.store import SqliteIndex, Viewer
+from ringfence.audit.index.trace import tree
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.messages.lease import EndCause, RevocationRequest, Selector

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.issuer.handlers import DecisionHandler
+from ringfence.issuer.decisions import DecisionHandler
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.kafka.consumer import (
@@ -24,7 +24,7 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.base import typ_header
 from ringfence.messages.registry import UserRecord
 from ringfence.messages.topics import REGISTRY_COMMAND, USER
-from ringfence.revoker.handlers import RevocationHandler
+from ringfence.revoker.revocations.revocations import RevocationHandler
 from tests.malformed import Services, malformed
 
 WITHIN_S = 10

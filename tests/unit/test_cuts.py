@@ -22,7 +22,7 @@ from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT, REVOCATION_ACK
 from ringfence.messages.trust import ServiceIdentity, ServiceRole, TrustBundle
 from ringfence.model.leases.revocations import Order
-from ringfence.revoker.cuts import Cuts
+from ringfence.revoker.revocations.cut_confirmation import Cuts
 from tests.ledger import START_MS, TD, FixedClock
 
 GRACE_MS = 5000

@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 
-from ringfence.audit.followed import Followed
+from ringfence.audit.malformed_topics import Followed
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import sign

@@ -7,8 +7,8 @@ from typing import Any
 
 from ringfence.kernel.kafka.producer import Outbound
 from ringfence.model.lease_store import told_of
-from ringfence.revoker.foresight import ForeseenEnd, Foresight, digest_of
-from ringfence.revoker.said import glance_of
+from ringfence.revoker.mass_expiry.own_record_cache import glance_of
+from ringfence.revoker.mass_expiry.precomputed import ForeseenEnd, Foresight, digest_of
 from tests.leases import lease, step
 
 

@@ -7,7 +7,11 @@ from hashlib import sha256
 
 import pytest
 
-from ringfence.gateway.approved_headers import (
+from ringfence.gateway.contract import Attempt, Headers
+from ringfence.gateway.dataplane.headers import kept_headers, request_head
+from ringfence.gateway.dataplane.http1_head import RequestHead, parse_request
+from ringfence.gateway.dataplane.request_reader import Way, asked
+from ringfence.gateway.decision.approved_headers import (
     LEFT_OUT,
     MAX_SHOWN_CHARS,
     MAX_VALUE_CHARS,
@@ -16,10 +20,6 @@ from ringfence.gateway.approved_headers import (
     shown,
     unshowable,
 )
-from ringfence.gateway.asking import Way, asked
-from ringfence.gateway.attempts import Attempt, Headers
-from ringfence.gateway.headers import kept_headers, request_head
-from ringfence.gateway.wire import RequestHead, parse_request
 from ringfence.messages.approval import MAX_HEADER_NAME_CHARS, MAX_HEADERS
 from ringfence.messages.registry import BackendSettings, TargetState
 

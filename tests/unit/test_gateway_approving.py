@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.gateway.approved_headers import digest_of_headers
-from ringfence.gateway.approving import Approvals
-from ringfence.gateway.attempts import Attempt, Headers, Presented, Verdict
+from ringfence.gateway.contract import Attempt, Headers, Presented, Verdict
+from ringfence.gateway.decision.approval_questions import Questions
+from ringfence.gateway.decision.approvals import Approvals
+from ringfence.gateway.decision.approved_headers import digest_of_headers
+from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import Ask, Refusal, Sender, refused, stale_view
-from ringfence.gateway.gate import DecisionGate
-from ringfence.gateway.questions import Questions
-from ringfence.gateway.targets import Targets
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse, sign

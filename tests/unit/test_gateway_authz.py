@@ -11,15 +11,15 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from ringfence.gateway import authz_envoy, authz_forward
-from ringfence.gateway.attempts import Attempt, Blocked, Gate, Patient, Presented, Verdict
-from ringfence.gateway.authz import Asker, ProxyAuth
+from ringfence.gateway.contract import Attempt, Blocked, Gate, Patient, Presented, Verdict
+from ringfence.gateway.proxies import envoy, forward_auth
+from ringfence.gateway.proxies.authz import Asker, ProxyAuth
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Destination
 
 ID = "d9428888-122b-51e1-b85c-61cd3cbb3210"
-READERS = {authz_forward.PREFIX: authz_forward.read, authz_envoy.PREFIX: authz_envoy.read}
+READERS = {forward_auth.PREFIX: forward_auth.read, envoy.PREFIX: envoy.read}
 ALLOWED = Verdict(ID, allowed=True, status=200)
 FORWARDED = [
     ("X-Forwarded-Method", "PUT"), ("X-Forwarded-Uri", "/a%2Fb?x=%20y"), ("X-Forwarded-Host", "hub.example:8443"),

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from ringfence.gateway.attempts import Attempt, Blocked, Presented
-from ringfence.gateway.blocking import BlockedRequests
-from ringfence.gateway.counting import MAX_DESTINATIONS, Counted
-from ringfence.gateway.spool import SpoolFullError
-from ringfence.gateway.targets import Targets
+from ringfence.gateway.contract import Attempt, Blocked, Presented
+from ringfence.gateway.decision.blocked_requests import BlockedRequests
+from ringfence.gateway.decision.targets import Targets
+from ringfence.gateway.events.refusal_counts import MAX_DESTINATIONS, Counted
+from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.messages.operations import ActionDecided, Destination
 from tests.unit.test_gateway_domain import Place
 

@@ -8,8 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.gateway.attempts import Attempt
-from ringfence.gateway.destination import destination_of, destination_of_line, printable_method, unread_line
+from ringfence.gateway.contract import Attempt
+from ringfence.gateway.events.destination import (
+    destination_of,
+    destination_of_line,
+    printable_method,
+    unread_line,
+)
 from ringfence.messages.operations import MAX_PATH_CHARS, Destination
 
 HANDLE = "0b8a1a5c-9a3e-5d57-8a2b-4a8d2f7f5b11"

@@ -25,7 +25,7 @@ from ringfence.gateway.domain import (
     stale_view,
     weigh,
 )
-from ringfence.gateway.leases import LeaseTable
+from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.enrolment import AttestationSelector, InstanceRef
 from ringfence.messages.lease import Lease

@@ -8,9 +8,9 @@ from typing import Any, cast
 import orjson
 import pytest
 
+from ringfence.gateway.decision.evaluator import LONGEST_MS, Evaluator
 from ringfence.gateway.domain import Ask, Chosen, Refusal
-from ringfence.gateway.evaluating import LONGEST_MS, Evaluator
-from ringfence.gateway.history import MAX_TASKS, Earlier
+from ringfence.gateway.events.task_history import MAX_TASKS, Earlier
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState, VerbFloor
 from ringfence.model.http_targets.request_map import Action

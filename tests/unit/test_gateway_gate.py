@@ -9,16 +9,16 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.gateway.attempts import Admits, Attempt, Carried, Gate, Presented, Rpc, Verdict
-from ringfence.gateway.counting import Counted
+from ringfence.gateway.contract import Admits, Attempt, Carried, Gate, Presented, Rpc, Verdict
+from ringfence.gateway.dataplane.denials import answer
+from ringfence.gateway.dataplane.forwarder import goes_no_further
+from ringfence.gateway.decision.evaluator import NO_ANSWER, Allowed
+from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.decision.mcp import Sessions
+from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import Ask, Refusal, Sender, refused, stale_view
-from ringfence.gateway.evaluating import NO_ANSWER, Allowed
-from ringfence.gateway.forwarding import goes_no_further
-from ringfence.gateway.gate import DecisionGate
-from ringfence.gateway.mcp import Sessions
-from ringfence.gateway.problem import answer
-from ringfence.gateway.spool import SpoolFullError
-from ringfence.gateway.targets import Targets
+from ringfence.gateway.events.refusal_counts import Counted
+from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided, Destination

@@ -8,10 +8,10 @@ import pytest
 
 from ringfence.client.agent.dpop import proof
 from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker, ProofsInMemory
-from ringfence.gateway.attempts import Attempt, Presented
+from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.decision.sender import Identifier
 from ringfence.gateway.domain import Refusal, Sender
-from ringfence.gateway.identifying import Identifier
-from ringfence.gateway.leases import LeaseTable
+from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.enrolment import InstanceRef
 from ringfence.messages.lease import Lease

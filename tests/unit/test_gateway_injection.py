@@ -12,8 +12,8 @@ import pytest
 
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.http import StaticSecrets
-from ringfence.gateway.injection import Injector, SealedCredentials
-from ringfence.gateway.leases import LeaseTable
+from ringfence.gateway.decision.injection import Injector, SealedCredentials
+from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey

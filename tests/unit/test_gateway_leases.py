@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.gateway.leases import ENDED_KEPT_MS, ORDERS_KEPT_MS, SLACK_MS, LeaseTable
+from ringfence.gateway.state.leases import ENDED_KEPT_MS, ORDERS_KEPT_MS, SLACK_MS, LeaseTable
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.messages.lease import EndCause, Lease
 from ringfence.model.leases.lifecycle import follow

@@ -11,12 +11,13 @@ from ringfence.audit import app as audit_app
 from ringfence.cli import starting
 from ringfence.cli.main import main
 from ringfence.gateway import app as gateway_app
-from ringfence.gateway import authz_envoy, authz_forward
-from ringfence.gateway.attempts import Presented, Verdict
-from ringfence.gateway.authz import HANDLE, NOTHING, ProxyAuth
+from ringfence.gateway.contract import Presented, Verdict
+from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.decision.observe_mode import STILL_DENIED
 from ringfence.gateway.domain import Ask, Sender, refused
-from ringfence.gateway.gate import DecisionGate
-from ringfence.gateway.observing import STILL_DENIED
+from ringfence.gateway.proxies import envoy as authz_envoy
+from ringfence.gateway.proxies import forward_auth
+from ringfence.gateway.proxies.authz import HANDLE, NOTHING, ProxyAuth
 from ringfence.gateway.settings import GatewaySettings
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.settings import load
@@ -229,7 +230,7 @@ async def test_without_the_setting_nothing_is_observed() -> None:
 # --- what proxies are told ---
 
 
-READERS = {authz_forward.PREFIX: authz_forward.read, authz_envoy.PREFIX: authz_envoy.read}
+READERS = {forward_auth.PREFIX: forward_auth.read, authz_envoy.PREFIX: authz_envoy.read}
 
 
 async def told(gate: Any, **headers: str) -> httpx.Response:

@@ -9,8 +9,8 @@ from typing import Any, cast
 import pytest
 
 from ringfence.cli.scopes import parse_scope
-from ringfence.gateway.attempts import Verdict
-from ringfence.gateway.problem import answer, headers, how_to_ask, problem, problem_body
+from ringfence.gateway.contract import Verdict
+from ringfence.gateway.dataplane.denials import answer, headers, how_to_ask, problem, problem_body
 from ringfence.messages.credential import Reason
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TargetRecord

@@ -9,10 +9,10 @@ from typing import Any, cast
 import orjson
 import pytest
 
-from ringfence.gateway.attempts import Attempt
-from ringfence.gateway.recording import Recorder
-from ringfence.gateway.spool import Spool, SpoolFullError
-from ringfence.gateway.written import AllowedEvents
+from ringfence.gateway.contract import Attempt
+from ringfence.gateway.decision.fast_path.event import AllowedEvents
+from ringfence.gateway.events.recorder import Recorder
+from ringfence.gateway.events.spool import Spool, SpoolFullError
 from ringfence.messages.operations import ActionDecided
 from ringfence.model.http_targets.request_map import Action
 from tests import leases

@@ -16,8 +16,14 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
-from ringfence.gateway import redaction
-from ringfence.gateway.redaction import LOOSE, SHORTEST, Redactor, needles_of, redact
+from ringfence.gateway.dataplane import secret_redaction
+from ringfence.gateway.dataplane.secret_redaction import (
+    LOOSE,
+    SHORTEST,
+    Redactor,
+    needles_of,
+    redact,
+)
 
 PHRASE = "correct horse battery staple of Möbius & sons"
 VALUES = {
@@ -83,7 +89,7 @@ def test_a_secret_of_very_many_words_is_searched_for_as_a_whole_and_in_some() ->
     assert len(needles) < 600
     whole = " ".join(words).encode()
     assert redact(whole, needles) == b"*" * len(whole)
-    assert sum(b"*" in redact(word.encode(), needles) for word in words) >= redaction.MAX_PARTS // 2
+    assert sum(b"*" in redact(word.encode(), needles) for word in words) >= secret_redaction.MAX_PARTS // 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 1000])
@@ -117,7 +123,7 @@ def test_what_may_be_the_beginning_is_held_back_and_found_again() -> None:
     numbers = random.Random(1)
     for _ in range(3000):
         needle = bytes(numbers.choices(b"ab", k=numbers.randint(6, 9)))
-        beginning, data = redaction.Beginning(needle), b""
+        beginning, data = secret_redaction.Beginning(needle), b""
         for _ in range(6):
             piece = bytes(numbers.choices(b"ab", k=numbers.randint(1, 12)))
             length = beginning.follow(piece)
@@ -141,7 +147,7 @@ def lines_run(work: Callable[[], Any]) -> int:
         return in_module
 
     def on_call(frame: FrameType, event: str, _: Any) -> Any:
-        return in_module if frame.f_code.co_filename == redaction.__file__ else None
+        return in_module if frame.f_code.co_filename == secret_redaction.__file__ else None
 
     before = sys.gettrace()
     sys.settrace(on_call)
@@ -170,10 +176,10 @@ HOSTILE = {
 def test_a_hostile_answer_costs_no_more_than_its_length(needle: bytes, said: bytes, size: int) -> None:
     """A few lines a byte, whatever a target sends, and however little at a time."""
     data = (said * (6000 // len(said) + 1))[:6000]
-    redaction._borders(needle)  # once for each secret
+    secret_redaction._borders(needle)  # once for each secret
 
     def read() -> None:
-        beginning = redaction.Beginning(needle)
+        beginning = secret_redaction.Beginning(needle)
         for at in range(0, len(data), size):
             beginning.follow(data[at : at + size])
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from ringfence.gateway.action_ids import ActionIds
-from ringfence.gateway.attempts import Attempt, Presented
+from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.decision.action_ids import ActionIds
+from ringfence.gateway.decision.fast_path.cache import lasts_until
+from ringfence.gateway.decision.fast_path.recalling import Recalled
+from ringfence.gateway.decision.fast_path.remembering import Remembered
 from ringfence.gateway.domain import Chosen, Sender
-from ringfence.gateway.lasting import lasts_until
-from ringfence.gateway.recalling import Recalled
-from ringfence.gateway.remembering import Remembered
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.trust import TrustBundle

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.gateway.spool import MAX_ENTRY_BYTES, Spool, SpoolError, SpoolFullError
+from ringfence.gateway.events.spool import MAX_ENTRY_BYTES, Spool, SpoolError, SpoolFullError
 
 MAX = 1024 * 1024
 

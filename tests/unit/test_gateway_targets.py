@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import pytest
 
-from ringfence.gateway.attempts import Attempt
+from ringfence.gateway.contract import Attempt
+from ringfence.gateway.decision.targets import Compiled, Targets, place_of
 from ringfence.gateway.domain import Refusal
-from ringfence.gateway.targets import Compiled, Targets, place_of
 from ringfence.messages.registry import BackendSettings, RequestRule, TargetRemove
 from tests.ledger import Ledger
 

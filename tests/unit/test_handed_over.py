@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ringfence.audit.handed_over import HandedOver, Mark, mark_of
-from ringfence.audit.intake import MOST_HASHES, vouched
+from ringfence.audit.trail.handover import MOST_HASHES, vouched
+from ringfence.audit.trail.handover_lookup import HandedOver, Mark, mark_of
 from ringfence.kernel.crypto.jws import sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.producer import Received

@@ -26,11 +26,11 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.policy.holdings import Holdings
-from ringfence.policy.inventory import Line, row_of, totals
-from ringfence.policy.roster import _IDLE_S, CursorLostError, Roster
-from ringfence.policy.sightings import MAX_KEYS, Sightings
-from ringfence.policy.usage import DAY_S
+from ringfence.policy.agents.holdings import Holdings
+from ringfence.policy.agents.inventory import Line, row_of, totals
+from ringfence.policy.agents.roster import _IDLE_S, CursorLostError, Roster
+from ringfence.policy.agents.sightings import MAX_KEYS, Sightings
+from ringfence.policy.agents.usage import DAY_S
 from tests.ledger import TD, Ledger
 from tools.schemas.examples import EXAMPLES
 
@@ -353,7 +353,7 @@ async def test_an_agent_that_changes_all_the_time_is_looked_at_once_a_round(
             raise asyncio.CancelledError
 
     monkeypatch.setattr(book.roster, "facts", changing)
-    monkeypatch.setattr("ringfence.policy.roster.asyncio.sleep", pause)
+    monkeypatch.setattr("ringfence.policy.agents.roster.asyncio.sleep", pause)
     with pytest.raises(asyncio.CancelledError):
         await book.roster.keep()
     assert looked == ["bot", "robot", "bot", "bot"]

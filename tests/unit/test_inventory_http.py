@@ -11,8 +11,8 @@ import pytest
 from ringfence.kernel.service.http import application
 from ringfence.model.identity.api_tokens import api_token
 from ringfence.model.records.api_access import Authenticator
-from ringfence.policy import inventory_http, roster_http
-from ringfence.policy.inventory_http import InventoryApi
+from ringfence.policy.api import agents, inventory
+from ringfence.policy.api.inventory import InventoryApi
 from tests.ledger import TD
 from tests.unit.test_inventory import Book
 
@@ -49,7 +49,7 @@ async def test_nothing_is_counted_before_the_tables_are_complete(desk: Desk):
 async def test_who_is_not_looked_at_yet_is_said_to_be_missing(desk: Desk, monkeypatch: pytest.MonkeyPatch):
     desk.roster.complete = True
     desk.register("robot")
-    monkeypatch.setattr(roster_http, "_SETTLED_AT_ONCE", 0)
+    monkeypatch.setattr(agents, "_SETTLED_AT_ONCE", 0)
     answer = (await desk.get("adam")).json()
     assert (answer["totals"]["agents"], answer["agents"]) == (0, [])
     assert answer["gaps"][0].endswith("as they are now: 2; ask again")
@@ -85,6 +85,6 @@ async def test_more_changes_than_can_be_told_are_begun_anew(desk: Desk, monkeypa
     assert {agent["id"]: agent["fits"] for agent in told["agents"]} == {
         "robot-0": False, "robot-1": True, "robot-2": False,
     }  # fmt: skip
-    monkeypatch.setattr(inventory_http, "MAX_ROWS", 2)
+    monkeypatch.setattr(inventory, "MAX_ROWS", 2)
     answer = await desk.get("olga", "/v1/inventory/changes", after=cursor)
     assert (answer.status_code, answer.json()["error"]) == (400, "cursor_lost")

@@ -11,7 +11,7 @@ import pytest
 
 from ringfence.kernel.crypto.keys import b64encode
 from ringfence.kernel.kafka.producer import Received
-from ringfence.revoker.truth import Fold, peek
+from ringfence.revoker.consistency.kafka_view import Fold, peek
 from tests.unit.test_lease_epochs import Markers
 
 ONE, TWO = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))

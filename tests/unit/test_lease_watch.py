@@ -14,8 +14,8 @@ from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import LostError, SignedLease
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import follow
-from ringfence.revoker.said import Said, glance_of
-from ringfence.revoker.watching import LeaseWatch
+from ringfence.revoker.consistency.lease_watch import LeaseWatch
+from ringfence.revoker.mass_expiry.own_record_cache import Said, glance_of
 from tests.leases import REVOKER, lease, signed
 
 EPOCH, BEFORE = "2.aaaaaaaa", "1.aaaaaaaa"

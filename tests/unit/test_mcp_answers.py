@@ -9,10 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.gateway.attempts import Mcp, McpOutcome
-from ringfence.gateway.mcp_answers import MAX_LISTED, MAX_MESSAGE_BYTES, Answers, EventSieve, media_of
-from ringfence.gateway.refusals import RefusedError
-from ringfence.gateway.wire import Fields, ResponseHead
+from ringfence.gateway.contract import Mcp, McpOutcome
+from ringfence.gateway.dataplane.errors import RefusedError
+from ringfence.gateway.dataplane.http1_head import Fields, ResponseHead
+from ringfence.gateway.dataplane.mcp_responses import (
+    MAX_LISTED,
+    MAX_MESSAGE_BYTES,
+    Answers,
+    EventSieve,
+    media_of,
+)
 
 LIST = {
     "jsonrpc": "2.0",

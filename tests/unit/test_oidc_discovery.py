@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
-from ringfence.registry.discovery import MAX_DOCUMENT_BYTES, Discovery
+from ringfence.registry.oidc_discovery import MAX_DOCUMENT_BYTES, Discovery
 from tests.gateway.certificates import Certificates
 from tests.ledger import FixedClock
 from tests.oidc import TokenIssuer

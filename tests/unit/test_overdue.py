@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.revoker import overdue
-from ringfence.revoker.overdue import Overdue
+from ringfence.revoker.ending import overdue
+from ringfence.revoker.ending.overdue import Overdue
 from tests.leases import lease
 
 

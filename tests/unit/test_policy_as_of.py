@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
-from ringfence.policy.approvals import AsOf
+from ringfence.policy.incoming.approvals import AsOf
 
 
 class Kafka:

@@ -23,9 +23,9 @@ from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.leases.epochs import marker_key
 from ringfence.model.leases.short_lived import is_short_lived
 from ringfence.model.leases.verification import open_lease
+from ringfence.policy.agents.holdings import _REFUSED_KEPT, SLACK_S, Holdings
+from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS
 from ringfence.policy.domain import Case, Judgement, Ruling, denied
-from ringfence.policy.holdings import _REFUSED_KEPT, SLACK_S, Holdings
-from ringfence.policy.usage import DAY_S, WINDOW_DAYS
 from tests.ledger import FixedClock
 from tools.schemas.examples import EXAMPLES
 
@@ -391,7 +391,7 @@ def count_opened(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         opened.append(jws)
         return open_lease(jws, trust, clock, **more)
 
-    monkeypatch.setattr("ringfence.policy.holdings.open_lease", counting)
+    monkeypatch.setattr("ringfence.policy.agents.holdings.open_lease", counting)
     return opened
 
 

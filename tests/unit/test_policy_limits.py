@@ -13,7 +13,13 @@ from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.model.records.command_chain import ChainError
 from ringfence.policy.domain import Case, Judgement
-from ringfence.policy.limits import PENDING_RETRY_S, Doorkeeper, Gatekeeper, Limits, PendingLimits
+from ringfence.policy.incoming.admission import (
+    PENDING_RETRY_S,
+    Doorkeeper,
+    Gatekeeper,
+    Limits,
+    PendingLimits,
+)
 from tools.schemas.examples import EXAMPLES
 
 MINUTE = 60_000

@@ -15,8 +15,8 @@ from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 from ringfence.policy.domain import Case
-from ringfence.policy.limits import LOOKED_AT, SHARE, TOLD_NO, Gatekeeper, Limits
-from ringfence.policy.shedding import Backlog, LetGo, Stage
+from ringfence.policy.incoming.admission import LOOKED_AT, SHARE, TOLD_NO, Gatekeeper, Limits
+from ringfence.policy.incoming.load_shedding import Backlog, LetGo, Stage
 from tools.schemas.examples import EXAMPLES
 
 WAIT_S = 40
@@ -167,7 +167,9 @@ def test_five_times_as_much_as_can_be_answered():
 
 
 def test_who_has_a_limit_keeps_nobody_else_from_being_served(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ringfence.policy.limits.TOLD_NO", 100)  # only 20 answers a second can be had here
+    monkeypatch.setattr(
+        "ringfence.policy.incoming.admission.TOLD_NO", 100
+    )  # only 20 answers a second can be had here
     done = flooded(gatekeeper(agent=100))
     assert {became for who, _, _, became in done if who == "honest"} == {"served"}
     assert max(over_ms - at_ms for who, at_ms, over_ms, _ in done if who == "honest") < WAIT_S * 1000 / 2

@@ -16,7 +16,7 @@ from ringfence.messages.approval import Approval
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Outcome
 from ringfence.messages.topics import CREDENTIAL_DECISION
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.policy.store import KEEP_MS, MAX_AGE_MS, DecisionsInMemory, Place
+from ringfence.policy.decision_log import KEEP_MS, MAX_AGE_MS, DecisionsInMemory, Place
 from tools.schemas.examples import EXAMPLES
 
 TD = "test.example"
@@ -106,7 +106,7 @@ async def test_what_was_decided_is_known_after_a_restart(memory: DecisionsInMemo
 async def test_the_texts_of_the_last_denials_are_kept_and_who_was_denied_stays_known(
     memory: DecisionsInMemory, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("ringfence.policy.store.MOST_DENIALS", 2)
+    monkeypatch.setattr("ringfence.policy.decision_log.MOST_DENIALS", 2)
     await memory.settle()
     requests = [request(f"number {number}") for number in range(4)]
     for number, one in enumerate(requests):

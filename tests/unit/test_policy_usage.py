@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.messages.permission import Permission
-from ringfence.policy.usage import (
+from ringfence.policy.agents.usage import (
     DAY_S,
     MAX_SHOWN,
     MAX_VERBS,

@@ -15,7 +15,7 @@ from ringfence.cli import audit
 from ringfence.cli.main import main
 from ringfence.client.exports import export
 from ringfence.client.reports.auditor import TrailReport, TreeReport
-from ringfence.gateway.spool import Spool, SpoolError
+from ringfence.gateway.events.spool import Spool, SpoolError
 from ringfence.kernel.base.private_files import (
     NotPrivateError,
     make_folders,

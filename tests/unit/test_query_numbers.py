@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from starlette.requests import Request
 
-from ringfence.audit.queries import WrongQueryError, limit_of, number_of
-from ringfence.audit.store import CursorLostError, SqliteIndex
+from ringfence.audit.index.queries import WrongQueryError, limit_of, number_of
+from ringfence.audit.index.store import CursorLostError, SqliteIndex
 from ringfence.kernel.service.http import number_in
 
 ODD = ["", "-1", "+1", "1.0", " 1", "1_0", "0x1", "²", "000000001999999999", "0" * 17 + "9" * 30, "9" * 5000]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ringfence.revoker.said import Said, glance_of
-from ringfence.revoker.truth import peek
+from ringfence.revoker.consistency.kafka_view import peek
+from ringfence.revoker.mass_expiry.own_record_cache import Said, glance_of
 from tests.leases import lease, signed, step
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ringfence.audit.ocsf import scrubbed
+from ringfence.audit.events.ocsf import scrubbed
 from ringfence.kernel.base.secret_scrubber import without_secrets
 from ringfence.kernel.service.logging import redact
 
@@ -76,7 +76,7 @@ def test_what_has_not_is_told_as_it_was_said(said: str) -> None:
 
 
 LONG = """
-from ringfence.audit.ocsf import scrubbed
+from ringfence.audit.events.ocsf import scrubbed
 from ringfence.kernel.service.logging import redact
 
 for piece in (

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from ringfence.client.agent.process_id import process_mark
-from ringfence.gateway.sharing import SharedKeys
+from ringfence.gateway.decision.shared_keys import SharedKeys
 from ringfence.model.records.key_sharing import WINDOW_MS, KeyUses
 from tests.ledger import TD, FixedClock
 from tests.world import WITHIN_S

@@ -13,8 +13,7 @@ from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import SettingsError
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.lease import EndCause, Lease
-from ringfence.signals.asked import AskedWronglyError, Poll, SubjectChange, understood
-from ringfence.signals.domain import (
+from ringfence.signals.events import (
     SESSION_REVOKED,
     Event,
     has_ended,
@@ -24,9 +23,10 @@ from ringfence.signals.domain import (
     still_removed,
     subject_of,
 )
-from ringfence.signals.polling import MOST_SETS, Window
+from ringfence.signals.poll import MOST_SETS, Window
 from ringfence.signals.receivers import Receiver, read_receivers
 from ringfence.signals.settings import SignalsSettings
+from ringfence.signals.subjects import AskedWronglyError, Poll, SubjectChange, understood
 from tests.leases import lease
 
 TD = "acme.example"

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.audit.strays import Found, Strays
-from ringfence.audit.tips import _Stood, _strays, _Stretch
+from ringfence.audit.trail.chain_recovery import _Stood, _strays, _Stretch
+from ringfence.audit.trail.unauthorised_records import Found, Strays
 from ringfence.kernel.kafka.producer import Received
 from ringfence.messages.topics import AUDIT
 from ringfence.model.audit_log.chain import Tip, event_of, linkable, linked

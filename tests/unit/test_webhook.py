@@ -11,7 +11,13 @@ import pytest
 
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.registry import TaskRecord
-from ringfence.policy.webhook import Webhook, WebhookError, body_of, parse_webhook, signed_headers
+from ringfence.policy.notifications.webhook import (
+    Webhook,
+    WebhookError,
+    body_of,
+    parse_webhook,
+    signed_headers,
+)
 from tests.unit.test_policy_domain import entry, facts
 from tests.unit.test_questions import HOSTILE
 from tests.world import scope

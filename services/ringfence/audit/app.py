@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ringfence.audit.asking_http import AskingApi
-from ringfence.audit.believing import Believer
-from ringfence.audit.chaining import GROUP, STRAYS_GROUP, ChainWriter
-from ringfence.audit.detector import Detector
-from ringfence.audit.followed import Followed
-from ringfence.audit.handlers import AuditHandlers
-from ringfence.audit.http import AuditApi
-from ringfence.audit.intake import Intake, Lately
-from ringfence.audit.proofs import ProofStore
-from ringfence.audit.proofs_http import ProofApi
-from ringfence.audit.read_back import ReadBack
+from ringfence.audit.api.events import AuditApi
+from ringfence.audit.api.proofs import ProofApi
+from ringfence.audit.api.reports import AskingApi
+from ringfence.audit.detections.detector import Detector
+from ringfence.audit.index.store import SqliteIndex
+from ringfence.audit.malformed_topics import Followed
+from ringfence.audit.records import AuditHandlers
 from ringfence.audit.settings import AuditSettings
-from ringfence.audit.store import SqliteIndex
-from ringfence.audit.strays import Strays
+from ringfence.audit.trail.chain_writer import GROUP, STRAYS_GROUP, ChainWriter
+from ringfence.audit.trail.handover import Intake, Lately
+from ringfence.audit.trail.proofs import ProofStore
+from ringfence.audit.trail.unauthorised_records import Strays
+from ringfence.audit.trail.written_cache import ReadBack
+from ringfence.audit.verification import Believer
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
 from ringfence.kernel.kafka.consumer import DeadLetters

@@ -13,7 +13,7 @@ from ringfence.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
     from ringfence.kernel.base.settings import ServiceSettings
-    from ringfence.revoker.checking import Difference
+    from ringfence.revoker.consistency.compare import Difference
 
 _TAKEN_UP_WITHIN_S = 30.0
 _LOOK_EVERY_S = 0.1
@@ -59,7 +59,7 @@ def _show(differences: list[Difference], as_json: bool) -> None:
 async def _differences(settings: ServiceSettings) -> list[Difference]:
     from ringfence.kernel.base.clock import SystemClock
     from ringfence.kernel.base.settings import load
-    from ringfence.revoker.checking import checking
+    from ringfence.revoker.consistency.compare import checking
     from ringfence.revoker.settings import RevokerSettings
 
     record_keep_ms = load(RevokerSettings).record_keep_s * 1000

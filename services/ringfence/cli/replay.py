@@ -19,7 +19,7 @@ from ringfence.client.agent.replies import who
 from ringfence.messages.permission import Permission
 
 if TYPE_CHECKING:
-    from ringfence.policy.replaying import Change, Report, Skipped, Standing
+    from ringfence.policy.decisions.replay import Change, Report, Skipped, Standing
 
 _SAY_EVERY_S = 5.0
 _CHANGES: dict[Change, str] = {
@@ -75,8 +75,8 @@ async def _replayed(folder: Path, since_s: int) -> Report:
     from ringfence.client.connection import load_settings
     from ringfence.kernel.base.clock import SystemClock
     from ringfence.kernel.base.settings import load
-    from ringfence.policy.recorded import recorded_decisions, trust_of
-    from ringfence.policy.replaying import Replay
+    from ringfence.policy.decisions.recorded import recorded_decisions, trust_of
+    from ringfence.policy.decisions.replay import Replay
     from ringfence.policy.settings import PolicySettings
     from ringfence.rego.bundle import load_bundle
     from ringfence.rego.embedded import EmbeddedEngine

@@ -107,7 +107,7 @@ class Story:
         write_private(token_file, legacy_token)
         port = free_port()
         self._platform_url = f"http://{LOOPBACK}:{port}"
-        argv = [sys.executable, "-P", "-m", "ringfence.dev.platform", "--port", str(port)]
+        argv = [sys.executable, "-P", "-m", "ringfence.dev.demo_target", "--port", str(port)]
         argv += ["--issuer-url", self.stack.url("issuer"), "--audience", "https://platform.example"]
         argv += [
             "--key-file",

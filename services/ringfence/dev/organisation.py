@@ -21,7 +21,7 @@ from ringfence.messages.registry import BackendSettings, RequestRule, Role, Verb
 from ringfence.model.identity.spiffe_ids import Kind, spiffe_id
 
 PLATFORM = "platform"
-"""The target: the deployment platform of `ringfence.dev.platform`."""
+"""The target: the deployment platform of `ringfence.dev.demo_target`."""
 
 READ_ALL = Permission(target=PLATFORM, verbs=("read",), resources=("env/**",))
 DEPLOY_STAGING = Permission(target=PLATFORM, verbs=("deploy",), resources=("env/staging/*",))

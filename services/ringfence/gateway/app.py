@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ringfence.gateway import authz_envoy, authz_forward
-from ringfence.gateway.authz import ProxyAuth
-from ringfence.gateway.core import core_of
+from ringfence.gateway.dataplane.listeners import Listening
 from ringfence.gateway.http import GatewayApi
-from ringfence.gateway.listening import Listening
+from ringfence.gateway.proxies import envoy, forward_auth
+from ringfence.gateway.proxies.authz import ProxyAuth
 from ringfence.gateway.settings import GatewaySettings, host_and_port
+from ringfence.gateway.wiring import core_of
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.http import HttpServer
@@ -33,7 +33,7 @@ def build(
         runtime.on_stop(listening.close)
     if own.authz is not None:
         host, port = host_and_port(own.authz)
-        readers = {authz_forward.PREFIX: authz_forward.read, authz_envoy.PREFIX: authz_envoy.read}
+        readers = {forward_auth.PREFIX: forward_auth.read, envoy.PREFIX: envoy.read}
         server = HttpServer(
             ProxyAuth(core.gate, readers, core.blocked.add),
             host,

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.gateway.view import View
+from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
 from ringfence.model.records.api_access import Authenticator, NotFoundError
 

@@ -14,11 +14,11 @@ from ringfence.backends import (
     TokenKeys,
     all_backends,
 )
-from ringfence.issuer.delivery import GatewayDelivery
+from ringfence.issuer.decisions import DecisionHandler
 from ringfence.issuer.domain import Terms
+from ringfence.issuer.gateway_delivery import GatewayDelivery
 from ringfence.issuer.gateway_http import GatewayHttp
-from ringfence.issuer.grants import GrantKeeper
-from ringfence.issuer.handlers import DecisionHandler
+from ringfence.issuer.grant_use import GrantKeeper
 from ringfence.issuer.http import IssuerHttp
 from ringfence.issuer.limits import Gatekeeper, Limits
 from ringfence.issuer.minting import Minter

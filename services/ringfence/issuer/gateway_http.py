@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.issuer.delivery import ENVELOPE_TYPE
+from ringfence.issuer.gateway_delivery import ENVELOPE_TYPE
 from ringfence.issuer.resealing import Resealer
 from ringfence.kernel.base import metrics
 from ringfence.model.records.api_access import Authenticator, NotFoundError

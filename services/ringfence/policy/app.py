@@ -33,29 +33,29 @@ from ringfence.model.records.directory import TABLES, Directory
 from ringfence.model.records.key_sharing import KeyUses
 from ringfence.model.requests.grants import KEEP_MS as GRANTS_KEEP_MS
 from ringfence.model.requests.grants import GrantTable, kind_of
-from ringfence.policy.action_notices import teller
-from ringfence.policy.answers import Answers
-from ringfence.policy.approvals import ApprovalHandler
-from ringfence.policy.authzen import AuthZen
+from ringfence.policy.agents.holdings import LEASES_SINCE_MS, REFUSALS_SINCE_MS, Holdings
+from ringfence.policy.agents.roster import Roster
+from ringfence.policy.agents.shared_keys import SharedKeys
+from ringfence.policy.agents.sightings import Sightings
+from ringfence.policy.api.authzen import AuthZen
+from ringfence.policy.api.decisions import Api
+from ringfence.policy.api.grants import GrantApi
+from ringfence.policy.api.inventory import InventoryApi
+from ringfence.policy.api.reach import ReachApi
+from ringfence.policy.api.usage import UsageApi
+from ringfence.policy.decision_log import HISTORY_MS, Approvers, DecisionsInMemory
+from ringfence.policy.decisions.evaluator import Judge
+from ringfence.policy.decisions.responder import Answers
 from ringfence.policy.grants import GrantBook, GrantHandler
-from ringfence.policy.grants_http import GrantApi
-from ringfence.policy.handlers import RequestHandler
-from ringfence.policy.holdings import LEASES_SINCE_MS, REFUSALS_SINCE_MS, Holdings
-from ringfence.policy.http import Api
-from ringfence.policy.inventory_http import InventoryApi
-from ringfence.policy.judge import Judge
-from ringfence.policy.limits import Doorkeeper, Gatekeeper, Limits, PendingLimits
-from ringfence.policy.notices import Notices
-from ringfence.policy.opening import Opener
-from ringfence.policy.reach_http import ReachApi
-from ringfence.policy.roster import Roster
+from ringfence.policy.incoming.admission import Doorkeeper, Gatekeeper, Limits, PendingLimits
+from ringfence.policy.incoming.approvals import ApprovalHandler
+from ringfence.policy.incoming.credential_requests import RequestHandler
+from ringfence.policy.incoming.load_shedding import LetGo
+from ringfence.policy.incoming.verification import Opener
+from ringfence.policy.incoming.waiting import count_what_waits
+from ringfence.policy.notifications.action_notices import teller
+from ringfence.policy.notifications.notices import Notices
 from ringfence.policy.settings import PolicySettings
-from ringfence.policy.sharing import SharedKeys
-from ringfence.policy.shedding import LetGo
-from ringfence.policy.sightings import Sightings
-from ringfence.policy.store import HISTORY_MS, Approvers, DecisionsInMemory
-from ringfence.policy.usage_http import UsageApi
-from ringfence.policy.waiting import count_what_waits
 from ringfence.rego.bundle import load_bundle
 from ringfence.rego.bundle_watch import BundleWatch
 from ringfence.rego.engine import ISSUANCE

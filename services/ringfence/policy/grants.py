@@ -27,7 +27,7 @@ from ringfence.model.requests.grants import (
 )
 from ringfence.model.scope.scope import ScopeError, validate_scope
 from ringfence.policy.domain import Case, Judgement
-from ringfence.policy.opening import Opener
+from ringfence.policy.incoming.verification import Opener
 
 _MOST_REMEMBERED = 1000
 """Beyond, it is looked which grants are over."""

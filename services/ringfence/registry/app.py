@@ -15,12 +15,12 @@ from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import TABLES, Directory
-from ringfence.registry.discovery import Discovery
+from ringfence.registry.commands import Registry
 from ringfence.registry.enrol_http import EnrolApi
-from ringfence.registry.enrolling import Enroller
-from ringfence.registry.handlers import Registry
+from ringfence.registry.enrolment import Enroller
 from ringfence.registry.http import Api
-from ringfence.registry.key_warnings import KeyWarnings
+from ringfence.registry.key_expiry_warnings import KeyWarnings
+from ringfence.registry.oidc_discovery import Discovery
 from ringfence.registry.settings import RegistrySettings
 from ringfence.registry.store import REMEMBERED_MS, Memory
 

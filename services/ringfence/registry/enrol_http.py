@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.registry.enrolling import MAX_ENROL_BYTES, Enroller
+from ringfence.registry.enrolment import MAX_ENROL_BYTES, Enroller
 
 
 class EnrolApi:

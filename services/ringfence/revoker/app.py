@@ -18,26 +18,30 @@ from ringfence.model.leases.stream_digests import Streams
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import TABLES, Directory
-from ringfence.revoker.beating import Beating
-from ringfence.revoker.cuts import Cuts
-from ringfence.revoker.ending import Ender
-from ringfence.revoker.expiry import Expiry
-from ringfence.revoker.fencing import FenceHandler
-from ringfence.revoker.foresight import Lookout
-from ringfence.revoker.forgetting import Forgetter
-from ringfence.revoker.handlers import RECORD_TOPICS, RecordHandler, RevocationHandler
+from ringfence.revoker.consistency.lease_watch import BACK_MS, LINGER_MS, LeaseWatch
+from ringfence.revoker.consistency.rebuild import Rebuilder
+from ringfence.revoker.consistency.recheck_issued import LINGER_MS as ISSUED_LINGER_MS
+from ringfence.revoker.consistency.recheck_issued import TOGETHER as ISSUED_TOGETHER
+from ringfence.revoker.consistency.recheck_issued import IssuedHandler
+from ringfence.revoker.ending.expiry import Expiry
+from ringfence.revoker.ending.lease_ender import Ender
+from ringfence.revoker.ending.overdue import Overdue
+from ringfence.revoker.ending.undo import Undoer
+from ringfence.revoker.housekeeping.heartbeat import Beating
+from ringfence.revoker.housekeeping.orphans import Sweeper
+from ringfence.revoker.housekeeping.retention import Forgetter
 from ringfence.revoker.http import LeasesApi
-from ringfence.revoker.issued import LINGER_MS as ISSUED_LINGER_MS
-from ringfence.revoker.issued import TOGETHER as ISSUED_TOGETHER
-from ringfence.revoker.issued import IssuedHandler
-from ringfence.revoker.orders import Orders
-from ringfence.revoker.overdue import Overdue
-from ringfence.revoker.rebuilding import Rebuilder
-from ringfence.revoker.said import Said
+from ringfence.revoker.mass_expiry.own_record_cache import Said
+from ringfence.revoker.mass_expiry.precomputed import Lookout
+from ringfence.revoker.revocations.cut_confirmation import Cuts
+from ringfence.revoker.revocations.fencing import FenceHandler
+from ringfence.revoker.revocations.revocations import (
+    RECORD_TOPICS,
+    RecordHandler,
+    RevocationHandler,
+)
+from ringfence.revoker.revocations.verification import Orders
 from ringfence.revoker.settings import RevokerSettings
-from ringfence.revoker.sweeping import Sweeper
-from ringfence.revoker.undoing import Undoer
-from ringfence.revoker.watching import BACK_MS, LINGER_MS, LeaseWatch
 
 _ACKS_BACK_MS = 10 * 60 * 1000
 """How far back the word of gateways is read at the start: orders that waited for this revoker may have it already."""

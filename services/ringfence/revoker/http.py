@@ -17,9 +17,9 @@ from ringfence.model.leases.revocations import agent_of_task
 from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.revoker.ending import Ender
-from ringfence.revoker.orders import Orders
-from ringfence.revoker.overdue import Overdue
+from ringfence.revoker.ending.lease_ender import Ender
+from ringfence.revoker.ending.overdue import Overdue
+from ringfence.revoker.revocations.verification import Orders
 
 MAX_LISTED = 1000
 _UNFINISHED: tuple[LeaseStatus, ...] = ("ending", "minting")

@@ -17,11 +17,11 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.topics import HEARTBEAT, USER
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.directory import Directory
+from ringfence.scim.directory_view import People
 from ringfence.scim.http import Api
-from ringfence.scim.keeping import Keeper
-from ringfence.scim.people import People
+from ringfence.scim.provisioning import Writer
+from ringfence.scim.refresh import Keeper
 from ringfence.scim.settings import ScimSettings
-from ringfence.scim.writing import Writer
 
 _CAUGHT_UP_S = 10.0
 

@@ -36,9 +36,9 @@ from ringfence.kernel.service.bearer_tokens import WRONG_WINDOW_MS, Tokens, Wron
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import GroupLink, UserRecord
 from ringfence.scim import discovery
-from ringfence.scim.people import People
+from ringfence.scim.directory_view import People
+from ringfence.scim.provisioning import Writer
 from ringfence.scim.resources import Group, User, group_resource, user_resource
-from ringfence.scim.writing import Writer
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from ringfence.kernel.service.bearer_tokens import Tokens
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.topics import LEASE, SIGNAL_STREAM
-from ringfence.signals.following import Following
+from ringfence.signals.delivery import Following
 from ringfence.signals.http import Api
 from ringfence.signals.receivers import read_receivers
 from ringfence.signals.settings import SignalsSettings
-from ringfence.signals.store import Streams
+from ringfence.signals.streams import Streams
 
 
 def build(

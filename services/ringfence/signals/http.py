@@ -20,7 +20,12 @@ from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.service.bearer_tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
-from ringfence.signals.asked import (
+from ringfence.signals.delivery import POLL, PUSH, Delivery, Following
+from ringfence.signals.events import SUPPORTED, still_removed, verification
+from ringfence.signals.receivers import Receiver
+from ringfence.signals.settings import SignalsSettings
+from ringfence.signals.streams import Stream, Streams
+from ringfence.signals.subjects import (
     AskedWronglyError,
     DeliveryWanted,
     Poll,
@@ -31,11 +36,6 @@ from ringfence.signals.asked import (
     VerificationWanted,
     understood,
 )
-from ringfence.signals.domain import SUPPORTED, still_removed, verification
-from ringfence.signals.following import POLL, PUSH, Delivery, Following
-from ringfence.signals.receivers import Receiver
-from ringfence.signals.settings import SignalsSettings
-from ringfence.signals.store import Stream, Streams
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,192 @@
+"""HTTP of audit: traces and events, each caller sees their own.
+
+Operators and auditors see everything; a sponsor what concerns their agents; a user what is on their behalf. What a
+caller may not see is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ringfence.audit.events.break_glass import uses
+from ringfence.audit.index.action_counts import counted, unknown_destinations
+from ringfence.audit.index.coverage import behind, count_actions, count_leases, went_through
+from ringfence.audit.index.queries import WrongQueryError, limit_of, number_of, wanted_of
+from ringfence.audit.index.store import STORY_KINDS, Actions, EventIndex, Viewer
+from ringfence.audit.index.trace import tree
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.messages.registry import AgentState
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.leases.short_lived import SHORT_LIVED_S
+from ringfence.model.records.api_access import Authenticator
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+
+_MAX_EVENTS = 1000
+_MAX_REQUESTS = 500
+_MAX_ACTIONS = 1000
+"""So many are counted in some 30 ms, for which everybody else waits."""
+_MAX_COVERED = 500
+"""Each is looked up with what it rests on."""
+_MAX_MS = 2**53
+
+
+class NotFoundError(RingfenceError):
+    """There is nothing with this id that the caller may see."""
+
+    code = "not_found"
+
+
+class AuditApi:
+    """`GET /v1/trace/{id}`, `GET /v1/events`, `GET /v1/actions`, `GET /v1/break-glass`, `GET /v1/coverage/{what}`."""
+
+    def __init__(
+        self,
+        index: EventIndex,
+        directory: Directory,
+        clock: Clock,
+        authenticator: Authenticator,
+        complete: Callable[[], bool],
+    ) -> None:
+        """`complete`: whether the index holds all that was audited before this process began."""
+        self._index = index
+        self._complete = complete
+        self._directory = directory
+        self._clock = clock
+        self._authenticator = authenticator
+
+    def routes(self) -> list[Route]:
+        """What the service adds to its HTTP."""
+        return [
+            Route("/v1/trace/{id}", self._trace, methods=["GET"]),
+            Route("/v1/events", self._events, methods=["GET"]),
+            Route("/v1/actions", self._actions, methods=["GET"]),
+            Route("/v1/break-glass", self._break_glass, methods=["GET"]),
+            Route("/v1/coverage/leases", self._leases_covered, methods=["GET"]),
+            Route("/v1/coverage/actions", self._actions_covered, methods=["GET"]),
+        ]
+
+    async def _trace(self, request: Request) -> Response:
+        viewer = self.viewer(request)
+        id = request.path_params["id"]
+        kind = request.query_params.get("kind")
+        if kind is not None and kind not in STORY_KINDS:
+            raise WrongQueryError(f"kind is one of {', '.join(STORY_KINDS)}")
+        story = self._index.story(id, kind, viewer, limit_of(request, 50, _MAX_REQUESTS))
+        if story is None:
+            raise NotFoundError(
+                f"no lease, request, task, agent or user {id[:80]} that you may see was audited"
+            )
+        metrics.HTTP_REQUESTS.labels("/v1/trace", "200").inc()
+        return JSONResponse({
+            "id": story.id,
+            "kind": story.kind,
+            "truncated": story.truncated,
+            "roots": tree(story.events),
+        })  # fmt: skip
+
+    async def _events(self, request: Request) -> Response:
+        viewer = self.viewer(request)
+        page = self._index.page(
+            viewer,
+            request.query_params.get("after"),
+            limit_of(request, 100, _MAX_EVENTS),
+            wanted_of(request),
+        )
+        metrics.HTTP_REQUESTS.labels("/v1/events", "200").inc()
+        return JSONResponse({"events": page.events, "after": page.cursor})
+
+    async def _actions(self, request: Request) -> Response:
+        viewer, span_ms = self._counting(request)
+        query = request.query_params
+        found = self._index.actions(
+            viewer,
+            span_ms,
+            query.get("after"),
+            limit_of(request, _MAX_ACTIONS, _MAX_ACTIONS),
+            agent=query.get("agent"),
+            target=query.get("target"),
+        )
+        metrics.HTTP_REQUESTS.labels("/v1/actions", "200").inc()
+        return JSONResponse({
+            "groups": counted(found.events),
+            "unknown_destinations": unknown_destinations(found.events),
+            **_place(span_ms, found),
+        })  # fmt: skip
+
+    async def _leases_covered(self, request: Request) -> Response:
+        viewer, span_ms = self._counting(request)
+        after, limit = request.query_params.get("after"), limit_of(request, _MAX_COVERED, _MAX_COVERED)
+        found = self._index.issued(viewer, span_ms, after, limit)
+        rests_on = behind(self._index, {event["unmapped"].get("lease") or "" for event in found.events})
+        counts = count_leases(
+            found.events,
+            rests_on,
+            self._is_user,
+            now_s=self._clock.now_ms() / 1000,
+            short_s=number_of(request, "short_s", SHORT_LIVED_S, 86_400),
+        )
+        metrics.HTTP_REQUESTS.labels("/v1/coverage/leases", "200").inc()
+        return JSONResponse({**counts, "agents": self._agents(found.events), **_place(span_ms, found)})
+
+    async def _actions_covered(self, request: Request) -> Response:
+        viewer, span_ms = self._counting(request)
+        after, limit = request.query_params.get("after"), limit_of(request, _MAX_COVERED, _MAX_COVERED)
+        found = self._index.actions(viewer, span_ms, after, limit)
+        done = went_through(found.events)
+        rests_on = behind(self._index, {event["unmapped"].get("lease") or "" for event in done})
+        counts = count_actions(done, rests_on, self._is_user)
+        metrics.HTTP_REQUESTS.labels("/v1/coverage/actions", "200").inc()
+        return JSONResponse({**counts, "agents": self._agents(done), **_place(span_ms, found)})
+
+    def _counting(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
+        """For whom, and over which span, something is counted. Raises UnavailableError while not all is indexed."""
+        viewer = self.viewer(request)
+        if not self._complete():
+            raise UnavailableError(
+                "audit is reading what was audited; what it counted now would be too little"
+            )
+        since_ms = number_of(request, "since_ms", 0, _MAX_MS)
+        return viewer, (since_ms, number_of(request, "until_ms", self._clock.now_ms(), _MAX_MS))
+
+    def _agents(self, events: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
+        """The agents that events name, and whether there is a verified record of each; "" is one that none names."""
+        names = {str(event["unmapped"].get("agent") or "") for event in events}
+        return {name: bool(name) and self._is_known("agent", name) for name in names}
+
+    def _is_user(self, user_id: str) -> bool:
+        return self._is_known("user", user_id)
+
+    def _is_known(self, kind: SubjectKind, id: str) -> bool:
+        try:
+            return self._directory.entry(kind, id) is not None
+        except ChainError:
+            return False
+
+    async def _break_glass(self, request: Request) -> Response:
+        found = uses(self._index.findings(self.viewer(request)))
+        if request.query_params.get("unreviewed"):
+            found = [use for use in found if use["review"] is None]
+        metrics.HTTP_REQUESTS.labels("/v1/break-glass", "200").inc()
+        return JSONResponse({"uses": found})
+
+    def viewer(self, request: Request) -> Viewer | None:
+        """Whose eyes a question is for. Raises where nobody who may ask has signed it."""
+        caller = self._authenticator.user(request.headers.get("authorization"))
+        if caller.sees_all:
+            return None
+        me = caller.user.user_id
+        agents = (entry.state for entry in self._directory.entries("agent"))
+        return Viewer(me, tuple(a.agent_id for a in agents if isinstance(a, AgentState) and a.sponsor == me))
+
+
+def _place(span_ms: tuple[int, int], found: Actions) -> dict[str, Any]:
+    """How far it was counted, and where to go on."""
+    return {"until_ms": span_ms[1], "looked_at_ms": found.looked_at_ms, "after": found.cursor}

@@ -1,0 +1,72 @@
+"""HTTP of audit for those who verify: checkpoints, and proofs that lead to them (RFC 9162, 2.1)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ringfence.audit.api.events import NotFoundError
+from ringfence.audit.index.queries import WrongQueryError
+from ringfence.audit.index.store import EventIndex, Viewer
+from ringfence.audit.trail.proofs import Inclusion, NoProofError, ProofStore
+from ringfence.kernel.base import metrics
+
+
+class ProofApi:
+    """`GET /v1/checkpoints`, `GET /v1/checkpoints/{tree}/consistency?from=N`, `GET /v1/events/{uid}/proof`."""
+
+    def __init__(
+        self, index: EventIndex, proofs: ProofStore, viewer_of: Callable[[Request], Viewer | None]
+    ) -> None:
+        """`viewer_of` authenticates: whose eyes a question is for."""
+        self._index = index
+        self._proofs = proofs
+        self._viewer_of = viewer_of
+
+    def routes(self) -> list[Route]:
+        """What the service adds to its HTTP."""
+        return [
+            Route("/v1/checkpoints", self._checkpoints, methods=["GET"]),
+            Route("/v1/checkpoints/{tree}/consistency", self._consistency, methods=["GET"]),
+            Route("/v1/events/{uid}/proof", self._inclusion, methods=["GET"]),
+        ]
+
+    async def _inclusion(self, request: Request) -> Response:
+        uid = request.path_params["uid"]
+        events = self._index.events(uid, self._viewer_of(request))
+        if not events:
+            raise NotFoundError(f"no event {uid[:80]} that you may see was audited")
+        event, found = self._proven(events)
+        metrics.HTTP_REQUESTS.labels("/v1/events/proof", "200").inc()
+        return JSONResponse({
+            "event": event.decode(),
+            "leaf_index": found.index,
+            "leaf_hash": found.leaf.hex(),
+            "proof": [step.hex() for step in found.proof],
+            "checkpoint": found.head.jws,
+        })  # fmt: skip
+
+    def _proven(self, events: Sequence[bytes]) -> tuple[bytes, Inclusion]:
+        """That of the events with one uid which is in the chain; others were made up. Raises NoProofError."""
+        for event in events[:-1]:
+            with contextlib.suppress(NoProofError):
+                return event, self._proofs.inclusion(event)
+        return events[-1], self._proofs.inclusion(events[-1])
+
+    async def _checkpoints(self, request: Request) -> Response:
+        self._viewer_of(request)
+        metrics.HTTP_REQUESTS.labels("/v1/checkpoints", "200").inc()
+        return JSONResponse({"checkpoints": [head.jws for head in self._proofs.heads()]})
+
+    async def _consistency(self, request: Request) -> Response:
+        self._viewer_of(request)
+        old = request.query_params.get("from", "")
+        if not old.isdecimal():
+            raise WrongQueryError("from is a number of events: the size of the tree that you know")
+        proof, head = self._proofs.consistency(request.path_params["tree"], int(old[:17]))
+        metrics.HTTP_REQUESTS.labels("/v1/checkpoints/consistency", "200").inc()
+        return JSONResponse({"proof": [step.hex() for step in proof], "checkpoint": head.jws})

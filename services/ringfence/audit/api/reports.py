@@ -1,0 +1,110 @@
+"""HTTP of audit for what people ask of many events: who did something at a target, and copies to take away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ringfence.audit.index.access_report import HELD_BEFORE_MS, leases_of, who_did
+from ringfence.audit.index.queries import WrongQueryError, limit_of, number_of, wanted_of
+from ringfence.audit.index.store import EventIndex, Viewer
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.messages.permission import Permission
+from ringfence.model.scope.scope import ScopeError, validate_scope
+
+_MAX_LOOKED_AT = 500
+"""Each lease among them is looked up with its end."""
+_MAX_COPIES = 1000
+_MAX_MS = 2**53
+_ANY_VERB = "any"
+
+
+class AskingApi:
+    """`GET /v1/who` and `GET /v1/export`. Each answers a page, after a bounded number of events was looked at."""
+
+    def __init__(
+        self,
+        index: EventIndex,
+        clock: Clock,
+        viewer_of: Callable[[Request], Viewer | None],
+        complete: Callable[[], bool],
+    ) -> None:
+        """`viewer_of` authenticates; `complete`: whether the index holds all that was audited before."""
+        self._index = index
+        self._clock = clock
+        self._viewer_of = viewer_of
+        self._complete = complete
+
+    def routes(self) -> list[Route]:
+        """What the service adds to its HTTP."""
+        return [
+            Route("/v1/who", self._who, methods=["GET"]),
+            Route("/v1/export", self._export, methods=["GET"]),
+        ]
+
+    async def _who(self, request: Request) -> Response:
+        viewer, (since_ms, until_ms) = self._viewer_and_span(request)
+        wanted, query = _permission_of(request), request.query_params
+        span_ms = (max(since_ms - HELD_BEFORE_MS, 0), until_ms)
+        limit = limit_of(request, _MAX_LOOKED_AT, _MAX_LOOKED_AT)
+        found = self._index.at_target(wanted.target, viewer, span_ms, query.get("after"), limit)
+        known = self._index.behind(leases_of(found.events), (), ())
+        metrics.HTTP_REQUESTS.labels("/v1/who", "200").inc()
+        return JSONResponse(
+            {
+                "lines": who_did(found.events, known, wanted, since_ms),
+                "until_ms": until_ms,
+                "looked_at_ms": found.looked_at_ms,
+                "after": found.cursor,
+            }
+        )
+
+    async def _export(self, request: Request) -> Response:
+        viewer, span_ms = self._viewer_and_span(request)
+        found = self._index.copies(
+            viewer,
+            span_ms,
+            request.query_params.get("after"),
+            limit_of(request, _MAX_COPIES, _MAX_COPIES),
+            wanted_of(request),
+        )
+        metrics.HTTP_REQUESTS.labels("/v1/export", "200").inc()
+        return JSONResponse(
+            {
+                # As text: a reader would not give a JSON object back to the byte.
+                "events": [event.decode() for event in found.events],
+                "until_ms": span_ms[1],
+                "looked_at_ms": found.looked_at_ms,
+                "after": found.cursor,
+            }
+        )
+
+    def _viewer_and_span(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
+        """For whom, and over which span. Raises UnavailableError while not all is indexed."""
+        viewer = self._viewer_of(request)
+        if not self._complete():
+            raise UnavailableError(
+                "audit is reading what was audited; what it told now would be too little. Ask again when it is ready"
+            )
+        since_ms = number_of(request, "since_ms", 0, _MAX_MS)
+        return viewer, (since_ms, number_of(request, "until_ms", self._clock.now_ms(), _MAX_MS))
+
+
+def _permission_of(request: Request) -> Permission:
+    """The target, and what of it: no verb stands for all of them. Raises WrongQueryError."""
+    query = request.query_params
+    target, verb = query.get("target"), query.get("verb")
+    if not target:
+        raise WrongQueryError("target is the id of the target that is asked about")
+    resource = query.get("resource") or "**"
+    asked = Permission.model_construct(target=target, verbs=(verb or _ANY_VERB,), resources=(resource,))
+    try:
+        validate_scope((asked,))
+    except ScopeError as error:
+        raise WrongQueryError(str(error)) from None
+    return asked if verb else asked.model_copy(update={"verbs": ()})

@@ -1,0 +1,1 @@
+"""Rules over the trail, and their findings as events."""

@@ -1,0 +1,106 @@
+"""What detection found, as Detection Findings (2004).
+
+`unmapped.source` is the record behind the event that completed it, so a finding is about a record that exists; its uid
+is that of the finding, so it is never taken for the record's own event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ringfence.audit.detections.rule import About, Finding
+from ringfence.audit.events.ocsf import (
+    DETECTION_FINDING,
+    HIGH,
+    LOW,
+    MEDIUM,
+    NEW,
+    UNKNOWN_USER,
+    Event,
+    event,
+    step,
+    user_of,
+)
+from ringfence.kernel.kafka.producer import Received
+from ringfence.messages.topics import AUDITED
+from ringfence.model.identity.spiffe_ids import spiffe_id
+
+_F = DETECTION_FINDING
+STEPS = {
+    "beyond_user": step("detection.beyond_user", _F, 1, severity=MEDIUM, status=NEW, alert=True),
+    "denials": step("detection.denials", _F, 1, severity=MEDIUM, status=NEW, alert=True),
+    "first_use": step("detection.first_use", _F, 1, severity=LOW, status=NEW),
+    "ceiling_unused": step("detection.ceiling_unused", _F, 1, severity=LOW, status=NEW),
+    "unreviewed": step("detection.unreviewed", _F, 1, severity=HIGH, status=NEW, alert=True),
+    "quick_approval": step("detection.quick_approval", _F, 1, severity=MEDIUM, status=NEW, alert=True),
+    "impossible": step("detection.impossible", _F, 1, severity=HIGH, status=NEW, alert=True),
+}
+_TITLES = {
+    "beyond_user": "An agent asked for what its user may not do",
+    "denials": "A burst of denials",
+    "first_use": "An agent's first credential for a target",
+    "ceiling_unused": "A ceiling that is not used",
+    "unreviewed": "Break glass that nobody reviewed",
+    "quick_approval": "An approval faster than a human reads",
+    "impossible": "A sequence that cannot be",
+}
+_TECHNIQUES: Mapping[str, dict[str, Any]] = {
+    "beyond_user": {
+        "tactic": {"uid": "TA0004", "name": "Privilege Escalation"},
+        "technique": {"uid": "T1548", "name": "Abuse Elevation Control Mechanism"},
+    },
+    "impossible": {
+        "tactic": {"uid": "TA0005", "name": "Defense Evasion"},
+        "technique": {"uid": "T1550", "name": "Use Alternate Authentication Material"},
+        "sub_technique": {"uid": "T1550.001", "name": "Application Access Token"},
+    },
+}
+"""Where one of MITRE ATT&CK truly fits; the other rules tell of habits, and not of a technique."""
+_ATTACK_VERSION = "17.0"
+_BY_NAME = {topic.what: topic for topic in AUDITED}
+_WORDS = ("agent", "act", "task", "on_behalf_of", "sponsor", "request", "lease", "target")
+
+
+def found(finding: Finding, trust_domain: str) -> Event:
+    """The event about a finding."""
+    about, agent = finding.about, finding.about.word("agent")
+    info: dict[str, Any] = {
+        "uid": finding.uid,
+        "title": _TITLES[finding.rule],
+        "types": ["Ringfence Detection"],
+        "created_time": finding.at_ms,
+        "analytic": {"uid": finding.rule, "name": _TITLES[finding.rule], "type_id": 1, "type": "Rule"},
+        "related_events": [{"uid": uid} for uid in finding.evidence],
+    }
+    if finding.rule in _TECHNIQUES:
+        info["attacks"] = [{**_TECHNIQUES[finding.rule], "version": _ATTACK_VERSION}]
+    who = user_of(spiffe_id(trust_domain, "agent", agent)) if agent is not None else UNKNOWN_USER
+    words = {
+        **{name: about.words.get(name) for name in _WORDS},
+        "rule": finding.rule,
+        "evidence": list(finding.evidence),
+        "outcome": "detected",
+        "verified": about.words.get("verified", {"by": None}),
+        **finding.words,
+    }
+    made = event(
+        _record(finding, about),
+        STEPS[finding.rule],
+        finding.message,
+        {"finding_info": info, "evidences": [{"actor": {"user": who}}]},
+        words,
+        key=about.key,
+        correlation=about.word("request") or about.word("task") or agent,
+    )
+    made.body["metadata"]["uid"] = finding.uid
+    trace = about.word("trace_id")
+    if trace is not None:
+        made.body["unmapped"]["trace_id"] = trace
+    return made
+
+
+def _record(finding: Finding, about: About) -> Received:
+    """The record behind a finding, without what was in it; the time is that of the finding."""
+    topic_name, partition, offset = about.source
+    return Received(_BY_NAME[about.log_name], topic_name, partition, offset, finding.at_ms, about.key, b"")

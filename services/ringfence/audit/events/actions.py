@@ -1,0 +1,270 @@
+"""What agents did through gateways, as API Activity events (6003): one for each request that was decided.
+
+The messages are not signed: who can write to the topic can make them up, and no more than that. Nothing is decided by
+them, and the events say that nobody vouches for them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from ringfence.audit.events.ocsf import (
+    ALLOWED,
+    API_ACTIVITY,
+    DENIED,
+    FAILURE,
+    HIGH,
+    LOW,
+    OBSERVED,
+    UNKNOWN_USER,
+    Event,
+    Step,
+    event,
+    scrubbed,
+    step,
+    user_of,
+)
+from ringfence.audit.memory import LeaseFacts
+from ringfence.kernel.base.text import with_article
+from ringfence.messages.operations import ActionAnswered, ActionDecided, Destination
+
+if TYPE_CHECKING:
+    from ringfence.kernel.kafka.producer import Received
+
+_STOLEN: Final = frozenset({"handle_other_agent", "proof_by_stranger", "mcp_session_other_agent"})
+"""Why somebody should look: a handle, or a session, in other hands than it was given to."""
+_CREATE, _READ, _UPDATE, _DELETE = 1, 2, 3, 4
+_ACTIVITIES: Final[Mapping[str, int]] = {
+    "GET": _READ, "HEAD": _READ, "OPTIONS": _READ, "TRACE": _READ,
+    "POST": _CREATE, "PUT": _UPDATE, "PATCH": _UPDATE, "DELETE": _DELETE,
+}  # fmt: skip
+_OTHER: Final = "Call"
+_HTTP_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "POST", "PUT", "DELETE", "CONNECT"})
+"""Those that OCSF knows; PATCH is none of them."""
+_HOSTNAME: Final = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
+"""What is a `hostname_t` of OCSF."""
+
+
+def _each(code: str, **how: Any) -> dict[int | str, Step]:
+    return {one: step(code, API_ACTIVITY, one, **how) for one in (_CREATE, _READ, _UPDATE, _DELETE, _OTHER)}
+
+
+_ALLOWED = _each("action.allowed", action=ALLOWED)
+_DENIED = _each("action.denied", severity=LOW, status=FAILURE, action=DENIED)
+_OBSERVED = _each("action.observed", severity=LOW, status=FAILURE, action=OBSERVED)
+_BY_ANOTHER = _each("action.by_another", severity=HIGH, status=FAILURE, action=DENIED, alert=True)
+
+
+_ANSWERED = step("action.answered", API_ACTIVITY, _OTHER)
+_FAILED = step("action.failed", API_ACTIVITY, _OTHER, severity=LOW, status=FAILURE)
+_SAID: Final[Mapping[str, str]] = {
+    "result": "got a result", "accepted": "was heard", "tool_error": "got an error of the tool",
+    "rpc_error": "got a JSON-RPC error", "transport_error": "was refused by the target", "none": "got no whole answer",
+}  # fmt: skip
+
+
+def acted(
+    record: Received,
+    claims: ActionDecided,
+    lease: LeaseFacts | None,
+    about: Mapping[str, Any],
+    trust_domain: str,
+) -> Event:
+    """One request of an agent, let pass or not.
+
+    Args:
+        lease: that it went by, or whose handle was shown, where audit has seen it.
+        about: the words of that lease where it is the agent's own; else of its task, or of the agent alone.
+        trust_domain: of the agents.
+    """
+    agent = claims.agent_id
+    own_lease = lease is not None and lease.agent == agent
+    words: dict[str, Any] = {
+        **_said(claims, about),
+        "lease_agent": lease.agent if lease is not None and not own_lease else None,
+        "access": _access(claims),
+        "method": claims.method,
+        "destination": _destination(claims.destination),
+        "request_digest": claims.request_digest,
+        "latency_us": claims.latency_us,
+        "label": claims.label,
+        **_asked(claims),
+        "outcome": _outcome(claims),
+        "verified": {"by": None},
+    }
+    who = user_of(f"spiffe://{trust_domain}/agent/{agent}") if agent is not None else UNKNOWN_USER
+    own: dict[str, Any] = {
+        "actor": {"user": who},
+        "api": {"operation": claims.verb or claims.method or "unknown", "request": {"uid": claims.action_id}},
+        "src_endpoint": {"name": agent or "unknown"},
+    }
+    if claims.target_id is not None:
+        own["api"]["service"] = {"name": claims.target_id}
+    if claims.resource is not None:
+        own["resources"] = [{"name": claims.resource}]
+    own |= _where(claims)
+    if claims.count is not None:
+        own["count"] = claims.count
+    return event(
+        record,
+        _kind(claims),
+        _message(claims),
+        own,
+        words,
+        key=agent or record.topic.what,
+        correlation=words.get("request") or claims.task_id,
+        reasons=claims.reasons,
+        traceparent=claims.traceparent or (lease.traceparent if lease is not None and own_lease else None),
+    )
+
+
+def answered(
+    record: Received,
+    claims: ActionAnswered,
+    lease: LeaseFacts | None,
+    about: Mapping[str, Any],
+    trust_domain: str,
+) -> Event:
+    """What came of a request at an endpoint of MCP, once it was let pass. Arguments as for `acted`."""
+    agent = claims.agent_id
+    own_lease = lease if lease is not None and lease.agent == agent else None
+    words: dict[str, Any] = {
+        **_said(claims, about),
+        "answer": claims.answer,
+        "http_status": claims.http_status,
+        "rpc_code": claims.rpc_code,
+        "verified": {"by": None},
+    }
+    who = user_of(f"spiffe://{trust_domain}/agent/{agent}") if agent is not None else UNKNOWN_USER
+    own: dict[str, Any] = {
+        "actor": {"user": who},
+        "api": {"operation": claims.verb or "unknown", "request": {"uid": claims.action_id}},
+        "src_endpoint": {"name": agent or "unknown"},
+    }
+    if claims.target_id is not None:
+        own["api"]["service"] = {"name": claims.target_id}
+    if claims.resource is not None:
+        own["resources"] = [{"name": claims.resource}]
+    what = f"{claims.verb} on {claims.resource} at {claims.target_id}"
+    return event(
+        record,
+        _ANSWERED if claims.answer in ("result", "accepted") else _FAILED,
+        f"{agent or 'somebody'} {_SAID[claims.answer]} for {what}",
+        own,
+        words,
+        key=agent or record.topic.what,
+        correlation=words.get("request") or claims.task_id,
+        traceparent=claims.traceparent or (own_lease.traceparent if own_lease is not None else None),
+    )
+
+
+def _said(claims: ActionDecided | ActionAnswered, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What both kinds say, over what is known of the lease, the task or the agent. The digest of the credential's
+    request is not among it: `request_digest` is that of the agent's request here.
+    """
+    act = list(claims.act) if claims.act else [claims.agent_id] if claims.agent_id else None
+    return {
+        **{name: value for name, value in about.items() if name != "request_digest"},
+        "agent": claims.agent_id,
+        "act": act,
+        "task": claims.task_id,
+        "lease": claims.lease_id,
+        "target": claims.target_id,
+        "action": claims.action_id,
+        "verb": claims.verb,
+        "resource": claims.resource,
+        "decided_by": claims.gateway,
+    }
+
+
+def _access(claims: ActionDecided) -> str | None:
+    """Older gateways took CONNECT for a write."""
+    return claims.access if claims.method != "CONNECT" else None
+
+
+def _where(claims: ActionDecided) -> dict[str, Any]:
+    """What OCSF has of an HTTP request and where it was going: only what its types allow."""
+    went = claims.destination
+    request: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    if claims.method in _HTTP_METHODS:
+        request["http_method"] = claims.method
+    if went is not None:
+        host = went.host if went.host is not None and _HOSTNAME.fullmatch(went.host) else None
+        ip = _address(went.host)
+        path = scrubbed(went.path) if went.path else None
+        url = {"scheme": went.scheme, "hostname": host or ip, "port": went.port, "path": path}
+        if path is not None:  # OCSF has no URL without one
+            request["url"] = {name: value for name, value in url.items() if value is not None}
+        end = {"hostname": host if ip is None else None, "ip": ip, "port": went.port}
+        if host is not None or ip is not None:
+            found["dst_endpoint"] = {name: value for name, value in end.items() if value is not None}
+    return {**found, **({"http_request": request} if request else {})}
+
+
+def _destination(went: Destination | None) -> dict[str, Any] | None:
+    if went is None:
+        return None
+    found = {"scheme": went.scheme, "host": went.host, "port": went.port}
+    path = scrubbed(went.path) if went.path is not None else None
+    return {name: value for name, value in {**found, "path": path}.items() if value is not None}
+
+
+def _address(host: str | None) -> str | None:
+    try:
+        return str(ipaddress.ip_address(host or ""))
+    except ValueError:
+        return None
+
+
+def _asked(claims: ActionDecided) -> dict[str, Any]:
+    asked = claims.asked
+    if asked is None:
+        return {}
+    return {
+        "question": asked.request_id,
+        "approvers": [asked.by] if asked.by is not None and claims.allowed else None,
+        "answered_by": asked.by,
+        "waited_ms": asked.waited_ms,
+    }
+
+
+def _outcome(claims: ActionDecided) -> str:
+    if claims.allowed:
+        return "allowed"
+    return "observed" if claims.observed else "denied"
+
+
+def _kind(claims: ActionDecided) -> Step:
+    # Without an access nobody could read what it would do, whatever method it begins with.
+    activity = _ACTIVITIES.get(claims.method or "", _OTHER) if claims.access is not None else _OTHER
+    if claims.allowed:
+        return _ALLOWED[activity]
+    if claims.observed:
+        return _OBSERVED[activity]
+    by_another = any(reason.code in _STOLEN for reason in claims.reasons)
+    return (_BY_ANOTHER if by_another else _DENIED)[activity]
+
+
+def _at(went: Destination | None) -> str:
+    """Where it was going, where no target is there."""
+    if went is None or went.host is None:
+        return ""
+    return f" at {went.host}" + (f":{went.port}" if went.port is not None else "")
+
+
+def _message(claims: ActionDecided) -> str:
+    who = claims.agent_id or "somebody"
+    what = f"{claims.verb} on {claims.resource}" if claims.verb else with_article(claims.method or "request")
+    where = f" at {claims.target_id}" if claims.target_id else _at(claims.destination)
+    if claims.allowed:
+        return f"{who} did {what}{where}"
+    why = scrubbed("; ".join(reason.message for reason in claims.reasons)) or "it was not allowed"
+    if claims.count is not None and claims.count > 1:
+        what = f"{claims.count} requests"
+    if claims.observed:
+        return f"{who} did {what}{where}, which would have been blocked: {why}"
+    return f"{who} was kept from {what}{where}: {why}"

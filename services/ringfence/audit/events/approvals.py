@@ -1,0 +1,125 @@
+"""Questions about single actions, and what people answered, as Authorize Session events (3003)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from ringfence.audit.events.ocsf import (
+    ALLOWED,
+    AUTHORIZE_SESSION,
+    DENIED,
+    FAILURE,
+    LOW,
+    OBSERVED,
+    UNKNOWN_USER,
+    Event,
+    Step,
+    event,
+    scrubbed,
+    step,
+    user_of,
+)
+from ringfence.kernel.base.ids import message_id
+from ringfence.messages.approval import ActionApproval, ActionRequest
+from ringfence.model.identity.spiffe_ids import spiffe_id
+
+if TYPE_CHECKING:
+    from ringfence.kernel.kafka.producer import Received
+
+ASKED: Final = step(
+    "action.approval_requested", AUTHORIZE_SESSION, "Ask for Approval", status="Requested", action=OBSERVED
+)
+ANSWERS: Final[Mapping[str, Step]] = {
+    "approved": step("action.approved", AUTHORIZE_SESSION, "Approve", severity=LOW, action=ALLOWED),
+    "denied": step(
+        "action.approval_denied", AUTHORIZE_SESSION, "Approve", severity=LOW, status=FAILURE, action=DENIED
+    ),
+}
+
+
+def asked(
+    record: Received,
+    claims: ActionRequest,
+    about: Mapping[str, Any],
+    verified: dict[str, Any],
+) -> Event:
+    """A gateway asked about one action. `about`: the words of the lease that it goes by, or else of its agent."""
+    words = {**_words(claims, about), "asked": record.key, "verified": verified}
+    message = f"{record.key} was asked about {_what(claims)}"
+    return event(
+        record,
+        ASKED,
+        message,
+        _own(claims),
+        words,
+        key=claims.agent_id,
+        correlation=about.get("request") or claims.task_id,
+    )
+
+
+def answered(
+    record: Received,
+    claims: ActionApproval,
+    asked: ActionRequest | None,
+    about: Mapping[str, Any],
+    verified: dict[str, Any],
+) -> Event:
+    """A person said yes or no to one action. `asked`: what they signed, where a gateway did; `about` as there."""
+    who, comment = user_of(claims.iss), scrubbed(claims.comment) if claims.comment else None
+    verb = "approved" if claims.verdict == "approved" else "denied"
+    message = f"{who['name']} {verb} " + (
+        _what(asked) if asked is not None else "what no gateway asked about"
+    )
+    own = _own(asked) if asked is not None else {"user": UNKNOWN_USER, "privileges": []}
+    words = {
+        **(_words(asked, about) if asked is not None else {**about, "agent": claims.agent_id}),
+        "outcome": claims.verdict,
+        "approvers": [who["name"]] if claims.verdict == "approved" else None,
+        "comment": comment,
+        "verified": verified,
+    }
+    return event(
+        record,
+        ANSWERS[claims.verdict],
+        f"{message}: {comment}" if comment else message,
+        {**own, "actor": {"user": who}},
+        words,
+        key=claims.agent_id,
+        correlation=about.get("request") or (asked.task_id if asked is not None else None),
+    )
+
+
+def _what(claims: ActionRequest) -> str:
+    return (
+        f"one action of agent {claims.agent_id}: {claims.verb} on {claims.resource} at {claims.target_id} "
+        f"({claims.method}, body of {claims.body_bytes} bytes)"
+    )
+
+
+def _own(claims: ActionRequest) -> dict[str, Any]:
+    return {
+        "user": user_of(spiffe_id(claims.aud, "agent", claims.agent_id)),
+        "privileges": [f"{claims.target_id}:{claims.verb}:{claims.resource}"],
+    }
+
+
+def _words(claims: ActionRequest, about: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **about,
+        "agent": claims.agent_id,
+        "task": claims.task_id,
+        "lease": claims.lease_id,
+        "target": claims.target_id,
+        "action": claims.action_id,
+        "question": message_id(claims.iss, claims.jti),
+        "verb": claims.verb,
+        "resource": claims.resource,
+        "method": claims.method,
+        "required": [claims.required],
+        "body_digest": claims.body_digest,
+        "headers_digest": claims.headers_digest,
+        "deadline": claims.exp,
+        "policy_revision": claims.revisions.policy,
+        "decided_by": claims.iss,
+    }

@@ -1,0 +1,170 @@
+"""Break glass as Detection Findings (2004): one is created where a credential is allowed against policy's denial, and
+closed by the review of somebody who had no part in it.
+
+That class knows no `user` and no `actor`: who did it stands in `evidences`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ringfence.audit.events.ocsf import (
+    ALLOWED,
+    DETECTION_FINDING,
+    HIGH,
+    INFORMATIONAL,
+    MEDIUM,
+    NEW,
+    RESOLVED,
+    Event,
+    event,
+    scrubbed,
+    step,
+    user_of,
+)
+from ringfence.audit.memory import RequestFacts
+from ringfence.messages.approval import BreakGlassReview
+from ringfence.messages.credential import CredentialDecision, Reason
+
+if TYPE_CHECKING:
+    from ringfence.kernel.kafka.producer import Received
+
+_F = DETECTION_FINDING
+USED = step("break_glass.used", _F, 1, severity=HIGH, status=NEW, action=ALLOWED, alert=True)
+REVIEWED = step("break_glass.reviewed", _F, 3, severity=INFORMATIONAL, status=RESOLVED)
+REVIEW_REFUSED = step("break_glass.review_refused", _F, 2, severity=MEDIUM, status=NEW, alert=True)
+
+NO_DENIALS = frozenset({"break_glass", "ttl_shortened"})
+"""What stands among the reasons of such a decision beside the denials that were outweighed."""
+_TITLE = "Break glass: a credential that policy denied"
+_OF_USE = ("agent", "act", "task", "on_behalf_of", "sponsor", "target", "permissions")
+_OF_REQUEST = ("request_digest", "policy_revision", "instance")
+
+
+def used(
+    record: Received, claims: CredentialDecision, facts: RequestFacts, words: Mapping[str, Any]
+) -> Event:
+    """Two operators allowed what policy denies. `words`: those of a decision's event."""
+    approvers = " and ".join(facts.approvers) or "nobody whose signature holds"
+    message = (
+        f"break glass: {approvers} allowed agent {facts.agent} {facts.words}, for {claims.ttl_s} s, on behalf of "
+        f"{facts.on_behalf_of or 'nobody known'}, against policy ({_codes(claims.reasons)}): {facts.reason}"
+    )
+    own = {
+        "finding_info": _finding(claims.request_id, record.appended_at_ms),
+        "evidences": [{"actor": {"user": user_of(facts.signer), "session": {"uid": facts.task}}}],
+        "resources": [{"uid": facts.target, "type": "Target"}],
+    }
+    return event(
+        record, USED, message, own, {**words, "comment": facts.reason}, key=facts.agent,
+        correlation=claims.request_id, reasons=claims.reasons, traceparent=facts.traceparent,
+    )  # fmt: skip
+
+
+def reviewed(
+    record: Received,
+    claims: BreakGlassReview,
+    use: Mapping[str, Any] | None,
+    why_not: Reason | None,
+    verified: dict[str, Any],
+) -> Event:
+    """Somebody looked at a use of break glass. `use`: the words of its event; `why_not`: why the review counts for
+    nothing, if it does.
+    """
+    who, note = user_of(claims.iss), scrubbed(claims.note)
+    what = f"break glass of request {claims.request_id} for agent {claims.agent_id}"
+    if why_not is None:
+        message = f"{who['name']} reviewed the {what}: {note}"
+    else:
+        message = f"{who['name']} cannot review the {what}: {why_not.message}"
+    own = {
+        "finding_info": _finding(claims.request_id, None),
+        "evidences": [{"actor": {"user": who}}],
+        "comment": note,
+    }
+    words = {
+        **{name: (use or {}).get(name) for name in (*_OF_USE, *_OF_REQUEST)},
+        "agent": claims.agent_id,
+        "request": claims.request_id,
+        "decision_digest": claims.decision_digest,
+        "reviewer": who["name"],
+        "review": claims.jti,
+        "comment": note,
+        "outcome": "reviewed" if why_not is None else "refused",
+        "verified": verified,
+    }
+    kind = REVIEWED if why_not is None else REVIEW_REFUSED
+    reasons = () if why_not is None else (why_not,)
+    return event(
+        record, kind, message, own, words, key=claims.agent_id, correlation=claims.request_id, reasons=reasons
+    )
+
+
+def review_problem(
+    claims: BreakGlassReview, reviewer: str, roles: Iterable[str], use: Mapping[str, Any] | None
+) -> Reason | None:
+    """Why a review counts for nothing, or None.
+
+    Args:
+        reviewer: the user whose signature holds.
+        roles: theirs by the present records; none where they are disabled.
+        use: the words of the event about the use, or None where no such use was audited.
+    """
+    if {"operator", "auditor"}.isdisjoint(roles):
+        return Reason(code="not_reviewer", message="operators and auditors review break glass")
+    if use is None or use.get("decision_digest") != claims.decision_digest:
+        return Reason(code="break_glass_unknown", message="no such use of break glass was audited")
+    if reviewer in (use.get("approvers") or ()):
+        return Reason(code="reviewer_approved", message=f"{reviewer} approved it; somebody else reviews it")
+    if reviewer in (use.get("sponsor"), use.get("on_behalf_of")):
+        message = f"{reviewer} answers for the agent, or had the task done; somebody else reviews it"
+        return Reason(code="reviewer_involved", message=message)
+    return None
+
+
+def uses(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """All uses with their reviews, from the events of the class in their order. One without a review has none (None).
+
+    The first review that counts stands. Events of another shape, which audit did not write, are passed over.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    take_in(found, events)
+    return list(found.values())
+
+
+def take_in(found: dict[str, dict[str, Any]], events: Iterable[Mapping[str, Any]]) -> None:
+    """Add further events to what `uses` makes of them, by the id of the request."""
+    for one in events:
+        with contextlib.suppress(TypeError, KeyError, AttributeError):
+            _tell(found, one)
+
+
+def _tell(found: dict[str, dict[str, Any]], one: Mapping[str, Any]) -> None:
+    words, code = one["unmapped"], one["metadata"].get("event_code")
+    request = words["request"]
+    if code == USED.code:
+        found.setdefault(request, {
+            **{name: words.get(name) for name in (*_OF_USE, "ttl_s", "decision", "decision_digest")},
+            "request_id": request, "approvers": list(words.get("approvers") or ()), "at_ms": one["time"],
+            "reason": words.get("comment"), "review": None, "refused_reviews": [],
+            "denials": [r for r in words.get("reasons") or () if r["code"] not in NO_DENIALS],
+        })  # fmt: skip
+        return
+    use, said = found[request], {"id": words.get("review"), "by": words.get("reviewer"), "at_ms": one["time"]}
+    if code == REVIEW_REFUSED.code:
+        use["refused_reviews"].append({**said, "why": one.get("status_detail")})
+    elif use["review"] is None and words.get("decision_digest") == use["decision_digest"]:
+        use["review"] = {**said, "note": words.get("comment")}
+
+
+def _finding(request_id: str, at_ms: int | None) -> dict[str, Any]:
+    about: dict[str, Any] = {"uid": request_id, "title": _TITLE, "types": ["Break Glass"]}
+    return about if at_ms is None else {**about, "created_time": at_ms}
+
+
+def _codes(reasons: Sequence[Reason]) -> str:
+    return (
+        ", ".join(reason.code for reason in reasons if reason.code not in NO_DENIALS) or "no denial is told"
+    )

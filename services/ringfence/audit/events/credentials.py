@@ -1,0 +1,586 @@
+"""The life of one credential as Authorize Session events (3003): asked for, decided, approved, issued, ended.
+
+`activity_id` 1 (Assign Privileges) with status Success is one issued credential, and nothing else is; with Failure it
+is one refused. OCSF has no activity for taking privileges away from a session, so ends are 99 with their own names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ringfence.audit.events import break_glass
+from ringfence.audit.events.ocsf import (
+    ALLOWED,
+    AUTHORIZE_SESSION,
+    DENIED,
+    FAILURE,
+    HIGH,
+    LOW,
+    MEDIUM,
+    OBSERVED,
+    UNKNOWN_USER,
+    Event,
+    Step,
+    event,
+    moment,
+    scrubbed,
+    step,
+    user_of,
+)
+from ringfence.audit.events.subjects import delegators_of
+from ringfence.audit.memory import LeaseFacts, RequestFacts
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import parse
+from ringfence.messages.approval import Approval, ApprovalRequest, Grant
+from ringfence.messages.credential import CredentialDecision, Reason
+from ringfence.messages.lease import Lease, LeaseStatus, RevocationAck, RevocationRequest, Selector
+from ringfence.model.requests.grants import id_of
+
+if TYPE_CHECKING:
+    from ringfence.kernel.kafka.producer import Received
+
+_S = AUTHORIZE_SESSION
+REQUESTED = step("credential.requested", _S, "Request Privileges", status="Requested", action=OBSERVED)
+DECISIONS: Mapping[str, Step] = {
+    "allowed": step("request.allowed", _S, "Decide", action=ALLOWED),
+    "denied": step("request.refused", _S, 1, severity=LOW, status=FAILURE, action=DENIED),
+    "approval_required": step("approval.required", _S, "Decide", status="Pending", action=OBSERVED),
+}
+BREAK_GLASS_ASKED = step(
+    "break_glass.asked", _S, "Decide", severity=MEDIUM, status="Pending", action=OBSERVED, alert=True
+)
+APPROVAL_ASKED = step("approval.requested", _S, "Ask for Approval", status="Requested", action=OBSERVED)
+APPROVALS: Mapping[str, Step] = {
+    "approved": step("approval.given", _S, "Approve", action=ALLOWED),
+    "denied": step("approval.denied", _S, "Approve", severity=LOW, status=FAILURE, action=DENIED),
+}
+REPLIED = step("reply.sent", _S, "Deliver", action=OBSERVED)
+DELIVERED = step("delivery.sent", _S, "Deliver", action=OBSERVED)
+LEASES: Mapping[LeaseStatus, Step] = {
+    "minting": step("credential.minting", _S, "Prepare Privileges", status="Pending", action=OBSERVED),
+    "active": step("credential.issued", _S, 1, action=ALLOWED),
+    "ending": step("lease.ending", _S, "Cut Privileges", action=DENIED),
+    "released": step("credential.released", _S, "Revoke Privileges", action=DENIED),
+    "revoked": step("credential.revoked", _S, "Revoke Privileges", severity=LOW, action=DENIED),
+    "expired": step("lease.expired", _S, "Revoke Privileges", action=DENIED),
+    "aborted": step("credential.aborted", _S, 1, severity=MEDIUM, status=FAILURE, action=DENIED),
+}
+CUT_CONFIRMED = step("cut.confirmed", _S, "Cut Privileges", action=DENIED)
+LEASE_VOID = step("lease.void", _S, "Come Too Late", severity=LOW, status=FAILURE, action=OBSERVED)
+ISSUED_BY_BREAK_GLASS = step("credential.issued", _S, 1, severity=HIGH, action=ALLOWED, alert=True)
+LEASE_FORGOTTEN = step("lease.forgotten", _S, "Forget", action=OBSERVED)
+RELEASE_REQUESTED = step("release.requested", _S, "Request Revocation", status="Requested", action=OBSERVED)
+REVOCATION_REQUESTED = step(
+    "revocation.requested", _S, "Request Revocation", severity=LOW, status="Requested", action=OBSERVED
+)
+KILL_SWITCHED = step(
+    "revocation.requested", _S, "Request Revocation", severity=HIGH, status="Requested", action=OBSERVED, alert=True
+)  # fmt: skip
+
+_KEYS_TOLD = 256
+
+_SELECTED: Mapping[str, tuple[str, str]] = {
+    "agent_id": ("agent", "all leases of agent {}"),
+    "task_id": ("task", "all leases of task {}"),
+    "sponsor": ("sponsor", "all leases of the agents of sponsor {}"),
+    "target_id": ("target", "all leases for target {}"),
+    "user_id": ("on_behalf_of", "all leases on behalf of {}"),
+}
+
+
+def requested(record: Received, facts: RequestFacts, verified: dict[str, Any]) -> Event:
+    """An agent asked for a credential."""
+    how = " by break glass" if facts.break_glass else ""
+    message = (
+        f"agent {facts.agent} asked{how} for {facts.words}, for {facts.ttl_s} s, in task {facts.task}, "
+        f"{_behalf(facts.on_behalf_of)}: {facts.reason}"
+    )
+    own = {
+        "user": user_of(facts.signer),
+        "actor": {"user": user_of(facts.signer), "session": {"uid": facts.task}},
+        "privileges": facts.privileges,
+    }
+    words = {**_words(facts), "ttl_s": facts.ttl_s, "verified": verified}
+    return event(record, REQUESTED, message, own, words, key=facts.agent, correlation=facts.request_id)
+
+
+def decided(
+    record: Received,
+    claims: CredentialDecision,
+    decision_digest: str,
+    facts: RequestFacts | None,
+    verified: dict[str, Any],
+) -> Event:
+    """Policy answered a request. Without `facts` the embedded request did not verify: it is named by its id alone."""
+    kind = DECISIONS[claims.outcome]
+    if facts is not None and facts.break_glass and claims.outcome == "approval_required":
+        kind = BREAK_GLASS_ASKED
+    revision = claims.revisions.policy if claims.revisions is not None else None
+    approvers = facts.approvers if facts is not None else ()
+    what = (
+        f"agent {facts.agent}'s request for {facts.words}"
+        if facts is not None
+        else f"request {claims.request_id}"
+    )
+    behalf = _behalf(facts.on_behalf_of) if facts is not None else "by nobody whose signature holds"
+    if claims.outcome == "allowed":
+        message = f"policy allowed {what}, for {claims.ttl_s} s, {behalf}{_approved_by(approvers)}"
+    elif claims.outcome == "denied":
+        message = f"policy refused {what}, {behalf}: {_why(claims.reasons)}"
+    else:
+        until = f", until {moment(claims.expires_at * 1000)}" if claims.expires_at is not None else ""
+        message = (
+            f"policy wants approval ({', '.join(claims.required)}) before it allows {what}, {behalf}{until}"
+        )
+    own: dict[str, Any] = {
+        "user": user_of(facts.signer) if facts is not None else UNKNOWN_USER,
+        "actor": {"user": user_of(claims.iss)},
+        "privileges": facts.privileges if facts is not None else [],
+        "authorizations": [{"decision": claims.outcome}],
+    }
+    if facts is not None:
+        own["actor"]["session"] = {"uid": facts.task}
+    if revision is not None:
+        own["policy"] = _policy(revision)
+    words = {
+        **(_words(facts) if facts is not None else {"request": claims.request_id}),
+        "outcome": claims.outcome,
+        "decision": claims.jti,
+        "decision_digest": decision_digest,
+        "decision_input_digest": claims.input_digest,
+        "policy_revision": revision,
+        "revisions": _revisions(claims),
+        "ttl_s": claims.ttl_s,
+        "delivery": claims.delivery,
+        "required": list(claims.required) or None,
+        "approvers": list(approvers) or None,
+        "grants": _grants_of(claims),
+        "verified": verified,
+    }
+    if facts is not None and facts.break_glass and claims.outcome == "allowed":
+        return break_glass.used(record, claims, facts, words)
+    return event(
+        record,
+        kind,
+        message,
+        own,
+        words,
+        key=facts.agent if facts is not None else claims.request_id,
+        correlation=claims.request_id,
+        reasons=claims.reasons,
+        traceparent=facts.traceparent if facts is not None else None,
+    )
+
+
+def approval_asked(
+    record: Received, claims: ApprovalRequest, facts: RequestFacts, verified: dict[str, Any]
+) -> Event:
+    """Policy asks somebody to approve."""
+    message = (
+        f"{claims.approver} was asked for approval ({', '.join(claims.required)}) of {facts.words} for agent "
+        f"{facts.agent}, for {claims.ttl_s} s, {_behalf(facts.on_behalf_of)}"
+    )
+    own = {
+        "user": user_of(facts.signer),
+        "actor": {"user": user_of(claims.iss), "session": {"uid": facts.task}},
+        "privileges": facts.privileges,
+    }
+    words = {
+        **_words(facts),
+        "asked": claims.approver,
+        "required": list(claims.required),
+        "ttl_s": claims.ttl_s,
+        "delivery": claims.delivery,
+        "policy_revision": claims.revisions.policy,
+        "verified": verified,
+    }
+    return event(
+        record,
+        APPROVAL_ASKED,
+        message,
+        own,
+        words,
+        key=facts.agent,
+        correlation=facts.request_id,
+        reasons=claims.reasons,
+        traceparent=facts.traceparent,
+    )
+
+
+def approval_given(
+    record: Received, claims: Approval, facts: RequestFacts | None, verified: dict[str, Any]
+) -> Event:
+    """A person said yes or no to a request. Without `facts` what they signed is no request that verifies."""
+    who = user_of(claims.iss)
+    what = f"{facts.words} for agent {facts.agent}" if facts is not None else f"request {claims.request_id}"
+    verb = "approved" if claims.verdict == "approved" else "denied"
+    comment = scrubbed(claims.comment) if claims.comment else None
+    message = f"{who['name']} {verb} {what}, for {claims.ttl_s} s"
+    if facts is not None:
+        message += f", {_behalf(facts.on_behalf_of)}"
+    if comment:
+        message += f": {comment}"
+    own: dict[str, Any] = {
+        "user": user_of(facts.signer) if facts is not None else UNKNOWN_USER,
+        "actor": {"user": who},
+        "privileges": facts.privileges if facts is not None else [],
+    }
+    words = {
+        **(_words(facts) if facts is not None else {"request": claims.request_id}),
+        "outcome": claims.verdict,
+        "approvers": [who["name"]] if claims.verdict == "approved" else None,
+        "ttl_s": claims.ttl_s,
+        "delivery": claims.delivery,
+        "policy_revision": claims.revisions.policy,
+        "comment": comment,
+        "verified": verified,
+    }
+    return event(
+        record,
+        APPROVALS[claims.verdict],
+        message,
+        own,
+        words,
+        key=facts.agent if facts is not None else str(who["name"]),
+        correlation=claims.request_id,
+        traceparent=facts.traceparent if facts is not None else None,
+    )
+
+
+def replied(record: Received, request_id: str, facts: RequestFacts | None) -> Event:
+    """A sealed reply was put out for an agent. Nobody but that agent can open it, so this says no more than that."""
+    who = f"agent {facts.agent}" if facts is not None else "the agent that asked"
+    message = f"a sealed reply to request {request_id} was sent to {who}"
+    return _sealed(record, REPLIED, message, request_id, facts)
+
+
+def delivered(record: Received, request_id: str, to: Sequence[str], facts: RequestFacts | None) -> Event:
+    """A credential was put out for gateways. `to`: the keys it says that it is sealed to; audit has none of them."""
+    message = f"the credential of request {request_id} was sealed to the gateways, {len(to)} keys in all"
+    return _sealed(record, DELIVERED, message, request_id, facts, {"sealed_to": sorted(to)[:_KEYS_TOLD]})
+
+
+def _sealed(
+    record: Received,
+    step: Step,
+    message: str,
+    request_id: str,
+    facts: RequestFacts | None,
+    more: Mapping[str, Any] | None = None,
+) -> Event:
+    own: dict[str, Any] = {
+        "user": user_of(facts.signer) if facts is not None else UNKNOWN_USER,
+        "privileges": facts.privileges if facts is not None else [],
+    }
+    known: dict[str, Any] = {"request": request_id}
+    if facts is not None:
+        known = {**_words(facts), "policy_revision": facts.policy_revision}
+    words = {**known, **(more or {}), "verified": {"by": None}}
+    return event(
+        record,
+        step,
+        message,
+        own,
+        words,
+        key=facts.agent if facts is not None else request_id,
+        correlation=request_id,
+        traceparent=facts.traceparent if facts is not None else None,
+    )
+
+
+def leased(
+    record: Received, claims: Lease, lease: LeaseFacts, facts: RequestFacts | None, verified: dict[str, Any]
+) -> Event:
+    """A lease came to another point of its life."""
+    agent = user_of(_agent_id(claims.aud, claims.agent_id))
+    signer = user_of(claims.iss)
+    cause = claims.cause
+    actor = user_of(cause.by) if cause is not None and cause.by is not None else signer
+    session: dict[str, Any] = {"uid": claims.lease_id, "expiration_time": claims.deadline * 1000}
+    if claims.status == "active":
+        session["created_time"] = record.appended_at_ms
+        session["issuer"] = claims.iss
+    if cause is not None:
+        session["expiration_reason"] = cause.kind
+    own: dict[str, Any] = {
+        "user": agent,
+        "actor": {"user": actor, "session": {"uid": claims.task_id}},
+        "session": session,
+        "privileges": lease.privileges,
+    }
+    revision = facts.policy_revision if facts is not None else None
+    if revision is not None and claims.status == "active":
+        own["policy"] = _policy(revision)
+    approvers = facts.approvers if facts is not None else ()
+    words: dict[str, Any] = {
+        "agent": claims.agent_id,
+        "act": list(claims.act),
+        "instance": claims.instance.model_dump() if claims.instance else None,
+        "delegators": delegators_of(claims.delegators),
+        "task": claims.task_id,
+        "sponsor": claims.sponsor,
+        "on_behalf_of": claims.on_behalf_of,
+        "request": claims.request_id,
+        "request_digest": facts.digest if facts is not None else None,
+        "decision": claims.decision_id,
+        "decision_digest": claims.decision_digest,
+        "policy_revision": revision,
+        "lease": claims.lease_id,
+        "seq": claims.seq,
+        "target": claims.target_id,
+        "backend": claims.backend,
+        "delivery": claims.delivery,
+        "permissions": lease.permissions,
+        "outcome": claims.status,
+        "deadline": claims.deadline,
+        "approvers": list(approvers) or None,
+        "grants": list(claims.grants or ()) or None,
+        "cause": cause.kind if cause is not None else None,
+        "ended_by": cause.by if cause is not None else None,
+        "revocation": cause.ref if cause is not None else None,
+        "verified": verified,
+    }
+    message = _lease_sentence(claims, lease.words, str(actor["name"]), approvers)
+    if cause is not None:
+        # The cut was made when it was made; the record of it may have been appended later.
+        words["ended_at_ms"] = cause.at_ms
+        if cause.reason:
+            words["comment"] = scrubbed(cause.reason)
+            message += f": {words['comment']}"
+    loud = claims.break_glass and claims.status == "active"
+    return event(
+        record,
+        ISSUED_BY_BREAK_GLASS if loud else LEASES[claims.status],
+        message,
+        own,
+        words,
+        key=claims.agent_id,
+        correlation=claims.request_id,
+        traceparent=lease.traceparent,
+    )
+
+
+def lease_void(
+    record: Received, claims: Lease, lease: LeaseFacts, about: Mapping[str, Any], verified: dict[str, Any]
+) -> Event:
+    """A revoker's record of a lease arrived after Redis had been rebuilt without it: it ends nothing.
+
+    `about`: the words of the lease.
+    """
+    signer = user_of(claims.iss)
+    own: dict[str, Any] = {
+        "user": user_of(_agent_id(claims.aud, claims.agent_id)),
+        "actor": {"user": signer, "session": {"uid": claims.task_id}},
+        "session": {"uid": claims.lease_id},
+        "privileges": lease.privileges,
+    }
+    words: dict[str, Any] = {
+        **about,
+        "lease": claims.lease_id,
+        "seq": claims.seq,
+        "epoch": claims.epoch,
+        "cause": claims.cause.kind if claims.cause is not None else None,
+        "revocation": claims.cause.ref if claims.cause is not None else None,
+        "outcome": "void",
+        "verified": verified,
+    }
+    why = Reason(
+        code="epoch_over",
+        message=f"it was written to Redis in epoch {claims.epoch}, and Redis was rebuilt before it arrived",
+    )
+    message = f"a record of lease {claims.lease_id} by {signer['name']} came too late and counts for nothing"
+    return event(
+        record, LEASE_VOID, message, own, words, key=claims.agent_id, correlation=claims.request_id,
+        reasons=(why,), traceparent=lease.traceparent,
+    )  # fmt: skip
+
+
+def cut_confirmed(
+    record: Received, claims: RevocationAck, order: Mapping[str, Any], verified: dict[str, Any]
+) -> Event:
+    """A gateway's word that it forwards nothing more of what an order covers.
+
+    `order`: what is known of it.
+    """
+    gateway = user_of(claims.iss)
+    agent = order.get("agent")
+    own: dict[str, Any] = {
+        "user": user_of(_agent_id(claims.aud, agent)) if agent else UNKNOWN_USER,
+        "actor": {"user": gateway},
+        "privileges": [],
+    }
+    if order.get("lease"):
+        own["session"] = {"uid": order["lease"]}
+    words = {
+        **order,
+        "revocation_id": claims.revocation_id,
+        "confirmed_by": claims.iss,
+        "cut_at_ms": claims.cut_at_ms,
+        "outcome": "confirmed",
+        "verified": verified,
+    }
+    what = f"revocation {order.get('revocation', claims.revocation_id)}"
+    message = f"gateway {gateway['name']} forwards nothing more of what {what} covers"
+    key = str(agent or order.get("lease") or gateway["name"])
+    return event(record, CUT_CONFIRMED, message, own, words, key=key, correlation=order.get("request"))
+
+
+def lease_forgotten(record: Received, lease_id: str, about: Mapping[str, Any]) -> Event:
+    """The last record of a lease gave way to a tombstone, long after its end. `about`: the words of the lease, if it is
+    known.
+    """
+    own: dict[str, Any] = {
+        "user": UNKNOWN_USER,
+        "privileges": [],
+        "session": {"uid": lease_id},
+    }
+    words = {**about, "lease": lease_id, "verified": {"by": None}}
+    message = f"the topic keeps nothing more of lease {lease_id}"
+    return event(record, LEASE_FORGOTTEN, message, own, words, key=about.get("agent") or lease_id)
+
+
+def revocation_asked(
+    record: Received,
+    claims: RevocationRequest,
+    lease: LeaseFacts | None,
+    facts: dict[str, Any],
+    verified: dict[str, Any],
+) -> Event:
+    """Somebody asked to end one lease, or all that a selector covers.
+
+    `facts`: the sponsor of the agent that a selector names, and the like; from the records.
+    """
+    who = user_of(claims.iss)
+    released = claims.kind == "release"
+    words: dict[str, Any] = {
+        "revocation": claims.jti,
+        "cause": claims.kind,
+        "comment": scrubbed(claims.reason),
+    }
+    own: dict[str, Any] = {"actor": {"user": who}, "user": UNKNOWN_USER, "privileges": []}
+    if claims.lease_id is not None:
+        kind = RELEASE_REQUESTED if released else REVOCATION_REQUESTED
+        what = f"lease {claims.lease_id}"
+        own["session"] = {"uid": claims.lease_id}
+        words["lease"] = claims.lease_id
+        if lease is not None:
+            what += f" of agent {lease.agent} for {lease.target}"
+            own["privileges"] = lease.privileges
+            own["user"] = user_of(_agent_id(claims.aud, lease.agent))
+            own["actor"]["session"] = {"uid": lease.task}
+            words |= {
+                "agent": lease.agent,
+                "act": list(lease.act),
+                "delegators": delegators_of(lease.delegators),
+                "task": lease.task,
+                "sponsor": lease.sponsor,
+                "on_behalf_of": lease.on_behalf_of,
+                "request": lease.request_id,
+                "target": lease.target,
+                "permissions": lease.permissions,
+            }
+    else:
+        assert claims.selector is not None
+        what, selected = _selected(claims.selector)
+        kind = KILL_SWITCHED if claims.selector.all else REVOCATION_REQUESTED
+        words |= selected
+        words["selector"] = claims.selector.model_dump(exclude_none=True, exclude_defaults=True)
+        if "agent" in selected:
+            own["user"] = user_of(_agent_id(claims.aud, selected["agent"]))
+    words |= {name: value for name, value in facts.items() if name not in words}
+    words["verified"] = verified
+    message = f"{who['name']} asked to end {what} ({claims.kind}): {words['comment']}"
+    key = words.get("agent") or claims.lease_id or str(who["name"])
+    correlation = words.get("request") or words.get("task") or claims.jti
+    trace = lease.traceparent if lease is not None else None
+    return event(record, kind, message, own, words, key=key, correlation=correlation, traceparent=trace)
+
+
+def _words(facts: RequestFacts) -> dict[str, Any]:
+    return {
+        "break_glass": True if facts.break_glass else None,
+        "agent": facts.agent,
+        "act": list(facts.act),
+        "instance": facts.instance,
+        "task": facts.task,
+        "sponsor": facts.sponsor,
+        "on_behalf_of": facts.on_behalf_of,
+        "request": facts.request_id,
+        "request_digest": facts.digest,
+        "target": facts.target,
+        "permissions": facts.permissions,
+        "delivery": facts.delivery,
+    }
+
+
+def _lease_sentence(claims: Lease, scope: str, by: str, approvers: tuple[str, ...]) -> str:
+    what = f"credential lease {claims.lease_id}"
+    match claims.status:
+        case "active":
+            return (
+                f"agent {claims.agent_id} was issued {what} for {scope}, until {moment(claims.deadline * 1000)}, "
+                f"on behalf of {claims.on_behalf_of}{_approved_by(approvers)}"
+            )
+        case "minting":
+            return f"a credential is being made for agent {claims.agent_id}: {what} for {scope}"
+        case "aborted":
+            return f"making {what} for agent {claims.agent_id} failed; it was undone"
+        case "ending":
+            return f"{what} of agent {claims.agent_id} for {scope} was cut{_by_whom(claims, by)}"
+        case "expired":
+            return (
+                f"{what} of agent {claims.agent_id} for {scope} expired at its deadline, "
+                f"{moment(claims.deadline * 1000)}"
+            )
+        case _:
+            return f"{what} of agent {claims.agent_id} for {scope} was {claims.status}{_by_whom(claims, by)}"
+
+
+def _by_whom(claims: Lease, by: str) -> str:
+    if claims.cause is None:
+        return ""
+    if claims.cause.kind == "deadline":
+        return " at its deadline"
+    return f" by {by} ({claims.cause.kind})"
+
+
+def _selected(selector: Selector) -> tuple[str, dict[str, Any]]:
+    for name, (word, sentence) in _SELECTED.items():
+        value = getattr(selector, name)
+        if value is not None:
+            return sentence.format(value), {word: value}
+    return "all leases there are", {}
+
+
+def _policy(revision: str) -> dict[str, Any]:
+    return {"name": "Ringfence policy bundle", "uid": revision, "is_applied": True}
+
+
+def _behalf(user: str | None) -> str:
+    return f"on behalf of {user}" if user else "on behalf of nobody known"
+
+
+def _approved_by(approvers: tuple[str, ...]) -> str:
+    return f", approved by {' and '.join(approvers)}" if approvers else ""
+
+
+def _why(reasons: tuple[Any, ...]) -> str:
+    return scrubbed("; ".join(reason.message for reason in reasons)) or "no reason was given"
+
+
+def _revisions(decision: CredentialDecision) -> dict[str, Any] | None:
+    seen = decision.revisions
+    return seen.model_dump(mode="json", exclude_none=True) if seen is not None else None
+
+
+def _grants_of(decision: CredentialDecision) -> list[str] | None:
+    """The ids of the grants that a decision names; policy's word, as the decision is."""
+    try:
+        return [id_of(parse(one).unverified_claims(Grant)) for one in decision.grants or ()] or None
+    except InvalidMessageError:
+        return None
+
+
+def _agent_id(trust_domain: str, agent: str) -> str:
+    return f"spiffe://{trust_domain}/agent/{agent}"

@@ -1,0 +1,462 @@
+"""Commands and records of users, agents, targets and tasks as Entity Management events (3004).
+
+A command is status `Requested`, whatever comes of it; the record that follows from it is status Success, and a refusal
+by the registry is status Failure. So one change is one success.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ringfence.audit.events.ocsf import (
+    ENTITY_MANAGEMENT,
+    FAILURE,
+    HIGH,
+    INFORMATIONAL,
+    LOW,
+    MEDIUM,
+    Event,
+    event,
+    in_words,
+    moment,
+    permission,
+    scrubbed,
+    step,
+    user_of,
+)
+from ringfence.audit.events.subjects import of_task
+from ringfence.kernel.base.ids import message_id
+from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.credential import Reason
+from ringfence.messages.keys import KeyRecord
+from ringfence.messages.operations import ServiceEvent
+from ringfence.messages.registry import (
+    AgentRegister,
+    AgentRotateKey,
+    AgentSetCeiling,
+    AgentState,
+    AgentTransfer,
+    AnyRecord,
+    AnyState,
+    ProvisionerLink,
+    ProvisionerSet,
+    TargetRemove,
+    TargetSet,
+    TargetState,
+    TaskAssign,
+    TaskDelegate,
+    TaskEnd,
+    TaskState,
+    UserDisable,
+    UserSet,
+    UserState,
+)
+from ringfence.model.lifecycle import agents_of
+
+if TYPE_CHECKING:
+    from ringfence.kernel.kafka.producer import Received
+
+
+@dataclass(frozen=True, slots=True)
+class _Verb:
+    """How a command reads in the imperative and in the past, and which activity it is."""
+
+    activity: int
+    ask: str
+    done: str
+    code: str
+    severity: int = INFORMATIONAL
+
+
+_VERBS: Mapping[str, _Verb] = {
+    "user.set": _Verb(3, "set", "changed", "user.changed", LOW),
+    "provisioner.set": _Verb(3, "set", "changed", "provisioner.changed", MEDIUM),
+    "provisioner.link": _Verb(3, "link groups of", "told of its groups", "provisioner.linked"),
+    "user.disable": _Verb(9, "disable", "disabled", "user.disabled", LOW),
+    "agent.register": _Verb(1, "register", "registered", "agent.registered"),
+    "agent.set-attestation": _Verb(
+        3,
+        "set who attests instances of",
+        "told anew who attests its instances",
+        "agent.attestation_set",
+        MEDIUM,
+    ),
+    "agent.activate": _Verb(10, "activate", "activated", "agent.activated"),
+    "agent.rotate-key": _Verb(3, "rotate a key of", "given another key", "agent.key_rotated", LOW),
+    "agent.set-ceiling": _Verb(3, "set the ceiling of", "given another ceiling", "agent.ceiling_set", LOW),
+    "agent.transfer": _Verb(3, "transfer", "transferred", "agent.transferred", LOW),
+    "agent.suspend": _Verb(12, "suspend", "suspended", "agent.suspended", MEDIUM),
+    "agent.resume": _Verb(13, "resume", "resumed", "agent.resumed", LOW),
+    "agent.decommission": _Verb(4, "decommission", "decommissioned", "agent.decommissioned", LOW),
+    "target.set": _Verb(3, "set", "changed", "target.changed", LOW),
+    "target.remove": _Verb(4, "remove", "removed", "target.removed", LOW),
+    "task.assign": _Verb(1, "assign", "assigned", "task.assigned"),
+    "task.delegate": _Verb(1, "hand on", "handed on", "task.delegated"),
+    "task.end": _Verb(11, "end", "ended", "task.ended"),
+}
+_E = ENTITY_MANAGEMENT
+_COMMANDED = {typ: step(typ, _E, verb.activity, status="Requested") for typ, verb in _VERBS.items()}
+_DONE = {typ: step(verb.code, _E, verb.activity, severity=verb.severity) for typ, verb in _VERBS.items()}
+_CREATED = {
+    "user.set": step("user.created", _E, 1, severity=LOW),
+    "provisioner.set": step("provisioner.created", _E, 1, severity=MEDIUM),
+    "target.set": step("target.created", _E, 1, severity=LOW),
+}
+_COMPROMISED = step("agent.key_compromised", _E, 3, severity=HIGH, alert=True)
+_REFUSED = {
+    typ: step("command.refused", _E, verb.activity, severity=LOW, status=FAILURE)
+    for typ, verb in _VERBS.items()
+}
+_REFUSED_ENTITY = step("command.refused", _E, "Refuse Command", severity=LOW, status=FAILURE)
+_ACCEPTED = step("command.accepted", _E, "Accept Command")
+_FELL = step("record.revision_fell", _E, "Refuse Record", severity=HIGH, status=FAILURE, alert=True)
+
+
+def command_typs() -> frozenset[str]:
+    """The names of all commands that these events are about."""
+    return frozenset(_VERBS)
+
+
+def commanded(
+    record: Received,
+    claims: ExpiringClaims,
+    verified: dict[str, Any],
+    *,
+    sponsor: str | None,
+    consent_by: str | None,
+    task: TaskState | None,
+    parent: TaskState | None = None,
+) -> Event:
+    """Somebody gave a command; what comes of it is not known yet.
+
+    Args:
+        sponsor: the sponsor of the agent that it is about, by the records.
+        consent_by: who validly signed the embedded consent.
+        task: the task that it ends, by the records.
+        parent: the task that it hands on a part of, by the records.
+    """
+    kind, id, words = subject_of_command(claims)
+    if task is not None:
+        words |= of_task(task)
+    if parent is not None:
+        words |= {"on_behalf_of": parent.on_behalf_of, "act": [words["agent"], *agents_of(parent)]}
+    words.setdefault("sponsor", sponsor)
+    actor = user_of(claims.iss)
+    message = f"{actor['name']} asked to {_VERBS[claims.typ].ask} {kind} {id}{_terms(claims)}"
+    if isinstance(claims, AgentTransfer):
+        words |= _consent_to(claims, consent_by)
+        message += _consent_in_words(claims, consent_by)
+    own: dict[str, Any] = {
+        "actor": {"user": actor},
+        "entity": _entity(claims.aud, kind, id),
+    }
+    reason = getattr(claims, "reason", None)
+    if reason:
+        own["comment"] = scrubbed(reason)
+        message += f": {own['comment']}"
+    words.setdefault("consent_by", consent_by)
+    words |= {"command": claims.jti, "verified": verified}
+    key = words.get("agent") or id
+    correlation = _correlation(words, claims)
+    return event(record, _COMMANDED[claims.typ], message, own, words, key=key, correlation=correlation)
+
+
+def recorded(
+    record: Received,
+    claims: AnyRecord,
+    by: ExpiringClaims,
+    verified: dict[str, Any],
+    *,
+    sponsor: str | None,
+    sponsors: Sequence[str] | None = None,
+) -> Event:
+    """The registry published a record: a command was carried out.
+
+    Args:
+        by: the last command that it embeds, verified.
+        sponsor: the sponsor of a task's agent, by the records.
+        sponsors: those of all agents that a task came through, where it was handed on.
+    """
+    state = claims.state
+    kind, id, words = _subject_of_state(state)
+    words.setdefault("sponsor", sponsor)
+    actor = user_of(by.iss)
+    created = claims.revision == 1 and by.typ in _CREATED
+    done = "created" if created else _VERBS[by.typ].done
+    message = f"{kind} {id} was {done} by {actor['name']}{_standing(state, by)}"
+    if isinstance(by, AgentTransfer):
+        # The chain of the record holds, and so does the consent that it embeds.
+        consent_by = by.sponsor if by.consent else None
+        words |= _consent_to(by, consent_by)
+        message += _consent_in_words(by, consent_by)
+    own: dict[str, Any] = {
+        "actor": {"user": actor},
+        "entity": _entity(claims.aud, kind, id),
+        "entity_result": {
+            **_entity(claims.aud, kind, id),
+            "version": str(claims.revision),
+            "data": _data(state),
+        },
+    }
+    reason = getattr(by, "reason", None)
+    if reason:
+        own["comment"] = scrubbed(reason)
+        message += f": {own['comment']}"
+    words["sponsors"] = list(sponsors) if sponsors else None
+    words |= {"revision": claims.revision, "status": state.status, "command": by.jti, "verified": verified}
+    compromised = isinstance(by, AgentRotateKey) and by.compromised
+    return event(
+        record,
+        _COMPROMISED if compromised else (_CREATED if created else _DONE)[by.typ],
+        message,
+        own,
+        words,
+        key=words.get("agent") or id,
+        correlation=_correlation(words, by),
+    )
+
+
+def revision_fell(record: Received, claims: AnyRecord, known: int, verified: dict[str, Any]) -> Event:
+    """A record with a lower revision than one seen before: readers refuse it, no honest registry writes it."""
+    kind, id, words = _subject_of_state(claims.state)
+    message = (
+        f"a record of {kind} {id} with revision {claims.revision} came after revision {known}; it is refused"
+    )
+    own = {"entity": _entity(claims.aud, kind, id)}
+    words |= {"revision": claims.revision, "known_revision": known, "verified": verified}
+    why = Reason(code="revision_fell", message=message)
+    return event(record, _FELL, message, own, words, key=words.get("agent") or id, reasons=(why,))
+
+
+def answered(
+    record: Received, claims: ServiceEvent, about: dict[str, Any], verified: dict[str, Any]
+) -> Event:
+    """The registry accepted or refused a command. `about`: sponsor and the like of its agent, from the records."""
+    kind = claims.subject.partition(".")[0]
+    id = claims.agent_id or claims.task_id or claims.result or claims.ref or "unknown"
+    who = user_of(claims.actor)["name"] if claims.actor else "nobody known"
+    own: dict[str, Any] = {
+        "actor": {"user": user_of(claims.iss)},
+        "entity": {"name": id, "type_id": 99, "type": kind.capitalize() or "Command"},
+    }
+    if claims.kind == "accepted":
+        chosen = _ACCEPTED
+        message = f"the registry accepted {claims.subject} by {who}, about {id}"
+    else:
+        chosen = _REFUSED.get(claims.subject, _REFUSED_ENTITY)
+        said = "; ".join(reason.message for reason in claims.reasons) or "no reason was given"
+        message = f"the registry refused {claims.subject} by {who}: {scrubbed(said)}"
+    words = {
+        "agent": claims.agent_id,
+        "task": claims.task_id,
+        **about,
+        "command": claims.ref,
+        "given_by": claims.actor,
+        "result": claims.result,
+        "outcome": claims.kind,
+        "verified": verified,
+    }
+    return event(
+        record,
+        chosen,
+        message,
+        own,
+        words,
+        key=claims.agent_id or id,
+        correlation=claims.task_id or claims.agent_id or claims.ref,
+        reasons=claims.reasons,
+    )
+
+
+def subject_of_command(claims: ExpiringClaims) -> tuple[str, str, dict[str, Any]]:
+    """(kind, id, words) of what a command is about."""
+    match claims:
+        case UserSet() | UserDisable():
+            return "user", claims.user_id, {"user": claims.user_id}
+        case ProvisionerSet() | ProvisionerLink():
+            return "user", claims.provisioner_id, {"user": claims.provisioner_id}
+        case TargetSet() | TargetRemove():
+            return "target", claims.target_id, {"target": claims.target_id}
+        case TaskAssign():
+            id = message_id(claims.iss, claims.jti)
+            return "task", id, {
+                "task": id,
+                "agent": claims.terms.agent_id,
+                "act": [claims.terms.agent_id],
+                "on_behalf_of": claims.on_behalf_of,
+                "permissions": [permission(one) for one in claims.terms.scope],
+            }  # fmt: skip
+        case TaskDelegate():
+            id = message_id(claims.iss, claims.jti)
+            return "task", id, {
+                "task": id,
+                "parent": claims.parent,
+                "agent": claims.terms.agent_id,
+                "permissions": [permission(one) for one in claims.terms.scope],
+            }  # fmt: skip
+        case TaskEnd():
+            return "task", claims.task_id, {"task": claims.task_id}
+        case AgentRegister() | AgentTransfer():
+            return "agent", claims.agent_id, {"agent": claims.agent_id, "sponsor": claims.sponsor}
+        case _:
+            agent = str(getattr(claims, "agent_id", "unknown"))
+            return "agent", agent, {"agent": agent}
+
+
+def _subject_of_state(state: AnyState) -> tuple[str, str, dict[str, Any]]:
+    match state:
+        case UserState():
+            return "user", state.user_id, {"user": state.user_id}
+        case AgentState():
+            return "agent", state.agent_id, {"agent": state.agent_id, "sponsor": state.sponsor}
+        case TargetState():
+            return "target", state.target_id, {"target": state.target_id}
+        case TaskState():
+            return "task", state.task_id, {
+                "task": state.task_id,
+                "parent": state.parent,
+                "agent": state.agent_id,
+                "act": list(agents_of(state)),
+                "on_behalf_of": state.on_behalf_of,
+                "assigned_by": state.assigned_by,
+                "permissions": [permission(one) for one in state.scope],
+            }  # fmt: skip
+
+
+def _correlation(words: dict[str, Any], claims: ExpiringClaims) -> str:
+    return str(words.get("task") or words.get("agent") or claims.jti)
+
+
+def _terms(claims: ExpiringClaims) -> str:
+    match claims:
+        case AgentRegister() | AgentTransfer():
+            return f", sponsor {claims.sponsor}"
+        case AgentSetCeiling():
+            return f" to {in_words(claims.ceiling)}"
+        case AgentRotateKey():
+            old = "all others" if claims.replaces is None else ", ".join(claims.replaces)
+            how = "compromised" if claims.compromised else f"which count for {claims.overlap_s} s yet"
+            return f": {claims.key.kid} in the place of {old}, {how}"
+        case UserSet():
+            return (
+                f", roles {', '.join(claims.roles) or 'none'}, may do {in_words(claims.entitlements.scope)}"
+            )
+        case ProvisionerSet():
+            return "".join(
+                f"; group {scrubbed(one.group)} may give roles {', '.join(one.roles) or 'none'}, {in_words(one.scope)}"
+                for one in claims.delegation.groups
+            )
+        case TaskAssign():
+            terms = claims.terms
+            return (
+                f" to agent {terms.agent_id} on behalf of {claims.on_behalf_of}, for {in_words(terms.scope)}, until "
+                f"{moment(terms.not_after * 1000)}: {scrubbed(terms.purpose)}"
+            )
+        case TaskDelegate():
+            terms = claims.terms
+            return (
+                f" as a part of task {claims.parent} to agent {terms.agent_id}, for {in_words(terms.scope)}, until "
+                f"{moment(terms.not_after * 1000)}: {scrubbed(terms.purpose)}"
+            )
+        case _:
+            return ""
+
+
+def _consent_to(claims: AgentTransfer, consent_by: str | None) -> dict[str, Any]:
+    """Who agreed to answer for an agent: by a consent, or by signing its transfer themself; or that nobody did."""
+    themself = claims.iss == f"spiffe://{claims.aud}/user/{claims.sponsor}"
+    agreed = consent_by or (claims.sponsor if themself else None)
+    return {"consent_by": agreed} if agreed else {"without_consent": True}
+
+
+def _consent_in_words(claims: AgentTransfer, consent_by: str | None) -> str:
+    agreed = "consent_by" in _consent_to(claims, consent_by)
+    return ", who consented" if agreed else ", without their consent"
+
+
+def _standing(state: AnyState, by: ExpiringClaims) -> str:
+    if isinstance(by, TaskDelegate) and isinstance(state, TaskState):
+        return f"{_terms(by)} (on behalf of {state.on_behalf_of})"
+    if isinstance(state, TaskState) and isinstance(by, TaskAssign):
+        return _terms(by)
+    if isinstance(by, TaskEnd) and isinstance(state, TaskState):
+        return f" (agent {state.agent_id}, on behalf of {state.on_behalf_of})"
+    if isinstance(
+        by, AgentRegister | AgentTransfer | AgentSetCeiling | AgentRotateKey | UserSet | ProvisionerSet
+    ):
+        return _terms(by)
+    return ""
+
+
+def _entity(trust_domain: str, kind: str, id: str) -> dict[str, Any]:
+    spiffe = f"spiffe://{trust_domain}/{kind}/{id}"
+    if kind == "user":
+        return {"name": id, "uid": spiffe, "type_id": 2, "type": "User", "user": user_of(spiffe)}
+    named: dict[str, Any] = {"name": id, "uid": spiffe, "type_id": 99, "type": kind.capitalize()}
+    if kind == "agent":
+        named["user"] = user_of(spiffe)
+    return named
+
+
+def _provisioning(state: UserState) -> dict[str, Any]:
+    """Whence a user comes, or what a provisioner may do. Not how their directory names them: that is for it to say."""
+    if state.provisioned is not None:
+        return {"provisioner": state.provisioned.by, "groups": list(state.provisioned.groups)}
+    if state.delegation is not None:
+        return {"delegated": [one.model_dump(mode="json") for one in state.delegation.groups]}
+    return {}
+
+
+def _data(state: AnyState) -> dict[str, Any]:
+    """What a record says, for whoever investigates. Public keys by their names; backends without their settings."""
+    match state:
+        case UserState():
+            return {
+                "name": state.name,
+                "roles": list(state.roles),
+                "keys": _keys(state.keys),
+                "entitlements": [permission(one) for one in state.entitlements.scope],
+                "entitlements_source": state.entitlements.source,
+                "entitlements_as_of": state.entitlements.as_of,
+                "status": state.status,
+                **_provisioning(state),
+            }
+        case AgentState():
+            return {
+                "sponsor": state.sponsor,
+                **({"without_consent": True} if state.without_consent else {}),
+                "description": scrubbed(state.description),
+                "keys": _keys(state.keys),
+                "replaced": list(state.replaced),
+                "compromised": list(state.compromised),
+                "ceiling": [permission(one) for one in state.ceiling],
+                "attestation": [selector.model_dump() for selector in state.attestation],
+                "status": state.status,
+            }
+        case TargetState():
+            return {
+                "description": scrubbed(state.description),
+                "backend": state.backend.kind,
+                "audience": state.backend.audience,
+                "floors": {floor.verb: floor.floor for floor in state.verbs},
+                "max_ttl_s": state.max_ttl_s,
+                "keys": _keys(state.keys),
+                "status": state.status,
+            }
+        case TaskState():
+            return {
+                "agent": state.agent_id,
+                "purpose": scrubbed(state.purpose),
+                "scope": [permission(one) for one in state.scope],
+                "not_after": state.not_after,
+                "on_behalf_of": state.on_behalf_of,
+                "assigned_by": state.assigned_by,
+                "parent": state.parent,
+                "status": state.status,
+            }
+
+
+def _keys(keys: tuple[KeyRecord, ...]) -> list[dict[str, Any]]:
+    return [{"kid": key.kid, "not_before": key.not_before, "not_after": key.not_after} for key in keys]

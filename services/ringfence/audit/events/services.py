@@ -1,0 +1,256 @@
+"""What services say about themselves, and what nobody is believed to have said: Authentication events (3002).
+
+Every signature is a logon of sorts: somebody proves who they are, to act once. So a record whose signature does not
+hold, or that is a replay, is a failed logon of an unknown user; a service that starts or stops logs on or off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ringfence import __version__
+from ringfence.audit.events.ocsf import (
+    AUTHENTICATION,
+    AUTHORIZE_SESSION,
+    DENIED,
+    FAILURE,
+    HIGH,
+    LOW,
+    MEDIUM,
+    UNKNOWN_USER,
+    Event,
+    Step,
+    event,
+    scrubbed,
+    step,
+    user_of,
+)
+from ringfence.audit.memory import Sighting
+from ringfence.kernel.base.text import with_article
+from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
+from ringfence.messages.lease import LeaseEpoch
+from ringfence.messages.operations import DeadLetter, ServiceEvent
+
+if TYPE_CHECKING:
+    from ringfence.kernel.kafka.producer import Received
+
+_A = AUTHENTICATION
+_STARTED = step("service.started", _A, 1)
+_STOPPED = step("service.stopped", _A, 2)
+_REPLAY_REPORTED = step("message.replayed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED)
+_FINDING = step("finding", _A, "Finding", severity=HIGH, status=FAILURE, alert=True)
+_KEY_ENDING = step("key.ending", _A, "Warn", severity=MEDIUM, alert=True)
+_DEAD_LETTER = step("record.dead_lettered", _A, "Dead Letter", severity=LOW, status=FAILURE, action=DENIED)
+_MALFORMED = step("record.not_believed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED)
+_FORGED = step("record.not_believed", _A, 1, severity=HIGH, status=FAILURE, action=DENIED, alert=True)
+_EXPIRED = step("message.expired", _A, 1, severity=LOW, status=FAILURE, action=DENIED)
+_REPLAYED = step("message.replayed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED, alert=True)
+_EPOCH = step("lease.epoch", _A, "Rebuild", severity=LOW)
+_REPEATED = step("message.repeated", _A, "Repeat")
+_OUTCOMES: Mapping[str, Step] = {
+    "accepted": step("message.accepted", AUTHORIZE_SESSION, "Accept"),
+    "refused": step(
+        "message.refused", AUTHORIZE_SESSION, "Refuse", severity=LOW, status=FAILURE, action=DENIED
+    ),
+}
+_CREDENTIAL_REFUSED = step(
+    "credential.refused", AUTHORIZE_SESSION, 1, severity=LOW, status=FAILURE, action=DENIED
+)
+_ASKS_FOR_A_CREDENTIAL = frozenset({CredentialRequest.typ, CredentialDecision.typ})
+
+# The texts of errors can quote what a stranger wrote, so the events have these instead.
+_WHY: Mapping[str, str] = {
+    "not_a_jws": "it is not a JWS in compact serialisation",
+    "not_json": "it is not the JSON that belongs there",
+    "not_a_jwe": "it is not a JWE in compact serialisation",
+    "too_large": "it is larger than any message may be",
+    "typ_unexpected": "its typ names another message",
+    "claims_invalid": "its claims are not those of the message",
+    "aud_unexpected": "it is for another trust domain",
+    "key_unknown": "no key that may sign it signed it",
+    "alg_unexpected": "its alg is not that of the key",
+    "signature_invalid": "its signature does not verify",
+    "chain_broken": "the commands that it embeds do not hold",
+    "enrolment_invalid": "the enrolment of an instance in it does not hold",
+    "enrolment_ended": "the enrolment of an instance in it is over",
+    "issuer_untrusted": "the enrolment of an instance in it rests on an issuer that is not believed",
+    "wrong_subject": "it is about another subject than it says",
+    "tombstone": "it deletes a record, which nobody may",
+}
+_FORGERIES = frozenset(
+    {
+        "key_unknown",
+        "alg_unexpected",
+        "signature_invalid",
+        "chain_broken",
+        "enrolment_invalid",
+        "wrong_subject",
+        "tombstone",
+    }
+)
+
+
+def not_believed(record: Received, code: str) -> Event:
+    """A record that nobody is believed to have written. It is attributed to its coordinates, and to nobody else."""
+    why = _WHY.get(code, "it could not be read")
+    message = (
+        f"a record on {record.topic.what} (partition {record.partition}, offset {record.offset}) was seen and not "
+        f"believed: {why}"
+    )
+    own = {"user": UNKNOWN_USER, "service": _service(record), **_PROTOCOL}
+    words = {"verified": {"by": None}, "outcome": "not_believed", "size_bytes": len(record.value)}
+    kind = _FORGED if code in _FORGERIES else _MALFORMED
+    reason = Reason(code=code, message=why)
+    return event(record, kind, message, own, words, key=record.topic.what, reasons=(reason,))
+
+
+def expired(record: Received, iss: str, code: str, words: dict[str, Any], verified: dict[str, Any]) -> Event:
+    """A message whose signature holds, but that reached the broker outside its time."""
+    who = user_of(iss)
+    why = Reason(code=code, message="it reached the broker outside the time that its signer gave it")
+    message = f"{with_article(record.topic.what)} by {who['name']} counts for nothing: {why.message}"
+    own = {"user": who, "actor": {"user": who}, "service": _service(record), **_PROTOCOL}
+    said = {**words, "outcome": "expired", "verified": verified}
+    return event(record, _EXPIRED, message, own, said, key=_key(words, who), reasons=(why,))
+
+
+def replayed(
+    record: Received,
+    iss: str,
+    first: Sighting,
+    *,
+    same: bool,
+    words: dict[str, Any],
+    verified: dict[str, Any],
+) -> Event:
+    """A signed message that stands at other coordinates too. Whoever put it there again is not known.
+
+    Services publish a record again where they do not know whether it arrived: `same` bytes by a service are no alarm.
+    """
+    who = user_of(iss)
+    by_service = who["type"] == "System"
+    where = f"partition {first.partition}, offset {first.offset}"
+    words = {
+        **words,
+        "outcome": "replayed",
+        "first_seen": {"partition": first.partition, "offset": first.offset},
+        "verified": verified,
+    }
+    if by_service and same:
+        message = (
+            f"{with_article(record.topic.what)} record by {who['name']} stands there twice ({where}); "
+            "it changes nothing"
+        )
+        own = {"user": who, "service": _service(record), **_PROTOCOL}
+        return event(record, _REPEATED, message, own, words, key=_key(words, who))
+    why = Reason(code="replayed", message=f"the same message was seen before, at {where}")
+    message = (
+        f"{with_article(record.topic.what)} signed by {who['name']} was replayed, by whom is not known; "
+        f"first at {where}"
+    )
+    own = {"user": UNKNOWN_USER, "service": _service(record), **_PROTOCOL}
+    return event(record, _REPLAYED, message, own, words, key=_key(words, who), reasons=(why,))
+
+
+def reported(
+    record: Received,
+    claims: ServiceEvent,
+    words: dict[str, Any],
+    verified: dict[str, Any],
+    traceparent: str | None,
+) -> Event:
+    """What a service said, other than its answers to commands (see `registry_events.answered`).
+
+    Args:
+        words: agent, sponsor, task, lease and the like that it is about, as far as they are known.
+        traceparent: the trace of the request that it is about, where that is known.
+    """
+    who = user_of(claims.iss)
+    about = {
+        "agent": claims.agent_id,
+        "task": claims.task_id,
+        "request": claims.request_id,
+        "lease": claims.lease_id,
+        **words,
+        "subject": claims.subject,
+        "given_by": claims.actor,
+        "result": claims.result,
+        "instance": claims.enrolled.model_dump(exclude={"enrolled_at"}) if claims.enrolled else None,
+        "outcome": claims.kind,
+        "about": claims.source.model_dump(exclude_none=True) if claims.source is not None else None,
+        "verified": verified,
+    }
+    agent = about["agent"]
+    rest: dict[str, Any] = {
+        "key": agent or str(who["name"]),
+        "correlation": about["request"] or about["task"] or claims.ref,
+        "reasons": claims.reasons,
+        "traceparent": traceparent,
+    }
+    said = scrubbed("; ".join(reason.message for reason in claims.reasons))
+    by = f" by {user_of(claims.actor)['name']}" if claims.actor else ""
+    if claims.kind in _OUTCOMES:
+        message = f"{who['name']} {claims.kind} {claims.subject}{by}" + (f": {said}" if said else "")
+        user = user_of(f"spiffe://{claims.aud}/agent/{agent}") if agent else UNKNOWN_USER
+        own: dict[str, Any] = {"user": user, "actor": {"user": who}, "privileges": []}
+        if claims.lease_id:
+            own["session"] = {"uid": claims.lease_id}
+        kind = _OUTCOMES[claims.kind]
+        if claims.kind == "refused" and claims.subject in _ASKS_FOR_A_CREDENTIAL:
+            kind = _CREDENTIAL_REFUSED
+        return event(record, kind, message, own, about, **rest)
+    own = {"user": who, "actor": {"user": who}, "service": _service(record), **_PROTOCOL}
+    match claims.kind:
+        case "started" | "stopped":
+            kind = _STARTED if claims.kind == "started" else _STOPPED
+            message = f"service {who['name']} {claims.kind}"
+            own |= {"logon_type_id": 5, "logon_type": "OS Service"}
+        case "replayed":
+            kind = _REPLAY_REPORTED
+            message = f"{who['name']} saw a replay of {claims.subject}{by}" + (f": {said}" if said else "")
+        case _:
+            kind = _KEY_ENDING if {reason.code for reason in claims.reasons} == {"key_ending"} else _FINDING
+            message = f"{who['name']} found: {said or claims.subject}"
+    return event(record, kind, message, own, about, **rest)
+
+
+def epoch_began(record: Received, claims: LeaseEpoch, verified: dict[str, Any]) -> Event:
+    """Redis is being rebuilt from Kafka: what was written to the one before, and is not on Kafka yet, is void."""
+    who = user_of(claims.iss)
+    message = (
+        f"{who['name']} rebuilds Redis from Kafka: epoch {claims.epoch} begins in partition {claims.partition} of "
+        f"{record.topic.what}"
+    )
+    own = {"user": who, "actor": {"user": who}, "service": _service(record), **_PROTOCOL}
+    words = {"epoch": claims.epoch, "outcome": "began", "verified": verified}
+    return event(record, _EPOCH, message, own, words, key=str(who["name"]))
+
+
+def dead_lettered(record: Received, claims: DeadLetter) -> Event:
+    """A service could do nothing with a record. The letter is not signed: it says what its writer says."""
+    source = claims.source
+    message = (
+        f"{claims.service} is said to have dead-lettered a record of {source.topic} (partition {source.partition}, "
+        f"offset {source.offset}): {scrubbed(claims.reason)}"
+    )
+    own = {"user": UNKNOWN_USER, "service": _service(record), **_PROTOCOL}
+    words = {
+        "about": source.model_dump(exclude_none=True),
+        "said_by": claims.service,
+        "outcome": "dead_lettered",
+        "verified": {"by": None},
+    }
+    why = Reason(code=claims.code, message=claims.reason[:2048])
+    return event(record, _DEAD_LETTER, message, own, words, key=record.topic.what, reasons=(why,))
+
+
+_PROTOCOL = {"auth_protocol_id": 99, "auth_protocol": "JWS"}
+
+
+def _service(record: Received) -> dict[str, Any]:
+    return {"name": f"Ringfence {record.topic.what}", "uid": record.topic_name, "version": __version__}
+
+
+def _key(words: dict[str, Any], who: dict[str, Any]) -> str:
+    return str(words.get("agent") or who["name"])

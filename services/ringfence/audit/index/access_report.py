@@ -1,0 +1,153 @@
+"""Who did something at a target, and who held a credential for it, by what audit read. Pure: events in, counts out.
+
+Each line leads to people: the sponsor of the agent, and the user on whose behalf it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from ringfence.audit.index.store import ENDED, ISSUED
+from ringfence.messages.permission import Permission
+from ringfence.model.scope.scope import intersect
+
+Event = Mapping[str, Any]
+BY: Final = ("agent", "sponsor", "on_behalf_of")
+"""What is counted together. Each may be None, where that is not known."""
+HELD_BEFORE_MS: Final = 86_400_000
+"""Leases that were issued so long before a span may reach into it, and are looked at."""
+_COUNTS: Final = ("allowed", "denied", "observed", "leases", "handed_out", "unverified")
+_OUTCOMES: Final = frozenset({"allowed", "denied", "observed"})
+
+
+def who_did(
+    events: Sequence[Event], known: Iterable[Event], wanted: Permission, since_ms: int
+) -> list[dict[str, Any]]:
+    """The lines of some actions and issues, in the order of their firsts.
+
+    `events` are of the target that is `wanted`, and of `HELD_BEFORE_MS` before `since_ms` as well; `known` are the
+    issues and ends of all leases among them. A lease counts where an issuer's signature was verified.
+    """
+    first, ends = _lives(known)
+    lines: dict[tuple[str | None, ...], dict[str, Any]] = {}
+    for event in events:
+        words, code = event["unmapped"], event["metadata"].get("event_code")
+        if code == ISSUED:
+            again = first.get(words.get("lease"), event)["metadata"]["uid"] != event["metadata"]["uid"]
+            if again or not _reaches_into(event, ends, since_ms) or not _is_for(words, wanted):
+                continue
+            counts = _lease(event)
+        else:
+            if event["time"] < since_ms or not _is_action_on(words, wanted):
+                continue
+            counts = {words["outcome"]: max(_number(event.get("count"), 1), 1)}
+        _add(lines, event, counts)
+    return list(lines.values())
+
+
+def leases_of(events: Iterable[Event]) -> set[str]:
+    """The leases of which some events tell the issue."""
+    return {
+        event["unmapped"]["lease"]
+        for event in events
+        if event["metadata"].get("event_code") == ISSUED and isinstance(event["unmapped"].get("lease"), str)
+    }
+
+
+def _add(
+    lines: dict[tuple[str | None, ...], dict[str, Any]], event: Event, counts: Mapping[str, int]
+) -> None:
+    words = event["unmapped"]
+    by = tuple(value if isinstance(value := words.get(name), str) else None for name in BY)
+    line = lines.setdefault(
+        by,
+        {
+            **dict(zip(BY, by, strict=True)),
+            **dict.fromkeys(_COUNTS, 0),
+            "first_ms": event["time"],
+            "last_ms": event["time"],
+            "lease": None,
+        },
+    )
+    for name, count in counts.items():
+        line[name] += count
+    line["first_ms"] = min(line["first_ms"], event["time"])
+    line["last_ms"] = max(line["last_ms"], event["time"])
+    if isinstance(words.get("lease"), str):
+        line["lease"] = words["lease"]
+
+
+def _lease(event: Event) -> dict[str, int]:
+    words = event["unmapped"]
+    verified = words.get("verified")
+    if not isinstance(verified, Mapping) or not verified.get("by"):
+        return {"unverified": 1}
+    return {"leases": 1, "handed_out": int(words.get("delivery") != "gateway")}
+
+
+def _lives(known: Iterable[Event]) -> tuple[dict[str, Event], dict[str, int]]:
+    """The first issue of each lease, as a revoker may say it again; and when leases ended."""
+    first: dict[str, Event] = {}
+    ends: dict[str, int] = {}
+    for event in known:
+        words, code = event["unmapped"], event["metadata"].get("event_code")
+        lease = words.get("lease")
+        if not isinstance(lease, str):
+            continue
+        if code == ISSUED:
+            before = first.get(lease)
+            if before is None or _place(event) < _place(before):
+                first[lease] = event
+        elif code in ENDED:
+            ends[lease] = min(event["time"], ends.get(lease, event["time"]))
+    return first, ends
+
+
+def _reaches_into(event: Event, ends: Mapping[str, int], since_ms: int) -> bool:
+    if event["time"] >= since_ms:
+        return True
+    words = event["unmapped"]
+    return (
+        _number(words.get("deadline"), 0) * 1000 > since_ms < ends.get(words.get("lease", ""), since_ms + 1)
+    )
+
+
+def _is_action_on(words: Mapping[str, Any], wanted: Permission) -> bool:
+    """False also for what came of an action that is counted."""
+    if words.get("outcome") not in _OUTCOMES or "answer" in words:
+        return False
+    if wanted.resources == ("**",) and not wanted.verbs:
+        return True
+    verb, resource = words.get("verb"), words.get("resource")
+    if wanted.verbs and verb not in wanted.verbs:
+        return False
+    if wanted.resources == ("**",):
+        return True
+    return isinstance(resource, str) and _meets(resource, wanted.resources)
+
+
+def _is_for(words: Mapping[str, Any], wanted: Permission) -> bool:
+    return any(
+        (not wanted.verbs or set(wanted.verbs) & set(one["verbs"]))
+        and any(_meets(resource, wanted.resources) for resource in one["resources"])
+        for one in words.get("permissions") or ()
+        if one["target"] == wanted.target
+    )
+
+
+def _meets(resource: str, wanted: Sequence[str]) -> bool:
+    """Whether there is a name that both stand for."""
+    one, other = (
+        Permission.model_construct(target="t", verbs=("v",), resources=resources)
+        for resources in ((resource,), tuple(wanted))
+    )
+    return bool(intersect((one,), (other,)))
+
+
+def _number(value: Any, default: int) -> int:
+    return value if type(value) is int else default
+
+
+def _place(event: Event) -> tuple[int, str]:
+    return event["time"], event["metadata"]["uid"]

@@ -1,0 +1,222 @@
+"""How much of what was issued and done leads back to a human, by what audit verified. Pure: events in, counts out.
+
+A lease leads back to a human where the record of its issue, the decision that it names, the agent's request in that
+decision, and the task were verified, say the same, and name a user on whose behalf it was. An action leads back where
+its lease does. What cannot be followed counts against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ringfence.audit.index.store import ALLOWED, ENDED, ISSUED, Trail
+from ringfence.model.leases.short_lived import CLOCKS_S, is_short_lived, is_task_bound
+
+Event = Mapping[str, Any]
+WENT_THROUGH: Final = ("action.allowed", "action.observed")
+"""What had an effect. What was blocked had none, and what came of an action is told of an action that is counted."""
+TASK_LOG: Final = "task"
+"""`metadata.log_name` of the events about records of tasks."""
+FELL: Final = "record.revision_fell"
+OUTLIVED_S: Final = 300
+"""A lease whose end is not known so long after its deadline may stand still."""
+MAX_LISTED: Final = 100
+"""So many of what counts against are listed of one page."""
+
+_FAULTS: Final[Mapping[str, str]] = {
+    "unreadable": "its event is none that audit writes",
+    "lease_unverified": "no signature of an issuer on the lease was verified",
+    "decision_missing": "no decision of policy that allowed it was audited",
+    "decision_differs": "the decision that was audited is not the one that the lease names",
+    "request_unverified": "the agent's signature on the request in its decision was not verified",
+    "task_missing": "no verified record of its task was audited",
+    "task_differs": "the record of its task names another agent or another user",
+    "human_unknown": "there is no verified record of the user on whose behalf it was",
+    "no_lease": "it went by no lease",
+    "lease_unknown": "no record of its lease was audited",
+    "other_agent": "its lease is another agent's",
+    "after_end": "it came after the deadline of its lease",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """What leases rest on, by lease, request and task."""
+
+    issued: dict[str, Event] = field(default_factory=dict)
+    """The first there is."""
+    ended: set[str] = field(default_factory=set)
+    allowed: dict[str, list[Event]] = field(default_factory=dict)
+    tasks: dict[str, Event] = field(default_factory=dict)
+
+
+def behind(trail: Trail, leases: Iterable[str]) -> Behind:
+    """All that is needed to judge these leases."""
+    found = Behind()
+    for event in trail.behind(leases, (), ()):
+        _file(found, event)
+    words = [event["unmapped"] for event in found.issued.values()]
+    requests = {word["request"] for word in words if word.get("request")}
+    tasks = {word["task"] for word in words if word.get("task")}
+    for event in trail.behind((), requests, tasks):
+        _file(found, event)
+    return found
+
+
+def _file(found: Behind, event: Event) -> None:
+    words, code = event["unmapped"], event["metadata"].get("event_code")
+    if not _is_whole(event):
+        return
+    if code == ISSUED:
+        known = found.issued.get(words["lease"])
+        if known is None or _place(event) < _place(known):
+            found.issued[words["lease"]] = event
+    elif code in ENDED:
+        found.ended.add(words["lease"])
+    elif code in ALLOWED:
+        found.allowed.setdefault(words["request"], []).append(event)
+    elif event["metadata"].get("log_name") == TASK_LOG and code != FELL:
+        found.tasks[words["task"]] = event
+
+
+def lease_fault(issued: Event, found: Behind, is_user: Callable[[str], bool]) -> str | None:
+    """Why a lease does not lead back to a human, as a code, or None where it does."""
+    words = issued["unmapped"]
+    if not _is_whole(issued):
+        return "unreadable"
+    if not _by(issued):
+        return "lease_unverified"
+    allowed = found.allowed.get(words.get("request", ""), [])
+    if not allowed:
+        return "decision_missing"
+    named = ("decision", "decision_digest")
+    decision = next((one for one in allowed if _by(one) and _same(one, issued, named)), None)
+    if decision is None:
+        return "decision_differs"
+    if "credential.request" not in decision["unmapped"]["verified"].get("embedded", ()):
+        return "request_unverified"
+    if not _same(decision, issued, ("agent", "task")):
+        return "decision_differs"
+    task = found.tasks.get(words.get("task", ""))
+    if task is None or not _by(task):
+        return "task_missing"
+    on_behalf_of = words.get("on_behalf_of")
+    if not _same(task, issued, ("agent", "on_behalf_of")):
+        return "task_differs"
+    return None if on_behalf_of and is_user(on_behalf_of) else "human_unknown"
+
+
+def action_fault(action: Event, found: Behind, is_user: Callable[[str], bool]) -> str | None:
+    """Why an action does not lead back to a human, as a code, or None where it does."""
+    words = action["unmapped"]
+    if not words.get("lease"):
+        return "no_lease"
+    issued = found.issued.get(str(words["lease"]))
+    if issued is None:
+        return "lease_unknown"
+    if issued["unmapped"].get("agent") != words.get("agent"):
+        return "other_agent"
+    if action["time"] / 1000 > issued["unmapped"]["deadline"] + CLOCKS_S:
+        return "after_end"
+    return lease_fault(issued, found, is_user)
+
+
+def count_leases(
+    events: Sequence[Event],
+    found: Behind,
+    is_user: Callable[[str], bool],
+    *,
+    now_s: float,
+    short_s: int,
+) -> dict[str, Any]:
+    """The sums over leases that were issued, and those that count against."""
+    sums: dict[str, Any] = dict.fromkeys(
+        ("total", "traced", "short_lived", "task_bound", "both", "standing"), 0
+    )
+    against, standing = [], []
+    for event in events:
+        words = event["unmapped"]
+        if found.issued.get(words.get("lease"), event)["metadata"]["uid"] != event["metadata"]["uid"]:
+            continue  # a revoker said it once more after Redis was lost
+        fault = lease_fault(event, found, is_user)
+        sums["total"] += 1
+        if fault == "unreadable":
+            against.append(_listed(event, fault, _FAULTS[fault]))
+            continue
+        since_s, until_s = event["time"] / 1000, words["deadline"]
+        short = is_short_lived(since_s, until_s, short_s)
+        bound = is_task_bound(until_s, _task_end_s(event, found))
+        outlived = words["lease"] not in found.ended and now_s > until_s + OUTLIVED_S
+        sums["traced"] += fault is None
+        sums["short_lived"] += short
+        sums["task_bound"] += bound
+        sums["both"] += short and bound
+        if fault is not None:
+            against.append(_listed(event, fault, _FAULTS[fault]))
+        why = [
+            *([] if short else [f"it lives {round(until_s - since_s)} s"]),
+            *([] if bound else ["it does not end with a task that is known"]),
+            *(["its end is not known"] if outlived else []),
+        ]
+        if why:
+            sums["standing"] += 1
+            standing.append(_listed(event, "standing", "; ".join(why)))
+    return {**sums, "against": against[:MAX_LISTED], "standing_leases": standing[:MAX_LISTED]}
+
+
+def count_actions(events: Sequence[Event], found: Behind, is_user: Callable[[str], bool]) -> dict[str, Any]:
+    """The sums over actions that went through, and those that count against."""
+    total, against = 0, []
+    for event in went_through(events):
+        total += 1
+        fault = action_fault(event, found, is_user)
+        if fault is not None:
+            against.append(_listed(event, fault, _FAULTS[fault]))
+    return {"total": total, "traced": total - len(against), "against": against[:MAX_LISTED]}
+
+
+def went_through(events: Iterable[Event]) -> list[Event]:
+    """Those of some events that are actions which had an effect."""
+    return [event for event in events if event["metadata"].get("event_code") in WENT_THROUGH]
+
+
+def _listed(event: Event, code: str, why: str) -> dict[str, Any]:
+    words = event["unmapped"]
+    named = ("agent", "sponsor", "on_behalf_of", "task", "request", "lease", "target", "action")
+    return {"at_ms": event["time"], "code": code, "why": why, **{name: words.get(name) for name in named}}
+
+
+def _is_whole(event: Event) -> bool:
+    """False for what audit did not write: the topic is only as good as its ACL."""
+    words, ids = event["unmapped"], ("lease", "request", "task", "agent", "on_behalf_of")
+    if not isinstance(words.get("verified"), Mapping) or not all(
+        isinstance(words.get(name, ""), str) for name in ids
+    ):
+        return False
+    code = event["metadata"].get("event_code")
+    needs = "lease" if code == ISSUED or code in ENDED else "request" if code in ALLOWED else "task"
+    return needs in words and (code != ISSUED or isinstance(words.get("deadline"), int))
+
+
+def _by(event: Event) -> Any:
+    return event["unmapped"]["verified"].get("by")
+
+
+def _same(one: Event, other: Event, names: Iterable[str]) -> bool:
+    return all(one["unmapped"].get(name) == other["unmapped"].get(name) for name in names)
+
+
+def _task_end_s(issued: Event, found: Behind) -> float | None:
+    task = found.tasks.get(issued["unmapped"].get("task", ""))
+    end = (
+        task.get("entity_result", {}).get("data", {}).get("not_after")
+        if task is not None and _by(task)
+        else None
+    )
+    return end if isinstance(end, int) else None
+
+
+def _place(event: Event) -> tuple[int, str]:
+    return event["time"], event["metadata"]["uid"]

@@ -1,0 +1,606 @@
+"""The index over the `audit` topic that traces are built from. It can be lost: the topic has everything."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import orjson
+
+from ringfence.audit.events.break_glass import USED, take_in
+from ringfence.audit.events.ocsf import DETECTION_FINDING, ENTITY_MANAGEMENT
+from ringfence.audit.index.filters import EVERYTHING, Wanted
+from ringfence.audit.index_files import new_database
+from ringfence.audit.trail.handover_lookup import mark_of
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.kafka.producer import Received
+from ringfence.model.audit_log.chain import loaded
+
+log = logging.getLogger(__name__)
+
+ISSUED = "credential.issued"
+ENDED = ("credential.released", "credential.revoked", "lease.expired", "credential.aborted")
+ALLOWED = ("request.allowed", "break_glass.used")
+StoryKind = Literal["lease", "request", "task", "agent", "user"]
+STORY_KINDS: tuple[StoryKind, ...] = get_args(StoryKind)
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """Whose eyes a query is for: those of a person, and of the sponsor of these agents. None sees everything."""
+
+    user_id: str
+    agents: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """The events that belong to something, oldest first. `truncated`: there is more than was asked for."""
+
+    kind: StoryKind
+    id: str
+    events: list[dict[str, Any]]
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some events, oldest first, and the cursor to go on from."""
+
+    events: list[dict[str, Any]]
+    cursor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Actions:
+    """Some actions, or issues, of a span of time, oldest first: the events of those that may be seen.
+
+    `looked_at_ms` are the times of the first and last that were looked at, None where there were none; `cursor` is
+    where to go on from, None at the end.
+    """
+
+    events: list[dict[str, Any]]
+    looked_at_ms: tuple[int, int] | None
+    cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Some events of a span of time as they stand on the topic, to the byte, by time and uid.
+
+    `looked_at_ms` is the time of the last that was looked at, None where there was none; `cursor` is where to go on
+    from, None at the end. It holds whenever the index is built anew.
+    """
+
+    events: list[bytes]
+    looked_at_ms: int | None
+    cursor: str | None
+
+
+class CursorLostError(RingfenceError):
+    """The index was built anew since this cursor was given: what was counted by it cannot be gone on with."""
+
+    code = "cursor_lost"
+
+
+class Trail(Protocol):
+    """What actions and credentials are counted by."""
+
+    def actions(
+        self,
+        viewer: Viewer | None,
+        span_ms: tuple[int, int],
+        after: str | None,
+        limit: int,
+        **filters: str | None,
+    ) -> Actions:
+        """Actions through gateways; `limit` are looked at. `filters`: agent, target. Raises CursorLostError."""
+        ...
+
+    def issued(
+        self, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
+    ) -> Actions:
+        """Issues of credentials, as `actions` gives actions. Raises CursorLostError."""
+        ...
+
+    def at_target(
+        self, target: str, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
+    ) -> Actions:
+        """Actions at a target, and issues of credentials for it, as `actions` gives them. Raises CursorLostError."""
+        ...
+
+    def behind(
+        self, leases: Iterable[str], requests: Iterable[str], tasks: Iterable[str]
+    ) -> list[dict[str, Any]]:
+        """Issues and ends of these leases, what allowed these requests, and what changed these tasks."""
+        ...
+
+
+class EventIndex(Trail, Protocol):
+    """Finds audit events again."""
+
+    def add(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
+        """Take in what came from the `audit` topic. The same event twice counts once; what is no event is skipped.
+
+        Of two with one uid that say different things one was made up, as its uid can be told ahead: both are found.
+
+        `events`: the JSON of each, where it is parsed already.
+        """
+        ...
+
+    def story(self, id: str, kind: StoryKind | None, viewer: Viewer | None, limit: int) -> Story | None:
+        """The events of what has this id; at most `limit` requests, the latest. None where there is nothing to see."""
+        ...
+
+    def page(self, viewer: Viewer | None, after: str | None, limit: int, wanted: Wanted = EVERYTHING) -> Page:
+        """Events after a cursor, or the latest ones.
+
+        Where no index leads to what is `wanted`, a bounded number is looked at: the cursor is then past those.
+        """
+        ...
+
+    def copies(
+        self,
+        viewer: Viewer | None,
+        span_ms: tuple[int, int],
+        after: str | None,
+        limit: int,
+        wanted: Wanted = EVERYTHING,
+    ) -> Copies:
+        """Events of a span, at most `limit`, of a bounded number that are looked at. Raises CursorLostError."""
+        ...
+
+    def events(self, uid: str, viewer: Viewer | None) -> list[bytes]:
+        """The event as it stands on the topic, to the byte, and whatever else stands there by its uid."""
+        ...
+
+    def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
+        """All Detection Findings, oldest first: uses of break glass, and their reviews."""
+        ...
+
+    def use_of_break_glass(self, request_id: str) -> Mapping[str, Any] | None:
+        """The words of the event about a use of break glass, or None where there is none."""
+        ...
+
+
+_SCHEMA = """
+CREATE TABLE event (
+    seq INTEGER PRIMARY KEY, uid TEXT NOT NULL, time INTEGER NOT NULL, class_uid INTEGER NOT NULL, code TEXT,
+    request TEXT, lease TEXT, task TEXT, agent TEXT, target TEXT, sponsor TEXT, on_behalf_of TEXT, revocation TEXT,
+    parent TEXT, above TEXT, status INTEGER, severity INTEGER, message TEXT NOT NULL, json BLOB NOT NULL,
+    twin TEXT NOT NULL, UNIQUE (uid, twin)
+);
+CREATE INDEX event_request ON event (request, code) WHERE request IS NOT NULL;
+CREATE INDEX event_lease ON event (lease, code) WHERE lease IS NOT NULL;
+CREATE INDEX event_task ON event (task) WHERE task IS NOT NULL;
+CREATE INDEX event_agent ON event (agent) WHERE agent IS NOT NULL;
+CREATE INDEX event_on_behalf_of ON event (on_behalf_of) WHERE on_behalf_of IS NOT NULL;
+CREATE INDEX event_revocation ON event (revocation) WHERE revocation IS NOT NULL;
+CREATE INDEX event_parent ON event (parent) WHERE parent IS NOT NULL;
+CREATE INDEX event_finding ON event (seq) WHERE class_uid = 2004;
+CREATE INDEX event_action ON event (time) WHERE class_uid = 6003;
+CREATE INDEX event_issued ON event (time) WHERE code = 'credential.issued';
+CREATE INDEX event_at_target ON event (target, time) WHERE code = 'credential.issued' OR class_uid = 6003;
+CREATE INDEX event_time ON event (time, uid, twin);
+"""
+_INSERT = """
+INSERT OR IGNORE INTO event (
+    seq, uid, time, class_uid, code,
+    request, lease, task, agent, target, sponsor, on_behalf_of, revocation, parent, above, status, severity,
+    message, json, twin
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+_IDS = ("request", "lease", "task", "agent", "target", "sponsor", "on_behalf_of", "revocation", "parent")
+_CACHE_KIB = 64 * 1024
+"""Of pages in memory: ids are random, so each event touches some pages of every index."""
+_OPENING = f"""
+PRAGMA page_size = 8192;
+PRAGMA locking_mode = EXCLUSIVE;
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+PRAGMA cache_size = {-_CACHE_KIB};
+{_SCHEMA}
+BEGIN;
+"""
+"""Nobody else opens the file, and what it holds is the topic's business: a torn file is thrown away at the next start
+anyway. So all is one transaction that is never committed: pages are written when the cache is full, and not each time
+that something on them changes."""
+_MOST_ROWS = 20_000
+_WINDOW = 50_000
+"""So many events are looked at for those that no index leads to."""
+_COPIED_AT_ONCE, _COPIED_BYTES = 5000, 4 * 1024 * 1024
+"""So many events are looked at, and so many bytes are given, for one page of copies."""
+_SEEN = (
+    "(sponsor = :viewer OR on_behalf_of = :viewer OR "
+    "agent IN (SELECT value FROM json_each(:agents)) OR (above IS NOT NULL AND "
+    "EXISTS (SELECT 1 FROM json_each(above) WHERE value IN (SELECT value FROM json_each(:agents)))))"
+)  # fmt: skip
+
+
+class SqliteIndex:
+    """`EventIndex` in SQLite: in memory, or in a file so that it need not fit there. Built anew at each start."""
+
+    def __init__(self, file: Path | None) -> None:
+        """Raises OSError, NotPrivateError."""
+        self._db = new_database(file)
+        self._db.executescript(_OPENING)
+        self._epoch = secrets.token_hex(4)
+        self._seq = 0
+        self._uses: dict[str, dict[str, Any]] = {}
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()
+
+    # --- feeding ---
+
+    def add(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
+        """See `EventIndex`."""
+        rows: list[tuple[Any, ...]] = []
+        findings: list[dict[str, Any]] = []
+        for record, event in zip(
+            records, events or (loaded(record.value) for record in records), strict=True
+        ):
+            row = _row(event, record.value, self._seq + 1)
+            if row is None:
+                log.warning(
+                    "no event at %s/%d@%d",
+                    record.topic_name,
+                    record.partition,
+                    record.offset,
+                    extra=of_a_kind(record.topic_name),
+                )
+                continue
+            self._seq += 1
+            rows.append(row)
+            if event["class_uid"] == DETECTION_FINDING:
+                findings.append(event)
+        if self._db.executemany(_INSERT, rows).rowcount < len(rows):
+            self._add_twins(rows)
+        if findings:
+            take_in(self._uses, findings)
+            unreviewed = sum(use["review"] is None for use in self._uses.values())
+            metrics.BREAK_GLASS_UNREVIEWED.set(unreviewed)
+
+    def _add_twins(self, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Of what was known by its uid, take in what says something else: a uid that was made up hides no event."""
+        for row in rows:
+            seq, uid, json = row[0], row[1], row[-2]
+            query = "SELECT seq, json FROM event WHERE uid = ? AND twin = ''"
+            first, known = self._db.execute(query, (uid,)).fetchone()
+            if first != seq and (mark := mark_of(orjson.loads(json))) != mark_of(orjson.loads(known)):
+                self._db.execute(_INSERT, (*row[:-1], mark.hex()))
+
+    # --- asking ---
+
+    def story(self, id: str, kind: StoryKind | None, viewer: Viewer | None, limit: int) -> Story | None:
+        """See `EventIndex`."""
+        for candidate in (kind,) if kind is not None else STORY_KINDS:
+            story = self._story_of(candidate, id, viewer, limit)
+            if story is not None:
+                return story
+        return None
+
+    def page(self, viewer: Viewer | None, after: str | None, limit: int, wanted: Wanted = EVERYTHING) -> Page:
+        """See `EventIndex`."""
+        where, values = self._visible(viewer)
+        conditions, more = wanted.where()
+        where += conditions
+        values |= more
+        start, values_of_start = self._start(after)
+        if start:
+            where.append(start)
+            values |= values_of_start
+        end = self._window(start, values) if wanted.looks_at_all else None
+        if end is not None:
+            where.append("seq > :from AND seq <= :end")
+            values |= end
+        condition = f"WHERE {' AND '.join(where)}" if where else ""
+        order = "ASC" if start else "DESC"
+        rows = self._db.execute(
+            f"SELECT seq, time, json FROM event {condition} ORDER BY seq {order} LIMIT :limit",  # noqa: S608 - own names
+            {**values, "limit": limit},
+        ).fetchall()
+        if not start:
+            rows.reverse()
+        if end is not None and len(rows) < limit:
+            last = self._db.execute(
+                "SELECT seq, time FROM event WHERE seq <= ? ORDER BY seq DESC LIMIT 1", (end["end"],)
+            ).fetchone()
+            if last is not None:
+                return Page([orjson.loads(row[2]) for row in rows], f"{self._epoch}.{last[0]}.{last[1]}")
+        cursor = f"{self._epoch}.{rows[-1][0]}.{rows[-1][1]}" if rows else after or f"{self._epoch}.0.0"
+        return Page([orjson.loads(row[2]) for row in rows], cursor)
+
+    def actions(
+        self,
+        viewer: Viewer | None,
+        span_ms: tuple[int, int],
+        after: str | None,
+        limit: int,
+        **filters: str | None,
+    ) -> Actions:
+        """See `EventIndex`. What is looked at is bounded, and not what is found: a question must not take long."""
+        wanted, values = self._visible(viewer)
+        for name in ("agent", "target"):
+            if filters.get(name) is not None:
+                wanted.append(f"{name} = :{name}")
+                values[name] = filters[name]
+        return self._span("event_action", "class_uid = 6003", wanted, values, span_ms, after, limit)
+
+    def issued(
+        self, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
+    ) -> Actions:
+        """See `EventIndex`."""
+        wanted, values = self._visible(viewer)
+        return self._span("event_issued", "code = 'credential.issued'", wanted, values, span_ms, after, limit)
+
+    def at_target(
+        self, target: str, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
+    ) -> Actions:
+        """See `EventIndex`."""
+        wanted, values = self._visible(viewer)
+        condition = "(code = 'credential.issued' OR class_uid = 6003) AND target = :target"
+        values |= {"target": target}
+        return self._span("event_at_target", condition, wanted, values, span_ms, after, limit)
+
+    def copies(
+        self,
+        viewer: Viewer | None,
+        span_ms: tuple[int, int],
+        after: str | None,
+        limit: int,
+        wanted: Wanted = EVERYTHING,
+    ) -> Copies:
+        """See `EventIndex`. Its cursor is a place in time: it stands for the same events in every index."""
+        where, values = self._visible(viewer)
+        conditions, more = wanted.where()
+        time, uid, twin = _moment(after) if after is not None else (span_ms[0], "", "")
+        rows = self._db.execute(
+            f"SELECT time, uid, twin, CASE WHEN {' AND '.join([*where, *conditions]) or '1'} THEN json END FROM event "  # noqa: S608 - own names
+            "INDEXED BY event_time WHERE (time, uid, twin) > (:time, :uid, :twin) AND time <= :until "
+            "ORDER BY time, uid, twin LIMIT :most",
+            {
+                **values,
+                **more,
+                "time": time,
+                "uid": uid,
+                "twin": twin,
+                "until": span_ms[1],
+                "most": _COPIED_AT_ONCE,
+            },
+        )
+        found: list[bytes] = []
+        looked_at = size = 0
+        for time, uid, twin, json in rows:
+            looked_at += 1
+            if json is not None:
+                found.append(bytes(json))
+                size += len(json)
+            if len(found) == limit or size > _COPIED_BYTES or looked_at == _COPIED_AT_ONCE:
+                return Copies(found, time, f"{time}.{uid}" + (f"#{twin}" if twin else ""))
+        return Copies(found, time if looked_at else None, None)
+
+    def behind(
+        self, leases: Iterable[str], requests: Iterable[str], tasks: Iterable[str]
+    ) -> list[dict[str, Any]]:
+        """See `EventIndex`."""
+        found: dict[str, tuple[int, bytes]] = {}
+        self._collect(found, "lease", leases, f"code IN ({_quoted((ISSUED, *ENDED))})")
+        self._collect(found, "request", requests, f"code IN ({_quoted(ALLOWED)})")
+        self._collect(found, "task", tasks, "request IS NULL", f"class_uid = {ENTITY_MANAGEMENT}")
+        return [orjson.loads(json) for _, json in found.values()]
+
+    def events(self, uid: str, viewer: Viewer | None) -> list[bytes]:
+        """See `EventIndex`."""
+        where, values = self._visible(viewer)
+        condition = " AND ".join(("uid = :uid", *where))
+        query = f"SELECT json FROM event WHERE {condition} ORDER BY seq"  # noqa: S608 - own names
+        return [bytes(row[0]) for row in self._db.execute(query, {**values, "uid": uid})]
+
+    def has(self, uid: str) -> bool:
+        """Whether this event is there."""
+        return self._db.execute("SELECT 1 FROM event WHERE uid = ?", (uid,)).fetchone() is not None
+
+    def tells(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool:
+        """Whether there is an event with one of these codes about a request or a lease."""
+        query = f"SELECT 1 FROM event WHERE {kind} = ? AND code IN ({_quoted(codes)}) LIMIT 1"  # noqa: S608 - own names
+        return self._db.execute(query, (id,)).fetchone() is not None
+
+    def over(self, lease: str, ends: Collection[str]) -> tuple[str, int] | None:
+        """The earliest moment at which a lease was over, by an event with a code of `ends` or by its deadline."""
+        codes = _quoted((*ends, ISSUED))
+        query = f"SELECT uid, code, time, json FROM event WHERE lease = ? AND code IN ({codes})"  # noqa: S608 - own names
+        found: list[tuple[int, str]] = []
+        for uid, code, time_ms, text in self._db.execute(query, (lease,)):
+            deadline_s = orjson.loads(text)["unmapped"].get("deadline") if code == ISSUED else None
+            if code != ISSUED or isinstance(deadline_s, int):
+                found.append((time_ms if deadline_s is None else deadline_s * 1000, uid))
+        return (min(found)[1], min(found)[0]) if found else None
+
+    def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
+        """See `EventIndex`."""
+        where, values = self._visible(viewer)
+        condition = " AND ".join(("class_uid = 2004", *where))
+        query = f"SELECT json FROM event WHERE {condition} ORDER BY seq"  # noqa: S608 - own names
+        return [orjson.loads(row[0]) for row in self._db.execute(query, values)]
+
+    def use_of_break_glass(self, request_id: str) -> Mapping[str, Any] | None:
+        """See `EventIndex`."""
+        query = "SELECT json FROM event WHERE request = ? AND class_uid = 2004 ORDER BY seq"
+        for row in self._db.execute(query, (request_id,)):
+            event: dict[str, Any] = orjson.loads(row[0])
+            if event["metadata"].get("event_code") == USED.code:
+                words: dict[str, Any] = event["unmapped"]
+                return words
+        return None
+
+    def _span(
+        self,
+        index: str,
+        condition: str,
+        wanted: Sequence[str],
+        values: dict[str, Any],
+        span_ms: tuple[int, int],
+        after: str | None,
+        limit: int,
+    ) -> Actions:
+        """Events of a kind, by the index over their times; those that are wanted of the `limit` that are looked at."""
+        seq, time = self._place(after) if after is not None else (0, span_ms[0])
+        rows = self._db.execute(
+            f"SELECT seq, time, CASE WHEN {' AND '.join(wanted) or '1'} THEN json END FROM event "  # noqa: S608 - own names
+            f"INDEXED BY {index} WHERE {condition} AND (time, seq) > (:time, :seq) AND time <= :until "
+            "ORDER BY time, seq LIMIT :limit",
+            {**values, "time": time, "seq": seq, "until": span_ms[1], "limit": limit},
+        ).fetchall()
+        cursor = f"{self._epoch}.{rows[-1][0]}.{rows[-1][1]}" if len(rows) == limit else None
+        looked_at_ms = (rows[0][1], rows[-1][1]) if rows else None
+        return Actions([orjson.loads(row[2]) for row in rows if row[2] is not None], looked_at_ms, cursor)
+
+    def _start(self, after: str | None) -> tuple[str, dict[str, Any]]:
+        """Where a cursor points to. One from before a restart is taken by its time: some events may come again."""
+        if after is None:
+            return "", {}
+        epoch, seq, time = [*after.split("."), "", ""][:3]
+        if epoch == self._epoch and _is_number(seq):
+            return "seq > :seq", {"seq": int(seq)}
+        # In the order of seq: a plus sign keeps SQLite from the index over times.
+        return "+time >= :time", {"time": int(time) if _is_number(time) else 0}
+
+    def _window(self, start: str, values: Mapping[str, Any]) -> dict[str, int] | None:
+        """Which events are looked at: the latest, or those that follow; None after a restart, as that goes by time."""
+        if not start:
+            return {"from": self._seq - _WINDOW, "end": self._seq}
+        if "seq" not in values:
+            return None
+        return {"from": values["seq"], "end": min(values["seq"] + _WINDOW, self._seq)}
+
+    def _place(self, cursor: str) -> tuple[int, int]:
+        """Sequence number and time of the last that was looked at. Raises CursorLostError."""
+        epoch, seq, time = [*cursor.split("."), "", ""][:3]
+        if epoch != self._epoch or not (_is_number(seq) and _is_number(time)):
+            raise CursorLostError("audit built its index anew meanwhile; ask again from the beginning")
+        return int(seq), int(time)
+
+    def _story_of(self, kind: StoryKind, id: str, viewer: Viewer | None, limit: int) -> Story | None:
+        # A person is the root of what was done on their behalf.
+        column = "on_behalf_of" if kind == "user" else kind
+        where, values = self._visible(viewer)
+        where.append(f"{column} = :id")
+        values |= {"id": id, "more": limit + 1}
+        condition = " AND ".join(where)
+        requests = self._latest("request", condition, values)
+        tasks = self._latest("task", condition, values)
+        # Neither: something that no request came of yet, such as an agent that was only registered.
+        if not requests and not tasks and not self._any(condition, values):
+            return None
+        if kind == "task":  # and what was handed on of it
+            parts = self._all_along("task", "parent", tasks)
+            tasks, requests = [*tasks, *parts], [*requests, *self._values("request", "task", parts)]
+        truncated = len(requests) > limit or len(tasks) > limit
+        requests, tasks = requests[:limit], tasks[:limit]
+        found: dict[str, tuple[int, bytes]] = {}
+        self._collect(found, "request", requests)
+        tasks = [*tasks, *self._values("task", "request", requests)]
+        tasks = sorted({*tasks, *self._all_along("parent", "task", tasks)})
+        self._collect(found, "task", tasks, "request IS NULL")
+        leases = self._values("lease", "request", requests)
+        self._collect(found, "lease", leases, "request IS NULL")
+        # The orders, and what confirmed them: a switch has ended leases of others as well.
+        self._collect(found, "revocation", self._values("revocation", "request", requests), "lease IS NULL")
+        if kind == "agent":
+            seen, seen_values = self._visible(viewer)
+            self._collect(found, "agent", [id], "request IS NULL", "task IS NULL", *seen, **seen_values)
+        rows = sorted(found.items(), key=lambda item: item[1][0])
+        return Story(kind, id, [orjson.loads(row[1][1]) for row in rows], truncated)
+
+    # Columns and conditions in the queries below are this file's own words; values are parameters.
+
+    def _latest(self, column: str, condition: str, values: dict[str, Any]) -> list[str]:
+        query = (
+            f"SELECT {column}, max(seq) FROM event WHERE {condition} AND {column} IS NOT NULL "  # noqa: S608
+            f"GROUP BY {column} ORDER BY 2 DESC LIMIT :more"
+        )
+        return [row[0] for row in self._db.execute(query, values)]
+
+    def _any(self, condition: str, values: dict[str, Any]) -> bool:
+        query = f"SELECT 1 FROM event WHERE {condition} LIMIT 1"  # noqa: S608
+        return self._db.execute(query, values).fetchone() is not None
+
+    def _collect(
+        self, found: dict[str, tuple[int, bytes]], column: str, ids: Iterable[str], *more: str, **values: Any
+    ) -> None:
+        condition = " AND ".join((f"{column} IN (SELECT value FROM json_each(:ids))", *more))  # noqa: S608
+        query = f"SELECT uid, time, json FROM event WHERE {condition} ORDER BY seq LIMIT {_MOST_ROWS}"  # noqa: S608
+        rows = self._db.execute(query, {**values, "ids": orjson.dumps(list(ids)).decode()})
+        found.update({uid: (time, json) for uid, time, json in rows})
+
+    def _values(self, wanted: str, column: str, ids: Iterable[str]) -> list[str]:
+        query = (
+            f"SELECT DISTINCT {wanted} FROM event WHERE {column} IN (SELECT value FROM json_each(:ids)) "  # noqa: S608
+            f"AND {wanted} IS NOT NULL"
+        )
+        return [row[0] for row in self._db.execute(query, {"ids": orjson.dumps(list(ids)).decode()})]
+
+    def _all_along(self, wanted: str, column: str, ids: Iterable[str]) -> list[str]:
+        """What is reached from these ids step by step: the tasks that tasks are parts of, or the parts of tasks."""
+        found: dict[str, None] = {}
+        step = list(ids)
+        while step := [id for id in self._values(wanted, column, step) if id not in found]:
+            found |= dict.fromkeys(step)
+        return list(found)
+
+    @staticmethod
+    def _visible(viewer: Viewer | None) -> tuple[list[str], dict[str, Any]]:
+        if viewer is None:
+            return [], {}
+        return [_SEEN], {"viewer": viewer.user_id, "agents": orjson.dumps(viewer.agents).decode()}
+
+
+def _row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:
+    """The columns of an event, or None where the record is no event."""
+    try:
+        words = event["unmapped"]
+        texts = (event["metadata"]["uid"], event["message"])
+        ids = [words.get(name) for name in _IDS]
+        numbers, code = (event["time"], event["class_uid"]), event["metadata"].get("event_code")
+        weight = (event.get("status_id"), event.get("severity_id"))
+        above = [name for name in words.get("act", ())[1:] if type(name) is str]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    strings = all(type(text) is str for text in texts) and all(
+        id is None or type(id) is str for id in (code, *ids)
+    )
+    if not (strings and all(map(_is_int64, numbers))):
+        return None
+    handed_on_by = orjson.dumps(above).decode() if above else None
+    kept = [number if _is_int64(number) else None for number in weight]
+    return (seq, texts[0], *numbers, code, *ids, handed_on_by, *kept, texts[1], value, "")
+
+
+def _moment(cursor: str) -> tuple[int, str, str]:
+    """Time, uid and twin of the last that was looked at. Raises CursorLostError."""
+    time, _, rest = cursor.partition(".")
+    uid, _, twin = rest.partition("#")
+    if not (_is_number(time) and uid):
+        raise CursorLostError("this is no cursor that audit gave; ask again from the beginning")
+    return int(time), uid, twin
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is a number that SQLite can hold."""
+    return text.isdecimal() and len(text) <= 18
+
+
+def _quoted(codes: Iterable[str]) -> str:
+    return ", ".join(f"'{code}'" for code in codes)
+
+
+def _is_int64(number: Any) -> bool:
+    return isinstance(number, int) and -(2**63) <= number < 2**63

@@ -1,0 +1,117 @@
+"""Topics that services only follow, and of which nothing becomes an event: what is no message there is dead-lettered.
+
+What an audit service signed for `audit.checkpoint` never is. Each dead letter makes an event, each event a chain
+longer, and each longer chain a checkpoint: two versions that could not read each other's would go on for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ringfence.audit.verification import require_trust
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.crypto.jws import UnverifiedJws, open_signed, parse
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.consumer import BatchHandler, DeadLetters, Handler, side_by_side
+from ringfence.kernel.kafka.producer import Received
+from ringfence.messages.audit import AuditCheckpoint, AuditWitness
+from ringfence.messages.base import Claims, Topic, typ_header
+from ringfence.messages.operations import Heartbeat
+from ringfence.messages.signals import SignalStream
+from ringfence.messages.topics import ALL, AUDIT_CHECKPOINT, HEARTBEAT, SIGNAL_STREAM
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+
+_CAUGHT_UP_S = 2.0
+_ELSEWHERE = frozenset(
+    typ_header(model)
+    for topic in ALL
+    for model in topic.models
+    if topic is not AUDIT_CHECKPOINT and issubclass(model, Claims)
+)
+"""What belongs on other topics, whoever signed it."""
+
+
+class Followed:
+    """Looks at each record once, whichever replica does it. What holds changes nothing here."""
+
+    def __init__(
+        self,
+        trust: TrustStore,
+        directory: Directory,
+        clock: Clock,
+        letters: DeadLetters,
+        caught_up: Callable[[float], Awaitable[bool]],
+    ) -> None:
+        """`caught_up`: see `Runtime.tables_caught_up`, of the tables in `directory`."""
+        self._trust = trust
+        self._directory = directory
+        self._clock = clock
+        self._letters = letters
+        self._caught_up = caught_up
+
+    def batches(self) -> dict[Topic[Any], BatchHandler]:
+        """The batch handler of each of these topics."""
+        handlers: dict[Topic[Any], Handler] = {
+            HEARTBEAT: self._heartbeat,
+            AUDIT_CHECKPOINT: self._checkpoint,
+            SIGNAL_STREAM: self._stream,
+        }
+        return {topic: side_by_side(handle, self._letters) for topic, handle in handlers.items()}
+
+    async def _heartbeat(self, record: Received) -> None:
+        self._require_trust(record)
+        find = self._trust.finder(*Heartbeat.signed_by, at_s=record.appended_at_ms / 1000)
+        open_signed(parse(record.value), Heartbeat, find, audience=self._trust.trust_domain)
+
+    async def _stream(self, record: Received) -> None:
+        self._require_trust(record)
+        find = self._trust.finder(*SignalStream.signed_by, at_s=record.appended_at_ms / 1000)
+        claims = open_signed(
+            parse(record.value), SignalStream, find, audience=self._trust.trust_domain
+        ).claims
+        _check_place(record, claims.receiver)
+
+    async def _checkpoint(self, record: Received) -> None:
+        self._require_trust(record)
+        jws, at_s = parse(record.value), record.appended_at_ms / 1000
+        if jws.header.typ == typ_header(AuditWitness):
+            await self._witness(record, jws)
+        elif jws.header.typ in _ELSEWHERE or not self._trust.signed_by_service(
+            jws, at_s, AuditCheckpoint.signed_by
+        ):
+            find = self._trust.finder(*AuditCheckpoint.signed_by, at_s=at_s)
+            open_signed(jws, AuditCheckpoint, find, audience=self._trust.trust_domain)
+
+    async def _witness(self, record: Received, jws: UnverifiedJws) -> None:
+        try:
+            self._witnessed(record, jws)
+        except (InvalidMessageError, ChainError):
+            if not await self._caught_up(_CAUGHT_UP_S):
+                raise UnavailableError("the local tables may be behind a witness's word") from None
+            try:
+                self._witnessed(record, jws)
+            except ChainError as error:
+                raise InvalidMessageError(str(error), code=error.code) from None
+
+    def _witnessed(self, record: Received, jws: UnverifiedJws) -> None:
+        at_ms, chains = record.appended_at_ms, self._directory.chains
+        claims = open_signed(
+            jws, AuditWitness, lambda iss, kid: chains.user_key(iss, kid, at_ms), audience=self._trust.trust_domain
+        ).claims  # fmt: skip
+        who = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
+        if "auditor" not in chains.roles_at(who, at_ms):
+            raise InvalidMessageError("whoever signed it is no auditor", code="not_auditor")
+        _check_place(record, f"{claims.tree}/{who}")
+
+    def _require_trust(self, record: Received) -> None:
+        require_trust(self._trust, [record], self._clock.now_ms())
+
+
+def _check_place(record: Received, key: str) -> None:
+    """Compaction leaves the last record under each key: one under another's would take that one's place."""
+    if record.key != key:
+        raise InvalidMessageError("it stands under another key than its own", code="wrong_key")

@@ -1,0 +1,1 @@
+"""The signed trail: handover, the chain's writer, recovery at take-over, proofs."""

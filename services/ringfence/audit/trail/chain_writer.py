@@ -1,0 +1,435 @@
+"""Chains the events of `audit.intake` onto `audit`, and signs how far that has come.
+
+One process does it for all partitions, the others stand by. Each batch is one Kafka transaction: its events, the
+offsets that were read for them, and now and then the checkpoints. Whoever takes over fences whoever chained before, and
+goes on from what is committed: so a process that was killed, or paused and wakes, never leaves two events in one place.
+
+Events of this process itself are chained without that way round: on `audit.intake` it vouches for them, by their
+hashes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+
+from ringfence.audit.trail.chain_recovery import TipsRead, read_tips
+from ringfence.audit.trail.handover import Lately, Told, opened_intake, require_still, vouched
+from ringfence.audit.trail.unauthorised_records import Found, Strays, why_not
+from ringfence.audit.trail.written_cache import ReadBack
+from ringfence.audit.verification import require_trust
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.connection import connection, no_answer
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.producer import Outbound, Received
+from ringfence.kernel.kafka.range_reader import Stretches
+from ringfence.kernel.kafka.transactions import TransactionalPublisher
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.audit import AuditChained, AuditCheckpoint
+from ringfence.messages.base import Topic
+from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
+from ringfence.model.audit_log.chain import Tip, linked, linked_event
+from ringfence.model.audit_log.merkle import Hash, leaf_hash
+
+log = logging.getLogger(__name__)
+
+GROUP = "audit-chain"
+"""Of consumers, and the `transactional.id`: both without the topic prefix."""
+STRAYS_GROUP = "audit-strays"
+"""Of consumers of what services only follow. For `audit`, which is followed as well, the writer commits in its name
+before which offset no stray is left.
+"""
+_REMEMBERED = 50_000
+_REMEMBERED_AT_FIRST = 5_000
+"""So many are read again by whoever takes over."""
+_STRAYS_AT_ONCE, _STRAYS_EACH_S = 500, 0.5
+"""So many places are looked at for strays, so often at most: a flood of them takes little from what is true."""
+
+_NEAR, _CATCH_UP_S = 1000, 1.0
+"""Messages of one partition, which are chained in a batch or two, and the time that these are given."""
+
+
+@dataclass(slots=True)
+class _Chain:
+    """One partition of `audit` as it is continued."""
+
+    tip: Tip
+    signed_size: int
+    recent: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    """The uids of the last events: what is handed over twice, after a crash, is chained once."""
+
+    def remember(self, uid: str) -> None:
+        self.recent[uid] = None
+        if len(self.recent) > _REMEMBERED:
+            self.recent.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Linked:
+    """Events in their places, of one partition of `audit`."""
+
+    partition: int
+    messages: list[Outbound] = field(default_factory=list)
+    hashes: list[Hash] = field(default_factory=list)
+
+
+class ChainWriter:
+    """See the module. `on_batch` is the handler of `audit.intake`; `sign_now_and_then` and `bury_strays` run in the
+    background.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        checkpoint_s: float,
+        lately: Lately | None = None,
+        read_back: ReadBack | None = None,
+        strays: Strays | None = None,
+    ) -> None:
+        """Args:
+            lately: what this process handed over itself.
+            read_back: keeps what is chained, where this process reads the trail as well.
+            strays: the same, of what stands there besides.
+        """  # fmt: skip
+        self._strays = strays or Strays()
+        self._lately = lately or Lately()
+        self._read_back = read_back
+        self._runtime = runtime
+        self._checkpoint_s = checkpoint_s
+        self._one_at_a_time = asyncio.Lock()
+        self._publisher: TransactionalPublisher | None = None
+        self._chains: dict[int, _Chain] = {}
+        self._taken: dict[int, int] = {}
+        """By partition of `audit.intake`: the offset after the last that is chained."""
+        self._wait_for: dict[int, int] = {}
+        """The same of the last that is to be chained before this process chains anything by itself: what it handed
+        over, and what stood there when it took over.
+        """
+        self._moved = asyncio.Event()
+        """Set, and followed by another, once more is chained of `audit.intake`, or this process chains no more."""
+        self._worth_waiting = True
+
+    async def on_assigned(self) -> None:
+        """Somebody else may have chained meanwhile: begin by looking."""
+        async with self._one_at_a_time:
+            await self._let_go()
+
+    async def on_batch(self, batch: Sequence[Received]) -> None:
+        """Chain what came. Raises UnavailableError where it was not committed; it comes again then."""
+        require_trust(self._runtime.trust, batch, self._runtime.clock.now_ms())
+        async with self._one_at_a_time, self._transacting() as publisher:
+            new = [record for record in batch if record.offset >= self._taken.get(record.partition, 0)]
+            ends = {
+                (record.topic_name, record.partition): record.offset + 1
+                for record in sorted(new, key=lambda record: record.offset)
+            }
+            events: dict[int, list[Told]] = {}
+            for record in new:
+                events.setdefault(record.partition, []).extend(await self._handed(record))
+            if any(events.values()):
+                async with publisher.transaction(self._group, ends):
+                    await self._chain(publisher, self._linked(events))
+            self._taken |= {partition: end for (_, partition), end in ends.items()}
+            self._worth_waiting = True
+        self._tell_moved()
+
+    async def chained(self, events: Mapping[int, Sequence[Told]]) -> bool:
+        """See `ringfence.audit.trail.handover.Writer`. What was handed over before is chained before."""
+        if self._publisher is None:  # before it waits for its turn: whoever takes over may read for long
+            return False
+        await self._caught_up(events)
+        async with self._one_at_a_time:
+            if not all(self._goes_on_at_once(partition) for partition in events):
+                return False
+            key = self._runtime.believed_key()
+            async with self._transacting() as publisher, publisher.transaction():
+                linked = self._linked(events)
+                await gather_all([self._chain(publisher, linked), self._vouch(linked, key)])
+                require_still(key, self._runtime.believed_key())
+            return True
+
+    def handed_over(self, partition: int, until: int) -> None:
+        """See `ringfence.audit.trail.handover.Writer`."""
+        self._wait_for[partition] = until
+
+    async def sign_now_and_then(self) -> None:
+        """Publish a checkpoint of each chain that has grown, every few seconds. Does not end."""
+        while True:
+            await asyncio.sleep(self._checkpoint_s)
+            try:
+                await self._sign()
+            except UnavailableError as error:
+                log.warning("no checkpoint this time: %s", error, extra=of_a_kind(error.code))
+
+    async def bury_strays(self) -> None:
+        """Dead-letter what stands on `audit` and this writer did not write, as it comes. Does not end."""
+        while True:
+            await self._strays.some.wait()
+            await asyncio.sleep(_STRAYS_EACH_S)
+            try:
+                if (found := self._strays.next(_STRAYS_AT_ONCE)) is not None:
+                    await self._bury(found)
+            except (RingfenceError, KafkaError, OSError) as error:
+                log.warning(
+                    "what nobody chained is not dead-lettered yet: %r",
+                    error,
+                    extra=of_a_kind(type(error).__name__),
+                )
+
+    async def close(self) -> None:
+        """Sign how far it has come, and disconnect."""
+        with contextlib.suppress(UnavailableError):
+            await self._sign()
+        await self._let_go()
+
+    @property
+    def _group(self) -> str:
+        return self._group_of(GROUP)
+
+    def _group_of(self, name: str) -> str:
+        return f"{self._runtime.settings.topic_prefix}.{name}"
+
+    # --- chaining ---
+
+    def _goes_on_at_once(self, partition: int) -> bool:
+        """Whether this process chains there, and nothing is to be chained first. Who takes over sees new ones."""
+        return self._publisher is not None and partition in self._chains and not self._behind(partition)
+
+    def _behind(self, partition: int) -> int:
+        """So many messages are to be chained there first."""
+        return max(0, self._wait_for.get(partition, 0) - self._taken.get(partition, 0))
+
+    async def _caught_up(self, partitions: Iterable[int]) -> None:
+        """Wait a moment where little is to be chained first. Were what follows handed over, what follows that would be
+        behind it again, for as long as there is more. Not again where nothing came of it: who has no partition any
+        more, and was not replaced yet, is given nothing to chain.
+        """
+        try:
+            async with asyncio.timeout(_CATCH_UP_S):
+                while (
+                    self._worth_waiting
+                    and self._publisher is not None
+                    and 0 < max(map(self._behind, partitions)) <= _NEAR
+                ):
+                    await self._moved.wait()
+        except TimeoutError:
+            self._worth_waiting = False
+
+    def _tell_moved(self) -> None:
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+
+    def _linked(self, events: Mapping[int, Iterable[Told]]) -> list[_Linked]:
+        """Put events, by partition, behind the last of each chain: those that are not there already."""
+        return [one for partition, some in events.items() if (one := self._link(partition, some)).hashes]
+
+    def _link(self, partition: int, events: Iterable[Told]) -> _Linked:
+        chain, tree = self._chains[partition], str(partition)
+        start, last = chain.tip.head.size, chain.tip.last
+        found = _Linked(partition)
+        for one in events:
+            if one.uid in chain.recent:
+                continue
+            link = (tree, start + len(found.hashes) + 1, last)
+            body = linked(one.body, *link)
+            last = leaf_hash(body)
+            if self._read_back is not None and one.event is not None:
+                self._read_back.put(body, linked_event(one.event, *link), last)
+            found.hashes.append(last)
+            chain.remember(one.uid)
+            found.messages.append(Outbound(one.key, body, one.uid, one.traceparent))
+        chain.tip = chain.tip.grown(*found.hashes)
+        return found
+
+    async def _chain(self, publisher: TransactionalPublisher, linked: Sequence[_Linked]) -> None:
+        """Send them, all partitions at once: each request of a transaction costs as much as some events."""
+        await gather_all(self._send(publisher, one) for one in linked)
+
+    async def _send(self, publisher: TransactionalPublisher, one: _Linked) -> None:
+        for places in await publisher.send_to(one.partition, AUDIT, "audit", one.messages):
+            if places.start < 0:  # it was sent twice, and the broker has forgotten where the first stands
+                raise UnavailableError(f"Kafka did not say where events of partition {one.partition} stand")
+            self._strays.wrote(one.partition, places)
+        log.debug("chained %d events of partition %d", len(one.hashes), one.partition)
+
+    async def _vouch(self, linked: Sequence[_Linked], key: SigningKey) -> None:
+        """Until a checkpoint covers them, this tells them from what anybody may have written there. It stands outside
+        of the transaction: where that fails, it vouches for what is nowhere.
+        """
+        runtime = self._runtime
+        td, now_ms = runtime.settings.trust_domain, runtime.clock.now_ms()
+        messages = {one.partition: vouched(one.partition, one.hashes, key, td, now_ms) for one in linked}
+        for message in (message for some in messages.values() for message in some):
+            self._lately.put(message, key, ())
+        await gather_all(
+            runtime.publisher.send_to(partition, AUDIT_INTAKE, AuditChained.typ, some)
+            for partition, some in messages.items()
+        )
+
+    async def _handed(self, record: Received) -> Sequence[Told]:
+        """What a message holds. What no audit service signed is dead-lettered."""
+        known = self._lately.events(record, self._runtime.trust)
+        if known is not None:
+            return known
+        try:
+            return opened_intake(record, self._runtime.trust).events
+        except InvalidMessageError as error:
+            await self._runtime.letters.bury(record, error)
+            return ()
+
+    # --- checkpoints ---
+
+    async def _sign(self) -> None:
+        async with self._one_at_a_time:
+            grown = [(p, c) for p, c in self._chains.items() if c.tip.head.size > c.signed_size]
+            if self._publisher is None or not grown:
+                return
+            # One that nobody believes would be dead-lettered, and that make the chain longer, and so on.
+            key = self._runtime.believed_key()
+            async with self._transacting() as publisher, publisher.transaction(*self._looked_at()):
+                await publisher.send_to(
+                    0,
+                    AUDIT_CHECKPOINT,
+                    AuditCheckpoint.typ,
+                    (self._checkpoint(p, c.tip, key) for p, c in grown),
+                )
+            for _, chain in grown:
+                chain.signed_size = chain.tip.head.size
+
+    def _checkpoint(self, partition: int, tip: Tip, key: SigningKey) -> Outbound:
+        claims = AuditCheckpoint(
+            iss=key.id,
+            aud=self._runtime.settings.trust_domain,
+            iat=self._runtime.clock.now_ms() // 1000,
+            jti=derived_id(AuditCheckpoint.typ, partition, tip.head.size, tip.head.root.hex()),
+            tree=str(partition),
+            size=tip.head.size,
+            root=tip.head.root.hex(),
+            peaks=tuple(peak.hex() for peak in tip.head.peaks),
+            last=tip.last.hex(),
+        )
+        return Outbound(claims.tree, sign(claims, key).encode(), claims.jti)
+
+    # --- strays ---
+
+    async def _bury(self, found: Found) -> None:
+        """Each letter has the same id whoever sends it: what is not committed then is sent again."""
+        publisher = self._publisher
+        records = await self._stray(found)
+        # Whoever may still commit after these were read is the only one who wrote there until then: else they may be
+        # another's, who took over from a process that was paused. So they may where this one took over again meanwhile:
+        # it has found out anew then what are strays.
+        if not await self._commit_looked_at() or self._publisher is not publisher:
+            return
+        left = self._strays.left_of(found)
+        if left is not None:
+            strays = [record for record in records if left.has(record.offset)]
+            await gather_all(self._runtime.letters.bury(record, why_not(record)) for record in strays)
+        self._strays.settled(found)
+        await self._commit_looked_at()
+
+    async def _stray(self, found: Found) -> list[Received]:
+        async with Stretches(self._runtime.settings) as kafka:
+            _, end = await kafka.bounds(AUDIT, found.partition)
+            stretch = kafka.records(AUDIT, found.partition, found.start, min(found.stop, end))
+            return [record async for record in stretch if found.has(record.offset)]
+
+    async def _commit_looked_at(self) -> bool:
+        """Commit before which offsets no stray is left. False where this process does not write; raises
+        UnavailableError where that turns out.
+        """
+        async with self._one_at_a_time:
+            if self._publisher is None:
+                return False
+            async with self._transacting() as publisher, publisher.transaction(*self._looked_at()):
+                return True
+
+    def _looked_at(self) -> tuple[str, dict[tuple[str, int], int]]:
+        name = AUDIT.name(self._runtime.settings.topic_prefix)
+        return self._group_of(STRAYS_GROUP), {(name, p): mark for p, mark in self._strays.marks().items()}
+
+    # --- taking over ---
+
+    @contextlib.asynccontextmanager
+    async def _transacting(self) -> AsyncIterator[TransactionalPublisher]:
+        """The publisher, taken over first where it has to be. Where something fails inside it is let go, and with it
+        what was added to the chains."""
+        try:
+            yield self._publisher or await self._take_over()
+        except BaseException:
+            await self._let_go()
+            raise
+
+    async def _take_over(self) -> TransactionalPublisher:
+        """Fence whoever chained before, then look how far they came."""
+        runtime = self._runtime
+        publisher = TransactionalPublisher(
+            runtime.settings, runtime.key.id, GROUP, runtime.clock, runtime.tracing
+        )
+        await publisher.start()
+        try:
+            self._taken = await self._offsets(self._group, AUDIT_INTAKE)
+            found = await read_tips(
+                runtime.settings,
+                runtime.trust,
+                remember=_REMEMBERED_AT_FIRST,
+                taken=self._taken,
+                marks=await self._offsets(self._group_of(STRAYS_GROUP), AUDIT),
+                now_ms=runtime.clock.now_ms(),
+            )
+        except BaseException:
+            await publisher.abandon()
+            raise
+        self._chains = {partition: _chain_of(one) for partition, one in found.items()}
+        for partition, one in found.items():
+            self._wait_for[partition] = max(self._wait_for.get(partition, 0), one.intake_end)
+            for fault in one.faults:
+                log.error("partition %d of the audit trail: %s", partition, fault)
+        self._strays.took_over(
+            {partition: one.end for partition, one in found.items()},
+            {partition: one.strays for partition, one in found.items()},
+        )
+        self._publisher = publisher
+        log.info("chaining from %s on", {p: c.tip.head.size for p, c in self._chains.items()})
+        return publisher
+
+    async def _offsets(self, group: str, topic: Topic[Any]) -> dict[int, int]:
+        """What is committed for a group by now; a consumer may have been told before the last transaction ended."""
+        settings = self._runtime.settings
+        admin = AIOKafkaAdminClient(**connection(settings))
+        try:
+            await admin.start()
+            found = await admin.list_consumer_group_offsets(group)
+        except KafkaError as error:
+            raise await no_answer(settings, error) from None
+        finally:
+            await admin.close()
+        name = topic.name(settings.topic_prefix)
+        return {at.partition: one.offset for at, one in found.items() if at.topic == name and one.offset >= 0}
+
+    async def _let_go(self) -> None:
+        publisher, self._publisher = self._publisher, None
+        self._tell_moved()
+        self._chains = {}
+        self._strays.let_go()
+        if publisher is not None:
+            await publisher.abandon()
+
+
+def _chain_of(found: TipsRead) -> _Chain:
+    chain = _Chain(found.tip, found.signed_size)
+    for uid in found.recent:
+        chain.remember(uid)
+    return chain

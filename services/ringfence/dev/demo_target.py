@@ -1,0 +1,121 @@
+"""A small deployment platform: the system that agents act on in `ringfence dev` and `ringfence demo`.
+
+It stands for any resource server of a user's own, in a process of its own. It knows two ways in: an old admin token,
+as inherited by many agents today, until somebody withdraws it; and tokens of Ringfence, which it verifies by itself
+(JWKS) and asks about (introspection) with its own key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import secrets
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ringfence.client.resource_server.asgi import TOKEN, App, Needs, Scope, TokenGuard
+from ringfence.client.resource_server.verifier import TokenVerifier, VerifiedToken
+from ringfence.dev.processes import LOOPBACK
+from ringfence.kernel.crypto.keys import SigningKey
+
+ENVIRONMENTS = ("staging", "production")
+
+
+class Platform:
+    """What is deployed where, and who may change it."""
+
+    def __init__(self, legacy_token: str) -> None:
+        self._builds = dict.fromkeys(ENVIRONMENTS, "build-420")
+        self._legacy_token: str | None = legacy_token
+
+    def application(self, verifier: TokenVerifier, base_url: str) -> App:
+        """`GET` and `PUT /env/{env}/web`, `DELETE /legacy-token`, `GET /healthz`."""
+        routes = Starlette(
+            routes=[
+                Route("/healthz", self._healthz),
+                Route("/env/{env}/web", self._show, methods=["GET"]),
+                Route("/env/{env}/web", self._deploy, methods=["PUT"]),
+                Route("/legacy-token", self._withdraw, methods=["DELETE"]),
+            ]
+        )
+        return TokenGuard(routes, verifier, base_url=base_url, needs=self._needs)
+
+    async def _healthz(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _show(self, request: Request) -> Response:
+        """Anybody may look: the demo reads back over this what really happened."""
+        env = request.path_params["env"]
+        if env not in self._builds:
+            return JSONResponse({"error": f"no environment {env}"}, status_code=404)
+        return JSONResponse({"environment": env, "build": self._builds[env]})
+
+    async def _deploy(self, request: Request) -> Response:
+        env = request.path_params["env"]
+        if env not in self._builds:
+            return JSONResponse({"error": f"no environment {env}"}, status_code=404)
+        self._builds[env] = str((await request.json())["build"])
+        return JSONResponse({"environment": env, "build": self._builds[env], **_by(request)})
+
+    async def _withdraw(self, request: Request) -> Response:
+        if not self._is_legacy(Headers(scope=request.scope)):
+            return JSONResponse({"error": "invalid_token"}, status_code=401)
+        self._legacy_token = None
+        return JSONResponse({"withdrawn": True})
+
+    def _needs(self, scope: Scope) -> tuple[str, str] | Needs:
+        """Whoever changes a deployment needs a token of Ringfence for it, or the admin token while there is one."""
+        if scope.get("method") != "PUT" or self._is_legacy(Headers(scope=scope)):
+            return Needs.NO_TOKEN
+        return "deploy", scope["path"].removeprefix("/")
+
+    def _is_legacy(self, headers: Headers) -> bool:
+        token = headers.get("authorization", "").removeprefix("Bearer ")
+        return self._legacy_token is not None and secrets.compare_digest(
+            token.encode(), self._legacy_token.encode()
+        )
+
+
+def _by(request: Request) -> dict[str, str | None]:
+    """Who changes it, as far as anybody can say."""
+    token: VerifiedToken | None = request.scope.get(TOKEN)
+    if token is None:
+        return {"by": "admin", "on_behalf_of": None}
+    return {"by": token.agent, "on_behalf_of": token.on_behalf_of, "lease": token.lease_id}
+
+
+async def _serve(options: argparse.Namespace) -> None:
+    async with TokenVerifier(
+        options.issuer_url, options.audience, introspection_key=SigningKey.load(options.key_file)
+    ) as verifier:
+        platform = Platform(options.legacy_token_file.read_text().strip())
+        config = uvicorn.Config(
+            platform.application(verifier, f"http://{LOOPBACK}:{options.port}"),
+            host=LOOPBACK,
+            port=options.port,
+            access_log=False,
+            log_level="warning",
+            lifespan="off",
+        )
+        await uvicorn.Server(config).serve()
+
+
+def main() -> None:
+    """Run the platform until it is told to stop."""
+    parser = argparse.ArgumentParser(prog="python -m ringfence.dev.demo_target", description=__doc__)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--issuer-url", required=True)
+    parser.add_argument("--audience", required=True)
+    parser.add_argument("--key-file", type=Path, required=True)
+    parser.add_argument("--legacy-token-file", type=Path, required=True)
+    asyncio.run(_serve(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""A certificate authority of this gateway alone, by which it opens the TLS of its agents. It lives in memory.
+
+Its certificate is constrained to the hosts of targets (RFC 5280, 4.2.1.10): whoever trusts it trusts it for nothing
+else. Where a host is added, the same key signs a new certificate; the old one stays good for the old hosts.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import ssl
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from ringfence.gateway.dataplane.errors import RefusedError
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.private_files import write_private
+
+OWN_LIFE: Final = datetime.timedelta(days=90)
+LEAF_LIFE: Final = datetime.timedelta(days=2)
+_RENEW_AFTER_MS: Final = 24 * 3600 * 1000
+_BACK: Final = datetime.timedelta(hours=1)
+"""Clocks differ."""
+_EVERYWHERE: Final = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
+
+
+class Authority:
+    """The CA, and the certificates that it made."""
+
+    def __init__(self, name: str, hosts: Iterable[str], clock: Clock) -> None:
+        """Args:
+            name: of the gateway, for people who look at the certificate.
+            hosts: names and addresses, without brackets and ports, that it may stand for.
+            clock: what certificates are dated by.
+        """  # fmt: skip
+        self._clock = clock
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._leaf_key = ec.generate_private_key(ec.SECP256R1())
+        # A name of its own for each start: clients take two authorities of one name for one.
+        self._subject = x509.Name(
+            [
+                x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Ringfence"),
+                x509.NameAttribute(NameOID.COMMON_NAME, f"{name[:32]} {os.urandom(6).hex()}"),
+            ]
+        )
+        self._hosts: frozenset[str] = frozenset()
+        self._contexts: dict[str, tuple[ssl.SSLContext, int]] = {}
+        self._certificate = self._sign_own(frozenset(hosts))
+
+    @property
+    def certificate_pem(self) -> str:
+        """What agents are to trust."""
+        return self._certificate.public_bytes(serialization.Encoding.PEM).decode("ascii")
+
+    def cover(self, hosts: Iterable[str]) -> bool:
+        """Stand for these hosts from now on. Whether agents that trust an older certificate miss one of them."""
+        wanted = frozenset(hosts)
+        added = wanted - self._hosts
+        if wanted != self._hosts:
+            self._certificate = self._sign_own(wanted)
+            self._contexts = {host: kept for host, kept in self._contexts.items() if host in wanted}
+        return bool(added)
+
+    def write(self, path: Path) -> None:
+        """Put the certificate into a file, in one step. Agents of other users read it, and must not replace it.
+
+        Raises OSError, NotPrivateError.
+        """
+        fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        write_private(fresh, self.certificate_pem)
+        fresh.chmod(0o644)
+        fresh.replace(path)
+
+    def context(self, host: str) -> ssl.SSLContext:
+        """TLS as this host. Raises RefusedError for one that it does not stand for."""
+        if host not in self._hosts:
+            raise RefusedError(403, "host_unknown", "this host is no target")
+        kept = self._contexts.get(host)
+        now_ms = self._clock.now_ms()
+        if kept is None or now_ms - kept[1] > _RENEW_AFTER_MS:
+            kept = (self._make_context(host), now_ms)
+            self._contexts[host] = kept
+        return kept[0]
+
+    def _make_context(self, host: str) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        context.sni_callback = _only(host)
+        _load(context, self._leaf(host), self._leaf_key)
+        return context
+
+    def _leaf(self, host: str) -> x509.Certificate:
+        return (
+            self._builder(self._leaf_key.public_key(), LEAF_LIFE)
+            .subject_name(x509.Name([]))
+            .add_extension(x509.SubjectAlternativeName([_general_name(host)]), critical=True)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False
+            )
+            .sign(self._key, hashes.SHA256())
+        )
+
+    def _sign_own(self, hosts: frozenset[str]) -> x509.Certificate:
+        self._hosts = hosts
+        return (
+            self._builder(self._key.public_key(), OWN_LIFE)
+            .subject_name(self._subject)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_constraints(hosts), critical=True)
+            .add_extension(_SIGNS_CERTIFICATES, critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+
+    def _builder(self, key: ec.EllipticCurvePublicKey, life: datetime.timedelta) -> x509.CertificateBuilder:
+        now = datetime.datetime.fromtimestamp(self._clock.now_ms() / 1000, datetime.UTC)
+        return (
+            x509.CertificateBuilder()
+            .issuer_name(self._subject)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - _BACK)
+            .not_valid_after(now + life)
+        )
+
+
+_SIGNS_CERTIFICATES: Final = x509.KeyUsage(
+    digital_signature=False, content_commitment=False, key_encipherment=False, data_encipherment=False,
+    key_agreement=False, key_cert_sign=True, crl_sign=False, encipher_only=False, decipher_only=False,
+)  # fmt: skip
+
+
+def _constraints(hosts: frozenset[str]) -> x509.NameConstraints:
+    """These hosts and no others: a kind of name that is not mentioned would be free."""
+    permitted: list[x509.GeneralName] = []
+    for host in sorted(hosts):
+        address = _address(host)
+        permitted.append(
+            x509.DNSName(host) if address is None else x509.IPAddress(ipaddress.ip_network(address))
+        )
+    excluded: list[x509.GeneralName] = [
+        x509.IPAddress(everywhere)
+        for everywhere in _EVERYWHERE
+        if not any(_is_of(name, everywhere.version) for name in permitted)
+    ]
+    if not any(isinstance(name, x509.DNSName) for name in permitted):
+        excluded.append(x509.DNSName(""))
+    return x509.NameConstraints(permitted or None, excluded or None)
+
+
+def _is_of(name: x509.GeneralName, version: int) -> bool:
+    return isinstance(name, x509.IPAddress) and name.value.version == version
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    address = _address(host)
+    return x509.DNSName(host) if address is None else x509.IPAddress(address)
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def _load(context: ssl.SSLContext, leaf: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
+    """`ssl` reads keys from files only: here from one that has no name and was never on a disk."""
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ) + leaf.public_bytes(serialization.Encoding.PEM)
+    file = os.memfd_create("ringfence-leaf", os.MFD_CLOEXEC)
+    try:
+        os.write(file, pem)
+        context.load_cert_chain(f"/proc/self/fd/{file}")
+    finally:
+        os.close(file)
+
+
+def _only(host: str) -> Callable[[ssl.SSLObject, str | None, ssl.SSLContext], int | None]:
+    """Refuse a handshake that names another host than the CONNECT did."""
+
+    def named(_: ssl.SSLObject, given: str | None, __: ssl.SSLContext) -> int | None:
+        if given is not None and given.lower() != host:
+            return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
+        return None
+
+    return named

@@ -1,0 +1,1 @@
+"""The coroutine-free path for repeated requests."""

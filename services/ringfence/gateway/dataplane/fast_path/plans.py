@@ -1,0 +1,134 @@
+"""What a data plane knows of a request that came before: how it is sent on, and the answers that targets begin with.
+
+A plan is found by the way and by every byte of the head, so whatever is read from a head is read once. Nothing is
+allowed by having one: its `Standing` is asked each time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Final
+
+from ringfence.gateway.contract import Attempt, Standing
+from ringfence.gateway.dataplane.errors import RefusedError
+from ringfence.gateway.dataplane.forwarder import WITHOUT_BODY, is_compressed
+from ringfence.gateway.dataplane.headers import request_head, response_head
+from ringfence.gateway.dataplane.http1_body import Body, SizedBody, response_body
+from ringfence.gateway.dataplane.http1_head import RequestHead, parse_response
+from ringfence.gateway.dataplane.request_reader import Way
+from ringfence.gateway.dataplane.secret_redaction import needles_of
+from ringfence.gateway.hosts import Origin
+
+MAX_PLANS: Final = 4096
+MAX_KEPT_BYTES: Final = 2048
+"""Longer heads are seldom the same again, and would fill the memory."""
+
+
+class Plan:
+    """How one request is sent on."""
+
+    __slots__ = ("_head", "_injects", "_needles", "attempt", "length", "odd", "origin", "request", "standing")
+
+    def __init__(self, request: RequestHead, attempt: Attempt, standing: Standing, origin: Origin) -> None:
+        self.request = request
+        self.attempt = attempt
+        self.standing = standing
+        self.origin = origin
+        self.length = request.length or 0
+        """Of its body."""
+        self.odd = request.method in WITHOUT_BODY and self.length > 0
+        """Whether its connection to the target is not used again."""
+        self._needles: tuple[bytes, ...] = ()
+        self._injects: Mapping[str, str] | None = None
+        self._head = b""
+
+    def head(self, injects: Mapping[str, str]) -> tuple[bytes, tuple[bytes, ...]]:
+        """The head that goes to the target, with what is injected now, and what is searched for in its answer."""
+        if injects is not self._injects:
+            if self._injects is None or injects != self._injects:
+                self._needles = needles_of(tuple(injects.values()))
+                self._head = request_head(
+                    self.request,
+                    self.attempt.target,
+                    self.origin.authority,
+                    injects,
+                    length=self.request.length,
+                    upgrade=False,
+                )
+            self._injects = injects
+        return self._head, self._needles
+
+
+class Plans:
+    """The latest ones of a data plane."""
+
+    __slots__ = ("_known", "_limit")
+
+    def __init__(self, *, limit: int = MAX_PLANS) -> None:
+        self._known: OrderedDict[bytes, Plan] = OrderedDict()
+        self._limit = limit
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, key: bytes) -> Plan | None:
+        """What was kept under this key."""
+        return self._known.get(key)
+
+    def keep(self, key: bytes, plan: Plan) -> None:
+        """Keep it, in place of what was there. `key`: the way (`key_of`) and the head."""
+        self._known[key] = plan
+        if len(self._known) > self._limit:
+            self._known.popitem(last=False)
+
+
+def key_of(way: Way) -> bytes:
+    """Everything about how a request came that what is read from it depends on: no other way has the same."""
+    names = sorted(way.names) if way.names is not None else None
+    shown = way.scheme, names, way.task_id, way.certificate, way.address, way.inside, way.handle
+    return repr(shown).encode() + b"\n"
+
+
+class Beginning:
+    """The head of an answer that can be sent on as soon as all of it is there."""
+
+    __slots__ = ("again", "head", "length", "plain")
+
+    def __init__(self, head: bytes, length: int, *, plain: bool, again: bool) -> None:
+        self.head = head
+        """As it goes to the agent."""
+        self.length = length
+        """Of the body."""
+        self.plain = plain
+        """Whether there is nothing in it, or it is not compressed."""
+        self.again = again
+        """Whether the target's connection can be used again."""
+
+
+def beginning_of(head: bytes, method: str) -> Beginning | None:
+    """That of the answer to a request of this method; None where somebody has to look at it."""
+    return _remembered(head, method) if len(head) <= MAX_KEPT_BYTES else _beginning(head, method)
+
+
+def _beginning(head: bytes, method: str) -> Beginning | None:
+    try:
+        response = parse_response(head)
+    except RefusedError:
+        return None
+    body = response_body(response, method)
+    sized = isinstance(body, SizedBody)
+    if response.status < 200 or not (sized or type(body) is Body):
+        return None
+    length = (response.length or 0) if sized else 0
+    return Beginning(
+        response_head(response, chunked=False, close=False),
+        length,
+        plain=length == 0 or not is_compressed(response),
+        again=response.minor == 1 and b"close" not in response.named,
+    )
+
+
+_remembered = functools.lru_cache(maxsize=512)(_beginning)
+"""A target begins with the same within a second, where what it answers is as long."""

@@ -1,0 +1,176 @@
+"""Where the body of a message ends. Chunks are taken apart strictly, and put together anew by whoever sends them on."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from ringfence.gateway.dataplane.errors import RefusedError
+from ringfence.gateway.dataplane.http1_head import RequestHead, ResponseHead, check_trailers
+
+MAX_TRAILER_BYTES: Final = 8 * 1024
+LAST_CHUNK: Final = b"0\r\n\r\n"
+
+_SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,8}")
+_CHUNK_BEGINS: Final = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+_SIZE_LINE_BYTES: Final = 10
+
+
+class Body:
+    """What is left of the body of one message. This one is empty."""
+
+    __slots__ = ("done",)
+
+    def __init__(self) -> None:
+        self.done = True
+
+    def take(self, buffer: bytearray) -> bytes:
+        """Take what has come of the payload out of the buffer, and nothing that follows the body.
+
+        Raises RefusedError where the framing is wrong.
+        """
+        return b""
+
+
+class SizedBody(Body):
+    """As many bytes as `Content-Length` says."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self, length: int) -> None:
+        self.done = length == 0
+        self._left = length
+
+    def take(self, buffer: bytearray) -> bytes:
+        piece = bytes(buffer[: self._left])
+        del buffer[: len(piece)]
+        self._left -= len(piece)
+        self.done = self._left == 0
+        return piece
+
+
+class ChunkedBody(Body):
+    """Chunks (RFC 9112, 7.1) without extensions; trailers are checked and dropped."""
+
+    __slots__ = ("_left", "_step")
+
+    def __init__(self) -> None:
+        self.done = False
+        self._left = 0
+        self._step = self._size
+
+    def take(self, buffer: bytearray) -> bytes:
+        pieces: list[bytes] = []
+        if self._step == self._size:
+            _take_whole(buffer, pieces)
+        while not self.done and self._step(buffer, pieces):
+            pass
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _size(self, buffer: bytearray, pieces: list[bytes]) -> bool:
+        end = buffer.find(b"\r\n", 0, _SIZE_LINE_BYTES)
+        line = bytes(buffer[:end] if end >= 0 else buffer[:_SIZE_LINE_BYTES].removesuffix(b"\r"))
+        if _SIZE.fullmatch(line) is None and (line or end >= 0 or len(buffer) >= 2):
+            raise _malformed("a chunk without a size, or with an extension")
+        if end < 0:
+            if len(buffer) >= _SIZE_LINE_BYTES:
+                raise _malformed("a chunk size that does not end")
+            return False
+        del buffer[: end + 2]
+        self._left = int(line, 16)
+        self._step = self._data if self._left else self._trailers
+        return True
+
+    def _data(self, buffer: bytearray, pieces: list[bytes]) -> bool:
+        piece = bytes(buffer[: self._left])
+        if not piece:
+            return False
+        del buffer[: len(piece)]
+        pieces.append(piece)
+        self._left -= len(piece)
+        if self._left == 0:
+            self._step = self._data_end
+        return True
+
+    def _data_end(self, buffer: bytearray, pieces: list[bytes]) -> bool:
+        if buffer[:2] != b"\r\n"[: len(buffer)]:
+            raise _malformed("a chunk that is longer than its size")
+        if len(buffer) < 2:
+            return False
+        del buffer[:2]
+        self._step = self._size
+        return True
+
+    def _trailers(self, buffer: bytearray, pieces: list[bytes]) -> bool:
+        if buffer[:2] == b"\r\n":
+            del buffer[:2]
+            self.done = True
+            return True
+        end = buffer.find(b"\r\n\r\n", 0, MAX_TRAILER_BYTES)
+        if end < 0:
+            if len(buffer) >= MAX_TRAILER_BYTES:
+                raise _malformed("trailers without an end")
+            return False
+        check_trailers(bytes(buffer[: end + 2]))
+        del buffer[: end + 4]
+        self.done = True
+        return True
+
+
+def _take_whole(buffer: bytearray, pieces: list[bytes]) -> None:
+    """Take the chunks that are all there and plain: a body of many small ones costs little more than another.
+
+    Whatever is not is left, with all behind it, to be read step by step.
+    """
+    found = _CHUNK_BEGINS.match(buffer)
+    if found is None:
+        return
+    came, at = bytes(buffer), 0
+    while found is not None:
+        begins = found.end()
+        ends = begins + int(found[1], 16)
+        if ends == begins or came[ends : ends + 2] != b"\r\n":
+            break
+        pieces.append(came[begins:ends])
+        at = ends + 2
+        found = _CHUNK_BEGINS.match(came, at)
+    del buffer[:at]
+
+
+class UntilClosed(Body):
+    """All that comes: a response that ends with its connection."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def take(self, buffer: bytearray) -> bytes:
+        piece = bytes(buffer)
+        buffer.clear()
+        return piece
+
+
+def request_body(head: RequestHead) -> Body:
+    """The body of a request (RFC 9112, 6.3)."""
+    if head.chunked:
+        return ChunkedBody()
+    return SizedBody(head.length) if head.length else Body()
+
+
+def response_body(head: ResponseHead, method: str) -> Body:
+    """The body of the response to a request of that method (RFC 9112, 6.3)."""
+    if method == "HEAD" or head.status in (204, 304):
+        return Body()
+    if head.chunked:
+        return ChunkedBody()
+    return UntilClosed() if head.length is None else SizedBody(head.length)
+
+
+def chunk(piece: bytes) -> bytes:
+    """One chunk of a message that is sent on. `piece` is not empty: that would be the last one."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
+def _malformed(what: str) -> RefusedError:
+    return RefusedError(400, "malformed_http", f"the body cannot be understood for certain: {what}")

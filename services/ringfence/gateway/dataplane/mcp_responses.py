@@ -1,0 +1,176 @@
+"""What a target answers at an endpoint of MCP: lists are cut down to what may be used, and what came of it is told.
+
+Whatever lists tools, prompts or resources is filtered, in a JSON body and in each event of a stream, whoever asked for
+it: a stream that is resumed may bring the answers of others of its session again.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+import orjson
+
+from ringfence.gateway.contract import Mcp, McpOutcome
+from ringfence.gateway.dataplane.errors import RefusedError
+from ringfence.gateway.dataplane.http1_head import ResponseHead
+from ringfence.kernel.base.strict_json import json_object
+from ringfence.model.http_targets.mcp import LISTED
+
+MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
+"""So large one message of a target may be: it is held until it is complete."""
+MAX_LISTED: Final = 1000
+"""So many things one page of a list may have: each is held against the map."""
+JSON: Final = b"application/json"
+EVENTS: Final = b"text/event-stream"
+
+_ACCEPTED: Final = 202
+_MAX_CODE: Final = 2**53
+_LINE_COSTS: Final = 64
+"""Bytes that a line takes beside its own: many short ones are not held for less than they cost."""
+_LINE_END: Final = re.compile(rb"\r\n|\n|\r(?!\Z)")
+_BOM: Final = b"\xef\xbb\xbf"
+
+
+class Answers:
+    """The messages that come in answer to one request."""
+
+    def __init__(self, mcp: Mcp) -> None:
+        self._mcp = mcp
+        self.outcome = McpOutcome()
+
+    def began(self, response: ResponseHead) -> None:
+        """The head has come. Raises RefusedError where it gives out a session that is another's."""
+        self.outcome.status = response.status
+        if response.status >= 300:
+            self.outcome.kind = "transport_error"
+        elif response.status == _ACCEPTED or self._mcp.id is None:
+            self.outcome.kind = "accepted"
+        session = response.known.get(b"mcp-session-id")
+        if session is None or not self._mcp.opens or response.status >= 300:
+            return
+        if not self._mcp.opened(session.decode("latin-1")):
+            text = "the target gives out a session that is another lease's already, or none that can be one"
+            raise RefusedError(502, "mcp_session_taken", text)
+
+    def ended(self) -> None:
+        """Nothing more comes."""
+        self._mcp.answered(self.outcome)
+
+    def message(self, data: bytes) -> bytes:
+        """One message as it may go on. Raises RefusedError where it is not certain what it says."""
+        try:
+            message = json_object(data)
+        except ValueError:
+            raise _unreadable("a message is not one JSON object") from None
+        self._note(message)
+        return orjson.dumps(message) if self._cut_down(message.get("result")) else data
+
+    def _cut_down(self, result: Any) -> bool:
+        """Whether something was taken out of a result."""
+        if not isinstance(result, dict):
+            return False
+        changed = False
+        for member, (method, key) in LISTED.items():
+            listed = result.get(member)
+            if not isinstance(listed, list):
+                continue
+            if len(listed) > MAX_LISTED:
+                raise too_large(f"a page of a list may have {MAX_LISTED} entries")
+            kept = [one for one in listed if self._is_visible(one, method, key)]
+            changed |= len(kept) != len(listed)
+            result[member] = kept
+        return changed
+
+    def _is_visible(self, listed: Any, method: str, key: str) -> bool:
+        name = listed.get(key) if isinstance(listed, dict) else None
+        return isinstance(name, str) and self._mcp.visible(method, name)
+
+    def _note(self, message: dict[str, Any]) -> None:
+        if "method" in message or self._mcp.id is None or message.get("id") != self._mcp.id:
+            return
+        error, result = message.get("error"), message.get("result")
+        if isinstance(error, dict):
+            code = error.get("code")
+            self.outcome.kind = "rpc_error"
+            self.outcome.code = code if type(code) is int and abs(code) <= _MAX_CODE else None
+        elif isinstance(result, dict) and result.get("isError") is True:
+            self.outcome.kind = "tool_error"
+        elif result is not None:
+            self.outcome.kind = "result"
+
+
+class EventSieve:
+    """The events of a stream, each held until it is complete. What is no data of a message passes as it came."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+        self._buffer = bytearray()
+        self._lines: list[bytes] = []
+        self._held = 0
+        self._begun = False
+
+    def feed(self, piece: bytes) -> bytes:
+        """The events that are complete now. Raises RefusedError."""
+        self._buffer += piece
+        if not self._begun and self._buffer:
+            if _BOM.startswith(bytes(self._buffer[:3])) and len(self._buffer) < len(_BOM):
+                return b""
+            self._begun = True
+            if self._buffer.startswith(_BOM):
+                raise _unreadable("a stream begins with a byte order mark")
+        out: list[bytes] = []
+        at = 0
+        for end in _LINE_END.finditer(self._buffer):
+            self._line(bytes(self._buffer[at : end.start()]), out)
+            at = end.end()
+        del self._buffer[:at]
+        if self._held + len(self._buffer) > MAX_MESSAGE_BYTES:
+            raise too_large()
+        return b"".join(out)
+
+    def last(self, piece: bytes) -> bytes:
+        """The same at the end: an event that is not complete is none (HTML, 9.2.6)."""
+        return self.feed(piece + b"\n") if self._ends_with_return(piece) else self.feed(piece)
+
+    def _ends_with_return(self, piece: bytes) -> bool:
+        """Whether a line end was held back, as more of it might have come."""
+        return (piece or bytes(self._buffer)).endswith(b"\r")
+
+    def _line(self, line: bytes, out: list[bytes]) -> None:
+        if line:
+            self._lines.append(line)
+            self._held += len(line) + _LINE_COSTS
+            return
+        lines, self._lines, self._held = self._lines, [], 0
+        out.append(self._event(lines))
+
+    def _event(self, lines: list[bytes]) -> bytes:
+        data = b"\n".join(_value(line) for line in lines if _name(line) == b"data")
+        if data:
+            said = self._answers.message(data)
+            if said != data:
+                lines = [*(line for line in lines if _name(line) != b"data"), b"data: " + said]
+        return b"".join(line + b"\n" for line in lines) + b"\n"
+
+
+def media_of(value: bytes | None) -> bytes:
+    """The media type of a `Content-Type`, in lower case, without parameters."""
+    return (value or b"").partition(b";")[0].strip(b" \t").lower()
+
+
+def _name(line: bytes) -> bytes:
+    return line.partition(b":")[0]
+
+
+def _value(line: bytes) -> bytes:
+    return line.partition(b":")[2].removeprefix(b" ")
+
+
+def _unreadable(what: str) -> RefusedError:
+    return RefusedError(502, "target_unreadable", f"the target's answer is not forwarded: {what}")
+
+
+def too_large(text: str = f"a message of a target may have {MAX_MESSAGE_BYTES} bytes") -> RefusedError:
+    """A message of a target that nobody holds, or holds against the map."""
+    return RefusedError(502, "target_too_large", text)

@@ -1,0 +1,292 @@
+"""The embedded data plane: every request of an agent is handed to the decision core before anything of it goes on.
+
+plane = DataPlane(gate, knows=..., hosts=..., answer=...)
+await plane.start()
+port = await plane.listen("127.0.0.1", 8443, names={"gateway.example:8443"}, tls=context)
+await plane.listen_for_task(path, task_id)
+...
+await plane.close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import ssl
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from ringfence.gateway.contract import Blocked, Blocks, Gate, Presented
+from ringfence.gateway.dataplane.certificate_authority import Authority
+from ringfence.gateway.dataplane.connection import Connection
+from ringfence.gateway.dataplane.denials import answer as problem_of
+from ringfence.gateway.dataplane.errors import Answer
+from ringfence.gateway.dataplane.fast_path.plans import Plans
+from ringfence.gateway.dataplane.forwarder import Forwarder, Patiences
+from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, Allowance, Limits, sender_at
+from ringfence.gateway.dataplane.request_reader import Way
+from ringfence.gateway.dataplane.shared import Desk
+from ringfence.gateway.dataplane.stream import Outbox, Patience, Stream
+from ringfence.gateway.dataplane.tls_listener import TlsDoor
+from ringfence.gateway.dataplane.upstream_pool import Upstreams
+from ringfence.gateway.hosts import Scheme, canonical
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.errors import RingfenceError
+
+log = logging.getLogger(__name__)
+
+_BACKLOG: Final = 1024
+_LONGEST_ADDRESS: Final = 107
+"""Bytes of a unix socket's address (unix(7))."""
+_SWEEP_EVERY_S: Final = 5.0
+
+
+class ListenError(RingfenceError):
+    """A socket cannot be had. The message says which, and what to do."""
+
+    code = "cannot_listen"
+
+
+class DataPlane:
+    """All listeners of one gateway, and the connections to targets that they share."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        *,
+        knows: Callable[[str], bool],
+        hosts: Iterable[str] = (),
+        answer: Answer = problem_of,
+        blocked: Blocks = lambda _: None,
+        name: str = "gateway",
+        clock: Clock | None = None,
+        tls: ssl.SSLContext | None = None,
+        allowance: Allowance = Allowance(),  # noqa: B008 - frozen
+        patiences: Patiences = Patiences(),  # noqa: B008 - frozen
+    ) -> None:
+        """Args:
+            gate: the decision core.
+            knows: whether a canonical `host[:port]` is a target's. What is none is denied before any TLS.
+            hosts: the hosts of targets, without ports: what the gateway's CA may stand for. See `authority.cover`.
+            answer: how a verdict that is not `allowed` is told.
+            blocked: told of what is refused before anything can be decided.
+            name: of this gateway, in its CA's certificate.
+            tls: how targets are verified; the machine's authorities if not given.
+        """  # fmt: skip
+        self._patience, self._outbox = Patience(), Outbox()
+        self.upstreams = Upstreams(
+            tls or ssl.create_default_context(),
+            self._patience,
+            connect_s=patiences.connect_s,
+            outbox=self._outbox,
+        )
+        self.authority = Authority(name, hosts, clock or SystemClock())
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.limits = Limits(allowance, time.monotonic)
+        forwarder = Forwarder(gate, self.upstreams, patiences)
+        self._desk = Desk(
+            gate, knows, answer, self.authority, forwarder, self.upstreams, Plans(), self.limits, patiences, blocked
+        )  # fmt: skip
+        self._servers: list[asyncio.Server] = []
+        self._doors: list[TlsDoor] = []
+        self._tasks: dict[Path, tuple[asyncio.Server, set[Stream]]] = {}
+        self._running: set[asyncio.Task[None]] = set()
+        self._sweeping: asyncio.TimerHandle | None = None
+
+    @property
+    def connections(self) -> int:
+        """How many connections of agents there are."""
+        return len(self._running)
+
+    async def start(self) -> None:
+        """Begin to watch the time, in the running loop."""
+        self._patience.start()
+        self._sweep()
+
+    async def listen(
+        self,
+        host: str,
+        port: int,
+        *,
+        names: Iterable[str] = (),
+        tls: ssl.SSLContext | None = None,
+        scheme: Scheme | None = None,
+        challenge: bool = False,
+    ) -> int:
+        """Listen on TCP; the port. Raises ListenError.
+
+        Args:
+            host: address to listen on.
+            port: 0 takes one that is free.
+            names: `host[:port]` by which agents know the gateway: requests for another, that is no target, are refused.
+            tls: with `verify_mode` CERT_REQUIRED or CERT_OPTIONAL the SPIFFE ID of a client certificate counts.
+            scheme: as agents see it, where somebody before the gateway ends their TLS.
+            challenge: whether a CONNECT that shows nothing of its sender is asked for `Proxy-Authorization`.
+        """  # fmt: skip
+        seen: Scheme = scheme or ("https" if tls is not None else "http")
+        known = frozenset(canonical(name, seen) for name in names)
+
+        def way(stream: Stream) -> Way:
+            peer = stream.transport.get_extra_info("peername")
+            certificate = _spiffe_id(stream.peer_certificate()) if tls is not None else None
+            address = (peer[0] if peer else "") if certificate is None else None
+            sender = certificate if certificate is not None else sender_at(address or "")
+            return Way(sender, seen, known, certificate=certificate, challenge=challenge, address=address)
+
+        def serve(stream: Stream) -> None:
+            self._serve(stream, way)
+
+        try:
+            if tls is not None:
+                door = TlsDoor(
+                    tls,
+                    self.limits,
+                    self._desk.blocked,
+                    self._outbox,
+                    handshake_s=self._desk.patiences.head_s,
+                )
+                taken_port = await door.open(host, port, _BACKLOG, serve, self._lost)
+                self._doors.append(door)
+                return taken_port
+            server = await asyncio.get_running_loop().create_server(
+                lambda: Stream(serve, self._lost, self._outbox), host, port, backlog=_BACKLOG
+            )
+        except OSError:
+            raise ListenError(
+                f"cannot listen on {host}:{port}: it is in use, or not this machine's"
+            ) from None
+        self._servers.append(server)
+        taken: int = server.sockets[0].getsockname()[1]
+        return taken
+
+    async def listen_for_task(self, path: Path, task_id: str) -> None:
+        """Listen on a unix socket that is one task's, and nobody else's (mode 0600). Raises ListenError."""
+        if path in self._tasks:
+            await self.close_for_task(path)
+        listening = _bound(path)
+        streams: set[Stream] = set()
+
+        def way(stream: Stream) -> Way:
+            streams.add(stream)
+            return Way(f"task:{task_id}", "http", task_id=task_id)
+
+        def lost(stream: Stream) -> None:
+            streams.discard(stream)
+            self._lost(stream)
+
+        server = await asyncio.get_running_loop().create_unix_server(
+            lambda: Stream(lambda stream: self._serve(stream, way), lost, self._outbox),
+            sock=listening,
+            backlog=_BACKLOG,
+        )
+        self._tasks[path] = (server, streams)
+
+    async def close_for_task(self, path: Path) -> None:
+        """The task is over: its socket is removed and its connections are dropped."""
+        server, streams = self._tasks.pop(path)
+        server.close()
+        _removed(path)
+        for stream in list(streams):
+            stream.abort()
+
+    async def close(self) -> None:
+        """Listen no more, and drop every connection."""
+        for path in list(self._tasks):
+            await self.close_for_task(path)
+        for server in self._servers:
+            server.close()
+        for door in self._doors:
+            await door.close()
+        for task in list(self._running):
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        self.upstreams.close()
+        self._patience.stop()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+
+    def _serve(self, stream: Stream, how: Callable[[Stream], Way]) -> None:
+        way = how(stream)
+        if not self.limits.connect(way.sender):
+            shown = Presented(way.task_id, way.certificate)
+            self._desk.blocked(Blocked(TOO_MANY_CONNECTIONS, "too many connections of this sender", shown))
+            stream.abort()
+            return
+        self._patience.watch(stream)
+        task = asyncio.get_running_loop().create_task(Connection(stream, way, self._desk).run())
+        self._running.add(task)
+        metrics.GATEWAY_CONNECTIONS.inc()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._running.discard(task)
+            metrics.GATEWAY_CONNECTIONS.dec()
+            self._patience.forget(stream)
+            self.limits.disconnect(way.sender)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                # Not the error itself: what it was raised on may hold what an agent sent.
+                log.error("a connection failed: %s", type(error).__name__)
+
+        task.add_done_callback(ended)
+
+    def _lost(self, stream: Stream) -> None:
+        self._patience.forget(stream)
+
+    def _sweep(self) -> None:
+        self.upstreams.sweep()
+        self._sweeping = asyncio.get_running_loop().call_later(_SWEEP_EVERY_S, self._sweep)
+
+
+def _bound(path: Path) -> socket.socket:
+    """A socket that was never open to others. One that a gateway left behind is replaced.
+
+    It gets its name when it listens: whoever sees it may come in.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ListenError(f"{path} is there and is no socket: remove it, or name another")
+    bound, unready = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path.with_suffix(".new")
+    before = os.umask(0o177)
+    try:
+        _removed(unready)
+        with _addressed(unready) as address:
+            bound.bind(address)
+        bound.listen(_BACKLOG)
+        unready.rename(path)
+    except OSError as error:
+        bound.close()
+        raise ListenError(f"cannot listen on {path}: {error.strerror or error}") from None
+    finally:
+        os.umask(before)
+    return bound
+
+
+@contextlib.contextmanager
+def _addressed(path: Path) -> Iterator[str]:
+    """The path, or a short one that leads there: an address has 107 bytes, and folders of projects are deep."""
+    if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
+def _removed(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+
+
+def _spiffe_id(certificate: Any) -> str | None:
+    """The SPIFFE ID in a verified certificate: its only URI (X.509-SVID, 2)."""
+    names = certificate.get("subjectAltName", ()) if certificate else ()
+    found = [value for kind, value in names if kind == "URI"]
+    return found[0] if len(found) == 1 and found[0].startswith("spiffe://") else None

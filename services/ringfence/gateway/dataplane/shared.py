@@ -1,0 +1,30 @@
+"""What every connection of the embedded data plane needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ringfence.gateway.contract import Blocks, Gate
+from ringfence.gateway.dataplane.certificate_authority import Authority
+from ringfence.gateway.dataplane.errors import Answer
+from ringfence.gateway.dataplane.fast_path.plans import Plans
+from ringfence.gateway.dataplane.forwarder import Forwarder, Patiences
+from ringfence.gateway.dataplane.limits import Limits
+from ringfence.gateway.dataplane.upstream_pool import Upstreams
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """One for all listeners of a plane."""
+
+    gate: Gate
+    knows: Callable[[str], bool]
+    answer: Answer
+    authority: Authority
+    forwarder: Forwarder
+    upstreams: Upstreams
+    plans: Plans
+    limits: Limits
+    patiences: Patiences
+    blocked: Blocks

@@ -1,0 +1,113 @@
+"""Where agents come in by TLS: each handshake is counted before it begins, and ends in time.
+
+A server of the event loop's own would begin as many as there come, and tell nobody of those that fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import Callable, Coroutine
+from typing import Final
+
+from ringfence.gateway.contract import Blocked, Blocks
+from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, Limits, sender_at
+from ringfence.gateway.dataplane.stream import Outbox, Stream
+
+log = logging.getLogger(__name__)
+
+TLS_FAILED: Final = "tls_failed"
+_AGAIN_S: Final = 0.1
+"""So long nothing is accepted where no file is left for it."""
+
+Told = Callable[[Stream], None]
+
+
+class TlsDoor:
+    """One listener."""
+
+    def __init__(
+        self, tls: ssl.SSLContext, limits: Limits, blocked: Blocks, outbox: Outbox, *, handshake_s: float
+    ) -> None:
+        self._tls = tls
+        self._limits = limits
+        self._blocked = blocked
+        self._outbox = outbox
+        self._handshake_s = handshake_s
+        self._listening: list[socket.socket] = []
+        self._work: set[asyncio.Task[None]] = set()
+
+    async def open(self, host: str, port: int, backlog: int, made: Told, lost: Told) -> int:
+        """Listen; the port. `made` is told of each connection once its TLS is open, `lost` when it is gone.
+
+        Raises OSError.
+        """
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        try:
+            for family, address in dict.fromkeys((one[0], one[4]) for one in found):
+                self._listening.append(socket.create_server(address, family=family, backlog=backlog))
+        except OSError:
+            await self.close()
+            raise
+        for listening in self._listening:
+            listening.setblocking(False)
+            self._start(self._accept(listening, made, lost))
+        taken: int = self._listening[0].getsockname()[1]
+        return taken
+
+    async def close(self) -> None:
+        """Listen no more; handshakes that are under way end."""
+        for task in list(self._work):
+            task.cancel()
+        await asyncio.gather(*self._work, return_exceptions=True)
+        for listening in self._listening:
+            listening.close()
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    async def _accept(self, listening: socket.socket, made: Told, lost: Told) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, peer = await loop.sock_accept(listening)
+            except OSError as error:
+                log.warning("a connection is not accepted: %s", error.strerror)
+                await asyncio.sleep(_AGAIN_S)
+                continue
+            address = sender_at(peer[0])
+            if self._limits.shake(address):
+                self._start(self._shake(connection, address, made, lost))
+            else:
+                connection.close()
+                self._blocked(Blocked(TOO_MANY_CONNECTIONS, "too many connections of this address"))
+
+    async def _shake(self, connection: socket.socket, address: str, made: Told, lost: Told) -> None:
+        shaking = True
+
+        def over() -> None:
+            nonlocal shaking
+            if shaking:
+                shaking = False
+                self._limits.shaken(address)
+
+        def opened(stream: Stream) -> None:
+            over()
+            made(stream)
+
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: Stream(opened, lost, self._outbox),
+                connection,
+                ssl=self._tls,
+                ssl_handshake_timeout=self._handshake_s,
+            )
+        except OSError:
+            self._blocked(Blocked(TLS_FAILED, "the client did not agree to TLS, or not in time"))
+        finally:
+            over()

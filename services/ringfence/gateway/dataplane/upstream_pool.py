@@ -1,0 +1,122 @@
+"""Connections to targets: opened, verified, lent for one request at a time, kept only while they are clean."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections import deque
+from typing import Final
+
+from ringfence.gateway.dataplane.errors import RefusedError
+from ringfence.gateway.dataplane.stream import Outbox, Patience, Stream
+from ringfence.gateway.hosts import Origin
+
+IDLE_S: Final = 15.0
+IDLE_EACH: Final = 128
+"""So many connections to one origin are kept open while nobody needs them."""
+
+
+class Upstreams:
+    """All connections to targets. A secret is written to one only after its TLS was verified for the target's name."""
+
+    def __init__(
+        self,
+        tls: ssl.SSLContext,
+        patience: Patience,
+        *,
+        connect_s: float,
+        outbox: Outbox | None = None,
+    ) -> None:
+        """`tls` verifies certificates and names: one that does not is refused here. Raises ValueError.
+
+        `outbox`: that of connections, see `Stream.write_soon`.
+        """
+        if tls.verify_mode is not ssl.CERT_REQUIRED or not tls.check_hostname:
+            raise ValueError("a gateway verifies the certificates of targets; this context does not")
+        tls.set_alpn_protocols(["http/1.1"])
+        self._tls = tls
+        self._patience = patience
+        self._connect_s = connect_s
+        self._outbox = outbox
+        self._idle: dict[Origin, deque[tuple[Stream, float]]] = {}
+        self.open = 0
+        """How many connections there are."""
+
+    async def take(self, origin: Origin, *, fresh: bool = False) -> tuple[Stream, bool]:
+        """A connection, and whether it was used before. Raises RefusedError: 502, or 504 where it took too long."""
+        if not fresh:
+            stream = self.idling(origin)
+            if stream is not None:
+                return stream, True
+        return await self._connect(origin), False
+
+    def give_back(self, origin: Origin, stream: Stream) -> None:
+        """Keep a connection whose last exchange ended cleanly, unless something came that nobody had asked for."""
+        idle = self._idle.setdefault(origin, deque())
+        stream.deadline = stream.taker = stream.on_gone = None
+        if not stream.alive or stream.buffer or len(idle) >= IDLE_EACH:
+            stream.abort()
+            return
+        stream.resume()
+        idle.append((stream, time.monotonic() + IDLE_S))
+
+    def sweep(self) -> None:
+        """Close what has been idle for too long, or was closed by the target."""
+        now = time.monotonic()
+        for origin, idle in list(self._idle.items()):
+            kept = deque(one for one in idle if one[0].alive and not one[0].buffer and one[1] > now)
+            for stream, until in idle:
+                if until <= now or stream.buffer:
+                    stream.abort()
+            if kept:
+                self._idle[origin] = kept
+            else:
+                del self._idle[origin]
+
+    def close(self) -> None:
+        """Close what is idle."""
+        for idle in self._idle.values():
+            for stream, _ in idle:
+                stream.abort()
+        self._idle.clear()
+
+    def idling(self, origin: Origin) -> Stream | None:
+        """A connection that was used before and is kept; None where there is none."""
+        idle = self._idle.get(origin)
+        now = time.monotonic()
+        while idle:
+            stream, until = idle.pop()
+            if stream.alive and not stream.buffer and until > now:
+                return stream
+            stream.abort()
+        return None
+
+    async def _connect(self, origin: Origin) -> Stream:
+        tls = self._tls if origin.scheme == "https" else None
+        try:
+            async with asyncio.timeout(self._connect_s):
+                _, stream = await asyncio.get_running_loop().create_connection(
+                    lambda: Stream(self._opened, self._lost, self._outbox),
+                    origin.host,
+                    origin.port,
+                    ssl=tls,
+                    server_hostname=origin.host if tls else None,
+                )
+        except TimeoutError:
+            raise RefusedError(504, "target_timeout", "the target accepts no connection in time") from None
+        except ssl.SSLError:
+            raise RefusedError(
+                502, "target_not_verified", "the target's certificate does not stand for its name"
+            ) from None
+        except OSError:
+            raise RefusedError(502, "target_unreachable", "no connection to the target can be had") from None
+        return stream
+
+    def _opened(self, stream: Stream) -> None:
+        self.open += 1
+        self._patience.watch(stream)
+
+    def _lost(self, stream: Stream) -> None:
+        self.open -= 1
+        self._patience.forget(stream)

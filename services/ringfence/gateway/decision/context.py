@@ -1,0 +1,48 @@
+"""How far the decision on one attempt got: what was found of it so far, for the steps that follow and for its event."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ringfence.gateway.contract import Attempt, Patient
+from ringfence.gateway.decision.approval_questions import Question
+from ringfence.gateway.decision.mcp import Spoken
+from ringfence.gateway.decision.targets import Compiled
+from ringfence.gateway.domain import Chosen, Sender
+from ringfence.messages.lease import Lease
+from ringfence.model.http_targets.request_map import Action
+
+
+@dataclass(slots=True)
+class Course:
+    """See the module."""
+
+    id: str
+    attempt: Attempt
+    """With its body, once that was seen."""
+    patient: Patient | None = None
+    sender: Sender | None = None
+    target: Compiled | None = None
+    action: Action | None = None
+    chosen: Chosen | None = None
+    spoken: Spoken | None = None
+    question: Question | None = None
+    """To a person, where one was asked."""
+    waited_ns: int = 0
+    injects: Mapping[str, str] | None = None
+    observed: bool = False
+    unheard: bool = False
+    """Whether nothing of what it asks for was looked at: who sends it was not shown, or has too much."""
+    took_ns: int = 0
+    """What deciding took, without the credential, and without a person."""
+
+    @property
+    def lease(self) -> Lease | None:
+        return self.chosen.lease if self.chosen is not None else None
+
+    @property
+    def task_id(self) -> str | None:
+        if self.chosen is not None:
+            return self.chosen.lease.task_id
+        return self.sender.task_id if self.sender is not None else None

@@ -1,0 +1,199 @@
+"""What is told of each decision: its event on `action`, and the numbers that are asked for."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+from ringfence.gateway.contract import Attempt, McpOutcome, Presented, Verdict
+from ringfence.gateway.decision.context import Course
+from ringfence.gateway.decision.fast_path.cached_decision import counter_of
+from ringfence.gateway.decision.fast_path.event import (
+    AllowedEvents,
+    act_of,
+    digest_of,
+    label_of,
+    method_of,
+)
+from ringfence.gateway.decision.targets import Compiled, Targets
+from ringfence.gateway.domain import Access, Refusal, access_of
+from ringfence.gateway.events.destination import destination_of, printable_method
+from ringfence.gateway.events.recorder import Recorder
+from ringfence.gateway.events.refusal_counts import Kind, access_if_known
+from ringfence.gateway.events.spool import SpoolFullError
+from ringfence.gateway.events.task_history import Earlier
+from ringfence.gateway.state.view import View
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.messages.operations import ActionAnswered, ActionAsked, ActionDecided, Destination
+from ringfence.model.http_targets.mcp import CALL
+
+log = logging.getLogger(__name__)
+
+_READ_VERB: Final = "read"
+"""What a target's map calls a call that changes nothing."""
+
+
+class Telling:
+    """See the module."""
+
+    def __init__(
+        self,
+        view: View,
+        targets: Targets,
+        recorder: Recorder,
+        earlier: Earlier,
+        clock: Clock,
+        *,
+        gateway: str,
+    ) -> None:
+        """`gateway`: the SPIFFE ID of this one, for events."""
+        self._table = view.table
+        self._targets = targets
+        self._recorder = recorder
+        self._earlier = earlier
+        self._clock = clock
+        self._gateway = gateway
+
+    def note(self, course: Course, verdict: Verdict) -> tuple[Access | None, str | None, int]:
+        """Count it where numbers are asked for. Its access, its target's id, and the time."""
+        access = _access(course)
+        outcome = "allowed" if verdict.allowed else "observed" if verdict.observed else "denied"
+        counter_of(outcome, access).tally()
+        metrics.DECISION_TIME.tally(course.took_ns / 1e9)
+        now_ms = self._clock.now_ms()
+        target_id = verdict.target.target_id if verdict.target is not None else None
+        if verdict.task_id is not None:
+            verb = course.action.verb if course.action is not None else None
+            self._earlier.add(verdict.task_id, target_id, verb, allowed=verdict.allowed, now_ms=now_ms)
+        return access, target_id, now_ms
+
+    def kind(self, course: Course, presented: Presented, attempt: Attempt, refusal: Refusal) -> Kind:
+        """Who it was, what for and why not, as far as that is shown."""
+        target = self._targets.find(attempt)
+        return Kind(
+            course.sender.agent_id if course.sender is not None else None,
+            course.task_id,
+            target.state.target_id if isinstance(target, Compiled) else None,
+            printable_method(attempt.method),
+            refusal.reasons[0].code,
+            self._lease_of(course, presented),
+            label_of(attempt),
+            destination_of(attempt, target.url if isinstance(target, Compiled) else None, presented.handle),
+            access_if_known(attempt.method),
+        )
+
+    def record(
+        self,
+        course: Course,
+        presented: Presented,
+        verdict: Verdict,
+        for_target: str | None = None,
+    ) -> None:
+        """`for_target`: which it was for, where that was not looked at. Raises SpoolFullError."""
+        access, target_id, now_ms = self.note(course, verdict)
+        if verdict.allowed and course.question is None and course.action is not None:
+            self._record_allowed(course, access, now_ms)
+            return
+        attempt, sender = course.attempt, course.sender
+        self._recorder.record(
+            ActionDecided(
+                action_id=course.id,
+                gateway=self._gateway,
+                agent_id=sender.agent_id if sender is not None else None,
+                act=_act_of(course),
+                task_id=verdict.task_id,
+                lease_id=self._lease_of(course, presented),
+                target_id=target_id or for_target,
+                verb=course.action.verb if course.action is not None else None,
+                resource=course.action.resource if course.action is not None else None,
+                allowed=verdict.allowed,
+                reasons=verdict.reasons,
+                access=access,
+                method=method_of(attempt) if verdict.allowed else printable_method(attempt.method),
+                destination=None if verdict.allowed else self._destination_of(course, presented),
+                request_digest=digest_of(attempt),
+                latency_us=course.took_ns // 1000,
+                label=label_of(attempt),
+                observed=True if verdict.observed else None,
+                asked=_asked_of(course),
+                at_ms=now_ms,
+                traceparent=course.lease.traceparent if course.lease is not None else None,
+            )
+        )
+
+    def _destination_of(self, course: Course, presented: Presented) -> Destination:
+        target = course.target if course.target is not None else self._targets.find(course.attempt)
+        url = target.url if isinstance(target, Compiled) else None
+        return destination_of(course.attempt, url, presented.handle)
+
+    def _record_allowed(self, course: Course, access: Access | None, now_ms: int) -> None:
+        """The same `ActionDecided` for what is simply allowed, which is most: written without a model in between."""
+        sender, lease, action, attempt = course.sender, course.lease, course.action, course.attempt
+        assert sender is not None, "it was allowed"
+        assert lease is not None, "it was allowed"
+        assert action is not None, "it was allowed"
+        events = AllowedEvents(self._gateway, sender.agent_id, lease, action, access, attempt)
+        self._recorder.keep(events.entry(course.id, course.took_ns // 1000, now_ms))
+
+    def record_answer(self, course: Course, outcome: McpOutcome) -> None:
+        """What came of it is too late to deny anything: where it cannot be kept, the decision still is."""
+        metrics.MCP_ANSWERS.labels(outcome.kind).inc()
+        assert course.lease is not None, "it was allowed"
+        assert course.action is not None, "it was allowed"
+        event = ActionAnswered(
+            action_id=course.id,
+            gateway=self._gateway,
+            agent_id=course.lease.agent_id,
+            act=_act_of(course),
+            task_id=course.lease.task_id,
+            lease_id=course.lease.lease_id,
+            target_id=course.lease.target_id,
+            verb=course.action.verb,
+            resource=course.action.resource,
+            answer=outcome.kind,
+            http_status=outcome.status,
+            rpc_code=outcome.code,
+            at_ms=self._clock.now_ms(),
+            traceparent=course.lease.traceparent,
+        )
+        try:
+            self._recorder.record(event)
+        except SpoolFullError as error:
+            log.error("what came of an action is not recorded: %s", error)
+
+    def _lease_of(self, course: Course, presented: Presented) -> str | None:
+        """The lease that decided; else that of the handle which was shown, whoever showed it."""
+        if course.lease is not None:
+            return course.lease.lease_id
+        if course.sender is not None and course.sender.lease_id is not None:
+            return course.sender.lease_id
+        handle = presented.handle
+        return handle if handle is not None and self._table.get(handle) is not None else None
+
+
+def _access(course: Course) -> Access | None:
+    """Whether it only reads. All messages of MCP are posted: there the message says so, and of a call its verb."""
+    message = course.spoken.message if course.spoken is not None else None
+    if message is None:
+        return access_of(course.attempt.method)
+    reads = course.action is not None and course.action.verb == _READ_VERB
+    return "read" if message.only_asks or (message.method == CALL and reads) else "write"
+
+
+def _act_of(course: Course) -> tuple[str, ...] | None:
+    """The agents that act, where there are several."""
+    lease, sender = course.lease, course.sender
+    return act_of(lease, sender.agent_id if sender is not None else None) if lease is not None else None
+
+
+def _asked_of(course: Course) -> ActionAsked | None:
+    question = course.question
+    if question is None:
+        return None
+    return ActionAsked(
+        request_id=question.id,
+        request_digest=question.signed.digest,
+        by=question.by,
+        waited_ms=course.waited_ns // 1_000_000,
+    )

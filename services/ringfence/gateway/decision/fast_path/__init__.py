@@ -1,0 +1,1 @@
+"""Cached decisions: what is checked again for each repeated request."""

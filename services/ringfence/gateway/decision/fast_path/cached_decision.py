@@ -1,0 +1,144 @@
+"""What the very same request comes to each time, and what is asked anew each time before it is allowed.
+
+What lasts (`lasting.Basis`) was decided once: who sends it, which target it is for, what it does there, which lease
+allows it and what is told of it. What may be another from one moment to the next is asked at each request: the lease,
+the bundle's answer, the secret, how fresh the view is, and the limits of the agent.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+
+from ringfence.gateway.contract import Admits, Attempt, Verdict
+from ringfence.gateway.decision.action_ids import ActionIds
+from ringfence.gateway.decision.evaluator import NO_ANSWER, Evaluator, kind_of
+from ringfence.gateway.decision.fast_path.cache import Basis
+from ringfence.gateway.decision.fast_path.event import AllowedEvents
+from ringfence.gateway.decision.injection import Injector
+from ringfence.gateway.domain import Access, Chosen, Sender, access_of
+from ringfence.gateway.events.recorder import Recorder
+from ringfence.gateway.events.task_history import Earlier
+from ringfence.gateway.state.view import View
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.tallies import TalliedCounter
+from ringfence.messages.lease import Lease
+from ringfence.messages.registry import TargetState
+from ringfence.model.http_targets.request_map import Action
+
+
+class AtHand:
+    """What can be asked without waiting; one for all standings of a gate."""
+
+    __slots__ = ("clock", "earlier", "evaluator", "gateway", "ids", "injector", "recorder", "view")
+
+    def __init__(
+        self,
+        view: View,
+        evaluator: Evaluator,
+        injector: Injector,
+        recorder: Recorder,
+        earlier: Earlier,
+        ids: ActionIds,
+        clock: Clock,
+        *,
+        gateway: str,
+    ) -> None:
+        """`gateway`: the SPIFFE ID of this one, for events."""
+        self.view = view
+        self.evaluator = evaluator
+        self.injector = injector
+        self.recorder = recorder
+        self.earlier = earlier
+        self.ids = ids
+        self.clock = clock
+        self.gateway = gateway
+
+
+class Standing:
+    """See `attempts.Standing`."""
+
+    __slots__ = (
+        "_action", "_answer", "_at_hand", "_basis", "_count", "_events", "_kind", "_sender", "lease", "target",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        at_hand: AtHand,
+        sender: Sender,
+        target: TargetState,
+        action: Action,
+        chosen: Chosen,
+        attempt: Attempt,
+        basis: Basis,
+    ) -> None:
+        """What `basis` holds for was found just now."""
+        access = access_of(attempt.method)
+        self.lease: Lease = chosen.lease
+        self.target: TargetState = target
+        self._at_hand = at_hand
+        self._sender = sender
+        self._action = action
+        self._basis = basis
+        self._kind = kind_of(chosen, action, reads=access == "read")
+        self._answer = NO_ANSWER
+        """The bundle's, as long as it holds."""
+        self._events = AllowedEvents(at_hand.gateway, sender.agent_id, self.lease, action, access, attempt)
+        self._count = counter_of("allowed", access)
+
+    def holds(self) -> bool:
+        """See `attempts.Standing`."""
+        now_ms = self._at_hand.clock.now_ms()
+        # Another lease may do where this one does not any more.
+        return self._basis.holds(now_ms / 1000) and self._at_hand.view.table.lives(
+            self.lease.lease_id, now_ms
+        )
+
+    def allowed(self, admits: Admits, then: Callable[[bool], None]) -> tuple[str, Mapping[str, str]] | None:
+        """See `attempts.Standing`."""
+        at_hand, began_ns = self._at_hand, time.perf_counter_ns()
+        now_ms = at_hand.clock.now_ms()
+        try:
+            injects = self._injects(now_ms)
+        except Exception:  # noqa: BLE001 - whatever it is, `decide` comes upon it too, and says so
+            return None
+        if injects is None or admits(self._sender.agent_id) is not None:
+            return None
+        id, took_ns = at_hand.ids.fresh(), time.perf_counter_ns() - began_ns
+        at_hand.recorder.keep_soon(self._events.entry(id, took_ns // 1000, now_ms), then)
+        self._count.tally()
+        metrics.DECISION_TIME.tally(took_ns / 1e9)
+        at_hand.earlier.add(
+            self.lease.task_id, self.lease.target_id, self._action.verb, allowed=True, now_ms=now_ms
+        )
+        return id, injects
+
+    def verdict(self, action_id: str, injects: Mapping[str, str]) -> Verdict:
+        """See `attempts.Standing`."""
+        return Verdict(
+            action_id, allowed=True, status=200, lease=self.lease, target=self.target, action=self._action,
+            task_id=self.lease.task_id, injects=injects,
+        )  # fmt: skip
+
+    def _injects(self, now_ms: int) -> Mapping[str, str] | None:
+        """What is injected where it is allowed now; else None. Raises what stands against it."""
+        at_hand, lease = self._at_hand, self.lease
+        if not self._basis.holds(now_ms / 1000):
+            return None
+        if not at_hand.evaluator.holds(self._answer, now_ms):
+            self._answer = at_hand.evaluator.remembered(self._kind)
+            if not at_hand.evaluator.holds(self._answer, now_ms):
+                return None
+        injects = at_hand.injector.at_hand(lease, self.target)
+        # Last, as in `decide`; nothing was waited for, so nothing changed meanwhile.
+        if not at_hand.view.table.lives(lease.lease_id, now_ms) or at_hand.view.stale() is not None:
+            return None
+        return injects
+
+
+@functools.cache
+def counter_of(outcome: str, access: Access | None) -> TalliedCounter:
+    """What counts decisions of this outcome."""
+    return metrics.ACTIONS.labels(outcome, access or "none")

@@ -1,0 +1,95 @@
+"""The event of what is simply allowed, which is most: written once for a kind of action, with places for what differs.
+
+It is the JSON of an `ActionDecided`, without a model in between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Final
+
+import orjson
+
+from ringfence.gateway.contract import Attempt
+from ringfence.gateway.domain import Access
+from ringfence.gateway.events.recorder import entry_head
+from ringfence.messages.lease import Lease
+from ringfence.model.http_targets.request_map import Action
+
+_LABEL: Final = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
+_METHOD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
+_ID: Final = "00000000-0000-4000-8000-000000000000"
+"""Stands where the id of an action comes."""
+
+
+class AllowedEvents:
+    """The events of one sender that does one thing by one lease."""
+
+    __slots__ = ("_template",)
+
+    def __init__(
+        self,
+        gateway: str,
+        agent_id: str,
+        lease: Lease,
+        action: Action,
+        access: Access | None,
+        attempt: Attempt,
+    ) -> None:
+        before: dict[str, object] = {"gateway": gateway, "agent_id": agent_id}
+        if (act := act_of(lease, agent_id)) is not None:
+            before["act"] = act
+        before |= {
+            "task_id": lease.task_id, "lease_id": lease.lease_id, "target_id": lease.target_id,
+            "verb": action.verb, "resource": action.resource, "allowed": True, "reasons": (),
+        }  # fmt: skip
+        if access is not None:
+            before["access"] = access
+        if (method := method_of(attempt)) is not None:
+            before["method"] = method
+        before["request_digest"] = digest_of(attempt)
+        label = label_of(attempt)
+        between = {} if label is None else {"label": label}
+        after = {} if lease.traceparent is None else {"traceparent": lease.traceparent}
+        head = entry_head(agent_id, _ID, lease.traceparent).split(_ID.encode())
+        self._template = b"".join((
+            _literal(head[0]), b"%b", _literal(head[1]), b'{"action_id":"%b",', _members(before), b',"latency_us":%d,',
+            _members(between), b"," if between else b"", b'"at_ms":%d', b"," if after else b"", _members(after), b"}",
+        ))  # fmt: skip
+
+    def entry(self, id: str, took_us: int, at_ms: int) -> bytes:
+        """One of them, as an entry of the spool. `id`: a UUID."""
+        raw = id.encode()
+        return self._template % (raw, raw, took_us, at_ms)
+
+
+def act_of(lease: Lease, sender: str | None) -> tuple[str, ...] | None:
+    """The agents that act, where there are several."""
+    return lease.act if lease.delegators and lease.agent_id == sender else None
+
+
+def method_of(attempt: Attempt) -> str | None:
+    """The method, where it is one."""
+    return attempt.method if _METHOD.fullmatch(attempt.method) else None
+
+
+def label_of(attempt: Attempt) -> str | None:
+    """The label, where it may be kept."""
+    return attempt.label if attempt.label and _LABEL.fullmatch(attempt.label) else None
+
+
+def digest_of(attempt: Attempt) -> str:
+    """Over method, URL and the digest of the body, where that was seen."""
+    body = hashlib.sha256(attempt.body).hexdigest() if attempt.body is not None else "-"
+    where = attempt.target_id if attempt.target_id is not None else attempt.authority
+    text = f"{attempt.method}\n{attempt.scheme}\n{where}\n{attempt.target}\n{body}"
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _members(some: dict[str, object] | dict[str, str]) -> bytes:
+    return _literal(orjson.dumps(some)[1:-1])
+
+
+def _literal(text: bytes) -> bytes:
+    return text.replace(b"%", b"%%")

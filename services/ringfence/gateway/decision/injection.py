@@ -1,0 +1,232 @@
+"""The credentials that go into requests: opened from what the issuer sealed to this gateway, kept in memory alone.
+
+A static secret is read from its source each time, so that one that was replaced counts with the next request (from a
+file or the environment at once, from Vault within `secret_sources.KEPT_S`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import httpx
+
+from ringfence.backends.http import StaticSecrets
+from ringfence.backends.target_settings import TargetSettingsError
+from ringfence.gateway.state.leases import LeaseTable
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.multi_recipient_jwe import Opener, recipients_of
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
+from ringfence.messages.credential import Credential, CredentialDelivery
+from ringfence.messages.lease import Lease
+from ringfence.messages.registry import TargetState
+from ringfence.model.identity.api_tokens import api_token
+
+log = logging.getLogger(__name__)
+
+MAX_KEPT: Final = 100_000
+_WITHIN_S: Final = 12.0
+"""The issuer reads Kafka for up to 10 s."""
+_NOT_AGAIN_MS: Final = 1000
+"""So long an answer that there is none is gone by: many requests ask at once."""
+
+
+class SealedCredentials:
+    """What the issuer sealed to this gateway, by lease."""
+
+    def __init__(
+        self,
+        table: LeaseTable,
+        trust: TrustStore,
+        clock: Clock,
+        *,
+        key: Callable[[], SigningKey],
+        seal: Opener | None,
+        issuer_url: str,
+    ) -> None:
+        """`key`: what this gateway signs its questions with, asked each time; `seal`: what opens envelopes."""
+        self._table = table
+        self._trust = trust
+        self._clock = clock
+        self._key = key
+        self._seal = seal
+        self._issuer_url = issuer_url.rstrip("/")
+        self._kept: OrderedDict[str, CredentialDelivery] = OrderedDict()
+        self._asking: dict[str, asyncio.Task[CredentialDelivery]] = {}
+        self._without: dict[str, int] = {}
+        self._http: httpx.AsyncClient | None = None
+        table.on_over(self._forget)
+
+    def on_records(self, records: Sequence[Received]) -> None:
+        """Take in what came on `credential.reply`: envelopes that are sealed to this gateway; the rest is others'."""
+        for record in records:
+            if self._seal is None or not record.value.startswith(b"{"):
+                continue
+            try:
+                if not self._seal.kids.isdisjoint(recipients_of(record.value)):
+                    self._take(self._opened(record.value, record.appended_at_ms / 1000))
+            except InvalidMessageError as error:
+                # Anybody can seal to a public key: what no issuer signed is none.
+                log.warning(
+                    "passed over a delivery at %s@%d: %s",
+                    record.topic_name,
+                    record.offset,
+                    error,
+                    extra=of_a_kind(record.topic_name, error.code),
+                )
+
+    async def of(self, lease: Lease) -> Credential:
+        """The credential of a live lease. Raises UnavailableError where it cannot be had now."""
+        kept = self.at_hand(lease)
+        return kept if kept is not None else self._credential(await self._asked(lease), lease)
+
+    def at_hand(self, lease: Lease) -> Credential | None:
+        """The same where nobody has to be asked; else None. Raises UnavailableError."""
+        delivery = self._kept.get(lease.lease_id)
+        return self._credential(delivery, lease) if delivery is not None else None
+
+    def _credential(self, delivery: CredentialDelivery, lease: Lease) -> Credential:
+        same = (delivery.lease_id, delivery.target_id, delivery.request_id) == (
+            lease.lease_id,
+            lease.target_id,
+            lease.request_id,
+        )
+        if not same or delivery.credential.kind != lease.backend:
+            raise UnavailableError(f"what was delivered for lease {lease.lease_id} is not its credential")
+        if delivery.credential.expires_at * 1000 <= self._clock.now_ms():
+            raise UnavailableError(f"the credential of lease {lease.lease_id} has expired")
+        return delivery.credential
+
+    async def close(self) -> None:
+        """Forget all, and let go of connections."""
+        self._kept.clear()
+        if self._http is not None:
+            await self._http.aclose()
+
+    # --- what came ---
+
+    def _opened(self, envelope: bytes, at_s: float) -> CredentialDelivery:
+        assert self._seal is not None
+        return open_signed(
+            parse(self._seal.open(envelope)), CredentialDelivery, self._trust.finder("issuer", at_s=at_s),
+            audience=self._trust.trust_domain,
+        ).claims  # fmt: skip
+
+    def _take(self, delivery: CredentialDelivery) -> None:
+        if delivery.credential.expires_at * 1000 <= self._clock.now_ms():
+            return
+        lease = self._table.get(delivery.lease_id)
+        if lease is not None and self._table.problem(lease) is not None and lease.status != "minting":
+            return
+        self._kept[delivery.lease_id] = delivery
+        if len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)  # it can be asked for
+
+    def _forget(self, lease_id: str) -> None:
+        self._kept.pop(lease_id, None)
+        self._without.pop(lease_id, None)
+
+    # --- what is asked for ---
+
+    async def _asked(self, lease: Lease) -> CredentialDelivery:
+        """Asked of the issuer, once for all who wait for it."""
+        if self._without.get(lease.lease_id, 0) > self._clock.now_ms():
+            raise UnavailableError(
+                f"the issuer has no credential for lease {lease.lease_id} that it could give"
+            )
+        task = self._asking.get(lease.lease_id)
+        if task is None:
+            task = asyncio.create_task(self._ask(lease), name="sealed credential")
+            self._asking[lease.lease_id] = task
+            task.add_done_callback(lambda done: self._answered(lease.lease_id, done))
+        return await asyncio.shield(task)
+
+    def _answered(self, lease_id: str, task: asyncio.Task[CredentialDelivery]) -> None:
+        self._asking.pop(lease_id, None)
+        if task.cancelled() or task.exception() is not None:
+            self._without[lease_id] = self._clock.now_ms() + _NOT_AGAIN_MS
+
+    async def _ask(self, lease: Lease) -> CredentialDelivery:
+        if self._seal is None:
+            raise UnavailableError(
+                "this gateway has no key that credentials are sealed to: set RINGFENCE_GATEWAY_SEAL_KEY_FILE"
+            )
+        if self._http is None:
+            self._http = httpx.AsyncClient(timeout=_WITHIN_S, trust_env=False)
+        url = f"{self._issuer_url}/v1/leases/{lease.lease_id}/sealed-credential"
+        try:
+            answer = await self._http.get(url, headers={"Authorization": f"Bearer {self._token()}"})
+        except httpx.HTTPError as error:
+            raise UnavailableError(f"the issuer does not answer ({type(error).__name__})") from None
+        if answer.status_code != httpx.codes.OK:
+            raise UnavailableError(
+                f"the issuer has no credential for lease {lease.lease_id} that it could give: {answer.status_code}"
+            )
+        try:
+            delivery = self._opened(answer.content, self._clock.now_ms() / 1000)
+        except InvalidMessageError as error:
+            raise UnavailableError(f"what the issuer answered cannot be opened: {error.code}") from None
+        if delivery.lease_id != lease.lease_id:
+            raise UnavailableError("the issuer answered with another lease's credential")
+        self._take(delivery)
+        return delivery
+
+    def _token(self) -> str:
+        return api_token(self._key(), "issuer", now_ms=self._clock.now_ms())
+
+
+class Injector:
+    """Makes the headers that carry a lease's credential."""
+
+    def __init__(self, table: LeaseTable, sealed: SealedCredentials, secrets: StaticSecrets) -> None:
+        self._table = table
+        self._sealed = sealed
+        self._secrets = secrets
+
+    async def headers(self, lease: Lease, target: TargetState) -> Mapping[str, str]:
+        """The headers. Raises UnavailableError where there are none now, or the lease ended meanwhile."""
+        try:
+            headers = await self._headers(lease, target)
+        except UnavailableError:
+            raise
+        except (RingfenceError, TargetSettingsError) as error:
+            log.error(
+                "nothing to inject for lease %s: %s", lease.lease_id, error, extra=of_a_kind(lease.target_id)
+            )
+            raise UnavailableError(f"Ringfence has no credential for target {target.target_id} now") from None
+        problem = self._table.problem(lease)
+        if problem is not None:
+            raise UnavailableError(problem.message, code=problem.code)
+        return headers
+
+    def at_hand(self, lease: Lease, target: TargetState) -> Mapping[str, str] | None:
+        """The headers where nobody has to be asked; else None. Raises what stands against them."""
+        self._check(lease, target)
+        if lease.backend == "http":
+            return self._secrets.headers_at_hand(target)
+        credential = self._sealed.at_hand(lease)
+        return _bearer(credential) if credential is not None else None
+
+    async def _headers(self, lease: Lease, target: TargetState) -> Mapping[str, str]:
+        self._check(lease, target)
+        if lease.backend == "http":
+            return await self._secrets.headers(target)
+        return _bearer(await self._sealed.of(lease))
+
+    def _check(self, lease: Lease, target: TargetState) -> None:
+        if lease.target_id != target.target_id or lease.backend != target.backend.kind:
+            raise UnavailableError(f"lease {lease.lease_id} is for another target than {target.target_id}")
+
+
+def _bearer(credential: Credential) -> Mapping[str, str]:
+    if credential.kind != "jwt" or credential.token_type not in (None, "Bearer"):
+        raise UnavailableError(f"a credential of kind {credential.kind} does not go into a header")
+    return {"Authorization": f"Bearer {credential.value}"}

@@ -1,0 +1,189 @@
+"""MCP at the gateway: what a request carries is one message, in a session that is its sender's, or it is refused.
+
+A session belongs to the lease that opened it. What goes on in it goes by that lease and by no other, and it ends with
+the lease: the same credential is injected throughout, and nobody else's request gets into it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from ringfence.gateway.contract import Attempt, Carried, Mcp, McpOutcome, Rpc
+from ringfence.gateway.decision.targets import Compiled
+from ringfence.gateway.domain import NOT_FOUND, TOO_LARGE, UNREADABLE, Refusal, Sender, refused
+from ringfence.gateway.state.leases import LeaseTable
+from ringfence.messages.lease import Lease
+from ringfence.messages.permission import Permission
+from ringfence.model.http_targets.mcp import McpMessage, McpMessageError, read_message
+from ringfence.model.http_targets.request_map import MAX_BODY_BYTES, Action
+from ringfence.model.scope.scope import intersect
+
+_JSON: Final = re.compile(r'application/json(?:[ \t]*;[ \t]*charset="?utf-8"?)?', re.IGNORECASE)
+_SESSION: Final = re.compile(r"[!-~]{1,256}")
+_MOST_SESSIONS: Final = 256
+"""Of one lease: the one that was opened first is forgotten for the next."""
+_INITIALIZE: Final = "initialize"
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """A request to an endpoint: what it says, and by which lease it may go."""
+
+    sender: Sender
+    message: McpMessage | None
+    """None where nothing is posted: a stream is opened, or a session ended."""
+
+    def action(self, target: Compiled, attempt: Attempt) -> Action | None:
+        """What it does at the target, or None where no rule says so."""
+        if self.message is None:
+            return target.map.action(attempt.method, attempt.target, attempt.body)
+        return target.map.mcp_action(attempt.target, self.message)
+
+
+class Sessions:
+    """Which lease opened which session at which target."""
+
+    def __init__(self) -> None:
+        self._lease: dict[tuple[str, str], str] = {}
+        self._of: dict[str, dict[tuple[str, str], None]] = {}
+
+    def open(self, target_id: str, session: str, lease_id: str) -> bool:
+        """Whether it is this lease's from now on: what is another's already stays that one's."""
+        if _SESSION.fullmatch(session) is None:
+            return False
+        key = (target_id, session)
+        if self._lease.setdefault(key, lease_id) != lease_id:
+            return False
+        own = self._of.setdefault(lease_id, {})
+        own[key] = None
+        if len(own) > _MOST_SESSIONS:
+            oldest = next(iter(own))
+            del own[oldest], self._lease[oldest]
+        return True
+
+    def lease_of(self, target_id: str, session: str) -> str | None:
+        """The lease that opened it, if it lives."""
+        return self._lease.get((target_id, session))
+
+    def end(self, lease_id: str) -> None:
+        """The lease is over, and all its sessions are."""
+        for key in self._of.pop(lease_id, {}):
+            del self._lease[key]
+
+
+class McpDesk:
+    """Reads what is sent to endpoints of MCP, and keeps their sessions."""
+
+    def __init__(self, table: LeaseTable) -> None:
+        self._table = table
+        self._sessions = Sessions()
+        table.on_over(self._sessions.end)
+
+    def read(self, attempt: Attempt, target: Compiled, sender: Sender) -> Spoken | Refusal:
+        """What a request to an endpoint says; a refusal where that cannot be told, or the session is not its own."""
+        carried, id = attempt.carried, target.state.target_id
+        if carried is None:
+            message = (
+                f"{id} speaks MCP there: go through the gateway's own data plane, which sees the answers too"
+            )
+            return refused("mcp_needs_plane", message)
+        try:
+            posted = _message(attempt, carried) if attempt.method == "POST" else None
+        except McpMessageError as error:
+            status = TOO_LARGE if error.code == "body_unseen" else UNREADABLE
+            return refused(error.code, error.message, status=status)
+        if carried.session is None:
+            if carried.resumes:
+                return refused(
+                    "mcp_resume_unbound", "a stream is resumed in a session: name it in Mcp-Session-Id"
+                )
+            return Spoken(sender, posted)
+        bound = self._bound(sender, id, carried.session)
+        return bound if isinstance(bound, Refusal) else Spoken(bound, posted)
+
+    def _bound(self, sender: Sender, target_id: str, session: str) -> Sender | Refusal:
+        """The sender, bound to the lease of its session."""
+        lease_id = self._sessions.lease_of(target_id, session)
+        lease = self._table.get(lease_id) if lease_id is not None else None
+        if lease is None or self._table.problem(lease) is not None:
+            message = "there is no such session here, or its lease has ended: initialize a new one"
+            return refused("mcp_session_unknown", message, status=NOT_FOUND)
+        if lease.agent_id != sender.agent_id:
+            return refused("mcp_session_other_agent", f"the session is one of agent {lease.agent_id}")
+        if sender.task_id not in (None, lease.task_id):
+            return refused("mcp_session_other_task", "the session is one of another task")
+        if sender.lease_id not in (None, lease.lease_id):
+            message = (
+                "the session was opened by another lease: show that one's handle, or initialize a new session"
+            )
+            return refused("mcp_session_other_lease", message, side="lease")
+        return dataclasses.replace(sender, lease_id=lease.lease_id, task_id=lease.task_id)
+
+    def exchange(
+        self,
+        spoken: Spoken,
+        attempt: Attempt,
+        target: Compiled,
+        lease: Lease,
+        answered: Callable[[McpOutcome], None],
+    ) -> Mcp:
+        """What a data plane has to know of a request that was allowed by `lease`; `answered` hears what came of it."""
+        target_id, message = target.state.target_id, spoken.message
+
+        def visible(method: str, name: str) -> bool:
+            named = [lease] if spoken.sender.lease_id is not None else None
+            leases = named or self._table.usable(lease.agent_id, lease.task_id, target_id)
+            return any(
+                intersect((_permission(target_id, offer),), one.scope)
+                for offer in target.map.mcp_offers(attempt.target, method, name)
+                for one in leases
+            )
+
+        def opened(session: str) -> bool:
+            alive = self._table.problem(lease) is None
+            return alive and self._sessions.open(target_id, session, lease.lease_id)
+
+        return Mcp(
+            method=message.method if message is not None else None,
+            id=message.id if message is not None and message.kind == "request" else None,
+            opens=message is not None and message.method == _INITIALIZE,
+            visible=visible,
+            opened=opened,
+            answered=answered,
+        )
+
+
+def rpc_of(attempt: Attempt) -> Rpc:
+    """How a refusal of what was posted to an endpoint is told: to which request, where that can be read."""
+    try:
+        message = read_message(attempt.body) if attempt.body is not None else None
+    except McpMessageError as error:
+        return Rpc(error.id)
+    return Rpc(message.id if message is not None and message.kind == "request" else None)
+
+
+def _message(attempt: Attempt, carried: Carried) -> McpMessage:
+    """Raises McpMessageError."""
+    if carried.coding not in (None, "", "identity"):
+        raise McpMessageError("mcp_compressed", "a message is sent as it is: leave out Content-Encoding")
+    if carried.media is None or _JSON.fullmatch(carried.media) is None:
+        raise McpMessageError("mcp_media_type", "a message is application/json, in UTF-8")
+    if attempt.body is None or len(attempt.body) > MAX_BODY_BYTES:
+        raise McpMessageError(
+            "body_unseen", "what this request does stands in its body, which was not seen whole"
+        )
+    message = read_message(attempt.body)
+    said = {"mcp-method": message.method, "mcp-name": message.name}
+    for name, value in carried.others:
+        if said.get(name) != value:
+            text = f"the header {name} is not known here, or says another thing than the message does"
+            raise McpMessageError("mcp_header", text, id=message.id)
+    return message
+
+
+def _permission(target_id: str, offer: Action) -> Permission:
+    return Permission(target=target_id, verbs=(offer.verb,), resources=(offer.resource,))

@@ -1,0 +1,76 @@
+"""Observe mode: what would be blocked at the targets that whoever runs this gateway named goes on as the agent sent it.
+
+It is for finding out what agents do with credentials that they inherited, before that is ended. Nothing of Ringfence is
+injected, so that nothing becomes possible that was not possible without a gateway. What is no question of scope stays
+denied: an unknown target, a gateway that cannot decide, a handle in other hands, and whatever people ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Final
+
+from ringfence.backends.http import secret_header
+from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.decision.targets import Compiled, Targets
+from ringfence.gateway.domain import UNAVAILABLE, Refusal
+from ringfence.messages.registry import TargetState
+
+UNSHOWN: Final = "no_credentials"
+"""The code of a refusal of a sender who showed nothing at all."""
+STILL_DENIED: Final = frozenset({
+    "agent_registered", "agent_suspended", "agent_decommissioned", "agent_orphaned", "agent_unknown",
+    "key_compromised",
+    "task_ended", "task_unknown", "task_other_agent", "user_disabled", "user_unknown", "target_removed", "lease_cut",
+    "handle_unknown", "handle_other_agent", "handle_other_task", "record_untrusted",
+})  # fmt: skip
+"""What people ended, and what somebody shows that is not theirs: a suspension counts, observe mode or not."""
+_ANYWHERE: Final = frozenset({"authorization", "cookie"})
+
+
+class Observing:
+    """Says which refused requests go on all the same."""
+
+    def __init__(self, targets: Targets, target_ids: Collection[str]) -> None:
+        """`target_ids`: of the targets that are only observed."""
+        self._targets = targets
+        self._target_ids = frozenset(target_ids)
+
+    def goes_on(
+        self, refusal: Refusal, target: Compiled | None, presented: Presented, attempt: Attempt
+    ) -> Compiled | None:
+        """The target that a refused request goes on to as it came, or None: then it is denied.
+
+        Args:
+            target: where deciding found one; it looks for none where it does not know who asks.
+            presented: only what shows a credential of its own goes on: without, there is nothing inherited.
+        """
+        if not self._target_ids or refusal.status == UNAVAILABLE:
+            return None
+        if any(reason.code in STILL_DENIED for reason in refusal.reasons):
+            return None
+        if target is None:
+            if refusal.reasons[0].code != UNSHOWN:
+                return None  # a handle, proof or certificate was shown, and it does not hold; or there is no target
+            found = self._targets.find(attempt)
+            if isinstance(found, Refusal):
+                return None
+            target = found
+        if target.state.target_id not in self._target_ids:
+            return None
+        return target if presented.own & own_headers(target.state) else None
+
+
+def own_headers(target: TargetState) -> frozenset[str]:
+    """Names, in lower case, of the headers in which an agent could have a credential of its own for a target."""
+    name = secret_header(target)
+    return _ANYWHERE | {name} if name is not None else _ANYWHERE
+
+
+def said_of(target_ids: Collection[str]) -> str:
+    """What the gateway says of itself, wherever somebody might look."""
+    names = ", ".join(sorted(target_ids))
+    return (
+        f"observe mode: at {names} nothing is blocked that agents can do with what they inherited, and only recorded; "
+        "end it by unsetting RINGFENCE_GATEWAY_OBSERVE"
+    )

@@ -1,0 +1,140 @@
+"""Which target a request is for, and what it would do there: by the records, compiled once for each revision."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from ringfence.backends.target_settings import TargetSettingsError, settings_of
+from ringfence.gateway.contract import Attempt
+from ringfence.gateway.domain import Refusal, refused
+from ringfence.messages.registry import AnyRecord, TargetRecord, TargetState
+from ringfence.model.http_targets.request_map import RequestMap, RequestMapError
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.target_settings import HttpSettings, JwtSettings
+
+_PORTS: Final = {"http": 80, "https": 443}
+_AUTHORITY: Final = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?")
+
+Place = tuple[str, str, int]
+"""Scheme, host in lower case, and port."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What a gateway needs of one revision of a target."""
+
+    state: TargetState
+    record: AnyRecord
+    map: RequestMap
+    url: str | None
+    """Where its requests go to; None where its record does not say."""
+
+
+@functools.lru_cache(maxsize=4096)
+def place_of(scheme: str, authority: str) -> Place | None:
+    """The one form of all spellings of an authority; None for what is none, or has a user in it."""
+    found = _AUTHORITY.fullmatch(authority)
+    if found is None or scheme not in _PORTS:
+        return None
+    port = int(found[2]) if found[2] is not None else _PORTS[scheme]
+    return (scheme, found[1].lower(), port) if 0 < port < 65536 else None
+
+
+class Targets:
+    """Finds targets by their ids, or by where they are."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._compiled: dict[str, Compiled] = {}
+        self._places: dict[Place, set[str]] = {}
+        self._place: dict[str, Place] = {}
+        directory.on_change(self._on_change)
+
+    def find(self, attempt: Attempt) -> Compiled | Refusal:
+        """The one active target that a request is for."""
+        if attempt.target_id is not None:
+            return self._named(attempt.target_id)
+        place = place_of(attempt.scheme, attempt.authority or "")
+        ids = self._places.get(place, set()) if place is not None else set()
+        found = [one for id in sorted(ids) if isinstance(one := self._named(id), Compiled)]
+        found = [one for one in found if one.url is not None and _place_of_url(one.url) == place]
+        if not found:
+            return refused(
+                "target_unknown", "no target is there: have an operator add it, or ask for another"
+            )
+        if len(found) > 1:
+            names = ", ".join(one.state.target_id for one in found)
+            return refused("target_ambiguous", f"several targets are there ({names}): go by /<target>/...")
+        return found[0]
+
+    def url_of(self, target: TargetState) -> str | None:
+        """See `url_of`; of what was found last it is known. Raises TargetSettingsError."""
+        kept = self._compiled.get(target.target_id)
+        return kept.url if kept is not None and kept.state is target else url_of(target)
+
+    def knows(self, authority: str) -> bool:
+        """Whether a target may be there, by http or https: what is none is denied before anything else is looked at."""
+        for scheme in _PORTS:
+            place = place_of(scheme, authority)
+            if place is not None and self._places.get(place):
+                return True
+        return False
+
+    def hosts(self) -> frozenset[str]:
+        """The hosts of all targets, without their ports."""
+        return frozenset(host for (_, host, _), ids in self._places.items() if ids)
+
+    def _named(self, target_id: str) -> Compiled | Refusal:
+        try:
+            entry = self._directory.target(target_id)
+        except ChainError as error:
+            return refused("record_untrusted", str(error))
+        if entry is None:
+            return refused("target_unknown", f"there is no target {target_id[:64]}")
+        if entry.state.status != "active":
+            return refused("target_removed", f"target {target_id} was removed")
+        kept = self._compiled.get(target_id)
+        if kept is not None and kept.record is entry.record:
+            return kept
+        try:
+            made = Compiled(entry.state, entry.record, RequestMap(entry.state.requests), url_of(entry.state))
+        except (RequestMapError, TargetSettingsError) as error:
+            return refused("target_invalid", f"the record of target {target_id} cannot be used: {error}")
+        self._compiled[target_id] = made
+        return made
+
+    def _on_change(self, kind: SubjectKind, id: str) -> None:
+        """Keep the index. It is by records that nobody has verified yet: what it finds is verified then."""
+        record = self._directory.unverified(kind, id) if kind == "target" else None
+        if not isinstance(record, TargetRecord):
+            return
+        before = self._place.pop(id, None)
+        if before is not None:
+            self._places[before].discard(id)
+        try:
+            url = url_of(record.state)
+        except TargetSettingsError:
+            return
+        place = _place_of_url(url) if url is not None else None
+        if place is not None:
+            self._place[id] = place
+            self._places.setdefault(place, set()).add(id)
+
+
+def url_of(target: TargetState) -> str | None:
+    """Scheme and authority of a target, where its record says so. Raises TargetSettingsError."""
+    if target.backend.kind == "http":
+        return settings_of(target, HttpSettings).url
+    if target.backend.kind == "jwt":
+        return settings_of(target, JwtSettings).url
+    return None
+
+
+def _place_of_url(url: str) -> Place | None:
+    scheme, _, authority = url.partition("://")
+    return place_of(scheme, authority)

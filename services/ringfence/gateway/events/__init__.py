@@ -1,0 +1,1 @@
+"""What the gateway records: actions, refusals, a task's history."""

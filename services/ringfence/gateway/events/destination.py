@@ -1,0 +1,137 @@
+"""Where a refused request was going, for its event: bounded, safe to print, and without query and user information.
+
+Whoever sent it wrote it, so nothing is decided by it. A secret does not belong in a path; one of a known form, and the
+handle that the request shows, are taken out.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, Literal
+from urllib.parse import unquote
+
+from ringfence.gateway.contract import Attempt
+from ringfence.gateway.hosts import PORTS
+from ringfence.kernel.base.secret_scrubber import REDACTED, without_secrets, without_tokens
+from ringfence.messages.operations import MAX_PATH_CHARS, Destination
+
+MAX_METHOD_CHARS: Final = 32
+_MAX_HOST_CHARS: Final = 253
+_MAX_PORT: Final = 65535
+_LOOKED_AT: Final = 4096
+"""So much of what a stranger wrote is looked at."""
+_ODD_IN_HOST: Final = re.compile(r"[^a-z0-9._:-]")
+_ODD: Final = re.compile(r"[^!-~]")
+_URL_IN_METHOD: Final = re.compile(r"[/\\?#@:=].*", re.DOTALL)
+_ABSOLUTE: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,15})://(.*)", re.DOTALL)
+_AFTER_HOST: Final = re.compile(r"[/\\?#]")
+_HOST_AND_PORT: Final = re.compile(r"(?:\[[^\]]*\]|[^:]*)(?::[0-9]*)?")
+_USER_IN_PATH: Final = re.compile(r"([/\\]{2})[^/\\]*@")
+"""Of a URL in a path, or of a path that some read as one."""
+
+Scheme = Literal["http", "https"]
+
+
+def destination_of(attempt: Attempt, url: str | None, handle: str | None = None) -> Destination:
+    """Where an attempt was going.
+
+    Args:
+        attempt: as it came.
+        url: scheme and authority of its target, where that is known.
+        handle: what the request shows of its sender; it is not recorded.
+    """
+    path = attempt.target if attempt.target.startswith("/") else None
+    if attempt.authority is not None:
+        return _destination(attempt.scheme, attempt.authority, path, handle)
+    if url is not None:
+        scheme, _, authority = url.partition("://")
+        return _destination(scheme, authority, path, handle)
+    return _destination(attempt.scheme, None, f"/{attempt.target_id}{path or ''}", handle)
+
+
+def destination_of_line(method: str, target: str, host: str | None, scheme: Scheme) -> Destination:
+    """Where a request line leads, with the `Host` of the message; also one that cannot be read for certain."""
+    target = target[:_LOOKED_AT]
+    if (absolute := _ABSOLUTE.fullmatch(target)) is not None:
+        authority, path = _cut(absolute[2])
+        return _destination(absolute[1].lower(), authority, path or "/")
+    if method.upper() == "CONNECT":
+        return _destination("https", _cut(target)[0], None)
+    if not target.startswith("/"):
+        target = target.rpartition("@")[2]  # no path: an authority, or a URL of which a slash is missing
+    return _destination(scheme, host, target)
+
+
+def unread_line(head: bytes) -> tuple[str, str, str | None]:
+    """Method, target and `Host` of a head that is no valid one, as far as they can be told apart."""
+    first, *lines = re.split(rb"\r\n|\r|\n", head[:_LOOKED_AT])
+    method, *rest = re.split(rb"[ \t]+", first, maxsplit=2)
+    hosts = [line.partition(b":")[2] for line in lines if line[:5].lower() == b"host:"]
+    host = hosts[0].strip(b" \t").decode("latin-1") if hosts else None
+    return method.decode("latin-1"), rest[0].decode("latin-1") if rest else "", host
+
+
+def printable_method(method: str) -> str | None:
+    """A method, made safe where it is none; None where there is nothing.
+
+    What is no part of one, but of a URL, ends it: that is recorded without its query and user information, or not.
+    """
+    return _ODD.sub("?", _URL_IN_METHOD.sub("?", method[:MAX_METHOD_CHARS])) or None
+
+
+def _cut(rest: str) -> tuple[str, str]:
+    """An authority, and what follows it. Where it is none, what ends it may stand in a password."""
+    at = _end_of_authority(rest)
+    if "@" in rest[at:] and not _HOST_AND_PORT.fullmatch(rest[:at]):
+        rest = rest.rpartition("@")[2]
+        at = _end_of_authority(rest)
+    return rest[:at], rest[at:]
+
+
+def _end_of_authority(rest: str) -> int:
+    found = _AFTER_HOST.search(rest)
+    return found.start() if found is not None else len(rest)
+
+
+def _destination(
+    scheme: str, authority: str | None, path: str | None, handle: str | None = None
+) -> Destination:
+    known: Scheme | None = "https" if scheme == "https" else "http" if scheme == "http" else None
+    host, port = _host_and_port(authority, scheme) if authority else (None, None)
+    return Destination(
+        scheme=known, host=host, port=port, path=_path(path, handle) if path is not None else None
+    )  # fmt: skip
+
+
+def _host_and_port(authority: str, scheme: str) -> tuple[str | None, int | None]:
+    rest = authority[:_LOOKED_AT].rpartition("@")[2]
+    rest = rest[: _end_of_authority(rest)]
+    if rest.startswith("["):
+        host, _, after = rest[1:].partition("]")
+        given = after.removeprefix(":")
+    elif rest.count(":") > 1:
+        host, given = rest, "?"  # IPv6 without brackets: nobody can tell a port from it
+    else:
+        host, _, given = rest.partition(":")
+    host = _ODD_IN_HOST.sub("?", host.lower()[:_MAX_HOST_CHARS])
+    if not given:
+        return host or None, PORTS.get(scheme)
+    port = int(given) if re.fullmatch(r"[0-9]{1,5}", given) else 0
+    return host or None, port if 0 < port <= _MAX_PORT else None
+
+
+def _path(target: str, handle: str | None) -> str:
+    cut = len(target) > _LOOKED_AT
+    path = re.split(r"[?#]", target[:_LOOKED_AT], maxsplit=1)[0]
+    decoded = unquote(path)
+    if _scrubbed(decoded, handle) != decoded and _scrubbed(path, handle) == path:
+        return REDACTED  # it is written in percent signs, and nobody can tell where it ends
+    path = _scrubbed(path, handle)
+    path = _ODD.sub("?", path)
+    return path if len(path) <= MAX_PATH_CHARS and not cut else f"{path[: MAX_PATH_CHARS - 3]}..."
+
+
+def _scrubbed(text: str, handle: str | None) -> str:
+    if handle:
+        text = re.sub(re.escape(handle), REDACTED, text, flags=re.IGNORECASE)
+    return _USER_IN_PATH.sub(rf"\g<1>{REDACTED}@", without_secrets(without_tokens(text)))

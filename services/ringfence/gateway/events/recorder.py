@@ -1,0 +1,149 @@
+"""What was decided goes onto `action`: into the spool at once, and from there to Kafka in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from aiokafka.errors import KafkaError
+
+from ringfence.gateway.events.spool import Spool, SpoolFullError
+from ringfence.gateway.events.steps import traced
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.producer import Outbound, Publisher
+from ringfence.kernel.tracing.api import NOT_TRACING, Tracing
+from ringfence.messages.operations import ActionAnswered, ActionDecided
+from ringfence.messages.topics import ACTION
+
+log = logging.getLogger(__name__)
+
+UNKNOWN: Final = "unknown"
+"""The key of events of which nobody knows whose they are."""
+_SYNC_EVERY_S: Final = 1.0
+_GATHER_S: Final = 0.05
+"""So long events gather: nobody waits for them, and those that travel together cost half."""
+_AGAIN_S: Final = 0.5
+_DRAIN_S: Final = 3.0
+
+
+class Recorder:
+    """Keeps each event before its decision is told, and publishes it when Kafka takes it."""
+
+    def __init__(self, spool: Spool, publisher: Publisher, tracing: Tracing = NOT_TRACING) -> None:
+        self._spool = spool
+        self._publisher = publisher
+        self._tracing = tracing
+        self._news = asyncio.Event()
+        self._held: list[tuple[bytes, Callable[[bool], None]]] = []
+        """Entries that are kept before this turn of the loop is over, and who waits for that."""
+
+    def record(self, event: ActionDecided | ActionAnswered) -> None:
+        """Keep one event. Raises SpoolFullError where it cannot be kept: then nothing may be forwarded."""
+        self._keep_held()  # they were decided before
+        self._spool.append(self._entry(event))
+        self._news.set()
+
+    def keep(self, entry: bytes) -> None:
+        """The same for an `ActionDecided` that is written already, see `written.entry`. Raises SpoolFullError."""
+        self._keep_held()
+        self._spool.append(self._traced(entry))
+        self._news.set()
+
+    def keep_soon(self, entry: bytes, then: Callable[[bool], None]) -> None:
+        """Keep it together with what else is decided in this turn of the loop, in one write.
+
+        `then` is called before the turn is over, or by the next event, with whether it is kept: before that nothing of
+        what it is about may be forwarded.
+        """
+        if not self._held:
+            asyncio.get_running_loop().call_soon(self._keep_held)
+        self._held.append((self._traced(entry), then))
+
+    def _keep_held(self) -> None:
+        if not self._held:
+            return
+        held, self._held = self._held, []
+        try:
+            self._spool.append(*[entry for entry, _ in held])
+            kept = True
+            self._news.set()
+        except SpoolFullError as error:
+            log.error("nothing is let pass: %s", error)
+            kept = False
+        for _, then in held:
+            then(kept)
+
+    def _entry(self, event: ActionDecided | ActionAnswered) -> bytes:
+        if self._tracing is not NOT_TRACING:
+            event = event.model_copy(update={"traceparent": traced(self._tracing, event)})
+        value = event.model_dump_json(exclude_none=True).encode()
+        id = event.action_id if isinstance(event, ActionDecided) else f"{event.action_id}:answer"
+        return entry_head(event.agent_id or UNKNOWN, id, event.traceparent) + value
+
+    def _traced(self, entry: bytes) -> bytes:
+        if self._tracing is NOT_TRACING:
+            return entry
+        return self._entry(ActionDecided.model_validate_json(_parts(entry)[3]))
+
+    async def publish(self) -> None:
+        """Publish what is there and what comes, for ever."""
+        said = ""
+        while True:
+            try:
+                while self._spool.waiting():
+                    await self._publish_some()
+                said = ""
+            except (KafkaError, RingfenceError, OSError) as error:
+                if repr(error) != said:
+                    said = repr(error)
+                    log.warning("events wait on disk (%d bytes): %s", self._spool.size(), error)
+                await asyncio.sleep(_AGAIN_S)
+                continue
+            finally:
+                metrics.ACTIONS_SPOOLED.set(self._spool.size())
+            self._news.clear()
+            await self._news.wait()
+            await asyncio.sleep(_GATHER_S)
+
+    async def sync(self) -> None:
+        """Make what was written outlive the machine, once a second, for ever."""
+        while True:
+            await asyncio.sleep(_SYNC_EVERY_S)
+            await asyncio.to_thread(self._spool.sync)
+
+    async def close(self) -> None:
+        """Publish what is left, if that can be done soon; the rest waits on disk for the next start."""
+        self._keep_held()
+        try:
+            async with asyncio.timeout(_DRAIN_S):
+                while self._spool.waiting():
+                    await self._publish_some()
+        except (TimeoutError, KafkaError, RingfenceError, OSError) as error:
+            log.warning("%d bytes of events wait on disk for the next start: %r", self._spool.size(), error)
+        self._spool.close()
+
+    async def _publish_some(self) -> None:
+        entries, mark = self._spool.peek()
+        if entries:
+            records = (_outbound(entry) for entry in entries)
+            await gather_all(await self._publisher.send_many(ACTION, ACTION.what, records))
+        self._spool.published(mark)
+
+
+def entry_head(key: str, id: str, traceparent: str | None) -> bytes:
+    """How an entry of the spool begins; then comes the event, as JSON."""
+    return f"{key}\n{id}\n{traceparent or ''}\n".encode()
+
+
+def _parts(entry: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+    key, id, traceparent, value = entry.split(b"\n", 3)
+    return key, id, traceparent, value
+
+
+def _outbound(entry: bytes) -> Outbound:
+    key, id, traceparent, value = _parts(entry)
+    return Outbound(key.decode(), value, id.decode(), traceparent.decode() or None)

@@ -1,0 +1,1 @@
+"""The gateway as authorizer of other proxies: Envoy's protocol, forward auth."""

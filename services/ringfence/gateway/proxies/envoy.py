@@ -1,0 +1,61 @@
+"""Questions as Envoy's `ext_authz` puts them over HTTP: the request itself, under a path of its own, with its body.
+
+Its `path_prefix` is `/authz/envoy`; the host of the request tells the target. With `/authz/envoy-target/TARGET` Envoy's
+configuration says which one it stands before, whatever the host is called there. With `with_request_body` the body
+comes along, and the question says whether that is all of it (`x-envoy-auth-partial-body`): a part of one decides
+nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from starlette.requests import Request
+
+from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.proxies.authz import LABEL, handle_and_own, only, shows_json, whole_body
+
+PREFIX: Final = "/authz/envoy"
+_BY_TARGET: Final = re.compile(rb"/authz/envoy-target/([^/]+)(/.*)", re.DOTALL)
+PARTIAL: Final = "x-envoy-auth-partial-body"
+
+
+async def read(request: Request) -> tuple[Presented, Attempt] | None:
+    """What a question is about; None where it is not the whole request."""
+    query: bytes = request.scope.get("query_string") or b""
+    target_id, path = _addressed(request.scope.get("raw_path") or b"")
+    try:
+        host, proto = only(request, "host"), only(request, "x-forwarded-proto")
+        (handle, own), proof = handle_and_own(request), only(request, "dpop")
+        partial, label = only(request, PARTIAL), only(request, LABEL)
+        json = shows_json(request)
+        target = (path + (b"?" + query if query else b"")).decode("ascii")
+    except ValueError:
+        return None
+    if not path.startswith(b"/") or not host or proto not in ("http", "https"):
+        return None
+    if partial not in (None, "false"):
+        return None
+    body = await whole_body(request) if partial is not None else None
+    htu = f"{proto}://{host}{target.partition('?')[0]}"
+    presented = Presented(handle=handle, proof=proof, htu=htu, own=own)
+    attempt = Attempt(
+        authority=host if target_id is None else None,
+        scheme="http" if proto == "http" else "https",
+        method=request.method,
+        target=target,
+        target_id=target_id,
+        body=body,
+        json=json,
+        label=label,
+    )
+    return presented, attempt
+
+
+def _addressed(raw: bytes) -> tuple[str | None, bytes]:
+    """The target where it is said, and the path of the request; an empty path where that is not told."""
+    if (found := _BY_TARGET.fullmatch(raw)) is not None:
+        return found[1].decode("latin-1"), found[2]
+    by_host = f"{PREFIX}/".encode()
+    return None, raw[len(PREFIX) :] if raw.startswith(by_host) else b""

@@ -1,0 +1,63 @@
+"""Questions as nginx `auth_request`, Caddy `forward_auth`, Traefik ForwardAuth and HAProxy put them.
+
+`X-Forwarded-Method`, `X-Forwarded-Uri`, `X-Forwarded-Host` and `X-Forwarded-Proto` say which request it is; they are
+the proxy's own words, and it has to replace whatever an agent sends under these names. `/authz/fwd` finds the target by
+the host; `/authz/fwd/TARGET` is for a proxy whose configuration says which one it is. With `?body=whole` that says as
+well that the question's body is the request's, all of it (Traefik's `forwardBody`); else no body counts as seen. With
+`?body=whole&headers=whole` it promises too that the question has every header that goes on: else no person is asked.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final
+
+from starlette.requests import Request
+
+from ringfence.gateway.contract import Attempt, Presented
+from ringfence.gateway.proxies.authz import (
+    LABEL,
+    handle_and_own,
+    only,
+    shown_headers,
+    shows_json,
+    whole_body,
+)
+
+PREFIX: Final = "/authz/fwd"
+_BODY_SHOWN: Final = b"body=whole"
+_ALL_SHOWN: Final = b"body=whole&headers=whole"
+
+
+async def read(request: Request) -> tuple[Presented, Attempt] | None:
+    """What a question is about; None where something was left out or came twice."""
+    rest = request.scope["path"].removeprefix(PREFIX)
+    target_id = rest.removeprefix("/") or None
+    query = request.scope.get("query_string") or b""
+    if (rest and not rest.startswith("/")) or query not in (b"", _BODY_SHOWN, _ALL_SHOWN):
+        return None
+    try:
+        method, uri, host, proto = (
+            only(request, f"x-forwarded-{name}") for name in ("method", "uri", "host", "proto")
+        )
+        (handle, own), proof = handle_and_own(request), only(request, "dpop")
+        label = only(request, LABEL)
+        json = shows_json(request)
+    except ValueError:
+        return None
+    if not (method and uri and host) or proto not in ("http", "https") or not uri.startswith("/"):
+        return None
+    htu = f"{proto}://{host}{uri.partition('?')[0]}"
+    presented = Presented(handle=handle, proof=proof, htu=htu, own=own)
+    attempt = Attempt(
+        authority=host if target_id is None else None,
+        scheme="http" if proto == "http" else "https",
+        method=method,
+        target=uri,
+        target_id=target_id,
+        body=await whole_body(request) if query else None,
+        json=json,
+        label=label,
+        headers=partial(shown_headers, request) if query == _ALL_SHOWN else None,
+    )
+    return presented, attempt

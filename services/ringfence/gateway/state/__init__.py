@@ -1,0 +1,1 @@
+"""What the gateway knows: live leases, revocations, and how fresh its view is."""

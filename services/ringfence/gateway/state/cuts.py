@@ -1,0 +1,157 @@
+"""Leases and orders to end them, as they come from Kafka; and this gateway's word on each order that it has followed.
+
+The word is given once nothing more can be forwarded under what the order covers: the table has it, and every request
+that is being decided looks there once more at its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from ringfence.gateway.state.leases import LeaseTable
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.lease import RevocationAck
+from ringfence.messages.topics import REVOCATION_ACK
+from ringfence.model.leases.epochs import Epochs
+from ringfence.model.leases.lifecycle import mark_of
+from ringfence.model.leases.revocations import Order, objection, open_order
+from ringfence.model.leases.verification import open_lease
+from ringfence.model.records.directory import Directory
+
+log = logging.getLogger(__name__)
+
+_PATIENCE_S = 5.0
+"""How long a record is waited for that an order rests on, and that may be on its way here."""
+
+
+class LeaseFeed:
+    """Takes in `lease`."""
+
+    def __init__(self, runtime: Runtime, table: LeaseTable) -> None:
+        self._runtime = runtime
+        self._table = table
+        self._epochs = Epochs(runtime.trust)
+
+    def on_records(self, records: Sequence[Received]) -> None:
+        """Take in what came; what no issuer or revoker signed, and what is void, changes nothing."""
+        for record in records:
+            if not record.value or self._epochs.took(record):
+                continue
+            try:
+                lease = open_lease(
+                    record.value,
+                    self._runtime.trust,
+                    self._runtime.clock,
+                    appended_at_ms=record.appended_at_ms,
+                )
+            except InvalidMessageError as error:
+                log.warning(
+                    "not a lease: %s/%d@%d: %s",
+                    record.topic_name,
+                    record.partition,
+                    record.offset,
+                    error,
+                    extra=of_a_kind(record.topic_name, error.code),
+                )
+                continue
+            if self._epochs.is_void(record, lease.epoch):
+                continue
+            if lease.epoch is not None:
+                self._epochs.begin(record, lease.epoch)  # its marker may stand before where this reader began
+            self._table.take(lease)
+
+
+class Cutter:
+    """Takes in `revocation.request`: follows each order whose signer may give it, and says so."""
+
+    def __init__(
+        self, runtime: Runtime, directory: Directory, table: LeaseTable, *, gives_its_word: bool = True
+    ) -> None:
+        """Without `gives_its_word` it follows orders and never says so: how a gateway that hangs looks to others."""
+        self._runtime = runtime
+        self._directory = directory
+        self._table = table
+        self._gives_its_word = gives_its_word
+        self._leases: Follower | None = None
+        self._live = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def knows_leases_by(self, leases: Follower) -> None:
+        """What brings the leases: an order about one that is not here yet waits for it."""
+        self._leases = leases
+
+    def now_live(self) -> None:
+        """All orders that were given before this process began have been read: nobody waits for its word on those."""
+        self._live = True
+
+    def on_records(self, records: Sequence[Received]) -> None:
+        """Take in what came. Most orders are in force when this returns."""
+        for record in records:
+            order = self._believed(record)
+            if order is None:
+                # Its signer, or its lease, may be on its way here. Until then nobody has this gateway's word.
+                self._in_the_background(self._follow_later(record, live=self._live))
+            else:
+                self._follow(order, live=self._live)
+
+    def _follow(self, order: Order, *, live: bool) -> None:
+        claims = order.claims
+        if claims.selector is not None:
+            self._table.fence(mark_of(claims.selector), order.at.appended_at_ms, order_id=order.id)
+        elif claims.lease_id is not None:
+            self._table.revoke(claims.lease_id, order.at.appended_at_ms)
+        if self._gives_its_word and live:
+            self._in_the_background(self._give_word(order, self._runtime.clock.now_ms()))
+
+    async def _follow_later(self, record: Received, *, live: bool) -> None:
+        caught_up = await self._runtime.tables_caught_up(_PATIENCE_S)
+        if self._leases is not None:
+            caught_up &= await self._leases.caught_up(_PATIENCE_S)
+        order = self._believed(record)
+        if order is not None:
+            self._follow(order, live=live)
+        elif not caught_up:
+            log.warning(
+                "an order at %s@%d could not be judged",
+                record.topic_name,
+                record.offset,
+                extra=of_a_kind(record.topic_name),
+            )
+
+    def _believed(self, record: Received) -> Order | None:
+        try:
+            order = open_order(record, self._directory, self._runtime.trust)
+        except InvalidMessageError:
+            return None
+        lease = self._table.get(order.claims.lease_id or "")
+        return order if objection(order, lease, self._directory) is None else None
+
+    async def _give_word(self, order: Order, cut_at_ms: int) -> None:
+        key = self._runtime.key
+        ack = RevocationAck(
+            iss=key.id,
+            aud=self._runtime.settings.trust_domain,
+            iat=cut_at_ms // 1000,
+            jti=derived_id("revocation.ack", key.id, order.id),
+            revocation_id=order.id,
+            cut_at_ms=cut_at_ms,
+        )
+        try:
+            await self._runtime.publisher.publish_signed(
+                REVOCATION_ACK, key.id, ack, key, traceparent=order.traceparent
+            )
+        except Exception:
+            # The order is followed. Where its word does not arrive, the grace stands for it.
+            log.exception("the word on order %s was not published", order.id)
+
+    def _in_the_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="order")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

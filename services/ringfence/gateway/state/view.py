@@ -1,0 +1,163 @@
+"""How fresh this gateway's view is: held against what registry and revokers sign once a second. An old one denies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from aiokafka.errors import KafkaError
+
+from ringfence.gateway.domain import stale_view
+from ringfence.gateway.state.cuts import Cutter, LeaseFeed
+from ringfence.gateway.state.leases import LEASES_SINCE_MS, ORDERS_KEPT_MS, LeaseTable
+from ringfence.kernel.base.clock import CarriedOn, suspend_aware_ms
+from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.credential import Reason
+from ringfence.messages.operations import Heartbeat
+from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_REQUEST
+from ringfence.model.leases.revoker_halts import RevokerHalts
+from ringfence.model.leases.stream_digests import CONFIRMED, StreamCheck, Streams
+from ringfence.model.records.alarms import report_alarms
+from ringfence.model.records.directory import TABLES, Directory
+
+log = logging.getLogger(__name__)
+
+BEAT_EVERY_S = 1.0
+_LOOK_EVERY_S = 0.1
+_OVERDUE_MS = 250
+_COMPARE_EVERY = 2
+"""Every second look: comparing takes a question to each follower."""
+
+
+class View:
+    """Everything that decisions rest on: the records, the leases, the orders. Fed from Kafka once `runtime` runs."""
+
+    def __init__(self, runtime: Runtime, *, gives_its_word: bool = True) -> None:
+        """Registers what feeds it with `runtime`. `gives_its_word`: see `Cutter`."""
+        self._runtime = runtime
+        grace_ms = int(runtime.settings.grace_s * 1000)
+        self.directory = Directory(
+            runtime.trust, runtime.clock, grace_ms=grace_ms, on_alarm=report_alarms(runtime)
+        )
+        self._broker = CarriedOn()
+        self.table = LeaseTable(runtime.clock, self._broker.now_ms)
+        self._streams = Streams()
+        self._halts = RevokerHalts(runtime.trust, grace_ms=grace_ms)
+        self._check = StreamCheck(self._streams, runtime.trust, runtime.clock, grace_ms=grace_ms)
+        self._cutter = Cutter(runtime, self.directory, self.table, gives_its_word=gives_its_word)
+        take_leases = runtime.and_by_the_next_bundle(LeaseFeed(runtime, self.table).on_records)
+        self._looked_ms = suspend_aware_ms()
+        now_ms = runtime.clock.now_ms()
+
+        self._fresh_at_ms = 0
+        """At this moment it was not stale; nothing came since."""
+
+        def on_leases(records: Sequence[Received]) -> None:
+            self._fresh_at_ms = 0
+            self._streams.on_records(records)
+            take_leases(records)
+
+        def on_orders(records: Sequence[Received]) -> None:
+            self._fresh_at_ms = 0
+            self._streams.on_records(records)
+            self._cutter.on_records(records)
+
+        def on_tables(records: Sequence[Received]) -> None:
+            self._fresh_at_ms = 0
+            self.directory.on_records(records)
+
+        runtime.table(TABLES, on_tables)
+        runtime.table([HEARTBEAT], self._on_heartbeats)
+        leases = runtime.history([LEASE], on_leases, since_ms=max(now_ms - LEASES_SINCE_MS, 1))
+        runtime.history([REVOCATION_REQUEST], on_orders, since_ms=max(now_ms - ORDERS_KEPT_MS, 1))
+        self._cutter.knows_leases_by(leases)
+        self._follower: Follower = leases
+        """Of the orders too."""
+        runtime.background("view", self._look)
+        runtime.background("heartbeat", self._beat)
+        runtime.denies_when(self.stale)
+
+    def stale(self) -> str | None:
+        """Why nothing may be decided by this view, or None: it is too old, or a revoker has halted. Asked for each
+        request, several times in a millisecond.
+        """
+        now_ms = self._runtime.clock.now_ms()
+        if now_ms == self._fresh_at_ms:
+            return None
+        halted = self._halts.denial()
+        # While it reads nothing, ends come to it by its own clock alone.
+        stale = halted.message if halted else self._stale()
+        self._fresh_at_ms = now_ms if stale is None else 0
+        return stale
+
+    def denial(self) -> Reason | None:
+        """`stale`, as it is told to who is denied something."""
+        if (stale := self.stale()) is None:
+            return None
+        return self._halts.denial() or stale_view(stale)
+
+    def doubt(self) -> Reason | None:
+        """Why it is not known whether a lease has ended that may be used no more here, or None."""
+        if (denial := self.denial()) is not None:
+            return denial
+        ahead_ms = self._runtime.clock.now_ms() - self._broker.now_ms()
+        if ahead_ms <= MAX_SKEW_MS:
+            return None
+        return stale_view(f"the clock of this gateway is {ahead_ms / 1000:.1f} s ahead of the broker's")
+
+    def _stale(self) -> str | None:
+        return self.directory.stale() or self._check.stale() or self._runtime.clock_behind()
+
+    def lapsed(self) -> bool:
+        """Whether looking at it is overdue, as this process stood still, and it is too old by now."""
+        return suspend_aware_ms() - self._looked_ms > _OVERDUE_MS and self.stale() is not None
+
+    def _on_heartbeats(self, records: Sequence[Received]) -> None:
+        self._fresh_at_ms = 0
+        if records:
+            self._broker.heard(records[-1].appended_at_ms)
+        self.directory.on_records(records)
+        self._check.on_heartbeats(records)
+        self._halts.on_heartbeats(records)
+
+    async def _look(self) -> None:
+        """Compare, sweep, and tell those that watch a lease where the view has got too old; for ever."""
+        self._check.begin(await self._follower.positions(CONFIRMED))
+        turn = 0
+        while True:
+            if turn % _COMPARE_EVERY == 0:
+                positions = await self._follower.positions(CONFIRMED)
+                self._fresh_at_ms = 0
+                self._check.compare(positions)
+            turn += 1
+            self.table.sweep()
+            if self.stale() is not None:
+                self.table.end_watched()
+            self._looked_ms = suspend_aware_ms()
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _beat(self) -> None:
+        """Say that it is alive, for ever: cuts wait for its word."""
+        self._cutter.now_live()
+        while True:
+            try:
+                await self._say()
+            except (RingfenceError, KafkaError, OSError) as error:
+                log.warning("a heartbeat is left out: %s", error)
+            await asyncio.sleep(BEAT_EVERY_S)
+
+    async def _say(self) -> None:
+        key, now_ms = self._runtime.key, self._runtime.clock.now_ms()
+        heartbeat = Heartbeat(
+            iss=key.id,
+            aud=self._runtime.settings.trust_domain,
+            iat=now_ms // 1000,
+            jti=derived_id("heartbeat", key.id, now_ms),
+            at_ms=now_ms,
+        )
+        await self._runtime.publisher.publish_signed(HEARTBEAT, key.id, heartbeat, key)

@@ -1,0 +1,144 @@
+"""The wiring of the decision core: what every data plane of this gateway shares."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import dataclass
+
+from ringfence.backends import BackendSettings, Material, TargetAccess, all_backends
+from ringfence.backends.capabilities import Declared
+from ringfence.backends.http import StaticSecrets
+from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker
+from ringfence.gateway.decision.approval_questions import Questions
+from ringfence.gateway.decision.approvals import Approvals
+from ringfence.gateway.decision.blocked_requests import BlockedRequests
+from ringfence.gateway.decision.evaluator import Evaluator
+from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.decision.injection import Injector, SealedCredentials
+from ringfence.gateway.decision.observe_mode import said_of
+from ringfence.gateway.decision.sender import Identifier
+from ringfence.gateway.decision.shared_keys import SharedKeys
+from ringfence.gateway.decision.targets import Targets
+from ringfence.gateway.events.recorder import Recorder
+from ringfence.gateway.events.refusal_counts import Counted
+from ringfence.gateway.events.spool import Spool
+from ringfence.gateway.settings import GatewaySettings
+from ringfence.gateway.state.leases import LEASES_SINCE_MS
+from ringfence.gateway.state.view import View
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
+from ringfence.kernel.crypto.encryption_keys import SealKeys
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.credential import Reason
+from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REPLY
+from ringfence.model.records.key_sharing import KeyUses
+from ringfence.rego.bundle import load_bundle
+from ringfence.rego.bundle_watch import BundleWatch
+from ringfence.rego.engine import ACTION
+from ringfence.rego.settings import OpaSettings, engine_of
+
+log = logging.getLogger(__name__)
+
+SEAL = "-seal.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """What decides, and what it decides by."""
+
+    gate: DecisionGate
+    view: View
+    targets: Targets
+    blocked: BlockedRequests
+
+
+def core_of(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> Core:
+    """The core, fed and run by `runtime`. Raises AccessError, BundleError, KeyFileError, SettingsError, SpoolError."""
+    clock, view = runtime.clock, View(runtime)
+    targets = Targets(view.directory)
+    proofs = ProofChecker(nonces=Nonces(), clock=clock)
+    shared = SharedKeys(runtime, KeyUses())
+    runtime.background("shared keys", shared.tell)
+    identifier = Identifier(settings.trust_domain, view.directory, view.table, proofs, clock, shared.used)
+    with of_setting("RINGFENCE_GATEWAY_BUNDLE"):
+        bundle = load_bundle(own.bundle)
+    engine = engine_of(load(OpaSettings), bundle, timeout_ms=own.evaluation_timeout_ms, entry_point=ACTION)
+    declared = Declared(all_backends(Material(settings.trust_domain, settings.issuer_url)))
+    sealed = SealedCredentials(
+        view.table, runtime.trust, clock,
+        key=lambda: runtime.key, seal=_seal_keys(runtime, settings, own), issuer_url=own.issuer or settings.issuer_url,
+    )  # fmt: skip
+    secrets = StaticSecrets(TargetAccess.of(load(BackendSettings)))
+    injector = Injector(view.table, sealed, secrets)
+    recorder = _recorder(runtime, settings, own)
+    counted = Counted(recorder.record, clock, gateway=runtime.key.id)
+    blocked = BlockedRequests(counted, view.directory, targets, trust_domain=settings.trust_domain)
+    approvals = Approvals(
+        runtime, view.directory, view.table,
+        Questions(each=own.agent_pending_approvals, all=own.pending_approvals),
+        wait_s=own.approval_wait_s, life_s=own.approval_life_s,
+    )  # fmt: skip
+    gate = DecisionGate(
+        view, targets, identifier, Evaluator(engine, declared), injector, recorder, counted, approvals, clock,
+        gateway=runtime.key.id, entitlements_max_age_s=settings.entitlements_max_age_s,
+        observe=own.observe,
+    )  # fmt: skip
+
+    async def bundle_refused(mark: str, why: str) -> None:
+        reason = Reason(code="bundle_refused", message=why[:2000])
+        await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
+
+    runtime.history([CREDENTIAL_REPLY], sealed.on_records, since_ms=max(clock.now_ms() - LEASES_SINCE_MS, 1))
+    # Questions are of this process alone, and so are the answers to them: nothing before its start is one.
+    runtime.history([APPROVAL_RESPONSE], approvals.on_records, since_ms=max(clock.now_ms(), 1))
+    if own.observe:
+        _observe_aloud(runtime, own)
+    runtime.background("blocked requests", blocked.run)
+    runtime.on_start(engine.start)
+    runtime.on_stop(blocked.close)
+    runtime.on_stop(recorder.close)
+    runtime.on_stop(engine.close)
+    runtime.on_stop(sealed.close)
+    runtime.on_stop(secrets.close)
+    runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
+    return Core(gate, view, targets, blocked)
+
+
+def _observe_aloud(runtime: Runtime, own: GatewaySettings) -> None:
+    """Nobody should come upon observe mode by chance: it is said before anything is forwarded, and at each start."""
+    said = said_of(own.observe)
+    metrics.OBSERVED_TARGETS.set(len(own.observe))
+
+    async def announce() -> None:
+        log.warning("%s", said)
+        reason = Reason(code="observe_mode", message=said)
+        await runtime.event("finding", "observe mode", about=(uuid.uuid4(),), reasons=(reason,))
+
+    runtime.warns_when(lambda: said)
+    runtime.on_start(announce)
+
+
+def _recorder(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> Recorder:
+    folder = own.spool or settings.key_dir.parent / "spool" / _name(runtime)
+    recorder = Recorder(Spool(folder, max_bytes=own.spool_max_bytes), runtime.publisher, runtime.tracing)
+    runtime.background("actions", recorder.publish)
+    runtime.background("spool", recorder.sync)
+    return recorder
+
+
+def _seal_keys(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> SealKeys | None:
+    """The keys that credentials are sealed to. Without any, only static secrets are injected."""
+    path = own.seal_key_file or settings.key_dir / f"{_name(runtime)}{SEAL}"
+    if own.seal_key_file is None and not path.exists():
+        return None
+    with of_setting("RINGFENCE_GATEWAY_SEAL_KEY_FILE"):
+        keys = SealKeys(path)
+    runtime.on_keys(keys.reload)
+    runtime.warns_when(lambda: keys.lacking(runtime.trust, "gateway", runtime.clock))
+    return keys
+
+
+def _name(runtime: Runtime) -> str:
+    """Of this gateway: its files bear it, as `ringfence init` makes them."""
+    return runtime.key.id.rpartition("/")[2]

@@ -1,0 +1,484 @@
+"""Decisions in; leases, sealed replies and refusals out.
+
+A batch goes through its phases together, so that each costs one round trip: weigh, activate, lease records, replies.
+Credentials that leave something at their target take a longer way beside it (`minting.py`). Nobody gets a credential
+before Kafka has its lease; nothing is issued twice, however often a decision comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import orjson
+
+from ringfence.backends import Backend
+from ringfence.issuer.domain import (
+    FULL,
+    FULL_RETRY_S,
+    LATE,
+    OVER,
+    Behind,
+    Decision,
+    Issue,
+    Refusal,
+    Terms,
+    cannot,
+    fenced,
+    weigh,
+)
+from ringfence.issuer.gateway_delivery import ENVELOPE_TYPE, GatewayDelivery, signed_delivery
+from ringfence.issuer.grant_use import GrantKeeper
+from ringfence.issuer.limits import Gatekeeper
+from ringfence.issuer.minting import REPLAYED, Minted, Minter, Replayed
+from ringfence.issuer.steps import say
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import derived_id, digest, lease_id
+from ringfence.kernel.crypto.jwe import seal
+from ringfence.kernel.crypto.jws import Signed, open_signed, parse, sign
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.producer import Outbound, Received
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.tracing.api import Work
+from ringfence.messages.credential import (
+    Credential,
+    CredentialDecision,
+    CredentialDelivery,
+    CredentialRequest,
+    DecidedTerms,
+    IssuerRefusal,
+    Reason,
+    ReplyContent,
+)
+from ringfence.messages.lease import Lease
+from ringfence.messages.operations import EventKind
+from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, StoredLease
+from ringfence.model.leases.lifecycle import origin_of, springs_from
+from ringfence.model.leases.tracing import step_of, work_on
+from ringfence.model.leases.verification import open_lease
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+
+log = logging.getLogger(__name__)
+
+_LOOK_AGAIN_S = 0.02
+_SOON_S = 0.1
+"""Redis is asked whether it was lost meanwhile where Kafka takes longer to have a lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """A lease of a pure token that is active in Redis, and answers its decision."""
+
+    issue: Issue
+    jws: str
+    fresh: bool = False
+    """This issuer has just signed its record; else that was found in Redis."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """What goes back to the agent."""
+
+    agent_id: str
+    id: str
+    jwe: str
+    traceparent: str | None
+    envelope: str | None = None
+    """The credential, where it goes to gateways and not to the agent."""
+
+    def outbound(self) -> Outbound:
+        """The record of `credential.reply`."""
+        return Outbound(self.agent_id, self.jwe.encode(), self.id, self.traceparent)
+
+
+_Outcome = _Live | Minted | Refusal | Replayed
+
+
+class DecisionHandler:
+    """The batch handler of `credential.decision`."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        store: LeaseStore,
+        backends: Mapping[str, Backend],
+        minter: Minter,
+        gatekeeper: Gatekeeper,
+        grants: GrantKeeper,
+        delivery: GatewayDelivery,
+        terms: Terms,
+        *,
+        patience_s: float,
+        halted: Callable[[], Reason | None],
+    ) -> None:
+        """Args:
+            patience_s: how long a decision waits for records that policy has seen and this issuer has not.
+            halted: why nothing may be issued now, whatever was decided.
+        """  # fmt: skip
+        self._runtime = runtime
+        self._directory = directory
+        self._store = store
+        self._backends = backends
+        self._minter = minter
+        self._gatekeeper = gatekeeper
+        self._grants = grants
+        self._delivery = delivery
+        self._terms = terms
+        self._patience_s = patience_s
+        self._halted = halted
+
+    async def __call__(self, batch: Sequence[Received]) -> None:
+        """Take a batch of decisions to their durable effects.
+
+        Raises LostError where Redis was rebuilt before Kafka had a lease: it does not know of that, and what was made
+        at a target may be void there, or aborted by a revoker. The same decisions come again.
+        """
+        decisions = await self._open(batch)
+        lasting: dict[str, list[tuple[Decision, Issue]]] = {}
+        others: list[tuple[Decision, Issue | Refusal]] = []
+        admitted = await self._admitted(decisions)
+        for decision, one in zip(decisions, admitted, strict=True):
+            if isinstance(one, Issue) and not self._backends[one.lease.backend].stateless:
+                lasting.setdefault(one.lease.target_id, []).append((decision, one))
+            else:
+                others.append((decision, one))
+        # No target holds up another's credentials, nor tokens, which need none.
+        await gather_all([self._issue(others), *map(self._mint, lasting.values())])
+        metrics.RECORDS.labels("credential.decision", "done").inc(len(decisions))
+
+    async def _admitted(self, decisions: Sequence[Decision]) -> list[Issue | Refusal]:
+        work = (Work(one.traceparent, {"request_id": one.claims.request_id}) for one in decisions)
+        with self._runtime.tracing.steps("check", work) as spans:
+            weighed = [self._sayable(one) for one in await self._weigh(decisions)]
+            admitted = await self._gatekeeper.admit(decisions, self._delivery.admit(weighed))
+            admitted = await self._grants.admit(admitted)
+            for span, one in zip(spans, admitted, strict=False):
+                say(span, one)
+        return admitted
+
+    async def _issue(self, weighed: Sequence[tuple[Decision, Issue | Refusal]]) -> None:
+        decisions = [decision for decision, _ in weighed]
+        work = (work_on(one.lease) for _, one in weighed if isinstance(one, Issue))
+        with self._runtime.tracing.steps("activate", work):
+            outcomes = await self._activate(decisions, [one for _, one in weighed])
+        await self._answer(decisions, outcomes)
+
+    def _sayable(self, one: Issue | Refusal) -> Issue | Refusal:
+        """A pure token is made when its lease is there already, so what stands against it is asked before."""
+        if isinstance(one, Refusal) or not self._backends[one.lease.backend].stateless:
+            return one
+        problem = self._backends[one.lease.backend].problem(one.lease, one.target)
+        return one if problem is None else cannot(problem, one.request)
+
+    async def _mint(self, issues: Sequence[tuple[Decision, Issue]]) -> None:
+        await self._answer(
+            [decision for decision, _ in issues], await self._minter.mint([issue for _, issue in issues])
+        )
+
+    async def _answer(self, decisions: Sequence[Decision], outcomes: Sequence[_Outcome]) -> None:
+        done = list(zip(decisions, outcomes, strict=True))
+        live = [(decision, one) for decision, one in done if isinstance(one, _Live | Minted)]
+        epochs = {epoch for _, one in live if (epoch := one.issue.lease.epoch) is not None}
+        written_in, loop = self._store.epoch if live else None, asyncio.get_running_loop()
+        until = loop.time() + _SOON_S
+        leases = await self._publish([one for _, one in live])
+        replies: list[_Reply] = []
+        try:
+            for decision, one in live:
+                await asyncio.sleep(0)  # Kafka is sent the leases, and writes them, meanwhile
+                replies.append(await self._credential(decision, one))
+        finally:
+            await gather_all(leases)
+        self._store.published((one.issue.lease.lease_id, one.issue.lease.seq) for _, one in live)
+        if written_in is not None and loop.time() > until:
+            epochs.add(written_in)
+        for epoch in epochs:
+            await self._store.confirm(epoch)
+        # Who has the handle of a lease may use it at once: gateways have what they inject before.
+        await gather_all([await self._send_envelope(reply) for reply in replies if reply.envelope])
+        sent = await self._runtime.publisher.send_many(
+            CREDENTIAL_REPLY, CREDENTIAL_REPLY.what, [reply.outbound() for reply in replies]
+        )
+        no = [(decision, one) for decision, one in done if isinstance(one, Refusal | Replayed)]
+        await gather_all([*sent, *(self._say_no(decision, one) for decision, one in no)])
+
+    # --- 1: what policy said, and whether it holds ---
+
+    async def _open(self, batch: Sequence[Received]) -> list[Decision]:
+        """Those that policy signed and that allow; what nobody of authority signed goes to the dead letters."""
+        opened, failed = list[Decision](), list[tuple[Received, InvalidMessageError]]()
+        for record in batch:
+            try:
+                signed: Signed[CredentialDecision] = open_signed(
+                    parse(record.value),
+                    DecidedTerms,
+                    self._runtime.trust.finder(*DecidedTerms.signed_by, at_s=record.appended_at_ms / 1000),
+                    audience=self._terms.trust_domain,
+                    appended_at_ms=record.appended_at_ms,
+                )
+            except InvalidMessageError as error:
+                failed.append((record, error))
+                continue
+            if signed.claims.outcome == "allowed":
+                opened.append(Decision(signed, record.coordinates, record.traceparent))
+        await gather_all(self._runtime.letters.bury(record, problem) for record, problem in failed)
+        return opened
+
+    async def _weigh(self, decisions: Sequence[Decision]) -> list[Issue | Refusal]:
+        """Nothing is refused for records that policy has seen and that have not arrived here *yet*."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._patience_s
+        weighed = [self._weigh_one(decision) for decision in decisions]
+        if not all(isinstance(one, Issue) for one in weighed):
+            await self._runtime.tables_caught_up(self._patience_s)
+            self._again(decisions, weighed, (Refusal, Behind))
+        while any(isinstance(one, Behind) for one in weighed) and loop.time() < until:
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            self._again(decisions, weighed, (Behind,))
+        return [one.refusal() if isinstance(one, Behind) else one for one in weighed]
+
+    def _weigh_one(self, decision: Decision) -> Issue | Refusal | Behind:
+        return weigh(decision, self._directory, self._terms, self._halted())
+
+    def _again(
+        self,
+        decisions: Sequence[Decision],
+        weighed: list[Issue | Refusal | Behind],
+        those: tuple[type[Refusal | Behind], ...],
+    ) -> None:
+        for i, one in enumerate(weighed):
+            if isinstance(one, those):
+                weighed[i] = self._weigh_one(decisions[i])
+
+    # --- 2: one lease for each request ---
+
+    async def _activate(
+        self, decisions: Sequence[Decision], weighed: Sequence[Issue | Refusal]
+    ) -> list[_Outcome]:
+        issues = [one for one in weighed if isinstance(one, Issue)]
+        signed = [SignedLease(one.lease, sign(one.lease, self._runtime.key)) for one in issues]
+        activations = iter(zip(issues, signed, await self._store.activate(signed), strict=True))
+        outcomes: list[_Outcome] = []
+        for decision, one in zip(decisions, weighed, strict=True):
+            if isinstance(one, Issue):
+                outcomes.append(self._outcome(*next(activations)))
+            else:
+                outcomes.append(await self._issued_before(decision, one) or one)
+        return outcomes
+
+    def _outcome(self, issue: Issue, signed: SignedLease, activation: Activation) -> _Outcome:
+        match activation.outcome:
+            case "activated":
+                metrics.LEASES_ISSUED.labels(issue.lease.backend).inc()
+                return _Live(issue, signed.jws, fresh=True)
+            case "fenced":
+                return Refusal(fenced(activation.mark or ""), issue.request)
+            case "late":
+                return Refusal(LATE, issue.request)
+            case "full":
+                return Refusal(FULL, issue.request, retry_after_s=FULL_RETRY_S)
+            case "known" | "lost":  # lost are only leases that were prepared
+                assert activation.stored is not None
+                return self._known(issue, activation.stored)
+
+    def _known(self, issue: Issue, stored: StoredLease) -> _Outcome:
+        try:
+            # Verified: whoever can write to Redis must not have this issuer publish a record of their own.
+            lease = open_lease(stored.jws, self._runtime.trust, self._runtime.clock)
+        except InvalidMessageError as error:
+            # The same batch again would find the same: all others wait behind it.
+            log.error("the record of lease %s in Redis does not hold: %s", issue.lease.lease_id, error)
+            return REPLAYED
+        if not springs_from(lease, issue.origin):
+            return REPLAYED
+        if stored.status == "active" and lease.backend == issue.lease.backend:
+            return _Live(issue, stored.jws.decode("ascii"))
+        return Refusal(OVER, issue.request)
+
+    async def _issued_before(self, decision: Decision, refusal: Refusal) -> _Outcome | None:
+        """The lease of a decision that would be refused now, but was served before: this process died in between.
+
+        Whatever changed since then is the revoker's to act on.
+        """
+        if refusal.request is None:
+            return None
+        id = lease_id(decision.claims.request_id)
+        stored = (await self._store.get([id])).get(id)
+        if stored is None or stored.status != "active":
+            return None
+        live = self._recovered(decision, refusal.request, stored)
+        if live is None or self._backends[live.issue.lease.backend].stateless:
+            return live
+        return await self._minter.again(live.issue, live.jws)
+
+    def _recovered(self, decision: Decision, request: CredentialRequest, stored: StoredLease) -> _Live | None:
+        try:
+            lease = open_lease(stored.jws, self._runtime.trust, self._runtime.clock)
+            target = self._directory.target(lease.target_id)
+        except (InvalidMessageError, ChainError):
+            return None
+        origin = origin_of(lease.lease_id, decision.at)
+        if target is None or not springs_from(lease, origin) or lease.backend not in self._backends:
+            return None
+        issue = Issue(lease, origin, request, target.state)
+        if isinstance(self._sayable(issue), Refusal):
+            return None
+        return _Live(issue, stored.jws.decode("ascii"))
+
+    # --- 3: Kafka has the lease ---
+
+    async def _publish(self, live: Sequence[_Live | Minted]) -> list[asyncio.Task[None]]:
+        records = [
+            Outbound(lease.lease_id, one.jws.encode(), lease.jti, lease.traceparent)
+            for one in live
+            for lease in (one.issue.lease,)
+        ]
+        return [
+            asyncio.ensure_future(sending)
+            for sending in await self._runtime.publisher.send_many(LEASE, Lease.typ, records)
+        ]
+
+    # --- 4: the agent has its answer, and audit the reasons ---
+
+    async def _credential(self, decision: Decision, live: _Live | Minted) -> _Reply:
+        issue = live.issue
+        credential, to_gateway = await self._made(live), issue.lease.delivery == "gateway"
+        given = None if to_gateway else credential
+        # Of what was verified, or made, here: to look at it all once more costs as much as to write it.
+        content = ReplyContent.model_construct(
+            request_id=issue.lease.request_id,
+            decision=decision.signed.compact,
+            lease=live.jws,
+            credential=given,
+            delivery=self._signed(live, given) if given else None,
+        )
+        reply = self._sealed(decision, content, issue.request)
+        if credential is None or not to_gateway:
+            return reply
+        return replace(reply, envelope=self._delivery.sealed(issue, credential, id=_envelope_id(reply)))
+
+    def _signed(self, live: _Live | Minted, credential: Credential) -> str:
+        lease = live.issue.lease
+        id = derived_id(CredentialDelivery.typ, lease.lease_id, "agent")
+        fresh = isinstance(live, _Live) and live.fresh
+        return signed_delivery(
+            lease, credential, self._runtime.key, id=id, lease_digest=digest(live.jws) if fresh else None
+        )
+
+    async def _made(self, live: _Live | Minted) -> Credential | None:
+        """The credential; None where the gateway reads the secret from a source of its own."""
+        if isinstance(live, Minted):
+            return live.credential
+        issue, backend = live.issue, self._backends[live.issue.lease.backend]
+        if backend.enforced_by == "gateway":
+            return None
+        with step_of(issue.lease, "mint", self._runtime.tracing):
+            return await backend.mint(issue.lease, issue.target)
+
+    async def _say_no(self, decision: Decision, outcome: Refusal | Replayed) -> None:
+        if isinstance(outcome, Refusal):
+            await self._refuse(decision, outcome)
+        else:
+            reason = Reason(code="replayed", message="the lease of this request was issued on another record")
+            await self._event("replayed", decision, (reason,))
+
+    async def _refuse(self, decision: Decision, refusal: Refusal) -> None:
+        metrics.ISSUE_REFUSED.labels(refusal.reasons[0].code).inc()
+        log.info("refused request %s: %s", decision.claims.request_id, refusal.reasons[0].message)
+        work: list[Awaitable[object]] = [self._event("refused", decision, refusal.reasons, refusal.request)]
+        if refusal.finding:
+            work.append(self._event("finding", decision, refusal.reasons, refusal.request))
+        if refusal.request is not None:
+            work.append(self._tell(decision, refusal, refusal.request))
+        await gather_all(work)
+
+    async def _tell(self, decision: Decision, refusal: Refusal, request: CredentialRequest) -> None:
+        """Seal the signed refusal to the agent."""
+        claims = IssuerRefusal(
+            iss=self._terms.id,
+            aud=self._terms.trust_domain,
+            iat=decision.at.appended_at_ms // 1000,
+            jti=derived_id("issuer.refusal", *_place(decision)),
+            request_id=decision.claims.request_id,
+            reasons=refusal.reasons,
+            retry_after_s=refusal.retry_after_s,
+        )
+        content = ReplyContent(
+            request_id=decision.claims.request_id,
+            decision=decision.signed.compact,
+            refusal=sign(claims, self._runtime.key),
+        )
+        try:
+            await (await self._send(self._sealed(decision, content, request)))
+        except InvalidMessageError as error:
+            log.warning("a refusal cannot be delivered: %s", error)  # the event says it anyway
+
+    def _sealed(self, decision: Decision, content: ReplyContent, request: CredentialRequest) -> _Reply:
+        """Raises InvalidMessageError where `reply_key` is no key; what is issued has been checked for that."""
+        # orjson looks for what is to be escaped in a third of the time, and nearly all of it is a few long texts.
+        text = orjson.dumps(content.model_dump(exclude_none=True))
+        sealed = seal(text, request.reply_key, kid=content.request_id)
+        return _Reply(
+            agent_id=subject_of(self._terms.trust_domain, request.iss, "agent") or "",
+            id=derived_id("credential.reply", self._terms.id, *_place(decision)),
+            jwe=sealed,
+            traceparent=decision.traceparent,
+        )
+
+    async def _send(self, reply: _Reply) -> Awaitable[object]:
+        return await self._runtime.publisher.send(
+            CREDENTIAL_REPLY,
+            reply.agent_id,
+            reply.jwe,
+            id=reply.id,
+            type=CREDENTIAL_REPLY.what,
+            traceparent=reply.traceparent,
+        )
+
+    async def _send_envelope(self, reply: _Reply) -> Awaitable[object]:
+        return await self._runtime.publisher.send(
+            CREDENTIAL_REPLY,
+            reply.agent_id,
+            reply.envelope or "",
+            id=_envelope_id(reply),
+            type=CredentialDelivery.typ,
+            traceparent=reply.traceparent,
+            content_type=ENVELOPE_TYPE,
+        )
+
+    async def _event(
+        self,
+        kind: EventKind,
+        decision: Decision,
+        reasons: Sequence[Reason],
+        request: CredentialRequest | None = None,
+    ) -> None:
+        agent_id = subject_of(self._terms.trust_domain, request.iss, "agent") if request else None
+        await self._runtime.event(
+            kind,
+            CredentialDecision.typ,
+            about=_place(decision),
+            reasons=reasons,
+            source=decision.at,
+            traceparent=decision.traceparent,
+            actor=decision.claims.iss,
+            ref=decision.claims.jti,
+            agent_id=agent_id,
+            request_id=decision.claims.request_id,
+            task_id=request.task_id if request else None,
+        )
+
+
+def _envelope_id(reply: _Reply) -> str:
+    return derived_id(CredentialDelivery.typ, reply.id)
+
+
+def _place(decision: Decision) -> tuple[str, int, int]:
+    return decision.at.topic, decision.at.partition, decision.at.offset

@@ -1,0 +1,1 @@
+"""What policy knows of agents: holdings, use, inventory, shared keys."""

@@ -1,0 +1,513 @@
+"""What agents hold now, and what they used lately: rebuilt from decisions, leases and refusals on Kafka.
+
+An agent holds what policy allowed it, from the moment that it was judged, until the deadline; until a record says that
+the lease has ended; or until the issuer refused to issue it. So nothing that is missing here widens anything: whoever
+keeps back a record of a lease keeps the agent from being allowed more.
+
+Records are verified where they would change something, and only there: of most leases policy knows everything by its
+own decision, and that they were used today by the lease before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import orjson
+
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import lease_id
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.keys import b64decode
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received
+from ringfence.messages.credential import CredentialDecision, CredentialRequest
+from ringfence.messages.lease import TERMINAL, Lease
+from ringfence.messages.operations import ServiceEvent
+from ringfence.messages.registry import AgentState
+from ringfence.model.leases.epochs import Epochs
+from ringfence.model.leases.short_lived import is_short_lived
+from ringfence.model.leases.verification import open_lease
+from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, Usage, Used, Verb, summary, verbs_of
+from ringfence.policy.domain import Case, Judgement
+
+log = logging.getLogger(__name__)
+
+LEASES_SINCE_MS = (WINDOW_DAYS + 1) * DAY_S * 1000
+"""How far back leases are read at the start: what has ended before was not used within the window."""
+REFUSALS_SINCE_MS = (DAY_S + 3600) * 1000
+"""How far back refusals are read at the start: what was allowed before has passed its deadline."""
+SLACK_S = 60
+"""So long after its deadline a lease is forgotten: clocks differ, and requests wait for their turn."""
+MAX_HELD = 32
+"""An agent that holds more different things than this gets nothing more."""
+
+_REFUSED_KEPT = 10_000
+"""So many refusals are remembered of decisions that have not been read yet."""
+_SWEPT_AT_ONCE = 1000
+_lease_id = lru_cache(maxsize=1024)(lease_id)
+"""Asked for three times while a request is decided."""
+_NEVER_ISSUED = frozenset({"minting", "aborted"})
+
+
+class Ending(NamedTuple):
+    """Leases of one task that live and end together, all of them short-lived or none."""
+
+    task_id: str
+    short_lived: bool
+    until_s: int
+    leases: int
+    """How many."""
+
+
+class Live(NamedTuple):
+    """One lease that lives. Times are seconds since 1970."""
+
+    lease_id: str
+    task_id: str
+    since_s: int
+    """When it was allowed."""
+    until_s: int
+
+
+@dataclass(slots=True)
+class _Known:
+    """One lease that may live, or has ended before its deadline."""
+
+    agent_id: str
+    what: bytes
+    since_s: int
+    deadline_s: int
+    decided: bool = False
+    """Whether its decision stands on Kafka, or a record of it does."""
+    seq: int = 0
+    """The highest verified; 0 where no record was needed."""
+    over: bool = False
+
+
+@dataclass(slots=True)
+class _Alike:
+    """The leases of one agent that allow the same in the same task."""
+
+    task_id: str
+    scope: list[dict[str, Any]]
+    leases: dict[str, int] = field(default_factory=dict)
+    """Their deadlines by their ids, the latest lease last."""
+    endings: dict[tuple[bool, int], int] = field(default_factory=dict)
+    """How many of them, by whether they are short-lived and by their deadlines: there may be very many leases."""
+
+    def put(self, id: str, known: _Known) -> None:
+        self.leases[id] = known.deadline_s
+        ending = (is_short_lived(known.since_s, known.deadline_s), known.deadline_s)
+        self.endings[ending] = self.endings.get(ending, 0) + 1
+
+    def drop(self, id: str, known: _Known) -> bool:
+        """Whether it was among them; `known` as it was put."""
+        if self.leases.pop(id, None) is None:
+            return False
+        self._uncount(known)
+        return True
+
+    def change(self, id: str, known: _Known, since_s: int, until_s: int) -> None:
+        """Give a lease another life, wherever it is."""
+        counted = id in self.leases
+        if counted:
+            self._uncount(known)
+        known.since_s, known.deadline_s = since_s, until_s
+        if counted:
+            self.put(id, known)
+
+    def _uncount(self, known: _Known) -> None:
+        ending = (is_short_lived(known.since_s, known.deadline_s), known.deadline_s)
+        self.endings[ending] -= 1
+        if not self.endings[ending]:
+            del self.endings[ending]
+
+
+@dataclass(slots=True)
+class _Holder:
+    """One agent."""
+
+    held: dict[bytes, _Alike] = field(default_factory=dict)
+    """By what they allow in which task (`_what`): its leases that live."""
+    usage: Usage = field(default_factory=Usage)
+    version: int = 0
+    """Grows with each change of the two."""
+    kinds: int = 0
+    """Grows with each new kind of what is held."""
+    uses: int = 0
+    """Grows with each change of the usage."""
+    asked_ms: int = 0
+    """When the latest request was appended that led to a lease whose record was verified."""
+    told: tuple[object, dict[str, Any]] | None = None
+    """The last summary, and what it was made of."""
+
+
+class Holdings:
+    """What every agent holds and used. Memory goes with the leases that live, and with agents times verbs."""
+
+    def __init__(self, trust: TrustStore, clock: Clock) -> None:
+        self._trust = trust
+        self._clock = clock
+        self._epochs = Epochs(trust)
+        self._holders: dict[str, _Holder] = {}
+        self._leases: dict[str, _Known] = {}
+        self._ends: list[tuple[int, str]] = []
+        self._refused: OrderedDict[str, None] = OrderedDict()
+        self._verbs: dict[Verb, Verb] = {}
+        self._listeners: list[Callable[[str], None]] = []
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._swept_on = 0
+        self._to_sweep: list[str] = []
+
+    def on_change(self, listener: Callable[[str], None]) -> None:
+        """Call `listener` with the id of each agent of which something else is known now."""
+        self._listeners.append(listener)
+
+    # --- asking ---
+
+    def turn(self, agent_id: str) -> AbstractAsyncContextManager[None]:
+        """For what must not be done for two requests of an agent at a time."""
+        lock = self._turns.get(agent_id)
+        if lock is None:
+            lock = self._turns[agent_id] = asyncio.Lock()
+        return lock
+
+    def kinds(self, agent_id: str) -> int:
+        """Grows whenever an agent comes to hold what `held` did not show before."""
+        holder = self._holders.get(agent_id)
+        return holder.kinds if holder else 0
+
+    def version(self, agent_id: str) -> int:
+        """Changes with whatever is known of an agent."""
+        holder = self._holders.get(agent_id)
+        return holder.version if holder else 0
+
+    def held(self, agent_id: str, now_s: int, *, but_for: str | None = None) -> list[dict[str, Any]]:
+        """The input `held` of the rules: of leases that allow the same in the same task, the latest stands for all.
+
+        `but_for` is the id of the request that is being judged: its own lease is not held against it.
+        """
+        holder = self._holders.get(agent_id)
+        if holder is None or not holder.held:
+            return []
+        own = _lease_id(but_for) if but_for else None
+        found = []
+        for alike in holder.held.values():
+            for id, deadline_s in reversed(alike.leases.items()):
+                if deadline_s > now_s and id != own:
+                    found.append(
+                        {
+                            "lease_id": id,
+                            "task_id": alike.task_id,
+                            "scope": alike.scope,
+                            "deadline": deadline_s,
+                        }
+                    )
+                    break
+        return found
+
+    def live(self, agent_id: str, now_s: int) -> list[Live]:
+        """Every lease of an agent that lives, or is about to: there may be very many."""
+        holder = self._holders.get(agent_id)
+        return [
+            Live(id, alike.task_id, self._leases[id].since_s, until_s)
+            for alike in (holder.held.values() if holder else ())
+            for id, until_s in alike.leases.items()
+            if until_s > now_s
+        ]
+
+    def endings(self, agent_id: str, now_s: int) -> list[Ending]:
+        """When what `live` tells of ends, without a look at each: no more of them than seconds until the last end."""
+        holder = self._holders.get(agent_id)
+        return [
+            Ending(alike.task_id, short_lived, until_s, count)
+            for alike in (holder.held.values() if holder else ())
+            for (short_lived, until_s), count in alike.endings.items()
+            if until_s > now_s
+        ]
+
+    def used_verbs(self, agent_id: str, now_s: int) -> set[Verb]:
+        """The verbs that an agent used in the last 30 days."""
+        holder = self._holders.get(agent_id)
+        return holder.usage.verbs(now_s) if holder else set()
+
+    def asked_ms(self, agent_id: str) -> int | None:
+        """When an agent asked for what it got, by the verified records of leases: mostly the first of a day."""
+        holder = self._holders.get(agent_id)
+        return (holder.asked_ms or None) if holder else None
+
+    def used(self, agent_id: str, now_s: int) -> list[Used]:
+        """What an agent used in the last 30 days."""
+        holder = self._holders.get(agent_id)
+        return list(holder.usage.within(now_s)) if holder else []
+
+    def history(self, agent: AgentState, target_id: str, now_s: int) -> dict[str, Any]:
+        """The input `history` of the rules for a request at a target."""
+        holder = self._holder(agent.agent_id)
+        made_of = (holder.uses, agent.ceiling, target_id, now_s // DAY_S)
+        if holder.told is None or holder.told[0] != made_of:
+            holder.told = made_of, summary(list(holder.usage.within(now_s)), agent.ceiling, target_id, now_s)
+        return holder.told[1]
+
+    # --- what policy itself decides ---
+
+    def judged(self, case: Case, judgement: Judgement) -> None:
+        """Take in how a request was judged, before anybody hears of it: what is allowed is held from now on."""
+        id, document = _lease_id(case.request_id), judgement.input
+        if judgement.ruling.outcome != "allowed" or document is None:
+            known = self._leases.get(id)
+            if known is not None and not known.decided:
+                self._let_go(id, known)
+                del self._leases[id]
+            return
+        now_s, request = self._now_s(), document["request"]
+        until_s = now_s + (judgement.ruling.ttl_s or 0) + SLACK_S
+        self._hold(id, case.agent_id, request["task_id"], request["scope"], now_s, until_s)
+
+    def decided(self, decision: CredentialDecision, agent_id: str, at_ms: int) -> None:
+        """Take in an `allowed` decision that stands on Kafka since `at_ms`, whichever replica made it."""
+        end_s = at_ms // 1000 + (decision.ttl_s or 0)
+        if end_s <= self._now_s() - SLACK_S:
+            return
+        id = _lease_id(decision.request_id)
+        known = self._leases.get(id)
+        if known is None:
+            # The request stands inside a decision of this service: it was verified before that was signed.
+            request = parse(decision.request).unverified_claims(CredentialRequest)
+            scope = [permission.model_dump(mode="json") for permission in request.scope]
+            known = self._hold(id, agent_id, request.task_id, scope, at_ms // 1000, end_s)
+            if self._refused.pop(id, True) is None:
+                self._let_go(id, known)
+        elif not known.decided:
+            self._lives(id, known, at_ms // 1000, end_s)
+        known.decided = True
+
+    # --- what becomes of it ---
+
+    def on_leases(self, records: Sequence[Received]) -> None:
+        """Take in records of `lease`, in the order of each partition."""
+        self._expire()
+        for record in records:
+            if self._epochs.took(record):
+                continue
+            claims = _unverified(record.value)
+            if claims is not None and self._matters(claims, record.key):
+                self._open(record)
+
+    def on_events(self, records: Sequence[Received]) -> None:
+        """Take in the events of services, for what the issuer refused."""
+        for record in records:
+            claims = _unverified(record.value)
+            if claims and (claims.get("kind"), claims.get("subject")) == ("refused", CredentialDecision.typ):
+                self._on_refusal(record)
+
+    def _on_refusal(self, record: Received) -> None:
+        find = self._trust.finder("issuer", at_s=record.appended_at_ms / 1000)
+        try:
+            event = open_signed(
+                parse(record.value), ServiceEvent, find, audience=self._trust.trust_domain
+            ).claims
+            id = lease_id(event.request_id or "")
+        except (InvalidMessageError, ValueError) as error:
+            log.warning(
+                "ignored a refusal at %s@%d: %s",
+                record.topic_name,
+                record.offset,
+                error,
+                extra=of_a_kind(record.topic_name, type(error).__name__),
+            )
+            return
+        known = self._leases.get(id)
+        if known is None:
+            self._refused[id] = None
+            if len(self._refused) > _REFUSED_KEPT:
+                self._refused.popitem(last=False)
+        elif not known.seq:  # else it was issued after all, at another time that the decision came
+            self._let_go(id, known)
+
+    def _matters(self, unverified: dict[str, Any], key: str | None) -> bool:
+        """Whether a record would change anything if it holds. Nothing is believed here."""
+        try:
+            id, seq, status = unverified["lease_id"], unverified["seq"], unverified["status"]
+            if id != key or seq < 1:
+                return False
+            known, now_s, deadline_s = self._leases.get(id), self._now_s(), unverified["deadline"]
+            # What is past its deadline is held no more, whether or not it is known to have ended.
+            in_time = status in TERMINAL and max(deadline_s, known.deadline_s if known else 0) <= now_s
+            if deadline_s > now_s - SLACK_S and not in_time:
+                if known is None:
+                    return True
+                if seq > known.seq and known.over != (status in TERMINAL):
+                    return True
+            return status not in _NEVER_ISSUED and not self._knows(unverified)
+        except (KeyError, TypeError, AttributeError):
+            return False
+
+    def _knows(self, unverified: dict[str, Any]) -> bool:
+        holder = self._holders.get(unverified["agent_id"])
+        day = unverified["requested_at_ms"] // (DAY_S * 1000)
+        if day <= self._now_s() // DAY_S - WINDOW_DAYS:
+            return True
+        scope = unverified["scope"]
+        verbs = [(permission["target"], verb) for permission in scope for verb in permission["verbs"]]
+        return holder is not None and holder.usage.knows(verbs, day)
+
+    def _open(self, record: Received) -> None:
+        try:
+            lease = open_lease(record.value, self._trust, self._clock, appended_at_ms=record.appended_at_ms)
+        except InvalidMessageError as error:
+            log.error(
+                "ignored the record of a lease at %s@%d: %s",
+                record.topic_name,
+                record.offset,
+                error,
+                extra=of_a_kind(record.topic_name, error.code),
+            )
+            return
+        if lease.lease_id == record.key and not self._epochs.is_void(record, lease.epoch):
+            self._take(lease)
+
+    def _take(self, lease: Lease) -> None:
+        """Take in a verified record. The highest `seq` counts."""
+        if lease.status not in _NEVER_ISSUED:
+            self._use(lease)
+        if lease.deadline <= self._now_s() - SLACK_S:
+            return
+        known = self._leases.get(lease.lease_id)
+        if known is not None and lease.seq <= known.seq:
+            return
+        if lease.status in TERMINAL:
+            if known is None:
+                known = _Known(lease.agent_id, b"", lease.iat, lease.deadline)
+                self._remember(lease.lease_id, known)
+            self._let_go(lease.lease_id, known)
+        else:
+            scope = [permission.model_dump(mode="json") for permission in lease.scope]
+            known = self._hold(
+                lease.lease_id, lease.agent_id, lease.task_id, scope, lease.iat, lease.deadline
+            )
+        known.seq, known.decided = lease.seq, True
+
+    def _use(self, lease: Lease) -> None:
+        holder = self._holder(lease.agent_id)
+        verbs = [self._verbs.setdefault(verb, verb) for verb in verbs_of(lease.scope)]
+        holder.usage.add(verbs, lease.requested_at_ms // (DAY_S * 1000))
+        holder.uses += 1
+        holder.asked_ms = max(holder.asked_ms, lease.requested_at_ms)
+        self._changed(lease.agent_id, holder)
+
+    # --- one lease ---
+
+    def _hold(
+        self, id: str, agent_id: str, task_id: str, scope: list[dict[str, Any]], since_s: int, until_s: int
+    ) -> _Known:
+        """`since_s` is of what was not known before."""
+        what = _what(task_id, scope)
+        known = self._leases.get(id)
+        if known is None:
+            known = _Known(agent_id, what, since_s, until_s)
+            self._remember(id, known)
+        elif known.what != what:
+            self._let_go(id, known)
+        holder = self._holder(agent_id)
+        alike = holder.held.get(what)
+        if alike is None:
+            alike = holder.held[what] = _Alike(task_id, scope)
+        if not alike.leases or next(reversed(alike.leases.values())) <= self._now_s() + SLACK_S:
+            holder.kinds += (
+                1  # also where all that it had of this kind may be over by the clock of the broker
+            )
+        known.what, known.over = what, False
+        self._lives(id, known, known.since_s, until_s)
+        if id not in alike.leases:
+            alike.put(id, known)
+        self._changed(agent_id, holder)
+        return known
+
+    def _lives(self, id: str, known: _Known, since_s: int, until_s: int) -> None:
+        if until_s != known.deadline_s:
+            heapq.heappush(self._ends, (until_s, id))
+        alike = self._holder(known.agent_id).held.get(known.what)
+        if alike is not None:
+            alike.change(id, known, since_s, until_s)
+        else:
+            known.since_s, known.deadline_s = since_s, until_s
+
+    def _remember(self, id: str, known: _Known) -> None:
+        self._leases[id] = known
+        heapq.heappush(self._ends, (known.deadline_s, id))
+
+    def _let_go(self, id: str, known: _Known) -> None:
+        """The agent holds it no more. What ended stays known, so that no older record brings it back."""
+        known.over = True
+        holder = self._holders.get(known.agent_id)
+        alike = holder.held.get(known.what) if holder else None
+        if holder is None or alike is None or not alike.drop(id, known):
+            return
+        if not alike.leases:
+            del holder.held[known.what]
+        self._changed(known.agent_id, holder)
+
+    def _changed(self, agent_id: str, holder: _Holder) -> None:
+        holder.version += 1
+        for listener in self._listeners:
+            listener(agent_id)
+
+    # --- forgetting ---
+
+    def _expire(self) -> None:
+        now_s = self._now_s()
+        while self._ends and self._ends[0][0] <= now_s - SLACK_S:
+            _, id = heapq.heappop(self._ends)
+            known = self._leases.get(id)
+            if known is not None and known.deadline_s <= now_s - SLACK_S:
+                self._let_go(id, known)
+                del self._leases[id]
+        if now_s // DAY_S != self._swept_on:
+            self._swept_on = now_s // DAY_S
+            self._to_sweep = list(self._holders)
+        self._sweep(self._to_sweep[-_SWEPT_AT_ONCE:])
+        del self._to_sweep[-_SWEPT_AT_ONCE:]
+
+    def _sweep(self, agent_ids: Sequence[str]) -> None:
+        """Once a day for each agent: let go of what it used long ago, and of whom that leaves with nothing."""
+        for agent_id in agent_ids:
+            holder = self._holders.get(agent_id)
+            if holder is None:
+                continue
+            holder.usage.forget(self._swept_on)
+            if not holder.usage and not holder.held:
+                del self._holders[agent_id]
+
+    def _holder(self, agent_id: str) -> _Holder:
+        holder = self._holders.get(agent_id)
+        if holder is None:
+            holder = self._holders[agent_id] = _Holder()
+        return holder
+
+    def _now_s(self) -> int:
+        return self._clock.now_ms() // 1000
+
+
+def _what(task_id: str, scope: list[dict[str, Any]]) -> bytes:
+    return task_id.encode() + b" " + orjson.dumps(scope)
+
+
+def _unverified(jws: bytes) -> dict[str, Any] | None:
+    """What a record says, nothing of it verified: enough to know whether it has to be; None where it says nothing."""
+    try:
+        claims = orjson.loads(b64decode(jws.split(b".")[1]))
+    except (ValueError, IndexError):
+        return None
+    return claims if isinstance(claims, dict) else None

@@ -1,0 +1,247 @@
+"""One agent as the inventory shows it: what is known of it in many places, put together and added up. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import orjson
+
+from ringfence.kernel.crypto.jws import parse
+from ringfence.messages.registry import AgentState, EmbeddedCommand, TaskState, UserState
+from ringfence.model.leases.short_lived import is_short_lived, is_task_bound
+from ringfence.policy.agents.holdings import Ending, Live
+from ringfence.policy.agents.usage import DAY_S, Verb, verbs_of
+
+MAX_TASKS = 20
+"""So many running tasks are named of an agent; all are counted."""
+_SETS_CEILING = ("agent.set-ceiling", "agent.register")
+
+SponsorIs = Literal["live", "disabled", "no_sponsor", "unknown"]
+"""Whether somebody answers for an agent: an active user with the role sponsor. Else it is an orphan; this is why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of one agent at one moment. Everything was verified."""
+
+    agent: AgentState
+    revision: int
+    commands: Sequence[EmbeddedCommand]
+    sponsor: UserState | None
+    tasks: Sequence[TaskState]
+    """Those that run."""
+    endings: Sequence[Ending]
+    """Of its leases that live."""
+    live: Callable[[], Sequence[Live]]
+    """Each of these: there may be very many."""
+    used: AbstractSet[Verb]
+    seen: Mapping[str, int]
+    """By key, when it was last seen with it, as far as this process knows."""
+    asked_ms: int | None
+    """When it asked for something that it was given, by the records of leases."""
+    now_s: int
+
+
+class Line(NamedTuple):
+    """What of one agent is added up, and what it is found by."""
+
+    status: str
+    sponsor: str
+    sponsor_is: SponsorIs
+    targets: tuple[str, ...]
+    key_end_s: int | None
+    """When the last of its keys ends; None where it has none."""
+    leases: int
+    standing: int
+    tasks: int
+    granted: int
+    """How many verbs its ceiling has, each at each target."""
+    unused: int
+    """How many of these it did not use in 30 days."""
+    seen: bool
+    """Whether it was seen in 30 days."""
+
+    @property
+    def counts(self) -> bool:
+        """False for what is decommissioned: nobody has to answer for it any more."""
+        return self.status != "decommissioned"
+
+    @property
+    def orphan(self) -> bool:
+        return self.counts and self.sponsor_is != "live"
+
+    def key_ends_by(self, by_s: float) -> bool:
+        """Whether it has no key that goes on after this; none at all is no key that ends."""
+        return self.counts and self.key_end_s is not None and self.key_end_s <= by_s
+
+
+def sponsor_is(sponsor: UserState | None) -> SponsorIs:
+    """What became of the user who is named as the sponsor of an agent."""
+    if sponsor is None:
+        return "unknown"
+    if sponsor.status != "active":
+        return "disabled"
+    return "live" if "sponsor" in sponsor.roles else "no_sponsor"
+
+
+def line_of(facts: Facts) -> Line:
+    """An agent's line."""
+    agent, granted = facts.agent, verbs_of(facts.agent.ceiling)
+    return Line(
+        status=agent.status,
+        sponsor=agent.sponsor,
+        sponsor_is=sponsor_is(facts.sponsor),
+        targets=tuple(sorted({target for target, _ in granted})),
+        key_end_s=max(
+            (key.not_after for key in agent.keys if key.kid not in agent.compromised), default=None
+        ),
+        leases=sum(ending.leases for ending in facts.endings),
+        standing=sum(ending.leases for ending in _standing(facts)),
+        tasks=len(facts.tasks),
+        granted=len(granted),
+        unused=len(granted - facts.used),
+        seen=bool(facts.used) or _last_seen_ms(facts) is not None,
+    )
+
+
+def next_change_s(facts: Facts) -> int:
+    """When time alone changes what is known of an agent, at the latest with the day."""
+    moments = [
+        *(ending.until_s for ending in facts.endings),
+        *(task.not_after for task in facts.tasks),
+        *(key.not_after for key in facts.agent.keys),
+    ]
+    midnight_s = (facts.now_s // DAY_S + 1) * DAY_S
+    return min(moment for moment in (midnight_s, *moments) if moment > facts.now_s)
+
+
+def row_of(facts: Facts, targets: AbstractSet[str]) -> dict[str, Any]:
+    """An agent as `docs/inventory.md` shows it. `targets` are those that there are, of the ones in its ceiling."""
+    agent, line = facts.agent, line_of(facts)
+    authorised = list(_authorised(facts.commands))
+    return {
+        "id": agent.agent_id,
+        "description": agent.description,
+        "status": agent.status,
+        "revision": facts.revision,
+        "sponsor": agent.sponsor,
+        "sponsor_is": line.sponsor_is,
+        "orphan": line.orphan,
+        "last_seen_ms": _last_seen_ms(facts),
+        "running_tasks": line.tasks,
+        "tasks": [
+            {
+                "id": task.task_id,
+                "purpose": task.purpose,
+                "on_behalf_of": task.on_behalf_of,
+                "assigned_by": task.assigned_by,
+                "not_after": task.not_after,
+            }
+            for task in sorted(facts.tasks, key=lambda task: task.not_after)[:MAX_TASKS]
+        ],
+        "leases": line.leases,
+        "leases_until": max((ending.until_s for ending in facts.endings), default=None),
+        "standing_leases": _standing_leases(facts),
+        "granted": line.granted,
+        "unused": line.unused,
+        "reach": _reach(facts, targets),
+        "ceiling_by": next((one for one in reversed(authorised) if one["command"] in _SETS_CEILING), None),
+        "authorised_by": authorised,
+        "keys": [
+            {
+                "kid": key.kid,
+                "not_before": key.not_before,
+                "not_after": key.not_after,
+                "last_seen_ms": facts.seen.get(key.kid),
+                "replaced": key.kid in agent.replaced,
+                "compromised": key.kid in agent.compromised,
+            }
+            for key in agent.keys
+        ],
+        "keys_end": line.key_end_s,
+    }
+
+
+def totals(lines: Iterable[Line], now_s: int, keys_by_s: int) -> dict[str, int]:
+    """The sums over some agents. All but `decommissioned` are of those that are not.
+
+    `keys_ending` have no key that goes on until `keys_by_s`, though one that counts now; `keys_ended` none of these.
+    """
+    sums = dict.fromkeys(
+        (
+            "agents", "registered", "active", "suspended", "decommissioned", "live_sponsor", "orphans",
+            "keys_ending", "keys_ended",
+            "running_tasks", "leases", "standing_leases", "granted", "used", "with_unused", "not_seen",
+        ),
+        0,
+    )  # fmt: skip
+    for line in lines:
+        sums[line.status] += 1
+        if not line.counts:
+            continue
+        sums["agents"] += 1
+        sums["live_sponsor" if line.sponsor_is == "live" else "orphans"] += 1
+        if line.key_end_s is not None and line.key_end_s <= keys_by_s:
+            sums["keys_ended" if line.key_end_s <= now_s else "keys_ending"] += 1
+        sums["running_tasks"] += line.tasks
+        sums["leases"] += line.leases
+        sums["standing_leases"] += line.standing
+        sums["granted"] += line.granted
+        sums["used"] += line.granted - line.unused
+        sums["with_unused"] += line.unused > 0
+        sums["not_seen"] += not line.seen
+    return sums
+
+
+def _standing(facts: Facts) -> list[Ending]:
+    ends = {task.task_id: task.not_after for task in facts.tasks}
+    return [
+        ending
+        for ending in facts.endings
+        if not ending.short_lived or not is_task_bound(ending.until_s, ends.get(ending.task_id))
+    ]
+
+
+def _standing_leases(facts: Facts) -> list[str]:
+    """Their ids: mostly nothing stands, and none is looked at."""
+    standing = {ending[:3] for ending in _standing(facts)}
+    if not standing:
+        return []
+    return [
+        lease.lease_id
+        for lease in facts.live()
+        if (lease.task_id, is_short_lived(lease.since_s, lease.until_s), lease.until_s) in standing
+    ]
+
+
+def _last_seen_ms(facts: Facts) -> int | None:
+    return max((*facts.seen.values(), facts.asked_ms or 0), default=0) or None
+
+
+def _reach(facts: Facts, targets: AbstractSet[str]) -> list[dict[str, Any]]:
+    by_target: dict[str, list[str]] = {}
+    for target, verb in sorted(verbs_of(facts.agent.ceiling)):
+        by_target.setdefault(target, []).append(verb)
+    return [
+        {
+            "target": target,
+            "exists": target in targets,
+            "verbs": verbs,
+            "unused": [verb for verb in verbs if (target, verb) not in facts.used],
+        }
+        for target, verbs in by_target.items()
+    ]
+
+
+def _authorised(commands: Iterable[EmbeddedCommand]) -> Iterator[dict[str, Any]]:
+    """Who gave the commands of a record, and when. The chain of the record is verified, and so are these."""
+    for command in commands:
+        jws = parse(command.jws)
+        yield {
+            "command": jws.header.typ.removeprefix("ringfence.").removesuffix("+jwt"),
+            "by": orjson.loads(jws.payload)["iss"],
+            "at_ms": command.appended_at_ms,
+        }

@@ -1,0 +1,252 @@
+"""All agents, for the inventory: a line of each, kept up to date, so that 100,000 of them are added up at once.
+
+What changes only marks its agent: that costs next to nothing where requests wait for an answer. The marked ones are
+looked at again a few at a time in the background, and what is left of them when somebody asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+import secrets
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from functools import partial
+from typing import Final
+
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.registry import AgentState, TaskState
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.policy.agents.holdings import Holdings
+from ringfence.policy.agents.inventory import Facts, Line, line_of, next_change_s
+from ringfence.policy.agents.sightings import Sightings
+
+log = logging.getLogger(__name__)
+
+AT_ONCE: Final = 4
+"""So many agents are looked at before the rest of the process gets its turn: the first look verifies each chain."""
+_PAUSE_S, _IDLE_S = 0.003, 0.25
+"""Between those; and after all of them. Nobody who asked for a credential should notice."""
+
+
+class CursorLostError(RingfenceError):
+    """The table was built anew since this cursor was given, or by another replica: begin anew."""
+
+    code = "cursor_lost"
+
+
+class Roster:
+    """See the module. Memory goes with the agents, and with the tasks that run."""
+
+    def __init__(self, directory: Directory, holdings: Holdings, sightings: Sightings, clock: Clock) -> None:
+        self._directory = directory
+        self._holdings = holdings
+        self._sightings = sightings
+        self._clock = clock
+        self._lines: dict[str, Line] = {}
+        self._marked: dict[str, None] = {}
+        self._ids: list[str] = []
+        self._of_sponsor: dict[str, set[str]] = {}
+        self._sponsor: dict[str, str] = {}
+        self._tasks: dict[str, set[str]] = {}
+        self._broken: set[str] = set()
+        self._due: dict[str, int] = {}
+        self._dues: list[tuple[int, str]] = []
+        self._epoch, self._seq = secrets.token_hex(4), 0
+        self._changed: dict[str, int] = {}
+        self.complete = False
+        """Whether the tables that it stands on have been read."""
+        directory.on_change(self._on_record)
+        holdings.on_change(self._mark)
+        sightings.on_change(self._mark)
+
+    # --- asking ---
+
+    @property
+    def behind(self) -> int:
+        """How many agents have changed, or just come, and are not looked at yet."""
+        return len(self._marked)
+
+    @property
+    def broken(self) -> int:
+        """How many agents' records do not verify: they count for nothing, and stand in no line."""
+        return len(self._broken)
+
+    @property
+    def cursor(self) -> str:
+        """From where `changed` goes on."""
+        return f"{self._epoch}.{self._seq}"
+
+    def ids(self) -> list[str]:
+        """All agents that have a line, sorted; not to be changed."""
+        return self._ids
+
+    def ids_of(self, sponsor: str) -> list[str]:
+        """The agents that name this sponsor, sorted. Not verified: some may have no line, or another's name in it."""
+        return sorted(self._of_sponsor.get(sponsor, ()))
+
+    def line(self, agent_id: str) -> Line | None:
+        """The line of an agent, or None where there is none."""
+        return self._lines.get(agent_id)
+
+    def changed(self, cursor: str) -> Iterator[str]:
+        """The agents that changed after a cursor, the latest first. Raises CursorLostError."""
+        epoch, _, seq = cursor.partition(".")
+        if epoch != self._epoch or not seq.isdecimal():
+            raise CursorLostError("the inventory was built anew meanwhile; begin anew")
+        since = int(seq[:18])
+        for agent_id, at in reversed(self._changed.items()):
+            if at <= since:
+                return
+            yield agent_id
+
+    def facts(self, agent_id: str) -> Facts | None:
+        """All that is known of an agent now; None where there is no record that holds."""
+        try:
+            entry = self._directory.agent(agent_id)
+        except ChainError:
+            return None
+        if entry is None:
+            return None
+        now_s = self._clock.now_ms() // 1000
+        try:
+            sponsor = self._directory.user(entry.state.sponsor)
+        except ChainError:
+            sponsor = None
+        return Facts(
+            agent=entry.state,
+            revision=entry.revision,
+            commands=entry.record.commands,
+            sponsor=sponsor.state if sponsor else None,
+            tasks=self._running(agent_id, now_s),
+            endings=self._holdings.endings(agent_id, now_s),
+            live=partial(self._holdings.live, agent_id, now_s),
+            used=self._holdings.used_verbs(agent_id, now_s),
+            seen=self._sightings.of(agent_id),
+            asked_ms=self._holdings.asked_ms(agent_id),
+            now_s=now_s,
+        )
+
+    # --- keeping up ---
+
+    async def keep(self) -> None:
+        """Look at what is marked, for ever: in rounds, so that an agent that asks all the time is not looked at all the
+        time.
+        """
+        self.complete = True
+        while True:
+            self._mark_due()
+            left = len(self._marked)
+            while left > AT_ONCE:
+                self.look(AT_ONCE)
+                left -= AT_ONCE
+                await asyncio.sleep(_PAUSE_S)
+            self.look(left)
+            await asyncio.sleep(_IDLE_S)
+
+    async def settle(self, most: int) -> None:
+        """Look at what is marked, at most at so many; in turns with the rest of the process."""
+        self._mark_due()
+        while self._marked and most > 0:
+            self.look(AT_ONCE)
+            most -= AT_ONCE
+            await asyncio.sleep(0)
+
+    def look(self, most: int) -> None:
+        """Look at so many of the agents that are marked."""
+        for agent_id in list(_first(self._marked, most)):
+            del self._marked[agent_id]
+            try:
+                self._look_at(agent_id)
+            except Exception:
+                # One agent that cannot be told of must not end what others wait for.
+                log.exception("agent %s cannot be taken into the inventory", agent_id)
+                self._leave_out(agent_id)
+
+    def _look_at(self, agent_id: str) -> None:
+        facts = self.facts(agent_id)
+        if facts is None:
+            if self._directory.unverified("agent", agent_id) is not None:
+                self._leave_out(agent_id)
+            return
+        self._broken.discard(agent_id)
+        if agent_id not in self._lines:
+            insort(self._ids, agent_id)
+        self._lines[agent_id] = line_of(facts)
+        self._seq += 1
+        self._changed.pop(agent_id, None)
+        self._changed[agent_id] = self._seq
+        due_s = next_change_s(facts)
+        if self._due.get(agent_id) != due_s:
+            self._due[agent_id] = due_s
+            heapq.heappush(self._dues, (due_s, agent_id))
+
+    def _leave_out(self, agent_id: str) -> None:
+        self._broken.add(agent_id)
+        if self._lines.pop(agent_id, None) is not None:
+            del self._ids[bisect_left(self._ids, agent_id)]
+
+    def _running(self, agent_id: str, now_s: int) -> list[TaskState]:
+        found: list[TaskState] = []
+        tasks = self._tasks.get(agent_id, set())
+        for task_id in list(tasks):
+            try:
+                entry = self._directory.task(task_id)
+            except ChainError:
+                continue  # its signer may still come
+            if entry is not None and entry.state.status == "active" and entry.state.not_after > now_s:
+                found.append(entry.state)
+            else:
+                tasks.discard(task_id)
+        if not tasks:
+            self._tasks.pop(agent_id, None)
+        return found
+
+    # --- being told ---
+
+    def _mark(self, agent_id: str) -> None:
+        self._marked[agent_id] = None
+
+    def _mark_due(self) -> None:
+        now_s = self._clock.now_ms() / 1000
+        while self._dues and self._dues[0][0] <= now_s:
+            due_s, agent_id = heapq.heappop(self._dues)
+            if self._due.get(agent_id) == due_s:
+                del self._due[agent_id]
+                self._mark(agent_id)
+
+    def _on_record(self, kind: SubjectKind, id: str) -> None:
+        record = self._directory.unverified(kind, id)
+        if record is None:
+            return
+        # Nothing is believed here: who is marked is looked at, and that verifies.
+        if isinstance(record.state, AgentState):
+            self._answers_for(id, record.state.sponsor)
+            self._mark(id)
+        elif isinstance(record.state, TaskState):
+            state = record.state
+            if state.status == "active" and state.not_after > self._clock.now_ms() / 1000:
+                self._tasks.setdefault(state.agent_id, set()).add(id)
+            self._mark(state.agent_id)
+        elif kind == "user":
+            for agent_id in self._of_sponsor.get(id, ()):
+                self._mark(agent_id)
+            for agent_id in self._broken:  # whose record may hold, now that this user is known
+                self._mark(agent_id)
+
+    def _answers_for(self, agent_id: str, sponsor: str) -> None:
+        before = self._sponsor.get(agent_id)
+        if before == sponsor:
+            return
+        if before is not None:
+            self._of_sponsor[before].discard(agent_id)
+        self._sponsor[agent_id] = sponsor
+        self._of_sponsor.setdefault(sponsor, set()).add(agent_id)
+
+
+def _first(ids: dict[str, None], most: int) -> Iterator[str]:
+    return (id for _, id in zip(range(most), ids, strict=False))

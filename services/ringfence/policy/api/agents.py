@@ -1,0 +1,84 @@
+"""What all questions about agents' rows have in common: who asks, whether enough is known, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.registry import TargetState
+from ringfence.model.records.api_access import Authenticator, Caller
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.policy.agents.roster import Roster
+
+_SETTLED_AT_ONCE: Final = 4000
+"""So many agents that changed are looked at for one question; of more it is said that they are not in it yet."""
+
+
+class WrongQueryError(RingfenceError):
+    """A parameter of the query makes no sense."""
+
+    code = "query_invalid"
+
+
+class RosterApi:
+    """Answers from the roster. Every replica knows all agents."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        authenticator: Authenticator,
+        roster: Roster,
+        stale: Callable[[], str | None],
+    ) -> None:
+        """`stale`: why the records may be behind the registry's, or None."""
+        self._runtime = runtime
+        self._directory = directory
+        self._authenticator = authenticator
+        self._roster = roster
+        self._stale = stale
+
+    def _caller(self, request: Request) -> Caller:
+        """Who asks. Raises UnauthenticatedError; UnavailableError where policy does not know all agents yet."""
+        caller = self._authenticator.user(request.headers.get("authorization"))
+        if not self._roster.complete:
+            raise UnavailableError("policy is still reading its tables; what it told now would be too little")
+        return caller
+
+    async def _gaps(self, caller: Caller) -> list[str]:
+        """What will be missing in the answer, once what changed lately has been looked at."""
+        await self._roster.settle(_SETTLED_AT_ONCE)
+        gaps: list[str] = []
+        if not (caller.sees_all or "sponsor" in caller.user.roles):
+            return gaps  # they see no agent, and not how many there are
+        if self._roster.behind:
+            gaps.append(
+                f"agents that changed, or came, and are not in it as they are now: {self._roster.behind}; ask again"
+            )
+        if self._roster.broken:
+            gaps.append(
+                f"agents whose records do not verify, which count for nothing and are left out: {self._roster.broken}"
+            )
+        if stale := self._stale():
+            gaps.append(f"the records may be behind: {stale}")
+        return gaps
+
+    def _target(self, target_id: str) -> TargetState | None:
+        """A target that something can be issued for, if it is one."""
+        try:
+            entry = self._directory.target(target_id)
+        except ChainError:
+            return None
+        return entry.state if entry is not None and entry.state.status == "active" else None
+
+
+def answered(document: Any) -> Response:
+    """The document as JSON."""
+    return Response(orjson.dumps(document), media_type="application/json")

@@ -1,0 +1,240 @@
+"""AuthZEN Authorization API 1.0, so that other enforcement points ask the same rules.
+
+https://openid.net/specs/authorization-api-1_0-final.xml: `POST /access/v1/evaluation` and `/evaluations`, and the
+metadata that name them. There is no search: what an agent may do rests on its tasks, and a resource server need not
+know of those that nobody shows it. A target's resource server asks about its own target, with a token that its key
+signs. `subject` is `{"type": "agent", "id"}`, `action.name` a verb, `resource` `{"type": <the target's id>, "id": <a
+resource of it>}`; `context.task_id` names the task.
+
+The answer is what a request for just that would come to now: the rule in code, then the bundle. Where a person would
+have to approve, it is no: nobody's approval stands behind a question. Nothing is issued, and nothing remembered.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.base.strict_json import json_object
+from ringfence.kernel.crypto.jws import Signed, explain
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.credential import Coordinates, CredentialRequest
+from ringfence.messages.permission import Permission
+from ringfence.model.records.api_access import Authenticator, ForbiddenError
+from ringfence.policy.decisions.evaluator import Judge
+from ringfence.policy.domain import Case, Judgement
+
+log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=BaseModel)
+
+MAX_BODY_BYTES = 64 * 1024
+MAX_EVALUATIONS = 64
+_STOPS_AT = {"deny_on_first_deny": False, "permit_on_first_permit": True}
+
+
+class BadQuestionError(RingfenceError):
+    """A question that is not one of AuthZEN, or leaves out what is needed here."""
+
+    code = "question_invalid"
+
+
+class _Subject(BaseModel):
+    type: Literal["agent"]
+    id: str
+
+
+class _Action(BaseModel):
+    name: str
+
+
+class _Resource(BaseModel):
+    type: str
+    id: str
+
+
+class _Context(BaseModel):
+    task_id: str
+
+
+class _Question(BaseModel):
+    subject: _Subject
+    action: _Action
+    resource: _Resource
+    context: _Context
+
+
+class _Options(BaseModel):
+    evaluations_semantic: Literal["execute_all", "deny_on_first_deny", "permit_on_first_permit"] = (
+        "execute_all"
+    )
+
+
+class _Batch(BaseModel):
+    evaluations: list[dict[str, Any]] = Field(default_factory=list, max_length=MAX_EVALUATIONS)
+    options: _Options = Field(default_factory=_Options)
+
+
+class AuthZen:
+    """The two endpoints, and where they are."""
+
+    def __init__(self, runtime: Runtime, authenticator: Authenticator, judge: Judge) -> None:
+        self._runtime = runtime
+        self._authenticator = authenticator
+        self._judge = judge
+
+    def routes(self) -> list[BaseRoute]:
+        """To be added to those of the runtime."""
+        return [
+            Route("/.well-known/authzen-configuration", self._metadata),
+            Route("/access/v1/evaluation", _answering(self._evaluation), methods=["POST"]),
+            Route("/access/v1/evaluations", _answering(self._evaluations), methods=["POST"]),
+        ]
+
+    async def _metadata(self, request: Request) -> Response:
+        """Section 9 of the specification. Nobody needs a token for it; it says nothing but where to ask.
+
+        Where the decision point has a path of its own, what stands before it leads the well-known one here.
+        """
+        base = self._runtime.settings.policy_url.rstrip("/")
+        return JSONResponse(
+            {
+                "policy_decision_point": base,
+                "access_evaluation_endpoint": f"{base}/access/v1/evaluation",
+                "access_evaluations_endpoint": f"{base}/access/v1/evaluations",
+            }
+        )
+
+    async def _evaluation(self, request: Request) -> dict[str, Any]:
+        target_id = self._caller(request)
+        question = _parsed(_Question, await _body(request))
+        return await self._answered(question, target_id)
+
+    async def _evaluations(self, request: Request) -> dict[str, Any]:
+        """Without `evaluations`, as a single one; each of them may leave out what stands beside them.
+
+        What is wrong with one of them is its own answer, a no, and keeps the others from nothing.
+        """
+        target_id = self._caller(request)
+        document = await _body(request)
+        batch = _parsed(_Batch, document)
+        if not batch.evaluations:
+            return await self._answered(_parsed(_Question, document), target_id)
+        defaults = {name: document[name] for name in _Question.model_fields if name in document}
+        stops_at = _STOPS_AT.get(batch.options.evaluations_semantic)
+        answers: list[dict[str, Any]] = []
+        for one in batch.evaluations:
+            try:
+                answers.append(await self._answered(_parsed(_Question, {**defaults, **one}), target_id))
+            except RingfenceError as error:
+                said = {"status": _status(error), "message": str(error)}
+                answers.append({"decision": False, "context": {"error": said}})
+            if answers[-1]["decision"] is stops_at:
+                break
+        return {"evaluations": answers}
+
+    def _caller(self, request: Request) -> str:
+        return self._authenticator.target(request.headers.get("authorization"))
+
+    async def _answered(self, question: _Question, target_id: str) -> dict[str, Any]:
+        if question.resource.type != target_id:
+            raise ForbiddenError(f"resource.type has to be {target_id}, the target that asks")
+        now_ms = self._runtime.clock.now_ms()
+        judgement = await self._judge.judge(self._as_case(question, now_ms), now_ms, binding=False)
+        return _told(judgement)
+
+    def _as_case(self, question: _Question, now_ms: int) -> Case:
+        """The question as a request that nobody signed: good for being judged, and for nothing else."""
+        settings = self._runtime.settings
+        try:
+            permission = Permission(
+                target=question.resource.type,
+                verbs=(question.action.name,),
+                resources=(question.resource.id,),
+            )
+        except ValidationError as error:
+            raise BadQuestionError(f"this is no permission: {explain(error)}") from None
+        iss = f"spiffe://{settings.trust_domain}/agent/{question.subject.id}"
+        fields: dict[str, Any] = {
+            "iss": iss,
+            "aud": settings.trust_domain,
+            "jti": str(uuid.uuid4()),
+            "task_id": question.context.task_id,
+            "scope": (permission,),
+            "ttl_s": 1,
+            "delivery": "gateway",  # nothing is handed out
+            "reason": "asked by an enforcement point",
+        }
+        unsigned = CredentialRequest.model_construct(**fields)
+        source = Coordinates(topic="authzen", partition=0, offset=0, appended_at_ms=now_ms)
+        id = message_id(iss, unsigned.jti)
+        return Case(Signed(unsigned, ""), id, question.subject.id, source, None)
+
+
+def _told(judgement: Judgement) -> dict[str, Any]:
+    ruling, revisions = judgement.ruling, judgement.revisions
+    context: dict[str, Any] = {
+        "outcome": ruling.outcome,
+        "reasons": [reason.model_dump(mode="json", exclude_none=True) for reason in ruling.reasons],
+    }
+    if ruling.required:
+        context["approvals"] = list(ruling.required)
+    if revisions is not None:
+        context["policy_revision"] = revisions.policy
+    return {"decision": ruling.outcome == "allowed", "context": context}
+
+
+def _answering(
+    endpoint: Callable[[Request], Awaitable[dict[str, Any]]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """An answer as the specification has it: errors are a status and a sentence, and a request's id comes back."""
+
+    async def answer(request: Request) -> Response:
+        id = request.headers.get("x-request-id")
+        headers = {"X-Request-ID": id} if id else {}
+        try:
+            return JSONResponse(await endpoint(request), headers=headers)
+        except RingfenceError as error:
+            if (status := _status(error)) == 401:
+                headers["WWW-Authenticate"] = "Bearer"
+            return PlainTextResponse(str(error), status_code=status, headers=headers)
+        except Exception:
+            log.exception("a question could not be answered")
+            message = "the question could not be answered, which is no yes"
+            return PlainTextResponse(message, status_code=500, headers=headers)
+
+    return answer
+
+
+def _status(error: RingfenceError) -> int:
+    return {"unauthenticated": 401, "forbidden": 403, "unavailable": 503}.get(error.code, 400)
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise BadQuestionError("a question has the Content-Type application/json")
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise BadQuestionError(f"a question has at most {MAX_BODY_BYTES} bytes")
+    try:
+        return json_object(body)
+    except ValueError:
+        raise BadQuestionError("a question is a JSON object in which no name comes twice") from None
+
+
+def _parsed(model: type[M], document: dict[str, Any]) -> M:
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise BadQuestionError(f"the question is not understood: {explain(error)}") from None

@@ -1,0 +1,163 @@
+"""What people read of policy: what waits for an approval, and what was decided lately.
+
+Operators and auditors see all; sponsors what their own agents asked for; everybody what they could approve. What
+somebody may not see is not found: whether it is there is not for them to know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from ringfence.kernel.crypto.jws import Signed, parse
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.credential import CredentialDecision, CredentialRequest
+from ringfence.model.records.api_access import Authenticator, Caller, NotFoundError
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.facts import DeniedError, Facts, gather
+from ringfence.policy.decision_log import Decisions, Known, Place
+from ringfence.policy.decisions.explanation import NOT_SEEN, Explainer
+from ringfence.policy.domain import may_approve_any
+
+
+class Api:
+    """The routes over the memory of this replica. Every replica remembers the decisions of all."""
+
+    def __init__(
+        self, runtime: Runtime, directory: Directory, authenticator: Authenticator, decisions: Decisions
+    ) -> None:
+        self._directory = directory
+        self._authenticator = authenticator
+        self._decisions = decisions
+        self._explainer = Explainer(runtime)
+
+    def routes(self) -> list[BaseRoute]:
+        """To be added to those of the runtime."""
+        return [
+            Route("/v1/approvals", self._approvals),
+            Route("/v1/approvals/{request_id}", self._approval),
+            Route("/v1/decisions/{request_id}", self._decision),
+            Route("/v1/decisions/{request_id}/explanation", self._explanation),
+        ]
+
+    async def _approvals(self, request: Request) -> Response:
+        caller = self._caller(request)
+        shown = [view for known in self._decisions.pending() if (view := self._waiting(known, caller))]
+        return JSONResponse({"approvals": sorted(shown, key=lambda view: int(view["expires_at"]))})
+
+    async def _approval(self, request: Request) -> Response:
+        caller = self._caller(request)
+        known = self._decisions.get(request.path_params["request_id"])
+        view = self._waiting(known, caller) if known else None
+        if view is None:
+            raise NotFoundError(
+                "no request with this id waits for an approval that you could see; it may be decided: "
+                "see /v1/decisions"
+            )
+        return JSONResponse(view)
+
+    async def _decision(self, request: Request) -> Response:
+        known = self._known(request)
+        view = _decided(known)
+        if known.outcome == "denied" and known.jws is None:
+            told = await self._explainer.explain(known)
+            view |= {name: told[name] for name in ("reasons", "required") if name in told}
+        return JSONResponse(view)
+
+    async def _explanation(self, request: Request) -> Response:
+        """Of a decision that is remembered; or of the one that stands at `partition` and `offset`, as audit tells."""
+        place = _place(request)
+        if place is None:
+            return JSONResponse(await self._explainer.explain(self._known(request)))
+        caller = self._caller(request)
+        told = await self._explainer.explain_recorded(request.path_params["request_id"], place)
+        if not self._may_see_agent(caller, told["agent_id"]):
+            raise NotFoundError(NOT_SEEN)
+        return JSONResponse(told)
+
+    def _known(self, request: Request) -> Known:
+        caller = self._caller(request)
+        known = self._decisions.get(request.path_params["request_id"])
+        if known is None or known.outcome is None or not self._may_see(caller, known):
+            raise NotFoundError(NOT_SEEN)
+        return known
+
+    def _caller(self, request: Request) -> Caller:
+        return self._authenticator.user(request.headers.get("authorization"))
+
+    def _may_see(self, caller: Caller, known: Known) -> bool:
+        return self._may_see_agent(caller, known.agent_id)
+
+    def _may_see_agent(self, caller: Caller, agent_id: str) -> bool:
+        try:
+            agent = self._directory.agent(agent_id)
+        except ChainError:
+            agent = None
+        return caller.may_see_agent_of(agent.state.sponsor) if agent else caller.sees_all
+
+    def _waiting(self, known: Known, caller: Caller) -> dict[str, Any] | None:
+        """A pending request as the caller sees it; None where it is none, or they may neither see nor approve it."""
+        decision = known.pending
+        if decision is None:
+            return None
+        facts = self._facts(decision)
+        yours = (
+            may_approve_any(self._directory, caller.user.user_id, decision.required, facts) if facts else ()
+        )
+        if not yours and not self._may_see(caller, known):
+            return None
+        view = decision.model_dump(
+            mode="json",
+            include={
+                "request_id",
+                "request",
+                "source",
+                "required",
+                "ttl_s",
+                "delivery",
+                "revisions",
+                "reasons",
+                "expires_at",
+                "approvals",
+            },
+            exclude_none=True,
+        )
+        return {**view, "agent_id": known.agent_id, "you_can_give": list(yours)}
+
+    def _facts(self, decision: CredentialDecision) -> Facts | None:
+        # The request stands inside a decision of this service, which verified it before it signed.
+        request = parse(decision.request).unverified_claims(CredentialRequest)
+        try:
+            return gather(self._directory, Signed(request, decision.request))
+        except DeniedError:
+            return None
+
+
+def _place(request: Request) -> Place | None:
+    """Where the caller says that the decision stands, if they do."""
+    numbers = [request.query_params.get(name, "") for name in ("partition", "offset")]
+    if not all(number.isdecimal() for number in numbers):
+        return None
+    return Place(int(numbers[0][:9]), int(numbers[1][:18]))
+
+
+def _decided(known: Known) -> dict[str, Any]:
+    view: dict[str, Any] = {
+        "request_id": known.request_id,
+        "agent_id": known.agent_id,
+        "decision_id": known.decision_id,
+        "outcome": known.outcome,
+        "ttl_s": known.ttl_s,
+        "source": known.at._asdict(),
+        "reasons": [],
+    }
+    if known.jws is not None:
+        decision = parse(known.jws).unverified_claims(CredentialDecision)
+        view |= decision.model_dump(
+            mode="json", include={"reasons", "required", "expires_at"}, exclude_none=True
+        )
+    return view

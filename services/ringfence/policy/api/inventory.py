@@ -1,0 +1,199 @@
+"""What people read of the inventory: sums over agents, and the agents, a page at a time; or those that changed.
+
+Operators and auditors see all agents, sponsors their own, others none. What is not known is said in `gaps`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from ringfence.kernel.service.http import number_in
+from ringfence.model.records.api_access import Caller
+from ringfence.model.records.key_expiry import WARN_BEFORE_S
+from ringfence.policy.agents.inventory import Line, row_of, totals
+from ringfence.policy.agents.roster import CursorLostError
+from ringfence.policy.api.agents import RosterApi, WrongQueryError, answered
+
+KEYS_WITHIN_S: Final = WARN_BEFORE_S[0]
+"""How near the end of an agent's last key is that is about to end, where nobody says."""
+MAX_ROWS: Final = 5000
+_ROWS: Final = 100
+_LINES_A_TURN, _ROWS_A_TURN = 1000, 20
+
+
+Condition = Callable[[str, Line], bool]
+"""Of the id and the line of an agent."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Which agents: all of these have to be so. None is no condition."""
+
+    caller: Caller
+    agent: str | None
+    sponsor: str | None
+    status: str | None
+    target: str | None
+    orphans: bool
+    unused: bool
+    standing: bool
+    keys_ending: bool
+    keys_by_s: int
+
+    def sights(self) -> list[Condition]:
+        """What decides whether the caller may see an agent: nothing where they see all."""
+        if self.caller.sees_all:
+            return []
+        me = self.caller.user.user_id
+        return [lambda agent_id, line: line.sponsor == me]
+
+    def filters(self) -> list[Condition]:
+        """What was asked for: only what narrows it down, as there are many agents to hold against it."""
+        agent, sponsor, status, target = self.agent, self.sponsor, self.status, self.target
+        found: list[tuple[object, Condition]] = [
+            (agent, lambda agent_id, line: agent_id == agent),
+            (sponsor, lambda agent_id, line: line.sponsor == sponsor),
+            (status, lambda agent_id, line: line.status == status),
+            (target, lambda agent_id, line: target in line.targets),
+            (self.orphans, lambda agent_id, line: line.orphan),
+            (self.unused, lambda agent_id, line: line.counts and line.unused > 0),
+            (self.standing, lambda agent_id, line: line.standing > 0),
+            (self.keys_ending, lambda agent_id, line: line.key_ends_by(self.keys_by_s)),
+        ]
+        return [condition for asked, condition in found if asked not in (None, False)]
+
+
+class InventoryApi(RosterApi):
+    """`GET /v1/inventory` and `GET /v1/inventory/changes`."""
+
+    def routes(self) -> list[BaseRoute]:
+        """To be added to those of the runtime."""
+        return [
+            Route("/v1/inventory", self._inventory),
+            Route("/v1/inventory/changes", self._changes),
+        ]
+
+    async def _inventory(self, request: Request) -> Response:
+        """A page of agents by id, after the one that `after` names; with the first, the sums over all that fit."""
+        wanted, gaps = await self._asked(request)
+        limit = _number(request, "limit", _ROWS, 0, MAX_ROWS)
+        after, cursor = request.query_params.get("after"), self._roster.cursor
+        ids = self._among(wanted)
+        if after:
+            fitting = await self._fitting(wanted, ids[bisect_right(ids, after) :], limit + 1)
+        else:
+            fitting = await self._fitting(wanted, ids, len(ids))
+        page = fitting[:limit]
+        answer = {
+            "at_ms": self._runtime.clock.now_ms(),
+            "agents": [row async for row in self._rows(page)],
+            "after": page[-1] if page and len(fitting) > limit else None,
+            "cursor": cursor,
+            "gaps": gaps,
+        }
+        if not after:
+            answer["totals"] = await self._totals(fitting, wanted)
+        return answered(answer)
+
+    async def _changes(self, request: Request) -> Response:
+        """The agents that the caller may see and that changed after a cursor; `fits` says whether they are wanted."""
+        wanted, gaps = await self._asked(request)
+        after = request.query_params.get("after")
+        if not after:
+            raise WrongQueryError("after is a cursor that /v1/inventory gave")
+        cursor = self._roster.cursor
+        changed = list(islice(self._roster.changed(after), MAX_ROWS + 1))
+        if len(changed) > MAX_ROWS:
+            raise CursorLostError("too much has changed since; begin anew")
+        visible = self._those(changed, wanted.sights())
+        fitting = set(self._those(visible, wanted.filters()))
+        rows = [{**row, "fits": row["id"] in fitting} async for row in self._rows(visible)]
+        return answered(
+            {
+                "at_ms": self._runtime.clock.now_ms(),
+                "agents": rows,
+                "cursor": cursor,
+                "gaps": gaps,
+            }
+        )
+
+    async def _asked(self, request: Request) -> tuple[_Wanted, list[str]]:
+        """What is asked for, and what will be missing in the answer."""
+        now_ms, query = self._runtime.clock.now_ms(), request.query_params
+        caller = self._caller(request)
+        wanted = _Wanted(
+            caller,
+            agent=query.get("agent"),
+            sponsor=query.get("sponsor"),
+            status=query.get("status"),
+            target=query.get("target"),
+            orphans=query.get("orphans") == "1",
+            unused=query.get("unused") == "1",
+            standing=query.get("standing") == "1",
+            keys_ending=query.get("keys_ending") == "1",
+            keys_by_s=now_ms // 1000 + _number(request, "keys_within_s", KEYS_WITHIN_S, 0, 10**9),
+        )
+        return wanted, await self._gaps(caller)
+
+    def _among(self, wanted: _Wanted) -> list[str]:
+        """The agents, sorted, among which those that are wanted are. Most people's questions look at few."""
+        if wanted.agent is not None:
+            return [wanted.agent]
+        sponsor = wanted.sponsor if wanted.caller.sees_all else wanted.caller.user.user_id
+        # A copy: agents come while others have their turn.
+        return list(self._roster.ids()) if sponsor is None else self._roster.ids_of(sponsor)
+
+    async def _fitting(self, wanted: _Wanted, ids: list[str], most: int) -> list[str]:
+        conditions = wanted.sights() + wanted.filters()
+        found: list[str] = []
+        for start in range(0, len(ids), _LINES_A_TURN):
+            if len(found) >= most:
+                break
+            found += self._those(ids[start : start + _LINES_A_TURN], conditions)
+            await asyncio.sleep(0)
+        return found
+
+    def _those(self, ids: list[str], conditions: list[Condition]) -> list[str]:
+        lines = ((id, line) for id in ids if (line := self._roster.line(id)))
+        if not conditions:
+            return [id for id, _ in lines]
+        if len(conditions) == 1:
+            holds = conditions[0]
+            return [id for id, line in lines if holds(id, line)]
+        return [id for id, line in lines if all(holds(id, line) for holds in conditions)]
+
+    async def _totals(self, ids: list[str], wanted: _Wanted) -> dict[str, int]:
+        now_s = self._runtime.clock.now_ms() // 1000
+        sums = totals([], now_s, wanted.keys_by_s)
+        for start in range(0, len(ids), _LINES_A_TURN):
+            some = (self._roster.line(id) for id in ids[start : start + _LINES_A_TURN])
+            for name, count in totals(filter(None, some), now_s, wanted.keys_by_s).items():
+                sums[name] += count
+            await asyncio.sleep(0)
+        return sums
+
+    async def _rows(self, ids: list[str]) -> AsyncIterator[dict[str, Any]]:
+        for seen, agent_id in enumerate(ids, start=1):
+            facts = self._roster.facts(agent_id)
+            if facts is not None:
+                there = {p.target for p in facts.agent.ceiling if self._target(p.target)}
+                yield row_of(facts, there)
+            if seen % _ROWS_A_TURN == 0:
+                await asyncio.sleep(0)
+
+
+def _number(request: Request, name: str, default: int, least: int, most: int) -> int:
+    text = request.query_params.get(name, str(default))
+    number = number_in(text, least, most)
+    if number is None:
+        raise WrongQueryError(f"{name} is a number from {least} to {most}")
+    return number

@@ -1,0 +1,112 @@
+"""What people read of a target: who could reach it now, a page of agents at a time.
+
+Operators and auditors see all agents, sponsors their own, others none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from ringfence.messages.permission import Scope
+from ringfence.messages.registry import TargetState
+from ringfence.model.records.api_access import Caller
+from ringfence.model.requests.facts import DeniedError, find_ground
+from ringfence.model.scope.scope import ScopeError, validate_scope
+from ringfence.policy.api.agents import RosterApi, WrongQueryError, answered
+from ringfence.policy.api.reach_query import asked_for, by_ceiling, by_task, line_of
+
+_ROWS: Final = 500
+_LOOKED_AT: Final = 5000
+"""So many agents' lines are gone through for one page."""
+MAX_TASKS: Final = 20
+"""So many running tasks of an agent are looked at; where there are more, that is said."""
+_A_TURN, _LINES_A_TURN = 5, 500
+
+
+class ReachApi(RosterApi):
+    """`GET /v1/reach`."""
+
+    def routes(self) -> list[BaseRoute]:
+        """To be added to those of the runtime."""
+        return [Route("/v1/reach", self._reach)]
+
+    async def _reach(self, request: Request) -> Response:
+        now_ms, query = self._runtime.clock.now_ms(), request.query_params
+        caller = self._caller(request)
+        target_id = query.get("target")
+        if not target_id:
+            raise WrongQueryError("target is the id of the target that is asked about")
+        target = self._target(target_id)
+        gaps = await self._gaps(caller)
+        agents: list[Any] = []
+        after = None
+        if target is not None:
+            asked = _asked(target, query.get("verb"), query.get("resource"))
+            agents, after = await self._page(caller, asked, target_id, query.get("after") or "", gaps)
+        document = {
+            "at_ms": now_ms,
+            "exists": target is not None,
+            "agents": agents,
+            "after": after,
+            "gaps": gaps,
+        }
+        return answered(document)
+
+    async def _page(
+        self, caller: Caller, asked: Scope, target_id: str, after: str, gaps: list[str]
+    ) -> tuple[list[Any], str | None]:
+        """Agents by id, after one; and the last that was looked at, where there may be more."""
+        ids = list(self._roster.ids()) if caller.sees_all else self._roster.ids_of(caller.user.user_id)
+        found: list[Any] = []
+        left = ids[bisect_right(ids, after) :]
+        for number, agent_id in enumerate(left[:_LOOKED_AT], start=1):
+            line = self._roster.line(agent_id)
+            if line is not None and caller.may_see_agent_of(line.sponsor) and target_id in line.targets:
+                if row := self._row(agent_id, asked, target_id, gaps):
+                    found.append(row)
+                if len(found) == _ROWS:
+                    return found, agent_id if len(left) > number else None
+                if number % _A_TURN == 0:
+                    await asyncio.sleep(0)
+            elif number % _LINES_A_TURN == 0:
+                await asyncio.sleep(0)
+        return found, left[_LOOKED_AT - 1] if len(left) > _LOOKED_AT else None
+
+    def _row(self, agent_id: str, asked: Scope, target_id: str, gaps: list[str]) -> Any:
+        facts = self._roster.facts(agent_id)
+        if facts is None or facts.agent.status == "decommissioned":
+            return None
+        ceiling = by_ceiling(facts, asked)
+        if not ceiling:
+            return None
+        max_age_s = self._runtime.settings.entitlements_max_age_s
+        running = sorted(facts.tasks, key=lambda task: (task.not_after, task.task_id))
+        if len(running) > MAX_TASKS:
+            gaps.append(f"agent {agent_id} has {len(running)} running tasks: {MAX_TASKS} were looked at")
+        tasks = []
+        for task in running[:MAX_TASKS]:
+            try:
+                ground = find_ground(self._directory, agent_id, task.task_id, target_id)
+            except DeniedError:
+                continue  # a record of it does not hold: nothing is issued in it
+            if told := by_task(ground, asked, facts.now_s, max_age_s):
+                tasks.append(told)
+        return line_of(facts, ceiling, tasks)
+
+
+def _asked(target: TargetState, verb: str | None, resource: str | None) -> Scope:
+    if verb is not None and verb not in {one.verb for one in target.verbs}:
+        known = ", ".join(one.verb for one in target.verbs)
+        raise WrongQueryError(f"{target.target_id} has no verb {verb[:64]}; it has {known or 'none'}")
+    try:
+        asked = asked_for(target, verb, resource)
+        validate_scope(asked, allow_empty=True)
+    except ScopeError as error:
+        raise WrongQueryError(str(error)) from None
+    return asked

@@ -1,0 +1,1 @@
+"""How policy decides: evaluation, answers, replay and explanation."""

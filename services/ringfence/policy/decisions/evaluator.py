@@ -1,0 +1,202 @@
+"""Weighs one request: the records, the rule, the bundle, the approvals."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
+
+from ringfence.backends.capabilities import Declared
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import Signed
+from ringfence.kernel.kafka.producer import Follower, to_json
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.approval import Approval, Grant
+from ringfence.messages.credential import Reason
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.facts import DeniedError, gather, violations
+from ringfence.policy.agents.holdings import MAX_HELD, Holdings
+from ringfence.policy.decisions.steps import say, step_of
+from ringfence.policy.domain import Case, InputBuilder, Judgement, Ruling, approver, denied, rule, signer
+from ringfence.policy.grants import GrantBook
+from ringfence.rego.engine import PolicyEngine, PolicyFailedError, PolicyResult
+
+log = logging.getLogger(__name__)
+
+_LOOK_AGAIN_S = 0.05
+_WEIGHINGS = 3
+"""Where records change all the time, those that a request is about have come by then."""
+
+
+_TOO_MUCH = Reason(
+    code="holds_too_much",
+    message=f"the agent holds more than {MAX_HELD} different things at once; give back what is not needed",
+)
+
+
+class Judge:
+    """Judges requests by the records as they are known now, and by the time of the message that is handled."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        engine: PolicyEngine,
+        holdings: Holdings,
+        feeds: Sequence[Follower],
+        grants: GrantBook,
+        declared: Declared,
+    ) -> None:
+        """`feeds`: what the holdings learn from that something is held no more."""
+        self._runtime = runtime
+        self._holdings = holdings
+        self._feeds = feeds
+        self._grants = grants
+        self._directory = directory
+        self._engine = engine
+        self._declared = declared
+        self._inputs = InputBuilder(declared)
+        self._changes = 0
+        directory.on_change(self._on_change)
+
+    @property
+    def policy_revision(self) -> str:
+        """The revision of the bundle in force."""
+        return self._engine.revision
+
+    async def judge(
+        self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]] = (), *, binding: bool = True
+    ) -> Judgement:
+        """Weigh a request as of the append time `at_ms`, with the approvals that stand.
+
+        Where these are not enough, a grant may stand in; it is used up by that.
+        What is allowed is held by the agent from then on, so that its next request is judged with it; unless it is not
+        `binding`, but a question that nothing follows from.
+        Nothing is refused for what has not arrived here *yet*: before a denial, the records are read up to their end.
+        A view that stays stale for the grace denies.
+        """
+        with step_of(case, "judge", self._runtime.tracing) as span:
+            judgement = await self._judged(case, at_ms, approvals, binding=binding)
+            say(span, judgement.ruling.outcome, judgement.ruling.reasons)
+            return judgement
+
+    async def _judged(
+        self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]], *, binding: bool
+    ) -> Judgement:
+        if stale := await self.stale():
+            return denied("stale_view", stale)
+        left = _WEIGHINGS
+        while True:
+            left -= 1
+            # What arrives while the bundle is evaluated counts as well.
+            before = self._changes, self._holdings.version(case.agent_id)
+            judgement = await self._weigh_with_all_held(case, at_ms, approvals)
+            if binding:
+                judgement = await self._granted(case, at_ms, approvals, judgement)
+                self._holdings.judged(case, judgement)
+            if judgement.ruling.outcome != "denied":
+                return judgement
+            await self.caught_up()
+            if judgement.input and judgement.input["held"]:  # some of it may have ended
+                grace_s = self._runtime.settings.grace_s
+                await asyncio.gather(*(feed.caught_up(grace_s) for feed in self._feeds))
+            if (self._changes, self._holdings.version(case.agent_id)) == before or not left:
+                return judgement
+
+    async def _granted(
+        self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]], judgement: Judgement
+    ) -> Judgement:
+        """The judgement with the grants that stand in for what is lacking, weighed anew; else as it was."""
+        if judgement.ruling.outcome != "approval_required":
+            return judgement
+        while chosen := self._grants.fitting(case, judgement, approvals, at_ms):
+            anew = await self._weigh_with_all_held(case, at_ms, [*approvals, *chosen])
+            same = (anew.revisions, anew.ruling.ttl_s) == (judgement.revisions, judgement.ruling.ttl_s)
+            if not same or anew.ruling.outcome != "allowed":
+                break
+            if self._grants.use(chosen, case.request_id):
+                return replace(anew, grants=chosen)
+        return judgement
+
+    async def stale(self) -> str | None:
+        """Why the records cannot be relied on, or None. Waits for the registry as long as the grace allows."""
+        reason = self._directory.stale()
+        for _ in range(ceil(self._runtime.settings.grace_s / _LOOK_AGAIN_S)):
+            if reason is None:
+                return None
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            reason = self._directory.stale()
+        return reason and f"{reason}; ask again when the registry is back"
+
+    async def caught_up(self) -> bool:
+        """Read the records up to where they end now, as far as the grace allows. Returns whether that was so."""
+        return await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
+
+    async def _weigh_with_all_held(
+        self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval] | Signed[Grant]]
+    ) -> Judgement:
+        """Weigh a request with everything that its agent holds when that is done. No wait comes after the last look.
+
+        Requests of one agent are mostly alike, and are weighed side by side. What would be allowed is weighed again
+        where the agent was allowed something of another kind meanwhile; then one at a time.
+        """
+        agent_id = case.agent_id
+        kinds = self._holdings.kinds(agent_id)
+        judgement = await self._weigh(case, at_ms, approvals)
+        if judgement.ruling.outcome == "allowed" and self._holdings.kinds(agent_id) != kinds:
+            async with self._holdings.turn(agent_id):
+                while self._holdings.kinds(agent_id) != kinds:
+                    kinds = self._holdings.kinds(agent_id)
+                    judgement = await self._weigh(case, at_ms, approvals)
+        return judgement
+
+    async def _weigh(
+        self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval] | Signed[Grant]]
+    ) -> Judgement:
+        try:
+            facts = gather(self._directory, case.request, case.request_id)
+        except DeniedError as error:
+            return Judgement(Ruling("denied", (error.reason,)))
+        max_age_s = self._runtime.settings.entitlements_max_age_s
+        against = violations(facts, at_ms / 1000, max_age_s)
+        against += self._declared.never_handed_out(facts.target.state, case.request.claims.delivery)
+        agent, now_s = facts.agent.state, at_ms // 1000
+        held = self._holdings.held(agent.agent_id, now_s, but_for=case.request_id)
+        if len(held) > MAX_HELD:
+            against, held = (*against, _TOO_MUCH), held[:MAX_HELD]
+        history = self._holdings.history(agent, facts.target.state.target_id, now_s)
+        document = self._inputs.build(
+            facts, against, self._approvers(approvals), held, history,
+            requested_at_s=case.source.appended_at_ms // 1000, now_s=now_s,
+        )  # fmt: skip
+        input_json = to_json(document)
+        try:
+            answer = await self._engine.evaluate(input_json)
+            result, revision = answer.result, answer.revision
+        except PolicyFailedError as error:
+            log.error("request %s is denied: %s", case.request_id, error, extra=of_a_kind(error.code))
+            metrics.POLICY_FAILURES.labels(error.code).inc()
+            result = PolicyResult(False, (Reason(code=error.code, message=str(error)),), (), 0)
+            revision = self._engine.revision
+        ruling = rule(facts, against, result, approvals, self._directory)
+        return Judgement(ruling, facts, facts.revisions(revision), document, digest(input_json), input_json)
+
+    def _approvers(self, approvals: Sequence[Signed[Approval] | Signed[Grant]]) -> list[dict[str, object]]:
+        found = []
+        for user_id in sorted(set(filter(None, map(signer, approvals)))):
+            try:
+                entry = self._directory.user(user_id)
+            except ChainError:
+                entry = None
+            if entry is not None:
+                found.append(approver(entry.state))
+        return found
+
+    def _on_change(self, kind: SubjectKind, id: str) -> None:
+        self._changes += 1

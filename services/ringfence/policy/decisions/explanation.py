@@ -1,0 +1,105 @@
+"""What a decision was made on, whole: from the signed decision itself, wherever it is kept."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.kafka.connection import connection
+from ringfence.kernel.kafka.producer import paced
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.approval import Grant
+from ringfence.messages.credential import CredentialDecision, CredentialRequest
+from ringfence.messages.topics import CREDENTIAL_DECISION
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.api_access import NotFoundError
+from ringfence.model.requests.grants import id_of, signer_of
+from ringfence.policy.decision_log import Known, Place
+
+READ_TIMEOUT_S = 5.0
+NOT_SEEN = "no decision with this request id that you could see is remembered here; audit keeps all of them"
+"""Said also where there is one: that is not for everybody to know."""
+_SHOWN = {
+    "request_id", "outcome", "reasons", "ttl_s", "delivery", "required", "revisions", "input", "input_digest",
+    "expires_at", "retry_after_s", "source",
+}  # fmt: skip
+
+
+class Explainer:
+    """Policy keeps the decisions that it may need again; it knows of the others where they stand on Kafka."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._one_at_a_time = asyncio.Lock()
+
+    async def explain(self, known: Known) -> dict[str, Any]:
+        """The decision on a request that is decided, as JSON, with its JWS (`decision`). Raises UnavailableError."""
+        at = known.decided_at
+        if at is None:
+            raise UnavailableError("the decision is being made; ask again in a moment")
+        jws = known.jws or (await self._read(at)).value
+        return self._told(jws, self._runtime.clock.now_ms())
+
+    async def explain_recorded(self, request_id: str, at: Place) -> dict[str, Any]:
+        """The same of a decision that policy does not remember any more, where somebody knows its place.
+
+        Raises NotFoundError where no decision of policy on that request stands there, UnavailableError.
+        """
+        record = await self._read(at)
+        try:
+            told = self._told(record.value, record.timestamp)
+        except InvalidMessageError:
+            told = {}
+        if told.get("request_id") != request_id:
+            raise NotFoundError(NOT_SEEN)
+        return told
+
+    def _told(self, compact: str | bytes, at_ms: int) -> dict[str, Any]:
+        jws, trust = parse(compact), self._runtime.trust
+        decision = open_signed(
+            jws, CredentialDecision, trust.finder("policy", at_s=at_ms / 1000), audience=trust.trust_domain
+        ).claims
+        # Policy verified before it signed what a decision embeds.
+        request = parse(decision.request).unverified_claims(CredentialRequest)
+        view = decision.model_dump(mode="json", include=_SHOWN, exclude_none=True)
+        if decision.grants:
+            given = [parse(one).unverified_claims(Grant) for one in decision.grants]
+            view["grants"] = [{"grant_id": id_of(one), "by": signer_of(one)} for one in given]
+        agent_id = subject_of(decision.aud, request.iss, "agent") or ""
+        return {**view, "decision_id": decision.jti, "agent_id": agent_id, "decision": jws.compact}
+
+    async def _read(self, at: Place) -> Any:
+        """The one record at a place of `credential.decision`."""
+        settings = self._runtime.settings
+        partition = TopicPartition(CREDENTIAL_DECISION.name(settings.topic_prefix), at.partition)
+        consumer = AIOKafkaConsumer(**connection(settings), enable_auto_commit=False)
+        paced(consumer, settings)
+        async with self._one_at_a_time:
+            try:
+                async with asyncio.timeout(READ_TIMEOUT_S):
+                    await consumer.start()
+                    consumer.assign([partition])
+                    start = await consumer.beginning_offsets([partition])
+                    end = await consumer.end_offsets([partition])
+                    if not start[partition] <= at.offset < end[partition]:
+                        raise _gone()
+                    consumer.seek(partition, at.offset)
+                    record = await consumer.getone(partition)
+            except (KafkaError, TimeoutError) as error:
+                raise UnavailableError(
+                    f"the decision cannot be read from Kafka now ({type(error).__name__}); ask again"
+                ) from None
+            finally:
+                await consumer.stop()
+        if record.offset != at.offset:
+            raise _gone()
+        return record
+
+
+def _gone() -> UnavailableError:
+    return UnavailableError("the decision is not on Kafka any more; audit keeps its story")

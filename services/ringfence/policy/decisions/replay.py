@@ -1,0 +1,292 @@
+"""What another bundle would have said to the requests that were decided: held against the recorded decisions.
+
+Compared is what policy itself said of a request when it first judged it. What people answered later, and what never got
+as far as the bundle, is counted and not compared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import orjson
+from pydantic import TypeAdapter, ValidationError
+
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Received, to_json
+from ringfence.messages.credential import CredentialDecision, Reason, RequiredClass
+from ringfence.messages.registry import ApprovalClass
+from ringfence.policy.decisions.recorded import Recorded
+from ringfence.policy.domain import INPUT_FIELDS, weighed
+from ringfence.rego.bundle import Bundle
+from ringfence.rego.engine import PolicyEngine, PolicyFailedError, PolicyResult
+
+Change = Literal[
+    "denied_to_allowed", "denied_to_approval", "approval_removed", "ttl_longer",
+    "allowed_to_denied", "approval_added", "ttl_shorter",
+]  # fmt: skip
+WIDENS: frozenset[Change] = frozenset({"denied_to_allowed", "denied_to_approval", "approval_removed"})
+"""What `--fail-on-widen` fails on."""
+Skipped = Literal[
+    "later_decision", "answered_by_people", "without_input", "engine_failed", "break_glass_not_needed",
+    "input_incomplete", "input_unreadable", "signature_not_policys",
+]  # fmt: skip
+_BY_PEOPLE = frozenset({"approval_denied", "approval_stale", "approval_expired"})
+_ENGINE = frozenset({"policy_timeout", "policy_unavailable", "policy_invalid"})
+_INPUT_OF_RULES = re.compile(
+    r"""
+    \binput (?: \.(\w+) | \["(\w+)"\] ) (?: \.(\w+) | \["(\w+)"\] )?
+    | \bobject\.get\(\s*input,\s* (?: "(\w+)" | \[\s*"(\w+)" (?:\s*,\s*"(\w+)")? )
+    """,
+    re.VERBOSE,
+)
+_REASONS = TypeAdapter(tuple[Reason, ...])
+_FLOORS = TypeAdapter(tuple[ApprovalClass, ...])
+PER_KIND = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What policy says of one request."""
+
+    outcome: Literal["allowed", "denied", "approval_required"]
+    required: tuple[RequiredClass, ...]
+    ttl_s: int | None
+    reasons: tuple[Reason, ...]
+
+    @classmethod
+    def of(
+        cls, required: Sequence[RequiredClass], ttl_s: int | None, reasons: Sequence[Reason], *, denied: bool
+    ) -> Standing:
+        """Before anybody has approved: an approval that was given says nothing of what was asked for."""
+        if denied:
+            return cls("denied", tuple(required), None, tuple(reasons))
+        return cls("approval_required" if required else "allowed", tuple(required), ttl_s, tuple(reasons))
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A request that would be decided otherwise."""
+
+    request_id: str
+    agent_id: str
+    on_behalf_of: str
+    scope: list[dict[str, Any]]
+    changes: tuple[Change, ...]
+    before: Standing
+    after: Standing
+
+
+@dataclass(slots=True)
+class Report:
+    """What a replay found. `skipped` are decisions that were not compared, by why."""
+
+    revision: str
+    read: int = 0
+    compared: int = 0
+    unchanged: int = 0
+    changes: Counter[Change] = field(default_factory=Counter)
+    skipped: Counter[Skipped] = field(default_factory=Counter)
+    missing_fields: Counter[str] = field(default_factory=Counter)
+    """The fields that the bundle looks at and recorded inputs do not have."""
+    revisions: Counter[str] = field(default_factory=Counter)
+    """The revisions that the compared decisions were made by."""
+    examples: dict[Change, list[Example]] = field(default_factory=dict)
+
+    @property
+    def widens(self) -> bool:
+        """Whether anything that was denied would be allowed, or an approval fall away."""
+        return any(self.changes[kind] for kind in WIDENS)
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "revision": self.revision,
+            "read": self.read,
+            "compared": self.compared,
+            "unchanged": self.unchanged,
+            "widens": self.widens,
+            "changes": dict(self.changes),
+            "skipped": dict(self.skipped),
+            "missing_fields": dict(self.missing_fields),
+            "compared_by_revision": dict(self.revisions),
+            "examples": {kind: [_told(one) for one in found] for kind, found in self.examples.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A recorded decision that can be compared."""
+
+    decision: CredentialDecision
+    input: dict[str, Any]
+    against: tuple[Reason, ...]
+    floors: tuple[ApprovalClass, ...]
+    asked_s: int
+    target_max_ttl_s: int
+
+
+def fields_of(bundle: Bundle) -> frozenset[str]:
+    """The parts of the input that the rules of a bundle name: `agent`, and `agent.ceiling` where they name that."""
+    found: set[str] = set()
+    for _, text in bundle.modules:
+        for match in _INPUT_OF_RULES.finditer(text):
+            names = [name for name in match.groups() if name]
+            found |= {".".join(names[:depth]) for depth in range(1, len(names) + 1)}
+    return frozenset(found)
+
+
+def changes_between(before: Standing, after: Standing) -> tuple[Change, ...]:
+    """What the difference comes to; nothing where a program would notice none."""
+    if before.outcome == "denied" or after.outcome == "denied":
+        if before.outcome == after.outcome:
+            return ()
+        if after.outcome == "denied":
+            return ("allowed_to_denied",)
+        return ("denied_to_approval" if after.required else "denied_to_allowed",)
+    found: list[Change] = []
+    if set(before.required) - set(after.required):
+        found.append("approval_removed")
+    if set(after.required) - set(before.required):
+        found.append("approval_added")
+    old, new = before.ttl_s or 0, after.ttl_s or 0
+    if old != new:
+        found.append("ttl_longer" if new > old else "ttl_shorter")
+    return tuple(found)
+
+
+class Replay:
+    """Asks an engine with another bundle about recorded decisions."""
+
+    def __init__(self, bundle: Bundle, engine: PolicyEngine, trust: TrustStore) -> None:
+        """`engine` has the bundle in force, and is started."""
+        self._engine = engine
+        self._trust = trust
+        self._needed = fields_of(bundle) & INPUT_FIELDS
+        self._seen: set[bytes] = set()
+        self.report = Report(bundle.revision)
+
+    async def run(self, recorded: Recorded, progress: Callable[[int, int], None]) -> Report:
+        """Compare all. `progress` is told how many of how many records have been read."""
+        async for batch in recorded.batches():
+            await self.compare(batch)
+            progress(self.report.read, recorded.total)
+        return self.report
+
+    async def compare(self, records: Sequence[Received]) -> None:
+        """Take in some records of `credential.decision`, in the order of each partition."""
+        self.report.read += len(records)
+        questions = []
+        for record in records:
+            found = self._question(record)
+            if isinstance(found, _Question):
+                questions.append(found)
+            else:
+                self.report.skipped[found] += 1
+        after = await asyncio.gather(*map(self._after, questions))
+        for question, new in zip(questions, after, strict=True):
+            self._count(question, new)
+
+    def _question(self, record: Received) -> _Question | Skipped:
+        """What a record asks of the other bundle, or why it is not compared."""
+        try:
+            decision = open_signed(
+                parse(record.value), CredentialDecision,
+                self._trust.finder("policy", at_s=record.appended_at_ms / 1000), audience=self._trust.trust_domain,
+            ).claims  # fmt: skip
+        except InvalidMessageError:
+            return "signature_not_policys"
+        id = bytes.fromhex(decision.request_id.replace("-", ""))
+        if id in self._seen:
+            return "later_decision"
+        self._seen.add(id)
+        codes = {reason.code for reason in decision.reasons}
+        if decision.input is None:
+            return "without_input"
+        if decision.outcome == "denied" and codes & _BY_PEOPLE:
+            return "answered_by_people"
+        if codes & _ENGINE:
+            return "engine_failed"
+        if "break_glass_not_needed" in codes:
+            return "break_glass_not_needed"
+        missing = {field for field in self._needed if not _has(decision.input, field)}
+        if missing:
+            self.report.missing_fields.update(missing)
+            return "input_incomplete"
+        try:
+            given = decision.input
+            return _Question(
+                decision, given, _REASONS.validate_json(orjson.dumps(given["lacking"])),
+                _FLOORS.validate_python(tuple(given["floors"])), int(given["request"]["ttl_s"]),
+                int(given["target"]["max_ttl_s"]),
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, ValidationError):
+            return "input_unreadable"
+
+    async def _after(self, question: _Question) -> Standing:
+        try:
+            result = (await self._engine.evaluate(to_json(question.input))).result
+        except PolicyFailedError as error:
+            # As in service: no answer is a no.
+            result = PolicyResult(False, (Reason(code=error.code, message=str(error)),), (), 0)
+        verdict = weighed(
+            question.against, result, question.floors, question.asked_s, question.target_max_ttl_s
+        )
+        return Standing.of(verdict.required, verdict.ttl_s, verdict.denials, denied=verdict.ttl_s is None)
+
+    def _count(self, question: _Question, after: Standing) -> None:
+        report, decision = self.report, question.decision
+        # What two operators allowed was denied by the bundle; what they outweighed is among the reasons.
+        broken = "break_glass" in decision.required
+        before = Standing.of(
+            [c for c in decision.required if c != "break_glass"], decision.ttl_s, decision.reasons,
+            denied=broken or decision.outcome == "denied",
+        )  # fmt: skip
+        changes = changes_between(before, after)
+        report.compared += 1
+        if decision.revisions is not None:
+            report.revisions[decision.revisions.policy] += 1
+        report.changes.update(changes)
+        if not changes:
+            report.unchanged += 1
+            return
+        request = question.input["request"]
+        example = Example(
+            decision.request_id, str(request.get("agent_id")),
+            str(question.input.get("task", {}).get("on_behalf_of")), list(request.get("scope", [])),
+            changes, before, after,
+        )  # fmt: skip
+        for kind in changes:
+            found = report.examples.setdefault(kind, [])
+            if len(found) < PER_KIND:
+                found.append(example)
+
+
+def _has(given: Any, field: str) -> bool:
+    for name in field.split("."):
+        if not isinstance(given, dict) or name not in given:
+            return False
+        given = given[name]
+    return True
+
+
+def _told(example: Example) -> dict[str, Any]:
+    def standing(one: Standing) -> dict[str, Any]:
+        reasons = [reason.model_dump(mode="json", exclude_none=True) for reason in one.reasons]
+        return {"outcome": one.outcome, "required": one.required, "ttl_s": one.ttl_s, "reasons": reasons}
+
+    return {
+        "request_id": example.request_id,
+        "agent_id": example.agent_id,
+        "on_behalf_of": example.on_behalf_of,
+        "scope": example.scope,
+        "changes": example.changes,
+        "before": standing(example.before),
+        "after": standing(example.after),
+    }

@@ -1,0 +1,209 @@
+"""What policy publishes about one request, and in which order: the decision first, then whoever has to hear of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import orjson
+
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jwe import seal
+from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, Signed, sign, sign_payload
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.approval import Approval, ApprovalRequest
+from ringfence.messages.credential import CredentialDecision, Reason, ReplyContent
+from ringfence.messages.topics import APPROVAL_REQUEST, CREDENTIAL_DECISION, CREDENTIAL_REPLY
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.facts import DeniedError, gather
+from ringfence.policy.decision_log import Approvers, Decisions, Known, Place
+from ringfence.policy.decisions.steps import say, step_of
+from ringfence.policy.domain import Case, Judgement, people_to_ask
+from ringfence.policy.notifications.notices import Notices
+
+log = logging.getLogger(__name__)
+
+
+class Answers:
+    """Publishes decisions, asks people, replies to agents. All ids are derived: a repeat is the same message."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        decisions: Decisions,
+        approvers: Approvers,
+        notices: Notices,
+    ) -> None:
+        self._runtime = runtime
+        self._directory = directory
+        self._decisions = decisions
+        self._approvers = approvers
+        self._notices = notices
+
+    async def decide(
+        self,
+        case: Case,
+        judgement: Judgement,
+        *,
+        approvals: Sequence[Signed[Approval]] = (),
+        expires_at: int | None = None,
+    ) -> Known:
+        """Publish the decision that a judgement comes to. Acknowledged by Kafka and remembered when this returns.
+
+        Args:
+            approvals: those that it rests on; of a denial by a person, that person's.
+            expires_at: until when approvals are waited for (seconds since 1970), where the outcome is that.
+        """
+        runtime, ruling = self._runtime, judgement.ruling
+        decision = CredentialDecision(
+            iss=runtime.key.id,
+            aud=runtime.settings.trust_domain,
+            iat=runtime.clock.now_ms() // 1000,
+            jti=_decision_id(case, judgement, approvals),
+            request_id=case.request_id,
+            request=case.request.compact,
+            source=case.source,
+            outcome=ruling.outcome,
+            reasons=ruling.reasons,
+            ttl_s=ruling.ttl_s,
+            delivery=case.request.claims.delivery,
+            required=ruling.required,
+            approvals=tuple(approval.compact for approval in approvals),
+            grants=tuple(grant.compact for grant in judgement.grants) or None,
+            revisions=judgement.revisions,
+            input=judgement.input,
+            input_digest=judgement.input_digest,
+            expires_at=expires_at,
+            retry_after_s=ruling.retry_after_s,
+        )
+        jws = _signed(decision, judgement.input_json, runtime.key)
+        if len(jws) > MAX_JWS_BYTES:
+            decision = _too_large(decision)
+            jws = sign(decision, runtime.key)
+        with step_of(case, "decide", runtime.tracing) as span:
+            say(span, decision.outcome, decision.reasons)
+            acknowledged = await runtime.publisher.send(
+                CREDENTIAL_DECISION,
+                case.agent_id,
+                jws,
+                id=decision.jti,
+                type=decision.typ,
+                traceparent=span.traceparent,
+            )
+            at = await acknowledged
+        metrics.DECISIONS.labels(decision.outcome).inc()
+        if case.request.claims.break_glass:
+            metrics.BREAK_GLASS.labels(decision.outcome).inc()
+        place = Place(at.partition, at.offset)
+        return self._decisions.keep(decision, jws, place, at.timestamp, case.traceparent)
+
+    async def follow_up(self, known: Known, case: Case) -> None:
+        """What comes after a decision: people are asked, the agent hears of a denial, or that it has to wait.
+
+        An `allowed` one is answered by the issuer, with the credential.
+        """
+        if known.pending is not None:
+            decision, asked = known.pending, self._people(known.pending, case)
+            await gather_all([*(self._ask(decision, id, case) for id in asked), self._reply(known, case)])
+        elif known.outcome == "denied":
+            await self._reply(known, case)
+
+    def _people(self, decision: CredentialDecision, case: Case) -> tuple[str, ...]:
+        try:
+            facts = gather(self._directory, case.request)
+        except DeniedError:
+            return ()  # what it names is gone: nobody can approve it any more
+        only_sponsor = decision.required == ("sponsor",)
+        candidates = (facts.agent.state.sponsor,) if only_sponsor else self._approvers.ids()
+        return people_to_ask(self._directory, facts, decision.required, candidates)
+
+    async def _ask(self, decision: CredentialDecision, user_id: str, case: Case) -> None:
+        assert decision.ttl_s is not None
+        assert decision.revisions is not None
+        assert decision.expires_at is not None
+        message = ApprovalRequest(
+            iss=self._runtime.key.id,
+            aud=decision.aud,
+            iat=decision.iat,
+            jti=derived_id(ApprovalRequest.typ, decision.jti, user_id),
+            request_id=decision.request_id,
+            request=decision.request,
+            source=decision.source,
+            approver=user_id,
+            required=decision.required,
+            ttl_s=decision.ttl_s,
+            delivery=decision.delivery,
+            revisions=decision.revisions,
+            reasons=decision.reasons,
+            expires_at=decision.expires_at,
+        )
+        await self._runtime.publisher.publish_signed(
+            APPROVAL_REQUEST, user_id, message, self._runtime.key, traceparent=case.traceparent
+        )
+        self._notices.tell(message, case.request)
+
+    async def _reply(self, known: Known, case: Case) -> None:
+        if known.jws is None:
+            return
+        content = ReplyContent(request_id=known.request_id, decision=known.jws)
+        try:
+            sealed = seal(
+                content.model_dump_json(exclude_none=True).encode(),
+                case.request.claims.reply_key,
+                kid=known.request_id,
+            )
+        except InvalidMessageError as error:
+            log.warning("nobody can be told of decision %s: %s", known.decision_id, error)
+            return
+        acknowledged = await self._runtime.publisher.send(
+            CREDENTIAL_REPLY,
+            known.agent_id,
+            sealed,
+            id=derived_id("reply", known.decision_id or ""),
+            type=CREDENTIAL_REPLY.what,
+            traceparent=case.traceparent,
+        )
+        await acknowledged
+
+
+def _signed(decision: CredentialDecision, input_json: bytes | None, key: SigningKey) -> str:
+    """The decision as a compact JWS. The input, half of it, goes in as it was judged: as JSON that it is already."""
+    if input_json is None:
+        return sign(decision, key)
+    said = decision.model_dump(mode="json", exclude={"input"}, exclude_none=True)
+    payload = orjson.dumps({**said, "input": orjson.Fragment(input_json)})
+    return sign_payload(CredentialDecision, payload, key)
+
+
+def _decision_id(case: Case, judgement: Judgement, approvals: Sequence[Signed[Approval]]) -> str:
+    """One id for the final answer, whatever it rests on; while people are asked, one for each that has answered."""
+    outcome = judgement.ruling.outcome
+    collected = sorted(a.digest for a in approvals) if outcome == "approval_required" else []
+    return derived_id("decision", case.request_id, outcome, *collected)
+
+
+def _too_large(decision: CredentialDecision) -> CredentialDecision:
+    """What to say instead where the request and its records together are more than a reader would take."""
+    reason = Reason(
+        code="decision_too_large",
+        message="the request and the records that it is held against are too large to be signed together: "
+        "ask for less, or have task, ceiling or entitlements written with fewer, wider permissions",
+    )
+    return decision.model_copy(
+        update={
+            "jti": derived_id("decision", decision.request_id, "denied"),
+            "outcome": "denied",
+            "reasons": (reason,),
+            "ttl_s": None,
+            "approvals": (),
+            "grants": None,
+            "input": None,
+            "input_digest": None,
+            "expires_at": None,
+        }
+    )

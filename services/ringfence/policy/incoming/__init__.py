@@ -1,0 +1,1 @@
+"""What policy receives: requests, approvals and grants; verification, admission and load shedding."""

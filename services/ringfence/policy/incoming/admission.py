@@ -1,0 +1,180 @@
+"""What policy turns away: requests beyond a limit, those that waited for too long, and questions that are too many.
+
+A refusal is a signed decision like any other, and says when asking again may work.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import ceil
+
+from ringfence.kernel.kafka.producer import Received
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.policy.decision_log import Decisions
+from ringfence.policy.domain import Case, Judgement, denied
+from ringfence.policy.incoming.load_shedding import Backlog, Stage
+
+_WINDOW_MS = 60_000
+TOLD_NO = 600
+"""So often a minute at least an agent is told that it asks too often; where it may ask more often, as often as that."""
+SHARE = 60
+"""So many requests of each agent are answered a minute while policy is behind."""
+LOOKED_AT = 600
+"""So many requests of a minute, in each partition, are answered where nobody is likely to wait for them any more."""
+PENDING_RETRY_S = 60
+"""When to ask again where too much waits for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much policy takes; 0 is without limit."""
+
+    agent_per_minute: int
+    sponsor_per_minute: int
+    """Over all agents of one sponsor that this replica serves."""
+    wait_s: int
+    """How old a request may be when its turn comes."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingLimits:
+    """How many requests may wait for people at once; 0 is without limit."""
+
+    agent: int
+    sponsor: int
+    """Over all agents of one sponsor."""
+
+
+class Gatekeeper:
+    """Counts requests by the minutes in which the broker took them, so that a backlog is counted as it was sent."""
+
+    def __init__(self, directory: Directory, limits: Limits) -> None:
+        self._directory = directory
+        self._limits = limits
+        self._window = 0
+        self._counts: Counter[str] = Counter()
+        self._refusals: Counter[str] = Counter()
+        """By agent. Only what its signature was verified of counts: nobody uses up what another is told."""
+        self._looked_at: Counter[int] = Counter()
+        """By partition."""
+        self._backlog = Backlog(limits.wait_s)
+
+    def lets_go(self, record: Received, now_ms: int) -> bool:
+        """Whether a request gets no answer, nor is even opened. To be asked of each, in their order."""
+        self._begin(record.appended_at_ms)
+        stage = self._backlog.look(record.partition, record.appended_at_ms, now_ms)
+        agent_id = record.key or ""
+        match stage:
+            case Stage.SERVED:
+                most = self._limits.agent_per_minute
+                return bool(most and self._refusals[agent_id] >= max(most, TOLD_NO))
+            case Stage.SHARED:
+                return self._refusals[agent_id] + self._counts[f"agent {agent_id}"] >= SHARE
+            case Stage.UNANSWERED:
+                self._looked_at[record.partition] += 1
+                return self._looked_at[record.partition] > LOOKED_AT
+
+    def refusal(self, case: Case, now_ms: int) -> Judgement | None:
+        """Why a request that comes for the first time is not weighed, or None. Counts it."""
+        found = self._late(case, now_ms) or self._too_many(case)
+        if found is not None:
+            self._refusals[case.agent_id] += 1
+        return found
+
+    def behind(self, now_ms: int) -> str | None:
+        """That requests are turned away for want of time, or None."""
+        return self._backlog.warning(now_ms)
+
+    def _late(self, case: Case, now_ms: int) -> Judgement | None:
+        waited_ms, wait_s = now_ms - case.source.appended_at_ms, self._limits.wait_s
+        if not wait_s or waited_ms <= wait_s * 1000:
+            return None
+        message = f"policy is behind: the request waited for {waited_ms / 1000:.0f} s; ask again later"
+        return denied("overloaded", message, retry_after_s=wait_s)
+
+    def _too_many(self, case: Case) -> Judgement | None:
+        at_ms = case.source.appended_at_ms
+        self._begin(at_ms)
+        agent, sponsor = f"agent {case.agent_id}", _sponsor_of(self._directory, case.agent_id)
+        if reached := self._reached(agent, self._limits.agent_per_minute, at_ms):
+            return reached
+        if sponsor and (
+            reached := self._reached(f"sponsor {sponsor}", self._limits.sponsor_per_minute, at_ms)
+        ):
+            return reached
+        self._counts[agent] += 1
+        if sponsor:
+            self._counts[f"sponsor {sponsor}"] += 1
+        return None
+
+    def _begin(self, at_ms: int) -> None:
+        # The partitions are not read in step: what is a little older counts here as well.
+        if (window := at_ms // _WINDOW_MS) > self._window:
+            self._window = window
+            self._counts.clear()
+            self._refusals.clear()
+            self._looked_at.clear()
+
+    def _reached(self, who: str, limit: int, at_ms: int) -> Judgement | None:
+        if not limit or self._counts[who] < limit:
+            return None
+        left_s = ceil(((self._window + 1) * _WINDOW_MS - at_ms) / 1000)
+        message = f"{who} may ask {limit} times a minute, and has; ask again in {left_s} s"
+        return denied("rate_limited", message, retry_after_s=left_s)
+
+
+class Doorkeeper:
+    """Keeps people from being asked too much: a request that would have to wait for one is denied at a limit.
+
+    Nobody's agent can so fill the day of somebody else's sponsor, and what people wave through unread stays little.
+    """
+
+    def __init__(self, directory: Directory, decisions: Decisions, limits: PendingLimits) -> None:
+        self._directory = directory
+        self._decisions = decisions
+        self._limits = limits
+        self._asking: dict[str, str] = {}
+        """Requests that are about to wait, by id; their agents."""
+
+    def refusal(self, case: Case, sponsor: str) -> Judgement | None:
+        """Why nobody can be asked about a request, or None: then it counts as waiting from now on."""
+        asking = self._about_to_wait(but_for=case.request_id)
+        waiting = self._decisions.waiting()
+        count = waiting.get(case.agent_id, 0) + asking[case.agent_id]
+        found = self._reached(f"agent {case.agent_id}", count, self._limits.agent)
+        if found is None and self._limits.sponsor:
+            theirs = [
+                agent for agent in {*waiting, *asking} if _sponsor_of(self._directory, agent) == sponsor
+            ]
+            count = sum(waiting.get(agent, 0) + asking[agent] for agent in theirs)
+            found = self._reached(f"the agents of {sponsor}", count, self._limits.sponsor)
+        if found is None:
+            self._asking[case.request_id] = case.agent_id
+        return found
+
+    def _about_to_wait(self, *, but_for: str) -> Counter[str]:
+        """How many requests were let through and do not stand among those that wait yet, by agent."""
+        for id in list(self._asking):
+            known = self._decisions.get(id)
+            if known is None or known.outcome is not None:
+                del self._asking[id]
+        return Counter(agent for id, agent in self._asking.items() if id != but_for)
+
+    def _reached(self, who: str, count: int, limit: int) -> Judgement | None:
+        if not limit or count < limit:
+            return None
+        message = (
+            f"{count} requests of {who} wait for people already, and no more may; wait for answers, or have them "
+            "approved ahead (ringfence approvals grant)"
+        )
+        return denied("approvals_pending_limit", message, retry_after_s=PENDING_RETRY_S)
+
+
+def _sponsor_of(directory: Directory, agent_id: str) -> str | None:
+    try:
+        agent = directory.agent(agent_id)
+    except ChainError:
+        return None  # weighing says what is wrong
+    return agent.state.sponsor if agent else None

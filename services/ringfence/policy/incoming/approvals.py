@@ -1,0 +1,390 @@
+"""Approvals of people in; decisions out. Also what becomes of those that never came."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import ExpiredError, Signed, parse
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.tracing.traceparent import nearest
+from ringfence.messages.approval import Approval, Grant
+from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.approvals import approval_problem
+from ringfence.model.requests.facts import DeniedError, gather, violations
+from ringfence.policy.decision_log import Decisions, Known, Place
+from ringfence.policy.decisions.evaluator import Judge
+from ringfence.policy.decisions.responder import Answers
+from ringfence.policy.domain import MAX_REASONS, Case, Judgement, Ruling, may_approve_any, signer
+from ringfence.policy.incoming.verification import MISPLACED, Opener, is_for_others
+
+log = logging.getLogger(__name__)
+
+OVERDUE_MS = 2_000
+"""So long after their end, pending requests are closed: what was appended in time should have been read by then."""
+_CLOSE_EVERY_S = 0.5
+
+
+class AsOf:
+    """What stood on Kafka at a moment is known here.
+
+    To ask for its end may take a tenth of a second: one question is the answer for all that was appended before it was
+    put, else whoever signs ten answers a second holds up everybody.
+    """
+
+    def __init__(self, runtime: Runtime, ask: Callable[[], Awaitable[bool | None]]) -> None:
+        """`ask` returns when all is known that is there; False where it is not known whether that is so."""
+        self._runtime = runtime
+        self._ask = ask
+        self._known_to_ms = -1
+        self._here_to_ms = -1
+        self._came = 0
+        self._past_ms = -1
+        """Over, for every broker, when Kafka was asked last."""
+
+    def came(self, to_ms: int) -> None:
+        """The records that are looked at next are here, and were appended by then, by the brokers' clocks."""
+        # That those of before were here says nothing of these: another broker's clock may be slower.
+        self._known_to_ms = self._past_ms
+        self._here_to_ms = to_ms
+        self._came += 1
+
+    def doubt(self) -> None:
+        """What was known may be so no more."""
+        self._known_to_ms = self._past_ms = -1
+
+    async def known(self, at_ms: int | None) -> None:
+        """Return once all is known that stood there at `at_ms`, by the broker's clock, or now."""
+        if at_ms is not None and at_ms <= self._known_to_ms:
+            return
+        came, past_ms = self._came, self._runtime.broker_past_ms()
+        if await self._ask() is not False:
+            self._past_ms = -1 if past_ms is None else past_ms
+            here_to_ms = self._here_to_ms if came == self._came else -1
+            self._known_to_ms = max(here_to_ms, self._past_ms)
+
+
+class ApprovalHandler:
+    """Takes in what people answer. One at a time: a yes and the end of its time must not both count."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        opener: Opener,
+        judge: Judge,
+        decisions: Decisions,
+        answers: Answers,
+        recall: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`recall` returns when every decision that stands on Kafka is known. Raises UnavailableError."""
+        self._runtime = runtime
+        self._directory = directory
+        self._opener = opener
+        self._judge = judge
+        self._decisions = decisions
+        self._answers = answers
+        self._one_at_a_time = asyncio.Lock()
+        self._decided = AsOf(runtime, recall)
+        self.records = AsOf(runtime, judge.caught_up)
+        """Of users, agents, tasks and targets: whoever answers may have seen some that are not here yet."""
+        self._held_against: dict[str, tuple[int, int | None]] = {}
+        """By request that waits, the version of the records that it was last held against."""
+
+    def came(self, batch: Sequence[Received]) -> None:
+        """Told of what comes to `handle` next, all of which is on Kafka: what is asked from now on is asked for all."""
+        for one in (self._decided, self.records):
+            one.came(max(record.appended_at_ms for record in batch))
+
+    async def handle(self, record: Received) -> Awaitable[object] | None:
+        """Take in one answer. Raises InvalidMessageError where it is none, or nobody known signed it.
+
+        What is signed and does not count is refused by a `service.event`; the request goes on waiting. Await what this
+        returns, if anything, for the broker's acknowledgement of that.
+        """
+        if is_for_others(record):
+            return None
+        approval, late = await self._opener.approval(record)
+        async with self._alone(record.appended_at_ms):
+            problem = await self._take(approval, late, record)
+        return await self._refuse(approval, problem, record) if problem is not None else None
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, at_ms: int | None = None) -> AsyncIterator[None]:
+        """One at a time, and with every decision known that stood on Kafka at `at_ms`, or now.
+
+        What was published before a failure counts, also where its acknowledgement was lost on the way.
+        """
+        async with self._one_at_a_time:
+            try:
+                await self._decided.known(at_ms)
+                yield
+            except BaseException:
+                self._decided.doubt()
+                raise
+
+    async def _take(
+        self, approval: Signed[Approval], late: ExpiredError | None, record: Received
+    ) -> Reason | None:
+        """Why an answer changes nothing; None where it did its work."""
+        claims, place = approval.claims, Place(record.partition, record.offset)
+        known = self._decisions.get(claims.request_id)
+        if known is None or known.outcome is None:
+            return _reason("request_unknown", "no request with this id waits for an approval")
+        if record.key != known.agent_id:
+            return _reason(
+                "key_unexpected", f"the Kafka key of an approval is the agent's id, {known.agent_id}"
+            )
+        if problem := await self._opener.misplaced(record, known.agent_id):
+            return _reason(MISPLACED, problem)
+        known.traceparent = nearest(record.traceparent, known.traceparent)
+        seen = known.approvals.get(message_id(claims.iss, claims.jti))
+        if seen is not None:
+            if seen[0] != approval.digest or seen[1] not in (None, place):
+                return _reason("approval_replayed", "this approval was given before; each counts once")
+            await self._finish(known)
+            return None
+        if known.pending is None:
+            return _reason("already_decided", f"the request is {known.outcome} already, and that stands")
+        if late is not None:
+            return _reason(late.code, str(late))
+        pending = known.pending
+        if record.appended_at_ms >= (pending.expires_at or 0) * 1000:
+            await self._close(known, pending, (_over(pending),))
+            return _reason("approval_expired", "the time in which approvals counted is over")
+        return await self._weigh(approval, place, record.appended_at_ms, known, pending)
+
+    async def _weigh(
+        self,
+        approval: Signed[Approval],
+        place: Place,
+        at_ms: int,
+        known: Known,
+        pending: CredentialDecision,
+    ) -> Reason | None:
+        claims, case, user_id = approval.claims, _case(known, pending), signer(approval)
+        if user_id is None:
+            return _reason("not_a_person", f"{claims.iss} is no user; only people approve")
+        if (claims.request, claims.request_digest) != (case.request.compact, case.request.digest):
+            return _reason("approval_other_request", "the approval is a signature over another request")
+        if stale := await self._judge.stale():
+            return _reason("stale_view", f"{stale}; then approve again")
+        await self.records.known(at_ms)
+        try:
+            facts = gather(self._directory, case.request)
+        except DeniedError as error:
+            await self._close(known, pending, (error.reason,))
+            return None
+        if not may_approve_any(self._directory, user_id, pending.required, facts):
+            wanted = ", ".join(pending.required)
+            return _reason("not_approver", f"{user_id} cannot give what is asked for here: {wanted}")
+        if claims.verdict == "denied":
+            comment = (claims.comment or "no comment")[:500]
+            no = _reason("approval_denied", f"{user_id} denied it: {comment}")
+            await self._close(known, pending, (no,), approval, place)
+            return None
+        present = facts.revisions(self._judge.policy_revision)
+        if present != pending.revisions:
+            await self._close(known, pending, (_stale(),))
+            return None
+        problem = approval_problem(
+            approval, facts,
+            at_ms=at_ms, ttl_s=pending.ttl_s or 0, delivery=pending.delivery, revisions=present,
+        )  # fmt: skip
+        if problem is not None:
+            return problem
+        given = [_collected(jws) for jws in pending.approvals]
+        if not _all_stand(given, at_ms):
+            await self._close(known, pending, (_over(pending),))
+            return _reason("approval_expired", "the time of an approval that was given before is over")
+        if user_id in map(signer, given):
+            return _reason("approved_already", f"{user_id} approved this before; nobody counts twice")
+        await self._count(known, pending, case, given, approval, place, at_ms)
+        return None
+
+    async def _count(
+        self,
+        known: Known,
+        pending: CredentialDecision,
+        case: Case,
+        given: list[Signed[Approval]],
+        approval: Signed[Approval],
+        place: Place,
+        at_ms: int,
+    ) -> None:
+        """Judge again with one approval more: allowed, denied after all, or still waiting for somebody else."""
+        approvals = [*given, approval]
+        judgement = await self._judge.judge(case, at_ms, approvals)
+        outcome = judgement.ruling.outcome
+        if outcome != "denied" and judgement.ruling.ttl_s != pending.ttl_s:
+            await self._close(known, pending, (_stale(),), approval, place)
+            return
+        waiting = outcome == "approval_required"
+        known = await self._answers.decide(
+            case, judgement, approvals=approvals, expires_at=pending.expires_at if waiting else None
+        )
+        known.saw(approval, place)
+        if not waiting or judgement.ruling.required != pending.required:
+            await self._answers.follow_up(known, case)
+
+    async def _close(
+        self,
+        known: Known,
+        pending: CredentialDecision,
+        why: tuple[Reason, ...],
+        approval: Signed[Approval] | None = None,
+        place: Place | None = None,
+    ) -> None:
+        """Deny a request that waited, on what it waited on, and for a person's answer if that is why."""
+        case = _case(known, pending)
+        judgement = Judgement(
+            Ruling("denied", why, None, pending.required),
+            revisions=pending.revisions,
+            input=pending.input,
+            input_digest=pending.input_digest,
+        )
+        approvals = [_collected(jws) for jws in pending.approvals]
+        known = await self._answers.decide(
+            case, judgement, approvals=[*approvals, approval] if approval else approvals
+        )
+        if approval is not None and place is not None:
+            known.saw(approval, place)
+        await self._answers.follow_up(known, case)
+
+    async def _finish(self, known: Known) -> None:
+        """An answer that was taken in comes again after a crash: the reply may not have gone out."""
+        if known.outcome == "denied" and known.jws is not None:
+            decision = parse(known.jws).unverified_claims(CredentialDecision)
+            await self._answers.follow_up(known, _case(known, decision))
+
+    async def _refuse(self, approval: Signed[Approval], why: Reason, record: Received) -> Awaitable[object]:
+        known = self._decisions.get(approval.claims.request_id)
+        return await self._runtime.event_soon(
+            "refused",
+            Approval.typ,
+            about=(record.topic_name, record.partition, record.offset),
+            actor=approval.claims.iss,
+            ref=approval.claims.jti,
+            reasons=(why,),
+            source=record.coordinates,
+            traceparent=record.traceparent,
+            agent_id=known.agent_id if known else None,
+            request_id=approval.claims.request_id,
+        )
+
+    # --- what a grant answers that already waits ---
+
+    async def reconsider(self, grant: Grant, at_ms: int) -> None:
+        """Look again at what waits in the task of a grant that was appended at `at_ms`: what fits need not wait on."""
+        for known in list(self._decisions.pending()):
+            if known.agent_id != grant.agent_id:
+                continue
+            async with self._alone(at_ms):
+                pending = known.pending
+                if pending is None or at_ms >= (pending.expires_at or 0) * 1000:
+                    continue
+                case, given = _case(known, pending), [_collected(jws) for jws in pending.approvals]
+                if case.request.claims.task_id != grant.task_id or not _all_stand(given, at_ms):
+                    continue
+                judgement = await self._judge.judge(case, at_ms, given)
+                same = (judgement.revisions, judgement.ruling.ttl_s) == (pending.revisions, pending.ttl_s)
+                if same and judgement.ruling.outcome == "allowed":
+                    await self._answers.decide(case, judgement, approvals=given)
+
+    # --- those that never came, and those that are of no use any more ---
+
+    async def close_overdue(self, owns: Callable[[str, int], bool]) -> None:
+        """For ever: deny what nobody approved in its time, and what the rule stands against by now.
+
+        Whoever approves what is of a suspended agent, or of a task that has ended, approves nothing: they are not left
+        to find that out, and the agent is not left to wait.
+
+        Args:
+            owns: whether this replica takes in the requests of a partition (topic name, number). Only it closes them,
+                so that its lock keeps a late approval and the end of the time apart; where two replicas both believe
+                to own it for a moment, the final decision that stands first on Kafka counts for every reader.
+        """
+        while True:
+            await asyncio.sleep(_CLOSE_EVERY_S)
+            try:
+                await self._close_what_is_over(owns)
+            except Exception:
+                log.exception("what nobody approved could not be closed yet; it is tried again")
+
+    async def _close_what_is_over(self, owns: Callable[[str, int], bool]) -> None:
+        now, held = self._directory.versions, dict[str, tuple[int, int | None]]()
+        for known in self._decisions.pending():
+            if not self._is_own(known, owns):
+                continue
+            if self._is_overdue(known) or (
+                self._held_against.get(known.request_id) != now and self._against(known)
+            ):
+                await self._close_one(known, owns)
+            held[known.request_id] = now
+            await asyncio.sleep(0)  # many may wait
+        self._held_against = held
+
+    async def _close_one(self, known: Known, owns: Callable[[str, int], bool]) -> None:
+        async with self._alone():
+            if known.pending is None or not self._is_own(known, owns):
+                return
+            if self._is_overdue(known):
+                await self._close(known, known.pending, (_over(known.pending),))
+            elif found := self._against(known):
+                await self._close(known, known.pending, found)
+
+    def _is_own(self, known: Known, owns: Callable[[str, int], bool]) -> bool:
+        pending = known.pending
+        return pending is not None and owns(pending.source.topic, pending.source.partition)
+
+    def _is_overdue(self, known: Known) -> bool:
+        end_s = known.pending.expires_at if known.pending else None
+        return self._runtime.clock.now_ms() >= (end_s or 0) * 1000 + OVERDUE_MS
+
+    def _against(self, known: Known) -> tuple[Reason, ...]:
+        """What the rule has against a request that waits, by the records of now."""
+        if known.pending is None:
+            return ()
+        try:
+            facts = gather(self._directory, _case(known, known.pending).request)
+        except DeniedError:
+            return ()  # a record may be on its way; an answer is weighed once it is here
+        now_s = self._runtime.clock.now_ms() / 1000
+        return violations(facts, now_s, self._runtime.settings.entitlements_max_age_s)[:MAX_REASONS]
+
+
+def _case(known: Known, decision: CredentialDecision) -> Case:
+    """The case that a decision of this service is about; what it holds was verified before it was signed."""
+    request = Signed(parse(decision.request).unverified_claims(CredentialRequest), decision.request)
+    return Case(request, known.request_id, known.agent_id, decision.source, known.traceparent)
+
+
+def _collected(jws: str) -> Signed[Approval]:
+    """An approval out of a decision of this service, which verified it before it signed."""
+    return Signed(parse(jws).unverified_claims(Approval), jws)
+
+
+def _all_stand(approvals: Iterable[Signed[Approval]], at_ms: int) -> bool:
+    """Whether none of these has come to its end by the append time `at_ms`: the issuer would refuse it."""
+    return all(at_ms < approval.claims.exp * 1000 for approval in approvals)
+
+
+def _reason(code: str, message: str) -> Reason:
+    return Reason(code=code, message=message)
+
+
+def _over(pending: CredentialDecision) -> Reason:
+    wanted = ", ".join(pending.required)
+    return _reason("approval_expired", f"nobody gave the approval in time ({wanted}); ask anew")
+
+
+def _stale() -> Reason:
+    return _reason(
+        "approval_stale",
+        "agent, user, task, target or policy changed since the approval was asked for; ask anew",
+    )

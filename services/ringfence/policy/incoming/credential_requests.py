@@ -1,0 +1,121 @@
+"""Requests of agents in; decisions, questions and replies out."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import ExpiredError, parse
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.credential import CredentialRequest, Reason
+from ringfence.policy.agents.shared_keys import SharedKeys
+from ringfence.policy.decision_log import Decisions, Place
+from ringfence.policy.decisions.evaluator import Judge
+from ringfence.policy.decisions.responder import Answers
+from ringfence.policy.domain import Case, Judgement, denied
+from ringfence.policy.incoming.admission import Doorkeeper, Gatekeeper
+from ringfence.policy.incoming.load_shedding import LetGo
+from ringfence.policy.incoming.verification import Opener
+
+
+class RequestHandler:
+    """Decides on requests. Those of one batch may run side by side: each is claimed before anything is awaited for."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        opener: Opener,
+        gatekeeper: Gatekeeper,
+        judge: Judge,
+        decisions: Decisions,
+        answers: Answers,
+        doorkeeper: Doorkeeper,
+        recall: Callable[[], Awaitable[None]],
+        shared: SharedKeys,
+        let_go: LetGo,
+        *,
+        approval_timeout_s: int,
+    ) -> None:
+        """`recall` returns when every decision that stands on Kafka is known. Raises UnavailableError."""
+        self._runtime = runtime
+        self._opener = opener
+        self._gatekeeper = gatekeeper
+        self._judge = judge
+        self._decisions = decisions
+        self._answers = answers
+        self._doorkeeper = doorkeeper
+        self._recall = recall
+        self._shared = shared
+        self._let_go = let_go
+        self._approval_timeout_s = approval_timeout_s
+
+    async def handle(self, record: Received) -> None:
+        """Take one request to its decision. Raises InvalidMessageError where it is none, or not signed by an agent."""
+        if self._gatekeeper.lets_go(record, self._runtime.clock.now_ms()) and not self._let_go.is_known(
+            record
+        ):
+            self._let_go.count(record)
+            return
+        case, late = await self._opener.request(record)
+        place = Place(record.partition, record.offset)
+        known = self._decisions.claim(
+            case.request_id, case.agent_id, place, at_ms=record.appended_at_ms, exp=case.request.claims.exp
+        )
+        if known.at == place and known.outcome is None and known.tried:
+            await self._recall()  # it failed before: perhaps only in hearing that its decision was published
+        if known.at != place:
+            await self._replayed(case)
+        elif known.outcome is None:
+            refused = self._refused(case, late, first=not known.tried)
+            if late is None and not known.tried:
+                await self._shared.look(case)
+            known.tried = True
+            await self._decide(case, refused)
+        else:  # it comes again, after a crash or a failure: what is missing is finished
+            await self._answers.follow_up(known, case)
+
+    def _refused(self, case: Case, late: ExpiredError | None, *, first: bool) -> Judgement | None:
+        """Why a request is not even weighed, or None."""
+        if late is not None:
+            return denied(late.code, str(late))
+        return self._gatekeeper.refusal(case, self._runtime.clock.now_ms()) if first else None
+
+    async def _decide(self, case: Case, refused: Judgement | None) -> None:
+        at_ms, expires_at = case.source.appended_at_ms, None
+        judgement = refused or await self._judge.judge(case, at_ms)
+        if judgement.ruling.outcome == "approval_required" and judgement.facts is not None:
+            facts = judgement.facts
+            expires_at = min(at_ms // 1000 + self._approval_timeout_s, facts.task.state.not_after)
+            not_asked = _ambiguous(case) or self._doorkeeper.refusal(case, facts.agent.state.sponsor)
+            if not_asked is not None:
+                judgement, expires_at = replace(judgement, ruling=not_asked.ruling), None
+        known = await self._answers.decide(case, judgement, expires_at=expires_at)
+        await self._answers.follow_up(known, case)
+
+    async def _replayed(self, case: Case) -> None:
+        claims, source = case.request.claims, case.source
+        message = f"request {case.request_id} was taken in before, elsewhere; a repeat changes nothing"
+        await self._runtime.event(
+            "replayed",
+            CredentialRequest.typ,
+            about=(source.topic, source.partition, source.offset),
+            actor=claims.iss,
+            ref=claims.jti,
+            reasons=(Reason(code="replayed", message=message),),
+            source=source,
+            traceparent=case.traceparent,
+            agent_id=case.agent_id,
+            request_id=case.request_id,
+            task_id=claims.task_id,
+        )
+
+
+def _ambiguous(case: Case) -> Judgement | None:
+    """Why nobody can be asked about a request that does not say the same to every reader, or None."""
+    try:
+        parse(case.request.compact).check_one_reading()
+    except InvalidMessageError as error:
+        return denied(error.code, f"nobody can be asked about this: {error}; sign it anew")
+    return None

@@ -1,0 +1,155 @@
+"""From records to verified messages: requests of agents, approvals of people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.base.text import with_article
+from ringfence.kernel.crypto.jwe import check_reply_key
+from ringfence.kernel.crypto.jws import ExpiredError, KeyFinder, Signed, open_signed, parse
+from ringfence.kernel.crypto.keys import PublicKey, valid_key
+from ringfence.kernel.kafka.producer import Received, partition_of
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
+from ringfence.messages.base import ExpiringClaims, typ_header
+from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import keys_of_agents
+from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS
+from ringfence.policy.domain import Case
+
+C = TypeVar("C", bound=ExpiringClaims)
+
+MAX_APPROVAL_BYTES = 192 * 1024
+MISPLACED = "partition_unexpected"
+"""The code of what `Opener.misplaced` finds."""
+
+
+FindKey = Callable[[str, str, float, KeyFinder], PublicKey | None]
+"""(`iss`, `kid`, when, the keys of agents) to the key that may speak for that signer."""
+
+_FOR_OTHERS = frozenset({typ_header(BreakGlassReview), typ_header(ActionApproval)})
+
+
+def is_for_others(record: Received) -> bool:
+    """Whether a record says that it is a review of break glass (for audit), or about an action (for gateways)."""
+    try:
+        return parse(record.value).header.typ in _FOR_OTHERS
+    except InvalidMessageError:
+        return False
+
+
+class Opener:
+    """Verifies what comes in. What does not verify is an InvalidMessageError: it goes to the dead letters."""
+
+    def __init__(self, runtime: Runtime, directory: Directory) -> None:
+        self._runtime = runtime
+        self._directory = directory
+        self._partitions: list[int] = []
+
+    async def request(self, record: Received) -> tuple[Case, ExpiredError | None]:
+        """The request in a record, signed by an agent, and why it came too late, if it did."""
+        if self._runtime.clock.now_ms() - record.appended_at_ms > MAX_AGE_MS:
+            raise InvalidMessageError(
+                "the request has waited longer than any request may live; ask anew", code="too_old"
+            )
+        request, late = await self._open(record, CredentialRequest, self._agent_key, MAX_REQUEST_BYTES)
+        claims = request.claims
+        if late is not None and record.appended_at_ms - claims.exp * 1000 > ANSWER_EXPIRED_WITHIN_MS:
+            raise late
+        agent_id = subject_of(claims.aud, claims.iss, "agent") or ""
+        if record.key != agent_id:
+            raise InvalidMessageError(
+                f"the Kafka key of a request is the agent's id, {agent_id}", code="key_unexpected"
+            )
+        if problem := await self.misplaced(record, agent_id):
+            raise InvalidMessageError(problem, code=MISPLACED)
+        check_reply_key(claims.reply_key)
+        id = message_id(claims.iss, claims.jti)
+        return Case(request, id, agent_id, record.coordinates, record.traceparent), late
+
+    async def misplaced(self, record: Received, agent_id: str) -> str | None:
+        """Why a record about an agent stands in the wrong partition, or None.
+
+        One replica takes all of an agent's requests and the answers to them, in their order: two that weigh side by
+        side do not know what the other allows. A producer may write a key to whichever partition it likes.
+        """
+        if self._partitions and record.partition == partition_of(agent_id, self._partitions):
+            return None
+        self._partitions = await self._runtime.publisher.partitions(record.topic)
+        right = partition_of(agent_id, self._partitions)
+        if record.partition == right:
+            return None
+        return (
+            f"what is about agent {agent_id} belongs in partition {right} of {record.topic_name}: use Kafka's default "
+            "partitioner (murmur2 of the key)"
+        )
+
+    async def approval(self, record: Received) -> tuple[Signed[Approval], ExpiredError | None]:
+        """The approval in a record, signed by a user (active or not) or an agent, and why it came too late, if it did.
+
+        That a disabled user or an agent signed it is found out here and refused, by name, where it is weighed.
+        """
+        return await self._open(record, Approval, self._person_key, MAX_APPROVAL_BYTES)
+
+    async def grant(self, record: Received) -> tuple[Signed[Grant], ExpiredError | None]:
+        """The grant in a record, signed as an approval may be; see there."""
+        return await self._open(record, Grant, self._person_key, MAX_REQUEST_BYTES)
+
+    async def withdrawal(self, record: Received) -> tuple[Signed[GrantWithdraw], ExpiredError | None]:
+        """The withdrawal of a grant in a record, signed as an approval may be; see there."""
+        return await self._open(record, GrantWithdraw, self._person_key, MAX_REQUEST_BYTES)
+
+    async def _open(
+        self,
+        record: Received,
+        model: type[C],
+        find_key: FindKey,
+        max_bytes: int,
+    ) -> tuple[Signed[C], ExpiredError | None]:
+        if len(record.value) > max_bytes:
+            raise InvalidMessageError(
+                f"{with_article(model.typ)} of {len(record.value)} bytes; the limit is {max_bytes}",
+                code="too_large",
+            )
+        jws, at_s = parse(record.value), record.appended_at_ms / 1000
+        of_agents = keys_of_agents(self._directory, jws, model, at_s)
+        audience = self._runtime.settings.trust_domain
+        for known_here in (False, True):
+            try:
+                signed = open_signed(
+                    jws, model, lambda iss, kid: find_key(iss, kid, at_s, of_agents),
+                    audience=audience, appended_at_ms=record.appended_at_ms,
+                )  # fmt: skip
+            except ExpiredError as error:
+                # Judged after the signature: these claims are verified.
+                return Signed(jws.unverified_claims(model), jws.compact), error
+            except SignatureError as error:
+                if known_here or error.code != "key_unknown":
+                    raise
+                # Whoever was registered a moment ago is not turned away because word of it is still on its way.
+                await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
+            else:
+                return signed, None
+        raise AssertionError("not reached")
+
+    def _agent_key(self, iss: str, kid: str, at_s: float, of_agents: KeyFinder) -> PublicKey | None:
+        try:
+            return of_agents(iss, kid)
+        except ChainError:
+            return None
+
+    def _person_key(self, iss: str, kid: str, at_s: float, of_agents: KeyFinder) -> PublicKey | None:
+        user_id = subject_of(self._runtime.settings.trust_domain, iss, "user")
+        if user_id is None:
+            return self._agent_key(iss, kid, at_s, of_agents)
+        try:
+            entry = self._directory.user(user_id)
+        except ChainError:
+            return None
+        return valid_key(entry.state.keys, kid, at_s) if entry and entry.state.delegation is None else None

@@ -1,0 +1,217 @@
+"""Tells people by webhook that something waits for them. A hint and no more: what decides is a signature, and nothing
+that a webhook's receiver says is even read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import httpx
+
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.secret_refs import PlaceError, read_place
+from ringfence.kernel.crypto.jws import Signed
+from ringfence.messages.approval import ApprovalRequest
+from ringfence.messages.credential import CredentialRequest
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.facts import DeniedError, gather
+from ringfence.policy.decision_log import Decisions
+from ringfence.policy.notifications.webhook import (
+    Webhook,
+    WebhookError,
+    body_of,
+    parse_webhook,
+    signed_headers,
+)
+
+log = logging.getLogger(__name__)
+# It tells of every request with its URL, and these URLs are secrets.
+logging.getLogger("httpx").setLevel(logging.WARNING)
+
+MOST_UNDER_WAY = 1000
+"""So many notices wait to be delivered at most; what comes beyond is dropped: the question itself stands on Kafka."""
+MOST_OF_ONE = 100
+"""Of these, so many for one person: an endpoint that is down is nobody else's trouble."""
+_AT_ONCE = 8
+_TIMEOUT_S = 10.0
+_ATTEMPTS = 10
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 1.0, 300.0
+_REMEMBERED = 10_000
+
+
+class GaveUpError(RingfenceError):
+    """A webhook that is not tried again."""
+
+    code = "webhook_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What one person is told."""
+
+    id: str
+    """Of the question: a repeat has the same one, so that its receiver can tell."""
+    user_id: str
+    about: str
+    """What it is about, for the log."""
+    expires_at: int
+    """Seconds since 1970; then it is of no use."""
+    waits: Callable[[], bool]
+    """Whether it still waits for somebody, as far as this process knows."""
+    body: Callable[[], bytes]
+    """What is sent. Raises DeniedError where records do not say what it is about."""
+
+
+class Notices:
+    """Delivers in the background, at least once, each under an id of its own; `tell` never waits and never raises."""
+
+    def __init__(
+        self,
+        places: Mapping[str, str],
+        directory: Directory,
+        decisions: Decisions,
+        clock: Clock,
+        *,
+        first_delay_s: float = _FIRST_DELAY_S,
+    ) -> None:
+        """`places`: by user id, where the webhook of somebody stands; read anew for each notice."""
+        self._places = dict(places)
+        self._directory = directory
+        self._decisions = decisions
+        self._clock = clock
+        self._first_delay_s = first_delay_s
+        self._http: httpx.AsyncClient | None = None
+        self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._of: Counter[str] = Counter()
+        self._told: OrderedDict[str, None] = OrderedDict()
+        self._alike: OrderedDict[tuple[object, ...], str] = OrderedDict()
+        self._one_by_one: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._at_once = asyncio.Semaphore(_AT_ONCE)
+
+    async def start(self) -> None:
+        """Say which webhooks cannot be used as they are."""
+        for user_id in self._places:
+            try:
+                self._webhook(user_id)
+            except (PlaceError, WebhookError) as error:
+                log.error("%s is not told of what waits: %s", user_id, error)
+
+    async def close(self) -> None:
+        """Drop what is under way."""
+        tasks = list(self._under_way.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._http is not None:
+            await self._http.aclose()
+
+    def tell(self, asked: ApprovalRequest, request: Signed[CredentialRequest]) -> None:
+        """Tell somebody, if they want to be told, and have not been told of this, or of one that is alike and waits.
+
+        A repeat of the question has the same `jti`, so that its receiver can tell.
+        """
+        user_id, id = asked.approver, asked.jti
+        if user_id not in self._places or id in self._told or self._is_known(asked, request.claims):
+            return
+        self.deliver(
+            Notice(
+                id, user_id, f"request {asked.request_id}", asked.expires_at,
+                lambda: self._waits(asked.request_id), lambda: body_of(asked, gather(self._directory, request)),
+            )
+        )  # fmt: skip
+
+    def wants(self, user_id: str, id: str) -> bool:
+        """Whether somebody wants to be told, and has not been told of this."""
+        return user_id in self._places and id not in self._told
+
+    def deliver(self, notice: Notice) -> None:
+        """Deliver one in the background, where not too many are under way."""
+        id, user_id = notice.id, notice.user_id
+        if len(self._under_way) >= MOST_UNDER_WAY or self._of[user_id] >= MOST_OF_ONE:
+            metrics.NOTICES.labels("dropped").inc()
+            log.warning("%s is not told of %s: too many notices wait", user_id, notice.about)
+            return
+        self._told[id] = None
+        while len(self._told) > _REMEMBERED:
+            self._told.popitem(last=False)
+        self._of[user_id] += 1
+        task = asyncio.create_task(self._deliver(notice), name="notice")
+        self._under_way[id] = task
+        task.add_done_callback(lambda _: self._ended(id, user_id))
+
+    def _ended(self, id: str, user_id: str) -> None:
+        self._under_way.pop(id, None)
+        self._of[user_id] -= 1
+
+    def _is_known(self, asked: ApprovalRequest, request: CredentialRequest) -> bool:
+        """Whether the person was told of another request that would come to the same and still waits."""
+        scope = sorted((p.target, sorted(p.verbs), sorted(p.resources)) for p in request.scope)
+        if request.break_glass:
+            return False  # each of these is told
+        terms = (asked.ttl_s, asked.delivery, asked.required, asked.revisions.model_dump_json())
+        key = (asked.approver, request.iss, request.task_id, repr(scope), *terms)
+        known = self._alike.get(key)
+        if known is not None and known != asked.request_id and self._waits(known):
+            return True
+        self._alike[key] = asked.request_id
+        while len(self._alike) > _REMEMBERED:
+            self._alike.popitem(last=False)
+        return False
+
+    def _waits(self, request_id: str) -> bool:
+        known = self._decisions.get(request_id)
+        return known is not None and known.pending is not None
+
+    async def _deliver(self, notice: Notice) -> None:
+        try:
+            await self._tried(notice, notice.body())
+        except (GaveUpError, DeniedError, PlaceError, WebhookError) as error:
+            metrics.NOTICES.labels("failed").inc()
+            log.warning("%s was not told of %s: %s", notice.user_id, notice.about, error)
+        except Exception:
+            metrics.NOTICES.labels("failed").inc()
+            log.exception("%s was not told of %s", notice.user_id, notice.about)
+
+    async def _tried(self, notice: Notice, body: bytes) -> None:
+        delay_s = self._first_delay_s
+        for left in reversed(range(_ATTEMPTS)):
+            if not notice.waits() or self._clock.now_ms() >= notice.expires_at * 1000:
+                metrics.NOTICES.labels("skipped").inc()  # it was answered meanwhile
+                return
+            async with self._one_by_one[notice.user_id], self._at_once:
+                problem = await self._post(self._webhook(notice.user_id), notice.id, body)
+            if problem is None:
+                metrics.NOTICES.labels("delivered").inc()
+                return
+            if not left:
+                raise GaveUpError(f"{problem}, {_ATTEMPTS} times")
+            log.info("%s is told of %s later: %s", notice.user_id, notice.about, problem)
+            await asyncio.sleep(delay_s * random.uniform(0.75, 1.25))  # noqa: S311 - so that not all come at once
+            delay_s = min(delay_s * 2, _LONGEST_DELAY_S)
+
+    async def _post(self, webhook: Webhook, id: str, body: bytes) -> str | None:
+        """One attempt: what was wrong, or None. Raises GaveUpError where trying again is of no use."""
+        if self._http is None:
+            self._http = httpx.AsyncClient(timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False)
+        headers = signed_headers(webhook, id, self._clock.now_ms() // 1000, body)
+        try:
+            async with (
+                asyncio.timeout(_TIMEOUT_S),
+                self._http.stream("POST", webhook.url, content=body, headers=headers) as response,
+            ):
+                status = response.status_code  # and nothing more of it is read
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, OSError) as error:
+            return type(error).__name__
+        if status == httpx.codes.GONE:
+            raise GaveUpError("the webhook is gone (410)")
+        return None if httpx.codes.is_success(status) else f"it answered {status}"
+
+    def _webhook(self, user_id: str) -> Webhook:
+        return parse_webhook(read_place(self._places[user_id], f"the webhook of {user_id}"))

@@ -1,0 +1,1 @@
+"""Kafka and Redis held against each other: view, comparison, rebuild, repair."""

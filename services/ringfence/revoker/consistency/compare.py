@@ -1,0 +1,356 @@
+"""Holds Redis against Kafka, and changes nothing: `ringfence rebuild --check`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.kernel.service.trust_updates import take_in
+from ringfence.messages.credential import Coordinates
+from ringfence.messages.lease import TERMINAL, Lease
+from ringfence.messages.topics import TRUST
+from ringfence.model.lease_store import (
+    FENCE_KEEP_MS,
+    GRANT_KEEP_MS,
+    SELECTOR_KEEP_MS,
+    SLACK_MS,
+    Alive,
+    Held,
+    Restoration,
+    uses_of,
+)
+from ringfence.model.leases.epochs import number_of
+from ringfence.model.leases.lifecycle import is_cut_mark, is_over, own_marks_of, statement
+from ringfence.model.records.directory import TABLES, Directory
+from ringfence.revoker.consistency.kafka_view import (
+    Fold,
+    Known,
+    Record,
+    Revocations,
+    peek,
+    read_leases,
+    read_revocations,
+    verified,
+    whole,
+)
+
+AGAIN_S = 1.0
+_AT_A_TIME = 500
+
+_LATER_MS = 60_000
+"""So far beyond our own clock a fence is nobody's: it stands for the moment at which somebody revoked something."""
+
+What = Literal[
+    "missing", "behind", "ahead", "differs", "unknown", "misplaced",
+    "unfenced", "overfenced", "unseen", "uncounted", "stray", "miscounted", "mistimed", "stuck",
+]  # fmt: skip
+"""`missing`: Redis has no record of a lease. `behind`, `ahead`: it has another `seq`, or is of an older epoch.
+`differs`: its record of the same `seq` says something else. `unknown`: Kafka does not know the lease. `misplaced`: it
+is not where its status says. `unfenced`: a revocation does not stand in the way of what was asked for before it.
+`overfenced`: something stands in the way of what will be asked for. `unseen`: where a revocation stood first is not
+known, so that the same one, sent again, covers more. `uncounted`: a lease does not count for the grant that it names.
+`stray`: something stands in Redis that follows from no record there. `miscounted`: how many leases an agent has with a
+sponsor or a user is counted wrongly. `mistimed`: a key goes at another time than it should. `stuck`: a record waits to
+be published, and no sweeper comes to it.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that Redis has otherwise than Kafka. `about` is a lease's id, that and a grant's, a mark and a shard, a
+    revocation's id, `epoch`, or what stands in which key of which shard.
+    """
+
+    about: str
+    what: What
+    kafka: str
+    redis: str
+
+
+class Checker:
+    """Finds differences. Needs no key: it only reads."""
+
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        directory: Directory,
+        trust: TrustStore,
+        clock: Clock,
+        *,
+        record_keep_ms: int,
+    ) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._trust = trust
+        self._clock = clock
+        self._record_keep_ms = record_keep_ms
+
+    async def differences(self) -> list[Difference]:
+        """Those that last: what is under way at this moment is looked at twice. Raises UnavailableError."""
+        found = await self._look()
+        if found:
+            await asyncio.sleep(AGAIN_S)
+            found = {about: one for about, one in (await self._look()).items() if about in found}
+        return sorted(found.values(), key=lambda one: (one.what, one.about))
+
+    async def _look(self) -> dict[tuple[str, What], Difference]:
+        restoration = Restoration(self._settings)
+        try:
+            await restoration.look()
+            return {(one.about, one.what): one async for one in self._compared(restoration)}
+        finally:
+            await restoration.close()
+
+    async def _compared(self, restoration: Restoration) -> AsyncIterator[Difference]:
+        now_ms = self._clock.now_ms()
+        ids = await restoration.ids()
+        waiting = await restoration.waiting()
+
+        fold_anew = partial(Fold, trust=self._trust, over_before_s=(now_ms - self._record_keep_ms) / 1000)
+        fold = fold_anew(held=frozenset(ids))
+        await read_leases(self._settings, fold)
+        if not restoration.complete:
+            yield Difference("epoch", "missing", str(fold.epochs.highest()), "")
+        for epoch in sorted(restoration.epochs):
+            if number_of(epoch) < fold.epochs.highest():
+                yield Difference("epoch", "behind", str(fold.epochs.highest()), epoch)
+        records = await self._believed(restoration, fold, fold_anew)
+        wanted = list(dict.fromkeys([*records, *ids]))
+        alive: dict[str, Alive] = {}
+        for start in range(0, len(wanted), _AT_A_TIME):
+            some = wanted[start : start + _AT_A_TIME]
+            marks = {id: _marks(records[id].jws) if id in records else () for id in some}
+            found = await restoration.held(marks)
+            # Of what Kafka does not know, or not yet, Redis's own record says by what it should be found.
+            alone = {
+                id: _marks(held.stored.jws) for id, held in found.items() if id not in records and held.stored
+            }
+            marks |= alone
+            for id, held in (found | await restoration.held(alone)).items():
+                if held.stored is not None and held.stored.status not in TERMINAL:
+                    alive[id] = Alive.of(held.stored)
+                for one in _differences(
+                    id, records.get(id), held, marks[id], waiting, now_ms, self._record_keep_ms
+                ):
+                    yield one
+        async for one in self._uncounted(restoration, records, now_ms):
+            yield one
+        revocations = await read_revocations(self._settings, self._directory, self._trust)
+        async for stray in restoration.survey(alive, Known(fold, records, revocations), now_ms).strays():
+            yield Difference(stray.about, stray.what, stray.wanted, stray.found)
+        fences = revocations.fences(now_ms - FENCE_KEEP_MS)
+        for shard, known in enumerate(await restoration.fences()):
+            for mark, before_ms in fences.items():
+                if known.get(mark, 0) < before_ms:
+                    yield Difference(
+                        f"{mark} in shard {shard}", "unfenced", str(before_ms), str(known.get(mark, ""))
+                    )
+            for mark, before_ms in known.items():
+                if not _is_rightly_fenced(mark, before_ms, fences.get(mark, 0), revocations, now_ms):
+                    yield Difference(
+                        f"{mark} in shard {shard}", "overfenced", str(fences.get(mark, "")), str(before_ms)
+                    )
+        # Kafka may keep orders for longer than they are remembered.
+        since_ms = now_ms - SELECTOR_KEEP_MS + SLACK_MS
+        first = {
+            id: order.at for id, order in revocations.orders.items() if order.at.appended_at_ms > since_ms
+        }
+        seen = await restoration.sightings(list(first))
+        for id, at in first.items():
+            if seen.get(id) != at:
+                yield Difference(id, "unseen", _place(at), _place(seen[id]) if id in seen else "")
+
+    async def _uncounted(
+        self, restoration: Restoration, records: Mapping[str, Record], now_ms: int
+    ) -> AsyncIterator[Difference]:
+        granted = (parse(one.jws).unverified_claims(Lease) for one in records.values() if one.granted)
+        uses = [use for one in granted if one.iat * 1000 > now_ms - GRANT_KEEP_MS for use in uses_of(one)]
+        for start in range(0, len(uses), _AT_A_TIME):
+            some = uses[start : start + _AT_A_TIME]
+            for (grant_id, lease_id), is_counted in zip(some, await restoration.counted(some), strict=True):
+                if not is_counted:
+                    yield Difference(f"{lease_id} on grant {grant_id}", "uncounted", "named", "")
+
+    async def _believed(
+        self, restoration: Restoration, fold: Fold, fold_anew: Callable[..., Fold]
+    ) -> dict[str, Record]:
+        """The highest records, but for those that nobody signed who may: what has ended, and Redis has too, is not
+        looked at.
+        """
+        unlike: dict[str, Record] = {}
+        ids = list(fold.highest)
+        for start in range(0, len(ids), _AT_A_TIME):
+            some = ids[start : start + _AT_A_TIME]
+            for id, held in (await restoration.held(dict.fromkeys(some, ()))).items():
+                record = fold.highest[id]
+                if held.stored is None or held.stored.jws != record.jws or record.status not in TERMINAL:
+                    unlike[id] = record
+        found = {id: record for id, record in fold.highest.items() if id not in unlike}
+        async for leases in verified(
+            self._settings, self._trust, self._clock, unlike, fold.contested, fold_anew
+        ):
+            for one in leases:
+                claims = one.claims
+                record = Record(
+                    claims.seq, claims.status, one.jws.encode(), granted=claims.grants is not None
+                )
+                found[one.claims.lease_id] = record
+        return found
+
+
+def _differences(
+    id: str,
+    record: Record | None,
+    held: Held,
+    marks: Sequence[str],
+    waiting: set[tuple[str, int]],
+    now_ms: int,
+    record_keep_ms: int,
+) -> Iterator[Difference]:
+    stored = held.stored
+    redis = f"{stored.status} {stored.seq}" if stored else ""
+    if record is None:
+        if stored is None or (id, stored.seq) not in waiting:
+            yield Difference(id, "unknown", "", redis)
+        if stored is not None:
+            yield from _ill_kept(id, "", held, marks, now_ms, record_keep_ms)
+        return
+    kafka = _told(record)
+    if stored is None:
+        if not _is_long_over(record, now_ms - record_keep_ms):
+            yield Difference(id, "missing", kafka, "")
+        return
+    if stored.seq < record.seq:
+        yield Difference(id, "behind", kafka, redis)
+    elif stored.seq > record.seq:
+        if (id, stored.seq) not in waiting:
+            yield Difference(id, "ahead", kafka, redis)
+    elif stored.jws != record.jws and not _say_the_same(stored.jws, record.jws):
+        yield Difference(id, "differs", kafka, redis)
+    yield from _ill_kept(id, kafka, held, marks, now_ms, record_keep_ms)
+
+
+def _ill_kept(
+    id: str, kafka: str, held: Held, marks: Sequence[str], now_ms: int, record_keep_ms: int
+) -> Iterator[Difference]:
+    """What does not go with the record that Redis has of a lease."""
+    for place in _misplaced(held, marks, now_ms):
+        yield Difference(id, "misplaced", kafka, place)
+    for when in _mistimed(held, now_ms, record_keep_ms):
+        yield Difference(id, "mistimed", kafka, when)
+
+
+def _misplaced(held: Held, marks: Sequence[str], now_ms: int) -> Iterator[str]:
+    """Where a lease is and should not be, or the other way round, going by the record that Redis has of it."""
+    stored = held.stored
+    assert stored is not None
+    over = stored.status not in ("minting", "active", "ending")
+    is_due, is_live = held.deadline_ms is not None, held.live_until_ms is not None
+    if over and (is_due or held.claimed or is_live or held.marks):
+        yield "ended, and still to be ended"
+    elif not over and not (is_due or held.claimed):
+        yield "no revoker will come to it"
+    elif not over and is_due and (held.claimed or stored.status != "active"):
+        yield "due, and taken by somebody already"
+    elif held.deadline_ms is not None and held.deadline_ms != stored.deadline_ms:
+        yield "due at another time than its deadline"
+    if not over and held.marks != frozenset(marks):
+        yield "not found by: " + ", ".join(sorted(set(marks) - held.marks))
+    if stored.status == "active" and not is_live and stored.deadline_ms > now_ms:
+        yield "active, and its credential is refused"
+    if stored.status in ("minting", "ending") and is_live:
+        yield "cut, or not issued yet, and not refused by its live key"
+
+
+def _mistimed(held: Held, now_ms: int, record_keep_ms: int) -> Iterator[str]:
+    """What of a lease goes at another time than it should."""
+    stored, kept_until_ms = held.stored, held.kept_until_ms
+    assert stored is not None
+    if held.live_until_ms not in (None, stored.deadline_ms):
+        yield f"live until {_when(held.live_until_ms)}, and due at {stored.deadline_ms}"
+    if stored.status in TERMINAL and kept_until_ms is not None:
+        # It is kept from its end, or from its deadline where that comes later.
+        latest_ms = max(now_ms, stored.deadline_ms) + record_keep_ms + SLACK_MS
+        if not stored.deadline_ms + record_keep_ms <= kept_until_ms <= latest_ms:
+            yield f"its record is kept until {_when(kept_until_ms)}"
+
+
+def _when(at_ms: int | None) -> str:
+    return "for ever" if at_ms == -1 else str(at_ms)
+
+
+def _is_rightly_fenced(
+    mark: str, before_ms: int, wanted_ms: int, revocations: Revocations, now_ms: int
+) -> bool:
+    """Whether a fence stands for something that somebody revoked.
+
+    What records of agents, tasks and users took away is fenced as well, and they need not be on Kafka any more. A cut
+    is a selector's alone: it stands for one that is there, or was until a while ago.
+    """
+    if before_ms <= wanted_ms:
+        return True
+    if before_ms > now_ms + _LATER_MS:
+        return False
+    was_kept = now_ms - before_ms < FENCE_KEEP_MS
+    return not (is_cut_mark(mark) and was_kept) or before_ms in revocations.claimed_at_ms
+
+
+def _place(at: Coordinates) -> str:
+    return f"{at.topic}/{at.partition}@{at.offset}"
+
+
+def _marks(jws: bytes) -> tuple[str, ...]:
+    try:
+        return own_marks_of(parse(jws).unverified_claims(Lease))  # compared, not believed
+    except InvalidMessageError:
+        return ()
+
+
+def _say_the_same(one: bytes, other: bytes) -> bool:
+    """Whether two records differ only in who signed them, in which epoch."""
+    try:
+        first, second = (
+            parse(jws).unverified_claims(Lease) for jws in (one, other)
+        )  # compared, not believed
+    except InvalidMessageError:
+        return False
+    return statement(first) == statement(second)
+
+
+def _is_long_over(record: Record, before_ms: int) -> bool:
+    """Whether a lease has ended, and Redis need not hold its record any more."""
+    glance = peek(record.jws)
+    return glance is not None and glance.status in TERMINAL and glance.deadline * 1000 < before_ms
+
+
+def _told(record: Record) -> str:
+    lease = parse(record.jws).unverified_claims(Lease)  # shown to a person
+    return f"{lease.status} {lease.seq}" + (", over" if is_over(lease) else "")
+
+
+@contextlib.asynccontextmanager
+async def checking(settings: ServiceSettings, clock: Clock, *, record_keep_ms: int) -> AsyncIterator[Checker]:
+    """A checker, with what it trusts read from Kafka. Raises UnavailableError."""
+    trust = TrustStore(settings.trust_domain, settings.trust_root)
+
+    def on_trust(records: Sequence[Received]) -> None:
+        for record in records:
+            take_in(trust, record, clock)
+
+    directory = Directory(trust, clock, grace_ms=None, on_alarm=lambda alarm: None)
+    async with Follower(settings, [TRUST], on_trust) as bundles:
+        await whole(bundles)
+        trust.require()
+        async with Follower(settings, list(TABLES), directory.on_records) as tables:
+            await whole(tables)
+            yield Checker(settings, directory, trust, clock, record_keep_ms=record_keep_ms)

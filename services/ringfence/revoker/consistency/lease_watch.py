@@ -1,0 +1,299 @@
+"""Background work: holds Redis against what comes on the `lease` topic.
+
+A record comes from Redis to Kafka, so Redis has it, and none that is higher lies before it on the topic. Two things can
+break that, both by a process that was paused, or cut off, at the wrong moment:
+
+- an issuer publishes what it wrote to a Redis that has been lost and rebuilt meanwhile: then Redis is given the record;
+- it publishes what others have gone beyond, or a revoker what is void by now: then what counts is published again.
+
+And Redis may be the one that is behind: where Kafka has a marker of a newer epoch, it is rebuilt.
+
+Every revoker sees what comes while it runs. What came while none did, a consumer group remembers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import Follower, Received
+from ringfence.messages.lease import TERMINAL, Lease
+from ringfence.model.lease_store import LeaseStore, LostError, Outgoing, SignedLease, StoredLease
+from ringfence.model.leases.epochs import Epochs, number_of
+from ringfence.model.leases.lifecycle import comes_after
+from ringfence.model.leases.verification import open_lease
+from ringfence.revoker.consistency.kafka_view import Glance
+from ringfence.revoker.consistency.rebuild import Rebuilder
+from ringfence.revoker.ending.lease_ender import Ender
+from ringfence.revoker.mass_expiry.own_record_cache import Said
+
+log = logging.getLogger(__name__)
+
+LINGER_MS = 250
+"""Records are looked at together: nobody waits for what comes of them."""
+BACK_MS = 15_000
+"""So far back a revoker begins: what one that was killed had read it may not have looked at yet."""
+_CAUGHT_UP_WITHIN_S = 5.0
+_FAILED_S = 1.0
+_AT_A_TIME = 500
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """A record of a lease, under its own key; nothing of it is verified."""
+
+    glance: Glance
+    jws: bytes
+    void: bool
+    known: bool
+    """Whether a marker was seen before it. Otherwise the epoch of Redis tells, which at most heals too much."""
+
+    @property
+    def id(self) -> str:
+        return self.glance.lease_id
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """Who waits until the records of these leases have been looked at."""
+
+    ids: frozenset[str]
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class LeaseWatch:
+    """Takes the records of `lease` as they come; each revoker looks at all of them."""
+
+    def __init__(
+        self,
+        store: LeaseStore,
+        trust: TrustStore,
+        ender: Ender,
+        rebuilder: Rebuilder,
+        clock: Clock,
+        said: Said,
+        *,
+        since_ms: int,
+    ) -> None:
+        """`since_ms`: from then on `on_records` is given all that was appended; what came before that, `catch_up`."""
+        self._store = store
+        self._trust = trust
+        self._ender = ender
+        self._rebuilder = rebuilder
+        self._clock = clock
+        self._said = said
+        self._epochs = Epochs(trust)
+        self._since_ms = since_ms
+        self._arrived: list[_Arrived] = []
+        self._looked_at: set[str] = set()
+        """Leases with records that have arrived and are not decided yet, those that are being looked at among them."""
+        self._waiting: list[_Waiting] = []
+        self._news = asyncio.Event()
+
+    def on_records(self, records: Sequence[Received]) -> None:
+        """What came. Never blocks, never raises."""
+        epoch = self._epoch()
+        for record in records:
+            if self._epochs.took(record):
+                continue
+            glance = self._said.peek(record.value)
+            if glance is None or glance.lease_id != record.key:
+                continue
+            void = self._epochs.is_void(record, glance.epoch)
+            by_itself = not void and glance.lease_id not in self._looked_at
+            if by_itself and self._ended_here(glance, record.value, epoch):
+                continue  # as most ends, it agrees with Redis, and nothing is there that it could be held against
+            known = self._epochs.of(record.partition) is not None
+            self._take(_Arrived(glance, record.value, void, known))
+        self._news.set()
+
+    def _take(self, record: _Arrived) -> None:
+        self._arrived.append(record)
+        self._looked_at.add(record.id)
+
+    async def catch_up(self, records: Sequence[Received]) -> None:
+        """Return once those of these records have been looked at that came before all that `on_records` is given.
+
+        But for those of leases that Redis need not know any more.
+        """
+        known_since_s = (self._clock.now_ms() - self._store.record_keep_ms) / 1000
+        glances = [
+            (glance, record.value)
+            for record in records
+            if record.appended_at_ms < self._since_ms
+            if (glance := self._said.peek(record.value)) is not None
+            if glance.lease_id == record.key and glance.deadline > known_since_s
+        ]
+        if not glances:
+            return
+        # What revokers published too late, they look at themselves when they wake.
+        for glance, jws in glances:
+            self._take(_Arrived(glance, jws, void=False, known=True))
+        waiting = _Waiting(frozenset(glance.lease_id for glance, _ in glances))
+        self._waiting.append(waiting)
+        self._news.set()
+        await waiting.done.wait()
+
+    async def run(self, follower: Follower) -> None:
+        """Look at what `follower` brings, for ever."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            records, self._arrived = self._arrived, []
+            waiting = list(self._waiting)
+            try:
+                await self._heed_epochs()
+                records = self._judged(records)
+                undecided = await self._look(records, follower)
+                self._tell(waiting, {one.id for one in undecided})
+                self._arrived = undecided + self._arrived
+                self._looked_at = {one.id for one in self._arrived}
+                if undecided:
+                    self._news.set()
+                    await asyncio.sleep(LINGER_MS / 1000)
+            except UnavailableError as error:
+                log.info("records of leases are looked at later: %s", error)
+                self._arrived = records + self._arrived
+                self._news.set()
+                await asyncio.sleep(_FAILED_S)
+
+    def _tell(self, waiting: Iterable[_Waiting], undecided: Collection[str]) -> None:
+        for one in waiting:
+            if one.ids.isdisjoint(undecided):
+                one.done.set()
+                self._waiting.remove(one)
+
+    async def _heed_epochs(self) -> None:
+        """Have Redis rebuilt where Kafka is in a newer epoch: what is written in the old one is void.
+
+        Raises LostError where that is so.
+        """
+        if self._epochs.highest() <= number_of(self._store.epoch):
+            return
+        log.warning("Kafka is in a newer epoch than Redis, which is rebuilt once more")
+        await self._store.disown()
+        raise LostError("Redis is of an older epoch than Kafka")
+
+    def _judged(self, records: Sequence[_Arrived]) -> list[_Arrived]:
+        epoch = number_of(self._store.epoch)
+
+        def judged(one: _Arrived) -> _Arrived:
+            void = one.glance.epoch is not None and number_of(one.glance.epoch) < epoch
+            return one if one.known or one.void == void else replace(one, void=void)
+
+        return list(map(judged, records))
+
+    async def _look(self, records: list[_Arrived], follower: Follower) -> list[_Arrived]:
+        """Returns those to be looked at once more: what came meanwhile, and where a later record waits in the outbox.
+
+        That may be on its way, or have come before these: what Kafka has acknowledged leaves the outbox a moment after.
+        """
+        epoch = self._epoch()
+        at_their_ends = {one.id for one in records if self._ended_here(one.glance, one.jws, epoch)}
+        seqs = {id: seq for id, seq in _highest(records).items() if id not in at_their_ends}
+        behind, ahead = await self._compare(seqs)
+        waiting = await self._store.is_waiting(list(ahead.items()))
+        acknowledged = {id for id, waits in zip(ahead, waiting, strict=True) if not waits}
+        undecided = [one for one in records if one.id in ahead.keys() - acknowledged]
+        if not (behind or acknowledged or _outdated(records)):
+            return undecided
+        if not await follower.caught_up(_CAUGHT_UP_WITHIN_S):
+            raise UnavailableError("Kafka does not say what else there is")
+        arrived, self._arrived = self._judged(self._arrived), []
+        records += arrived
+        outdated, later, compared = _outdated(records), _highest(records), {*behind, *acknowledged}
+        behind, ahead = await self._compare({id: later[id] for id in compared})
+        await self._restore([one for one in records if one.id in behind and not one.void])
+        await self._heal(outdated | (ahead.keys() & acknowledged), records)
+        return [one for one in (*undecided, *arrived) if one.id not in outdated | compared]
+
+    def _ended_here(self, glance: Glance, jws: bytes, epoch: str | None) -> bool:
+        """Whether Redis need not be asked of the lease: it took this end from this very process, in this epoch."""
+        return (
+            epoch is not None and glance.status in TERMINAL and glance.epoch == epoch and self._said.has(jws)
+        )
+
+    def _epoch(self) -> str | None:
+        """That of Redis; None while nobody knows it."""
+        try:
+            return self._store.epoch
+        except LostError:
+            return None
+
+    async def _compare(self, seqs: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+        """Of leases by their highest `seq` on Kafka: those of which Redis has a lower one, and those of which it has a
+        higher one, with that.
+        """
+        held: dict[str, int] = {}
+        ids = list(seqs)
+        for start in range(0, len(ids), _AT_A_TIME):
+            held |= await self._store.seqs(ids[start : start + _AT_A_TIME])
+        behind = {id: seq for id, seq in held.items() if seq < seqs[id]}
+        return behind, {id: seq for id, seq in held.items() if seq > seqs[id]}
+
+    async def _restore(self, records: Iterable[_Arrived]) -> None:
+        """Give Redis what issuers published late. What revokers wrote, Redis has, or it is not of its epoch."""
+        epoch = self._store.epoch
+        leases: dict[str, SignedLease] = {}
+        for record in records:
+            lease = self._opened(record)
+            if lease is None or lease.epoch not in (None, epoch):
+                continue
+            known = leases.get(lease.lease_id)
+            if known is None or lease.seq > known.claims.seq:
+                leases[lease.lease_id] = SignedLease(lease, record.jws.decode("ascii"))
+        if leases:
+            log.warning("restoring %d leases that were published after Redis had been rebuilt", len(leases))
+            revocations = await self._rebuilder.revocations()
+            await self._store.restore(
+                await self._rebuilder.cut_revoked(list(leases.values()), revocations, epoch)
+            )
+
+    async def _heal(self, ids: Collection[str], records: Sequence[_Arrived]) -> None:
+        """Publish again what Redis has of these leases, where it was their authors who published something older."""
+        last = {one.id: one for one in records if one.id in ids}
+        old = [id for id, one in last.items() if self._opened(one) is not None]
+        if not old:
+            return
+        log.warning("publishing the latest records of %d leases again: older ones came after them", len(old))
+        stored = await self._store.get(old)
+        cuts = [one for one in records if one.void and one.id in stored and one.glance.status == "ending"]
+        again = {(one.id, one.glance.seq): one.jws for one in cuts if self._leads_to(one, stored[one.id])}
+        again |= {(id, one.seq): one.jws for id, one in stored.items()}
+        await self._ender.republish([Outgoing(id, seq, jws) for (id, seq), jws in sorted(again.items())])
+
+    def _leads_to(self, cut: _Arrived, stored: StoredLease) -> bool:
+        """Whether a void cut is the one before the end that Redis has: then it has to stand before that."""
+        if stored.seq <= cut.glance.seq:
+            return False
+        before, after = self._opened(cut), self._opened(stored)
+        return before is not None and after is not None and comes_after(before, after)
+
+    def _opened(self, record: _Arrived | StoredLease) -> Lease | None:
+        """The claims of a record that holds; nobody acts on another."""
+        try:
+            lease = open_lease(record.jws, self._trust, self._clock)
+        except InvalidMessageError:
+            return None
+        return lease if isinstance(record, StoredLease) or lease.lease_id == record.id else None
+
+
+def _highest(records: Iterable[_Arrived]) -> dict[str, int]:
+    """The highest `seq` of each lease, by the word of whoever wrote the records. Void ones do not count."""
+    highest: dict[str, int] = {}
+    for one in records:
+        if not one.void:
+            highest[one.id] = max(highest.get(one.id, 0), one.glance.seq)
+    return highest
+
+
+def _outdated(records: Iterable[_Arrived]) -> set[str]:
+    """Leases of which the last record is void, or not the highest."""
+    last = {one.id: one for one in records}
+    highest = _highest(records)
+    return {id for id, one in last.items() if one.void or one.glance.seq < highest[id]}

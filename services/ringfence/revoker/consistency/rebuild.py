@@ -1,0 +1,387 @@
+"""Background work: makes Redis complete again from Kafka, where it may have forgotten leases.
+
+Redis was emptied, restarted, restored from an old snapshot, or replaced by a replica that lagged behind: each service
+notices, and stops. One revoker writes what is missing or lower in Redis. What Redis has and Kafka has not stays, where
+it goes on from what Kafka has; otherwise Kafka has gone another way, and that counts. Deadlines that were missed
+meanwhile come to the scheduler at once, like any others.
+
+Before anything counts as read, a marker stands in every partition (ADR 0006): what comes after it and was written to
+the Redis that was lost is void.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from functools import partial
+
+from aiokafka.errors import KafkaError
+
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.kafka.consumer import gather_all
+from ringfence.kernel.kafka.producer import Follower
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.lease import Lease, LeaseEpoch
+from ringfence.messages.topics import LEASE
+from ringfence.model.lease_store import (
+    FENCE_KEEP_MS,
+    Had,
+    Knowledge,
+    LeaseStore,
+    LostError,
+    Restoration,
+    SignedLease,
+)
+from ringfence.model.leases.epochs import marker_key
+from ringfence.model.leases.lifecycle import comes_after, cut_before, follow, restated
+from ringfence.model.leases.verification import open_lease
+from ringfence.model.records.directory import Directory
+from ringfence.revoker.consistency.kafka_view import (
+    Fold,
+    Known,
+    Record,
+    Revocations,
+    read_leases,
+    read_revocations,
+    unverified,
+    verified,
+)
+
+log = logging.getLogger(__name__)
+
+_FAILED_S = 1.0
+_BUSY_S = 0.2
+_KEEP_EVERY_S = 3.0
+_AT_A_TIME = 500
+_TRIES = 5
+"""More markers than there are others who begin at the same moment."""
+_CAUGHT_UP_WITHIN_S = 30.0
+_NONE = Had()
+
+
+class Rebuilder:
+    """Rebuilds Redis where the store says that it is lost."""
+
+    def __init__(self, runtime: Runtime, store: LeaseStore, directory: Directory) -> None:
+        self._runtime = runtime
+        self._settings = runtime.settings
+        self._store = store
+        self._directory = directory
+
+    async def connect(self) -> None:
+        """Connect to Redis, lost or not. Raises UnavailableError where it does not answer."""
+        with contextlib.suppress(LostError):
+            await self._store.connect()
+
+    async def run(self) -> None:
+        """Rebuild whenever that is needed, for ever."""
+        while True:
+            await self._store.until_lost()
+            try:
+                if not await self.rebuild():
+                    await asyncio.sleep(_BUSY_S)
+                await self.connect()
+            except (RingfenceError, KafkaError, OSError) as error:
+                log.warning("rebuilding Redis failed, again in %.0f s: %s", _FAILED_S, error)
+                await asyncio.sleep(_FAILED_S)
+
+    async def rebuild(self) -> bool:
+        """Rebuild now. False where another revoker is at it. Raises UnavailableError, LostError among them."""
+        restoration = Restoration(self._settings, record_keep_ms=self._store.record_keep_ms)
+        try:
+            if not await restoration.begin():
+                return False
+            log.warning("Redis is not known to hold all leases: rebuilding it from Kafka")
+            start = asyncio.get_running_loop().time()
+            try:
+                async with _kept(restoration):
+                    known, restored = await self._rebuild(restoration)
+            except BaseException:
+                with contextlib.suppress(UnavailableError):
+                    await restoration.give_up()
+                raise
+            took_s = asyncio.get_running_loop().time() - start
+            log.warning(
+                "Redis holds all %d leases again: %d were restored, in %.1f s", known, restored, took_s
+            )
+            return True
+        finally:
+            await restoration.close()
+
+    async def _rebuild(self, restoration: Restoration) -> tuple[int, int]:
+        now_ms = self._runtime.clock.now_ms()
+        fold_anew = partial(
+            Fold, trust=self._runtime.trust, over_before_s=(now_ms - self._store.record_keep_ms) / 1000
+        )
+        if restoration.anew:
+            books = restoration.survey(await restoration.alive(), Knowledge(), now_ms).books()
+            if mended := await restoration.mend(books):
+                log.warning("%d entries of outboxes and signers were wrong, and are mended", mended)
+        alive = await restoration.ids()
+        fold = fold_anew(held=frozenset(alive))
+        epoch = await self._read(restoration, fold)
+        revocations = await self.revocations()
+        waiting = {id for id, _ in await restoration.waiting()}
+        had = await self._compare(restoration, dict.fromkeys([*fold.highest, *alive, *waiting]))
+        over = await self._settle(restoration, fold.highest, had, epoch)
+        await self._count_unpublished(
+            restoration, [id for id, one in had.items() if one.seq and id not in fold.highest]
+        )
+        behind = {id: one for id, one in fold.highest.items() if had[id].seq <= one.seq or id in over}
+        missing = {
+            id: one
+            for id, one in behind.items()
+            if restoration.anew or had[id].seq != one.seq or had[id].epoch != one.epoch
+        }
+        needed = missing | self._revoked(behind, revocations)
+        granted = {id: one for id, one in fold.highest.items() if one.granted}
+        only_counted = granted.keys() - needed.keys() - fold.contested
+        wanted, restored = granted | needed, 0
+        async for leases in verified(
+            self._settings, self._runtime.trust, self._runtime.clock, wanted, fold.contested, fold_anew
+        ):
+            await restoration.count_grants(leases)
+            # Where Kafka's highest record was nobody's word, Redis may have that, too.
+            doubtful = [
+                id for one in leases if one.claims.seq < had.get(id := one.claims.lease_id, _NONE).seq
+            ]
+            over |= await self._nobodys(restoration, doubtful, had)
+            leases = [
+                one for one in leases
+                if one.claims.lease_id not in only_counted
+                if one.claims.lease_id in over or had.get(one.claims.lease_id, _NONE).seq <= one.claims.seq
+            ]  # fmt: skip
+            await restoration.restore(await self.cut_revoked(leases, revocations, epoch), over)
+            restored += len(leases)
+        if restoration.anew:
+            ahead = [
+                id
+                for id, one in had.items()
+                if id not in over and one.seq > (fold.highest[id].seq if id in fold.highest else 0)
+            ]
+            await self._put_right(restoration, fold, ahead)
+            knowledge = Known(fold, fold.highest, revocations)
+            survey = restoration.survey(await restoration.alive(), knowledge, now_ms)
+            if mended := await restoration.mend(survey.strays()):
+                log.warning("%d entries did not follow from any lease, and are mended", mended)
+        await restoration.fence(revocations.fences(now_ms - FENCE_KEEP_MS))
+        await restoration.first_seen({id: order.at for id, order in revocations.orders.items()}, now_ms)
+        await restoration.resume(epoch)
+        return len(fold.highest), restored
+
+    async def _read(self, restoration: Restoration, fold: Fold) -> str:
+        """Read `lease`, to a marker of this rebuild in each partition and beyond. Returns the epoch that it begins."""
+        begun: list[str] = []
+
+        async def mark(follower: Follower) -> None:
+            partitions = await self._runtime.publisher.partitions(LEASE)
+            for _ in range(_TRIES):
+                epoch = restoration.epoch(fold.epochs.highest() + 1)
+                # Whoever lost the claim must not stand in the way of who has it now.
+                await restoration.keep()
+                await gather_all([await self._mark(epoch, partition) for partition in partitions])
+                if not await follower.caught_up(_CAUGHT_UP_WITHIN_S):
+                    raise UnavailableError("Kafka does not give back the markers of the rebuild")
+                if all(fold.epochs.of(partition) == epoch for partition in partitions):
+                    begun.append(epoch)
+                    return
+            raise UnavailableError("others begin to rebuild Redis at the same time")
+
+        await read_leases(self._settings, fold, mark)
+        return begun[0]
+
+    async def _mark(self, epoch: str, partition: int) -> Awaitable[object]:
+        key, settings = self._runtime.key, self._settings
+        marker = LeaseEpoch(
+            iss=key.id,
+            aud=settings.trust_domain,
+            iat=self._runtime.clock.now_ms() // 1000,
+            jti=derived_id(LeaseEpoch.typ, epoch, partition),
+            epoch=epoch,
+            partition=partition,
+        )
+        return await self._runtime.publisher.send(
+            LEASE, marker_key(epoch), sign(marker, key), id=marker.jti, type=marker.typ, partition=partition
+        )
+
+    async def _compare(self, restoration: Restoration, lease_ids: Iterable[str]) -> dict[str, Had]:
+        """Which record Redis has of each lease."""
+        ids = list(lease_ids)
+        had: dict[str, Had] = {}
+        for start in range(0, len(ids), _AT_A_TIME):
+            had |= await restoration.compare(ids[start : start + _AT_A_TIME])
+        return had
+
+    async def _settle(
+        self, restoration: Restoration, highest: Mapping[str, Record], had: Mapping[str, Had], epoch: str
+    ) -> dict[str, int]:
+        """Leases of which Redis has a record that Kafka does not have, and what becomes of that.
+
+        What goes on from Kafka's is published, signed for the new epoch. Returns the others, with the `seq` that
+        Redis has: there somebody else went on meanwhile, in another epoch, and Kafka has that.
+        """
+        over = {
+            id: had[id].seq
+            for id, one in highest.items()
+            if had[id].epoch != one.epoch and had[id].seq == one.seq
+        }
+        ahead = [
+            id
+            for id, one in had.items()
+            if (one.epoch is not None or id in highest)
+            and one.seq > (highest[id].seq if id in highest else 0)
+        ]
+        for start in range(0, len(ahead), _AT_A_TIME):
+            for id, stored in (await restoration.records(ahead[start : start + _AT_A_TIME])).items():
+                lease, before = self._opened(id, stored.jws), None
+                if lease is None:
+                    if id in highest:  # nobody's word: what Kafka has is put in its place
+                        over[id] = had[id].seq
+                    continue  # reported by whoever comes upon it
+                if lease.epoch is None:
+                    continue
+                if id in highest:
+                    before = self._opened(id, highest[id].jws)
+                    if before is None:
+                        continue
+                if not comes_after(before, lease):
+                    over[id] = lease.seq
+                    continue
+                cut = cut_before(lease)
+                missing = [cut] if cut is not None and (before is None or before.seq < cut.seq) else []
+                key = self._runtime.key
+                await restoration.queue(
+                    [
+                        SignedLease(one, sign(one, key))
+                        for one in (restated(each, by=key.id, epoch=epoch) for each in [*missing, lease])
+                    ]
+                )
+        return over
+
+    async def _nobodys(
+        self, restoration: Restoration, ids: Sequence[str], had: Mapping[str, Had]
+    ) -> dict[str, int]:
+        """Those of these leases of which the record in Redis does not hold, with its `seq`."""
+        if not ids:
+            return {}
+        stored = await restoration.records(ids)
+        return {id: had[id].seq for id in ids if id in stored and self._opened(id, stored[id].jws) is None}
+
+    async def _put_right(self, restoration: Restoration, fold: Fold, ahead: Iterable[str]) -> None:
+        """Write again what follows from records that Redis has and Kafka has not, and have those published.
+
+        What nobody signed who may is no lease: it is taken away where Kafka knows nothing of it either.
+        """
+        unknown = [id async for id in restoration.ended() if not fold.knows(id)]
+        wanted = list(dict.fromkeys([*ahead, *unknown]))
+        for start in range(0, len(wanted), _AT_A_TIME):
+            right: list[SignedLease] = []
+            nobodys: list[str] = []
+            for id, stored in (await restoration.records(wanted[start : start + _AT_A_TIME])).items():
+                lease = self._opened(id, stored.jws)
+                if lease is not None:
+                    right.append(SignedLease(lease, stored.jws.decode("ascii")))
+                elif not fold.knows(id):
+                    nobodys.append(id)
+            if nobodys:
+                log.error(
+                    "%d leases in Redis are nobody's word, and taken away: %s", len(nobodys), nobodys[:10]
+                )
+                await restoration.drop(nobodys)
+            ids = [one.claims.lease_id for one in right]
+            published = {id: fold.highest[id].seq if id in fold.highest else 0 for id in ids}
+            await restoration.put_right(right, published)
+            waiting = await restoration.queued([(one.claims.lease_id, one.claims.seq) for one in right])
+            # What was restated for the new epoch waits in the place of its former wording.
+            await restoration.queue(
+                [
+                    one
+                    for one, jws in zip(right, waiting, strict=True)
+                    if jws is None or self._opened(one.claims.lease_id, jws) is None
+                ],
+                instead=True,
+            )
+
+    async def _count_unpublished(self, restoration: Restoration, ids: Sequence[str]) -> None:
+        """Count leases that only Redis has for the grants that they name: those may be on a shard that was lost."""
+        for start in range(0, len(ids), _AT_A_TIME):
+            stored = await restoration.records(ids[start : start + _AT_A_TIME])
+            leases = ((self._opened(id, one.jws), one.jws) for id, one in stored.items())
+            await restoration.count_grants(
+                [SignedLease(lease, jws.decode("ascii")) for lease, jws in leases if lease is not None]
+            )
+
+    def _opened(self, lease_id: str, jws: bytes) -> Lease | None:
+        try:
+            lease = open_lease(jws, self._runtime.trust, self._runtime.clock)
+        except InvalidMessageError:
+            return None
+        return lease if lease.lease_id == lease_id else None
+
+    def _revoked(self, highest: Mapping[str, Record], revocations: Revocations) -> dict[str, Record]:
+        """Those that live and that a selector seems to cover."""
+        if not revocations.orders:
+            return {}
+        live = ((id, record) for id, record in highest.items() if record.status == "active")
+        return {
+            id: record
+            for id, record in live
+            if (lease := unverified(record.jws)) is not None and revocations.covering(lease)
+        }
+
+    # --- what was revoked while Redis did not have it ---
+
+    async def revocations(self) -> Revocations:
+        """The selectors that count. Raises UnavailableError."""
+        return await read_revocations(self._settings, self._directory, self._runtime.trust)
+
+    async def cut_revoked(
+        self, leases: Sequence[SignedLease], revocations: Revocations, epoch: str
+    ) -> list[SignedLease]:
+        """The same leases; those that live and were revoked are cut in this epoch, and Kafka knows.
+
+        Nobody found them when they were revoked, as Redis did not have them. One that is being minted is not activated:
+        the fence is there.
+        """
+        cut: list[SignedLease] = []
+        acknowledged = []
+        for one in leases:
+            order = revocations.covering(one.claims) if one.claims.status == "active" else None
+            if order is None:
+                cut.append(one)
+                continue
+            key = self._runtime.key
+            ending = follow(one.claims, "ending", by=key.id, cause=order.cause(), epoch=epoch)
+            cut.append(SignedLease(ending, sign(ending, key)))
+            acknowledged.append(await self._send(cut[-1]))
+        if acknowledged:
+            log.warning("%d leases are cut that had been revoked and went on", len(acknowledged))
+            await gather_all(acknowledged)
+        return cut
+
+    async def _send(self, lease: SignedLease) -> Awaitable[object]:
+        claims = lease.claims
+        return await self._runtime.publisher.send(
+            LEASE, claims.lease_id, lease.jws, id=claims.jti, type=Lease.typ, traceparent=claims.traceparent
+        )
+
+
+@contextlib.asynccontextmanager
+async def _kept(restoration: Restoration) -> AsyncIterator[None]:
+    """Give signs of life meanwhile. Where that fails, the rebuild fails at its next step."""
+
+    async def keep() -> None:
+        while True:
+            await asyncio.sleep(_KEEP_EVERY_S)
+            await restoration.keep()
+
+    keeping = asyncio.create_task(keep(), name="rebuild claim")
+    try:
+        yield
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)

@@ -1,0 +1,1 @@
+"""The end of leases: expiry, revocation, removal of the credential at its target."""

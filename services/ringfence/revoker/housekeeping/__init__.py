@@ -1,0 +1,1 @@
+"""Periodic work: orphaned credentials, retention, heartbeats."""

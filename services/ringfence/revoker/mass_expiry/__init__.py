@@ -1,0 +1,1 @@
+"""The fast path for very many leases that end together: ends computed before they are due."""

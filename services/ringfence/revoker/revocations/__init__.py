@@ -1,0 +1,1 @@
+"""Revocations: verified, carried out, fenced, and confirmed by gateways."""

@@ -1,0 +1,404 @@
+"""Follows `lease` for each stream: a consumer group of its own, whose offset says what its receiver has.
+
+So nothing is kept here that Kafka does not have, a stream that is paused or whose receiver is away goes on where it
+was, and none waits for another (ADR 0029).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from aiokafka.errors import KafkaError
+
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.base.text import visible
+from ringfence.kernel.kafka.consumer import Consumer, HaltedError, gather_all
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.credential import Reason
+from ringfence.messages.lease import Lease
+from ringfence.messages.signals import DeliveryMethod
+from ringfence.messages.topics import LEASE
+from ringfence.model.leases.epochs import Epochs
+from ringfence.model.leases.verification import open_lease
+from ringfence.signals.events import (
+    SESSION_REVOKED,
+    Event,
+    has_ended,
+    is_removed,
+    session_revoked,
+    sign_set,
+    subject_of,
+)
+from ringfence.signals.poll import AT_A_TIME, Window
+from ringfence.signals.push import Pusher
+from ringfence.signals.receivers import Receiver
+from ringfence.signals.settings import SignalsSettings
+from ringfence.signals.streams import Stream, Streams
+
+log = logging.getLogger(__name__)
+
+PUSH: DeliveryMethod = "urn:ietf:rfc:8935"
+POLL: DeliveryMethod = "urn:ietf:rfc:8936"
+_REMEMBERED = 50_000
+_PATIENCE_MS = 7 * 24 * 3600 * 1000
+"""How long a receiver may be away before the group takes its member for dead; then it joins anew."""
+_AGAIN_S = 1.0
+_LOOK_S = 2.0
+_ADAPTED_S = 10.0
+_CANCEL_AGAIN_S = 3.0
+
+
+@dataclass
+class _Outstanding:
+    """Records that were read together, and those of their events that the receiver has not settled."""
+
+    last: dict[tuple[str, int], Received]
+    """The last record of each partition: what is committed once all events are settled."""
+    events: dict[str, Event]
+
+    @classmethod
+    def of(cls, records: Iterable[Received], events: Mapping[str, Event]) -> _Outstanding:
+        return cls({(one.topic_name, one.partition): one for one in records}, dict(events))
+
+
+class Delivery:
+    """One stream that is being delivered."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        settings: SignalsSettings,
+        streams: Streams,
+        epochs: Epochs,
+        receiver: Receiver,
+        stream: Stream,
+    ) -> None:
+        self._runtime = runtime
+        self._settings = settings
+        self._streams = streams
+        self._epochs = epochs
+        self._receiver = receiver
+        self._told: OrderedDict[str, None] = OrderedDict()
+        self._verifying: set[asyncio.Task[None]] = set()
+        self.stream_id = stream.id
+        self.method = stream.claims.method
+        self.window = Window(runtime.clock)
+        self._pusher = (
+            Pusher(receiver, settings, runtime.clock, self.refused) if self.method == PUSH else None
+        )
+        self.consumer = Consumer(
+            runtime.settings,
+            f"signals-{stream.id}",
+            {LEASE: self._handle},
+            max_records=AT_A_TIME,
+            alone=True,
+            patience_ms=_PATIENCE_MS,
+            on_halted=runtime.tell_halted,
+        )
+
+    async def run(self) -> None:
+        """Deliver until cancelled."""
+        try:
+            await self.consumer.run()
+        finally:
+            for task in self._verifying:
+                task.cancel()
+            if self._pusher is not None:
+                await self._pusher.close()
+            # Streams come and go: their groups would add up.
+            for metric in (metrics.HANDLING_LAG, metrics.BATCH_RETRIES):
+                with contextlib.suppress(KeyError):
+                    metric.remove(self.consumer.group)
+
+    @property
+    def here(self) -> bool:
+        """Whether it is this replica that delivers."""
+        return self.consumer.owns(LEASE.name(self._runtime.settings.topic_prefix), 0)
+
+    def signed(self, event: Event) -> str:
+        """The SET of an event."""
+        return sign_set(event, self._runtime.key)
+
+    def verify(self, event: Event) -> None:
+        """Deliver a verification event: once, and not across a restart. Who misses it asks again."""
+        if self._pusher is None:
+            self.window.put([event])
+            return
+        for task in self._verifying:  # only the last one is of interest
+            task.cancel()
+        pushing = asyncio.create_task(
+            self._pusher.deliver(event, lambda: self.signed(event)), name="verification"
+        )
+        self._verifying.add(pushing)
+        pushing.add_done_callback(self._verifying.discard)
+
+    async def refused(self, event: Event, said: str) -> None:
+        """An event that its receiver will not have: counted, and told to audit."""
+        metrics.SIGNALS.labels("refused").inc()
+        what = f"lease {event.lease_id}" if event.lease_id else "its stream"
+        message = f"receiver {self._receiver.name} refused the event about {what}: {visible(said)[:200]}"
+        log.error("%s", message)
+        await self._runtime.event(
+            "refused",
+            "signals",
+            about=(self.stream_id, event.jti),
+            reasons=(Reason(code="signal_refused", message=message),),
+            lease_id=event.lease_id,
+        )
+
+    def stuck(self, now_ms: int) -> str | None:
+        """What people should know of a receiver that takes nothing."""
+        since_ms = self._pusher.failing_since_ms if self._pusher else self.window.waiting_since_ms
+        if since_ms is None or now_ms - since_ms < self._settings.stuck_s * 1000:
+            return None
+        why = self._pusher.problem if self._pusher else "it does not poll, or acknowledges nothing"
+        return f"receiver {self._receiver.name} has taken nothing for {(now_ms - since_ms) // 1000} s: {why}"
+
+    # --- from `lease` to the receiver ---
+
+    async def _handle(self, batch: Sequence[Received]) -> None:
+        """Done when the receiver has all that is its business; then the offset is committed."""
+        events = await self._events(batch)
+        if self._pusher is not None:
+            pusher = self._pusher
+            await gather_all(pusher.deliver(one, partial(self.signed, one)) for one in events.values())
+            self._remember(events)
+        elif events:
+            await self._hand_over(_Outstanding.of(batch, events))
+
+    async def _hand_over(self, first: _Outstanding) -> None:
+        """Return once the receiver has polled and settled all of these, and all that came behind them meanwhile.
+
+        It reads ahead: what comes in a later batch is available as well, and `moreAvailable` has to say so. Raises
+        UnavailableError where another replica has the stream by now.
+        """
+        outstanding = deque([first])
+        self.window.put(first.events.values())
+        reading: asyncio.Task[_Outstanding] | None = None
+        try:
+            while outstanding or reading is not None:
+                # No await between these two: what is taken after the first sets the second.
+                self._note_taken(outstanding)
+                moved = self.window.moved
+                while outstanding and not outstanding[0].events:
+                    await self.consumer.settle_early(outstanding.popleft().last.values())
+                if reading is None and outstanding and not self.window.full:
+                    reading = asyncio.create_task(self._read_ahead(), name="read ahead")
+                if outstanding:
+                    await _first_of(moved, reading)
+                elif reading is not None:
+                    await asyncio.wait([reading])  # what it brings would be committed with this batch
+                if not self.here:
+                    raise UnavailableError("another replica has this stream now, or none yet")
+                if reading is not None and reading.done():
+                    self._put_behind(outstanding, reading.result())
+                    reading = None
+        finally:
+            if reading is not None:
+                reading.cancel()
+            self._note_taken(outstanding)
+            for one in outstanding:
+                self.window.drop(one.events)
+
+    async def _read_ahead(self) -> _Outstanding:
+        """What comes behind the batch under way. What cannot be judged yet holds up nothing that came before it."""
+        records = await self.consumer.read_ahead()
+        while True:
+            try:
+                return _Outstanding.of(records, await self._events(records))
+            except HaltedError:
+                raise
+            except (RingfenceError, KafkaError, OSError) as error:
+                metrics.BATCH_RETRIES.labels(self.consumer.group).inc()
+                log.warning(
+                    "what was read ahead for receiver %s waits: %s",
+                    self._receiver.name,
+                    error,
+                    extra=of_a_kind(self.consumer.group, type(error).__name__),
+                )
+                await asyncio.sleep(_AGAIN_S)
+
+    def _put_behind(self, outstanding: deque[_Outstanding], read: _Outstanding) -> None:
+        """What was read ahead waits as well. Records that make no event are committed with those before them."""
+        self._note_taken(outstanding)
+        # A lease makes one event of two records: the receiver may have settled it since the second was read.
+        read.events = {jti: event for jti, event in read.events.items() if jti not in self._told}
+        if outstanding and not read.events:
+            outstanding[-1].last |= read.last
+        elif read.last:
+            outstanding.append(read)
+            self.window.put(read.events.values())
+
+    def _note_taken(self, outstanding: Iterable[_Outstanding]) -> None:
+        for one in outstanding:
+            taken = {jti: event for jti, event in one.events.items() if jti not in self.window}
+            self._remember(taken)
+            for jti in taken:
+                del one.events[jti]
+
+    async def _events(self, batch: Sequence[Received]) -> Mapping[str, Event]:
+        found: dict[str, Event] = {}
+        for record in batch:
+            event = await self._event(record)
+            if event is not None and event.jti not in self._told:
+                found.setdefault(event.jti, event)
+        return found
+
+    async def _event(self, record: Received) -> Event | None:
+        if self._epochs.took(record) or not record.value:
+            return None
+        stream = self._streams.of(self._receiver.name)
+        if (
+            stream is None
+            or record.appended_at_ms < stream.since_ms
+            or SESSION_REVOKED not in stream.delivered
+        ):
+            return None
+        lease = await self._opened(record)
+        if lease is None or not has_ended(lease) or not self._receiver.may_hear(lease):
+            return None
+        trust_domain = self._runtime.settings.trust_domain
+        if is_removed(subject_of(lease, trust_domain), stream.claims.removed):
+            return None
+        return session_revoked(
+            lease,
+            stream_id=self.stream_id,
+            issuer=self._settings.url,
+            audience=self._receiver.audience,
+            trust_domain=trust_domain,
+            appended_at_ms=record.appended_at_ms,
+        )
+
+    async def _opened(self, record: Received) -> Lease | None:
+        runtime = self._runtime
+        try:
+            lease = open_lease(
+                record.value, runtime.trust, runtime.clock, appended_at_ms=record.appended_at_ms
+            )
+        except InvalidMessageError as error:
+            await runtime.letters.bury(record, error)
+            return None
+        return None if self._epochs.is_void(record, lease.epoch) else lease
+
+    def _remember(self, events: Mapping[str, Event]) -> None:
+        self._told |= dict.fromkeys(events)
+        while len(self._told) > _REMEMBERED:
+            self._told.popitem(last=False)
+
+
+async def _first_of(moved: asyncio.Event, reading: asyncio.Task[_Outstanding] | None) -> None:
+    """Return when an event came or was taken, when something was read, or after `_LOOK_S`."""
+    moving = asyncio.create_task(moved.wait(), name="window moved")
+    try:
+        await asyncio.wait(
+            {moving} if reading is None else {moving, reading},
+            timeout=_LOOK_S,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+    finally:
+        moving.cancel()
+
+
+class Following:
+    """Delivers each stream that is enabled, of a receiver that is declared."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        settings: SignalsSettings,
+        streams: Streams,
+        receivers: Mapping[str, Receiver],
+    ) -> None:
+        self._runtime = runtime
+        self._settings = settings
+        self._streams = streams
+        self._receivers = receivers
+        self._epochs = Epochs(runtime.trust)
+        self._running: dict[str, tuple[Delivery, asyncio.Task[None]]] = {}
+        self._next_pass = asyncio.Event()
+        metrics.SIGNALS_STUCK.set_function(lambda: len(self._stuck()))
+
+    def on_leases(self, records: Sequence[Received]) -> None:
+        """Take note of the epochs of all partitions: which records of leases count."""
+        for record in records:
+            self._epochs.took(record)
+
+    def of(self, stream_id: str) -> Delivery | None:
+        """The delivery of a stream, while there is one."""
+        running = self._running.get(stream_id)
+        return running[0] if running else None
+
+    async def adapted(self) -> None:
+        """Return once the deliveries are as the streams wanted them when this was called, or it takes too long."""
+        next_pass = self._next_pass
+        self._streams.changed.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(next_pass.wait(), _ADAPTED_S)
+
+    async def run(self) -> None:
+        """Keep the deliveries as the streams want them, for ever."""
+        try:
+            while True:
+                self._streams.changed.clear()
+                adapted, self._next_pass = self._next_pass, asyncio.Event()
+                await self._adapt()
+                adapted.set()
+                with contextlib.suppress(TimeoutError):  # one that ended by itself is begun again
+                    await asyncio.wait_for(self._streams.changed.wait(), _AGAIN_S)
+        finally:
+            await gather_all(self._end(stream_id) for stream_id in tuple(self._running))
+
+    def unready(self) -> str | None:
+        """Why a stream goes no further, or None."""
+        return next((one.consumer.halted for one, _ in self._running.values() if one.consumer.halted), None)
+
+    def warning(self) -> str | None:
+        """What people should know, or None."""
+        return "; ".join(self._stuck()) or None
+
+    def _stuck(self) -> list[str]:
+        now_ms = self._runtime.clock.now_ms()
+        return [stuck for one, _ in self._running.values() if (stuck := one.stuck(now_ms))]
+
+    async def _adapt(self) -> None:
+        wanted = {one.id: one for one in self._streams.all() if self._is_delivered(one)}
+        for stream_id, (delivery, task) in tuple(self._running.items()):
+            stream = wanted.get(stream_id)
+            if stream is None or stream.claims.method != delivery.method or task.done():
+                if task.done() and not task.cancelled():
+                    log.error("the delivery of stream %s ended: %r", stream_id, task.exception())
+                await self._end(stream_id)
+        for stream_id, stream in wanted.items():
+            if stream_id not in self._running:
+                self._begin(stream)
+
+    def _is_delivered(self, stream: Stream) -> bool:
+        receiver = self._receivers.get(stream.claims.receiver)
+        if receiver is None or stream.claims.status != "enabled":
+            return False
+        return stream.claims.method == POLL or receiver.push is not None
+
+    def _begin(self, stream: Stream) -> None:
+        receiver = self._receivers[stream.claims.receiver]
+        try:
+            delivery = Delivery(self._runtime, self._settings, self._streams, self._epochs, receiver, stream)
+        except RingfenceError as error:
+            log.error("stream %s waits: %s", stream.id, error)
+            return
+        task = asyncio.create_task(delivery.run(), name=f"stream of {receiver.name}")
+        self._running[stream.id] = delivery, task
+
+    async def _end(self, stream_id: str) -> None:
+        _, task = self._running.pop(stream_id)
+        while not task.done():  # again where a cancellation was lost on the way
+            task.cancel()
+            await asyncio.wait([task], timeout=_CANCEL_AGAIN_S)

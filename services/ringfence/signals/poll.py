@@ -1,0 +1,82 @@
+"""Poll (RFC 8936): the events of one stream that wait for their receiver. What is not here yet waits on Kafka."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+
+from ringfence.kernel.base.clock import Clock
+from ringfence.signals.events import Event
+
+AT_A_TIME = 500
+"""So many records are taken from Kafka at a time. While so many events wait, no more are taken."""
+MOST_SETS = AT_A_TIME // 2
+"""So many SETs are in one answer at most. Fewer than a full window: where it is full, `moreAvailable` is true."""
+
+
+class Window:
+    """What a receiver can be given now: bounded by what is taken from Kafka at a time."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._waiting: dict[str, Event] = {}
+        self._moved = asyncio.Event()
+        self.waiting_since_ms: int | None = None
+        """Since when nothing was taken, though something is there."""
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __contains__(self, jti: str) -> bool:
+        return jti in self._waiting
+
+    @property
+    def full(self) -> bool:
+        """Whether so many wait that no more are to be put here."""
+        return len(self._waiting) >= AT_A_TIME
+
+    def put(self, events: Iterable[Event]) -> None:
+        """These wait from now on."""
+        self._waiting |= {event.jti: event for event in events}
+        if self._waiting and self.waiting_since_ms is None:
+            self.waiting_since_ms = self._clock.now_ms()
+        self._move()
+
+    def drop(self, jtis: Iterable[str]) -> None:
+        """These wait no longer: somebody else hands them over."""
+        for jti in jtis:
+            self._waiting.pop(jti, None)
+        if not self._waiting:
+            self.waiting_since_ms = None
+        self._move()
+
+    @property
+    def moved(self) -> asyncio.Event:
+        """Set when the next event comes or is taken."""
+        return self._moved
+
+    def take(self, jti: str) -> Event | None:
+        """The receiver has this one, or will not have it. None where it did not wait."""
+        event = self._waiting.pop(jti, None)
+        if event is not None:
+            self.waiting_since_ms = self._clock.now_ms() if self._waiting else None
+            self._move()
+        return event
+
+    async def some(self, most: int, wait_s: float) -> tuple[list[Event], bool]:
+        """The oldest that wait, and whether there are more; waits for the first one, and no longer than that.
+
+        `most` is the receiver's own limit; no answer has more than `MOST_SETS`.
+        """
+        most = min(most, MOST_SETS)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while not self._waiting and most:
+                    await self._moved.wait()
+        events = list(self._waiting.values())
+        return events[:most], len(events) > most
+
+    def _move(self) -> None:
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()

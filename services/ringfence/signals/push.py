@@ -1,0 +1,152 @@
+"""Push (RFC 8935): one receiver's events, each until the receiver has it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import ssl
+from collections.abc import Awaitable, Callable
+
+import httpx
+
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.secret_refs import PlaceError, read_place
+from ringfence.kernel.base.strict_json import json_object
+from ringfence.kernel.base.text import visible
+from ringfence.signals.events import Event
+from ringfence.signals.receivers import Receiver
+from ringfence.signals.settings import SignalsSettings
+
+log = logging.getLogger(__name__)
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+
+_AT_ONCE = 8
+_MAX_ANSWER_BYTES = 4096
+REFUSALS = 5
+"""So often a receiver may say that an event is wrong, e.g. until it has read the new keys; then it is believed."""
+_NOT_OF_THE_EVENT = ("authentication_failed", "access_denied")
+"""These answers of RFC 8935, 2.4, are about who pushes: another try with the right token may do."""
+
+Refused = Callable[[Event, str], Awaitable[None]]
+"""Takes note of an event that its receiver will not have, and of what it said."""
+
+
+class Pusher:
+    """Pushes to one receiver. What it waits for delays nobody else."""
+
+    def __init__(self, receiver: Receiver, settings: SignalsSettings, clock: Clock, refused: Refused) -> None:
+        """Raises UnavailableError where the authority of its certificate cannot be read."""
+        assert receiver.push is not None
+        self._url = receiver.push
+        self._receiver = receiver
+        self._settings = settings
+        self._clock = clock
+        self._refused = refused
+        self._at_once = asyncio.Semaphore(_AT_ONCE)
+        self._http = httpx.AsyncClient(
+            verify=_trusted(receiver),
+            timeout=settings.push_timeout_s,
+            follow_redirects=False,
+            trust_env=False,
+        )
+        self.failing_since_ms: int | None = None
+        """Since when nothing was taken, though something is there."""
+        self.problem = ""
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def deliver(self, event: Event, signed: Callable[[], str]) -> None:
+        """Return once the receiver has an event, or said again and again that it is wrong.
+
+        `signed` is asked for each try: a key may have followed another.
+        """
+        async with self._at_once:  # with the waiting between: whoever is down is asked by few
+            await self._deliver(event, signed)
+
+    async def _deliver(self, event: Event, signed: Callable[[], str]) -> None:
+        tries = refusals = 0
+        while True:
+            problem, refusal = await self._post(signed())
+            if problem is None:
+                self.failing_since_ms, self.problem = None, ""
+                metrics.SIGNALS.labels("delivered").inc()
+                return
+            refusals = refusals + 1 if refusal is not None else 0
+            if refusal is not None and refusals >= REFUSALS:
+                await self._refused(event, refusal)
+                return
+            self._failed(problem)
+            delay_s = min(self._settings.longest_delay_s, self._settings.first_delay_s * 2 ** min(tries, 30))
+            tries += 1
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - so that not all come at once
+
+    def _failed(self, problem: str) -> None:
+        metrics.SIGNALS.labels("failed").inc()
+        if problem != self.problem:
+            log.warning("receiver %s is told later: %s", self._receiver.name, problem)
+        self.problem = problem
+        if self.failing_since_ms is None:
+            self.failing_since_ms = self._clock.now_ms()
+
+    async def _post(self, compact: str) -> tuple[str | None, str | None]:
+        """One try: what was wrong, or None; and what the receiver said where it finds the event wrong."""
+        try:
+            headers = self._headers()
+            async with (
+                asyncio.timeout(self._settings.push_timeout_s),
+                self._http.stream("POST", self._url, content=compact.encode(), headers=headers) as response,
+            ):
+                if response.status_code == httpx.codes.ACCEPTED:
+                    return None, None
+                if response.status_code == httpx.codes.BAD_REQUEST:
+                    return _refusal(await _some(response))
+                return f"it answered {response.status_code}, where 202 was expected", None
+        except PlaceError as error:
+            return str(error), None
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, OSError) as error:
+            return type(error).__name__, None
+
+    def _headers(self) -> dict[str, str]:
+        headers = {
+            "Content-Type": "application/secevent+jwt",
+            "Accept": "application/json",
+            "User-Agent": "Ringfence",
+        }
+        if self._receiver.authorization is not None:
+            what = f"the Authorization header of receiver {self._receiver.name}"
+            headers["Authorization"] = read_place(self._receiver.authorization, what)
+        return headers
+
+
+def _trusted(receiver: Receiver) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=receiver.ca_file)
+    except (OSError, ssl.SSLError):
+        raise UnavailableError(
+            f"cannot read {receiver.ca_file}, the ca_file of receiver {receiver.name}"
+        ) from None
+
+
+async def _some(response: httpx.Response) -> bytes:
+    body = b""
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > _MAX_ANSWER_BYTES:
+            break
+    return body
+
+
+def _refusal(body: bytes) -> tuple[str, str | None]:
+    """What a 400 says (RFC 8935, 2.3): the problem, and the code where it is about the event itself."""
+    try:
+        code = json_object(body).get("err")
+    except ValueError:
+        code = None
+    if not isinstance(code, str):
+        return "it answered 400 without a reason", None
+    code = visible(code)[:64]
+    return f"it answered 400: {code}", None if code in _NOT_OF_THE_EVENT else code

@@ -1,0 +1,148 @@
+"""The streams as they stand on Kafka: what receivers chose, in records that the service signs. Nothing else is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.base.log_limiter import of_a_kind
+from ringfence.kernel.crypto.jws import open_signed, parse
+from ringfence.kernel.kafka.producer import Received
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.signals import DeliveryMethod, SignalStream
+from ringfence.messages.topics import SIGNAL_STREAM
+from ringfence.signals.events import SUPPORTED
+
+log = logging.getLogger(__name__)
+
+_CAUGHT_UP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One receiver's stream."""
+
+    claims: SignalStream
+    since_ms: int
+    """Ends that Kafka had before are not told."""
+
+    @property
+    def id(self) -> str:
+        return self.claims.stream_id
+
+    @property
+    def delivered(self) -> tuple[str, ...]:
+        """The event types that it carries."""
+        requested = self.claims.events_requested
+        return SUPPORTED if requested is None else tuple(one for one in SUPPORTED if one in requested)
+
+
+class Streams:
+    """The table of `signal.stream`, and who writes it."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._by_receiver: dict[str, Stream] = {}
+        self._writing = asyncio.Lock()
+        self.changed = asyncio.Event()
+        """Set with each record that counts; whoever acts on it clears it."""
+
+    def on_records(self, records: Sequence[Received]) -> None:
+        """Take in what came. What nobody signed who may changes nothing, and nor does an old record sent again."""
+        for record in records:
+            claims = self._opened(record)
+            if claims is None or record.key != claims.receiver:
+                continue
+            known = self._by_receiver.get(claims.receiver)
+            if known is not None and known.claims.revision >= claims.revision:
+                continue
+            since_ms = record.appended_at_ms if claims.since_ms is None else claims.since_ms
+            self._by_receiver[claims.receiver] = Stream(claims, since_ms)
+            self.changed.set()
+
+    def of(self, receiver: str) -> Stream | None:
+        """The stream of a receiver, where it has one."""
+        found = self._by_receiver.get(receiver)
+        return None if found is None or found.claims.status == "deleted" else found
+
+    def all(self) -> list[Stream]:
+        """Every stream that there is."""
+        return [one for one in self._by_receiver.values() if one.claims.status != "deleted"]
+
+    async def caught_up(self) -> None:
+        """Return once the table holds what Kafka had when this was called. Raises UnavailableError."""
+        if not await self._runtime.tables_caught_up(_CAUGHT_UP_S):
+            raise UnavailableError("the table of streams is behind; ask again")
+
+    async def create(self, receiver: str, method: DeliveryMethod, **chosen: Any) -> Stream | None:
+        """A new stream; None where the receiver has one."""
+        async with self._writing:
+            await self.caught_up()
+            if self.of(receiver) is not None:
+                return None
+            before = self._by_receiver.get(receiver)
+            revision = 1 if before is None else before.claims.revision + 1
+            stream_id = str(uuid.uuid4())
+            return await self._write(
+                receiver, stream_id=stream_id, revision=revision, status="enabled", method=method, **chosen
+            )
+
+    async def change(self, receiver: str, stream_id: str, **changed: Any) -> Stream | None:
+        """Change a stream; None where there is no such one any more. What is enabled again hears from then on."""
+        async with self._writing:
+            await self.caught_up()
+            stream = self.of(receiver)
+            if stream is None or stream.id != stream_id:
+                return None
+            before = stream.claims
+            again = before.status == "disabled" and changed.get("status", "disabled") != "disabled"
+            kept = {name: getattr(before, name) for name in _CHOSEN}
+            return await self._write(
+                receiver,
+                **{**kept, "since_ms": None if again else stream.since_ms, **changed},
+                stream_id=stream_id,
+                revision=before.revision + 1,
+            )
+
+    async def _write(self, receiver: str, **fields: Any) -> Stream:
+        """Sign a record; it is on Kafka, and in the table, when this returns."""
+        runtime = self._runtime
+        claims = SignalStream(
+            iss=runtime.key.id,
+            aud=runtime.settings.trust_domain,
+            iat=runtime.clock.now_ms() // 1000,
+            jti=derived_id("signal.stream", receiver, fields["stream_id"], fields["revision"]),
+            receiver=receiver,
+            **fields,
+        )
+        await runtime.publisher.publish_signed(SIGNAL_STREAM, receiver, claims, runtime.key)
+        await self.caught_up()
+        written = self._by_receiver.get(receiver)
+        if written is None or written.claims != claims:
+            raise UnavailableError("the stream was changed by another at the same time; ask again")
+        return written
+
+    def _opened(self, record: Received) -> SignalStream | None:
+        find = self._runtime.trust.finder(*SignalStream.signed_by, at_s=record.appended_at_ms / 1000)
+        audience = self._runtime.settings.trust_domain
+        try:
+            return open_signed(parse(record.value), SignalStream, find, audience=audience).claims
+        except InvalidMessageError as error:
+            where = (record.topic_name, record.partition, record.offset)
+            log.warning(
+                "not a stream: %s/%d@%d: %s",
+                *where,
+                error.code,
+                extra=of_a_kind(record.topic_name, error.code),
+            )
+            return None
+
+
+_CHOSEN = ("status", "reason", "method", "events_requested", "description", "removed")
+"""What a receiver chooses."""
