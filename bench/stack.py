@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from ringfence.cli.dev import client_settings
+from ringfence.cli.commands.dev import client_settings
 from ringfence.client.admin.trust_setup import SERVICE_ROLES, TrustFolder, make_trust
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn

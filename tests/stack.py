@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ringfence.cli.dev import client_settings
+from ringfence.cli.commands.dev import client_settings
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.agent.agent import Agent
 from ringfence.client.approvals.sponsor import PendingApproval, Sponsor

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ringfence.cli.target_templates import TEMPLATES
+from ringfence.cli.commands.target_templates import TEMPLATES
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.permission import Permission

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ringfence import Agent
-from ringfence.cli.dev import client_settings
-from ringfence.cli.target_templates import TEMPLATES, Template
+from ringfence.cli.commands.dev import client_settings
+from ringfence.cli.commands.target_templates import TEMPLATES, Template
 from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
 from ringfence.dev.stack import Stack, StackOptions
 from ringfence.kernel.crypto.jws import open_signed, parse

@@ -20,7 +20,7 @@ from ringfence.backends import (
     TargetRefusedError,
 )
 from ringfence.backends.target_settings import TargetSettingsError
-from ringfence.cli.target_templates import TEMPLATES
+from ringfence.cli.commands.target_templates import TEMPLATES
 from ringfence.messages.registry import TargetState
 from tests.backends.kinds import TARGET, allow, lease, state
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.cli.target_templates import TEMPLATES
+from ringfence.cli.commands.target_templates import TEMPLATES
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from tests import canary

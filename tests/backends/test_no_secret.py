@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from ringfence import Agent
-from ringfence.cli.target_templates import TEMPLATES, Template
+from ringfence.cli.commands.target_templates import TEMPLATES, Template
 from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
 from ringfence.client.errors import CredentialOverError, CredentialUseError, RequestDeniedError
 from ringfence.messages.credential import Delivery

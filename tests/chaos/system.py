@@ -17,7 +17,7 @@ from typing import Literal
 
 import httpx
 
-from ringfence.cli.dev import client_settings
+from ringfence.cli.commands.dev import client_settings
 from ringfence.client.admin.trust_setup import make_trust, publish_trust
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.kafka import EmbeddedKafka

@@ -29,7 +29,7 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
-from ringfence.model.scope.scope import ScopeError
+from ringfence.model.scope.globs import ScopeError
 from tests.flows.sdk import READ, WRITE, Elsewhere, administrator, client, first
 from tests.world import WITHIN_S, World, scope
 

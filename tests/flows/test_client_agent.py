@@ -28,7 +28,7 @@ from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.operations import DeadLetter, ServiceEvent
 from ringfence.messages.permission import Permission
 from ringfence.messages.topics import CREDENTIAL_REQUEST, DEAD_LETTER, REVOCATION_REQUEST, SERVICE_EVENT
-from ringfence.model.scope.scope import ScopeError
+from ringfence.model.scope.globs import ScopeError
 from tests.flows.sdk import Played, client
 from tests.world import WITHIN_S, Party, World
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.cli.user_sync import read_users
-from ringfence.cli.yaml_files import YamlFileError
+from ringfence.cli.commands.user_sync import read_users
+from ringfence.cli.shared.yaml_files import YamlFileError
 from ringfence.messages.registry import UserRecord, UserState
 from ringfence.messages.topics import USER
 from tests.flows.test_cli import Shell

@@ -133,7 +133,7 @@ async def test_what_dev_writes_is_for_its_user_alone(tmp_path: Path, umask: int)
     program = """
 import os, sys
 from pathlib import Path
-from ringfence.cli.dev import write_config
+from ringfence.cli.commands.dev import write_config
 from ringfence.dev.stack import Stack, StackOptions
 
 state, umask = Path(sys.argv[1]), int(sys.argv[2])

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ringfence.cli.dev import client_settings
+from ringfence.cli.commands.dev import client_settings
 from ringfence.client.agent.agent import Agent
 from ringfence.dev.stack import Stack, StackOptions
 from ringfence.messages.lease import TERMINAL

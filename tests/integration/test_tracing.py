@@ -22,7 +22,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
-from ringfence.cli.dev import client_settings
+from ringfence.cli.commands.dev import client_settings
 from ringfence.client import connection as client_connection
 from ringfence.client.errors import RequestDeniedError
 from ringfence.dev.stack import Stack, StackOptions

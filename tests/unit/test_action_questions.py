@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.cli.questions import action_as_json, print_action
+from ringfence.cli.shared.approval_views import action_as_json, print_action
 from ringfence.client.approvals.action_approvals import ActionHeader, PendingAction
 
 

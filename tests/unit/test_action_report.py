@@ -12,7 +12,7 @@ import pytest
 from ringfence.audit.api.events import AuditApi
 from ringfence.audit.index.action_counts import counted, path_prefix, unknown_destinations
 from ringfence.audit.index.store import CursorLostError, SqliteIndex, Viewer
-from ringfence.cli.gateway import _print
+from ringfence.cli.commands.gateway import _print
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.action_report import (
     MAX_DESTINATIONS,

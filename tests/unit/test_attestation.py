@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import typer
 
-from ringfence.cli.attestation import parse_selectors, show_selector
+from ringfence.cli.shared.attestation import parse_selectors, show_selector
 from ringfence.messages.enrolment import AttestationSelector
 from ringfence.messages.registry import AgentRegister, AgentSetAttestation, AgentState
 from ringfence.model.identity.attestation import claim, matches, matching, problem, selector_id

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.cli.dev import write_config
+from ringfence.cli.commands.dev import write_config
 from ringfence.cli.main import main
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.settings import load

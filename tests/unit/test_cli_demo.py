@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.cli.demo import next_commands, press_approve
+from ringfence.cli.commands.demo import next_commands, press_approve
 from ringfence.kernel.base.errors import RingfenceError
 
 PENDING: Any = SimpleNamespace(scope=[SimpleNamespace(verbs=["deploy"])], agent="deploy-bot")

@@ -60,7 +60,7 @@ def test_nonsense_is_refused(
 def test_a_moment_with_a_time_zone_is_that_moment() -> None:
     from datetime import datetime
 
-    from ringfence.cli.init import _moment_s
+    from ringfence.cli.commands.init import _moment_s
 
     assert _moment_s(datetime.fromisoformat("2026-11-25T09:00:00")) == 1_795_597_200
     assert _moment_s(datetime.fromisoformat("2026-11-25T09:00:00+02:00")) == 1_795_590_000

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.cli.output import console, print_table
+from ringfence.cli.shared.output import console, print_table
 from ringfence.kernel.base.errors import SettingsError
 from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.crypto.keys import SigningKey

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from ringfence.audit import app as audit_app
-from ringfence.cli import starting
+from ringfence.cli.commands import starting
 from ringfence.cli.main import main
 from ringfence.gateway import app as gateway_app
 from ringfence.gateway.contract import Presented, Verdict

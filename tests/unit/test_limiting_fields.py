@@ -14,12 +14,12 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.cli.attestation import parse_selectors, show_selector
+from ringfence.cli.commands.provisioner import read_delegation
 from ringfence.cli.main import main
-from ringfence.cli.provisioner import read_delegation
-from ringfence.cli.records import print_record
-from ringfence.cli.scopes import parse_permission, parse_scope
-from ringfence.cli.yaml_files import YamlFileError
+from ringfence.cli.shared.attestation import parse_selectors, show_selector
+from ringfence.cli.shared.records import print_record
+from ringfence.cli.shared.scopes import parse_permission, parse_scope
+from ringfence.cli.shared.yaml_files import YamlFileError
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.settings import ClientSettings

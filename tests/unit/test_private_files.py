@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.cli import audit
+from ringfence.cli.commands import audit
 from ringfence.cli.main import main
 from ringfence.client.exports import export
 from ringfence.client.reports.auditor import TrailReport, TreeReport

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.cli.questions import as_json, print_question
+from ringfence.cli.shared.approval_views import as_json, print_question
 from ringfence.client.approvals.grouping import Alike, alike
 from ringfence.client.approvals.history_comparison import Comparison, Past, compare
 from ringfence.client.approvals.sponsor import PendingApproval

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import Entitlements
+from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.rule import (
     NO_SIDE,
     DeadlineError,
@@ -23,7 +24,7 @@ from ringfence.model.scope.rule import (
     lacking,
     sides_of,
 )
-from ringfence.model.scope.scope import ScopeError, missing
+from ringfence.model.scope.scope import missing
 
 # Enough to tell the globs below apart: no `*` needs more than one character, no `**` more than two segments (no
 # glob has more than one segment `*`), and `x` stands for all that no glob names.

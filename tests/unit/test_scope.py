@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from ringfence.messages.permission import Permission, Scope
 from ringfence.model.scope import glob_intersection
 from ringfence.model.scope import scope as module
-from ringfence.model.scope.scope import ScopeError, intersect, missing, validate_scope
+from ringfence.model.scope.globs import ScopeError
+from ringfence.model.scope.scope import intersect, missing, validate_scope
 from tests.glob_oracles import SHORT, globs, names_of, separated, short_globs, union_of
 
 # Scopes ----------------------------------------------------------------------------------------------------

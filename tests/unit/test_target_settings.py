@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ringfence.backends import Material, built_in
+from ringfence.cli.commands.target_templates import TEMPLATES
 from ringfence.cli.main import main
-from ringfence.cli.target_templates import TEMPLATES
 from ringfence.client.admin import target_backends
 from ringfence.client.admin.target_backends import backend_problem
 from ringfence.messages.registry import BackendSettings

@@ -11,8 +11,8 @@ import typer
 
 from ringfence.backends.postgres.privileges import RIGHTS
 from ringfence.backends.ssh.privileges import VERBS
-from ringfence.cli.target import _request, _settings, _template, _verbs
-from ringfence.cli.target_templates import TEMPLATES
+from ringfence.cli.commands.target import _request, _settings, _template, _verbs
+from ringfence.cli.commands.target_templates import TEMPLATES
 from ringfence.client.agent.credentials import IssuedCredential, Secret
 from ringfence.client.agent.environment import applied, environment
 from ringfence.model.http_targets.request_map import Action, RequestMap

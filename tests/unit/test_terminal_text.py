@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ringfence.cli import action_approvals
+from ringfence.cli.commands import action_approvals
 from ringfence.cli.main import main
-from ringfence.cli.output import print_fields, print_json, print_json_line, print_table
+from ringfence.cli.shared.output import print_fields, print_json, print_json_line, print_table
 from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.errors import ApiError
 from ringfence.kernel.base.errors import RingfenceError, SignatureError

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ringfence.cli import context
+from ringfence.cli.shared import context
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.terminal import filter_stderr
 from ringfence.kernel.base.text import visible_lines
@@ -66,36 +66,51 @@ _TRAIL = "What happened"
 _RUN = "Operate"
 
 COMMANDS: dict[str, Entry] = {
-    "demo": Entry("demo", "demo", _START, "The story in a minute: a task, its credential, its end."),
-    "dev": Entry("dev", "dev", _START, "The whole stack on this machine, seeded; Ctrl-C ends it."),
-    "user": Entry("user", "app", _WHO, "People: roles, keys, entitlements."),
-    "provisioner": Entry("provisioner", "app", _WHO, "Directories that users come from: what they may give."),
-    "agent": Entry("agent", "app", _WHO, "Agents: register, ceiling, sponsor, suspend, decommission."),
-    "target": Entry("target", "app", _WHO, "Systems that agents act on: verbs and approval floors."),
-    "task": Entry("task", "app", _WHO, "Tasks: assign, with what all sides allow; end."),
-    "inventory": Entry("inventory", "inventory", _WHO, "All agents now: reach, leases, sponsors, orphans."),
-    "request": Entry("request", "request", _CREDENTIALS, "As an agent: ask for a credential."),
-    "release": Entry("release", "release", _CREDENTIALS, "As an agent: give a credential back."),
+    "demo": Entry("commands.demo", "demo", _START, "The story in a minute: a task, its credential, its end."),
+    "dev": Entry("commands.dev", "dev", _START, "The whole stack on this machine, seeded; Ctrl-C ends it."),
+    "user": Entry("commands.user", "app", _WHO, "People: roles, keys, entitlements."),
+    "provisioner": Entry(
+        "commands.provisioner", "app", _WHO, "Directories that users come from: what they may give."
+    ),
+    "agent": Entry(
+        "commands.agent", "app", _WHO, "Agents: register, ceiling, sponsor, suspend, decommission."
+    ),
+    "target": Entry("commands.target", "app", _WHO, "Systems that agents act on: verbs and approval floors."),
+    "task": Entry("commands.task", "app", _WHO, "Tasks: assign, with what all sides allow; end."),
+    "inventory": Entry(
+        "commands.inventory", "inventory", _WHO, "All agents now: reach, leases, sponsors, orphans."
+    ),
+    "request": Entry("commands.request", "request", _CREDENTIALS, "As an agent: ask for a credential."),
+    "release": Entry("commands.release", "release", _CREDENTIALS, "As an agent: give a credential back."),
     "approvals": Entry(
-        "approvals", "app", _CREDENTIALS, "As a sponsor: see what waits, approve, deny; approve ahead."
+        "commands.approvals",
+        "app",
+        _CREDENTIALS,
+        "As a sponsor: see what waits, approve, deny; approve ahead.",
     ),
     "break-glass": Entry(
-        "break_glass", "app", _CREDENTIALS, "What two operators allowed against policy; review it."
+        "commands.break_glass", "app", _CREDENTIALS, "What two operators allowed against policy; review it."
     ),
-    "lease": Entry("lease", "app", _CREDENTIALS, "The lives of issued credentials."),
+    "lease": Entry("commands.lease", "app", _CREDENTIALS, "The lives of issued credentials."),
     "revoke": Entry(
-        "revoke", "revoke", _CREDENTIALS, "End one lease, or all of an agent, task, sponsor, ..."
+        "commands.revoke", "revoke", _CREDENTIALS, "End one lease, or all of an agent, task, sponsor, ..."
     ),
-    "policy": Entry("policy", "app", _TRAIL, "The rules: test them, pack them, explain a decision."),
-    "gateway": Entry("gateway", "app", _TRAIL, "What gateways let pass, and what they blocked."),
-    "audit": Entry("audit", "app", _TRAIL, "Follow the trail; trace one credential back to the human."),
-    "init": Entry("init", "init", _RUN, "Make the trust root, service keys, the first operator."),
-    "config": Entry("config", "app", _RUN, "Where settings come from; trust a settings file."),
-    "key": Entry("key", "app", _RUN, "Make and show identity keys."),
-    "doctor": Entry("doctor", "doctor", _RUN, "Examine all that Ringfence stands on; say what to do."),
-    "topics": Entry("topics", "app", _RUN, "Create the topics, and check them."),
-    "serve": Entry("serve", "serve", _RUN, "Run services in this process."),
-    "rebuild": Entry("rebuild", "rebuild", _RUN, "Make Redis hold again what Kafka knows; or only compare."),
+    "policy": Entry("commands.policy", "app", _TRAIL, "The rules: test them, pack them, explain a decision."),
+    "gateway": Entry("commands.gateway", "app", _TRAIL, "What gateways let pass, and what they blocked."),
+    "audit": Entry(
+        "commands.audit", "app", _TRAIL, "Follow the trail; trace one credential back to the human."
+    ),
+    "init": Entry("commands.init", "init", _RUN, "Make the trust root, service keys, the first operator."),
+    "config": Entry("commands.config", "app", _RUN, "Where settings come from; trust a settings file."),
+    "key": Entry("commands.key", "app", _RUN, "Make and show identity keys."),
+    "doctor": Entry(
+        "doctor.command", "doctor", _RUN, "Examine all that Ringfence stands on; say what to do."
+    ),
+    "topics": Entry("commands.topics", "app", _RUN, "Create the topics, and check them."),
+    "serve": Entry("commands.serve", "serve", _RUN, "Run services in this process."),
+    "rebuild": Entry(
+        "commands.rebuild", "rebuild", _RUN, "Make Redis hold again what Kafka knows; or only compare."
+    ),
 }
 
 

@@ -25,7 +25,8 @@ from ringfence.model.requests.grants import (
     not_understood,
     signer_of,
 )
-from ringfence.model.scope.scope import ScopeError, validate_scope
+from ringfence.model.scope.globs import ScopeError
+from ringfence.model.scope.scope import validate_scope
 from ringfence.policy.domain import Case, Judgement
 from ringfence.policy.incoming.verification import Opener
 

@@ -15,7 +15,8 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.permission import Permission
-from ringfence.model.scope.scope import ScopeError, validate_scope
+from ringfence.model.scope.globs import ScopeError
+from ringfence.model.scope.scope import validate_scope
 
 _MAX_LOOKED_AT = 500
 """Each lease among them is looked up with its end."""

@@ -11,7 +11,8 @@ from ringfence.messages.permission import Scope
 from ringfence.messages.registry import UserState
 from ringfence.model.identity.attestation import problem, selector_id
 from ringfence.model.lifecycle.context import CommandRefusedError, Context
-from ringfence.model.scope.scope import ScopeError, validate_scope
+from ringfence.model.scope.globs import ScopeError
+from ringfence.model.scope.scope import validate_scope
 
 
 def operator_only(context: Context, what: str) -> None:

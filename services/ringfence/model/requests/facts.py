@@ -26,8 +26,9 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.directory import Directory, Entry
 from ringfence.model.records.instances import enrolment_of, void
+from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.rule import Side, are_in_force, lacking, sides_of
-from ringfence.model.scope.scope import ScopeError, validate_scope
+from ringfence.model.scope.scope import validate_scope
 from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
 
 _REMEMBERED_WISHES = 512

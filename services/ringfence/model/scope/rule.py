@@ -15,7 +15,8 @@ from typing import Final
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import Entitlements
-from ringfence.model.scope.scope import ScopeError, intersect, missing
+from ringfence.model.scope.globs import ScopeError
+from ringfence.model.scope.scope import intersect, missing
 
 NO_SIDE: Final = "none"
 """Stands as the lacking side where no side was given at all."""

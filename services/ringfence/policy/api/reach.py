@@ -17,7 +17,8 @@ from ringfence.messages.permission import Scope
 from ringfence.messages.registry import TargetState
 from ringfence.model.records.api_access import Caller
 from ringfence.model.requests.facts import DeniedError, find_ground
-from ringfence.model.scope.scope import ScopeError, validate_scope
+from ringfence.model.scope.globs import ScopeError
+from ringfence.model.scope.scope import validate_scope
 from ringfence.policy.api.agents import RosterApi, WrongQueryError, answered
 from ringfence.policy.api.reach_query import asked_for, by_ceiling, by_task, line_of
 

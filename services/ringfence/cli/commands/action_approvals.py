@@ -1,0 +1,76 @@
+"""`ringfence approvals` for single actions, which wait at a gateway: shown, and answered, one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from ringfence.cli.shared import approval_views
+from ringfence.cli.shared.options import confirm, identity, run
+from ringfence.cli.shared.output import print_json, print_json_line, say, span, visible_name
+from ringfence.cli.shared.scopes import show_act
+from ringfence.client.approvals.action_approvals import PendingAction
+from ringfence.client.approvals.sponsor import Sponsor
+
+
+def row(one: PendingAction, now_s: float) -> tuple[str, ...]:
+    """One action that waits in the table of all that waits."""
+    return (
+        one.request_id,
+        "1",
+        one.agent,
+        one.on_behalf_of,
+        show_act(one.target, one.verb, one.resource),
+        "\n".join(
+            (
+                f"ONE ACTION: {visible_name(one.method)} {visible_name(one.url)}",
+                *approval_views.shown_headers(one),
+            )
+        ),
+        "in " + span(one.expires_at - now_s),
+    )
+
+
+def show(pending: PendingAction, as_json: bool) -> None:
+    """Show one action that waits."""
+    if as_json:
+        print_json(approval_views.action_as_json(pending))
+    else:
+        approval_views.print_action(pending)
+
+
+def answer(
+    pending: PendingAction,
+    verb: Literal["approve", "deny"],
+    comment: str | None,
+    yes: bool,
+    me: Path | None,
+    as_json: bool,
+) -> None:
+    """Sign a yes or a no to exactly the action that is shown."""
+
+    async def work() -> str:
+        async with Sponsor.connect(identity(me)) as sponsor:
+            return await (sponsor.approve_action if verb == "approve" else sponsor.deny_action)(
+                pending, comment
+            )
+
+    if not as_json:
+        show(pending, as_json)
+    confirm(f"{verb.title()} this action?", yes)
+    approval_id, verdict = run(work()), "approved" if verb == "approve" else "denied"
+    if as_json:
+        said = {"approval_id": approval_id, "request_id": pending.request_id, "digest": pending.digest}
+        print_json({"kind": "action", "verdict": verdict, **said})
+    else:
+        say(f"{verdict}: action {pending.request_id}")
+
+
+async def watch(sponsor: Sponsor, *, everyone: bool, as_json: bool) -> None:
+    """Show each action that waits as it comes, for ever."""
+    async for pending in sponsor.watch_actions(everyone=everyone):
+        if as_json:
+            print_json_line(approval_views.action_as_json(pending))
+        else:
+            approval_views.print_action(pending)
+            say(f"ringfence approvals approve {pending.request_id}")

@@ -1,0 +1,436 @@
+"""`ringfence agent`: agents from registration to their end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ringfence.cli.commands.usage import print_usage, set_ceiling_command
+from ringfence.cli.shared.arguments import a_name
+from ringfence.cli.shared.attestation import SelectorOption, parse_selectors, set_attestation
+from ringfence.cli.shared.changes import Replacement, check_unchanged, parse_scope_options
+from ringfence.cli.shared.command_results import print_accepted, refuse_unknown
+from ringfence.cli.shared.options import (
+    AddOption,
+    AllowOption,
+    AnywayOption,
+    IdentityOption,
+    JsonOption,
+    KeyDaysOption,
+    NewKeyOption,
+    PublicKeyOption,
+    ReasonOption,
+    RemoveOption,
+    YesOption,
+    confirm,
+    consent_life_s,
+    duration_s,
+    identity,
+    kept_if_accepted,
+    key_records,
+    run,
+    settings,
+    wants_json,
+)
+from ringfence.cli.shared.output import note, print_json, span
+from ringfence.cli.shared.records import list_records, print_record
+from ringfence.cli.shared.scopes import parse_scope, show_scope
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.affected_leases import Loss
+from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.errors import ApiError, InvalidCallError
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jws import parse
+from ringfence.messages.keys import KeyRecord
+from ringfence.messages.registry import AgentState, AgentTransferConsent
+from ringfence.model.identity.spiffe_ids import spiffe_id
+from ringfence.model.scope.scope import missing
+
+app = typer.Typer(
+    help="Agents: register, ceiling, sponsor, keys, suspend, decommission.", no_args_is_help=True
+)
+
+AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", callback=a_name, help="The agent's id.")]
+KeyFileOption = Annotated[
+    Path | None,
+    typer.Option("--key-file", metavar="FILE", help="The agent's key file; its public half is read."),
+]
+SponsorOption = Annotated[
+    str | None, typer.Option("--sponsor", metavar="USER", callback=a_name, help="Who is accountable.")
+]
+
+
+@app.command()
+def register(
+    agent: AgentArgument,
+    description: Annotated[str, typer.Option("--description", help="What it is for.")],
+    allow: AllowOption = None,
+    allow_nothing: Annotated[
+        bool, typer.Option("--allow-nothing", help="An empty ceiling, to be raised later.")
+    ] = False,
+    sponsor: SponsorOption = None,
+    key_file: KeyFileOption = None,
+    public_key: PublicKeyOption = None,
+    new_key: NewKeyOption = None,
+    key_days: KeyDaysOption = 365,
+    selector: SelectorOption = None,
+    me: IdentityOption = None,
+    inactive: Annotated[
+        bool, typer.Option("--inactive", help="Issue nothing before its sponsor has activated it.")
+    ] = False,
+    anyway: AnywayOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Register an agent. `--allow` is its ceiling, the most it may ever hold.
+
+    As its sponsor; or as an operator, who names the sponsor.
+    """
+    if not allow and not allow_nothing:
+        raise typer.BadParameter("say the ceiling with --allow, or --allow-nothing", param_hint="--allow")
+    ceiling = parse_scope(allow, may_be_empty=True)
+    attestation = parse_selectors(selector)
+    named = key_file or public_key or new_key
+    if not (named or attestation):
+        raise typer.BadParameter(
+            "name the agent's key: --key-file, --public-key or --new-key; or say with --selector which running "
+            "instances enrol one"
+        )
+    keys = [_one_key(agent, key_file, public_key, new_key, key_days)] if named else []
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            await refuse_unknown(administrator, ceiling, anyway)
+            return await administrator.register_agent(
+                agent,
+                description=description,
+                keys=keys,
+                ceiling=ceiling,
+                sponsor=sponsor,
+                attestation=attestation,
+                inactive=inactive,
+            )
+
+    with kept_if_accepted(new_key):
+        accepted = run(work())
+    made = {"key_file": str(new_key)} if new_key else {}
+    print_accepted(accepted, f"agent {agent} registered", wants_json(as_json), **made)
+
+
+app.command(name="set-attestation")(set_attestation)
+
+
+@app.command()
+def activate(agent: AgentArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """Take on an agent that was registered with --inactive. As its sponsor."""
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.activate_agent(agent)
+
+    print_accepted(run(work()), f"agent {agent} is active", wants_json(as_json))
+
+
+@app.command(name="set-ceiling")
+def set_ceiling(
+    agent: AgentArgument,
+    allow: AllowOption = None,
+    allow_nothing: Annotated[bool, typer.Option("--allow-nothing", help="An empty ceiling.")] = False,
+    add: AddOption = None,
+    remove: RemoveOption = None,
+    anyway: AnywayOption = False,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Set the most the agent may ever hold; leases that no longer fit end. As its sponsor or an operator.
+
+    --allow says the whole ceiling and replaces what was; --add and --remove change parts of it. First shows what is
+    taken away and which leases end, and asks.
+    """
+    options = parse_scope_options(allow, allow_nothing, add, remove)
+    if not options:
+        raise typer.BadParameter(
+            "say the whole new ceiling with --allow, or --allow-nothing; or what changes of it with --add and --remove",
+            param_hint="--allow",
+        )
+
+    async def work() -> tuple[Accepted, dict[str, Any]]:
+        async with Administrator.connect(identity(me)) as administrator:
+            entry = (await administrator.directory()).agent(agent)
+            if entry is None:
+                raise InvalidCallError(f"there is no agent {agent}; see: ringfence agent list")
+            held = entry.state.ceiling
+            await refuse_unknown(administrator, options.named, anyway, held)
+            ceiling = options.applied(held)
+            said: dict[str, Any] = {}
+            if ceiling != held and (options.whole is not None or options.remove):
+                replacement = Replacement(f"ceiling of {agent}")
+                replacement.scope("allowed", held, ceiling)
+                if missing(held, ceiling):
+                    replacement.losses.append(Loss(agent=agent, fits=ceiling))
+                question = f"Set the ceiling of {agent} so?"
+                said = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+                await check_unchanged(administrator, "agent", agent, entry)
+            return await administrator.set_ceiling(agent, ceiling), said
+
+    accepted, said = run(work())
+    print_accepted(accepted, f"ceiling of {agent} set", wants_json(as_json), said)
+
+
+@app.command()
+def transfer(
+    agent: AgentArgument,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", metavar="USER", callback=a_name, help="The new sponsor. With --consent, who signed it."
+        ),
+    ] = None,
+    consent: Annotated[
+        Path | None,
+        typer.Option(
+            "--consent",
+            metavar="FILE",
+            help="The new sponsor's consent (ringfence agent consent-transfer); - reads it from stdin.",
+        ),
+    ] = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make another sponsor accountable. As the present sponsor, with the new one's consent; or as an operator.
+
+    An operator can do without the consent: then the agent's record and the trail say so.
+    """
+    if not (to or consent):
+        raise typer.BadParameter(
+            "name the new sponsor, or give their consent with --consent", param_hint="--to"
+        )
+    signed, by = _read_transfer_consent(consent, agent) if consent else (None, None)
+    if signed and to and by != to:
+        raise InvalidCallError(f"the consent is {by}'s, not {to}'s")
+    sponsor = by or to or ""
+
+    async def work() -> tuple[Accepted, bool]:
+        async with Administrator.connect(identity(me)) as administrator:
+            unasked = signed is None and sponsor != administrator.id and await _is_operator(administrator)
+            accepted = await administrator.transfer_agent(
+                agent, sponsor=sponsor, consent=signed, without_consent=unasked
+            )
+            return accepted, unasked
+
+    accepted, unasked = run(work())
+    said = {"sponsor": sponsor, "without_consent": unasked}
+    print_accepted(accepted, f"{sponsor} is accountable for {agent}", wants_json(as_json), said)
+    if unasked:
+        note(
+            f"{sponsor} did not consent; the record of {agent} and the trail say so. {sponsor} takes it on with: "
+            f"ringfence agent transfer {agent} --to {sponsor}",
+            "yellow",
+        )
+
+
+@app.command(name="consent-transfer")
+def consent_transfer(
+    agent: AgentArgument,
+    valid: Annotated[
+        str, typer.Option("--valid", metavar="DURATION", help="Until when it may be used, 24h at most.")
+    ] = "1h",
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Consent to answer for an agent as it is now; prints the consent, for its present sponsor. As the new sponsor.
+
+    It counts once. It counts no more after any change of the agent: the present sponsor cannot widen what you saw.
+    """
+    life_s = consent_life_s(valid)
+
+    async def work() -> tuple[str, AgentState]:
+        async with Administrator.connect(identity(me)) as administrator:
+            signed = await administrator.consent_to_transfer(agent, life_s=life_s)
+            entry = (await administrator.directory()).agent(agent)
+            assert entry is not None
+            return signed, entry.state
+
+    signed, state = run(work())
+    if wants_json(as_json):
+        print_json({"consent": signed, "agent_id": agent, "from_sponsor": state.sponsor, "valid_s": life_s})
+        return
+    note(f"You agree to answer for agent {agent}, which is {state.sponsor}'s now:", "bold")
+    note(f"for: {state.description}\nstatus: {state.status}\nceiling:\n{show_scope(state.ceiling)}")
+    command = f"ringfence agent transfer {agent} --consent -"
+    note(f"It counts once, within {span(life_s)}. {state.sponsor} uses it with: {command}")
+    typer.echo(signed)
+
+
+@app.command(name="rotate-key")
+def rotate_key(
+    agent: AgentArgument,
+    key_file: KeyFileOption = None,
+    public_key: PublicKeyOption = None,
+    new_key: NewKeyOption = None,
+    key_days: KeyDaysOption = 365,
+    overlap: Annotated[
+        str | None,
+        typer.Option(
+            "--overlap", metavar="DURATION", help="How long the old keys count on: 0 to 7d. Default: 1h."
+        ),
+    ] = None,
+    replaces: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--replaces",
+            metavar="THUMBPRINT",
+            help="Only this old key. Repeatable; all of them if not given.",
+        ),
+    ] = None,
+    compromised: Annotated[
+        bool,
+        typer.Option(
+            "--compromised", help="The old keys may be in other hands: they end now, and their leases too."
+        ),
+    ] = False,
+    reason: Annotated[str | None, typer.Option("--reason", help="Why; it stands in the trail.")] = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give the agent another key in the place of its old ones. As its sponsor or an operator.
+
+    Leases go on, each with the key that it was asked for with. A running agent takes up the new key when the file that
+    it was started with is replaced (mv NEW OLD): do that within the overlap.
+    """
+    if compromised and overlap:
+        raise typer.BadParameter("a compromised key ends at once", param_hint="--overlap")
+    overlap_s = 0 if overlap == "0" else duration_s(overlap or "1h")
+    key = _one_key(agent, key_file, public_key, new_key, key_days)
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.rotate_key(
+                agent, key, overlap_s=overlap_s, replaces=replaces, compromised=compromised, reason=reason
+            )
+
+    with kept_if_accepted(new_key):
+        accepted = run(work())
+    made = {"key_file": str(new_key)} if new_key else {}
+    ends = "end now, and their leases too" if compromised else f"count for {overlap or '1h'} yet"
+    sentence = f"agent {agent} has key {key.kid}; the keys that it replaces {ends}"
+    print_accepted(accepted, sentence, wants_json(as_json), kid=key.kid, **made)
+
+
+@app.command()
+def suspend(
+    agent: AgentArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
+) -> None:
+    """Stop the agent for now: nothing is issued, its leases end. As its sponsor or an operator."""
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.suspend_agent(agent, reason=reason)
+
+    print_accepted(run(work()), f"agent {agent} suspended; its leases end", wants_json(as_json))
+
+
+@app.command()
+def resume(
+    agent: AgentArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
+) -> None:
+    """Let a suspended agent go on. What an operator suspended only an operator resumes."""
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.resume_agent(agent, reason=reason)
+
+    print_accepted(run(work()), f"agent {agent} is active again", wants_json(as_json))
+
+
+@app.command()
+def decommission(
+    agent: AgentArgument,
+    reason: ReasonOption,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """End the agent for good: its leases end, and its name is never given again. As its sponsor or an operator."""
+    confirm(f"End agent {agent} for good?", yes)
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.decommission_agent(agent, reason=reason)
+
+    print_accepted(run(work()), f"agent {agent} decommissioned", wants_json(as_json))
+
+
+@app.command(name="list")
+def list_agents(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """List agents: a sponsor's own; all for operators and auditors."""
+    list_records("agent", identity(me), wants_json(as_json))
+
+
+@app.command()
+def show(agent: AgentArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """Show one agent: what it may hold, what it used of that in 30 days, and a narrower ceiling that would do.
+
+    A verb is used on a day on which a credential for it was issued. The command that is proposed keeps what was used or
+    is held now, and can be pasted as it is.
+    """
+
+    async def work() -> tuple[Any, Any, str | None]:
+        async with ReadApi(identity(me)) as api:
+            record = await api.record("agent", agent)
+            try:
+                return record, await api.usage(agent), None
+            except ApiError as error:
+                return record, None, str(error)
+
+    record, usage, gap = run(work())
+    command = set_ceiling_command(agent, usage["narrower"], identity(me)) if usage else None
+    if wants_json(as_json):
+        print_json({**record, "usage": usage, "set_ceiling": command})
+    else:
+        print_record("agent", record)
+        if usage:
+            print_usage(usage, command)
+    if gap:
+        note(f"incomplete: what it used is not known: {gap}", "yellow")
+
+
+def _read_transfer_consent(file: Path, agent: str) -> tuple[str, str]:
+    """The text of a consent, and whose it says it is. Unverified: the registry verifies it, nothing is decided here."""
+    try:
+        text = (sys.stdin.read() if str(file) == "-" else file.read_text()).strip()
+        claims = parse(text).unverified_claims(AgentTransferConsent)
+    except OSError as error:
+        raise InvalidCallError(f"cannot read the consent {file}: {error.strerror}") from None
+    except (UnicodeDecodeError, InvalidMessageError):
+        raise InvalidCallError(
+            f"{file} holds no consent to a transfer; the new sponsor makes one with: ringfence agent consent-transfer "
+            f"{agent}"
+        ) from None
+    if claims.agent_id != agent:
+        raise InvalidCallError(f"the consent is for agent {claims.agent_id}, not {agent}")
+    return text, claims.iss.rpartition("/")[2]
+
+
+async def _is_operator(administrator: Administrator) -> bool:
+    if administrator.is_root:
+        return True
+    entry = (await administrator.directory()).user(administrator.id)
+    return entry is not None and entry.state.status == "active" and "operator" in entry.state.roles
+
+
+def _one_key(
+    agent: str, key_file: Path | None, public_key: Path | None, new_key: Path | None, days: int
+) -> KeyRecord:
+    """The one key that is named, or made. Raises KeyFileError; typer.BadParameter where none or several are named."""
+    if key_file and (public_key or new_key):
+        raise typer.BadParameter("name one key: --key-file, --public-key or --new-key")
+    id = spiffe_id(settings().trust_domain, "agent", agent)
+    keys = key_records(key_file or public_key, new_key, id, days)
+    if not keys:
+        raise typer.BadParameter("name the agent's key: --key-file, --public-key or --new-key")
+    return keys[0]

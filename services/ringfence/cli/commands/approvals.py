@@ -1,0 +1,241 @@
+"""`ringfence approvals`: as a sponsor, see what waits, approve, deny.
+
+What is shown comes from the request as the agent signed it and from verified records, never from who asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ringfence.cli.commands import action_approvals, grants
+from ringfence.cli.shared import approval_views
+from ringfence.cli.shared.arguments import a_beginning
+from ringfence.cli.shared.options import (
+    IdentityOption,
+    JsonOption,
+    YesOption,
+    confirm,
+    identity,
+    run,
+    wants_json,
+)
+from ringfence.cli.shared.output import (
+    note,
+    print_json,
+    print_json_line,
+    print_table,
+    say,
+    span,
+    visible,
+)
+from ringfence.cli.shared.scopes import show_scope
+from ringfence.client.approvals.action_approvals import PendingAction
+from ringfence.client.approvals.grouping import Alike, AlikeKey, key_of
+from ringfence.client.approvals.history_comparison import Comparison
+from ringfence.client.approvals.sponsor import PendingApproval, Sponsor
+from ringfence.client.errors import InvalidCallError
+from ringfence.client.id_prefix import named
+
+app = typer.Typer(help="As a sponsor: see what waits, approve, deny; approve ahead.", no_args_is_help=True)
+
+RequestArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="REQUEST",
+        callback=a_beginning,
+        help="The request's id, or how it begins: four characters or more.",
+    ),
+]
+EveryoneOption = Annotated[bool, typer.Option("--everyone", help="Also what others have to decide.")]
+CommentOption = Annotated[str | None, typer.Option("--comment", help="Stands in the trail.")]
+
+
+OneOption = Annotated[bool, typer.Option("--one", help="Only this request, not those that are alike.")]
+
+
+@app.command(name="list")
+def list_approvals(
+    everyone: EveryoneOption = False, me: IdentityOption = None, as_json: JsonOption = False
+) -> None:
+    """List what waits for you: requests, those that would come to the same credential once, and single actions."""
+
+    async def work() -> tuple[list[Alike], list[PendingAction]]:
+        async with Sponsor.connect(identity(me)) as sponsor:
+            return sponsor.groups(everyone=everyone), sponsor.actions(everyone=everyone)
+
+    groups, actions = run(work())
+    if wants_json(as_json):
+        print_json([*map(approval_views.as_json, groups), *map(approval_views.action_as_json, actions)])
+        return
+    now_s = time.time()
+    print_table(
+        ["!request", "!alike", "agent", "for", "wants", "reason", "!ends"],
+        [
+            *(
+                (
+                    group.first.request_id,
+                    str(len(group.requests)),
+                    group.first.agent,
+                    group.first.on_behalf_of,
+                    show_scope(group.first.scope),
+                    ("BREAK GLASS: " if group.first.break_glass else "")
+                    + "\n".join(visible(reason) for reason in group.reasons),
+                    "in " + span(group.expires_at - now_s),
+                )
+                for group in groups
+            ),
+            *(action_approvals.row(one, now_s) for one in actions),
+        ],
+        empty="nothing waits for you",
+    )
+
+
+@app.command()
+def show(request: RequestArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """Show one request that waits, whole, those that are alike, and what differs from what the agent usually gets; or
+    one action.
+    """
+    seen = _look(request, me)
+    if isinstance(seen, PendingAction):
+        action_approvals.show(seen, wants_json(as_json))
+    else:
+        _show(*seen, as_json)
+
+
+@app.command()
+def approve(
+    request: RequestArgument,
+    one: OneOption = False,
+    comment: CommentOption = None,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sign a yes to exactly this request, as it is shown, and one to each that is shown as alike; or to one action.
+
+    What is not yours to give is not signed.
+    """
+    _answer(request, "approve", one, comment, yes, me, as_json)
+
+
+@app.command()
+def deny(
+    request: RequestArgument,
+    one: OneOption = False,
+    comment: CommentOption = None,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sign a no to this request, and one to each that is shown as alike; or to one action."""
+    _answer(request, "deny", one, comment, yes, me, as_json)
+
+
+@app.command()
+def watch(everyone: EveryoneOption = False, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """Show each request that waits for you as it comes, until Ctrl-C: who asks, for what, why, for whom, and what
+    differs from what the agent usually gets; and each action. With --json one object a line.
+    """
+
+    async def work() -> None:
+        async with Sponsor.connect(identity(me)) as sponsor:
+            usual = await sponsor.usual()
+            if not wants_json(as_json):
+                note("waiting for requests; Ctrl-C ends", "dim")
+            async with asyncio.TaskGroup() as both:
+                both.create_task(
+                    action_approvals.watch(sponsor, everyone=everyone, as_json=wants_json(as_json))
+                )
+                shown: set[tuple[str, AlikeKey]] = set()
+                async for pending in sponsor.watch(everyone=everyone):
+                    group, comparison = Alike(sponsor.alike(pending)), usual.compared(pending)
+                    if wants_json(as_json):
+                        print_json_line(approval_views.as_json(Alike((pending,)), comparison))
+                        continue
+                    before = [one for one in group.requests if (one.request_id, key_of(one)) in shown]
+                    if pending in before:
+                        continue  # it stood among those that were alike
+                    shown |= {(one.request_id, key_of(one)) for one in group.requests}
+                    if before:
+                        reason = visible(pending.reason)
+                        say(f"one more like {before[0].request_id}, {len(group.requests)} wait: {reason}")
+                        say(f"ringfence approvals grant --like {before[0].request_id} --count 10")
+                    else:
+                        approval_views.print_question(group, comparison)
+                        say(f"ringfence approvals approve {group.first.request_id}")
+
+    run(work())
+
+
+def _answer(
+    request: str,
+    verb: Literal["approve", "deny"],
+    only_one: bool,
+    comment: str | None,
+    yes: bool,
+    me: Path | None,
+    as_json: bool,
+) -> None:
+    async def answer(group: Alike) -> list[str]:
+        async with Sponsor.connect(identity(me)) as sponsor:
+            return await (sponsor.approve_all if verb == "approve" else sponsor.deny_all)(group, comment)
+
+    seen = _look(request, me, only_one=only_one)
+    if isinstance(seen, PendingAction):
+        action_approvals.answer(seen, verb, comment, yes, me, wants_json(as_json))
+        return
+    group, comparison = seen
+    if not wants_json(as_json):
+        _show(group, comparison, as_json)
+    # A person may take their time. What is signed is what they saw: where anything changed meanwhile, it is refused.
+    what = "this" if len(group.requests) == 1 else f"all {len(group.requests)}"
+    confirm(f"{verb.title()} {what}?", yes)
+    approval_ids = run(answer(group))
+    verdict = "approved" if verb == "approve" else "denied"
+    answers = [
+        {"approval_id": approval_id, "request_id": one.request_id, "digest": one.digest}
+        for one, approval_id in zip(group.requests, approval_ids, strict=True)
+    ]
+    if wants_json(as_json):
+        print_json({"verdict": verdict, **answers[0], "answers": answers})
+        return
+    for one in group.requests:
+        say(f"{verdict}: request {one.request_id}")
+
+
+def _look(
+    request: str, me: Path | None, *, only_one: bool = False
+) -> tuple[Alike, Comparison] | PendingAction:
+    async def work() -> tuple[Alike, Comparison] | PendingAction:
+        async with Sponsor.connect(identity(me)) as sponsor:
+            if sponsor.find(request) is None and (action := sponsor.find_action(request)) is not None:
+                return action
+            pending = _find(sponsor, request)
+            others = [] if only_one else [one for one in sponsor.alike(pending) if one != pending]
+            return Alike((pending, *others)), (await sponsor.usual(pending.agent)).compared(pending)
+
+    return run(work())
+
+
+def _find(sponsor: Sponsor, request: str) -> PendingApproval:
+    pending = sponsor.find(request)
+    if pending is None:
+        unshowable = named(request, sponsor.unshowable.items(), lambda one: one[0])
+        why = f": {unshowable[1]}" if unshowable else ""
+        raise InvalidCallError(f"no single open request {request!r}{why}; see: ringfence approvals list")
+    return pending
+
+
+def _show(group: Alike, comparison: Comparison, as_json: bool) -> None:
+    if wants_json(as_json):
+        print_json(approval_views.as_json(group, comparison))
+    else:
+        approval_views.print_question(group, comparison)
+
+
+grants.add_to(app)

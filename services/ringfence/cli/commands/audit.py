@@ -1,0 +1,332 @@
+"""`ringfence audit`: follow the trail; trace one credential back to the human."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.text import Text
+from rich.tree import Tree
+
+from ringfence.cli.commands.audit_coverage import coverage
+from ringfence.cli.commands.audit_export import export
+from ringfence.cli.commands.audit_who import who
+from ringfence.cli.shared.arguments import a_name
+from ringfence.cli.shared.audit_filters import (
+    AgentFilter,
+    CodeFilter,
+    LeaseFilter,
+    SeverityFilter,
+    SponsorFilter,
+    StatusFilter,
+    TargetFilter,
+    TaskFilter,
+    UserFilter,
+    filters_of,
+)
+from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
+from ringfence.cli.shared.output import (
+    console,
+    note,
+    print_json,
+    print_json_line,
+    print_table,
+    say,
+    visible,
+)
+from ringfence.cli.shared.spans import when_ms
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.connection import load_key, load_settings
+from ringfence.client.errors import InvalidCallError
+from ringfence.client.reports.auditor import (
+    HEADS,
+    SETTLE_S,
+    TrailReport,
+    read_heads,
+    verify_trail,
+    witness,
+)
+from ringfence.client.reports.read_api import Filters, ReadApi
+from ringfence.kernel.base.private_files import write_private
+
+app = typer.Typer(help="Follow the trail; trace one credential back to the human.", no_args_is_help=True)
+
+app.command()(coverage)
+app.command()(who)
+app.command()(export)
+
+_POLL_S = 0.5
+_SHOWN = 10_000
+"""So many events are remembered as shown, where two questions may give the same."""
+_END_OF_TIME_MS = 2**53
+_STYLES = {"user": "bold", "task": "bold", "lease": "green", "decision": "cyan", "approval": "magenta"}
+_ENDS = {"cut": "yellow", "end": "yellow", "revocation": "yellow"}
+_FAILED = "red"
+
+
+@app.command()
+def tail(
+    lines: Annotated[
+        int, typer.Option("--lines", "-n", min=1, max=1000, help="How many to begin with.")
+    ] = 10,
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Go on as events come, until Ctrl-C.")
+    ] = True,
+    agent: AgentFilter = None,
+    task: TaskFilter = None,
+    lease: LeaseFilter = None,
+    target: TargetFilter = None,
+    user: UserFilter = None,
+    sponsor: SponsorFilter = None,
+    code: CodeFilter = None,
+    status: StatusFilter = None,
+    severity: SeverityFilter = None,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--since",
+            metavar="WHEN",
+            help="Begin with all since then, by their time: a duration ago, or a moment.",
+        ),
+    ] = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what was audited, as OCSF events, one a line with --json.
+
+    Operators and auditors see all, sponsors what concerns their agents, others what is on their behalf.
+    """
+
+    chosen: dict[str, str | int | None] = {
+        "agent": agent,
+        "task": task,
+        "lease": lease,
+        **filters_of(target=target, user=user, sponsor=sponsor, codes=code, status=status, severity=severity),
+    }
+    now_ms = int(time.time() * 1000)
+    since_ms = when_ms(since, now_ms) if since is not None else None
+
+    def show(event: Mapping[str, Any]) -> None:
+        if wants_json(as_json):
+            print_json_line(event)
+        else:
+            console().print(event_line(event), soft_wrap=True)
+
+    async def work() -> None:
+        async with ReadApi(identity(me)) as api:
+            await _tail(api, chosen, show, lines=lines, since_ms=since_ms, follow=follow)
+
+    run(work())
+
+
+async def _tail(
+    api: ReadApi,
+    chosen: Filters,
+    show: Callable[[Mapping[str, Any]], None],
+    *,
+    lines: int,
+    since_ms: int | None,
+    follow: bool,
+) -> None:
+    shown: deque[str] = deque(maxlen=_SHOWN)
+    page = await api.events(chosen, limit=lines if since_ms is None else 1)
+    if since_ms is not None:
+        page["events"] = []
+        async for text in _since(api, chosen, since_ms):
+            event = json.loads(text)
+            shown.append(event["metadata"]["uid"])
+            show(event)
+    known = set(shown)  # what came between the two questions is in both
+    while True:
+        for event in page["events"]:
+            if event["metadata"]["uid"] not in known:
+                show(event)
+        if not follow:
+            return
+        before = page["after"]
+        page = await api.events(chosen, after=before, limit=1000)
+        if page["after"] == before:
+            await asyncio.sleep(_POLL_S)
+
+
+async def _since(api: ReadApi, chosen: Filters, since_ms: int) -> AsyncIterator[str]:
+    after: str | None = None
+    while True:
+        page = await api.export(chosen, since_ms=since_ms, until_ms=_END_OF_TIME_MS, after=after)
+        for text in page["events"]:
+            yield text
+        after = page["after"]
+        if after is None:
+            return
+
+
+@app.command()
+def trace(
+    id: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", callback=a_name, help="The id of a lease, request, task, agent or user."
+        ),
+    ],
+    kind: Annotated[
+        Literal["lease", "request", "task", "agent", "user"] | None,
+        typer.Option("--kind", help="What the id is of, where it could be several."),
+    ] = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the story of one credential (or of all of a task, agent, user) back to the human, as a tree with times."""
+
+    async def work() -> Any:
+        async with ReadApi(identity(me)) as api:
+            return await api.trace(id, kind)
+
+    story = run(work())
+    if wants_json(as_json):
+        print_json(story)
+        return
+    console().print(trace_tree(story))
+    if story.get("truncated"):
+        note("only the latest are shown; trace one of them by its own id", "yellow")
+
+
+@app.command()
+def verify(
+    heads: Annotated[
+        Path | None,
+        typer.Option(
+            "--heads",
+            metavar="FILE",
+            dir_okay=False,
+            help="What was found signed the last time: it must still be so. Written anew where there is no fault.",
+        ),
+    ] = None,
+    settle_s: Annotated[
+        float,
+        typer.Option(
+            "--settle", metavar="SECONDS", min=0, help="A younger record need not have an event yet."
+        ),
+    ] = SETTLE_S,
+    as_witness: Annotated[
+        bool,
+        typer.Option(
+            "--witness", help="Sign what was found good, as an auditor, for all who verify after you."
+        ),
+    ] = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find what was removed, changed, reordered, doubled or cut off in the trail, and what never came there.
+
+    Reads Kafka itself and believes nobody but the trust root. Exit 1 where there is a fault.
+    """
+
+    async def work() -> tuple[TrailReport, int]:
+        if as_witness:
+            async with Administrator.connect(identity(me)) as who:
+                entry = (await who.directory()).user(who.id)
+            if entry is None or "auditor" not in entry.state.roles:
+                raise InvalidCallError(
+                    f"{who.id} is no auditor, and nobody would believe their word; name an auditor's key by --identity"
+                )
+        kept = read_heads(heads.read_bytes()) if heads is not None and heads.exists() else None
+        with console(stderr=True).status("reading the trail"):
+            report = await verify_trail(kept=kept, settle_s=settle_s)
+        if report.faults:
+            return report, 0
+        if heads is not None:
+            write_private(heads, HEADS.dump_json(report.heads))
+        return report, await witness(report, load_key(identity(me), load_settings())) if as_witness else 0
+
+    report, witnessed = run(work())
+    if wants_json(as_json):
+        print_json({**dataclasses.asdict(report), "heads": report.heads, "witnessed": witnessed})
+    else:
+        _print_report(report, witnessed)
+    if report.faults:
+        raise typer.Exit(1)
+
+
+def _print_report(report: TrailReport, witnessed: int) -> None:
+    print_table(
+        ["!chain", "events", "signed up to", "root", "witnesses"],
+        (
+            (
+                one.tree,
+                f"{one.first} to {one.last}" if one.last else "none",
+                str(one.signed),
+                (one.root or "")[:16],
+                ", ".join(one.witnesses),
+            )
+            for one in report.trees
+        ),
+        empty="there are no chains",
+    )
+    for fault in report.faults:
+        where = f"chain {fault.tree}: " if fault.tree else ""
+        what = f"  event {fault.uid}" if fault.uid else ""
+        note(f"{fault.kind.upper()}  {where}{fault.message}{what}", "red")
+    if not report.faults:
+        say(f"no fault; {report.records} records on other topics have their events")
+    if witnessed:
+        say(f"signed {witnessed} heads as a witness")
+
+
+def trace_tree(story: Mapping[str, Any]) -> Tree:
+    """The answer of `GET /v1/trace/{id}` as a tree for people: who, for whom, why, and when each step was."""
+    trunk = Tree(Text(visible(f"{story['kind']} {story['id']}"), style="bold"), guide_style="dim")
+    for root in story["roots"]:
+        _grow(trunk, root, None)
+    return trunk
+
+
+def event_line(event: Mapping[str, Any]) -> Text:
+    """One OCSF event on one line."""
+    line = Text(_clock(event.get("time"), date=True), style="dim")
+    failed = event.get("status_id") == 2
+    code = str(event.get("metadata", {}).get("event_code", event.get("class_uid", "")))
+    line.append(f"  {visible(code):22}", style=_FAILED if failed else "cyan")
+    line.append(f"  {visible(str(event.get('message', '')))}", style="")
+    return line
+
+
+def _grow(parent: Tree, node: Mapping[str, Any], day: str | None) -> None:
+    at_ms = node.get("at_ms")
+    here = _clock(at_ms, date=True)[:10] if at_ms is not None else day
+    label = Text()
+    if at_ms is not None:
+        # The date stands where it changes: within a story it rarely does.
+        label.append(f"{_clock(at_ms, date=here != day)} ", style="dim")
+    title = visible(str(node["title"]))
+    refused = node["kind"] == "decision" and "refused" in title
+    label.append(
+        title, style=_FAILED if refused else _STYLES.get(node["kind"]) or _ENDS.get(node["kind"], "")
+    )
+    if node.get("duration_ms") is not None:
+        label.append(f"  +{_after(node['duration_ms'])}", style="dim")
+    if node["kind"] in ("task", "request", "lease"):
+        label.append(f"  {node['kind']} {visible(str(node['id']))}", style="dim")
+    branch = parent.add(label)
+    for child in node["children"]:
+        _grow(branch, child, here)
+
+
+def _clock(at_ms: int | None, *, date: bool) -> str:
+    if at_ms is None:
+        return ""
+    at = datetime.fromtimestamp(at_ms / 1000, UTC)
+    return at.strftime("%Y-%m-%d %H:%M:%S.%f" if date else "%H:%M:%S.%f")[:-3] + "Z"
+
+
+def _after(ms: int) -> str:
+    if ms < 1000:
+        return f"{ms} ms"
+    return f"{ms / 1000:.1f} s" if ms < 60_000 else f"{ms // 60_000} min {ms // 1000 % 60} s"

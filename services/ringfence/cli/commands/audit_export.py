@@ -1,0 +1,168 @@
+"""`ringfence audit export`: the trail as a file, in the format that somebody needs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, BinaryIO, Literal, cast
+
+import typer
+
+from ringfence.cli.shared.audit_filters import (
+    AgentFilter,
+    CodeFilter,
+    SeverityFilter,
+    SponsorFilter,
+    StatusFilter,
+    TargetFilter,
+    TaskFilter,
+    UserFilter,
+    filters_of,
+)
+from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
+from ringfence.cli.shared.output import escaped_json, moment, note, print_json, say, visible_lines
+from ringfence.cli.shared.progress import counting
+from ringfence.cli.shared.spans import span_ms
+from ringfence.client.exports.export import (
+    Question,
+    State,
+    Unfinished,
+    begin,
+    export_pages,
+    given,
+    resume,
+    stopped_at_ms,
+)
+from ringfence.client.exports.writers import Format, Writer, writer_of
+from ringfence.client.reports.read_api import ReadApi
+
+
+def export(
+    format: Annotated[
+        Literal["ocsf", "ecs", "csv", "parquet"],
+        typer.Option("--format", help="OCSF to the byte, Elastic Common Schema, CSV, or Parquet."),
+    ] = "ocsf",
+    since: Annotated[
+        str,
+        typer.Option(
+            "--since", metavar="WHEN", help="From when: a duration ago, or a moment. Audit keeps 365 days."
+        ),
+    ] = "30d",
+    until: Annotated[
+        str | None,
+        typer.Option("--until", metavar="WHEN", help="Until when, not included; until now where not given."),
+    ] = None,
+    agent: AgentFilter = None,
+    task: TaskFilter = None,
+    target: TargetFilter = None,
+    class_uid: Annotated[
+        int | None,
+        typer.Option("--class", metavar="NUMBER", min=1, max=999_999, help="Only this OCSF class, as 3003."),
+    ] = None,
+    user: UserFilter = None,
+    sponsor: SponsorFilter = None,
+    code: CodeFilter = None,
+    status: StatusFilter = None,
+    severity: SeverityFilter = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", dir_okay=False, help="A new file; stdout if not given."),
+    ] = None,
+    go_on: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the export to --out that stopped, as it was asked for."),
+    ] = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the events of a period, oldest first; the same question about the past gives the same file.
+
+    Operators and auditors see all, sponsors what concerns their agents, others what is on their behalf. A file is
+    FILE.part until it is whole.
+    """
+    if out is None and (go_on or format == "parquet"):
+        raise typer.BadParameter(f"{'--resume' if go_on else '--format parquet'} needs a file: add -o FILE")
+    since_ms, until_ms = span_ms(since, until, int(time.time() * 1000))
+    chosen = filters_of(
+        target=target, user=user, sponsor=sponsor, codes=code, status=status, severity=severity
+    )
+    filters = given({"agent": agent, "task": task, "class": class_uid, **chosen})
+    question = Question(format=format, since_ms=since_ms, until_ms=until_ms, filters=filters)
+    if out is None:
+        _to_stdout(question, me)
+        return
+    state = _to_file(resume(out) if go_on else begin(out, question), out, me)
+    if wants_json(as_json):
+        print_json({"file": str(out), "events": state.events, **state.question.model_dump()})
+    else:
+        say(f"{state.events} events in {out}")
+
+
+class _Terminal:
+    """Stdout that is a terminal: what is written shows its controls and invisible characters as code points."""
+
+    def __init__(self, format: Format) -> None:
+        self._shown = _visible_rows if format == "csv" else escaped_json
+
+    def write(self, data: bytes) -> int:
+        """Print whole lines of UTF-8."""
+        sys.stdout.write(self._shown(data.decode(errors="backslashreplace")))
+        return len(data)
+
+    def flush(self) -> None:
+        """See `BinaryIO`."""
+        sys.stdout.flush()
+
+
+def _visible_rows(text: str) -> str:
+    """CSV has no escapes: the characters stand as in tables for people."""
+    return "\r\n".join(map(visible_lines, text.split("\r\n")))
+
+
+def _to_stdout(question: Question, me: Path | None) -> None:
+    state = State(question=question)
+    sys.stdout.flush()
+    # To the byte for programs. On a terminal somebody looks at it, and what strangers wrote acts upon that.
+    file = _Terminal(question.format) if sys.stdout.isatty() else sys.stdout.buffer
+    writer = writer_of(question.format, cast("BinaryIO", file))
+    try:
+        run(_all(state, writer, me))
+    except BaseException:
+        note(_stopped(state), "yellow")
+        raise
+    finally:
+        sys.stdout.flush()
+    note(f"{state.events} events")
+
+
+def _to_file(one: Unfinished, out: Path, me: Path | None) -> State:
+    try:
+        run(_all(one.state, one.writer, me, one))
+    except BaseException:
+        one.leave()
+        note(_stopped(one.state) + _how_to_go_on(one, out), "yellow")
+        raise
+    one.finish()
+    return one.state
+
+
+def _how_to_go_on(one: Unfinished, out: Path) -> str:
+    if one.can_be_resumed:
+        return f"; go on with: ringfence audit export --resume -o {out}"
+    if not one.writer.resumable:
+        return "; a Parquet file cannot be gone on with: begin anew, with a shorter --since and --until"
+    return ""
+
+
+async def _all(state: State, writer: Writer, me: Path | None, one: Unfinished | None = None) -> None:
+    async with ReadApi(identity(me)) as api:
+        with counting() as progress:
+            await export_pages(api, state, writer, progress, one.keep if one else lambda: None)
+
+
+def _stopped(state: State) -> str:
+    at_ms = stopped_at_ms(state)
+    if at_ms is None:
+        return "stopped before the first event was written"
+    return f"stopped after {state.events} events, at {moment(at_ms / 1000)}; it is not whole"

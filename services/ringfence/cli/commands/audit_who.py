@@ -1,0 +1,116 @@
+"""`ringfence audit who`: who could reach a target, and who did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from ringfence.cli.shared.arguments import a_target
+from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
+from ringfence.cli.shared.output import moment, note, print_json, print_table, say
+from ringfence.cli.shared.progress import counting
+from ringfence.cli.shared.spans import span_ms
+from ringfence.client.reports.access_report import Who, who_report
+from ringfence.client.reports.read_api import ReadApi
+
+_DID = [
+    "agent", "sponsor", "on behalf of", "allowed", "denied", "observed", "credentials", "!first", "!last", "!trace",
+]  # fmt: skip
+
+
+def who(
+    target: Annotated[
+        str,
+        typer.Option("--target", metavar="TARGET", callback=a_target, help="The target that it is about."),
+    ],
+    verb: Annotated[str | None, typer.Option("--verb", metavar="VERB", help="Only this verb.")] = None,
+    resource: Annotated[
+        str | None,
+        typer.Option("--resource", metavar="RESOURCE", help="Only this resource, or what these globs share."),
+    ] = None,
+    since: Annotated[
+        str,
+        typer.Option(
+            "--since", metavar="WHEN", help="From when: a duration ago, or a moment. Audit keeps 365 days."
+        ),
+    ] = "30d",
+    until: Annotated[
+        str | None, typer.Option("--until", metavar="WHEN", help="Until when, in the same way; until now.")
+    ] = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say who could reach a target now, by whose leave, and who did something there in a period, for whom.
+
+    Could: agents whose ceiling allows it; each with the running tasks in which task, ceilings and the entitlements of
+    the user it is for all allow it. Policy may still deny it, or ask for approval.
+
+    Did: agents that held a credential for it in the period, or asked a gateway for something there. Operators and
+    auditors see all, sponsors what concerns their agents, others what was on their behalf.
+    """
+    since_ms, until_ms = span_ms(since, until, int(time.time() * 1000))
+
+    async def work() -> Who:
+        async with ReadApi(identity(me)) as api:
+            with counting() as progress:
+                return await who_report(
+                    api, target, since_ms, until_ms, progress, verb=verb, resource=resource
+                )
+
+    report = run(work())
+    if wants_json(as_json):
+        print_json(report.as_json())
+    else:
+        _print(report)
+    for gap in report.gaps:
+        note(f"not known: {gap}", "yellow")
+
+
+def _print(report: Who) -> None:
+    if report.could is not None:
+        say(f"could, now: {sum(agent['now'] for agent in report.could)} of these agents", "bold")
+        print_table(
+            ["agent", "sponsor", "on behalf of", "may", "!until", "ceiling by", "task"],
+            (row for agent in report.could for row in _could_rows(agent)),
+            empty=f"no agent that you may see may ever reach it at {report.target}",
+        )
+    say(f"did, from {moment(report.since_ms / 1000)} until {moment(report.until_ms / 1000)}:", "bold")
+    print_table(
+        _DID,
+        (_did_row(line) for line in report.lines()),
+        empty="nobody, as far as you may see",
+    )
+
+
+def _could_rows(agent: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    sponsor = agent["sponsor"] + ("" if agent["sponsor_is"] == "live" else f" ({agent['sponsor_is']})")
+    name = agent["id"] + ("" if agent["status"] == "active" else f" ({agent['status']})")
+    by = agent["ceiling_by"]
+    leave = f"{by['by'].rpartition('/')[2]}, {moment(by['at_ms'] / 1000)[:10]}" if by else ""
+    if not agent["tasks"]:
+        yield name, sponsor, "nobody now", f"with a task: {_scope(agent['ceiling'])}", "", leave, ""
+    for task in agent["tasks"]:
+        behalf = f"{task['on_behalf_of']} ({task['entitlements_by']})"
+        may = _scope(task["scope"])
+        if task["approvals"]:
+            may += f"\nonce approved: {', '.join(task['approvals'])}"
+        if task["against"]:
+            may += f"\nnot now: {'; '.join(task['against'])}"
+        by_whom = f"{task['id']}: {task['purpose']}\nassigned by {task['assigned_by']}"
+        if task["handed_on_by"]:
+            by_whom += f", handed on by {', '.join(task['handed_on_by'])}"
+        yield name, sponsor, behalf, may, moment(task["not_after"]), leave, by_whom
+
+
+def _did_row(line: Mapping[str, Any]) -> tuple[str, ...]:
+    people = (line[name] or "unknown" for name in ("agent", "sponsor", "on_behalf_of"))
+    counts = (str(line[name]) if line[name] else "" for name in ("allowed", "denied", "observed", "leases"))
+    times = (moment(line[name] / 1000) for name in ("first_ms", "last_ms"))
+    return (*people, *counts, *times, line["lease"] or "")
+
+
+def _scope(scope: list[dict[str, Any]]) -> str:
+    return "\n".join(f"{', '.join(one['verbs'])} on {', '.join(one['resources'])}" for one in scope)

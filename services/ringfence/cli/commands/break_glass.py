@@ -1,0 +1,73 @@
+"""`ringfence break-glass`: what was allowed against policy, and the review of it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ringfence.cli.shared.arguments import a_beginning
+from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
+from ringfence.cli.shared.output import moment, print_json, print_table, say
+from ringfence.cli.shared.scopes import show_scope
+from ringfence.client.approvals.break_glass_review import review_break_glass, uses_of_break_glass
+from ringfence.messages.permission import Permission
+
+app = typer.Typer(help="What two operators allowed against policy; review it.", no_args_is_help=True)
+
+
+@app.command(name="list")
+def list_uses(
+    unreviewed: Annotated[
+        bool, typer.Option("--unreviewed", help="Only those that nobody has reviewed.")
+    ] = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the uses of break glass: who allowed what, for whom, against which denials; and who reviewed it."""
+    found = run(uses_of_break_glass(identity(me), unreviewed=unreviewed))
+    if wants_json(as_json):
+        print_json(found)
+        return
+    print_table(
+        ["!request", "!at", "agent", "for", "allowed", "by", "against", "its reason", "review"],
+        (
+            (
+                str(use["request_id"]),
+                moment(use["at_ms"] / 1000),
+                str(use["agent"]),
+                str(use["on_behalf_of"]),
+                show_scope(
+                    tuple(Permission.model_validate(p, strict=False) for p in use["permissions"] or ())
+                ),
+                ", ".join(use["approvers"]),
+                "; ".join(str(reason["message"]) for reason in use["denials"]),
+                str(use["reason"] or ""),
+                f"{use['review']['by']}: {use['review']['note']}" if use["review"] else "none yet",
+            )
+            for use in found
+        ),
+        empty="every use of break glass has its review" if unreviewed else "break glass was never used",
+    )
+
+
+@app.command()
+def review(
+    request: Annotated[
+        str,
+        typer.Argument(
+            metavar="REQUEST",
+            callback=a_beginning,
+            help="The request's id, or how it begins: four characters or more.",
+        ),
+    ],
+    note: Annotated[str, typer.Option("--note", help="What you found; it stands in the trail.")],
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sign a review of one use, as an operator or auditor who had no part in it."""
+    use = run(review_break_glass(request, note, identity(me)))
+    if wants_json(as_json):
+        print_json(use)
+    else:
+        say(f"reviewed: request {use['request_id']} of agent {use['agent']}")

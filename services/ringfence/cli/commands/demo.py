@@ -1,0 +1,159 @@
+"""`ringfence demo`: the story in a minute."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+from ringfence.cli.shared.context import wants_json
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.text import visible
+
+if TYPE_CHECKING:
+    from ringfence.client.approvals.sponsor import PendingApproval
+
+
+def demo(
+    interactive: Annotated[bool, typer.Option("--interactive", help="You press approve.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a step.")] = False,
+) -> None:
+    """An agent's task, its credential and its end, on real parts; ends with the trail."""
+    from ringfence.cli.commands.dev import client_settings, ended_by_signals
+    from ringfence.dev.demo import Story
+    from ringfence.dev.organisation import seed
+    from ringfence.dev.stack import Stack, StackOptions
+
+    if interactive and not sys.stdin.isatty():
+        raise typer.BadParameter(
+            "nobody is there to press approve: this needs a terminal", param_hint="--interactive"
+        )
+    narrator = JsonNarrator() if wants_json(as_json) else RichNarrator()
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="ringfence-demo-") as folder,
+            ended_by_signals(),
+            Stack(StackOptions(Path(folder)), say=narrator.waiting) as stack,
+        ):
+            settings = client_settings(stack.environment())
+
+            async def play() -> None:
+                narrator.waiting("making a small organisation")
+                await seed(stack.trust, settings, stack.options.operator)
+                await Story(stack, settings, narrator, press_approve if interactive else None).tell()
+
+            asyncio.run(play())
+    finally:
+        narrator.done()
+    narrator.next_steps()
+
+
+async def press_approve(pending: PendingApproval) -> None:
+    """Ask the person at the keyboard. Ctrl-C ends the waiting, as it would not in a thread that reads.
+
+    Raises RingfenceError where they do not approve.
+    """
+    verbs = ", ".join(verb for permission in pending.scope for verb in permission.verbs)
+    answer = "?"
+    while answer not in ("", "y", "yes"):
+        if answer in ("n", "no"):
+            raise RingfenceError("you did not approve, so nothing is issued, and the story ends here")
+        sys.stderr.write(visible(f"  Approve {verbs} for {pending.agent}? [Y/n] "))
+        sys.stderr.flush()
+        answer = (await _line()).strip().lower()
+
+
+async def _line() -> str:
+    pressed = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(sys.stdin, pressed.set)
+    try:
+        await pressed.wait()
+    finally:
+        loop.remove_reader(sys.stdin)
+    if not (line := os.read(sys.stdin.fileno(), 4096)):  # a terminal gives one line at a time
+        sys.stderr.write("\n")
+        raise RingfenceError("nobody is there any more to approve, so the story ends here")
+    return line.decode(errors="replace")
+
+
+def next_commands(folder: Path) -> list[str]:
+    """What to try next from this folder: a clone has its own way to start, and its own environment."""
+    own = Path(".venv/bin/ringfence")
+    ringfence, dev = (str(own), "make dev") if (folder / own).exists() else ("ringfence", "ringfence dev")
+    return [
+        f"  {dev:42}  the same stack, to stay",
+        f"  {ringfence} --identity .ringfence/users/sam.json approvals watch",
+        f"  {f'{ringfence} --help':42}  everything else; a tutorial is in README.md",
+    ]
+
+
+class RichNarrator:
+    """Tells the story to a person."""
+
+    def __init__(self) -> None:
+        self._out = Console()
+        self._status: Status | None = None
+
+    def act(self, title: str) -> None:
+        self.done()
+        self._out.print(f"\n[bold]{title}[/]\n")
+
+    def step(self, step: str, text: str, **ids: Any) -> None:
+        self.done()
+        mark = "[red]✗[/]" if step in ("bypass.succeeded", "request.refused") else "[green]✓[/]"
+        self._out.print(f"{mark} [bold cyan]{step:21}[/] ", Text(visible(text)), sep="")
+        if "trace" in ids:
+            from ringfence.cli.commands.audit import trace_tree
+
+            self._out.print()
+            self._out.print(trace_tree(ids["trace"]))
+
+    def waiting(self, text: str) -> None:
+        if not self._out.is_terminal:
+            return
+        if self._status is None:
+            self._status = self._out.status("")
+            self._status.start()
+        self._status.update(f"[dim]{text}[/]")
+
+    def done(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def next_steps(self) -> None:
+        self._out.print(
+            "\n[bold]Next:[/]\n" + "\n".join(next_commands(Path())), highlight=False, soft_wrap=True
+        )
+
+
+class JsonNarrator:
+    """Tells the story to a program: one JSON object a line with `step`, `at` and ids."""
+
+    def act(self, title: str) -> None:
+        pass
+
+    def step(self, step: str, text: str, **ids: Any) -> None:
+        at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        sys.stdout.write(json.dumps({"step": step, "at": at, "text": text, **ids}) + "\n")
+        sys.stdout.flush()
+
+    def waiting(self, text: str) -> None:
+        pass
+
+    def done(self) -> None:
+        pass
+
+    def next_steps(self) -> None:
+        pass

@@ -1,0 +1,193 @@
+"""`ringfence approvals grant|grants|withdraw`: approve ahead, see what was approved ahead, take it back."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ringfence.cli.shared.arguments import a_beginning, a_uuid
+from ringfence.cli.shared.command_results import print_accepted
+from ringfence.cli.shared.options import (
+    AllowOption,
+    IdentityOption,
+    JsonOption,
+    ReasonOption,
+    YesOption,
+    confirm,
+    duration_s,
+    identity,
+    run,
+    wants_json,
+)
+from ringfence.cli.shared.output import (
+    note,
+    print_fields,
+    print_json,
+    print_table,
+    span,
+    until,
+    visible,
+)
+from ringfence.cli.shared.scopes import parse_scope, show_scope
+from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.approvals.grants import Grantor, Proposal
+from ringfence.client.approvals.sponsor import PendingApproval, Sponsor
+from ringfence.client.errors import InvalidCallError
+from ringfence.messages.permission import Permission
+
+GrantArgument = Annotated[str, typer.Argument(metavar="GRANT", callback=a_uuid, help="The grant's id.")]
+
+
+def grant(
+    task: Annotated[
+        str | None, typer.Argument(metavar="[TASK]", callback=a_uuid, help="The task's id.")
+    ] = None,
+    allow: AllowOption = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            "--like",
+            metavar="REQUEST",
+            callback=a_beginning,
+            help="What this request that waits is for, instead of TASK.",
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, max=1000, help="For how many credentials.")] = 1,
+    lasts: Annotated[
+        str,
+        typer.Option("--for", metavar="DURATION", help="How long it counts: 90s, 15m, 1h30m; at most 12h."),
+    ] = "1h",
+    ttl: Annotated[
+        str | None,
+        typer.Option("--ttl", metavar="DURATION", help="How long each credential may live at most."),
+    ] = None,
+    delivery: Annotated[
+        Literal["agent", "gateway"] | None,
+        typer.Option("--delivery", help="To whom credentials are delivered; the agent if not given."),
+    ] = None,
+    comment: Annotated[str | None, typer.Option("--comment", help="Stands in the trail.")] = None,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Approve ahead: so many credentials within a task, until then, without being asked for each.
+
+    It counts for nothing once agent, user, task, target or policy change, or when it is taken back.
+    """
+    if (task is None) == (like is None):
+        raise typer.BadParameter("name a task, or a request that waits with --like", param_hint="TASK")
+    if like and (allow or ttl or delivery):
+        raise typer.BadParameter(
+            "the request says it; give neither --allow, --ttl nor --delivery", param_hint="--like"
+        )
+    scope, lasts_s = parse_scope(allow, may_be_empty=like is not None), duration_s(lasts)
+    ttl_s = duration_s(ttl) if ttl else None
+
+    async def asked(request: str) -> PendingApproval:
+        async with Sponsor.connect(identity(me)) as sponsor:
+            pending = sponsor.find(request)
+            if pending is None:
+                raise InvalidCallError(f"no single open request {request}; see: ringfence approvals list")
+            return pending
+
+    async def look() -> Proposal:
+        terms: dict[str, Any] = {
+            "task_id": task or "",
+            "scope": scope,
+            "ttl_s": ttl_s,
+            "delivery": delivery or "agent",
+        }
+        if like is not None:
+            one = await asked(like)
+            terms = {"task_id": one.task_id, "scope": one.scope, "ttl_s": one.ttl_s, "delivery": one.delivery}
+        async with Grantor.connect(identity(me)) as grantor:
+            proposal = await grantor.propose(**terms, count=count, lasts_s=lasts_s, comment=comment)
+            if not proposal.mine:
+                raise InvalidCallError(
+                    f"{grantor.id} can approve nothing of agent {proposal.grant.agent_id} in this task: the grant "
+                    "would count for nothing"
+                )
+            return proposal
+
+    async def give(proposal: Proposal) -> Accepted:
+        async with Grantor.connect(identity(me)) as grantor:
+            return await grantor.give(proposal)
+
+    proposal = run(look())
+    if not wants_json(as_json):
+        _print(proposal)
+    confirm("Approve this ahead?", yes)
+    accepted = run(give(proposal))
+    sentence = f"{count} credential{'s are' if count > 1 else ' is'} approved ahead"
+    print_accepted(accepted, sentence, wants_json(as_json), grant_id=accepted.result or "")
+
+
+def grants(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """List what was approved ahead, and how much of it was used."""
+
+    async def work() -> list[dict[str, Any]]:
+        async with Grantor.connect(identity(me)) as grantor:
+            return await grantor.grants()
+
+    found, now_s = run(work()), time.time()
+    if wants_json(as_json):
+        print_json(found)
+        return
+    print_table(
+        ["!grant", "agent", "by", "scope", "!used", "!status", "!ends"],
+        (
+            (
+                one["grant_id"],
+                one["agent_id"],
+                one["by"],
+                show_scope(Permission.model_validate(item, strict=False) for item in one["scope"]),
+                f"{one['used']} of {one['count']}",
+                one["status"],
+                until(one["ends_at"], now_s),
+            )
+            for one in found
+        ),
+        empty="nothing was approved ahead",
+    )
+
+
+def withdraw(
+    grant_id: GrantArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
+) -> None:
+    """Take back what was approved ahead: nothing more is issued on it. What was issued goes on to its end."""
+
+    async def work() -> Accepted:
+        async with Grantor.connect(identity(me)) as grantor:
+            return await grantor.withdraw(grant_id, reason=reason)
+
+    print_accepted(run(work()), f"taken back: {grant_id}", wants_json(as_json))
+
+
+def _print(proposal: Proposal) -> None:
+    grant = proposal.grant
+    print_fields(
+        {
+            "agent": f"{grant.agent_id} ({visible(proposal.agent_description)})",
+            "task": visible(proposal.purpose),
+            "on behalf of": proposal.on_behalf_of,
+            "target": f"{grant.scope[0].target} ({visible(proposal.target_description)})",
+            "may have": show_scope(grant.scope),
+            "of which it may use": show_scope(proposal.effective),
+            "credentials": f"{grant.count}, each for {span(grant.ttl_s)} at most",
+            "until": until(grant.exp, time.time()),
+            "approves as": ", ".join(proposal.mine),
+        },
+        title="an approval given ahead",
+    )
+    if not proposal.effective:
+        note(
+            "nothing of it is within task, ceiling and entitlements as they are: no credential would come of it"
+        )
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the commands into the group of approvals."""
+    for command in (grant, grants, withdraw):
+        app.command()(command)

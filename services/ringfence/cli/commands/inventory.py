@@ -1,0 +1,184 @@
+"""`ringfence inventory`: all agents now."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Group
+from rich.text import Text
+
+from ringfence.cli.commands.inventory_watch import watch_lines, watch_table
+from ringfence.cli.shared.arguments import a_name, a_target
+from ringfence.cli.shared.options import (
+    IdentityOption,
+    JsonOption,
+    duration_s,
+    identity,
+    run,
+    wants_json,
+)
+from ringfence.cli.shared.output import console, moment, note, print_json, table_of, visible
+from ringfence.client.reports.inventory import Inventory, read_inventory
+from ringfence.client.reports.read_api import ReadApi
+
+_WHY = {"disabled": "is disabled", "no_sponsor": "is no sponsor", "unknown": "is not known"}
+
+
+def inventory(
+    agent: Annotated[
+        str | None, typer.Option("--agent", metavar="AGENT", callback=a_name, help="Only this agent.")
+    ] = None,
+    sponsor: Annotated[
+        str | None,
+        typer.Option("--sponsor", metavar="USER", callback=a_name, help="Only the agents of this sponsor."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", metavar="TARGET", callback=a_target, help="Only agents that may reach this target."
+        ),
+    ] = None,
+    status: Annotated[
+        Literal["registered", "active", "suspended", "decommissioned"] | None,
+        typer.Option("--status", help="Only agents in this state."),
+    ] = None,
+    orphans: Annotated[
+        bool, typer.Option("--orphans", help="Only agents that nobody answers for: no active sponsor.")
+    ] = False,
+    unused: Annotated[
+        bool, typer.Option("--unused", help="Only agents that did not use all of their ceiling in 30 days.")
+    ] = False,
+    standing: Annotated[
+        bool,
+        typer.Option(
+            "--standing",
+            help="Only agents with a standing lease: it lives over an hour, or is not bound to a running task.",
+        ),
+    ] = False,
+    keys_ending: Annotated[
+        bool, typer.Option("--keys-ending", help="Only agents whose last key has ended or is about to.")
+    ] = False,
+    keys_within: Annotated[
+        str, typer.Option("--keys-within", metavar="DURATION", help="How soon is about to end.")
+    ] = "14d",
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=0, help="How many to list; the sums, and --json, are of all.")
+    ] = 50,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help="Go on until Ctrl-C: in place, or with --json a line for each agent that changes."
+        ),
+    ] = False,
+    every: Annotated[
+        str, typer.Option("--every", metavar="DURATION", help="How often --watch looks.")
+    ] = "2s",
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List agents with what they can reach and by whose leave, what they hold and used, and who answers for them.
+
+    First the sums, then the agents. Operators and auditors see all, sponsors their own agents.
+
+    What could not be asked is left open, and said: an inventory that passes over a gap in silence would be none.
+    """
+    within_s, every_s = duration_s(keys_within), duration_s(every)
+    filters: dict[str, str | int | None] = {
+        "agent": agent,
+        "sponsor": sponsor,
+        "target": target,
+        "status": status,
+        "orphans": 1 if orphans else None,
+        "unused": 1 if unused else None,
+        "standing": 1 if standing else None,
+        "keys_ending": 1 if keys_ending else None,
+        "keys_within_s": within_s,
+    }
+    if watch and not wants_json(as_json) and not sys.stdout.isatty():
+        raise typer.BadParameter("--watch draws on a terminal; elsewhere use it with --json")
+
+    async def work() -> Inventory | None:
+        async with ReadApi(identity(me)) as api:
+            if watch and wants_json(as_json):
+                await watch_lines(api, every_s, filters)
+            if watch:
+                await watch_table(api, every_s, limit, filters, lambda found: _shown(found, keys_within))
+            return await read_inventory(api, None if wants_json(as_json) else limit, filters)
+
+    found = run(work())
+    if found is None:
+        return
+    if wants_json(as_json):
+        print_json(found.as_json())
+    else:
+        console().print(_shown(found, keys_within))
+    for gap in found.gaps:
+        note(f"incomplete: {gap}", "yellow")
+
+
+def _shown(found: Inventory, keys_within: str) -> Group:
+    """The sums, and the agents that were asked for."""
+    parts: list[Any] = [Text(visible(line)) for line in _sums(found.totals, keys_within)]
+    if found.agents:
+        columns = [
+            "!agent", "status", "sponsor", "last seen", "tasks", "leases", "reaches", "by leave of", "keys until",
+        ]  # fmt: skip
+        parts.append(table_of(columns, map(_row, found.agents)))
+    if found.more > 0:
+        parts.append(Text(f"and {found.more} more: --limit lists more of them, --json all"))
+    return Group(*parts)
+
+
+def _sums(totals: Mapping[str, int | None], keys_within: str) -> list[str]:
+    if not totals["agents"] and not totals["decommissioned"]:
+        return ["no such agent that you may see"]
+    overdue = totals["overdue_leases"]
+    return [
+        f"{_count(totals['agents'], 'agent')}: {totals['live_sponsor']} with a live sponsor, "
+        f"{_count(totals['orphans'], 'orphan')}; {totals['registered']} not taken on yet, "
+        f"{totals['suspended']} suspended, "
+        f"{totals['decommissioned']} more decommissioned",
+        f"keys: {totals['keys_ending']} without one that lasts {keys_within}, {totals['keys_ended']} "
+        "without any that counts",
+        f"now: {_count(totals['running_tasks'], 'running task')}, {_count(totals['leases'], 'live lease')}, "
+        f"{totals['standing_leases']} of them standing; {'?' if overdue is None else overdue} "
+        "revoked and not taken back",
+        f"in 30 days: {totals['used']} of {_count(totals['granted'], 'granted verb')} used, "
+        f"{_count(totals['not_seen'], 'agent')} not seen",
+    ]
+
+
+def _count(number: int | None, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _row(agent: Mapping[str, Any]) -> tuple[str, ...]:
+    sponsor = f"{agent['sponsor']} (orphan: {_WHY.get(agent['sponsor_is'], 'is none')})"
+    seen, leave = agent["last_seen_ms"], agent["ceiling_by"]
+    return (
+        agent["id"],
+        agent["status"],
+        sponsor if agent["orphan"] else agent["sponsor"],
+        moment(seen / 1000) if seen else "not in 30 days",
+        str(agent["running_tasks"] or ""),
+        _leases(agent),
+        "\n".join(map(_reach, agent["reach"])) or "nothing",
+        f"{leave['by'].rpartition('/')[2]}, {moment(leave['at_ms'] / 1000)[:10]}" if leave else "",
+        moment(agent["keys_end"])[:10],
+    )
+
+
+def _leases(agent: Mapping[str, Any]) -> str:
+    standing, late = len(agent["standing_leases"]), agent.get("overdue_leases")
+    said = [str(agent["leases"] or "")]
+    said += [f"{standing} standing"] if standing else []
+    said += [f"{late} overdue"] if late else []
+    return ", ".join(filter(None, said))
+
+
+def _reach(one: Mapping[str, Any]) -> str:
+    verbs = ", ".join(f"{verb} (unused)" if verb in one["unused"] else verb for verb in one["verbs"])
+    return f"{one['target']}: {verbs}" + ("" if one["exists"] else " (no such target)")

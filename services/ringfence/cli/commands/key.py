@@ -1,0 +1,74 @@
+"""`ringfence key`: identity keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import typer
+from pydantic import TypeAdapter, ValidationError
+
+from ringfence.cli.shared.options import JsonOption, settings, wants_json
+from ringfence.cli.shared.output import print_fields, print_json
+from ringfence.kernel.crypto.jws import explain
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import Name, SpiffeId, TargetId
+
+app = typer.Typer(help="Make and show identity keys.", no_args_is_help=True)
+
+_NAMES: Final[dict[str, TypeAdapter[str]]] = {
+    "user": TypeAdapter(Name),
+    "agent": TypeAdapter(Name),
+    "target": TypeAdapter(TargetId),
+}
+_WHOLE: Final[TypeAdapter[str]] = TypeAdapter(SpiffeId)
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The key file.")]
+
+
+@app.command()
+def new(
+    file: FileArgument,
+    id: Annotated[
+        str, typer.Option("--id", help="user/NAME, agent/NAME, target/NAME, or a whole SPIFFE ID.")
+    ],
+    alg: Annotated[Literal["ES256", "EdDSA"], typer.Option(help="The algorithm.")] = "ES256",
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key, write its private half to a new file of mode 0600, and print its public half."""
+    key = SigningKey.generate(_spiffe(id), alg)
+    key.save(file)
+    _print(file, key, wants_json(as_json))
+
+
+@app.command()
+def show(file: FileArgument, as_json: JsonOption = False) -> None:
+    """Print the public half of a key file: what others may see."""
+    _print(file, SigningKey.load(file), wants_json(as_json))
+
+
+def _spiffe(id: str) -> str:
+    if id.startswith("spiffe://"):
+        return _checked(_WHOLE, id)
+    kind, _, name = id.partition("/")
+    if kind not in _NAMES or not name or "/" in name:
+        raise typer.BadParameter(f"{id!r}: write user/NAME, agent/NAME or target/NAME", param_hint="--id")
+    return f"spiffe://{settings().trust_domain}/{kind}/{_checked(_NAMES[kind], name)}"
+
+
+def _checked(names: TypeAdapter[str], said: str) -> str:
+    """A key whose name nothing can be registered under would be found out only when it is."""
+    try:
+        return names.validate_python(said)
+    except ValidationError as error:
+        raise typer.BadParameter(
+            f"{said!r} {explain(error).removeprefix('it: ')}", param_hint="--id"
+        ) from None
+
+
+def _print(file: Path, key: SigningKey, as_json: bool) -> None:
+    jwk = key.public.model_dump(exclude_none=True)
+    if as_json:
+        print_json({"id": key.id, "kid": key.kid, "alg": key.alg, "jwk": jwk, "file": str(file)})
+        return
+    fields = {"id": key.id, "thumbprint": key.kid, "algorithm": key.alg}
+    print_fields({**fields, "public JWK": str(jwk).replace("'", '"'), "private half": f"{file}"})

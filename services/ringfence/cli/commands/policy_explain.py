@@ -1,0 +1,187 @@
+"""`ringfence policy explain`: why a request was decided as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+from rich.text import Text
+
+from ringfence.cli.shared.arguments import a_uuid
+from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json
+from ringfence.cli.shared.output import (
+    console,
+    moment,
+    note,
+    print_fields,
+    print_json,
+    print_table,
+    visible,
+)
+from ringfence.cli.shared.scopes import show_scope
+from ringfence.client.agent.replies import who
+from ringfence.client.errors import ApiError
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.topics import CREDENTIAL_DECISION
+from ringfence.model.scope.scope import missing
+
+
+def explain(
+    request: Annotated[str, typer.Argument(metavar="REQUEST", callback=a_uuid, help="The request's id.")],
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle",
+            metavar="DIR",
+            help="The folder of the bundle that decided it; RINGFENCE_POLICY_BUNDLE, or the one that comes with "
+            "Ringfence, if not given.",
+        ),
+    ] = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Explain a decision: every reason, what each side allows of what was asked for, every rule that fired, and what
+    it was made on.
+
+    The rules are evaluated again, here, where the folder holds the very revision that decided.
+    Policy remembers a request for a quarter of an hour past its end; of older ones audit knows where they stand on
+    Kafka, which keeps them for 30 days.
+    """
+
+    async def work() -> Any:
+        async with ReadApi(identity(me)) as api:
+            try:
+                return await api.get("policy", "decisions", request, "explanation")
+            except ApiError as error:
+                place = await _place(api, request) if error.status == 404 else None
+                if place is None:
+                    raise
+            return await api.get("policy", "decisions", request, "explanation", **place)
+
+    found = run(work())
+    rules = _fired(found, bundle)
+    if wants_json(as_json):
+        print_json({**found, "rules": None if rules is None else dict(rules)})
+        return
+    _print_explanation(found)
+    if rules is not None:
+        print_table(
+            ["!rule that fired", "says"],
+            ((name, line) for name, value in rules for line in _said(value)),
+            empty="",
+        )
+    elif found.get("input"):
+        note(
+            "the rules that decided are not here: name their folder with --bundle to see which of them fired"
+        )
+
+
+async def _place(api: ReadApi, request: str) -> dict[str, int] | None:
+    """Where the latest decision on a request stands, by audit; None where audit knows of none, or does not answer."""
+    try:
+        events = (await api.events(request=request, limit=100))["events"]
+    except ApiError:
+        return None
+    about = [one for one in events if one["metadata"].get("log_name") == CREDENTIAL_DECISION.what]
+    source = about[-1]["unmapped"]["source"] if about else None
+    return source and {name: int(source[name]) for name in ("partition", "offset")}
+
+
+def _fired(found: Mapping[str, Any], folder: Path | None) -> list[tuple[str, Any]] | None:
+    """The rules that fired; None where they were not asked, or are not here."""
+    revision = (found.get("revisions") or {}).get("policy")
+    if not found.get("input") or revision is None:
+        return None
+    try:
+        from ringfence.kernel.base.settings import load
+        from ringfence.policy.settings import PolicySettings
+        from ringfence.rego.bundle import load_bundle
+        from ringfence.rego.engine import ACTION
+        from ringfence.rego.regorus_programs import fired
+    except ModuleNotFoundError:  # the extra `server` has the engine
+        return None
+    here = load_bundle(folder or load(PolicySettings).bundle)
+    if here.revision != revision:
+        return None
+    return fired(here.modules, orjson.dumps(found["input"]).decode(), leave_out=ACTION)
+
+
+def _said(value: Any) -> list[str]:
+    """What a rule says, an entry a line."""
+    if value is True:
+        return ["holds"]
+    entries = value if isinstance(value, list) else [value]
+    return [
+        f"{one['code']}: {one['message']}" if isinstance(one, dict) and {"code", "message"} <= one.keys()
+        else one if isinstance(one, str) else orjson.dumps(one).decode()
+        for one in entries
+    ]  # fmt: skip
+
+
+def _print_explanation(found: Mapping[str, Any]) -> None:
+    given = found.get("input") or {}
+    asked = given.get("request", {})
+    revisions = found.get("revisions") or {}
+    fields = {
+        "outcome": found["outcome"],
+        "agent": found["agent_id"],
+        "on behalf of": given.get("task", {}).get("on_behalf_of", ""),
+        "reason given": visible(asked.get("reason", "")),
+        "life": f"{found['ttl_s']} s of {asked.get('ttl_s')} s" if found.get("ttl_s") else "",
+        "approvals": who(found["required"]) if found.get("required") else "",
+        "approved ahead": ", ".join(
+            f"by {one['by']}, grant {one['grant_id']}" for one in found.get("grants", ())
+        ),
+        "judged as of": moment(given["now_s"]) if "now_s" in given else "",
+        "policy": revisions.get("policy", ""),
+        "records": ", ".join(f"{k} {v}" for k, v in revisions.items() if k != "policy"),
+        "input": f"sha256 {found['input_digest']}" if found.get("input_digest") else "",
+        "decision": found["decision_id"],
+    }
+    print_fields(
+        {name: str(value) for name, value in fields.items() if value}, title=f"request {found['request_id']}"
+    )
+    for reason in found.get("reasons") or ():
+        line = Text(f"  {visible(reason['code'])}", style="bold")
+        side = f" [{visible(reason['side'])}]" if reason.get("side") else ""
+        line.append(f"{side}  {visible(reason['message'])}", style="")
+        console().print(line, soft_wrap=True)
+    if not given:
+        note("it was decided before the rules were asked: nothing was held against any side")
+        return
+    print_table(
+        ["asked for", "!side", "the side allows"],
+        (
+            (show_scope((permission,)), side, allows)
+            for permission in _scope(asked.get("scope"))
+            for side, allows in _sides(permission, given)
+        ),
+        empty="",
+    )
+
+
+def _sides(permission: Permission, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each side of the intersection, and whether it holds the permission."""
+    agent, task, user = (given.get(name, {}) for name in ("agent", "task", "user"))
+    entitlements = user.get("entitlements", {})
+    as_of = entitlements.get("as_of")
+    sides = (
+        ("task", _scope(task.get("scope")), ""),
+        (f"ceiling of {agent.get('agent_id')}", _scope(agent.get("ceiling")), ""),
+        (
+            f"entitlements of {user.get('user_id')}",
+            _scope(entitlements.get("scope")),
+            f", as of {moment(as_of)}" if as_of else "",
+        ),
+    )
+    for name, scope, note_ in sides:
+        lack = missing((permission,), scope)
+        yield name, f"{'not ' + show_scope(lack) if lack else 'all of it'}{note_}"
+
+
+def _scope(items: Sequence[Any] | None) -> Scope:
+    return tuple(Permission.model_validate(item, strict=False) for item in items or ())

@@ -1,0 +1,227 @@
+"""`ringfence provisioner`: keys of directories, and what an operator delegates to them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from ringfence.cli.shared.arguments import a_name
+from ringfence.cli.shared.changes import Replacement, check_unchanged
+from ringfence.cli.shared.command_results import print_accepted, warn_of_unknown
+from ringfence.cli.shared.options import (
+    IdentityOption,
+    JsonOption,
+    KeyDaysOption,
+    NewKeyOption,
+    PublicKeyOption,
+    ReasonOption,
+    YesOption,
+    confirm,
+    identity,
+    kept_if_accepted,
+    key_records,
+    run,
+    settings,
+    wants_json,
+)
+from ringfence.cli.shared.output import note, print_json, print_table
+from ringfence.cli.shared.scopes import parse_permission, show_permission
+from ringfence.cli.shared.yaml_files import YamlFile
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.errors import InvalidCallError
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.kernel.base.private_files import open_private
+from ringfence.messages.keys import KeyRecord
+from ringfence.messages.permission import Permission
+from ringfence.messages.registry import Delegation, GroupDelegation, Role, UserState
+from ringfence.model.identity.spiffe_ids import spiffe_id
+
+app = typer.Typer(help="Directories that users come from: what they may give.", no_args_is_help=True)
+
+ProvisionerArgument = Annotated[
+    str, typer.Argument(metavar="PROVISIONER", callback=a_name, help="Its id, among those of users.")
+]
+_ROLES: tuple[str, ...] = get_args(Role)
+
+
+@app.command(name="set")
+def change(
+    provisioner: ProvisionerArgument,
+    file: Annotated[
+        Path,
+        typer.Option("--delegation", metavar="FILE", help="YAML: the source, and what each group may give."),
+    ],
+    name: Annotated[str | None, typer.Option("--name", help="What it is called.")] = None,
+    public_key: PublicKeyOption = None,
+    new_key: NewKeyOption = None,
+    key_days: KeyDaysOption = 365,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a provisioner, or delegate something else to it: the file holds all of it. A new key ends the old ones.
+
+    Of a provisioner that there is, first shows what changes, and asks. As an operator.
+    """
+    delegation = read_delegation(file)
+    keys = key_records(public_key, new_key, spiffe_id(settings().trust_domain, "user", provisioner), key_days)
+
+    async def work() -> tuple[Accepted, dict[str, Any]]:
+        async with Administrator.connect(identity(me)) as administrator:
+            entry = (await administrator.directory()).user(provisioner)
+            if entry is None and not keys:
+                raise InvalidCallError("a new provisioner needs a key: --new-key FILE, or --public-key FILE")
+            now_s = administrator.connection.clock.now_ms() / 1000
+            kept = [key for key in entry.state.keys if key.not_after > now_s] if entry else []
+            before = entry.state.delegation if entry else None
+            held = [one for group in before.groups for one in group.scope] if before else []
+            given = [one for group in delegation.groups for one in group.scope]
+            await warn_of_unknown(administrator, given, held)
+            said: dict[str, Any] = {}
+            if entry is not None and before is not None:
+                shown = _replacement(provisioner, before, delegation, kept, keys)
+                if entry.state.status == "disabled":
+                    shown.warnings.append(f"{provisioner} is disabled: this makes it active again")
+                if shown.lines or shown.warnings:
+                    question = f"Set provisioner {provisioner} so?"
+                    said = await shown.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+                    await check_unchanged(administrator, "user", provisioner, entry)
+            called = name or (entry.state.name if entry else provisioner)
+            accepted = await administrator.set_provisioner(
+                provisioner, name=called, keys=keys or kept, delegation=delegation
+            )
+            return accepted, said
+
+    with kept_if_accepted(new_key):
+        accepted, said = run(work())
+    made = {"key_file": str(new_key)} if new_key else {}
+    print_accepted(accepted, f"provisioner {provisioner} set", wants_json(as_json), said, **made)
+
+
+def _replacement(
+    provisioner: str,
+    before: Delegation,
+    after: Delegation,
+    kept: Sequence[KeyRecord],
+    keys: Sequence[KeyRecord],
+) -> Replacement:
+    shown = Replacement(f"provisioner {provisioner}")
+    if before.source != after.source:
+        shown.values("source", [before.source], [after.source])
+    old, new = ({one.group: one for one in delegation.groups} for delegation in (before, after))
+    for group in sorted(old.keys() | new.keys()):
+        if old.get(group) != new.get(group):
+            shown.values(f"group {group}", _gives(old.get(group)), _gives(new.get(group)))
+    if keys and (ended := [key.kid for key in kept if key.kid not in {one.kid for one in keys}]):
+        shown.values("keys", ended, [key.kid for key in keys])
+    return shown
+
+
+def _gives(group: GroupDelegation | None) -> list[str]:
+    return [*group.roles, *map(show_permission, group.scope)] if group else []
+
+
+@app.command(name="list")
+def list_provisioners(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """List provisioners: what each may give, by group. Operators and auditors see all."""
+
+    async def work() -> Any:
+        async with ReadApi(identity(me)) as api:
+            return await api.records("user")
+
+    found = [item for item in run(work()) if item["state"].get("delegation")]
+    if wants_json(as_json):
+        print_json(found)
+        return
+    print_table(
+        ["!provisioner", "name", "status", "source", "groups"],
+        # Not strict: JSON has no tuples.
+        (_row(UserState.model_validate(item["state"], strict=False)) for item in found),
+        empty="no provisioner that you may see",
+    )
+
+
+def _row(state: UserState) -> Sequence[str]:
+    assert state.delegation is not None
+    groups = [f"{group.group}: {'; '.join(_gives(group)) or 'nothing'}" for group in state.delegation.groups]
+    return state.user_id, state.name, state.status, state.delegation.source, "\n".join(groups) or "none"
+
+
+@app.command()
+def disable(
+    provisioner: ProvisionerArgument,
+    reason: ReasonOption,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Believe a provisioner nothing any more. Its users stay until they are disabled or their entitlements run out.
+
+    As an operator.
+    """
+    confirm(f"Disable provisioner {provisioner}?", yes)
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.disable_user(provisioner, reason=reason)
+
+    print_accepted(run(work()), f"provisioner {provisioner} disabled", wants_json(as_json))
+
+
+@app.command(name="new-token")
+def make_token(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where the SCIM endpoint has its tokens.")],
+    name: Annotated[str, typer.Option("--name", help="Whose it is; a line of the file.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make a bearer token for the SCIM endpoint: print it, once, and add its hash to the file."""
+    from ringfence.kernel.service.bearer_tokens import new_token
+
+    token, line = new_token(name)
+    descriptor = open_private(file, os.O_RDWR | os.O_APPEND)
+    with os.fdopen(descriptor, "ab+") as tokens:
+        size = tokens.seek(0, os.SEEK_END)
+        # A line that somebody left open would swallow this one.
+        ended = not size or os.pread(descriptor, 1, size - 1) == b"\n"
+        tokens.write(("" if ended else "\n").encode() + line.encode() + b"\n")
+    note("This is shown once; the file has only its hash:")
+    if wants_json(as_json):
+        print_json({"name": name, "token": token, "file": str(file)})
+    else:
+        typer.echo(token)
+
+
+def read_delegation(file: Path) -> Delegation:
+    """What stands in a file. Raises YamlFileError with everything that is wrong."""
+    source = YamlFile(file)
+    top = source.members(source.root, "the file", {"source", "groups"})
+    groups: list[GroupDelegation] = []
+    for missing in sorted({"source", "groups"} - top.keys()):
+        source.problem(source.root, f"the file has no `{missing}`")
+    for name, node in source.members(top["groups"], "groups").items() if "groups" in top else ():
+        groups.append(_group(source, name, node))
+    label = source.text(top["source"], "source") if "source" in top else ""
+    source.finish()
+    return Delegation(source=label, groups=tuple(groups))
+
+
+def _group(source: YamlFile, name: str, node: Any) -> GroupDelegation:
+    members = source.members(node, f"group {name}", {"roles", "allow"})
+    roles: list[Any] = []
+    for item, role in source.texts(members["roles"], "roles") if "roles" in members else ():
+        if role not in _ROLES:
+            source.problem(item, f"{role!r} is no role; write one of {', '.join(_ROLES)}")
+        else:
+            roles.append(role)
+    allowed: list[Permission] = []
+    for item, text in source.texts(members["allow"], "allow") if "allow" in members else ():
+        try:
+            allowed.append(parse_permission(text))
+        except typer.BadParameter as error:
+            source.problem(item, str(error))
+    return GroupDelegation(group=name[:256], roles=tuple(dict.fromkeys(roles)), scope=tuple(allowed[:64]))

@@ -1,0 +1,100 @@
+"""`ringfence rebuild`: Redis, held against Kafka or made anew from it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ringfence.cli.shared.options import JsonOption, run, wants_json
+from ringfence.cli.shared.output import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from ringfence.kernel.base.settings import ServiceSettings
+    from ringfence.revoker.consistency.compare import Difference
+
+_TAKEN_UP_WITHIN_S = 30.0
+_LOOK_EVERY_S = 0.1
+
+
+def rebuild(
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Only list what Redis has otherwise than Kafka; exit 1 if anything."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make Redis hold again what Kafka knows of leases and revocations. Issuing stops while a revoker does it.
+
+    It happens by itself when Redis is lost; this is for when somebody has changed its keys. Run it with the settings of
+    a service.
+    """
+    from ringfence.kernel.base.settings import ServiceSettings, load
+
+    settings = load(ServiceSettings)
+    if check:
+        _show(run(_differences(settings)), wants_json(as_json))
+        return
+    alive, took_s = run(_rebuilt(settings))
+    if wants_json(as_json):
+        print_json({"rebuilt": True, "leases": alive, "took_s": round(took_s, 2)})
+    else:
+        say(f"rebuilt in {took_s:.1f} s: {alive} leases are alive")
+
+
+def _show(differences: list[Difference], as_json: bool) -> None:
+    rows = [(one.what, one.about, one.kafka, one.redis) for one in differences]
+    if as_json:
+        names = ("what", "about", "kafka", "redis")
+        print_json({"differences": [dict(zip(names, row, strict=True)) for row in rows]})
+    else:
+        empty = "Redis holds what Kafka knows"
+        print_table(["!what", "!lease or fence", "Kafka has", "Redis has"], rows, empty=empty)
+    if differences:
+        raise typer.Exit(1)
+
+
+async def _differences(settings: ServiceSettings) -> list[Difference]:
+    from ringfence.kernel.base.clock import SystemClock
+    from ringfence.kernel.base.settings import load
+    from ringfence.revoker.consistency.compare import checking
+    from ringfence.revoker.settings import RevokerSettings
+
+    record_keep_ms = load(RevokerSettings).record_keep_s * 1000
+    async with checking(settings, SystemClock(), record_keep_ms=record_keep_ms) as checker:
+        return await checker.differences()
+
+
+async def _rebuilt(settings: ServiceSettings) -> tuple[int, float]:
+    """Have a revoker rebuild. Returns how many leases are alive then, and the seconds that it took."""
+    from ringfence.kernel.base.errors import RingfenceError
+    from ringfence.model.lease_store import LeaseStore, LostError, Restoration
+    from ringfence.model.leases.lifecycle import ALL_MARK
+
+    restoration, store = Restoration(settings), LeaseStore(settings)
+    start = heard = time.monotonic()
+    try:
+        await restoration.declare_lost()
+        while True:
+            try:
+                await store.connect()
+                return len(await store.find(ALL_MARK)), time.monotonic() - start
+            except LostError:
+                pass
+            now = time.monotonic()
+            if await restoration.is_under_way():
+                heard = now
+            if now - heard > _TAKEN_UP_WITHIN_S:
+                raise RingfenceError(
+                    f"no revoker took it up within {_TAKEN_UP_WITHIN_S:.0f} s; run: ringfence serve revoker"
+                )
+            await asyncio.sleep(_LOOK_EVERY_S)
+    finally:
+        await _closed(restoration, store)
+
+
+async def _closed(*open: Any) -> None:
+    for one in open:
+        await one.close()

@@ -1,0 +1,50 @@
+"""`ringfence release`: as an agent, give a credential back."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ringfence.cli.shared.arguments import a_uuid
+from ringfence.cli.shared.options import (
+    AgentOption,
+    AttestOption,
+    IdentityOption,
+    JsonOption,
+    identity,
+    run,
+    wants_json,
+)
+from ringfence.cli.shared.output import print_json, say
+from ringfence.client.admin.command_client import TIMEOUT_S
+from ringfence.client.agent.agent import Agent
+
+
+def release(
+    lease: Annotated[str, typer.Argument(metavar="LEASE", callback=a_uuid, help="The lease's id.")],
+    reason: Annotated[
+        str, typer.Option("--reason", help="Why; it stands in the trail.")
+    ] = "no longer needed",
+    no_wait: Annotated[
+        bool,
+        typer.Option("--no-wait", help="Return once Kafka holds the release, before the revoker's answer."),
+    ] = False,
+    attest: AttestOption = None,
+    agent_id: AgentOption = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a credential back before its time. As the agent that holds it."""
+
+    async def work() -> None:
+        async with Agent.connect(identity(me), attest=attest, agent_id=agent_id) as agent:
+            await agent.release(lease, reason=reason, timeout_s=None if no_wait else TIMEOUT_S)
+
+    run(work())
+    if wants_json(as_json):
+        print_json({"lease_id": lease, "released": not no_wait, "confirmed": not no_wait})
+    elif no_wait:
+        say(f"the release of lease {lease} is on Kafka; whether it ended: ringfence audit trace {lease}")
+    else:
+        say(f"lease {lease} released")

@@ -1,0 +1,222 @@
+"""`ringfence request`: as an agent, ask for a credential."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, get_args
+
+import typer
+
+from ringfence.cli.shared.arguments import a_uuid
+from ringfence.cli.shared.options import (
+    AgentOption,
+    AllowOption,
+    AttestOption,
+    IdentityOption,
+    JsonOption,
+    duration_s,
+    identity,
+    run,
+    wants_json,
+)
+from ringfence.cli.shared.output import note, print_json, until, visible_lines
+from ringfence.cli.shared.scopes import parse_scope, show_scope
+from ringfence.client.agent.agent import Agent
+from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
+from ringfence.client.agent.environment import applied
+from ringfence.client.agent.replies import PendingRequest
+from ringfence.messages.credential import Delivery
+
+_DELIVERIES: tuple[Delivery, ...] = get_args(Delivery)
+
+
+def request(
+    task: Annotated[
+        str,
+        typer.Option("--task", metavar="TASK", callback=a_uuid, help="The id of the task that this is for."),
+    ],
+    reason: Annotated[str, typer.Option("--reason", help="Why, in a sentence that an approver reads.")],
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- COMMAND...]", help="With --exec: what to run.", show_default=False),
+    ] = None,
+    execute: Annotated[
+        bool,
+        typer.Option(
+            "--exec",
+            help="Run COMMAND with the credential in its environment, and release it after. It is printed nowhere.",
+        ),
+    ] = False,
+    allow: AllowOption = None,
+    ttl: Annotated[str, typer.Option("--ttl", metavar="DURATION", help="How long it is needed.")] = "5m",
+    timeout: Annotated[
+        str, typer.Option("--timeout", metavar="DURATION", help="How long to wait, approvals included.")
+    ] = "1m",
+    delivery: Annotated[
+        str,
+        typer.Option(
+            "--delivery",
+            metavar="agent|gateway",
+            help="To whom the credential goes. gateway: it is injected there, and the agent gets the lease's handle.",
+        ),
+    ] = "agent",
+    break_glass: Annotated[
+        bool,
+        typer.Option(
+            "--break-glass",
+            help="Policy denies it: ask two operators to allow it once, for 15 minutes at most. Alarms.",
+        ),
+    ] = False,
+    attest: AttestOption = None,
+    agent_id: AgentOption = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask for a credential. It alone goes to stdout, everything else to stderr: TOKEN=$(ringfence request ...).
+
+    With --exec it goes to one command, and to nothing else: PGPASSWORD and the others that libpq reads for postgres,
+    REDIS_URL for redis, RINGFENCE_SSH_CONFIG (a file for ssh -F) for ssh, else RINGFENCE_CREDENTIAL; RINGFENCE_LEASE
+    with --delivery gateway. The exit status is then the command's.
+    """
+    if not allow:
+        raise typer.BadParameter("say what is needed", param_hint="--allow")
+    if delivery not in _DELIVERIES:
+        raise typer.BadParameter(f"{delivery!r} is none of {', '.join(_DELIVERIES)}", param_hint="--delivery")
+    if execute != bool(command):
+        raise typer.BadParameter("write --exec and the command: --exec ... -- COMMAND", param_hint="--exec")
+    if command and shutil.which(command[0]) is None:
+        raise typer.BadParameter(f"there is no program {command[0]}", param_hint="COMMAND")
+    scope, ttl_s, timeout_s = parse_scope(allow), duration_s(ttl), duration_s(timeout)
+
+    def pending(what: PendingRequest) -> None:
+        note(f"{what} ...", "yellow")
+
+    async def ask(agent: Agent) -> IssuedCredential:
+        return await agent.request_scope(
+            task=task,
+            scope=scope,
+            reason=reason,
+            ttl_s=ttl_s,
+            timeout_s=timeout_s,
+            on_pending=pending,
+            break_glass=break_glass,
+            delivery=delivery,
+        )
+
+    async def work() -> IssuedCredential:
+        async with Agent.connect(identity(me), attest=attest, agent_id=agent_id) as agent:
+            return await ask(agent)
+
+    async def work_and_run(argv: list[str]) -> int:
+        async with Agent.connect(identity(me), attest=attest, agent_id=agent_id) as agent:
+            credential = await ask(agent)
+            note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "bold")
+            try:
+                with applied(credential) as variables:
+                    return await _executed(argv, os.environ | variables)
+            finally:
+                credential.wipe()
+                await agent.release(credential, reason="the command has ended")
+
+    if command:
+        raise typer.Exit(run(work_and_run(command)))
+    credential = run(work())
+    if wants_json(as_json):
+        print_json(
+            {
+                "lease_id": credential.lease_id,
+                "request_id": credential.request_id,
+                "kind": credential.kind,
+                "delivery": credential.delivery,
+                "token_type": credential.token_type,
+                "value": None if isinstance(credential, GatewayCredential) else credential.value,
+                "expires_at": credential.expires_at,
+                "target": credential.target,
+                "scope": list(credential.scope),
+                "task_id": credential.task_id,
+                "sponsor": credential.sponsor,
+                "on_behalf_of": credential.on_behalf_of,
+                "trace_id": credential.trace_id,
+            }
+        )
+        return
+    note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "bold")
+    note(show_scope(credential.scope))
+    value = credential.handle if isinstance(credential, GatewayCredential) else credential.value
+    # To the byte for programs; what a target made it of moves nobody's cursor.
+    sys.stdout.write((visible_lines(value) if sys.stdout.isatty() else value) + "\n")
+
+
+@contextlib.contextmanager
+def _signals_for_a_command() -> Iterator[Callable[[asyncio.subprocess.Process], None]]:
+    """From now on signals are for a command: the one that what is given is called with, be it after they came."""
+    command: asyncio.subprocess.Process | None = None
+    early: list[signal.Signals] = []
+
+    def deliver(number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if command is not None:
+                command.send_signal(number)
+
+    def hand_on(number: signal.Signals) -> None:
+        if command is None:
+            early.append(number)
+        # Ctrl-C reaches all that run in the terminal's foreground, the command as well.
+        elif number is not signal.SIGINT or not _in_foreground():
+            deliver(number)
+
+    def name(process: asyncio.subprocess.Process) -> None:
+        nonlocal command
+        command = process
+        for number in early:
+            deliver(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield name  # signals are not ours
+        return
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
+        loop.add_signal_handler(number, hand_on, number)
+    try:
+        yield name
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def _in_foreground() -> bool:
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
+
+
+async def _executed(argv: list[str], variables: Mapping[str, str]) -> int:
+    """Run a command to its end; its exit status, 128 and more for a signal, as shells have it.
+
+    What would end us is for the command, which decides what it means: the credential is released after it.
+    """
+    with _signals_for_a_command() as name:
+        process = await asyncio.create_subprocess_exec(*argv, env=dict(variables))
+        name(process)
+        try:
+            status = await process.wait()
+        except asyncio.CancelledError:
+            process.terminate()
+            await process.wait()
+            raise
+    return 128 - status if status < 0 else status

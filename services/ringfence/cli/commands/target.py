@@ -1,0 +1,404 @@
+"""`ringfence target`: systems that agents act on."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from importlib.resources import files
+from typing import Annotated, Any, get_args
+
+import typer
+from pydantic import ValidationError
+
+from ringfence.cli.commands.target_templates import TEMPLATES, Template
+from ringfence.cli.shared.arguments import a_target
+from ringfence.cli.shared.changes import Replacement, check_unchanged
+from ringfence.cli.shared.command_results import print_accepted
+from ringfence.cli.shared.options import (
+    IdentityOption,
+    JsonOption,
+    KeyDaysOption,
+    NewKeyOption,
+    PublicKeyOption,
+    ReasonOption,
+    YesOption,
+    confirm,
+    duration_s,
+    identity,
+    kept_if_accepted,
+    key_records,
+    run,
+    settings,
+    wants_json,
+)
+from ringfence.cli.shared.output import note
+from ringfence.cli.shared.records import list_records, show_record, target_fields
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.target_backends import backend_problem, no_backend
+from ringfence.kernel.crypto.jws import explain
+from ringfence.messages.registry import (
+    ActionClass,
+    ApprovalClass,
+    BackendSettings,
+    McpRule,
+    RequestRule,
+    TargetState,
+    VerbFloor,
+)
+from ringfence.model.http_targets.request_map import RequestMap, RequestMapError
+from ringfence.model.identity.spiffe_ids import spiffe_id
+from ringfence.model.target_settings import DECLARED, REACHED
+
+app = typer.Typer(help="Systems that agents act on: verbs and approval floors.", no_args_is_help=True)
+
+TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", callback=a_target, help="The target's id.")]
+_FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
+_CLASSES: tuple[ActionClass, ...] = get_args(ActionClass)
+_SETTING = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+"""What may be meant as the name of a setting; those that there are, the backends say."""
+_REQUEST = re.compile(
+    r"(\S+) (\S+) (\S+) (\S+)((?: (?:(?:query|body|argument):[^\s=]+=\S+|message:[^\s=]+(?:=\S+)?))*)"
+)
+
+
+@app.command()
+def add(
+    target: TargetArgument,
+    description: Annotated[str, typer.Option("--description", help="What it is.")],
+    verb: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--verb",
+            metavar="VERB[=FLOOR]",
+            help=f"A verb, and the approval that no policy goes below: {', '.join(_FLOORS)}. Repeatable; with a "
+            "template, more verbs or other floors.",
+        ),
+    ] = None,
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ask",
+            metavar="VERB[=CLASS]",
+            help="Each single action of this verb through a gateway waits for a person: sponsor, where none is named, "
+            "second_person, operator. Repeatable.",
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option("--template", help=f"Backend and verbs as they usually are: {', '.join(TEMPLATES)}."),
+    ] = None,
+    request: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--request",
+            metavar="'METHOD PATH VERB RESOURCE [query:NAME=VALUE,...] [body:NAME=VALUE,...]', or "
+            "'MCP PATH VERB RESOURCE message:METHOD[=TOOL] [argument:NAME=VALUE,...]'",
+            help="Which requests are which verb, e.g. 'GET /envs/{name} read env/{name}'. Repeatable; the first "
+            "that matches counts, and those of a template come last.",
+        ),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend",
+            help="How its credentials are made: http, jwt, postgres, redis or ssh; as the template says, or jwt.",
+        ),
+    ] = None,
+    audience: Annotated[
+        str | None, typer.Option("--audience", help="The aud of its tokens; its SPIFFE ID where not given.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="HOST:PORT",
+            help="Where agents reach it; where Ringfence does, if not given.",
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--setting",
+            metavar="NAME=VALUE",
+            help="What else its backend is told, as docs/targets/ has it. Repeatable.",
+        ),
+    ] = None,
+    max_ttl: Annotated[str, typer.Option("--max-ttl", help="The longest life of a credential.")] = "1h",
+    public_key: PublicKeyOption = None,
+    new_key: NewKeyOption = None,
+    key_days: KeyDaysOption = 365,
+    anyway: Annotated[
+        bool,
+        typer.Option(
+            "--anyway",
+            help="Also with a backend that only the issuer has, by a package of its own; or without --address, where "
+            "agents reach it as Ringfence does.",
+        ),
+    ] = False,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Add a target, or replace it. Its key is what its resource server calls introspection with. As an operator.
+
+    What its backend would not understand is refused. Of a target that there is, first shows all that changes, and asks:
+    what is not said again is gone.
+    """
+    id = spiffe_id(settings().trust_domain, "target", target)
+    base = _template(template)
+    verbs = _asking(_verbs(base, verb or ()), ask or ())
+    requests = [*map(_request, request or ()), *(base.requests if base else ())]
+    _check_map(requests)
+    kind = backend if backend is not None else base.backend if base else "jwt"
+    own = (dict(base.settings) if base and kind == base.backend else {}) | _settings(setting or ())
+    own |= {} if address is None else {"address": address}
+    made_of = _backend(kind, audience, own)
+    _check_backend(made_of, anyway)
+    max_ttl_s = duration_s(max_ttl)
+    keys = key_records(public_key, new_key, id, key_days)
+
+    async def work() -> tuple[Accepted, dict[str, Any]]:
+        async with Administrator.connect(identity(me)) as administrator:
+            entry = (await administrator.directory()).target(target)
+            after = TargetState(
+                target_id=target,
+                description=description,
+                backend=made_of,
+                verbs=tuple(verbs),
+                requests=tuple(requests),
+                max_ttl_s=max_ttl_s,
+                keys=keys,
+                status="active",
+            )
+            said: dict[str, Any] = {}
+            if entry is not None and (shown := _replacement(entry.state, after)):
+                question = f"Replace target {target} so?"
+                said = await shown.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+                await check_unchanged(administrator, "target", target, entry)
+            accepted = await administrator.set_target(
+                target,
+                description=description,
+                verbs=verbs,
+                backend=made_of,
+                requests=requests,
+                max_ttl_s=max_ttl_s,
+                keys=keys,
+                anyway=anyway,
+            )
+            return accepted, said
+
+    with kept_if_accepted(new_key):
+        accepted, said = run(work())
+    made = {"key_file": str(new_key)} if new_key else {}
+    print_accepted(accepted, f"target {target} set", wants_json(as_json), said, **made)
+    if kind in REACHED and "address" not in own:
+        note(
+            f"no --address: agents are told the one that Ringfence itself connects to, in RINGFENCE_BACKENDS_ACCESS of "
+            f"issuer and revoker (docs/targets/{kind}.md); where they reach it elsewhere, add it again with --address "
+            "HOST:PORT",
+            "yellow",
+        )
+
+
+@app.command()
+def remove(
+    target: TargetArgument,
+    reason: ReasonOption,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Issue nothing more for a target, and end its leases. As an operator."""
+    confirm(f"Remove target {target} and end all its leases?", yes)
+
+    async def work() -> Accepted:
+        async with Administrator.connect(identity(me)) as administrator:
+            return await administrator.remove_target(target, reason=reason)
+
+    print_accepted(run(work()), f"target {target} removed; its leases end", wants_json(as_json))
+
+
+@app.command(name="list")
+def list_targets(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """List targets."""
+    list_records("target", identity(me), wants_json(as_json))
+
+
+@app.command()
+def show(target: TargetArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """Show one target."""
+    show_record("target", target, identity(me), wants_json(as_json))
+
+
+@app.command(name="ssh-helper")
+def ssh_helper() -> None:
+    """Print the program for hosts that agents reach by ssh. docs/targets/ssh.md says where it goes."""
+    # Not imported: what runs on such a host needs nothing of Ringfence's, nor does it need what services need.
+    sys.stdout.write(files("ringfence").joinpath("backends", "ssh", "host_helper.py").read_text())
+
+
+def _verb(text: str) -> VerbFloor:
+    verb, _, floor = text.partition("=")
+    if floor and floor not in _FLOORS:
+        raise typer.BadParameter(f"{text!r}: {floor!r} is no floor; write one of {', '.join(_FLOORS)}")
+    try:
+        return VerbFloor(verb=verb, floor=floor or "none")
+    except ValidationError as error:
+        raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
+
+
+def _request(text: str) -> RequestRule:
+    match = _REQUEST.fullmatch(text)
+    if match is None:
+        raise typer.BadParameter(
+            f"{text!r}: write four words, 'METHOD PATH VERB RESOURCE', and conditions after them: query:NAME=VALUE, "
+            "body:NAME=VALUE, message:METHOD[=TOOL], argument:NAME=VALUE"
+        )
+    method, path, verb, resource, conditions = match.groups()
+    query, body = (_conditions(where, conditions) for where in ("query", "body"))
+    try:
+        mcp = _mcp(text, conditions)
+        return RequestRule(
+            method=method, path=path, query=query, body=body, mcp=mcp, verb=verb, resource=resource
+        )
+    except ValidationError as error:
+        raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
+
+
+def _mcp(text: str, conditions: str) -> McpRule | None:
+    """Raises ValidationError."""
+    said = [one.removeprefix("message:") for one in conditions.split() if one.startswith("message:")]
+    arguments = _conditions("argument", conditions)
+    if len(said) > 1 or (arguments and not said):
+        raise typer.BadParameter(
+            f"{text!r}: write one message:METHOD[=TOOL], and conditions on arguments with it"
+        )
+    if not said:
+        return None
+    method, _, name = said[0].partition("=")
+    return McpRule(method=method, name=name or None, arguments=arguments)
+
+
+def _conditions(where: str, text: str) -> dict[str, tuple[str, ...]] | None:
+    found: dict[str, tuple[str, ...]] = {}
+    for condition in text.split():
+        kind, _, rest = condition.partition(":")
+        if kind == where:
+            name, _, values = rest.partition("=")
+            if name in found:
+                raise typer.BadParameter(
+                    f"{kind}:{name} is there twice; write {kind}:{name}=VALUE,VALUE for either",
+                    param_hint="--request",
+                )
+            found[name] = tuple(values.split(","))
+    return found or None
+
+
+def _check_map(requests: list[RequestRule]) -> None:
+    try:
+        RequestMap(requests)
+    except RequestMapError as error:
+        raise typer.BadParameter(str(error), param_hint="--request") from None
+
+
+def _template(name: str | None) -> Template | None:
+    if name is not None and name not in TEMPLATES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(TEMPLATES)}", param_hint="--template")
+    return TEMPLATES[name] if name is not None else None
+
+
+def _verbs(template: Template | None, given: Iterable[str]) -> list[VerbFloor]:
+    """Those of the template, and those given, which count instead."""
+    usual = template.verbs if template else {}
+    verbs = {verb: VerbFloor(verb=verb, floor=floor) for verb, floor in usual.items()}
+    named = [_verb(text) for text in given]
+    _check_once([floor.verb for floor in named], "--verb")
+    verbs |= {floor.verb: floor for floor in named}
+    if not verbs:
+        raise typer.BadParameter("name at least one verb, or a template", param_hint="--verb")
+    return list(verbs.values())
+
+
+def _asking(verbs: list[VerbFloor], given: Iterable[str]) -> list[VerbFloor]:
+    """The verbs, those marked of which each action waits for a person."""
+    asks = [_ask(text) for text in given]
+    _check_once([verb for verb, _ in asks], "--ask")
+    classes = dict(asks)
+    if unknown := classes.keys() - {verb.verb for verb in verbs}:
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: no verb of this target", param_hint="--ask")
+    return [verb.model_copy(update={"ask": classes.get(verb.verb, verb.ask)}) for verb in verbs]
+
+
+def _check_once(names: list[str], option: str) -> None:
+    """Of two for one verb the last would count, and might be the weaker one."""
+    if twice := sorted(name for name in set(names) if names.count(name) > 1):
+        raise typer.BadParameter(f"{', '.join(twice)} is there twice", param_hint=option)
+
+
+def _ask(text: str) -> tuple[str, ActionClass]:
+    verb, _, wanted = text.partition("=")
+    for one in _CLASSES:
+        if one == (wanted or _CLASSES[0]):
+            return verb, one
+    raise typer.BadParameter(f"{text!r}: write VERB=CLASS, one of {', '.join(_CLASSES)}", param_hint="--ask")
+
+
+def _settings(given: Iterable[str]) -> dict[str, str | int]:
+    settings: dict[str, str | int] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not _SETTING.fullmatch(name):
+            raise typer.BadParameter(f"{text[:64]!r}: write NAME=VALUE", param_hint="--setting")
+        if name in BackendSettings.model_fields:
+            option = "--backend" if name == "kind" else f"--{name}"
+            raise typer.BadParameter(f"{name} is not given so: write {option} VALUE", param_hint="--setting")
+        if name in settings:
+            raise typer.BadParameter(f"{name} is there twice: say which counts", param_hint="--setting")
+        # What would not be written so again is a word that looks like a number. No setting is a longer one.
+        is_number = len(value) < 20 and value.isdecimal() and str(int(value)) == value
+        settings[name] = int(value) if is_number else value
+    return settings
+
+
+def _backend(kind: str, audience: str | None, own: dict[str, str | int]) -> BackendSettings:
+    try:  # further fields belong to the kind
+        return BackendSettings.model_validate({"kind": kind, "audience": audience, **own})
+    except ValidationError as error:
+        if any(one["loc"][:1] == ("kind",) for one in error.errors(include_url=False)):
+            raise typer.BadParameter(no_backend(kind), param_hint="--backend") from None
+        raise typer.BadParameter(f"{kind!r}: {explain(error)}", param_hint="--backend") from None
+
+
+def _check_backend(backend: BackendSettings, anyway: bool) -> None:
+    """Raises typer.BadParameter where no issuer could make credentials by these settings."""
+    if wrong := backend_problem(backend, anyway=anyway):
+        hint = "--backend" if backend.kind not in DECLARED else "--setting"
+        raise typer.BadParameter(wrong, param_hint=hint)
+    if backend.kind in REACHED and "address" not in (backend.model_extra or {}) and not anyway:
+        raise typer.BadParameter(
+            f"say where agents reach it, as HOST:PORT; a credential of backend {backend.kind} tells them. Where they "
+            "reach it by the address that Ringfence itself connects to, add --anyway",
+            param_hint="--address",
+        )
+
+
+def _replacement(before: TargetState, after: TargetState) -> Replacement | None:
+    """What of a target changes; None where nothing does."""
+    shown = Replacement(f"target {after.target_id}")
+    old, new = target_fields(before), target_fields(after)
+    for name in old.keys() | new.keys():
+        if old.get(name, "") != new.get(name, ""):
+            shown.values(name, _lines(old.get(name, "")), _lines(new.get(name, "")))
+    if before.status == "removed":
+        shown.warnings.append(f"{after.target_id} was removed: this makes it active again")
+    elif gone := {one.verb for one in before.verbs} - {one.verb for one in after.verbs}:
+        shown.warnings.append(
+            f"it has no verb {', '.join(sorted(gone))} any more; what holds it keeps it until its lease ends"
+        )
+    return shown if shown.lines else None
+
+
+def _lines(text: str) -> list[str]:
+    return text.split("\n") if text else []

@@ -1,0 +1,329 @@
+"""`ringfence task`: assign, with what all sides allow shown before anything runs; hand on; end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ringfence.cli.shared.arguments import a_name, a_uuid
+from ringfence.cli.shared.command_results import print_accepted
+from ringfence.cli.shared.options import (
+    AllowOption,
+    IdentityOption,
+    JsonOption,
+    ReasonOption,
+    consent_life_s,
+    duration_s,
+    identity,
+    moment_s,
+    run,
+    wants_json,
+)
+from ringfence.cli.shared.output import moment, note, print_json, say
+from ringfence.cli.shared.records import list_records, print_record
+from ringfence.cli.shared.scopes import parse_scope, show_permission, show_scope
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.admin.preview import Preview
+from ringfence.client.agent.agent import Agent
+from ringfence.client.connection import Connection
+from ringfence.client.errors import InvalidCallError, checked
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.crypto.jws import parse
+from ringfence.messages.registry import TaskConsent, TaskTerms
+from ringfence.model.records.consent import canonical_terms, nonce_of
+
+app = typer.Typer(help="Tasks: assign, with what all sides allow; hand on; end.", no_args_is_help=True)
+
+AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", callback=a_name, help="The agent's id.")]
+TaskArgument = Annotated[str, typer.Argument(metavar="TASK", callback=a_uuid, help="The task's id.")]
+PurposeOption = Annotated[str | None, typer.Option("--purpose", help="What it is for.")]
+ForOption = Annotated[
+    str | None, typer.Option("--for", metavar="DURATION", help="How long: 90s, 15m, 1h30m, 2d.")
+]
+UntilOption = Annotated[
+    str | None, typer.Option("--until", metavar="MOMENT", help="Or until when: 2030-01-31T18:00:00Z.")
+]
+
+
+@app.command()
+def assign(
+    agent: AgentArgument,
+    purpose: PurposeOption = None,
+    allow: AllowOption = None,
+    lasts: ForOption = None,
+    until: UntilOption = None,
+    consent: Annotated[
+        Path | None,
+        typer.Option(
+            "--consent",
+            metavar="FILE",
+            help="On behalf of another user: their consent (ringfence task consent), which holds all the terms.",
+        ),
+    ] = None,
+    on_behalf_of: Annotated[
+        str | None,
+        typer.Option("--on-behalf-of", metavar="USER", callback=a_name, help="With --id-token: whose it is."),
+    ] = None,
+    id_token: Annotated[
+        Path | None,
+        typer.Option(
+            "--id-token",
+            metavar="FILE",
+            help="On behalf of another user: their OIDC ID token with the nonce of these terms (ringfence task nonce).",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what it would allow.")] = False,
+    anyway: Annotated[
+        bool,
+        typer.Option("--anyway", help="Assign it even where it allows nothing now."),
+    ] = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Assign a task to an agent, on your behalf. First shows what task, ceiling and entitlements allow together."""
+    given = None if consent is None else _read_consent(consent)
+    if given is not None and (purpose or allow or lasts or until):
+        raise typer.BadParameter("the terms are in the consent; give none beside it", param_hint="--consent")
+    token = _read_id_token(id_token, on_behalf_of, consent, until)
+    wanted = _wanted(purpose, allow, lasts, until) if given is None else {}
+
+    async def work() -> tuple[TaskTerms, str, Preview, str | None]:
+        async with Administrator.connect(identity(me)) as administrator:
+            if given is None:
+                terms, whose, signed = administrator.terms(agent, **wanted), on_behalf_of, None
+            else:
+                terms, whose, signed = given
+                if terms.agent_id != agent:
+                    raise InvalidCallError(f"the consent is for agent {terms.agent_id}, not {agent}")
+            shown = await administrator.preview(terms, on_behalf_of=whose)
+            if not wants_json(as_json):
+                _show_preview(shown)
+            if dry_run:
+                return terms, whose or administrator.id, shown, None
+            if not shown.effective and not anyway:
+                if wants_json(as_json):
+                    _show_preview(shown)
+                raise RingfenceError(
+                    "the task was not assigned: it would allow nothing. Change task, ceiling or entitlements, or add "
+                    "--anyway"
+                )
+            task_id = await administrator.assign_terms(
+                terms, on_behalf_of=whose, consent=signed, id_token=token
+            )
+            return terms, whose or administrator.id, shown, task_id
+
+    terms, whose, shown, task_id = run(work())
+    if wants_json(as_json):
+        print_json(_as_json(terms, whose, shown, task_id))
+    elif task_id:
+        say(f"task {task_id} assigned to {agent} on behalf of {whose}, until {moment(terms.not_after)}")
+
+
+@app.command()
+def consent(
+    agent: AgentArgument,
+    purpose: PurposeOption = None,
+    allow: AllowOption = None,
+    lasts: ForOption = None,
+    until: UntilOption = None,
+    valid: Annotated[
+        str, typer.Option("--valid", metavar="DURATION", help="Until when it may be used, 24h at most.")
+    ] = "1h",
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sign the terms of a task that somebody else will assign on your behalf; prints the consent."""
+    wanted, life_s = _wanted(purpose, allow, lasts, until), consent_life_s(valid)
+
+    async def work() -> tuple[TaskTerms, str]:
+        async with Administrator.connect(identity(me)) as administrator:
+            terms = administrator.terms(agent, **wanted)
+            _show_preview(await administrator.preview(terms))
+            return terms, administrator.sign_consent(terms, life_s=life_s)
+
+    terms, signed = run(work())
+    if wants_json(as_json):
+        print_json({"consent": signed, "agent_id": agent, "not_after": terms.not_after, "valid_s": life_s})
+    else:
+        typer.echo(signed)
+
+
+@app.command()
+def nonce(
+    agent: AgentArgument,
+    purpose: PurposeOption = None,
+    allow: AllowOption = None,
+    until: UntilOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the nonce with which an OIDC ID token consents to these terms; nothing is sent.
+
+    With it the user signs in at their issuer, for the trust domain as the audience. Then the task is assigned, of the
+    very same terms: ringfence task assign ... --on-behalf-of USER --id-token FILE.
+    """
+    if until is None:
+        raise typer.BadParameter("say until when; a token cannot consent to a duration", param_hint="--until")
+    wanted = _wanted(purpose, allow, None, until)
+    with checked("the task"):
+        terms = TaskTerms(
+            agent_id=agent, purpose=wanted["purpose"], scope=wanted["scope"], not_after=wanted["not_after"]
+        )
+    if wants_json(as_json):
+        print_json({"nonce": nonce_of(terms), "terms": canonical_terms(terms).decode()})
+    else:
+        typer.echo(nonce_of(terms))
+
+
+@app.command()
+def delegate(
+    task: TaskArgument,
+    agent: AgentArgument,
+    purpose: PurposeOption = None,
+    allow: AllowOption = None,
+    lasts: ForOption = None,
+    until: UntilOption = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hand part of a task to another agent: no wider, and no longer. As the agent of the task."""
+    wanted = _wanted(purpose, allow, lasts, until)
+    scope, ends_in_s, not_after = wanted["scope"], wanted["ends_in_s"], wanted["not_after"]
+
+    async def work() -> str:
+        async with Agent.connect(identity(me)) as delegator:
+            return await delegator.delegate(
+                task=task,
+                to=agent,
+                purpose=wanted["purpose"],
+                scope=scope,
+                ends_in_s=ends_in_s,
+                until=not_after,
+            )
+
+    part = run(work())
+    if wants_json(as_json):
+        print_json({"task_id": part, "parent": task, "agent_id": agent})
+    else:
+        say(f"task {part} handed on to {agent}, as a part of {task}; it ends with that")
+
+
+@app.command()
+def end(
+    task: TaskArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
+) -> None:
+    """End a task, what was handed on of it, and their leases.
+
+    As who assigned it, who it is on behalf of, the agent's sponsor, an operator, or an agent that handed it on.
+    """
+
+    async def work() -> Accepted:
+        connection = Connection(identity(me))
+        if "/agent/" in connection.key.id:
+            async with Agent(connection) as delegator:
+                return await delegator.end_delegated(task, reason=reason)
+        async with Administrator(connection) as administrator:
+            return await administrator.end_task(task, reason=reason)
+
+    print_accepted(run(work()), f"task {task} ended; its leases end", wants_json(as_json))
+
+
+@app.command(name="list")
+def list_tasks(me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """List tasks."""
+    list_records("task", identity(me), wants_json(as_json))
+
+
+@app.command()
+def show(task: TaskArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """Show one task, and the parts of it that were handed on."""
+
+    async def work() -> tuple[Any, Any]:
+        async with ReadApi(identity(me)) as api:
+            return await api.record("task", task), await api.records("task", parent=task)
+
+    found, parts = run(work())
+    if wants_json(as_json):
+        print_json({**found, "parts": [part["id"] for part in parts]})
+        return
+    told = [f"{part['id']} to {part['state']['agent_id']} ({part['state']['status']})" for part in parts]
+    print_record("task", found, {"parts": "\n".join(told)})
+
+
+def _wanted(
+    purpose: str | None, allow: list[str] | None, lasts: str | None, until: str | None
+) -> dict[str, Any]:
+    """The terms as they were given, all checked. Raises typer.BadParameter."""
+    if not purpose:
+        raise typer.BadParameter("say what the task is for", param_hint="--purpose")
+    if not allow:
+        raise typer.BadParameter("say what the task may do", param_hint="--allow")
+    if lasts is not None and until is not None:
+        raise typer.BadParameter(
+            "say when the task ends once: --for or --until, and not both", param_hint="--for"
+        )
+    if lasts is None and until is None:
+        raise typer.BadParameter("say when the task ends: --for or --until", param_hint="--for")
+    return {
+        "purpose": purpose,
+        "scope": parse_scope(allow),
+        "ends_in_s": None if lasts is None else duration_s(lasts),
+        "not_after": None if until is None else moment_s(until),
+    }
+
+
+def _read_consent(file: Path) -> tuple[TaskTerms, str, str]:
+    """Terms, user and text of a consent. Unverified: the registry verifies it, and nothing is decided here."""
+    try:
+        text = file.read_text().strip()
+        claims = parse(text).unverified_claims(TaskConsent)
+    except OSError as error:
+        raise InvalidCallError(f"cannot read the consent {file}: {error.strerror}") from None
+    except (UnicodeDecodeError, InvalidMessageError):
+        raise InvalidCallError(f"{file} holds no consent; one is made by: ringfence task consent") from None
+    return claims.terms, claims.iss.rpartition("/")[2], text
+
+
+def _read_id_token(
+    file: Path | None, user: str | None, consent: Path | None, until: str | None
+) -> str | None:
+    """The text of an ID token; the registry verifies it. Raises typer.BadParameter, InvalidCallError."""
+    if (file is None) != (user is None):
+        raise typer.BadParameter("give both: --on-behalf-of USER --id-token FILE", param_hint="--id-token")
+    if file is None:
+        return None
+    if consent is not None:
+        raise typer.BadParameter("give a consent or an ID token, and not both", param_hint="--id-token")
+    if until is None:
+        raise typer.BadParameter(
+            "the end is part of what the token consents to: give the same --until as for its nonce",
+            param_hint="--until",
+        )
+    try:
+        return file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidCallError(f"cannot read the ID token {file}: {type(error).__name__}") from None
+
+
+def _show_preview(shown: Preview) -> None:
+    note("What all sides allow together:", "bold")
+    note(show_scope(shown.effective))
+    for cut in shown.cuts:
+        note(f"cut: {show_permission(cut.permission)} ({cut.side} does not allow it)", "yellow")
+    for warning in shown.warnings:
+        note(f"warning: {warning}", "yellow")
+
+
+def _as_json(terms: TaskTerms, whose: str, shown: Preview, task_id: str | None) -> dict[str, Any]:
+    return {
+        "task_id": task_id,
+        "agent_id": terms.agent_id,
+        "on_behalf_of": whose,
+        "not_after": terms.not_after,
+        "effective": list(shown.effective),
+        "cuts": [{"permission": cut.permission, "side": cut.side} for cut in shown.cuts],
+        "warnings": list(shown.warnings),
+    }

@@ -1,0 +1,125 @@
+"""`ringfence topics`: create them, check that they are what the contract says, and who needs which rights to them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from ringfence.cli.shared.options import JsonOption, run, wants_json
+from ringfence.cli.shared.output import note, print_json, print_table, say
+from ringfence.kernel.base.settings import ServiceSettings, load
+from ringfence.kernel.kafka.acls import PARTIES, Acl, Party, acls, commands
+from ringfence.kernel.kafka.topics_admin import Difference, TopicsAdmin
+
+app = typer.Typer(help="Create the topics, check them, and say who may use them.", no_args_is_help=True)
+
+
+@app.command()
+def apply(as_json: JsonOption = False) -> None:
+    """Create every topic that is not there yet, and set what `check` finds to differ on those that are.
+
+    Left to you, and named: partitions, replicas, and what is kept longer than the contract asks.
+    """
+
+    async def work() -> tuple[list[str], list[Difference], list[Difference]]:
+        async with TopicsAdmin(load(ServiceSettings)) as admin:
+            return await admin.apply(), *await admin.set_right()
+
+    created, right, left = run(work())
+    for one in left:
+        note(
+            f"warning: {one.what} of {one.topic} is {one.found}, not {one.expected}, and was left so; to change it is "
+            "for Kafka's own tools",
+            "yellow",
+        )
+    if wants_json(as_json):
+        print_json({"created": created, "set": list(map(asdict, right)), "left": list(map(asdict, left))})
+        return
+    lines = [f"created {name}" for name in created]
+    lines += [f"set {one.what} of {one.topic} to {one.expected}; it was {one.found}" for one in right]
+    say("\n".join(lines) or "all topics are there")
+
+
+@app.command()
+def check(as_json: JsonOption = False) -> None:
+    """Compare the topics with the contract; exit 1 where one differs."""
+
+    async def work() -> list[Difference]:
+        async with TopicsAdmin(load(ServiceSettings)) as admin:
+            return await admin.check()
+
+    differences = run(work())
+    if wants_json(as_json):
+        print_json({"differences": [asdict(one) for one in differences]})
+    else:
+        print_table(
+            ["topic", "what", "expected", "found"],
+            ((one.topic, one.what, one.expected, one.found) for one in differences),
+            empty="all topics are as the contract says",
+        )
+    if differences:
+        raise typer.Exit(1)
+
+
+@app.command("acls")
+def show_acls(
+    principal: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--principal",
+            metavar="PARTY=PRINCIPAL",
+            help="Who a party is to Kafka, e.g. 'policy=User:CN=policy'; else User:PREFIX-PARTY. Repeatable.",
+        ),
+    ] = None,
+    grant: Annotated[bool, typer.Option("--apply", help="Create them on the broker.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the ACLs that each party needs on Kafka, as commands of kafka-acls.sh; --apply creates them.
+
+    Parties are the services, and agents, users, operators and the siem. They need these rights and no more. Signatures
+    decide what counts, whoever may write.
+    """
+    settings = load(ServiceSettings)
+    wanted = acls(settings.topic_prefix)
+    principals = _principals(principal or [], settings.topic_prefix)
+    if grant:
+
+        async def work() -> int:
+            async with TopicsAdmin(settings) as admin:
+                return await admin.grant(wanted, principals)
+
+        count = run(work())
+        if not wants_json(as_json):
+            say(f"{count} ACLs are there")
+            return
+    if wants_json(as_json):
+        print_json({"acls": [_acl(one, principals) for one in wanted]})
+    else:
+        for command in commands(wanted, principals):
+            say(command)
+
+
+def _principals(named: list[str], prefix: str) -> dict[Party, str]:
+    found: dict[Party, str] = {party: f"User:{prefix}-{party}" for party in PARTIES}
+    for one in named:
+        name, _, principal = one.partition("=")
+        party = next((party for party in PARTIES if party == name), None)
+        if party is None or ":" not in principal:
+            raise typer.BadParameter(
+                f"{one!r}: say PARTY=PRINCIPAL, the party one of {', '.join(PARTIES)}, the principal as in User:alice"
+            )
+        found[party] = principal
+    return found
+
+
+def _acl(acl: Acl, principals: dict[Party, str]) -> dict[str, str]:
+    return {
+        "party": acl.party,
+        "principal": principals[acl.party],
+        "operation": acl.operation.name,
+        "resource_type": acl.resource_type.name,
+        "name": acl.name,
+        "pattern_type": acl.pattern.name,
+    }

@@ -1,0 +1,1 @@
+"""`ringfence doctor`: checks of a deployment."""

@@ -1,0 +1,120 @@
+"""How what waits for a person is shown: from what the agent signed and from verified records, what is alike once.
+
+Whatever an agent or a stranger wrote is made visible, and stays on its own line.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from ringfence.cli.shared.output import print_fields, span, until, visible, visible_name
+from ringfence.cli.shared.scopes import show_scope
+from ringfence.client.agent.replies import who
+from ringfence.client.approvals.action_approvals import PendingAction
+from ringfence.client.approvals.grouping import Alike
+from ringfence.client.approvals.history_comparison import DAYS, Comparison, Difference
+
+
+def print_question(group: Alike, comparison: Comparison) -> None:
+    """Show requests that are alike, and how they differ from what the agent usually gets."""
+    one, count = group.first, len(group.requests)
+    print_fields(
+        {
+            "agent": f"{one.agent} ({visible(one.agent_description)})",
+            **({"handed on by": ", then ".join(reversed(one.delegators))} if one.delegators else {}),
+            "task": visible(one.purpose),
+            "on behalf of": one.on_behalf_of,
+            "target": f"{one.target} ({visible(one.target_description)})",
+            "wants": show_scope(one.scope),
+            "for": span(one.ttl_s) + (f", {count} credentials" if count > 1 else ""),
+            "its reason": "\n".join(visible(reason) for reason in group.reasons),
+            "compared": "\n".join(_compared(comparison)),
+            **(
+                {"BREAK GLASS": "policy denies it; two operators may allow it once"}
+                if one.break_glass
+                else {}
+            ),
+            "needs": who(one.required) + ("" if one.mine else "  (not yours to give)"),
+            "asked because": "; ".join(visible(reason.message) for reason in one.why_asked),
+            "answer until": until(group.expires_at, time.time()),
+            "digest": "\n".join(request.digest for request in group.requests),
+        },
+        title=f"request {one.request_id}" + (f", and {count - 1} alike" if count > 1 else ""),
+    )
+
+
+def as_json(group: Alike, comparison: Comparison | None = None) -> dict[str, Any]:
+    """Requests that are alike as JSON: the first of them, `alike` with the ids and digests of all."""
+    document = asdict(group.first)
+    document["alike"] = [
+        {
+            "request_id": one.request_id,
+            "digest": one.digest,
+            "reason": one.reason,
+            "expires_at": one.expires_at,
+        }
+        for one in group.requests
+    ]
+    if comparison is not None:
+        document["compared"] = asdict(comparison)
+    return document
+
+
+def print_action(one: PendingAction) -> None:
+    """Show one action that waits: from what the gateway signed and from verified records alone."""
+    print_fields(
+        {
+            "agent": f"{one.agent} ({visible(one.agent_description)})",
+            "task": visible(one.purpose),
+            "on behalf of": one.on_behalf_of,
+            "target": f"{one.target} ({visible(one.target_description)})",
+            "does": f"{visible_name(one.verb)} on {visible_name(one.resource)}",
+            "sends": f"{visible_name(one.method)} {visible_name(one.url)}",
+            "with a body of": f"{one.body_bytes} bytes, SHA-256 {one.body_digest}"
+            if one.body_bytes
+            else "nothing",
+            "with headers": "\n".join(_headers(one)),
+            "waits at": one.gateway,
+            "needs": who((one.required,)) + ("" if one.mine else "  (not yours to give)"),
+            "answer until": until(one.expires_at, time.time()),
+            "digest": one.digest,
+        },
+        title=f"action {one.request_id}: this one alone, once",
+    )
+
+
+def shown_headers(one: PendingAction) -> list[str]:
+    """The headers of an action whose values the gateway shows, a line each."""
+    return [f"{visible(each.name)}: {visible(each.value)}" for each in one.headers if each.value is not None]
+
+
+def _headers(one: PendingAction) -> list[str]:
+    if one.headers_digest is None:
+        return [
+            "NOT PART OF THIS APPROVAL: the gateway is an older one, and lets any headers go on; upgrade it"
+        ]
+    names = ", ".join(visible(each.name) for each in one.headers if each.value is None)
+    unseen = [f"values not shown: {names}"] if names else []
+    return [*shown_headers(one), *unseen, f"SHA-256 {one.headers_digest}"]
+
+
+def action_as_json(one: PendingAction) -> dict[str, Any]:
+    """An action that waits as JSON; `kind` tells it from a request for a credential."""
+    return {"kind": "action", **asdict(one)}
+
+
+def _compared(comparison: Comparison) -> list[str]:
+    if not comparison.differences:
+        return [f"as usual: {_times(comparison.approved)} approved for it in {DAYS} days"]
+    return [_difference(one) for one in comparison.differences]
+
+
+def _difference(one: Difference) -> str:
+    what = f": {show_scope(one.scope).replace(chr(10), ', ')}" if one.scope and one.code != "target" else ""
+    return f"UNUSUAL  {one.message}{what}"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

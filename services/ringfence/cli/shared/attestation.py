@@ -1,0 +1,146 @@
+"""`ringfence agent set-attestation`, and how selectors of running instances are written."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from ringfence.cli.shared.arguments import a_name
+from ringfence.cli.shared.changes import Replacement, check_unchanged
+from ringfence.cli.shared.command_results import print_accepted
+from ringfence.cli.shared.options import (
+    IdentityOption,
+    JsonOption,
+    YesOption,
+    duration_s,
+    identity,
+    run,
+    wants_json,
+)
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.affected_leases import Loss
+from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.errors import InvalidCallError
+from ringfence.kernel.base.strict_json import once
+from ringfence.kernel.crypto.jws import explain
+from ringfence.messages.enrolment import AttestationSelector
+from ringfence.model.identity.attestation import selector_id
+from ringfence.model.unknown_fields import names_of, told, unknown_fields
+
+SelectorOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--selector",
+        metavar="SELECTOR",
+        help="Which running instances may enrol a key: 'ISSUER CLAIM=PATTERN ... [key-bound] [life=1h]', a JSON "
+        "object, or @FILE with a JSON list. Repeatable.",
+    ),
+]
+
+
+def set_attestation(
+    agent: Annotated[str, typer.Argument(metavar="AGENT", callback=a_name, help="The agent's id.")],
+    selector: SelectorOption = None,
+    none: Annotated[bool, typer.Option("--none", help="No instance may enrol any more.")] = False,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which running instances of an agent may enrol a key of their own. As its sponsor or an operator.
+
+    What is said replaces what was. First shows which selectors that takes away, and asks: leases of instances that
+    enrolled by one of those end, and they get nothing new.
+    """
+    if bool(selector) == none:
+        raise typer.BadParameter("say all of them with --selector, or --none", param_hint="--selector")
+    selectors = parse_selectors(selector)
+
+    async def work() -> tuple[Accepted, dict[str, Any]]:
+        async with Administrator.connect(identity(me)) as administrator:
+            entry = (await administrator.directory()).agent(agent)
+            if entry is None:
+                raise InvalidCallError(f"there is no agent {agent}; see: ringfence agent list")
+            said: dict[str, Any] = {}
+            kept = {selector_id(one) for one in selectors}
+            if gone := {selector_id(one) for one in entry.state.attestation} - kept:
+                replacement = Replacement(f"selectors of {agent}")
+                replacement.values(
+                    "selectors",
+                    map(show_selector, entry.state.attestation),
+                    map(show_selector, selectors),
+                )
+                replacement.losses.append(Loss(agent=agent, selectors=frozenset(gone)))
+                question = f"Set the selectors of {agent} so?"
+                said = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
+                await check_unchanged(administrator, "agent", agent, entry)
+            return await administrator.set_attestation(agent, selectors), said
+
+    accepted, said = run(work())
+    print_accepted(accepted, f"{len(selectors)} selectors of {agent} set", wants_json(as_json), said)
+
+
+def parse_selectors(given: list[str] | None) -> tuple[AttestationSelector, ...]:
+    """Selectors from repeated options. Raises typer.BadParameter, saying where one is wrong."""
+    found: list[AttestationSelector] = []
+    for text in given or ():
+        if text.startswith("@"):
+            try:
+                listed = json.loads(Path(text[1:]).read_text(), object_pairs_hook=once)
+            except (OSError, ValueError) as error:
+                raise typer.BadParameter(f"{text}: {error}", param_hint="--selector") from None
+            found += [_selector(one, text) for one in (listed if isinstance(listed, list) else [listed])]
+        else:
+            found.append(_selector(_fields(text), text))
+    return tuple(found)
+
+
+def show_selector(selector: AttestationSelector) -> str:
+    """A selector as it is written on the command line."""
+    words = [selector.issuer, *(f"{name}={value}" for name, value in selector.claims.items())]
+    words += ["key-bound"] if selector.key_bound else []
+    said = shlex.join([*words, f"life={selector.max_life_s}"])
+    unknown = unknown_fields(selector)
+    return f"{said} (lets nobody in, as {names_of(unknown)} is not known here)" if unknown else said
+
+
+def _fields(text: str) -> Any:
+    try:
+        if text.startswith("{"):
+            return json.loads(text, object_pairs_hook=once)
+        issuer, *words = shlex.split(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: {error}", param_hint="--selector") from None
+    fields: dict[str, Any] = {"issuer": issuer, "claims": {}}
+    given_names: set[str] = set()
+    for word in words:
+        name, given, value = word.partition("=")
+        if name in given_names:  # the last would count, and what the others limit would be lost
+            raise typer.BadParameter(f"{text!r}: {name} is there twice", param_hint="--selector")
+        given_names.add(name)
+        if word == "key-bound":
+            fields["key_bound"] = True
+        elif name == "life" and given:
+            fields["max_life_s"] = duration_s(value)
+        elif name and given:
+            fields["claims"][name] = value
+        else:
+            raise typer.BadParameter(
+                f"{text!r}: {word!r} is no CLAIM=PATTERN, key-bound or life=DURATION", param_hint="--selector"
+            )
+    return fields
+
+
+def _selector(fields: Any, text: str) -> AttestationSelector:
+    try:
+        selector = AttestationSelector.model_validate(fields)
+    except ValidationError as error:
+        raise typer.BadParameter(f"{text!r}: {explain(error)}", param_hint="--selector") from None
+    if found := unknown_fields(selector):
+        said = told(found, f"the selector for {selector.issuer}")
+        raise typer.BadParameter(f"{text!r}: {said}", param_hint="--selector")
+    return selector

@@ -1,0 +1,125 @@
+"""What a command that replaces something takes away and gives: shown, then asked about, before anything is signed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ringfence.cli.shared.options import confirm
+from ringfence.cli.shared.output import note
+from ringfence.cli.shared.scopes import parse_scope, show_scope
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.affected_leases import EndingLeases, Loss, ending_leases
+from ringfence.client.admin.scope_changes import with_added, with_removed
+from ringfence.client.errors import StaleApprovalError
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.messages.permission import Scope
+from ringfence.model.records.directory import Entry
+from ringfence.model.scope.scope import missing
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeOptions:
+    """How a command line changes a scope: to something else (`--allow`, `--allow-nothing`), or in parts."""
+
+    whole: Scope | None
+    add: Scope = ()
+    remove: Scope = ()
+
+    def __bool__(self) -> bool:
+        return self.whole is not None or bool(self.add or self.remove)
+
+    @property
+    def gives(self) -> bool:
+        """Whether it says what is allowed, and not only what no longer is."""
+        return self.whole is not None or bool(self.add)
+
+    @property
+    def named(self) -> Scope:
+        """The permissions that are to be allowed from now on, as they were written."""
+        return (*(self.whole or ()), *self.add)
+
+    def applied(self, held: Scope) -> Scope:
+        """The scope after the change. Raises InvalidCallError, ScopeError."""
+        if self.whole is not None:
+            return self.whole
+        return with_added(with_removed(held, self.remove), self.add)
+
+
+def parse_scope_options(
+    allow: Sequence[str] | None, nothing: bool, add: Sequence[str] | None, remove: Sequence[str] | None
+) -> ScopeOptions:
+    """Raises typer.BadParameter where the options contradict each other, or one is wrong."""
+    if sum((bool(allow), nothing, bool(add or remove))) > 1:
+        raise typer.BadParameter(
+            "say the whole with --allow, or --allow-nothing; or what changes of it with --add and --remove",
+            param_hint="--allow",
+        )
+    whole = parse_scope(allow, may_be_empty=True) if allow or nothing else None
+    return ScopeOptions(whole, parse_scope(add, may_be_empty=True), parse_scope(remove, may_be_empty=True))
+
+
+@dataclass(slots=True)
+class Replacement:
+    """What changes, line by line, and which leases end by it."""
+
+    what: str
+    """Of what, e.g. `ceiling of deploy-bot`."""
+    lines: dict[str, str] = field(default_factory=dict)
+    document: dict[str, Any] = field(default_factory=dict)
+    """The same for --json."""
+    losses: list[Loss] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """What else comes of it, a sentence each."""
+
+    def scope(self, name: str, before: Scope, after: Scope) -> None:
+        """A scope changes, wholly or in parts."""
+        self.lines |= {f"{name} before": show_scope(before), f"{name} after": show_scope(after)}
+        if gone := missing(before, after):
+            self.lines["taken away"] = show_scope(gone)
+        if new := missing(after, before):
+            self.lines["added"] = show_scope(new)
+        self.document |= {"before": before, "after": after, "removed": gone, "added": new}
+
+    def values(self, name: str, before: Iterable[str], after: Iterable[str]) -> None:
+        """A list of words changes, or one word."""
+        old, new = list(before), list(after)
+        self.lines[name] = f"{', '.join(old) or 'none'}  ->  {', '.join(new) or 'none'}"
+        self.document[name.replace(" ", "_")] = {"before": old, "after": new}
+
+    async def ask(self, question: str, me: Path | None, *, yes: bool, quiet: bool) -> dict[str, Any]:
+        """Show it all, and ask. `quiet`: show nothing where nobody is asked either, as --json has it.
+
+        Returns what --json says of it. Raises RingfenceError where the answer is no, WrongUseError where nobody is
+        there to answer.
+        """
+        ending = EndingLeases()
+        if self.losses:
+            async with ReadApi(me) as api:
+                ending = await ending_leases(api, self.losses)
+        if not (quiet and yes):
+            note(f"{self.what}:", "bold")
+            for name, value in self.lines.items():
+                note(f"  {name}: {value}" if "\n" not in value else f"  {name}:\n" + _indented(value))
+            note(f"  leases that end: {ending.in_words()}", "yellow" if ending.ids or ending.gap else "")
+            for warning in self.warnings:
+                note(f"  {warning}", "yellow")
+        confirm(question, yes)
+        return {**self.document, "warnings": self.warnings, "leases_ending": ending.as_json()}
+
+
+async def check_unchanged(administrator: Administrator, kind: Any, id: str, before: Entry[Any]) -> None:
+    """Between the question and the answer somebody else may have changed what was shown. Raises StaleApprovalError."""
+    now = (await administrator.connection.current_directory()).entry(kind, id)
+    if now is None or now.revision != before.revision:
+        raise StaleApprovalError(
+            f"somebody changed {kind} {id} meanwhile, and nothing was done; look at it again"
+        )
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.split("\n"))

@@ -1,0 +1,81 @@
+"""How commands that were accepted are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from ringfence.cli.shared.output import note, print_json, say
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.outcomes import Accepted
+from ringfence.client.errors import InvalidCallError
+from ringfence.messages.permission import Permission
+
+
+async def refuse_unknown(
+    administrator: Administrator,
+    scope: Sequence[Permission],
+    anyway: bool = False,
+    held: Sequence[Permission] = (),
+) -> None:
+    """Refuse a scope that names targets or verbs that are not there; with `anyway` only warn of them.
+
+    `held`: what was allowed before, of which nothing is said again. Raises InvalidCallError.
+    """
+    found = await _unknown(administrator, scope, held)
+    if found and not anyway:
+        raise InvalidCallError(
+            f"{'; '.join(found)}. Correct it, have an operator add it first (ringfence target add), or add --anyway"
+        )
+    _warn(found)
+
+
+async def warn_of_unknown(
+    administrator: Administrator, scope: Sequence[Permission], held: Sequence[Permission] = ()
+) -> None:
+    """Warn of targets and verbs that are not there, where a scope may well come before them. `held`: as above."""
+    _warn(await _unknown(administrator, scope, held))
+
+
+async def _unknown(
+    administrator: Administrator, scope: Sequence[Permission], held: Sequence[Permission]
+) -> list[str]:
+    known = {(one.target, verb) for one in held for verb in one.verbs}
+    new = [
+        one.model_copy(update={"verbs": verbs})
+        for one in scope
+        if (verbs := tuple(verb for verb in one.verbs if (one.target, verb) not in known))
+    ]
+    return await administrator.unknown_names(new)
+
+
+def _warn(found: Sequence[str]) -> None:
+    for says in found:
+        note(f"warning: {says}; that part allows nothing until an operator adds it", "yellow")
+
+
+def print_accepted(
+    accepted: Accepted,
+    sentence: str,
+    as_json: bool,
+    document: Mapping[str, Any] = MappingProxyType({}),
+    /,
+    **more: str,
+) -> None:
+    """Say that a command was accepted, and what came of it. `document`: what only --json has beside it."""
+    if as_json:
+        print_json(
+            {
+                "accepted": accepted.command,
+                "command_id": accepted.command_id,
+                "result": accepted.result,
+                "at_ms": accepted.at_ms,
+                **document,
+                **more,
+            }
+        )
+        return
+    say(sentence)
+    for name, value in more.items():
+        say(f"{name.replace('_', ' ')}: {value}")

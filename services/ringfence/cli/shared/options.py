@@ -1,0 +1,231 @@
+"""Options that many commands share, and what they are parsed to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from pydantic import ValidationError
+
+from ringfence.cli.shared import context
+from ringfence.cli.shared.arguments import a_name
+from ringfence.cli.shared.scopes import SYNTAX
+from ringfence.client.errors import NotAnsweredError
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.settings import load
+from ringfence.kernel.base.text import visible_lines
+from ringfence.kernel.crypto.jws import MAX_LIFE_S
+from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key, thumbprint
+from ringfence.messages.keys import KeyRecord, PublicJwk
+
+T = TypeVar("T")
+
+COMMON = "Common options"
+"""The heading of what every command has."""
+
+IdentityOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--identity", metavar="FILE", help="The key file of who is calling.", rich_help_panel=COMMON
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=COMMON)]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow",
+        metavar="PERMISSION",
+        help=f"{SYNTAX}, a JSON object, or @FILE with a JSON list. Repeatable.",
+    ),
+]
+AddOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--add", metavar="PERMISSION", help="Allow this as well, and keep what is allowed. Repeatable."
+    ),
+]
+RemoveOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--remove",
+        metavar="PERMISSION",
+        help="Take this away, and keep the rest: of each verb that is named, every resource within a named one. "
+        "Repeatable.",
+    ),
+]
+AnywayOption = Annotated[
+    bool,
+    typer.Option("--anyway", help="Also where it names a target or verb that is not there (yet)."),
+]
+AttestOption = Annotated[
+    str | None,
+    typer.Option(
+        "--attest",
+        metavar="SOURCE",
+        help="Enrol a fresh key with the platform's identity token: file:PATH, github or gcp. [RINGFENCE_ATTEST]",
+        rich_help_panel=COMMON,
+    ),
+]
+AgentOption = Annotated[
+    str | None,
+    typer.Option(
+        "--agent",
+        metavar="AGENT",
+        callback=a_name,
+        help="With --attest: the agent that this is an instance of. [RINGFENCE_AGENT]",
+        rich_help_panel=COMMON,
+    ),
+]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it stands in the trail.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+PublicKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--public-key",
+        metavar="FILE",
+        help="A public key: a JWK, or the output of: ringfence key show --json.",
+    ),
+]
+NewKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--new-key", metavar="FILE", help="Make a key, and write its private half to this new file."
+    ),
+]
+KeyDaysOption = Annotated[
+    int, typer.Option("--key-days", min=1, max=3650, help="How many days the key is valid.")
+]
+
+_DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", re.ASCII)
+
+
+def settings() -> ClientSettings:
+    """The settings of this call."""
+    return load(ClientSettings)
+
+
+def identity(option: Path | None) -> Path | None:
+    """The key file of who is calling; None leaves it to the settings."""
+    return context.identity(option)
+
+
+def wants_json(option: bool) -> bool:
+    """Whether JSON is wanted."""
+    return context.wants_json(option)
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a command's work to its end. Ctrl-C cancels it, and everything is closed before the program ends."""
+    # What it has to say of a broker that does not answer we say ourselves, in one line and with what to do.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    return asyncio.run(work)
+
+
+def duration_s(text: str) -> int:
+    """`90`, `90s`, `15m`, `1h30m`, `2d` in seconds. Raises typer.BadParameter."""
+    match = _DURATION.fullmatch(text)
+    if not text or match is None:
+        raise typer.BadParameter(f"{text!r} is no duration; write for example 90s, 15m, 1h30m or 2d")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total < 1:
+        raise typer.BadParameter(f"{text!r} is no time at all; write for example 15m")
+    return total
+
+
+def consent_life_s(text: str) -> int:
+    """How long a consent may be used. Raises typer.BadParameter where nobody would take one that long."""
+    life_s = duration_s(text)
+    if life_s > MAX_LIFE_S:
+        raise typer.BadParameter(f"{text!r} is longer than a consent may be used: 24h", param_hint="--valid")
+    return life_s
+
+
+def moment_s(text: str) -> int:
+    """A moment with its time zone (ISO 8601), in seconds since 1970. Raises typer.BadParameter."""
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no moment; write for example 2030-01-31T18:00:00Z") from None
+    if at.tzinfo is None:
+        whole = text if len(text) > len("2030-01-31") else f"{text}T00:00:00"
+        raise typer.BadParameter(f"{text!r} has no time zone; write for example {whole}Z for UTC")
+    return int(at.timestamp())
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask a person to say yes. Raises RingfenceError where they do not, WrongUseError where there is nobody to ask."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise context.WrongUseError(f"{question} Nobody is there to answer: add --yes to do it")
+    if not typer.confirm(visible_lines(question), err=True):
+        raise RingfenceError("nothing was done")
+
+
+def read_public_key(path: Path) -> PublicJwk:
+    """The public half in a file: a JWK, or a key file of Ringfence (whose private half is not looked at).
+
+    Raises KeyFileError.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise KeyFileError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise KeyFileError(f"{path} is not JSON; a public key is a JWK (RFC 7517)") from None
+    fields = data.get("jwk", data) if isinstance(data, dict) else {}
+    try:
+        jwk = PublicJwk.model_validate(
+            {name: fields[name] for name in ("kty", "crv", "x", "y") if name in fields}
+        )
+        public_key(jwk)
+    except (ValidationError, ValueError):
+        raise KeyFileError(
+            f"{path} holds no public key that signs: a JWK of EC P-256 or OKP Ed25519 (ringfence key show FILE)"
+        ) from None
+    return jwk
+
+
+@contextmanager
+def kept_if_accepted(made: Path | None) -> Iterator[None]:
+    """Delete the key file that was made for a command where the command is refused: it would stand in the way of the
+    next try. Where nobody answered it stays, as the command may still be carried out.
+    """
+    try:
+        yield
+    except NotAnsweredError:
+        raise
+    except (RingfenceError, typer.Abort):
+        if made is not None:
+            made.unlink(missing_ok=True)
+        raise
+
+
+def key_records(public: Path | None, new: Path | None, id: str, days: int) -> tuple[KeyRecord, ...]:
+    """The key that `--public-key` names, or that `--new-key` makes for `id`; none where neither is given.
+
+    Raises KeyFileError; typer.BadParameter where both are given.
+    """
+    if public and new:
+        raise typer.BadParameter("give --public-key or --new-key, and not both")
+    not_after = int(time.time()) + days * 86_400
+    if new:
+        key = SigningKey.generate(id)
+        key.save(new)
+        return (key.record(not_after),)
+    if public:
+        jwk = read_public_key(public)
+        return (KeyRecord(kid=thumbprint(jwk), jwk=jwk, not_after=not_after),)
+    return ()

@@ -1,0 +1,34 @@
+"""How far something long has come, for people who wait."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from ringfence.cli.shared.output import console, note
+
+_SAY_EVERY_S = 5.0
+
+
+@contextmanager
+def counting() -> Iterator[Callable[[float], None]]:
+    """A bar where somebody looks at a terminal; else a line now and then. On stderr."""
+    if sys.stderr.isatty():
+        columns = (TextColumn("counting"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=1.0)
+            yield lambda share: bar.update(task, completed=share)
+        return
+    said = time.monotonic()
+
+    def say_so(share: float) -> None:
+        nonlocal said
+        if time.monotonic() - said >= _SAY_EVERY_S:
+            said = time.monotonic()
+            note(f"counted {share:.0%}")
+
+    yield say_so

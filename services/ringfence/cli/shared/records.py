@@ -1,0 +1,239 @@
+"""`list` and `show` of users, agents, targets and tasks: what the registry's API lets the caller see."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ringfence.cli.shared.attestation import show_selector
+from ringfence.cli.shared.options import run
+from ringfence.cli.shared.output import moment, print_fields, print_json, print_table, span, until
+from ringfence.cli.shared.scopes import show_scope
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.kernel.base.secret_scrubber import without_secrets
+from ringfence.messages.keys import KeyRecord
+from ringfence.messages.registry import (
+    AgentState,
+    AnyState,
+    RequestRule,
+    TargetState,
+    TaskState,
+    UserState,
+    VerbFloor,
+)
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.key_expiry import endings
+from ringfence.model.unknown_fields import names_of, unknown_fields
+
+_SOON = "ends soon: give another"
+_STATES: Mapping[SubjectKind, type[AnyState]] = {
+    "user": UserState,
+    "agent": AgentState,
+    "target": TargetState,
+    "task": TaskState,
+}
+
+
+def list_records(kind: SubjectKind, key: Path | None, as_json: bool, **query: str | None) -> None:
+    """Print all records of a kind that the caller may see."""
+
+    async def work() -> Any:
+        async with ReadApi(key) as api:
+            return await api.records(kind, **query)
+
+    found = run(work())
+    if as_json:
+        print_json(found)
+        return
+    columns, row = _ROWS[kind]
+    print_table(columns, (row(_state(kind, item)) for item in found), empty=f"no {kind} that you may see")
+
+
+def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> None:
+    """Print one record."""
+
+    async def work() -> Any:
+        async with ReadApi(key) as api:
+            return await api.record(kind, id)
+
+    found = run(work())
+    if as_json:
+        print_json(found)
+    else:
+        print_record(kind, found)
+
+
+def print_record(
+    kind: SubjectKind, found: Mapping[str, Any], more: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Print one record, `{id, revision, state}`, for people, and what else there is to say."""
+    state = _state(kind, found)
+    title = f"{kind} {found['id']}, revision {found['revision']}"
+    fields = {**_FIELDS[kind](state), **more}
+    print_fields({name: value for name, value in fields.items() if value}, title=title)
+
+
+def _state(kind: SubjectKind, item: Mapping[str, Any]) -> Any:
+    # Not strict: JSON has no tuples. It is shown, and nothing is decided by it.
+    return _STATES[kind].model_validate(item["state"], strict=False)
+
+
+def _user_row(user: UserState) -> Sequence[str]:
+    roles = ", ".join(user.roles)
+    status = f"{user.status}{_key_ends(user)}"
+    return user.user_id, user.name, roles, status, show_scope(user.entitlements.scope)
+
+
+def _agent_row(agent: AgentState) -> Sequence[str]:
+    return agent.agent_id, agent.sponsor, _status(agent), agent.description, show_scope(agent.ceiling)
+
+
+def _target_row(target: TargetState) -> Sequence[str]:
+    return target.target_id, target.backend.kind, target.status, _verbs(target), target.description
+
+
+def _task_row(task: TaskState) -> Sequence[str]:
+    return (
+        task.task_id,
+        " < ".join(task.act or (task.agent_id,)),
+        task.on_behalf_of,
+        _task_status(task),
+        task.purpose,
+        show_scope(task.scope),
+    )
+
+
+_ROWS: Mapping[SubjectKind, tuple[Sequence[str], Callable[[Any], Sequence[str]]]] = {
+    "user": (("!user", "name", "roles", "status", "entitled to"), _user_row),
+    "agent": (("!agent", "sponsor", "status", "for", "ceiling"), _agent_row),
+    "target": (("!target", "backend", "status", "verbs", "what it is"), _target_row),
+    "task": (("!task", "agent", "for", "status", "purpose", "scope"), _task_row),
+}
+
+
+def _user_fields(user: UserState) -> dict[str, str]:
+    entitlements = user.entitlements
+    return {
+        "name": user.name,
+        "status": user.status,
+        "roles": ", ".join(user.roles) or "none",
+        "entitled to": show_scope(entitlements.scope),
+        "known from": f"{entitlements.source}, as of {moment(entitlements.as_of)}",
+        "keys": _keys(user.keys, user),
+    }
+
+
+def _agent_fields(agent: AgentState) -> dict[str, str]:
+    return {
+        "for": agent.description,
+        "status": _status(agent),
+        "sponsor": f"{agent.sponsor} (did not consent)" if agent.without_consent else agent.sponsor,
+        "ceiling": show_scope(agent.ceiling),
+        **({"instances": "; ".join(map(show_selector, agent.attestation))} if agent.attestation else {}),
+        "keys": _keys(agent.keys, agent),
+    }
+
+
+def target_fields(target: TargetState) -> dict[str, str]:
+    """Names and values of a target, for people. Empty values are those that it has not."""
+    requests = [f"{r.method} {r.path} is {_does(r)}" for r in target.requests]
+    asks = [f"{v.verb} ({v.ask})" for v in target.verbs if v.ask]
+    settings = sorted((target.backend.model_extra or {}).items())
+    return {
+        "what it is": target.description,
+        "status": target.status,
+        "backend": target.backend.kind,
+        # No backend is told a secret, only where one is; but what a package's own backend is told nobody knows.
+        "settings": "\n".join(without_secrets(f"{name}={value}") for name, value in settings),
+        "audience": target.backend.audience or "",
+        "verbs": _verbs(target),
+        "each action waits": ", ".join(asks),
+        "requests": "\n".join(requests),
+        "longest life": f"{target.max_ttl_s} s",
+        "keys": _keys(target.keys),
+    }
+
+
+def _does(rule: RequestRule) -> str:
+    if found := unknown_fields(rule):
+        return f"denied, as {names_of(found)} is not known here"
+    return f"{rule.verb} on {rule.resource}{_conditions(rule)}"
+
+
+def _conditions(rule: RequestRule) -> str:
+    """What else a request must have, written as for `target add --request`."""
+    found = [
+        f"{where}:{name}={','.join(values)}"
+        for where, conditions in (("query", rule.query), ("body", rule.body))
+        for name, values in (conditions or {}).items()
+    ]
+    if rule.mcp is not None:
+        found.append(f"message:{rule.mcp.method}" + (f"={rule.mcp.name}" if rule.mcp.name else ""))
+        found += [
+            f"argument:{name}={','.join(values)}" for name, values in (rule.mcp.arguments or {}).items()
+        ]
+    return "".join(f" {condition}" for condition in found)
+
+
+def _task_fields(task: TaskState) -> dict[str, str]:
+    return {
+        "purpose": task.purpose,
+        "status": _task_status(task),
+        "agent": task.agent_id,
+        "on behalf of": task.on_behalf_of,
+        "assigned by": task.assigned_by,
+        "part of": f"task {task.parent}" if task.parent else "",
+        "handed on by": ", then ".join(reversed((task.act or ())[1:])),
+        "scope": show_scope(task.scope),
+        "ends": until(task.not_after, time.time()),
+    }
+
+
+_FIELDS: Mapping[SubjectKind, Callable[[Any], dict[str, str]]] = {
+    "user": _user_fields,
+    "agent": _agent_fields,
+    "target": target_fields,
+    "task": _task_fields,
+}
+
+
+def _status(agent: AgentState) -> str:
+    status = f"{agent.status} (by an operator)" if agent.suspended_by_operator else agent.status
+    return f"{status}{_key_ends(agent)}"
+
+
+def _key_ends(state: AgentState | UserState) -> str:
+    """Said of whoever has a key that ends soon, with nothing in its place."""
+    now_s = time.time()
+    ends = endings(state, now_s)
+    return f", a key ends in {span(ends[0].key.not_after - now_s)}" if ends else ""
+
+
+def _task_status(task: TaskState) -> str:
+    return "over" if task.status == "active" and task.not_after <= time.time() else task.status
+
+
+def _verbs(target: TargetState) -> str:
+    return ", ".join(map(_verb, target.verbs))
+
+
+def _verb(floor: VerbFloor) -> str:
+    said: list[str] = [] if floor.floor == "none" else [floor.floor]
+    if found := unknown_fields(floor):
+        said.append(f"to nobody, as {names_of(found)} is not known here")
+    return f"{floor.verb} ({'; '.join(said)})" if said else floor.verb
+
+
+def _keys(keys: Sequence[KeyRecord], of: AgentState | UserState | None = None) -> str:
+    now_s = time.time()
+    soon = {ending.key.kid for ending in endings(of, now_s)} if of else ()
+    said = dict.fromkeys(soon, f" ({_SOON})")
+    if isinstance(of, AgentState):
+        said |= dict.fromkeys(of.replaced, " (replaced)") | dict.fromkeys(of.compromised, " (compromised)")
+    return "\n".join(
+        f"{key.kid}  {'until' if key.not_after > now_s else 'ended'} {moment(key.not_after)}{said.get(key.kid, '')}"
+        for key in keys
+    )
